@@ -1,0 +1,83 @@
+"""The errors that Insitu raises, and how they point at the user's line.
+
+Every error is an `InsituError` and also the builtin that one would expect, so that both
+`except InsituError` and `except AttributeError` do what they say. A message says what was found,
+what to write instead, and ends with the file, the line and the source of the line to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from insitu.graph.location import Location
+
+
+class InsituError(Exception):
+    """Base of all errors of Insitu.
+
+    Args:
+        message: what was found and what to write instead.
+        location: the user's line that it is about, if one is known.
+    """
+
+    def __init__(self, message: str, location: Location | None = None) -> None:
+        super().__init__(message if location is None else f"{message}\n{location}")
+        self.location = location
+
+
+class PathError(InsituError, AttributeError):
+    """A path that names no module, or an assignment to a handle."""
+
+
+class IndexOutOfRange(InsituError, IndexError):
+    """An index past the end of a module list."""
+
+
+class BlockError(InsituError, RuntimeError):
+    """Something was used in a place, or at a time, where no block gives it a meaning."""
+
+
+class PromptError(InsituError, ValueError):
+    """A prompt of a known form with a content that the model cannot process."""
+
+
+class PromptTypeError(InsituError, TypeError):
+    """A prompt of a form that is not supported."""
+
+
+class OperationError(InsituError, TypeError):
+    """An operation that cannot be recorded."""
+
+
+class ShapeError(InsituError, ValueError, RuntimeError):
+    """Values of shapes that do not go together, or a shape that cannot be known yet.
+
+    It is a `RuntimeError` too, because that is what torch raises for the same mistake.
+    """
+
+
+class ExecutionError(InsituError, RuntimeError):
+    """A recorded operation that failed while the model ran."""
+
+
+class NeverRanError(InsituError, RuntimeError):
+    """A site at which nothing arrived: its module was not called in the run."""
+
+
+class NoValueError(InsituError, ValueError):
+    """A value that was asked for before the run, or that was not saved.
+
+    It is no `AttributeError`, although `.value` raises it: Python would then ask the proxy for a
+    recorded attribute of that name.
+    """
+
+
+class LoadError(InsituError, OSError):
+    """A model that cannot be found or read."""
+
+
+def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
+    """Returns " (nearest: 'a', 'b')" for the candidates closest to a name, or "" if none is."""
+    close = difflib.get_close_matches(name, list(candidates), n=most, cutoff=0.5)
+    return f" (nearest: {', '.join(map(repr, close))})" if close else ""

@@ -1,0 +1,99 @@
+"""Nodes written back as the Python that recorded them, for printing and for error messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from insitu.graph.node import Graph, Node, Ref
+
+_INFIX = {
+    "add": "+",
+    "and_": "&",
+    "eq": "==",
+    "floordiv": "//",
+    "ge": ">=",
+    "gt": ">",
+    "le": "<=",
+    "lshift": "<<",
+    "lt": "<",
+    "matmul": "@",
+    "mod": "%",
+    "mul": "*",
+    "ne": "!=",
+    "or_": "|",
+    "pow": "**",
+    "rshift": ">>",
+    "sub": "-",
+    "truediv": "/",
+    "xor": "^",
+}
+_PREFIX = {"neg": "-", "pos": "+", "invert": "~"}
+_DEEPEST = 8
+
+
+def expression(graph: Graph, index: int, depth: int = 0) -> str:
+    """Returns a node as an expression, such as "transformer.h[3].output[0].mean(-1)".
+
+    Args:
+        graph: the graph that the node is in.
+        index: which node.
+        depth: how deep in a larger expression it stands; what is too deep is left out as "...".
+    """
+    if depth > _DEEPEST:
+        return "..."
+    node = graph[index]
+    site = node.site
+    if site is not None:
+        return str(site)
+
+    def written(value: Any) -> str:
+        return _written(value, graph, depth + 1)
+
+    args = [written(arg) for arg in node.args]
+    name = node.operation.short
+    if node.operation.name == "operator.getitem":
+        return f"{args[0]}[{_subscript(node, graph, depth + 1)}]"
+    if node.operation.name.startswith("operator."):
+        if name in _INFIX:
+            return f"({args[0]} {_INFIX[name]} {args[1]})"
+        return f"{_PREFIX.get(name, name)}({args[0]})"
+    if node.operation.name == "attribute":
+        return f"{args[0]}.{node.args[1]}"
+    keywords = [f"{key}={written(value)}" for key, value in node.kwargs.items()]
+    if node.operation.name.startswith("Tensor.") or node.operation.name == "save":
+        return f"{args[0]}.{name}({', '.join(args[1:] + keywords)})"
+    return f"{node.operation.name}({', '.join(args + keywords)})"
+
+
+def _written(value: Any, graph: Graph, depth: int) -> str:
+    """An argument, as source."""
+    if isinstance(value, Ref):
+        return expression(graph, value.index, depth)
+    if isinstance(value, torch.Tensor):
+        return f"<{type(value).__name__} {tuple(value.shape)}>"
+    if value is Ellipsis:
+        return "..."
+    if isinstance(value, torch.Size) or type(value) is tuple:
+        items = ", ".join(_written(item, graph, depth) for item in value)
+        return f"({items},)" if len(value) == 1 else f"({items})"
+    if isinstance(value, list):
+        return f"[{', '.join(_written(item, graph, depth) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k!r}: {_written(v, graph, depth)}' for k, v in value.items())}}}"
+    return repr(value)
+
+
+def _subscript(node: Node, graph: Graph, depth: int) -> str:
+    """What stands between the brackets of an indexing."""
+    key = node.args[1]
+    parts = key if type(key) is tuple and key else (key,)
+    return ", ".join(_subscript_part(part, graph, depth) for part in parts)
+
+
+def _subscript_part(part: Any, graph: Graph, depth: int) -> str:
+    if not isinstance(part, slice):
+        return _written(part, graph, depth)
+    bounds = [part.start, part.stop] + ([part.step] if part.step is not None else [])
+    return ":".join("" if bound is None else _written(bound, graph, depth) for bound in bounds)

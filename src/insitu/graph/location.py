@@ -1,0 +1,77 @@
+"""Where in the user's source something was written.
+
+Taken for every recorded operation, so it must cost next to nothing: a location is a code object
+and the offset of an instruction; the line number and the text are looked up when they are shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import sys
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+
+class Location(NamedTuple):
+    """A place in a source file.
+
+    Attributes:
+        code: the code object that was running.
+        instruction: the offset of its current instruction, in bytes (`frame.f_lasti`).
+    """
+
+    code: CodeType
+    instruction: int
+
+    @property
+    def file(self) -> str:
+        """The source file's name, as Python knows it."""
+        return self.code.co_filename
+
+    @property
+    def line(self) -> int:
+        """The line number, from 1."""
+        positions = islice(self.code.co_positions(), self.instruction // 2, None)
+        return next(positions, (None,))[0] or self.code.co_firstlineno
+
+    @property
+    def text(self) -> str:
+        """The source of the line, or "" where it cannot be had."""
+        return linecache.getline(self.file, self.line).strip()
+
+    def __str__(self) -> str:
+        place = f'  File "{self.file}", line {self.line}'
+        return f"{place}\n    {self.text}" if self.text else place
+
+
+def _folder(package: str) -> str:
+    spec = find_spec(package)
+    return f"{Path(spec.origin).parent}/" if spec and spec.origin else f"<no {package}>"
+
+
+_OURS = f"{Path(__file__).parents[1]}/"
+# Frames of these are never the user's: functions of torch and einops that call back into a proxy,
+# and the context managers that a block may be wrapped in.
+_LIBRARIES = (_OURS, _folder("torch"), _folder("einops"), contextlib.__file__)
+
+
+def user_frame(depth: int = 1) -> FrameType:
+    """Returns the innermost frame on the stack that belongs to the user's code.
+
+    Args:
+        depth: how many frames to leave out at once, known to be ours.
+    """
+    frame = sys._getframe(depth)  # pyright: ignore[reportPrivateUsage]
+    while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def here(depth: int = 2) -> Location:
+    """Returns the user's current line."""
+    frame = user_frame(depth)
+    return Location(frame.f_code, frame.f_lasti)

@@ -1,0 +1,99 @@
+"""The recorded experiment as plain data: sites, nodes, references and the graph.
+
+A graph is a list of nodes. A node names an operation and its arguments, in which a `Ref` stands
+for the value of an earlier node. Nothing here knows how values are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from insitu.graph.location import Location
+from insitu.graph.operations import READ, Operation
+
+Kind = Literal["output", "input", "inputs"]
+
+
+class Site(NamedTuple):
+    """A place where a value passes while a model runs.
+
+    Attributes:
+        invocation: the number of the invocation in its block, from 0.
+        path: the module's dotted path in the tree; "" is the whole model.
+        kind: which of the module's values.
+    """
+
+    invocation: int
+    path: str
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{readable(self.path)}.{self.kind}" if self.path else f"model.{self.kind}"
+
+
+@dataclass(slots=True, unsafe_hash=True)
+class Ref:
+    """Stands, among the arguments of a node, for the value of the node with this index."""
+
+    index: int
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One recorded operation.
+
+    Attributes:
+        operation: what to do.
+        args: positional arguments: constants, containers of constants, and `Ref`s in either.
+        kwargs: keyword arguments, likewise.
+        inputs: the indices of all nodes that the arguments refer to, one entry a reference.
+        nested: whether a reference stands inside a container, or among the keyword arguments.
+        location: the user's line.
+    """
+
+    operation: Operation
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: tuple[int, ...]
+    nested: bool
+    location: Location
+
+    @property
+    def site(self) -> Site | None:
+        """The site that this node reads, or None for an operation on earlier values."""
+        return self.args[0] if self.operation is READ else None
+
+
+@dataclass(slots=True, eq=False)
+class Graph:
+    """Nodes in the order of the lines that recorded them; arguments refer to earlier ones only."""
+
+    nodes: list[Node] = field(default_factory=list[Node])
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __getitem__(self, index: int) -> Node:
+        return self.nodes[index]
+
+
+def readable(path: str) -> str:
+    """Returns a dotted path as one would write it: "transformer.h.3.attn" is "transformer.h[3].attn".
+
+    Args:
+        path: a path as `torch.nn.Module.named_modules` gives it.
+    """
+    written = ""
+    for part in path.split("."):
+        if part.isdigit():
+            written += f"[{part}]"
+        elif not part.isidentifier():
+            written += f"[{part!r}]"
+        else:
+            written += f".{part}" if written else part
+    return written

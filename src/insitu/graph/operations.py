@@ -1,0 +1,147 @@
+"""The registry: the explicit list of operations that can be recorded.
+
+Every operation here is pure: it reads its arguments and returns a value. What writes in place,
+draws random numbers, touches files or global state, looks at storage or strides, or returns
+uninitialised memory is not in the list, because what is recorded is what may later travel to a
+process that trusts nothing but this list.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional
+
+from insitu.graph.structure import attribute, copied
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operation:
+    """An operation with the name under which it is recorded.
+
+    Attributes:
+        name: such as "torch.softmax", "Tensor.mean" or "operator.add".
+        function: what computes it.
+    """
+
+    name: str
+    function: Callable[..., Any]
+
+    @property
+    def short(self) -> str:
+        """The name's last part, as one would write it after a dot."""
+        return self.name.rpartition(".")[2]
+
+
+def _read(site: object) -> Any:
+    raise AssertionError(f"{site} is filled by a pass, not computed")
+
+
+READ = Operation("read", _read)
+SAVE = Operation("save", copied)
+ATTRIBUTE = Operation("attribute", attribute)
+
+_OPERATORS = """
+    abs add and_ eq floordiv ge getitem gt invert le lshift lt matmul mod mul ne neg or_ pos pow
+    rshift sub truediv xor
+"""
+
+# Of `torch` and of `torch.Tensor` alike.
+_SHARED = """
+    abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr adjoint all allclose amax
+    amin aminmax angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin
+    argsort argwhere asin asinh atan atan2 atanh baddbmm bincount bitwise_and bitwise_left_shift
+    bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm broadcast_to ceil cholesky
+    cholesky_inverse cholesky_solve chunk clamp clamp_max clamp_min clip clone conj conj_physical
+    copysign corrcoef cos cosh count_nonzero cov cross cummax cummin cumprod cumsum deg2rad det
+    detach diag diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot
+    dsplit eq equal erf erfc erfinv exp exp2 expm1 fix flatten flip fliplr flipud float_power floor
+    floor_divide fmax fmin fmod frac frexp gather gcd ge ger greater greater_equal gt hardshrink
+    heaviside histc hsplit hypot i0 igamma igammac imag index_add index_copy index_fill index_put
+    index_reduce index_select inner inverse is_complex is_floating_point isclose isfinite isinf
+    isnan isneginf isposinf isreal kron kthvalue lcm ldexp le lerp less less_equal lgamma log log10
+    log1p log2 log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not
+    logical_or logical_xor logit logsumexp lt masked_fill masked_scatter masked_select matmul
+    matrix_exp matrix_power max maximum mean median min minimum mm mode moveaxis movedim msort mul
+    multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow ne neg negative
+    nextafter nonzero norm not_equal numel orgqr outer permute pinverse polygamma positive pow
+    prelu prod qr quantile rad2deg ravel real reciprocal relu remainder renorm repeat_interleave
+    reshape roll rot90 round rsqrt scatter scatter_add scatter_reduce select select_scatter sgn
+    sigmoid sign signbit sin sinc sinh slice_scatter slogdet softmax sort split split_with_sizes
+    sqrt square squeeze std sub subtract sum svd swapaxes swapdims t take take_along_dim tan tanh
+    tensor_split tile topk trace transpose triangular_solve tril triu true_divide trunc unbind
+    unflatten unique_consecutive unsqueeze var vdot vsplit where xlogy
+"""
+
+_TORCH = """
+    atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors bucketize cartesian_prod cat
+    cdist celu chain_matmul column_stack combinations complex concat concatenate constant_pad_nd
+    cosine_similarity cumulative_trapezoid dstack einsum full_like gradient hstack isin meshgrid
+    narrow_copy ones_like pairwise_distance polar row_stack searchsorted selu stack std_mean
+    tensordot trapezoid trapz tril_indices unravel_index var_mean view_as_complex view_as_real
+    vstack zeros_like
+"""
+
+_TENSOR = """
+    bfloat16 bool byte char contiguous cpu cuda dim double element_size expand expand_as float half
+    int is_signed item long ndimension nelement new_full new_ones new_zeros repeat reshape_as short
+    size sum_to_size to tolist type_as unfold unique view view_as
+"""
+
+_FUNCTIONAL = """
+    adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d binary_cross_entropy
+    binary_cross_entropy_with_logits celu conv1d conv2d cosine_embedding_loss cosine_similarity
+    cross_entropy elu gaussian_nll_loss gelu glu group_norm hardshrink hardsigmoid hardswish
+    hardtanh hinge_embedding_loss huber_loss interpolate kl_div l1_loss layer_norm leaky_relu linear
+    local_response_norm log_softmax logsigmoid margin_ranking_loss max_pool1d max_pool2d mish
+    mse_loss multi_margin_loss multilabel_margin_loss nll_loss normalize one_hot pad
+    pairwise_distance pixel_shuffle pixel_unshuffle poisson_nll_loss prelu relu relu6 rms_norm
+    scaled_dot_product_attention selu sigmoid silu smooth_l1_loss soft_margin_loss softmax softmin
+    softplus softshrink softsign tanh tanhshrink threshold triplet_margin_loss unfold
+"""
+
+_LINALG = """
+    cholesky cross det diagonal eigh eigvalsh inv lstsq matmul matrix_norm matrix_power matrix_rank
+    multi_dot norm pinv qr slogdet solve svd svdvals vander vecdot vector_norm
+"""
+
+
+def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
+    """Operations of one namespace; a name that the installed torch does not have is left out."""
+    return {
+        f"{prefix}.{name}": Operation(f"{prefix}.{name}", getattr(namespace, name))
+        for name in names.split()
+        if hasattr(namespace, name)
+    }
+
+
+BY_NAME: Mapping[str, Operation] = MappingProxyType(
+    {operation.name: operation for operation in (READ, SAVE, ATTRIBUTE)}
+    | _listed("operator", operator, _OPERATORS)
+    | _listed("torch", torch, _SHARED + _TORCH)
+    | _listed("Tensor", torch.Tensor, _SHARED + _TENSOR)
+    | _listed("functional", torch.nn.functional, _FUNCTIONAL)
+    | _listed("linalg", torch.linalg, _LINALG)
+)
+
+TENSOR_METHODS: tuple[Operation, ...] = tuple(
+    operation for name, operation in BY_NAME.items() if name.startswith("Tensor.")
+)
+
+# A tensor on the left of an operator hands over under the name of its own method.
+_OPERATOR_METHODS = {
+    getattr(torch.Tensor, f"__{name.strip('_')}__"): BY_NAME[f"operator.{name}"]
+    for name in _OPERATORS.split()
+    if hasattr(torch.Tensor, f"__{name.strip('_')}__")
+}
+
+GETITEM = BY_NAME["operator.getitem"]
+
+BY_FUNCTION: Mapping[Callable[..., Any], Operation] = MappingProxyType(
+    _OPERATOR_METHODS | {operation.function: operation for operation in BY_NAME.values()}
+)

@@ -1,0 +1,378 @@
+"""Proxies: what stands for a value that does not exist yet, and records what is done to it.
+
+A proxy takes operators, indexing, tensor methods, attributes and `torch` functions. While its
+block is open each of them adds a node and returns another proxy. After the run a saved proxy
+does the same things to its value, at once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from insitu.graph.errors import NoValueError, OperationError, nearest
+from insitu.graph.location import here
+from insitu.graph.operations import ATTRIBUTE, BY_FUNCTION, BY_NAME, TENSOR_METHODS, Operation
+from insitu.graph.recording import NO_KWARGS, Recorded, Recording
+from insitu.graph.shapes import dtype_of, fake_value, length_of, shape_of
+from insitu.graph.structure import map_structure
+
+
+class Proxy(Recorded):
+    """Stands for a value of a run to come.
+
+    Proxies come from sites (`model.transformer.h[3].output`) and from operations on other
+    proxies; nobody makes them by hand.
+    """
+
+    __slots__ = ()
+    __array_ufunc__ = None  # makes a NumPy number on the left of an operator hand over to us
+
+    def save(self) -> Proxy:
+        """Keeps a copy of the value, as it is at this line, for after the run.
+
+        Returns:
+            A proxy for the same value, whose `.value` is the copy once the model has run.
+        """
+        location = here()
+        if not self._recording.open:
+            raise NoValueError(
+                f"`{self.written()}` cannot be saved any more: its block has ended.", location
+            )
+        self._cell = self._recording.save(self._ref, location)
+        return type(self)(self._recording, self._ref, self._cell)
+
+    @property
+    def value(self) -> Any:
+        """The value that was saved.
+
+        Raises:
+            NoValueError: before the run, after a failed run, or if it was not saved.
+        """
+        return self.result(here())
+
+    # What answers while recording
+
+    @property
+    def shape(self) -> Any:
+        """The `torch.Size` of the tensor, or a tuple or dictionary of sizes for nested values.
+
+        While the block is open, the answer comes from one run of the model on fake tensors, done
+        when first asked for.
+
+        Raises:
+            ShapeError: if the recorded operations do not fit together, or the shape depends on
+                the values.
+        """
+        return shape_of(self._known())
+
+    @property
+    def dtype(self) -> Any:
+        """The `torch.dtype` of the tensor, or dtypes nested as `shape` is."""
+        return dtype_of(self._known())
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self._known().ndim
+
+    def dim(self) -> int:
+        """The number of axes."""
+        return self._known().dim()
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or the length of one axis."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """The number of elements."""
+        return self._known().numel()
+
+    def __len__(self) -> int:
+        return length_of(self._known(), self._recording, self._ref)
+
+    def __iter__(self) -> Iterator[Any]:
+        known = self._known()
+        if isinstance(known, Mapping):
+            return iter(known)
+        if not self._recording.open:
+            return iter(known)
+        return iter([self[i] for i in range(length_of(known, self._recording, self._ref))])
+
+    def _known(self) -> Any:
+        """The value after the run, or before it a fake one of the same shape."""
+        if self._recording.open:
+            return fake_value(self._recording, self._ref.index)
+        return self.result(here(3))
+
+    # What is recorded
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if not self._recording.open:
+            return getattr(self.result(here()), name)
+        if name.endswith("_") and hasattr(torch.Tensor, name):
+            raise OperationError(
+                f"`.{name}()` writes in place, which is not recorded yet: use "
+                f"`.{name.rstrip('_')}()`, which returns a new value."
+                if hasattr(torch.Tensor, name.rstrip("_"))
+                else f"`.{name}()` writes in place, which is not recorded yet.",
+                here(),
+            )
+        return _record(ATTRIBUTE, (self, name), NO_KWARGS)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._recording.open:
+            return self.result(here())(*args, **kwargs)
+        node = self._recording.graph[self._ref.index]
+        name = str(node.args[1]) if node.operation is ATTRIBUTE else self.written()
+        methods = [operation.short for operation in TENSOR_METHODS]
+        raise OperationError(
+            f"`.{name}()` is not an operation that can be recorded{nearest(name, methods)}. Save "
+            "what it needs and call it on the saved value after the block.",
+            here(),
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Records a `torch` function that was called with a proxy among its arguments."""
+        operation = BY_FUNCTION.get(func)
+        if operation is None:
+            if not _open_recordings(args, kwargs or NO_KWARGS):
+                return _at_once(func, args, kwargs or NO_KWARGS)
+            _refuse(func)
+        return _record(operation, args, kwargs or NO_KWARGS)
+
+    # What cannot be known while recording
+
+    def __bool__(self) -> bool:
+        return bool(self._python_value("`if`, `and`, `or`, `not` and `while`", "torch.where"))
+
+    def __float__(self) -> float:
+        return float(self._python_value("float()", ".item(), which is recorded"))
+
+    def __int__(self) -> int:
+        return int(self._python_value("int()", ".item(), which is recorded"))
+
+    def __index__(self) -> int:
+        return operator.index(self._python_value("a Python index", "it as a tensor index"))
+
+    def __complex__(self) -> complex:
+        return complex(self._python_value("complex()", ".item(), which is recorded"))
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._python_value("`in`", "(value == item).any()")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        value = self._python_value("a NumPy array", "torch's own functions")
+        return value.__array__() if dtype is None else value.__array__(dtype)
+
+    def _python_value(self, use: str, instead: str) -> Any:
+        if not self._recording.open:
+            return self.result(here(3))
+        raise OperationError(
+            f"`{self.written()}` has no value while the block is open, so {use} cannot be decided "
+            f"by it: use {instead}, or save it and decide after the block.",
+            here(3),
+        )
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._in_place("`value[...] = x`", "torch.where or torch.index_fill")
+
+    def __delitem__(self, key: Any) -> None:
+        self._in_place("`del value[...]`", "indexing")
+
+    def _in_place(self, use: str, instead: str) -> NoReturn:
+        raise OperationError(
+            f"{use} writes in place, which is not recorded yet: use {instead}, which return a new "
+            "value.",
+            here(3),
+        )
+
+    # What is shown
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        cell = self._cell
+        if cell is not None and cell.filled:
+            return repr(cell.value)
+        fake = self._recording.fakes.get(self._ref.index)
+        return self.written() + ("" if fake is None else f": {shape_of(fake)}")
+
+    def __format__(self, spec: str) -> str:
+        cell = self._cell
+        return format(cell.value if cell is not None and cell.filled else str(self), spec)
+
+    def __dir__(self) -> list[str]:
+        return sorted(set(super().__dir__()) | {operation.short for operation in TENSOR_METHODS})
+
+    if TYPE_CHECKING:
+
+        def __add__(self, other: Any) -> Proxy: ...
+        def __radd__(self, other: Any) -> Proxy: ...
+        def __sub__(self, other: Any) -> Proxy: ...
+        def __rsub__(self, other: Any) -> Proxy: ...
+        def __mul__(self, other: Any) -> Proxy: ...
+        def __rmul__(self, other: Any) -> Proxy: ...
+        def __truediv__(self, other: Any) -> Proxy: ...
+        def __rtruediv__(self, other: Any) -> Proxy: ...
+        def __floordiv__(self, other: Any) -> Proxy: ...
+        def __rfloordiv__(self, other: Any) -> Proxy: ...
+        def __mod__(self, other: Any) -> Proxy: ...
+        def __rmod__(self, other: Any) -> Proxy: ...
+        def __pow__(self, other: Any) -> Proxy: ...
+        def __rpow__(self, other: Any) -> Proxy: ...
+        def __matmul__(self, other: Any) -> Proxy: ...
+        def __rmatmul__(self, other: Any) -> Proxy: ...
+        def __and__(self, other: Any) -> Proxy: ...
+        def __rand__(self, other: Any) -> Proxy: ...
+        def __or__(self, other: Any) -> Proxy: ...
+        def __ror__(self, other: Any) -> Proxy: ...
+        def __xor__(self, other: Any) -> Proxy: ...
+        def __rxor__(self, other: Any) -> Proxy: ...
+        def __lshift__(self, other: Any) -> Proxy: ...
+        def __rshift__(self, other: Any) -> Proxy: ...
+        def __lt__(self, other: Any) -> Proxy: ...
+        def __le__(self, other: Any) -> Proxy: ...
+        def __gt__(self, other: Any) -> Proxy: ...
+        def __ge__(self, other: Any) -> Proxy: ...
+        def __eq__(self, other: object) -> Any: ...
+        def __ne__(self, other: object) -> Any: ...
+        def __neg__(self) -> Proxy: ...
+        def __pos__(self) -> Proxy: ...
+        def __invert__(self) -> Proxy: ...
+        def __abs__(self) -> Proxy: ...
+        def __getitem__(self, key: Any) -> Proxy: ...
+
+
+class StructureProxy(Proxy):
+    """Stands for a value that is known to be a tuple: index it before computing with it."""
+
+    __slots__ = ()
+    _operand = False
+
+
+def _record(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Records an operation in the open recording of its arguments, or computes it at once."""
+    first = args[0] if args else None
+    if isinstance(first, Proxy) and first._recording.open:
+        recording = first._recording
+    else:
+        found = _open_recordings(args, kwargs)
+        if not found:
+            return _at_once(operation.function, args, kwargs)
+        recording = found[0]
+    return Proxy(recording, recording.apply(operation, args, kwargs, here(4)))
+
+
+def _open_recordings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Recording]:
+    found: list[Recording] = []
+
+    def leaf(item: Any) -> None:
+        if isinstance(item, Proxy) and item._recording.open:
+            found.append(item._recording)
+
+    map_structure(leaf, (args, dict(kwargs)))
+    return found
+
+
+def _at_once(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Computes with the values of saved proxies, after their run."""
+    location = here(4)
+
+    def leaf(item: Any) -> Any:
+        return item.result(location) if isinstance(item, Proxy) else item
+
+    args, kwargs = map_structure(leaf, (args, dict(kwargs)))
+    return function(*args, **kwargs)
+
+
+def _refuse(func: Callable[..., Any]) -> NoReturn:
+    name = getattr(func, "__name__", str(func))
+    namespace = getattr(func, "__module__", None) or "torch.Tensor"
+    known = {operation.short for operation in BY_NAME.values()}
+    raise OperationError(
+        f"{namespace}.{name} is not an operation that can be recorded{nearest(name, known)}. Save "
+        "what it needs and call it on the saved values after the block.",
+        here(3),
+    )
+
+
+def _method(operation: Operation) -> Callable[..., Any]:
+    def method(self: Proxy, *args: Any, **kwargs: Any) -> Any:
+        return _record(operation, (self, *args), kwargs)
+
+    method.__name__ = operation.short
+    method.__doc__ = f"Records `torch.{operation.name}`."
+    return method
+
+
+def _unary(operation: Operation) -> Callable[[Proxy], Any]:
+    return lambda self: _record(operation, (self,), NO_KWARGS)
+
+
+def _binary(operation: Operation) -> Callable[[Proxy, Any], Any]:
+    return lambda self, other: _record(operation, (self, other), NO_KWARGS)
+
+
+def _reflected(operation: Operation) -> Callable[[Proxy, Any], Any]:
+    return lambda self, other: _record(operation, (other, self), NO_KWARGS)
+
+
+def _augmented(symbol: str) -> Callable[[Proxy, Any], Any]:
+    def method(self: Proxy, other: Any) -> Any:
+        if not self._recording.open:
+            return NotImplemented
+        self._in_place(f"`{symbol}=`", f"`a = a {symbol} b`")
+
+    return method
+
+
+_BINARY = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "truediv": "/",
+    "floordiv": "//",
+    "mod": "%",
+    "pow": "**",
+    "matmul": "@",
+    "and": "&",
+    "or": "|",
+    "xor": "^",
+    "lshift": "<<",
+    "rshift": ">>",
+}
+
+
+def _add_operators() -> None:
+    """Gives `Proxy` the methods of the registry; they differ in nothing but the operation."""
+    for operation in TENSOR_METHODS:
+        if operation.short not in vars(Proxy):
+            setattr(Proxy, operation.short, _method(operation))
+    for name, symbol in _BINARY.items():
+        operation = BY_NAME[f"operator.{name}_" if name in ("and", "or") else f"operator.{name}"]
+        setattr(Proxy, f"__{name}__", _binary(operation))
+        setattr(Proxy, f"__r{name}__", _reflected(operation))
+        setattr(Proxy, f"__i{name}__", _augmented(symbol))
+    for name in ("lt", "le", "gt", "ge", "eq", "ne", "getitem"):
+        setattr(Proxy, f"__{name}__", _binary(BY_NAME[f"operator.{name}"]))
+    for name in ("neg", "pos", "invert", "abs"):
+        setattr(Proxy, f"__{name}__", _unary(BY_NAME[f"operator.{name}"]))
+
+
+_add_operators()

@@ -1,0 +1,241 @@
+"""How lines of Python become nodes: one recording for each block.
+
+A recording owns the graph that a block writes, the cells that its saved values will be put into,
+and what is known of shapes. It is open until the block ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Number
+from types import MappingProxyType
+from typing import Any, ClassVar, NoReturn, Protocol, cast
+
+import torch
+
+from insitu.graph.errors import NoValueError, OperationError
+from insitu.graph.location import Location, here
+from insitu.graph.node import Graph, Node, Ref, Site
+from insitu.graph.operations import GETITEM, READ, SAVE, Operation
+from insitu.graph.structure import map_structure
+
+NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
+
+# Constants that a node may hold as they are.
+_PLAIN = frozenset(
+    [bool, bytes, complex, float, int, str, type(None), type(Ellipsis), torch.Size]
+    + [torch.Tensor, torch.device, torch.dtype, torch.layout, torch.memory_format]
+)
+# What tensors are indexed with: nearly always constants, so they get a short way of their own.
+_KEYS = frozenset([slice, tuple])
+
+
+def _constant(key: Any) -> bool:
+    """Whether a slice or a tuple holds nothing but plain constants and slices of them."""
+    if type(key) is slice:
+        return _PLAIN.issuperset((type(key.start), type(key.stop), type(key.step)))
+    for item in key:
+        if type(item) not in _PLAIN and not (type(item) is slice and _constant(item)):
+            return False
+    return True
+
+
+class Cell:
+    """Where a saved value is put: empty, then a value, or the reason why there is none.
+
+    Attributes:
+        location: the line of the `.save()`.
+        value: the value, once `filled`.
+        filled: whether the run has put a value here.
+        failure: why the run put none here, once it is over.
+    """
+
+    __slots__ = ("failure", "filled", "location", "value")
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.value: Any = None
+        self.filled = False
+        self.failure: str | None = None
+
+
+class ShapeSource(Protocol):
+    """Knows, without running the model, the shapes of what will arrive at its sites."""
+
+    def __call__(self, site: Site) -> Any:
+        """Returns what arrives at a site, with fake tensors in place of tensors."""
+        ...
+
+
+class Recording:
+    """What one block records.
+
+    Attributes:
+        graph: the nodes so far.
+        saves: the cells that the run has to fill, by the index of the node that makes the value.
+        open: whether lines still add to it.
+        shapes: gives the shapes at sites; None where no model is behind the recording.
+        fakes: fake values of nodes, as far as anybody has asked, by node index.
+    """
+
+    __slots__ = ("__weakref__", "fakes", "graph", "open", "saves", "shapes")
+
+    def __init__(self, shapes: ShapeSource | None = None) -> None:
+        self.graph = Graph()
+        self.saves: dict[int, Cell] = {}
+        self.open = True
+        self.shapes = shapes
+        self.fakes: dict[int, Any] = {}
+
+    def read(self, site: Site, location: Location) -> Ref:
+        """Records that the value at a site is wanted."""
+        return self._add(Node(READ, (site,), NO_KWARGS, (), False, location))
+
+    def save(self, ref: Ref, location: Location) -> Cell:
+        """Records that a copy of a value is kept, and returns the cell that will hold it."""
+        saved = self._add(Node(SAVE, (ref,), NO_KWARGS, (ref.index,), False, location))
+        cell = self.saves[saved.index] = Cell(location)
+        return cell
+
+    def apply(
+        self,
+        operation: Operation,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        location: Location,
+    ) -> Ref:
+        """Records an operation on values and constants.
+
+        Args:
+            operation: an entry of the registry.
+            args: its arguments: recorded values, constants, or containers of both.
+            kwargs: its keyword arguments, likewise.
+            location: the user's line.
+
+        Raises:
+            OperationError: if an argument is of a kind that cannot be recorded, or asks for a
+                write in place.
+            NoValueError: if an argument belongs to another block and has no value.
+        """
+        inputs: list[int] = []
+        encoded: list[Any] = []
+        nested = False
+        for arg in args:
+            kind = type(arg)
+            if kind in _PLAIN or (kind in _KEYS and _constant(arg)):
+                encoded.append(arg)
+            elif issubclass(kind, Recorded) and arg._recording is self:
+                if not arg._operand and operation is not GETITEM:
+                    _refuse_structure(arg, location)
+                inputs.append(arg._ref.index)
+                encoded.append(arg._ref)
+            else:
+                before = len(inputs)
+                encoded.append(self._encode(arg, inputs, location))
+                nested = nested or (len(inputs) > before and type(encoded[-1]) is not Ref)
+        if kwargs:
+            if kwargs.get("out") is not None or kwargs.get("inplace"):
+                raise OperationError(
+                    f"{operation.name} cannot write into one of its arguments here: leave out "
+                    "`out=` and `inplace=` and use what it returns.",
+                    location,
+                )
+            before = len(inputs)
+            kwargs = {key: self._encode(arg, inputs, location) for key, arg in kwargs.items()}
+            nested = nested or len(inputs) > before
+        return self._add(Node(operation, tuple(encoded), kwargs, tuple(inputs), nested, location))
+
+    def _add(self, node: Node) -> Ref:
+        nodes = self.graph.nodes
+        nodes.append(node)
+        return Ref(len(nodes) - 1)
+
+    def _encode(self, value: Any, inputs: list[int], location: Location) -> Any:
+        """Puts references in the place of recorded values, also inside containers."""
+
+        def leaf(item: Any) -> Any:
+            if isinstance(item, Recorded):
+                if item._recording is self:
+                    if not item._operand:
+                        _refuse_structure(item, location)
+                    inputs.append(item._ref.index)
+                    return item._ref
+                return item.result(location)
+            if type(item) in _PLAIN or isinstance(item, torch.Tensor):
+                return item
+            if isinstance(item, Number) and hasattr(item, "item"):  # a NumPy scalar
+                return cast(Any, item).item()
+            if isinstance(item, int | float):
+                return item
+            raise OperationError(
+                f"{_described(item)} cannot be part of a recorded operation: it may use values of "
+                "this block, tensors, numbers, strings, dtypes and devices, and tuples, lists, "
+                "dictionaries and slices of those.",
+                location,
+            )
+
+        return map_structure(leaf, value)
+
+
+class Recorded:
+    """A value that a recording knows: the part of a proxy that recordings need.
+
+    Attributes:
+        _recording: where it was recorded.
+        _ref: the node that makes it.
+        _cell: the cell that it was last saved to, if it was saved.
+        _operand: whether operations other than indexing make sense on it.
+    """
+
+    _operand: ClassVar[bool] = True
+    __slots__ = ("_cell", "_recording", "_ref")
+
+    def __init__(self, recording: Recording, ref: Ref, cell: Cell | None = None) -> None:
+        self._recording = recording
+        self._ref = ref
+        self._cell = cell
+
+    def result(self, location: Location | None = None) -> Any:
+        """Returns what the run saved for this value.
+
+        Raises:
+            NoValueError: before the run, after a failed one, or if the value was not saved.
+            """
+        cell = self._cell
+        if cell is not None and cell.filled:
+            return cell.value
+        location = location or here(3)
+        what = f"`{self.written()}`"
+        if self._recording.open:
+            raise NoValueError(
+                f"{what} has no value yet: the model runs when the outermost `with` block ends. "
+                "Read it after the block, or keep computing with it here.",
+                location,
+            )
+        if cell is None:
+            raise NoValueError(
+                f"{what} was not saved, so its value is gone: write `.save()` after it inside the "
+                f"block, at\n{self._recording.graph[self._ref.index].location}",
+                location,
+            )
+        raise NoValueError(f"{what} has no value: {cell.failure or 'its run failed.'}", location)
+
+    def written(self) -> str:
+        """Returns the expression that this value stands for."""
+        from insitu.graph.expression import expression
+
+        return expression(self._recording.graph, self._ref.index)
+
+
+def _described(item: object) -> str:
+    kind = f"{type(item).__module__}.{type(item).__qualname__}".removeprefix("builtins.")
+    return f"a value of type {kind}" if not callable(item) else f"a function ({kind})"
+
+
+def _refuse_structure(recorded: Recorded, location: Location) -> NoReturn:
+    written = recorded.written()
+    raise OperationError(
+        f"`{written}` is a tuple, not a tensor: write `{written}[0]` for its first element (of a "
+        "transformer block, the hidden states).",
+        location,
+    )

@@ -1,0 +1,137 @@
+"""Shapes while recording: recorded operations carried out on fake tensors.
+
+A fake tensor has a shape, a dtype and a device but no data (`torch._subclasses.FakeTensorMode`).
+What arrives at a site is asked of the recording's shape source; operations are then run on it
+here, only those that a question needs, and each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from typing import Any, cast
+
+import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from insitu.graph.errors import InsituError, ShapeError
+from insitu.graph.expression import expression
+from insitu.graph.node import Node, Ref
+from insitu.graph.recording import Recording
+from insitu.graph.structure import map_structure
+
+
+def fake_value(recording: Recording, index: int) -> Any:
+    """Returns the value of a node with fake tensors in place of tensors.
+
+    Args:
+        recording: the recording that the node is in.
+        index: the node.
+
+    Raises:
+        ShapeError: pointing at the line of the operation that fails, or whose result has a shape
+            that depends on values.
+    """
+    fakes = recording.fakes
+    for ancestor in _unknown_ancestors(recording, index):
+        node = recording.graph[ancestor]
+        site = node.site
+        if site is None:
+            fakes[ancestor] = _compute(recording, ancestor)
+        elif recording.shapes is None:
+            raise ShapeError(f"The shape of `{site}` is not known before the run.", node.location)
+        else:
+            fakes[ancestor] = recording.shapes(site)
+    return fakes[index]
+
+
+def shape_of(value: Any) -> Any:
+    """Returns the size of a tensor, or sizes in the structure of a nested value."""
+    if isinstance(value, torch.Tensor):
+        return value.shape
+    return _plain(value, lambda leaf: leaf.shape if isinstance(leaf, torch.Tensor) else None)
+
+
+def dtype_of(value: Any) -> Any:
+    """Returns the dtype of a tensor, or dtypes in the structure of a nested value."""
+    return _plain(value, lambda leaf: leaf.dtype if isinstance(leaf, torch.Tensor) else None)
+
+
+def length_of(value: Any, recording: Recording, ref: Ref) -> int:
+    """Returns `len(value)`.
+
+    Raises:
+        ShapeError: if the value has no length.
+    """
+    if isinstance(value, Sized) and getattr(value, "ndim", 1):
+        return len(value)
+    node = recording.graph[ref.index]
+    raise ShapeError(
+        f"`{expression(recording.graph, ref.index)}` has no length: it is one number.",
+        node.location,
+    )
+
+
+def _plain(value: Any, leaf: Any) -> Any:
+    """The structure of a value with dictionaries of every class as plain ones."""
+    if isinstance(value, Mapping):
+        entries = cast("Mapping[Any, Any]", value)
+        return {key: _plain(item, leaf) for key, item in entries.items()}
+    if isinstance(value, tuple | list):
+        items = [_plain(item, leaf) for item in cast("tuple[Any, ...]", value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    return leaf(value)
+
+
+def _unknown_ancestors(recording: Recording, index: int) -> list[int]:
+    """The nodes that must be computed first, in their order, and the node itself."""
+    needed: set[int] = set()
+    pending = [index]
+    while pending:
+        current = pending.pop()
+        if current not in needed and current not in recording.fakes:
+            needed.add(current)
+            pending.extend(recording.graph[current].inputs)
+    return sorted(needed)
+
+
+def _compute(recording: Recording, index: int) -> Any:
+    node = recording.graph[index]
+    mode = _mode(recording, node)
+
+    def leaf(item: Any) -> Any:
+        if type(item) is Ref:
+            return recording.fakes[item.index]
+        if isinstance(item, torch.Tensor) and not isinstance(item, FakeTensor):
+            return mode.from_tensor(item)
+        return item
+
+    args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))
+    try:
+        with mode, torch.no_grad():
+            return node.operation.function(*args, **kwargs)
+    except InsituError:
+        raise
+    except Exception as error:
+        shapes = [shape_of(recording.fakes[i]) for i in node.inputs]
+        written = expression(recording.graph, index)
+        if "DataDependent" in type(error).__name__ or "DynamicOutput" in type(error).__name__:
+            raise ShapeError(
+                f"The shape of `{written}` depends on values, so it is not known before the run.",
+                node.location,
+            ) from error
+        listed = ", ".join(str(tuple(s)) if isinstance(s, torch.Size) else str(s) for s in shapes)
+        raise ShapeError(
+            f"`{written}` does not work on values of shape {listed}: {error}", node.location
+        ) from error
+
+
+def _mode(recording: Recording, node: Node) -> FakeTensorMode:
+    """The fake mode that the inputs of a node live in."""
+    modes: list[FakeTensorMode] = []
+
+    def leaf(item: Any) -> None:
+        if isinstance(item, FakeTensor):
+            modes.append(item.fake_mode)
+
+    map_structure(leaf, tuple(recording.fakes[i] for i in node.inputs))
+    return modes[0] if modes else FakeTensorMode()

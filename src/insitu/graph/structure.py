@@ -1,0 +1,99 @@
+"""Values with structure: tensors inside tuples, lists, dictionaries, named tuples and slices.
+
+Modules return such values and users build them. Other objects (a cache, a distribution) count as
+leaves here. For what this does, `torch.utils._pytree` takes several times as long.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+
+
+def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
+    """Returns a value of the same structure with a function applied to each leaf.
+
+    Args:
+        function: what to do with whatever is no container.
+        value: a leaf or containers of leaves. Dictionaries of other classes (such as
+            `transformers.utils.ModelOutput`) keep their class.
+    """
+    kind = type(value)
+    if kind is torch.Tensor:
+        return function(value)
+    if kind is tuple or kind is list:
+        return kind(map_structure(function, item) for item in value)
+    if kind is slice:
+        return slice(*(map_structure(function, x) for x in (value.start, value.stop, value.step)))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        fields = cast("tuple[Any, ...]", value)
+        return cast("Callable[..., Any]", kind)(*(map_structure(function, x) for x in fields))
+    if isinstance(value, tuple) and kind.__module__ == "torch.return_types":
+        results = cast("tuple[Any, ...]", value)
+        return cast("Callable[..., Any]", kind)([map_structure(function, x) for x in results])
+    if isinstance(value, dict):
+        entries = cast("dict[Any, Any]", value)
+        mapped = {key: map_structure(function, item) for key, item in entries.items()}
+        return mapped if kind is dict else cast("Callable[..., Any]", kind)(mapped)
+    return function(value)
+
+
+def copied(value: Any) -> Any:
+    """Returns a copy that shares no memory with a value, without history for autograd.
+
+    Args:
+        value: any structure. A tensor that is a part of a larger one is copied as that part.
+    """
+    if type(value) is torch.Tensor:  # the common case, first
+        return value.detach().clone()
+    return map_structure(_copied_leaf, value)
+
+
+def _copied_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone()
+    return copy.deepcopy(leaf)
+
+
+def attribute(value: Any, name: str) -> Any:
+    """Returns an entry of a mapping, a field of a named tuple or a plain attribute.
+
+    This is the recorded form of `value.name`: it reaches data only, no method, no property and
+    nothing that starts with an underscore.
+
+    Raises:
+        AttributeError: if there is no such data.
+    """
+    if isinstance(value, torch.Tensor):
+        if name in TENSOR_PROPERTIES:
+            return getattr(value, name)
+    elif isinstance(value, Mapping) and name in value:
+        return cast("Mapping[str, Any]", value)[name]
+    elif isinstance(value, tuple):
+        if not name.startswith("_") and name in _tuple_fields(cast("tuple[Any, ...]", value)):
+            return getattr(cast(Any, value), name)
+    elif not name.startswith("_") and name in getattr(value, "__dict__", {}):
+        return getattr(value, name)
+    raise AttributeError(f"{type(value).__name__} has no {name!r} that can be read")
+
+
+def _tuple_fields(value: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names of the fields of a named tuple, also of those that torch.max and its like return."""
+    if hasattr(value, "_fields"):
+        return cast(Any, value)._fields
+    if type(value).__module__ == "torch.return_types":
+        return tuple(name for name in dir(type(value)) if name in _RETURN_FIELDS)
+    return ()
+
+
+TENSOR_PROPERTIES = frozenset(
+    ["H", "T", "device", "dtype", "imag", "mH", "mT", "ndim", "real", "shape"]
+)
+# The fields of torch.max, topk, sort, svd, slogdet, frexp, qr, aminmax, histogram and their like.
+_RETURN_FIELDS = frozenset(
+    ["L", "LU", "Q", "R", "S", "U", "V", "bin_edges", "exponent", "hist", "indices", "logabsdet"]
+    + ["mantissa", "max", "min", "sign", "values"]
+)

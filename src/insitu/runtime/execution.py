@@ -1,0 +1,161 @@
+"""Runs the nodes of a graph as the values that they wait for arrive.
+
+An execution holds the values of one run. It knows nothing of modules or hooks: a pass tells it
+what arrived, and it runs whatever has become possible and drops what is used up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from insitu.graph.errors import ExecutionError, InsituError, ShapeError
+from insitu.graph.expression import expression
+from insitu.graph.node import Graph, Node, Ref
+from insitu.graph.recording import Cell
+from insitu.graph.shapes import shape_of
+from insitu.graph.structure import map_structure
+from insitu.runtime.plan import Plan
+
+
+class Execution:
+    """The values of one run of a graph.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+    """
+
+    __slots__ = ("_arrived", "_bits", "_graph", "_plan", "_uses", "_values", "_waiting")
+
+    def __init__(self, graph: Graph, plan: Plan) -> None:
+        self._graph = graph
+        self._plan = plan
+        self._values: list[Any] = [None] * len(graph)
+        self._uses = list(plan.uses)
+        self._arrived = 0
+        self._bits = {index: 1 << bit for bit, index in enumerate(plan.reads.values())}
+        # Each group of nodes waits at one of its sites that have not arrived; when that one
+        # arrives it runs, or moves on to wait at another.
+        self._waiting: dict[int, list[int]] = {}
+        for need in plan.groups:
+            self._waiting.setdefault(need & -need, []).append(need)
+
+    def arrive(self, arrivals: Mapping[int, Any]) -> None:
+        """Takes what arrived at sites, and runs every node that has been waiting for it.
+
+        Args:
+            arrivals: values by the index of the node that reads them. They arrive at the same
+                moment: nodes run when all are there.
+
+        Raises:
+            ShapeError, ExecutionError: if an operation fails, pointing at its line.
+        """
+        values = self._values
+        moved: list[int] = []
+        for index, value in arrivals.items():
+            values[index] = value
+            bit = self._bits[index]
+            self._arrived |= bit
+            moved.extend(self._waiting.pop(bit, ()))
+        ready: list[int] = []
+        for need in moved:
+            missing = need & ~self._arrived
+            if missing:
+                self._waiting.setdefault(missing & -missing, []).append(need)
+            else:
+                ready.append(need)
+        if len(ready) == 1:
+            self._run(self._plan.groups[ready[0]])
+        elif ready:
+            self._run(sorted(index for need in ready for index in self._plan.groups[need]))
+        if self._plan.held:
+            self._keep(arrivals, ready)
+
+    def saved(self, cells: Mapping[int, Cell]) -> None:
+        """Puts the saved values into their cells."""
+        for index, cell in cells.items():
+            cell.value = self._values[index]
+            cell.filled = True
+
+    def _run(self, indices: list[int]) -> None:
+        nodes, values, uses = self._graph.nodes, self._values, self._uses
+        for index in indices:
+            node = nodes[index]
+            try:
+                if node.nested:
+                    args, kwargs = self._resolved(node)
+                    values[index] = node.operation.function(*args, **kwargs)
+                else:
+                    args = [values[arg.index] if type(arg) is Ref else arg for arg in node.args]
+                    values[index] = node.operation.function(*args, **node.kwargs)
+            except Exception as error:
+                raise self._failure(index, error) from error
+            for source in node.inputs:
+                uses[source] -= 1
+                if not uses[source]:
+                    values[source] = None
+            if not uses[index]:
+                values[index] = None
+
+    def _resolved(self, node: Node) -> tuple[Any, Any]:
+        """The arguments of a node, with values in the place of references."""
+
+        def leaf(item: Any) -> Any:
+            return self._values[item.index] if type(item) is Ref else item
+
+        return cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))
+
+    def _keep(self, arrivals: Mapping[int, Any], ready: list[int]) -> None:
+        """Copies values that wait for other sites, so that the model's own writes miss them.
+
+        Modules may write into what they returned or were given (`nn.ReLU(inplace=True)`, a
+        residual stream added up in place). Only memory that came from the model is copied.
+        """
+        memory = {_memory(tensor) for value in arrivals.values() for tensor in _tensors(value)}
+
+        def leaf(item: Any) -> Any:
+            if isinstance(item, torch.Tensor) and _memory(item) in memory:
+                return item.clone()
+            return item
+
+        groups = {*ready, *(self._bits[index] for index in arrivals)}
+        for need in groups:
+            for index in self._plan.held.get(need, ()):
+                if self._uses[index]:
+                    self._values[index] = map_structure(leaf, self._values[index])
+
+    def _failure(self, index: int, error: Exception) -> InsituError:
+        """The error to raise for an operation that failed, at the line that recorded it."""
+        node = self._graph[index]
+        written = expression(self._graph, index)
+        found = [self._values[source] for source in node.inputs]
+        if isinstance(error, RuntimeError | IndexError | ValueError) and found:
+            shapes = ", ".join(
+                str(tuple(shape)) if isinstance(shape, torch.Size) else str(shape)
+                for shape in map(shape_of, found)
+            )
+            message = f"`{written}` does not work on values of shape {shapes}: {error}"
+            return ShapeError(message, node.location)
+        kinds = ", ".join(type(value).__name__ for value in found)
+        message = f"`{written}` failed on values of type {kinds}: {type(error).__name__}: {error}"
+        return ExecutionError(message, node.location)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if type(value) is torch.Tensor:
+        return [value]
+    found: list[torch.Tensor] = []
+
+    def leaf(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+
+    map_structure(leaf, value)
+    return found
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,172 @@
+"""Which axes of a value are batch rows and which are positions, and how to cut along them.
+
+Found by comparing what passes a site at three sizes of input: an axis that grows with the batch
+holds rows, one that grows with the length holds positions, one that grows with both holds rows
+and positions flattened together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, cast
+
+import torch
+
+from insitu.graph.errors import InsituError
+from insitu.graph.node import Kind, Site
+from insitu.graph.structure import map_structure
+from insitu.runtime.probe import Probe
+
+# (batch, length) of the three probes.
+SIZES = ((2, 5), (3, 5), (2, 7))
+
+
+class Axis(Enum):
+    """What an axis of a value counts."""
+
+    FIXED = "features, heads or whatever else does not depend on the batch"
+    ROWS = "rows of the batch"
+    POSITIONS = "positions"
+    BOTH = "rows and positions, flattened"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """The axes of one tensor."""
+
+    axes: tuple[Axis, ...]
+
+
+class Inseparable(Exception):
+    """No layout: the value cannot be cut into the parts of its invocations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where one invocation lies in a batch.
+
+    Attributes:
+        rows: its rows.
+        positions: its positions in each of them.
+        batch: rows in the whole batch.
+        length: positions in the whole batch.
+    """
+
+    rows: slice
+    positions: slice
+    batch: int
+    length: int
+
+
+Layouts = Mapping[tuple[str, Kind], Any]
+"""Layouts by path and kind; a site that cannot be cut has none."""
+
+
+def find_layouts(probes: tuple[Probe, Probe, Probe]) -> Layouts:
+    """Returns the layouts of all sites that have one.
+
+    Args:
+        probes: what passed the sites at the three sizes of `SIZES`, in this order.
+    """
+    layouts: dict[tuple[str, Kind], Any] = {}
+    for site, value in probes[0].items():
+        if all(site in probe for probe in probes):
+            try:
+                layouts[site] = _layout(value, probes[1][site], probes[2][site])
+            except Inseparable:
+                continue
+    return layouts
+
+
+def cut(site: Site, value: Any, layout: Any, part: Part) -> Any:
+    """Returns an invocation's part of a value.
+
+    Args:
+        site: where the value arrived.
+        value: what arrived.
+        layout: the site's layout.
+        part: where the invocation lies.
+
+    Raises:
+        InsituError: if the value does not have the layout.
+    """
+    if isinstance(layout, TensorLayout) and isinstance(value, torch.Tensor):
+        return _cut_tensor(site, value, layout, part)
+    if isinstance(layout, tuple) and isinstance(value, tuple) and len(layout) == len(value):  # pyright: ignore[reportUnknownArgumentType]
+        items = zip(cast("tuple[Any, ...]", value), cast("tuple[Any, ...]", layout), strict=True)
+        return tuple(cut(site, item, inner, part) for item, inner in items)
+    if isinstance(layout, dict) and isinstance(value, Mapping):
+        entries = cast("Mapping[str, Any]", value)
+        inner = cast("dict[str, Any]", layout)
+        if entries.keys() == inner.keys():
+            cuts = {name: cut(site, entries[name], inner[name], part) for name in entries}
+            return cast(Any, type(value))(cuts)
+    if layout is None and not isinstance(value, torch.Tensor):
+        return value
+    raise _unexpected(site, value)
+
+
+def _layout(first: Any, more_rows: Any, longer: Any) -> Any:
+    """The layout of a value, from the value at the three sizes."""
+    if isinstance(first, torch.Tensor):
+        shapes = (first.shape, more_rows.shape, longer.shape)
+        if len({len(shape) for shape in shapes}) > 1:
+            raise Inseparable
+        axes = tuple(_axis(*sizes) for sizes in zip(*shapes, strict=True))
+        if Axis.ROWS not in axes and Axis.BOTH not in axes:
+            raise Inseparable
+        return TensorLayout(axes)
+    if type(first) is tuple:
+        return tuple(_layout(*items) for items in zip(first, more_rows, longer, strict=True))
+    if isinstance(first, Mapping):
+        entries = cast("Mapping[str, Any]", first)
+        return {name: _layout(entries[name], more_rows[name], longer[name]) for name in entries}
+    if first is None or isinstance(first, bool | int | float | str):
+        if first == more_rows == longer:
+            return None
+    raise Inseparable
+
+
+def _axis(first: int, more_rows: int, longer: int) -> Axis:
+    (batch, length), (batch_2, _), (_, length_2) = SIZES
+    kinds = {
+        (first, first, first): Axis.FIXED,
+        (batch, batch_2, batch): Axis.ROWS,
+        (length, length, length_2): Axis.POSITIONS,
+        (batch * length, batch_2 * length, batch * length_2): Axis.BOTH,
+    }
+    if (first, more_rows, longer) not in kinds:
+        raise Inseparable
+    return kinds[first, more_rows, longer]
+
+
+def _cut_tensor(
+    site: Site, value: torch.Tensor, layout: TensorLayout, part: Part
+) -> torch.Tensor:
+    sizes = {
+        Axis.ROWS: part.batch,
+        Axis.POSITIONS: part.length,
+        Axis.BOTH: part.batch * part.length,
+    }
+    shape = value.shape
+    if len(shape) != len(layout.axes) or any(
+        size != sizes.get(axis, size) for size, axis in zip(shape, layout.axes, strict=True)
+    ):
+        raise _unexpected(site, value)
+    if Axis.BOTH not in layout.axes:
+        keys = {Axis.ROWS: part.rows, Axis.POSITIONS: part.positions}
+        return value[tuple(keys.get(axis, slice(None)) for axis in layout.axes)]
+    axis = layout.axes.index(Axis.BOTH)
+    apart = value.unflatten(axis, (part.batch, part.length))
+    lead = (slice(None),) * axis
+    return apart[(*lead, part.rows, part.positions)].flatten(axis, axis + 1)
+
+
+def _unexpected(site: Site, value: Any) -> InsituError:
+    shapes = map_structure(lambda x: tuple(getattr(x, "shape", ())), value)
+    return InsituError(
+        f"What arrived at `{site}` (shapes {shapes}) cannot be cut into the parts of the "
+        "invocations. Give each prompt a block of its own."
+    )

@@ -1,0 +1,67 @@
+"""Which nodes of a graph can run at which moment of the run.
+
+A node can run once everything that arrives at the sites that it depends on has arrived. Nodes
+that depend on the same set of sites run together, in the order of their lines, so the plan keeps
+one group for each such set. A set of sites is written as an integer with a bit for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from insitu.graph.node import Graph, Site
+from insitu.graph.operations import READ
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """What of a graph runs when, and how long its values live.
+
+    Attributes:
+        reads: the index of the node that reads it, for each site, in the order of their bits.
+        groups: node indices in the order of their lines, for each set of sites.
+        uses: how many times each node's value is asked for, by the run or by the user.
+        held: for each set of sites, the nodes whose values wait for sites that are not in it.
+    """
+
+    reads: dict[Site, int]
+    groups: dict[int, list[int]]
+    uses: list[int]
+    held: dict[int, list[int]]
+
+
+def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
+    """Returns the plan of a graph.
+
+    Args:
+        graph: what is to be done. A site is read by at most one of its nodes.
+        saves: holds the indices of the nodes whose values the user keeps.
+    """
+    reads: dict[Site, int] = {}
+    groups: dict[int, list[int]] = {}
+    held: dict[int, list[int]] = {}
+    uses = [0] * len(graph)
+    needs: list[int] = []
+    for index, node in enumerate(graph.nodes):
+        if node.operation is READ:
+            need = 1 << len(reads)
+            reads[node.args[0]] = index
+            needs.append(need)
+            continue
+        need = 0
+        for source in node.inputs:
+            need |= needs[source]
+            uses[source] += 1
+        for source in node.inputs:
+            if needs[source] != need:
+                held.setdefault(needs[source], []).append(source)
+        needs.append(need)
+        group = groups.get(need)
+        if group is None:
+            groups[need] = [index]
+        else:
+            group.append(index)
+    for index in saves:
+        uses[index] += 1
+    return Plan(reads, groups, uses, held)

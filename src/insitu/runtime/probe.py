@@ -1,0 +1,105 @@
+"""What every module of a tree takes and returns, found by a run on fake tensors.
+
+The module's parameters and buffers are replaced by fake ones on the CPU for the duration of one
+call, so nothing is computed, nothing is allocated and a module without weights does as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
+
+from insitu.graph.errors import ShapeError
+from insitu.graph.node import Kind
+from insitu.graph.structure import map_structure
+from insitu.runtime.passes import View, first_argument
+
+
+class Call(NamedTuple):
+    """The arguments of a call of the wrapped module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def signature(self) -> str:
+        """Returns a string that is equal for calls with arguments of equal shapes and dtypes."""
+
+        def leaf(item: Any) -> Any:
+            if isinstance(item, torch.Tensor):
+                return f"{item.dtype}{tuple(item.shape)}"
+            return repr(item)
+
+        return repr(map_structure(leaf, (self.args, self.kwargs)))
+
+
+Probe = Mapping[tuple[str, Kind], Any]
+"""Fake values of the first call of each module that ran, by path and kind."""
+
+
+def probe(
+    module: nn.Module, call: Call, modules: Mapping[str, nn.Module], views: Mapping[str, View]
+) -> Probe:
+    """Runs a module on fake tensors and returns what passed its sites.
+
+    Args:
+        module: the module; on any device, the meta device too. It is changed for the duration,
+            so the caller must hold it (see `exclusive`).
+        call: what to call it with; the tensors' shapes and dtypes count, their content does not.
+        modules: its tree, by path.
+        views: how outputs are shown, by path.
+
+    Raises:
+        ShapeError: if the module cannot be run without data.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    seen: dict[tuple[str, Kind], Any] = {}
+
+    def listen(path: str) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            if (path, "output") in seen:
+                return
+            view = views.get(path)
+            seen[path, "output"] = output if view is None else view(output, args, kwargs)
+            seen[path, "inputs"] = (args, dict(kwargs))
+            if args or kwargs:
+                seen[path, "input"] = first_argument(args, kwargs)
+
+        return hook
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    handles = [
+        part.register_forward_hook(listen(path), with_kwargs=True)
+        for path, part in modules.items()
+    ]
+    try:
+        with mode, torch.no_grad():
+            weights = {
+                name: fake(tensor)
+                for tensors in (module.named_parameters(), module.named_buffers())
+                for name, tensor in tensors
+            }
+
+            def leaf(item: Any) -> Any:
+                return fake(item) if isinstance(item, torch.Tensor) else item
+
+            args, kwargs = map_structure(leaf, tuple(call))
+            functional_call(module, weights, args, kwargs)
+    except Exception as error:
+        raise ShapeError(
+            "Shapes of this model cannot be found without running it "
+            f"({type(error).__name__}: {error}). Save the value and look at its shape after the "
+            "block."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
