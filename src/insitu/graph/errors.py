@@ -46,6 +46,10 @@ class PromptTypeError(InsituError, TypeError):
     """A prompt of a form that is not supported."""
 
 
+class OptionError(InsituError, ValueError):
+    """An option that has no meaning where it was given."""
+
+
 class OperationError(InsituError, TypeError):
     """An operation that cannot be recorded."""
 

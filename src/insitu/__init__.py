@@ -1,0 +1,39 @@
+"""Insitu opens up a neural network while it runs."""
+
+from insitu.graph.errors import (
+    BlockError,
+    ExecutionError,
+    IndexOutOfRange,
+    InsituError,
+    LoadError,
+    NeverRanError,
+    NoValueError,
+    OperationError,
+    OptionError,
+    PathError,
+    PromptError,
+    PromptTypeError,
+    ShapeError,
+)
+from insitu.graph.proxy import Proxy
+from insitu.models.language_model import LanguageModel
+from insitu.models.model import Model
+
+__all__ = [
+    "BlockError",
+    "ExecutionError",
+    "IndexOutOfRange",
+    "InsituError",
+    "LanguageModel",
+    "LoadError",
+    "Model",
+    "NeverRanError",
+    "NoValueError",
+    "OperationError",
+    "OptionError",
+    "PathError",
+    "PromptError",
+    "PromptTypeError",
+    "Proxy",
+    "ShapeError",
+]

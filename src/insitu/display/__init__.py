@@ -1,0 +1,1 @@
+"""What things look like: module trees as text, from plain data."""

@@ -1,0 +1,1 @@
+"""What is to be done: nodes, proxies, the operation registry and shapes."""

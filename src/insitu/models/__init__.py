@@ -1,0 +1,1 @@
+"""What experiments are done to: any module, and language models of Hugging Face."""

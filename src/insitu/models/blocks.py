@@ -1,0 +1,64 @@
+"""The block contract: what `.output` of a transformer block is, whatever the block returns.
+
+Blocks of some families and versions return a tensor, others a tuple with various things behind
+the hidden states. Here it is always a tuple: the hidden states, and with a key-value cache on,
+the layer's `(key, value)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class BlockView:
+    """Shows the output of a block by the contract.
+
+    Attributes:
+        layer: the block's place among the blocks, which is its place in the cache.
+    """
+
+    layer: int
+
+    def __call__(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Returns `(hidden states,)` or `(hidden states, (key, value))`.
+
+        Hidden states are `(batch, position, d_model)`, keys and values
+        `(batch, head, position, d_head)`.
+        """
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        cached = _keys_and_values((*args, *kwargs.values()), self.layer)
+        return (hidden,) if cached is None else (hidden, cached)
+
+
+def block_views(module: nn.Module, layers: int | None) -> dict[str, BlockView]:
+    """Returns the view of each transformer block of a model, by path.
+
+    Blocks are found by structure: the first list of modules of one class that is as long as the
+    model is deep.
+
+    Args:
+        module: the model.
+        layers: how many blocks its config says it has.
+    """
+    for path, part in module.named_modules():
+        if isinstance(part, nn.ModuleList) and len(part) == layers:
+            if len({type(block) for block in part}) == 1:
+                return {f"{path}.{layer}": BlockView(layer) for layer in range(len(part))}
+    return {}
+
+
+def _keys_and_values(arguments: tuple[Any, ...], layer: int) -> tuple[Any, Any] | None:
+    """One layer's keys and values, from the cache among a block's arguments."""
+    for argument in arguments:
+        cache = getattr(argument, "self_attention_cache", argument)
+        layers = getattr(cache, "layers", None)
+        if isinstance(layers, list) and layer < len(layers):
+            keys = getattr(layers[layer], "keys", None)
+            values = getattr(layers[layer], "values", None)
+            return None if keys is None or values is None else (keys, values)
+    return None

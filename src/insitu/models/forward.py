@@ -1,0 +1,105 @@
+"""`trace` on a language model: one forward of all prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from insitu.graph.errors import PromptTypeError
+from insitu.graph.location import Location
+from insitu.graph.node import Site
+from insitu.models.batching import cuts, join
+from insitu.models.prompts import Prompt
+from insitu.runtime.layout import Layouts
+from insitu.runtime.passes import Pass
+from insitu.runtime.probe import Call
+from insitu.runtime.procedure import Outputs
+
+if TYPE_CHECKING:
+    from insitu.models.language_model import LanguageModel
+
+# Options of a forward that mean the same for each prompt of a batch as for one alone.
+_BATCHABLE = frozenset(["output_attentions", "output_hidden_states", "return_dict", "use_cache"])
+
+
+class LanguageForward:
+    """Forwards of a language model.
+
+    Args:
+        model: the model.
+        options: keyword arguments for its forward.
+    """
+
+    def __init__(self, model: LanguageModel, options: dict[str, Any]) -> None:
+        self._model = model
+        if model.takes_use_cache:
+            options.setdefault("use_cache", False)
+        self._options = options
+
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], location: Location) -> Prompt:
+        """Returns the prompt of an invocation as token ids."""
+        if len(args) != 1 or kwargs:
+            raise PromptTypeError(
+                "An invocation of a trace takes one prompt and nothing else; options of the "
+                "forward are given to `trace`.",
+                location,
+            )
+        return self._model.reader.read(args[0], "right", location)
+
+    def example(self, request: Prompt) -> Call:
+        """Returns the forward of a prompt alone."""
+        return self._call(request.ids, request.mask, request.extras)
+
+    def passes(
+        self, module: nn.Module, requests: Sequence[Prompt], sites: Mapping[Site, int]
+    ) -> list[Pass]:
+        """Returns one pass for all prompts where each can be cut out of it, else one for each."""
+        device = self._model.device
+
+        def single(number: int, prompt: Prompt) -> Pass:
+            call = self._call(prompt.ids, prompt.mask, prompt.extras, device)
+            return Pass(lambda: module(**call.kwargs), {number: None}, True)
+
+        layouts = self._layouts(module, requests, sites) if len(requests) > 1 else None
+        if layouts is None:
+            return [single(number, prompt) for number, prompt in enumerate(requests)]
+        batch = join(requests, "right", self._model.pad_id)
+        call = self._call(batch.ids, batch.mask, {}, device)
+        return [Pass(lambda: module(**call.kwargs), cuts(batch, layouts), True)]
+
+    def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
+        """Returns nothing: the output of a forward is a site."""
+        return None
+
+    def _layouts(
+        self, module: nn.Module, requests: Sequence[Prompt], sites: Mapping[Site, int]
+    ) -> Layouts | None:
+        """How to cut every site that is read, or None if one pass for all would not do."""
+        if module.training or not self._options.keys() <= _BATCHABLE:
+            return None
+        if any(prompt.extras for prompt in requests):
+            return None
+
+        def sample(batch: int, length: int) -> Call:
+            return self._call(torch.zeros(batch, length, dtype=torch.int64), None, {})
+
+        return self._model.layouts(sample, sites)
+
+    def _call(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        extras: Mapping[str, torch.Tensor],
+        device: torch.device | None = None,
+    ) -> Call:
+        kwargs: dict[str, Any] = {"input_ids": ids, **extras, **self._options}
+        if mask is not None:
+            kwargs["attention_mask"] = mask
+        if device is not None:
+            for name, value in kwargs.items():
+                if isinstance(value, torch.Tensor) and value.device != device:
+                    kwargs[name] = value.to(device)
+        return Call((), kwargs)

@@ -1,0 +1,206 @@
+"""`generate` on a language model: prompts continued by Hugging Face's own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from insitu.graph.errors import OptionError, PromptTypeError
+from insitu.graph.location import Location
+from insitu.graph.node import Site
+from insitu.models.batching import cuts, join
+from insitu.models.prompts import Prompt
+from insitu.runtime.passes import Cut, Pass
+from insitu.runtime.probe import Call
+from insitu.runtime.procedure import Outputs
+
+if TYPE_CHECKING:
+    from insitu.models.language_model import LanguageModel
+
+# Options with which a row of a batch continues as it would alone.
+_BATCHABLE = frozenset(
+    ["do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "pad_token_id", "use_cache"]
+)
+# Settings of a generation config with which it does not, and the values that mean "off".
+_UNBATCHABLE_UNLESS: Mapping[str, tuple[Any, ...]] = {
+    "do_sample": (None, False),
+    "num_beams": (None, 1),
+    "repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "stop_strings": (None,),
+    "prompt_lookup_num_tokens": (None,),
+}
+
+
+class Generation:
+    """Generations of a language model.
+
+    Args:
+        model: the model.
+        options: keyword arguments for its `generate`.
+        location: the user's line.
+
+    Raises:
+        OptionError: if `max_new_tokens` is no positive number.
+    """
+
+    def __init__(
+        self, model: LanguageModel, options: dict[str, Any], location: Location
+    ) -> None:
+        steps = options.get("max_new_tokens", 1)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise OptionError(
+                f"`max_new_tokens` is the number of tokens to generate, at least 1, not {steps!r}. "
+                "To run the prompt alone, use `trace`.",
+                location,
+            )
+        self._model = model
+        self._options = options
+
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], location: Location) -> Prompt:
+        """Returns the prompt of an invocation as token ids, with its seed."""
+        seed = kwargs.pop("seed", None)
+        if len(args) != 1 or kwargs or not (seed is None or isinstance(seed, int)):
+            raise PromptTypeError(
+                "An invocation of a generation takes one prompt, and `seed=` with an integer for "
+                "its sampling; options are given to `generate`.",
+                location,
+            )
+        prompt = self._model.reader.read(args[0], "left", location)
+        return Prompt(prompt.ids, prompt.mask, prompt.extras, seed)
+
+    def example(self, request: Prompt) -> Call:
+        """Returns the forward that `generate` begins with for a prompt alone."""
+        return self._first_forward(request.ids)
+
+    def passes(
+        self, module: nn.Module, requests: Sequence[Prompt], sites: Mapping[Site, int]
+    ) -> list[Pass]:
+        """Returns one pass for all prompts where each goes on in it as it would alone, else one
+        for each."""
+        layouts = None
+        if len(requests) > 1 and self._batchable(module, requests):
+            layouts = self._model.layouts(
+                lambda batch, length: self._first_forward(torch.zeros(batch, length).long()), sites
+            )
+        if layouts is None:
+            if len(requests) > 1 and self._setting(module, "return_dict_in_generate"):
+                raise OptionError(
+                    "`return_dict_in_generate` takes one invocation in a block, because these "
+                    "have to be generated one by one."
+                )
+            return [
+                self._pass(module, prompt, prompt.visible_mask, {number: None})
+                for number, prompt in enumerate(requests)
+            ]
+        batch = join(requests, "left", self._model.pad_id)
+        mask = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
+        return [self._pass(module, Prompt(batch.ids), mask, cuts(batch, layouts))]
+
+    def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
+        """Returns what `generate` gave, as one for all prompts and for each."""
+        if len(requests) == 1:
+            return Outputs(results[0], [_sequences(results[0])])
+        if len(results) == 1:
+            each = self._apart(_sequences(results[0]), requests)
+            return Outputs(results[0], each)
+        each = [_sequences(result) for result in results]
+        return Outputs(self._together(each, requests), each)
+
+    def _pass(
+        self,
+        module: nn.Module,
+        prompt: Prompt,
+        mask: torch.Tensor,
+        cuts: Mapping[int, Cut | None],
+    ) -> Pass:
+        device = self._model.device
+        kwargs = {
+            "input_ids": prompt.ids.to(device),
+            "attention_mask": mask.to(device),
+            "pad_token_id": self._model.pad_id,
+            **{name: value.to(device) for name, value in prompt.extras.items()},
+            **self._options,
+        }
+
+        def call() -> Any:
+            with _seeded(prompt.seed):
+                return module.generate(**kwargs)  # pyright: ignore[reportCallIssue]
+
+        return Pass(call, cuts, may_stop=False)
+
+    def _first_forward(self, ids: torch.Tensor) -> Call:
+        kwargs: dict[str, Any] = {"input_ids": ids}
+        parameters = self._model.forward_parameters
+        if "position_ids" in parameters:  # `generate` makes them from the mask
+            kwargs["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape)
+        if "use_cache" in parameters:
+            kwargs["use_cache"] = self._options.get("use_cache", True)
+        if "logits_to_keep" in parameters:  # `generate` wants the last position's only
+            kwargs["logits_to_keep"] = 1
+        return Call((), kwargs)
+
+    def _batchable(self, module: nn.Module, requests: Sequence[Prompt]) -> bool:
+        """Whether each prompt goes on in a batch as it would alone."""
+        return (
+            not module.training
+            and self._options.keys() <= _BATCHABLE
+            and not any(prompt.extras for prompt in requests)
+            and all(self._setting(module, k) in off for k, off in _UNBATCHABLE_UNLESS.items())
+        )
+
+    def _setting(self, module: nn.Module, name: str) -> Any:
+        """An option of the generation: the user's, or the model's own."""
+        config = getattr(module, "generation_config", None)
+        return self._options.get(name, getattr(config, name, None))
+
+    def _apart(self, sequences: torch.Tensor, requests: Sequence[Prompt]) -> list[torch.Tensor]:
+        """Each prompt's rows of a batch, without the padding of its neighbours."""
+        length = max(prompt.ids.shape[1] for prompt in requests)
+        module = self._model.load()
+        ends = self._setting(module, "eos_token_id")
+        ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []))
+        each: list[torch.Tensor] = []
+        first = 0
+        for prompt in requests:
+            rows, own = prompt.ids.shape
+            mine = sequences[first : first + rows, length - own :]
+            ended = torch.isin(mine[:, own:], ends.to(mine.device))
+            # Alone, it would have stopped when the last of its rows had ended.
+            steps = torch.where(ended.any(1), ended.int().argmax(1) + 1, ended.shape[1])
+            each.append(mine[:, : own + int(steps.max())])
+            first += rows
+        return each
+
+    def _together(self, each: list[torch.Tensor], requests: Sequence[Prompt]) -> torch.Tensor:
+        """Rows generated one by one, as a batch would have padded them."""
+        pad_id = self._options.get("pad_token_id", self._model.pad_id)
+        before = max(prompt.ids.shape[1] for prompt in requests)
+        pairs = list(zip(each, requests, strict=True))
+        after = max(own.shape[1] - prompt.ids.shape[1] for own, prompt in pairs)
+        rows: list[torch.Tensor] = []
+        for own, prompt in pairs:
+            left = before - prompt.ids.shape[1]
+            right = before + after - left - own.shape[1]
+            rows.append(torch.nn.functional.pad(own, (left, right), value=pad_id))
+        return torch.cat(rows)
+
+
+def _sequences(result: Any) -> torch.Tensor:
+    """The token ids in what `generate` returned."""
+    return result if isinstance(result, torch.Tensor) else result.sequences
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Draws random numbers from a seed, and leaves the generators as they were."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,217 @@
+"""`LanguageModel`: a Hugging Face language model, loaded when it first runs."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from insitu.graph.errors import OptionError, ShapeError
+from insitu.graph.location import here
+from insitu.graph.node import Site
+from insitu.models.blocks import block_views
+from insitu.models.forward import LanguageForward
+from insitu.models.generation import Generation
+from insitu.models.loading import Source
+from insitu.models.model import Model
+from insitu.models.prompts import Limits, Reader
+from insitu.runtime.layout import SIZES, Layouts, find_layouts
+from insitu.runtime.probe import Call
+from insitu.tracing.tracer import Tracer
+
+
+class LanguageModel(Model):
+    """A causal language model of Hugging Face, whose inside can be read while it runs.
+
+    Config and tokenizer are read at once; the module tree is there too, without weights, so
+    paths, `print(model)` and shapes work. Weights are loaded by the first run, or by `load()`.
+
+    Args:
+        model: a repo id, a folder, the name of a bundled model such as "insitu/eiffel", or a
+            Transformers model in memory.
+        tokenizer: a tokenizer to use in place of the model's own.
+        kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision` and
+            whatever else it takes.
+
+    Raises:
+        LoadError: if there is no such model.
+
+    Example:
+        >>> from insitu import LanguageModel
+        >>> model = LanguageModel("insitu/eiffel")
+        >>> with model.trace("The Eiffel Tower is in the city of") as tracer:
+        ...     logits = model.lm_head.output[0, -1].save()
+        >>> model.tokenizer.decode(logits.argmax())
+        ' Paris'
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str] | nn.Module, tokenizer: Any = None, **kwargs: Any
+    ) -> None:
+        location = here()
+        source: Source | None = None
+        if isinstance(model, nn.Module):
+            if kwargs:
+                raise OptionError(
+                    f"{', '.join(map(repr, kwargs))} would be passed to `from_pretrained`, but the "
+                    "model is in memory already.",
+                    location,
+                )
+            config: Any = model.config
+            super().__init__(model)
+        else:
+            source = Source(os.fspath(model), kwargs)
+            config = source.config(location)
+            if tokenizer is None:
+                tokenizer = source.tokenizer()
+            super().__init__(source.tree(config))
+        vars(self).update(
+            _source=source, _config=config, _tokenizer=tokenizer, _loading=threading.RLock()
+        )
+        self._describe()
+
+    _source: Source | None
+    _config: Any
+    _tokenizer: Any
+    _loading: threading.RLock
+    _layouts: dict[str, Layouts]
+    reader: Reader
+    pad_id: int
+    forward_parameters: Mapping[str, inspect.Parameter]
+    takes_use_cache: bool
+
+    @property
+    def config(self) -> Any:
+        """The model's config, Hugging Face's own object."""
+        return self._config
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, Hugging Face's own object, never changed.
+
+        Raises:
+            LoadError: if the model came without one.
+        """
+        if isinstance(self._tokenizer, Exception):
+            raise self._tokenizer
+        return self._tokenizer
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._source is None
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be: the device of the input embedding."""
+        return self._embedding.weight.device  # pyright: ignore[reportReturnType]
+
+    def load(self) -> nn.Module:
+        """Loads the weights, if they are not there yet, and returns the module.
+
+        Raises:
+            LoadError: if the files cannot be read. The model is as before, and can try again.
+        """
+        if self._source is not None:
+            with self._loading:
+                if self._source is not None:
+                    self._take(self._source.weights(here()))
+        return self._module
+
+    def trace(self, prompt: Any = None, **kwargs: Any) -> Tracer:
+        """Opens a block that runs one forward of the model when it ends.
+
+        Args:
+            prompt: text or token ids, in any form that `invoke` takes. Without one, each
+                `tracer.invoke(prompt)` in the block gives its own; they run as one batch.
+            kwargs: keyword arguments of the model's forward. `use_cache` is False unless given.
+
+        Returns:
+            A context manager, in whose block sites can be read. `tracer.output` is a proxy.
+        """
+        given = None if prompt is None else ((prompt,), {})
+        return Tracer(self, LanguageForward(self, kwargs), given)
+
+    def generate(self, prompt: Any = None, **kwargs: Any) -> Tracer:
+        """Opens a block that generates when it ends, with the model's own `generate`.
+
+        Sites mean the first forward, which processes the prompt.
+
+        Args:
+            prompt: text or token ids, in any form that `invoke` takes. Without one, each
+                `generator.invoke(prompt, seed=None)` in the block gives its own.
+            kwargs: keyword arguments of `generate`, such as `max_new_tokens` and `do_sample`;
+                with a prompt, `seed` too.
+
+        Returns:
+            A context manager, in whose block sites can be read. `generator.output` is what
+            `generate` returned, once the block has ended.
+
+        Raises:
+            OptionError: if `max_new_tokens` is no positive number.
+        """
+        given = None
+        if prompt is not None:
+            seed = {"seed": kwargs.pop("seed")} if "seed" in kwargs else {}
+            given = ((prompt,), seed)
+        return Tracer(self, Generation(self, kwargs, here()), given, promises_output=True)
+
+    def layouts(
+        self, sample: Callable[[int, int], Call], sites: Mapping[Site, int]
+    ) -> Layouts | None:
+        """Returns how values at sites are cut into rows and positions, or None if one cannot be.
+
+        Args:
+            sample: gives a call with a batch size and a length.
+            sites: the sites.
+        """
+        calls = [sample(*size) for size in SIZES]
+        key = calls[0].signature()
+        if key not in self._layouts:
+            try:
+                first, more_rows, longer = (self.probe(call) for call in calls)
+            except ShapeError:
+                return None
+            self._layouts[key] = find_layouts((first, more_rows, longer))
+        layouts = self._layouts[key]
+        return layouts if all((site.path, site.kind) in layouts for site in sites) else None
+
+    def __repr__(self) -> str:
+        state = "" if self.loaded else ", weights not loaded yet"
+        name = type(self._module).__name__ if self._source is None else repr(self._source.name)
+        return f"LanguageModel({name}{state})\n{super().__repr__()}"
+
+    def _take(self, module: nn.Module) -> None:
+        """Takes a loaded module in the place of the tree without weights."""
+        self._adopt(module, {})
+        vars(self)["_source"] = None
+        self._describe()
+
+    def _describe(self) -> None:
+        """Looks up what runs need to know about the module, once."""
+        module: Any = self._module
+        text = self._config.get_text_config()
+        embedding = module.get_input_embeddings()
+        generation = getattr(module, "generation_config", None)
+        pads = (getattr(generation, "pad_token_id", None), text.pad_token_id, text.eos_token_id, 0)
+        pad_id = next(pad for pad in pads if pad is not None)
+        pad_id = pad_id[0] if isinstance(pad_id, list) else pad_id
+        limits = Limits(
+            getattr(embedding, "num_embeddings", None),
+            getattr(text, "max_position_embeddings", None),
+        )
+        parameters = inspect.signature(module.forward).parameters
+        vars(self).update(
+            _embedding=embedding,
+            _layouts={},
+            _views=block_views(module, getattr(text, "num_hidden_layers", None)),
+            reader=Reader(self._tokenizer, limits, pad_id),
+            pad_id=pad_id,
+            forward_parameters=parameters,
+            takes_use_cache="use_cache" in parameters,
+        )

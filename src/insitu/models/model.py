@@ -1,0 +1,121 @@
+"""`Model`: any `torch.nn.Module`, wrapped for experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from insitu.graph.location import Location
+from insitu.graph.node import Site
+from insitu.runtime.exclusive import exclusive
+from insitu.runtime.passes import Pass, View
+from insitu.runtime.probe import Call, Probe, probe
+from insitu.runtime.procedure import Outputs
+from insitu.tracing.handle import Handle
+from insitu.tracing.tracer import Tracer
+
+
+class Model(Handle):
+    """A module whose inside can be read while it runs.
+
+    It is the handle of the whole module: the module's children are its attributes, and
+    `model.output` is what the module returns.
+
+    Args:
+        module: any module. It is used as it is and never changed.
+
+    Example:
+        >>> import torch
+        >>> from insitu import Model
+        >>> model = Model(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU()))
+        >>> with model.trace(torch.ones(2, 3)):
+        ...     hidden = model[0].output.save()
+        >>> hidden.value.shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(self, "")
+        self._adopt(module, {})
+
+    _module: nn.Module
+    _modules: Mapping[str, nn.Module]
+    _views: Mapping[str, View]
+    _probes: dict[str, Probe]
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """All modules by path, shared ones under each of their paths."""
+        return self._modules
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        """How outputs are shown, by path, where that is not as the module returns them."""
+        return self._views
+
+    def load(self) -> nn.Module:
+        """Returns the wrapped module, with its weights."""
+        return self._module
+
+    def probe(self, call: Call) -> Probe:
+        """Returns fake values of what passes every site in a call, from a cache if it can.
+
+        Args:
+            call: arguments for the module, of which shapes and dtypes matter.
+
+        Raises:
+            ShapeError: if the module cannot be run on fake tensors.
+        """
+        signature = call.signature()
+        if signature not in self._probes:
+            with exclusive(self._module):
+                found = probe(self._module, call, self._modules, self._views)
+            self._probes[signature] = found
+        return self._probes[signature]
+
+    def trace(self, *args: Any, **kwargs: Any) -> Tracer:
+        """Opens a block that runs one forward of the module when it ends.
+
+        Args:
+            args: positional arguments of the forward. With none, and no keyword arguments, each
+                `tracer.invoke(...)` in the block gives its own.
+            kwargs: keyword arguments of the forward.
+
+        Returns:
+            A context manager, in whose block sites can be read.
+        """
+        given = (args, kwargs) if args or kwargs else None
+        return Tracer(self, Forward(), given)
+
+    def _adopt(self, module: nn.Module, views: Mapping[str, View]) -> None:
+        """Takes a module as the wrapped one."""
+        modules = dict(module.named_modules(remove_duplicate=False))
+        vars(self).update(_module=module, _modules=modules, _views=views, _probes={})
+
+
+class Forward:
+    """One forward for each invocation, with its own arguments."""
+
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], location: Location) -> Call:
+        """Returns the arguments of an invocation."""
+        return Call(args, kwargs)
+
+    def example(self, request: Call) -> Call:
+        """Returns the call that an invocation leads to."""
+        return request
+
+    def passes(
+        self, module: nn.Module, requests: Sequence[Call], sites: Mapping[Site, int]
+    ) -> list[Pass]:
+        """Returns a pass for each invocation: how arguments could be batched is not known."""
+
+        def single(request: Call, number: int) -> Pass:
+            return Pass(lambda: module(*request.args, **request.kwargs), {number: None}, True)
+
+        return [single(request, number) for number, request in enumerate(requests)]
+
+    def outputs(self, results: Sequence[Any], requests: Sequence[Call]) -> Outputs | None:
+        """Returns nothing: the output of a forward is a site."""
+        return None

@@ -1,0 +1,216 @@
+"""Prompts: every form in which one can be given, brought to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+
+from insitu.graph.errors import PromptError, PromptTypeError
+from insitu.graph.location import Location
+from insitu.graph.recording import Recorded
+
+Side = Literal["left", "right"]
+
+_FORMS = (
+    "A prompt is a string, a list of strings, a list of token ids, a list of such lists, a tensor "
+    "of token ids of shape (position,) or (rows, position), what a tokenizer returns, or a chat "
+    "(a list of dictionaries with 'role' and 'content')"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One invocation's prompt.
+
+    Attributes:
+        ids: token ids `(rows, position)`, int64.
+        mask: 1 for tokens and 0 for padding, of the same shape; None if there is no padding.
+        extras: whatever else a tokenizer returned for the model.
+        seed: where the sampling of this invocation starts, or None.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None = None
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    seed: int | None = None
+
+    @property
+    def visible_mask(self) -> torch.Tensor:
+        """The mask, of ones where there is no padding."""
+        return torch.ones_like(self.ids) if self.mask is None else self.mask
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a model can process.
+
+    Attributes:
+        vocabulary: how many token ids it has, from 0.
+        context: the most positions, or None if there is no such number.
+    """
+
+    vocabulary: int | None
+    context: int | None
+
+
+class Reader:
+    """Brings prompts to token ids.
+
+    Args:
+        tokenizer: the user's tokenizer, never changed; or the error with which loading it failed;
+            or None if there is none.
+        limits: what the model can process.
+        pad_id: the id that fills padding. It is masked, so any id does.
+    """
+
+    def __init__(self, tokenizer: Any, limits: Limits, pad_id: int) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._pad_id = pad_id
+
+    def read(self, prompt: Any, side: Side, location: Location) -> Prompt:
+        """Returns a prompt as token ids.
+
+        Args:
+            prompt: in any of the forms.
+            side: where prompts of different length, given as one, are padded.
+            location: the user's line.
+
+        Raises:
+            PromptTypeError: if it is of no known form.
+            PromptError: if it is empty, too long, has ids that the model does not know, or is
+                text and there is no tokenizer.
+        """
+        if isinstance(prompt, Recorded):
+            prompt = prompt.result(location)
+        if isinstance(prompt, torch.Tensor):
+            read = Prompt(_as_ids(prompt, location))
+        elif isinstance(prompt, Mapping) and "input_ids" in prompt:
+            read = self._encoding(cast("Mapping[str, Any]", prompt), side, location)
+        else:
+            rows = self._rows(prompt, location)
+            read = _padded(rows, side, self._pad_id) if rows else Prompt(torch.empty(0, 0).long())
+        self._check(read.ids, location)
+        return read
+
+    def _rows(self, prompt: Any, location: Location) -> list[list[int]]:
+        """Token ids of each row of a prompt that is no tensor."""
+        if isinstance(prompt, str):
+            return [self._encoded(prompt, location)]
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise PromptTypeError(f"{_FORMS}; this is {_kind(prompt)}.", location)
+        items = list(cast("Sequence[Any]", prompt))
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+            return [items] if items else []
+        if all(isinstance(item, str) for item in items):
+            return [self._encoded(item, location) for item in items]
+        if all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in items):
+            return [self._chat(items, location)]
+        if all(isinstance(item, Sequence) and not isinstance(item, str | bytes) for item in items):
+            rows = [list(item) for item in items]
+            if all(isinstance(i, int) and not isinstance(i, bool) for row in rows for i in row):
+                if not all(rows):
+                    raise PromptError("One of the prompts has no tokens.", location)
+                return rows
+        kinds = ", ".join(sorted({_kind(item) for item in items}))
+        raise PromptTypeError(f"{_FORMS}; this is {_kind(prompt)} of {kinds}.", location)
+
+    def _encoded(self, text: str, location: Location) -> list[int]:
+        ids = list(self._needed(location)(text)["input_ids"])
+        if not ids:
+            raise PromptError("The prompt is empty: it has no tokens.", location)
+        return ids
+
+    def _chat(self, messages: list[Any], location: Location) -> list[int]:
+        tokenizer = self._needed(location)
+        if not getattr(tokenizer, "chat_template", None):
+            raise PromptError(
+                "The prompt is a chat, but the model's tokenizer has no chat template: give the "
+                "text itself.",
+                location,
+            )
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _needed(self, location: Location) -> Any:
+        if self._tokenizer is None or isinstance(self._tokenizer, Exception):
+            reason = f" Loading one failed: {self._tokenizer}" if self._tokenizer else ""
+            raise PromptError(
+                "The prompt is text, but the model has no tokenizer: pass `tokenizer=` to "
+                f"`LanguageModel`, or give token ids.{reason}",
+                location,
+            )
+        return self._tokenizer
+
+    def _encoding(self, encoding: Mapping[str, Any], side: Side, location: Location) -> Prompt:
+        """What a tokenizer returned: lists, or tensors."""
+        ids = encoding["input_ids"]
+        if not isinstance(ids, torch.Tensor):
+            read = self.read(ids, side, location)
+            return read
+        ids = _as_ids(ids, location)
+        mask: torch.Tensor | None = None
+        extras: dict[str, torch.Tensor] = {}
+        for name, value in encoding.items():
+            if name == "attention_mask":
+                given = torch.as_tensor(value).reshape(ids.shape)
+                mask = None if bool(given.all()) else given.long()
+            elif name != "input_ids" and isinstance(value, torch.Tensor):
+                extras[name] = value.reshape(ids.shape) if value.ndim == 1 else value
+        return Prompt(ids, mask, extras)
+
+    def _check(self, ids: torch.Tensor, location: Location) -> None:
+        if not ids.numel():
+            raise PromptError("The prompt is empty: it has no tokens.", location)
+        context, vocabulary = self._limits.context, self._limits.vocabulary
+        if context is not None and ids.shape[1] > context:
+            raise PromptError(
+                f"The prompt has {ids.shape[1]} tokens, but the model's context is {context}.",
+                location,
+            )
+        if vocabulary is not None and ids.device.type != "meta":
+            least, most = (int(bound) for bound in torch.aminmax(ids))
+            if least < 0 or most >= vocabulary:
+                raise PromptError(
+                    f"The prompt has the token id {least if least < 0 else most}, but the model's "
+                    f"ids go from 0 to {vocabulary - 1}.",
+                    location,
+                )
+
+
+def _as_ids(tensor: torch.Tensor, location: Location) -> torch.Tensor:
+    """A tensor of ids with two axes."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
+        raise PromptTypeError(
+            f"Token ids are integers, but this tensor is {tensor.dtype}. To give embeddings, "
+            "write to the embedding's output.",
+            location,
+        )
+    if tensor.ndim not in (1, 2):
+        raise PromptTypeError(
+            "Token ids have the shape (position,) or (rows, position), but this tensor has the "
+            f"shape {tuple(tensor.shape)}.",
+            location,
+        )
+    ids = tensor if tensor.dtype is torch.int64 else tensor.long()
+    return ids[None] if ids.ndim == 1 else ids
+
+
+def _padded(rows: list[list[int]], side: Side, pad_id: int) -> Prompt:
+    length = max(map(len, rows))
+    if all(len(row) == length for row in rows):
+        return Prompt(torch.tensor(rows))
+    ids = torch.full((len(rows), length), pad_id)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        here = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[place, here] = torch.tensor(row)
+        mask[place, here] = 1
+    return Prompt(ids, mask)
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"

@@ -1,0 +1,1 @@
+"""How it is done: planning, passes, hooks and execution."""

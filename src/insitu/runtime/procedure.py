@@ -1,0 +1,77 @@
+"""What the runtime must be told about a kind of model; `models/` tells it.
+
+This is the one interface between what works on any `nn.Module` and what knows how prompts become
+a batch, what a transformer block returns or what `generate` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import nn
+
+from insitu.graph.location import Location
+from insitu.graph.node import Site
+from insitu.runtime.passes import Pass, View
+from insitu.runtime.probe import Call, Probe
+
+Request = TypeVar("Request")
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a run returned.
+
+    Attributes:
+        whole: what one call on all invocations would return.
+        each: each invocation's own part of it.
+    """
+
+    whole: Any
+    each: Sequence[Any]
+
+
+class Procedure(Protocol, Generic[Request]):
+    """One way to run a model, with its options: a forward, or a generation."""
+
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], location: Location) -> Request:
+        """Checks what an invocation was given and returns it in the form to keep."""
+        ...
+
+    def example(self, request: Request) -> Call:
+        """Returns the first call of the module that an invocation alone would lead to."""
+        ...
+
+    def passes(
+        self, module: nn.Module, requests: Sequence[Request], sites: Mapping[Site, int]
+    ) -> list[Pass]:
+        """Returns the passes that process all invocations, ready to be called."""
+        ...
+
+    def outputs(self, results: Sequence[Any], requests: Sequence[Request]) -> Outputs | None:
+        """Returns what the passes' calls returned as one, if the procedure promises an output."""
+        ...
+
+
+class Subject(Protocol):
+    """A model as the layers below `models/` see it."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """All modules by path, with or without weights."""
+        ...
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        """How outputs are shown, by path."""
+        ...
+
+    def load(self) -> nn.Module:
+        """Returns the wrapped module with its weights."""
+        ...
+
+    def probe(self, call: Call) -> Probe:
+        """Returns fake values of what passes every site in a call."""
+        ...

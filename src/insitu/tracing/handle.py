@@ -1,0 +1,190 @@
+"""Handles: the module tree as one writes it, `model.transformer.h[-1].attn`.
+
+A handle stands for one module. It has the module's children as attributes and by index, and the
+module's values as sites: `.output`, `.input` and `.inputs`. It holds a path and not the module,
+so it can be used before the weights are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn, overload
+
+import torch
+from torch import nn
+
+from insitu.display.tree import render, summarise
+from insitu.graph.errors import BlockError, IndexOutOfRange, PathError, nearest
+from insitu.graph.location import here
+from insitu.graph.node import Kind, readable
+from insitu.graph.proxy import Proxy
+from insitu.runtime.procedure import Subject
+from insitu.tracing.invocation import Invocation
+from insitu.tracing.scope import innermost
+
+_SITES = ("output", "input", "inputs")
+
+
+class Handle:
+    """Stands for one module of a model.
+
+    A child whose name is taken by the handle itself is reached as `handle["output"]`.
+    """
+
+    def __init__(self, model: Subject, path: str) -> None:
+        vars(self).update(_model=model, _path=path, _items={})
+
+    _model: Subject
+    _path: str
+    _items: dict[str, Handle]
+
+    @property
+    def path(self) -> str:
+        """The dotted path of the module in the tree, "" for the whole model."""
+        return self._path
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself: on the meta device until the weights are loaded."""
+        return self._model.modules[self._path]
+
+    @property
+    def output(self) -> Proxy:
+        """What the module returns. A transformer block's is a tuple, hidden states first.
+
+        Raises:
+            BlockError: outside of an invocation.
+        """
+        return self._read("output")
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._refuse_site("output")
+
+    @property
+    def input(self) -> Proxy:
+        """The first argument that the module is called with, given by position or by keyword.
+
+        Raises:
+            BlockError: outside of an invocation.
+        """
+        return self._read("input")
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._refuse_site("input")
+
+    @property
+    def inputs(self) -> Proxy:
+        """All arguments that the module is called with, as `(args, kwargs)`.
+
+        Raises:
+            BlockError: outside of an invocation.
+        """
+        return self._read("inputs")
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        self._refuse_site("inputs")
+
+    def __getattr__(self, name: str) -> Handle:
+        children = self.module._modules
+        if children.get(name) is not None:
+            child = vars(self)[name] = self._child(name)
+            return child
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise PathError(self._unknown(name), here())
+
+    @overload
+    def __getitem__(self, key: int | str) -> Handle: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Handle]: ...
+    def __getitem__(self, key: int | str | slice) -> Handle | list[Handle]:
+        names = list(self.module._modules)
+        if isinstance(key, slice):
+            return [self._child(name) for name in names[key]]
+        if isinstance(key, str):
+            if key not in names:
+                raise PathError(self._unknown(key), here())
+            return self._child(key)
+        try:
+            return self._child(names[key])
+        except IndexError:
+            raise IndexOutOfRange(
+                f"`{self._written()}` holds {len(names)} modules, so there is no "
+                f"`{self._written()}[{key}]`.",
+                here(),
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self.module._modules)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Handle]:
+        return iter([self._child(name) for name in self.module._modules])
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self.module._modules})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SITES:
+            super().__setattr__(name, value)
+        else:
+            raise PathError(
+                f"`{self._written()}.{name}` cannot be assigned to: a handle only stands for its "
+                "module. Change the module itself through `.module`.",
+                here(),
+            )
+
+    def __repr__(self) -> str:
+        return render(summarise(self._path.rpartition(".")[2] or "model", self.module))
+
+    def _child(self, name: str) -> Handle:
+        child = self._items.get(name)
+        if child is None:
+            child = Handle(self._model, f"{self._path}.{name}" if self._path else name)
+            self._items[name] = child
+        return child
+
+    def _read(self, kind: Kind) -> Proxy:
+        model = self._model
+        invocation = innermost(Invocation, lambda found: found.tracer.model is model)
+        if invocation is None:
+            raise BlockError(
+                f"`{self._written()}.{kind}` means a value of a run, so it belongs inside a block: "
+                "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
+                "`with model.trace() as tracer:`.",
+                here(3),
+            )
+        return invocation.read(self._path, kind)
+
+    def _refuse_site(self, kind: str) -> NoReturn:
+        raise PathError(f"`{self._written()}.{kind}` cannot be written yet, only read.", here(3))
+
+    def _written(self) -> str:
+        return readable(self._path) or "model"
+
+    def _unknown(self, name: str) -> str:
+        module = self.module
+        own = getattr(module, name, None) if isinstance(name, str) else None
+        if isinstance(own, torch.Tensor):
+            return (
+                f"`{self._written()}.{name}` is a parameter or buffer, not a module: reach it as "
+                f"`{self._written()}.module.{name}`."
+            )
+        children = list(module._modules)
+        found = nearest(name, children)
+        elsewhere = [
+            readable(path)
+            for path in self._model.modules
+            if path.rpartition(".")[2] == name and not any(map(str.isdigit, path))
+        ]
+        if elsewhere:
+            found = f" (there is {', '.join(map(repr, elsewhere[:3]))})"
+        elif not found and children:
+            listed = ", ".join(map(repr, children[:6])) + (", ..." if len(children) > 6 else "")
+            found = f" (it has: {listed})"
+        return f"`{self._written()}` has no module {name!r}{found}."

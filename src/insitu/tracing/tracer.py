@@ -1,0 +1,226 @@
+"""Blocks: what `model.trace()` and `model.generate()` give.
+
+A tracer collects invocations and one recording for all of them. When its `with` block ends
+without an error the model runs, once, with the experiment inside.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from insitu.graph.errors import BlockError, NeverRanError, NoValueError, nearest
+from insitu.graph.location import here
+from insitu.graph.node import Graph, Kind, Site, readable
+from insitu.graph.recording import Recording
+from insitu.runtime.execution import Execution
+from insitu.runtime.exclusive import exclusive
+from insitu.runtime.passes import run_pass
+from insitu.runtime.plan import make_plan
+from insitu.runtime.procedure import Procedure, Subject
+from insitu.tracing.invocation import Invocation
+from insitu.tracing.scope import Scope
+
+
+class Tracer(Scope):
+    """A block of recorded lines.
+
+    Attributes:
+        model: the model that will run.
+        procedure: how it will run.
+        promises_output: whether `output` is the result of the run and not a proxy.
+        recording: what the lines of the block are recorded in.
+    """
+
+    def __init__(
+        self,
+        model: Subject,
+        procedure: Procedure[Any],
+        prompt: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        promises_output: bool = False,
+    ) -> None:
+        self.model = model
+        self.procedure = procedure
+        self.promises_output = promises_output
+        self.recording = Recording(self._shapes)
+        self._invocations: list[Invocation] = []
+        self._implicit: Invocation | None = None
+        self._prompt = prompt
+        self._result: Any = None
+        self._done = False
+
+    @property
+    def graph(self) -> Graph:
+        """The recorded graph."""
+        return self.recording.graph
+
+    def __enter__(self) -> Tracer:
+        if self.is_open or self._done:
+            raise BlockError("This block was entered before: make a new one for a new run.", here())
+        self.enter()
+        if self._prompt is not None:
+            args, kwargs = self._prompt
+            try:
+                self._implicit = self._add(args, kwargs)
+            except BaseException:
+                self.leave()
+                raise
+            self._implicit.enter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for invocation in self._invocations:
+            invocation.leave()
+        self.leave()
+        self._done = True
+        self.recording.open = False
+        try:
+            if kind is None:
+                self._run()
+        except BaseException as failure:
+            self._fail(f"its run raised {type(failure).__name__}.")
+            raise
+        finally:
+            if kind is not None:
+                self._fail(f"its block raised {kind.__name__}, so the model did not run.")
+            self.recording.saves = {}
+            self.recording.fakes = {}
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Invocation:
+        """Adds a prompt, and gives the context in which sites mean its values.
+
+        Args:
+            args: the prompt, in any form that the model takes.
+            kwargs: options for this prompt.
+
+        Raises:
+            PromptError: if the model cannot process the prompt.
+            PromptTypeError: if it is no prompt.
+            BlockError: outside of the block, or where the block was given a prompt itself.
+        """
+        if self._implicit is not None:
+            raise BlockError(
+                "This block was given its prompt already: give it none, and each prompt to an "
+                "`invoke`.",
+                here(),
+            )
+        if not self.is_open:
+            raise BlockError(
+                "`invoke` belongs inside its block: write `with model.trace() as tracer:` first.",
+                here(),
+            )
+        return self._add(args, kwargs)
+
+    @property
+    def output(self) -> Any:
+        """What the model returned.
+
+        In a generation, what one `generate` of the model on all prompts returns: token ids
+        `(rows, position)`, there once the model has run. In a trace of one prompt, a proxy.
+
+        Raises:
+            NoValueError: in a generation, before the model has run.
+            BlockError: in a trace of several prompts, whose outputs are `invoker.output`.
+        """
+        if not self.promises_output:
+            return self._only().output
+        if self._result is None:
+            reason = "its run failed" if self._done else "the model runs when the block ends"
+            raise NoValueError(f"`generator.output` has no value: {reason}.", here())
+        return self._result
+
+    @property
+    def ids(self) -> Any:
+        """The token ids of a block's one prompt, `(rows, position)`."""
+        return self._only().ids
+
+    @property
+    def mask(self) -> Any:
+        """Which positions of `ids` hold tokens and which padding, `(rows, position)`."""
+        return self._only().mask
+
+    def never_ran(self, site: Site, ran: set[tuple[str, Kind]] | None) -> NeverRanError:
+        """Returns the error for a site at which nothing arrived.
+
+        Args:
+            site: the site.
+            ran: where something did arrive, if that is known.
+        """
+        node = next(node for node in self.graph if node.site == site)
+        message = f"`{readable(site.path)}` was not called in this run, so `{site}` has no value."
+        if ran is not None:
+            candidates = sorted({path for path, _ in ran if path})
+            parent = site.path.rpartition(".")[0]
+            relatives = [p for p in candidates if p != parent and p.startswith(f"{parent}.")]
+            relatives = relatives or [p for p in candidates if p.split(".")[0] in site.path]
+            close = nearest(site.path, relatives or candidates)
+            listed = close or f" (such as: {', '.join(map(repr, relatives[:3]))})"
+            message += f" Modules near it that were{listed}."
+        return NeverRanError(message, node.location)
+
+    def _only(self) -> Invocation:
+        if self._implicit is None:
+            raise BlockError(
+                "This block has its prompts in invocations: use `invoker.output` of "
+                "`with tracer.invoke(prompt) as invoker:`.",
+                here(3),
+            )
+        return self._implicit
+
+    def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Invocation:
+        request = self.procedure.request(args, kwargs, here(3))
+        invocation = Invocation(self, len(self._invocations), request)
+        self._invocations.append(invocation)
+        return invocation
+
+    def _shapes(self, site: Site) -> Any:
+        return self._invocations[site.invocation].fake(site)
+
+    def _run(self) -> None:
+        if not self._invocations:
+            raise BlockError(
+                "The block has no prompt: give it one, or write `with tracer.invoke(prompt):` "
+                "inside.",
+                here(3),
+            )
+        recording = self.recording
+        requests = [invocation.request for invocation in self._invocations]
+        plan = make_plan(recording.graph, recording.saves)
+        module = self.model.load()
+        passes = self.procedure.passes(module, requests, plan.reads)
+        execution = Execution(recording.graph, plan)
+        results: list[Any] = []
+        with exclusive(module):
+            for single in passes:
+                result, missing = run_pass(
+                    execution, plan.reads, single, self.model.modules, self.model.views
+                )
+                if missing:
+                    raise self._missing(missing)
+                results.append(result)
+        outputs = self.procedure.outputs(results, requests)
+        execution.saved(recording.saves)
+        if outputs is not None:
+            self._result = outputs.whole
+            for invocation, result in zip(self._invocations, outputs.each, strict=True):
+                invocation._result = result
+
+    def _missing(self, missing: set[tuple[str, Kind]]) -> NeverRanError:
+        site = next(
+            node.site for node in self.graph if node.site and node.site[1:] in missing
+        )
+        try:
+            invocation = self._invocations[site.invocation]
+            ran = set(self.model.probe(self.procedure.example(invocation.request)))
+        except Exception:  # the probe only adds to the message
+            ran = None
+        return self.never_ran(site, ran)
+
+    def _fail(self, reason: str) -> None:
+        for cell in self.recording.saves.values():
+            cell.failure = reason
