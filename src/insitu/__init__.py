@@ -3,7 +3,7 @@
 from insitu.graph.errors import (
     BlockError,
     ExecutionError,
-    IndexOutOfRange,
+    IndexOutOfRangeError,
     InsituError,
     LoadError,
     NeverRanError,
@@ -22,7 +22,7 @@ from insitu.models.model import Model
 __all__ = [
     "BlockError",
     "ExecutionError",
-    "IndexOutOfRange",
+    "IndexOutOfRangeError",
     "InsituError",
     "LanguageModel",
     "LoadError",

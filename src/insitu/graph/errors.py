@@ -30,7 +30,7 @@ class PathError(InsituError, AttributeError):
     """A path that names no module, or an assignment to a handle."""
 
 
-class IndexOutOfRange(InsituError, IndexError):
+class IndexOutOfRangeError(InsituError, IndexError):
     """An index past the end of a module list."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -69,31 +69,34 @@ def expression(graph: Graph, index: int, depth: int = 0) -> str:
 
 def _written(value: Any, graph: Graph, depth: int) -> str:
     """An argument, as source."""
-    if isinstance(value, Ref):
+    kind = cast(Any, type(value))
+    if kind is Ref:
         return expression(graph, value.index, depth)
     if isinstance(value, torch.Tensor):
-        return f"<{type(value).__name__} {tuple(value.shape)}>"
+        return f"<{kind.__name__} {tuple(value.shape)}>"
     if value is Ellipsis:
         return "..."
-    if isinstance(value, torch.Size) or type(value) is tuple:
-        items = ", ".join(_written(item, graph, depth) for item in value)
+    if kind in (tuple, list, torch.Size):
+        items = ", ".join([_written(item, graph, depth) for item in cast("list[Any]", value)])
+        if kind is list:
+            return f"[{items}]"
         return f"({items},)" if len(value) == 1 else f"({items})"
-    if isinstance(value, list):
-        return f"[{', '.join(_written(item, graph, depth) for item in value)}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{k!r}: {_written(v, graph, depth)}' for k, v in value.items())}}}"
+    if kind is dict:
+        entries = cast("dict[Any, Any]", value).items()
+        return f"{{{', '.join([f'{k!r}: {_written(v, graph, depth)}' for k, v in entries])}}}"
     return repr(value)
 
 
 def _subscript(node: Node, graph: Graph, depth: int) -> str:
     """What stands between the brackets of an indexing."""
     key = node.args[1]
-    parts = key if type(key) is tuple and key else (key,)
-    return ", ".join(_subscript_part(part, graph, depth) for part in parts)
+    parts = cast("tuple[Any, ...]", key) if type(key) is tuple and key else (key,)
+    return ", ".join([_subscript_part(part, graph, depth) for part in parts])
 
 
 def _subscript_part(part: Any, graph: Graph, depth: int) -> str:
     if not isinstance(part, slice):
         return _written(part, graph, depth)
-    bounds = [part.start, part.stop] + ([part.step] if part.step is not None else [])
-    return ":".join("" if bound is None else _written(bound, graph, depth) for bound in bounds)
+    bounds = cast(Any, part)
+    shown = [bounds.start, bounds.stop] + ([bounds.step] if bounds.step is not None else [])
+    return ":".join(["" if bound is None else _written(bound, graph, depth) for bound in shown])

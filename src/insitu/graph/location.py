@@ -15,6 +15,9 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple
 
+Mark = tuple[CodeType, int]
+"""The content of a `Location`; a bare tuple takes a tenth of the time to make."""
+
 
 class Location(NamedTuple):
     """A place in a source file.
@@ -73,5 +76,14 @@ def user_frame(depth: int = 1) -> FrameType:
 
 def here(depth: int = 2) -> Location:
     """Returns the user's current line."""
-    frame = user_frame(depth)
-    return Location(frame.f_code, frame.f_lasti)
+    return Location(*mark(depth + 1))
+
+
+def mark(depth: int = 2) -> Mark:
+    """Returns the user's current line in its cheapest form, for `Location(*mark)`."""
+    frame = sys._getframe(depth)  # pyright: ignore[reportPrivateUsage]
+    code = frame.f_code
+    while code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
+        frame = frame.f_back
+        code = frame.f_code
+    return code, frame.f_lasti

@@ -7,10 +7,10 @@ for the value of an earlier node. Nothing here knows how values are computed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from insitu.graph.location import Location
+from insitu.graph.location import Location, Mark
 from insitu.graph.operations import READ, Operation
 
 Kind = Literal["output", "input", "inputs"]
@@ -50,7 +50,7 @@ class Node:
         kwargs: keyword arguments, likewise.
         inputs: the indices of all nodes that the arguments refer to, one entry a reference.
         nested: whether a reference stands inside a container, or among the keyword arguments.
-        location: the user's line.
+        mark: the user's line, as `location` shows it.
     """
 
     operation: Operation
@@ -58,7 +58,12 @@ class Node:
     kwargs: Mapping[str, Any]
     inputs: tuple[int, ...]
     nested: bool
-    location: Location
+    mark: Mark
+
+    @property
+    def location(self) -> Location:
+        """The user's line."""
+        return Location(*self.mark)
 
     @property
     def site(self) -> Site | None:
@@ -70,7 +75,7 @@ class Node:
 class Graph:
     """Nodes in the order of the lines that recorded them; arguments refer to earlier ones only."""
 
-    nodes: list[Node] = field(default_factory=list[Node])
+    nodes: list[Node]
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -83,7 +88,7 @@ class Graph:
 
 
 def readable(path: str) -> str:
-    """Returns a dotted path as one would write it: "transformer.h.3.attn" is "transformer.h[3].attn".
+    """Returns a dotted path as one would write it: "h.3.attn" becomes "h[3].attn".
 
     Args:
         path: a path as `torch.nn.Module.named_modules` gives it.

@@ -5,16 +5,18 @@ block is open each of them adds a node and returns another proxy. After the run 
 does the same things to its value, at once.
 """
 
+# pyright: reportPrivateUsage=false, reportUnnecessaryComparison=false
+
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
 from insitu.graph.errors import NoValueError, OperationError, nearest
-from insitu.graph.location import here
+from insitu.graph.location import here, mark
 from insitu.graph.operations import ATTRIBUTE, BY_FUNCTION, BY_NAME, TENSOR_METHODS, Operation
 from insitu.graph.recording import NO_KWARGS, Recorded, Recording
 from insitu.graph.shapes import dtype_of, fake_value, length_of, shape_of
@@ -37,12 +39,11 @@ class Proxy(Recorded):
         Returns:
             A proxy for the same value, whose `.value` is the copy once the model has run.
         """
-        location = here()
         if not self._recording.open:
             raise NoValueError(
-                f"`{self.written()}` cannot be saved any more: its block has ended.", location
+                f"`{self.written()}` cannot be saved any more: its block has ended.", here()
             )
-        self._cell = self._recording.save(self._ref, location)
+        self._cell = self._recording.save(self._ref, mark())
         return type(self)(self._recording, self._ref, self._cell)
 
     @property
@@ -96,10 +97,8 @@ class Proxy(Recorded):
 
     def __iter__(self) -> Iterator[Any]:
         known = self._known()
-        if isinstance(known, Mapping):
-            return iter(known)
-        if not self._recording.open:
-            return iter(known)
+        if not self._recording.open or isinstance(known, Mapping):
+            return iter(cast("Iterable[Any]", known))
         return iter([self[i] for i in range(length_of(known, self._recording, self._ref))])
 
     def _known(self) -> Any:
@@ -126,6 +125,7 @@ class Proxy(Recorded):
         return _record(ATTRIBUTE, (self, name), NO_KWARGS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses a method that is not in the registry; after the run, calls the value's own."""
         if not self._recording.open:
             return self.result(here())(*args, **kwargs)
         node = self._recording.graph[self._ref.index]
@@ -274,7 +274,7 @@ def _record(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, An
         if not found:
             return _at_once(operation.function, args, kwargs)
         recording = found[0]
-    return Proxy(recording, recording.apply(operation, args, kwargs, here(4)))
+    return Proxy(recording, recording.apply(operation, args, kwargs, mark(3)))
 
 
 def _open_recordings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Recording]:
@@ -288,9 +288,7 @@ def _open_recordings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[R
     return found
 
 
-def _at_once(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
+def _at_once(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Computes with the values of saved proxies, after their run."""
     location = here(4)
 

@@ -4,6 +4,8 @@ A recording owns the graph that a block writes, the cells that its saved values 
 and what is known of shapes. It is open until the block ends.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from typing import Any, ClassVar, NoReturn, Protocol, cast
 import torch
 
 from insitu.graph.errors import NoValueError, OperationError
-from insitu.graph.location import Location, here
+from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph, Node, Ref, Site
 from insitu.graph.operations import GETITEM, READ, SAVE, Operation
 from insitu.graph.structure import map_structure
@@ -23,8 +25,10 @@ NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 # Constants that a node may hold as they are.
 _PLAIN = frozenset(
-    [bool, bytes, complex, float, int, str, type(None), type(Ellipsis), torch.Size]
-    + [torch.Tensor, torch.device, torch.dtype, torch.layout, torch.memory_format]
+    (
+        *(bool, bytes, complex, float, int, str, type(None), type(Ellipsis)),
+        *(torch.Size, torch.Tensor, torch.device, torch.dtype, torch.layout, torch.memory_format),
+    )
 )
 # What tensors are indexed with: nearly always constants, so they get a short way of their own.
 _KEYS = frozenset([slice, tuple])
@@ -33,7 +37,8 @@ _KEYS = frozenset([slice, tuple])
 def _constant(key: Any) -> bool:
     """Whether a slice or a tuple holds nothing but plain constants and slices of them."""
     if type(key) is slice:
-        return _PLAIN.issuperset((type(key.start), type(key.stop), type(key.step)))
+        bounds: tuple[Any, ...] = (key.start, key.stop, key.step)
+        return _PLAIN.issuperset(map(type, bounds))
     for item in key:
         if type(item) not in _PLAIN and not (type(item) is slice and _constant(item)):
             return False
@@ -44,16 +49,14 @@ class Cell:
     """Where a saved value is put: empty, then a value, or the reason why there is none.
 
     Attributes:
-        location: the line of the `.save()`.
         value: the value, once `filled`.
         filled: whether the run has put a value here.
         failure: why the run put none here, once it is over.
     """
 
-    __slots__ = ("failure", "filled", "location", "value")
+    __slots__ = ("failure", "filled", "value")
 
-    def __init__(self, location: Location) -> None:
-        self.location = location
+    def __init__(self) -> None:
         self.value: Any = None
         self.filled = False
         self.failure: str | None = None
@@ -81,28 +84,27 @@ class Recording:
     __slots__ = ("__weakref__", "fakes", "graph", "open", "saves", "shapes")
 
     def __init__(self, shapes: ShapeSource | None = None) -> None:
-        self.graph = Graph()
+        self.graph = Graph([])
         self.saves: dict[int, Cell] = {}
         self.open = True
         self.shapes = shapes
         self.fakes: dict[int, Any] = {}
 
-    def read(self, site: Site, location: Location) -> Ref:
+    def read(self, site: Site, mark: Mark) -> Ref:
         """Records that the value at a site is wanted."""
-        return self._add(Node(READ, (site,), NO_KWARGS, (), False, location))
+        nodes = self.graph.nodes
+        nodes.append(Node(READ, (site,), NO_KWARGS, (), False, mark))
+        return Ref(len(nodes) - 1)
 
-    def save(self, ref: Ref, location: Location) -> Cell:
+    def save(self, ref: Ref, mark: Mark) -> Cell:
         """Records that a copy of a value is kept, and returns the cell that will hold it."""
-        saved = self._add(Node(SAVE, (ref,), NO_KWARGS, (ref.index,), False, location))
-        cell = self.saves[saved.index] = Cell(location)
+        nodes = self.graph.nodes
+        cell = self.saves[len(nodes)] = Cell()
+        nodes.append(Node(SAVE, (ref,), NO_KWARGS, (ref.index,), False, mark))
         return cell
 
     def apply(
-        self,
-        operation: Operation,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        location: Location,
+        self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any], mark: Mark
     ) -> Ref:
         """Records an operation on values and constants.
 
@@ -110,7 +112,7 @@ class Recording:
             operation: an entry of the registry.
             args: its arguments: recorded values, constants, or containers of both.
             kwargs: its keyword arguments, likewise.
-            location: the user's line.
+            mark: the user's line.
 
         Raises:
             OperationError: if an argument is of a kind that cannot be recorded, or asks for a
@@ -121,46 +123,55 @@ class Recording:
         encoded: list[Any] = []
         nested = False
         for arg in args:
-            kind = type(arg)
+            kind = cast("type[Any]", type(arg))
             if kind in _PLAIN or (kind in _KEYS and _constant(arg)):
                 encoded.append(arg)
             elif issubclass(kind, Recorded) and arg._recording is self:
                 if not arg._operand and operation is not GETITEM:
-                    _refuse_structure(arg, location)
-                inputs.append(arg._ref.index)
-                encoded.append(arg._ref)
+                    _refuse_structure(arg, Location(*mark))
+                ref = arg._ref
+                inputs.append(ref.index)
+                encoded.append(ref)
             else:
                 before = len(inputs)
-                encoded.append(self._encode(arg, inputs, location))
+                encoded.append(self._encode(arg, inputs, mark))
                 nested = nested or (len(inputs) > before and type(encoded[-1]) is not Ref)
         if kwargs:
             if kwargs.get("out") is not None or kwargs.get("inplace"):
                 raise OperationError(
                     f"{operation.name} cannot write into one of its arguments here: leave out "
                     "`out=` and `inplace=` and use what it returns.",
-                    location,
+                    Location(*mark),
                 )
             before = len(inputs)
-            kwargs = {key: self._encode(arg, inputs, location) for key, arg in kwargs.items()}
+            kwargs = {key: self._encode(arg, inputs, mark) for key, arg in kwargs.items()}
             nested = nested or len(inputs) > before
-        return self._add(Node(operation, tuple(encoded), kwargs, tuple(inputs), nested, location))
-
-    def _add(self, node: Node) -> Ref:
         nodes = self.graph.nodes
-        nodes.append(node)
+        nodes.append(Node(operation, tuple(encoded), kwargs, tuple(inputs), nested, mark))
         return Ref(len(nodes) - 1)
 
-    def _encode(self, value: Any, inputs: list[int], location: Location) -> Any:
+    def fail(self, reason: str) -> None:
+        """Says of every saved value why it will have none, and forgets the rest."""
+        for cell in self.saves.values():
+            cell.failure = reason
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what only an open recording needs, so that one kept proxy keeps one value."""
+        self.saves = {}
+        self.fakes = {}
+
+    def _encode(self, value: Any, inputs: list[int], mark: Mark) -> Any:
         """Puts references in the place of recorded values, also inside containers."""
 
         def leaf(item: Any) -> Any:
             if isinstance(item, Recorded):
                 if item._recording is self:
                     if not item._operand:
-                        _refuse_structure(item, location)
+                        _refuse_structure(item, Location(*mark))
                     inputs.append(item._ref.index)
                     return item._ref
-                return item.result(location)
+                return item.result(Location(*mark))
             if type(item) in _PLAIN or isinstance(item, torch.Tensor):
                 return item
             if isinstance(item, Number) and hasattr(item, "item"):  # a NumPy scalar
@@ -171,7 +182,7 @@ class Recording:
                 f"{_described(item)} cannot be part of a recorded operation: it may use values of "
                 "this block, tensors, numbers, strings, dtypes and devices, and tuples, lists, "
                 "dictionaries and slices of those.",
-                location,
+                Location(*mark),
             )
 
         return map_structure(leaf, value)
@@ -200,7 +211,7 @@ class Recorded:
 
         Raises:
             NoValueError: before the run, after a failed one, or if the value was not saved.
-            """
+        """
         cell = self._cell
         if cell is not None and cell.filled:
             return cell.value

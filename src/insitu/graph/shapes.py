@@ -7,7 +7,7 @@ here, only those that a question needs, and each once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, cast
 
 import torch
@@ -71,7 +71,7 @@ def length_of(value: Any, recording: Recording, ref: Ref) -> int:
     )
 
 
-def _plain(value: Any, leaf: Any) -> Any:
+def _plain(value: Any, leaf: Callable[[Any], Any]) -> Any:
     """The structure of a value with dictionaries of every class as plain ones."""
     if isinstance(value, Mapping):
         entries = cast("Mapping[Any, Any]", value)

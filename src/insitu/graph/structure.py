@@ -21,23 +21,24 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
         value: a leaf or containers of leaves. Dictionaries of other classes (such as
             `transformers.utils.ModelOutput`) keep their class.
     """
-    kind = type(value)
+    kind = cast(Any, type(value))
     if kind is torch.Tensor:
         return function(value)
     if kind is tuple or kind is list:
-        return kind(map_structure(function, item) for item in value)
+        items = [map_structure(function, item) for item in cast("list[Any]", value)]
+        return items if kind is list else tuple(items)
     if kind is slice:
         return slice(*(map_structure(function, x) for x in (value.start, value.stop, value.step)))
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
         fields = cast("tuple[Any, ...]", value)
-        return cast("Callable[..., Any]", kind)(*(map_structure(function, x) for x in fields))
+        return kind(*(map_structure(function, x) for x in fields))
     if isinstance(value, tuple) and kind.__module__ == "torch.return_types":
         results = cast("tuple[Any, ...]", value)
-        return cast("Callable[..., Any]", kind)([map_structure(function, x) for x in results])
+        return kind([map_structure(function, x) for x in results])
     if isinstance(value, dict):
         entries = cast("dict[Any, Any]", value)
         mapped = {key: map_structure(function, item) for key, item in entries.items()}
-        return mapped if kind is dict else cast("Callable[..., Any]", kind)(mapped)
+        return mapped if kind is dict else kind(mapped)
     return function(value)
 
 
@@ -47,8 +48,8 @@ def copied(value: Any) -> Any:
     Args:
         value: any structure. A tensor that is a part of a larger one is copied as that part.
     """
-    if type(value) is torch.Tensor:  # the common case, first
-        return value.detach().clone()
+    if type(value) is torch.Tensor and not value.requires_grad:  # the common case, first
+        return value.clone()
     return map_structure(_copied_leaf, value)
 
 
@@ -67,26 +68,28 @@ def attribute(value: Any, name: str) -> Any:
     Raises:
         AttributeError: if there is no such data.
     """
+    kind = cast(Any, type(value))
     if isinstance(value, torch.Tensor):
-        if name in TENSOR_PROPERTIES:
-            return getattr(value, name)
-    elif isinstance(value, Mapping) and name in value:
-        return cast("Mapping[str, Any]", value)[name]
+        names = TENSOR_PROPERTIES
+    elif isinstance(value, Mapping):
+        entries = cast("Mapping[str, Any]", value)
+        if name in entries:
+            return entries[name]
+        names = frozenset[str]()
     elif isinstance(value, tuple):
-        if not name.startswith("_") and name in _tuple_fields(cast("tuple[Any, ...]", value)):
-            return getattr(cast(Any, value), name)
-    elif not name.startswith("_") and name in getattr(value, "__dict__", {}):
-        return getattr(value, name)
-    raise AttributeError(f"{type(value).__name__} has no {name!r} that can be read")
+        names = _tuple_fields(kind)
+    else:
+        names = frozenset(cast("dict[str, Any]", getattr(value, "__dict__", {})))
+    if name not in names or name.startswith("_"):
+        raise AttributeError(f"{kind.__name__} has no {name!r} that can be read")
+    return getattr(cast(Any, value), name)
 
 
-def _tuple_fields(value: tuple[Any, ...]) -> tuple[str, ...]:
+def _tuple_fields(kind: Any) -> frozenset[str]:
     """Names of the fields of a named tuple, also of those that torch.max and its like return."""
-    if hasattr(value, "_fields"):
-        return cast(Any, value)._fields
-    if type(value).__module__ == "torch.return_types":
-        return tuple(name for name in dir(type(value)) if name in _RETURN_FIELDS)
-    return ()
+    if kind.__module__ == "torch.return_types":
+        return _RETURN_FIELDS & frozenset(dir(kind))
+    return frozenset(getattr(kind, "_fields", ()))
 
 
 TENSOR_PROPERTIES = frozenset(
@@ -94,6 +97,8 @@ TENSOR_PROPERTIES = frozenset(
 )
 # The fields of torch.max, topk, sort, svd, slogdet, frexp, qr, aminmax, histogram and their like.
 _RETURN_FIELDS = frozenset(
-    ["L", "LU", "Q", "R", "S", "U", "V", "bin_edges", "exponent", "hist", "indices", "logabsdet"]
-    + ["mantissa", "max", "min", "sign", "values"]
+    (
+        *("L", "LU", "Q", "R", "S", "U", "V", "bin_edges", "exponent", "hist", "indices"),
+        *("logabsdet", "mantissa", "max", "min", "sign", "values"),
+    )
 )

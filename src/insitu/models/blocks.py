@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -46,15 +47,17 @@ def block_views(module: nn.Module, layers: int | None) -> dict[str, BlockView]:
         layers: how many blocks its config says it has.
     """
     for path, part in module.named_modules():
-        if isinstance(part, nn.ModuleList) and len(part) == layers:
-            if len({type(block) for block in part}) == 1:
-                return {f"{path}.{layer}": BlockView(layer) for layer in range(len(part))}
+        blocks = list(part) if isinstance(part, nn.ModuleList) else []
+        if len(blocks) == layers and len({type(block) for block in blocks}) == 1:
+            return {f"{path}.{layer}": BlockView(layer) for layer in range(len(blocks))}
     return {}
 
 
 def _keys_and_values(arguments: tuple[Any, ...], layer: int) -> tuple[Any, Any] | None:
     """One layer's keys and values, from the cache among a block's arguments."""
     for argument in arguments:
+        if argument is None or isinstance(argument, torch.Tensor):
+            continue
         cache = getattr(argument, "self_attention_cache", argument)
         layers = getattr(cache, "layers", None)
         if isinstance(layers, list) and layer < len(layers):

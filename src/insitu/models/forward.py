@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from insitu.graph.errors import PromptTypeError
-from insitu.graph.location import Location
+from insitu.graph.location import Location, Mark
 from insitu.graph.node import Site
 from insitu.models.batching import cuts, join
 from insitu.models.prompts import Prompt
 from insitu.runtime.layout import Layouts
-from insitu.runtime.passes import Pass
+from insitu.runtime.passes import Cut, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs
 
@@ -39,15 +39,15 @@ class LanguageForward:
             options.setdefault("use_cache", False)
         self._options = options
 
-    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], location: Location) -> Prompt:
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""
         if len(args) != 1 or kwargs:
             raise PromptTypeError(
                 "An invocation of a trace takes one prompt and nothing else; options of the "
                 "forward are given to `trace`.",
-                location,
+                Location(*mark),
             )
-        return self._model.reader.read(args[0], "right", location)
+        return self._model.reader.read(args[0], "right", mark)
 
     def example(self, request: Prompt) -> Call:
         """Returns the forward of a prompt alone."""
@@ -57,18 +57,15 @@ class LanguageForward:
         self, module: nn.Module, requests: Sequence[Prompt], sites: Mapping[Site, int]
     ) -> list[Pass]:
         """Returns one pass for all prompts where each can be cut out of it, else one for each."""
-        device = self._model.device
-
-        def single(number: int, prompt: Prompt) -> Pass:
-            call = self._call(prompt.ids, prompt.mask, prompt.extras, device)
-            return Pass(lambda: module(**call.kwargs), {number: None}, True)
-
         layouts = self._layouts(module, requests, sites) if len(requests) > 1 else None
         if layouts is None:
-            return [single(number, prompt) for number, prompt in enumerate(requests)]
+            return [
+                self._pass(module, prompt, {number: None}, [prompt])
+                for number, prompt in enumerate(requests)
+            ]
         batch = join(requests, "right", self._model.pad_id)
-        call = self._call(batch.ids, batch.mask, {}, device)
-        return [Pass(lambda: module(**call.kwargs), cuts(batch, layouts), True)]
+        whole = Prompt(batch.ids, requests[0].mark, batch.mask)
+        return [self._pass(module, whole, cuts(batch, layouts), requests)]
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns nothing: the output of a forward is a site."""
@@ -88,18 +85,29 @@ class LanguageForward:
 
         return self._model.layouts(sample, sites)
 
-    def _call(
+    def _pass(
         self,
-        ids: torch.Tensor,
-        mask: torch.Tensor | None,
-        extras: Mapping[str, torch.Tensor],
-        device: torch.device | None = None,
+        module: nn.Module,
+        prompt: Prompt,
+        cuts: Mapping[int, Cut | None],
+        requests: Sequence[Prompt],
+    ) -> Pass:
+        """The pass of a prompt, which may be a batch of several requests."""
+        kwargs = self._model.placed(self._call(prompt.ids, prompt.mask, prompt.extras).kwargs)
+
+        def call() -> Any:
+            try:
+                return module(**kwargs)
+            except IndexError:
+                self._model.explain(requests)
+                raise
+
+        return Pass(call, cuts, True)
+
+    def _call(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, extras: Mapping[str, torch.Tensor]
     ) -> Call:
         kwargs: dict[str, Any] = {"input_ids": ids, **extras, **self._options}
         if mask is not None:
             kwargs["attention_mask"] = mask
-        if device is not None:
-            for name, value in kwargs.items():
-                if isinstance(value, torch.Tensor) and value.device != device:
-                    kwargs[name] = value.to(device)
         return Call((), kwargs)

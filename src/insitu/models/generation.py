@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
-from insitu.graph.location import Location
+from insitu.graph.location import Location, Mark
 from insitu.graph.node import Site
 from insitu.models.batching import cuts, join
 from insitu.models.prompts import Prompt
@@ -48,9 +48,7 @@ class Generation:
         OptionError: if `max_new_tokens` is no positive number.
     """
 
-    def __init__(
-        self, model: LanguageModel, options: dict[str, Any], location: Location
-    ) -> None:
+    def __init__(self, model: LanguageModel, options: dict[str, Any], location: Location) -> None:
         steps = options.get("max_new_tokens", 1)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise OptionError(
@@ -61,17 +59,17 @@ class Generation:
         self._model = model
         self._options = options
 
-    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], location: Location) -> Prompt:
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with its seed."""
         seed = kwargs.pop("seed", None)
         if len(args) != 1 or kwargs or not (seed is None or isinstance(seed, int)):
             raise PromptTypeError(
                 "An invocation of a generation takes one prompt, and `seed=` with an integer for "
                 "its sampling; options are given to `generate`.",
-                location,
+                Location(*mark),
             )
-        prompt = self._model.reader.read(args[0], "left", location)
-        return Prompt(prompt.ids, prompt.mask, prompt.extras, seed)
+        prompt = self._model.reader.read(args[0], "left", mark)
+        return prompt._replace(seed=seed)
 
     def example(self, request: Prompt) -> Call:
         """Returns the forward that `generate` begins with for a prompt alone."""
@@ -80,8 +78,7 @@ class Generation:
     def passes(
         self, module: nn.Module, requests: Sequence[Prompt], sites: Mapping[Site, int]
     ) -> list[Pass]:
-        """Returns one pass for all prompts where each goes on in it as it would alone, else one
-        for each."""
+        """Returns one pass for all prompts if each goes on in it as alone, else one for each."""
         layouts = None
         if len(requests) > 1 and self._batchable(module, requests):
             layouts = self._model.layouts(
@@ -94,12 +91,12 @@ class Generation:
                     "have to be generated one by one."
                 )
             return [
-                self._pass(module, prompt, prompt.visible_mask, {number: None})
+                self._pass(module, prompt, {number: None}, [prompt])
                 for number, prompt in enumerate(requests)
             ]
         batch = join(requests, "left", self._model.pad_id)
-        mask = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
-        return [self._pass(module, Prompt(batch.ids), mask, cuts(batch, layouts))]
+        whole = Prompt(batch.ids, requests[0].mark, batch.mask)
+        return [self._pass(module, whole, cuts(batch, layouts), requests)]
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""
@@ -115,21 +112,27 @@ class Generation:
         self,
         module: nn.Module,
         prompt: Prompt,
-        mask: torch.Tensor,
         cuts: Mapping[int, Cut | None],
+        requests: Sequence[Prompt],
     ) -> Pass:
-        device = self._model.device
-        kwargs = {
-            "input_ids": prompt.ids.to(device),
-            "attention_mask": mask.to(device),
-            "pad_token_id": self._model.pad_id,
-            **{name: value.to(device) for name, value in prompt.extras.items()},
-            **self._options,
-        }
+        """The pass of a prompt, which may be a batch of several requests."""
+        kwargs = self._model.placed(
+            {
+                "input_ids": prompt.ids,
+                "attention_mask": prompt.visible_mask,
+                "pad_token_id": self._model.pad_id,
+                **prompt.extras,
+                **self._options,
+            }
+        )
 
         def call() -> Any:
-            with _seeded(prompt.seed):
-                return module.generate(**kwargs)  # pyright: ignore[reportCallIssue]
+            try:
+                with _seeded(prompt.seed):
+                    return module.generate(**kwargs)  # pyright: ignore[reportCallIssue]
+            except IndexError:
+                self._model.explain(requests, self._options.get("max_new_tokens", 1))
+                raise
 
         return Pass(call, cuts, may_stop=False)
 

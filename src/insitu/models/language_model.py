@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation
 from insitu.models.loading import Source
 from insitu.models.model import Model
-from insitu.models.prompts import Limits, Reader
+from insitu.models.prompts import Limits, Prompt, Reader
 from insitu.runtime.layout import SIZES, Layouts, find_layouts
 from insitu.runtime.probe import Call
 from insitu.tracing.tracer import Tracer
@@ -161,6 +161,28 @@ class LanguageModel(Model):
             given = ((prompt,), seed)
         return Tracer(self, Generation(self, kwargs, here()), given, promises_output=True)
 
+    def placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns keyword arguments with their tensors on the model's device."""
+        device = self.device
+        for name, value in kwargs.items():
+            if isinstance(value, torch.Tensor) and value.device != device:
+                kwargs[name] = value.to(device)
+        return kwargs
+
+    def explain(self, prompts: Sequence[Prompt], steps: int = 1) -> None:
+        """Raises the error behind an `IndexError` of the model, if the prompts are to blame.
+
+        Args:
+            prompts: what the model was called with.
+            steps: how many tokens it was to generate.
+
+        Raises:
+            PromptError: if an id is unknown, or the model's context too short.
+        """
+        for prompt in prompts:
+            self.reader.check_ids(prompt)
+            self.reader.check_length(prompt, steps)
+
     def layouts(
         self, sample: Callable[[int, int], Call], sites: Mapping[Site, int]
     ) -> Layouts | None:
@@ -198,19 +220,20 @@ class LanguageModel(Model):
         text = self._config.get_text_config()
         embedding = module.get_input_embeddings()
         generation = getattr(module, "generation_config", None)
-        pads = (getattr(generation, "pad_token_id", None), text.pad_token_id, text.eos_token_id, 0)
-        pad_id = next(pad for pad in pads if pad is not None)
-        pad_id = pad_id[0] if isinstance(pad_id, list) else pad_id
         limits = Limits(
             getattr(embedding, "num_embeddings", None),
             getattr(text, "max_position_embeddings", None),
         )
+        pads = (getattr(generation, "pad_token_id", None), text.pad_token_id, text.eos_token_id)
+        pads = [pad[0] if isinstance(pad, list) else pad for pad in pads]
+        known = limits.vocabulary or text.vocab_size
+        pad_id = next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)
         parameters = inspect.signature(module.forward).parameters
         vars(self).update(
             _embedding=embedding,
             _layouts={},
             _views=block_views(module, getattr(text, "num_hidden_layers", None)),
-            reader=Reader(self._tokenizer, limits, pad_id),
+            reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),
             pad_id=pad_id,
             forward_parameters=parameters,
             takes_use_cache="use_cache" in parameters,

@@ -18,8 +18,10 @@ from insitu.graph.location import Location
 
 # Arguments of `from_pretrained` that say where files are, so config and tokenizer need them too.
 _WHERE = frozenset(
-    ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"]
-    + ["trust_remote_code"]
+    (
+        *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"),
+        *("token", "trust_remote_code"),
+    )
 )
 
 

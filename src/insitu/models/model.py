@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from insitu.graph.location import Location
+from insitu.graph.location import Mark
 from insitu.graph.node import Site
 from insitu.runtime.exclusive import exclusive
 from insitu.runtime.passes import Pass, View
@@ -98,7 +98,7 @@ class Model(Handle):
 class Forward:
     """One forward for each invocation, with its own arguments."""
 
-    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], location: Location) -> Call:
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
         """Returns the arguments of an invocation."""
         return Call(args, kwargs)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
 from insitu.graph.errors import PromptError, PromptTypeError
-from insitu.graph.location import Location
+from insitu.graph.location import Location, Mark
 from insitu.graph.recording import Recorded
 
 Side = Literal["left", "right"]
@@ -21,20 +22,21 @@ _FORMS = (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prompt:
+class Prompt(NamedTuple):
     """One invocation's prompt.
 
     Attributes:
         ids: token ids `(rows, position)`, int64.
+        mark: the user's line.
         mask: 1 for tokens and 0 for padding, of the same shape; None if there is no padding.
         extras: whatever else a tokenizer returned for the model.
         seed: where the sampling of this invocation starts, or None.
     """
 
     ids: torch.Tensor
+    mark: Mark
     mask: torch.Tensor | None = None
-    extras: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    extras: Mapping[str, torch.Tensor] = MappingProxyType({})
     seed: int | None = None
 
     @property
@@ -64,20 +66,23 @@ class Reader:
             or None if there is none.
         limits: what the model can process.
         pad_id: the id that fills padding. It is masked, so any id does.
+        lookups_check: whether the model's own lookup of an id that it does not know is an error
+            that can be caught, as on the CPU. On a GPU it would be the end of the process.
     """
 
-    def __init__(self, tokenizer: Any, limits: Limits, pad_id: int) -> None:
+    def __init__(self, tokenizer: Any, limits: Limits, pad_id: int, lookups_check: bool) -> None:
+        self.lookups_check = lookups_check
         self._tokenizer = tokenizer
         self._limits = limits
         self._pad_id = pad_id
 
-    def read(self, prompt: Any, side: Side, location: Location) -> Prompt:
+    def read(self, prompt: Any, side: Side, mark: Mark) -> Prompt:
         """Returns a prompt as token ids.
 
         Args:
             prompt: in any of the forms.
             side: where prompts of different length, given as one, are padded.
-            location: the user's line.
+            mark: the user's line.
 
         Raises:
             PromptTypeError: if it is of no known form.
@@ -85,73 +90,116 @@ class Reader:
                 text and there is no tokenizer.
         """
         if isinstance(prompt, Recorded):
-            prompt = prompt.result(location)
+            prompt = prompt.result(Location(*mark))
         if isinstance(prompt, torch.Tensor):
-            read = Prompt(_as_ids(prompt, location))
+            read = Prompt(_as_ids(prompt, mark), mark)
+            if not self.lookups_check:
+                self.check_ids(read)
         elif isinstance(prompt, Mapping) and "input_ids" in prompt:
-            read = self._encoding(cast("Mapping[str, Any]", prompt), side, location)
+            read = self._encoding(cast("Mapping[str, Any]", prompt), side, mark)
         else:
-            rows = self._rows(prompt, location)
-            read = _padded(rows, side, self._pad_id) if rows else Prompt(torch.empty(0, 0).long())
-        self._check(read.ids, location)
+            rows = self._rows(prompt, mark)
+            read = Prompt(*_padded(rows, side, self._pad_id, mark))
+            self.check_ids(read)
+        if not read.ids.numel():
+            raise PromptError("The prompt is empty: it has no tokens.", Location(*mark))
+        self.check_length(read)
         return read
 
-    def _rows(self, prompt: Any, location: Location) -> list[list[int]]:
+    def check_length(self, prompt: Prompt, steps: int = 1) -> None:
+        """Checks that the model's context holds a prompt.
+
+        Args:
+            prompt: the prompt.
+            steps: how many tokens are generated; the last of them is not processed.
+
+        Raises:
+            PromptError: if it does not.
+        """
+        length, context = prompt.ids.shape[1], self._limits.context
+        if context is not None and length + steps - 1 > context:
+            more = f" and {steps} are to be generated" if steps > 1 else ""
+            raise PromptError(
+                f"The prompt has {length} tokens{more}, but the model's context is {context}.",
+                Location(*prompt.mark),
+            )
+
+    def check_ids(self, prompt: Prompt) -> None:
+        """Checks that the model knows the ids.
+
+        Tensors on the CPU are not checked when they are read, because looking into one takes
+        half as long as all else that we do for a trace. There the embedding itself refuses an id
+        that it does not know, and then this finds out which.
+
+        Raises:
+            PromptError: if it does not.
+        """
+        if self._limits.vocabulary is None or not prompt.ids.numel():
+            return
+        least, most = (bound.item() for bound in prompt.ids.aminmax())
+        if least < 0 or most >= self._limits.vocabulary:
+            raise PromptError(
+                f"The prompt has the token id {least if least < 0 else most}, but the model's ids "
+                f"go from 0 to {self._limits.vocabulary - 1}.",
+                Location(*prompt.mark),
+            )
+
+    def _rows(self, prompt: Any, mark: Mark) -> list[list[int]]:
         """Token ids of each row of a prompt that is no tensor."""
         if isinstance(prompt, str):
-            return [self._encoded(prompt, location)]
+            return [self._encoded(prompt, mark)]
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise PromptTypeError(f"{_FORMS}; this is {_kind(prompt)}.", location)
+            raise PromptTypeError(f"{_FORMS}; this is {_kind(prompt)}.", Location(*mark))
         items = list(cast("Sequence[Any]", prompt))
         if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
             return [items] if items else []
         if all(isinstance(item, str) for item in items):
-            return [self._encoded(item, location) for item in items]
+            return [self._encoded(item, mark) for item in items]
         if all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in items):
-            return [self._chat(items, location)]
+            return [self._chat(items, mark)]
         if all(isinstance(item, Sequence) and not isinstance(item, str | bytes) for item in items):
             rows = [list(item) for item in items]
             if all(isinstance(i, int) and not isinstance(i, bool) for row in rows for i in row):
                 if not all(rows):
-                    raise PromptError("One of the prompts has no tokens.", location)
+                    raise PromptError("One of the prompts has no tokens.", Location(*mark))
                 return rows
         kinds = ", ".join(sorted({_kind(item) for item in items}))
-        raise PromptTypeError(f"{_FORMS}; this is {_kind(prompt)} of {kinds}.", location)
+        raise PromptTypeError(f"{_FORMS}; this is {_kind(prompt)} of {kinds}.", Location(*mark))
 
-    def _encoded(self, text: str, location: Location) -> list[int]:
-        ids = list(self._needed(location)(text)["input_ids"])
+    def _encoded(self, text: str, mark: Mark) -> list[int]:
+        ids = list(self._needed(mark)(text)["input_ids"])
         if not ids:
-            raise PromptError("The prompt is empty: it has no tokens.", location)
+            raise PromptError("The prompt is empty: it has no tokens.", Location(*mark))
         return ids
 
-    def _chat(self, messages: list[Any], location: Location) -> list[int]:
-        tokenizer = self._needed(location)
+    def _chat(self, messages: list[Any], mark: Mark) -> list[int]:
+        tokenizer = self._needed(mark)
         if not getattr(tokenizer, "chat_template", None):
             raise PromptError(
                 "The prompt is a chat, but the model's tokenizer has no chat template: give the "
                 "text itself.",
-                location,
+                Location(*mark),
             )
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _needed(self, location: Location) -> Any:
+    def _needed(self, mark: Mark) -> Any:
         if self._tokenizer is None or isinstance(self._tokenizer, Exception):
             reason = f" Loading one failed: {self._tokenizer}" if self._tokenizer else ""
             raise PromptError(
                 "The prompt is text, but the model has no tokenizer: pass `tokenizer=` to "
                 f"`LanguageModel`, or give token ids.{reason}",
-                location,
+                Location(*mark),
             )
         return self._tokenizer
 
-    def _encoding(self, encoding: Mapping[str, Any], side: Side, location: Location) -> Prompt:
+    def _encoding(self, encoding: Mapping[str, Any], side: Side, mark: Mark) -> Prompt:
         """What a tokenizer returned: lists, or tensors."""
         ids = encoding["input_ids"]
         if not isinstance(ids, torch.Tensor):
-            read = self.read(ids, side, location)
+            read = self.read(ids, side, mark)
             return read
-        ids = _as_ids(ids, location)
+        ids = _as_ids(ids, mark)
         mask: torch.Tensor | None = None
         extras: dict[str, torch.Tensor] = {}
         for name, value in encoding.items():
@@ -160,56 +208,41 @@ class Reader:
                 mask = None if bool(given.all()) else given.long()
             elif name != "input_ids" and isinstance(value, torch.Tensor):
                 extras[name] = value.reshape(ids.shape) if value.ndim == 1 else value
-        return Prompt(ids, mask, extras)
-
-    def _check(self, ids: torch.Tensor, location: Location) -> None:
-        if not ids.numel():
-            raise PromptError("The prompt is empty: it has no tokens.", location)
-        context, vocabulary = self._limits.context, self._limits.vocabulary
-        if context is not None and ids.shape[1] > context:
-            raise PromptError(
-                f"The prompt has {ids.shape[1]} tokens, but the model's context is {context}.",
-                location,
-            )
-        if vocabulary is not None and ids.device.type != "meta":
-            least, most = (int(bound) for bound in torch.aminmax(ids))
-            if least < 0 or most >= vocabulary:
-                raise PromptError(
-                    f"The prompt has the token id {least if least < 0 else most}, but the model's "
-                    f"ids go from 0 to {vocabulary - 1}.",
-                    location,
-                )
+        return Prompt(ids, mark, mask, extras)
 
 
-def _as_ids(tensor: torch.Tensor, location: Location) -> torch.Tensor:
+def _as_ids(tensor: torch.Tensor, mark: Mark) -> torch.Tensor:
     """A tensor of ids with two axes."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
         raise PromptTypeError(
             f"Token ids are integers, but this tensor is {tensor.dtype}. To give embeddings, "
             "write to the embedding's output.",
-            location,
+            Location(*mark),
         )
     if tensor.ndim not in (1, 2):
         raise PromptTypeError(
             "Token ids have the shape (position,) or (rows, position), but this tensor has the "
             f"shape {tuple(tensor.shape)}.",
-            location,
+            Location(*mark),
         )
     ids = tensor if tensor.dtype is torch.int64 else tensor.long()
     return ids[None] if ids.ndim == 1 else ids
 
 
-def _padded(rows: list[list[int]], side: Side, pad_id: int) -> Prompt:
-    length = max(map(len, rows))
+def _padded(
+    rows: list[list[int]], side: Side, pad_id: int, mark: Mark
+) -> tuple[torch.Tensor, Mark, torch.Tensor | None]:
+    """Rows of ids as one tensor, and the mask if they had to be padded."""
+    length = max(map(len, rows), default=0)
     if all(len(row) == length for row in rows):
-        return Prompt(torch.tensor(rows))
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), length), mark, None
     ids = torch.full((len(rows), length), pad_id)
     mask = torch.zeros_like(ids)
     for place, row in enumerate(rows):
         here = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
         ids[place, here] = torch.tensor(row)
         mask[place, here] = 1
-    return Prompt(ids, mask)
+    return ids, mark, mask
 
 
 def _kind(value: object) -> str:

@@ -7,8 +7,6 @@ each other's. Runs of one module therefore wait for each other, also between two
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -16,37 +14,44 @@ from torch import nn
 from insitu.graph.errors import BlockError
 
 
-class _Owned:
-    __slots__ = ("lock", "owner")
+class _Lock:
+    """The lock of one module, which knows the thread that holds it."""
+
+    __slots__ = ("_lock", "_owner")
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.owner: int | None = None
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def __enter__(self) -> None:
+        if self._lock.acquire(blocking=False):
+            self._owner = threading.get_ident()
+            return
+        if self._owner == threading.get_ident():
+            raise BlockError(
+                "This model is running already, in this thread: a block cannot run it from inside "
+                "its own run (a hook, a stopping criterion, a streamer)."
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = None
+        self._lock.release()
 
 
 _registry_lock = threading.Lock()
-_owned: WeakKeyDictionary[nn.Module, _Owned] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[nn.Module, _Lock] = WeakKeyDictionary()
 
 
-@contextmanager
-def exclusive(module: nn.Module) -> Iterator[None]:
-    """Holds a module for this thread.
+def exclusive(module: nn.Module) -> _Lock:
+    """Returns a context manager that holds a module for this thread.
 
-    Raises:
-        BlockError: if this thread holds it already: a block was run from inside another's run.
+    Entering it raises a `BlockError` if this thread holds the module already: a block was run
+    from inside another's run.
     """
-    owned = _owned.get(module)
-    if owned is None:
+    lock = _locks.get(module)
+    if lock is None:
         with _registry_lock:
-            owned = _owned.setdefault(module, _Owned())
-    if owned.owner == threading.get_ident():
-        raise BlockError(
-            "This model is running already, in this thread: a block cannot run it from inside its "
-            "own run (a hook, a stopping criterion, a streamer)."
-        )
-    with owned.lock:
-        owned.owner = threading.get_ident()
-        try:
-            yield
-        finally:
-            owned.owner = None
+            lock = _locks.setdefault(module, _Lock())
+    return lock

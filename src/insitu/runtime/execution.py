@@ -28,7 +28,7 @@ class Execution:
         plan: its plan.
     """
 
-    __slots__ = ("_arrived", "_bits", "_graph", "_plan", "_uses", "_values", "_waiting")
+    __slots__ = ("_arrived", "_graph", "_plan", "_uses", "_values", "_waiting")
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
         self._graph = graph
@@ -36,45 +36,48 @@ class Execution:
         self._values: list[Any] = [None] * len(graph)
         self._uses = list(plan.uses)
         self._arrived = 0
-        self._bits = {index: 1 << bit for bit, index in enumerate(plan.reads.values())}
-        # Each group of nodes waits at one of its sites that have not arrived; when that one
-        # arrives it runs, or moves on to wait at another.
+        # Each group of nodes that needs several sites waits at one that has not arrived; when
+        # that one arrives the group runs, or moves on to wait at another.
         self._waiting: dict[int, list[int]] = {}
-        for need in plan.groups:
-            self._waiting.setdefault(need & -need, []).append(need)
+        if plan.held:
+            for need in plan.groups:
+                if need & (need - 1):
+                    self._waiting.setdefault(need & -need, []).append(need)
 
-    def arrive(self, arrivals: Mapping[int, Any]) -> None:
-        """Takes what arrived at sites, and runs every node that has been waiting for it.
+    def arrive(self, index: int, value: Any) -> None:
+        """Takes what arrived at a site, and runs every node that has been waiting for it.
 
         Args:
-            arrivals: values by the index of the node that reads them. They arrive at the same
-                moment: nodes run when all are there.
+            index: the node that reads the site.
+            value: what arrived.
 
         Raises:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
-        values = self._values
-        moved: list[int] = []
-        for index, value in arrivals.items():
-            values[index] = value
-            bit = self._bits[index]
+        plan = self._plan
+        self._values[index] = value
+        bit = plan.bits[index]
+        group = plan.groups.get(bit)
+        if group is not None:
+            self._run(group)
+        if plan.held:
+            self._keep(bit, value)
             self._arrived |= bit
-            moved.extend(self._waiting.pop(bit, ()))
+            self._complete(bit)
+
+    def _complete(self, bit: int) -> None:
+        """Runs the groups of several sites that the arrival of this one completes."""
         ready: list[int] = []
-        for need in moved:
+        for need in self._waiting.pop(bit, ()):
             missing = need & ~self._arrived
             if missing:
                 self._waiting.setdefault(missing & -missing, []).append(need)
             else:
                 ready.append(need)
-        if len(ready) == 1:
-            self._run(self._plan.groups[ready[0]])
-        elif ready:
+        if ready:
             self._run(sorted(index for need in ready for index in self._plan.groups[need]))
-        if self._plan.held:
-            self._keep(arrivals, ready)
 
-    def saved(self, cells: Mapping[int, Cell]) -> None:
+    def fill(self, cells: Mapping[int, Cell]) -> None:
         """Puts the saved values into their cells."""
         for index, cell in cells.items():
             cell.value = self._values[index]
@@ -84,21 +87,33 @@ class Execution:
         nodes, values, uses = self._graph.nodes, self._values, self._uses
         for index in indices:
             node = nodes[index]
+            function, args = node.operation.function, node.args
             try:
-                if node.nested:
+                # Calls without keywords and containers, of one or two arguments, are nearly all
+                # that there are, and a comprehension takes as long as the rest of this loop.
+                if node.nested or node.kwargs:
                     args, kwargs = self._resolved(node)
-                    values[index] = node.operation.function(*args, **kwargs)
+                    value = function(*args, **kwargs)
+                elif len(args) == 1:
+                    value = function(values[args[0].index])
+                elif len(args) == 2:
+                    first, second = args
+                    value = function(
+                        values[first.index] if type(first) is Ref else first,
+                        values[second.index] if type(second) is Ref else second,
+                    )
                 else:
-                    args = [values[arg.index] if type(arg) is Ref else arg for arg in node.args]
-                    values[index] = node.operation.function(*args, **node.kwargs)
+                    value = function(
+                        *[values[arg.index] if type(arg) is Ref else arg for arg in args]
+                    )
             except Exception as error:
                 raise self._failure(index, error) from error
             for source in node.inputs:
                 uses[source] -= 1
                 if not uses[source]:
                     values[source] = None
-            if not uses[index]:
-                values[index] = None
+            if uses[index]:
+                values[index] = value
 
     def _resolved(self, node: Node) -> tuple[Any, Any]:
         """The arguments of a node, with values in the place of references."""
@@ -108,24 +123,24 @@ class Execution:
 
         return cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))
 
-    def _keep(self, arrivals: Mapping[int, Any], ready: list[int]) -> None:
+    def _keep(self, bit: int, arrived: Any) -> None:
         """Copies values that wait for other sites, so that the model's own writes miss them.
 
         Modules may write into what they returned or were given (`nn.ReLU(inplace=True)`, a
         residual stream added up in place). Only memory that came from the model is copied.
         """
-        memory = {_memory(tensor) for value in arrivals.values() for tensor in _tensors(value)}
+        held = [index for index in self._plan.held.get(bit, ()) if self._uses[index]]
+        if not held:
+            return
+        memory = set(map(_memory, _tensors(arrived)))
 
         def leaf(item: Any) -> Any:
             if isinstance(item, torch.Tensor) and _memory(item) in memory:
                 return item.clone()
             return item
 
-        groups = {*ready, *(self._bits[index] for index in arrivals)}
-        for need in groups:
-            for index in self._plan.held.get(need, ()):
-                if self._uses[index]:
-                    self._values[index] = map_structure(leaf, self._values[index])
+        for index in held:
+            self._values[index] = map_structure(leaf, self._values[index])
 
     def _failure(self, index: int, error: Exception) -> InsituError:
         """The error to raise for an operation that failed, at the line that recorded it."""

@@ -39,7 +39,7 @@ class TensorLayout:
     axes: tuple[Axis, ...]
 
 
-class Inseparable(Exception):
+class _InseparableError(Exception):
     """No layout: the value cannot be cut into the parts of its invocations."""
 
 
@@ -75,7 +75,7 @@ def find_layouts(probes: tuple[Probe, Probe, Probe]) -> Layouts:
         if all(site in probe for probe in probes):
             try:
                 layouts[site] = _layout(value, probes[1][site], probes[2][site])
-            except Inseparable:
+            except _InseparableError:
                 continue
     return layouts
 
@@ -94,17 +94,20 @@ def cut(site: Site, value: Any, layout: Any, part: Part) -> Any:
     """
     if isinstance(layout, TensorLayout) and isinstance(value, torch.Tensor):
         return _cut_tensor(site, value, layout, part)
-    if isinstance(layout, tuple) and isinstance(value, tuple) and len(layout) == len(value):  # pyright: ignore[reportUnknownArgumentType]
-        items = zip(cast("tuple[Any, ...]", value), cast("tuple[Any, ...]", layout), strict=True)
-        return tuple(cut(site, item, inner, part) for item, inner in items)
+    if isinstance(layout, tuple) and isinstance(value, tuple):
+        items = cast("tuple[Any, ...]", value)
+        inners = cast("tuple[Any, ...]", layout)
+        if len(items) == len(inners):
+            pairs = zip(items, inners, strict=True)
+            return tuple(cut(site, item, inner, part) for item, inner in pairs)
     if isinstance(layout, dict) and isinstance(value, Mapping):
         entries = cast("Mapping[str, Any]", value)
+        kind = cast(Any, type(entries))
         inner = cast("dict[str, Any]", layout)
         if entries.keys() == inner.keys():
-            cuts = {name: cut(site, entries[name], inner[name], part) for name in entries}
-            return cast(Any, type(value))(cuts)
+            return kind({name: cut(site, entries[name], inner[name], part) for name in entries})
     if layout is None and not isinstance(value, torch.Tensor):
-        return value
+        return cast(Any, value)
     raise _unexpected(site, value)
 
 
@@ -113,20 +116,21 @@ def _layout(first: Any, more_rows: Any, longer: Any) -> Any:
     if isinstance(first, torch.Tensor):
         shapes = (first.shape, more_rows.shape, longer.shape)
         if len({len(shape) for shape in shapes}) > 1:
-            raise Inseparable
+            raise _InseparableError
         axes = tuple(_axis(*sizes) for sizes in zip(*shapes, strict=True))
         if Axis.ROWS not in axes and Axis.BOTH not in axes:
-            raise Inseparable
+            raise _InseparableError
         return TensorLayout(axes)
     if type(first) is tuple:
-        return tuple(_layout(*items) for items in zip(first, more_rows, longer, strict=True))
+        values = cast("tuple[Any, ...]", first)
+        return tuple(_layout(*items) for items in zip(values, more_rows, longer, strict=True))
     if isinstance(first, Mapping):
         entries = cast("Mapping[str, Any]", first)
         return {name: _layout(entries[name], more_rows[name], longer[name]) for name in entries}
-    if first is None or isinstance(first, bool | int | float | str):
-        if first == more_rows == longer:
-            return None
-    raise Inseparable
+    constant = first is None or isinstance(first, bool | int | float | str)
+    if constant and first == more_rows == longer:
+        return None
+    raise _InseparableError
 
 
 def _axis(first: int, more_rows: int, longer: int) -> Axis:
@@ -138,13 +142,11 @@ def _axis(first: int, more_rows: int, longer: int) -> Axis:
         (batch * length, batch_2 * length, batch * length_2): Axis.BOTH,
     }
     if (first, more_rows, longer) not in kinds:
-        raise Inseparable
+        raise _InseparableError
     return kinds[first, more_rows, longer]
 
 
-def _cut_tensor(
-    site: Site, value: torch.Tensor, layout: TensorLayout, part: Part
-) -> torch.Tensor:
+def _cut_tensor(site: Site, value: torch.Tensor, layout: TensorLayout, part: Part) -> torch.Tensor:
     sizes = {
         Axis.ROWS: part.batch,
         Axis.POSITIONS: part.length,
@@ -159,7 +161,7 @@ def _cut_tensor(
         keys = {Axis.ROWS: part.rows, Axis.POSITIONS: part.positions}
         return value[tuple(keys.get(axis, slice(None)) for axis in layout.axes)]
     axis = layout.axes.index(Axis.BOTH)
-    apart = value.unflatten(axis, (part.batch, part.length))
+    apart = cast(Any, value).unflatten(axis, (part.batch, part.length))
     lead = (slice(None),) * axis
     return apart[(*lead, part.rows, part.positions)].flatten(axis, axis + 1)
 

@@ -4,19 +4,22 @@ Hooks are put on the modules whose values are wanted and on no others. Each is r
 has fired, and all are removed when the pass ends, however it ends.
 """
 
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Kind, Site
 from insitu.runtime.execution import Execution
+
+Place = tuple[str, Kind]
+"""A module's path and which of its values: a site, for all invocations."""
 
 Cut = Callable[[Site, Any], Any]
 """Takes an invocation's own part out of what arrived at a site for the whole batch."""
@@ -36,8 +39,7 @@ class View(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pass:
+class Pass(NamedTuple):
     """One call of the wrapped module.
 
     Attributes:
@@ -62,7 +64,7 @@ def run_pass(
     single: Pass,
     modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
-) -> tuple[Any, set[tuple[str, Kind]]]:
+) -> tuple[Any, list[Place]]:
     """Runs a pass and gives an execution what arrives at its sites.
 
     Args:
@@ -73,80 +75,92 @@ def run_pass(
         views: how outputs are shown, by path.
 
     Returns:
-        What the call returned, None if it was stopped early, and the sites at which nothing
+        What the call returned, None if it was stopped early, and the places at which nothing
         arrived, as paths and kinds.
     """
-    wanted: dict[tuple[str, Kind], list[tuple[Site, int]]] = {}
+    cuts, may_stop = single.cuts, single.may_stop
+    readers: dict[Place, list[tuple[int, Site]]] = {}
     for site, index in reads.items():
-        if site.invocation in single.cuts:
-            wanted.setdefault((site.path, site.kind), []).append((site, index))
-    pending: set[tuple[str, Kind]] = set(wanted)
-    handles: list[RemovableHandle] = []
+        if site[0] in cuts:
+            readers.setdefault(site[1:], []).append((index, site))
+    hooks: dict[Place, _Hook] = {}
 
-    def listen(path: str, kind: Kind) -> None:
-        readers = wanted[path, kind]
-
-        def arrived(value: Any) -> None:
-            handle.remove()
-            pending.discard((path, kind))
-            if len(single.cuts) == 1:
-                ((site, index),) = readers
-                cut = single.cuts[site.invocation]
-                execution.arrive({index: value if cut is None else cut(site, value)})
-            else:
-                arrivals: dict[int, Any] = {}
-                for site, index in readers:
-                    cut = single.cuts[site.invocation]
-                    arrivals[index] = value if cut is None else cut(site, value)
-                execution.arrive(arrivals)
-            if not pending and single.may_stop:
-                raise _Stop
-
-        handle = _hook(modules[path], kind, views.get(path), arrived)
-        handles.append(handle)
+    def arrived(place: Place, value: Any) -> None:
+        found = readers.pop(place, None)
+        if found is None:
+            return  # a later call of the module
+        if not may_stop:  # there are more forwards to come, and they need no hook here
+            hooks[place].remove()
+        for index, site in found:
+            cut = cuts[site[0]]
+            execution.arrive(index, value if cut is None else cut(site, value))
+        if may_stop and not readers:
+            raise _Stop
 
     try:
-        for path, kind in wanted:
-            listen(path, kind)
+        for place in readers:
+            path, kind = place
+            hooks[place] = _hook(modules[path], kind, views.get(path), place, arrived)
         with torch.no_grad():
-            return single.call(), pending
+            return single.call(), list(readers)
     except _Stop as stop:
         stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
-        return None, pending
+        return None, []
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks.values():
+            hook.remove()
+
+
+class _Hook(NamedTuple):
+    """A hook in the tables of a module.
+
+    It goes there directly: `register_forward_hook` takes 3 µs for a handle with weak references
+    that nothing here needs, which is as much as all else that is done for a hook.
+    """
+
+    hooks: dict[Any, Any]
+    flags: dict[Any, bool]
+    key: Callable[..., None]
+
+    def remove(self) -> None:
+        """Takes the hook from the module, if it is still there."""
+        if self.hooks.pop(self.key, None) is not None:
+            self.flags.pop(self.key, None)
 
 
 def _hook(
-    module: nn.Module, kind: Kind, view: View | None, arrived: Callable[[Any], None]
-) -> RemovableHandle:
+    module: nn.Module,
+    kind: Kind,
+    view: View | None,
+    place: Place,
+    arrived: Callable[[Place, Any], None],
+) -> _Hook:
     """Puts a hook on a module that hands over one of its values."""
-    if kind == "inputs":
-
-        def inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arrived((args, dict(kwargs)))
-
-        return module.register_forward_pre_hook(inputs, with_kwargs=True)
-    if kind == "input":
-
-        def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arrived(first_argument(args, kwargs))
-
-        return module.register_forward_pre_hook(first, with_kwargs=True)
-    if view is None:
+    if kind == "output" and view is None:
 
         def output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            arrived(output)
+            arrived(place, output)
 
-        return module.register_forward_hook(output)
+        hook = _Hook(module._forward_hooks, {}, output)
+    elif view is not None and kind == "output":
 
-    def viewed(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        arrived(view(output, args, kwargs))
+        def viewed(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            arrived(place, view(output, args, kwargs))
 
-    return module.register_forward_hook(viewed, with_kwargs=True)
+        hook = _Hook(module._forward_hooks, module._forward_hooks_with_kwargs, viewed)
+    else:
+
+        def inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            whole = kind == "inputs"
+            arrived(place, (args, dict(kwargs)) if whole else first_argument(args, kwargs))
+
+        hook = _Hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, inputs)
+    # A function is its own key: no number that torch hands out for its hooks equals it.
+    hook.hooks[hook.key] = hook.key
+    hook.flags[hook.key] = True
+    return hook
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -20,12 +20,14 @@ class Plan:
 
     Attributes:
         reads: the index of the node that reads it, for each site, in the order of their bits.
+        bits: the bit of the site that a node reads, by the node's index.
         groups: node indices in the order of their lines, for each set of sites.
         uses: how many times each node's value is asked for, by the run or by the user.
         held: for each set of sites, the nodes whose values wait for sites that are not in it.
     """
 
     reads: dict[Site, int]
+    bits: dict[int, int]
     groups: dict[int, list[int]]
     uses: list[int]
     held: dict[int, list[int]]
@@ -39,29 +41,35 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         saves: holds the indices of the nodes whose values the user keeps.
     """
     reads: dict[Site, int] = {}
+    bits: dict[int, int] = {}
     groups: dict[int, list[int]] = {}
     held: dict[int, list[int]] = {}
-    uses = [0] * len(graph)
-    needs: list[int] = []
-    for index, node in enumerate(graph.nodes):
-        if node.operation is READ:
-            need = 1 << len(reads)
-            reads[node.args[0]] = index
-            needs.append(need)
-            continue
-        need = 0
-        for source in node.inputs:
-            need |= needs[source]
+    nodes = graph.nodes
+    uses = [0] * len(nodes)
+    needs = [0] * len(nodes)
+    for index, node in enumerate(nodes):
+        inputs = node.inputs
+        if len(inputs) == 1:
+            source = inputs[0]
             uses[source] += 1
-        for source in node.inputs:
-            if needs[source] != need:
-                held.setdefault(needs[source], []).append(source)
-        needs.append(need)
-        group = groups.get(need)
-        if group is None:
-            groups[need] = [index]
+            need = needs[source]
+        elif node.operation is READ:
+            needs[index] = bits[index] = 1 << len(reads)
+            reads[node.args[0]] = index
+            continue
         else:
-            group.append(index)
+            need = 0
+            for source in inputs:
+                need |= needs[source]
+                uses[source] += 1
+            for source in inputs:
+                if needs[source] != need:
+                    held.setdefault(needs[source], []).append(source)
+        needs[index] = need
+        if need in groups:
+            groups[need].append(index)
+        else:
+            groups[need] = [index]
     for index in saves:
         uses[index] += 1
-    return Plan(reads, groups, uses, held)
+    return Plan(reads, bits, groups, uses, held)

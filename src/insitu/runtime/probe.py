@@ -77,8 +77,7 @@ def probe(
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
     handles = [
-        part.register_forward_hook(listen(path), with_kwargs=True)
-        for path, part in modules.items()
+        part.register_forward_hook(listen(path), with_kwargs=True) for path, part in modules.items()
     ]
     try:
         with mode, torch.no_grad():

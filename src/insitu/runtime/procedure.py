@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
-from insitu.graph.location import Location
+from insitu.graph.location import Mark
 from insitu.graph.node import Site
 from insitu.runtime.passes import Pass, View
 from insitu.runtime.probe import Call, Probe
@@ -36,7 +36,7 @@ class Outputs:
 class Procedure(Protocol, Generic[Request]):
     """One way to run a model, with its options: a forward, or a generation."""
 
-    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], location: Location) -> Request:
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Request:
         """Checks what an invocation was given and returns it in the form to keep."""
         ...
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from insitu.display.tree import render, summarise
-from insitu.graph.errors import BlockError, IndexOutOfRange, PathError, nearest
+from insitu.graph.errors import BlockError, IndexOutOfRangeError, PathError, nearest
 from insitu.graph.location import here
 from insitu.graph.node import Kind, readable
 from insitu.graph.proxy import Proxy
@@ -111,7 +111,7 @@ class Handle:
         try:
             return self._child(names[key])
         except IndexError:
-            raise IndexOutOfRange(
+            raise IndexOutOfRangeError(
                 f"`{self._written()}` holds {len(names)} modules, so there is no "
                 f"`{self._written()}[{key}]`.",
                 here(),

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import BlockError, NoValueError
-from insitu.graph.location import here
+from insitu.graph.location import here, mark
 from insitu.graph.node import Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.runtime.probe import Probe
@@ -25,7 +25,10 @@ class Invocation(Scope):
         request: what the model is called with.
     """
 
+    __slots__ = ("_probe", "_reads", "_result", "number", "request", "tracer")
+
     def __init__(self, tracer: Tracer, number: int, request: Any) -> None:
+        self._owner = None
         self.tracer = tracer
         self.number = number
         self.request = request
@@ -34,7 +37,7 @@ class Invocation(Scope):
         self._result: Any = None
 
     def __enter__(self) -> Invocation:
-        if not self.tracer.is_open:
+        if self.tracer._owner is None:
             raise BlockError(
                 "An invocation belongs inside its block: write `with model.trace() as tracer:` "
                 "around `with tracer.invoke(prompt):`.",
@@ -56,7 +59,7 @@ class Invocation(Scope):
         recording = self.tracer.recording
         ref = self._reads.get((path, kind))
         if ref is None:
-            ref = recording.read(Site(self.number, path, kind), here(4))
+            ref = recording.read(Site(self.number, path, kind), mark(4))
             self._reads[path, kind] = ref
         if kind == "output" and path in self.tracer.model.views:
             return StructureProxy(recording, ref)

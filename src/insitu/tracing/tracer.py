@@ -10,16 +10,16 @@ from types import TracebackType
 from typing import Any
 
 from insitu.graph.errors import BlockError, NeverRanError, NoValueError, nearest
-from insitu.graph.location import here
+from insitu.graph.location import Mark, here, mark
 from insitu.graph.node import Graph, Kind, Site, readable
 from insitu.graph.recording import Recording
-from insitu.runtime.execution import Execution
 from insitu.runtime.exclusive import exclusive
+from insitu.runtime.execution import Execution
 from insitu.runtime.passes import run_pass
 from insitu.runtime.plan import make_plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.tracing.invocation import Invocation
-from insitu.tracing.scope import Scope
+from insitu.tracing.scope import Scope, owner_frame
 
 
 class Tracer(Scope):
@@ -32,6 +32,18 @@ class Tracer(Scope):
         recording: what the lines of the block are recorded in.
     """
 
+    __slots__ = (
+        "_done",
+        "_implicit",
+        "_invocations",
+        "_prompt",
+        "_result",
+        "model",
+        "procedure",
+        "promises_output",
+        "recording",
+    )
+
     def __init__(
         self,
         model: Subject,
@@ -39,6 +51,7 @@ class Tracer(Scope):
         prompt: tuple[tuple[Any, ...], dict[str, Any]] | None,
         promises_output: bool = False,
     ) -> None:
+        self._owner = None
         self.model = model
         self.procedure = procedure
         self.promises_output = promises_output
@@ -55,17 +68,15 @@ class Tracer(Scope):
         return self.recording.graph
 
     def __enter__(self) -> Tracer:
-        if self.is_open or self._done:
+        if self._owner is not None or self._done:
             raise BlockError("This block was entered before: make a new one for a new run.", here())
-        self.enter()
-        if self._prompt is not None:
+        if self._prompt is None:
+            self.enter()
+        else:
             args, kwargs = self._prompt
-            try:
-                self._implicit = self._add(args, kwargs)
-            except BaseException:
-                self.leave()
-                raise
-            self._implicit.enter()
+            self._implicit = self._add(args, kwargs, mark())
+            self._owner = owner_frame(2)
+            self._implicit.enter(self._owner)
         return self
 
     def __exit__(
@@ -74,22 +85,29 @@ class Tracer(Scope):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for invocation in self._invocations:
-            invocation.leave()
-        self.leave()
+        recording = self.recording
+        recording.open = False
         self._done = True
-        self.recording.open = False
+        self._close()
+        if kind is not None:
+            recording.fail(f"its block raised {kind.__name__}, so the model did not run.")
+            return
         try:
-            if kind is None:
-                self._run()
+            self._run()
         except BaseException as failure:
-            self._fail(f"its run raised {type(failure).__name__}.")
+            recording.fail(f"its run raised {type(failure).__name__}.")
             raise
         finally:
-            if kind is not None:
-                self._fail(f"its block raised {kind.__name__}, so the model did not run.")
-            self.recording.saves = {}
-            self.recording.fakes = {}
+            recording.forget()
+
+    def _close(self) -> None:
+        """Closes the scopes of the block and of every invocation in it."""
+        self._owner = None
+        for invocation in self._invocations:
+            if invocation._owner is not None:
+                invocation.leave()
+        if self._implicit is None:
+            self.leave()
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invocation:
         """Adds a prompt, and gives the context in which sites mean its values.
@@ -109,12 +127,12 @@ class Tracer(Scope):
                 "`invoke`.",
                 here(),
             )
-        if not self.is_open:
+        if self._owner is None:
             raise BlockError(
                 "`invoke` belongs inside its block: write `with model.trace() as tracer:` first.",
                 here(),
             )
-        return self._add(args, kwargs)
+        return self._add(args, kwargs, mark())
 
     @property
     def output(self) -> Any:
@@ -172,8 +190,8 @@ class Tracer(Scope):
             )
         return self._implicit
 
-    def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Invocation:
-        request = self.procedure.request(args, kwargs, here(3))
+    def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Invocation:
+        request = self.procedure.request(args, kwargs, mark)
         invocation = Invocation(self, len(self._invocations), request)
         self._invocations.append(invocation)
         return invocation
@@ -204,23 +222,17 @@ class Tracer(Scope):
                     raise self._missing(missing)
                 results.append(result)
         outputs = self.procedure.outputs(results, requests)
-        execution.saved(recording.saves)
+        execution.fill(recording.saves)
         if outputs is not None:
             self._result = outputs.whole
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
                 invocation._result = result
 
-    def _missing(self, missing: set[tuple[str, Kind]]) -> NeverRanError:
-        site = next(
-            node.site for node in self.graph if node.site and node.site[1:] in missing
-        )
+    def _missing(self, missing: list[tuple[str, Kind]]) -> NeverRanError:
+        site = next(node.site for node in self.graph if node.site and node.site[1:] in missing)
         try:
             invocation = self._invocations[site.invocation]
             ran = set(self.model.probe(self.procedure.example(invocation.request)))
         except Exception:  # the probe only adds to the message
             ran = None
         return self.never_ran(site, ran)
-
-    def _fail(self, reason: str) -> None:
-        for cell in self.recording.saves.values():
-            cell.failure = reason
