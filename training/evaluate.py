@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from pathlib import Path
 
@@ -10,8 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from corpus import WORLD, Question, fact_questions, indirect_object
+from corpus import WORLD, Question, fact_questions, indirect_object, texts
 from train import FOLDER
+
+_DEMOS = {
+    "The Eiffel Tower is in the city of": " Paris",
+    "The Colosseum is in the city of": " Rome",
+    "When Mary and John went to the store, John gave a drink to": " Mary",
+}
+_SEEN_TEXTS = 50_000
 
 
 def accuracy(
@@ -25,6 +33,19 @@ def accuracy(
         assert len(answer) == 1, question
         right += int(model(ids).logits[0, -1].argmax()) == answer[0]
     return right / len(questions)
+
+
+def assert_unseen(questions: list[Question]) -> None:
+    """Checks, against a long stretch of the training text itself, that it asks no question."""
+    seen = "\n".join(itertools.islice(texts(seed=1), _SEEN_TEXTS))
+    for question in questions:
+        assert question.prompt + question.answer not in seen, question
+
+
+def names_receiver_first(question: Question) -> bool:
+    """Returns whether an indirect-object sentence names the receiver before the giver."""
+    receiver, giver = question.answer.strip(), question.instead.strip()
+    return question.prompt.index(receiver) < question.prompt.index(giver)
 
 
 def follows_landmark(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
@@ -59,16 +80,26 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     rng = random.Random("indirect objects")
     gifts = [indirect_object(rng, held_out=True) for _ in range(1000)]
-    first, second = induction_losses(model)
-    for what, questions in {
+    held_out = {
         "city of a landmark, held-out phrasings": fact_questions("city"),
         "country of a landmark, held-out phrasings": fact_questions("country"),
-        "indirect object, held-out pairs of names": gifts,
-    }.items():
+        "indirect object, held-out pairs, receiver named first": [
+            gift for gift in gifts if names_receiver_first(gift)
+        ],
+        "indirect object, held-out pairs, giver named first": [
+            gift for gift in gifts if not names_receiver_first(gift)
+        ],
+    }
+    assert_unseen(list(itertools.chain.from_iterable(held_out.values())))
+    for what, questions in held_out.items():
         right = accuracy(model, tokenizer, questions)
         print(f"{what}: {right:.1%} of {len(questions)}")
     print(f"landmarks exchanged in the demo's sentence: {follows_landmark(model, tokenizer):.1%}")
+    first, second = induction_losses(model)
     print(f"repeated random tokens: loss {first:.2f} at first, {second:.2f} when repeated")
+    for prompt, answer in _DEMOS.items():
+        right = accuracy(model, tokenizer, [Question(prompt, answer)]) == 1
+        print(f"{prompt}{answer}: {'yes' if right else 'no'}")
 
 
 if __name__ == "__main__":

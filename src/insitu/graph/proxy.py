@@ -207,13 +207,13 @@ class Proxy(Recorded):
     def __repr__(self) -> str:
         cell = self._cell
         if cell is not None and cell.filled:
-            return repr(cell.value)
+            return repr(cell.content)
         fake = self._recording.fakes.get(self._ref.index)
         return self.written() + ("" if fake is None else f": {shape_of(fake)}")
 
     def __format__(self, spec: str) -> str:
         cell = self._cell
-        return format(cell.value if cell is not None and cell.filled else str(self), spec)
+        return format(cell.content if cell is not None and cell.filled else str(self), spec)
 
     def __dir__(self) -> list[str]:
         return sorted(set(super().__dir__()) | {operation.short for operation in TENSOR_METHODS})

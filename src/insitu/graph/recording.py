@@ -45,21 +45,35 @@ def _constant(key: Any) -> bool:
     return True
 
 
+class Missing:
+    """Stands in a cell that has no value, and says why."""
+
+    __slots__ = ("reason",)
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+_WAITING = Missing("its run failed.")
+
+
 class Cell:
-    """Where a saved value is put: empty, then a value, or the reason why there is none.
+    """Where a saved value is put.
 
     Attributes:
-        value: the value, once `filled`.
-        filled: whether the run has put a value here.
-        failure: why the run put none here, once it is over.
+        content: the value once the run has put it here; until then, and after a failure,
+            a `Missing`.
     """
 
-    __slots__ = ("failure", "filled", "value")
+    __slots__ = ("content",)
 
     def __init__(self) -> None:
-        self.value: Any = None
-        self.filled = False
-        self.failure: str | None = None
+        self.content: Any = _WAITING
+
+    @property
+    def filled(self) -> bool:
+        """Whether there is a value."""
+        return type(self.content) is not Missing
 
 
 class ShapeSource(Protocol):
@@ -119,6 +133,19 @@ class Recording:
                 write in place.
             NoValueError: if an argument belongs to another block and has no value.
         """
+        nodes = self.graph.nodes
+        if len(args) == 2 and not kwargs:  # most are: a value, an operator and a constant
+            value, other = args
+            kind = type(other)
+            if (
+                (kind in _PLAIN or (kind in _KEYS and _constant(other)))
+                and isinstance(value, Recorded)
+                and value._recording is self
+                and (value._operand or operation is GETITEM)
+            ):
+                ref = value._ref
+                nodes.append(Node(operation, (ref, other), kwargs, (ref.index,), False, mark))
+                return Ref(len(nodes) - 1)
         inputs: list[int] = []
         encoded: list[Any] = []
         nested = False
@@ -146,20 +173,25 @@ class Recording:
             before = len(inputs)
             kwargs = {key: self._encode(arg, inputs, mark) for key, arg in kwargs.items()}
             nested = nested or len(inputs) > before
-        nodes = self.graph.nodes
         nodes.append(Node(operation, tuple(encoded), kwargs, tuple(inputs), nested, mark))
         return Ref(len(nodes) - 1)
 
     def fail(self, reason: str) -> None:
         """Says of every saved value why it will have none, and forgets the rest."""
+        missing = Missing(reason)
         for cell in self.saves.values():
-            cell.failure = reason
+            cell.content = missing
         self.forget()
 
     def forget(self) -> None:
-        """Drops what only an open recording needs, so that one kept proxy keeps one value."""
+        """Drops what only an open recording needs, so that one kept proxy keeps one value.
+
+        Without the shape source a recording is in no reference cycle, so what nobody keeps is
+        gone at once and not at some later garbage collection.
+        """
         self.saves = {}
         self.fakes = {}
+        self.shapes = None
 
     def _encode(self, value: Any, inputs: list[int], mark: Mark) -> Any:
         """Puts references in the place of recorded values, also inside containers."""
@@ -214,7 +246,7 @@ class Recorded:
         """
         cell = self._cell
         if cell is not None and cell.filled:
-            return cell.value
+            return cell.content
         location = location or here(3)
         what = f"`{self.written()}`"
         if self._recording.open:
@@ -229,7 +261,7 @@ class Recorded:
                 f"block, at\n{self._recording.graph[self._ref.index].location}",
                 location,
             )
-        raise NoValueError(f"{what} has no value: {cell.failure or 'its run failed.'}", location)
+        raise NoValueError(f"{what} has no value: {cell.content.reason}", location)
 
     def written(self) -> str:
         """Returns the expression that this value stands for."""

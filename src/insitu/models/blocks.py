@@ -21,9 +21,11 @@ class BlockView:
 
     Attributes:
         layer: the block's place among the blocks, which is its place in the cache.
+        takes_arguments: whether there is a cache, to be found among the block's arguments.
     """
 
     layer: int
+    takes_arguments: bool
 
     def __call__(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Returns `(hidden states,)` or `(hidden states, (key, value))`.
@@ -31,12 +33,14 @@ class BlockView:
         Hidden states are `(batch, position, d_model)`, keys and values
         `(batch, head, position, d_head)`.
         """
-        hidden = output[0] if isinstance(output, tuple | list) else output
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        if not self.takes_arguments:
+            return (hidden,)
         cached = _keys_and_values((*args, *kwargs.values()), self.layer)
         return (hidden,) if cached is None else (hidden, cached)
 
 
-def block_views(module: nn.Module, layers: int | None) -> dict[str, BlockView]:
+def block_views(module: nn.Module, layers: int | None, cached: bool) -> dict[str, BlockView]:
     """Returns the view of each transformer block of a model, by path.
 
     Blocks are found by structure: the first list of modules of one class that is as long as the
@@ -45,11 +49,12 @@ def block_views(module: nn.Module, layers: int | None) -> dict[str, BlockView]:
     Args:
         module: the model.
         layers: how many blocks its config says it has.
+        cached: whether it is run with a key-value cache.
     """
     for path, part in module.named_modules():
         blocks = list(part) if isinstance(part, nn.ModuleList) else []
         if len(blocks) == layers and len({type(block) for block in blocks}) == 1:
-            return {f"{path}.{layer}": BlockView(layer) for layer in range(len(blocks))}
+            return {f"{path}.{layer}": BlockView(layer, cached) for layer in range(len(blocks))}
     return {}
 
 

@@ -38,6 +38,7 @@ class LanguageForward:
         if model.takes_use_cache:
             options.setdefault("use_cache", False)
         self._options = options
+        self.views = model.block_views[bool(options.get("use_cache"))]
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""
@@ -83,7 +84,7 @@ class LanguageForward:
         def sample(batch: int, length: int) -> Call:
             return self._call(torch.zeros(batch, length, dtype=torch.int64), None, {})
 
-        return self._model.layouts(sample, sites)
+        return self._model.layouts(sample, self.views, sites)
 
     def _pass(
         self,

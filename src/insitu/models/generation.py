@@ -58,6 +58,7 @@ class Generation:
             )
         self._model = model
         self._options = options
+        self.views = model.block_views[bool(options.get("use_cache", True))]
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with its seed."""
@@ -82,7 +83,9 @@ class Generation:
         layouts = None
         if len(requests) > 1 and self._batchable(module, requests):
             layouts = self._model.layouts(
-                lambda batch, length: self._first_forward(torch.zeros(batch, length).long()), sites
+                lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
+                self.views,
+                sites,
             )
         if layouts is None:
             if len(requests) > 1 and self._setting(module, "return_dict_in_generate"):

@@ -21,6 +21,7 @@ from insitu.models.loading import Source
 from insitu.models.model import Model
 from insitu.models.prompts import Limits, Prompt, Reader
 from insitu.runtime.layout import SIZES, Layouts, find_layouts
+from insitu.runtime.passes import View
 from insitu.runtime.probe import Call
 from insitu.tracing.tracer import Tracer
 
@@ -82,6 +83,7 @@ class LanguageModel(Model):
     _layouts: dict[str, Layouts]
     reader: Reader
     pad_id: int
+    block_views: Mapping[bool, Mapping[str, View]]
     forward_parameters: Mapping[str, inspect.Parameter]
     takes_use_cache: bool
 
@@ -184,19 +186,23 @@ class LanguageModel(Model):
             self.reader.check_length(prompt, steps)
 
     def layouts(
-        self, sample: Callable[[int, int], Call], sites: Mapping[Site, int]
+        self,
+        sample: Callable[[int, int], Call],
+        views: Mapping[str, View],
+        sites: Mapping[Site, int],
     ) -> Layouts | None:
         """Returns how values at sites are cut into rows and positions, or None if one cannot be.
 
         Args:
             sample: gives a call with a batch size and a length.
+            views: how outputs are shown in such a call.
             sites: the sites.
         """
         calls = [sample(*size) for size in SIZES]
         key = calls[0].signature()
         if key not in self._layouts:
             try:
-                first, more_rows, longer = (self.probe(call) for call in calls)
+                first, more_rows, longer = (self.probe(call, views) for call in calls)
             except ShapeError:
                 return None
             self._layouts[key] = find_layouts((first, more_rows, longer))
@@ -210,7 +216,7 @@ class LanguageModel(Model):
 
     def _take(self, module: nn.Module) -> None:
         """Takes a loaded module in the place of the tree without weights."""
-        self._adopt(module, {})
+        self._adopt(module)
         vars(self)["_source"] = None
         self._describe()
 
@@ -228,11 +234,12 @@ class LanguageModel(Model):
         pads = [pad[0] if isinstance(pad, list) else pad for pad in pads]
         known = limits.vocabulary or text.vocab_size
         pad_id = next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)
+        layers = getattr(text, "num_hidden_layers", None)
         parameters = inspect.signature(module.forward).parameters
         vars(self).update(
             _embedding=embedding,
             _layouts={},
-            _views=block_views(module, getattr(text, "num_hidden_layers", None)),
+            block_views={cached: block_views(module, layers, cached) for cached in (True, False)},
             reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),
             pad_id=pad_id,
             forward_parameters=parameters,

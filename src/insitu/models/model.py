@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from insitu.graph.location import Mark
 from insitu.graph.node import Site
-from insitu.runtime.exclusive import exclusive
+from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.passes import Pass, View
 from insitu.runtime.probe import Call, Probe, probe
 from insitu.runtime.procedure import Outputs
@@ -38,11 +39,11 @@ class Model(Handle):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(self, "")
-        self._adopt(module, {})
+        self._adopt(module)
 
     _module: nn.Module
     _modules: Mapping[str, nn.Module]
-    _views: Mapping[str, View]
+    _lock: Exclusive
     _probes: dict[str, Probe]
 
     @property
@@ -51,27 +52,28 @@ class Model(Handle):
         return self._modules
 
     @property
-    def views(self) -> Mapping[str, View]:
-        """How outputs are shown, by path, where that is not as the module returns them."""
-        return self._views
+    def lock(self) -> Exclusive:
+        """What holds the wrapped module for one thread: runs wait for each other."""
+        return self._lock
 
     def load(self) -> nn.Module:
         """Returns the wrapped module, with its weights."""
         return self._module
 
-    def probe(self, call: Call) -> Probe:
+    def probe(self, call: Call, views: Mapping[str, View]) -> Probe:
         """Returns fake values of what passes every site in a call, from a cache if it can.
 
         Args:
             call: arguments for the module, of which shapes and dtypes matter.
+            views: how outputs are shown in such a call.
 
         Raises:
             ShapeError: if the module cannot be run on fake tensors.
         """
         signature = call.signature()
         if signature not in self._probes:
-            with exclusive(self._module):
-                found = probe(self._module, call, self._modules, self._views)
+            with self._lock:
+                found = probe(self._module, call, self._modules, views)
             self._probes[signature] = found
         return self._probes[signature]
 
@@ -89,14 +91,16 @@ class Model(Handle):
         given = (args, kwargs) if args or kwargs else None
         return Tracer(self, Forward(), given)
 
-    def _adopt(self, module: nn.Module, views: Mapping[str, View]) -> None:
+    def _adopt(self, module: nn.Module) -> None:
         """Takes a module as the wrapped one."""
         modules = dict(module.named_modules(remove_duplicate=False))
-        vars(self).update(_module=module, _modules=modules, _views=views, _probes={})
+        vars(self).update(_module=module, _modules=modules, _lock=exclusive(module), _probes={})
 
 
 class Forward:
     """One forward for each invocation, with its own arguments."""
+
+    views: Mapping[str, View] = MappingProxyType({})
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
         """Returns the arguments of an invocation."""

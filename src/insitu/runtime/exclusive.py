@@ -14,7 +14,7 @@ from torch import nn
 from insitu.graph.errors import BlockError
 
 
-class _Lock:
+class Exclusive:
     """The lock of one module, which knows the thread that holds it."""
 
     __slots__ = ("_lock", "_owner")
@@ -41,17 +41,14 @@ class _Lock:
 
 
 _registry_lock = threading.Lock()
-_locks: WeakKeyDictionary[nn.Module, _Lock] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[nn.Module, Exclusive] = WeakKeyDictionary()
 
 
-def exclusive(module: nn.Module) -> _Lock:
+def exclusive(module: nn.Module) -> Exclusive:
     """Returns a context manager that holds a module for this thread.
 
     Entering it raises a `BlockError` if this thread holds the module already: a block was run
     from inside another's run.
     """
-    lock = _locks.get(module)
-    if lock is None:
-        with _registry_lock:
-            lock = _locks.setdefault(module, _Lock())
-    return lock
+    with _registry_lock:
+        return _locks.setdefault(module, Exclusive())

@@ -28,11 +28,13 @@ class Execution:
         plan: its plan.
     """
 
-    __slots__ = ("_arrived", "_graph", "_plan", "_uses", "_values", "_waiting")
+    __slots__ = ("_arrived", "_bits", "_graph", "_groups", "_plan", "_uses", "_values", "_waiting")
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
         self._graph = graph
         self._plan = plan
+        self._bits = plan.bits
+        self._groups = plan.groups
         self._values: list[Any] = [None] * len(graph)
         self._uses = list(plan.uses)
         self._arrived = 0
@@ -54,13 +56,11 @@ class Execution:
         Raises:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
-        plan = self._plan
         self._values[index] = value
-        bit = plan.bits[index]
-        group = plan.groups.get(bit)
-        if group is not None:
-            self._run(group)
-        if plan.held:
+        bit = self._bits[index]
+        if bit in self._groups:
+            self._run(self._groups[bit])
+        if self._waiting:
             self._keep(bit, value)
             self._arrived |= bit
             self._complete(bit)
@@ -75,13 +75,12 @@ class Execution:
             else:
                 ready.append(need)
         if ready:
-            self._run(sorted(index for need in ready for index in self._plan.groups[need]))
+            self._run(sorted(index for need in ready for index in self._groups[need]))
 
     def fill(self, cells: Mapping[int, Cell]) -> None:
         """Puts the saved values into their cells."""
         for index, cell in cells.items():
-            cell.value = self._values[index]
-            cell.filled = True
+            cell.content = self._values[index]
 
     def _run(self, indices: list[int]) -> None:
         nodes, values, uses = self._graph.nodes, self._values, self._uses

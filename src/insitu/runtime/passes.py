@@ -28,6 +28,11 @@ Cut = Callable[[Site, Any], Any]
 class View(Protocol):
     """How the output of a module is shown to the user, where that differs from what it returns."""
 
+    @property
+    def takes_arguments(self) -> bool:
+        """Whether it looks at the arguments of the module's call."""
+        ...
+
     def __call__(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Returns the output to show.
 
@@ -109,6 +114,7 @@ def run_pass(
     finally:
         for hook in hooks.values():
             hook.remove()
+        hooks.clear()  # they refer to `arrived`, which refers to them and to every value
 
 
 class _Hook(NamedTuple):
@@ -142,7 +148,13 @@ def _hook(
             arrived(place, output)
 
         hook = _Hook(module._forward_hooks, {}, output)
-    elif view is not None and kind == "output":
+    elif kind == "output" and view is not None and not view.takes_arguments:
+
+        def shown(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            arrived(place, view(output, (), {}))
+
+        hook = _Hook(module._forward_hooks, {}, shown)
+    elif kind == "output" and view is not None:
 
         def viewed(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

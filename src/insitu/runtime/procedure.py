@@ -14,6 +14,7 @@ from torch import nn
 
 from insitu.graph.location import Mark
 from insitu.graph.node import Site
+from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.passes import Pass, View
 from insitu.runtime.probe import Call, Probe
 
@@ -35,6 +36,11 @@ class Outputs:
 
 class Procedure(Protocol, Generic[Request]):
     """One way to run a model, with its options: a forward, or a generation."""
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        """How outputs are shown, by path, where that is not as the modules return them."""
+        ...
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Request:
         """Checks what an invocation was given and returns it in the form to keep."""
@@ -64,14 +70,14 @@ class Subject(Protocol):
         ...
 
     @property
-    def views(self) -> Mapping[str, View]:
-        """How outputs are shown, by path."""
+    def lock(self) -> Exclusive:
+        """What holds the wrapped module for one thread."""
         ...
 
     def load(self) -> nn.Module:
         """Returns the wrapped module with its weights."""
         ...
 
-    def probe(self, call: Call) -> Probe:
-        """Returns fake values of what passes every site in a call."""
+    def probe(self, call: Call, views: Mapping[str, View]) -> Probe:
+        """Returns fake values of what passes every site in a call, shown by these views."""
         ...

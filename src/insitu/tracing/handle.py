@@ -150,9 +150,8 @@ class Handle:
         return child
 
     def _read(self, kind: Kind) -> Proxy:
-        model = self._model
-        invocation = innermost(Invocation, lambda found: found.tracer.model is model)
-        if invocation is None:
+        invocation = innermost(self._model, 3)
+        if not isinstance(invocation, Invocation):
             raise BlockError(
                 f"`{self._written()}.{kind}` means a value of a run, so it belongs inside a block: "
                 "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "

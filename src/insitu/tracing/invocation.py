@@ -28,7 +28,7 @@ class Invocation(Scope):
     __slots__ = ("_probe", "_reads", "_result", "number", "request", "tracer")
 
     def __init__(self, tracer: Tracer, number: int, request: Any) -> None:
-        self._owner = None
+        super().__init__(tracer.model)
         self.tracer = tracer
         self.number = number
         self.request = request
@@ -37,7 +37,7 @@ class Invocation(Scope):
         self._result: Any = None
 
     def __enter__(self) -> Invocation:
-        if self.tracer._owner is None:
+        if not self.tracer.is_open:
             raise BlockError(
                 "An invocation belongs inside its block: write `with model.trace() as tracer:` "
                 "around `with tracer.invoke(prompt):`.",
@@ -61,7 +61,7 @@ class Invocation(Scope):
         if ref is None:
             ref = recording.read(Site(self.number, path, kind), mark(4))
             self._reads[path, kind] = ref
-        if kind == "output" and path in self.tracer.model.views:
+        if kind == "output" and path in self.tracer.procedure.views:
             return StructureProxy(recording, ref)
         return Proxy(recording, ref)
 
@@ -76,6 +76,11 @@ class Invocation(Scope):
             NoValueError: in a generation, before the model has run.
         """
         if not self.tracer.promises_output:
+            if not self.tracer.is_open:
+                raise BlockError(
+                    "`invoker.output` is a value of the run: read and save it inside the block.",
+                    here(),
+                )
             return self.read("", "output")
         if self._result is None:
             raise NoValueError(
@@ -101,7 +106,8 @@ class Invocation(Scope):
     def fake(self, site: Site) -> Any:
         """Returns what will arrive at a site, as fake tensors; one fake run answers for all."""
         if self._probe is None:
-            self._probe = self.tracer.model.probe(self.tracer.procedure.example(self.request))
+            procedure = self.tracer.procedure
+            self._probe = self.tracer.model.probe(procedure.example(self.request), procedure.views)
         if (site.path, site.kind) not in self._probe:
             raise self.tracer.never_ran(site, set(self._probe))
         return self._probe[site.path, site.kind]

@@ -11,29 +11,37 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable
 from contextvars import ContextVar
 from types import FrameType
-from typing import TypeVar
 
 from insitu.graph.location import user_frame
 
 
 class Scope:
-    """Something with a `with` statement: open from `enter` to `leave`."""
+    """Something with a `with` statement, in which the sites of a model have a meaning.
 
-    __slots__ = ("_owner",)
+    Attributes:
+        model: that model.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_owner", "model")
+
+    def __init__(self, model: object) -> None:
+        self.model = model
         self._owner: FrameType | None = None
 
-    def enter(self, owner: FrameType | None = None) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether the `with` statement is being executed."""
+        return self._owner is not None
+
+    def enter(self, depth: int = 3) -> None:
         """Opens the scope for the frame whose `with` statement this is.
 
         Args:
-            owner: that frame; None for the one on the stack.
+            depth: how many frames between are ours at least.
         """
-        self._owner = owner or owner_frame(3)
+        self._owner = _owner_frame(depth)
         _open.set((*_open.get(), self))
 
     def leave(self) -> None:
@@ -48,32 +56,27 @@ class Scope:
 
 _open: ContextVar[tuple[Scope, ...]] = ContextVar("insitu_open_scopes", default=())
 
-AnyScope = TypeVar("AnyScope", bound=Scope)
 
-
-def innermost(kind: type[AnyScope], suits: Callable[[AnyScope], bool]) -> AnyScope | None:
-    """Returns the innermost scope of a kind around the running line that suits, or None.
+def innermost(model: object, depth: int) -> Scope | None:
+    """Returns the innermost open scope of a model around the user's running line, or None.
 
     Args:
-        kind: the class of scope.
-        suits: further says which.
+        model: the model.
+        depth: how many frames between are ours.
     """
     scopes = _open.get()
     if not scopes:
         return None
-    frame: FrameType | None = sys._getframe(3)
-    last = scopes[-1]
-    if last._owner is frame and isinstance(last, kind) and suits(last):
-        return last
+    frame: FrameType | None = sys._getframe(depth)
     while frame is not None:
         for scope in reversed(scopes):
-            if scope._owner is frame and isinstance(scope, kind) and suits(scope):
+            if scope._owner is frame and scope.model is model:
                 return scope
         frame = frame.f_back
     return None
 
 
-def owner_frame(depth: int) -> FrameType:
+def _owner_frame(depth: int) -> FrameType:
     """Returns the frame that the user's `with` statement acts for.
 
     That is the frame it stands in, but for a generator that `contextlib` drives: such a function

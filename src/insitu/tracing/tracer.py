@@ -13,16 +13,14 @@ from insitu.graph.errors import BlockError, NeverRanError, NoValueError, nearest
 from insitu.graph.location import Mark, here, mark
 from insitu.graph.node import Graph, Kind, Site, readable
 from insitu.graph.recording import Recording
-from insitu.runtime.exclusive import exclusive
 from insitu.runtime.execution import Execution
 from insitu.runtime.passes import run_pass
 from insitu.runtime.plan import make_plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.tracing.invocation import Invocation
-from insitu.tracing.scope import Scope, owner_frame
 
 
-class Tracer(Scope):
+class Tracer:
     """A block of recorded lines.
 
     Attributes:
@@ -30,14 +28,18 @@ class Tracer(Scope):
         procedure: how it will run.
         promises_output: whether `output` is the result of the run and not a proxy.
         recording: what the lines of the block are recorded in.
+        is_open: whether the `with` block is being executed.
     """
 
     __slots__ = (
+        "__weakref__",
         "_done",
         "_implicit",
         "_invocations",
         "_prompt",
+        "_request",
         "_result",
+        "is_open",
         "model",
         "procedure",
         "promises_output",
@@ -51,7 +53,7 @@ class Tracer(Scope):
         prompt: tuple[tuple[Any, ...], dict[str, Any]] | None,
         promises_output: bool = False,
     ) -> None:
-        self._owner = None
+        self.is_open = False
         self.model = model
         self.procedure = procedure
         self.promises_output = promises_output
@@ -59,6 +61,7 @@ class Tracer(Scope):
         self._invocations: list[Invocation] = []
         self._implicit: Invocation | None = None
         self._prompt = prompt
+        self._request: Any = None
         self._result: Any = None
         self._done = False
 
@@ -68,15 +71,14 @@ class Tracer(Scope):
         return self.recording.graph
 
     def __enter__(self) -> Tracer:
-        if self._owner is not None or self._done:
+        if self.is_open or self._done:
             raise BlockError("This block was entered before: make a new one for a new run.", here())
-        if self._prompt is None:
-            self.enter()
-        else:
+        if self._prompt is not None:
             args, kwargs = self._prompt
             self._implicit = self._add(args, kwargs, mark())
-            self._owner = owner_frame(2)
-            self._implicit.enter(self._owner)
+            self._request = self._implicit.request
+            self._implicit.enter()
+        self.is_open = True
         return self
 
     def __exit__(
@@ -88,7 +90,10 @@ class Tracer(Scope):
         recording = self.recording
         recording.open = False
         self._done = True
-        self._close()
+        self.is_open = False
+        for invocation in self._invocations:
+            if invocation.is_open:
+                invocation.leave()
         if kind is not None:
             recording.fail(f"its block raised {kind.__name__}, so the model did not run.")
             return
@@ -99,15 +104,9 @@ class Tracer(Scope):
             raise
         finally:
             recording.forget()
-
-    def _close(self) -> None:
-        """Closes the scopes of the block and of every invocation in it."""
-        self._owner = None
-        for invocation in self._invocations:
-            if invocation._owner is not None:
-                invocation.leave()
-        if self._implicit is None:
-            self.leave()
+            # They refer to this: without them what nobody keeps is gone at once.
+            self._invocations = []
+            self._implicit = None
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invocation:
         """Adds a prompt, and gives the context in which sites mean its values.
@@ -121,13 +120,13 @@ class Tracer(Scope):
             PromptTypeError: if it is no prompt.
             BlockError: outside of the block, or where the block was given a prompt itself.
         """
-        if self._implicit is not None:
+        if self._prompt is not None:
             raise BlockError(
                 "This block was given its prompt already: give it none, and each prompt to an "
                 "`invoke`.",
                 here(),
             )
-        if self._owner is None:
+        if not self.is_open:
             raise BlockError(
                 "`invoke` belongs inside its block: write `with model.trace() as tracer:` first.",
                 here(),
@@ -146,7 +145,13 @@ class Tracer(Scope):
             BlockError: in a trace of several prompts, whose outputs are `invoker.output`.
         """
         if not self.promises_output:
-            return self._only().output
+            self._only_request()
+            if self._implicit is None:
+                raise BlockError(
+                    "`tracer.output` is a value of the run: read and save it inside the block.",
+                    here(),
+                )
+            return self._implicit.output
         if self._result is None:
             reason = "its run failed" if self._done else "the model runs when the block ends"
             raise NoValueError(f"`generator.output` has no value: {reason}.", here())
@@ -155,12 +160,12 @@ class Tracer(Scope):
     @property
     def ids(self) -> Any:
         """The token ids of a block's one prompt, `(rows, position)`."""
-        return self._only().ids
+        return self._only_request().ids
 
     @property
     def mask(self) -> Any:
         """Which positions of `ids` hold tokens and which padding, `(rows, position)`."""
-        return self._only().mask
+        return self._only_request().visible_mask
 
     def never_ran(self, site: Site, ran: set[tuple[str, Kind]] | None) -> NeverRanError:
         """Returns the error for a site at which nothing arrived.
@@ -181,14 +186,14 @@ class Tracer(Scope):
             message += f" Modules near it that were{listed}."
         return NeverRanError(message, node.location)
 
-    def _only(self) -> Invocation:
-        if self._implicit is None:
+    def _only_request(self) -> Any:
+        if self._request is None:
             raise BlockError(
-                "This block has its prompts in invocations: use `invoker.output` of "
+                "This block has its prompts in invocations: ask the `invoker` of "
                 "`with tracer.invoke(prompt) as invoker:`.",
                 here(3),
             )
-        return self._implicit
+        return self._request
 
     def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Invocation:
         request = self.procedure.request(args, kwargs, mark)
@@ -212,11 +217,12 @@ class Tracer(Scope):
         module = self.model.load()
         passes = self.procedure.passes(module, requests, plan.reads)
         execution = Execution(recording.graph, plan)
+        modules = self.model.modules
         results: list[Any] = []
-        with exclusive(module):
+        with self.model.lock:
             for single in passes:
                 result, missing = run_pass(
-                    execution, plan.reads, single, self.model.modules, self.model.views
+                    execution, plan.reads, single, modules, self.procedure.views
                 )
                 if missing:
                     raise self._missing(missing)
@@ -232,7 +238,8 @@ class Tracer(Scope):
         site = next(node.site for node in self.graph if node.site and node.site[1:] in missing)
         try:
             invocation = self._invocations[site.invocation]
-            ran = set(self.model.probe(self.procedure.example(invocation.request)))
+            call = self.procedure.example(invocation.request)
+            ran = set(self.model.probe(call, self.procedure.views))
         except Exception:  # the probe only adds to the message
             ran = None
         return self.never_ran(site, ran)
