@@ -1,5 +1,7 @@
 """Insitu opens up a neural network while it runs."""
 
+import contextlib
+
 from insitu.graph.errors import (
     BlockError,
     ExecutionError,
@@ -18,6 +20,9 @@ from insitu.graph.errors import (
 from insitu.graph.proxy import Proxy
 from insitu.models.language_model import LanguageModel
 from insitu.models.model import Model
+
+with contextlib.suppress(ImportError):  # einops is no dependency: it is used where it is installed
+    import insitu.graph.einops_backend  # noqa: F401
 
 __all__ = [
     "BlockError",

@@ -90,7 +90,9 @@ def _written(value: Any, graph: Graph, depth: int) -> str:
 def _subscript(node: Node, graph: Graph, depth: int) -> str:
     """What stands between the brackets of an indexing."""
     key = node.args[1]
-    parts = list(cast("tuple[Any, ...]", key)) if type(key) is tuple and key else [key]
+    parts = [key]
+    if type(key) is tuple and key:
+        parts = list(cast("tuple[Any, ...]", key))
     return ", ".join([_subscript_part(part, graph, depth) for part in parts])
 
 

@@ -56,12 +56,11 @@ _SHARED = """
     abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr adjoint all allclose amax
     amin aminmax angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin
     argsort argwhere asin asinh atan atan2 atanh baddbmm bincount bitwise_and bitwise_left_shift
-    bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm broadcast_to ceil cholesky
-    cholesky_inverse cholesky_solve chunk clamp clamp_max clamp_min clip clone conj conj_physical
+    bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm broadcast_to ceil     cholesky_inverse chunk clamp clamp_max clamp_min clip clone conj conj_physical
     copysign corrcoef cos cosh count_nonzero cov cross cummax cummin cumprod cumsum deg2rad det
     detach diag diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot
     dsplit eq equal erf erfc erfinv exp exp2 expm1 fix flatten flip fliplr flipud float_power floor
-    floor_divide fmax fmin fmod frac frexp gather gcd ge ger greater greater_equal gt hardshrink
+    floor_divide fmax fmin fmod frac frexp gather gcd ge greater greater_equal gt hardshrink
     heaviside histc hsplit hypot i0 igamma igammac imag index_add index_copy index_fill index_put
     index_reduce index_select inner inverse is_complex is_floating_point isclose isfinite isinf
     isnan isneginf isposinf isreal kron kthvalue lcm ldexp le lerp less less_equal lgamma log log10
@@ -70,17 +69,17 @@ _SHARED = """
     matrix_exp matrix_power max maximum mean median min minimum mm mode moveaxis movedim msort mul
     multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow ne neg negative
     nextafter nonzero norm not_equal numel orgqr outer permute pinverse polygamma positive pow
-    prelu prod qr quantile rad2deg ravel real reciprocal relu remainder renorm repeat_interleave
+    prelu prod quantile rad2deg ravel real reciprocal relu remainder renorm repeat_interleave
     reshape roll rot90 round rsqrt scatter scatter_add scatter_reduce select select_scatter sgn
     sigmoid sign signbit sin sinc sinh slice_scatter slogdet softmax sort split split_with_sizes
-    sqrt square squeeze std sub subtract sum svd swapaxes swapdims t take take_along_dim tan tanh
-    tensor_split tile topk trace transpose triangular_solve tril triu true_divide trunc unbind
+    sqrt square squeeze std sub subtract sum swapaxes swapdims t take take_along_dim tan tanh
+    tensor_split tile topk trace transpose tril triu true_divide trunc unbind
     unflatten unique_consecutive unsqueeze var vdot vsplit where xlogy
 """
 
 _TORCH = """
     atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors bucketize cartesian_prod cat
-    cdist celu chain_matmul column_stack combinations complex concat concatenate constant_pad_nd
+    cdist celu column_stack combinations complex concat concatenate constant_pad_nd
     cosine_similarity cumulative_trapezoid dstack einsum full_like gradient hstack isin meshgrid
     narrow_copy ones_like pairwise_distance polar row_stack searchsorted selu stack std_mean
     tensordot trapezoid trapz tril_indices unravel_index var_mean view_as_complex view_as_real

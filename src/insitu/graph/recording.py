@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Number
-from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn, Protocol, cast
 
 import torch
@@ -21,7 +20,7 @@ from insitu.graph.node import Graph, Node, Ref, Site
 from insitu.graph.operations import GETITEM, READ, SAVE, Operation
 from insitu.graph.structure import map_structure
 
-NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
+NO_KWARGS: Mapping[str, Any] = {}
 
 # Constants that a node may hold as they are.
 _PLAIN = frozenset(
@@ -136,7 +135,7 @@ class Recording:
         nodes = self.graph.nodes
         if len(args) == 2 and not kwargs:  # most are: a value, an operator and a constant
             value, other = args
-            kind = type(other)
+            kind = cast("type[Any]", type(other))
             if (
                 (kind in _PLAIN or (kind in _KEYS and _constant(other)))
                 and isinstance(value, Recorded)

@@ -11,10 +11,10 @@ from typing import Any
 
 from insitu.graph.errors import BlockError, NeverRanError, NoValueError, nearest
 from insitu.graph.location import Mark, here, mark
-from insitu.graph.node import Graph, Kind, Site, readable
+from insitu.graph.node import Graph, Site, readable
 from insitu.graph.recording import Recording
 from insitu.runtime.execution import Execution
-from insitu.runtime.passes import run_pass
+from insitu.runtime.passes import Place, run_pass
 from insitu.runtime.plan import make_plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.tracing.invocation import Invocation
@@ -167,7 +167,7 @@ class Tracer:
         """Which positions of `ids` hold tokens and which padding, `(rows, position)`."""
         return self._only_request().visible_mask
 
-    def never_ran(self, site: Site, ran: set[tuple[str, Kind]] | None) -> NeverRanError:
+    def never_ran(self, site: Site, ran: set[Place] | None) -> NeverRanError:
         """Returns the error for a site at which nothing arrived.
 
         Args:
@@ -219,14 +219,17 @@ class Tracer:
         execution = Execution(recording.graph, plan)
         modules = self.model.modules
         results: list[Any] = []
+        missing: list[Place] = []
         with self.model.lock:
             for single in passes:
                 result, missing = run_pass(
                     execution, plan.reads, single, modules, self.procedure.views
                 )
                 if missing:
-                    raise self._missing(missing)
+                    break
                 results.append(result)
+        if missing:
+            raise self._missing(missing)
         outputs = self.procedure.outputs(results, requests)
         execution.fill(recording.saves)
         if outputs is not None:
@@ -234,7 +237,7 @@ class Tracer:
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
                 invocation._result = result
 
-    def _missing(self, missing: list[tuple[str, Kind]]) -> NeverRanError:
+    def _missing(self, missing: list[Place]) -> NeverRanError:
         site = next(node.site for node in self.graph if node.site and node.site[1:] in missing)
         try:
             invocation = self._invocations[site.invocation]

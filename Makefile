@@ -1,0 +1,64 @@
+# Everything here sets up what it needs. PYTHON is any Python from 3.11 on.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+# The suite reads the bundled model and models made on the spot; it never asks the Hub.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all test-matrix check format bench bench-peers clean
+
+demo: $(VENV)/installed
+	@$(BIN)/python examples/main_demo.py
+
+test: $(VENV)/installed
+	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+
+test-all: $(VENV)/installed
+	$(BIN)/pytest -n $(WORKERS)
+
+# The suite with the newest Transformers and with the oldest generation that is supported.
+test-matrix: $(VENV)/installed $(VENV)-transformers4/installed
+	$(BIN)/pytest -n $(WORKERS)
+	$(VENV)-transformers4/bin/pytest -n $(WORKERS)
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/overhead.py
+
+bench-peers: $(VENV)/installed $(VENV)-nnsight/installed
+	$(BIN)/python benchmarks/overhead.py --peers $(VENV)-nnsight/bin/python
+
+# torch goes first: without a pin, whatever needs it would pull the newest build.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)-transformers4/installed: pyproject.toml constraints-transformers4.txt
+	$(PYTHON) -m venv $(VENV)-transformers4
+	$(VENV)-transformers4/bin/pip install -q --disable-pip-version-check \
+		-c constraints-transformers4.txt torch
+	$(VENV)-transformers4/bin/pip install -q --disable-pip-version-check \
+		-c constraints-transformers4.txt -e ".[test]"
+	@touch $@
+
+$(VENV)-nnsight/installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)-nnsight
+	$(VENV)-nnsight/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(VENV)-nnsight/bin/pip install -q --disable-pip-version-check nnsight
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-nnsight

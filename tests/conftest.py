@@ -1,0 +1,96 @@
+"""Models that the tests share. All are made on the spot or shipped; nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from insitu import LanguageModel, Model
+
+torch.set_num_threads(1)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=16, n_layer=4, n_head=4, vocab_size=100, n_positions=40, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        max_position_embeddings=40,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def gpt2() -> LanguageModel:
+    return LanguageModel(tiny_gpt2())
+
+
+@pytest.fixture
+def llama() -> LanguageModel:
+    return LanguageModel(tiny_llama())
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def language_model(request: pytest.FixtureRequest) -> LanguageModel:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def eiffel() -> LanguageModel:
+    return LanguageModel("insitu/eiffel", device_map="cpu")
+
+
+class Twice(nn.Module):
+    """Calls a module twice, takes a keyword and returns a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+        self.output = nn.ReLU()  # a name that a handle has too
+
+    def forward(self, *, x: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        first = self.shared(x)
+        return {"first": first, "second": self.output(self.shared(first)) * scale}
+
+
+@pytest.fixture
+def twice() -> Model:
+    torch.manual_seed(0)
+    return Model(Twice())
+
+
+def hooked(module: nn.Module, path: str, *args: object, **kwargs: object) -> object:
+    """The oracle: what a plain PyTorch hook sees at a module's first call."""
+    seen: list[object] = []
+    handle = module.get_submodule(path).register_forward_hook(
+        lambda module, args, output: seen.append(output)
+    )
+    try:
+        with torch.no_grad():
+            module(*args, **kwargs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def hooked_hidden(module: nn.Module, path: str, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    """The oracle for a block's hidden states, on every version of Transformers."""
+    output = hooked(module, path, input_ids=ids, use_cache=False, **kwargs)
+    return output[0] if isinstance(output, tuple) else output

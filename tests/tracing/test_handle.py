@@ -1,0 +1,178 @@
+import pytest
+import torch
+from torch import nn
+
+from insitu import (
+    BlockError,
+    IndexOutOfRangeError,
+    InsituError,
+    LanguageModel,
+    Model,
+    NeverRanError,
+    PathError,
+)
+from tests.conftest import hooked, hooked_hidden
+
+IDS = torch.tensor([[3, 14, 15, 92, 65]])
+
+
+def test_the_tree_is_reached_by_attribute_and_index(gpt2: LanguageModel) -> None:
+    h = gpt2.transformer.h
+    assert len(h) == 4
+    assert h[-1] is h[3] and h[-1].path == "transformer.h.3"
+    assert [block.path for block in h[1:3]] == ["transformer.h.1", "transformer.h.2"]
+    assert [block.path for block in h] == [f"transformer.h.{i}" for i in range(4)]
+    assert h[0].attn.c_attn.module is gpt2.module.transformer.h[0].attn.c_attn
+    assert gpt2["transformer"] is gpt2.transformer
+    assert {"transformer", "lm_head", "trace", "generate", "output"} <= set(dir(gpt2))
+    assert {"attn", "mlp", "ln_1"} <= set(dir(h[0]))
+
+
+def test_a_child_whose_name_is_taken_is_reached_as_an_item(twice: Model) -> None:
+    assert isinstance(twice["output"].module, nn.ReLU)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (lambda m: m.transformer.hh, "'h'"),
+        (lambda m: m.transformers, "'transformer'"),
+        (lambda m: m.wte, "'transformer.wte'"),
+        (lambda m: m.transformer.wte.weight, ".module.weight"),
+        (lambda m: m["nothing"], "it has: 'transformer', 'lm_head'"),
+        (lambda m: m.transformer.h[0].attn.softmax, "c_attn"),
+    ],
+)
+def test_a_wrong_path_names_the_nearest(gpt2: LanguageModel, path, words: str) -> None:
+    with pytest.raises(PathError, match=r"test_handle.py") as caught:
+        path(gpt2)
+    assert isinstance(caught.value, AttributeError) and isinstance(caught.value, InsituError)
+    assert words in str(caught.value)
+
+
+def test_an_index_out_of_range_says_how_many_there_are(gpt2: LanguageModel) -> None:
+    with pytest.raises(IndexOutOfRangeError, match=r"`transformer.h` holds 4 modules.*h\[4\]"):
+        gpt2.transformer.h[4]
+    with pytest.raises(IndexError):
+        gpt2.transformer.h[-5]
+
+
+def test_assigning_to_a_handle_raises(gpt2: LanguageModel) -> None:
+    with pytest.raises(PathError, match="cannot be assigned"):
+        gpt2.transformer.wte = 1
+    with pytest.raises(PathError, match="cannot be assigned"):
+        gpt2.anything = 1
+    with gpt2.trace(IDS), pytest.raises(PathError, match="cannot be written yet"):
+        gpt2.transformer.h[0].output = torch.zeros(1)
+
+
+def test_a_site_outside_of_a_block_says_what_to_write(gpt2: LanguageModel) -> None:
+    with pytest.raises(BlockError, match=r"`transformer.h\[0\].output`.*inside a block"):
+        _ = gpt2.transformer.h[0].output
+    with gpt2.trace() as tracer:
+        with pytest.raises(BlockError, match="invoke"):
+            _ = gpt2.lm_head.output
+        with tracer.invoke(IDS):
+            _ = gpt2.lm_head.output
+
+
+def test_a_handle_of_another_model_is_no_site_of_this_block(gpt2, llama) -> None:
+    with gpt2.trace(IDS), pytest.raises(BlockError):
+        _ = llama.lm_head.output
+
+
+def test_every_site_is_what_a_hook_sees(language_model: LanguageModel) -> None:
+    """All modules that run, their outputs, inputs and all arguments, in one trace, reversed."""
+    module = language_model.module
+    outputs, arguments = {}, {}
+
+    def post(path):
+        def hook(module, args, kwargs, output) -> None:
+            outputs.setdefault(path, (args, kwargs, output))
+
+        return hook
+
+    handles = [
+        part.register_forward_hook(post(path), with_kwargs=True)
+        for path, part in module.named_modules()
+    ]
+    with torch.no_grad():
+        module(input_ids=IDS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+
+    saved = {}
+    with language_model.trace(IDS):
+        for path in reversed(outputs):
+            handle = language_model
+            for part in path.split(".") if path else []:
+                handle = handle[part] if not part.isdigit() else handle[int(part)]
+            arguments[path] = handle.input.save(), handle.inputs.save()
+            saved[path] = handle.output.save()
+
+    def same(ours, theirs) -> bool:
+        if isinstance(theirs, torch.Tensor):
+            return torch.equal(ours, theirs)
+        if isinstance(theirs, dict):
+            return all(same(ours[key], theirs[key]) for key in theirs)
+        if isinstance(theirs, tuple):
+            return len(ours) == len(theirs) and all(map(same, ours, theirs))
+        return ours is None if theirs is None else type(ours) is type(theirs)
+
+    for path, (args, kwargs, output) in outputs.items():
+        ours = saved[path].value
+        if path in language_model.block_views[False]:
+            hidden = output[0] if isinstance(output, tuple) else output
+            assert len(ours) == 1 and torch.equal(ours[0], hidden), path
+        else:
+            assert same(ours, output), path
+        first, everything = arguments[path]
+        assert same(everything.value, (args, kwargs)), path
+        assert same(first.value, args[0] if args else next(iter(kwargs.values()))), path
+
+
+def test_a_plain_module_with_keywords_a_dictionary_and_a_module_called_twice(twice: Model) -> None:
+    x = torch.randn(2, 4)
+    with twice.trace(x=x, scale=2.0) as tracer:
+        whole = tracer.output.save()
+        second = tracer.output["second"].save()
+        attribute = twice.output.second.save()
+        shared = twice.shared.output.save()
+        inputs = twice.inputs.save()
+        rectified = twice["output"].output.save()
+    expected = twice.module(x=x, scale=2.0)
+    assert torch.equal(shared, hooked(twice.module, "shared", x=x))
+    assert torch.equal(whole.value["first"], expected["first"])
+    assert torch.equal(second, expected["second"]) and torch.equal(attribute, expected["second"])
+    assert torch.equal(rectified * 2.0, expected["second"])
+    assert inputs.value[0] == () and torch.equal(inputs.value[1]["x"], x)
+
+
+def test_a_module_that_never_ran_is_named_with_its_relatives(twice: Model) -> None:
+    x = torch.randn(2, 4)
+    with pytest.raises(NeverRanError) as caught, twice.trace(x=x):
+        twice.unused.output.save()  # the line to find
+    message = str(caught.value)
+    assert "`unused` was not called" in message
+    assert "'shared'" in message and "the line to find" in message
+    with twice.trace(x=x):
+        again = twice.shared.output.save()
+    assert torch.equal(again, hooked(twice.module, "shared", x=x))
+
+
+def test_hidden_states_of_a_block_are_what_a_hook_sees(language_model: LanguageModel) -> None:
+    path = next(iter(language_model.block_views[False]))
+    with language_model.trace(IDS):
+        handle = language_model
+        for part in path.split("."):
+            handle = handle[int(part)] if part.isdigit() else handle[part]
+        hidden = handle.output[0].save()
+    assert torch.equal(hidden, hooked_hidden(language_model.module, path, IDS))
+
+
+def test_printing_a_model_shows_its_tree(gpt2: LanguageModel) -> None:
+    lines = repr(gpt2).splitlines()
+    assert lines[0] == "LanguageModel(GPT2LMHeadModel)"
+    assert "│   ├── wte: Embedding(100, 16)" in lines
+    assert "│   │   └── [0-3]: GPT2Block" in lines
+    assert repr(gpt2.transformer.h[0].mlp).splitlines()[0] == "mlp: GPT2MLP"
