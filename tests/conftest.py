@@ -17,7 +17,13 @@ torch.set_num_threads(1)
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
-        n_embd=16, n_layer=4, n_head=4, vocab_size=100, n_positions=40, bos_token_id=0, eos_token_id=0
+        n_embd=16,
+        n_layer=4,
+        n_head=4,
+        vocab_size=100,
+        n_positions=40,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return GPT2LMHeadModel(config).eval()
 
@@ -90,7 +96,9 @@ def hooked(module: nn.Module, path: str, *args: object, **kwargs: object) -> obj
     return seen[0]
 
 
-def hooked_hidden(module: nn.Module, path: str, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+def hooked_hidden(
+    module: nn.Module, path: str, ids: torch.Tensor, **kwargs: object
+) -> torch.Tensor:
     """The oracle for a block's hidden states, on every version of Transformers."""
     output = hooked(module, path, input_ids=ids, use_cache=False, **kwargs)
     return output[0] if isinstance(output, tuple) else output

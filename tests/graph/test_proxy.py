@@ -12,7 +12,7 @@ X = torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
 
 EXPRESSIONS = {
     "operators": lambda x: (1 - x) * 2 / (x + 3) ** 2 % 5 // 1 - (-x),
-    "reflected": lambda x: 2 ** x + 3 * x - 1 / x + 7 // x + 7 % x,
+    "reflected": lambda x: 2**x + 3 * x - 1 / x + 7 // x + 7 % x,
     "tensor on the left": lambda x: torch.ones(3) - x + torch.ones(2, 3) @ x.T @ X,
     "comparisons": lambda x: (x > 0) & (x <= 4) | (x == 5) ^ (x != 1),
     "abs, neg, invert": lambda x: abs(x) + (+x) + (~(x > 0)).float(),

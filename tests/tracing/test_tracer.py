@@ -17,7 +17,9 @@ def state(module: nn.Module) -> dict:
     """Everything of a module that a run could leave changed."""
 
     def plain(value: object) -> object:
-        return value if isinstance(value, bool | int | float | str | None.__class__) else type(value)
+        return (
+            value if isinstance(value, bool | int | float | str | None.__class__) else type(value)
+        )
 
     return {
         path: {

@@ -53,28 +53,30 @@ _OPERATORS = """
 
 # Of `torch` and of `torch.Tensor` alike.
 _SHARED = """
-    abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr adjoint all allclose amax
-    amin aminmax angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin
-    argsort argwhere asin asinh atan atan2 atanh baddbmm bincount bitwise_and bitwise_left_shift
-    bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm broadcast_to ceil     cholesky_inverse chunk clamp clamp_max clamp_min clip clone conj conj_physical
-    copysign corrcoef cos cosh count_nonzero cov cross cummax cummin cumprod cumsum deg2rad det
-    detach diag diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot
-    dsplit eq equal erf erfc erfinv exp exp2 expm1 fix flatten flip fliplr flipud float_power floor
+    abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr adjoint all allclose
+    amax amin aminmax angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax
+    argmin argsort argwhere asin asinh atan atan2 atanh baddbmm bincount bitwise_and
+    bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm broadcast_to
+    ceil cholesky_inverse chunk clamp clamp_max clamp_min clip clone conj conj_physical copysign
+    corrcoef cos cosh count_nonzero cov cross cummax cummin cumprod cumsum deg2rad det detach
+    diag diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot dsplit
+    eq equal erf erfc erfinv exp exp2 expm1 fix flatten flip fliplr flipud float_power floor
     floor_divide fmax fmin fmod frac frexp gather gcd ge greater greater_equal gt hardshrink
-    heaviside histc hsplit hypot i0 igamma igammac imag index_add index_copy index_fill index_put
-    index_reduce index_select inner inverse is_complex is_floating_point isclose isfinite isinf
-    isnan isneginf isposinf isreal kron kthvalue lcm ldexp le lerp less less_equal lgamma log log10
-    log1p log2 log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not
-    logical_or logical_xor logit logsumexp lt masked_fill masked_scatter masked_select matmul
-    matrix_exp matrix_power max maximum mean median min minimum mm mode moveaxis movedim msort mul
-    multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow ne neg negative
-    nextafter nonzero norm not_equal numel orgqr outer permute pinverse polygamma positive pow
-    prelu prod quantile rad2deg ravel real reciprocal relu remainder renorm repeat_interleave
-    reshape roll rot90 round rsqrt scatter scatter_add scatter_reduce select select_scatter sgn
-    sigmoid sign signbit sin sinc sinh slice_scatter slogdet softmax sort split split_with_sizes
-    sqrt square squeeze std sub subtract sum swapaxes swapdims t take take_along_dim tan tanh
-    tensor_split tile topk trace transpose tril triu true_divide trunc unbind
-    unflatten unique_consecutive unsqueeze var vdot vsplit where xlogy
+    heaviside histc hsplit hypot i0 igamma igammac imag index_add index_copy index_fill
+    index_put index_reduce index_select inner inverse is_complex is_floating_point isclose
+    isfinite isinf isnan isneginf isposinf isreal kron kthvalue lcm ldexp le lerp less
+    less_equal lgamma log log10 log1p log2 log_softmax logaddexp logaddexp2 logcumsumexp logdet
+    logical_and logical_not logical_or logical_xor logit logsumexp lt masked_fill masked_scatter
+    masked_select matmul matrix_exp matrix_power max maximum mean median min minimum mm mode
+    moveaxis movedim msort mul multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile
+    nansum narrow ne neg negative nextafter nonzero norm not_equal numel orgqr outer permute
+    pinverse polygamma positive pow prelu prod quantile rad2deg ravel real reciprocal relu
+    remainder renorm repeat_interleave reshape roll rot90 round rsqrt scatter scatter_add
+    scatter_reduce select select_scatter sgn sigmoid sign signbit sin sinc sinh slice_scatter
+    slogdet softmax sort split split_with_sizes sqrt square squeeze std sub subtract sum
+    swapaxes swapdims t take take_along_dim tan tanh tensor_split tile topk trace transpose tril
+    triu true_divide trunc unbind unflatten unique_consecutive unsqueeze var vdot vsplit where
+    xlogy
 """
 
 _TORCH = """

@@ -9,6 +9,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from torch import nn
+
 from insitu.graph.errors import BlockError, NeverRanError, NoValueError, nearest
 from insitu.graph.location import Mark, here, mark
 from insitu.graph.node import Graph, Site, readable
@@ -175,15 +177,12 @@ class Tracer:
             ran: where something did arrive, if that is known.
         """
         node = next(node for node in self.graph if node.site == site)
-        message = f"`{readable(site.path)}` was not called in this run, so `{site}` has no value."
-        if ran is not None:
-            candidates = sorted({path for path, _ in ran if path})
-            parent = site.path.rpartition(".")[0]
-            relatives = [p for p in candidates if p != parent and p.startswith(f"{parent}.")]
-            relatives = relatives or [p for p in candidates if p.split(".")[0] in site.path]
-            close = nearest(site.path, relatives or candidates)
-            listed = close or f" (such as: {', '.join(map(repr, relatives[:3]))})"
-            message += f" Modules near it that were{listed}."
+        path = readable(site.path)
+        message = f"`{path}` was not called in this run, so `{site}` has no value."
+        if isinstance(self.model.modules[site.path], nn.ModuleList | nn.ModuleDict):
+            message += f" It only holds modules and is never called: take one, as in `{path}[0]`."
+        elif ran is not None:
+            message += _relatives(site.path, sorted({path for path, _ in ran if path}))
         return NeverRanError(message, node.location)
 
     def _only_request(self) -> Any:
@@ -246,3 +245,13 @@ class Tracer:
         except Exception:  # the probe only adds to the message
             ran = None
         return self.never_ran(site, ran)
+
+
+def _relatives(path: str, ran: list[str]) -> str:
+    """Which of the modules that ran are near a path, as the end of a message."""
+    parent = path.rpartition(".")[0]
+    near = [other for other in ran if other.startswith(f"{parent}.") or not parent]
+    close = nearest(path, near or ran)
+    if not close and near:
+        close = f" (such as {', '.join(map(repr, near[:3]))})"
+    return f" Near it, these were called{close}." if close else ""

@@ -1,0 +1,151 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+
+from insitu import LanguageModel, LoadError, OptionError
+from tests.conftest import tiny_gpt2
+
+IDS = torch.tensor([[3, 14, 15, 92, 65]])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_weights_load_with_the_first_run(folder) -> None:
+    model = LanguageModel(str(folder), device_map="cpu")
+    assert not model.loaded
+    assert model.module.lm_head.weight.is_meta
+    assert "weights not loaded yet" in repr(model)
+    head = model.lm_head
+    with model.trace(IDS):
+        logits = head.output.save()
+        assert not model.loaded
+    assert model.loaded and head.module is model.module.lm_head
+    with torch.no_grad():
+        assert torch.equal(logits, tiny_gpt2()(IDS).logits)
+    assert model.load() is model.module
+
+
+def test_load_can_be_called_first(folder) -> None:
+    model = LanguageModel(folder)
+    module = model.load()
+    assert model.loaded and not module.lm_head.weight.is_meta
+    assert not module.training
+
+
+def test_arguments_reach_from_pretrained(folder) -> None:
+    model = LanguageModel(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    with model.trace(IDS):
+        hidden = model.transformer.h[0].output[0]
+        pattern = model.transformer.h[0].attn.output[1]
+        assert hidden.dtype == torch.bfloat16 and pattern.shape == (1, 4, 5, 5)
+        hidden, pattern = hidden.save(), pattern.save()
+    assert hidden.dtype == torch.bfloat16 and pattern.shape == (1, 4, 5, 5)
+
+
+def test_a_model_in_memory_is_taken_as_it_is() -> None:
+    module = tiny_gpt2()
+    model = LanguageModel(module)
+    assert model.loaded and model.module is module and model.config is module.config
+    with pytest.raises(OptionError, match="'dtype'"):
+        LanguageModel(module, dtype=torch.float16)
+
+
+def test_a_repo_that_is_nowhere_is_a_clear_error() -> None:
+    with pytest.raises(LoadError, match="no-such/model.*insitu/eiffel") as caught:
+        LanguageModel("no-such/model")
+    assert __file__ in str(caught.value) and isinstance(caught.value, OSError)
+
+
+def test_broken_weights_are_a_clear_error_and_can_be_mended(folder) -> None:
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    model = LanguageModel(folder)
+    with pytest.raises(LoadError, match="weights") as caught, model.trace(IDS):
+        saved = model.lm_head.output.save()
+    assert "weights of" in str(caught.value)
+    assert not model.loaded
+    with pytest.raises(ValueError, match="its run raised LoadError"):
+        _ = saved.value
+    weights.write_bytes(whole)
+    with model.trace(IDS):
+        saved = model.lm_head.output.save()
+    assert saved.shape == (1, 5, 100)
+
+
+def test_a_missing_tokenizer_is_an_error_only_when_it_is_needed(folder) -> None:
+    model = LanguageModel(folder)
+    with pytest.raises(ValueError, match="no tokenizer"), model.trace("text"):
+        pass
+    with pytest.raises(LoadError):
+        _ = model.tokenizer
+    with model.trace([1, 2]):
+        model.lm_head.output.save()
+
+
+def test_a_tokenizer_can_be_given(folder, eiffel: LanguageModel) -> None:
+    model = LanguageModel(folder, tokenizer=eiffel.tokenizer)
+    assert model.tokenizer is eiffel.tokenizer
+
+
+@pytest.mark.slow
+def test_seventy_billion_parameters_take_seconds_and_no_memory(tmp_path) -> None:
+    config = LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    config.save_pretrained(tmp_path)
+    code = (
+        "import time, resource, torch, transformers, json; from insitu import LanguageModel\n"
+        "import transformers.models.llama.modeling_llama\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; start = time.time()\n"
+        f"model = LanguageModel({str(tmp_path)!r})\n"
+        "seconds = time.time() - start\n"
+        "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
+        "count = sum(p.numel() for p in model.module.parameters())\n"
+        "print(json.dumps([seconds, grown / 2**20, count]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, gigabytes, parameters = json.loads(done.stdout)
+    assert parameters > 70e9
+    assert seconds < 5 and gigabytes < 1
+
+
+def test_importing_insitu_takes_little_more_than_importing_torch() -> None:
+    code = (
+        "import torch, time; s = time.perf_counter(); import insitu; print(time.perf_counter() - s)"
+    )
+
+    def seconds() -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        return float(done.stdout)
+
+    assert min(seconds() for _ in range(3)) < 0.2
+
+
+def test_importing_insitu_does_not_import_transformers() -> None:
+    code = "import insitu, sys; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_making_a_model_of_a_config_is_quick(tmp_path) -> None:
+    GPT2Config().save_pretrained(tmp_path)
+    LanguageModel(tmp_path)
+    start = time.perf_counter()
+    LanguageModel(tmp_path)
+    assert time.perf_counter() - start < 2

@@ -1,0 +1,34 @@
+"""Every Python block of the README runs, in order, and prints what the README says it prints."""
+
+import contextlib
+import doctest
+import importlib
+import io
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import insitu
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_every_block_runs_and_prints_what_it_says() -> None:
+    blocks = re.findall(r"```python\n(.*?)```(?:\s+```text\n(.*?)```)?", README.read_text(), re.S)
+    assert len(blocks) >= 3
+    namespace: dict[str, object] = {}
+    for code, printed in blocks:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(code, str(README), "exec"), namespace)
+        assert out.getvalue() == printed
+
+
+MODULES = [m.name for m in pkgutil.walk_packages(insitu.__path__, "insitu.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
