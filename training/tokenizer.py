@@ -48,6 +48,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "bos_token": END,
         "clean_up_tokenization_spaces": False,
         "eos_token": END,
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": context,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
