@@ -74,14 +74,13 @@ class Source:
     def tree(self, config: Any) -> nn.Module:
         """Returns the module tree on the meta device: no weights, no memory."""
         from transformers import AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
 
         kwargs = {
             key: self._kwargs[key]
             for key in ("attn_implementation", "trust_remote_code")
             if key in self._kwargs
         }
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"):
             tree = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=self._dtype(config), **kwargs
             )

@@ -8,6 +8,8 @@ has fired, and all are removed when the pass ends, however it ends.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -166,7 +168,7 @@ def _hook(
 
         def inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             whole = kind == "inputs"
-            arrived(place, (args, dict(kwargs)) if whole else first_argument(args, kwargs))
+            arrived(place, (args, dict(kwargs)) if whole else first_argument(module, args, kwargs))
 
         hook = _Hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, inputs)
     # A function is its own key: no number that torch hands out for its hooks equals it.
@@ -175,14 +177,28 @@ def _hook(
     return hook
 
 
-def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Returns the first argument of a call, be it positional or not.
+def first_argument(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Returns the first argument of a call, in the order of the module's own signature.
+
+    Args:
+        module: the module that was called.
+        args: its positional arguments.
+        kwargs: its keyword arguments, in any order.
 
     Raises:
         InsituError: if the call has none.
     """
     if args:
         return args[0]
+    for name in _parameter_names(type(module)):
+        if name in kwargs:
+            return kwargs[name]
     for value in kwargs.values():
         return value
     raise InsituError("The module was called without arguments, so it has no `.input`.")
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The parameters of a class's forward, in their order."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]

@@ -69,7 +69,7 @@ def probe(
             seen[path, "output"] = output if view is None else view(output, args, kwargs)
             seen[path, "inputs"] = (args, dict(kwargs))
             if args or kwargs:
-                seen[path, "input"] = first_argument(args, kwargs)
+                seen[path, "input"] = first_argument(module, args, kwargs)
 
         return hook
 
