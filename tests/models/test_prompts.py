@@ -95,7 +95,7 @@ def test_prompts_of_different_length_in_one_invocation_are_padded_in_sight(
         ([1, -1], PromptError, "id -1"),
         (list(range(1)) * 300, PromptError, "300 tokens, but the model's context is 256"),
     ],
-    ids=lambda value: repr(value)[:30],
+    ids=lambda value: repr(value)[:30] if type(value) is not object else "object",
 )
 def test_a_bad_prompt_is_a_clear_error_at_its_line(
     eiffel: LanguageModel, mode: str, prompt, error, words: str

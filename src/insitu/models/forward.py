@@ -94,7 +94,9 @@ class LanguageForward:
         requests: Sequence[Prompt],
     ) -> Pass:
         """The pass of a prompt, which may be a batch of several requests."""
-        kwargs = self._model.placed(self._call(prompt.ids, prompt.mask, prompt.extras).kwargs)
+        kwargs = self._call(prompt.ids, prompt.mask, prompt.extras).kwargs
+        if prompt.ids.device != self._model.device:
+            kwargs = self._model.placed(kwargs)
 
         def call() -> Any:
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -22,6 +21,9 @@ _FORMS = (
 )
 
 
+_NOTHING: Mapping[str, torch.Tensor] = {}
+
+
 class Prompt(NamedTuple):
     """One invocation's prompt.
 
@@ -36,7 +38,7 @@ class Prompt(NamedTuple):
     ids: torch.Tensor
     mark: Mark
     mask: torch.Tensor | None = None
-    extras: Mapping[str, torch.Tensor] = MappingProxyType({})
+    extras: Mapping[str, torch.Tensor] = _NOTHING
     seed: int | None = None
 
     @property
@@ -101,9 +103,11 @@ class Reader:
             rows = self._rows(prompt, mark)
             read = Prompt(*_padded(rows, side, self._pad_id, mark))
             self.check_ids(read)
-        if not read.ids.numel():
+        ids, context = read.ids, self._limits.context
+        if not ids.numel():
             raise PromptError("The prompt is empty: it has no tokens.", Location(*mark))
-        self.check_length(read)
+        if context is not None and ids.size(1) > context:
+            self.check_length(read)
         return read
 
     def check_length(self, prompt: Prompt, steps: int = 1) -> None:
@@ -213,6 +217,8 @@ class Reader:
 
 def _as_ids(tensor: torch.Tensor, mark: Mark) -> torch.Tensor:
     """A tensor of ids with two axes."""
+    if tensor.dtype is torch.int64 and tensor.ndim == 2:
+        return tensor
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
         raise PromptTypeError(
             f"Token ids are integers, but this tensor is {tensor.dtype}. To give embeddings, "

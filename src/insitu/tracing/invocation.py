@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import BlockError, NoValueError
-from insitu.graph.location import here, mark
+from insitu.graph.location import here, mark, user_frame
 from insitu.graph.node import Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.runtime.probe import Probe
@@ -43,7 +43,7 @@ class Invocation(Scope):
                 "around `with tracer.invoke(prompt):`.",
                 here(),
             )
-        self.enter()
+        self.enter(user_frame(2))
         return self
 
     def __exit__(

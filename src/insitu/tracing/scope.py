@@ -14,8 +14,6 @@ import sys
 from contextvars import ContextVar
 from types import FrameType
 
-from insitu.graph.location import user_frame
-
 
 class Scope:
     """Something with a `with` statement, in which the sites of a model have a meaning.
@@ -35,13 +33,15 @@ class Scope:
         """Whether the `with` statement is being executed."""
         return self._owner is not None
 
-    def enter(self, depth: int = 3) -> None:
-        """Opens the scope for the frame whose `with` statement this is.
+    def enter(self, frame: FrameType) -> None:
+        """Opens the scope.
 
         Args:
-            depth: how many frames between are ours at least.
+            frame: the frame whose `with` statement this is.
         """
-        self._owner = _owner_frame(depth)
+        if frame.f_code.co_flags & _GENERATOR:
+            frame = _entering_frame(frame)
+        self._owner = frame
         _open.set((*_open.get(), self))
 
     def leave(self) -> None:
@@ -76,16 +76,12 @@ def innermost(model: object, depth: int) -> Scope | None:
     return None
 
 
-def _owner_frame(depth: int) -> FrameType:
-    """Returns the frame that the user's `with` statement acts for.
+def _entering_frame(frame: FrameType) -> FrameType:
+    """The frame that a `with` statement in a generator acts for.
 
-    That is the frame it stands in, but for a generator that `contextlib` drives: such a function
-    only wraps the block, and the code inside is that of whoever entered the context manager.
-
-    Args:
-        depth: how many frames are ours at least.
+    That is the generator itself, unless `contextlib` drives it: such a function only wraps the
+    block, and the code inside is that of whoever entered the context manager.
     """
-    frame = user_frame(depth)
     while (
         frame.f_code.co_flags & _GENERATOR
         and frame.f_back is not None

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from insitu.graph.errors import BlockError, NeverRanError, NoValueError, nearest
-from insitu.graph.location import Mark, here, mark
+from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import Graph, Site, readable
 from insitu.graph.recording import Recording
 from insitu.runtime.execution import Execution
@@ -77,9 +77,10 @@ class Tracer:
             raise BlockError("This block was entered before: make a new one for a new run.", here())
         if self._prompt is not None:
             args, kwargs = self._prompt
-            self._implicit = self._add(args, kwargs, mark())
+            frame = user_frame(2)
+            self._implicit = self._add(args, kwargs, (frame.f_code, frame.f_lasti))
             self._request = self._implicit.request
-            self._implicit.enter()
+            self._implicit.enter(frame)
         self.is_open = True
         return self
 
