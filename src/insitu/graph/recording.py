@@ -16,7 +16,7 @@ import torch
 
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import Location, Mark, here
-from insitu.graph.node import Graph, Node, Ref, Site
+from insitu.graph.node import Address, Graph, Node, Ref, Site, ref
 from insitu.graph.operations import GETITEM, READ, SAVE, Operation
 from insitu.graph.structure import map_structure
 
@@ -103,17 +103,17 @@ class Recording:
         self.shapes = shapes
         self.fakes: dict[int, Any] = {}
 
-    def read(self, site: Site, mark: Mark) -> Ref:
+    def read(self, address: Address, mark: Mark) -> Ref:
         """Records that the value at a site is wanted."""
         nodes = self.graph.nodes
-        nodes.append(Node(READ, (site,), NO_KWARGS, (), False, mark))
-        return Ref(len(nodes) - 1)
+        nodes.append(Node(READ, address, NO_KWARGS, (), False, mark))
+        return ref(len(nodes) - 1)
 
-    def save(self, ref: Ref, mark: Mark) -> Cell:
+    def save(self, source: Ref, mark: Mark) -> Cell:
         """Records that a copy of a value is kept, and returns the cell that will hold it."""
         nodes = self.graph.nodes
         cell = self.saves[len(nodes)] = Cell()
-        nodes.append(Node(SAVE, (ref,), NO_KWARGS, (ref.index,), False, mark))
+        nodes.append(Node(SAVE, (source,), NO_KWARGS, (source.index,), False, mark))
         return cell
 
     def apply(
@@ -142,9 +142,9 @@ class Recording:
                 and value._recording is self
                 and (value._operand or operation is GETITEM)
             ):
-                ref = value._ref
-                nodes.append(Node(operation, (ref, other), kwargs, (ref.index,), False, mark))
-                return Ref(len(nodes) - 1)
+                source = value._ref
+                nodes.append(Node(operation, (source, other), kwargs, (source.index,), False, mark))
+                return ref(len(nodes) - 1)
         inputs: list[int] = []
         encoded: list[Any] = []
         nested = False
@@ -155,9 +155,9 @@ class Recording:
             elif issubclass(kind, Recorded) and arg._recording is self:
                 if not arg._operand and operation is not GETITEM:
                     _refuse_structure(arg, Location(*mark))
-                ref = arg._ref
-                inputs.append(ref.index)
-                encoded.append(ref)
+                source = arg._ref
+                inputs.append(source.index)
+                encoded.append(source)
             else:
                 before = len(inputs)
                 encoded.append(self._encode(arg, inputs, mark))
@@ -173,7 +173,7 @@ class Recording:
             kwargs = {key: self._encode(arg, inputs, mark) for key, arg in kwargs.items()}
             nested = nested or len(inputs) > before
         nodes.append(Node(operation, tuple(encoded), kwargs, tuple(inputs), nested, mark))
-        return Ref(len(nodes) - 1)
+        return ref(len(nodes) - 1)
 
     def fail(self, reason: str) -> None:
         """Says of every saved value why it will have none, and forgets the rest."""

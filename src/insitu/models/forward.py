@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from insitu.graph.errors import PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Site
+from insitu.graph.node import Address
 from insitu.models.batching import cuts, join
 from insitu.models.prompts import Prompt
 from insitu.runtime.layout import Layouts
@@ -55,7 +55,7 @@ class LanguageForward:
         return self._call(request.ids, request.mask, request.extras)
 
     def passes(
-        self, module: nn.Module, requests: Sequence[Prompt], sites: Mapping[Site, int]
+        self, module: nn.Module, requests: Sequence[Prompt], sites: Collection[Address]
     ) -> list[Pass]:
         """Returns one pass for all prompts where each can be cut out of it, else one for each."""
         layouts = self._layouts(module, requests, sites) if len(requests) > 1 else None
@@ -73,7 +73,7 @@ class LanguageForward:
         return None
 
     def _layouts(
-        self, module: nn.Module, requests: Sequence[Prompt], sites: Mapping[Site, int]
+        self, module: nn.Module, requests: Sequence[Prompt], sites: Collection[Address]
     ) -> Layouts | None:
         """How to cut every site that is read, or None if one pass for all would not do."""
         if module.training or not self._options.keys() <= _BATCHABLE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Site
+from insitu.graph.node import Address
 from insitu.models.batching import cuts, join
 from insitu.models.prompts import Prompt
 from insitu.runtime.passes import Cut, Pass
@@ -77,7 +77,7 @@ class Generation:
         return self._first_forward(request.ids)
 
     def passes(
-        self, module: nn.Module, requests: Sequence[Prompt], sites: Mapping[Site, int]
+        self, module: nn.Module, requests: Sequence[Prompt], sites: Collection[Address]
     ) -> list[Pass]:
         """Returns one pass for all prompts if each goes on in it as alone, else one for each."""
         layouts = None

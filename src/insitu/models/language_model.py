@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
-from insitu.graph.node import Site
+from insitu.graph.node import Address
 from insitu.models.blocks import block_views
 from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation
@@ -189,7 +189,7 @@ class LanguageModel(Model):
         self,
         sample: Callable[[int, int], Call],
         views: Mapping[str, View],
-        sites: Mapping[Site, int],
+        sites: Collection[Address],
     ) -> Layouts | None:
         """Returns how values at sites are cut into rows and positions, or None if one cannot be.
 
@@ -207,7 +207,7 @@ class LanguageModel(Model):
                 return None
             self._layouts[key] = find_layouts((first, more_rows, longer))
         layouts = self._layouts[key]
-        return layouts if all((site.path, site.kind) in layouts for site in sites) else None
+        return layouts if all(address[1:] in layouts for address in sites) else None
 
     def __repr__(self) -> str:
         state = "" if self.loaded else ", weights not loaded yet"

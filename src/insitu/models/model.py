@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from insitu.graph.location import Mark
-from insitu.graph.node import Site
+from insitu.graph.node import Address
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.passes import Pass, View
 from insitu.runtime.probe import Call, Probe, probe
@@ -111,7 +111,7 @@ class Forward:
         return request
 
     def passes(
-        self, module: nn.Module, requests: Sequence[Call], sites: Mapping[Site, int]
+        self, module: nn.Module, requests: Sequence[Call], sites: Collection[Address]
     ) -> list[Pass]:
         """Returns a pass for each invocation: how arguments could be batched is not known."""
 

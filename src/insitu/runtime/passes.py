@@ -17,11 +17,14 @@ import torch
 from torch import nn
 
 from insitu.graph.errors import InsituError
-from insitu.graph.node import Kind, Site
+from insitu.graph.node import Address, Kind, Site
 from insitu.runtime.execution import Execution
 
 Place = tuple[str, Kind]
 """A module's path and which of its values: a site, for all invocations."""
+
+Hook = tuple[dict[Any, Any], dict[Any, bool] | None, Callable[..., None]]
+"""A hook as it lies in a module: the table, the table of those that take keywords, and its key."""
 
 Cut = Callable[[Site, Any], Any]
 """Takes an invocation's own part out of what arrived at a site for the whole batch."""
@@ -65,9 +68,12 @@ class _Stop(BaseException):
     """Ends a forward early. No `Exception`, so that no model catches it."""
 
 
+_NO_KWARGS: Mapping[str, Any] = {}
+
+
 def run_pass(
     execution: Execution,
-    reads: Mapping[Site, int],
+    reads: Mapping[Address, int],
     single: Pass,
     modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
@@ -76,7 +82,7 @@ def run_pass(
 
     Args:
         execution: takes the values.
-        reads: the sites that are read, with the index of the reading node.
+        reads: the index of the node that reads it, for each site by its address.
         single: the pass.
         modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
@@ -86,21 +92,22 @@ def run_pass(
         arrived, as paths and kinds.
     """
     cuts, may_stop = single.cuts, single.may_stop
-    readers: dict[Place, list[tuple[int, Site]]] = {}
-    for site, index in reads.items():
-        if site[0] in cuts:
-            readers.setdefault(site[1:], []).append((index, site))
-    hooks: dict[Place, _Hook] = {}
+    readers: dict[Place, list[tuple[int, int]]] = {}
+    for (invocation, path, kind), index in reads.items():
+        if invocation in cuts:
+            readers.setdefault((path, kind), []).append((index, invocation))
+    hooks: dict[Place, Hook] = {}
 
     def arrived(place: Place, value: Any) -> None:
         found = readers.pop(place, None)
         if found is None:
             return  # a later call of the module
         if not may_stop:  # there are more forwards to come, and they need no hook here
-            hooks[place].remove()
-        for index, site in found:
-            cut = cuts[site[0]]
-            execution.arrive(index, value if cut is None else cut(site, value))
+            _remove(hooks[place])
+        for index, invocation in found:
+            cut = cuts[invocation]
+            own = value if cut is None else cut(Site(invocation, *place), value)
+            execution.arrive(index, own)
         if may_stop and not readers:
             raise _Stop
 
@@ -115,25 +122,17 @@ def run_pass(
         return None, []
     finally:
         for hook in hooks.values():
-            hook.remove()
+            _remove(hook)
         hooks.clear()  # they refer to `arrived`, which refers to them and to every value
 
 
-class _Hook(NamedTuple):
-    """A hook in the tables of a module.
-
-    It goes there directly: `register_forward_hook` takes 3 µs for a handle with weak references
-    that nothing here needs, which is as much as all else that is done for a hook.
-    """
-
-    hooks: dict[Any, Any]
-    flags: dict[Any, bool]
-    key: Callable[..., None]
-
-    def remove(self) -> None:
-        """Takes the hook from the module, if it is still there."""
-        if self.hooks.pop(self.key, None) is not None:
-            self.flags.pop(self.key, None)
+def _remove(hook: Hook) -> None:
+    """Takes a hook from its module, if it is still there."""
+    hooks, flags, key = hook
+    if key in hooks:
+        del hooks[key]
+        if flags is not None:
+            del flags[key]
 
 
 def _hook(
@@ -142,39 +141,50 @@ def _hook(
     view: View | None,
     place: Place,
     arrived: Callable[[Place, Any], None],
-) -> _Hook:
-    """Puts a hook on a module that hands over one of its values."""
-    if kind == "output" and view is None:
+) -> Hook:
+    """Puts a hook on a module that hands over one of its values.
 
-        def output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            arrived(place, output)
+    It goes straight into the module's tables: `register_forward_hook` takes 3 µs for a handle
+    with weak references that nothing here needs, which is as much as all else done for a hook.
+    """
+    flags: dict[Any, bool] | None = None
+    if kind == "output":
+        hooks: dict[Any, Any] = module._forward_hooks
+        if view is None:
 
-        hook = _Hook(module._forward_hooks, {}, output)
-    elif kind == "output" and view is not None and not view.takes_arguments:
+            def output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                arrived(place, output)
 
-        def shown(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            arrived(place, view(output, (), {}))
+            key: Callable[..., None] = output
+        elif not view.takes_arguments:
 
-        hook = _Hook(module._forward_hooks, {}, shown)
-    elif kind == "output" and view is not None:
+            def shown(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                arrived(place, view(output, (), _NO_KWARGS))
 
-        def viewed(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            arrived(place, view(output, args, kwargs))
+            key = shown
+        else:
 
-        hook = _Hook(module._forward_hooks, module._forward_hooks_with_kwargs, viewed)
+            def viewed(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+            ) -> None:
+                arrived(place, view(output, args, kwargs))
+
+            key = viewed
+            flags = module._forward_hooks_with_kwargs
     else:
 
         def inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             whole = kind == "inputs"
-            arrived(place, (args, dict(kwargs)) if whole else first_argument(module, args, kwargs))
+            value = (args, dict(kwargs)) if whole else first_argument(module, args, kwargs)
+            arrived(place, value)
 
-        hook = _Hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, inputs)
+        key = inputs
+        hooks, flags = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
     # A function is its own key: no number that torch hands out for its hooks equals it.
-    hook.hooks[hook.key] = hook.key
-    hook.flags[hook.key] = True
-    return hook
+    hooks[key] = key
+    if flags is not None:
+        flags[key] = True
+    return hooks, flags, key
 
 
 def first_argument(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
-from insitu.graph.node import Graph, Site
+from insitu.graph.node import Address, Graph
 from insitu.graph.operations import READ
 
 
@@ -19,14 +20,15 @@ class Plan:
     """What of a graph runs when, and how long its values live.
 
     Attributes:
-        reads: the index of the node that reads it, for each site, in the order of their bits.
+        reads: the index of the node that reads it, for each site by its address, in the order of
+            their bits.
         bits: the bit of the site that a node reads, by the node's index.
         groups: node indices in the order of their lines, for each set of sites.
         uses: how many times each node's value is asked for, by the run or by the user.
         held: for each set of sites, the nodes whose values wait for sites that are not in it.
     """
 
-    reads: dict[Site, int]
+    reads: dict[Address, int]
     bits: dict[int, int]
     groups: dict[int, list[int]]
     uses: list[int]
@@ -40,7 +42,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         graph: what is to be done. A site is read by at most one of its nodes.
         saves: holds the indices of the nodes whose values the user keeps.
     """
-    reads: dict[Site, int] = {}
+    reads: dict[Address, int] = {}
     bits: dict[int, int] = {}
     groups: dict[int, list[int]] = {}
     held: dict[int, list[int]] = {}
@@ -55,7 +57,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
             need = needs[source]
         elif node.operation is READ:
             needs[index] = bits[index] = 1 << len(reads)
-            reads[node.args[0]] = index
+            reads[cast(Address, node.args)] = index
             continue
         else:
             need = 0

@@ -6,14 +6,14 @@ a batch, what a transformer block returns or what `generate` does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
 from insitu.graph.location import Mark
-from insitu.graph.node import Site
+from insitu.graph.node import Address
 from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.passes import Pass, View
 from insitu.runtime.probe import Call, Probe
@@ -51,7 +51,7 @@ class Procedure(Protocol, Generic[Request]):
         ...
 
     def passes(
-        self, module: nn.Module, requests: Sequence[Request], sites: Mapping[Site, int]
+        self, module: nn.Module, requests: Sequence[Request], sites: Collection[Address]
     ) -> list[Pass]:
         """Returns the passes that process all invocations, ready to be called."""
         ...

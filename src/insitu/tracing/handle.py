@@ -151,7 +151,7 @@ class Handle:
 
     def _read(self, kind: Kind) -> Proxy:
         invocation = innermost(self._model, 3)
-        if not isinstance(invocation, Invocation):
+        if type(invocation) is not Invocation:
             raise BlockError(
                 f"`{self._written()}.{kind}` means a value of a run, so it belongs inside a block: "
                 "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "

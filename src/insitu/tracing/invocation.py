@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import BlockError, NoValueError
 from insitu.graph.location import here, mark, user_frame
-from insitu.graph.node import Kind, Ref, Site
+from insitu.graph.node import Address, Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.runtime.probe import Probe
 from insitu.tracing.scope import Scope
@@ -32,7 +32,7 @@ class Invocation(Scope):
         self.tracer = tracer
         self.number = number
         self.request = request
-        self._reads: dict[tuple[str, Kind], Ref] = {}
+        self._reads: dict[Address, Ref] = {}
         self._probe: Probe | None = None
         self._result: Any = None
 
@@ -57,10 +57,10 @@ class Invocation(Scope):
     def read(self, path: str, kind: Kind) -> Proxy:
         """Returns a proxy for the value of a module in the processing of this prompt."""
         recording = self.tracer.recording
-        ref = self._reads.get((path, kind))
+        address = (self.number, path, kind)
+        ref = self._reads.get(address)
         if ref is None:
-            ref = recording.read(Site(self.number, path, kind), mark(4))
-            self._reads[path, kind] = ref
+            ref = self._reads[address] = recording.read(address, mark(4))
         if kind == "output" and path in self.tracer.procedure.views:
             return StructureProxy(recording, ref)
         return Proxy(recording, ref)
