@@ -52,13 +52,15 @@ class LanguageForward:
 
     def example(self, request: Prompt) -> Call:
         """Returns the forward of a prompt alone."""
-        return self._call(request.ids, request.mask, request.extras)
+        return Call((), self._kwargs(request))
 
     def passes(
         self, module: nn.Module, requests: Sequence[Prompt], sites: Collection[Address]
     ) -> list[Pass]:
         """Returns one pass for all prompts where each can be cut out of it, else one for each."""
-        layouts = self._layouts(module, requests, sites) if len(requests) > 1 else None
+        if len(requests) == 1:
+            return [self._pass(module, requests[0], {0: None}, requests)]
+        layouts = self._layouts(module, requests, sites)
         if layouts is None:
             return [
                 self._pass(module, prompt, {number: None}, [prompt])
@@ -82,7 +84,8 @@ class LanguageForward:
             return None
 
         def sample(batch: int, length: int) -> Call:
-            return self._call(torch.zeros(batch, length, dtype=torch.int64), None, {})
+            ids = torch.zeros(batch, length, dtype=torch.int64)
+            return Call((), self._kwargs(Prompt(ids, requests[0].mark)))
 
         return self._model.layouts(sample, self.views, sites)
 
@@ -94,7 +97,7 @@ class LanguageForward:
         requests: Sequence[Prompt],
     ) -> Pass:
         """The pass of a prompt, which may be a batch of several requests."""
-        kwargs = self._call(prompt.ids, prompt.mask, prompt.extras).kwargs
+        kwargs = self._kwargs(prompt)
         if prompt.ids.device != self._model.device:
             kwargs = self._model.placed(kwargs)
 
@@ -107,10 +110,8 @@ class LanguageForward:
 
         return Pass(call, cuts, True)
 
-    def _call(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, extras: Mapping[str, torch.Tensor]
-    ) -> Call:
-        kwargs: dict[str, Any] = {"input_ids": ids, **extras, **self._options}
-        if mask is not None:
-            kwargs["attention_mask"] = mask
-        return Call((), kwargs)
+    def _kwargs(self, prompt: Prompt) -> dict[str, Any]:
+        kwargs: dict[str, Any] = {"input_ids": prompt.ids, **prompt.extras, **self._options}
+        if prompt.mask is not None:
+            kwargs["attention_mask"] = prompt.mask
+        return kwargs

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
@@ -69,6 +69,8 @@ class _Stop(BaseException):
 
 
 _NO_KWARGS: Mapping[str, Any] = {}
+# What `torch.no_grad()` comes down to, without the objects that it takes to get there.
+_set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
 def run_pass(
@@ -111,16 +113,18 @@ def run_pass(
         if may_stop and not readers:
             raise _Stop
 
+    grad_enabled = torch.is_grad_enabled()
     try:
         for place in readers:
             path, kind = place
             hooks[place] = _hook(modules[path], kind, views.get(path), place, arrived)
-        with torch.no_grad():
-            return single.call(), list(readers)
+        _set_grad_enabled(False)
+        return single.call(), list(readers)
     except _Stop as stop:
         stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
         return None, []
     finally:
+        _set_grad_enabled(grad_enabled)
         for hook in hooks.values():
             _remove(hook)
         hooks.clear()  # they refer to `arrived`, which refers to them and to every value
@@ -149,7 +153,7 @@ def _hook(
     """
     flags: dict[Any, bool] | None = None
     if kind == "output":
-        hooks: dict[Any, Any] = module._forward_hooks
+        hooks = cast("dict[Any, Any]", module._forward_hooks)
         if view is None:
 
             def output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -170,7 +174,7 @@ def _hook(
                 arrived(place, view(output, args, kwargs))
 
             key = viewed
-            flags = module._forward_hooks_with_kwargs
+            flags = cast("dict[Any, bool]", module._forward_hooks_with_kwargs)
     else:
 
         def inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,7 +183,8 @@ def _hook(
             arrived(place, value)
 
         key = inputs
-        hooks, flags = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+        hooks = cast("dict[Any, Any]", module._forward_pre_hooks)
+        flags = cast("dict[Any, bool]", module._forward_pre_hooks_with_kwargs)
     # A function is its own key: no number that torch hands out for its hooks equals it.
     hooks[key] = key
     if flags is not None:
