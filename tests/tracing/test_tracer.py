@@ -294,7 +294,7 @@ def test_threads_get_their_own_results(gpt2: LanguageModel) -> None:
 
 def test_two_wrappers_of_one_module_do_not_mix(gpt2: LanguageModel) -> None:
     other = LanguageModel(gpt2.module)
-    assert other.lock is gpt2.lock
+    assert other.exclusive is gpt2.exclusive
 
 
 def test_running_a_model_inside_its_own_run_is_refused(gpt2: LanguageModel) -> None:

@@ -81,6 +81,7 @@ class LanguageModel(Model):
     _tokenizer: Any
     _loading: threading.RLock
     _layouts: dict[str, Layouts]
+    _forward: LanguageForward
     reader: Reader
     pad_id: int
     block_views: Mapping[bool, Mapping[str, View]]
@@ -137,7 +138,7 @@ class LanguageModel(Model):
             A context manager, in whose block sites can be read. `tracer.output` is a proxy.
         """
         given = None if prompt is None else ((prompt,), {})
-        return Tracer(self, LanguageForward(self, kwargs), given)
+        return Tracer(self, LanguageForward(self, kwargs) if kwargs else self._forward, given)
 
     def generate(self, prompt: Any = None, **kwargs: Any) -> Tracer:
         """Opens a block that generates when it ends, with the model's own `generate`.
@@ -245,3 +246,4 @@ class LanguageModel(Model):
             forward_parameters=parameters,
             takes_use_cache="use_cache" in parameters,
         )
+        vars(self)["_forward"] = LanguageForward(self, {})  # what most traces use

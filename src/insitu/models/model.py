@@ -27,6 +27,10 @@ class Model(Handle):
     Args:
         module: any module. It is used as it is and never changed.
 
+    Attributes:
+        modules: all modules by path, shared ones under each of their paths.
+        exclusive: who may use the module: runs of it wait for each other.
+
     Example:
         >>> import torch
         >>> from insitu import Model
@@ -41,20 +45,10 @@ class Model(Handle):
         super().__init__(self, "")
         self._adopt(module)
 
+    modules: Mapping[str, nn.Module]
+    exclusive: Exclusive
     _module: nn.Module
-    _modules: Mapping[str, nn.Module]
-    _lock: Exclusive
     _probes: dict[str, Probe]
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """All modules by path, shared ones under each of their paths."""
-        return self._modules
-
-    @property
-    def lock(self) -> Exclusive:
-        """What holds the wrapped module for one thread: runs wait for each other."""
-        return self._lock
 
     def load(self) -> nn.Module:
         """Returns the wrapped module, with its weights."""
@@ -72,8 +66,12 @@ class Model(Handle):
         """
         signature = call.signature()
         if signature not in self._probes:
-            with self._lock:
-                found = probe(self._module, call, self._modules, views)
+            with self.exclusive.lock:
+                self.exclusive.begin()
+                try:
+                    found = probe(self._module, call, self.modules, views)
+                finally:
+                    self.exclusive.running = False
             self._probes[signature] = found
         return self._probes[signature]
 
@@ -94,7 +92,7 @@ class Model(Handle):
     def _adopt(self, module: nn.Module) -> None:
         """Takes a module as the wrapped one."""
         modules = dict(module.named_modules(remove_duplicate=False))
-        vars(self).update(_module=module, _modules=modules, _lock=exclusive(module), _probes={})
+        vars(self).update(_module=module, modules=modules, exclusive=exclusive(module), _probes={})
 
 
 class Forward:

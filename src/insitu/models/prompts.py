@@ -94,7 +94,8 @@ class Reader:
         if isinstance(prompt, Recorded):
             prompt = prompt.result(Location(*mark))
         if isinstance(prompt, torch.Tensor):
-            read = Prompt(_as_ids(prompt, mark), mark)
+            plain = prompt.dtype is torch.int64 and prompt.ndim == 2
+            read = Prompt(prompt if plain else _as_ids(prompt, mark), mark)
             if not self.lookups_check:
                 self.check_ids(read)
         elif isinstance(prompt, Mapping) and "input_ids" in prompt:
@@ -216,9 +217,7 @@ class Reader:
 
 
 def _as_ids(tensor: torch.Tensor, mark: Mark) -> torch.Tensor:
-    """A tensor of ids with two axes."""
-    if tensor.dtype is torch.int64 and tensor.ndim == 2:
-        return tensor
+    """A tensor of ids as int64 with two axes."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
         raise PromptTypeError(
             f"Token ids are integers, but this tensor is {tensor.dtype}. To give embeddings, "

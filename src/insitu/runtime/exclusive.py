@@ -15,29 +15,32 @@ from insitu.graph.errors import BlockError
 
 
 class Exclusive:
-    """The lock of one module, which knows the thread that holds it."""
+    """Who may use a module.
 
-    __slots__ = ("_lock", "_owner")
+    Attributes:
+        lock: held by the thread that uses the module.
+        running: whether it is in use. A thread that has the lock and finds this set is inside a
+            run of its own.
+    """
+
+    __slots__ = ("lock", "running")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self.lock = threading.RLock()
+        self.running = False
 
-    def __enter__(self) -> None:
-        if self._lock.acquire(blocking=False):
-            self._owner = threading.get_ident()
-            return
-        if self._owner == threading.get_ident():
+    def begin(self) -> None:
+        """Marks the module as in use; to be called with the lock held.
+
+        Raises:
+            BlockError: if it is in use already: a block was run from inside another's run.
+        """
+        if self.running:
             raise BlockError(
                 "This model is running already, in this thread: a block cannot run it from inside "
                 "its own run (a hook, a stopping criterion, a streamer)."
             )
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        self._owner = None
-        self._lock.release()
+        self.running = True
 
 
 _registry_lock = threading.Lock()
@@ -45,10 +48,6 @@ _locks: WeakKeyDictionary[nn.Module, Exclusive] = WeakKeyDictionary()
 
 
 def exclusive(module: nn.Module) -> Exclusive:
-    """Returns a context manager that holds a module for this thread.
-
-    Entering it raises a `BlockError` if this thread holds the module already: a block was run
-    from inside another's run.
-    """
+    """Returns what says who may use a module, the same for every wrapper of it."""
     with _registry_lock:
         return _locks.setdefault(module, Exclusive())

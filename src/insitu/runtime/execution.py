@@ -35,7 +35,7 @@ class Execution:
         self._plan = plan
         self._bits = plan.bits
         self._groups = plan.groups
-        self._values: list[Any] = [None] * len(graph)
+        self._values: list[Any] = [None] * len(plan.uses)
         self._uses = list(plan.uses)
         self._arrived = 0
         # Each group of nodes that needs several sites waits at one that has not arrived; when

@@ -70,8 +70,8 @@ class Subject(Protocol):
         ...
 
     @property
-    def lock(self) -> Exclusive:
-        """What holds the wrapped module for one thread."""
+    def exclusive(self) -> Exclusive:
+        """Who may use the wrapped module."""
         ...
 
     def load(self) -> nn.Module:

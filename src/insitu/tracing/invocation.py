@@ -28,7 +28,8 @@ class Invocation(Scope):
     __slots__ = ("_probe", "_reads", "_result", "number", "request", "tracer")
 
     def __init__(self, tracer: Tracer, number: int, request: Any) -> None:
-        super().__init__(tracer.model)
+        self._owner = None
+        self.model = tracer.model
         self.tracer = tracer
         self.number = number
         self.request = request
@@ -58,8 +59,9 @@ class Invocation(Scope):
         """Returns a proxy for the value of a module in the processing of this prompt."""
         recording = self.tracer.recording
         address = (self.number, path, kind)
-        ref = self._reads.get(address)
-        if ref is None:
+        if address in self._reads:
+            ref = self._reads[address]
+        else:
             ref = self._reads[address] = recording.read(address, mark(4))
         if kind == "output" and path in self.tracer.procedure.views:
             return StructureProxy(recording, ref)

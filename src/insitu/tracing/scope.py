@@ -24,9 +24,8 @@ class Scope:
 
     __slots__ = ("_owner", "model")
 
-    def __init__(self, model: object) -> None:
-        self.model = model
-        self._owner: FrameType | None = None
+    model: object
+    _owner: FrameType | None
 
     @property
     def is_open(self) -> bool:

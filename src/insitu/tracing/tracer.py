@@ -95,7 +95,7 @@ class Tracer:
         self._done = True
         self.is_open = False
         for invocation in self._invocations:
-            if invocation.is_open:
+            if invocation._owner is not None:
                 invocation.leave()
         if kind is not None:
             recording.fail(f"its block raised {kind.__name__}, so the model did not run.")
@@ -217,17 +217,20 @@ class Tracer:
         module = self.model.load()
         passes = self.procedure.passes(module, requests, plan.reads)
         execution = Execution(recording.graph, plan)
-        modules = self.model.modules
+        modules, views = self.model.modules, self.procedure.views
+        exclusive = self.model.exclusive
         results: list[Any] = []
         missing: list[Place] = []
-        with self.model.lock:
-            for single in passes:
-                result, missing = run_pass(
-                    execution, plan.reads, single, modules, self.procedure.views
-                )
-                if missing:
-                    break
-                results.append(result)
+        with exclusive.lock:
+            exclusive.begin()
+            try:
+                for single in passes:
+                    result, missing = run_pass(execution, plan.reads, single, modules, views)
+                    if missing:
+                        break
+                    results.append(result)
+            finally:
+                exclusive.running = False
         if missing:
             raise self._missing(missing)
         outputs = self.procedure.outputs(results, requests)
