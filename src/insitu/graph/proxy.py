@@ -43,8 +43,8 @@ class Proxy(Recorded):
             raise NoValueError(
                 f"`{self.written()}` cannot be saved any more: its block has ended.", here()
             )
-        self._cell = self._recording.save(self._ref, mark())
-        return type(self)(self._recording, self._ref, self._cell)
+        cell = self._cell = self._recording.save(self._ref, mark())
+        return type(self)(self._recording, self._ref, cell)
 
     @property
     def value(self) -> Any:
@@ -324,7 +324,13 @@ def _unary(operation: Operation) -> Callable[[Proxy], Any]:
 
 
 def _binary(operation: Operation) -> Callable[[Proxy, Any], Any]:
-    return lambda self, other: _record(operation, (self, other), NO_KWARGS)
+    def method(self: Proxy, other: Any) -> Any:
+        recording = self._recording
+        if recording.open:  # the most frequent of all: one call less than through `_record`
+            return Proxy(recording, recording.apply(operation, (self, other), NO_KWARGS, mark()))
+        return _record(operation, (self, other), NO_KWARGS)
+
+    return method
 
 
 def _reflected(operation: Operation) -> Callable[[Proxy, Any], Any]:
