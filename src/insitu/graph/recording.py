@@ -170,7 +170,10 @@ class Recording:
                     Location(*mark),
                 )
             before = len(inputs)
-            kwargs = {key: self._encode(arg, inputs, mark) for key, arg in kwargs.items()}
+            kwargs = {
+                key: arg if type(arg) in _PLAIN else self._encode(arg, inputs, mark)
+                for key, arg in kwargs.items()
+            }
             nested = nested or len(inputs) > before
         nodes.append(Node(operation, tuple(encoded), kwargs, tuple(inputs), nested, mark))
         return ref(len(nodes) - 1)
@@ -194,6 +197,8 @@ class Recording:
 
     def _encode(self, value: Any, inputs: list[int], mark: Mark) -> Any:
         """Puts references in the place of recorded values, also inside containers."""
+        if isinstance(value, torch.Tensor):
+            return value
 
         def leaf(item: Any) -> Any:
             if isinstance(item, Recorded):

@@ -90,9 +90,12 @@ class Execution:
             try:
                 # Calls without keywords and containers, of one or two arguments, are nearly all
                 # that there are, and a comprehension takes as long as the rest of this loop.
-                if node.nested or node.kwargs:
+                if node.nested:
                     args, kwargs = self._resolved(node)
                     value = function(*args, **kwargs)
+                elif node.kwargs:
+                    args = [values[arg.index] if type(arg) is Ref else arg for arg in args]
+                    value = function(*args, **node.kwargs)
                 elif len(args) == 1:
                     value = function(values[args[0].index])
                 elif len(args) == 2:
