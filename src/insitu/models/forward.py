@@ -78,7 +78,7 @@ class LanguageForward:
         self, module: nn.Module, requests: Sequence[Prompt], sites: Collection[Address]
     ) -> Layouts | None:
         """How to cut every site that is read, or None if one pass for all would not do."""
-        if module.training or not self._options.keys() <= _BATCHABLE:
+        if self._model.trains(module) or not self._options.keys() <= _BATCHABLE:
             return None
         if any(prompt.extras for prompt in requests):
             return None

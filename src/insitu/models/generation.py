@@ -153,7 +153,7 @@ class Generation:
     def _batchable(self, module: nn.Module, requests: Sequence[Prompt]) -> bool:
         """Whether each prompt goes on in a batch as it would alone."""
         return (
-            not module.training
+            not self._model.trains(module)
             and self._options.keys() <= _BATCHABLE
             and not any(prompt.extras for prompt in requests)
             and all(self._setting(module, k) in off for k, off in _UNBATCHABLE_UNLESS.items())

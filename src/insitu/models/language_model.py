@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -171,6 +172,17 @@ class LanguageModel(Model):
             if isinstance(value, torch.Tensor) and value.device != device:
                 kwargs[name] = value.to(device)
         return kwargs
+
+    def trains(self, module: nn.Module) -> bool:
+        """Returns whether a module is in training mode, and says once what follows from it."""
+        if module.training:
+            warnings.warn(
+                "The model is in training mode, where dropout makes every row of a batch depend "
+                "on all: its invocations run one by one. `model.module.eval()` lets them run "
+                "together.",
+                stacklevel=2,
+            )
+        return module.training
 
     def explain(self, prompts: Sequence[Prompt], steps: int = 1) -> None:
         """Raises the error behind an `IndexError` of the model, if the prompts are to blame.

@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch import nn
+
+from insitu import InsituError
+from insitu.graph.node import Site
+from insitu.runtime.layout import SIZES, Axis, Part, TensorLayout, cut, find_layouts
+from insitu.runtime.probe import Call, probe
+
+SITE = Site(0, "a", "output")
+
+
+class Shapes(nn.Module):
+    """Returns values whose axes grow with the batch, the length, both or neither."""
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = ids[..., None] * torch.ones(3)
+        return {
+            "hidden": hidden,
+            "pattern": hidden @ hidden.mT,
+            "flat": hidden.flatten(0, 1),
+            "length first": hidden.transpose(0, 1),
+        }
+
+
+def layouts(module: nn.Module) -> dict:
+    found = []
+    for batch, length in SIZES:
+        call = Call((torch.zeros(batch, length),), {})
+        found.append(probe(module, call, {"": module}, {}))
+    return dict(find_layouts(tuple(found)))
+
+
+def test_axes_are_told_apart_by_what_they_grow_with() -> None:
+    found = layouts(Shapes())["", "output"]
+    rows, positions, both, fixed = Axis.ROWS, Axis.POSITIONS, Axis.BOTH, Axis.FIXED
+    assert found["hidden"] == TensorLayout((rows, positions, fixed))
+    assert found["pattern"] == TensorLayout((rows, positions, positions))
+    assert found["flat"] == TensorLayout((both, fixed))
+    assert found["length first"] == TensorLayout((positions, rows, fixed))
+
+
+def test_a_part_is_what_the_module_gives_on_it_alone() -> None:
+    module = Shapes()
+    whole = torch.arange(24.0).reshape(4, 6)
+    layout = layouts(module)["", "output"]
+    for rows, positions in ((slice(0, 1), slice(0, 4)), (slice(1, 4), slice(2, 6))):
+        part = Part(rows, positions, 4, 6)
+        mine = cut(SITE, module(whole), layout, part)
+        alone = module(whole[rows, positions])
+        for name, value in alone.items():
+            assert torch.equal(mine[name], value), name
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [lambda x: torch.ones(1, x.shape[1]), lambda x: x.sum(), lambda x: x.repeat(2, 1)],
+    ids=["shared by all rows", "one number", "twice the rows"],
+)
+def test_what_cannot_be_cut_has_no_layout(returned) -> None:
+    class Module(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return returned(x)
+
+    assert ("", "output") not in layouts(Module())
+
+
+def test_a_value_of_another_shape_is_refused() -> None:
+    layout = TensorLayout((Axis.ROWS, Axis.POSITIONS))
+    with pytest.raises(InsituError, match=r"`a.output` \(shapes \(3, 4\)\) cannot be cut"):
+        cut(SITE, torch.ones(3, 4), layout, Part(slice(0, 1), slice(0, 4), 2, 4))
