@@ -231,6 +231,14 @@ def test_shapes_that_do_not_fit_are_an_error_at_the_users_line_in_the_run() -> N
     assert "the line to find" in str(caught.value) and "(2, 3), (2, 3)" in str(caught.value)
 
 
+def test_what_a_notebook_asks_of_a_proxy_is_not_recorded() -> None:
+    model = identity()
+    with model.trace(X) as tracer:
+        h = model[0].output
+        assert not hasattr(h, "_repr_html_") and not hasattr(h, "__array_interface__")
+        assert len(tracer.graph) == 1
+
+
 def test_a_proxy_can_be_a_dictionary_key() -> None:
     model = identity()
     with model.trace(X):

@@ -176,3 +176,23 @@ def test_a_model_in_training_mode_runs_its_invocations_one_by_one(gpt2: Language
             with tracer.invoke(row):
                 gpt2.transformer.h[0].output[0].save()
     assert shapes == [(1, 5, 16), (1, 2, 16), (1, 3, 16)]
+
+
+def test_without_a_cache_a_block_gives_its_hidden_states_only(gpt2: LanguageModel) -> None:
+    gpt2.module.generation_config.use_cache = False
+    with gpt2.generate(IDS, max_new_tokens=2):
+        output = gpt2.transformer.h[0].output
+        assert output.shape == ((1, 5, 16),)
+        output = output.save()
+    assert len(output.value) == 1
+
+
+def test_a_total_length_counts_no_padding(gpt2: LanguageModel) -> None:
+    options = {"max_length": 9, "eos_token_id": None}
+    with gpt2.generate(**options) as generator:
+        invokers = []
+        for row in RAGGED:
+            with generator.invoke(row) as invoker:
+                invokers.append(invoker)
+    for row, invoker in zip(RAGGED, invokers, strict=True):
+        assert torch.equal(invoker.output, generated(gpt2, [row], **options))

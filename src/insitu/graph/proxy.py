@@ -110,7 +110,7 @@ class Proxy(Recorded):
     # What is recorded
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):  # a question of Python's or of a notebook's, not of the user's
             raise AttributeError(name)
         if not self._recording.open:
             return getattr(self.result(here()), name)

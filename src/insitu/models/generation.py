@@ -58,7 +58,8 @@ class Generation:
             )
         self._model = model
         self._options = options
-        self.views = model.block_views[bool(options.get("use_cache", True))]
+        self._cached = bool(self._setting(model.module, "use_cache"))
+        self.views = model.block_views[self._cached]
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with its seed."""
@@ -145,7 +146,7 @@ class Generation:
         if "position_ids" in parameters:  # `generate` makes them from the mask
             kwargs["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape)
         if "use_cache" in parameters:
-            kwargs["use_cache"] = self._options.get("use_cache", True)
+            kwargs["use_cache"] = self._cached
         if "logits_to_keep" in parameters:  # `generate` wants the last position's only
             kwargs["logits_to_keep"] = 1
         return Call((), kwargs)
@@ -155,6 +156,7 @@ class Generation:
         return (
             not self._model.trains(module)
             and self._options.keys() <= _BATCHABLE
+            and "max_new_tokens" in self._options  # else padding counts towards a total length
             and not any(prompt.extras for prompt in requests)
             and all(self._setting(module, k) in off for k, off in _UNBATCHABLE_UNLESS.items())
         )
