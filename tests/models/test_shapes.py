@@ -93,7 +93,8 @@ def test_a_model_that_cannot_run_without_data_says_so() -> None:
 
     model = Model(torch.nn.Sequential(Decides()))
     with model.trace(torch.ones(2)):
-        with pytest.raises(ShapeError, match="cannot be found without running it"):
+        with pytest.raises(ShapeError, match="cannot be found without running it") as caught:
             _ = model[0].output.shape
+        assert __file__ in str(caught.value)
         saved = model[0].output.save()
     assert torch.equal(saved, torch.ones(2))

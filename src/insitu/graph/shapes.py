@@ -40,7 +40,12 @@ def fake_value(recording: Recording, index: int) -> Any:
         elif recording.shapes is None:
             raise ShapeError(f"The shape of `{site}` is not known before the run.", node.location)
         else:
-            fakes[ancestor] = recording.shapes(site)
+            try:
+                fakes[ancestor] = recording.shapes(site)
+            except InsituError as error:
+                if error.location is not None:
+                    raise
+                raise type(error)(str(error), node.location) from error
     return fakes[index]
 
 

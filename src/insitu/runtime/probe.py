@@ -6,6 +6,7 @@ call, so nothing is computed, nothing is allocated and a module without weights 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -57,6 +58,8 @@ def probe(
         ShapeError: if the module cannot be run without data.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True  # it prints the failures that are raised here
     seen: dict[tuple[str, Kind], Any] = {}
 
     def listen(path: str) -> Any:
@@ -99,6 +102,7 @@ def probe(
             "block."
         ) from error
     finally:
+        log.disabled = was_disabled
         for handle in handles:
             handle.remove()
     return seen
