@@ -42,17 +42,22 @@ class Ref:
     """Stands, among the arguments of a node, for the value of the node with this index.
 
     Made by `ref`, which makes each only once.
+
+    Attributes:
+        index: the node's index.
+        inputs: the index once more, as the `inputs` of a node that refers to nothing else.
     """
 
     index: int
+    inputs: tuple[int, ...]
 
 
-_refs: list[Ref] = [Ref(index) for index in range(1024)]
+_refs: list[Ref] = [Ref(index, (index,)) for index in range(1024)]
 
 
 def ref(index: int) -> Ref:
     """Returns the reference to the node with an index."""
-    return _refs[index] if index < 1024 else Ref(index)
+    return _refs[index] if index < 1024 else Ref(index, (index,))
 
 
 @dataclass(slots=True, eq=False)

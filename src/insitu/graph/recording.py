@@ -113,7 +113,7 @@ class Recording:
         """Records that a copy of a value is kept, and returns the cell that will hold it."""
         nodes = self.graph.nodes
         cell = self.saves[len(nodes)] = Cell()
-        nodes.append(Node(SAVE, (source,), NO_KWARGS, (source.index,), False, mark))
+        nodes.append(Node(SAVE, (source,), NO_KWARGS, source.inputs, False, mark))
         return cell
 
     def apply(
@@ -135,7 +135,7 @@ class Recording:
         nodes = self.graph.nodes
         if len(args) == 2 and not kwargs:  # most are: a value, an operator and a constant
             value, other = args
-            kind = cast("type[Any]", type(other))
+            kind = type(other)  # pyright: ignore[reportUnknownVariableType]
             if (
                 (kind in _PLAIN or (kind in _KEYS and _constant(other)))
                 and isinstance(value, Recorded)
@@ -143,13 +143,13 @@ class Recording:
                 and (value._operand or operation is GETITEM)
             ):
                 source = value._ref
-                nodes.append(Node(operation, (source, other), kwargs, (source.index,), False, mark))
+                nodes.append(Node(operation, (source, other), kwargs, source.inputs, False, mark))
                 return ref(len(nodes) - 1)
         inputs: list[int] = []
         encoded: list[Any] = []
         nested = False
         for arg in args:
-            kind = cast("type[Any]", type(arg))
+            kind = type(arg)  # pyright: ignore[reportUnknownVariableType]
             if kind in _PLAIN or (kind in _KEYS and _constant(arg)):
                 encoded.append(arg)
             elif issubclass(kind, Recorded) and arg._recording is self:

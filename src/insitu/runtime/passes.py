@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -153,7 +153,7 @@ def _hook(
     """
     flags: dict[Any, bool] | None = None
     if kind == "output":
-        hooks = cast("dict[Any, Any]", module._forward_hooks)
+        hooks: dict[Any, Any] = module._forward_hooks  # pyright: ignore[reportUnknownVariableType]
         if view is None:
 
             def output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -174,7 +174,7 @@ def _hook(
                 arrived(place, view(output, args, kwargs))
 
             key = viewed
-            flags = cast("dict[Any, bool]", module._forward_hooks_with_kwargs)
+            flags = module._forward_hooks_with_kwargs
     else:
 
         def inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -183,8 +183,8 @@ def _hook(
             arrived(place, value)
 
         key = inputs
-        hooks = cast("dict[Any, Any]", module._forward_pre_hooks)
-        flags = cast("dict[Any, bool]", module._forward_pre_hooks_with_kwargs)
+        hooks = module._forward_pre_hooks  # pyright: ignore[reportUnknownVariableType]
+        flags = module._forward_pre_hooks_with_kwargs
     # A function is its own key: no number that torch hands out for its hooks equals it.
     hooks[key] = key
     if flags is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 from insitu.graph.node import Address, Graph
 from insitu.graph.operations import READ
@@ -57,7 +56,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
             need = needs[source]
         elif node.operation is READ:
             needs[index] = bits[index] = 1 << len(reads)
-            reads[cast(Address, node.args)] = index
+            reads[node.args] = index  # pyright: ignore[reportArgumentType]
             continue
         else:
             need = 0

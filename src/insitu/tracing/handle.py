@@ -15,7 +15,7 @@ from torch import nn
 
 from insitu.display.tree import render, summarise
 from insitu.graph.errors import BlockError, IndexOutOfRangeError, PathError, nearest
-from insitu.graph.location import here
+from insitu.graph.location import Location, here
 from insitu.graph.node import Kind, readable
 from insitu.graph.proxy import Proxy
 from insitu.runtime.procedure import Subject
@@ -150,15 +150,15 @@ class Handle:
         return child
 
     def _read(self, kind: Kind) -> Proxy:
-        invocation = innermost(self._model, 3)
+        invocation, mark = innermost(self._model, 3)
         if type(invocation) is not Invocation:
             raise BlockError(
                 f"`{self._written()}.{kind}` means a value of a run, so it belongs inside a block: "
                 "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
                 "`with model.trace() as tracer:`.",
-                here(3),
+                Location(*mark),
             )
-        return invocation.read(self._path, kind)
+        return invocation.read(self._path, kind, mark)
 
     def _refuse_site(self, kind: str) -> NoReturn:
         raise PathError(f"`{self._written()}.{kind}` cannot be written yet, only read.", here(3))

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import BlockError, NoValueError
-from insitu.graph.location import here, mark, user_frame
+from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import Address, Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.runtime.probe import Probe
@@ -25,11 +25,16 @@ class Invocation(Scope):
         request: what the model is called with.
     """
 
-    __slots__ = ("_probe", "_reads", "_result", "number", "request", "tracer")
+    __slots__ = (
+        *("_probe", "_reads", "_recording", "_result", "_views"),
+        *("number", "request", "tracer"),
+    )
 
     def __init__(self, tracer: Tracer, number: int, request: Any) -> None:
         self._owner = None
         self.model = tracer.model
+        self._recording = tracer.recording
+        self._views = tracer.procedure.views
         self.tracer = tracer
         self.number = number
         self.request = request
@@ -55,15 +60,21 @@ class Invocation(Scope):
     ) -> None:
         self.leave()
 
-    def read(self, path: str, kind: Kind) -> Proxy:
-        """Returns a proxy for the value of a module in the processing of this prompt."""
-        recording = self.tracer.recording
+    def read(self, path: str, kind: Kind, mark: Mark) -> Proxy:
+        """Returns a proxy for the value of a module in the processing of this prompt.
+
+        Args:
+            path: the module's path.
+            kind: which of its values.
+            mark: the user's line.
+        """
+        recording = self._recording
         address = (self.number, path, kind)
         if address in self._reads:
             ref = self._reads[address]
         else:
-            ref = self._reads[address] = recording.read(address, mark(4))
-        if kind == "output" and path in self.tracer.procedure.views:
+            ref = self._reads[address] = recording.read(address, mark)
+        if kind == "output" and path in self._views:
             return StructureProxy(recording, ref)
         return Proxy(recording, ref)
 
@@ -83,7 +94,7 @@ class Invocation(Scope):
                     "`invoker.output` is a value of the run: read and save it inside the block.",
                     here(),
                 )
-            return self.read("", "output")
+            return self.read("", "output", mark())
         if self._result is None:
             raise NoValueError(
                 "`invoker.output` has no value yet: the model runs when the outermost `with` block "

@@ -14,6 +14,8 @@ import sys
 from contextvars import ContextVar
 from types import FrameType
 
+from insitu.graph.location import Mark, user_frame
+
 
 class Scope:
     """Something with a `with` statement, in which the sites of a model have a meaning.
@@ -56,23 +58,28 @@ class Scope:
 _open: ContextVar[tuple[Scope, ...]] = ContextVar("insitu_open_scopes", default=())
 
 
-def innermost(model: object, depth: int) -> Scope | None:
-    """Returns the innermost open scope of a model around the user's running line, or None.
+def innermost(model: object, depth: int) -> tuple[Scope | None, Mark]:
+    """Returns the innermost open scope of a model around the user's running line, and that line.
 
     Args:
         model: the model.
-        depth: how many frames between are ours.
+        depth: how many frames between are ours at least.
     """
+    frame = sys._getframe(depth)
     scopes = _open.get()
-    if not scopes:
-        return None
-    frame: FrameType | None = sys._getframe(depth)
-    while frame is not None:
+    if scopes:
+        last = scopes[-1]
+        if last._owner is frame and last.model is model:  # nearly always
+            return last, (frame.f_code, frame.f_lasti)
+    line = user_frame(depth + 1)
+    mark = line.f_code, line.f_lasti
+    outer: FrameType | None = frame
+    while outer is not None:
         for scope in reversed(scopes):
-            if scope._owner is frame and scope.model is model:
-                return scope
-        frame = frame.f_back
-    return None
+            if scope._owner is outer and scope.model is model:
+                return scope, mark
+        outer = outer.f_back
+    return None, mark
 
 
 def _entering_frame(frame: FrameType) -> FrameType:
