@@ -157,3 +157,13 @@ def test_a_saved_value_of_another_block_can_be_the_prompt(gpt2: LanguageModel) -
     with gpt2.trace([5, 6, 7]):
         best = gpt2.lm_head.output.argmax(-1).save()
     assert torch.equal(ids_of(gpt2, best), best.value)
+
+
+def test_an_encoding_of_lists_keeps_its_mask(gpt2: LanguageModel) -> None:
+    encoding = {
+        "input_ids": [[3, 4, 5, 6], [9, 10, 0, 0]],
+        "attention_mask": [[1] * 4, [1, 1, 0, 0]],
+    }
+    with gpt2.trace(encoding) as tracer:
+        pass
+    assert tracer.mask.tolist() == encoding["attention_mask"]

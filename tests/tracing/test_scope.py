@@ -167,3 +167,19 @@ def test_blocks_nest(model: Model) -> None:
         after = read(model).save()
     assert torch.equal(outer, X) and torch.equal(outer_too, X) and torch.equal(after, X)
     assert torch.equal(nested, X * 5)
+
+
+def test_a_class_of_the_users_own_may_wrap_a_block(model: Model) -> None:
+    class Wraps:
+        def __enter__(self):
+            self.tracer = model.trace(X)
+            return self.tracer.__enter__()
+
+        def __exit__(self, *error: object) -> None:
+            return self.tracer.__exit__(*error)
+
+    with Wraps():
+        saved = read(model).save()
+    assert torch.equal(saved, X)
+    with pytest.raises(BlockError):
+        read(model)

@@ -340,3 +340,66 @@ def test_model_runs_each_invocation_with_its_own_arguments() -> None:
     with torch.no_grad():
         ones, zeros = model.module(torch.ones(1, 3)), model.module(torch.zeros(2, 3))
     assert torch.equal(a, ones) and torch.equal(c, zeros - ones)
+
+
+def test_a_prompt_may_be_filled_anew_for_the_next_invocation(gpt2: LanguageModel) -> None:
+    ids, saved = IDS.clone(), []
+    with gpt2.trace() as tracer:
+        for first in (10, 11, 12):
+            ids[0, 0] = first
+            with tracer.invoke(ids):
+                saved.append(gpt2.transformer.wte.input.save())
+    assert [value[0, 0].item() for value in saved] == [10, 11, 12]
+
+
+def test_a_missing_site_is_reported_for_its_own_invocation() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) if x.sum() > 0 else x
+
+    model = Model(Branches())
+    with pytest.raises(InsituError, match="the culprit"), model.trace() as tracer:
+        with tracer.invoke(torch.ones(1)):
+            model.a.output.save()
+        with tracer.invoke(-torch.ones(1)):
+            model.a.output.save()  # the culprit
+
+
+def test_another_threads_own_call_of_the_module_is_not_ours(gpt2: LanguageModel) -> None:
+    other = IDS.flip(1)
+    results: list[torch.Tensor] = []
+
+    def beside(*_: object) -> None:
+        handle.remove()
+        thread = threading.Thread(target=lambda: results.append(gpt2.module(other).logits))
+        thread.start()
+        thread.join()
+
+    handle = gpt2.module.register_forward_pre_hook(beside)
+    with gpt2.trace(IDS):
+        hidden = gpt2.transformer.h[1].output[0].save()
+    assert torch.equal(hidden, hooked_hidden(gpt2.module, "transformer.h.1", IDS))
+    assert torch.equal(results[0], gpt2.module(other).logits)
+
+
+def test_inferring_shapes_leaves_nothing_fake_in_the_module() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.cache = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.cache is None:
+                self.cache = torch.arange(3.0)
+            return self.linear(x) + self.cache
+
+    model = Model(Lazy())
+    with model.trace(torch.ones(1, 3)) as tracer:
+        assert model.linear.output.shape == (1, 3)
+        output = tracer.output.save()
+    assert type(output.value) is torch.Tensor and type(model.module.cache) is torch.Tensor

@@ -187,9 +187,15 @@ class Proxy(Recorded):
         )
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        if not self._recording.open:
+            self.result(here())[key] = value
+            return
         self._in_place("`value[...] = x`", "torch.where or torch.index_fill")
 
     def __delitem__(self, key: Any) -> None:
+        if not self._recording.open:
+            del self.result(here())[key]
+            return
         self._in_place("`del value[...]`", "indexing")
 
     def _in_place(self, use: str, instead: str) -> NoReturn:
@@ -290,7 +296,7 @@ def _open_recordings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[R
 
 def _at_once(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Computes with the values of saved proxies, after their run."""
-    location = here(4)
+    location = here(3)
 
     def leaf(item: Any) -> Any:
         return item.result(location) if isinstance(item, Proxy) else item

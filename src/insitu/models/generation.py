@@ -29,6 +29,7 @@ _BATCHABLE = frozenset(
 _UNBATCHABLE_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (None, False),
     "num_beams": (None, 1),
+    "min_length": (None, 0),
     "repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
     "stop_strings": (None,),
@@ -120,6 +121,9 @@ class Generation:
         requests: Sequence[Prompt],
     ) -> Pass:
         """The pass of a prompt, which may be a batch of several requests."""
+        if not self._model.reader.lookups_check:
+            for request in requests:
+                self._model.reader.check_length(request, self._options.get("max_new_tokens", 1))
         kwargs = self._model.placed(
             {
                 "input_ids": prompt.ids,
@@ -163,7 +167,7 @@ class Generation:
 
     def _setting(self, module: nn.Module, name: str) -> Any:
         """An option of the generation: the user's, or the model's own."""
-        config = getattr(module, "generation_config", None)
+        config = self._options.get("generation_config", getattr(module, "generation_config", None))
         return self._options.get(name, getattr(config, name, None))
 
     def _apart(self, sequences: torch.Tensor, requests: Sequence[Prompt]) -> list[torch.Tensor]:

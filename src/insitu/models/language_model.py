@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from insitu.graph.errors import OptionError, ShapeError
+from insitu.graph.errors import LoadError, OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.graph.node import Address
 from insitu.models.blocks import block_views
@@ -64,7 +64,12 @@ class LanguageModel(Model):
                     "model is in memory already.",
                     location,
                 )
-            config: Any = model.config
+            config: Any = getattr(model, "config", None)
+            if not hasattr(config, "get_text_config"):
+                raise OptionError(
+                    f"{type(model).__name__} is no Transformers model: wrap it as `Model(module)`.",
+                    location,
+                )
             super().__init__(model)
         else:
             source = Source(os.fspath(model), kwargs)
@@ -101,8 +106,9 @@ class LanguageModel(Model):
         Raises:
             LoadError: if the model came without one.
         """
-        if isinstance(self._tokenizer, Exception):
-            raise self._tokenizer
+        if self._tokenizer is None or isinstance(self._tokenizer, Exception):
+            reason = str(self._tokenizer or "it was given in memory, without `tokenizer=`.")
+            raise LoadError(f"The model has no tokenizer: {reason}", here())
         return self._tokenizer
 
     @property
@@ -160,6 +166,8 @@ class LanguageModel(Model):
             OptionError: if `max_new_tokens` is no positive number.
         """
         given = None
+        if prompt is None and "seed" in kwargs:
+            raise OptionError("Each prompt has its own seed: give it to `invoke`.", here())
         if prompt is not None:
             seed = {"seed": kwargs.pop("seed")} if "seed" in kwargs else {}
             given = ((prompt,), seed)

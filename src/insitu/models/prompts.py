@@ -100,6 +100,7 @@ class Reader:
                 self.check_ids(read)
         elif isinstance(prompt, Mapping) and "input_ids" in prompt:
             read = self._encoding(cast("Mapping[str, Any]", prompt), side, mark)
+            self.check_ids(read)
         else:
             rows = self._rows(prompt, mark)
             read = Prompt(*_padded(rows, side, self._pad_id, mark))
@@ -202,8 +203,10 @@ class Reader:
         """What a tokenizer returned: lists, or tensors."""
         ids = encoding["input_ids"]
         if not isinstance(ids, torch.Tensor):
-            read = self.read(ids, side, mark)
-            return read
+            rows = self._rows(ids, mark)
+            if len({len(row) for row in rows}) > 1:  # not padded by the tokenizer, so we do
+                return Prompt(*_padded(rows, side, self._pad_id, mark))
+            ids = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1)
         ids = _as_ids(ids, mark)
         mask: torch.Tensor | None = None
         extras: dict[str, torch.Tensor] = {}

@@ -60,6 +60,8 @@ class Execution:
         bit = self._bits[index]
         if bit in self._groups:
             self._run(self._groups[bit])
+        if not self._uses[index]:
+            self._values[index] = None
         if self._waiting:
             self._keep(bit, value)
             self._arrived |= bit
@@ -149,7 +151,8 @@ class Execution:
         node = self._graph[index]
         written = expression(self._graph, index)
         found = [self._values[source] for source in node.inputs]
-        if isinstance(error, RuntimeError | IndexError | ValueError) and found:
+        memory = isinstance(error, torch.OutOfMemoryError)
+        if isinstance(error, RuntimeError | IndexError | ValueError) and found and not memory:
             shapes = ", ".join(
                 str(tuple(shape)) if isinstance(shape, torch.Size) else str(shape)
                 for shape in map(shape_of, found)

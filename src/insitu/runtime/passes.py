@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -79,7 +80,7 @@ def run_pass(
     single: Pass,
     modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
-) -> tuple[Any, list[Place]]:
+) -> tuple[Any, list[int]]:
     """Runs a pass and gives an execution what arrives at its sites.
 
     Args:
@@ -90,8 +91,8 @@ def run_pass(
         views: how outputs are shown, by path.
 
     Returns:
-        What the call returned, None if it was stopped early, and the places at which nothing
-        arrived, as paths and kinds.
+        What the call returned, None if it was stopped early, and the indices of the nodes that
+        read a site at which nothing arrived.
     """
     cuts, may_stop = single.cuts, single.may_stop
     readers: dict[Place, list[tuple[int, int]]] = {}
@@ -99,8 +100,11 @@ def run_pass(
         if invocation in cuts:
             readers.setdefault((path, kind), []).append((index, invocation))
     hooks: dict[Place, Hook] = {}
+    thread = get_ident()
 
     def arrived(place: Place, value: Any) -> None:
+        if get_ident() != thread:
+            return  # somebody else's call of the module, beside ours
         found = readers.pop(place, None)
         if found is None:
             return  # a later call of the module
@@ -119,7 +123,8 @@ def run_pass(
             path, kind = place
             hooks[place] = _hook(modules[path], kind, views.get(path), place, arrived)
         _set_grad_enabled(False)
-        return single.call(), list(readers)
+        result = single.call()
+        return result, [index for found in readers.values() for index, _ in found]
     except _Stop as stop:
         stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
         return None, []

@@ -4,6 +4,8 @@ The module's parameters and buffers are replaced by fake ones on the CPU for the
 call, so nothing is computed, nothing is allocated and a module without weights does as well.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import logging
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
 from insitu.graph.errors import ShapeError
@@ -79,6 +81,8 @@ def probe(
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
+    # A forward may keep what it made, such as a lazily filled cache: that must not be fake later.
+    before = [(part, dict(vars(part)), dict(part._buffers)) for part in set(modules.values())]
     handles = [
         part.register_forward_hook(listen(path), with_kwargs=True) for path, part in modules.items()
     ]
@@ -105,4 +109,16 @@ def probe(
         log.disabled = was_disabled
         for handle in handles:
             handle.remove()
+        for part, attributes, buffers in before:
+            _restore(vars(part), attributes)
+            _restore(part._buffers, buffers)
     return seen
+
+
+def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Undoes the assignments of fake tensors to names, and no others."""
+    for name in [name for name, value in now.items() if isinstance(value, FakeTensor)]:
+        if name in before:
+            now[name] = before[name]
+        else:
+            del now[name]

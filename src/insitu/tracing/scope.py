@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import sys
 from contextvars import ContextVar
+from threading import get_ident
 from types import FrameType
 
 from insitu.graph.location import Mark, user_frame
@@ -24,10 +25,11 @@ class Scope:
         model: that model.
     """
 
-    __slots__ = ("_owner", "model")
+    __slots__ = ("_owner", "_thread", "model")
 
     model: object
     _owner: FrameType | None
+    _thread: int
 
     @property
     def is_open(self) -> bool:
@@ -43,6 +45,7 @@ class Scope:
         if frame.f_code.co_flags & _GENERATOR:
             frame = _entering_frame(frame)
         self._owner = frame
+        self._thread = get_ident()
         _open.set((*_open.get(), self))
 
     def leave(self) -> None:
@@ -79,6 +82,13 @@ def innermost(model: object, depth: int) -> tuple[Scope | None, Mark]:
             if scope._owner is outer and scope.model is model:
                 return scope, mark
         outer = outer.f_back
+    # Entered by a function that has returned, such as the `__enter__` of a user's own class: only
+    # what can be suspended may be neither running nor done.
+    for scope in reversed(scopes):
+        owner = scope._owner
+        done = owner is not None and not owner.f_code.co_flags & _SUSPENDABLE
+        if done and scope.model is model and scope._thread == get_ident():
+            return scope, mark
     return None, mark
 
 
@@ -101,3 +111,4 @@ def _entering_frame(frame: FrameType) -> FrameType:
 
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_SUSPENDABLE = _GENERATOR | inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE

@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from insitu.graph.errors import BlockError, NeverRanError, NoValueError, nearest
@@ -134,6 +135,8 @@ class Tracer:
                 "`invoke` belongs inside its block: write `with model.trace() as tracer:` first.",
                 here(),
             )
+        # The model runs later, and what is given here may be filled anew for the next prompt.
+        args = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
         return self._add(args, kwargs, mark())
 
     @property
@@ -220,7 +223,7 @@ class Tracer:
         modules, views = self.model.modules, self.procedure.views
         exclusive = self.model.exclusive
         results: list[Any] = []
-        missing: list[Place] = []
+        missing: list[int] = []
         with exclusive.lock:
             exclusive.begin()
             try:
@@ -232,7 +235,7 @@ class Tracer:
             finally:
                 exclusive.running = False
         if missing:
-            raise self._missing(missing)
+            raise self._missing(min(missing))
         outputs = self.procedure.outputs(results, requests)
         execution.fill(recording.saves)
         if outputs is not None:
@@ -240,8 +243,9 @@ class Tracer:
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
                 invocation._result = result
 
-    def _missing(self, missing: list[Place]) -> NeverRanError:
-        site = next(node.site for node in self.graph if node.site and node.site[1:] in missing)
+    def _missing(self, index: int) -> NeverRanError:
+        site = self.graph[index].site
+        assert site is not None
         try:
             invocation = self._invocations[site.invocation]
             call = self.procedure.example(invocation.request)
