@@ -66,10 +66,10 @@ def test_the_example_prints_what_the_document_prints() -> None:
 def test_we_create_a_generation_context_block(model: LanguageModel) -> None:
     """'We create a generation context block by calling .generate(...) on the model object.'"""
     with model.generate(max_new_tokens=1) as generator:
-        assert generator is not None
+        assert generator.is_open
         with generator.invoke(PROMPT):
             pass
-    assert generator.output.shape == (1, 9)
+    assert not generator.is_open and generator.output.shape == (1, 9)
 
 
 def test_calling_generate_does_not_initialize_or_run_the_model() -> None:

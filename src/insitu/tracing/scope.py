@@ -31,11 +31,6 @@ class Scope:
     _owner: FrameType | None
     _thread: int
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the `with` statement is being executed."""
-        return self._owner is not None
-
     def enter(self, frame: FrameType) -> None:
         """Opens the scope.
 
