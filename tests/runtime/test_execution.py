@@ -5,23 +5,27 @@ import torch
 
 from insitu import ExecutionError, ShapeError
 from insitu.graph.location import here
-from insitu.graph.operations import BY_NAME
-from insitu.graph.recording import NO_KWARGS, Recorded, Recording
+from insitu.graph.operations import BY_NAME, READ
+from insitu.graph.proxy import Proxy
+from insitu.graph.recording import NO_KWARGS, Recording
 from insitu.runtime.execution import Execution
 from insitu.runtime.plan import make_plan
 
 
-def recorded(recording: Recording, name: str, *args: object) -> Recorded:
-    return Recorded(recording, recording.apply(BY_NAME[name], args, NO_KWARGS, here()))
+def recorded(recording: Recording, name: str, *args: object) -> Proxy:
+    return Proxy(recording, recording.apply(BY_NAME[name], args, NO_KWARGS, here()))
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_order_of_arrival_does_not_matter(order: tuple[int, ...]) -> None:
     recording = Recording()
-    a, b, c = (Recorded(recording, recording.read((0, path, "output"), here())) for path in "abc")
+    a, b, c = (
+        Proxy(recording, recording.apply(READ, (0, path, "output"), NO_KWARGS, here()))
+        for path in "abc"
+    )
     total = recorded(recording, "operator.add", recorded(recording, "operator.mul", a, b), c)
     pair = recorded(recording, "operator.sub", c, a)
-    cells = [recording.save(value._ref, here()) for value in (total, pair, b)]
+    cells = [value.save() for value in (total, pair, b)]
     execution = Execution(recording.graph, make_plan(recording.graph, recording.saves))
     values = [torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0)]
     for index in order:
@@ -29,12 +33,12 @@ def test_the_order_of_arrival_does_not_matter(order: tuple[int, ...]) -> None:
         execution.arrive(index, arriving)
         arriving.fill_(99)  # what the model does to its tensors afterwards is its own business
     execution.fill(recording.saves)
-    assert [cell.content.item() for cell in cells] == [11.0, 3.0, 3.0]
+    assert [cell.value.item() for cell in cells] == [11.0, 3.0, 3.0]
 
 
 def test_a_failing_operation_is_reported_with_its_line_and_its_values() -> None:
     recording = Recording()
-    a = Recorded(recording, recording.read((0, "a", "output"), here()))
+    a = Proxy(recording, recording.apply(READ, (0, "a", "output"), NO_KWARGS, here()))
     recorded(recording, "operator.matmul", a, a)
     execution = Execution(recording.graph, make_plan(recording.graph, recording.saves))
     with pytest.raises(ShapeError, match=r"`\(a.output @ a.output\)`.*\(2, 3\), \(2, 3\)"):

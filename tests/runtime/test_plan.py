@@ -1,6 +1,7 @@
 from insitu.graph.location import here
-from insitu.graph.operations import BY_NAME
-from insitu.graph.recording import NO_KWARGS, Recorded, Recording
+from insitu.graph.operations import BY_NAME, READ
+from insitu.graph.proxy import Proxy
+from insitu.graph.recording import NO_KWARGS, Recording
 from insitu.runtime.plan import make_plan
 
 ADD = BY_NAME["operator.add"]
@@ -9,17 +10,17 @@ ADD = BY_NAME["operator.add"]
 def test_nodes_are_grouped_by_the_sites_that_they_wait_for() -> None:
     recording = Recording()
 
-    def read(path: str) -> Recorded:
-        return Recorded(recording, recording.read((0, path, "output"), here()))
+    def read(path: str) -> Proxy:
+        return Proxy(recording, recording.apply(READ, (0, path, "output"), NO_KWARGS, here()))
 
-    def add(a: object, b: object) -> Recorded:
-        return Recorded(recording, recording.apply(ADD, (a, b), NO_KWARGS, here()))
+    def add(a: object, b: object) -> Proxy:
+        return Proxy(recording, recording.apply(ADD, (a, b), NO_KWARGS, here()))
 
     late, early = read("late"), read("early")  # nodes 0 and 1
     both = add(late, early)  # 2
     one = add(late, 1)  # 3
     more = add(one, both)  # 4
-    recording.save(more._ref, here())  # 5
+    more.save()  # 5
     plan = make_plan(recording.graph, recording.saves)
     assert plan.reads == {(0, "late", "output"): 0, (0, "early", "output"): 1}
     assert plan.bits == {0: 0b01, 1: 0b10}

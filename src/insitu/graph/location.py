@@ -81,9 +81,19 @@ def here(depth: int = 2) -> Location:
 
 def mark(depth: int = 2) -> Mark:
     """Returns the user's current line in its cheapest form, for `Location(*mark)`."""
+    global _last
     frame = sys._getframe(depth)  # pyright: ignore[reportPrivateUsage]
     code = frame.f_code
-    while code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
+    if code is _last:
+        return code, frame.f_lasti
+    while code.co_filename.startswith(_LIBRARIES):
+        if frame.f_back is None:
+            return code, frame.f_lasti
         frame = frame.f_back
         code = frame.f_code
+    _last = code
     return code, frame.f_lasti
+
+
+_last: CodeType | None = None
+"""A code object that is known to be the user's: looking at names takes most of the time."""

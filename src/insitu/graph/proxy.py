@@ -17,8 +17,8 @@ import torch
 
 from insitu.graph.errors import NoValueError, OperationError, nearest
 from insitu.graph.location import here, mark
-from insitu.graph.operations import ATTRIBUTE, BY_FUNCTION, BY_NAME, TENSOR_METHODS, Operation
-from insitu.graph.recording import NO_KWARGS, Recorded, Recording
+from insitu.graph.operations import ATTRIBUTE, BY_FUNCTION, BY_NAME, SAVE, TENSOR_METHODS, Operation
+from insitu.graph.recording import NO_KWARGS, Cell, Recorded, Recording
 from insitu.graph.shapes import dtype_of, fake_value, length_of, shape_of
 from insitu.graph.structure import map_structure
 
@@ -39,12 +39,15 @@ class Proxy(Recorded):
         Returns:
             A proxy for the same value, whose `.value` is the copy once the model has run.
         """
-        if not self._recording.open:
+        recording, source = self._recording, self._ref
+        if not recording.open:
             raise NoValueError(
                 f"`{self.written()}` cannot be saved any more: its block has ended.", here()
             )
-        cell = self._cell = self._recording.save(self._ref, mark())
-        return type(self)(self._recording, self._ref, cell)
+        rows = recording.graph.rows
+        cell = self._cell = recording.saves[len(rows)] = Cell()
+        rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark()))
+        return type(self)(recording, source, cell)
 
     @property
     def value(self) -> Any:

@@ -16,8 +16,8 @@ import torch
 
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import Location, Mark, here
-from insitu.graph.node import Address, Graph, Node, Ref, Site, ref
-from insitu.graph.operations import GETITEM, READ, SAVE, Operation
+from insitu.graph.node import Graph, Ref, Site, ref
+from insitu.graph.operations import GETITEM, Operation
 from insitu.graph.structure import map_structure
 
 NO_KWARGS: Mapping[str, Any] = {}
@@ -64,10 +64,7 @@ class Cell:
             a `Missing`.
     """
 
-    __slots__ = ("content",)
-
-    def __init__(self) -> None:
-        self.content: Any = _WAITING
+    content: Any = _WAITING  # of the class: a cell without an `__init__` is made much faster
 
     @property
     def filled(self) -> bool:
@@ -103,19 +100,6 @@ class Recording:
         self.shapes = shapes
         self.fakes: dict[int, Any] = {}
 
-    def read(self, address: Address, mark: Mark) -> Ref:
-        """Records that the value at a site is wanted."""
-        nodes = self.graph.nodes
-        nodes.append(Node(READ, address, NO_KWARGS, (), False, mark))
-        return ref(len(nodes) - 1)
-
-    def save(self, source: Ref, mark: Mark) -> Cell:
-        """Records that a copy of a value is kept, and returns the cell that will hold it."""
-        nodes = self.graph.nodes
-        cell = self.saves[len(nodes)] = Cell()
-        nodes.append(Node(SAVE, (source,), NO_KWARGS, source.inputs, False, mark))
-        return cell
-
     def apply(
         self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any], mark: Mark
     ) -> Ref:
@@ -132,7 +116,7 @@ class Recording:
                 write in place.
             NoValueError: if an argument belongs to another block and has no value.
         """
-        nodes = self.graph.nodes
+        rows = self.graph.rows
         if len(args) == 2 and not kwargs:  # most are: a value, an operator and a constant
             value, other = args
             kind = type(other)  # pyright: ignore[reportUnknownVariableType]
@@ -143,8 +127,8 @@ class Recording:
                 and (value._operand or operation is GETITEM)
             ):
                 source = value._ref
-                nodes.append(Node(operation, (source, other), kwargs, source.inputs, False, mark))
-                return ref(len(nodes) - 1)
+                rows.append((operation, (source, other), kwargs, source.inputs, False, mark))
+                return ref(len(rows) - 1)
         inputs: list[int] = []
         encoded: list[Any] = []
         nested = False
@@ -175,8 +159,8 @@ class Recording:
                 for key, arg in kwargs.items()
             }
             nested = nested or len(inputs) > before
-        nodes.append(Node(operation, tuple(encoded), kwargs, tuple(inputs), nested, mark))
-        return ref(len(nodes) - 1)
+        rows.append((operation, tuple(encoded), kwargs, tuple(inputs), nested, mark))
+        return ref(len(rows) - 1)
 
     def fail(self, reason: str) -> None:
         """Says of every saved value why it will have none, and forgets the rest."""

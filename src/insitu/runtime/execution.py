@@ -6,14 +6,15 @@ what arrived, and it runs whatever has become possible and drops what is used up
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, cast
 
 import torch
 
 from insitu.graph.errors import ExecutionError, InsituError, ShapeError
 from insitu.graph.expression import expression
-from insitu.graph.node import Graph, Node, Ref
+from insitu.graph.node import Graph, Ref
 from insitu.graph.recording import Cell
 from insitu.graph.shapes import shape_of
 from insitu.graph.structure import map_structure
@@ -56,76 +57,73 @@ class Execution:
         Raises:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
-        self._values[index] = value
+        rows, values, uses = self._graph.rows, self._values, self._uses
+        values[index] = value
         bit = self._bits[index]
-        if bit in self._groups:
-            self._run(self._groups[bit])
-        if not self._uses[index]:
-            self._values[index] = None
+        possible = self._groups.get(bit, ())
+        if self._waiting:
+            possible = self._completed(bit, possible)
+        for step in possible:
+            operation, args, kwargs, inputs, nested, _ = rows[step]
+            function = operation.function
+            try:
+                # Calls without keywords and containers, of one or two arguments, are nearly all
+                # that there are, and a comprehension takes as long as the rest of this loop.
+                if nested:
+                    args, kwargs = self._resolved(args, kwargs)
+                    result = function(*args, **kwargs)
+                elif kwargs:
+                    args = [values[arg.index] if type(arg) is Ref else arg for arg in args]
+                    result = function(*args, **kwargs)
+                elif len(args) == 1:
+                    result = function(values[args[0].index])
+                elif len(args) == 2:
+                    first, second = args
+                    result = function(
+                        values[first.index] if type(first) is Ref else first,
+                        values[second.index] if type(second) is Ref else second,
+                    )
+                else:
+                    result = function(
+                        *[values[arg.index] if type(arg) is Ref else arg for arg in args]
+                    )
+            except Exception as error:
+                raise self._failure(step, error) from error
+            for source in inputs:
+                uses[source] -= 1
+                if not uses[source]:
+                    values[source] = None
+            if uses[step]:
+                values[step] = result
+        if not uses[index]:
+            values[index] = None
         if self._waiting:
             self._keep(bit, value)
-            self._arrived |= bit
-            self._complete(bit)
 
-    def _complete(self, bit: int) -> None:
-        """Runs the groups of several sites that the arrival of this one completes."""
-        ready: list[int] = []
+    def _completed(self, bit: int, possible: Sequence[int]) -> Sequence[int]:
+        """Adds to what a site's arrival makes possible what needed other sites too, in order."""
+        self._arrived |= bit
+        ready = [possible]
         for need in self._waiting.pop(bit, ()):
             missing = need & ~self._arrived
             if missing:
                 self._waiting.setdefault(missing & -missing, []).append(need)
             else:
-                ready.append(need)
-        if ready:
-            self._run(sorted(index for need in ready for index in self._groups[need]))
+                ready.append(self._groups[need])
+        return possible if len(ready) == 1 else sorted(chain.from_iterable(ready))
 
     def fill(self, cells: Mapping[int, Cell]) -> None:
         """Puts the saved values into their cells."""
         for index, cell in cells.items():
             cell.content = self._values[index]
 
-    def _run(self, indices: list[int]) -> None:
-        nodes, values, uses = self._graph.nodes, self._values, self._uses
-        for index in indices:
-            node = nodes[index]
-            function, args = node.operation.function, node.args
-            try:
-                # Calls without keywords and containers, of one or two arguments, are nearly all
-                # that there are, and a comprehension takes as long as the rest of this loop.
-                if node.nested:
-                    args, kwargs = self._resolved(node)
-                    value = function(*args, **kwargs)
-                elif node.kwargs:
-                    args = [values[arg.index] if type(arg) is Ref else arg for arg in args]
-                    value = function(*args, **node.kwargs)
-                elif len(args) == 1:
-                    value = function(values[args[0].index])
-                elif len(args) == 2:
-                    first, second = args
-                    value = function(
-                        values[first.index] if type(first) is Ref else first,
-                        values[second.index] if type(second) is Ref else second,
-                    )
-                else:
-                    value = function(
-                        *[values[arg.index] if type(arg) is Ref else arg for arg in args]
-                    )
-            except Exception as error:
-                raise self._failure(index, error) from error
-            for source in node.inputs:
-                uses[source] -= 1
-                if not uses[source]:
-                    values[source] = None
-            if uses[index]:
-                values[index] = value
-
-    def _resolved(self, node: Node) -> tuple[Any, Any]:
+    def _resolved(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """The arguments of a node, with values in the place of references."""
 
         def leaf(item: Any) -> Any:
             return self._values[item.index] if type(item) is Ref else item
 
-        return cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))
+        return cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
 
     def _keep(self, bit: int, arrived: Any) -> None:
         """Copies values that wait for other sites, so that the model's own writes miss them.

@@ -8,9 +8,9 @@ has fired, and all are removed when the pass ends, however it ends.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
@@ -102,26 +102,30 @@ def run_pass(
     hooks: dict[Place, Hook] = {}
     thread = get_ident()
 
-    def arrived(place: Place, value: Any) -> None:
+    def arrived(
+        place: Place, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
+    ) -> None:
         if get_ident() != thread:
             return  # somebody else's call of the module, beside ours
         found = readers.pop(place, None)
         if found is None:
             return  # a later call of the module
         if not may_stop:  # there are more forwards to come, and they need no hook here
-            _remove(hooks[place])
+            table, flags, key = hooks.pop(place)
+            del table[key]
+            if flags is not None:
+                del flags[key]
+        value = _passing(place[1], view, module, args, rest)
         for index, invocation in found:
             cut = cuts[invocation]
-            own = value if cut is None else cut(Site(invocation, *place), value)
-            execution.arrive(index, own)
+            execution.arrive(index, value if cut is None else cut(Site(invocation, *place), value))
         if may_stop and not readers:
             raise _Stop
 
     grad_enabled = torch.is_grad_enabled()
     try:
         for place in readers:
-            path, kind = place
-            hooks[place] = _hook(modules[path], kind, views.get(path), place, arrived)
+            hooks[place] = _hook(modules[place[0]], place, views.get(place[0]), arrived)
         _set_grad_enabled(False)
         result = single.call()
         return result, [index for found in readers.values() for index, _ in found]
@@ -130,71 +134,47 @@ def run_pass(
         return None, []
     finally:
         _set_grad_enabled(grad_enabled)
-        for hook in hooks.values():
-            _remove(hook)
+        for table, flags, key in hooks.values():
+            if key in table:
+                del table[key]
+                if flags is not None:
+                    del flags[key]
         hooks.clear()  # they refer to `arrived`, which refers to them and to every value
 
 
-def _remove(hook: Hook) -> None:
-    """Takes a hook from its module, if it is still there."""
-    hooks, flags, key = hook
-    if key in hooks:
-        del hooks[key]
-        if flags is not None:
-            del flags[key]
-
-
-def _hook(
-    module: nn.Module,
-    kind: Kind,
-    view: View | None,
-    place: Place,
-    arrived: Callable[[Place, Any], None],
-) -> Hook:
+def _hook(module: nn.Module, place: Place, view: View | None, arrived: Callable[..., None]) -> Hook:
     """Puts a hook on a module that hands over one of its values.
 
     It goes straight into the module's tables: `register_forward_hook` takes 3 µs for a handle
     with weak references that nothing here needs, which is as much as all else done for a hook.
     """
-    flags: dict[Any, bool] | None = None
-    if kind == "output":
+    # A function is its own key: no number that torch hands out for its hooks equals it.
+    key = partial(arrived, place, view)
+    if place[1] == "output":
         hooks: dict[Any, Any] = module._forward_hooks  # pyright: ignore[reportUnknownVariableType]
-        if view is None:
-
-            def output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                arrived(place, output)
-
-            key: Callable[..., None] = output
-        elif not view.takes_arguments:
-
-            def shown(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                arrived(place, view(output, (), _NO_KWARGS))
-
-            key = shown
-        else:
-
-            def viewed(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-            ) -> None:
-                arrived(place, view(output, args, kwargs))
-
-            key = viewed
+        flags: dict[Any, bool] | None = None
+        if view is not None and view.takes_arguments:
             flags = module._forward_hooks_with_kwargs
     else:
-
-        def inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            whole = kind == "inputs"
-            value = (args, dict(kwargs)) if whole else first_argument(module, args, kwargs)
-            arrived(place, value)
-
-        key = inputs
         hooks = module._forward_pre_hooks  # pyright: ignore[reportUnknownVariableType]
         flags = module._forward_pre_hooks_with_kwargs
-    # A function is its own key: no number that torch hands out for its hooks equals it.
     hooks[key] = key
     if flags is not None:
         flags[key] = True
     return hooks, flags, key
+
+
+def _passing(
+    kind: Kind, view: View | None, module: nn.Module, args: tuple[Any, ...], rest: tuple[Any, ...]
+) -> Any:
+    """The value that a hook was called for, from what torch calls it with."""
+    if kind == "output":
+        output = rest[-1]
+        if view is None:
+            return output
+        return view(output, args, rest[0] if view.takes_arguments else _NO_KWARGS)
+    (kwargs,) = rest
+    return (args, dict(kwargs)) if kind == "inputs" else first_argument(module, args, kwargs)
 
 
 def first_argument(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -218,7 +198,7 @@ def first_argument(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     raise InsituError("The module was called without arguments, so it has no `.input`.")
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
     """The parameters of a class's forward, in their order."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]

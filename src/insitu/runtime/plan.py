@@ -45,18 +45,17 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     bits: dict[int, int] = {}
     groups: dict[int, list[int]] = {}
     held: dict[int, list[int]] = {}
-    nodes = graph.nodes
-    uses = [0] * len(nodes)
-    needs = [0] * len(nodes)
-    for index, node in enumerate(nodes):
-        inputs = node.inputs
+    rows = graph.rows
+    uses = [0] * len(rows)
+    needs = [0] * len(rows)
+    for index, (operation, args, _, inputs, _, _) in enumerate(rows):
         if len(inputs) == 1:
             source = inputs[0]
             uses[source] += 1
             need = needs[source]
-        elif node.operation is READ:
+        elif operation is READ:
             needs[index] = bits[index] = 1 << len(reads)
-            reads[node.args] = index  # pyright: ignore[reportArgumentType]
+            reads[args] = index  # pyright: ignore[reportArgumentType]
             continue
         else:
             need = 0

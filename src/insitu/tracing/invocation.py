@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import BlockError, NoValueError
 from insitu.graph.location import Mark, here, mark, user_frame
-from insitu.graph.node import Address, Kind, Ref, Site
+from insitu.graph.node import Address, Kind, Ref, Site, ref
+from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy, StructureProxy
+from insitu.graph.recording import NO_KWARGS
 from insitu.runtime.probe import Probe
 from insitu.tracing.scope import Scope
 
@@ -70,13 +72,14 @@ class Invocation(Scope):
         """
         recording = self._recording
         address = (self.number, path, kind)
-        if address in self._reads:
-            ref = self._reads[address]
-        else:
-            ref = self._reads[address] = recording.read(address, mark)
+        source = self._reads.get(address)
+        if source is None:
+            rows = recording.graph.rows
+            source = self._reads[address] = ref(len(rows))
+            rows.append((READ, address, NO_KWARGS, (), False, mark))
         if kind == "output" and path in self._views:
-            return StructureProxy(recording, ref)
-        return Proxy(recording, ref)
+            return StructureProxy(recording, source)
+        return Proxy(recording, source)
 
     @property
     def output(self) -> Any:

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from threading import get_ident
 from types import FrameType
 
-from insitu.graph.location import Mark, user_frame
+from insitu.graph.location import Mark, mark
 
 
 class Scope:
@@ -67,15 +67,18 @@ def innermost(model: object, depth: int) -> tuple[Scope | None, Mark]:
     scopes = _open.get()
     if scopes:
         last = scopes[-1]
-        if last._owner is frame and last.model is model:  # nearly always
-            return last, (frame.f_code, frame.f_lasti)
-    line = user_frame(depth + 1)
-    mark = line.f_code, line.f_lasti
+        owner = last._owner
+        if last.model is model:
+            if frame is owner:  # nearly always
+                return last, (frame.f_code, frame.f_lasti)
+            if frame.f_back is owner:  # a comprehension, or a function called from the block
+                return last, mark(depth + 1)
+    line = mark(depth + 1)
     outer: FrameType | None = frame
     while outer is not None:
         for scope in reversed(scopes):
             if scope._owner is outer and scope.model is model:
-                return scope, mark
+                return scope, line
         outer = outer.f_back
     # Entered by a function that has returned, such as the `__enter__` of a user's own class: only
     # what can be suspended may be neither running nor done.
@@ -83,8 +86,8 @@ def innermost(model: object, depth: int) -> tuple[Scope | None, Mark]:
         owner = scope._owner
         done = owner is not None and not owner.f_code.co_flags & _SUSPENDABLE
         if done and scope.model is model and scope._thread == get_ident():
-            return scope, mark
-    return None, mark
+            return scope, line
+    return None, line
 
 
 def _entering_frame(frame: FrameType) -> FrameType:
