@@ -292,6 +292,28 @@ def test_threads_get_their_own_results(gpt2: LanguageModel) -> None:
     assert not wrong
 
 
+def test_a_run_waits_while_another_threads_probe_has_fake_weights_in(gpt2: LanguageModel) -> None:
+    ids = torch.randint(0, 100, (1, 4))
+    right = hooked_hidden(gpt2.module, "transformer.h.2", ids)
+    embedding = gpt2.transformer.wte.module
+    weight, got = embedding.weight, list[object]()
+
+    def work() -> None:
+        with gpt2.trace(ids):
+            hidden = gpt2.transformer.h[2].output[0].save()
+        got.append(hidden.value)
+
+    thread = threading.Thread(target=work)
+    with gpt2.exclusive.lock:
+        # In the middle of a probe, a fake weight says that it is on the meta device.
+        embedding.weight = nn.Parameter(weight.to("meta"))
+        thread.start()
+        thread.join(0.3)
+        embedding.weight = weight
+    thread.join()
+    assert len(got) == 1 and torch.equal(got[0], right)
+
+
 def test_two_wrappers_of_one_module_do_not_mix(gpt2: LanguageModel) -> None:
     other = LanguageModel(gpt2.module)
     assert other.exclusive is gpt2.exclusive

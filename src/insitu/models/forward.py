@@ -98,12 +98,15 @@ class LanguageForward:
     ) -> Pass:
         """The pass of a prompt, which may be a batch of several requests."""
         kwargs = self._kwargs(prompt)
-        if prompt.ids.device != self._model.device:
-            kwargs = self._model.placed(kwargs)
 
         def call() -> Any:
+            # Here and not before: until its turn comes, another thread's probe may have put fake
+            # weights in, and those do not say where the real ones are.
+            placed = kwargs
+            if prompt.ids.device != self._model.device:
+                placed = self._model.placed(kwargs)
             try:
-                return module(**kwargs)
+                return module(**placed)
             except IndexError:
                 self._model.explain(requests)
                 raise

@@ -124,20 +124,19 @@ class Generation:
         if not self._model.reader.lookups_check:
             for request in requests:
                 self._model.reader.check_length(request, self._options.get("max_new_tokens", 1))
-        kwargs = self._model.placed(
-            {
-                "input_ids": prompt.ids,
-                "attention_mask": prompt.visible_mask,
-                "pad_token_id": self._model.pad_id,
-                **prompt.extras,
-                **self._options,
-            }
-        )
+        kwargs = {
+            "input_ids": prompt.ids,
+            "attention_mask": prompt.visible_mask,
+            "pad_token_id": self._model.pad_id,
+            **prompt.extras,
+            **self._options,
+        }
 
         def call() -> Any:
+            placed = self._model.placed(kwargs)  # in the run, not before: see `LanguageForward`
             try:
                 with _seeded(prompt.seed):
-                    return module.generate(**kwargs)  # pyright: ignore[reportCallIssue]
+                    return module.generate(**placed)  # pyright: ignore[reportCallIssue]
             except IndexError:
                 self._model.explain(requests, self._options.get("max_new_tokens", 1))
                 raise

@@ -174,12 +174,15 @@ class LanguageModel(Model):
         return Tracer(self, Generation(self, kwargs, here()), given, promises_output=True)
 
     def placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Returns keyword arguments with their tensors on the model's device."""
+        """Returns keyword arguments with their tensors on the model's device.
+
+        To be called by the thread whose turn it is to run the model.
+        """
         device = self.device
-        for name, value in kwargs.items():
-            if isinstance(value, torch.Tensor) and value.device != device:
-                kwargs[name] = value.to(device)
-        return kwargs
+        return {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in kwargs.items()
+        }
 
     def trains(self, module: nn.Module) -> bool:
         """Returns whether a module is in training mode, and says once what follows from it."""
