@@ -4,6 +4,7 @@ import contextlib
 
 from insitu.graph.errors import (
     BlockError,
+    CausalityError,
     ExecutionError,
     IndexOutOfRangeError,
     InsituError,
@@ -26,6 +27,7 @@ with contextlib.suppress(ImportError):  # einops is no dependency: it is used wh
 
 __all__ = [
     "BlockError",
+    "CausalityError",
     "ExecutionError",
     "IndexOutOfRangeError",
     "InsituError",

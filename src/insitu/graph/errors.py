@@ -61,6 +61,10 @@ class ShapeError(InsituError, ValueError, RuntimeError):
     """
 
 
+class CausalityError(InsituError, RuntimeError):
+    """A write whose value depends on something that comes after it in the run."""
+
+
 class ExecutionError(InsituError, RuntimeError):
     """A recorded operation that failed while the model ran."""
 

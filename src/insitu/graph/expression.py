@@ -6,7 +6,9 @@ from typing import Any, cast
 
 import torch
 
+from insitu.graph.errors import InsituError
 from insitu.graph.node import Graph, Node, Ref
+from insitu.graph.operations import WRITE
 
 _INFIX = {
     "add": "+",
@@ -48,6 +50,9 @@ def expression(graph: Graph, index: int, depth: int = 0) -> str:
     if site is not None:
         return str(site)
 
+    if node.operation.name == "write":
+        return expression(graph, node.inputs[0], depth)
+
     def written(value: Any) -> str:
         return _written(value, graph, depth + 1)
 
@@ -65,6 +70,22 @@ def expression(graph: Graph, index: int, depth: int = 0) -> str:
     if node.operation.name.startswith("Tensor.") or node.operation.name == "save":
         return f"{args[0]}.{name}({', '.join(args[1:] + keywords)})"
     return f"{node.operation.name}({', '.join(args + keywords)})"
+
+
+def located(graph: Graph, index: int, error: InsituError, why: str = "") -> InsituError:
+    """Returns an error of one of our operations with the line that recorded it.
+
+    Args:
+        graph: the graph.
+        index: the node whose operation raised it.
+        error: what it raised.
+        why: what else to say of it.
+    """
+    node = graph[index]
+    message = f"{error}{why}"
+    if node.operation is WRITE:
+        message = f"`{expression(graph, index)}` cannot be given this value: {message}."
+    return type(error)(message, node.location)
 
 
 def _written(value: Any, graph: Graph, depth: int) -> str:

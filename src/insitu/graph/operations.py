@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional
 
 from insitu.graph.structure import attribute, copied
+from insitu.graph.writing import fitted, replaced
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +46,8 @@ def _read(site: object) -> Any:
 READ = Operation("read", _read)
 SAVE = Operation("save", copied)
 ATTRIBUTE = Operation("attribute", attribute)
+WRITE = Operation("write", fitted)
+REPLACE = Operation("replace", replaced)
 
 _OPERATORS = """
     abs add and_ eq floordiv ge getitem gt invert le lshift lt matmul mod mul ne neg or_ pos pow
@@ -122,7 +125,7 @@ def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
 
 
 BY_NAME: Mapping[str, Operation] = MappingProxyType(
-    {operation.name: operation for operation in (READ, SAVE, ATTRIBUTE)}
+    {operation.name: operation for operation in (READ, SAVE, ATTRIBUTE, WRITE, REPLACE)}
     | _listed("operator", operator, _OPERATORS)
     | _listed("torch", torch, _SHARED + _TORCH)
     | _listed("Tensor", torch.Tensor, _SHARED + _TENSOR)

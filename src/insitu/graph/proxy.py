@@ -193,6 +193,12 @@ class Proxy(Recorded):
         if not self._recording.open:
             self.result(here())[key] = value
             return
+        if isinstance(key, int | str):
+            block = type(self) is StructureProxy
+            written = self._recording.write_part(self._ref, key, value, block, mark())
+            if written is not None:
+                self._ref = written
+                return
         self._in_place("`value[...] = x`", "torch.where or torch.index_fill")
 
     def __delitem__(self, key: Any) -> None:

@@ -16,8 +16,8 @@ import torch
 
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import Location, Mark, here
-from insitu.graph.node import Graph, Ref, Site, ref
-from insitu.graph.operations import GETITEM, Operation
+from insitu.graph.node import Address, Graph, Ref, Site, ref
+from insitu.graph.operations import GETITEM, READ, REPLACE, WRITE, Operation
 from insitu.graph.structure import map_structure
 
 NO_KWARGS: Mapping[str, Any] = {}
@@ -86,16 +86,21 @@ class Recording:
     Attributes:
         graph: the nodes so far.
         saves: the cells that the run has to fill, by the index of the node that makes the value.
+        sites: what lines that come now read at a site: what arrives, or what was last written.
+        writes: the last write of each site that is written, by the index of the node that reads
+            what arrives there.
         open: whether lines still add to it.
         shapes: gives the shapes at sites; None where no model is behind the recording.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
     """
 
-    __slots__ = ("__weakref__", "fakes", "graph", "open", "saves", "shapes")
+    __slots__ = ("__weakref__", "fakes", "graph", "open", "saves", "shapes", "sites", "writes")
 
     def __init__(self, shapes: ShapeSource | None = None) -> None:
         self.graph = Graph([])
         self.saves: dict[int, Cell] = {}
+        self.sites: dict[Address, Ref] = {}
+        self.writes: dict[int, int] = {}
         self.open = True
         self.shapes = shapes
         self.fakes: dict[int, Any] = {}
@@ -162,6 +167,72 @@ class Recording:
         rows.append((operation, tuple(encoded), kwargs, tuple(inputs), nested, mark))
         return ref(len(rows) - 1)
 
+    def read(self, address: Address, mark: Mark) -> Ref:
+        """Returns what stands at a site for lines that come now.
+
+        Args:
+            address: the site.
+            mark: the user's line.
+        """
+        source = self.sites.get(address)
+        if source is None:
+            rows = self.graph.rows
+            source = self.sites[address] = ref(len(rows))
+            rows.append((READ, address, NO_KWARGS, (), False, mark))
+        return source
+
+    def write(self, address: Address, value: Any, block: bool, mark: Mark) -> Ref:
+        """Records that a value takes the place of what arrives at a site.
+
+        Args:
+            address: the site.
+            value: recorded values, constants, or containers of both.
+            block: whether it is the output of a transformer block.
+            mark: the user's line.
+
+        Raises:
+            OperationError: if the first argument of a module is written and all of them are used.
+        """
+        invocation, path, kind = address
+        other = {"input": "inputs", "inputs": "input"}.get(kind)
+        if other is not None and (invocation, path, other) in self.sites:
+            raise OperationError(
+                f"`{Site(*address)}` cannot be written where `.{other}` of the same module is "
+                "used: do both through `.inputs`, which is `(args, kwargs)`.",
+                Location(*mark),
+            )
+        original = self.read(address, mark)
+        rows = self.graph.rows
+        if rows[original.index][0] is WRITE:
+            original = rows[original.index][1][0]
+        if isinstance(value, Recorded) and value._recording is self:
+            value = Recorded(self, value._ref)  # a whole tuple may be written
+        written = self.apply(WRITE, (Recorded(self, original), value, block), NO_KWARGS, mark)
+        self.writes[original.index] = written.index
+        self.sites[address] = written
+        return written
+
+    def write_part(self, source: Ref, key: Any, value: Any, block: bool, mark: Mark) -> Ref | None:
+        """Records that a value takes the place of an entry of what stands at a site.
+
+        Args:
+            source: what stands at the site.
+            key: which entry.
+            value: as of `write`.
+            block: as of `write`.
+            mark: the user's line.
+
+        Returns:
+            What stands there then; None if the source is no site's value.
+        """
+        node = self.graph[source.index]
+        if node.operation is WRITE:
+            node = self.graph[node.inputs[0]]
+        if node.operation is not READ:
+            return None
+        part = self.apply(REPLACE, (Recorded(self, source), key, value), NO_KWARGS, mark)
+        return self.write(cast("Address", node.args), Recorded(self, part), block, mark)
+
     def fail(self, reason: str) -> None:
         """Says of every saved value why it will have none, and forgets the rest."""
         missing = Missing(reason)
@@ -176,6 +247,7 @@ class Recording:
         gone at once and not at some later garbage collection.
         """
         self.saves = {}
+        self.sites = {}
         self.fakes = {}
         self.shapes = None
 

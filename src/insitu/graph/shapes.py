@@ -14,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.graph.errors import InsituError, ShapeError
-from insitu.graph.expression import expression
+from insitu.graph.expression import expression, located
 from insitu.graph.node import Node, Ref
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
@@ -114,8 +114,8 @@ def _compute(recording: Recording, index: int) -> Any:
     try:
         with mode, torch.no_grad():
             return node.operation.function(*args, **kwargs)
-    except InsituError:
-        raise
+    except InsituError as error:
+        raise located(recording.graph, index, error) from None
     except Exception as error:
         shapes = [shape_of(recording.fakes[i]) for i in node.inputs]
         written = expression(recording.graph, index)

@@ -10,7 +10,7 @@ import torch
 
 from insitu.graph.node import Site
 from insitu.models.prompts import Prompt, Side
-from insitu.runtime.layout import Layouts, Part, cut
+from insitu.runtime.layout import Layouts, Part, cut, put
 from insitu.runtime.passes import Cut
 
 
@@ -54,13 +54,27 @@ def join(prompts: Sequence[Prompt], side: Side, pad_id: int) -> Batch:
     return Batch(ids, None if bool(mask.all()) else mask, tuple(parts))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """One prompt's share of a batch.
+
+    Attributes:
+        layouts: how the values at sites are cut.
+        part: where the prompt lies.
+    """
+
+    layouts: Layouts
+    part: Part
+
+    def take(self, site: Site, value: Any) -> Any:
+        """Returns the prompt's own part of what arrived at a site."""
+        return cut(site, value, self.layouts[site.path, site.kind], self.part)
+
+    def put(self, site: Site, value: Any, own: Any) -> None:
+        """Fills the prompt's own part of a copy of what arrived at a site."""
+        put(site, value, self.layouts[site.path, site.kind], self.part, own)
+
+
 def cuts(batch: Batch, layouts: Layouts) -> Mapping[int, Cut]:
     """Returns how each prompt finds its own part of what arrives at a site."""
-
-    def of(part: Part) -> Cut:
-        def own(site: Site, value: Any) -> Any:
-            return cut(site, value, layouts[site.path, site.kind], part)
-
-        return own
-
-    return {number: of(part) for number, part in enumerate(batch.parts)}
+    return {number: Share(layouts, part) for number, part in enumerate(batch.parts)}

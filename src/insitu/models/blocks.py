@@ -39,6 +39,17 @@ class BlockView:
         cached = _keys_and_values((*args, *kwargs.values()), self.layer)
         return (hidden,) if cached is None else (hidden, cached)
 
+    def restore(
+        self, output: Any, shown: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Returns what the block must return, and puts keys and values into the cache."""
+        if len(shown) > 1:
+            cached = _keys_and_values((*args, *kwargs.values()), self.layer)
+            for old, new in zip(cached or (), shown[1], strict=False):
+                if new is not old:
+                    old.copy_(new)
+        return shown[0] if isinstance(output, torch.Tensor) else (shown[0], *output[1:])
+
 
 def block_views(module: nn.Module, layers: int | None, cached: bool) -> dict[str, BlockView]:
     """Returns the view of each transformer block of a model, by path.

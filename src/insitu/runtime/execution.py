@@ -13,12 +13,15 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.errors import ExecutionError, InsituError, ShapeError
-from insitu.graph.expression import expression
+from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
 from insitu.graph.recording import Cell
 from insitu.graph.shapes import shape_of
 from insitu.graph.structure import map_structure
+from insitu.runtime.order import causality_error
 from insitu.runtime.plan import Plan
+
+_PENDING = object()
 
 
 class Execution:
@@ -38,6 +41,8 @@ class Execution:
         self._groups = plan.groups
         self._values: list[Any] = [None] * len(plan.uses)
         self._uses = list(plan.uses)
+        for index in plan.writes.values():
+            self._values[index] = _PENDING
         self._arrived = 0
         # Each group of nodes that needs several sites waits at one that has not arrived; when
         # that one arrives the group runs, or moves on to wait at another.
@@ -112,6 +117,34 @@ class Execution:
                 ready.append(self._groups[need])
         return possible if len(ready) == 1 else sorted(chain.from_iterable(ready))
 
+    @property
+    def writes(self) -> Mapping[int, int]:
+        """The last write of each site that is written, by the index of its read."""
+        return self._plan.writes
+
+    def written(self, index: int) -> Any:
+        """Returns what a write puts at its site.
+
+        Args:
+            index: the node that reads the site.
+
+        Raises:
+            CausalityError: if the value depends on what has not arrived yet.
+        """
+        write = self._plan.writes[index]
+        value = self._values[write]
+        if value is _PENDING:
+            late = [
+                address
+                for address, read in self._plan.reads.items()
+                if self._plan.needs[write] & self._plan.bits[read] & ~self._arrived
+            ]
+            raise causality_error(self._graph, self._plan, index, late)
+        self._uses[write] -= 1
+        if not self._uses[write]:
+            self._values[write] = None
+        return value
+
     def fill(self, cells: Mapping[int, Cell]) -> None:
         """Puts the saved values into their cells."""
         for index, cell in cells.items():
@@ -147,6 +180,12 @@ class Execution:
     def _failure(self, index: int, error: Exception) -> InsituError:
         """The error to raise for an operation that failed, at the line that recorded it."""
         node = self._graph[index]
+        if isinstance(error, InsituError):  # of an operation of ours, which knows no line
+            mask = self._plan.needs[index]
+            own = {a[0] for a, read in self._plan.reads.items() if mask & self._plan.bits[read]}
+            alien = len(own) > 1 and isinstance(error, ShapeError)
+            why = " (values of another prompt are as long as that prompt)" if alien else ""
+            return located(self._graph, index, error, why)
         written = expression(self._graph, index)
         found = [self._values[source] for source in node.inputs]
         memory = isinstance(error, torch.OutOfMemoryError)

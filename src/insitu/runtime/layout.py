@@ -111,6 +111,34 @@ def cut(site: Site, value: Any, layout: Any, part: Part) -> Any:
     raise _unexpected(site, value)
 
 
+def put(site: Site, value: Any, layout: Any, part: Part, own: Any) -> None:
+    """Fills an invocation's part of a value with another.
+
+    Args:
+        site: where the value arrived.
+        value: a copy of what arrived; its tensors are written to.
+        layout: the site's layout.
+        part: where the invocation lies.
+        own: what to put there.
+    """
+    if isinstance(layout, TensorLayout):
+        if Axis.BOTH not in layout.axes:
+            _cut_tensor(site, value, layout, part).copy_(own)
+            return
+        axis = layout.axes.index(Axis.BOTH)
+        apart = value.unflatten(axis, (part.batch, part.length))
+        rows = part.rows.stop - part.rows.start
+        lead = (slice(None),) * axis
+        apart[(*lead, part.rows, part.positions)] = own.unflatten(axis, (rows, -1))
+    elif isinstance(layout, tuple):
+        inners = cast("tuple[Any, ...]", layout)
+        for item, inner, mine in zip(value, inners, own, strict=True):
+            put(site, item, inner, part, mine)
+    elif isinstance(layout, dict):
+        for name, inner in cast("dict[str, Any]", layout).items():
+            put(site, value[name], inner, part, own[name])
+
+
 def _layout(first: Any, more_rows: Any, longer: Any) -> Any:
     """The layout of a value, from the value at the three sizes."""
     if isinstance(first, torch.Tensor):

@@ -19,16 +19,37 @@ from torch import nn
 
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Address, Kind, Site
+from insitu.graph.structure import map_structure
 from insitu.runtime.execution import Execution
 
 Place = tuple[str, Kind]
 """A module's path and which of its values: a site, for all invocations."""
 
-Hook = tuple[dict[Any, Any], dict[Any, bool] | None, Callable[..., None]]
+Hook = tuple[dict[Any, Any], dict[Any, bool] | None, Callable[..., Any]]
 """A hook as it lies in a module: the table, the table of those that take keywords, and its key."""
 
-Cut = Callable[[Site, Any], Any]
-"""Takes an invocation's own part out of what arrived at a site for the whole batch."""
+
+class Cut(Protocol):
+    """An invocation's own part of what passes the sites of a whole batch."""
+
+    def take(self, site: Site, value: Any) -> Any:
+        """Returns the invocation's part of a value.
+
+        Args:
+            site: where the value arrived.
+            value: what arrived there, for the batch.
+        """
+        ...
+
+    def put(self, site: Site, value: Any, own: Any) -> None:
+        """Fills the invocation's part of a value with another.
+
+        Args:
+            site: where the value arrived.
+            value: a copy of what arrived there, for the batch. It is written to.
+            own: what the invocation puts there.
+        """
+        ...
 
 
 class View(Protocol):
@@ -46,6 +67,19 @@ class View(Protocol):
             output: what the module returned.
             args: the positional arguments that it was called with.
             kwargs: its keyword arguments.
+        """
+        ...
+
+    def restore(
+        self, output: Any, shown: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Returns what the module must return for its output to be shown as something else.
+
+        Args:
+            output: what it returned.
+            shown: what is to be shown.
+            args: as of `__call__`.
+            kwargs: as of `__call__`.
         """
         ...
 
@@ -95,6 +129,7 @@ def run_pass(
         read a site at which nothing arrived.
     """
     cuts, may_stop = single.cuts, single.may_stop
+    writes = execution.writes
     readers: dict[Place, list[tuple[int, int]]] = {}
     for (invocation, path, kind), index in reads.items():
         if invocation in cuts:
@@ -104,12 +139,12 @@ def run_pass(
 
     def arrived(
         place: Place, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
-    ) -> None:
+    ) -> Any:
         if get_ident() != thread:
-            return  # somebody else's call of the module, beside ours
+            return None  # somebody else's call of the module, beside ours
         found = readers.pop(place, None)
         if found is None:
-            return  # a later call of the module
+            return None  # a later call of the module
         if not may_stop:  # there are more forwards to come, and they need no hook here
             table, flags, key = hooks.pop(place)
             del table[key]
@@ -118,9 +153,17 @@ def run_pass(
         value = _passing(place[1], view, module, args, rest)
         for index, invocation in found:
             cut = cuts[invocation]
-            execution.arrive(index, value if cut is None else cut(Site(invocation, *place), value))
+            own = value if cut is None else cut.take(Site(invocation, *place), value)
+            execution.arrive(index, own)
         if may_stop and not readers:
             raise _Stop
+        if not writes:
+            return None
+        written = [(index, invocation) for index, invocation in found if index in writes]
+        if not written:
+            return None
+        changed = _changed(execution, place, value, [(i, n, cuts[n]) for i, n in written])
+        return _handed_over(place[1], view, module, args, rest, changed)
 
     grad_enabled = torch.is_grad_enabled()
     try:
@@ -142,7 +185,7 @@ def run_pass(
         hooks.clear()  # they refer to `arrived`, which refers to them and to every value
 
 
-def _hook(module: nn.Module, place: Place, view: View | None, arrived: Callable[..., None]) -> Hook:
+def _hook(module: nn.Module, place: Place, view: View | None, arrived: Callable[..., Any]) -> Hook:
     """Puts a hook on a module that hands over one of its values.
 
     It goes straight into the module's tables: `register_forward_hook` takes 3 µs for a handle
@@ -177,6 +220,57 @@ def _passing(
     return (args, dict(kwargs)) if kind == "inputs" else first_argument(module, args, kwargs)
 
 
+def _changed(
+    execution: Execution, place: Place, value: Any, written: list[tuple[int, int, Cut | None]]
+) -> Any:
+    """What stands at a site after the writes of its invocations: always memory of its own.
+
+    A module may go on to write into what it is given, and that must not reach a constant of the
+    user's or a value that is still used.
+    """
+    fresh: Any = None
+    for index, invocation, cut in written:
+        own = execution.written(index)
+        if cut is None:
+            return own if own is value else _copied_where_new(own, value)
+        if fresh is None:
+            fresh = map_structure(_clone, value)
+        cut.put(Site(invocation, *place), fresh, own)
+    return fresh
+
+
+def _copied_where_new(own: Any, value: Any) -> Any:
+    """A copy of a value, but for the tensors that were there before."""
+    before: set[int] = set()
+    map_structure(lambda leaf: before.add(id(leaf)), value)
+    return map_structure(lambda leaf: leaf if id(leaf) in before else _clone(leaf), own)
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _handed_over(
+    kind: Kind,
+    view: View | None,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    rest: tuple[Any, ...],
+    value: Any,
+) -> Any:
+    """What a hook returns, so that a value takes the place of the one it was called for."""
+    if kind == "output":
+        if view is None:
+            return value
+        return view.restore(rest[-1], value, args, rest[0] if view.takes_arguments else _NO_KWARGS)
+    if kind == "inputs":
+        return value
+    (kwargs,) = rest
+    if args:
+        return (value, *args[1:]), kwargs
+    return args, {**kwargs, _first_keyword(module, kwargs): value}
+
+
 def first_argument(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Returns the first argument of a call, in the order of the module's own signature.
 
@@ -190,12 +284,17 @@ def first_argument(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     """
     if args:
         return args[0]
+    if kwargs:
+        return kwargs[_first_keyword(module, kwargs)]
+    raise InsituError("The module was called without arguments, so it has no `.input`.")
+
+
+def _first_keyword(module: nn.Module, kwargs: Mapping[str, Any]) -> str:
+    """The name of the first argument of a call without positional ones."""
     for name in _parameter_names(type(module)):
         if name in kwargs:
-            return kwargs[name]
-    for value in kwargs.values():
-        return value
-    raise InsituError("The module was called without arguments, so it has no `.input`.")
+            return name
+    return next(iter(kwargs))
 
 
 @lru_cache(maxsize=1024)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from insitu.graph.node import Address, Graph
 from insitu.graph.operations import READ
 
+NO_WRITES: Mapping[int, int] = {}
+
 
 @dataclass(slots=True, eq=False)
 class Plan:
@@ -24,6 +26,9 @@ class Plan:
         bits: the bit of the site that a node reads, by the node's index.
         groups: node indices in the order of their lines, for each set of sites.
         uses: how many times each node's value is asked for, by the run or by the user.
+        writes: for each site that is written, the node that makes what the model gets there, by
+            the index of the node that reads what arrives.
+        needs: the set of sites that each node depends on.
         held: for each set of sites, the nodes whose values wait for sites that are not in it.
     """
 
@@ -31,15 +36,20 @@ class Plan:
     bits: dict[int, int]
     groups: dict[int, list[int]]
     uses: list[int]
+    writes: Mapping[int, int]
+    needs: list[int]
     held: dict[int, list[int]]
 
 
-def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
+def make_plan(
+    graph: Graph, saves: Mapping[int, object], writes: Mapping[int, int] = NO_WRITES
+) -> Plan:
     """Returns the plan of a graph.
 
     Args:
         graph: what is to be done. A site is read by at most one of its nodes.
         saves: holds the indices of the nodes whose values the user keeps.
+        writes: the last write of each site that is written, by the index of its read.
     """
     reads: dict[Address, int] = {}
     bits: dict[int, int] = {}
@@ -72,4 +82,6 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
             groups[need] = [index]
     for index in saves:
         uses[index] += 1
-    return Plan(reads, bits, groups, uses, held)
+    for index in writes.values():
+        uses[index] += 1
+    return Plan(reads, bits, groups, uses, writes, needs, held)

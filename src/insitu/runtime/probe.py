@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
 
 Probe = Mapping[tuple[str, Kind], Any]
-"""Fake values of the first call of each module that ran, by path and kind."""
+"""Fake values of the first call of each module that ran, by path and kind, in their order."""
 
 
 def probe(
@@ -72,6 +72,13 @@ def probe(
                 return
             view = views.get(path)
             seen[path, "output"] = output if view is None else view(output, args, kwargs)
+
+        return hook
+
+    def listen_before(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if (path, "inputs") in seen:
+                return
             seen[path, "inputs"] = (args, dict(kwargs))
             if args or kwargs:
                 seen[path, "input"] = first_argument(module, args, kwargs)
@@ -84,7 +91,12 @@ def probe(
     # A forward may keep what it made, such as a lazily filled cache: that must not be fake later.
     before = [(part, dict(vars(part)), dict(part._buffers)) for part in set(modules.values())]
     handles = [
-        part.register_forward_hook(listen(path), with_kwargs=True) for path, part in modules.items()
+        handle
+        for path, part in modules.items()
+        for handle in (
+            part.register_forward_pre_hook(listen_before(path), with_kwargs=True),
+            part.register_forward_hook(listen(path), with_kwargs=True),
+        )
     ]
     try:
         with mode, torch.no_grad():

@@ -8,14 +8,14 @@ so it can be used before the weights are there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn, overload
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 from insitu.display.tree import render, summarise
 from insitu.graph.errors import BlockError, IndexOutOfRangeError, PathError, nearest
-from insitu.graph.location import Location, here
+from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Kind, readable
 from insitu.graph.proxy import Proxy
 from insitu.runtime.procedure import Subject
@@ -59,7 +59,7 @@ class Handle:
 
     @output.setter
     def output(self, value: Any) -> None:
-        self._refuse_site("output")
+        self._write("output", value)
 
     @property
     def input(self) -> Proxy:
@@ -72,7 +72,7 @@ class Handle:
 
     @input.setter
     def input(self, value: Any) -> None:
-        self._refuse_site("input")
+        self._write("input", value)
 
     @property
     def inputs(self) -> Proxy:
@@ -85,7 +85,7 @@ class Handle:
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
-        self._refuse_site("inputs")
+        self._write("inputs", value)
 
     def __getattr__(self, name: str) -> Handle:
         children = self.module._modules
@@ -152,16 +152,22 @@ class Handle:
     def _read(self, kind: Kind) -> Proxy:
         invocation, mark = innermost(self._model, 3)
         if type(invocation) is not Invocation:
-            raise BlockError(
-                f"`{self._written()}.{kind}` means a value of a run, so it belongs inside a block: "
-                "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
-                "`with model.trace() as tracer:`.",
-                Location(*mark),
-            )
+            raise self._outside(kind, mark)
         return invocation.read(self._path, kind, mark)
 
-    def _refuse_site(self, kind: str) -> NoReturn:
-        raise PathError(f"`{self._written()}.{kind}` cannot be written yet, only read.", here(3))
+    def _write(self, kind: Kind, value: Any) -> None:
+        invocation, mark = innermost(self._model, 4)
+        if type(invocation) is not Invocation:
+            raise self._outside(kind, mark)
+        invocation.write(self._path, kind, value, mark)
+
+    def _outside(self, kind: Kind, mark: Mark) -> BlockError:
+        return BlockError(
+            f"`{self._written()}.{kind}` means a value of a run, so it belongs inside a block: "
+            "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
+            "`with model.trace() as tracer:`.",
+            Location(*mark),
+        )
 
     def _written(self) -> str:
         return readable(self._path) or "model"

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import BlockError, NoValueError
 from insitu.graph.location import Mark, here, mark, user_frame
-from insitu.graph.node import Address, Kind, Ref, Site, ref
-from insitu.graph.operations import READ
+from insitu.graph.node import Address, Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
-from insitu.graph.recording import NO_KWARGS
 from insitu.runtime.probe import Probe
 from insitu.tracing.scope import Scope
 
@@ -40,7 +38,7 @@ class Invocation(Scope):
         self.tracer = tracer
         self.number = number
         self.request = request
-        self._reads: dict[Address, Ref] = {}
+        self._reads: dict[Address, Ref] = tracer.recording.sites
         self._probe: Probe | None = None
         self._result: Any = None
 
@@ -72,14 +70,22 @@ class Invocation(Scope):
         """
         recording = self._recording
         address = (self.number, path, kind)
-        source = self._reads.get(address)
-        if source is None:
-            rows = recording.graph.rows
-            source = self._reads[address] = ref(len(rows))
-            rows.append((READ, address, NO_KWARGS, (), False, mark))
+        source = self._reads.get(address) or recording.read(address, mark)
         if kind == "output" and path in self._views:
             return StructureProxy(recording, source)
         return Proxy(recording, source)
+
+    def write(self, path: str, kind: Kind, value: Any, mark: Mark) -> None:
+        """Puts a value in the place of a module's own, in the processing of this prompt.
+
+        Args:
+            path: the module's path.
+            kind: which of its values.
+            value: recorded values, constants, or containers of both.
+            mark: the user's line.
+        """
+        block = kind == "output" and path in self._views
+        self._recording.write((self.number, path, kind), value, block, mark)
 
     @property
     def output(self) -> Any:

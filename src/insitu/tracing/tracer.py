@@ -6,17 +6,19 @@ without an error the model runs, once, with the experiment inside.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from insitu.graph.errors import BlockError, NeverRanError, NoValueError, nearest
+from insitu.graph.errors import BlockError, NeverRanError, NoValueError, ShapeError, nearest
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import Graph, Site, readable
 from insitu.graph.recording import Recording
 from insitu.runtime.execution import Execution
+from insitu.runtime.order import check_order, pass_order
 from insitu.runtime.passes import Place, run_pass
 from insitu.runtime.plan import make_plan
 from insitu.runtime.procedure import Procedure, Subject
@@ -216,22 +218,27 @@ class Tracer:
             )
         recording = self.recording
         requests = [invocation.request for invocation in self._invocations]
-        plan = make_plan(recording.graph, recording.saves)
+        plan = make_plan(recording.graph, recording.saves, recording.writes)
         module = self.model.load()
         passes = self.procedure.passes(module, requests, plan.reads)
+        order: Sequence[int] = range(len(passes))
+        if plan.writes:
+            if len(passes) > 1:
+                order = pass_order(recording.graph, plan, passes)
+            check_order(recording.graph, plan, passes, self._moments)
         execution = Execution(recording.graph, plan)
         modules, views = self.model.modules, self.procedure.views
         exclusive = self.model.exclusive
-        results: list[Any] = []
+        results: list[Any] = [None] * len(passes)
         missing: list[int] = []
         with exclusive.lock:
             exclusive.begin()
             try:
-                for single in passes:
-                    result, missing = run_pass(execution, plan.reads, single, modules, views)
+                for at in order:
+                    single = passes[at]
+                    results[at], missing = run_pass(execution, plan.reads, single, modules, views)
                     if missing:
                         break
-                    results.append(result)
             finally:
                 exclusive.running = False
         if missing:
@@ -242,6 +249,15 @@ class Tracer:
             self._result = outputs.whole
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
                 invocation._result = result
+
+    def _moments(self, invocation: int) -> Mapping[Place, int] | None:
+        """When the sites of an invocation come, or None if that is not known without a run."""
+        request = self._invocations[invocation].request
+        try:
+            probe = self.model.probe(self.procedure.example(request), self.procedure.views)
+        except ShapeError:
+            return None
+        return {place: moment for moment, place in enumerate(probe)}
 
     def _missing(self, index: int) -> NeverRanError:
         site = self.graph[index].site

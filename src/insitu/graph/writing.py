@@ -1,0 +1,106 @@
+"""What may be written to a site: a value of its structure, its shapes and its dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from insitu.graph.errors import OperationError, ShapeError
+
+
+def fitted(original: Any, value: Any, block: bool) -> Any:
+    """Returns a value as a site takes it: of the original's structure, on its device.
+
+    Args:
+        original: what arrived at the site.
+        value: what is to stand there instead.
+        block: whether the site is the output of a transformer block, of which the first part
+            alone, or the first parts, may be given.
+
+    Raises:
+        ShapeError: if structure, shape or dtype are not those of the original.
+    """
+    if block:
+        parts = cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
+        value = (*parts, *original[len(parts) :])
+    return _fitted(original, value)
+
+
+def replaced(value: Any, key: Any, part: Any) -> Any:
+    """Returns a tuple, list or dictionary with one of its entries replaced.
+
+    Raises:
+        OperationError: if the value is a tensor: that would be a write in place.
+        IndexError, KeyError: if there is no such entry.
+    """
+    if isinstance(value, Mapping):
+        entries = dict(cast("Mapping[Any, Any]", value))
+        if key not in entries:
+            raise KeyError(key)
+        entries[key] = part
+        kind = cast(Any, type(cast(Any, value)))
+        return kind(entries)
+    if isinstance(value, tuple | list):
+        items = list(cast("list[Any]", value))
+        items[key] = part
+        return _of_kind(cast(Any, value), items)
+    raise OperationError(
+        "Writing to a part of a tensor is not recorded yet: use torch.where or index_fill, and "
+        "assign what they return to the site."
+    )
+
+
+def _fitted(original: Any, value: Any) -> Any:
+    if isinstance(original, torch.Tensor):
+        if not isinstance(value, torch.Tensor):
+            raise ShapeError(
+                f"a tensor of shape {tuple(original.shape)} stands there, not "
+                f"{_described(value)}: make one with torch.full_like or torch.zeros_like"
+            )
+        if value.shape != original.shape:
+            raise ShapeError(
+                f"the shape there is {tuple(original.shape)}, and this is {tuple(value.shape)}"
+            )
+        if value.dtype != original.dtype:
+            raise ShapeError(
+                f"the dtype there is {original.dtype}, and this is {value.dtype}: convert it with "
+                "`.to(...)`"
+            )
+        return value if value.device == original.device else value.to(original.device)
+    if isinstance(original, Mapping):
+        before = cast("Mapping[Any, Any]", original)
+        if not isinstance(value, Mapping) or cast(Any, value).keys() != before.keys():
+            raise ShapeError(
+                f"a dictionary of {', '.join(map(repr, before))} stands there, not "
+                f"{_described(value)}"
+            )
+        after = cast("Mapping[Any, Any]", value)
+        kind = cast(Any, type(before))
+        return kind({key: _fitted(item, after[key]) for key, item in before.items()})
+    if isinstance(original, tuple | list):
+        items = cast("list[Any]", original)
+        if not isinstance(value, tuple | list) or len(cast(Any, value)) != len(items):
+            raise ShapeError(
+                f"a {type(items).__name__} of {len(items)} stands there, not {_described(value)}"
+            )
+        pairs = zip(items, cast("list[Any]", value), strict=True)
+        return _of_kind(items, [_fitted(item, other) for item, other in pairs])
+    return value
+
+
+def _of_kind(example: Any, items: list[Any]) -> Any:
+    kind = cast(Any, type(example))
+    if kind is list:
+        return items
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        items = cast("list[Any]", value)
+        return f"a {type(items).__name__} of {len(items)}"
+    return f"a value of type {type(value).__name__}"

@@ -1,0 +1,366 @@
+"""Writes, against the same experiment done by hand with PyTorch's own hooks."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from insitu import CausalityError, LanguageModel, Model, NeverRanError, OperationError, ShapeError
+from tests.conftest import hooked_hidden, tiny_gpt2
+
+IDS = torch.tensor([[5, 17, 3, 42, 8, 1]])
+OTHER = torch.tensor([[9, 2, 77, 30, 61, 4]])
+SHORT = torch.tensor([[11, 12, 13]])
+
+
+def blocks(model: LanguageModel) -> Any:
+    """The handles of a model's blocks."""
+    return model.transformer.h if "transformer" in dir(model) else model.model.layers
+
+
+def block_paths(model: LanguageModel) -> list[str]:
+    return [handle.path for handle in blocks(model)]
+
+
+def edited(
+    module: nn.Module, edits: Mapping[str, Callable[[Any], Any]], *args: Any, **kwargs: Any
+) -> Any:
+    """The oracle: what the module returns while plain hooks change outputs."""
+
+    def hook(edit: Callable[[Any], Any]) -> Any:
+        def changed(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (edit(output[0]), *output[1:])
+            return edit(output)
+
+        return changed
+
+    handles = [
+        module.get_submodule(path).register_forward_hook(hook(edit)) for path, edit in edits.items()
+    ]
+    try:
+        with torch.no_grad():
+            return module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def logits(model: LanguageModel, edits: Mapping[str, Callable[[Any], Any]], ids: Any) -> Any:
+    return edited(model.module, edits, input_ids=ids, use_cache=False).logits
+
+
+def test_a_written_output_reaches_the_model(language_model: LanguageModel) -> None:
+    model, path = language_model, block_paths(language_model)[1]
+    with model.trace(IDS):
+        blocks(model)[1].output = blocks(model)[1].output[0] * 2
+        result = model.lm_head.output.save()
+    assert torch.equal(result, logits(model, {path: lambda h: h * 2}, IDS))
+    assert not torch.equal(result, logits(model, {}, IDS))
+
+
+def test_a_part_of_an_output_can_be_written(language_model: LanguageModel) -> None:
+    model, path = language_model, block_paths(language_model)[0]
+    with model.trace(IDS):
+        block = blocks(model)[0]
+        before = block.output[0]
+        block.output[0] = before + 1
+        after = block.output[0].save()
+        before = before.save()
+        result = model.lm_head.output.save()
+    assert torch.equal(result, logits(model, {path: lambda h: h + 1}, IDS))
+    original = hooked_hidden(model.module, path, IDS)
+    assert torch.equal(before, original) and torch.equal(after, original + 1)
+
+
+def test_a_part_of_any_modules_tuple_can_be_written(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        attention = gpt2.transformer.h[1].attn
+        attention.output[0] = torch.zeros_like(attention.output[0])
+        result = gpt2.lm_head.output.save()
+    expected = logits(gpt2, {"transformer.h.1.attn": torch.zeros_like}, IDS)
+    assert torch.equal(result, expected)
+
+
+def test_all_reads_come_from_the_edited_run_whatever_their_order(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        last = gpt2.transformer.h[3].output[0].save()  # written before the lines that change it
+        gpt2.transformer.h[2].output = gpt2.transformer.h[1].output[0]
+        gpt2.transformer.h[0].output = gpt2.transformer.h[0].output[0] * 3
+    seen: dict[str, Any] = {}
+
+    def keep(name: str, h: Any) -> Any:
+        seen[name] = h
+        return h
+
+    edits = {
+        "transformer.h.0": lambda h: h * 3,
+        "transformer.h.1": lambda h: keep("1", h),
+        "transformer.h.2": lambda h: seen["1"],
+        "transformer.h.3": lambda h: keep("3", h),
+    }
+    logits(gpt2, edits, IDS)
+    assert torch.equal(last, seen["3"])
+
+
+def test_the_last_of_several_writes_counts_and_lines_between_read_what_stands(
+    gpt2: LanguageModel,
+) -> None:
+    with gpt2.trace(IDS):
+        mlp = gpt2.transformer.h[1].mlp
+        first = mlp.output.save()
+        mlp.output = mlp.output + 1
+        second = mlp.output.save()
+        mlp.output = mlp.output * 2
+        result = gpt2.lm_head.output.save()
+    expected = logits(gpt2, {"transformer.h.1.mlp": lambda h: (h + 1) * 2}, IDS)
+    assert torch.equal(result, expected)
+    assert torch.equal(second, first + 1)
+
+
+def test_a_written_input_reaches_the_model(language_model: LanguageModel) -> None:
+    model = language_model
+    constant = torch.randn(1, 6, 16)
+    with model.trace(IDS):
+        model.lm_head.input = constant
+        result = model.lm_head.output.save()
+    assert torch.equal(result, model.module.lm_head(constant).detach())
+
+
+def test_all_arguments_can_be_written(twice: Model) -> None:
+    x, other = torch.randn(2, 4), torch.randn(2, 4)
+    with twice.trace(x=x, scale=2.0):
+        args, kwargs = twice.inputs[0], twice.inputs[1]
+        twice.inputs = ((), {"x": kwargs["x"] + other, "scale": 5.0})
+        result = twice["output"].output.save()
+        whole = twice.output.save()
+        del args
+    expected = twice.module(x=x + other, scale=5.0)
+    assert torch.equal(whole["second"], expected["second"].detach())
+    assert torch.equal(result * 5, expected["second"].detach())
+
+
+def test_a_keyword_input_can_be_written(twice: Model) -> None:
+    x = torch.randn(2, 4)
+    with twice.trace(x=x):
+        twice.input = twice.input * 2
+        whole = twice.output.save()
+    assert torch.equal(whole["first"], twice.module(x=x * 2)["first"].detach())
+
+
+def test_only_the_first_call_is_written(twice: Model) -> None:
+    x = torch.randn(2, 4)
+    with twice.trace(x=x):
+        twice.shared.output = torch.ones(2, 4)
+        whole = twice.output.save()
+    shared = twice.module.shared
+    assert torch.equal(whole["first"], torch.ones(2, 4))
+    assert torch.equal(whole["second"], torch.relu(shared(torch.ones(2, 4))).detach())
+
+
+def test_a_dictionary_entry_can_be_written(twice: Model) -> None:
+    with twice.trace(x=torch.randn(2, 4)):
+        twice.output["first"] = torch.zeros(2, 4)
+        whole = twice.output.save()
+    assert torch.equal(whole["first"], torch.zeros(2, 4)) and whole["second"].any()
+
+
+@pytest.mark.parametrize("source", [IDS, OTHER])
+@pytest.mark.parametrize("forward", [True, False])
+def test_a_patch_from_another_prompt(
+    language_model: LanguageModel, source: torch.Tensor, forward: bool
+) -> None:
+    model, path = language_model, block_paths(language_model)[1]
+    with model.trace() as tracer:
+        if forward:
+            with tracer.invoke(source):
+                clean = blocks(model)[1].output[0]
+        with tracer.invoke(IDS):
+            untouched = model.lm_head.output.save()
+        with tracer.invoke(OTHER) as invoker:
+            if not forward:  # a line of a later invocation may be used by an earlier one
+                clean = blocks(model)[1].output[0]
+            else:
+                blocks(model)[1].output = clean
+                result = invoker.output.logits.save()
+        if not forward:
+            with tracer.invoke(IDS) as invoker:
+                blocks(model)[1].output = clean
+                result = invoker.output.logits.save()
+    donor = hooked_hidden(model.module, path, source if forward else OTHER)
+    prompt = OTHER if forward else IDS
+    expected = logits(model, {path: lambda h: donor}, prompt)
+    assert torch.allclose(result, expected, atol=1e-5)
+    assert torch.allclose(untouched, logits(model, {}, IDS), atol=1e-5)
+
+
+def test_a_write_touches_no_neighbour_and_no_padding(language_model: LanguageModel) -> None:
+    model, path = language_model, block_paths(language_model)[0]
+    with model.trace() as tracer:
+        with tracer.invoke(SHORT):
+            blocks(model)[0].output = blocks(model)[0].output[0] * 5
+            short = model.lm_head.output.save()
+        with tracer.invoke(IDS):
+            long = model.lm_head.output.save()
+    expected = logits(model, {path: lambda h: h * 5}, SHORT)
+    assert short.shape == (1, 3, 100) and torch.allclose(short, expected, atol=1e-5)
+    assert torch.allclose(long, logits(model, {}, IDS), atol=1e-5)
+
+
+def test_invocations_that_run_apart_run_in_the_order_of_their_values(twice: Model) -> None:
+    first, second = torch.randn(2, 4), torch.randn(3, 4)[:2]
+    with twice.trace() as tracer:
+        with tracer.invoke(x=first):
+            later = twice.shared  # the value is read below, in the invocation that comes second
+            whole = twice.output.save()
+            site = later.output
+        with tracer.invoke(x=second):
+            donor = twice["output"].output
+        with tracer.invoke(x=first):
+            twice.shared.output = donor
+            result = twice.output.save()
+        del site
+    expected = torch.relu(twice.module.shared(second))
+    expected = torch.relu(twice.module.shared(twice.module.shared(second))).detach()
+    assert torch.equal(result["first"], expected)
+    assert torch.equal(whole["first"], twice.module.shared(first).detach())
+
+
+def test_a_write_in_a_generation_is_one_of_the_first_forward(eiffel: LanguageModel) -> None:
+    prompt = "The Eiffel Tower is in the city of"
+    with eiffel.trace("The Colosseum is in the city of"):
+        rome = eiffel.lm_head.output[:, -1:].save()
+    with eiffel.generate(prompt, max_new_tokens=1) as generator:
+        eiffel.lm_head.output = rome.value
+    assert eiffel.tokenizer.decode(generator.output[0, -1]) == " Rome"
+    assert generator.output.shape[1] == len(eiffel.tokenizer(prompt)["input_ids"]) + 1
+
+
+def test_keys_and_values_of_a_block_can_be_written() -> None:
+    model = LanguageModel(tiny_gpt2())
+    with model.trace(IDS, use_cache=True):
+        hidden, cached = model.transformer.h[1].output[0], model.transformer.h[1].output[1]
+        model.transformer.h[1].output = (hidden * 2, (cached[0] * 0, cached[1]))
+        kept = model.output.past_key_values.save()
+        result = model.lm_head.output.save()
+    assert not kept.value.layers[1].keys.any() and kept.value.layers[1].values.any()
+    assert torch.equal(result, logits(model, {"transformer.h.1": lambda h: h * 2}, IDS))
+
+
+def test_the_model_may_write_into_what_it_is_given() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3))
+    model, constant = Model(module), torch.tensor([[-1.0, 2.0, -3.0]])
+    before = constant.clone()
+    with model.trace(torch.ones(1, 3)):
+        model[0].output = constant
+        kept = model[0].output + 0 * model[2].output  # computed after the ReLU has written
+        kept = kept.save()
+        result = model[2].output.save()
+    assert torch.equal(constant, before) and torch.equal(kept, before)
+    assert torch.equal(result, module[2](torch.relu(before)).detach())
+
+
+def test_a_value_that_comes_later_is_refused_before_the_model_runs(gpt2: LanguageModel) -> None:
+    ran: list[object] = []
+    gpt2.transformer.wte.module.register_forward_hook(
+        lambda m, a, output: ran.append(output) if type(output) is torch.Tensor else None
+    )
+    with pytest.raises(CausalityError) as caught, gpt2.trace(IDS):
+        late = gpt2.transformer.h[3].output[0]
+        gpt2.transformer.h[1].output = late
+    assert not ran
+    message = str(caught.value)
+    assert message.startswith(
+        "`transformer.h[1].output` is given a value that depends on `transformer.h[3].output`, "
+        "which comes later in the run and is read at\n"
+    )
+    assert "late = gpt2.transformer.h[3].output[0]" in message
+    assert message.endswith("gpt2.transformer.h[1].output = late")
+
+
+class Unprobed(nn.Module):
+    """Looks at values, so that it cannot be run on fake tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)) if x.sum().item() > 0 else x
+
+
+def test_a_value_that_comes_later_is_refused_by_the_run_if_need_be() -> None:
+    model = Model(Unprobed())
+    with (
+        pytest.raises(CausalityError, match=r"`a.output` is given .* depends on `b.output`"),
+        model.trace(torch.ones(1, 3)),
+    ):
+        model.a.output = model.b.output + model.a.output
+    assert not model.a.module._forward_hooks
+    with model.trace(torch.ones(1, 3)):
+        model.b.output = model.a.output
+        result = model.output.save()
+    assert torch.equal(result, model.a.module(torch.ones(1, 3)).detach())
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.zeros(1, 5, 16), r"shape there is \(1, 6, 16\), and this is \(1, 5, 16\)"),
+        (torch.zeros(16), r"shape there is \(1, 6, 16\), and this is \(16,\)"),
+        (torch.zeros(1, 6, 16, dtype=torch.float64), "dtype there is torch.float32"),
+        (0, "not a value of type int: make one with torch.full_like"),
+        ((torch.zeros(1, 6, 16), 1, 2), "a tuple of 1 stands there, not a tuple of 3"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_an_error_at_its_line(
+    gpt2: LanguageModel, value: Any, words: str
+) -> None:
+    with pytest.raises(ShapeError, match=words) as caught, gpt2.trace(IDS):
+        gpt2.transformer.h[1].output = value
+    assert "`transformer.h[1].output` cannot be given this value" in str(caught.value)
+    assert str(caught.value).endswith("gpt2.transformer.h[1].output = value")
+    with gpt2.trace(IDS):
+        after = gpt2.lm_head.output.save()
+    assert torch.equal(after, logits(gpt2, {}, IDS))
+
+
+def test_a_patch_between_prompts_of_different_length_is_explained(gpt2: LanguageModel) -> None:
+    with pytest.raises(ShapeError, match="values of another prompt are as long as that prompt"):
+        with gpt2.trace() as tracer:
+            with tracer.invoke(SHORT):
+                short = gpt2.transformer.h[1].output[0]
+            with tracer.invoke(IDS):
+                gpt2.transformer.h[1].output = short
+
+
+def test_a_write_to_a_module_that_never_runs_is_an_error(twice: Model) -> None:
+    with pytest.raises(NeverRanError, match="`unused` was not called"):
+        with twice.trace(x=torch.ones(1, 4)):
+            twice.unused.output = torch.ones(1, 4)
+
+
+def test_a_part_of_a_tensor_cannot_be_written_yet(gpt2: LanguageModel) -> None:
+    with pytest.raises(OperationError, match="not recorded yet"), gpt2.trace(IDS):
+        gpt2.transformer.h[1].mlp.output[0] = torch.zeros(6, 16)
+    with gpt2.trace(IDS), pytest.raises(OperationError, match="not recorded yet"):
+        gpt2.transformer.h[1].mlp.output[:, -1] = 0
+
+
+def test_the_first_and_all_arguments_of_one_module_are_not_mixed(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        _ = gpt2.lm_head.inputs
+        with pytest.raises(OperationError, match=r"do both through `.inputs`"):
+            gpt2.lm_head.input = torch.zeros(1, 6, 16)
+
+
+def test_what_is_written_has_a_shape(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        gpt2.transformer.h[1].output = torch.zeros(1, 6, 16)
+        assert gpt2.transformer.h[1].output[0].shape == (1, 6, 16)
+    with pytest.raises(ShapeError, match="cannot be given") as caught, gpt2.trace(IDS):
+        gpt2.transformer.h[2].output = torch.zeros(1, 5, 16)
+        _ = gpt2.transformer.h[2].output.shape
+    assert str(caught.value).endswith("gpt2.transformer.h[2].output = torch.zeros(1, 5, 16)")
