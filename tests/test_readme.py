@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, and prints what the README says it prints."""
+"""Every Python block of the README and of docs/ runs, in order, and prints what it says there."""
 
 import contextlib
 import doctest
@@ -12,17 +12,19 @@ import pytest
 
 import insitu
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_every_block_runs_and_prints_what_it_says() -> None:
-    blocks = re.findall(r"```python\n(.*?)```(?:\s+```text\n(.*?)```)?", README.read_text(), re.S)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs_and_prints_what_it_says(page: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```(?:\s+```text\n(.*?)```)?", page.read_text(), re.S)
     assert len(blocks) >= 3
     namespace: dict[str, object] = {}
     for code, printed in blocks:
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            exec(compile(code, str(README), "exec"), namespace)
+            exec(compile(code, str(page), "exec"), namespace)
         assert out.getvalue() == printed
 
 

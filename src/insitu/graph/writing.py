@@ -23,7 +23,9 @@ def fitted(original: Any, value: Any, block: bool) -> Any:
         ShapeError: if structure, shape or dtype are not those of the original.
     """
     if block:
-        parts = cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
+        if not isinstance(value, tuple):  # nearly always the hidden states alone
+            return (_fitted(original[0], value), *original[1:])
+        parts = cast("tuple[Any, ...]", value)
         value = (*parts, *original[len(parts) :])
     return _fitted(original, value)
 

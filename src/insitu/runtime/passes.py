@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from threading import get_ident
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
@@ -159,10 +159,10 @@ def run_pass(
             raise _Stop
         if not writes:
             return None
-        written = [(index, invocation) for index, invocation in found if index in writes]
+        written = [(i, n, cuts[n]) for i, n in found if i in writes]
         if not written:
             return None
-        changed = _changed(execution, place, value, [(i, n, cuts[n]) for i, n in written])
+        changed = _changed(execution, place, value, written)
         return _handed_over(place[1], view, module, args, rest, changed)
 
     grad_enabled = torch.is_grad_enabled()
@@ -241,6 +241,10 @@ def _changed(
 
 def _copied_where_new(own: Any, value: Any) -> Any:
     """A copy of a value, but for the tensors that were there before."""
+    if type(own) is torch.Tensor:
+        return own.clone()
+    if type(own) is tuple and len(cast("tuple[Any, ...]", own)) == 1:  # a transformer block's
+        return (_copied_where_new(own[0], value[0]),)
     before: set[int] = set()
     map_structure(lambda leaf: before.add(id(leaf)), value)
     return map_structure(lambda leaf: leaf if id(leaf) in before else _clone(leaf), own)
