@@ -364,3 +364,43 @@ def test_what_is_written_has_a_shape(gpt2: LanguageModel) -> None:
         gpt2.transformer.h[2].output = torch.zeros(1, 5, 16)
         _ = gpt2.transformer.h[2].output.shape
     assert str(caught.value).endswith("gpt2.transformer.h[2].output = torch.zeros(1, 5, 16)")
+
+
+def test_lines_after_a_written_argument_read_all_arguments_with_it(gpt2: LanguageModel) -> None:
+    constant = torch.randn(1, 6, 16)
+    with gpt2.trace(IDS):
+        gpt2.lm_head.input = constant
+        args = gpt2.lm_head.inputs[0][0].save()
+        gpt2.transformer.h[1].ln_1.inputs = ((constant * 2,), {})
+        first = gpt2.transformer.h[1].ln_1.input.save()
+    assert torch.equal(args, constant) and torch.equal(first, constant * 2)
+
+
+def test_invocations_of_one_batch_each_write_their_own(language_model: LanguageModel) -> None:
+    model, path = language_model, block_paths(language_model)[1]
+    results = []
+    with model.trace() as tracer:
+        for factor, prompt in enumerate((SHORT, IDS, OTHER), start=2):
+            with tracer.invoke(prompt):
+                block = blocks(model)[1]
+                block.output = block.output[0] * factor
+                results.append(model.lm_head.output.save())
+    for factor, prompt in enumerate((SHORT, IDS, OTHER), start=2):
+        expected = logits(model, {path: lambda h, factor=factor: h * factor}, prompt)
+        assert torch.allclose(results[factor - 2], expected, atol=1e-5)
+
+
+def test_each_of_several_writes_reaches_the_model_once(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        for block in gpt2.transformer.h:
+            block.output = block.output[0] + 1
+            block.mlp.input = block.mlp.input * 2
+        result = gpt2.lm_head.output.save()
+    module, handles = gpt2.module, []
+    for block in module.transformer.h:
+        handles.append(block.mlp.register_forward_pre_hook(lambda m, args: (args[0] * 2,)))
+    paths = [f"transformer.h.{i}" for i in range(4)]
+    expected = logits(gpt2, {path: lambda h: h + 1 for path in paths}, IDS)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(result, expected)

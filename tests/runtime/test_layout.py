@@ -4,7 +4,7 @@ from torch import nn
 
 from insitu import InsituError
 from insitu.graph.node import Site
-from insitu.runtime.layout import SIZES, Axis, Part, TensorLayout, cut, find_layouts
+from insitu.runtime.layout import SIZES, Axis, Part, TensorLayout, cut, find_layouts, put
 from insitu.runtime.probe import Call, probe
 
 SITE = Site(0, "a", "output")
@@ -50,6 +50,25 @@ def test_a_part_is_what_the_module_gives_on_it_alone() -> None:
         alone = module(whole[rows, positions])
         for name, value in alone.items():
             assert torch.equal(mine[name], value), name
+
+
+def test_a_part_that_is_put_back_changes_nothing_else() -> None:
+    module = Shapes()
+    whole = torch.arange(24.0).reshape(4, 6)
+    layout = layouts(module)["", "output"]
+    rows, positions = slice(1, 3), slice(2, 6)
+    part = Part(rows, positions, 4, 6)
+    value = module(whole)
+    put(SITE, value, layout, part, module(whole[rows, positions] * 0 - 1))
+    expected = whole.clone()
+    expected[rows, positions] = -1
+    changed = module(expected)
+    for name in ("hidden", "flat", "length first"):
+        assert torch.equal(value[name], changed[name]), name
+    inside = value["pattern"][rows, positions, positions]
+    assert torch.equal(inside, torch.full_like(inside, 3.0))
+    inside.copy_(module(whole)["pattern"][rows, positions, positions])
+    assert torch.equal(value["pattern"], module(whole)["pattern"])
 
 
 @pytest.mark.parametrize(

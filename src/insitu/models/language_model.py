@@ -142,7 +142,8 @@ class LanguageModel(Model):
             kwargs: keyword arguments of the model's forward. `use_cache` is False unless given.
 
         Returns:
-            A context manager, in whose block sites can be read. `tracer.output` is a proxy.
+            A context manager, in whose block sites can be read and written. `tracer.output` is
+            a proxy.
         """
         given = None if prompt is None else ((prompt,), {})
         return Tracer(self, LanguageForward(self, kwargs) if kwargs else self._forward, given)
@@ -159,8 +160,8 @@ class LanguageModel(Model):
                 with a prompt, `seed` too.
 
         Returns:
-            A context manager, in whose block sites can be read. `generator.output` is what
-            `generate` returned, once the block has ended.
+            A context manager, in whose block sites can be read and written. `generator.output`
+            is what `generate` returned, once the block has ended.
 
         Raises:
             OptionError: if `max_new_tokens` is no positive number.

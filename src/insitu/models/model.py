@@ -84,7 +84,7 @@ class Model(Handle):
             kwargs: keyword arguments of the forward.
 
         Returns:
-            A context manager, in whose block sites can be read.
+            A context manager, in whose block sites can be read and written.
         """
         given = (args, kwargs) if args or kwargs else None
         return Tracer(self, Forward(), given)
