@@ -20,7 +20,7 @@ def recorded(recording: Recording, name: str, *args: object) -> Proxy:
 def test_the_order_of_arrival_does_not_matter(order: tuple[int, ...]) -> None:
     recording = Recording()
     a, b, c = (
-        Proxy(recording, recording.apply(READ, (0, path, "output"), NO_KWARGS, here()))
+        Proxy(recording, recording.apply(READ, (0, path, "output", 0, 0), NO_KWARGS, here()))
         for path in "abc"
     )
     total = recorded(recording, "operator.add", recorded(recording, "operator.mul", a, b), c)
@@ -38,7 +38,7 @@ def test_the_order_of_arrival_does_not_matter(order: tuple[int, ...]) -> None:
 
 def test_a_failing_operation_is_reported_with_its_line_and_its_values() -> None:
     recording = Recording()
-    a = Proxy(recording, recording.apply(READ, (0, "a", "output"), NO_KWARGS, here()))
+    a = Proxy(recording, recording.apply(READ, (0, "a", "output", 0, 0), NO_KWARGS, here()))
     recorded(recording, "operator.matmul", a, a)
     execution = Execution(recording.graph, make_plan(recording.graph, recording.saves))
     with pytest.raises(ShapeError, match=r"`\(a.output @ a.output\)`.*\(2, 3\), \(2, 3\)"):

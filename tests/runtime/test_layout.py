@@ -32,7 +32,7 @@ def layouts(module: nn.Module) -> dict:
 
 
 def test_axes_are_told_apart_by_what_they_grow_with() -> None:
-    found = layouts(Shapes())["", "output"]
+    found = layouts(Shapes())["", "output", 0]
     rows, positions, both, fixed = Axis.ROWS, Axis.POSITIONS, Axis.BOTH, Axis.FIXED
     assert found["hidden"] == TensorLayout((rows, positions, fixed))
     assert found["pattern"] == TensorLayout((rows, positions, positions))
@@ -43,7 +43,7 @@ def test_axes_are_told_apart_by_what_they_grow_with() -> None:
 def test_a_part_is_what_the_module_gives_on_it_alone() -> None:
     module = Shapes()
     whole = torch.arange(24.0).reshape(4, 6)
-    layout = layouts(module)["", "output"]
+    layout = layouts(module)["", "output", 0]
     for rows, positions in ((slice(0, 1), slice(0, 4)), (slice(1, 4), slice(2, 6))):
         part = Part(rows, positions, 4, 6)
         mine = cut(SITE, module(whole), layout, part)
@@ -55,7 +55,7 @@ def test_a_part_is_what_the_module_gives_on_it_alone() -> None:
 def test_a_part_that_is_put_back_changes_nothing_else() -> None:
     module = Shapes()
     whole = torch.arange(24.0).reshape(4, 6)
-    layout = layouts(module)["", "output"]
+    layout = layouts(module)["", "output", 0]
     rows, positions = slice(1, 3), slice(2, 6)
     part = Part(rows, positions, 4, 6)
     value = module(whole)
@@ -81,7 +81,7 @@ def test_what_cannot_be_cut_has_no_layout(returned) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return returned(x)
 
-    assert ("", "output") not in layouts(Module())
+    assert ("", "output", 0) not in layouts(Module())
 
 
 def test_a_value_of_another_shape_is_refused() -> None:

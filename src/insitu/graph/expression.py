@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.errors import InsituError
-from insitu.graph.node import Graph, Node, Ref
-from insitu.graph.operations import WRITE
+from insitu.graph.node import Graph, Node, Ref, Site
+from insitu.graph.operations import SKIP, WRITE
 
 _INFIX = {
     "add": "+",
@@ -50,8 +50,10 @@ def expression(graph: Graph, index: int, depth: int = 0) -> str:
     if site is not None:
         return str(site)
 
-    if node.operation.name == "write":
+    if node.operation is WRITE:
         return expression(graph, node.inputs[0], depth)
+    if node.operation is SKIP:
+        return str(Site(*graph[node.inputs[0]].args)._replace(kind="output"))
 
     def written(value: Any) -> str:
         return _written(value, graph, depth + 1)
@@ -83,6 +85,10 @@ def located(graph: Graph, index: int, error: InsituError, why: str = "") -> Insi
     """
     node = graph[index]
     message = f"{error}{why}"
+    if node.operation is SKIP:
+        read = Site(*graph[node.inputs[0]].args)
+        skipped = Site(*read)._replace(kind="output")
+        message = f"`{skipped}` cannot be given this value by `skip`: {message}."
     if node.operation is WRITE:
         message = f"`{expression(graph, index)}` cannot be given this value: {message}."
     return type(error)(message, node.location)

@@ -7,16 +7,19 @@ for the value of an earlier node. Nothing here knows how values are computed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from insitu.graph.location import Location, Mark
 from insitu.graph.operations import READ, Operation
 
-Kind = Literal["output", "input", "inputs"]
+Kind = Literal["output", "input", "inputs", "tokens", "choice"]
+
+EVERY = -1
+"""The step of a site that is read anew in every step of a generation."""
 
 
-Address = tuple[int, str, Kind]
+Address = tuple[int, str, Kind, int, int]
 """The content of a `Site`; a bare tuple takes a tenth of the time to make."""
 
 
@@ -26,15 +29,29 @@ class Site(NamedTuple):
     Attributes:
         invocation: the number of the invocation in its block, from 0.
         path: the module's dotted path in the tree; "" is the whole model.
-        kind: which of the module's values.
+        kind: which of the module's values; of the whole model also "tokens", which a step of a
+            generation has chosen, and "choice", what it is about to choose.
+        call: which call of the module in the step, from 0.
+        step: which step of a generation, or `EVERY`. A forward is step 0.
     """
 
     invocation: int
     path: str
     kind: Kind
+    call: int = 0
+    step: int = 0
+
+    @property
+    def owner(self) -> str:
+        """The call of the module, as one would write it."""
+        written = readable(self.path) or "model"
+        return f"{written}.call({self.call})" if self.call else written
 
     def __str__(self) -> str:
-        return f"{readable(self.path)}.{self.kind}" if self.path else f"model.{self.kind}"
+        written = f"{self.owner}.{self.kind}"
+        if self.step:
+            written += " of every step" if self.step == EVERY else f" of step {self.step}"
+        return written
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -97,9 +114,26 @@ class Node(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Graph:
-    """Nodes in the order of the lines that recorded them; arguments refer to earlier ones only."""
+    """What is to be done: nodes, and what the run hands over to the model.
+
+    Attributes:
+        rows: the nodes, in the order of the lines that recorded them. Arguments refer to earlier
+            ones only.
+        writes: the last write of each site that is written, by the index of the node that reads
+            what arrives there.
+        skips: what stands for the output of modules that do not run: the node that makes it, by
+            the index of the node that reads what the module is called with.
+        stops: the line that ends the run, by the node that reads the output after which.
+        optional: the saves whose values may be missing.
+        repeats: from which node to which, without it, nodes were recorded for every step.
+    """
 
     rows: list[Row]
+    writes: dict[int, int] = field(default_factory=dict[int, int])
+    skips: dict[int, int] = field(default_factory=dict[int, int])
+    stops: dict[int, Mark] = field(default_factory=dict[int, Mark])
+    optional: set[int] = field(default_factory=set[int])
+    repeats: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
 
     def __len__(self) -> int:
         return len(self.rows)

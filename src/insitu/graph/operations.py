@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional
 
 from insitu.graph.structure import attribute, copied
-from insitu.graph.writing import fitted, replaced
+from insitu.graph.writing import fitted, replaced, standing_in
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +48,7 @@ SAVE = Operation("save", copied)
 ATTRIBUTE = Operation("attribute", attribute)
 WRITE = Operation("write", fitted)
 REPLACE = Operation("replace", replaced)
+SKIP = Operation("skip", standing_in)
 
 _OPERATORS = """
     abs add and_ eq floordiv ge getitem gt invert le lshift lt matmul mod mul ne neg or_ pos pow
@@ -125,7 +126,7 @@ def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
 
 
 BY_NAME: Mapping[str, Operation] = MappingProxyType(
-    {operation.name: operation for operation in (READ, SAVE, ATTRIBUTE, WRITE, REPLACE)}
+    {operation.name: operation for operation in (READ, SAVE, ATTRIBUTE, WRITE, REPLACE, SKIP)}
     | _listed("operator", operator, _OPERATORS)
     | _listed("torch", torch, _SHARED + _TORCH)
     | _listed("Tensor", torch.Tensor, _SHARED + _TENSOR)

@@ -33,8 +33,12 @@ class Proxy(Recorded):
     __slots__ = ()
     __array_ufunc__ = None  # makes a NumPy number on the left of an operator hand over to us
 
-    def save(self) -> Proxy:
+    def save(self, optional: bool = False) -> Proxy:
         """Keeps a copy of the value, as it is at this line, for after the run.
+
+        Args:
+            optional: whether the value may be missing, because its module was not called or its
+                step never came. `.value` is None then.
 
         Returns:
             A proxy for the same value, whose `.value` is the copy once the model has run.
@@ -46,6 +50,8 @@ class Proxy(Recorded):
             )
         rows = recording.graph.rows
         cell = self._cell = recording.saves[len(rows)] = Cell()
+        if optional:
+            recording.graph.optional.add(len(rows))
         rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark()))
         return type(self)(recording, source, cell)
 

@@ -16,8 +16,8 @@ import torch
 
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import Location, Mark, here
-from insitu.graph.node import Address, Graph, Ref, Site, ref
-from insitu.graph.operations import GETITEM, READ, REPLACE, WRITE, Operation
+from insitu.graph.node import EVERY, Address, Graph, Ref, Site, ref
+from insitu.graph.operations import GETITEM, READ, REPLACE, SKIP, WRITE, Operation
 from insitu.graph.structure import map_structure
 
 NO_KWARGS: Mapping[str, Any] = {}
@@ -87,20 +87,17 @@ class Recording:
         graph: the nodes so far.
         saves: the cells that the run has to fill, by the index of the node that makes the value.
         sites: what lines that come now read at a site: what arrives, or what was last written.
-        writes: the last write of each site that is written, by the index of the node that reads
-            what arrives there.
         open: whether lines still add to it.
         shapes: gives the shapes at sites; None where no model is behind the recording.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
     """
 
-    __slots__ = ("__weakref__", "fakes", "graph", "open", "saves", "shapes", "sites", "writes")
+    __slots__ = ("__weakref__", "fakes", "graph", "open", "saves", "shapes", "sites")
 
     def __init__(self, shapes: ShapeSource | None = None) -> None:
         self.graph = Graph([])
         self.saves: dict[int, Cell] = {}
         self.sites: dict[Address, Ref] = {}
-        self.writes: dict[int, int] = {}
         self.open = True
         self.shapes = shapes
         self.fakes: dict[int, Any] = {}
@@ -176,6 +173,8 @@ class Recording:
         """
         source = self.sites.get(address)
         if source is None:
+            if self.graph.writes and (address[4] == EVERY or (*address[:4], EVERY) in self.sites):
+                self._refuse_unseen(address, mark)
             rows = self.graph.rows
             source = self.sites[address] = ref(len(rows))
             rows.append((READ, address, NO_KWARGS, (), False, mark))
@@ -193,14 +192,16 @@ class Recording:
         Raises:
             OperationError: if the first argument of a module is written and all of them are used.
         """
-        invocation, path, kind = address
+        invocation, path, kind, call, step = address
         other = {"input": "inputs", "inputs": "input"}.get(kind)
-        if other is not None and (invocation, path, other) in self.sites:
+        if other is not None and (invocation, path, other, call, step) in self.sites:
             raise OperationError(
                 f"`{Site(*address)}` cannot be written where `.{other}` of the same module is "
                 "used: do both through `.inputs`, which is `(args, kwargs)`.",
                 Location(*mark),
             )
+        if step == EVERY or (*address[:4], EVERY) in self.sites:
+            self._refuse_mixed(address, mark)
         original = self.read(address, mark)
         rows = self.graph.rows
         if rows[original.index][0] is WRITE:
@@ -208,7 +209,7 @@ class Recording:
         if isinstance(value, Recorded) and value._recording is self:
             value = Recorded(self, value._ref)  # a whole tuple may be written
         written = self.apply(WRITE, (Recorded(self, original), value, block), NO_KWARGS, mark)
-        self.writes[original.index] = written.index
+        self.graph.writes[original.index] = written.index
         self.sites[address] = written
         return written
 
@@ -232,6 +233,55 @@ class Recording:
             return None
         part = self.apply(REPLACE, (Recorded(self, source), key, value), NO_KWARGS, mark)
         return self.write(cast("Address", node.args), Recorded(self, part), block, mark)
+
+    def original(self, index: int) -> int:
+        """Returns the node that reads a site, from one that gives what stands there now."""
+        while self.graph.rows[index][0] in (WRITE, SKIP):
+            index = self.graph.rows[index][3][0]
+        return index
+
+    def skip(self, address: Address, value: Any, mark: Mark) -> None:
+        """Records that a module does not run, and what stands for its output.
+
+        Args:
+            address: its output.
+            value: recorded values, constants, or containers of both.
+            mark: the user's line.
+
+        Raises:
+            OperationError: if its own output was used before.
+        """
+        if address in self.sites:
+            used = self.graph[self.sites[address].index].location
+            raise OperationError(
+                f"`{Site(*address)}` is used before, at\n{used}\nA module that is skipped has no "
+                "output of its own: what stands for it can be read after this line.",
+                Location(*mark),
+            )
+        invocation, path, _, call, step = address
+        inputs = self.read((invocation, path, "inputs", call, step), mark)
+        if isinstance(value, Recorded) and value._recording is self:
+            value = Recorded(self, value._ref)  # a whole tuple may stand there
+        skip = self.apply(SKIP, (Recorded(self, inputs), value), NO_KWARGS, mark)
+        self.graph.skips[inputs.index] = skip.index
+        self.sites[address] = skip
+
+    def _refuse_unseen(self, address: Address, mark: Mark) -> None:
+        """Raises if a site that is read in every step was written in a single one, or reversed."""
+        written = {self.graph[read].args for read in self.graph.writes}
+        if any(other[:4] == address[:4] for other in written):
+            self._refuse_mixed(address, mark)
+
+    def _refuse_mixed(self, address: Address, mark: Mark) -> None:
+        """Raises if a site is written in every step and used in a single one, or the other way."""
+        every = address[4] == EVERY
+        for other in self.sites:
+            if other[:4] == address[:4] and (other[4] == EVERY) != every:
+                raise OperationError(
+                    f"`{Site(*address)}` cannot be written where `{Site(*other)}` is used: do both "
+                    "in `every_step`, or both in steps of their own.",
+                    Location(*mark),
+                )
 
     def fail(self, reason: str) -> None:
         """Says of every saved value why it will have none, and forgets the rest."""

@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.errors import OperationError, ShapeError
+from insitu.graph.structure import map_structure
 
 
-def fitted(original: Any, value: Any, block: bool) -> Any:
+def fitted(original: Any, value: Any, block: bool, move: bool = True) -> Any:
     """Returns a value as a site takes it: of the original's structure, on its device.
 
     Args:
@@ -18,16 +19,17 @@ def fitted(original: Any, value: Any, block: bool) -> Any:
         value: what is to stand there instead.
         block: whether the site is the output of a transformer block, of which the first part
             alone, or the first parts, may be given.
+        move: whether to put it on the original's device.
 
     Raises:
         ShapeError: if structure, shape or dtype are not those of the original.
     """
     if block:
         if not isinstance(value, tuple):  # nearly always the hidden states alone
-            return (_fitted(original[0], value), *original[1:])
+            return (_fitted(original[0], value, move), *original[1:])
         parts = cast("tuple[Any, ...]", value)
         value = (*parts, *original[len(parts) :])
-    return _fitted(original, value)
+    return _fitted(original, value, move)
 
 
 def replaced(value: Any, key: Any, part: Any) -> Any:
@@ -54,7 +56,30 @@ def replaced(value: Any, key: Any, part: Any) -> Any:
     )
 
 
-def _fitted(original: Any, value: Any) -> Any:
+def standing_in(inputs: Any, value: Any) -> Any:
+    """Returns what stands for the output of a module that does not run.
+
+    Args:
+        inputs: what the module was called with: its tensors tell the device.
+        value: what is to stand there.
+    """
+    devices: list[torch.device] = []
+
+    def leaf(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            devices.append(item.device)
+        return item
+
+    def placed(item: Any) -> Any:
+        if isinstance(item, torch.Tensor) and devices and item.device != devices[0]:
+            return item.to(devices[0])
+        return item
+
+    map_structure(leaf, inputs)
+    return map_structure(placed, value)
+
+
+def _fitted(original: Any, value: Any, move: bool) -> Any:
     if isinstance(original, torch.Tensor):
         if not isinstance(value, torch.Tensor):
             raise ShapeError(
@@ -70,7 +95,9 @@ def _fitted(original: Any, value: Any) -> Any:
                 f"the dtype there is {original.dtype}, and this is {value.dtype}: convert it with "
                 "`.to(...)`"
             )
-        return value if value.device == original.device else value.to(original.device)
+        if not move or value.device == original.device:
+            return value
+        return value.to(original.device)
     if isinstance(original, Mapping):
         before = cast("Mapping[Any, Any]", original)
         if not isinstance(value, Mapping) or cast(Any, value).keys() != before.keys():
@@ -80,7 +107,7 @@ def _fitted(original: Any, value: Any) -> Any:
             )
         after = cast("Mapping[Any, Any]", value)
         kind = cast(Any, type(before))
-        return kind({key: _fitted(item, after[key]) for key, item in before.items()})
+        return kind({key: _fitted(item, after[key], move) for key, item in before.items()})
     if isinstance(original, tuple | list):
         items = cast("list[Any]", original)
         if not isinstance(value, tuple | list) or len(cast(Any, value)) != len(items):
@@ -88,7 +115,7 @@ def _fitted(original: Any, value: Any) -> Any:
                 f"a {type(items).__name__} of {len(items)} stands there, not {_described(value)}"
             )
         pairs = zip(items, cast("list[Any]", value), strict=True)
-        return _of_kind(items, [_fitted(item, other) for item, other in pairs])
+        return _of_kind(items, [_fitted(item, other, move) for item, other in pairs])
     return value
 
 

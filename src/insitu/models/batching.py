@@ -68,11 +68,11 @@ class Share:
 
     def take(self, site: Site, value: Any) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
-        return cut(site, value, self.layouts[site.path, site.kind], self.part)
+        return cut(site, value, self.layouts[site[1:4]], self.part)
 
     def put(self, site: Site, value: Any, own: Any) -> None:
         """Fills the prompt's own part of a copy of what arrived at a site."""
-        put(site, value, self.layouts[site.path, site.kind], self.part, own)
+        put(site, value, self.layouts[site[1:4]], self.part, own)
 
 
 def cuts(batch: Batch, layouts: Layouts) -> Mapping[int, Cut]:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.graph.errors import ShapeError
+from insitu.graph.writing import fitted
+
 
 @dataclass(frozen=True, slots=True)
 class BlockView:
@@ -49,6 +52,20 @@ class BlockView:
                 if new is not old:
                     old.copy_(new)
         return shown[0] if isinstance(output, torch.Tensor) else (shown[0], *output[1:])
+
+    def stand_in(self, returned: Any, shown: Any) -> Any:
+        """Returns what the block must return for hidden states that it did not make.
+
+        Raises:
+            ShapeError: if the hidden states are of another shape, or it returns more than them.
+        """
+        whole = isinstance(returned, torch.Tensor)
+        hidden = fitted(returned if whole else returned[0], shown[0], block=False, move=False)
+        if whole:
+            return hidden
+        if any(isinstance(item, torch.Tensor) for item in returned[1:]):
+            raise ShapeError("the block returns more than hidden states with these options")
+        return (hidden, *returned[1:])
 
 
 def block_views(module: nn.Module, layers: int | None, cached: bool) -> dict[str, BlockView]:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from insitu.graph.errors import PromptTypeError
+from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
 from insitu.models.batching import cuts, join
 from insitu.models.prompts import Prompt
 from insitu.runtime.layout import Layouts
-from insitu.runtime.passes import Cut, Pass
+from insitu.runtime.passes import Cut, Deliver, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs
 
@@ -39,6 +39,7 @@ class LanguageForward:
             options.setdefault("use_cache", False)
         self._options = options
         self.views = model.block_views[bool(options.get("use_cache"))]
+        self.steps = 1
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""
@@ -55,12 +56,16 @@ class LanguageForward:
         return Call((), self._kwargs(request))
 
     def passes(
-        self, module: nn.Module, requests: Sequence[Prompt], sites: Collection[Address]
+        self,
+        module: nn.Module,
+        requests: Sequence[Prompt],
+        sites: Collection[Address],
+        together: bool = True,
     ) -> list[Pass]:
         """Returns one pass for all prompts where each can be cut out of it, else one for each."""
         if len(requests) == 1:
             return [self._pass(module, requests[0], {0: None}, requests)]
-        layouts = self._layouts(module, requests, sites)
+        layouts = self._layouts(module, requests, sites) if together else None
         if layouts is None:
             return [
                 self._pass(module, prompt, {number: None}, [prompt])
@@ -69,6 +74,10 @@ class LanguageForward:
         batch = join(requests, "right", self._model.pad_id)
         whole = Prompt(batch.ids, requests[0].mark, batch.mask)
         return [self._pass(module, whole, cuts(batch, layouts), requests)]
+
+    def check_tokens(self, location: Location) -> None:
+        """Raises: a forward chooses no tokens."""
+        raise OptionError("A trace chooses no tokens: use `generate`.", location)
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns nothing: the output of a forward is a site."""
@@ -99,7 +108,7 @@ class LanguageForward:
         """The pass of a prompt, which may be a batch of several requests."""
         kwargs = self._kwargs(prompt)
 
-        def call() -> Any:
+        def call(_: Deliver) -> Any:
             # Here and not before: until its turn comes, another thread's probe may have put fake
             # weights in, and those do not say where the real ones are.
             placed = kwargs

@@ -14,7 +14,7 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
 from insitu.models.batching import cuts, join
 from insitu.models.prompts import Prompt
-from insitu.runtime.passes import Cut, Pass
+from insitu.runtime.passes import Cut, Deliver, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs
 
@@ -59,6 +59,7 @@ class Generation:
             )
         self._model = model
         self._options = options
+        self.steps = steps
         self._cached = bool(self._setting(model.module, "use_cache"))
         self.views = model.block_views[self._cached]
 
@@ -78,12 +79,29 @@ class Generation:
         """Returns the forward that `generate` begins with for a prompt alone."""
         return self._first_forward(request.ids)
 
+    def check_tokens(self, location: Location) -> None:
+        """Raises if the steps choose no token for each row.
+
+        Raises:
+            OptionError: under beam search, which goes back on what it chose.
+        """
+        if self._setting(self._model.module, "num_beams") not in (None, 1):
+            raise OptionError(
+                "Beam search chooses no tokens step by step: read them from `generator.output`.",
+                location,
+            )
+
     def passes(
-        self, module: nn.Module, requests: Sequence[Prompt], sites: Collection[Address]
+        self,
+        module: nn.Module,
+        requests: Sequence[Prompt],
+        sites: Collection[Address],
+        together: bool = True,
     ) -> list[Pass]:
         """Returns one pass for all prompts if each goes on in it as alone, else one for each."""
         layouts = None
-        if len(requests) > 1 and self._batchable(module, requests):
+        tokens = any(address[2] in ("tokens", "choice") for address in sites)
+        if together and len(requests) > 1 and self._batchable(module, requests):
             layouts = self._model.layouts(
                 lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
                 self.views,
@@ -96,7 +114,7 @@ class Generation:
                     "have to be generated one by one."
                 )
             return [
-                self._pass(module, prompt, {number: None}, [prompt])
+                self._pass(module, prompt, {number: None}, [prompt], tokens)
                 for number, prompt in enumerate(requests)
             ]
         batch = join(requests, "left", self._model.pad_id)
@@ -119,6 +137,7 @@ class Generation:
         prompt: Prompt,
         cuts: Mapping[int, Cut | None],
         requests: Sequence[Prompt],
+        tokens: bool = False,
     ) -> Pass:
         """The pass of a prompt, which may be a batch of several requests."""
         if not self._model.reader.lookups_check:
@@ -132,8 +151,10 @@ class Generation:
             **self._options,
         }
 
-        def call() -> Any:
+        def call(deliver: Deliver) -> Any:
             placed = self._model.placed(kwargs)  # in the run, not before: see `LanguageForward`
+            if tokens:
+                placed |= _listening(deliver, placed)
             try:
                 with _seeded(prompt.seed):
                     return module.generate(**placed)  # pyright: ignore[reportCallIssue]
@@ -141,7 +162,7 @@ class Generation:
                 self._model.explain(requests, self._options.get("max_new_tokens", 1))
                 raise
 
-        return Pass(call, cuts, may_stop=False)
+        return Pass(call, cuts, may_stop=False, stepped=True)
 
     def _first_forward(self, ids: torch.Tensor) -> Call:
         kwargs: dict[str, Any] = {"input_ids": ids}
@@ -204,6 +225,30 @@ class Generation:
 def _sequences(result: Any) -> torch.Tensor:
     """The token ids in what `generate` returned."""
     return result if isinstance(result, torch.Tensor) else result.sequences
+
+
+def _listening(deliver: Deliver, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for `generate` with which the tokens of each step are handed over.
+
+    What a step chooses is replaced by leaving it one choice, so that streamers and stopping
+    criteria see nothing else.
+    """
+
+    def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        greedy = scores.argmax(-1)
+        chosen = deliver("choice", greedy)
+        if chosen is greedy:
+            return scores
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+    def chose(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        deliver("tokens", ids[:, -1])
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+    return {
+        "logits_processor": [*(kwargs.get("logits_processor") or ()), choose],
+        "stopping_criteria": [*(kwargs.get("stopping_criteria") or ()), chose],
+    }
 
 
 @contextmanager

@@ -232,7 +232,8 @@ class LanguageModel(Model):
                 return None
             self._layouts[key] = find_layouts((first, more_rows, longer))
         layouts = self._layouts[key]
-        return layouts if all(address[1:] in layouts for address in sites) else None
+        separable = all(address[1:4] in layouts and not address[4] for address in sites)
+        return layouts if separable else None
 
     def __repr__(self) -> str:
         state = "" if self.loaded else ", weights not loaded yet"

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from insitu.graph.location import Mark
+from insitu.graph.errors import OptionError
+from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
 from insitu.runtime.exclusive import Exclusive, exclusive
-from insitu.runtime.passes import Pass, View
+from insitu.runtime.passes import Deliver, Pass, View
 from insitu.runtime.probe import Call, Probe, probe
 from insitu.runtime.procedure import Outputs
 from insitu.tracing.handle import Handle
@@ -99,6 +100,7 @@ class Forward:
     """One forward for each invocation, with its own arguments."""
 
     views: Mapping[str, View] = MappingProxyType({})
+    steps = 1
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
         """Returns the arguments of an invocation."""
@@ -109,14 +111,25 @@ class Forward:
         return request
 
     def passes(
-        self, module: nn.Module, requests: Sequence[Call], sites: Collection[Address]
+        self,
+        module: nn.Module,
+        requests: Sequence[Call],
+        sites: Collection[Address],
+        together: bool = True,
     ) -> list[Pass]:
         """Returns a pass for each invocation: how arguments could be batched is not known."""
 
         def single(request: Call, number: int) -> Pass:
-            return Pass(lambda: module(*request.args, **request.kwargs), {number: None}, True)
+            def call(_: Deliver) -> Any:
+                return module(*request.args, **request.kwargs)
+
+            return Pass(call, {number: None}, True)
 
         return [single(request, number) for number, request in enumerate(requests)]
+
+    def check_tokens(self, location: Location) -> None:
+        """Raises: a forward chooses no tokens."""
+        raise OptionError("A forward chooses no tokens: use `generate`.", location)
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Call]) -> Outputs | None:
         """Returns nothing: the output of a forward is a site."""

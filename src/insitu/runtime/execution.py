@@ -6,7 +6,7 @@ what arrived, and it runs whatever has become possible and drops what is used up
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -32,7 +32,10 @@ class Execution:
         plan: its plan.
     """
 
-    __slots__ = ("_arrived", "_bits", "_graph", "_groups", "_plan", "_uses", "_values", "_waiting")
+    __slots__ = (
+        *("_arrived", "_bits", "_graph", "_groups", "_plan", "_steps", "_uses", "_values"),
+        *("_waiting", "busy"),
+    )
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
         self._graph = graph
@@ -41,16 +44,20 @@ class Execution:
         self._groups = plan.groups
         self._values: list[Any] = [None] * len(plan.uses)
         self._uses = list(plan.uses)
-        for index in plan.writes.values():
+        for index in (*plan.writes.values(), *plan.skips.values()):
             self._values[index] = _PENDING
         self._arrived = 0
+        self.busy = False
+        self._steps: dict[int, list[Any]] = {}
+        if plan.repeated is not None:
+            self._steps = {index: [] for index in plan.repeated.saves}
+            for index in plan.repeated.saves:
+                self._values[index] = _PENDING
         # Each group of nodes that needs several sites waits at one that has not arrived; when
         # that one arrives the group runs, or moves on to wait at another.
         self._waiting: dict[int, list[int]] = {}
         if plan.held:
-            for need in plan.groups:
-                if need & (need - 1):
-                    self._waiting.setdefault(need & -need, []).append(need)
+            self._wait()
 
     def arrive(self, index: int, value: Any) -> None:
         """Takes what arrived at a site, and runs every node that has been waiting for it.
@@ -76,7 +83,9 @@ class Execution:
                 # that there are, and a comprehension takes as long as the rest of this loop.
                 if nested:
                     args, kwargs = self._resolved(args, kwargs)
+                    self.busy = True
                     result = function(*args, **kwargs)
+                    self.busy = False
                 elif kwargs:
                     args = [values[arg.index] if type(arg) is Ref else arg for arg in args]
                     result = function(*args, **kwargs)
@@ -93,6 +102,7 @@ class Execution:
                         *[values[arg.index] if type(arg) is Ref else arg for arg in args]
                     )
             except Exception as error:
+                self.busy = False
                 raise self._failure(step, error) from error
             for source in inputs:
                 uses[source] -= 1
@@ -122,6 +132,16 @@ class Execution:
         """The last write of each site that is written, by the index of its read."""
         return self._plan.writes
 
+    @property
+    def skips(self) -> Mapping[int, int]:
+        """What stands for outputs, by the index of the node that reads the module's arguments."""
+        return self._plan.skips
+
+    @property
+    def stops(self) -> Collection[int]:
+        """The nodes that read the outputs after which the run ends."""
+        return self._plan.stops
+
     def written(self, index: int) -> Any:
         """Returns what a write puts at its site.
 
@@ -131,7 +151,32 @@ class Execution:
         Raises:
             CausalityError: if the value depends on what has not arrived yet.
         """
-        write = self._plan.writes[index]
+        return self._handed_over(index, self._plan.writes[index])
+
+    def skipped(self, index: int) -> Any:
+        """Returns what stands for the output of a module that is skipped.
+
+        Args:
+            index: the node that reads its arguments.
+
+        Raises:
+            CausalityError: if the value depends on what has not arrived yet.
+        """
+        return self._handed_over(index, self._plan.skips[index])
+
+    def checked(self, index: int, make: Callable[[], Any]) -> Any:
+        """Returns what a function makes of the value of a skip; its errors get the skip's line.
+
+        Args:
+            index: the node that reads the arguments of the module.
+            make: the function.
+        """
+        try:
+            return make()
+        except InsituError as error:
+            raise located(self._graph, self._plan.skips[index], error) from error
+
+    def _handed_over(self, index: int, write: int) -> Any:
         value = self._values[write]
         if value is _PENDING:
             late = [
@@ -139,16 +184,46 @@ class Execution:
                 for address, read in self._plan.reads.items()
                 if self._plan.needs[write] & self._plan.bits[read] & ~self._arrived
             ]
-            raise causality_error(self._graph, self._plan, index, late)
+            raise causality_error(self._graph, self._plan, index, write, late)
         self._uses[write] -= 1
         if not self._uses[write]:
             self._values[write] = None
         return value
 
+    def next_step(self) -> None:
+        """Ends a step: keeps what is saved in every step, and makes ready to run that part again.
+
+        To be called between the steps of a run, and after the last.
+        """
+        repeated = self._plan.repeated
+        if repeated is None:
+            return
+        values, uses = self._values, self._uses
+        for index in repeated.saves:
+            if values[index] is not _PENDING:
+                self._steps[index].append(values[index])
+        for index in repeated.nodes:
+            values[index] = None
+            uses[index] = self._plan.uses[index]
+        handed_over = (*self._plan.writes.values(), *self._plan.skips.values())
+        for index in (*repeated.saves, *handed_over):
+            if self._plan.needs[index] & repeated.sites:
+                values[index] = _PENDING
+        self._arrived &= ~repeated.sites
+        self._wait()
+
+    def _wait(self) -> None:
+        """Lets each group that needs several sites wait for one that has not arrived."""
+        self._waiting = {}
+        for need in self._groups:
+            missing = need & ~self._arrived
+            if missing and need & (need - 1):
+                self._waiting.setdefault(missing & -missing, []).append(need)
+
     def fill(self, cells: Mapping[int, Cell]) -> None:
         """Puts the saved values into their cells."""
         for index, cell in cells.items():
-            cell.content = self._values[index]
+            cell.content = self._steps[index] if index in self._steps else self._values[index]
 
     def _resolved(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """The arguments of a node, with values in the place of references."""

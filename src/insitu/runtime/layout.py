@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.errors import InsituError
-from insitu.graph.node import Kind, Site
+from insitu.graph.node import Site
 from insitu.graph.structure import map_structure
+from insitu.runtime.passes import Place
 from insitu.runtime.probe import Probe
 
 # (batch, length) of the three probes.
@@ -60,8 +61,8 @@ class Part:
     length: int
 
 
-Layouts = Mapping[tuple[str, Kind], Any]
-"""Layouts by path and kind; a site that cannot be cut has none."""
+Layouts = Mapping[Place, Any]
+"""Layouts by place; what cannot be cut has none."""
 
 
 def find_layouts(probes: tuple[Probe, Probe, Probe]) -> Layouts:
@@ -70,11 +71,12 @@ def find_layouts(probes: tuple[Probe, Probe, Probe]) -> Layouts:
     Args:
         probes: what passed the sites at the three sizes of `SIZES`, in this order.
     """
-    layouts: dict[tuple[str, Kind], Any] = {}
-    for site, value in probes[0].items():
-        if all(site in probe for probe in probes):
+    layouts: dict[Place, Any] = {}
+    first, *others = (probe.seen for probe in probes)
+    for place, value in first.items():
+        if all(place in other for other in others):
             try:
-                layouts[site] = _layout(value, probes[1][site], probes[2][site])
+                layouts[place] = _layout(value, *(other[place] for other in others))
             except _InseparableError:
                 continue
     return layouts

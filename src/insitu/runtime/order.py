@@ -6,11 +6,13 @@ order in which they need values of each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
-from insitu.graph.errors import CausalityError
+from insitu.graph.errors import CausalityError, NeverRanError
+from insitu.graph.location import Location
 from insitu.graph.node import Address, Graph, Site
 from insitu.runtime.plan import Plan
 
@@ -26,7 +28,7 @@ def pass_order(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> list[int]:
     """
     home = {number: at for at, single in enumerate(passes) for number in single.cuts}
     sorter: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(range(len(passes)), ()))
-    for read, write in plan.writes.items():
+    for read, write in _handed_over(plan):
         target = _address(graph, read)
         for other in _needed(plan, read, write):
             if home[other[0]] != home[target[0]]:
@@ -35,7 +37,7 @@ def pass_order(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> list[int]:
         return list(sorter.static_order())
     except CycleError as error:
         cycle = set(error.args[1])
-        write = next(w for r, w in plan.writes.items() if home[_address(graph, r)[0]] in cycle)
+        write = next(w for r, w in _handed_over(plan) if home[_address(graph, r)[0]] in cycle)
         raise CausalityError(
             "Invocations of this block need values of each other, but with this model and these "
             "options they cannot run as one batch, so one of them would have to run first.",
@@ -61,7 +63,7 @@ def check_order(
     Raises:
         CausalityError: if there is one.
     """
-    dependent = [(r, w) for r, w in plan.writes.items() if plan.needs[w] != plan.bits[r]]
+    dependent = [(r, w) for r, w in _handed_over(plan) if plan.needs[w] != plan.bits[r]]
     if not dependent:  # what is written was made of what arrived there: nothing to look up
         return
     home = {number: at for at, single in enumerate(passes) for number in single.cuts}
@@ -70,29 +72,108 @@ def check_order(
         others = [
             other
             for other in _needed(plan, read, write)
-            if home[other[0]] == home[target[0]] and other[1:] != target[1:]
+            if home[other[0]] == home[target[0]] and not _together(other, target)
         ]
         moments = order(target[0]) if others else None
-        if moments is None or target[1:] not in moments:
-            continue
-        last = len(moments)
-        late = {other for other in others if moments.get(other[1:], last) > moments[target[1:]]}
-        if late:
-            raise causality_error(graph, plan, read, late)
+        own = _moment(target, moments)
+        if own is not None:
+            late = {other for other in others if (_moment(other, moments) or _NEVER) > own}
+            if late:
+                raise causality_error(graph, plan, read, write, late)
 
 
-def causality_error(
-    graph: Graph, plan: Plan, read: int, late: Collection[Address]
-) -> CausalityError:
-    """Returns the error for a write that needs what comes after it.
+def _together(one: Address, other: Address) -> bool:
+    """Whether two sites are one place, or both what a module is called with."""
+    arguments = ("input", "inputs")
+    same_kind = one[2] == other[2] or (one[2] in arguments and other[2] in arguments)
+    return same_kind and one[1] == other[1] and one[3:] == other[3:]
+
+
+def _moment(address: Address, moments: Mapping[Place, int] | None) -> tuple[float, float] | None:
+    """When a site comes: its step, and its place in the step; None if that is not known."""
+    _, path, kind, call, step = address
+    within = {"choice": math.inf, "tokens": math.inf}.get(kind)
+    if within is None and moments is not None:
+        within = moments.get((path, kind, call))
+    if within is None:
+        return None
+    # What is read in every step is there in the first.
+    return (max(step, 0) + (kind == "tokens") / 2, within)
+
+
+_NEVER = (math.inf, math.inf)
+
+
+def check_cuts(
+    graph: Graph, plan: Plan, order: Callable[[int], Mapping[Place, int] | None]
+) -> None:
+    """Finds, before the model runs, reads of what is skipped or comes after the end of the run.
 
     Args:
         graph: what is to be done.
         plan: its plan.
-        read: the node that reads the site that is written.
+        order: as of `check_order`.
+
+    Raises:
+        NeverRanError: if there is one.
+    """
+    for read in plan.skips:
+        skipped = _address(graph, read)
+        for address, index in plan.reads.items():
+            inside = address[1].startswith(f"{skipped.path}.") and address[4] == skipped.step
+            if inside and address[0] == skipped.invocation:
+                raise NeverRanError(
+                    f"`{Site(*address)}` has no value, because `skip` lets `{skipped.owner}` not "
+                    f"run, at\n{graph[plan.skips[read]].location}\nIt is used at",
+                    graph[index].location,
+                )
+    for read, mark in plan.stops.items():
+        last = _address(graph, read)
+        moments = order(last.invocation)
+        end = _moment(last, moments)
+        for address, index in plan.reads.items():
+            moment = _moment(address, moments)
+            if address[0] == last.invocation and end and moment and moment > end:
+                raise NeverRanError(
+                    f"`{Site(*address)}` has no value, because the run ends after "
+                    f"`{last.owner}`, by `stop` at\n{Location(*mark)}\nIt is used at",
+                    graph[index].location,
+                )
+
+
+def unexcused(
+    graph: Graph, plan: Plan, missing: Collection[int], optional: Collection[int]
+) -> int | None:
+    """Returns the first read of what never came that something other than optional saves is for.
+
+    Args:
+        graph: what was to be done.
+        plan: its plan.
+        missing: the nodes that read what never came.
+        optional: the saves whose values may be missing.
+    """
+    used = {source for node in graph for source in node.inputs}
+    required = {*plan.writes.values(), *plan.skips.values()}
+    for index in sorted(missing):
+        for node, need in enumerate(plan.needs):
+            ends = node in required or (node not in used and node not in optional)
+            if ends and need & plan.bits[index]:
+                return index
+    return None
+
+
+def causality_error(
+    graph: Graph, plan: Plan, read: int, write: int, late: Collection[Address]
+) -> CausalityError:
+    """Returns the error for a write, or a skip, that needs what comes after it.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+        read: the node that reads the site that is written, or the arguments of what is skipped.
+        write: the write or the skip.
         late: the sites that come too late.
     """
-    write = plan.writes[read]
     needed = [plan.reads[other] for other in _needed(plan, read, write) if other in late]
     source = graph[min(needed)]
     return CausalityError(
@@ -109,6 +190,11 @@ def _needed(plan: Plan, read: int, write: int) -> list[Address]:
     if not mask:
         return []
     return [address for address, index in plan.reads.items() if mask & plan.bits[index]]
+
+
+def _handed_over(plan: Plan) -> list[tuple[int, int]]:
+    """What the model is given in place of its own: the node that reads it, and the one given."""
+    return [*plan.writes.items(), *plan.skips.items()]
 
 
 def _address(graph: Graph, read: int) -> Site:

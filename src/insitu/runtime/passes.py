@@ -9,6 +9,7 @@ has fired, and all are removed when the pass ends, however it ends.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from threading import get_ident
@@ -18,12 +19,16 @@ import torch
 from torch import nn
 
 from insitu.graph.errors import InsituError
-from insitu.graph.node import Address, Kind, Site
+from insitu.graph.node import EVERY, Address, Kind, Site
 from insitu.graph.structure import map_structure
+from insitu.graph.writing import fitted
 from insitu.runtime.execution import Execution
 
-Place = tuple[str, Kind]
-"""A module's path and which of its values: a site, for all invocations."""
+Place = tuple[str, Kind, int]
+"""A module's path, which of its values, and in which call of the module."""
+
+Moment = tuple[str, Kind, int, int]
+"""A place in one step: a site, for all invocations."""
 
 Hook = tuple[dict[Any, Any], dict[Any, bool] | None, Callable[..., Any]]
 """A hook as it lies in a module: the table, the table of those that take keywords, and its key."""
@@ -83,20 +88,65 @@ class View(Protocol):
         """
         ...
 
+    def stand_in(self, returned: Any, shown: Any) -> Any:
+        """Returns what the module must return for an output to be shown, without its having run.
+
+        Args:
+            returned: what it would return, as fake tensors.
+            shown: what is to be shown.
+
+        Raises:
+            ShapeError: if it would return something else.
+        """
+        ...
+
+
+class Deliver(Protocol):
+    """Hands what passes a place to the experiment, for places that are no module's."""
+
+    def __call__(self, kind: Kind, value: Any) -> Any:
+        """Returns what is to stand there: the value itself, unless it is written.
+
+        Args:
+            kind: which value of the whole model it is.
+            value: what passes.
+        """
+        ...
+
 
 class Pass(NamedTuple):
-    """One call of the wrapped module.
+    """One call of the wrapped module, or of its `generate`.
 
     Attributes:
         call: makes the call and returns what it returns.
         cuts: how each invocation finds its own part of a value, by number; None for an invocation
             that has the pass for itself.
         may_stop: whether the pass may end as soon as nothing is wanted from it any more.
+        stepped: whether each call of the module is a step of its own.
     """
 
-    call: Callable[[], Any]
+    call: Callable[[Deliver], Any]
     cuts: Mapping[int, Cut | None]
     may_stop: bool
+    stepped: bool = False
+
+
+class Passed(NamedTuple):
+    """What came of a pass.
+
+    Attributes:
+        result: what the call returned, None if it was stopped early.
+        missing: the nodes that read a site at which nothing arrived.
+        steps: how many steps it had.
+        calls: how often modules were called in it, by path, where somebody asked for a later call.
+        stopped: whether the experiment ended it.
+    """
+
+    result: Any
+    missing: list[int]
+    steps: int
+    calls: Mapping[str, int]
+    stopped: bool
 
 
 class _Stop(BaseException):
@@ -104,6 +154,9 @@ class _Stop(BaseException):
 
 
 _NO_KWARGS: Mapping[str, Any] = {}
+_ABSENT = object()
+_NO_CALLS: Mapping[str, int] = {}
+_OF_MODULES = frozenset(["output", "input", "inputs"])
 # What `torch.no_grad()` comes down to, without the objects that it takes to get there.
 _set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
@@ -114,7 +167,8 @@ def run_pass(
     single: Pass,
     modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
-) -> tuple[Any, list[int]]:
+    returned: Mapping[str, Any] = _NO_KWARGS,
+) -> Passed:
     """Runs a pass and gives an execution what arrives at its sites.
 
     Args:
@@ -123,33 +177,34 @@ def run_pass(
         single: the pass.
         modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
-
-    Returns:
-        What the call returned, None if it was stopped early, and the indices of the nodes that
-        read a site at which nothing arrived.
+        returned: what modules that are skipped would return, as fake tensors, by path.
     """
     cuts, may_stop = single.cuts, single.may_stop
-    writes = execution.writes
-    readers: dict[Place, list[tuple[int, int]]] = {}
-    for (invocation, path, kind), index in reads.items():
+    writes, skips, stops = execution.writes, execution.skips, execution.stops
+    readers: dict[Moment, list[tuple[int, int]]] = {}
+    clock = _Clock(readers, -1) if single.stepped else None
+    for (invocation, path, kind, call, step), index in reads.items():
         if invocation in cuts:
-            readers.setdefault((path, kind), []).append((index, invocation))
-    hooks: dict[Place, Hook] = {}
+            readers.setdefault((path, kind, call, step), []).append((index, invocation))
+            if call and clock is None:
+                clock = _Clock(readers, 0)
+    hooks: dict[Moment, Hook] = {}
     thread = get_ident()
 
     def arrived(
-        place: Place, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
+        moment: Moment, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
     ) -> Any:
-        if get_ident() != thread:
-            return None  # somebody else's call of the module, beside ours
-        found = readers.pop(place, None)
-        if found is None:
-            return None  # a later call of the module
-        if not may_stop:  # there are more forwards to come, and they need no hook here
-            table, flags, key = hooks.pop(place)
+        if get_ident() != thread or execution.busy:
+            return None  # somebody else's call of the module, beside ours or in an operation
+        found = readers.pop(moment, None) if clock is None else clock.take(moment)
+        if not found:
+            return None
+        if not may_stop and (clock is None or clock.is_done(moment)):
+            table, flags, key = hooks.pop(moment)  # there are more forwards to come
             del table[key]
             if flags is not None:
                 del flags[key]
+        place = moment[:3] if clock is None else clock.place(moment)
         value = _passing(place[1], view, module, args, rest)
         for index, invocation in found:
             cut = cuts[invocation]
@@ -157,6 +212,12 @@ def run_pass(
             execution.arrive(index, own)
         if may_stop and not readers:
             raise _Stop
+        if stops or skips:
+            for index, _ in found:
+                if index in stops:
+                    raise _Stop
+                if index in skips:
+                    skipping[module] = index
         if not writes:
             return None
         written = [(i, n, cuts[n]) for i, n in found if i in writes]
@@ -165,16 +226,57 @@ def run_pass(
         changed = _changed(execution, place, value, written)
         return _handed_over(place[1], view, module, args, rest, changed)
 
+    def stand_in(
+        path: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        index = None if get_ident() != thread or execution.busy else skipping.pop(module, None)
+        if index is None:
+            return forward(*args, **kwargs)
+        value = map_structure(_clone, execution.skipped(index))
+        return execution.checked(
+            index, lambda: _standing_in(views.get(path), returned[path], value)
+        )
+
+    def passing(kind: Kind, value: Any) -> Any:
+        found = clock.take(("", kind, 0, 0)) if clock is not None else None
+        if not found:
+            return value
+        for index, _ in found:  # of one invocation: batches are not made where these are wanted
+            execution.arrive(index, value)
+        written = [(i, n, cuts[n]) for i, n in found if i in writes]
+        return _changed(execution, ("", kind, 0), value, written) if written else value
+
+    def begin_step(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if get_ident() == thread and not execution.busy and clock is not None:
+            clock.step += 1
+            clock.calls.clear()
+            if clock.step:
+                execution.next_step()
+
     grad_enabled = torch.is_grad_enabled()
+    result, stopped = None, False
+    skipping: dict[nn.Module, int] = {}
+    forwards: dict[nn.Module, Any] = {}
     try:
-        for place in readers:
-            hooks[place] = _hook(modules[place[0]], place, views.get(place[0]), arrived)
+        for path in {
+            moment[0] for moment, found in readers.items() for i, _ in found if i in skips
+        }:
+            module = modules[path]
+            forwards.setdefault(module, vars(module).get("forward", _ABSENT))
+            vars(module)["forward"] = partial(stand_in, path, module, module.forward)
+        if single.stepped:
+            before: dict[Any, Any] = modules[""]._forward_pre_hooks  # pyright: ignore[reportUnknownVariableType]
+            before[begin_step] = begin_step
+            hooks["", "inputs", -1, 0] = (before, None, begin_step)
+        for path, kind, _, _ in readers:
+            first = (path, kind, 0, 0)
+            if first not in hooks and kind in _OF_MODULES:
+                hooks[first] = _hook(modules[path], first, views.get(path), arrived)
         _set_grad_enabled(False)
-        result = single.call()
-        return result, [index for found in readers.values() for index, _ in found]
+        result = single.call(passing)
     except _Stop as stop:
         stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
-        return None, []
+        stopped = True
     finally:
         _set_grad_enabled(grad_enabled)
         for table, flags, key in hooks.values():
@@ -182,18 +284,79 @@ def run_pass(
                 del table[key]
                 if flags is not None:
                     del flags[key]
+        for module, forward in forwards.items():
+            if forward is _ABSENT:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = forward
         hooks.clear()  # they refer to `arrived`, which refers to them and to every value
+    if single.stepped:
+        execution.next_step()
+    if clock is None:
+        missing = [index for found in readers.values() for index, _ in found]
+        return Passed(result, missing, 1, _NO_CALLS, stopped)
+    return Passed(result, clock.missing(), clock.step + 1, clock.most, stopped)
 
 
-def _hook(module: nn.Module, place: Place, view: View | None, arrived: Callable[..., Any]) -> Hook:
+class _Clock:
+    """Tells calls and steps apart, where an experiment does.
+
+    Args:
+        readers: who waits for what, by moment. What has come is taken out.
+        step: the step that runs, -1 if the first is yet to begin.
+
+    Attributes:
+        step: the step that runs.
+        calls: how often each place was passed in it.
+        most: how often each module was called in one step, at most.
+    """
+
+    def __init__(self, readers: dict[Moment, list[tuple[int, int]]], step: int) -> None:
+        self.readers = readers
+        self.step = step
+        self.calls: Counter[Moment] = Counter()
+        self.most: Counter[str] = Counter()
+        self._came: set[Moment] = set()
+
+    def take(self, first: Moment) -> list[tuple[int, int]]:
+        """Returns who waits for what passes now at a place, given by its first moment."""
+        path, kind, _, _ = first
+        call = self.calls[first]
+        self.calls[first] += 1
+        self.most[path] = max(self.most[path], call + 1)
+        every = (path, kind, call, EVERY)
+        if every in self.readers:
+            self._came.add(every)
+        now = self.readers.pop((path, kind, call, self.step), ())
+        return [*now, *self.readers.get(every, ())]
+
+    def place(self, first: Moment) -> Place:
+        """Returns the place that was passed last, given by its first moment."""
+        return (first[0], first[1], self.calls[first] - 1)
+
+    def is_done(self, first: Moment) -> bool:
+        """Returns whether nobody waits for anything more at a place."""
+        return not any(moment[:2] == first[:2] for moment in self.readers)
+
+    def missing(self) -> list[int]:
+        """Returns the nodes that read what never came."""
+        return [
+            index
+            for moment, found in self.readers.items()
+            if moment not in self._came
+            for index, _ in found
+        ]
+
+
+def _hook(module: nn.Module, first: Moment, view: View | None, arrived: Callable[..., Any]) -> Hook:
     """Puts a hook on a module that hands over one of its values.
 
     It goes straight into the module's tables: `register_forward_hook` takes 3 µs for a handle
     with weak references that nothing here needs, which is as much as all else done for a hook.
     """
     # A function is its own key: no number that torch hands out for its hooks equals it.
-    key = partial(arrived, place, view)
-    if place[1] == "output":
+    key = partial(arrived, first, view)
+    if first[1] == "output":
         hooks: dict[Any, Any] = module._forward_hooks  # pyright: ignore[reportUnknownVariableType]
         flags: dict[Any, bool] | None = None
         if view is not None and view.takes_arguments:
@@ -237,6 +400,13 @@ def _changed(
             fresh = map_structure(_clone, value)
         cut.put(Site(invocation, *place), fresh, own)
     return fresh
+
+
+def _standing_in(view: View | None, returned: Any, value: Any) -> Any:
+    """What a module that is skipped returns, checked against what it would have returned."""
+    if view is not None:
+        return view.stand_in(returned, value)
+    return fitted(returned, value, block=False, move=False)
 
 
 def _copied_where_new(own: Any, value: Any) -> Any:

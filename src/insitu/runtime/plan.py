@@ -10,10 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from insitu.graph.node import Address, Graph
+from insitu.graph.errors import CausalityError, OperationError
+from insitu.graph.expression import expression
+from insitu.graph.location import Mark
+from insitu.graph.node import EVERY, Address, Graph, Site
 from insitu.graph.operations import READ
 
-NO_WRITES: Mapping[int, int] = {}
+_MANY = 1 << 40  # uses of a value that is there for every step
+
+
+@dataclass(slots=True, eq=False)
+class Repeated:
+    """The part of a graph that runs anew in every step.
+
+    Attributes:
+        sites: its sites, as a set of bits.
+        nodes: the indices of its nodes.
+        saves: those of them whose values the user keeps, one a step.
+    """
+
+    sites: int
+    nodes: list[int]
+    saves: list[int]
 
 
 @dataclass(slots=True, eq=False)
@@ -28,8 +46,12 @@ class Plan:
         uses: how many times each node's value is asked for, by the run or by the user.
         writes: for each site that is written, the node that makes what the model gets there, by
             the index of the node that reads what arrives.
+        skips: for each module call that is skipped, the node that makes what stands for its
+            output, by the index of the node that reads its arguments.
+        stops: the lines that end the run, by the node that reads the output after which.
         needs: the set of sites that each node depends on.
         held: for each set of sites, the nodes whose values wait for sites that are not in it.
+        repeated: what runs anew in every step, if anything does.
     """
 
     reads: dict[Address, int]
@@ -39,17 +61,21 @@ class Plan:
     writes: Mapping[int, int]
     needs: list[int]
     held: dict[int, list[int]]
+    skips: Mapping[int, int]
+    stops: Mapping[int, Mark]
+    repeated: Repeated | None = None
 
 
-def make_plan(
-    graph: Graph, saves: Mapping[int, object], writes: Mapping[int, int] = NO_WRITES
-) -> Plan:
+def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     """Returns the plan of a graph.
 
     Args:
         graph: what is to be done. A site is read by at most one of its nodes.
         saves: holds the indices of the nodes whose values the user keeps.
-        writes: the last write of each site that is written, by the index of its read.
+
+    Raises:
+        OperationError: if values of every step are used where there is only one step.
+        CausalityError: if something is to run in every step that needs a later one.
     """
     reads: dict[Address, int] = {}
     bits: dict[int, int] = {}
@@ -82,6 +108,46 @@ def make_plan(
             groups[need] = [index]
     for index in saves:
         uses[index] += 1
-    for index in writes.values():
+    for index in graph.writes.values():
         uses[index] += 1
-    return Plan(reads, bits, groups, uses, writes, needs, held)
+    for index in graph.skips.values():
+        uses[index] += 1
+    plan = Plan(reads, bits, groups, uses, graph.writes, needs, held, graph.skips, graph.stops)
+    sites = 0
+    for address, index in reads.items():
+        if address[4] == EVERY:
+            sites |= bits[index]
+    if sites:
+        plan.repeated = _repeated(graph, plan, saves, sites)
+    return plan
+
+
+def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int) -> Repeated:
+    """Finds what runs anew in every step, and lets it keep what comes from outside."""
+    nodes = [index for index, need in enumerate(plan.needs) if need & sites]
+    places = {plan.bits[index]: address for address, index in plan.reads.items()}
+    for index in nodes:
+        needed = [places[bit] for bit in places if plan.needs[index] & bit]
+        if not any(start <= index < end for start, end in graph.repeats):
+            raise OperationError(
+                f"`{expression(graph, index)}` uses values of every step: write it inside the "
+                "`every_step` block, or save them there.",
+                graph[index].location,
+            )
+        if len({address[0] for address in needed if address[4] == EVERY}) > 1:
+            raise OperationError(
+                f"`{expression(graph, index)}` uses values of every step of several invocations, "
+                "which may not take their steps together: read single steps.",
+                graph[index].location,
+            )
+        for address in needed:
+            if address[4] > 0:
+                raise CausalityError(
+                    f"`{expression(graph, index)}` runs in every step, and `{Site(*address)}` is "
+                    "not there yet in the first.",
+                    graph[index].location,
+                )
+        for source in graph.rows[index][3]:
+            if not plan.needs[source] & sites:
+                plan.uses[source] += _MANY
+    return Repeated(sites, nodes, [index for index in nodes if index in saves])

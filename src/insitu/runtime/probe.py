@@ -9,6 +9,7 @@ call, so nothing is computed, nothing is allocated and a module without weights 
 from __future__ import annotations
 
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,9 +19,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
 from insitu.graph.errors import ShapeError
-from insitu.graph.node import Kind
 from insitu.graph.structure import map_structure
-from insitu.runtime.passes import View, first_argument
+from insitu.runtime.passes import Place, View, first_argument
 
 
 class Call(NamedTuple):
@@ -40,8 +40,16 @@ class Call(NamedTuple):
         return repr(map_structure(leaf, (self.args, self.kwargs)))
 
 
-Probe = Mapping[tuple[str, Kind], Any]
-"""Fake values of the first call of each module that ran, by path and kind, in their order."""
+class Probe(NamedTuple):
+    """What passed in a run on fake tensors.
+
+    Attributes:
+        seen: what passed each place, in the order in which it did.
+        returned: what each module returned, where `seen` holds how it is shown.
+    """
+
+    seen: Mapping[Place, Any]
+    returned: Mapping[str, Any]
 
 
 def probe(
@@ -62,26 +70,30 @@ def probe(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, log.disabled = log.disabled, True  # it prints the failures that are raised here
-    seen: dict[tuple[str, Kind], Any] = {}
+    seen: dict[Place, Any] = {}
+    returned: dict[str, Any] = {}
+    calls: Counter[str] = Counter()
+    open_calls: defaultdict[str, list[int]] = defaultdict(list)
 
     def listen(path: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
-            if (path, "output") in seen:
-                return
+            call = open_calls[path].pop()
             view = views.get(path)
-            seen[path, "output"] = output if view is None else view(output, args, kwargs)
+            seen[path, "output", call] = output if view is None else view(output, args, kwargs)
+            returned[path] = output
 
         return hook
 
     def listen_before(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if (path, "inputs") in seen:
-                return
-            seen[path, "inputs"] = (args, dict(kwargs))
+            call = calls[path]
+            calls[path] += 1
+            open_calls[path].append(call)
+            seen[path, "inputs", call] = (args, dict(kwargs))
             if args or kwargs:
-                seen[path, "input"] = first_argument(module, args, kwargs)
+                seen[path, "input", call] = first_argument(module, args, kwargs)
 
         return hook
 
@@ -124,7 +136,7 @@ def probe(
         for part, attributes, buffers in before:
             _restore(vars(part), attributes)
             _restore(part._buffers, buffers)
-    return seen
+    return Probe(seen, returned)
 
 
 def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
-from insitu.graph.location import Mark
+from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
 from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.passes import Pass, View
@@ -50,10 +50,30 @@ class Procedure(Protocol, Generic[Request]):
         """Returns the first call of the module that an invocation alone would lead to."""
         ...
 
+    @property
+    def steps(self) -> int:
+        """How many steps a run may have: one, if it is a forward."""
+        ...
+
+    def check_tokens(self, location: Location) -> None:
+        """Raises an `OptionError` if the steps of a run choose no tokens."""
+        ...
+
     def passes(
-        self, module: nn.Module, requests: Sequence[Request], sites: Collection[Address]
+        self,
+        module: nn.Module,
+        requests: Sequence[Request],
+        sites: Collection[Address],
+        together: bool = True,
     ) -> list[Pass]:
-        """Returns the passes that process all invocations, ready to be called."""
+        """Returns the passes that process all invocations, ready to be called.
+
+        Args:
+            module: the wrapped module, with its weights.
+            requests: what each invocation was given.
+            sites: what is read.
+            together: whether one pass may process several invocations.
+        """
         ...
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Request]) -> Outputs | None:

@@ -25,28 +25,15 @@ from insitu.tracing.scope import innermost
 _SITES = ("output", "input", "inputs")
 
 
-class Handle:
-    """Stands for one module of a model.
+class Call:
+    """Stands for one call of a module: what it is called with, and what it returns."""
 
-    A child whose name is taken by the handle itself is reached as `handle["output"]`.
-    """
-
-    def __init__(self, model: Subject, path: str) -> None:
-        vars(self).update(_model=model, _path=path, _items={})
+    def __init__(self, model: Subject, path: str, call: int) -> None:
+        vars(self).update(_model=model, _path=path, _call=call)
 
     _model: Subject
     _path: str
-    _items: dict[str, Handle]
-
-    @property
-    def path(self) -> str:
-        """The dotted path of the module in the tree, "" for the whole model."""
-        return self._path
-
-    @property
-    def module(self) -> nn.Module:
-        """The module itself: on the meta device until the weights are loaded."""
-        return self._model.modules[self._path]
+    _call: int
 
     @property
     def output(self) -> Proxy:
@@ -86,6 +73,107 @@ class Handle:
     @inputs.setter
     def inputs(self, value: Any) -> None:
         self._write("inputs", value)
+
+    def skip(self, value: Any) -> None:
+        """Lets a value stand for the output, without the module's running.
+
+        Args:
+            value: of the structure, the shapes and the dtypes that the module returns. For a
+                transformer block, the hidden states alone will do.
+
+        Raises:
+            BlockError: outside of an invocation.
+            OperationError: if the module's own output is used before.
+        """
+        invocation, mark = self._invocation("skip")
+        invocation.skip(self._path, value, mark, self._call)
+
+    def stop(self) -> None:
+        """Lets the run end as soon as the module has returned.
+
+        Raises:
+            BlockError: outside of an invocation.
+        """
+        invocation, mark = self._invocation("stop")
+        invocation.stop(self._path, mark, self._call)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SITES:
+            super().__setattr__(name, value)
+        else:
+            raise PathError(
+                f"`{self._written()}.{name}` cannot be assigned to: a handle only stands for its "
+                "module. Change the module itself through `.module`.",
+                here(),
+            )
+
+    def __repr__(self) -> str:
+        return f"<call {self._call} of {self._written()}>"
+
+    def _read(self, kind: Kind) -> Proxy:
+        invocation, mark = innermost(self._model, 3)
+        if type(invocation) is not Invocation:
+            raise self._outside(kind, mark)
+        return invocation.read(self._path, kind, mark, self._call)
+
+    def _write(self, kind: Kind, value: Any) -> None:
+        invocation, mark = innermost(self._model, 4)
+        if type(invocation) is not Invocation:
+            raise self._outside(kind, mark)
+        invocation.write(self._path, kind, value, mark, self._call)
+
+    def _invocation(self, use: str) -> tuple[Invocation, Mark]:
+        invocation, mark = innermost(self._model, 3)
+        if type(invocation) is not Invocation:
+            raise self._outside(use, mark)
+        return invocation, mark
+
+    def _outside(self, use: str, mark: Mark) -> BlockError:
+        return BlockError(
+            f"`{self._written()}.{use}` is about a run, so it belongs inside a block: "
+            "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
+            "`with model.trace() as tracer:`.",
+            Location(*mark),
+        )
+
+    def _written(self) -> str:
+        return readable(self._path) or "model"
+
+
+class Handle(Call):
+    """Stands for one module of a model; its sites are those of the module's first call.
+
+    A child whose name is taken by the handle itself is reached as `handle["output"]`.
+    """
+
+    def __init__(self, model: Subject, path: str) -> None:
+        vars(self).update(_model=model, _path=path, _items={})
+
+    _call = 0
+    _items: dict[str, Handle]
+
+    @property
+    def path(self) -> str:
+        """The dotted path of the module in the tree, "" for the whole model."""
+        return self._path
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself: on the meta device until the weights are loaded."""
+        return self._model.modules[self._path]
+
+    def call(self, number: int) -> Call:
+        """Returns one call of a module that runs several times in a forward, or in a step.
+
+        Args:
+            number: which, from 0. Its sites are `handle.call(1).output` and so on.
+        """
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise IndexOutOfRangeError(
+                f"Calls of `{self._written()}` count from 0, so there is no call {number!r}.",
+                here(),
+            )
+        return Call(self._model, self._path, number)
 
     def __getattr__(self, name: str) -> Handle:
         children = self.module._modules
@@ -129,16 +217,6 @@ class Handle:
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self.module._modules})
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _SITES:
-            super().__setattr__(name, value)
-        else:
-            raise PathError(
-                f"`{self._written()}.{name}` cannot be assigned to: a handle only stands for its "
-                "module. Change the module itself through `.module`.",
-                here(),
-            )
-
     def __repr__(self) -> str:
         return render(summarise(self._path.rpartition(".")[2] or "model", self.module))
 
@@ -148,29 +226,6 @@ class Handle:
             child = Handle(self._model, f"{self._path}.{name}" if self._path else name)
             self._items[name] = child
         return child
-
-    def _read(self, kind: Kind) -> Proxy:
-        invocation, mark = innermost(self._model, 3)
-        if type(invocation) is not Invocation:
-            raise self._outside(kind, mark)
-        return invocation.read(self._path, kind, mark)
-
-    def _write(self, kind: Kind, value: Any) -> None:
-        invocation, mark = innermost(self._model, 4)
-        if type(invocation) is not Invocation:
-            raise self._outside(kind, mark)
-        invocation.write(self._path, kind, value, mark)
-
-    def _outside(self, kind: Kind, mark: Mark) -> BlockError:
-        return BlockError(
-            f"`{self._written()}.{kind}` means a value of a run, so it belongs inside a block: "
-            "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
-            "`with model.trace() as tracer:`.",
-            Location(*mark),
-        )
-
-    def _written(self) -> str:
-        return readable(self._path) or "model"
 
     def _unknown(self, name: str) -> str:
         module = self.module

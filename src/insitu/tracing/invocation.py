@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from insitu.graph.errors import BlockError, NoValueError
+from insitu.graph.errors import BlockError, NoValueError, ShapeError
 from insitu.graph.location import Mark, here, mark, user_frame
-from insitu.graph.node import Address, Kind, Ref, Site
+from insitu.graph.node import EVERY, Address, Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.runtime.probe import Probe
 from insitu.tracing.scope import Scope
+from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 if TYPE_CHECKING:
     from insitu.tracing.tracer import Tracer
@@ -23,11 +25,12 @@ class Invocation(Scope):
         tracer: the block that it belongs to.
         number: its place among the invocations of the block, from 0.
         request: what the model is called with.
+        current_step: which step of a generation lines mean now.
     """
 
     __slots__ = (
         *("_probe", "_reads", "_recording", "_result", "_views"),
-        *("number", "request", "tracer"),
+        *("current_step", "number", "request", "tracer"),
     )
 
     def __init__(self, tracer: Tracer, number: int, request: Any) -> None:
@@ -39,6 +42,7 @@ class Invocation(Scope):
         self.number = number
         self.request = request
         self._reads: dict[Address, Ref] = tracer.recording.sites
+        self.current_step = 0
         self._probe: Probe | None = None
         self._result: Any = None
 
@@ -60,22 +64,34 @@ class Invocation(Scope):
     ) -> None:
         self.leave()
 
-    def read(self, path: str, kind: Kind, mark: Mark) -> Proxy:
+    def read(
+        self, path: str, kind: Kind, mark: Mark, call: int = 0, step: int | None = None
+    ) -> Proxy:
         """Returns a proxy for the value of a module in the processing of this prompt.
 
         Args:
             path: the module's path.
             kind: which of its values.
             mark: the user's line.
+            call: in which call of the module.
+            step: in which step, if not the one that lines mean now.
         """
         recording = self._recording
-        address = (self.number, path, kind)
+        address = (self.number, path, kind, call, self.current_step if step is None else step)
         source = self._reads.get(address) or recording.read(address, mark)
         if kind == "output" and path in self._views:
             return StructureProxy(recording, source)
         return Proxy(recording, source)
 
-    def write(self, path: str, kind: Kind, value: Any, mark: Mark) -> None:
+    def write(
+        self,
+        path: str,
+        kind: Kind,
+        value: Any,
+        mark: Mark,
+        call: int = 0,
+        step: int | None = None,
+    ) -> None:
         """Puts a value in the place of a module's own, in the processing of this prompt.
 
         Args:
@@ -83,9 +99,78 @@ class Invocation(Scope):
             kind: which of its values.
             value: recorded values, constants, or containers of both.
             mark: the user's line.
+            call: in which call of the module.
+            step: in which step, if not the one that lines mean now.
         """
-        block = kind == "output" and path in self._views
-        self._recording.write((self.number, path, kind), value, block, mark)
+        address = (self.number, path, kind, call, self.current_step if step is None else step)
+        self._recording.write(address, value, kind == "output" and path in self._views, mark)
+
+    def skip(self, path: str, value: Any, mark: Mark, call: int = 0) -> None:
+        """Lets a value stand for a module's output, and the module not run.
+
+        Args:
+            path: the module's path.
+            value: recorded values, constants, or containers of both.
+            mark: the user's line.
+            call: in which call of the module.
+        """
+        if path in self._views and not isinstance(value, tuple | StructureProxy):
+            value = (value,)
+        self._recording.skip((self.number, path, "output", call, self.current_step), value, mark)
+
+    def stop(self, path: str, mark: Mark, call: int = 0) -> None:
+        """Lets the run end after a module.
+
+        Args:
+            path: the module's path.
+            mark: the user's line.
+            call: after which call of the module.
+        """
+        address = (self.number, path, "output", call, self.current_step)
+        recording = self._recording
+        index = recording.read(address, mark).index
+        recording.graph.stops[recording.original(index)] = mark
+
+    @property
+    def step(self) -> StepPicker:
+        """`invoker.step(2)` or `invoker.step[2]`: a context whose lines mean step 2.
+
+        Step 0 processes the prompt, and lines mean it unless told otherwise.
+        """
+        return StepPicker([self], self.tracer.procedure.steps)
+
+    @property
+    def steps(self) -> Iterator[int]:
+        """The numbers of all steps, for a loop in whose rounds lines mean that step."""
+        return each_step([self], self.tracer.procedure.steps)
+
+    def every_step(self) -> AtStep:
+        """Returns a context whose lines are recorded once and run in every step.
+
+        What is saved in it becomes a list with one value a step, of the steps in which there was
+        one.
+        """
+        return AtStep([self], EVERY)
+
+    def next(self) -> int:
+        """Lets the lines that come now mean the step after the present one; returns its number."""
+        return next_step([self], self.tracer.procedure.steps, mark())
+
+    @property
+    def tokens(self) -> Tokens:
+        """The token ids that steps choose: `tokens(2)`, or `tokens[2] = x` to choose another.
+
+        A replacement may depend on all that comes before the choice. `(rows,)`, int64.
+        """
+        return Tokens(self)
+
+    @property
+    def logits(self) -> Logits:
+        """What the model returns for the next token: `logits(2)`, or `logits[2] = x`.
+
+        `(rows, vocabulary)`, before logits processors; under beam search, a row a beam.
+        """
+        return Logits(self)
 
     @property
     def output(self) -> Any:
@@ -130,6 +215,9 @@ class Invocation(Scope):
         if self._probe is None:
             procedure = self.tracer.procedure
             self._probe = self.tracer.model.probe(procedure.example(self.request), procedure.views)
-        if (site.path, site.kind) not in self._probe:
-            raise self.tracer.never_ran(site, set(self._probe))
-        return self._probe[site.path, site.kind]
+        if site.step not in (0, EVERY) or site.kind in ("tokens", "choice"):
+            raise ShapeError(f"The shape of `{site}` is not known before the run.")
+        seen = self._probe.seen
+        if site[1:4] not in seen:
+            raise self.tracer.never_ran(site, seen)
+        return seen[site[1:4]]

@@ -6,7 +6,7 @@ without an error the model runs, once, with the experiment inside.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,14 +15,15 @@ from torch import nn
 
 from insitu.graph.errors import BlockError, NeverRanError, NoValueError, ShapeError, nearest
 from insitu.graph.location import Mark, here, mark, user_frame
-from insitu.graph.node import Graph, Site, readable
+from insitu.graph.node import EVERY, Graph, Site, readable
 from insitu.graph.recording import Recording
 from insitu.runtime.execution import Execution
-from insitu.runtime.order import check_order, pass_order
-from insitu.runtime.passes import Place, run_pass
+from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
+from insitu.runtime.passes import Passed, Place, run_pass
 from insitu.runtime.plan import make_plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.tracing.invocation import Invocation
+from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 
 class Tracer:
@@ -39,6 +40,7 @@ class Tracer:
     __slots__ = (
         "__weakref__",
         "_done",
+        "_ended",
         "_implicit",
         "_invocations",
         "_prompt",
@@ -69,6 +71,7 @@ class Tracer:
         self._request: Any = None
         self._result: Any = None
         self._done = False
+        self._ended = False
 
     @property
     def graph(self) -> Graph:
@@ -162,6 +165,8 @@ class Tracer:
             return self._implicit.output
         if self._result is None:
             reason = "its run failed" if self._done else "the model runs when the block ends"
+            if self._ended:
+                reason = "`stop` ended the run"
             raise NoValueError(f"`generator.output` has no value: {reason}.", here())
         return self._result
 
@@ -175,20 +180,72 @@ class Tracer:
         """Which positions of `ids` hold tokens and which padding, `(rows, position)`."""
         return self._only_request().visible_mask
 
-    def never_ran(self, site: Site, ran: set[Place] | None) -> NeverRanError:
+    @property
+    def step(self) -> StepPicker:
+        """`generator.step(2)` or `generator.step[2]`: a context whose lines mean step 2.
+
+        It holds for the invocations that there are; `invoker.step` is of one of them.
+        """
+        return StepPicker(self._invocations, self.procedure.steps)
+
+    @property
+    def steps(self) -> Iterator[int]:
+        """The numbers of all steps, for a loop in whose rounds lines mean that step."""
+        return each_step(self._invocations, self.procedure.steps)
+
+    def every_step(self) -> AtStep:
+        """Returns a context whose lines are recorded once and run in every step."""
+        return AtStep(self._invocations, EVERY)
+
+    def next(self) -> int:
+        """Lets the lines that come now mean the step after the present one; returns its number."""
+        return next_step(self._invocations, self.procedure.steps, mark())
+
+    @property
+    def tokens(self) -> Tokens:
+        """The token ids that steps choose, in a block of one prompt: see `invoker.tokens`."""
+        return self._only_invocation().tokens
+
+    @property
+    def logits(self) -> Logits:
+        """The logits for the next token, in a block of one prompt: see `invoker.logits`."""
+        return self._only_invocation().logits
+
+    def never_ran(
+        self, site: Site, ran: Collection[Place] | None, passed: Passed | None = None
+    ) -> NeverRanError:
         """Returns the error for a site at which nothing arrived.
 
         Args:
             site: the site.
             ran: where something did arrive, if that is known.
+            passed: what came of the pass, if there was one.
         """
         node = next(node for node in self.graph if node.site == site)
-        path = readable(site.path)
+        path = readable(site.path) or "model"
+        if passed is not None and passed.steps and site.step >= passed.steps:
+            return NeverRanError(
+                f"Step {site.step} never came, so `{site}` has no value: the generation ended "
+                f"after {passed.steps} step{'s' * (passed.steps > 1)} (an end token, a stopping "
+                "criterion, or `stop`). `save(optional=True)` lets a value be missing.",
+                node.location,
+            )
+        calls = 0 if passed is None else passed.calls.get(site.path, 0)
+        if ran is not None:
+            calls = max(calls, sum(place[:2] == site[1:3] for place in ran))
+        if site.call and calls:
+            return NeverRanError(
+                f"`{path}` was called {calls} time{'s' * (calls > 1)}, so there is no "
+                f"`{path}.call({site.call})`: they count from 0.",
+                node.location,
+            )
         message = f"`{path}` was not called in this run, so `{site}` has no value."
-        if isinstance(self.model.modules[site.path], nn.ModuleList | nn.ModuleDict):
+        if passed is not None and passed.stopped and self.graph.stops:
+            message += " The run was ended before, by `stop`."
+        elif isinstance(self.model.modules[site.path], nn.ModuleList | nn.ModuleDict):
             message += f" It only holds modules and is never called: take one, as in `{path}[0]`."
         elif ran is not None:
-            message += _relatives(site.path, sorted({path for path, _ in ran if path}))
+            message += _relatives(site.path, sorted({path for path, *_ in ran if path}))
         return NeverRanError(message, node.location)
 
     def _only_request(self) -> Any:
@@ -199,6 +256,15 @@ class Tracer:
                 here(3),
             )
         return self._request
+
+    def _only_invocation(self) -> Invocation:
+        if len(self._invocations) != 1:
+            raise BlockError(
+                "This block has its prompts in invocations: ask the `invoker` of "
+                "`with generator.invoke(prompt) as invoker:`.",
+                here(3),
+            )
+        return self._invocations[0]
 
     def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Invocation:
         request = self.procedure.request(args, kwargs, mark)
@@ -218,33 +284,48 @@ class Tracer:
             )
         recording = self.recording
         requests = [invocation.request for invocation in self._invocations]
-        plan = make_plan(recording.graph, recording.saves, recording.writes)
+        graph = recording.graph
+        plan = make_plan(graph, recording.saves)
         module = self.model.load()
-        passes = self.procedure.passes(module, requests, plan.reads)
+        cuts_short = bool(plan.skips or plan.stops)
+        passes = self.procedure.passes(module, requests, plan.reads, together=not cuts_short)
         order: Sequence[int] = range(len(passes))
-        if plan.writes:
+        returned: Mapping[str, Any] = {}
+        if plan.writes or plan.skips:
             if len(passes) > 1:
-                order = pass_order(recording.graph, plan, passes)
-            check_order(recording.graph, plan, passes, self._moments)
-        execution = Execution(recording.graph, plan)
+                order = pass_order(graph, plan, passes)
+            check_order(graph, plan, passes, self._moments)
+        if cuts_short:
+            returned = self._returned()
+            check_cuts(graph, plan, self._moments)
+        execution = Execution(graph, plan)
         modules, views = self.model.modules, self.procedure.views
         exclusive = self.model.exclusive
-        results: list[Any] = [None] * len(passes)
-        missing: list[int] = []
+        passed: list[Passed] = []
+        lacking: int | None = None
         with exclusive.lock:
             exclusive.begin()
             try:
                 for at in order:
                     single = passes[at]
-                    results[at], missing = run_pass(execution, plan.reads, single, modules, views)
-                    if missing:
-                        break
+                    now = run_pass(execution, plan.reads, single, modules, views, returned)
+                    passed.append(now)
+                    if now.missing:
+                        lacking = unexcused(graph, plan, now.missing, graph.optional)
+                        if lacking is not None:
+                            break
             finally:
                 exclusive.running = False
-        if missing:
-            raise self._missing(min(missing))
-        outputs = self.procedure.outputs(results, requests)
+        if lacking is not None:
+            raise self._missing(lacking, passed[-1])
         execution.fill(recording.saves)
+        if plan.stops and self.promises_output:
+            self._ended = True
+            return
+        results: list[Any] = [None] * len(passes)
+        for at, now in zip(order, passed, strict=True):
+            results[at] = now.result
+        outputs = self.procedure.outputs(results, requests)
         if outputs is not None:
             self._result = outputs.whole
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
@@ -257,18 +338,38 @@ class Tracer:
             probe = self.model.probe(self.procedure.example(request), self.procedure.views)
         except ShapeError:
             return None
-        return {place: moment for moment, place in enumerate(probe)}
+        return {place: moment for moment, place in enumerate(probe.seen)}
 
-    def _missing(self, index: int) -> NeverRanError:
+    def _returned(self) -> Mapping[str, Any]:
+        """What the modules that are skipped would return, as fake tensors."""
+        returned: dict[str, Any] = {}
+        for read in self.graph.skips:
+            node = self.graph[read]
+            invocation, path, *_ = node.args
+            request = self._invocations[invocation].request
+            try:
+                probe = self.model.probe(self.procedure.example(request), self.procedure.views)
+            except ShapeError as error:
+                raise ShapeError(
+                    f"`{readable(path)}` cannot be skipped, because it is not known what it "
+                    f"returns. {error}",
+                    node.location,
+                ) from error
+            if path not in probe.returned:
+                raise self.never_ran(Site(*node.args), probe.seen)
+            returned[path] = probe.returned[path]
+        return returned
+
+    def _missing(self, index: int, passed: Passed) -> NeverRanError:
         site = self.graph[index].site
         assert site is not None
         try:
             invocation = self._invocations[site.invocation]
             call = self.procedure.example(invocation.request)
-            ran = set(self.model.probe(call, self.procedure.views))
+            ran = self.model.probe(call, self.procedure.views).seen
         except Exception:  # the probe only adds to the message
             ran = None
-        return self.never_ran(site, ran)
+        return self.never_ran(site, ran, passed)
 
 
 def _relatives(path: str, ran: list[str]) -> str:

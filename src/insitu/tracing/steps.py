@@ -1,0 +1,175 @@
+"""Steps of a generation: which of them the lines of a block mean.
+
+Step 0 processes the prompt; each later one the token that was chosen before it. Lines mean step 0
+unless something here says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from insitu.graph.errors import BlockError, IndexOutOfRangeError, OptionError
+from insitu.graph.location import Location, Mark, mark
+from insitu.graph.node import EVERY
+from insitu.graph.proxy import Proxy
+
+if TYPE_CHECKING:
+    from insitu.tracing.invocation import Invocation
+
+
+class AtStep:
+    """A context whose lines mean one step, or every step, of some invocations."""
+
+    __slots__ = ("_before", "_invocations", "_start", "_step")
+
+    def __init__(self, invocations: list[Invocation], step: int) -> None:
+        self._invocations = invocations
+        self._step = step
+        self._before: list[int] = []
+        self._start = 0
+
+    def __enter__(self) -> AtStep:
+        self._before = [invocation.current_step for invocation in self._invocations]
+        self._start = self._recorded()
+        for invocation in self._invocations:
+            invocation.current_step = self._step
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for invocation, step in zip(self._invocations, self._before, strict=True):
+            invocation.current_step = step
+        if self._step == EVERY and self._invocations:
+            repeats = self._invocations[0].tracer.graph.repeats
+            repeats.append((self._start, self._recorded()))
+
+    def _recorded(self) -> int:
+        return len(self._invocations[0].tracer.graph) if self._invocations else 0
+
+
+class StepPicker:
+    """`invoker.step(2)` or `invoker.step[2]`: a context whose lines mean step 2."""
+
+    __slots__ = ("_invocations", "_steps")
+
+    def __init__(self, invocations: list[Invocation], steps: int) -> None:
+        self._invocations = invocations
+        self._steps = steps
+
+    def __call__(self, step: int) -> AtStep:
+        """Returns a context whose lines mean a step."""
+        return AtStep(self._invocations, checked_step(step, self._steps, mark()))
+
+    def __getitem__(self, step: int) -> AtStep:
+        return AtStep(self._invocations, checked_step(step, self._steps, mark()))
+
+
+class StepValues:
+    """One value of each step that is no module's: `invoker.tokens`, `invoker.logits`.
+
+    `tokens(2)` and `tokens[2]` read step 2, `tokens()` the step that lines mean here, and
+    `tokens[2] = x` replaces what is there.
+    """
+
+    __slots__ = ("_invocation",)
+
+    def __init__(self, invocation: Invocation) -> None:
+        self._invocation = invocation
+
+    def __call__(self, step: int | None = None) -> Proxy:
+        """Returns a proxy for the value of a step, without a number of the step meant here."""
+        return self._read(self._which(step, mark()), mark())
+
+    def __getitem__(self, step: int) -> Proxy:
+        return self._read(self._which(step, mark()), mark())
+
+    def __setitem__(self, step: int, value: Any) -> None:
+        self._write(self._which(step, mark()), value, mark())
+
+    def _which(self, step: int | None, line: Mark) -> int:
+        invocation = self._invocation
+        if step is None:
+            return invocation.current_step
+        return checked_step(step, invocation.tracer.procedure.steps, line)
+
+    def _read(self, step: int, line: Mark) -> Proxy:
+        raise NotImplementedError
+
+    def _write(self, step: int, value: Any, line: Mark) -> None:
+        raise NotImplementedError
+
+
+class Tokens(StepValues):
+    """The token ids that steps choose, `(rows,)` each."""
+
+    __slots__ = ()
+
+    def _read(self, step: int, line: Mark) -> Proxy:
+        self._invocation.tracer.procedure.check_tokens(Location(*line))
+        return self._invocation.read("", "tokens", line, step=step)
+
+    def _write(self, step: int, value: Any, line: Mark) -> None:
+        self._invocation.tracer.procedure.check_tokens(Location(*line))
+        self._invocation.write("", "choice", value, line, step=step)
+
+
+class Logits(StepValues):
+    """The model's logits for the next token, `(rows, vocabulary)` each, as it returns them."""
+
+    __slots__ = ()
+
+    def _read(self, step: int, line: Mark) -> Proxy:
+        return self._invocation.read("", "output", line, step=step).logits[:, -1]
+
+    def _write(self, step: int, value: Any, line: Mark) -> None:
+        output = self._invocation.read("", "output", line, step=step)
+        logits = output.logits
+        output["logits"] = torch.cat([logits[:, :-1], value[:, None]], 1)
+
+
+def checked_step(step: int, steps: int, line: Mark) -> int:
+    """Returns the number of a step.
+
+    Raises:
+        OptionError: in a forward, which has no steps.
+        IndexOutOfRangeError: if there will be no such step.
+    """
+    if steps == 1 and step:
+        raise OptionError(
+            f"There is no step {step}: this run has one step, step 0. A generation has as many as "
+            "`max_new_tokens` says.",
+            Location(*line),
+        )
+    if isinstance(step, bool) or not isinstance(step, int) or not -steps <= step < steps:
+        raise IndexOutOfRangeError(
+            f"There is no step {step!r}: `max_new_tokens={steps}` makes steps 0 to {steps - 1}.",
+            Location(*line),
+        )
+    return step % steps
+
+
+def each_step(invocations: list[Invocation], steps: int) -> Iterator[int]:
+    """Yields the numbers of all steps; while one is out, lines mean that step."""
+    for step in range(steps):
+        with AtStep(invocations, step):
+            yield step
+
+
+def next_step(invocations: list[Invocation], steps: int, line: Mark) -> int:
+    """Lets the lines that come now mean the step after the one that they mean, and returns it."""
+    for invocation in invocations:
+        if invocation.current_step == EVERY:
+            raise BlockError(
+                "There is no next step in `every_step`: its lines mean all of them.",
+                Location(*line),
+            )
+        invocation.current_step = checked_step(invocation.current_step + 1, steps, line)
+    return invocations[0].current_step

@@ -1,0 +1,225 @@
+"""Later calls of a module, skipping and stopping, against plain PyTorch hooks and forwards."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from insitu import (
+    BlockError,
+    CausalityError,
+    LanguageModel,
+    Model,
+    NeverRanError,
+    NoValueError,
+    OperationError,
+    ShapeError,
+)
+from tests.fidelity.test_writing import IDS, OTHER, SHORT, blocks, logits
+
+X = torch.arange(8.0).reshape(2, 4)
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a hook was called by a run on fake tensors, which looks up shapes and order."""
+    return type(value) is not torch.Tensor
+
+
+def outputs_of(module: nn.Module, part: nn.Module, **kwargs: Any) -> list[torch.Tensor]:
+    """What a part of a module returns in each of its calls."""
+    found: list[torch.Tensor] = []
+    handle = part.register_forward_hook(lambda m, a, output: found.append(output.clone()))
+    try:
+        with torch.no_grad():
+            module(**kwargs)
+    finally:
+        handle.remove()
+    return found
+
+
+def test_each_call_of_a_module_is_a_site_of_its_own(twice: Model) -> None:
+    with twice.trace(x=X):
+        second = twice.shared.call(1).output.save()
+        first = twice.shared.output.save()
+        argument = twice.shared.call(1).input.save()
+    expected = outputs_of(twice.module, twice.shared.module, x=X)
+    assert torch.equal(first, expected[0]) and torch.equal(second, expected[1])
+    assert torch.equal(argument, expected[0])
+
+
+def test_a_later_call_is_written_and_the_first_is_not(twice: Model) -> None:
+    with twice.trace(x=X):
+        twice.shared.call(1).output = twice.shared.call(1).output * 0 + 3
+        result = twice.output.save()
+    expected = outputs_of(twice.module, twice.shared.module, x=X)
+    assert torch.equal(result["first"], expected[0])
+    assert torch.equal(result["second"], torch.full((2, 4), 3.0))
+
+
+def test_what_the_first_call_returns_can_go_into_the_second_but_not_back(twice: Model) -> None:
+    with twice.trace(x=X):
+        twice.shared.call(1).output = twice.shared.output
+        result = twice.output.save()
+    assert torch.equal(result["second"], result["first"].relu())
+    with pytest.raises(CausalityError, match=r"shared.call\(1\).output"), twice.trace(x=X):
+        twice.shared.output = twice.shared.call(1).output
+
+
+def test_a_call_that_never_happens_is_an_error_that_says_how_many_there_were(twice: Model) -> None:
+    with pytest.raises(NeverRanError, match="`shared` was called 2 times.*call") as caught:
+        with twice.trace(x=X):
+            twice.shared.call(2).output.save()  # too many
+    assert "too many" in str(caught.value)
+    with twice.trace(x=X):
+        missing = twice.shared.call(2).output.sum().save(optional=True)
+        there = twice.shared.call(1).output.save(optional=True)
+    assert missing.value is None and there.value is not None
+
+
+def test_the_shape_of_a_later_call_is_known(twice: Model) -> None:
+    with twice.trace(x=X):
+        assert twice.shared.call(1).output.shape == (2, 4)
+    with pytest.raises(NeverRanError, match="called 2 times"), twice.trace(x=X):
+        print(twice.shared.call(5).output.shape)
+
+
+def test_a_block_that_is_skipped_does_not_run(language_model: LanguageModel) -> None:
+    model, path = language_model, blocks(language_model)[1].path
+    ran: list[Any] = []
+    handle = model.module.get_submodule(path + ".mlp").register_forward_hook(
+        lambda m, a, output: None if is_fake(output) else ran.append(output)
+    )
+    with model.trace(IDS):
+        blocks(model)[1].skip(blocks(model)[0].output[0])
+        stands = blocks(model)[1].output[0].save()
+        result = model.lm_head.output.save()
+    handle.remove()
+    assert not ran
+    kept: list[torch.Tensor] = []
+    before = blocks(model)[0].path
+
+    def keep(hidden: torch.Tensor) -> torch.Tensor:
+        kept.append(hidden)
+        return hidden
+
+    expected = logits(model, {before: keep, path: lambda _: kept[0]}, IDS)
+    assert torch.equal(result, expected) and torch.equal(stands, kept[0])
+    assert "forward" not in vars(model.module.get_submodule(path))
+
+
+def test_any_module_can_be_skipped_with_a_constant_or_its_input(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        gpt2.transformer.h[2].mlp.skip(torch.zeros(1, 6, 16))
+        gpt2.transformer.ln_f.skip(gpt2.transformer.ln_f.input)
+        result = gpt2.lm_head.output.save()
+    plain: list[torch.Tensor] = []
+    handle = gpt2.module.transformer.ln_f.register_forward_pre_hook(
+        lambda m, args: plain.append(args[0])
+    )
+    edits = {
+        "transformer.h.2.mlp": torch.zeros_like,
+        "transformer.ln_f": lambda _: plain[-1],
+    }
+    expected = logits(gpt2, edits, IDS)
+    handle.remove()
+    assert torch.equal(result, expected)
+
+
+def test_skipping_in_one_invocation_leaves_the_others_as_they_are(gpt2: LanguageModel) -> None:
+    with gpt2.trace() as tracer:
+        with tracer.invoke(IDS):
+            gpt2.transformer.h[3].skip(gpt2.transformer.h[2].output)
+            skipped = gpt2.lm_head.output.save()
+        with tracer.invoke(SHORT):
+            plain = gpt2.lm_head.output.save()
+    assert torch.equal(plain, logits(gpt2, {}, SHORT))
+    assert not torch.equal(skipped, logits(gpt2, {}, IDS))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(torch.zeros(1, 5, 16), r"\(1, 6, 16\)"), (torch.zeros(1, 6, 16).double(), "dtype")],
+)
+def test_what_stands_for_a_skipped_module_is_checked(
+    gpt2: LanguageModel, value: torch.Tensor, found: str
+) -> None:
+    with pytest.raises(ShapeError, match=found) as caught, gpt2.trace(IDS):
+        gpt2.transformer.h[1].skip(value)  # does not fit
+        gpt2.lm_head.output.save()
+    assert "does not fit" in str(caught.value) and "h[1].output" in str(caught.value)
+    assert "forward" not in vars(gpt2.module.transformer.h[1])
+
+
+def test_reading_what_a_skip_prevents_is_an_error_before_the_run(gpt2: LanguageModel) -> None:
+    calls: list[Any] = []
+    handle = gpt2.module.transformer.wte.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(NeverRanError, match=r"h\[1\].mlp.output.*skip") as caught:
+        with gpt2.trace(IDS):
+            gpt2.transformer.h[1].mlp.output.save()  # inside of it
+            gpt2.transformer.h[1].skip(gpt2.transformer.h[0].output)
+    assert "inside of it" in str(caught.value)
+    with pytest.raises(OperationError, match="used before") as caught, gpt2.trace(IDS):
+        gpt2.transformer.h[1].output[0].save()
+        gpt2.transformer.h[1].skip(gpt2.transformer.h[0].output)
+    with pytest.raises(CausalityError), gpt2.trace(IDS):
+        gpt2.transformer.h[1].skip(gpt2.transformer.h[2].output)
+    calls.clear()
+    with gpt2.trace(IDS):
+        gpt2.lm_head.output.save()
+    handle.remove()
+    assert calls == [1]
+
+
+def test_nothing_runs_after_a_stop(gpt2: LanguageModel) -> None:
+    ran: list[int] = []
+    handles = [
+        block.register_forward_hook(
+            lambda m, args, out, layer=layer: None if is_fake(args[0]) else ran.append(layer)
+        )
+        for layer, block in enumerate(gpt2.module.transformer.h)
+    ]
+    with gpt2.trace(IDS):
+        gpt2.transformer.h[1].stop()
+        first = gpt2.transformer.h[0].output[0].save()
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1]
+    assert torch.equal(first, outputs_of_block(gpt2, 0))
+
+
+def outputs_of_block(model: LanguageModel, layer: int) -> torch.Tensor:
+    kept: list[torch.Tensor] = []
+    block = model.module.transformer.h[layer]
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = block.register_forward_hook(keep)
+    with torch.no_grad():
+        model.module(IDS, use_cache=False)
+    handle.remove()
+    return kept[0]
+
+
+def test_reading_what_comes_after_a_stop_is_an_error_before_the_run(gpt2: LanguageModel) -> None:
+    with pytest.raises(NeverRanError, match=r"h\[2\].output.*ends after `transformer.h\[1\]`"):
+        with gpt2.trace(IDS):
+            gpt2.transformer.h[2].output[0].save()
+            gpt2.transformer.h[1].stop()
+
+
+def test_a_stopped_generation_has_no_output_and_says_so(gpt2: LanguageModel) -> None:
+    with gpt2.generate(IDS, max_new_tokens=3) as generator:
+        hidden = gpt2.transformer.h[1].output[0].save()
+        gpt2.transformer.h[1].stop()
+    assert hidden.value.shape == (1, 6, 16)
+    with pytest.raises(NoValueError, match="stop"):
+        print(generator.output)
+
+
+def test_skip_and_stop_belong_into_a_block(gpt2: LanguageModel) -> None:
+    with pytest.raises(BlockError):
+        gpt2.transformer.h[0].stop()
+    with pytest.raises(BlockError):
+        gpt2.transformer.h[0].skip(OTHER)

@@ -1,0 +1,310 @@
+"""Steps of generation, against plain hooks on Hugging Face's own `generate`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from insitu import (
+    BlockError,
+    CausalityError,
+    IndexOutOfRangeError,
+    LanguageModel,
+    NeverRanError,
+    OperationError,
+    OptionError,
+)
+from tests.fidelity.test_writing import IDS, OTHER, SHORT, blocks
+
+NEW = 4
+
+
+def hidden(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def generated(
+    model: LanguageModel, hooks: dict[str, Callable[[int, torch.Tensor], Any]], **kwargs: Any
+) -> torch.Tensor:
+    """What `generate` returns while hooks, which are told the step, may change outputs."""
+    handles = []
+    for path, function in hooks.items():
+
+        def hook(module: nn.Module, args: Any, output: Any, function=function, step=[0]) -> Any:  # noqa: B006
+            changed = function(step[0], hidden(output))
+            step[0] += 1
+            if changed is None:
+                return None
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handles.append(model.module.get_submodule(path).register_forward_hook(hook))
+    ids = kwargs.pop("input_ids", IDS)
+    options = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0, **kwargs}
+    try:
+        return model.module.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def recorded(model: LanguageModel, path: str, **kwargs: Any) -> list[torch.Tensor]:
+    """What a module returns in each step."""
+    found: list[torch.Tensor] = []
+    generated(model, {path: lambda step, value: found.append(value.clone())}, **kwargs)
+    return found
+
+
+def test_reads_of_every_step_in_any_order(language_model: LanguageModel) -> None:
+    model = language_model
+    block = blocks(model)[1]
+    with model.generate(max_new_tokens=NEW, eos_token_id=None) as generator:
+        with generator.invoke(IDS) as invoker:
+            with invoker.step(3):
+                last = block.output[0].save()
+            with invoker.step[1]:
+                second = block.output[0].save()
+            first = block.output[0].save()
+    expected = recorded(model, block.path)
+    assert torch.equal(first, expected[0])
+    assert torch.equal(second, expected[1])
+    assert torch.equal(last, expected[3])
+    assert torch.equal(generator.output, generated(model, {}))
+
+
+def test_a_loop_over_steps_records_each(language_model: LanguageModel) -> None:
+    model, saved = language_model, []
+    with model.generate(IDS, max_new_tokens=NEW, eos_token_id=None) as generator:
+        for step in generator.steps:
+            saved.append((step, model.lm_head.output[:, -1].save()))
+        outside = model.lm_head.output[:, -1].save()
+    expected = recorded(model, "lm_head")
+    assert [step for step, _ in saved] == list(range(NEW))
+    for step, value in saved:
+        assert torch.equal(value, expected[step][:, -1])
+    assert torch.equal(outside, expected[0][:, -1])
+
+
+def test_next_moves_to_the_following_step(gpt2: LanguageModel) -> None:
+    with gpt2.generate(max_new_tokens=3, eos_token_id=None) as generator:
+        with generator.invoke(IDS) as invoker:
+            first = gpt2.lm_head.output.save()
+            assert invoker.next() == 1
+            second = gpt2.lm_head.output.save()
+            invoker.next()
+            third = gpt2.lm_head.output.save()
+            with pytest.raises(IndexOutOfRangeError, match="steps 0 to 2"):
+                invoker.next()
+    for value, expected in zip((first, second, third), recorded(gpt2, "lm_head"), strict=False):
+        assert torch.equal(value, expected)
+
+
+def test_what_is_saved_in_every_step_is_a_list_with_one_value_a_step(
+    language_model: LanguageModel,
+) -> None:
+    model = language_model
+    block, later = blocks(model)[0], blocks(model)[2]
+    with model.generate(max_new_tokens=NEW, eos_token_id=None) as generator:
+        with generator.invoke(IDS) as invoker:
+            start = block.output[0][:, -1]
+            with invoker.every_step():
+                values = block.output[0].save()
+                sums = (later.output[0][:, -1] + block.output[0][:, -1] - start).save()
+    early, late = recorded(model, block.path), recorded(model, later.path)
+    assert isinstance(values.value, list) and len(values.value) == NEW
+    for step in range(NEW):
+        assert torch.equal(values.value[step], early[step])
+        expected = late[step][:, -1] + early[step][:, -1] - early[0][:, -1]
+        assert torch.equal(sums.value[step], expected)
+
+
+def test_a_write_in_every_step_steers_the_whole_generation(language_model: LanguageModel) -> None:
+    model = language_model
+    block = blocks(model)[1]
+    torch.manual_seed(1)
+    vector = torch.randn(16) * 3
+    with model.generate(max_new_tokens=NEW, eos_token_id=None) as generator:
+        with generator.invoke(IDS) as invoker, invoker.every_step():
+            block.output = block.output[0] + vector
+            after = block.output[0].save()
+    expected = generated(model, {block.path: lambda step, value: value + vector})
+    assert torch.equal(generator.output, expected)
+    assert not torch.equal(expected, generated(model, {}))
+    plain = recorded(model, block.path)
+    assert torch.equal(after.value[0], plain[0] + vector)
+
+
+def test_a_write_in_one_step_changes_the_steps_after_it(language_model: LanguageModel) -> None:
+    model = language_model
+    block = blocks(model)[1]
+    with model.generate(IDS, max_new_tokens=NEW, eos_token_id=None) as generator:
+        first = block.output[0]
+        with generator.step(2):
+            block.output = block.output[0] * -5 + first[:, -1:]
+    kept: list[torch.Tensor] = []
+
+    def change(step: int, value: torch.Tensor) -> Any:
+        kept.append(value)
+        return value * -5 + kept[0][:, -1:] if step == 2 else None
+
+    assert torch.equal(generator.output, generated(model, {block.path: change}))
+
+
+def test_a_write_cannot_use_a_later_step(gpt2: LanguageModel) -> None:
+    with pytest.raises(CausalityError, match="of step 2"):
+        with gpt2.generate(IDS, max_new_tokens=3, eos_token_id=None) as generator:
+            with generator.step(2):
+                later = gpt2.transformer.h[0].output[0]
+            with generator.step(1):
+                gpt2.transformer.h[1].output = later
+
+
+def test_several_invocations_keep_their_steps_apart(language_model: LanguageModel) -> None:
+    model = language_model
+    with model.generate(max_new_tokens=NEW, eos_token_id=None) as generator:
+        with generator.invoke(IDS) as one, one.every_step():
+            first = model.lm_head.output[:, -1].save()
+        with generator.invoke(SHORT) as other, other.step(2):
+            second = model.lm_head.output[:, -1].save()
+    expected = recorded(model, "lm_head")
+    assert all(torch.equal(a, b[:, -1]) for a, b in zip(first.value, expected, strict=True))
+    assert torch.equal(second, recorded(model, "lm_head", input_ids=SHORT)[2][:, -1])
+
+
+def test_a_step_that_never_came_is_an_error_that_says_why(gpt2: LanguageModel) -> None:
+    end = int(generated(gpt2, {})[0, IDS.shape[1] + 1])  # stops after two
+    with pytest.raises(NeverRanError, match="Step 3 never came.*after 2 steps") as caught:
+        with gpt2.generate(IDS, max_new_tokens=NEW, eos_token_id=end) as generator:
+            with generator.step(3):
+                gpt2.lm_head.output.save()  # the line to find
+    assert "the line to find" in str(caught.value)
+    with gpt2.generate(IDS, max_new_tokens=NEW, eos_token_id=end) as generator:
+        with generator.step(3):
+            missing = gpt2.lm_head.output.argmax(-1).save(optional=True)
+        with generator.every_step():
+            values = gpt2.lm_head.output.save()
+    assert missing.value is None and len(values.value) == 2
+
+
+def test_steps_outside_of_the_generation_are_refused_at_their_line(gpt2: LanguageModel) -> None:
+    with pytest.raises(IndexOutOfRangeError, match="steps 0 to 1") as caught:
+        with gpt2.generate(IDS, max_new_tokens=2) as generator, generator.step(2):  # no such
+            pass
+    assert "no such" in str(caught.value)
+    with pytest.raises(OptionError, match="one step"), gpt2.trace(IDS) as tracer, tracer.step(1):
+        pass
+    with pytest.raises(BlockError, match="every_step"):
+        with gpt2.generate(IDS, max_new_tokens=2) as generator, generator.every_step():
+            generator.next()
+
+
+def test_tokens_can_be_read_and_replaced(language_model: LanguageModel) -> None:
+    model = language_model
+    with model.generate(max_new_tokens=NEW, eos_token_id=None) as generator:
+        with generator.invoke(IDS) as invoker:
+            chosen = [invoker.tokens(step).save() for step in invoker.steps]
+    plain = generated(model, {})
+    assert [int(token.value[0]) for token in chosen] == plain[0, IDS.shape[1] :].tolist()
+
+    with model.generate(max_new_tokens=NEW, eos_token_id=None) as generator:
+        with generator.invoke(IDS) as invoker:
+            invoker.tokens[1] = torch.tensor([77])
+            read = invoker.tokens[1].save()
+    so_far = plain[:, : IDS.shape[1] + 1]
+    start = torch.cat([so_far, torch.tensor([[77]])], 1)
+    expected = generated(model, {}, input_ids=start, max_new_tokens=NEW - 2)
+    assert torch.equal(generator.output, expected)
+    assert read.value.tolist() == [77]
+
+
+def test_a_replaced_token_can_end_the_generation_and_is_what_streamers_see(
+    gpt2: LanguageModel,
+) -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def put(self, tokens: torch.Tensor) -> None:
+            self.seen.extend(tokens.flatten().tolist())
+
+        def end(self) -> None:
+            self.seen.append(-1)
+
+    streamer = Streamer()
+    options = {"max_new_tokens": NEW, "eos_token_id": 50, "streamer": streamer}
+    with gpt2.generate(IDS, **options) as generator:
+        generator.tokens[2] = torch.tensor([50])
+    assert generator.output.shape[1] == IDS.shape[1] + 3 and generator.output[0, -1] == 50
+    assert streamer.seen[-2:] == [50, -1]
+
+
+def test_a_replacement_may_use_what_comes_before_the_choice_only(gpt2: LanguageModel) -> None:
+    with gpt2.generate(IDS, max_new_tokens=2, eos_token_id=None) as generator:
+        generator.tokens[0] = generator.logits(0).argmin(-1)
+        least = gpt2.lm_head.output[:, -1].argmin(-1).save()
+    assert generator.output[0, IDS.shape[1]] == least.value[0]
+    with pytest.raises(CausalityError):
+        with gpt2.generate(IDS, max_new_tokens=2, eos_token_id=None) as generator:
+            generator.tokens[0] = generator.tokens[0] + 1
+
+
+def test_logits_can_be_read_and_replaced(language_model: LanguageModel) -> None:
+    model = language_model
+    with model.generate(IDS, max_new_tokens=NEW, eos_token_id=None) as generator:
+        read = generator.logits(1).save()
+        generator.logits[2] = -generator.logits(2)
+    expected = generated(model, {"lm_head": lambda step, v: -v if step == 2 else None})
+    assert torch.equal(generator.output, expected)
+    assert torch.equal(read, recorded(model, "lm_head")[1][:, -1])
+    assert not torch.equal(expected, generated(model, {}))
+
+
+def test_sampling_with_a_seed_has_steps_too(gpt2: LanguageModel) -> None:
+    with gpt2.generate(max_new_tokens=NEW, eos_token_id=None, do_sample=True) as generator:
+        with generator.invoke(IDS, seed=3) as invoker, invoker.every_step():
+            chosen = invoker.tokens().save()
+            scores = gpt2.lm_head.output.save()
+    torch.manual_seed(3)
+    expected = generated(gpt2, {}, do_sample=True)
+    assert torch.equal(generator.output, expected)
+    tokens = [int(token) for token in chosen.value]
+    assert tokens == expected[0, IDS.shape[1] :].tolist() and len(scores.value) == NEW
+
+
+def test_beam_search_gives_a_row_for_each_beam(gpt2: LanguageModel) -> None:
+    beams = {"num_beams": 3, "max_new_tokens": NEW, "eos_token_id": None}
+    with gpt2.generate(IDS, **beams) as generator, generator.step(2):
+        read = gpt2.lm_head.output.save()
+    expected = recorded(gpt2, "lm_head", num_beams=3)
+    assert torch.equal(read, expected[2]) and read.value.shape[0] == 3
+    with pytest.raises(OptionError, match="Beam search"):
+        with gpt2.generate(IDS, **beams) as generator:
+            generator.tokens(0)
+
+
+def test_stopping_criteria_of_the_user_still_count(gpt2: LanguageModel) -> None:
+    def after_two(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((ids.shape[0],), ids.shape[1] >= IDS.shape[1] + 2)
+
+    options = {"max_new_tokens": NEW, "eos_token_id": None, "stopping_criteria": [after_two]}
+    with gpt2.generate(IDS, **options) as generator, generator.every_step():
+        tokens = generator.tokens().save()
+    assert len(tokens.value) == 2 and generator.output.shape[1] == IDS.shape[1] + 2
+
+
+def test_a_value_of_every_step_is_used_inside_only(gpt2: LanguageModel) -> None:
+    with pytest.raises(OperationError, match="every_step") as caught:
+        with gpt2.generate(OTHER, max_new_tokens=2) as generator:
+            with generator.every_step():
+                value = gpt2.lm_head.output
+            value.mean().save()  # outside
+    assert "outside" in str(caught.value)
+
+
+def test_a_site_is_written_in_every_step_or_in_single_ones(gpt2: LanguageModel) -> None:
+    with pytest.raises(OperationError, match="every step"):
+        with gpt2.generate(OTHER, max_new_tokens=2) as generator:
+            with generator.every_step():
+                gpt2.lm_head.output = gpt2.lm_head.output * 2
+            gpt2.lm_head.output.save()
