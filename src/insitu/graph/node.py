@@ -44,7 +44,7 @@ class Site(NamedTuple):
     @property
     def owner(self) -> str:
         """The call of the module, as one would write it."""
-        written = readable(self.path) or "model"
+        written = readable(self.path) if self.path else "model"
         return f"{written}.call({self.call})" if self.call else written
 
     def __str__(self) -> str:
@@ -126,6 +126,7 @@ class Graph:
         stops: the line that ends the run, by the node that reads the output after which.
         optional: the saves whose values may be missing.
         repeats: from which node to which, without it, nodes were recorded for every step.
+        mutations: the nodes that write in place.
     """
 
     rows: list[Row]
@@ -134,6 +135,7 @@ class Graph:
     stops: dict[int, Mark] = field(default_factory=dict[int, Mark])
     optional: set[int] = field(default_factory=set[int])
     repeats: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    mutations: list[int] = field(default_factory=list[int])
 
     def __len__(self) -> int:
         return len(self.rows)

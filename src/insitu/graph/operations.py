@@ -1,7 +1,7 @@
 """The registry: the explicit list of operations that can be recorded.
 
-Every operation here is pure: it reads its arguments and returns a value. What writes in place,
-draws random numbers, touches files or global state, looks at storage or strides, or returns
+Every operation here reads its arguments and returns a value, or writes into the first of them.
+What draws random numbers, touches files or global state, looks at storage or strides, or returns
 uninitialised memory is not in the list, because what is recorded is what may later travel to a
 process that trusts nothing but this list.
 """
@@ -28,10 +28,12 @@ class Operation:
     Attributes:
         name: such as "torch.softmax", "Tensor.mean" or "operator.add".
         function: what computes it.
+        in_place: whether it writes into its first argument, which it also returns.
     """
 
     name: str
     function: Callable[..., Any]
+    in_place: bool = False
 
     @property
     def short(self) -> str:
@@ -116,6 +118,50 @@ _LINALG = """
 """
 
 
+# Writes into the first argument: what `torch.Tensor` has of these names with an underscore.
+_IN_PLACE = """
+    abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr arccos arccosh arcsin
+    arcsinh arctan arctan2 arctanh asin asinh atan atan2 atanh baddbmm bitwise_and
+    bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp clamp_max
+    clamp_min clip conj_physical copy copysign cos cosh cumprod cumsum deg2rad digamma div divide
+    eq erf erfc erfinv exp exp2 expm1 fill fill_diagonal fix float_power floor floor_divide fmod
+    frac gcd ge greater greater_equal gt heaviside hypot i0 igamma igammac index_add index_copy
+    index_fill index_put index_reduce lcm ldexp le lerp less less_equal lgamma log log10 log1p log2
+    logical_and logical_not logical_or logical_xor logit lt masked_fill masked_scatter mul multiply
+    mvlgamma nan_to_num ne neg negative nextafter not_equal polygamma pow rad2deg reciprocal relu
+    remainder renorm round rsqrt scatter scatter_add scatter_reduce sgn sigmoid sign sin sinc sinh
+    sqrt square sub subtract tan tanh tril triu true_divide trunc xlogy zero
+"""
+_AUGMENTED = "iadd iand ifloordiv ilshift imod imul ior ipow irshift isub itruediv ixor setitem"
+
+
+def _set(target: Any, key: Any, value: Any) -> Any:
+    """Does `target[key] = value` and returns the target."""
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(
+            f"a {type(target).__name__} cannot be written to: assign a whole new one to its site"
+        )
+    target[key] = value
+    return target
+
+
+def _writing() -> dict[str, Operation]:
+    """Operations that write in place."""
+    listed = {
+        f"operator.{name}": Operation(f"operator.{name}", getattr(operator, name), True)
+        for name in _AUGMENTED.split()
+    }
+    listed["operator.setitem"] = Operation("operator.setitem", _set, True)
+    for name in _IN_PLACE.split():
+        if hasattr(torch.Tensor, f"{name}_"):
+            full = f"Tensor.{name}_"
+            listed[full] = Operation(full, getattr(torch.Tensor, f"{name}_"), True)
+        if hasattr(torch, f"{name}_"):
+            full = f"torch.{name}_"
+            listed[full] = Operation(full, getattr(torch, f"{name}_"), True)
+    return listed
+
+
 def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
     """Operations of one namespace; a name that the installed torch does not have is left out."""
     return {
@@ -132,6 +178,7 @@ BY_NAME: Mapping[str, Operation] = MappingProxyType(
     | _listed("Tensor", torch.Tensor, _SHARED + _TENSOR)
     | _listed("functional", torch.nn.functional, _FUNCTIONAL)
     | _listed("linalg", torch.linalg, _LINALG)
+    | _writing()
 )
 
 TENSOR_METHODS: tuple[Operation, ...] = tuple(
@@ -146,6 +193,7 @@ _OPERATOR_METHODS = {
 }
 
 GETITEM = BY_NAME["operator.getitem"]
+SETITEM = BY_NAME["operator.setitem"]
 
 BY_FUNCTION: Mapping[Callable[..., Any], Operation] = MappingProxyType(
     _OPERATOR_METHODS | {operation.function: operation for operation in BY_NAME.values()}

@@ -17,7 +17,16 @@ import torch
 
 from insitu.graph.errors import NoValueError, OperationError, nearest
 from insitu.graph.location import here, mark
-from insitu.graph.operations import ATTRIBUTE, BY_FUNCTION, BY_NAME, SAVE, TENSOR_METHODS, Operation
+from insitu.graph.operations import (
+    ATTRIBUTE,
+    BY_FUNCTION,
+    BY_NAME,
+    SAVE,
+    SETITEM,
+    TENSOR_METHODS,
+    WRITE,
+    Operation,
+)
 from insitu.graph.recording import NO_KWARGS, Cell, Recorded, Recording
 from insitu.graph.shapes import dtype_of, fake_value, length_of, shape_of
 from insitu.graph.structure import map_structure
@@ -123,14 +132,6 @@ class Proxy(Recorded):
             raise AttributeError(name)
         if not self._recording.open:
             return getattr(self.result(here()), name)
-        if name.endswith("_") and hasattr(torch.Tensor, name):
-            raise OperationError(
-                f"`.{name}()` writes in place, which is not recorded yet: use "
-                f"`.{name.rstrip('_')}()`, which returns a new value."
-                if hasattr(torch.Tensor, name.rstrip("_"))
-                else f"`.{name}()` writes in place, which is not recorded yet.",
-                here(),
-            )
         return _record(ATTRIBUTE, (self, name), NO_KWARGS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,26 +200,35 @@ class Proxy(Recorded):
         if not self._recording.open:
             self.result(here())[key] = value
             return
-        if isinstance(key, int | str):
+        recording, line = self._recording, mark()
+        if recording.holds(self._ref, value, key):
+            return
+        if isinstance(key, str) or (isinstance(key, int) and not self._is_tensor()):
             block = type(self) is StructureProxy
-            written = self._recording.write_part(self._ref, key, value, block, mark())
+            written = recording.write_part(self._ref, key, value, block, line)
             if written is not None:
                 self._ref = written
                 return
-        self._in_place("`value[...] = x`", "torch.where or torch.index_fill")
+        recording.mutate(SETITEM, (self, key, value), NO_KWARGS, line)
 
     def __delitem__(self, key: Any) -> None:
         if not self._recording.open:
             del self.result(here())[key]
             return
-        self._in_place("`del value[...]`", "indexing")
+        raise OperationError("`del value[...]` is not recorded: use indexing.", here())
 
-    def _in_place(self, use: str, instead: str) -> NoReturn:
-        raise OperationError(
-            f"{use} writes in place, which is not recorded yet: use {instead}, which return a new "
-            "value.",
-            here(3),
-        )
+    def _is_tensor(self) -> bool:
+        """Whether this is a tensor and no tuple or dictionary: for a site, from its shape."""
+        if not self._operand:
+            return False
+        recording = self._recording
+        node = recording.graph[self._ref.index]
+        if node.operation is WRITE:
+            node = recording.graph[node.inputs[0]]
+        if node.site is None or recording.shapes is None:
+            return True
+        first = node.site._replace(step=0)  # in later steps its size may differ, but no more
+        return isinstance(recording.shapes(first), torch.Tensor)
 
     # What is shown
 
@@ -295,6 +305,8 @@ def _record(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, An
         if not found:
             return _at_once(operation.function, args, kwargs)
         recording = found[0]
+    if operation.in_place:
+        return Proxy(recording, recording.mutate(operation, args, kwargs, mark(3)))
     return Proxy(recording, recording.apply(operation, args, kwargs, mark(3)))
 
 
@@ -358,30 +370,30 @@ def _reflected(operation: Operation) -> Callable[[Proxy, Any], Any]:
     return lambda self, other: _record(operation, (other, self), NO_KWARGS)
 
 
-def _augmented(symbol: str) -> Callable[[Proxy, Any], Any]:
+def _augmented(operation: Operation) -> Callable[[Proxy, Any], Any]:
     def method(self: Proxy, other: Any) -> Any:
         if not self._recording.open:
             return NotImplemented
-        self._in_place(f"`{symbol}=`", f"`a = a {symbol} b`")
+        return _record(operation, (self, other), NO_KWARGS)
 
     return method
 
 
-_BINARY = {
-    "add": "+",
-    "sub": "-",
-    "mul": "*",
-    "truediv": "/",
-    "floordiv": "//",
-    "mod": "%",
-    "pow": "**",
-    "matmul": "@",
-    "and": "&",
-    "or": "|",
-    "xor": "^",
-    "lshift": "<<",
-    "rshift": ">>",
-}
+_BINARY = [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+]
 
 
 def _add_operators() -> None:
@@ -389,11 +401,12 @@ def _add_operators() -> None:
     for operation in TENSOR_METHODS:
         if operation.short not in vars(Proxy):
             setattr(Proxy, operation.short, _method(operation))
-    for name, symbol in _BINARY.items():
+    for name in _BINARY:
         operation = BY_NAME[f"operator.{name}_" if name in ("and", "or") else f"operator.{name}"]
         setattr(Proxy, f"__{name}__", _binary(operation))
         setattr(Proxy, f"__r{name}__", _reflected(operation))
-        setattr(Proxy, f"__i{name}__", _augmented(symbol))
+        if name != "matmul":  # of which tensors have none in place
+            setattr(Proxy, f"__i{name}__", _augmented(BY_NAME[f"operator.i{name}"]))
     for name in ("lt", "le", "gt", "ge", "eq", "ne", "getitem"):
         setattr(Proxy, f"__{name}__", _binary(BY_NAME[f"operator.{name}"]))
     for name in ("neg", "pos", "invert", "abs"):

@@ -18,7 +18,7 @@ from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import EVERY, Address, Graph, Ref, Site, ref
 from insitu.graph.operations import GETITEM, READ, REPLACE, SKIP, WRITE, Operation
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import is_basic, map_structure
 
 NO_KWARGS: Mapping[str, Any] = {}
 
@@ -42,6 +42,9 @@ def _constant(key: Any) -> bool:
         if type(item) not in _PLAIN and not (type(item) is slice and _constant(item)):
             return False
     return True
+
+
+_WHOLE = object()
 
 
 class Missing:
@@ -202,6 +205,9 @@ class Recording:
             )
         if step == EVERY or (*address[:4], EVERY) in self.sites:
             self._refuse_mixed(address, mark)
+        standing = self.sites.get(address)
+        if standing is not None and self.holds(standing, value):
+            return standing
         original = self.read(address, mark)
         rows = self.graph.rows
         if rows[original.index][0] is WRITE:
@@ -239,6 +245,50 @@ class Recording:
         while self.graph.rows[index][0] in (WRITE, SKIP):
             index = self.graph.rows[index][3][0]
         return index
+
+    def mutate(
+        self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any], mark: Mark
+    ) -> Ref:
+        """Records an operation that writes into its first argument. Args and errors as `apply`.
+
+        Raises:
+            OperationError: if what it would write into is no value of the run.
+        """
+        target = args[0] if args else None
+        if not isinstance(target, Recorded) or target._recording is not self:
+            raise OperationError(
+                f"`{operation.short}` would write into {_described(target)} that is not a value of "
+                "this run: use the operation without the underscore, or write into `.clone()` of "
+                "a value of the run.",
+                Location(*mark),
+            )
+        written = self.apply(operation, args, kwargs, mark)
+        self.graph.mutations.append(written.index)
+        return written
+
+    def holds(self, source: Ref, value: Any, key: Any = _WHOLE) -> bool:
+        """Returns whether a value is what stands there already, written in place.
+
+        `x[0] += 1` is a write in place to `x[0]`, and then an assignment of `x[0]` to itself.
+
+        Args:
+            source: what stands there, or what it is a part of.
+            value: what is assigned.
+            key: which part.
+        """
+        if not isinstance(value, Recorded) or value._recording is not self:
+            return False
+        rows = self.graph.rows
+        index = value._ref.index
+        if not rows[index][0].in_place:
+            return False
+        while rows[index][0].in_place:
+            index = rows[index][3][0]
+        if key is _WHOLE:
+            return index == source.index
+        operation, args, _, inputs, _, _ = rows[index]
+        same = operation is GETITEM and inputs == source.inputs and args[1] is key
+        return same and is_basic(key)
 
     def skip(self, address: Address, value: Any, mark: Mark) -> None:
         """Records that a module does not run, and what stands for its output.

@@ -42,6 +42,16 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
+def is_basic(key: Any) -> bool:
+    """Returns whether indexing a tensor with a key gives a view of it and no copy."""
+    if isinstance(key, tuple):
+        return all(map(is_basic, cast("tuple[Any, ...]", key)))
+    return not isinstance(key, bool) and isinstance(key, int | str | slice | _NO_INDEX)
+
+
+_NO_INDEX = type(None) | type(Ellipsis)
+
+
 def copied(value: Any) -> Any:
     """Returns a copy that shares no memory with a value, without history for autograd.
 

@@ -50,10 +50,7 @@ def replaced(value: Any, key: Any, part: Any) -> Any:
         items = list(cast("list[Any]", value))
         items[key] = part
         return _of_kind(cast(Any, value), items)
-    raise OperationError(
-        "Writing to a part of a tensor is not recorded yet: use torch.where or index_fill, and "
-        "assign what they return to the site."
-    )
+    raise OperationError(f"a part of {_described(value)} cannot be replaced")
 
 
 def standing_in(inputs: Any, value: Any) -> Any:

@@ -6,7 +6,7 @@ what arrived, and it runs whatever has become possible and drops what is used up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from itertools import chain
 from typing import Any, cast
 
@@ -14,14 +14,15 @@ import torch
 
 from insitu.graph.errors import ExecutionError, InsituError, ShapeError
 from insitu.graph.expression import expression, located
-from insitu.graph.node import Graph, Ref
+from insitu.graph.node import Address, Graph, Ref
 from insitu.graph.recording import Cell
 from insitu.graph.shapes import shape_of
 from insitu.graph.structure import map_structure
 from insitu.runtime.order import causality_error
-from insitu.runtime.plan import Plan
+from insitu.runtime.plan import Mutations, Plan
 
 _PENDING = object()
+_NONE: frozenset[int] = frozenset()
 
 
 class Execution:
@@ -34,7 +35,7 @@ class Execution:
 
     __slots__ = (
         *("_arrived", "_bits", "_graph", "_groups", "_plan", "_steps", "_uses", "_values"),
-        *("_waiting", "busy"),
+        *("_done", "_mutations", "_pasts", "_waiting", "busy"),
     )
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
@@ -53,6 +54,9 @@ class Execution:
             self._steps = {index: [] for index in plan.repeated.saves}
             for index in plan.repeated.saves:
                 self._values[index] = _PENDING
+        self._mutations = plan.mutations
+        self._pasts: dict[tuple[int, int], Any] = {}
+        self._done: set[int] = set()
         # Each group of nodes that needs several sites waits at one that has not arrived; when
         # that one arrives the group runs, or moves on to wait at another.
         self._waiting: dict[int, list[int]] = {}
@@ -69,8 +73,10 @@ class Execution:
         Raises:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
-        rows, values, uses = self._graph.rows, self._values, self._uses
+        rows, values, uses, mutations = self._graph.rows, self._values, self._uses, self._mutations
         values[index] = value
+        if mutations is not None:
+            self._done.add(index)
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
         if self._waiting:
@@ -81,7 +87,9 @@ class Execution:
             try:
                 # Calls without keywords and containers, of one or two arguments, are nearly all
                 # that there are, and a comprehension takes as long as the rest of this loop.
-                if nested:
+                if mutations is not None:
+                    result = self._in_order(step, index, mutations)
+                elif nested:
                     args, kwargs = self._resolved(args, kwargs)
                     self.busy = True
                     result = function(*args, **kwargs)
@@ -136,6 +144,11 @@ class Execution:
     def skips(self) -> Mapping[int, int]:
         """What stands for outputs, by the index of the node that reads the module's arguments."""
         return self._plan.skips
+
+    @property
+    def mutated(self) -> Set[int]:
+        """The nodes that read sites whose memory is written in place."""
+        return _NONE if self._mutations is None else self._mutations.reads
 
     @property
     def stops(self) -> Collection[int]:
@@ -202,6 +215,7 @@ class Execution:
         for index in repeated.saves:
             if values[index] is not _PENDING:
                 self._steps[index].append(values[index])
+        self._done.difference_update(repeated.nodes)
         for index in repeated.nodes:
             values[index] = None
             uses[index] = self._plan.uses[index]
@@ -233,6 +247,42 @@ class Execution:
 
         return cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
 
+    def _in_order(self, index: int, now: int, mutations: Mutations) -> Any:
+        """Runs a node of a graph that writes in place, so that lines mean what they say.
+
+        Args:
+            index: the node.
+            now: the node that reads what has just arrived.
+            mutations: what the writes in place ask for.
+
+        Raises:
+            CausalityError: if it writes to memory that the model has gone on from.
+        """
+        graph, values, done = self._graph, self._values, self._done
+        for node, source in mutations.before.get(index, ()):
+            if node not in done and source in done and (node, source) not in self._pasts:
+                self._pasts[node, source] = map_structure(_clone, values[source])
+        for reads in mutations.deadlines.get(index, ()):
+            here = graph.rows[now][1]
+            if done.issuperset(reads) and all(graph.rows[r][1][1:] != here[1:] for r in reads):
+                late = [cast("Address", here)]
+                raise causality_error(graph, self._plan, min(reads), index, late)
+        done.add(index)
+        operation, args, kwargs, inputs, _, _ = graph.rows[index]
+        pasts = {source: self._pasts.pop((index, source), _PENDING) for source in inputs}
+
+        def leaf(item: Any) -> Any:
+            if type(item) is not Ref:
+                return item
+            past = pasts[item.index]
+            return values[item.index] if past is _PENDING else past
+
+        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+        self.busy = True
+        result = operation.function(*args, **kwargs)
+        self.busy = False
+        return map_structure(_clone, result) if index in mutations.copied else result
+
     def _keep(self, bit: int, arrived: Any) -> None:
         """Copies values that wait for other sites, so that the model's own writes miss them.
 
@@ -240,6 +290,8 @@ class Execution:
         residual stream added up in place). Only memory that came from the model is copied.
         """
         held = [index for index in self._plan.held.get(bit, ()) if self._uses[index]]
+        if self._mutations is not None:  # these must see what is written to their memory
+            held = [index for index in held if index not in self._mutations.live]
         if not held:
             return
         memory = set(map(_memory, _tensors(arrived)))
@@ -274,6 +326,10 @@ class Execution:
         kinds = ", ".join(type(value).__name__ for value in found)
         message = f"`{written}` failed on values of type {kinds}: {type(error).__name__}: {error}"
         return ExecutionError(message, node.location)
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -28,16 +28,21 @@ def pass_order(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> list[int]:
     """
     home = {number: at for at, single in enumerate(passes) for number in single.cuts}
     sorter: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(range(len(passes)), ()))
-    for read, write in _handed_over(plan):
-        target = _address(graph, read)
-        for other in _needed(plan, read, write):
-            if home[other[0]] != home[target[0]]:
-                sorter.add(home[target[0]], home[other[0]])
+    for reads, write in _handed_over(plan):
+        for read in reads:
+            target = _address(graph, read)
+            for other in _needed(plan, read, write):
+                if home[other[0]] != home[target[0]]:
+                    sorter.add(home[target[0]], home[other[0]])
     try:
         return list(sorter.static_order())
     except CycleError as error:
         cycle = set(error.args[1])
-        write = next(w for r, w in _handed_over(plan) if home[_address(graph, r)[0]] in cycle)
+        write = next(
+            write
+            for reads, write in _handed_over(plan)
+            if any(home[_address(graph, read)[0]] in cycle for read in reads)
+        )
         raise CausalityError(
             "Invocations of this block need values of each other, but with this model and these "
             "options they cannot run as one batch, so one of them would have to run first.",
@@ -63,23 +68,30 @@ def check_order(
     Raises:
         CausalityError: if there is one.
     """
-    dependent = [(r, w) for r, w in _handed_over(plan) if plan.needs[w] != plan.bits[r]]
+    dependent = [
+        (reads, write)
+        for reads, write in _handed_over(plan)
+        if plan.needs[write] & ~sum(plan.bits[read] for read in reads)
+    ]
     if not dependent:  # what is written was made of what arrived there: nothing to look up
         return
     home = {number: at for at, single in enumerate(passes) for number in single.cuts}
-    for read, write in dependent:
-        target = _address(graph, read)
+    for reads, write in dependent:
+        targets = {read: _address(graph, read) for read in reads}
+        moments = order(next(iter(targets.values())).invocation)
+        known = {read: _moment(target, moments) for read, target in targets.items()}
+        if None in known.values():
+            continue
+        read = max(reads, key=lambda read: known[read] or _NEVER)
+        own, target = known[read] or _NEVER, targets[read]
         others = [
             other
             for other in _needed(plan, read, write)
             if home[other[0]] == home[target[0]] and not _together(other, target)
         ]
-        moments = order(target[0]) if others else None
-        own = _moment(target, moments)
-        if own is not None:
-            late = {other for other in others if (_moment(other, moments) or _NEVER) > own}
-            if late:
-                raise causality_error(graph, plan, read, write, late)
+        late = {other for other in others if (_moment(other, moments) or _NEVER) > own}
+        if late:
+            raise causality_error(graph, plan, read, write, late)
 
 
 def _together(one: Address, other: Address) -> bool:
@@ -192,9 +204,18 @@ def _needed(plan: Plan, read: int, write: int) -> list[Address]:
     return [address for address, index in plan.reads.items() if mask & plan.bits[index]]
 
 
-def _handed_over(plan: Plan) -> list[tuple[int, int]]:
-    """What the model is given in place of its own: the node that reads it, and the one given."""
-    return [*plan.writes.items(), *plan.skips.items()]
+def _handed_over(plan: Plan) -> list[tuple[Collection[int], int]]:
+    """What changes the run: the nodes that read the sites where it does, and the one that does.
+
+    It must be done when the model goes on from the last of the sites.
+    """
+    found: list[tuple[Collection[int], int]] = [
+        ((read,), node) for read, node in (*plan.writes.items(), *plan.skips.items())
+    ]
+    if plan.mutations is not None:
+        for mutation, deadlines in plan.mutations.deadlines.items():
+            found.extend((reads, mutation) for reads in deadlines)
+    return found
 
 
 def _address(graph: Graph, read: int) -> Site:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -181,6 +182,7 @@ def run_pass(
     """
     cuts, may_stop = single.cuts, single.may_stop
     writes, skips, stops = execution.writes, execution.skips, execution.stops
+    mutated = execution.mutated
     readers: dict[Moment, list[tuple[int, int]]] = {}
     clock = _Clock(readers, -1) if single.stepped else None
     for (invocation, path, kind, call, step), index in reads.items():
@@ -205,11 +207,15 @@ def run_pass(
             if flags is not None:
                 del flags[key]
         place = moment[:3] if clock is None else clock.place(moment)
-        value = _passing(place[1], view, module, args, rest)
+        value = arriving = _passing(place[1], view, module, args, rest)
+        if mutated and not mutated.isdisjoint(index for index, _ in found):
+            value = _writable(modules[""], value)
         for index, invocation in found:
             cut = cuts[invocation]
             own = value if cut is None else cut.take(Site(invocation, *place), value)
             execution.arrive(index, own)
+            if mutated and cut is not None and index in mutated and not _shared(own, value):
+                cut.put(Site(invocation, *place), value, own)
         if may_stop and not readers:
             raise _Stop
         if stops or skips:
@@ -218,13 +224,12 @@ def run_pass(
                     raise _Stop
                 if index in skips:
                     skipping[module] = index
-        if not writes:
+        written = [(i, n, cuts[n]) for i, n in found if i in writes] if writes else ()
+        if written:
+            value = _changed(execution, place, value, written)
+        if value is arriving:
             return None
-        written = [(i, n, cuts[n]) for i, n in found if i in writes]
-        if not written:
-            return None
-        changed = _changed(execution, place, value, written)
-        return _handed_over(place[1], view, module, args, rest, changed)
+        return _handed_over(place[1], view, module, args, rest, value)
 
     def stand_in(
         path: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
@@ -383,8 +388,28 @@ def _passing(
     return (args, dict(kwargs)) if kind == "inputs" else first_argument(module, args, kwargs)
 
 
+def _writable(model: nn.Module, value: Any) -> Any:
+    """What may be written to in place: a copy of what is a parameter or a buffer of the model."""
+    own = {_memory(tensor) for tensor in chain(model.parameters(), model.buffers())}
+    found: list[int] = []
+    map_structure(lambda leaf: found.append(_memory(leaf)), value)
+    return value if own.isdisjoint(found) else map_structure(_clone, value)
+
+
+def _shared(part: Any, whole: Any) -> bool:
+    """Whether the memory of a part of a value is that of the value."""
+    found: list[set[int]] = [set(), set()]
+    for value, seen in zip((part, whole), found, strict=True):
+        map_structure(lambda leaf, seen=seen: seen.add(_memory(leaf)), value)
+    return found[0] <= found[1]
+
+
+def _memory(leaf: Any) -> int:
+    return leaf.untyped_storage().data_ptr() if isinstance(leaf, torch.Tensor) else 0
+
+
 def _changed(
-    execution: Execution, place: Place, value: Any, written: list[tuple[int, int, Cut | None]]
+    execution: Execution, place: Place, value: Any, written: Sequence[tuple[int, int, Cut | None]]
 ) -> Any:
     """What stands at a site after the writes of its invocations: always memory of its own.
 

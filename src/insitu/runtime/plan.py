@@ -35,6 +35,27 @@ class Repeated:
 
 
 @dataclass(slots=True, eq=False)
+class Mutations:
+    """What the writes in place of a graph ask of its run.
+
+    Attributes:
+        reads: the nodes that read the sites whose memory is written.
+        deadlines: for each write, sets of nodes that read sites: the write must be done before
+            the model goes on from the last of each set.
+        live: the nodes whose values share memory that is written.
+        before: for each write, who comes before it and is computed after it, or may be: the node,
+            and which of its inputs shares the memory.
+        copied: the nodes whose values must be copies, because they hold constants of the user's.
+    """
+
+    reads: set[int]
+    deadlines: dict[int, list[set[int]]]
+    live: set[int]
+    before: dict[int, list[tuple[int, int]]]
+    copied: set[int]
+
+
+@dataclass(slots=True, eq=False)
 class Plan:
     """What of a graph runs when, and how long its values live.
 
@@ -51,6 +72,7 @@ class Plan:
         stops: the lines that end the run, by the node that reads the output after which.
         needs: the set of sites that each node depends on.
         held: for each set of sites, the nodes whose values wait for sites that are not in it.
+        mutations: what writes in place ask for, if there are any.
         repeated: what runs anew in every step, if anything does.
     """
 
@@ -63,6 +85,7 @@ class Plan:
     held: dict[int, list[int]]
     skips: Mapping[int, int]
     stops: Mapping[int, Mark]
+    mutations: Mutations | None = None
     repeated: Repeated | None = None
 
 
@@ -120,6 +143,19 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     if sites:
         plan.repeated = _repeated(graph, plan, saves, sites)
     return plan
+
+
+def regroup(graph: Graph, plan: Plan) -> None:
+    """Makes the groups of a plan anew, after its needs have changed."""
+    plan.groups.clear()
+    plan.held.clear()
+    for index, (operation, _, _, inputs, _, _) in enumerate(graph.rows):
+        if operation is not READ:
+            need = plan.needs[index]
+            plan.groups.setdefault(need, []).append(index)
+            for source in inputs:
+                if plan.needs[source] != need:
+                    plan.held.setdefault(plan.needs[source], []).append(source)
 
 
 def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int) -> Repeated:

@@ -13,11 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from insitu.graph.errors import BlockError, NeverRanError, NoValueError, ShapeError, nearest
+from insitu.graph.errors import (
+    BlockError,
+    InsituError,
+    NeverRanError,
+    NoValueError,
+    ShapeError,
+    nearest,
+)
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site, readable
 from insitu.graph.recording import Recording
+from insitu.graph.shapes import fake_value
+from insitu.graph.structure import map_structure
 from insitu.runtime.execution import Execution
+from insitu.runtime.memory import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
 from insitu.runtime.passes import Passed, Place, run_pass
 from insitu.runtime.plan import make_plan
@@ -222,7 +232,7 @@ class Tracer:
             passed: what came of the pass, if there was one.
         """
         node = next(node for node in self.graph if node.site == site)
-        path = readable(site.path) or "model"
+        path = readable(site.path) if site.path else "model"
         if passed is not None and passed.steps and site.step >= passed.steps:
             return NeverRanError(
                 f"Step {site.step} never came, so `{site}` has no value: the generation ended "
@@ -286,12 +296,16 @@ class Tracer:
         requests = [invocation.request for invocation in self._invocations]
         graph = recording.graph
         plan = make_plan(graph, recording.saves)
+        if graph.mutations:
+            order_mutations(graph, plan, self._arriving, self._is_view)
+            # What is given to the block is the user's, and stays as it is.
+            requests = [map_structure(_clone, request) for request in requests]
         module = self.model.load()
         cuts_short = bool(plan.skips or plan.stops)
         passes = self.procedure.passes(module, requests, plan.reads, together=not cuts_short)
         order: Sequence[int] = range(len(passes))
         returned: Mapping[str, Any] = {}
-        if plan.writes or plan.skips:
+        if plan.writes or plan.skips or plan.mutations is not None:
             if len(passes) > 1:
                 order = pass_order(graph, plan, passes)
             check_order(graph, plan, passes, self._moments)
@@ -330,6 +344,33 @@ class Tracer:
             self._result = outputs.whole
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
                 invocation._result = result
+
+    def _arriving(self, site: Site) -> Any:
+        """What arrives at a site, as fake tensors, or None if that is not known without a run."""
+        try:
+            return self._shapes(site)
+        except InsituError:
+            return None
+
+    def _is_view(self, index: int) -> bool:
+        """Whether a node's value shares memory with those that it is made of, or may do so."""
+
+        def memory(value: Any) -> set[Any]:
+            found: set[Any] = set()
+
+            def leaf(item: Any) -> None:
+                if isinstance(item, torch.Tensor):
+                    found.add(item.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
+
+            map_structure(leaf, value)
+            return found
+
+        try:
+            own = memory(fake_value(self.recording, index))
+            made_of = [fake_value(self.recording, source) for source in self.graph[index].inputs]
+        except InsituError:
+            return True
+        return not own.isdisjoint(memory(made_of))
 
     def _moments(self, invocation: int) -> Mapping[Place, int] | None:
         """When the sites of an invocation come, or None if that is not known without a run."""
@@ -370,6 +411,10 @@ class Tracer:
         except Exception:  # the probe only adds to the message
             ran = None
         return self.never_ran(site, ran, passed)
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _relatives(path: str, ran: list[str]) -> str:

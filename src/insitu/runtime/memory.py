@@ -1,0 +1,214 @@
+"""Writes in place: which values share memory, and what follows for the order of a graph.
+
+Lines mean what they would mean in order on torch tensors, whatever the order in which the model
+makes the values. So what stands after a write in place waits for it, if it looks at the same
+memory; and what stands before it and is computed later gets a copy of what was there.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from insitu.graph.node import Graph, Node, Ref, Site
+from insitu.graph.operations import ATTRIBUTE, GETITEM, READ, REPLACE, SKIP, WRITE
+from insitu.graph.structure import is_basic, map_structure
+from insitu.graph.writing import replaced
+from insitu.runtime.plan import Mutations, Plan, regroup
+
+_VIEWS = frozenset(
+    (
+        *("adjoint", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "broadcast_to"),
+        *("chunk", "detach", "diagonal", "dsplit", "expand", "expand_as", "hsplit", "imag"),
+        *("meshgrid", "moveaxis", "movedim", "narrow", "permute", "pos", "positive", "real"),
+        *("select", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t"),
+        *("tensor_split", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view"),
+        *("view_as", "view_as_complex", "view_as_real", "vsplit"),
+    )
+)
+# Views where the strides or the dtype allow it, else copies.
+_SOMETIMES_VIEWS = frozenset(
+    (
+        *("apply", "bfloat16", "bool", "byte", "call", "char", "contiguous", "cpu", "cuda"),
+        *("double", "flatten", "float", "half", "int", "long", "ravel", "reshape", "reshape_as"),
+        *("short", "to", "type_as"),
+    )
+)
+_VIEW_ATTRIBUTES = frozenset(["H", "T", "imag", "mH", "mT", "real"])
+
+
+def order_mutations(
+    graph: Graph,
+    plan: Plan,
+    arriving: Callable[[Site], Any],
+    is_view: Callable[[int], bool],
+) -> None:
+    """Lets what stands after a write in place wait for it. The plan is changed.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+        arriving: gives what arrives at a site as fake tensors, or None if that is not known.
+        is_view: whether the value of a node shares memory with the values that it is made of.
+    """
+    memory = [_keys(held) for held in _memory(graph, arriving, is_view)]
+    needs = plan.needs
+    mutations = set(graph.mutations)
+    written: dict[Key, int] = {}  # what the writes so far to a piece of memory need
+    users: dict[Key, list[tuple[int, int]]] = {}  # who has looked at it so far, and through what
+    before: dict[int, list[tuple[int, int]]] = {}
+    for index, node in enumerate(graph):
+        if node.operation is READ:
+            continue
+        for source in node.inputs:
+            needs[index] |= needs[source]
+            for key in memory[source]:
+                needs[index] |= written.get(key, 0)
+        if index in mutations:
+            keys = memory[node.inputs[0]]
+            early = [user for key in keys for user in users.get(key, ())]
+            before[index] = [u for u in dict.fromkeys(early) if needs[u[0]] & ~needs[index]]
+            for key in keys:
+                written[key] = written.get(key, 0) | needs[index]
+        for source in node.inputs:
+            for key in memory[source]:
+                users.setdefault(key, []).append((index, source))
+    live = {index for index, keys in enumerate(memory) if not keys.isdisjoint(written)}
+    regroup(graph, plan)
+    plan.mutations = Mutations(
+        {index for index in live if index in plan.bits},
+        {index: _deadlines(graph, index, memory) for index in graph.mutations},
+        live,
+        before,
+        {index for index, node in enumerate(graph) if _holds_constants(node)},
+    )
+
+
+Key = tuple[int, int]
+"""A piece of memory: the first node that has it, and a number."""
+
+
+class _Piece:
+    """The memory of a tensor, or of several that cannot be told apart."""
+
+    __slots__ = ("keys",)
+
+    def __init__(self, keys: frozenset[Key]) -> None:
+        self.keys = keys
+
+
+def _deadlines(graph: Graph, mutation: int, memory: list[frozenset[Key]]) -> list[set[int]]:
+    """The reads of the sites through which a write in place reaches the model."""
+    target = graph.rows[mutation][3][0]
+    reads: set[int] = set()
+    pending = [target]
+    while pending:
+        index = pending.pop()
+        node = graph[index]
+        pending.extend(s for s in node.inputs if memory[s] & memory[target])
+        if node.operation is READ:
+            reads.add(index)
+    sites = [{read} for read, write in graph.writes.items() if memory[write] & memory[target]]
+    return [reads, *sites] if reads else sites
+
+
+def _memory(
+    graph: Graph, arriving: Callable[[Site], Any], is_view: Callable[[int], bool]
+) -> list[Any]:
+    """The memory of each node's value: a piece for a tensor, and structures of them."""
+    known: dict[tuple[int, int], Key] = {}
+    memory: list[Any] = []
+    for index, node in enumerate(graph):
+        site = node.site
+        if site is None:
+            memory.append(_derived(node, index, memory, is_view))
+            continue
+        fake = arriving(site)
+        if fake is None:
+            memory.append(_Piece(frozenset([(index, 0)])))
+            continue
+
+        def leaf(item: Any, index: int = index, invocation: int = site.invocation) -> Any:
+            if not isinstance(item, torch.Tensor):
+                return item
+            storage = cast(int, item.untyped_storage()._cdata)
+            return _Piece(frozenset([known.setdefault((invocation, storage), (index, storage))]))
+
+        memory.append(map_structure(leaf, fake))
+    return memory
+
+
+def _derived(node: Node, index: int, memory: list[Any], is_view: Callable[[int], bool]) -> Any:
+    """The memory of what an operation returns."""
+    operation, args = node.operation, node.args
+    own = _Piece(frozenset([(index, 0)]))
+    if operation.in_place:
+        return memory[node.inputs[0]]
+    if operation in (WRITE, REPLACE, SKIP):
+        return _standing(node, memory, own)
+    if operation in (GETITEM, ATTRIBUTE):
+        held = memory[args[0].index] if type(args[0]) is Ref else own
+        if isinstance(held, _Piece):
+            view = args[1] in _VIEW_ATTRIBUTES if operation is ATTRIBUTE else is_basic(args[1])
+            return held if view else own
+        try:
+            return held[args[1]]
+        except (TypeError, KeyError, IndexError):
+            return own
+    name = operation.short
+    if name in _VIEWS or (name in _SOMETIMES_VIEWS and is_view(index)):
+        return _Piece(_keys([memory[source] for source in node.inputs]))
+    return own
+
+
+def _standing(node: Node, memory: list[Any], own: _Piece) -> Any:
+    """The memory of what stands at a site after a write."""
+
+    def leaf(item: Any) -> Any:
+        if type(item) is Ref:
+            return memory[item.index]
+        return own if isinstance(item, torch.Tensor) else item
+
+    arguments = [map_structure(leaf, arg) for arg in node.args]
+    if node.operation is SKIP:
+        return arguments[1]
+    if node.operation is REPLACE:
+        try:
+            return replaced(*arguments)
+        except Exception:  # the run will say so
+            return own
+    original, value, block = arguments
+    if not block or not isinstance(original, tuple):
+        return value
+    parts = cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,)
+    return (*parts, *cast("tuple[Any, ...]", original)[len(parts) :])
+
+
+def _keys(held: Any) -> frozenset[Key]:
+    """The pieces of memory in a structure."""
+    found: set[Key] = set()
+
+    def leaf(item: Any) -> None:
+        if isinstance(item, _Piece):
+            found.update(item.keys)
+
+    map_structure(leaf, held)
+    return frozenset(found)
+
+
+def _holds_constants(node: Node) -> bool:
+    """Whether a node puts tensors of the user's where they may be written in place."""
+    if node.operation not in (WRITE, REPLACE, SKIP):
+        return False
+    found: list[torch.Tensor] = []
+
+    def leaf(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+
+    map_structure(leaf, node.args)
+    return bool(found)

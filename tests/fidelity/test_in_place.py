@@ -1,0 +1,354 @@
+"""Writes in place, against the same lines in plain PyTorch hooks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange
+from torch import nn
+
+from insitu import CausalityError, ExecutionError, LanguageModel, Model, OperationError
+from tests.fidelity.test_writing import IDS, OTHER, SHORT, block_paths, blocks, logits
+
+ROW = torch.linspace(-1, 1, 16)
+
+
+def zero(h: Any) -> None:
+    h[:, -1] = 0
+
+
+def add(h: Any) -> None:
+    h += 0.5
+
+
+def scale_a_slice(h: Any) -> None:
+    h[:, 1:3] *= 3
+
+
+def method(h: Any) -> None:
+    h[:, 2].zero_()
+
+
+def copy(h: Any) -> None:
+    h[0, 1].copy_(ROW)
+
+
+def fancy(h: Any) -> None:
+    h[:, [0, 3]] = ROW
+
+
+def masked(h: Any) -> None:
+    h[h > 0] = 0
+
+
+def masked_augmented(h: Any) -> None:
+    h[h > 0] *= 2
+
+
+def view_of_view(h: Any) -> None:
+    h.view(h.shape[0], h.shape[1], 4, 4)[:, :, 2][..., 1:] = 7
+
+
+def heads(h: Any) -> None:
+    rearrange(h, "b t (n d) -> b n t d", n=4)[:, 1] = 0
+
+
+def index_copy(h: Any) -> None:
+    h.index_copy_(1, torch.tensor([1, 4]), torch.ones(1, 2, 16))
+
+
+def from_itself(h: Any) -> None:
+    h[:, 0] = h[:, 1] + h[:, 2]
+    h[:, 1] = h[:, 0] * 2
+
+
+def transposed(h: Any) -> None:
+    h.mT[..., 3] -= 1
+
+
+def in_parts(h: Any) -> None:
+    first, second = h.chunk(2, -1)
+    first.mul_(2)
+    second.clamp_(min=0)
+
+
+def scattered(h: Any) -> None:
+    h.scatter_(2, torch.zeros(1, 6, 1, dtype=torch.int64), 5.0)
+
+
+EDITS = [
+    *(zero, add, scale_a_slice, method, copy, fancy, masked, masked_augmented, view_of_view),
+    *(heads, index_copy, from_itself, transposed, in_parts, scattered),
+]
+
+
+def in_hook(edit: Callable[[Any], None]) -> Callable[[Any], Any]:
+    def edited(hidden: torch.Tensor) -> torch.Tensor:
+        edit(hidden)
+        return hidden
+
+    return edited
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_a_write_in_place_reaches_the_model(
+    language_model: LanguageModel, edit: Callable[[Any], None]
+) -> None:
+    model, path = language_model, block_paths(language_model)[1]
+    with model.trace(IDS):
+        edit(blocks(model)[1].output[0])
+        after = blocks(model)[1].output[0].save()
+        result = model.lm_head.output.save()
+    kept: list[torch.Tensor] = []
+
+    def hook(hidden: torch.Tensor) -> torch.Tensor:
+        edit(hidden)
+        kept.append(hidden.clone())
+        return hidden
+
+    assert torch.equal(result, logits(model, {path: hook}, IDS))
+    assert torch.equal(after, kept[0])
+    assert not torch.equal(result, logits(model, {}, IDS))
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_a_write_in_place_stays_in_its_invocation(
+    gpt2: LanguageModel, edit: Callable[[Any], None]
+) -> None:
+    with gpt2.trace() as tracer:
+        with tracer.invoke(SHORT):
+            before = gpt2.lm_head.output.save()
+        with tracer.invoke(IDS):
+            edit(gpt2.transformer.h[2].output[0])
+            edited = gpt2.lm_head.output.save()
+        with tracer.invoke(OTHER):
+            after = gpt2.lm_head.output.save()
+    path = "transformer.h.2"
+    assert torch.allclose(edited.value, logits(gpt2, {path: in_hook(edit)}, IDS), atol=1e-5)
+    assert torch.allclose(before.value, logits(gpt2, {}, SHORT), atol=1e-5)
+    assert torch.allclose(after.value, logits(gpt2, {}, OTHER), atol=1e-5)
+
+
+def test_what_stands_before_a_write_sees_what_was_there(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        hidden = gpt2.transformer.h[1].output[0]
+        later = gpt2.transformer.h[3].output[0]
+        before = hidden.save()
+        mixed = (hidden * 2 + later).save()  # computed after the write
+        hidden[:, 2] = 0
+        after = hidden.save()
+        result = gpt2.lm_head.output.save()
+    kept: dict[str, torch.Tensor] = {}
+
+    def edit(value: torch.Tensor) -> torch.Tensor:
+        kept["before"] = value.clone()
+        value[:, 2] = 0
+        kept["after"] = value.clone()
+        return value
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        kept["later"] = value.clone()
+        return value
+
+    expected = logits(gpt2, {"transformer.h.1": edit, "transformer.h.3": keep}, IDS)
+    assert torch.equal(before, kept["before"]) and torch.equal(after, kept["after"])
+    assert torch.equal(mixed, kept["before"] * 2 + kept["later"])
+    assert torch.equal(result, expected)
+
+
+def test_a_view_taken_before_sees_the_write(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        hidden = gpt2.transformer.h[1].output[0]
+        view = hidden[:, 2:4]
+        copied = hidden.clone()
+        hidden.zero_()
+        seen, own = view.save(), copied.save()
+    assert torch.equal(seen, torch.zeros(1, 2, 16)) and own.value.abs().sum() > 0
+
+
+def test_a_write_shows_in_what_other_modules_return_of_the_same_memory(
+    gpt2: LanguageModel,
+) -> None:
+    """Dropout outside of training returns what it is given."""
+    with gpt2.trace(IDS):
+        dropped = gpt2.transformer.h[0].mlp.dropout.output
+        projected = gpt2.transformer.h[0].mlp.c_proj.output
+        before = projected.save()
+        dropped[:, 1] = 0
+        after = projected.save()  # c_proj comes first, and its value is dropout's
+        result = gpt2.lm_head.output.save()
+    assert before.value[:, 1].abs().sum() > 0 and after.value[:, 1].abs().sum() == 0
+
+    def edit(value: torch.Tensor) -> torch.Tensor:
+        value[:, 1] = 0
+        return value
+
+    assert torch.equal(result, logits(gpt2, {"transformer.h.0.mlp.dropout": edit}, IDS))
+
+
+def test_a_write_that_waits_for_something_later_is_a_causality_error(gpt2: LanguageModel) -> None:
+    with pytest.raises(CausalityError, match=r"h\[1\].output.*h\[2\].output") as caught:
+        with gpt2.trace(IDS):
+            gpt2.transformer.h[1].output[0][:, 0] = gpt2.transformer.h[2].output[0][:, 0]  # here
+    assert "here" in str(caught.value)
+    with pytest.raises(CausalityError), gpt2.trace(IDS):
+        gpt2.transformer.h[0].mlp.dropout.output[:, 0] = 1
+        gpt2.transformer.h[0].mlp.c_proj.output[:, 0] = 2  # after the first, which comes later
+    with gpt2.trace(IDS):
+        clean = gpt2.lm_head.output.save()
+    assert torch.equal(clean, logits(gpt2, {}, IDS))
+
+
+def test_memory_of_ones_own_can_be_written_at_any_time(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        total = torch.zeros_like(gpt2.transformer.h[0].output[0])
+        for block in gpt2.transformer.h:
+            total += block.output[0]
+        total[:, 0] = -1
+        summed = total.save()
+    kept: list[torch.Tensor] = []
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        kept.append(value.clone())
+        return value
+
+    logits(gpt2, dict.fromkeys(block_paths(gpt2), keep), IDS)
+    expected = torch.zeros(1, 6, 16)
+    for value in kept:
+        expected += value
+    expected[:, 0] = -1
+    assert torch.equal(summed, expected)
+
+
+def test_what_was_assigned_to_a_site_can_be_written_in_place(gpt2: LanguageModel) -> None:
+    constant = torch.ones(1, 6, 16)
+    with gpt2.trace(IDS):
+        gpt2.transformer.h[1].output = constant
+        gpt2.transformer.h[1].output[0][:, 3] = 0
+        result = gpt2.lm_head.output.save()
+    assert torch.equal(constant, torch.ones(1, 6, 16))
+
+    def edit(value: torch.Tensor) -> torch.Tensor:
+        value = torch.ones_like(value)
+        value[:, 3] = 0
+        return value
+
+    assert torch.equal(result, logits(gpt2, {"transformer.h.1": edit}, IDS))
+
+
+def test_augmented_assignment_to_a_site_and_to_its_part(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        gpt2.transformer.h[1].output[0] += 1
+        gpt2.transformer.h[2].mlp.output *= 2
+        gpt2.transformer.h[3].output[0][:, -1] -= 3
+        result = gpt2.lm_head.output.save()
+
+    def last(value: torch.Tensor) -> torch.Tensor:
+        value[:, -1] -= 3
+        return value
+
+    edits = {
+        "transformer.h.1": lambda value: value.add_(1),
+        "transformer.h.2.mlp": lambda value: value.mul_(2),
+        "transformer.h.3": last,
+    }
+    assert torch.equal(result, logits(gpt2, edits, IDS))
+
+
+def test_an_input_is_written_in_place_with_what_else_is_the_same_tensor(
+    gpt2: LanguageModel,
+) -> None:
+    """The residual stream goes around a norm: a write to the norm's input changes it too."""
+    norm = gpt2.module.transformer.h[1].ln_1
+    with gpt2.trace(IDS):
+        gpt2.transformer.h[1].ln_1.input[:, 0] = 0
+        result = gpt2.lm_head.output.save()
+
+    def hook(module: nn.Module, args: Any) -> None:
+        args[0][:, 0] = 0
+
+    handle = norm.register_forward_pre_hook(hook)
+    expected = logits(gpt2, {}, IDS)
+    handle.remove()
+    assert torch.equal(result, expected)
+
+
+def test_an_index_by_number_means_the_part_of_a_tuple_or_the_row_of_a_tensor(
+    gpt2: LanguageModel,
+) -> None:
+    with gpt2.trace(IDS):
+        gpt2.transformer.h[1].attn.output[0] = torch.zeros(1, 6, 16)
+        gpt2.transformer.h[1].mlp.output[0] = 0
+        result = gpt2.lm_head.output.save()
+    edits = {"transformer.h.1.attn": torch.zeros_like, "transformer.h.1.mlp": torch.zeros_like}
+    assert torch.equal(result, logits(gpt2, edits, IDS))
+
+
+def test_what_the_user_gave_to_the_run_is_not_written() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Identity()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale(x) + self.scale(self.weight)
+
+    model, x = Model(Residual()), torch.ones(2, 3)
+    with model.trace(x):
+        model.scale.input.zero_()
+        result = model.output.save()
+    assert torch.equal(x, torch.ones(2, 3)) and torch.equal(result, torch.ones(2, 3))
+    with model.trace(x):
+        model.scale.call(1).output.zero_()
+        model.output.save()
+    assert torch.equal(model.module.weight, torch.ones(3))
+
+
+def test_writes_of_one_invocation_with_values_of_another(gpt2: LanguageModel) -> None:
+    with gpt2.trace() as tracer:
+        with tracer.invoke(IDS):
+            donor = gpt2.transformer.h[1].output[0]
+        with tracer.invoke(OTHER):
+            gpt2.transformer.h[1].output[0][:, 2] = donor[:, 2]
+            result = gpt2.lm_head.output.save()
+    kept: list[torch.Tensor] = []
+    path = "transformer.h.1"
+    logits(gpt2, {path: lambda value: kept.append(value.clone()) or value}, IDS)
+
+    def edit(value: torch.Tensor) -> torch.Tensor:
+        value[:, 2] = kept[0][:, 2]
+        return value
+
+    assert torch.allclose(result.value, logits(gpt2, {path: edit}, OTHER), atol=1e-5)
+
+
+def test_a_write_in_place_in_every_step(gpt2: LanguageModel) -> None:
+    with gpt2.generate(IDS, max_new_tokens=4, eos_token_id=None) as generator:
+        with generator.every_step():
+            gpt2.transformer.h[1].output[0][:, -1] *= -4
+            after = gpt2.transformer.h[1].output[0][:, -1].save()
+    block, kept = gpt2.module.transformer.h[1], []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden[:, -1] *= -4
+        kept.append(hidden[:, -1].clone())
+
+    handle = block.register_forward_hook(hook)
+    options = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
+    expected = gpt2.module.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
+    handle.remove()
+    assert torch.equal(generator.output, expected)
+    assert all(torch.equal(a, b) for a, b in zip(after.value, kept, strict=True))
+
+
+def test_mistakes_in_place_are_reported_at_their_line(gpt2: LanguageModel) -> None:
+    with pytest.raises(OperationError, match=r"`.*\[0\]` for its first element"):
+        with gpt2.trace(IDS):
+            gpt2.transformer.h[1].output[:, -1] = 0
+    with pytest.raises((ExecutionError, RuntimeError), match="setitem|shape") as caught:
+        with gpt2.trace(IDS):
+            gpt2.transformer.h[1].output[0][:, -1] = torch.zeros(7)  # does not fit
+    assert "does not fit" in str(caught.value)
