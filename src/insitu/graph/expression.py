@@ -8,7 +8,7 @@ import torch
 
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Graph, Node, Ref, Site
-from insitu.graph.operations import SKIP, WRITE
+from insitu.graph.operations import GRAD, SKIP, WRITE
 
 _INFIX = {
     "add": "+",
@@ -52,6 +52,8 @@ def expression(graph: Graph, index: int, depth: int = 0) -> str:
 
     if node.operation is WRITE:
         return expression(graph, node.inputs[0], depth)
+    if node.operation is GRAD:
+        return f"{expression(graph, node.inputs[0], depth)}.grad"
     if node.operation is SKIP:
         return str(Site(*graph[node.inputs[0]].args)._replace(kind="output"))
 
@@ -69,7 +71,7 @@ def expression(graph: Graph, index: int, depth: int = 0) -> str:
     if node.operation.name == "attribute":
         return f"{args[0]}.{node.args[1]}"
     keywords = [f"{key}={written(value)}" for key, value in node.kwargs.items()]
-    if node.operation.name.startswith("Tensor.") or node.operation.name == "save":
+    if node.operation.name.startswith("Tensor.") or node.operation.name in ("save", "backward"):
         return f"{args[0]}.{name}({', '.join(args[1:] + keywords)})"
     return f"{node.operation.name}({', '.join(args + keywords)})"
 

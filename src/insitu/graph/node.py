@@ -127,6 +127,7 @@ class Graph:
         optional: the saves whose values may be missing.
         repeats: from which node to which, without it, nodes were recorded for every step.
         mutations: the nodes that write in place.
+        differentiates: whether the run has to record autograd.
     """
 
     rows: list[Row]
@@ -136,6 +137,7 @@ class Graph:
     optional: set[int] = field(default_factory=set[int])
     repeats: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     mutations: list[int] = field(default_factory=list[int])
+    differentiates: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional
 
-from insitu.graph.structure import attribute, copied
+from insitu.graph.structure import attribute, copied, kept
 from insitu.graph.writing import fitted, replaced, standing_in
 
 
@@ -45,12 +45,26 @@ def _read(site: object) -> Any:
     raise AssertionError(f"{site} is filled by a pass, not computed")
 
 
+def _gradient(value: torch.Tensor) -> torch.Tensor:
+    """Stands for the gradient of a value while shapes are looked up."""
+    return torch.empty_like(value)
+
+
+def _backward(loss: object, **options: object) -> None:
+    """Stands for a backward pass while shapes are looked up."""
+
+
 READ = Operation("read", _read)
 SAVE = Operation("save", copied)
 ATTRIBUTE = Operation("attribute", attribute)
 WRITE = Operation("write", fitted)
 REPLACE = Operation("replace", replaced)
 SKIP = Operation("skip", standing_in)
+GRAD = Operation("grad", _gradient)
+BACKWARD = Operation("backward", _backward)
+KEEP = Operation("keep", kept)
+
+_SPECIAL = (READ, SAVE, ATTRIBUTE, WRITE, REPLACE, SKIP, GRAD, BACKWARD, KEEP)
 
 _OPERATORS = """
     abs add and_ eq floordiv ge getitem gt invert le lshift lt matmul mod mul ne neg or_ pos pow
@@ -172,7 +186,7 @@ def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
 
 
 BY_NAME: Mapping[str, Operation] = MappingProxyType(
-    {operation.name: operation for operation in (READ, SAVE, ATTRIBUTE, WRITE, REPLACE, SKIP)}
+    {operation.name: operation for operation in _SPECIAL}
     | _listed("operator", operator, _OPERATORS)
     | _listed("torch", torch, _SHARED + _TORCH)
     | _listed("Tensor", torch.Tensor, _SHARED + _TENSOR)

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 
 from insitu.graph.errors import NoValueError, OperationError, nearest
-from insitu.graph.location import here, mark
+from insitu.graph.location import Location, here, mark
 from insitu.graph.operations import (
     ATTRIBUTE,
     BY_FUNCTION,
     BY_NAME,
+    KEEP,
     SAVE,
     SETITEM,
     TENSOR_METHODS,
@@ -42,12 +43,14 @@ class Proxy(Recorded):
     __slots__ = ()
     __array_ufunc__ = None  # makes a NumPy number on the left of an operator hand over to us
 
-    def save(self, optional: bool = False) -> Proxy:
+    def save(self, optional: bool = False, keep_graph: bool = False) -> Proxy:
         """Keeps a copy of the value, as it is at this line, for after the run.
 
         Args:
             optional: whether the value may be missing, because its module was not called or its
                 step never came. `.value` is None then.
+            keep_graph: whether the value keeps its history for autograd, so that a loss can be
+                made of it after the block. The run records autograd then.
 
         Returns:
             A proxy for the same value, whose `.value` is the copy once the model has run.
@@ -61,7 +64,10 @@ class Proxy(Recorded):
         cell = self._cell = recording.saves[len(rows)] = Cell()
         if optional:
             recording.graph.optional.add(len(rows))
-        rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark()))
+        if keep_graph:
+            recording.graph.differentiates = True
+        kind = KEEP if keep_graph else SAVE
+        rows.append((kind, (source,), NO_KWARGS, source.inputs, False, mark()))
         return type(self)(recording, source, cell)
 
     @property
@@ -72,6 +78,70 @@ class Proxy(Recorded):
             NoValueError: before the run, after a failed run, or if it was not saved.
         """
         return self.result(here())
+
+    @property
+    def grad(self) -> Any:
+        """The gradient of the first `backward` that is written at or after this line.
+
+        After the last one, it is that one's. It can be written, as sites can: `x.grad = y` and
+        writes in place change what flows on to what `x` was made of.
+
+        Raises:
+            OperationError: when the block ends, if there is no `backward`.
+        """
+        recording = self._recording
+        if not recording.open:
+            return self.result(here()).grad
+        if not self._operand:
+            self._refuse_grad(here())
+        return Proxy(recording, recording.gradient(self._ref, mark()))
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        recording = self._recording
+        if not recording.open:
+            self.result(here()).grad = value
+            return
+        if not self._operand:
+            self._refuse_grad(here())
+        recording.write_gradient(self._ref, value, mark())
+
+    def backward(
+        self,
+        gradient: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        """Records a backward pass from this value; it runs when the model has run.
+
+        Gradients go to whatever `.grad` is read or written of in the block, and to the user's
+        own tensors and parameters that require them. The model's parameters get none.
+
+        Args:
+            gradient: as of `torch.Tensor.backward`: what to start with, where this is no scalar.
+            retain_graph: whether there will be another backward pass through the same values.
+            create_graph: whether gradients can themselves be differentiated.
+            inputs: the tensors that accumulate a gradient, instead of the user's own.
+        """
+        recording = self._recording
+        if not recording.open:
+            self.result(here()).backward(gradient, retain_graph, create_graph, inputs)
+            return
+        options = {
+            "gradient": gradient,
+            "retain_graph": retain_graph,
+            "create_graph": create_graph or None,
+            "inputs": inputs,
+        }
+        given = {key: value for key, value in options.items() if value is not None}
+        recording.backward(self, given, mark())
+
+    def _refuse_grad(self, location: Location) -> NoReturn:
+        written = self.written()
+        raise OperationError(
+            f"`{written}` is a tuple and has no gradient: write `{written}[0].grad`.", location
+        )
 
     # What answers while recording
 

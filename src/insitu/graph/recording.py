@@ -17,7 +17,16 @@ import torch
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import EVERY, Address, Graph, Ref, Site, ref
-from insitu.graph.operations import GETITEM, READ, REPLACE, SKIP, WRITE, Operation
+from insitu.graph.operations import (
+    BACKWARD,
+    GETITEM,
+    GRAD,
+    READ,
+    REPLACE,
+    SKIP,
+    WRITE,
+    Operation,
+)
 from insitu.graph.structure import is_basic, map_structure
 
 NO_KWARGS: Mapping[str, Any] = {}
@@ -90,17 +99,19 @@ class Recording:
         graph: the nodes so far.
         saves: the cells that the run has to fill, by the index of the node that makes the value.
         sites: what lines that come now read at a site: what arrives, or what was last written.
+        gradients: what lines that come now mean by the gradient of a node's value.
         open: whether lines still add to it.
         shapes: gives the shapes at sites; None where no model is behind the recording.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
     """
 
-    __slots__ = ("__weakref__", "fakes", "graph", "open", "saves", "shapes", "sites")
+    __slots__ = ("__weakref__", "fakes", "gradients", "graph", "open", "saves", "shapes", "sites")
 
     def __init__(self, shapes: ShapeSource | None = None) -> None:
         self.graph = Graph([])
         self.saves: dict[int, Cell] = {}
         self.sites: dict[Address, Ref] = {}
+        self.gradients: dict[int, Ref] = {}
         self.open = True
         self.shapes = shapes
         self.fakes: dict[int, Any] = {}
@@ -265,6 +276,43 @@ class Recording:
         written = self.apply(operation, args, kwargs, mark)
         self.graph.mutations.append(written.index)
         return written
+
+    def gradient(self, source: Ref, mark: Mark) -> Ref:
+        """Returns what stands for the gradient of a value for lines that come now.
+
+        Args:
+            source: the value.
+            mark: the user's line.
+        """
+        standing = self.gradients.get(source.index)
+        if standing is None:
+            standing = self.apply(GRAD, (Recorded(self, source),), NO_KWARGS, mark)
+            self.gradients[source.index] = standing
+            self.graph.differentiates = True
+        return standing
+
+    def write_gradient(self, source: Ref, value: Any, mark: Mark) -> None:
+        """Records that a value takes the place of a gradient on its way. Args as `write`."""
+        standing = self.gradient(source, mark)
+        if self.holds(standing, value):
+            return
+        original = self.original(standing.index)
+        args = (Recorded(self, ref(original)), value, False)
+        written = self.apply(WRITE, args, NO_KWARGS, mark)
+        self.graph.writes[original] = written.index
+        self.gradients[source.index] = written
+
+    def backward(self, loss: Recorded, options: Mapping[str, Any], mark: Mark) -> None:
+        """Records a backward pass.
+
+        Args:
+            loss: where it starts.
+            options: keyword arguments of `torch.Tensor.backward`.
+            mark: the user's line.
+        """
+        self.apply(BACKWARD, (loss,), options, mark)
+        self.gradients = {}  # lines that come now mean the next one
+        self.graph.differentiates = True
 
     def holds(self, source: Ref, value: Any, key: Any = _WHOLE) -> bool:
         """Returns whether a value is what stands there already, written in place.

@@ -63,6 +63,11 @@ def copied(value: Any) -> Any:
     return map_structure(_copied_leaf, value)
 
 
+def kept(value: Any) -> Any:
+    """Returns a copy that shares no memory with a value, with its history for autograd."""
+    return map_structure(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, value)
+
+
 def _copied_leaf(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return leaf.detach().clone()

@@ -12,14 +12,17 @@ from typing import Any, cast
 
 import torch
 
-from insitu.graph.errors import ExecutionError, InsituError, ShapeError
+from insitu.graph.errors import CausalityError, ExecutionError, InsituError, ShapeError
 from insitu.graph.expression import expression, located
-from insitu.graph.node import Address, Graph, Ref
+from insitu.graph.node import Graph, Ref
+from insitu.graph.operations import BACKWARD
 from insitu.graph.recording import Cell
 from insitu.graph.shapes import shape_of
 from insitu.graph.structure import map_structure
+from insitu.runtime.gradients import Tape
+from insitu.runtime.memory import as_single_views
 from insitu.runtime.order import causality_error
-from insitu.runtime.plan import Mutations, Plan
+from insitu.runtime.plan import Plan
 
 _PENDING = object()
 _NONE: frozenset[int] = frozenset()
@@ -36,6 +39,7 @@ class Execution:
     __slots__ = (
         *("_arrived", "_bits", "_graph", "_groups", "_plan", "_steps", "_uses", "_values"),
         *("_done", "_mutations", "_pasts", "_waiting", "busy"),
+        *("_careful", "tape"),
     )
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
@@ -55,6 +59,10 @@ class Execution:
             for index in plan.repeated.saves:
                 self._values[index] = _PENDING
         self._mutations = plan.mutations
+        self.tape = None
+        if plan.gradients is not None:
+            self.tape = Tape(graph, plan.gradients, self._gradient)
+        self._careful = plan.mutations is not None or self.tape is not None
         self._pasts: dict[tuple[int, int], Any] = {}
         self._done: set[int] = set()
         # Each group of nodes that needs several sites waits at one that has not arrived; when
@@ -73,10 +81,12 @@ class Execution:
         Raises:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
-        rows, values, uses, mutations = self._graph.rows, self._values, self._uses, self._mutations
+        rows, values, uses, careful = self._graph.rows, self._values, self._uses, self._careful
         values[index] = value
-        if mutations is not None:
+        if careful:
             self._done.add(index)
+            if self.tape is not None:
+                self.tape.produced(index, value)
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
         if self._waiting:
@@ -87,8 +97,8 @@ class Execution:
             try:
                 # Calls without keywords and containers, of one or two arguments, are nearly all
                 # that there are, and a comprehension takes as long as the rest of this loop.
-                if mutations is not None:
-                    result = self._in_order(step, index, mutations)
+                if careful:
+                    result = self._in_order(step, index)
                 elif nested:
                     args, kwargs = self._resolved(args, kwargs)
                     self.busy = True
@@ -111,6 +121,8 @@ class Execution:
                     )
             except Exception as error:
                 self.busy = False
+                if isinstance(error, InsituError) and error.location is not None:
+                    raise
                 raise self._failure(step, error) from error
             for source in inputs:
                 uses[source] -= 1
@@ -144,6 +156,11 @@ class Execution:
     def skips(self) -> Mapping[int, int]:
         """What stands for outputs, by the index of the node that reads the module's arguments."""
         return self._plan.skips
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the run has to record autograd."""
+        return self._graph.differentiates
 
     @property
     def mutated(self) -> Set[int]:
@@ -192,11 +209,8 @@ class Execution:
     def _handed_over(self, index: int, write: int) -> Any:
         value = self._values[write]
         if value is _PENDING:
-            late = [
-                address
-                for address, read in self._plan.reads.items()
-                if self._plan.needs[write] & self._plan.bits[read] & ~self._arrived
-            ]
+            missing = self._plan.needs[write] & ~self._arrived
+            late = [read for read, bit in self._plan.bits.items() if missing & bit]
             raise causality_error(self._graph, self._plan, index, write, late)
         self._uses[write] -= 1
         if not self._uses[write]:
@@ -247,28 +261,48 @@ class Execution:
 
         return cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
 
-    def _in_order(self, index: int, now: int, mutations: Mutations) -> Any:
-        """Runs a node of a graph that writes in place, so that lines mean what they say.
+    def _in_order(self, index: int, now: int) -> Any:
+        """Runs a node of a graph that writes in place or has gradients.
 
         Args:
             index: the node.
             now: the node that reads what has just arrived.
-            mutations: what the writes in place ask for.
 
         Raises:
             CausalityError: if it writes to memory that the model has gone on from.
         """
         graph, values, done = self._graph, self._values, self._done
-        for node, source in mutations.before.get(index, ()):
+        mutations = self._mutations
+        before = () if mutations is None else mutations.before.get(index, ())
+        for node, source in before:
             if node not in done and source in done and (node, source) not in self._pasts:
                 self._pasts[node, source] = map_structure(_clone, values[source])
-        for reads in mutations.deadlines.get(index, ()):
+        deadlines = () if mutations is None else mutations.deadlines.get(index, ())
+        for reads in deadlines:
             here = graph.rows[now][1]
             if done.issuperset(reads) and all(graph.rows[r][1][1:] != here[1:] for r in reads):
-                late = [cast("Address", here)]
-                raise causality_error(graph, self._plan, min(reads), index, late)
+                raise causality_error(graph, self._plan, min(reads), index, [now])
         done.add(index)
-        operation, args, kwargs, inputs, _, _ = graph.rows[index]
+        operation = graph.rows[index][0]
+        args, kwargs = self._past_arguments(index)
+        self.busy = True
+        if mutations is not None and self.tape is not None and index in mutations.live:
+            result = as_single_views(operation.short, operation.function, args, kwargs)
+            if not operation.in_place and _fresh(result, args):
+                result = map_structure(_clone, result)  # backward may need it as it was
+        else:
+            result = operation.function(*args, **kwargs)
+        self.busy = False
+        if mutations is not None and index in mutations.copied:
+            result = map_structure(_clone, result)
+        if self.tape is not None:
+            self.tape.produced(index, result)
+        return result
+
+    def _past_arguments(self, index: int) -> tuple[Any, Any]:
+        """The arguments of a node, as they were at its line."""
+        values = self._values
+        _, args, kwargs, inputs, _, _ = self._graph.rows[index]
         pasts = {source: self._pasts.pop((index, source), _PENDING) for source in inputs}
 
         def leaf(item: Any) -> Any:
@@ -277,11 +311,52 @@ class Execution:
             past = pasts[item.index]
             return values[item.index] if past is _PENDING else past
 
-        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
-        self.busy = True
-        result = operation.function(*args, **kwargs)
-        self.busy = False
-        return map_structure(_clone, result) if index in mutations.copied else result
+        return cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+
+    def run_backwards(self, leaves: Sequence[torch.Tensor]) -> None:
+        """Runs the backward passes, in the order of their lines.
+
+        Args:
+            leaves: the user's own tensors that want gradients.
+
+        Raises:
+            InsituError: if one fails, pointing at its line.
+        """
+        if self._plan.gradients is None or self.tape is None:
+            return
+        for index in self._plan.gradients.bound:
+            missing = [s for s in self._graph.rows[index][3] if s not in self._done]
+            if missing:
+                raise CausalityError(
+                    f"`{expression(self._graph, index)}` depends on what comes after it: a "
+                    "gradient of its own, or of a later backward pass.",
+                    self._graph[index].location,
+                )
+            (loss,), options = self._past_arguments(index)
+            try:
+                with torch.enable_grad():
+                    self.tape.backward(index, loss, options, leaves)
+            except InsituError:
+                raise
+            except Exception as error:
+                raise self._failure(index, error) from error
+            for source in self._graph.rows[index][3]:
+                self._use(source)
+
+    def _gradient(self, index: int, value: torch.Tensor) -> Any:
+        """Takes a gradient on its way, and returns what goes on in its place, or None."""
+        changed = index in self.mutated
+        if changed:
+            value = value.clone()
+        self.arrive(index, value)
+        if index in self._plan.writes:
+            return self.written(index)
+        return value if changed else None
+
+    def _use(self, index: int) -> None:
+        self._uses[index] -= 1
+        if not self._uses[index]:
+            self._values[index] = None
 
     def _keep(self, bit: int, arrived: Any) -> None:
         """Copies values that wait for other sites, so that the model's own writes miss them.
@@ -290,6 +365,9 @@ class Execution:
         residual stream added up in place). Only memory that came from the model is copied.
         """
         held = [index for index in self._plan.held.get(bit, ()) if self._uses[index]]
+        if self._plan.gradients is not None:
+            wanted = self._plan.gradients.wanted
+            held = [index for index in held if index not in wanted]
         if self._mutations is not None:  # these must see what is written to their memory
             held = [index for index in held if index not in self._mutations.live]
         if not held:
@@ -315,8 +393,8 @@ class Execution:
             return located(self._graph, index, error, why)
         written = expression(self._graph, index)
         found = [self._values[source] for source in node.inputs]
-        memory = isinstance(error, torch.OutOfMemoryError)
-        if isinstance(error, RuntimeError | IndexError | ValueError) and found and not memory:
+        other = isinstance(error, torch.OutOfMemoryError) or node.operation is BACKWARD
+        if isinstance(error, RuntimeError | IndexError | ValueError) and found and not other:
             shapes = ", ".join(
                 str(tuple(shape)) if isinstance(shape, torch.Size) else str(shape)
                 for shape in map(shape_of, found)
@@ -326,6 +404,12 @@ class Execution:
         kinds = ", ".join(type(value).__name__ for value in found)
         message = f"`{written}` failed on values of type {kinds}: {type(error).__name__}: {error}"
         return ExecutionError(message, node.location)
+
+
+def _fresh(result: Any, args: Any) -> bool:
+    """Whether a value shares no memory with what it was made of."""
+    before = set(map(_memory, _tensors(args)))
+    return before.isdisjoint(map(_memory, _tensors(result)))
 
 
 def _clone(leaf: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.node import Graph, Node, Ref, Site
-from insitu.graph.operations import ATTRIBUTE, GETITEM, READ, REPLACE, SKIP, WRITE
+from insitu.graph.operations import ATTRIBUTE, GETITEM, GRAD, READ, REPLACE, SKIP, WRITE
 from insitu.graph.structure import is_basic, map_structure
 from insitu.graph.writing import replaced
 from insitu.runtime.plan import Mutations, Plan, regroup
@@ -62,7 +62,7 @@ def order_mutations(
     users: dict[Key, list[tuple[int, int]]] = {}  # who has looked at it so far, and through what
     before: dict[int, list[tuple[int, int]]] = {}
     for index, node in enumerate(graph):
-        if node.operation is READ:
+        if node.operation in (READ, GRAD):
             continue
         for source in node.inputs:
             needs[index] |= needs[source]
@@ -92,6 +92,32 @@ Key = tuple[int, int]
 """A piece of memory: the first node that has it, and a number."""
 
 
+def as_single_views(
+    name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Computes an operation; of those that return several views, each becomes one of its own.
+
+    Autograd forbids writes in place to the views that `split` and `unbind` return together.
+    """
+    result = function(*args, **kwargs)
+    if name not in _SEVERAL_VIEWS:
+        return result
+    tensor = args[0]
+    dim = kwargs.get("dim", args[-1] if len(args) > _SEVERAL_VIEWS[name] else 0)
+    if name == "unbind":
+        return tuple(tensor.select(dim, place) for place in range(len(result)))
+    parts: list[torch.Tensor] = []
+    start = 0
+    for part in result:
+        parts.append(tensor.narrow(dim, start, part.shape[dim]))
+        start += part.shape[dim]
+    return tuple(parts)
+
+
+# With how many arguments the dimension is not given by position.
+_SEVERAL_VIEWS = {"chunk": 2, "split": 2, "split_with_sizes": 2, "tensor_split": 2, "unbind": 1}
+
+
 class _Piece:
     """The memory of a tensor, or of several that cannot be told apart."""
 
@@ -110,7 +136,7 @@ def _deadlines(graph: Graph, mutation: int, memory: list[frozenset[Key]]) -> lis
         index = pending.pop()
         node = graph[index]
         pending.extend(s for s in node.inputs if memory[s] & memory[target])
-        if node.operation is READ:
+        if node.operation in (READ, GRAD):
             reads.add(index)
     sites = [{read} for read, write in graph.writes.items() if memory[write] & memory[target]]
     return [reads, *sites] if reads else sites

@@ -12,8 +12,10 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
 from insitu.graph.errors import CausalityError, NeverRanError
+from insitu.graph.expression import expression
 from insitu.graph.location import Location
 from insitu.graph.node import Address, Graph, Site
+from insitu.graph.operations import READ
 from insitu.runtime.plan import Plan
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ def pass_order(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> list[int]:
     sorter: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(range(len(passes)), ()))
     for reads, write in _handed_over(plan):
         for read in reads:
+            if graph[read].operation is not READ:
+                continue
             target = _address(graph, read)
             for other in _needed(plan, read, write):
                 if home[other[0]] != home[target[0]]:
@@ -41,7 +45,8 @@ def pass_order(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> list[int]:
         write = next(
             write
             for reads, write in _handed_over(plan)
-            if any(home[_address(graph, read)[0]] in cycle for read in reads)
+            for read in reads
+            if graph[read].operation is READ and home[_address(graph, read)[0]] in cycle
         )
         raise CausalityError(
             "Invocations of this block need values of each other, but with this model and these "
@@ -77,6 +82,8 @@ def check_order(
         return
     home = {number: at for at, single in enumerate(passes) for number in single.cuts}
     for reads, write in dependent:
+        if any(graph[read].operation is not READ for read in reads):
+            continue  # gradients: their order is that of the backward pass
         targets = {read: _address(graph, read) for read in reads}
         moments = order(next(iter(targets.values())).invocation)
         known = {read: _moment(target, moments) for read, target in targets.items()}
@@ -89,7 +96,7 @@ def check_order(
             for other in _needed(plan, read, write)
             if home[other[0]] == home[target[0]] and not _together(other, target)
         ]
-        late = {other for other in others if (_moment(other, moments) or _NEVER) > own}
+        late = {plan.reads[o] for o in others if (_moment(o, moments) or _NEVER) > own}
         if late:
             raise causality_error(graph, plan, read, write, late)
 
@@ -175,7 +182,7 @@ def unexcused(
 
 
 def causality_error(
-    graph: Graph, plan: Plan, read: int, write: int, late: Collection[Address]
+    graph: Graph, plan: Plan, read: int, write: int, late: Collection[int]
 ) -> CausalityError:
     """Returns the error for a write, or a skip, that needs what comes after it.
 
@@ -184,12 +191,12 @@ def causality_error(
         plan: its plan.
         read: the node that reads the site that is written, or the arguments of what is skipped.
         write: the write or the skip.
-        late: the sites that come too late.
+        late: the nodes that read what comes too late.
     """
-    needed = [plan.reads[other] for other in _needed(plan, read, write) if other in late]
-    source = graph[min(needed)]
+    source = graph[min(late)]
     return CausalityError(
-        f"`{graph[read].site}` is given a value that depends on `{source.site}`, which comes "
+        f"`{expression(graph, read)}` is given a value that depends on "
+        f"`{expression(graph, min(late))}`, which comes "
         f"later in the run and is read at\n{source.location}\nA write can only use what is there "
         f"when the model passes the site; it stands at",
         graph[write].location,

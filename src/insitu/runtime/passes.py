@@ -24,6 +24,7 @@ from insitu.graph.node import EVERY, Address, Kind, Site
 from insitu.graph.structure import map_structure
 from insitu.graph.writing import fitted
 from insitu.runtime.execution import Execution
+from insitu.runtime.gradients import Tape
 
 Place = tuple[str, Kind, int]
 """A module's path, which of its values, and in which call of the module."""
@@ -182,7 +183,7 @@ def run_pass(
     """
     cuts, may_stop = single.cuts, single.may_stop
     writes, skips, stops = execution.writes, execution.skips, execution.stops
-    mutated = execution.mutated
+    mutated, differentiates = execution.mutated, execution.differentiates
     readers: dict[Moment, list[tuple[int, int]]] = {}
     clock = _Clock(readers, -1) if single.stepped else None
     for (invocation, path, kind, call, step), index in reads.items():
@@ -209,7 +210,7 @@ def run_pass(
         place = moment[:3] if clock is None else clock.place(moment)
         value = arriving = _passing(place[1], view, module, args, rest)
         if mutated and not mutated.isdisjoint(index for index, _ in found):
-            value = _writable(modules[""], value)
+            value = _writable(modules[""], value, execution.tape)
         for index, invocation in found:
             cut = cuts[invocation]
             own = value if cut is None else cut.take(Site(invocation, *place), value)
@@ -257,6 +258,14 @@ def run_pass(
             clock.calls.clear()
             if clock.step:
                 execution.next_step()
+            if differentiates:  # `generate` turns it off
+                _set_grad_enabled(True)
+                after = cast("dict[Any, Any]", module._forward_hooks)
+                after[end_step] = end_step
+
+    def end_step(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _set_grad_enabled(False)
+        cast("dict[Any, Any]", module._forward_hooks).pop(end_step, None)
 
     grad_enabled = torch.is_grad_enabled()
     result, stopped = None, False
@@ -277,13 +286,15 @@ def run_pass(
             first = (path, kind, 0, 0)
             if first not in hooks and kind in _OF_MODULES:
                 hooks[first] = _hook(modules[path], first, views.get(path), arrived)
-        _set_grad_enabled(False)
+        _set_grad_enabled(differentiates)
         result = single.call(passing)
     except _Stop as stop:
         stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
         stopped = True
     finally:
         _set_grad_enabled(grad_enabled)
+        if differentiates and single.stepped:
+            cast("dict[Any, Any]", modules[""]._forward_hooks).pop(end_step, None)
         for table, flags, key in hooks.values():
             if key in table:
                 del table[key]
@@ -388,8 +399,11 @@ def _passing(
     return (args, dict(kwargs)) if kind == "inputs" else first_argument(module, args, kwargs)
 
 
-def _writable(model: nn.Module, value: Any) -> Any:
-    """What may be written to in place: a copy of what is a parameter or a buffer of the model."""
+def _writable(model: nn.Module, value: Any, tape: Tape | None) -> Any:
+    """What may be written to in place: a copy of a parameter, and of all that autograd follows."""
+    if tape is not None:
+        tape.follow(value)  # a copy of what is followed is no leaf, and can be written to
+        return map_structure(_clone, value)
     own = {_memory(tensor) for tensor in chain(model.parameters(), model.buffers())}
     found: list[int] = []
     map_structure(lambda leaf: found.append(_memory(leaf)), value)

@@ -14,7 +14,7 @@ from insitu.graph.errors import CausalityError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Mark
 from insitu.graph.node import EVERY, Address, Graph, Site
-from insitu.graph.operations import READ
+from insitu.graph.operations import BACKWARD, GRAD, READ
 
 _MANY = 1 << 40  # uses of a value that is there for every step
 
@@ -56,6 +56,19 @@ class Mutations:
 
 
 @dataclass(slots=True, eq=False)
+class Gradients:
+    """What backward passes a graph has.
+
+    Attributes:
+        bound: the nodes that stand for gradients of each backward pass, by its node.
+        wanted: the nodes that stand for gradients of each value, by its node.
+    """
+
+    bound: dict[int, list[int]]
+    wanted: dict[int, list[int]]
+
+
+@dataclass(slots=True, eq=False)
 class Plan:
     """What of a graph runs when, and how long its values live.
 
@@ -73,6 +86,7 @@ class Plan:
         needs: the set of sites that each node depends on.
         held: for each set of sites, the nodes whose values wait for sites that are not in it.
         mutations: what writes in place ask for, if there are any.
+        gradients: which backward passes there are, if any.
         repeated: what runs anew in every step, if anything does.
     """
 
@@ -86,6 +100,7 @@ class Plan:
     skips: Mapping[int, int]
     stops: Mapping[int, Mark]
     mutations: Mutations | None = None
+    gradients: Gradients | None = None
     repeated: Repeated | None = None
 
 
@@ -150,7 +165,7 @@ def regroup(graph: Graph, plan: Plan) -> None:
     plan.groups.clear()
     plan.held.clear()
     for index, (operation, _, _, inputs, _, _) in enumerate(graph.rows):
-        if operation is not READ:
+        if operation not in (READ, GRAD, BACKWARD):  # which nothing here computes
             need = plan.needs[index]
             plan.groups.setdefault(need, []).append(index)
             for source in inputs:

@@ -27,6 +27,7 @@ from insitu.graph.recording import Recording
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.execution import Execution
+from insitu.runtime.gradients import leaves_of, order_gradients
 from insitu.runtime.memory import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
 from insitu.runtime.passes import Passed, Place, run_pass
@@ -293,16 +294,20 @@ class Tracer:
                 here(3),
             )
         recording = self.recording
-        requests = [invocation.request for invocation in self._invocations]
+        requests = given = [invocation.request for invocation in self._invocations]
         graph = recording.graph
         plan = make_plan(graph, recording.saves)
+        if graph.differentiates:
+            order_gradients(graph, plan)
         if graph.mutations:
             order_mutations(graph, plan, self._arriving, self._is_view)
             # What is given to the block is the user's, and stays as it is.
-            requests = [map_structure(_clone, request) for request in requests]
+            requests = [map_structure(_clone, request) for request in given]
         module = self.model.load()
         cuts_short = bool(plan.skips or plan.stops)
-        passes = self.procedure.passes(module, requests, plan.reads, together=not cuts_short)
+        # Of a value that was cut out of a batch the batch's loss does not depend.
+        together = not cuts_short and not graph.differentiates
+        passes = self.procedure.passes(module, requests, plan.reads, together)
         order: Sequence[int] = range(len(passes))
         returned: Mapping[str, Any] = {}
         if plan.writes or plan.skips or plan.mutations is not None:
@@ -328,8 +333,12 @@ class Tracer:
                         lacking = unexcused(graph, plan, now.missing, graph.optional)
                         if lacking is not None:
                             break
+                if execution.tape is not None and lacking is None:
+                    execution.run_backwards(leaves_of(graph, given, module))
             finally:
                 exclusive.running = False
+                if execution.tape is not None:
+                    execution.tape.release()
         if lacking is not None:
             raise self._missing(lacking, passed[-1])
         execution.fill(recording.saves)

@@ -1,0 +1,210 @@
+"""Gradients: which backward pass a `.grad` belongs to, and what runs in one.
+
+Backward passes run after the forward passes, in the order of their lines. In them gradients
+arrive as values do at sites, from the loss towards the inputs, and can be replaced on their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from insitu.graph.errors import CausalityError, ExecutionError, OperationError, ShapeError
+from insitu.graph.expression import expression
+from insitu.graph.node import EVERY, Graph
+from insitu.graph.operations import BACKWARD, GRAD, READ
+from insitu.graph.structure import map_structure
+from insitu.runtime.plan import Gradients, Plan, regroup
+
+
+def order_gradients(graph: Graph, plan: Plan) -> None:
+    """Lets what uses a gradient wait for its backward pass. The plan is changed.
+
+    Raises:
+        OperationError: if there is no backward pass, or it would be one of every step.
+        CausalityError: if the model would have to wait for a gradient.
+    """
+    backwards = [index for index, node in enumerate(graph) if node.operation is BACKWARD]
+    bound: dict[int, list[int]] = {index: [] for index in backwards}
+    wanted: dict[int, list[int]] = {}
+    gradients = 0
+    for index, node in enumerate(graph):
+        if node.operation is READ:
+            continue
+        if node.operation is GRAD:
+            if not backwards:
+                raise OperationError(
+                    f"`{expression(graph, index)}` is the gradient of a backward pass, and there "
+                    "is none: write `loss.backward()` in the block.",
+                    node.location,
+                )
+            at_or_after = [backward for backward in backwards if backward > index]
+            bound[at_or_after[0] if at_or_after else backwards[-1]].append(index)
+            wanted.setdefault(node.inputs[0], []).append(index)
+            plan.needs[index] = plan.bits[index] = 1 << len(plan.bits)
+            gradients |= plan.needs[index]
+            continue
+        plan.needs[index] = 0
+        for source in node.inputs:
+            plan.needs[index] |= plan.needs[source]
+    for read, write in (*graph.writes.items(), *graph.skips.items()):
+        if graph[read].operation is READ and plan.needs[write] & gradients:
+            raise CausalityError(
+                f"`{expression(graph, read)}` is given a value that depends on a gradient, and "
+                "gradients come when the model has run.",
+                graph[write].location,
+            )
+    for address, index in plan.reads.items():
+        if address[4] == EVERY:
+            for late in (*backwards, *(grad for found in bound.values() for grad in found)):
+                if plan.needs[late] & plan.bits[index] or graph[late].inputs[0] == index:
+                    raise OperationError(
+                        f"`{expression(graph, late)}` cannot be in `every_step`: take single "
+                        "steps.",
+                        graph[late].location,
+                    )
+    plan.gradients = Gradients(bound, wanted)
+    regroup(graph, plan)
+
+
+class Tape:
+    """What autograd is asked for in one run.
+
+    Args:
+        graph: what is to be done.
+        gradients: which gradients belong to which backward pass.
+        arrive: takes a gradient, given the node that stands for it, and returns what goes on.
+    """
+
+    def __init__(
+        self, graph: Graph, gradients: Gradients, arrive: Callable[[int, torch.Tensor], Any]
+    ) -> None:
+        self._graph = graph
+        self._gradients = gradients
+        self._arrive = arrive
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._marked: list[torch.Tensor] = []
+
+    def produced(self, index: int, value: Any) -> None:
+        """Lets autograd follow a value from here on, if its gradient is wanted.
+
+        Args:
+            index: the node that made it.
+            value: the value.
+
+        Raises:
+            ShapeError: if it is not a tensor of floats.
+        """
+        for grad in self._gradients.wanted.get(index, ()):
+            if not isinstance(value, torch.Tensor) or not _differentiable(value):
+                kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ShapeError(
+                    f"`{expression(self._graph, grad)}` does not exist: only tensors of floats "
+                    f"have a gradient, and this is {kind}.",
+                    self._graph[grad].location,
+                )
+            self.follow(value)
+            self._tensors[grad] = value
+
+    def follow(self, value: Any) -> None:
+        """Lets autograd follow all tensors of a value, until the run is over."""
+
+        def leaf(item: Any) -> None:
+            if isinstance(item, torch.Tensor) and _differentiable(item) and not item.requires_grad:
+                item.requires_grad_(True)
+                self._marked.append(item)
+
+        map_structure(leaf, value)
+
+    def backward(
+        self, index: int, loss: Any, options: dict[str, Any], leaves: Iterable[torch.Tensor]
+    ) -> None:
+        """Runs a backward pass.
+
+        Args:
+            index: its node.
+            loss: where it starts.
+            options: keyword arguments of `torch.Tensor.backward`.
+            leaves: the user's own tensors, which accumulate their gradients.
+
+        Raises:
+            ExecutionError: if a gradient is wanted of what the loss does not depend on.
+        """
+        grads = [grad for grad in self._gradients.bound[index] if grad in self._tensors]
+        came: set[int] = set()
+
+        def listener(grad: int) -> Callable[[torch.Tensor], Any]:
+            def hook(value: torch.Tensor) -> Any:
+                came.add(grad)
+                return self._arrive(grad, value)
+
+            return hook
+
+        given = options.pop("inputs", None)
+        given = [given] if isinstance(given, torch.Tensor) else list(given or ())
+        own = {id(tensor): tensor for tensor in (*given, *(() if given else leaves))}
+        handles: list[Any] = [
+            cast(Any, self._tensors[grad]).register_hook(listener(grad)) for grad in grads
+        ]
+        held = {id(self._tensors[grad]): self._tensors[grad] for grad in grads}
+        inputs = list({**held, **own}.values())
+        if not inputs and loss.requires_grad:
+            raise ExecutionError(
+                "Nothing wants a gradient of this backward pass: no `.grad` is used in the block, "
+                "and no tensor of yours that requires one.",
+                self._graph[index].location,
+            )
+        outputs = {"grad_outputs": options.pop("gradient", None), "allow_unused": True}
+        try:
+            found = torch.autograd.grad(loss, inputs or [loss], **outputs, **options)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for tensor, grad in zip(inputs, cast("tuple[Any, ...]", found), strict=False):
+            if id(tensor) in own and grad is not None:
+                tensor.grad = grad if tensor.grad is None else tensor.grad + grad
+        for grad in grads:
+            if grad not in came:
+                node = self._graph[grad]
+                raise ExecutionError(
+                    f"`{expression(self._graph, grad)}` does not exist: the loss does not depend "
+                    "on it. The gradient of a part of a site is that part of the site's gradient.",
+                    node.location,
+                )
+
+    def release(self) -> None:
+        """Leaves the tensors of the run as they were."""
+        for tensor in self._marked:
+            if tensor.is_leaf:
+                tensor.requires_grad_(False)
+        self._tensors.clear()
+
+
+def leaves_of(graph: Graph, requests: object, model: nn.Module) -> list[torch.Tensor]:
+    """Returns the user's own tensors that want a gradient, and none of the model's parameters.
+
+    Args:
+        graph: what is to be done, with its constants.
+        requests: what the model is called with.
+        model: the wrapped module.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    found: dict[int, torch.Tensor] = {}
+
+    def leaf(item: Any) -> None:
+        tensors = item.parameters() if isinstance(item, nn.Module) else (item,)
+        for tensor in tensors:
+            wanted = isinstance(tensor, torch.Tensor) and tensor.requires_grad
+            if wanted and tensor.is_leaf and id(tensor) not in own:
+                found[id(tensor)] = tensor
+
+    map_structure(leaf, [(node.args, dict(node.kwargs)) for node in graph])
+    map_structure(leaf, requests)
+    return list(found.values())
+
+
+def _differentiable(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
