@@ -2,6 +2,7 @@
 
 import contextlib
 
+from insitu.graph.control import apply, cond, fold
 from insitu.graph.errors import (
     BlockError,
     CausalityError,
@@ -43,4 +44,7 @@ __all__ = [
     "PromptTypeError",
     "Proxy",
     "ShapeError",
+    "apply",
+    "cond",
+    "fold",
 ]

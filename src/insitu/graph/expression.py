@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.errors import InsituError
-from insitu.graph.node import Graph, Node, Ref, Site
-from insitu.graph.operations import GRAD, SKIP, WRITE
+from insitu.graph.node import Graph, ModuleRef, Node, Ref, Site, Subgraph, readable
+from insitu.graph.operations import APPLY, COND, FOLD, GRAD, SKIP, WRITE
 
 _INFIX = {
     "add": "+",
@@ -70,6 +70,14 @@ def expression(graph: Graph, index: int, depth: int = 0) -> str:
         return f"{_PREFIX.get(name, name)}({args[0]})"
     if node.operation.name == "attribute":
         return f"{args[0]}.{node.args[1]}"
+    if node.operation is APPLY:
+        called = node.args[0]
+        name = readable(called.path) if type(called) is ModuleRef else _named(called)
+        args = args[1:]
+        keywords = [f"{key}={written(value)}" for key, value in node.kwargs.items()]
+        return f"{name}({', '.join(args + keywords)})"
+    if node.operation in (COND, FOLD):
+        return f"{name}({', '.join(args)})"
     keywords = [f"{key}={written(value)}" for key, value in node.kwargs.items()]
     if node.operation.name.startswith("Tensor.") or node.operation.name in ("save", "backward"):
         return f"{args[0]}.{name}({', '.join(args[1:] + keywords)})"
@@ -103,7 +111,7 @@ def _written(value: Any, graph: Graph, depth: int) -> str:
         return expression(graph, value.index, depth)
     if isinstance(value, torch.Tensor):
         return f"<{kind.__name__} {tuple(value.shape)}>"
-    if value is Ellipsis:
+    if value is Ellipsis or kind is Subgraph:
         return "..."
     if kind in (tuple, list, torch.Size):
         items = ", ".join([_written(item, graph, depth) for item in cast("list[Any]", value)])
@@ -114,6 +122,10 @@ def _written(value: Any, graph: Graph, depth: int) -> str:
         entries = cast("dict[Any, Any]", value).items()
         return f"{{{', '.join([f'{k!r}: {_written(v, graph, depth)}' for k, v in entries])}}}"
     return repr(value)
+
+
+def _named(function: Any) -> str:
+    return getattr(function.function, "__name__", type(function.function).__name__)
 
 
 def _subscript(node: Node, graph: Graph, depth: int) -> str:

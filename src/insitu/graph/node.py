@@ -6,7 +6,7 @@ for the value of an earlier node. Nothing here knows how values are computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -67,6 +67,41 @@ class Ref:
 
     index: int
     inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRef:
+    """Stands, among the arguments of a node, for one of the model's modules.
+
+    Attributes:
+        path: its path in the tree.
+    """
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Function:
+    """Holds, among the arguments of a node, a Python function of the user's.
+
+    Attributes:
+        function: the function.
+    """
+
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subgraph:
+    """Stands, among the arguments of a node, for a function that was recorded.
+
+    Attributes:
+        graph: its nodes; those of the operation "input" stand for what it is called with.
+        output: what it returns: references to its nodes, constants, or containers of both.
+    """
+
+    graph: Graph
+    output: Any
 
 
 _refs: list[Ref] = [Ref(index, (index,)) for index in range(1024)]

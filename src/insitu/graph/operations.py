@@ -45,6 +45,22 @@ def _read(site: object) -> Any:
     raise AssertionError(f"{site} is filled by a pass, not computed")
 
 
+def _apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def _cond(
+    pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any
+) -> Any:
+    return then(*operands) if pred else otherwise(*operands)
+
+
+def _fold(function: Callable[..., Any], carry: Any, xs: Any, *captured: Any) -> Any:
+    for x in xs:
+        carry = function(carry, x, *captured)
+    return carry
+
+
 def _gradient(value: torch.Tensor) -> torch.Tensor:
     """Stands for the gradient of a value while shapes are looked up."""
     return torch.empty_like(value)
@@ -63,8 +79,15 @@ SKIP = Operation("skip", standing_in)
 GRAD = Operation("grad", _gradient)
 BACKWARD = Operation("backward", _backward)
 KEEP = Operation("keep", kept)
+INPUT = Operation("input", _read)
+APPLY = Operation("apply", _apply)
+COND = Operation("cond", _cond)
+FOLD = Operation("fold", _fold)
 
-_SPECIAL = (READ, SAVE, ATTRIBUTE, WRITE, REPLACE, SKIP, GRAD, BACKWARD, KEEP)
+_SPECIAL = (
+    *(READ, SAVE, ATTRIBUTE, WRITE, REPLACE, SKIP, GRAD, BACKWARD, KEEP),
+    *(INPUT, APPLY, COND, FOLD),
+)
 
 _OPERATORS = """
     abs add and_ eq floordiv ge getitem gt invert le lshift lt matmul mod mul ne neg or_ pos pow

@@ -28,7 +28,7 @@ from insitu.graph.operations import (
     WRITE,
     Operation,
 )
-from insitu.graph.recording import NO_KWARGS, Cell, Recorded, Recording
+from insitu.graph.recording import NO_KWARGS, Cell, Recorded, Recording, branches
 from insitu.graph.shapes import dtype_of, fake_value, length_of, shape_of
 from insitu.graph.structure import map_structure
 
@@ -236,7 +236,8 @@ class Proxy(Recorded):
     # What cannot be known while recording
 
     def __bool__(self) -> bool:
-        return bool(self._python_value("`if`, `and`, `or`, `not` and `while`", "torch.where"))
+        use = "`if`, `and`, `or`, `not` and `while`"
+        return bool(self._python_value(use, "insitu.cond or torch.where"))
 
     def __float__(self) -> float:
         return float(self._python_value("float()", ".item(), which is recorded"))
@@ -298,7 +299,7 @@ class Proxy(Recorded):
         if node.site is None or recording.shapes is None:
             return True
         first = node.site._replace(step=0)  # in later steps its size may differ, but no more
-        return isinstance(recording.shapes(first), torch.Tensor)
+        return isinstance(recording.shapes.arriving(first), torch.Tensor)
 
     # What is shown
 
@@ -371,7 +372,7 @@ def _record(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, An
     if isinstance(first, Proxy) and first._recording.open:
         recording = first._recording
     else:
-        found = _open_recordings(args, kwargs)
+        found = branches()[-1:] or _open_recordings(args, kwargs)
         if not found:
             return _at_once(operation.function, args, kwargs)
         recording = found[0]

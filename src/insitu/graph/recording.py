@@ -8,7 +8,8 @@ and what is known of shapes. It is open until the block ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from numbers import Number
 from typing import Any, ClassVar, NoReturn, Protocol, cast
 
@@ -16,11 +17,22 @@ import torch
 
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import Location, Mark, here
-from insitu.graph.node import EVERY, Address, Graph, Ref, Site, ref
+from insitu.graph.node import (
+    EVERY,
+    Address,
+    Function,
+    Graph,
+    ModuleRef,
+    Ref,
+    Site,
+    Subgraph,
+    ref,
+)
 from insitu.graph.operations import (
     BACKWARD,
     GETITEM,
     GRAD,
+    INPUT,
     READ,
     REPLACE,
     SKIP,
@@ -54,6 +66,20 @@ def _constant(key: Any) -> bool:
 
 
 _WHOLE = object()
+_NAMED = (Function, ModuleRef, Subgraph)
+
+
+class _Branches(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Recording] = []
+
+
+_branches = _Branches()
+
+
+def branches() -> list[Recording]:
+    """Returns the functions that this thread is recording for `cond` and `fold`, outermost first."""
+    return _branches.stack
 
 
 class Missing:
@@ -87,8 +113,12 @@ class Cell:
 class ShapeSource(Protocol):
     """Knows, without running the model, the shapes of what will arrive at its sites."""
 
-    def __call__(self, site: Site) -> Any:
+    def arriving(self, site: Site) -> Any:
         """Returns what arrives at a site, with fake tensors in place of tensors."""
+        ...
+
+    def fake_module(self, path: str) -> Callable[..., Any]:
+        """Returns a module as a function on fake tensors."""
         ...
 
 
@@ -100,18 +130,27 @@ class Recording:
         saves: the cells that the run has to fill, by the index of the node that makes the value.
         sites: what lines that come now read at a site: what arrives, or what was last written.
         gradients: what lines that come now mean by the gradient of a node's value.
+        parent: of the function of a `cond` or `fold`: what it is used in.
+        captured: the parent's values that such a function uses.
         open: whether lines still add to it.
         shapes: gives the shapes at sites; None where no model is behind the recording.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
     """
 
-    __slots__ = ("__weakref__", "fakes", "gradients", "graph", "open", "saves", "shapes", "sites")
+    __slots__ = (
+        *("__weakref__", "_inputs", "_inside", "captured", "fakes", "gradients", "graph", "open"),
+        *("parent", "saves", "shapes", "sites"),
+    )
 
-    def __init__(self, shapes: ShapeSource | None = None) -> None:
+    def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
         self.graph = Graph([])
         self.saves: dict[int, Cell] = {}
         self.sites: dict[Address, Ref] = {}
         self.gradients: dict[int, Ref] = {}
+        self.parent = parent
+        self.captured: list[Recorded] = []
+        self._inside: dict[int, Ref] = {}
+        self._inputs = 0
         self.open = True
         self.shapes = shapes
         self.fakes: dict[int, Any] = {}
@@ -152,6 +191,9 @@ class Recording:
             kind = type(arg)  # pyright: ignore[reportUnknownVariableType]
             if kind in _PLAIN or (kind in _KEYS and _constant(arg)):
                 encoded.append(arg)
+            elif kind in _NAMED:
+                encoded.append(arg)
+                nested = True
             elif issubclass(kind, Recorded) and arg._recording is self:
                 if not arg._operand and operation is not GETITEM:
                     _refuse_structure(arg, Location(*mark))
@@ -206,6 +248,12 @@ class Recording:
         Raises:
             OperationError: if the first argument of a module is written and all of them are used.
         """
+        if branches():
+            raise OperationError(
+                "Inside `cond` and `fold` nothing is written to the model: return the value, and "
+                "write it outside.",
+                Location(*mark),
+            )
         invocation, path, kind, call, step = address
         other = {"input": "inputs", "inputs": "input"}.get(kind)
         if other is not None and (invocation, path, other, call, step) in self.sites:
@@ -399,6 +447,38 @@ class Recording:
         self.fakes = {}
         self.shapes = None
 
+    def input(self, mark: Mark) -> Ref:
+        """Adds an input, to the function of a `cond` or `fold`."""
+        self._inputs += 1
+        return self.apply(INPUT, (self._inputs - 1,), NO_KWARGS, mark)
+
+    def capture(self, value: Recorded, mark: Mark) -> Ref:
+        """Returns the input through which such a function gets a value from around it.
+
+        Args:
+            value: a value of the parent, or of what is around that.
+            mark: the user's line.
+        """
+        parent = cast("Recording", self.parent)
+        if value._recording is not parent:
+            value = Recorded(parent, parent.capture(value, mark))
+        index = value._ref.index
+        if index not in self._inside:
+            self._inside[index] = self.input(mark)
+            self.captured.append(Recorded(parent, value._ref))
+        return self._inside[index]
+
+    def encode(self, value: Any, mark: Mark) -> Any:
+        """Returns a value with references in the place of recorded values."""
+        return self._encode(value, [], mark)
+
+    def _is_around(self, other: Recording) -> bool:
+        """Whether this records a function that is used in another recording."""
+        parent = self.parent
+        while parent is not None and parent is not other:
+            parent = parent.parent
+        return parent is other
+
     def _encode(self, value: Any, inputs: list[int], mark: Mark) -> Any:
         """Puts references in the place of recorded values, also inside containers."""
         if isinstance(value, torch.Tensor):
@@ -411,6 +491,10 @@ class Recording:
                         _refuse_structure(item, Location(*mark))
                     inputs.append(item._ref.index)
                     return item._ref
+                if self.parent is not None and self._is_around(item._recording):
+                    captured = self.capture(item, mark)
+                    inputs.append(captured.index)
+                    return captured
                 return item.result(Location(*mark))
             if type(item) in _PLAIN or isinstance(item, torch.Tensor):
                 return item

@@ -14,8 +14,10 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.graph.errors import InsituError, ShapeError
+from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
-from insitu.graph.node import Node, Ref
+from insitu.graph.node import Function, ModuleRef, Node, Ref, Subgraph
+from insitu.graph.operations import APPLY, COND, INPUT
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
 
@@ -41,7 +43,7 @@ def fake_value(recording: Recording, index: int) -> Any:
             raise ShapeError(f"The shape of `{site}` is not known before the run.", node.location)
         else:
             try:
-                fakes[ancestor] = recording.shapes(site)
+                fakes[ancestor] = recording.shapes.arriving(site)
             except InsituError as error:
                 if error.location is not None:
                     raise
@@ -101,11 +103,21 @@ def _unknown_ancestors(recording: Recording, index: int) -> list[int]:
 
 def _compute(recording: Recording, index: int) -> Any:
     node = recording.graph[index]
+    if node.operation is INPUT or (node.operation is APPLY and type(node.args[0]) is Function):
+        raise ShapeError(
+            "The shapes of what a Python function returns, and inside `cond` and `fold`, are not "
+            "known before the run.",
+            node.location,
+        )
     mode = _mode(recording, node)
 
+    def module(path: str) -> Any:
+        assert recording.shapes is not None
+        return recording.shapes.fake_module(path)
+
     def leaf(item: Any) -> Any:
-        if type(item) is Ref:
-            return recording.fakes[item.index]
+        if type(item) in (Ref, ModuleRef, Subgraph):
+            return meaning(item, recording.fakes, module)
         if isinstance(item, torch.Tensor) and not isinstance(item, FakeTensor):
             return mode.from_tensor(item)
         return item
@@ -113,6 +125,8 @@ def _compute(recording: Recording, index: int) -> Any:
     args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))
     try:
         with mode, torch.no_grad():
+            if node.operation is COND:
+                return _either(*args)
             return node.operation.function(*args, **kwargs)
     except InsituError as error:
         raise located(recording.graph, index, error) from None
@@ -128,6 +142,16 @@ def _compute(recording: Recording, index: int) -> Any:
         raise ShapeError(
             f"`{written}` does not work on values of shape {listed}: {error}", node.location
         ) from error
+
+
+def _either(pred: Any, then: Any, otherwise: Any, *operands: Any) -> Any:
+    """What both functions of a `cond` return, if it has the same shapes."""
+    first, second = then(*operands), otherwise(*operands)
+    if shape_of(first) != shape_of(second):
+        raise ShapeError(
+            f"`cond` gives {shape_of(first)} or {shape_of(second)}, which depends on values."
+        )
+    return first
 
 
 def _mode(recording: Recording, node: Node) -> FakeTensorMode:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +13,7 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.passes import Deliver, Pass, View
-from insitu.runtime.probe import Call, Probe, probe
+from insitu.runtime.probe import Call, Probe, fake_call, probe
 from insitu.runtime.procedure import Outputs
 from insitu.tracing.handle import Handle
 from insitu.tracing.tracer import Tracer
@@ -75,6 +75,19 @@ class Model(Handle):
                     self.exclusive.running = False
             self._probes[signature] = found
         return self._probes[signature]
+
+    def fake_module(self, path: str) -> Callable[..., Any]:
+        """Returns a module as a function on fake tensors."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.exclusive.lock:
+                self.exclusive.begin()
+                try:
+                    return fake_call(self.modules[path], args, kwargs)
+                finally:
+                    self.exclusive.running = False
+
+        return call
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block that runs one forward of the module when it ends.

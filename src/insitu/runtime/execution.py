@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from insitu.graph.errors import CausalityError, ExecutionError, InsituError, ShapeError
+from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
 from insitu.graph.operations import BACKWARD
@@ -24,6 +27,7 @@ from insitu.runtime.memory import as_single_views
 from insitu.runtime.order import causality_error
 from insitu.runtime.plan import Plan
 
+NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
 _PENDING = object()
 _NONE: frozenset[int] = frozenset()
 
@@ -34,16 +38,20 @@ class Execution:
     Args:
         graph: what is to be done.
         plan: its plan.
+        modules: the model's modules, by path.
     """
 
     __slots__ = (
         *("_arrived", "_bits", "_graph", "_groups", "_plan", "_steps", "_uses", "_values"),
         *("_done", "_mutations", "_pasts", "_waiting", "busy"),
-        *("_careful", "tape"),
+        *("_careful", "_modules", "tape"),
     )
 
-    def __init__(self, graph: Graph, plan: Plan) -> None:
+    def __init__(
+        self, graph: Graph, plan: Plan, modules: Mapping[str, nn.Module] = NO_MODULES
+    ) -> None:
         self._graph = graph
+        self._modules = modules
         self._plan = plan
         self._bits = plan.bits
         self._groups = plan.groups
@@ -257,7 +265,7 @@ class Execution:
         """The arguments of a node, with values in the place of references."""
 
         def leaf(item: Any) -> Any:
-            return self._values[item.index] if type(item) is Ref else item
+            return meaning(item, self._values, self._modules.__getitem__)
 
         return cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
 
@@ -307,7 +315,7 @@ class Execution:
 
         def leaf(item: Any) -> Any:
             if type(item) is not Ref:
-                return item
+                return meaning(item, values, self._modules.__getitem__)
             past = pasts[item.index]
             return values[item.index] if past is _PENDING else past
 

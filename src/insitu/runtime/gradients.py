@@ -14,7 +14,7 @@ from torch import nn
 
 from insitu.graph.errors import CausalityError, ExecutionError, OperationError, ShapeError
 from insitu.graph.expression import expression
-from insitu.graph.node import EVERY, Graph
+from insitu.graph.node import EVERY, Function, Graph, Subgraph
 from insitu.graph.operations import BACKWARD, GRAD, READ
 from insitu.graph.structure import map_structure
 from insitu.runtime.plan import Gradients, Plan, regroup
@@ -195,6 +195,10 @@ def leaves_of(graph: Graph, requests: object, model: nn.Module) -> list[torch.Te
     found: dict[int, torch.Tensor] = {}
 
     def leaf(item: Any) -> None:
+        if isinstance(item, Subgraph):
+            map_structure(leaf, [(node.args, dict(node.kwargs)) for node in item.graph])
+            return
+        item = item.function if isinstance(item, Function) else item
         tensors = item.parameters() if isinstance(item, nn.Module) else (item,)
         for tensor in tensors:
             wanted = isinstance(tensor, torch.Tensor) and tensor.requires_grad

@@ -33,7 +33,7 @@ _VIEWS = frozenset(
 # Views where the strides or the dtype allow it, else copies.
 _SOMETIMES_VIEWS = frozenset(
     (
-        *("apply", "bfloat16", "bool", "byte", "call", "char", "contiguous", "cpu", "cuda"),
+        *("apply", "bfloat16", "bool", "byte", "char", "cond", "contiguous", "cpu", "cuda", "fold"),
         *("double", "flatten", "float", "half", "int", "long", "ravel", "reshape", "reshape_as"),
         *("short", "to", "type_as"),
     )

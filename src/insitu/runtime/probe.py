@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +138,27 @@ def probe(
             _restore(vars(part), attributes)
             _restore(part._buffers, buffers)
     return Probe(seen, returned)
+
+
+def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Calls a module on fake tensors, in the fake mode that is active.
+
+    Args:
+        module: the module; it is changed for the duration, as in `probe`.
+        args: its arguments.
+        kwargs: its keyword arguments.
+    """
+    weights = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        for name, tensor in chain(module.named_parameters(), module.named_buffers())
+    }
+    parts = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    try:
+        return functional_call(module, weights, args, dict(kwargs))
+    finally:
+        for part, attributes, buffers in parts:
+            _restore(vars(part), attributes)
+            _restore(part._buffers, buffers)
 
 
 def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ a batch, what a transformer block returns or what `generate` does.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -96,6 +96,10 @@ class Subject(Protocol):
 
     def load(self) -> nn.Module:
         """Returns the wrapped module with its weights."""
+        ...
+
+    def fake_module(self, path: str) -> Callable[..., Any]:
+        """Returns a module as a function on fake tensors."""
         ...
 
     def probe(self, call: Call, views: Mapping[str, View]) -> Probe:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from insitu.display.tree import render, summarise
+from insitu.graph.control import call_module
 from insitu.graph.errors import BlockError, IndexOutOfRangeError, PathError, nearest
-from insitu.graph.location import Location, Mark, here
+from insitu.graph.location import Location, Mark, here, mark
 from insitu.graph.node import Kind, readable
 from insitu.graph.proxy import Proxy
 from insitu.runtime.procedure import Subject
@@ -161,6 +162,23 @@ class Handle(Call):
     def module(self) -> nn.Module:
         """The module itself: on the meta device until the weights are loaded."""
         return self._model.modules[self._path]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Applies the module to values of the run, outside of the model's flow.
+
+        Its sites see nothing of it. On tensors that are there already, call `handle.module`.
+
+        Args:
+            args: recorded values, constants, or containers of both.
+            kwargs: likewise.
+
+        Returns:
+            A proxy for what the module returns.
+
+        Raises:
+            OperationError: if none of the arguments is a value of an open block.
+        """
+        return call_module(self._path, args, kwargs, mark())
 
     def call(self, number: int) -> Call:
         """Returns one call of a module that runs several times in a forward, or in a step.

@@ -6,7 +6,7 @@ without an error the model runs, once, with the experiment inside.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -75,7 +75,7 @@ class Tracer:
         self.model = model
         self.procedure = procedure
         self.promises_output = promises_output
-        self.recording = Recording(self._shapes)
+        self.recording = Recording(self)
         self._invocations: list[Invocation] = []
         self._implicit: Invocation | None = None
         self._prompt = prompt
@@ -283,8 +283,13 @@ class Tracer:
         self._invocations.append(invocation)
         return invocation
 
-    def _shapes(self, site: Site) -> Any:
+    def arriving(self, site: Site) -> Any:
+        """Returns what arrives at a site, with fake tensors in place of tensors."""
         return self._invocations[site.invocation].fake(site)
+
+    def fake_module(self, path: str) -> Callable[..., Any]:
+        """Returns a module as a function on fake tensors."""
+        return self.model.fake_module(path)
 
     def _run(self) -> None:
         if not self._invocations:
@@ -317,8 +322,8 @@ class Tracer:
         if cuts_short:
             returned = self._returned()
             check_cuts(graph, plan, self._moments)
-        execution = Execution(graph, plan)
         modules, views = self.model.modules, self.procedure.views
+        execution = Execution(graph, plan, modules)
         exclusive = self.model.exclusive
         passed: list[Passed] = []
         lacking: int | None = None
@@ -357,7 +362,7 @@ class Tracer:
     def _arriving(self, site: Site) -> Any:
         """What arrives at a site, as fake tensors, or None if that is not known without a run."""
         try:
-            return self._shapes(site)
+            return self.arriving(site)
         except InsituError:
             return None
 

@@ -1,0 +1,208 @@
+"""Control flow and functions: what is decided by values, and what is no recorded operation.
+
+`cond` and `fold` record the functions that they are given as graphs of their own, so that they
+remain data. `apply` takes any function, which the wire format refuses.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from insitu.graph.errors import OperationError
+from insitu.graph.location import Location, Mark, mark
+from insitu.graph.node import Function, ModuleRef, Subgraph, readable
+from insitu.graph.operations import APPLY, COND, FOLD
+from insitu.graph.proxy import Proxy, StructureProxy
+from insitu.graph.recording import NO_KWARGS, Recorded, Recording, branches
+from insitu.graph.structure import map_structure
+
+
+def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a Python function on the real values, while the model runs.
+
+    The function must not write into its arguments, and its graph cannot be sent anywhere: where
+    recorded operations will do, they are better.
+
+    Args:
+        function: any function, or a module of the user's own.
+        args: recorded values, constants, or containers of both.
+        kwargs: likewise.
+
+    Returns:
+        A proxy for what the function returns.
+
+    Raises:
+        OperationError: if no argument is a value of an open block.
+
+    Example:
+        >>> import torch
+        >>> from insitu import Model, apply
+        >>> model = Model(torch.nn.Linear(2, 3))
+        >>> with model.trace(torch.ones(1, 2)):
+        ...     shape = apply(lambda x: tuple(x.shape), model.output).save()
+        >>> shape.value
+        (1, 3)
+    """
+    return _called(Function(function), args, kwargs, "apply", mark())
+
+
+def call_module(path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], line: Mark) -> Any:
+    """Records a call of one of the model's own modules on values; no hook sees it.
+
+    Args:
+        path: the module's path.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        line: the user's line.
+
+    Raises:
+        OperationError: if no argument is a value of an open block.
+    """
+    return _called(ModuleRef(path), args, kwargs, readable(path), line)
+
+
+def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
+    """Records that a value decides which of two functions is computed.
+
+    Args:
+        pred: a proxy for one number or truth value.
+        then: a function of the operands, used if the value is true. It may use other values of the
+            block, and returns values or containers of them.
+        otherwise: likewise, used if it is not.
+        operands: what the functions are called with.
+
+    Returns:
+        A proxy for what the function returns.
+
+    Raises:
+        OperationError: if `pred` is no value of an open block, or a function writes to the model.
+
+    Example:
+        >>> import torch
+        >>> from insitu import Model, cond
+        >>> model = Model(torch.nn.Identity())
+        >>> with model.trace(torch.tensor([-3.0])):
+        ...     size = cond(model.output.sum() > 0, lambda x: x, lambda x: -x, model.output).save()
+        >>> size.value
+        tensor([3.])
+    """
+    line = mark()
+    recording = _recording_of((pred, operands), "cond", line)
+    first, captured = _recorded(recording, then, len(operands), [], line)
+    second, captured = _recorded(recording, otherwise, len(operands), captured, line)
+    args = (pred, first, second, *_whole(operands), *captured)
+    return Proxy(recording, recording.apply(COND, args, NO_KWARGS, line))
+
+
+def fold(function: Callable[[Any, Any], Any], init: Any, xs: Any) -> Any:
+    """Records a loop: `carry = function(carry, x)` for each `x`, from a first carry on.
+
+    Args:
+        function: of the carry and an item; it returns the next carry.
+        init: the first carry: a value, a constant or a container of both.
+        xs: a tensor, of which the items lie along the first axis, or a tuple or list.
+
+    Returns:
+        A proxy for the last carry.
+
+    Raises:
+        OperationError: if neither carry nor items are values of an open block.
+
+    Example:
+        >>> import torch
+        >>> from insitu import Model, fold
+        >>> model = Model(torch.nn.Identity())
+        >>> with model.trace(torch.tensor([1.0, 2.0, 3.0])):
+        ...     value = fold(lambda total, x: total * 2 + x, 0.0, model.output).save()
+        >>> value.value
+        tensor(11.)
+    """
+    line = mark()
+    recording = _recording_of((init, xs), "fold", line)
+    body, captured = _recorded(recording, function, 2, [], line)
+    args = (body, *_whole((init, xs)), *captured)
+    return Proxy(recording, recording.apply(FOLD, args, NO_KWARGS, line))
+
+
+def _called(
+    function: Function | ModuleRef,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    name: str,
+    line: Mark,
+) -> Any:
+    args, kwargs = _whole((args, dict(kwargs)))
+    recording = _recording_of((args, kwargs), name, line)
+    return Proxy(recording, recording.apply(APPLY, (function, *args), kwargs, line))
+
+
+def _recording_of(values: Any, name: str, line: Mark) -> Recording:
+    """The open recording of values: that of the branch that is being recorded, if one is."""
+    if branches():
+        return branches()[-1]
+    found: list[Recording] = []
+
+    def leaf(item: Any) -> None:
+        if isinstance(item, Recorded) and item._recording.open:
+            found.append(item._recording)
+
+    map_structure(leaf, values)
+    if not found:
+        raise OperationError(
+            f"`{name}` is recorded for values of an open block, and none of its arguments is one: "
+            "on values that are there, call the function or the module itself.",
+            Location(*line),
+        )
+    return found[0]
+
+
+def _recorded(
+    parent: Recording,
+    function: Callable[..., Any],
+    count: int,
+    captured: list[Recorded],
+    line: Mark,
+) -> tuple[Subgraph, list[Recorded]]:
+    """Records a function as a graph of its own.
+
+    Args:
+        parent: what it is used in.
+        function: the function.
+        count: how many operands it is called with.
+        captured: values of the parent that are given to the graph after the operands.
+        line: the user's line.
+
+    Returns:
+        The graph, and the values that are to be given to it after the operands.
+    """
+    branch = Recording(parent=parent)
+    inputs = [Proxy(branch, branch.input(line)) for _ in range(count)]
+    for value in captured:
+        branch.capture(value, line)
+    was_open, parent.open = parent.open, False
+    branches().append(branch)
+    try:
+        output = branch.encode(function(*inputs), line)
+    finally:
+        branches().pop()
+        parent.open = was_open
+        branch.open = False
+    if branch.saves or branch.graph.differentiates:
+        raise OperationError(
+            "Inside `cond` and `fold` nothing is saved or differentiated: return it, and do that "
+            "outside.",
+            Location(*line),
+        )
+    return Subgraph(branch.graph, output), branch.captured
+
+
+def _whole(values: Any) -> Any:
+    """Values with tuples of the model's as what they are, and not as something to be indexed."""
+
+    def leaf(item: Any) -> Any:
+        return Recorded(item._recording, item._ref) if isinstance(item, StructureProxy) else item
+
+    return map_structure(leaf, values)
