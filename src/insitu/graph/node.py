@@ -28,10 +28,11 @@ class Site(NamedTuple):
 
     Attributes:
         invocation: the number of the invocation in its block, from 0.
-        path: the module's dotted path in the tree; "" is the whole model.
+        path: the module's dotted path in the tree; "" is the whole model. Of a torch function
+            that the module's forward calls, "path>function".
         kind: which of the module's values; of the whole model also "tokens", which a step of a
             generation has chosen, and "choice", what it is about to choose.
-        call: which call of the module in the step, from 0.
+        call: which call of the module, or of the function, in the step, from 0.
         step: which step of a generation, or `EVERY`. A forward is step 0.
     """
 
@@ -44,7 +45,10 @@ class Site(NamedTuple):
     @property
     def owner(self) -> str:
         """The call of the module, as one would write it."""
-        written = readable(self.path) if self.path else "model"
+        path, inside, function = self.path.partition(">")
+        written = readable(path) if path else "model"
+        if inside:
+            return f"{written}.ops.{function}[{self.call}]"
         return f"{written}.call({self.call})" if self.call else written
 
     def __str__(self) -> str:

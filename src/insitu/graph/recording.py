@@ -78,7 +78,7 @@ _branches = _Branches()
 
 
 def branches() -> list[Recording]:
-    """Returns the functions that this thread is recording for `cond` and `fold`, outermost first."""
+    """Returns what this thread is recording for `cond` and `fold`, outermost first."""
     return _branches.stack
 
 

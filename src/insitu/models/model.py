@@ -55,22 +55,23 @@ class Model(Handle):
         """Returns the wrapped module, with its weights."""
         return self._module
 
-    def probe(self, call: Call, views: Mapping[str, View]) -> Probe:
+    def probe(self, call: Call, views: Mapping[str, View], inside: str | None = None) -> Probe:
         """Returns fake values of what passes every site in a call, from a cache if it can.
 
         Args:
             call: arguments for the module, of which shapes and dtypes matter.
             views: how outputs are shown in such a call.
+            inside: the module in whose forward the calls of torch functions are wanted too.
 
         Raises:
             ShapeError: if the module cannot be run on fake tensors.
         """
-        signature = call.signature()
+        signature = call.signature() if inside is None else f"{inside}: {call.signature()}"
         if signature not in self._probes:
             with self.exclusive.lock:
                 self.exclusive.begin()
                 try:
-                    found = probe(self._module, call, self.modules, views)
+                    found = probe(self._module, call, self.modules, views, inside)
                 finally:
                     self.exclusive.running = False
             self._probes[signature] = found

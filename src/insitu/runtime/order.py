@@ -16,6 +16,7 @@ from insitu.graph.expression import expression
 from insitu.graph.location import Location
 from insitu.graph.node import Address, Graph, Site
 from insitu.graph.operations import READ
+from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.plan import Plan
 
 if TYPE_CHECKING:
@@ -139,7 +140,10 @@ def check_cuts(
     for read in plan.skips:
         skipped = _address(graph, read)
         for address, index in plan.reads.items():
-            inside = address[1].startswith(f"{skipped.path}.") and address[4] == skipped.step
+            inside = (
+                address[1].startswith((f"{skipped.path}.", f"{skipped.path}{SEPARATOR}"))
+                and address[4] == skipped.step
+            )
             if inside and address[0] == skipped.invocation:
                 raise NeverRanError(
                     f"`{Site(*address)}` has no value, because `skip` lets `{skipped.owner}` not "

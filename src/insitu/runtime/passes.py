@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from itertools import chain
 from threading import get_ident
@@ -25,6 +26,7 @@ from insitu.graph.structure import map_structure
 from insitu.graph.writing import fitted
 from insitu.runtime.execution import Execution
 from insitu.runtime.gradients import Tape
+from insitu.runtime.inside import SEPARATOR, watched
 
 Place = tuple[str, Kind, int]
 """A module's path, which of its values, and in which call of the module."""
@@ -189,7 +191,7 @@ def run_pass(
     for (invocation, path, kind, call, step), index in reads.items():
         if invocation in cuts:
             readers.setdefault((path, kind, call, step), []).append((index, invocation))
-            if call and clock is None:
+            if clock is None and (call or SEPARATOR in path):
                 clock = _Clock(readers, 0)
     hooks: dict[Moment, Hook] = {}
     thread = get_ident()
@@ -243,14 +245,37 @@ def run_pass(
             index, lambda: _standing_in(views.get(path), returned[path], value)
         )
 
-    def passing(kind: Kind, value: Any) -> Any:
-        found = clock.take(("", kind, 0, 0)) if clock is not None else None
-        if not found:
+    def passing(kind: Kind, value: Any, path: str = "") -> Any:
+        first: Moment = (path, kind, 0, 0)
+        found = clock.take(first) if clock is not None else None
+        if not found or clock is None:
             return value
+        if mutated and not mutated.isdisjoint(index for index, _ in found):
+            value = _writable(modules[""], value, execution.tape)
         for index, _ in found:  # of one invocation: batches are not made where these are wanted
             execution.arrive(index, value)
+        if may_stop and not readers:
+            raise _Stop
         written = [(i, n, cuts[n]) for i, n in found if i in writes]
-        return _changed(execution, ("", kind, 0), value, written) if written else value
+        return _changed(execution, clock.place(first), value, written) if written else value
+
+    def visit(
+        owner: str,
+        name: str,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if get_ident() != thread or execution.busy:
+            return function(*args, **kwargs)
+        path = f"{owner}{SEPARATOR}{name}"
+        args, kwargs = passing("inputs", (args, kwargs), path)
+        if args:
+            args = (passing("input", args[0], path), *args[1:])
+        elif kwargs:
+            key = next(iter(kwargs))
+            kwargs = {**kwargs, key: passing("input", kwargs[key], path)}
+        return passing("output", function(*args, **kwargs), path)
 
     def begin_step(module: nn.Module, args: tuple[Any, ...]) -> None:
         if get_ident() == thread and not execution.busy and clock is not None:
@@ -271,6 +296,8 @@ def run_pass(
     result, stopped = None, False
     skipping: dict[nn.Module, int] = {}
     forwards: dict[nn.Module, Any] = {}
+    owners: set[str] = set()
+    watching = ExitStack()
     try:
         for path in {
             moment[0] for moment, found in readers.items() for i, _ in found if i in skips
@@ -284,8 +311,13 @@ def run_pass(
             hooks["", "inputs", -1, 0] = (before, None, begin_step)
         for path, kind, _, _ in readers:
             first = (path, kind, 0, 0)
-            if first not in hooks and kind in _OF_MODULES:
+            owner, inside, _ = path.partition(SEPARATOR)
+            if inside:
+                owners.add(owner)
+            elif first not in hooks and kind in _OF_MODULES:
                 hooks[first] = _hook(modules[path], first, views.get(path), arrived)
+        for owner in owners:
+            watching.enter_context(watched(modules[owner], partial(visit, owner)))
         _set_grad_enabled(differentiates)
         result = single.call(passing)
     except _Stop as stop:
@@ -293,6 +325,7 @@ def run_pass(
         stopped = True
     finally:
         _set_grad_enabled(grad_enabled)
+        watching.close()
         if differentiates and single.stepped:
             cast("dict[Any, Any]", modules[""]._forward_hooks).pop(end_step, None)
         for table, flags, key in hooks.values():

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch.func import functional_call  # pyright: ignore[reportUnknownVariableT
 
 from insitu.graph.errors import ShapeError
 from insitu.graph.structure import map_structure
+from insitu.runtime.inside import Called, returns_tensors, watched
 from insitu.runtime.passes import Place, View, first_argument
 
 
@@ -47,14 +49,20 @@ class Probe(NamedTuple):
     Attributes:
         seen: what passed each place, in the order in which it did.
         returned: what each module returned, where `seen` holds how it is shown.
+        called: the torch functions that one module's forward called, if they were asked for.
     """
 
     seen: Mapping[Place, Any]
     returned: Mapping[str, Any]
+    called: Sequence[Called]
 
 
 def probe(
-    module: nn.Module, call: Call, modules: Mapping[str, nn.Module], views: Mapping[str, View]
+    module: nn.Module,
+    call: Call,
+    modules: Mapping[str, nn.Module],
+    views: Mapping[str, View],
+    inside: str | None = None,
 ) -> Probe:
     """Runs a module on fake tensors and returns what passed its sites.
 
@@ -64,6 +72,7 @@ def probe(
         call: what to call it with; the tensors' shapes and dtypes count, their content does not.
         modules: its tree, by path.
         views: how outputs are shown, by path.
+        inside: the module in whose forward the calls of torch functions are wanted too.
 
     Raises:
         ShapeError: if the module cannot be run without data.
@@ -73,8 +82,14 @@ def probe(
     was_disabled, log.disabled = log.disabled, True  # it prints the failures that are raised here
     seen: dict[Place, Any] = {}
     returned: dict[str, Any] = {}
+    called: list[Called] = []
     calls: Counter[str] = Counter()
     open_calls: defaultdict[str, list[int]] = defaultdict(list)
+
+    def visit(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = function(*args, **kwargs)
+        called.append(Called(name, (args, kwargs), result))
+        return result
 
     def listen(path: str) -> Any:
         def hook(
@@ -123,7 +138,9 @@ def probe(
                 return fake(item) if isinstance(item, torch.Tensor) else item
 
             args, kwargs = map_structure(leaf, tuple(call))
-            functional_call(module, weights, args, kwargs)
+            watching = nullcontext() if inside is None else watched(modules[inside], visit)
+            with watching:
+                functional_call(module, weights, args, kwargs)
     except Exception as error:
         raise ShapeError(
             "Shapes of this model cannot be found without running it "
@@ -137,7 +154,7 @@ def probe(
         for part, attributes, buffers in before:
             _restore(vars(part), attributes)
             _restore(part._buffers, buffers)
-    return Probe(seen, returned)
+    return Probe(seen, returned, [call for call in called if returns_tensors(call.output)])
 
 
 def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -15,19 +15,26 @@ from torch import nn
 
 from insitu.display.tree import render, summarise
 from insitu.graph.control import call_module
-from insitu.graph.errors import BlockError, IndexOutOfRangeError, PathError, nearest
+from insitu.graph.errors import (
+    BlockError,
+    IndexOutOfRangeError,
+    PathError,
+    ShapeError,
+    nearest,
+)
 from insitu.graph.location import Location, Mark, here, mark
-from insitu.graph.node import Kind, readable
+from insitu.graph.node import Kind, Site, readable
 from insitu.graph.proxy import Proxy
 from insitu.runtime.procedure import Subject
+from insitu.tracing.inside import Operations
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.scope import innermost
 
 _SITES = ("output", "input", "inputs")
 
 
-class Call:
-    """Stands for one call of a module: what it is called with, and what it returns."""
+class Sites:
+    """What one call of a module, or of a torch function in its forward, takes and returns."""
 
     def __init__(self, model: Subject, path: str, call: int) -> None:
         vars(self).update(_model=model, _path=path, _call=call)
@@ -75,6 +82,46 @@ class Call:
     def inputs(self, value: Any) -> None:
         self._write("inputs", value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SITES:
+            super().__setattr__(name, value)
+        else:
+            raise PathError(
+                f"`{self._written()}.{name}` cannot be assigned to: a handle only stands for its "
+                "module. Change the module itself through `.module`.",
+                here(),
+            )
+
+    def __repr__(self) -> str:
+        return f"<{Site(0, self._path, 'output', self._call).owner}>"
+
+    def _read(self, kind: Kind) -> Proxy:
+        invocation, mark = innermost(self._model, 3)
+        if type(invocation) is not Invocation:
+            raise self._outside(kind, mark)
+        return invocation.read(self._path, kind, mark, self._call)
+
+    def _write(self, kind: Kind, value: Any) -> None:
+        invocation, mark = innermost(self._model, 4)
+        if type(invocation) is not Invocation:
+            raise self._outside(kind, mark)
+        invocation.write(self._path, kind, value, mark, self._call)
+
+    def _outside(self, use: str, mark: Mark) -> BlockError:
+        return BlockError(
+            f"`{self._written()}.{use}` is about a run, so it belongs inside a block: "
+            "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
+            "`with model.trace() as tracer:`.",
+            Location(*mark),
+        )
+
+    def _written(self) -> str:
+        return readable(self._path) or "model"
+
+
+class Call(Sites):
+    """Stands for one call of a module: what it is called with, and what it returns."""
+
     def skip(self, value: Any) -> None:
         """Lets a value stand for the output, without the module's running.
 
@@ -98,47 +145,11 @@ class Call:
         invocation, mark = self._invocation("stop")
         invocation.stop(self._path, mark, self._call)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _SITES:
-            super().__setattr__(name, value)
-        else:
-            raise PathError(
-                f"`{self._written()}.{name}` cannot be assigned to: a handle only stands for its "
-                "module. Change the module itself through `.module`.",
-                here(),
-            )
-
-    def __repr__(self) -> str:
-        return f"<call {self._call} of {self._written()}>"
-
-    def _read(self, kind: Kind) -> Proxy:
-        invocation, mark = innermost(self._model, 3)
-        if type(invocation) is not Invocation:
-            raise self._outside(kind, mark)
-        return invocation.read(self._path, kind, mark, self._call)
-
-    def _write(self, kind: Kind, value: Any) -> None:
-        invocation, mark = innermost(self._model, 4)
-        if type(invocation) is not Invocation:
-            raise self._outside(kind, mark)
-        invocation.write(self._path, kind, value, mark, self._call)
-
     def _invocation(self, use: str) -> tuple[Invocation, Mark]:
         invocation, mark = innermost(self._model, 3)
         if type(invocation) is not Invocation:
             raise self._outside(use, mark)
         return invocation, mark
-
-    def _outside(self, use: str, mark: Mark) -> BlockError:
-        return BlockError(
-            f"`{self._written()}.{use}` is about a run, so it belongs inside a block: "
-            "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
-            "`with model.trace() as tracer:`.",
-            Location(*mark),
-        )
-
-    def _written(self) -> str:
-        return readable(self._path) or "model"
 
 
 class Handle(Call):
@@ -162,6 +173,22 @@ class Handle(Call):
     def module(self) -> nn.Module:
         """The module itself: on the meta device until the weights are loaded."""
         return self._model.modules[self._path]
+
+    @property
+    def ops(self) -> Operations:
+        """The torch functions that the module's own forward calls, not those of its children.
+
+        `handle.ops.softmax[0].output` is the output of its first softmax, a site like any other.
+
+        Raises:
+            BlockError: outside of an invocation.
+        """
+        invocation, _ = self._invocation("ops")
+        try:
+            called = invocation.called(self._path)
+        except ShapeError:
+            called = None
+        return Operations(self._model, self._path, called, Sites)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Applies the module to values of the run, outside of the model's flow.

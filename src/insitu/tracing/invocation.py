@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from insitu.graph.errors import BlockError, NoValueError, ShapeError
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Address, Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
+from insitu.runtime.inside import SEPARATOR, Called
 from insitu.runtime.probe import Probe
 from insitu.tracing.scope import Scope
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
@@ -210,6 +211,16 @@ class Invocation(Scope):
         """
         return self.request.visible_mask
 
+    def called(self, path: str) -> Sequence[Called]:
+        """Returns the torch functions that a module's forward calls, with fake tensors.
+
+        Raises:
+            ShapeError: if the model cannot be run on fake tensors.
+        """
+        procedure = self.tracer.procedure
+        call = procedure.example(self.request)
+        return self.tracer.model.probe(call, procedure.views, path).called
+
     def fake(self, site: Site) -> Any:
         """Returns what will arrive at a site, as fake tensors; one fake run answers for all."""
         if self._probe is None:
@@ -218,6 +229,17 @@ class Invocation(Scope):
         if site.step not in (0, EVERY) or site.kind in ("tokens", "choice"):
             raise ShapeError(f"The shape of `{site}` is not known before the run.")
         seen = self._probe.seen
+        path, inside, function = site.path.partition(SEPARATOR)
+        if inside:
+            calls = [called for called in self.called(path) if called.name == function]
+            if site.call >= len(calls):
+                raise self.tracer.never_ran(site, seen)
+            args, kwargs = calls[site.call].inputs
+            if site.kind == "output":
+                return calls[site.call].output
+            if site.kind == "inputs":
+                return args, dict(kwargs)
+            return args[0] if args else next(iter(kwargs.values()))
         if site[1:4] not in seen:
             raise self.tracer.never_ran(site, seen)
         return seen[site[1:4]]

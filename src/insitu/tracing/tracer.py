@@ -28,6 +28,7 @@ from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.execution import Execution
 from insitu.runtime.gradients import leaves_of, order_gradients
+from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.memory import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
 from insitu.runtime.passes import Passed, Place, run_pass
@@ -244,10 +245,17 @@ class Tracer:
         calls = 0 if passed is None else passed.calls.get(site.path, 0)
         if ran is not None:
             calls = max(calls, sum(place[:2] == site[1:3] for place in ran))
-        if site.call and calls:
+        if site.call and calls and SEPARATOR not in site.path:
             return NeverRanError(
                 f"`{path}` was called {calls} time{'s' * (calls > 1)}, so there is no "
                 f"`{path}.call({site.call})`: they count from 0.",
+                node.location,
+            )
+        if SEPARATOR in site.path:
+            owner, _, function = site.path.partition(SEPARATOR)
+            return NeverRanError(
+                f"The forward of `{readable(owner)}` called {function!r} {calls} times in this "
+                f"run, so `{site}` has no value.",
                 node.location,
             )
         message = f"`{path}` was not called in this run, so `{site}` has no value."
