@@ -302,9 +302,23 @@ def test_a_value_of_every_step_is_used_inside_only(gpt2: LanguageModel) -> None:
     assert "outside" in str(caught.value)
 
 
-def test_a_site_is_written_in_every_step_or_in_single_ones(gpt2: LanguageModel) -> None:
+def test_what_holds_in_every_step_comes_before_what_holds_in_one(gpt2: LanguageModel) -> None:
+    with gpt2.generate(OTHER, max_new_tokens=2, eos_token_id=None) as generator:
+        with generator.every_step():
+            gpt2.lm_head.output = gpt2.lm_head.output * -2
+        with generator.step(1):
+            seen = gpt2.lm_head.output.save()
+            gpt2.lm_head.output = gpt2.lm_head.output * -1
+    kept: list[torch.Tensor] = []
+
+    def change(step: int, value: torch.Tensor) -> torch.Tensor:
+        kept.append(value * -2)
+        return kept[-1] * -1 if step == 1 else kept[-1]
+
+    expected = generated(gpt2, {"lm_head": change}, input_ids=OTHER, max_new_tokens=2)
+    assert torch.equal(generator.output, expected) and torch.equal(seen, kept[1])
     with pytest.raises(OperationError, match="every step"):
         with gpt2.generate(OTHER, max_new_tokens=2) as generator:
+            gpt2.lm_head.output.save()
             with generator.every_step():
                 gpt2.lm_head.output = gpt2.lm_head.output * 2
-            gpt2.lm_head.output.save()

@@ -156,7 +156,7 @@ def _recording_of(values: Any, name: str, line: Mark) -> Recording:
             "on values that are there, call the function or the module itself.",
             Location(*line),
         )
-    return found[0]
+    return max(found, key=lambda recording: recording.order)
 
 
 def _recorded(

@@ -61,6 +61,10 @@ class ShapeError(InsituError, ValueError, RuntimeError):
     """
 
 
+class UnknownShapeError(ShapeError):
+    """A shape that cannot be known before the run."""
+
+
 class CausalityError(InsituError, RuntimeError):
     """A write whose value depends on something that comes after it in the run."""
 

@@ -8,7 +8,7 @@ import torch
 
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Graph, ModuleRef, Node, Ref, Site, Subgraph, readable
-from insitu.graph.operations import APPLY, COND, FOLD, GRAD, SKIP, WRITE
+from insitu.graph.operations import APPLY, COND, FOLD, GRAD, SETITEM, SKIP, WRITE
 
 _INFIX = {
     "add": "+",
@@ -31,6 +31,7 @@ _INFIX = {
     "truediv": "/",
     "xor": "^",
 }
+_AUGMENTED = {f"i{name.strip('_')}": name for name in _INFIX}
 _PREFIX = {"neg": "-", "pos": "+", "invert": "~"}
 _DEEPEST = 8
 
@@ -60,8 +61,14 @@ def expression(graph: Graph, index: int, depth: int = 0) -> str:
     def written(value: Any) -> str:
         return _written(value, graph, depth + 1)
 
+    if node.operation.in_place and depth:
+        return expression(graph, node.inputs[0], depth)
     args = [written(arg) for arg in node.args]
     name = node.operation.short
+    if node.operation is SETITEM:
+        return f"{args[0]}[{_subscript(node, graph, depth + 1)}] = {args[2]}"
+    if name in _AUGMENTED:
+        return f"{args[0]} {_INFIX[_AUGMENTED[name]]}= {args[1]}"
     if node.operation.name == "operator.getitem":
         return f"{args[0]}[{_subscript(node, graph, depth + 1)}]"
     if node.operation.name.startswith("operator."):

@@ -96,6 +96,19 @@ class Function:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Carried:
+    """Stands, among the arguments of a node, for a value of an earlier block of the session.
+
+    Attributes:
+        cell: where the value is put; it has a `content`.
+        fake: gives the value with fake tensors.
+    """
+
+    cell: Any
+    fake: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Subgraph:
     """Stands, among the arguments of a node, for a function that was recorded.
 
@@ -167,6 +180,8 @@ class Graph:
         repeats: from which node to which, without it, nodes were recorded for every step.
         mutations: the nodes that write in place.
         differentiates: whether the run has to record autograd.
+        after: the nodes that read a site in one step after it is written in every step, and the
+            nodes that read it there.
     """
 
     rows: list[Row]
@@ -177,6 +192,7 @@ class Graph:
     repeats: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     mutations: list[int] = field(default_factory=list[int])
     differentiates: bool = False
+    after: dict[int, int] = field(default_factory=dict[int, int])
 
     def __len__(self) -> int:
         return len(self.rows)

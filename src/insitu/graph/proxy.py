@@ -369,13 +369,13 @@ class StructureProxy(Proxy):
 def _record(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Records an operation in the open recording of its arguments, or computes it at once."""
     first = args[0] if args else None
-    if isinstance(first, Proxy) and first._recording.open:
+    if isinstance(first, Proxy) and first._recording.open and first._recording.session is None:
         recording = first._recording
     else:
         found = branches()[-1:] or _open_recordings(args, kwargs)
         if not found:
             return _at_once(operation.function, args, kwargs)
-        recording = found[0]
+        recording = max(found, key=lambda recording: recording.order)
     if operation.in_place:
         return Proxy(recording, recording.mutate(operation, args, kwargs, mark(3)))
     return Proxy(recording, recording.apply(operation, args, kwargs, mark(3)))
@@ -430,7 +430,9 @@ def _unary(operation: Operation) -> Callable[[Proxy], Any]:
 def _binary(operation: Operation) -> Callable[[Proxy, Any], Any]:
     def method(self: Proxy, other: Any) -> Any:
         recording = self._recording
-        if recording.open:  # the most frequent of all: one call less than through `_record`
+        if (
+            recording.open and recording.session is None
+        ):  # the most frequent of all: one call less than through `_record`
             return Proxy(recording, recording.apply(operation, (self, other), NO_KWARGS, mark()))
         return _record(operation, (self, other), NO_KWARGS)
 

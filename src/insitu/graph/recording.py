@@ -20,6 +20,7 @@ from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import (
     EVERY,
     Address,
+    Carried,
     Function,
     Graph,
     ModuleRef,
@@ -35,6 +36,7 @@ from insitu.graph.operations import (
     INPUT,
     READ,
     REPLACE,
+    SAVE,
     SKIP,
     WRITE,
     Operation,
@@ -130,6 +132,8 @@ class Recording:
         saves: the cells that the run has to fill, by the index of the node that makes the value.
         sites: what lines that come now read at a site: what arrives, or what was last written.
         gradients: what lines that come now mean by the gradient of a node's value.
+        session: what holds it together with other recordings, whose values it may use.
+        order: its place among them.
         parent: of the function of a `cond` or `fold`: what it is used in.
         captured: the parent's values that such a function uses.
         open: whether lines still add to it.
@@ -138,8 +142,18 @@ class Recording:
     """
 
     __slots__ = (
-        *("__weakref__", "_inputs", "_inside", "captured", "fakes", "gradients", "graph", "open"),
-        *("parent", "saves", "shapes", "sites"),
+        *(
+            "__weakref__",
+            "_carried",
+            "_inputs",
+            "_inside",
+            "captured",
+            "fakes",
+            "gradients",
+            "graph",
+            "open",
+        ),
+        *("order", "parent", "saves", "session", "shapes", "sites"),
     )
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
@@ -148,9 +162,12 @@ class Recording:
         self.sites: dict[Address, Ref] = {}
         self.gradients: dict[int, Ref] = {}
         self.parent = parent
+        self.session: object = None
+        self.order = 0
         self.captured: list[Recorded] = []
         self._inside: dict[int, Ref] = {}
         self._inputs = 0
+        self._carried = 0
         self.open = True
         self.shapes = shapes
         self.fakes: dict[int, Any] = {}
@@ -201,9 +218,10 @@ class Recording:
                 inputs.append(source.index)
                 encoded.append(source)
             else:
-                before = len(inputs)
+                before, carried = len(inputs), self._carried
                 encoded.append(self._encode(arg, inputs, mark))
                 nested = nested or (len(inputs) > before and type(encoded[-1]) is not Ref)
+                nested = nested or self._carried > carried
         if kwargs:
             if kwargs.get("out") is not None or kwargs.get("inplace"):
                 raise OperationError(
@@ -211,12 +229,12 @@ class Recording:
                     "`out=` and `inplace=` and use what it returns.",
                     Location(*mark),
                 )
-            before = len(inputs)
+            before, carried = len(inputs), self._carried
             kwargs = {
                 key: arg if type(arg) in _PLAIN else self._encode(arg, inputs, mark)
                 for key, arg in kwargs.items()
             }
-            nested = nested or len(inputs) > before
+            nested = nested or len(inputs) > before or self._carried > carried
         rows.append((operation, tuple(encoded), kwargs, tuple(inputs), nested, mark))
         return ref(len(rows) - 1)
 
@@ -229,9 +247,12 @@ class Recording:
         """
         source = self.sites.get(address)
         if source is None:
-            if self.graph.writes and (address[4] == EVERY or (*address[:4], EVERY) in self.sites):
-                self._refuse_unseen(address, mark)
             rows = self.graph.rows
+            every = self.sites.get((*address[:4], EVERY)) if self.graph.writes else None
+            if every is not None and rows[every.index][0] is WRITE:
+                self.graph.after[len(rows)] = self.original(every.index)
+            elif self.graph.writes and address[4] == EVERY:
+                self._refuse_unseen(address, mark)
             source = self.sites[address] = ref(len(rows))
             rows.append((READ, address, NO_KWARGS, (), False, mark))
         return source
@@ -262,7 +283,7 @@ class Recording:
                 "used: do both through `.inputs`, which is `(args, kwargs)`.",
                 Location(*mark),
             )
-        if step == EVERY or (*address[:4], EVERY) in self.sites:
+        if step == EVERY:
             self._refuse_mixed(address, mark)
         standing = self.sites.get(address)
         if standing is not None and self.holds(standing, value):
@@ -413,19 +434,18 @@ class Recording:
         self.sites[address] = skip
 
     def _refuse_unseen(self, address: Address, mark: Mark) -> None:
-        """Raises if a site that is read in every step was written in a single one, or reversed."""
+        """Raises if a site that is read in every step was written in a single one."""
         written = {self.graph[read].args for read in self.graph.writes}
         if any(other[:4] == address[:4] for other in written):
             self._refuse_mixed(address, mark)
 
     def _refuse_mixed(self, address: Address, mark: Mark) -> None:
-        """Raises if a site is written in every step and used in a single one, or the other way."""
-        every = address[4] == EVERY
+        """Raises if a site is used in every step after a single one, of which one is a write."""
         for other in self.sites:
-            if other[:4] == address[:4] and (other[4] == EVERY) != every:
+            if other[:4] == address[:4] and other[4] != EVERY:
                 raise OperationError(
-                    f"`{Site(*address)}` cannot be written where `{Site(*other)}` is used: do both "
-                    "in `every_step`, or both in steps of their own.",
+                    f"`{Site(*address)}` cannot be used where `{Site(*other)}` was, and one of "
+                    "them is written: what holds in every step comes before what holds in one.",
                     Location(*mark),
                 )
 
@@ -472,6 +492,68 @@ class Recording:
         """Returns a value with references in the place of recorded values."""
         return self._encode(value, [], mark)
 
+    def carry(self, value: Recorded, mark: Mark) -> Carried:
+        """Returns what stands for a value of this block in a later one of its session.
+
+        Args:
+            value: the value, as it is at this line.
+            mark: the user's line.
+        """
+        source, rows = value._ref, self.graph.rows
+        cell = self.saves[len(rows)] = Cell()
+        rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark))
+
+        def fake() -> Any:
+            from insitu.graph.shapes import fake_value
+
+            return fake_value(self, source.index)
+
+        return Carried(cell, fake)
+
+    def _comes_after(self, other: Recording) -> bool:
+        """Whether this is a later block of the same session."""
+        return (
+            self.session is not None and self.session is other.session and self.order > other.order
+        )
+
+    def replay(self, graph: Graph, number: int, step: int) -> None:
+        """Adds what an edit has recorded, as if its lines stood here.
+
+        Args:
+            graph: what the edit has recorded.
+            number: the invocation that it is to hold in.
+            step: the step, or `EVERY`.
+        """
+        rows = self.graph.rows
+        start = len(rows)
+        moved: list[Ref] = []
+
+        def leaf(item: Any) -> Any:
+            return moved[item.index] if type(item) is Ref else item
+
+        for operation, args, kwargs, inputs, nested, mark in graph.rows:
+            if operation is READ:
+                _, path, kind, call, _ = args
+                moved.append(self.read((number, path, kind, call, step), mark))
+                continue
+            row_args, row_kwargs = map_structure(leaf, (args, dict(kwargs)))
+            sources = tuple(moved[source].index for source in inputs)
+            moved.append(ref(len(rows)))
+            rows.append((operation, row_args, row_kwargs, sources, nested, mark))
+        for read, write in graph.writes.items():
+            original = self.original(moved[read].index)
+            self.graph.writes[original] = moved[write].index
+            self.sites[cast("Address", rows[original][1])] = moved[write]
+        for read, skip in graph.skips.items():
+            number, path, _, call, step = cast("Address", rows[moved[read].index][1])
+            self.graph.skips[moved[read].index] = moved[skip].index
+            self.sites[number, path, "output", call, step] = moved[skip]
+        for read, mark in graph.stops.items():
+            self.graph.stops[self.original(moved[read].index)] = mark
+        self.graph.mutations.extend(moved[index].index for index in graph.mutations)
+        if step == EVERY:
+            self.graph.repeats.append((start, len(rows)))
+
     def _is_around(self, other: Recording) -> bool:
         """Whether this records a function that is used in another recording."""
         parent = self.parent
@@ -495,6 +577,9 @@ class Recording:
                     captured = self.capture(item, mark)
                     inputs.append(captured.index)
                     return captured
+                if item._recording.open and self._comes_after(item._recording):
+                    self._carried += 1
+                    return item._recording.carry(item, mark)
                 return item.result(Location(*mark))
             if type(item) in _PLAIN or isinstance(item, torch.Tensor):
                 return item

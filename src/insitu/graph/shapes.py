@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from insitu.graph.errors import InsituError, ShapeError
+from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
-from insitu.graph.node import Function, ModuleRef, Node, Ref, Subgraph
+from insitu.graph.node import Carried, Function, ModuleRef, Node, Ref, Subgraph
 from insitu.graph.operations import APPLY, COND, INPUT
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
@@ -40,7 +40,9 @@ def fake_value(recording: Recording, index: int) -> Any:
         if site is None:
             fakes[ancestor] = _compute(recording, ancestor)
         elif recording.shapes is None:
-            raise ShapeError(f"The shape of `{site}` is not known before the run.", node.location)
+            raise UnknownShapeError(
+                f"The shape of `{site}` is not known before the run.", node.location
+            )
         else:
             try:
                 fakes[ancestor] = recording.shapes.arriving(site)
@@ -104,7 +106,7 @@ def _unknown_ancestors(recording: Recording, index: int) -> list[int]:
 def _compute(recording: Recording, index: int) -> Any:
     node = recording.graph[index]
     if node.operation is INPUT or (node.operation is APPLY and type(node.args[0]) is Function):
-        raise ShapeError(
+        raise UnknownShapeError(
             "The shapes of what a Python function returns, and inside `cond` and `fold`, are not "
             "known before the run.",
             node.location,
@@ -115,9 +117,17 @@ def _compute(recording: Recording, index: int) -> Any:
         assert recording.shapes is not None
         return recording.shapes.fake_module(path)
 
+    def other(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        with mode:  # what is fake elsewhere is not fake here
+            return torch.empty(item.shape, dtype=item.dtype)
+
     def leaf(item: Any) -> Any:
         if type(item) in (Ref, ModuleRef, Subgraph):
             return meaning(item, recording.fakes, module)
+        if type(item) is Carried:
+            return map_structure(other, item.fake())
         if isinstance(item, torch.Tensor) and not isinstance(item, FakeTensor):
             return mode.from_tensor(item)
         return item
@@ -134,7 +144,7 @@ def _compute(recording: Recording, index: int) -> Any:
         shapes = [shape_of(recording.fakes[i]) for i in node.inputs]
         written = expression(recording.graph, index)
         if "DataDependent" in type(error).__name__ or "DynamicOutput" in type(error).__name__:
-            raise ShapeError(
+            raise UnknownShapeError(
                 f"The shape of `{written}` depends on values, so it is not known before the run.",
                 node.location,
             ) from error
@@ -148,7 +158,7 @@ def _either(pred: Any, then: Any, otherwise: Any, *operands: Any) -> Any:
     """What both functions of a `cond` return, if it has the same shapes."""
     first, second = then(*operands), otherwise(*operands)
     if shape_of(first) != shape_of(second):
-        raise ShapeError(
+        raise UnknownShapeError(
             f"`cond` gives {shape_of(first)} or {shape_of(second)}, which depends on values."
         )
     return first

@@ -7,14 +7,14 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from insitu.graph.errors import LoadError, OptionError, ShapeError
 from insitu.graph.location import here
-from insitu.graph.node import Address
+from insitu.graph.node import Address, Graph
 from insitu.models.blocks import block_views
 from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation
@@ -78,11 +78,16 @@ class LanguageModel(Model):
                 tokenizer = source.tokenizer()
             super().__init__(source.tree(config))
         vars(self).update(
-            _source=source, _config=config, _tokenizer=tokenizer, _loading=threading.RLock()
+            _source=source,
+            _config=config,
+            _tokenizer=tokenizer,
+            _loading=threading.RLock(),
+            _base=None,
         )
         self._describe()
 
     _source: Source | None
+    _base: LanguageModel | None
     _config: Any
     _tokenizer: Any
     _loading: threading.RLock
@@ -129,9 +134,22 @@ class LanguageModel(Model):
         """
         if self._source is not None:
             with self._loading:
-                if self._source is not None:
+                if self._source is not None and self._base is not None:
+                    self._take(self._base.load())
+                elif self._source is not None:
                     self._take(self._source.weights(here()))
         return self._module
+
+    def edited(self, graph: Graph) -> Self:
+        """Returns the model with one more edit, over the same weights, loaded or not.
+
+        Args:
+            graph: what the edit has recorded.
+        """
+        other = super().edited(graph)
+        vars(other)["_base"] = self
+        other._describe()
+        return other
 
     def trace(self, prompt: Any = None, **kwargs: Any) -> Tracer:
         """Opens a block that runs one forward of the model when it ends.
@@ -147,6 +165,19 @@ class LanguageModel(Model):
         """
         given = None if prompt is None else ((prompt,), {})
         return Tracer(self, LanguageForward(self, kwargs) if kwargs else self._forward, given)
+
+    def scan(self, prompt: Any = None, **kwargs: Any) -> Tracer:
+        """Opens a block like `trace`, which checks everything when it ends and runs nothing.
+
+        The weights are not loaded. What is saved in the block is then a fake tensor: it has a
+        shape and a dtype, and no content.
+
+        Args:
+            prompt: as of `trace`.
+            kwargs: as of `trace`.
+        """
+        given = None if prompt is None else ((prompt,), {})
+        return Tracer(self, LanguageForward(self, kwargs), given, dry=True)
 
     def generate(self, prompt: Any = None, **kwargs: Any) -> Tracer:
         """Opens a block that generates when it ends, with the model's own `generate`.

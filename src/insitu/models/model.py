@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Address
+from insitu.graph.node import Address, Graph
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.passes import Deliver, Pass, View
 from insitu.runtime.probe import Call, Probe, fake_call, probe
 from insitu.runtime.procedure import Outputs
+from insitu.tracing.edit import Edit, described
 from insitu.tracing.handle import Handle
+from insitu.tracing.session import Session
 from insitu.tracing.tracer import Tracer
 
 
@@ -31,6 +33,7 @@ class Model(Handle):
     Attributes:
         modules: all modules by path, shared ones under each of their paths.
         exclusive: who may use the module: runs of it wait for each other.
+        edits: what holds in every run.
 
     Example:
         >>> import torch
@@ -44,10 +47,12 @@ class Model(Handle):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(self, "")
+        vars(self)["edits"] = ()
         self._adopt(module)
 
     modules: Mapping[str, nn.Module]
     exclusive: Exclusive
+    edits: Sequence[Graph]
     _module: nn.Module
     _probes: dict[str, Probe]
 
@@ -103,6 +108,43 @@ class Model(Handle):
         """
         given = (args, kwargs) if args or kwargs else None
         return Tracer(self, Forward(), given)
+
+    def scan(self, *args: Any, **kwargs: Any) -> Tracer:
+        """Opens a block like `trace`, which checks everything when it ends and runs nothing.
+
+        What is saved in it is then a fake tensor: it has a shape and a dtype, and no content.
+        """
+        given = (args, kwargs) if args or kwargs else None
+        return Tracer(self, Forward(), given, dry=True)
+
+    def session(self) -> Session:
+        """Opens a context for several blocks, which run one after the other when it ends.
+
+        In a block, values of the blocks before it can be used without having been saved.
+        """
+        return Session(self)
+
+    def edit(self) -> Edit[Self]:
+        """Opens a block whose lines hold in every later run of the model that it gives.
+
+        `with model.edit() as edited:` leaves `model` as it was. Edits stack: `edited.edit()`.
+        In a generation they hold in every step. `print(edited)` shows them.
+        """
+        return Edit(self)
+
+    def edited(self, graph: Graph) -> Self:
+        """Returns the model with one more edit, over the same weights.
+
+        Args:
+            graph: what the edit has recorded.
+        """
+        other = object.__new__(type(self))
+        own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
+        vars(other).update(own, _model=other, _items={}, edits=(*self.edits, graph))
+        return other
+
+    def __repr__(self) -> str:
+        return "\n".join([super().__repr__(), *(f"edit: {line}" for line in described(self))])
 
     def _adopt(self, module: nn.Module) -> None:
         """Takes a module as the wrapped one."""

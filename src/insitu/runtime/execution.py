@@ -191,6 +191,23 @@ class Execution:
         """
         return self._handed_over(index, self._plan.writes[index])
 
+    @property
+    def after(self) -> Mapping[int, int]:
+        """The nodes that read in one step what stands at a site that is written in every step."""
+        return self._graph.after
+
+    def standing(self, index: int) -> Any:
+        """Returns what a write is about to put at a site.
+
+        Args:
+            index: the node that reads the site.
+
+        Raises:
+            CausalityError: if the value depends on what has not arrived yet.
+        """
+        self._uses[self._plan.writes[index]] += 1
+        return self.written(index)
+
     def skipped(self, index: int) -> Any:
         """Returns what stands for the output of a module that is skipped.
 

@@ -64,10 +64,13 @@ def order_mutations(
     for index, node in enumerate(graph):
         if node.operation in (READ, GRAD):
             continue
+        # What runs once does not wait for what runs in every step: that comes first.
+        repeated = plan.repeated
+        ignored = repeated.sites if repeated is not None and index not in repeated.nodes else 0
         for source in node.inputs:
             needs[index] |= needs[source]
             for key in memory[source]:
-                needs[index] |= written.get(key, 0)
+                needs[index] |= written.get(key, 0) & ~ignored
         if index in mutations:
             keys = memory[node.inputs[0]]
             early = [user for key in keys for user in users.get(key, ())]

@@ -185,6 +185,7 @@ def run_pass(
     """
     cuts, may_stop = single.cuts, single.may_stop
     writes, skips, stops = execution.writes, execution.skips, execution.stops
+    after = execution.after
     mutated, differentiates = execution.mutated, execution.differentiates
     readers: dict[Moment, list[tuple[int, int]]] = {}
     clock = _Clock(readers, -1) if single.stepped else None
@@ -216,6 +217,8 @@ def run_pass(
         for index, invocation in found:
             cut = cuts[invocation]
             own = value if cut is None else cut.take(Site(invocation, *place), value)
+            if after and index in after:
+                own = execution.standing(after[index])
             execution.arrive(index, own)
             if mutated and cut is not None and index in mutated and not _shared(own, value):
                 cut.put(Site(invocation, *place), value, own)
@@ -253,7 +256,7 @@ def run_pass(
         if mutated and not mutated.isdisjoint(index for index, _ in found):
             value = _writable(modules[""], value, execution.tape)
         for index, _ in found:  # of one invocation: batches are not made where these are wanted
-            execution.arrive(index, value)
+            execution.arrive(index, execution.standing(after[index]) if index in after else value)
         if may_stop and not readers:
             raise _Stop
         written = [(i, n, cuts[n]) for i, n in found if i in writes]
@@ -377,7 +380,7 @@ class _Clock:
         if every in self.readers:
             self._came.add(every)
         now = self.readers.pop((path, kind, call, self.step), ())
-        return [*now, *self.readers.get(every, ())]
+        return [*self.readers.get(every, ()), *now]
 
     def place(self, first: Moment) -> Place:
         """Returns the place that was passed last, given by its first moment."""
@@ -467,7 +470,8 @@ def _changed(
     for index, invocation, cut in written:
         own = execution.written(index)
         if cut is None:
-            return own if own is value else _copied_where_new(own, value)
+            fresh = own if own is value else _copied_where_new(own, value)
+            continue
         if fresh is None:
             fresh = map_structure(_clone, value)
         cut.put(Site(invocation, *place), fresh, own)

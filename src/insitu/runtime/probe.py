@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
-from insitu.graph.errors import ShapeError
+from insitu.graph.errors import UnknownShapeError
 from insitu.graph.structure import map_structure
 from insitu.runtime.inside import Called, returns_tensors, watched
 from insitu.runtime.passes import Place, View, first_argument
@@ -75,7 +75,7 @@ def probe(
         inside: the module in whose forward the calls of torch functions are wanted too.
 
     Raises:
-        ShapeError: if the module cannot be run without data.
+        UnknownShapeError: if the module cannot be run without data.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -142,7 +142,7 @@ def probe(
             with watching:
                 functional_call(module, weights, args, kwargs)
     except Exception as error:
-        raise ShapeError(
+        raise UnknownShapeError(
             "Shapes of this model cannot be found without running it "
             f"({type(error).__name__}: {error}). Save the value and look at its shape after the "
             "block."

@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import nn
 
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Address
+from insitu.graph.node import Address, Graph
 from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.passes import Pass, View
 from insitu.runtime.probe import Call, Probe
@@ -87,6 +87,11 @@ class Subject(Protocol):
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         """All modules by path, with or without weights."""
+        ...
+
+    @property
+    def edits(self) -> Sequence[Graph]:
+        """What holds in every run, in the order in which it was recorded."""
         ...
 
     @property

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from insitu.graph.errors import BlockError, NoValueError, ShapeError
+from insitu.graph.errors import BlockError, NoValueError, UnknownShapeError
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Address, Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
@@ -16,6 +16,7 @@ from insitu.tracing.scope import Scope
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 if TYPE_CHECKING:
+    from insitu.tracing.edit import Edit
     from insitu.tracing.tracer import Tracer
 
 
@@ -24,6 +25,7 @@ class Invocation(Scope):
 
     Attributes:
         tracer: the block that it belongs to.
+        model: whose sites it gives a meaning.
         number: its place among the invocations of the block, from 0.
         request: what the model is called with.
         current_step: which step of a generation lines mean now.
@@ -34,9 +36,11 @@ class Invocation(Scope):
         *("current_step", "number", "request", "tracer"),
     )
 
-    def __init__(self, tracer: Tracer, number: int, request: Any) -> None:
+    def __init__(
+        self, tracer: Tracer | Edit[Any], number: int, request: Any, model: object = None
+    ) -> None:
         self._owner = None
-        self.model = tracer.model
+        self.model = tracer.model if model is None else model
         self._recording = tracer.recording
         self._views = tracer.procedure.views
         self.tracer = tracer
@@ -223,17 +227,18 @@ class Invocation(Scope):
 
     def fake(self, site: Site) -> Any:
         """Returns what will arrive at a site, as fake tensors; one fake run answers for all."""
+        tracer = cast("Tracer", self.tracer)
         if self._probe is None:
-            procedure = self.tracer.procedure
-            self._probe = self.tracer.model.probe(procedure.example(self.request), procedure.views)
+            procedure = tracer.procedure
+            self._probe = tracer.model.probe(procedure.example(self.request), procedure.views)
         if site.step not in (0, EVERY) or site.kind in ("tokens", "choice"):
-            raise ShapeError(f"The shape of `{site}` is not known before the run.")
+            raise UnknownShapeError(f"The shape of `{site}` is not known before the run.")
         seen = self._probe.seen
         path, inside, function = site.path.partition(SEPARATOR)
         if inside:
             calls = [called for called in self.called(path) if called.name == function]
             if site.call >= len(calls):
-                raise self.tracer.never_ran(site, seen)
+                raise tracer.never_ran(site, seen)
             args, kwargs = calls[site.call].inputs
             if site.kind == "output":
                 return calls[site.call].output
@@ -241,5 +246,5 @@ class Invocation(Scope):
                 return args, dict(kwargs)
             return args[0] if args else next(iter(kwargs.values()))
         if site[1:4] not in seen:
-            raise self.tracer.never_ran(site, seen)
+            raise tracer.never_ran(site, seen)
         return seen[site[1:4]]

@@ -6,9 +6,10 @@ without an error the model runs, once, with the experiment inside.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,11 +20,12 @@ from insitu.graph.errors import (
     NeverRanError,
     NoValueError,
     ShapeError,
+    UnknownShapeError,
     nearest,
 )
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site, readable
-from insitu.graph.recording import Recording
+from insitu.graph.recording import Missing, Recording
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.execution import Execution
@@ -31,11 +33,23 @@ from insitu.runtime.gradients import leaves_of, order_gradients
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.memory import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
-from insitu.runtime.passes import Passed, Place, run_pass
-from insitu.runtime.plan import make_plan
+from insitu.runtime.passes import Pass, Passed, Place, run_pass
+from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.tracing.invocation import Invocation
+from insitu.tracing.session import Session, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
+
+
+class _Prepared(NamedTuple):
+    """A run that is planned and checked."""
+
+    plan: Plan
+    passes: Sequence[Pass]
+    order: Sequence[int]
+    returned: Mapping[str, Any]
+    requests: Sequence[Any]
+    given: Sequence[Any]
 
 
 class Tracer:
@@ -52,12 +66,14 @@ class Tracer:
     __slots__ = (
         "__weakref__",
         "_done",
+        "_dry",
         "_ended",
         "_implicit",
         "_invocations",
         "_prompt",
         "_request",
         "_result",
+        "_session",
         "is_open",
         "model",
         "procedure",
@@ -71,8 +87,10 @@ class Tracer:
         procedure: Procedure[Any],
         prompt: tuple[tuple[Any, ...], dict[str, Any]] | None,
         promises_output: bool = False,
+        dry: bool = False,
     ) -> None:
         self.is_open = False
+        self._dry = dry
         self.model = model
         self.procedure = procedure
         self.promises_output = promises_output
@@ -84,6 +102,7 @@ class Tracer:
         self._result: Any = None
         self._done = False
         self._ended = False
+        self._session: Session | None = None
 
     @property
     def graph(self) -> Graph:
@@ -99,6 +118,10 @@ class Tracer:
             self._implicit = self._add(args, kwargs, (frame.f_code, frame.f_lasti))
             self._request = self._implicit.request
             self._implicit.enter(frame)
+        self._session = session_of(self.model)
+        if self._session is not None:
+            self.recording.session = self._session
+            self.recording.order = self._session.begin()
         self.is_open = True
         return self
 
@@ -109,25 +132,43 @@ class Tracer:
         traceback: TracebackType | None,
     ) -> None:
         recording = self.recording
-        recording.open = False
         self._done = True
         self.is_open = False
         for invocation in self._invocations:
             if invocation._owner is not None:
                 invocation.leave()
         if kind is not None:
+            recording.open = False
             recording.fail(f"its block raised {kind.__name__}, so the model did not run.")
-            return
+        elif self._session is not None:
+            self._session.add(self)
+        else:
+            recording.open = False
+            self.run()
+
+    def run(self) -> None:
+        """Runs what was recorded, and fills the saved values."""
         try:
-            self._run()
+            if self._dry:
+                self._check()
+            else:
+                self._run()
         except BaseException as failure:
-            recording.fail(f"its run raised {type(failure).__name__}.")
+            self.recording.fail(f"its run raised {type(failure).__name__}.")
             raise
         finally:
-            recording.forget()
-            # They refer to this: without them what nobody keeps is gone at once.
-            self._invocations = []
-            self._implicit = None
+            self.close()
+
+    def give_up(self, reason: str) -> None:
+        """Says of every saved value why it will have none, if it has none yet."""
+        self.recording.fail(reason)
+
+    def close(self) -> None:
+        """Lets go of what only a block that is still to run needs."""
+        self.recording.forget()
+        # They refer to this: without them what nobody keeps is gone at once.
+        self._invocations = []
+        self._implicit = None
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invocation:
         """Adds a prompt, and gives the context in which sites mean its values.
@@ -289,6 +330,10 @@ class Tracer:
         request = self.procedure.request(args, kwargs, mark)
         invocation = Invocation(self, len(self._invocations), request)
         self._invocations.append(invocation)
+        for graph in self.model.edits:
+            self.recording.replay(
+                graph, invocation.number, EVERY if self.procedure.steps > 1 else 0
+            )
         return invocation
 
     def arriving(self, site: Site) -> Any:
@@ -299,24 +344,23 @@ class Tracer:
         """Returns a module as a function on fake tensors."""
         return self.model.fake_module(path)
 
-    def _run(self) -> None:
+    def _prepare(self, module: nn.Module) -> _Prepared:
+        """Plans the run, and finds what is wrong with it beforehand."""
         if not self._invocations:
             raise BlockError(
                 "The block has no prompt: give it one, or write `with tracer.invoke(prompt):` "
                 "inside.",
-                here(3),
+                here(4),
             )
-        recording = self.recording
+        graph = self.graph
         requests = given = [invocation.request for invocation in self._invocations]
-        graph = recording.graph
-        plan = make_plan(graph, recording.saves)
+        plan = make_plan(graph, self.recording.saves)
         if graph.differentiates:
             order_gradients(graph, plan)
         if graph.mutations:
             order_mutations(graph, plan, self._arriving, self._is_view)
             # What is given to the block is the user's, and stays as it is.
             requests = [map_structure(_clone, request) for request in given]
-        module = self.model.load()
         cuts_short = bool(plan.skips or plan.stops)
         # Of a value that was cut out of a batch the batch's loss does not depend.
         together = not cuts_short and not graph.differentiates
@@ -330,6 +374,26 @@ class Tracer:
         if cuts_short:
             returned = self._returned()
             check_cuts(graph, plan, self._moments)
+        return _Prepared(plan, passes, order, returned, requests, given)
+
+    def _check(self) -> None:
+        """Finds what is wrong with the run, and fills the saved values with fake ones."""
+        self._prepare(self.model.modules[""])
+        recording = self.recording
+        for index in range(len(recording.graph)):
+            with contextlib.suppress(UnknownShapeError):
+                fake_value(recording, index)
+        for index, cell in recording.saves.items():
+            repeated = any(start <= index < end for start, end in self.graph.repeats)
+            if index in recording.fakes and not repeated:
+                cell.content = recording.fakes[index]
+            else:
+                cell.content = Missing("a scan runs nothing, and its shape depends on the run.")
+
+    def _run(self) -> None:
+        module = self.model.load()
+        plan, passes, order, returned, requests, given = self._prepare(module)
+        graph, recording = self.graph, self.recording
         modules, views = self.model.modules, self.procedure.views
         execution = Execution(graph, plan, modules)
         exclusive = self.model.exclusive

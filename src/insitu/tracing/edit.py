@@ -1,0 +1,112 @@
+"""Edits: interventions that are recorded once and hold in every later run."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
+
+from insitu.graph.errors import BlockError, OperationError
+from insitu.graph.expression import expression
+from insitu.graph.location import here, user_frame
+from insitu.graph.node import Graph
+from insitu.graph.operations import BACKWARD, KEEP, SAVE
+from insitu.graph.recording import Recording
+from insitu.tracing.invocation import Invocation
+
+if TYPE_CHECKING:
+    from insitu.runtime.procedure import Subject
+    from insitu.tracing.tracer import Tracer
+
+
+class Editable(Protocol):
+    """A model that can be had with edits."""
+
+    def trace(self) -> Tracer:
+        """Opens a block, whose procedure says how outputs are shown."""
+        ...
+
+    def edited(self, graph: Graph) -> Editable:
+        """Returns the model with one more edit."""
+        ...
+
+
+Edited = TypeVar("Edited", bound=Editable)
+
+
+class Edit(Generic[Edited]):
+    """What `model.edit()` gives: a context whose lines hold in every run of the edited model.
+
+    Attributes:
+        model: the model that the lines are about.
+        recording: what they are recorded in.
+        procedure: how outputs are shown.
+    """
+
+    def __init__(self, model: Edited) -> None:
+        self.model = model
+        self.recording = Recording()
+        self.procedure = model.trace().procedure
+        self.is_open = False
+        self.promises_output = True
+        self._invocations: list[Invocation] = []
+
+    @property
+    def graph(self) -> Graph:
+        """The recorded graph."""
+        return self.recording.graph
+
+    def __enter__(self) -> Edited:
+        if self._invocations:
+            raise BlockError("This edit was entered before: make a new one.", here())
+        self.is_open = True
+        edited = cast("Edited", self.model.edited(self.graph))
+        frame = user_frame(2)
+        for model in (edited, self.model):  # lines may name either of them
+            invocation = Invocation(self, 0, None, model)
+            invocation.enter(frame)
+            self._invocations.append(invocation)
+        return edited
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.is_open = self.recording.open = False
+        for invocation in self._invocations:
+            invocation.leave()
+        graph = self.graph
+        self.recording.forget()
+        if kind is not None:
+            graph.rows.clear()
+            return
+        for index, node in enumerate(graph):
+            if node.operation in (SAVE, KEEP, BACKWARD):
+                written = expression(graph, index)
+                graph.rows.clear()
+                raise OperationError(
+                    f"`{written}` has no place in an edit, which is in force in every run: do it "
+                    "in a trace of the edited model.",
+                    node.location,
+                )
+
+
+def described(model: Subject) -> list[str]:
+    """Returns the edits of a model, a line of Python for each."""
+    lines: list[str] = []
+    for graph in model.edits:
+        handed = {**graph.writes, **graph.skips}
+        for index in sorted({*handed.values(), *graph.mutations}):
+            node = graph[index]
+            if index in graph.mutations:
+                lines.append(expression(graph, index))
+            elif index in graph.skips.values():
+                value = expression(graph, node.inputs[-1])
+                lines.append(f"{expression(graph, index).removesuffix('.output')}.skip({value})")
+            else:
+                value = node.args[1]
+                shown = expression(graph, value.index) if hasattr(value, "index") else repr(value)
+                lines.append(f"{expression(graph, index)} = {shown}")
+        lines.extend(f"{graph[read].site} ends the run" for read in graph.stops)
+    return lines

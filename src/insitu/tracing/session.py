@@ -1,0 +1,76 @@
+"""Sessions: several blocks that run one after the other, at the end, and share their values."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from insitu.graph.errors import BlockError
+from insitu.graph.location import here
+
+if TYPE_CHECKING:
+    from insitu.tracing.tracer import Tracer
+
+
+class Session:
+    """What `model.session()` gives: a context in which blocks are recorded and none runs yet.
+
+    When it ends, they run in the order in which they ended. A value of one can be used in those
+    after it as if it were there already; only what is to outlive the session is saved.
+
+    Attributes:
+        model: whose blocks it holds.
+    """
+
+    def __init__(self, model: object) -> None:
+        self.model = model
+        self._tracers: list[Tracer] = []
+        self._done = False
+
+    def __enter__(self) -> Session:
+        if self._done or self in _open.get():
+            raise BlockError("This session was entered before: make a new one.", here())
+        _open.set((*_open.get(), self))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._done = True
+        _open.set(tuple(session for session in _open.get() if session is not self))
+        for tracer in self._tracers:
+            tracer.recording.open = False
+        waiting, self._tracers = self._tracers, []
+        if kind is not None:
+            for tracer in waiting:
+                tracer.give_up(f"its session raised {kind.__name__}, so the model did not run.")
+            return
+        while waiting:
+            try:
+                waiting.pop(0).run()
+            except BaseException as failure:
+                for tracer in waiting:
+                    tracer.give_up(
+                        f"an earlier block of its session raised {type(failure).__name__}."
+                    )
+                raise
+
+    def begin(self) -> int:
+        """Returns the place of a block that begins now among those of the session."""
+        return 1 + len(self._tracers)
+
+    def add(self, tracer: Tracer) -> None:
+        """Takes a block that has been recorded."""
+        self._tracers.append(tracer)
+
+
+def session_of(model: object) -> Session | None:
+    """Returns the innermost open session of a model in this context."""
+    return next((session for session in reversed(_open.get()) if session.model is model), None)
+
+
+_open: ContextVar[tuple[Session, ...]] = ContextVar("insitu_open_sessions", default=())

@@ -1,0 +1,245 @@
+import pytest
+import torch
+
+from insitu import BlockError, LanguageModel, NoValueError, OperationError, PromptError
+from tests.conftest import hooked_hidden
+from tests.fidelity.test_writing import IDS, OTHER, logits
+
+
+def test_values_flow_from_one_block_to_the_next(gpt2: LanguageModel) -> None:
+    with gpt2.session():
+        with gpt2.trace(IDS):
+            donor = gpt2.transformer.h[1].output[0]
+            scaled = donor * 2
+        shifted = scaled + 1  # between the blocks
+        with gpt2.trace(OTHER):
+            own = gpt2.transformer.h[1].output[0]
+            gpt2.transformer.h[1].output = own * 0.5 + shifted
+            mixed = (donor - own).save()
+            result = gpt2.lm_head.output.save()
+    hidden = hooked_hidden(gpt2.module, "transformer.h.1", IDS)
+    other = hooked_hidden(gpt2.module, "transformer.h.1", OTHER)
+    expected = logits(gpt2, {"transformer.h.1": lambda h: h * 0.5 + (hidden * 2 + 1)}, OTHER)
+    assert torch.equal(result, expected) and torch.equal(mixed, hidden - other)
+
+
+def test_nothing_runs_before_the_session_ends(gpt2: LanguageModel) -> None:
+    runs: list[int] = []
+    handle = gpt2.module.register_forward_pre_hook(lambda *_: runs.append(1))
+    with gpt2.session():
+        with gpt2.trace(IDS):
+            first = gpt2.lm_head.output.save()
+        with gpt2.generate(max_new_tokens=2, eos_token_id=None) as generator:
+            with generator.invoke(OTHER):
+                second = gpt2.lm_head.output.save()
+        assert not runs
+        with pytest.raises(NoValueError, match="no value yet"):
+            print(first.value)
+    handle.remove()
+    assert len(runs) == 3 and generator.output.shape == (1, 8)
+    assert torch.equal(first, logits(gpt2, {}, IDS)) and second.value.shape[0] == 1
+
+
+def test_what_a_block_carries_is_the_value_at_the_line_that_uses_it(gpt2: LanguageModel) -> None:
+    with gpt2.session():
+        with gpt2.trace(IDS):
+            hidden = gpt2.transformer.h[1].output[0]
+            total = hidden.clone()
+            before = total * 1
+            total[:, 0] = 0
+        with gpt2.trace(OTHER):
+            difference = (before - total).abs().sum((0, 2)).save()
+            assert (before - total).shape == (1, 6, 16)
+            gpt2.lm_head.output.save()
+    expected = hooked_hidden(gpt2.module, "transformer.h.1", IDS)[:, :1].abs().sum()
+    assert torch.allclose(difference.value[0], expected) and not difference.value[1:].any()
+
+
+def test_an_error_in_a_session_runs_nothing_more_and_says_so(gpt2: LanguageModel) -> None:
+    with pytest.raises(ZeroDivisionError), gpt2.session():
+        with gpt2.trace(IDS):
+            first = gpt2.lm_head.output.save()
+        1 / 0  # noqa: B018
+    with pytest.raises(NoValueError, match="ZeroDivisionError"):
+        print(first.value)
+    with pytest.raises(PromptError), gpt2.session():
+        with gpt2.trace(IDS):
+            good = gpt2.lm_head.output.save()
+        with gpt2.trace(torch.tensor([[100_000]])):
+            bad = gpt2.lm_head.output.save()
+        with gpt2.trace(OTHER):
+            after = gpt2.lm_head.output.save()
+    assert good.value.shape == (1, 6, 100)  # it ran before
+    for value in (bad, after):
+        with pytest.raises(NoValueError):
+            print(value.value.shape)
+    with gpt2.trace(IDS):
+        later = gpt2.lm_head.output.save()
+    assert torch.equal(later, logits(gpt2, {}, IDS))
+
+
+def test_a_session_is_entered_once_and_belongs_to_its_model(gpt2: LanguageModel) -> None:
+    session = gpt2.session()
+    with session, pytest.raises(BlockError), session:
+        pass
+    with pytest.raises(BlockError), session:
+        pass
+    other = LanguageModel(gpt2.module)
+    with gpt2.session(), other.trace(IDS):
+        result = other.lm_head.output.save()
+    assert torch.equal(result, logits(gpt2, {}, IDS))
+
+
+def test_an_edited_model_holds_what_was_recorded_in_every_run(gpt2: LanguageModel) -> None:
+    with gpt2.edit() as edited:
+        gpt2.transformer.h[1].output = gpt2.transformer.h[1].output[0] * 0.5
+        edited.transformer.h[2].mlp.output[:, 0] = 0  # either name will do
+
+    def halve(h: torch.Tensor) -> torch.Tensor:
+        return h * 0.5
+
+    def zero(h: torch.Tensor) -> torch.Tensor:
+        h = h.clone()
+        h[:, 0] = 0
+        return h
+
+    edits = {"transformer.h.1": halve, "transformer.h.2.mlp": zero}
+    for ids in (IDS, OTHER):
+        with edited.trace(ids):
+            result = edited.lm_head.output.save()
+            hidden = edited.transformer.h[1].output[0].save()
+        assert torch.equal(result, logits(gpt2, edits, ids))
+        assert torch.equal(hidden, hooked_hidden(gpt2.module, "transformer.h.1", ids) * 0.5)
+    with gpt2.trace(IDS):
+        plain = gpt2.lm_head.output.save()
+    assert torch.equal(plain, logits(gpt2, {}, IDS))
+    with edited.trace() as tracer:
+        values = []
+        for ids in (IDS, OTHER):
+            with tracer.invoke(ids):
+                values.append(edited.lm_head.output.save())
+    for value, ids in zip(values, (IDS, OTHER), strict=True):
+        assert torch.allclose(value.value, logits(gpt2, edits, ids), atol=1e-5)
+
+
+def test_edits_stack_and_print(gpt2: LanguageModel) -> None:
+    with gpt2.edit() as once:
+        gpt2.transformer.h[1].output = gpt2.transformer.h[1].output[0] + 1
+    with once.edit() as again:
+        once.transformer.h[1].output = once.transformer.h[1].output[0] * 2
+        once.transformer.h[3].skip(once.transformer.h[2].output)
+    with again.trace(IDS):
+        again.transformer.h[1].output[0][:, -1] = 0
+        result = again.lm_head.output.save()
+
+    def changed(h: torch.Tensor) -> torch.Tensor:
+        h = (h + 1) * 2
+        h[:, -1] = 0
+        return h
+
+    kept: list[torch.Tensor] = []
+    edits = {
+        "transformer.h.1": changed,
+        "transformer.h.2": lambda h: kept.append(h) or h,
+        "transformer.h.3": lambda h: kept[0],
+    }
+    assert torch.equal(result, logits(gpt2, edits, IDS))
+    assert "edit: transformer.h[1].output = (transformer.h[1].output[0] + 1)" in repr(once)
+    assert "edit: transformer.h[3].skip(transformer.h[2].output)" in repr(again)
+    assert "edit" not in repr(gpt2)
+
+
+def test_an_edit_holds_in_every_step_of_a_generation(gpt2: LanguageModel) -> None:
+    torch.manual_seed(3)
+    vector = torch.randn(16) * 3
+    with gpt2.edit() as edited:
+        gpt2.transformer.h[1].output[0] += vector
+    with edited.generate(IDS, max_new_tokens=4, eos_token_id=None) as generator:
+        after = edited.transformer.h[1].output[0].save()
+        with generator.step(2):
+            last = edited.transformer.h[1].output[0].save()
+    kept: list[torch.Tensor] = []
+
+    def hook(module: object, args: object, output: object) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden += vector
+        kept.append(hidden.clone())
+
+    handle = gpt2.module.transformer.h[1].register_forward_hook(hook)
+    expected = gpt2.module.generate(
+        IDS,
+        attention_mask=torch.ones_like(IDS),
+        max_new_tokens=4,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    handle.remove()
+    assert torch.equal(generator.output, expected)
+    assert torch.equal(after, kept[0]) and torch.equal(last, kept[2])
+
+
+def test_a_step_can_be_changed_after_the_edit(gpt2: LanguageModel) -> None:
+    with gpt2.edit() as edited:
+        gpt2.transformer.h[1].output = gpt2.transformer.h[1].output[0] * 2
+    with edited.generate(IDS, max_new_tokens=3, eos_token_id=None) as generator, generator.step(1):
+        edited.transformer.h[1].output = edited.transformer.h[1].output[0] + 5
+    step = [0]
+
+    def hook(module: object, args: object, output: object) -> object:
+        hidden = (output[0] if isinstance(output, tuple) else output) * 2
+        hidden = hidden + 5 if step[0] == 1 else hidden
+        step[0] += 1
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = gpt2.module.transformer.h[1].register_forward_hook(hook)
+    expected = gpt2.module.generate(
+        IDS,
+        attention_mask=torch.ones_like(IDS),
+        max_new_tokens=3,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    handle.remove()
+    assert torch.equal(generator.output, expected)
+
+
+def test_an_edit_of_a_model_that_is_not_loaded_shares_its_weights(eiffel: LanguageModel) -> None:
+    with eiffel.edit() as edited:
+        eiffel.transformer.h[0].output = eiffel.transformer.h[0].output[0] * 2
+    assert not eiffel.loaded and not edited.loaded
+    with edited.trace("The Eiffel Tower"):
+        result = edited.lm_head.output.save()
+    assert eiffel.loaded and edited.load() is eiffel.load()
+    ids = eiffel.tokenizer("The Eiffel Tower", return_tensors="pt").input_ids
+    assert torch.equal(result, logits(eiffel, {"transformer.h.0": lambda h: h * 2}, ids))
+
+
+def test_what_has_no_place_in_an_edit_is_refused(gpt2: LanguageModel) -> None:
+    with pytest.raises(OperationError, match="no place in an edit") as caught:
+        with gpt2.edit():
+            gpt2.transformer.h[0].output[0].save()  # the line to find
+    assert "the line to find" in str(caught.value)
+
+
+def test_a_scan_checks_and_gives_shapes_without_loading(eiffel: LanguageModel) -> None:
+    with eiffel.scan("The Eiffel Tower is in"):
+        hidden = eiffel.transformer.h[-1].output[0]
+        gram = (hidden @ hidden.mT).save()
+        eiffel.transformer.h[0].output[0][:, -1] = 0
+        result = eiffel.lm_head.output.save()
+    count = len(eiffel.tokenizer("The Eiffel Tower is in").input_ids)
+    assert gram.shape == (1, count, count)
+    assert result.value.shape == (1, count, eiffel.config.vocab_size)
+    assert not eiffel.loaded
+
+
+def test_a_scan_finds_mistakes_at_their_line(eiffel: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="mat1|shape|size") as caught:
+        with eiffel.scan("The Eiffel Tower is in"):
+            eiffel.transformer.h[-1].output[0] @ torch.zeros(3, 3)  # the line to find
+    assert "the line to find" in str(caught.value)
+    with pytest.raises(RuntimeError, match="later in the run"), eiffel.scan("The Eiffel Tower"):
+        eiffel.transformer.h[0].output = eiffel.transformer.h[1].output[0]
+    with pytest.raises(ValueError, match="the shape there is"), eiffel.scan("The Eiffel Tower"):
+        eiffel.transformer.h[0].output = torch.zeros(1, 1, 1)
+    assert not eiffel.loaded
