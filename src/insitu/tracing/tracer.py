@@ -6,6 +6,7 @@ without an error the model runs, once, with the experiment inside.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -131,20 +132,50 @@ class Tracer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        recording = self.recording
+        if self._leave(kind):
+            self.run()
+
+    async def __aenter__(self) -> Tracer:
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Runs the model in another thread, so that the event loop goes on.
+
+        A run that has begun is not broken off: if the task is cancelled, that takes effect when
+        the model has run, and nothing is saved.
+        """
+        if not self._leave(kind):
+            return
+        run = asyncio.ensure_future(asyncio.to_thread(self.run))
+        try:
+            await asyncio.shield(run)
+        except asyncio.CancelledError:
+            cells = list(self.recording.saves.values())
+            with contextlib.suppress(BaseException):
+                await run
+            for cell in cells:
+                cell.content = Missing("its task was cancelled.")
+            raise
+
+    def _leave(self, kind: type[BaseException] | None) -> bool:
+        """Ends the recording, and returns whether it is to be run now."""
         self._done = True
         self.is_open = False
         for invocation in self._invocations:
             if invocation._owner is not None:
                 invocation.leave()
-        if kind is not None:
-            recording.open = False
-            recording.fail(f"its block raised {kind.__name__}, so the model did not run.")
-        elif self._session is not None:
+        if kind is None and self._session is not None:
             self._session.add(self)
-        else:
-            recording.open = False
-            self.run()
+            return False
+        self.recording.open = False
+        if kind is not None:
+            self.recording.fail(f"its block raised {kind.__name__}, so the model did not run.")
+        return kind is None
 
     def run(self) -> None:
         """Runs what was recorded, and fills the saved values."""
