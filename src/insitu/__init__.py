@@ -18,6 +18,7 @@ from insitu.graph.errors import (
     PromptError,
     PromptTypeError,
     ShapeError,
+    WireError,
 )
 from insitu.graph.proxy import Proxy
 from insitu.models.language_model import LanguageModel
@@ -44,6 +45,7 @@ __all__ = [
     "PromptTypeError",
     "Proxy",
     "ShapeError",
+    "WireError",
     "apply",
     "cond",
     "fold",
