@@ -151,6 +151,7 @@ def test_what_stands_for_a_skipped_module_is_checked(
     assert "forward" not in vars(gpt2.module.transformer.h[1])
 
 
+@pytest.mark.no_wire  # it counts runs
 def test_reading_what_a_skip_prevents_is_an_error_before_the_run(gpt2: LanguageModel) -> None:
     calls: list[Any] = []
     handle = gpt2.module.transformer.wte.register_forward_hook(lambda *_: calls.append(1))
@@ -171,6 +172,7 @@ def test_reading_what_a_skip_prevents_is_an_error_before_the_run(gpt2: LanguageM
     assert calls == [1]
 
 
+@pytest.mark.no_wire  # it counts calls
 def test_nothing_runs_after_a_stop(gpt2: LanguageModel) -> None:
     ran: list[int] = []
     handles = [
