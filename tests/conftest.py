@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from insitu import LanguageModel, Model
+from tests.round_trip import round_trip  # noqa: F401
 
 torch.set_num_threads(1)
 

@@ -19,6 +19,7 @@ from insitu.graph.errors import (
     PromptTypeError,
     ShapeError,
     UnknownShapeError,
+    WireError,
 )
 from insitu.graph.proxy import Proxy
 from insitu.models.language_model import LanguageModel
@@ -46,6 +47,7 @@ __all__ = [
     "Proxy",
     "ShapeError",
     "UnknownShapeError",
+    "WireError",
     "apply",
     "cond",
     "fold",

@@ -151,6 +151,7 @@ def test_what_stands_for_a_skipped_module_is_checked(
     assert "forward" not in vars(gpt2.module.transformer.h[1])
 
 
+@pytest.mark.no_wire  # it counts runs
 def test_reading_what_a_skip_prevents_is_an_error_before_the_run(gpt2: LanguageModel) -> None:
     calls: list[Any] = []
     handle = gpt2.module.transformer.wte.register_forward_hook(lambda *_: calls.append(1))
@@ -171,6 +172,7 @@ def test_reading_what_a_skip_prevents_is_an_error_before_the_run(gpt2: LanguageM
     assert calls == [1]
 
 
+@pytest.mark.no_wire  # it counts calls
 def test_nothing_runs_after_a_stop(gpt2: LanguageModel) -> None:
     ran: list[int] = []
     handles = [
@@ -223,3 +225,37 @@ def test_skip_and_stop_belong_into_a_block(gpt2: LanguageModel) -> None:
         gpt2.transformer.h[0].stop()
     with pytest.raises(BlockError):
         gpt2.transformer.h[0].skip(OTHER)
+
+
+def test_a_module_is_skipped_after_its_arguments_were_written(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        norm = gpt2.transformer.ln_f
+        norm.inputs = ((norm.inputs[0][0] * 2,), {})
+        norm.skip(norm.inputs[0][0])
+        result = gpt2.lm_head.output.save()
+    last: list[torch.Tensor] = []
+    handle = gpt2.module.transformer.ln_f.register_forward_pre_hook(
+        lambda m, args: last.append(args[0] * 2)
+    )
+    expected = logits(gpt2, {"transformer.ln_f": lambda _: last[-1]}, IDS)
+    handle.remove()
+    assert torch.equal(result, expected)
+    with pytest.raises(OperationError, match="is what `skip` was given"), gpt2.trace(IDS):
+        gpt2.transformer.h[1].skip(gpt2.transformer.h[0].output)
+        gpt2.transformer.h[1].output = torch.zeros(1, 6, 16)
+
+
+def test_the_value_of_a_skip_can_be_written_in_place(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        gpt2.transformer.h[1].skip(gpt2.transformer.h[0].output[0] * 2)
+        gpt2.transformer.h[1].output[0][:, 2] = 0
+        result = gpt2.lm_head.output.save()
+    kept: list[torch.Tensor] = []
+
+    def instead(_: torch.Tensor) -> torch.Tensor:
+        value = kept[0] * 2
+        value[:, 2] = 0
+        return value
+
+    edits = {"transformer.h.0": lambda h: kept.append(h) or h, "transformer.h.1": instead}
+    assert torch.equal(result, logits(gpt2, edits, IDS))

@@ -89,6 +89,7 @@ def test_values_of_an_invocation_are_as_if_it_ran_alone(language_model: Language
                 )
 
 
+@pytest.mark.no_wire  # it counts passes
 def test_a_batch_is_one_pass(gpt2: LanguageModel) -> None:
     calls = []
     gpt2.module.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -165,6 +166,7 @@ def test_beams_and_dictionaries_come_through(gpt2: LanguageModel) -> None:
                     pass
 
 
+@pytest.mark.no_wire  # it counts passes
 def test_a_model_in_training_mode_runs_its_invocations_one_by_one(gpt2: LanguageModel) -> None:
     gpt2.module.train()
     shapes = []

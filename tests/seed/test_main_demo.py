@@ -253,6 +253,7 @@ def test_save_informs_the_graph_to_clone_the_value(model: LanguageModel) -> None
         _ = not_saved.value
 
 
+@pytest.mark.no_wire  # it counts values
 def test_values_no_longer_needed_are_dereferenced_and_destroyed(model: LanguageModel) -> None:
     """'During processing of the intervention computational graph we are building, when the value of
     a proxy is no longer ever needed, its value is dereferenced and destroyed.'"""

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from insitu import BlockError, LanguageModel, NoValueError, OperationError, PromptError
+from insitu import BlockError, LanguageModel, NoValueError, OperationError, PromptError, WireError
 from tests.conftest import hooked_hidden
 from tests.fidelity.test_writing import IDS, OTHER, logits
 
@@ -23,6 +25,7 @@ def test_values_flow_from_one_block_to_the_next(gpt2: LanguageModel) -> None:
     assert torch.equal(result, expected) and torch.equal(mixed, hidden - other)
 
 
+@pytest.mark.no_wire  # it counts runs
 def test_nothing_runs_before_the_session_ends(gpt2: LanguageModel) -> None:
     runs: list[int] = []
     handle = gpt2.module.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -201,6 +204,32 @@ def test_a_step_can_be_changed_after_the_edit(gpt2: LanguageModel) -> None:
     )
     handle.remove()
     assert torch.equal(generator.output, expected)
+
+
+def test_edits_are_saved_to_a_file_and_loaded_from_it(gpt2: LanguageModel, tmp_path: Path) -> None:
+    vector = torch.linspace(-1, 1, 16)
+    with gpt2.edit() as once:
+        gpt2.transformer.h[1].output[0][:, 1:] += vector
+    with once.edit() as twice:
+        twice.transformer.h[2].output = twice.transformer.h[2].output[0] * 2
+    twice.save_edits(tmp_path / "edits")
+    loaded = LanguageModel(gpt2.module).load_edits(tmp_path / "edits")
+    with loaded.trace(IDS):
+        result = loaded.lm_head.output.save()
+
+    def add(h: torch.Tensor) -> torch.Tensor:
+        h[:, 1:] += vector
+        return h
+
+    edits = {"transformer.h.1": add, "transformer.h.2": lambda h: h * 2}
+    assert torch.equal(result, logits(gpt2, edits, IDS))
+    (tmp_path / "edits").write_bytes(b"something else")
+    with pytest.raises(WireError):
+        gpt2.load_edits(tmp_path / "edits")
+    with gpt2.edit() as trained:
+        gpt2.transformer.h[1].output[0] += torch.zeros(16, requires_grad=True)
+    with pytest.raises(WireError, match="requires grad"):
+        trained.save_edits(tmp_path / "edits")
 
 
 def test_an_edit_of_a_model_that_is_not_loaded_shares_its_weights(eiffel: LanguageModel) -> None:

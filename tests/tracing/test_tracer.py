@@ -42,6 +42,7 @@ def assert_untouched(module: nn.Module) -> None:
         assert torch.equal(module(IDS).logits, untouched(IDS).logits)
 
 
+@pytest.mark.no_wire  # it counts runs
 def test_nothing_runs_before_the_block_ends(gpt2: LanguageModel) -> None:
     calls = []
     gpt2.module.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -116,6 +117,7 @@ def test_the_model_is_untouched_after_shapes_were_inferred(gpt2: LanguageModel) 
     assert_untouched(gpt2.module)
 
 
+@pytest.mark.no_wire  # it counts calls
 def test_a_trace_stops_once_nothing_is_waiting(gpt2: LanguageModel) -> None:
     ran = []
     for i, block in enumerate(gpt2.module.transformer.h):
@@ -133,6 +135,7 @@ def test_a_generation_always_completes(gpt2: LanguageModel) -> None:
     assert generator.output.shape == (1, 8)
 
 
+@pytest.mark.no_wire  # it counts hooks
 def test_hooks_are_on_touched_modules_only_and_gone_once_they_fired(gpt2: LanguageModel) -> None:
     seen = []
 
@@ -249,6 +252,7 @@ def test_what_nobody_keeps_is_gone_at_once(gpt2: LanguageModel) -> None:
         gc.enable()
 
 
+@pytest.mark.no_wire  # it counts values
 def test_values_are_dropped_after_their_last_use(gpt2: LanguageModel) -> None:
     alive = []
     outputs: list[weakref.ref] = []

@@ -85,6 +85,10 @@ class NoValueError(InsituError, ValueError):
     """
 
 
+class WireError(InsituError, ValueError):
+    """A graph that cannot be sent to another process, or bytes that are no graph."""
+
+
 class LoadError(InsituError, OSError):
     """A model that cannot be found or read."""
 

@@ -203,6 +203,37 @@ class Graph:
     def __getitem__(self, index: int) -> Node:
         return Node._make(self.rows[index])
 
+    def to_bytes(self) -> bytes:
+        """Returns the graph as bytes, for `from_bytes` in another process.
+
+        The tensors in it are copied. The user's lines go with it, each with its text and the name
+        of its file without the folders, so that errors over there name them.
+
+        Raises:
+            WireError: if it holds what cannot travel, such as a function or a tensor that
+                requires grad, naming the line.
+        """
+        from insitu.graph.wire import to_bytes
+
+        return to_bytes(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Graph:
+        """Returns the graph that `to_bytes` made bytes of.
+
+        It is safe to read bytes from anybody: nothing in them is evaluated or imported. A tensor
+        is put on the device that it was on, or on the CPU where there is no such device.
+
+        Args:
+            data: the bytes.
+
+        Raises:
+            WireError: if they are no graph, or one of another version of Insitu.
+        """
+        from insitu.graph.wire import from_bytes
+
+        return from_bytes(data)
+
 
 def readable(path: str) -> str:
     """Returns a dotted path as one would write it: "h.3.attn" becomes "h[3].attn".

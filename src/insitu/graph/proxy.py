@@ -25,7 +25,6 @@ from insitu.graph.operations import (
     SAVE,
     SETITEM,
     TENSOR_METHODS,
-    WRITE,
     Operation,
 )
 from insitu.graph.recording import NO_KWARGS, Cell, Recorded, Recording, branches
@@ -293,9 +292,7 @@ class Proxy(Recorded):
         if not self._operand:
             return False
         recording = self._recording
-        node = recording.graph[self._ref.index]
-        if node.operation is WRITE:
-            node = recording.graph[node.inputs[0]]
+        node = recording.graph[recording.original(self._ref.index)]
         if node.site is None or recording.shapes is None:
             return True
         first = node.site._replace(step=0)  # in later steps its size may differ, but no more

@@ -288,14 +288,17 @@ class Recording:
         standing = self.sites.get(address)
         if standing is not None and self.holds(standing, value):
             return standing
-        original = self.read(address, mark)
-        rows = self.graph.rows
-        if rows[original.index][0] is WRITE:
-            original = rows[original.index][1][0]
+        standing = self.read(address, mark)
+        if self.graph.rows[standing.index][0] is SKIP:
+            raise OperationError(
+                f"`{Site(*address)}` is what `skip` was given, at\n"
+                f"{self.graph[standing.index].location}\nGive it this value instead.",
+                Location(*mark),
+            )
         if isinstance(value, Recorded) and value._recording is self:
             value = Recorded(self, value._ref)  # a whole tuple may be written
-        written = self.apply(WRITE, (Recorded(self, original), value, block), NO_KWARGS, mark)
-        self.graph.writes[original.index] = written.index
+        written = self.apply(WRITE, (Recorded(self, standing), value, block), NO_KWARGS, mark)
+        self.graph.writes[self.original(standing.index)] = written.index
         self.sites[address] = written
         return written
 
@@ -312,10 +315,8 @@ class Recording:
         Returns:
             What stands there then; None if the source is no site's value.
         """
-        node = self.graph[source.index]
-        if node.operation is WRITE:
-            node = self.graph[node.inputs[0]]
-        if node.operation is not READ:
+        node = self.graph[self.original(source.index)]
+        if node.operation is not READ or self.graph.rows[source.index][0] is SKIP:
             return None
         part = self.apply(REPLACE, (Recorded(self, source), key, value), NO_KWARGS, mark)
         return self.write(cast("Address", node.args), Recorded(self, part), block, mark)
@@ -429,6 +430,7 @@ class Recording:
         inputs = self.read((invocation, path, "inputs", call, step), mark)
         if isinstance(value, Recorded) and value._recording is self:
             value = Recorded(self, value._ref)  # a whole tuple may stand there
+        inputs = ref(self.original(inputs.index))
         skip = self.apply(SKIP, (Recorded(self, inputs), value), NO_KWARGS, mark)
         self.graph.skips[inputs.index] = skip.index
         self.sites[address] = skip

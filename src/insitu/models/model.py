@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -142,6 +144,36 @@ class Model(Handle):
         own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
         vars(other).update(own, _model=other, _items={}, edits=(*self.edits, graph))
         return other
+
+    def save_edits(self, path: str | os.PathLike[str]) -> None:
+        """Writes the edits of the model to a file.
+
+        Args:
+            path: the file. It holds data and no code, and can be read by anybody.
+
+        Raises:
+            WireError: if an edit holds what is no data: a function, or a tensor that is trained.
+        """
+        graphs = [graph.to_bytes() for graph in self.edits]
+        data = b"".join(len(part).to_bytes(8, "little") + part for part in graphs)
+        Path(path).write_bytes(data)
+
+    def load_edits(self, path: str | os.PathLike[str]) -> Self:
+        """Returns the model with the edits of a file, over those that it has.
+
+        Args:
+            path: a file that `save_edits` has written.
+
+        Raises:
+            WireError: if it is no such file.
+        """
+        data = Path(path).read_bytes()
+        edited = self
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            part, data = data[8 : 8 + size], data[8 + size :]
+            edited = edited.edited(Graph.from_bytes(part))
+        return edited
 
     def __repr__(self) -> str:
         return "\n".join([super().__repr__(), *(f"edit: {line}" for line in described(self))])

@@ -141,7 +141,8 @@ def _deadlines(graph: Graph, mutation: int, memory: list[frozenset[Key]]) -> lis
         pending.extend(s for s in node.inputs if memory[s] & memory[target])
         if node.operation in (READ, GRAD):
             reads.add(index)
-    sites = [{read} for read, write in graph.writes.items() if memory[write] & memory[target]]
+    handed_over = (*graph.writes.items(), *graph.skips.items())
+    sites = [{read} for read, node in handed_over if memory[node] & memory[target]]
     return [reads, *sites] if reads else sites
 
 

@@ -1,0 +1,69 @@
+"""What the message of a wired graph looks like: its nodes, lines, tensors and fields."""
+
+from __future__ import annotations
+
+from insitu.graph.wire_tensors import StoredTensor
+from insitu.graph.wire_values import Index, Part, Value
+
+Fields = dict[str, list[list[Index]]]
+
+
+class LinePart(Part):
+    """A line of the user's: which of the files, its number and its text."""
+
+    file: Index
+    number: Index
+    text: str
+
+
+class ModulePart(Part, tag="module"):
+    """One of the model's modules, that a node calls."""
+
+    path: str
+
+
+class SubgraphPart(Part, tag="function"):
+    """A function that was recorded, that a node calls."""
+
+    rows: list[RowPart]
+    output: Value
+    fields: Fields
+
+
+class RowPart(Part):
+    """A node: which of the operations and of the lines, and the arguments."""
+
+    operation: Index
+    line: Index
+    args: list[Value | ModulePart | SubgraphPart]
+    kwargs: dict[str, Value]
+
+
+class Message(Part):
+    """A graph.
+
+    Attributes:
+        operations: the names of those that its nodes use.
+        files: the names of the files that its lines are in.
+        lines: the user's lines.
+        tensors: what the tensors look like that come with it.
+        rows: its nodes.
+        fields: its other fields, as rows of numbers; those that are empty are left out.
+    """
+
+    operations: list[str]
+    files: list[str]
+    lines: list[LinePart]
+    tensors: list[StoredTensor]
+    rows: list[RowPart]
+    fields: Fields
+
+
+def file_name(path: str) -> str:
+    """Returns the last part of a file's name, of any operating system."""
+    return printable(path.replace("\\", "/").rpartition("/")[2])
+
+
+def printable(line: str) -> str:
+    """Returns a line without what would not show, or end it where it is printed."""
+    return "".join([character if character.isprintable() else " " for character in line])

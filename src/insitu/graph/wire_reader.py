@@ -1,0 +1,289 @@
+"""Makes graphs of messages, and refuses every message that no recording could have made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Annotated, Any, NamedTuple, cast
+
+import msgspec
+
+from insitu.graph.errors import WireError
+from insitu.graph.location import Location, Mark, SourceLine
+from insitu.graph.node import EVERY, Graph, Kind, ModuleRef, Ref, Row, Subgraph
+from insitu.graph.operations import (
+    APPLY,
+    BACKWARD,
+    BY_NAME,
+    COND,
+    FOLD,
+    GRAD,
+    INPUT,
+    KEEP,
+    READ,
+    SAVE,
+    SKIP,
+    WRITE,
+    Operation,
+)
+from insitu.graph.wire_message import (
+    Fields,
+    LinePart,
+    Message,
+    ModulePart,
+    RowPart,
+    SubgraphPart,
+    file_name,
+    printable,
+)
+from insitu.graph.wire_tensors import restored
+from insitu.graph.wire_values import DEEPEST, Index, Value, ValueReader
+
+_ADDRESS = tuple[Index, str, Kind, Index, Annotated[int, msgspec.Meta(ge=EVERY)]]
+
+
+class Field(NamedTuple):
+    """How a field of a graph travels: as rows of numbers, with a check for each column."""
+
+    kind: Callable[[Any], Any]
+    columns: tuple[_Column, ...]
+
+
+class Reader:
+    """Makes a graph of a message.
+
+    Args:
+        message: the message.
+        tensors: the tensors that come with it.
+
+    Attributes:
+        marks: the user's lines.
+    """
+
+    def __init__(self, message: Message, tensors: bytes) -> None:
+        self._message = message
+        self._operations = list(map(_operation, message.operations))
+        self._values = ValueReader(restored(message.tensors, tensors))
+        self._depth = 0
+        self.marks = list(map(self._mark, message.lines))
+
+    def graph(self) -> Graph:
+        """Returns the graph.
+
+        Raises:
+            WireError: if there is anything that no recording makes.
+        """
+        made = self._graph(self._message.rows, self._message.fields, None)
+        if len(self._values.used) != len(self._message.tensors):
+            raise WireError("it comes with tensors that it does not use")
+        return made
+
+    def _graph(self, parts: list[RowPart], fields: Fields, inputs: int | None) -> Graph:
+        """A graph: of a function, if it is called with a number of inputs."""
+        made = Graph([])
+        addresses: set[Any] = set()
+        for part in parts:
+            if part.line >= len(self.marks) or part.operation >= len(self._operations):
+                raise WireError(f"node {len(made)} has an operation or a line that is not there")
+            try:
+                made.rows.append(self._row(part, made, inputs, addresses))
+            except WireError as error:
+                if error.location is not None:
+                    raise
+                location = Location(*self.marks[part.line])
+                raise WireError(f"The graph cannot be read: {error}.", location) from None
+        for name, entries in fields.items():
+            if name not in FIELDS:
+                raise WireError(f"there is no field {name!r} in this version of Insitu")
+            setattr(made, name, self._field(name, FIELDS[name], entries, made))
+        _check_flags(made)
+        return made
+
+    def _row(self, part: RowPart, graph: Graph, inputs: int | None, addresses: set[Any]) -> Row:
+        operation, index, values = self._operations[part.operation], len(graph), self._values
+        if operation in (_INSIDE if inputs is None else _OUTSIDE):
+            raise WireError(f"{operation.name} does not belong there")
+        functions = {
+            at: self._function(arg, len(part.args) - _OWN_ARGUMENTS.get(operation, 0))
+            for at, arg in enumerate(part.args)
+            if isinstance(arg, ModulePart | SubgraphPart)
+        }
+        if {at: type(function) for at, function in functions.items()} != _FUNCTIONS.get(
+            operation, {}
+        ):
+            raise WireError(f"{operation.name} is not given the functions that it takes")
+        values.references = []
+        args = tuple(
+            [
+                functions[at] if at in functions else values.value(cast("Value", arg), index)
+                for at, arg in enumerate(part.args)
+            ]
+        )
+        kwargs = {key: values.value(arg, index) for key, arg in part.kwargs.items()}
+        nested = len(values.references) > sum(type(arg) is Ref for arg in args) or bool(functions)
+        if operation is READ:
+            _check_address(args, kwargs, addresses)
+        elif operation is INPUT:
+            _check_input(args, kwargs, inputs or 0)
+        else:
+            _check_call(graph, operation, args, kwargs)
+        mark = self.marks[part.line]
+        return (operation, args, kwargs, tuple(values.references), nested, mark)
+
+    def _function(self, part: ModulePart | SubgraphPart, inputs: int) -> ModuleRef | Subgraph:
+        """A module, or a recorded function that is called with a number of inputs."""
+        if isinstance(part, ModulePart):
+            return ModuleRef(part.path)
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise WireError(f"functions are nested more than {DEEPEST} deep")
+        graph = self._graph(part.rows, part.fields, inputs)
+        self._depth -= 1
+        return Subgraph(graph, self._values.value(part.output, len(graph)))
+
+    def _field(self, name: str, field: Field, entries: list[list[int]], graph: Graph) -> Any:
+        for entry in entries:
+            if len(entry) != len(field.columns):
+                raise WireError(f"an entry of {name} has {len(entry)} numbers")
+        rows = [
+            tuple(
+                [
+                    column(self, graph, number)
+                    for number, column in zip(entry, field.columns, strict=True)
+                ]
+            )
+            for entry in entries
+        ]
+        made = field.kind([row[0] for row in rows] if len(field.columns) == 1 else rows)
+        if field.kind in (dict, set) and len(made) != len(entries):
+            raise WireError(f"{name} has two entries for one node")
+        return made
+
+    def _mark(self, line: LinePart) -> Mark:
+        if line.file >= len(self._message.files):
+            raise WireError(f"there is no file {line.file}")
+        file = file_name(self._message.files[line.file])
+        return SourceLine(file, line.number, printable(line.text)), 0
+
+
+def _check_address(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: set[Any]) -> None:
+    try:
+        msgspec.convert(args, _ADDRESS)
+    except msgspec.ValidationError as error:
+        raise WireError(f"no site has the address {args}: {error}") from None
+    if kwargs or args in seen:
+        raise WireError(f"the site {args} is read twice, or with keywords")
+    seen.add(args)
+
+
+def _check_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: int) -> None:
+    if kwargs or len(args) != 1 or type(args[0]) is not int or not 0 <= args[0] < inputs:
+        raise WireError(f"a function has no input {args}: it is called with {inputs}")
+
+
+def _check_call(
+    graph: Graph, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Checks what a recording sees to: without it, planning or printing a graph could fail."""
+    own = "." not in operation.name and operation not in _FUNCTIONS
+    if (own or operation.in_place) and not (args and type(args[0]) is Ref):
+        raise WireError(f"{operation.name} is not done to a value of the run")
+    if kwargs and "." not in operation.name and operation not in (BACKWARD, APPLY):
+        raise WireError(f"{operation.name} takes no keywords")
+    if operation in _TARGETS:
+        target = graph.rows[args[0].index][0]
+        if target not in _TARGETS[operation]:
+            raise WireError(f"{operation.name} is done to what {target.name} gives")
+    given = kwargs
+    if (signature := _signature(operation)) is not None:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise WireError(f"{operation.name} cannot be called so: {error}") from None
+    if given.get("out") is not None or given.get("inplace", False) is not False:
+        raise WireError(f"{operation.name} would write into one of its arguments")
+
+
+_Column = Callable[[Reader, Graph, int], Any]
+
+
+def _node(*operations: Operation) -> _Column:
+    """A column of nodes that do one of some operations; without any, of all nodes."""
+
+    def column(reader: Reader, graph: Graph, number: int) -> int:
+        if number >= len(graph):
+            raise WireError(f"there is no node {number}")
+        found = graph.rows[number][0]
+        if operations and found not in operations:
+            raise WireError(f"node {number} does {found.name}, which does not belong there")
+        return number
+
+    return column
+
+
+def _bound(reader: Reader, graph: Graph, number: int) -> int:
+    """A column of places between nodes."""
+    if number > len(graph):
+        raise WireError(f"there is no node {number}")
+    return number
+
+
+def line_column(reader: Reader, graph: Graph, number: int) -> Mark:
+    """A column of lines of the user's."""
+    if number >= len(reader.marks):
+        raise WireError(f"there is no line {number}")
+    return reader.marks[number]
+
+
+# Every field of a graph but its rows: what holds the entries, and what their columns are.
+FIELDS: Mapping[str, Field] = {
+    "writes": Field(dict, (_node(READ, GRAD), _node(WRITE))),
+    "skips": Field(dict, (_node(READ), _node(SKIP))),
+    "stops": Field(dict, (_node(READ), line_column)),
+    "optional": Field(set, (_node(SAVE, KEEP),)),
+    "repeats": Field(list, (_bound, _bound)),
+    "mutations": Field(list, (_node(),)),
+    "differentiates": Field(bool, ()),
+    "after": Field(dict, (_node(READ), _node(READ))),
+}
+
+# Which of the arguments of an operation are functions, and of what kind they are.
+_FUNCTIONS: Mapping[Operation, Mapping[int, type]] = {
+    APPLY: {0: ModuleRef},
+    COND: {1: Subgraph, 2: Subgraph},
+    FOLD: {0: Subgraph},
+}
+# How many more arguments an operation has than the inputs with which it calls its functions.
+_OWN_ARGUMENTS = {COND: 3, FOLD: 1}
+_INSIDE = (INPUT,)
+_OUTSIDE = (READ, SAVE, KEEP, WRITE, SKIP, GRAD, BACKWARD)
+_TARGETS = {WRITE: (READ, GRAD, WRITE), SKIP: (READ,)}
+_DIFFERENTIATED = (GRAD, BACKWARD, KEEP)
+
+
+def _check_flags(graph: Graph) -> None:
+    """Checks the fields that say of what kind some nodes are."""
+    writing = [index for index, row in enumerate(graph.rows) if row[0].in_place]
+    if graph.mutations != writing:
+        raise WireError("it does not name the nodes that write in place")
+    if not graph.differentiates and any(row[0] in _DIFFERENTIATED for row in graph.rows):
+        raise WireError("it does not say that it needs gradients")
+
+
+def _operation(name: str) -> Operation:
+    if name not in BY_NAME:
+        raise WireError(
+            f"there is no operation {name!r} in this version of Insitu and PyTorch: install the "
+            "same ones in both places"
+        )
+    return BY_NAME[name]
+
+
+@cache
+def _signature(operation: Operation) -> inspect.Signature | None:
+    """How an operation is called, if Python knows; of torch's own functions it does not."""
+    try:
+        return inspect.signature(operation.function)
+    except ValueError:
+        return None
