@@ -7,7 +7,7 @@ for the value of an earlier node. Nothing here knows how values are computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from insitu.graph.location import Location, Mark
@@ -164,7 +164,6 @@ class Node(NamedTuple):
         return Site(*self.args) if self.operation is READ else None
 
 
-@dataclass(slots=True, eq=False)
 class Graph:
     """What is to be done: nodes, and what the run hands over to the model.
 
@@ -184,15 +183,21 @@ class Graph:
             nodes that read it there.
     """
 
-    rows: list[Row]
-    writes: dict[int, int] = field(default_factory=dict[int, int])
-    skips: dict[int, int] = field(default_factory=dict[int, int])
-    stops: dict[int, Mark] = field(default_factory=dict[int, Mark])
-    optional: set[int] = field(default_factory=set[int])
-    repeats: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    mutations: list[int] = field(default_factory=list[int])
-    differentiates: bool = False
-    after: dict[int, int] = field(default_factory=dict[int, int])
+    __slots__ = (
+        *("after", "differentiates", "mutations", "optional", "repeats", "rows", "skips", "stops"),
+        "writes",
+    )
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self.writes: dict[int, int] = {}
+        self.skips: dict[int, int] = {}
+        self.stops: dict[int, Mark] = {}
+        self.optional: set[int] = set()
+        self.repeats: list[tuple[int, int]] = []
+        self.mutations: list[int] = []
+        self.differentiates = False
+        self.after: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.rows)

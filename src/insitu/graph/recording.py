@@ -164,9 +164,10 @@ class Recording:
         self.parent = parent
         self.session: object = None
         self.order = 0
-        self.captured: list[Recorded] = []
-        self._inside: dict[int, Ref] = {}
-        self._inputs = 0
+        if parent is not None:
+            self.captured: list[Recorded] = []
+            self._inside: dict[int, Ref] = {}
+            self._inputs = 0
         self._carried = 0
         self.open = True
         self.shapes = shapes

@@ -6,7 +6,7 @@ what arrived, and it runs whatever has become possible and drops what is used up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, cast
@@ -29,6 +29,8 @@ from insitu.runtime.plan import Plan
 
 NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
 _PENDING = object()
+_NO_STEPS: Mapping[int, list[Any]] = MappingProxyType({})
+_NOBODY: dict[int, list[int]] = {}  # never written to: who waits has a dictionary of its own
 _NONE: frozenset[int] = frozenset()
 
 
@@ -39,12 +41,23 @@ class Execution:
         graph: what is to be done.
         plan: its plan.
         modules: the model's modules, by path.
+
+    Attributes:
+        writes: the last write of each site that is written, by the index of its read.
+        skips: what stands for outputs, by the node that reads the module's arguments.
+        stops: the nodes that read the outputs after which the run ends.
+        after: the nodes that read in one step what stands at a site written in every step.
+        mutated: the nodes that read sites whose memory is written in place.
+        differentiates: whether the run has to record autograd.
+        busy: whether an operation is running that may call the model's modules.
+        tape: what autograd is asked for, if anything is.
     """
 
     __slots__ = (
         *("_arrived", "_bits", "_graph", "_groups", "_plan", "_steps", "_uses", "_values"),
         *("_done", "_mutations", "_pasts", "_waiting", "busy"),
-        *("_careful", "_modules", "tape"),
+        *("_careful", "_modules", "after", "differentiates", "mutated", "skips", "stops", "tape"),
+        "writes",
     )
 
     def __init__(
@@ -57,25 +70,33 @@ class Execution:
         self._groups = plan.groups
         self._values: list[Any] = [None] * len(plan.uses)
         self._uses = list(plan.uses)
-        for index in (*plan.writes.values(), *plan.skips.values()):
-            self._values[index] = _PENDING
+        if plan.writes or plan.skips:
+            for index in (*plan.writes.values(), *plan.skips.values()):
+                self._values[index] = _PENDING
         self._arrived = 0
         self.busy = False
-        self._steps: dict[int, list[Any]] = {}
+        self._steps: Mapping[int, list[Any]] = _NO_STEPS
         if plan.repeated is not None:
             self._steps = {index: [] for index in plan.repeated.saves}
             for index in plan.repeated.saves:
                 self._values[index] = _PENDING
+        self.writes = plan.writes
+        self.skips = plan.skips
+        self.stops = plan.stops
+        self.after = graph.after
+        self.differentiates = graph.differentiates
         self._mutations = plan.mutations
+        self.mutated = _NONE if plan.mutations is None else plan.mutations.reads
         self.tape = None
         if plan.gradients is not None:
             self.tape = Tape(graph, plan.gradients, self._gradient)
         self._careful = plan.mutations is not None or self.tape is not None
-        self._pasts: dict[tuple[int, int], Any] = {}
-        self._done: set[int] = set()
+        if self._careful:
+            self._pasts: dict[tuple[int, int], Any] = {}
+            self._done: set[int] = set()
         # Each group of nodes that needs several sites waits at one that has not arrived; when
         # that one arrives the group runs, or moves on to wait at another.
-        self._waiting: dict[int, list[int]] = {}
+        self._waiting: dict[int, list[int]] = _NOBODY
         if plan.held:
             self._wait()
 
@@ -155,31 +176,6 @@ class Execution:
                 ready.append(self._groups[need])
         return possible if len(ready) == 1 else sorted(chain.from_iterable(ready))
 
-    @property
-    def writes(self) -> Mapping[int, int]:
-        """The last write of each site that is written, by the index of its read."""
-        return self._plan.writes
-
-    @property
-    def skips(self) -> Mapping[int, int]:
-        """What stands for outputs, by the index of the node that reads the module's arguments."""
-        return self._plan.skips
-
-    @property
-    def differentiates(self) -> bool:
-        """Whether the run has to record autograd."""
-        return self._graph.differentiates
-
-    @property
-    def mutated(self) -> Set[int]:
-        """The nodes that read sites whose memory is written in place."""
-        return _NONE if self._mutations is None else self._mutations.reads
-
-    @property
-    def stops(self) -> Collection[int]:
-        """The nodes that read the outputs after which the run ends."""
-        return self._plan.stops
-
     def written(self, index: int) -> Any:
         """Returns what a write puts at its site.
 
@@ -190,11 +186,6 @@ class Execution:
             CausalityError: if the value depends on what has not arrived yet.
         """
         return self._handed_over(index, self._plan.writes[index])
-
-    @property
-    def after(self) -> Mapping[int, int]:
-        """The nodes that read in one step what stands at a site that is written in every step."""
-        return self._graph.after
 
     def standing(self, index: int) -> Any:
         """Returns what a write is about to put at a site.
@@ -254,7 +245,8 @@ class Execution:
         for index in repeated.saves:
             if values[index] is not _PENDING:
                 self._steps[index].append(values[index])
-        self._done.difference_update(repeated.nodes)
+        if self._careful:
+            self._done.difference_update(repeated.nodes)
         for index in repeated.nodes:
             values[index] = None
             uses[index] = self._plan.uses[index]

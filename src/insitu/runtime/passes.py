@@ -300,27 +300,28 @@ def run_pass(
     skipping: dict[nn.Module, int] = {}
     forwards: dict[nn.Module, Any] = {}
     owners: set[str] = set()
-    watching = ExitStack()
+    watching: ExitStack | None = None
     try:
-        for path in {
-            moment[0] for moment, found in readers.items() for i, _ in found if i in skips
-        }:
-            module = modules[path]
-            forwards.setdefault(module, vars(module).get("forward", _ABSENT))
-            vars(module)["forward"] = partial(stand_in, path, module, module.forward)
+        for (_, path, *_), index in reads.items() if skips else ():
+            if index in skips:
+                module = modules[path]
+                forwards.setdefault(module, vars(module).get("forward", _ABSENT))
+                vars(module)["forward"] = partial(stand_in, path, module, module.forward)
         if single.stepped:
             before: dict[Any, Any] = modules[""]._forward_pre_hooks  # pyright: ignore[reportUnknownVariableType]
             before[begin_step] = begin_step
             hooks["", "inputs", -1, 0] = (before, None, begin_step)
-        for path, kind, _, _ in readers:
-            first = (path, kind, 0, 0)
-            owner, inside, _ = path.partition(SEPARATOR)
-            if inside:
-                owners.add(owner)
+        for moment in readers:
+            path, kind, _, _ = moment
+            first = moment if clock is None else (path, kind, 0, 0)
+            if clock is not None and SEPARATOR in path:
+                owners.add(path.partition(SEPARATOR)[0])
             elif first not in hooks and kind in _OF_MODULES:
                 hooks[first] = _hook(modules[path], first, views.get(path), arrived)
-        for owner in owners:
-            watching.enter_context(watched(modules[owner], partial(visit, owner)))
+        if owners:
+            watching = ExitStack()
+            for owner in owners:
+                watching.enter_context(watched(modules[owner], partial(visit, owner)))
         _set_grad_enabled(differentiates)
         result = single.call(passing)
     except _Stop as stop:
@@ -328,7 +329,8 @@ def run_pass(
         stopped = True
     finally:
         _set_grad_enabled(grad_enabled)
-        watching.close()
+        if watching is not None:
+            watching.close()
         if differentiates and single.stepped:
             cast("dict[Any, Any]", modules[""]._forward_hooks).pop(end_step, None)
         for table, flags, key in hooks.values():

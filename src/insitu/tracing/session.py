@@ -70,7 +70,10 @@ class Session:
 
 def session_of(model: object) -> Session | None:
     """Returns the innermost open session of a model in this context."""
-    return next((session for session in reversed(_open.get()) if session.model is model), None)
+    for session in reversed(_open.get()):
+        if session.model is model:
+            return session
+    return None
 
 
 _open: ContextVar[tuple[Session, ...]] = ContextVar("insitu_open_sessions", default=())
