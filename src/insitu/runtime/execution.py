@@ -57,6 +57,7 @@ class Execution:
         *("_arrived", "_bits", "_graph", "_groups", "_plan", "_steps", "_uses", "_values"),
         *("_done", "_mutations", "_pasts", "_waiting", "busy"),
         *("_careful", "_modules", "after", "differentiates", "mutated", "skips", "stops", "tape"),
+        "_wanted",
         "writes",
     )
 
@@ -89,6 +90,7 @@ class Execution:
         self.mutated = _NONE if plan.mutations is None else plan.mutations.reads
         self.tape = None
         if plan.gradients is not None:
+            self._wanted = plan.gradients.wanted
             self.tape = Tape(graph, plan.gradients, self._gradient)
         self._careful = plan.mutations is not None or self.tape is not None
         if self._careful:
@@ -114,7 +116,7 @@ class Execution:
         values[index] = value
         if careful:
             self._done.add(index)
-            if self.tape is not None:
+            if self.tape is not None and index in self._wanted:
                 self.tape.produced(index, value)
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
@@ -312,14 +314,17 @@ class Execution:
         self.busy = False
         if mutations is not None and index in mutations.copied:
             result = map_structure(_clone, result)
-        if self.tape is not None:
+        if self.tape is not None and index in self._wanted:
             self.tape.produced(index, result)
         return result
 
     def _past_arguments(self, index: int) -> tuple[Any, Any]:
         """The arguments of a node, as they were at its line."""
         values = self._values
-        _, args, kwargs, inputs, _, _ = self._graph.rows[index]
+        _, args, kwargs, inputs, nested, _ = self._graph.rows[index]
+        if not nested and not self._pasts:
+            args = [values[arg.index] if type(arg) is Ref else arg for arg in args]
+            return args, dict(kwargs)
         pasts = {source: self._pasts.pop((index, source), _PENDING) for source in inputs}
 
         def leaf(item: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 
 from insitu.graph.errors import CausalityError, ExecutionError, OperationError, ShapeError
 from insitu.graph.expression import expression
-from insitu.graph.node import EVERY, Function, Graph, Subgraph
+from insitu.graph.node import EVERY, Function, Graph, Ref, Subgraph
 from insitu.graph.operations import BACKWARD, GRAD, READ
 from insitu.graph.structure import map_structure
 from insitu.runtime.plan import Gradients, Plan, regroup
@@ -27,29 +27,30 @@ def order_gradients(graph: Graph, plan: Plan) -> None:
         OperationError: if there is no backward pass, or it would be one of every step.
         CausalityError: if the model would have to wait for a gradient.
     """
-    backwards = [index for index, node in enumerate(graph) if node.operation is BACKWARD]
+    backwards = [index for index, row in enumerate(graph.rows) if row[0] is BACKWARD]
     bound: dict[int, list[int]] = {index: [] for index in backwards}
     wanted: dict[int, list[int]] = {}
     gradients = 0
-    for index, node in enumerate(graph):
-        if node.operation is READ:
+    needs = plan.needs
+    for index, (operation, _, _, inputs, _, _) in enumerate(graph.rows):
+        if operation is READ:
             continue
-        if node.operation is GRAD:
+        if operation is GRAD:
             if not backwards:
                 raise OperationError(
                     f"`{expression(graph, index)}` is the gradient of a backward pass, and there "
                     "is none: write `loss.backward()` in the block.",
-                    node.location,
+                    graph[index].location,
                 )
             at_or_after = [backward for backward in backwards if backward > index]
             bound[at_or_after[0] if at_or_after else backwards[-1]].append(index)
-            wanted.setdefault(node.inputs[0], []).append(index)
-            plan.needs[index] = plan.bits[index] = 1 << len(plan.bits)
-            gradients |= plan.needs[index]
+            wanted.setdefault(inputs[0], []).append(index)
+            needs[index] = plan.bits[index] = 1 << len(plan.bits)
+            gradients |= needs[index]
             continue
-        plan.needs[index] = 0
-        for source in node.inputs:
-            plan.needs[index] |= plan.needs[source]
+        needs[index] = 0
+        for source in inputs:
+            needs[index] |= needs[source]
     for read, write in (*graph.writes.items(), *graph.skips.items()):
         if graph[read].operation is READ and plan.needs[write] & gradients:
             raise CausalityError(
@@ -191,23 +192,33 @@ def leaves_of(graph: Graph, requests: object, model: nn.Module) -> list[torch.Te
         requests: what the model is called with.
         model: the wrapped module.
     """
-    own = {id(parameter) for parameter in model.parameters()}
     found: dict[int, torch.Tensor] = {}
+
+    def constants(graph: Graph) -> None:
+        for _, args, kwargs, _, _, _ in graph.rows:
+            for arg in (*args, *kwargs.values()):
+                if type(arg) not in _NO_LEAVES:
+                    map_structure(leaf, arg)
 
     def leaf(item: Any) -> None:
         if isinstance(item, Subgraph):
-            map_structure(leaf, [(node.args, dict(node.kwargs)) for node in item.graph])
+            constants(item.graph)
             return
         item = item.function if isinstance(item, Function) else item
         tensors = item.parameters() if isinstance(item, nn.Module) else (item,)
         for tensor in tensors:
-            wanted = isinstance(tensor, torch.Tensor) and tensor.requires_grad
-            if wanted and tensor.is_leaf and id(tensor) not in own:
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.is_leaf:
                 found[id(tensor)] = tensor
 
-    map_structure(leaf, [(node.args, dict(node.kwargs)) for node in graph])
+    constants(graph)
     map_structure(leaf, requests)
+    if found:
+        for parameter in model.parameters():
+            found.pop(id(parameter), None)
     return list(found.values())
+
+
+_NO_LEAVES = frozenset([Ref, int, float, bool, str, slice, type(None), type(Ellipsis)])
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:
