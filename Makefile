@@ -8,7 +8,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-matrix check format bench bench-peers clean
+.PHONY: demo test test-all test-matrix fuzz check format bench bench-peers clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/main_demo.py
@@ -23,6 +23,10 @@ test-all: $(VENV)/installed
 test-matrix: $(VENV)/installed $(VENV)-transformers4/installed
 	$(BIN)/pytest -n $(WORKERS)
 	$(VENV)-transformers4/bin/pytest -n $(WORKERS)
+
+# Many more of the random programs that the suite compares with plain PyTorch hooks.
+fuzz: $(VENV)/installed
+	INSITU_PROGRAMS=50000 $(BIN)/pytest -n $(WORKERS) tests/fidelity/test_programs.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

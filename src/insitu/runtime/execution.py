@@ -386,6 +386,8 @@ class Execution:
         Modules may write into what they returned or were given (`nn.ReLU(inplace=True)`, a
         residual stream added up in place). Only memory that came from the model is copied.
         """
+        if self._mutations is not None:
+            self._keep_lent(self._mutations.lent)
         held = [index for index in self._plan.held.get(bit, ()) if self._uses[index]]
         if self._plan.gradients is not None:
             wanted = self._plan.gradients.wanted
@@ -403,6 +405,14 @@ class Execution:
 
         for index in held:
             self._values[index] = map_structure(leaf, self._values[index])
+
+    def _keep_lent(self, lent: Sequence[tuple[int, int, frozenset[int]]]) -> None:
+        """Copies what waits and has been written to, once all is written that is to be seen."""
+        done, pasts = self._done, self._pasts
+        for node, source, writes in lent:
+            waits = node not in done and source in done and (node, source) not in pasts
+            if waits and done.issuperset(writes):
+                pasts[node, source] = map_structure(_clone, self._values[source])
 
     def _failure(self, index: int, error: Exception) -> InsituError:
         """The error to raise for an operation that failed, at the line that recorded it."""

@@ -38,6 +38,7 @@ _SOMETIMES_VIEWS = frozenset(
         *("short", "to", "type_as"),
     )
 )
+_HANDING_OVER = (WRITE, REPLACE, SKIP)
 _VIEW_ATTRIBUTES = frozenset(["H", "T", "imag", "mH", "mT", "real"])
 
 
@@ -67,9 +68,11 @@ def order_mutations(
         # What runs once does not wait for what runs in every step: that comes first.
         repeated = plan.repeated
         ignored = repeated.sites if repeated is not None and index not in repeated.nodes else 0
-        for source in node.inputs:
+        for place, source in enumerate(node.inputs):
             needs[index] |= needs[source]
-            for key in memory[source]:
+            if node.operation in _HANDING_OVER and not place:
+                continue  # what something else is to stand for is not looked at
+            for key in _looked_at(node, index, source, memory):
                 needs[index] |= written.get(key, 0) & ~ignored
         if index in mutations:
             keys = memory[node.inputs[0]]
@@ -77,8 +80,10 @@ def order_mutations(
             before[index] = [u for u in dict.fromkeys(early) if needs[u[0]] & ~needs[index]]
             for key in keys:
                 written[key] = written.get(key, 0) | needs[index]
+        if node.operation in _HANDING_OVER:  # these take the memory, with all that is written to it
+            continue
         for source in node.inputs:
-            for key in memory[source]:
+            for key in _looked_at(node, index, source, memory):
                 users.setdefault(key, []).append((index, source))
     live = {index for index, keys in enumerate(memory) if not keys.isdisjoint(written)}
     regroup(graph, plan)
@@ -87,6 +92,7 @@ def order_mutations(
         {index: _deadlines(graph, index, memory) for index in graph.mutations},
         live,
         before,
+        _lent(graph, plan, memory),
         {index for index, node in enumerate(graph) if _holds_constants(node)},
     )
 
@@ -121,6 +127,15 @@ def as_single_views(
 _SEVERAL_VIEWS = {"chunk": 2, "split": 2, "split_with_sizes": 2, "tensor_split": 2, "unbind": 1}
 
 
+def _looked_at(node: Node, index: int, source: int, memory: list[frozenset[Key]]) -> frozenset[Key]:
+    """The memory of an input that a node has to do with: of a tuple only the part that it takes."""
+    part = memory[source] & memory[index] if node.operation is GETITEM else _NOTHING
+    return part or memory[source]
+
+
+_NOTHING: frozenset[Key] = frozenset()
+
+
 class _Piece:
     """The memory of a tensor, or of several that cannot be told apart."""
 
@@ -142,8 +157,28 @@ def _deadlines(graph: Graph, mutation: int, memory: list[frozenset[Key]]) -> lis
         if node.operation in (READ, GRAD):
             reads.add(index)
     handed_over = (*graph.writes.items(), *graph.skips.items())
-    sites = [{read} for read, node in handed_over if memory[node] & memory[target]]
+    sites = [{read} for read, node in handed_over if (memory[node] - memory[read]) & memory[target]]
     return [reads, *sites] if reads else sites
+
+
+def _lent(
+    graph: Graph, plan: Plan, memory: list[frozenset[Key]]
+) -> list[tuple[int, int, frozenset[int]]]:
+    """Who waits for other sites with memory of the model's, and which writes to it it is to see."""
+    writes: dict[Key, list[int]] = {}
+    for mutation in graph.mutations:
+        for key in memory[graph.rows[mutation][3][0]]:
+            writes.setdefault(key, []).append(mutation)
+    found: list[tuple[int, int, frozenset[int]]] = []
+    for index, (operation, _, _, inputs, _, _) in enumerate(graph.rows):
+        for source in inputs:
+            seen = {write for key in memory[source] for write in writes.get(key, ())}
+            of_model = any(graph.rows[first][0] is READ for first, _ in memory[source])
+            if seen and of_model and plan.needs[source] != plan.needs[index]:
+                if operation not in _HANDING_OVER:
+                    seen = {write for write in seen if write < index}
+                found.append((index, source, frozenset(seen)))
+    return found
 
 
 def _memory(
@@ -178,7 +213,7 @@ def _derived(node: Node, index: int, memory: list[Any], is_view: Callable[[int],
     own = _Piece(frozenset([(index, 0)]))
     if operation.in_place:
         return memory[node.inputs[0]]
-    if operation in (WRITE, REPLACE, SKIP):
+    if operation in _HANDING_OVER:
         return _standing(node, memory, own)
     if operation in (GETITEM, ATTRIBUTE):
         held = memory[args[0].index] if type(args[0]) is Ref else own
@@ -232,7 +267,7 @@ def _keys(held: Any) -> frozenset[Key]:
 
 def _holds_constants(node: Node) -> bool:
     """Whether a node puts tensors of the user's where they may be written in place."""
-    if node.operation not in (WRITE, REPLACE, SKIP):
+    if node.operation not in _HANDING_OVER:
         return False
     found: list[torch.Tensor] = []
 

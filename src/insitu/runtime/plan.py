@@ -45,6 +45,8 @@ class Mutations:
         live: the nodes whose values share memory that is written.
         before: for each write, who comes before it and is computed after it, or may be: the node,
             and which of its inputs shares the memory.
+        lent: who waits for other sites with memory that the model may write to itself: the node,
+            which of its inputs has that memory, and the writes of the graph that it is to see.
         copied: the nodes whose values must be copies, because they hold constants of the user's.
     """
 
@@ -52,6 +54,7 @@ class Mutations:
     deadlines: dict[int, list[set[int]]]
     live: set[int]
     before: dict[int, list[tuple[int, int]]]
+    lent: list[tuple[int, int, frozenset[int]]]
     copied: set[int]
 
 
