@@ -64,7 +64,7 @@ def expected(subject: Subject, program: Program) -> list[torch.Tensor]:
     """
     lines = list(_plain(program.lines))
     seen = _observed(subject, program, lines)
-    for schedule in _schedules(subject, len(program.prompts)):
+    for schedule in _schedules(subject, program, lines):
         arrangement = arrange(lines, seen, schedule)
         if not arrangement.late:
             return _Execution(subject, program, lines, seen, arrangement).run(schedule)
@@ -104,14 +104,22 @@ def _observed(subject: Subject, program: Program, lines: Sequence[Line]) -> list
     return found
 
 
-def _schedules(subject: Subject, count: int) -> Iterator[Schedule]:
+def _schedules(subject: Subject, program: Program, lines: Sequence[Line]) -> Iterator[Schedule]:
     """The ways in which the invocations of a block may run."""
-    if subject.together:
+    count = len(program.prompts)
+    if subject.together and not _lie_apart(subject, program, lines):
         yield [range(count)]
     else:
         yield from (
             [[number] for number in order] for order in itertools.permutations(range(count))
         )
+
+
+def _lie_apart(subject: Subject, program: Program, lines: Sequence[Line]) -> bool:
+    """Whether parts that are written in place would have the padding of others between them."""
+    shapes = [subject.prompts[prompt].shape for prompt in program.prompts]
+    ragged = len({length for _, length, *_ in shapes}) > 1 and any(rows > 1 for rows, *_ in shapes)
+    return ragged and any(isinstance(line, Change) for line in lines)
 
 
 # --- the model with plain hooks

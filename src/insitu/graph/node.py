@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from insitu.graph.location import Location, Mark
@@ -183,21 +184,18 @@ class Graph:
             nodes that read it there.
     """
 
-    __slots__ = (
-        *("after", "differentiates", "mutations", "optional", "repeats", "rows", "skips", "stops"),
-        "writes",
-    )
+    # What most graphs have none of is of the class: nothing is made for it until it is needed.
+    skips: Mapping[int, int] = MappingProxyType({})
+    stops: Mapping[int, Mark] = MappingProxyType({})
+    optional: frozenset[int] = frozenset()
+    repeats: tuple[tuple[int, int], ...] = ()
+    mutations: tuple[int, ...] = ()
+    differentiates: bool = False
+    after: Mapping[int, int] = MappingProxyType({})
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
         self.writes: dict[int, int] = {}
-        self.skips: dict[int, int] = {}
-        self.stops: dict[int, Mark] = {}
-        self.optional: set[int] = set()
-        self.repeats: list[tuple[int, int]] = []
-        self.mutations: list[int] = []
-        self.differentiates = False
-        self.after: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -62,7 +62,7 @@ class Proxy(Recorded):
         rows = recording.graph.rows
         cell = self._cell = recording.saves[len(rows)] = Cell()
         if optional:
-            recording.graph.optional.add(len(rows))
+            recording.graph.optional |= {len(rows)}
         if keep_graph:
             recording.graph.differentiates = True
         kind = KEEP if keep_graph else SAVE

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from numbers import Number
+from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn, Protocol, cast
 
 import torch
@@ -141,37 +142,25 @@ class Recording:
         fakes: fake values of nodes, as far as anybody has asked, by node index.
     """
 
-    __slots__ = (
-        *(
-            "__weakref__",
-            "_carried",
-            "_inputs",
-            "_inside",
-            "captured",
-            "fakes",
-            "gradients",
-            "graph",
-            "open",
-        ),
-        *("order", "parent", "saves", "session", "shapes", "sites"),
-    )
+    # What most recordings never use is of the class: nothing is made for it until it is needed.
+    gradients: Mapping[int, Ref] = MappingProxyType({})
+    parent: Recording | None = None
+    session: object = None
+    order: int = 0
+    open: bool = True
+    _carried: int = 0
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
         self.graph = Graph([])
         self.saves: dict[int, Cell] = {}
         self.sites: dict[Address, Ref] = {}
-        self.gradients: dict[int, Ref] = {}
-        self.parent = parent
-        self.session: object = None
-        self.order = 0
+        self.shapes = shapes
+        self.fakes: dict[int, Any] = {}
         if parent is not None:
+            self.parent = parent
             self.captured: list[Recorded] = []
             self._inside: dict[int, Ref] = {}
             self._inputs = 0
-        self._carried = 0
-        self.open = True
-        self.shapes = shapes
-        self.fakes: dict[int, Any] = {}
 
     def apply(
         self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any], mark: Mark
@@ -251,7 +240,8 @@ class Recording:
             rows = self.graph.rows
             every = self.sites.get((*address[:4], EVERY)) if self.graph.writes else None
             if every is not None and rows[every.index][0] is WRITE:
-                self.graph.after[len(rows)] = self.original(every.index)
+                after = {len(rows): self.original(every.index)}
+                self.graph.after = {**self.graph.after, **after}
             elif self.graph.writes and address[4] == EVERY:
                 self._refuse_unseen(address, mark)
             source = self.sites[address] = ref(len(rows))
@@ -345,7 +335,7 @@ class Recording:
                 Location(*mark),
             )
         written = self.apply(operation, args, kwargs, mark)
-        self.graph.mutations.append(written.index)
+        self.graph.mutations = (*self.graph.mutations, written.index)
         return written
 
     def gradient(self, source: Ref, mark: Mark) -> Ref:
@@ -358,7 +348,7 @@ class Recording:
         standing = self.gradients.get(source.index)
         if standing is None:
             standing = self.apply(GRAD, (Recorded(self, source),), NO_KWARGS, mark)
-            self.gradients[source.index] = standing
+            self.gradients = {**self.gradients, source.index: standing}
             self.graph.differentiates = True
         return standing
 
@@ -371,7 +361,7 @@ class Recording:
         args = (Recorded(self, ref(original)), value, False)
         written = self.apply(WRITE, args, NO_KWARGS, mark)
         self.graph.writes[original] = written.index
-        self.gradients[source.index] = written
+        self.gradients = {**self.gradients, source.index: written}
 
     def backward(self, loss: Recorded, options: Mapping[str, Any], mark: Mark) -> None:
         """Records a backward pass.
@@ -433,8 +423,17 @@ class Recording:
             value = Recorded(self, value._ref)  # a whole tuple may stand there
         inputs = ref(self.original(inputs.index))
         skip = self.apply(SKIP, (Recorded(self, inputs), value), NO_KWARGS, mark)
-        self.graph.skips[inputs.index] = skip.index
+        self.graph.skips = {**self.graph.skips, inputs.index: skip.index}
         self.sites[address] = skip
+
+    def stop(self, output: Ref, mark: Mark) -> None:
+        """Records that the run ends where a module has returned.
+
+        Args:
+            output: what it returns.
+            mark: the user's line.
+        """
+        self.graph.stops = {**self.graph.stops, self.original(output.index): mark}
 
     def _refuse_unseen(self, address: Address, mark: Mark) -> None:
         """Raises if a site that is read in every step was written in a single one."""
@@ -549,13 +548,14 @@ class Recording:
             self.sites[cast("Address", rows[original][1])] = moved[write]
         for read, skip in graph.skips.items():
             number, path, _, call, step = cast("Address", rows[moved[read].index][1])
-            self.graph.skips[moved[read].index] = moved[skip].index
+            self.graph.skips = {**self.graph.skips, moved[read].index: moved[skip].index}
             self.sites[number, path, "output", call, step] = moved[skip]
         for read, mark in graph.stops.items():
-            self.graph.stops[self.original(moved[read].index)] = mark
-        self.graph.mutations.extend(moved[index].index for index in graph.mutations)
+            self.stop(moved[read], mark)
+        mutations = [moved[index].index for index in graph.mutations]
+        self.graph.mutations = (*self.graph.mutations, *mutations)
         if step == EVERY:
-            self.graph.repeats.append((start, len(rows)))
+            self.graph.repeats = (*self.graph.repeats, (start, len(rows)))
 
     def _is_around(self, other: Recording) -> bool:
         """Whether this records a function that is used in another recording."""

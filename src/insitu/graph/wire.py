@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -179,8 +179,9 @@ def _entries(field: Any) -> list[Sequence[Any]]:
     """The entries of a field, each as a row of things; of a flag that is set, an empty row."""
     if isinstance(field, bool):
         return [()] * field
-    items = cast("dict[Any, Any]", field).items() if isinstance(field, dict) else field
-    return [item if isinstance(item, tuple) else (item,) for item in cast("list[Any]", items)]
+    if isinstance(field, Mapping):
+        return list(cast("Mapping[Any, Any]", field).items())
+    return [item if isinstance(item, tuple) else (item,) for item in field]
 
 
 _DECODER = msgspec.msgpack.Decoder(Message)

@@ -156,7 +156,7 @@ class Reader:
             for entry in entries
         ]
         made = field.kind([row[0] for row in rows] if len(field.columns) == 1 else rows)
-        if field.kind in (dict, set) and len(made) != len(entries):
+        if field.kind in (dict, frozenset) and len(made) != len(entries):
             raise WireError(f"{name} has two entries for one node")
         return made
 
@@ -241,9 +241,9 @@ FIELDS: Mapping[str, Field] = {
     "writes": Field(dict, (_node(READ, GRAD), _node(WRITE))),
     "skips": Field(dict, (_node(READ), _node(SKIP))),
     "stops": Field(dict, (_node(READ), line_column)),
-    "optional": Field(set, (_node(SAVE, KEEP),)),
-    "repeats": Field(list, (_bound, _bound)),
-    "mutations": Field(list, (_node(),)),
+    "optional": Field(frozenset, (_node(SAVE, KEEP),)),
+    "repeats": Field(tuple, (_bound, _bound)),
+    "mutations": Field(tuple, (_node(),)),
     "differentiates": Field(bool, ()),
     "after": Field(dict, (_node(READ), _node(READ))),
 }
@@ -264,7 +264,7 @@ _DIFFERENTIATED = (GRAD, BACKWARD, KEEP)
 
 def _check_flags(graph: Graph) -> None:
     """Checks the fields that say of what kind some nodes are."""
-    writing = [index for index, row in enumerate(graph.rows) if row[0].in_place]
+    writing = tuple(index for index, row in enumerate(graph.rows) if row[0].in_place)
     if graph.mutations != writing:
         raise WireError("it does not name the nodes that write in place")
     if not graph.differentiates and any(row[0] in _DIFFERENTIATED for row in graph.rows):

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from insitu.graph.node import Site
+from insitu.graph.structure import map_structure
 from insitu.models.prompts import Prompt, Side
+from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts, Part, cut, put
-from insitu.runtime.passes import Cut
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +55,16 @@ def join(prompts: Sequence[Prompt], side: Side, pad_id: int) -> Batch:
     return Batch(ids, None if bool(mask.all()) else mask, tuple(parts))
 
 
+def lie_apart(prompts: Sequence[Prompt]) -> bool:
+    """Returns whether the rows of some prompt would have padding between them in a batch.
+
+    What is written into such a prompt's part in place would not show in a copy without gaps, and
+    with them it is not the tensor that it would be alone.
+    """
+    ragged = len({prompt.ids.shape[1] for prompt in prompts}) > 1
+    return ragged and any(prompt.ids.shape[0] > 1 for prompt in prompts)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Share:
     """One prompt's share of a batch.
@@ -66,13 +77,21 @@ class Share:
     layouts: Layouts
     part: Part
 
-    def take(self, site: Site, value: Any) -> Any:
+    def take(self, site: Site, value: Any, writable: bool = False) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
-        return cut(site, value, self.layouts[site[1:4]], self.part)
+        own = cut(site, value, self.layouts[site[1:4]], self.part)
+        return own if writable or self.part.spans_length else map_structure(_packed, own)
 
     def put(self, site: Site, value: Any, own: Any) -> None:
         """Fills the prompt's own part of a copy of what arrived at a site."""
         put(site, value, self.layouts[site[1:4]], self.part, own)
+
+
+def _packed(leaf: Any) -> Any:
+    """A tensor without gaps in its memory: what is cut out of padding has some."""
+    if not isinstance(leaf, torch.Tensor) or leaf.is_contiguous():
+        return leaf
+    return leaf.clone()  # of the same order of strides
 
 
 def cuts(batch: Batch, layouts: Layouts) -> Mapping[int, Cut]:

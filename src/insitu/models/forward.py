@@ -11,10 +11,11 @@ from torch import nn
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
-from insitu.models.batching import cuts, join
+from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
+from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
-from insitu.runtime.passes import Cut, Deliver, Pass
+from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs
 
@@ -61,10 +62,12 @@ class LanguageForward:
         requests: Sequence[Prompt],
         sites: Collection[Address],
         together: bool = True,
+        in_place: bool = False,
     ) -> list[Pass]:
         """Returns one pass for all prompts where each can be cut out of it, else one for each."""
         if len(requests) == 1:
             return [self._pass(module, requests[0], {0: None}, requests)]
+        together = together and not (in_place and lie_apart(requests))
         layouts = self._layouts(module, requests, sites) if together else None
         if layouts is None:
             return [

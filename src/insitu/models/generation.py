@@ -12,9 +12,10 @@ from torch import nn
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
-from insitu.models.batching import cuts, join
+from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
-from insitu.runtime.passes import Cut, Deliver, Pass
+from insitu.runtime.hooks import Cut
+from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs
 
@@ -97,10 +98,12 @@ class Generation:
         requests: Sequence[Prompt],
         sites: Collection[Address],
         together: bool = True,
+        in_place: bool = False,
     ) -> list[Pass]:
         """Returns one pass for all prompts if each goes on in it as alone, else one for each."""
         layouts = None
         tokens = any(address[2] in ("tokens", "choice") for address in sites)
+        together = together and not (in_place and lie_apart(requests))
         if together and len(requests) > 1 and self._batchable(module, requests):
             layouts = self._model.layouts(
                 lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),

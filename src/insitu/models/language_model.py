@@ -21,8 +21,8 @@ from insitu.models.generation import Generation
 from insitu.models.loading import Source
 from insitu.models.model import Model
 from insitu.models.prompts import Limits, Prompt, Reader
+from insitu.runtime.hooks import View
 from insitu.runtime.layout import SIZES, Layouts, find_layouts
-from insitu.runtime.passes import View
 from insitu.runtime.probe import Call
 from insitu.tracing.tracer import Tracer
 

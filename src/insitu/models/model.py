@@ -14,7 +14,8 @@ from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Graph
 from insitu.runtime.exclusive import Exclusive, exclusive
-from insitu.runtime.passes import Deliver, Pass, View
+from insitu.runtime.hooks import View
+from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.probe import Call, Probe, fake_call, probe
 from insitu.runtime.procedure import Outputs
 from insitu.tracing.edit import Edit, described
@@ -204,6 +205,7 @@ class Forward:
         requests: Sequence[Call],
         sites: Collection[Address],
         together: bool = True,
+        in_place: bool = False,
     ) -> list[Pass]:
         """Returns a pass for each invocation: how arguments could be batched is not known."""
 

@@ -25,13 +25,10 @@ from insitu.graph.structure import map_structure
 from insitu.runtime.gradients import Tape
 from insitu.runtime.memory import as_single_views
 from insitu.runtime.order import causality_error
-from insitu.runtime.plan import Plan
+from insitu.runtime.plan import Mutations, Plan
 
 NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
 _PENDING = object()
-_NO_STEPS: Mapping[int, list[Any]] = MappingProxyType({})
-_NOBODY: dict[int, list[int]] = {}  # never written to: who waits has a dictionary of its own
-_NONE: frozenset[int] = frozenset()
 
 
 class Execution:
@@ -43,23 +40,20 @@ class Execution:
         modules: the model's modules, by path.
 
     Attributes:
-        writes: the last write of each site that is written, by the index of its read.
-        skips: what stands for outputs, by the node that reads the module's arguments.
-        stops: the nodes that read the outputs after which the run ends.
-        after: the nodes that read in one step what stands at a site written in every step.
-        mutated: the nodes that read sites whose memory is written in place.
         differentiates: whether the run has to record autograd.
         busy: whether an operation is running that may call the model's modules.
         tape: what autograd is asked for, if anything is.
     """
 
-    __slots__ = (
-        *("_arrived", "_bits", "_graph", "_groups", "_plan", "_steps", "_uses", "_values"),
-        *("_done", "_mutations", "_pasts", "_waiting", "busy"),
-        *("_careful", "_modules", "after", "differentiates", "mutated", "skips", "stops", "tape"),
-        "_wanted",
-        "writes",
-    )
+    busy = False
+    tape: Tape | None = None
+    _arrived = 0
+    _careful = False
+    _steps: Mapping[int, list[Any]] = MappingProxyType({})
+    _mutations: Mutations | None = None
+    # Each group of nodes that needs several sites waits at one that has not arrived; when that
+    # one arrives the group runs, or moves on to wait at another.
+    _waiting: dict[int, list[int]] = {}  # noqa: RUF012 (not written to: who waits has its own)
 
     def __init__(
         self, graph: Graph, plan: Plan, modules: Mapping[str, nn.Module] = NO_MODULES
@@ -74,31 +68,19 @@ class Execution:
         if plan.writes or plan.skips:
             for index in (*plan.writes.values(), *plan.skips.values()):
                 self._values[index] = _PENDING
-        self._arrived = 0
-        self.busy = False
-        self._steps: Mapping[int, list[Any]] = _NO_STEPS
+        self.differentiates = graph.differentiates
         if plan.repeated is not None:
             self._steps = {index: [] for index in plan.repeated.saves}
             for index in plan.repeated.saves:
                 self._values[index] = _PENDING
-        self.writes = plan.writes
-        self.skips = plan.skips
-        self.stops = plan.stops
-        self.after = graph.after
-        self.differentiates = graph.differentiates
-        self._mutations = plan.mutations
-        self.mutated = _NONE if plan.mutations is None else plan.mutations.reads
-        self.tape = None
-        if plan.gradients is not None:
-            self._wanted = plan.gradients.wanted
-            self.tape = Tape(graph, plan.gradients, self._gradient)
-        self._careful = plan.mutations is not None or self.tape is not None
-        if self._careful:
+        if plan.mutations is not None or plan.gradients is not None:
+            self._careful = True
+            self._mutations = plan.mutations
             self._pasts: dict[tuple[int, int], Any] = {}
             self._done: set[int] = set()
-        # Each group of nodes that needs several sites waits at one that has not arrived; when
-        # that one arrives the group runs, or moves on to wait at another.
-        self._waiting: dict[int, list[int]] = _NOBODY
+            if plan.gradients is not None:
+                self._wanted = plan.gradients.wanted
+                self.tape = Tape(graph, plan.gradients, self._gradient)
         if plan.held:
             self._wait()
 
@@ -367,7 +349,7 @@ class Execution:
 
     def _gradient(self, index: int, value: torch.Tensor) -> Any:
         """Takes a gradient on its way, and returns what goes on in its place, or None."""
-        changed = index in self.mutated
+        changed = self._mutations is not None and index in self._mutations.reads
         if changed:
             value = value.clone()
         self.arrive(index, value)

@@ -17,7 +17,7 @@ import torch
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Site
 from insitu.graph.structure import map_structure
-from insitu.runtime.passes import Place
+from insitu.runtime.hooks import Place
 from insitu.runtime.probe import Probe
 
 # (batch, length) of the three probes.
@@ -59,6 +59,11 @@ class Part:
     positions: slice
     batch: int
     length: int
+
+    @property
+    def spans_length(self) -> bool:
+        """Whether it has no padding beside it."""
+        return self.positions.stop - self.positions.start == self.length
 
 
 Layouts = Mapping[Place, Any]

@@ -87,6 +87,7 @@ def order_mutations(
                 users.setdefault(key, []).append((index, source))
     live = {index for index, keys in enumerate(memory) if not keys.isdisjoint(written)}
     regroup(graph, plan)
+    plan.special = True
     plan.mutations = Mutations(
         {index for index in live if index in plan.bits},
         {index: _deadlines(graph, index, memory) for index in graph.mutations},

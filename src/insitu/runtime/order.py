@@ -20,7 +20,8 @@ from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.plan import Plan
 
 if TYPE_CHECKING:
-    from insitu.runtime.passes import Pass, Place
+    from insitu.runtime.hooks import Place
+    from insitu.runtime.passes import Pass
 
 
 def pass_order(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> list[int]:
@@ -164,22 +165,19 @@ def check_cuts(
                 )
 
 
-def unexcused(
-    graph: Graph, plan: Plan, missing: Collection[int], optional: Collection[int]
-) -> int | None:
+def unexcused(graph: Graph, plan: Plan, missing: Collection[int]) -> int | None:
     """Returns the first read of what never came that something other than optional saves is for.
 
     Args:
         graph: what was to be done.
         plan: its plan.
         missing: the nodes that read what never came.
-        optional: the saves whose values may be missing.
     """
     used = {source for node in graph for source in node.inputs}
     required = {*plan.writes.values(), *plan.skips.values()}
     for index in sorted(missing):
         for node, need in enumerate(plan.needs):
-            ends = node in required or (node not in used and node not in optional)
+            ends = node in required or (node not in used and node not in graph.optional)
             if ends and need & plan.bits[index]:
                 return index
     return None

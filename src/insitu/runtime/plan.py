@@ -86,11 +86,14 @@ class Plan:
         skips: for each module call that is skipped, the node that makes what stands for its
             output, by the index of the node that reads its arguments.
         stops: the lines that end the run, by the node that reads the output after which.
+        after: the nodes that read in one step what stands at a site written in every step, and
+            the nodes that read it there.
         needs: the set of sites that each node depends on.
         held: for each set of sites, the nodes whose values wait for sites that are not in it.
         mutations: what writes in place ask for, if there are any.
         gradients: which backward passes there are, if any.
         repeated: what runs anew in every step, if anything does.
+        special: whether there is more to do at sites than to read and to write them.
     """
 
     reads: dict[Address, int]
@@ -102,9 +105,11 @@ class Plan:
     held: dict[int, list[int]]
     skips: Mapping[int, int]
     stops: Mapping[int, Mark]
+    after: Mapping[int, int]
     mutations: Mutations | None = None
     gradients: Gradients | None = None
     repeated: Repeated | None = None
+    special: bool = False
 
 
 def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
@@ -151,9 +156,14 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         uses[index] += 1
     for index in graph.writes.values():
         uses[index] += 1
-    for index in graph.skips.values():
-        uses[index] += 1
-    plan = Plan(reads, bits, groups, uses, graph.writes, needs, held, graph.skips, graph.stops)
+    plan = Plan(
+        *(reads, bits, groups, uses, graph.writes, needs, held),
+        *(graph.skips, graph.stops, graph.after),
+    )
+    if graph.skips or graph.stops or graph.after:
+        plan.special = True
+        for index in graph.skips.values():
+            uses[index] += 1
     sites = 0
     for address, index in reads.items():
         if address[4] == EVERY:

@@ -22,8 +22,8 @@ from torch.func import functional_call  # pyright: ignore[reportUnknownVariableT
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.structure import map_structure
+from insitu.runtime.hooks import Place, View, first_argument
 from insitu.runtime.inside import Called, returns_tensors, watched
-from insitu.runtime.passes import Place, View, first_argument
 
 
 class Call(NamedTuple):

@@ -15,7 +15,8 @@ from torch import nn
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Graph
 from insitu.runtime.exclusive import Exclusive
-from insitu.runtime.passes import Pass, View
+from insitu.runtime.hooks import View
+from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call, Probe
 
 Request = TypeVar("Request")
@@ -65,6 +66,7 @@ class Procedure(Protocol, Generic[Request]):
         requests: Sequence[Request],
         sites: Collection[Address],
         together: bool = True,
+        in_place: bool = False,
     ) -> list[Pass]:
         """Returns the passes that process all invocations, ready to be called.
 
@@ -73,6 +75,7 @@ class Procedure(Protocol, Generic[Request]):
             requests: what each invocation was given.
             sites: what is read.
             together: whether one pass may process several invocations.
+            in_place: whether something is written in place.
         """
         ...
 

@@ -133,8 +133,7 @@ class Invocation(Scope):
         """
         address = (self.number, path, "output", call, self.current_step)
         recording = self._recording
-        index = recording.read(address, mark).index
-        recording.graph.stops[recording.original(index)] = mark
+        recording.stop(recording.read(address, mark), mark)
 
     @property
     def step(self) -> StepPicker:

@@ -48,8 +48,8 @@ class AtStep:
         for invocation, step in zip(self._invocations, self._before, strict=True):
             invocation.current_step = step
         if self._step == EVERY and self._invocations:
-            repeats = self._invocations[0].tracer.graph.repeats
-            repeats.append((self._start, self._recorded()))
+            graph = self._invocations[0].tracer.graph
+            graph.repeats = (*graph.repeats, (self._start, self._recorded()))
 
     def _recorded(self) -> int:
         return len(self._invocations[0].tracer.graph) if self._invocations else 0

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,28 +29,19 @@ from insitu.graph.node import EVERY, Graph, Site, readable
 from insitu.graph.recording import Missing, Recording
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
+from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.execution import Execution
 from insitu.runtime.gradients import leaves_of, order_gradients
+from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.memory import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
-from insitu.runtime.passes import Pass, Passed, Place, run_pass
+from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.session import Session, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
-
-
-class _Prepared(NamedTuple):
-    """A run that is planned and checked."""
-
-    plan: Plan
-    passes: Sequence[Pass]
-    order: Sequence[int]
-    returned: Mapping[str, Any]
-    requests: Sequence[Any]
-    given: Sequence[Any]
 
 
 class Tracer:
@@ -64,23 +55,14 @@ class Tracer:
         is_open: whether the `with` block is being executed.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_done",
-        "_dry",
-        "_ended",
-        "_implicit",
-        "_invocations",
-        "_prompt",
-        "_request",
-        "_result",
-        "_session",
-        "is_open",
-        "model",
-        "procedure",
-        "promises_output",
-        "recording",
-    )
+    is_open = False
+    _dry = False
+    _implicit: Invocation | None = None
+    _request: Any = None
+    _result: Any = None
+    _done = False
+    _ended = False
+    _session: Session | None = None
 
     def __init__(
         self,
@@ -90,20 +72,14 @@ class Tracer:
         promises_output: bool = False,
         dry: bool = False,
     ) -> None:
-        self.is_open = False
-        self._dry = dry
         self.model = model
         self.procedure = procedure
         self.promises_output = promises_output
         self.recording = Recording(self)
         self._invocations: list[Invocation] = []
-        self._implicit: Invocation | None = None
         self._prompt = prompt
-        self._request: Any = None
-        self._result: Any = None
-        self._done = False
-        self._ended = False
-        self._session: Session | None = None
+        if dry:
+            self._dry = True
 
     @property
     def graph(self) -> Graph:
@@ -296,25 +272,26 @@ class Tracer:
         return self._only_invocation().logits
 
     def never_ran(
-        self, site: Site, ran: Collection[Place] | None, passed: Passed | None = None
+        self, site: Site, ran: Collection[Place] | None, went: Arrivals | None = None
     ) -> NeverRanError:
         """Returns the error for a site at which nothing arrived.
 
         Args:
             site: the site.
             ran: where something did arrive, if that is known.
-            passed: what came of the pass, if there was one.
+            went: how the pass went, if that is known.
         """
         node = next(node for node in self.graph if node.site == site)
         path = readable(site.path) if site.path else "model"
-        if passed is not None and passed.steps and site.step >= passed.steps:
+        clock = None if went is None else went.clock
+        if clock is not None and clock.step >= 0 and site.step > clock.step:
             return NeverRanError(
                 f"Step {site.step} never came, so `{site}` has no value: the generation ended "
-                f"after {passed.steps} step{'s' * (passed.steps > 1)} (an end token, a stopping "
+                f"after {clock.step + 1} step{'s' * (clock.step > 0)} (an end token, a stopping "
                 "criterion, or `stop`). `save(optional=True)` lets a value be missing.",
                 node.location,
             )
-        calls = 0 if passed is None else passed.calls.get(site.path, 0)
+        calls = 0 if clock is None else clock.most.get(site.path, 0)
         if ran is not None:
             calls = max(calls, sum(place[:2] == site[1:3] for place in ran))
         if site.call and calls and SEPARATOR not in site.path:
@@ -331,7 +308,7 @@ class Tracer:
                 node.location,
             )
         message = f"`{path}` was not called in this run, so `{site}` has no value."
-        if passed is not None and passed.stopped and self.graph.stops:
+        if went is not None and went.stopped and self.graph.stops:
             message += " The run was ended before, by `stop`."
         elif isinstance(self.model.modules[site.path], nn.ModuleList | nn.ModuleDict):
             message += f" It only holds modules and is never called: take one, as in `{path}[0]`."
@@ -375,29 +352,37 @@ class Tracer:
         """Returns a module as a function on fake tensors."""
         return self.model.fake_module(path)
 
-    def _prepare(self, module: nn.Module) -> _Prepared:
-        """Plans the run, and finds what is wrong with it beforehand."""
+    def _prepare(
+        self, module: nn.Module
+    ) -> tuple[Plan, Sequence[Pass], Sequence[int], Mapping[str, Any]]:
+        """Plans the run, and finds what is wrong with it beforehand.
+
+        Returns:
+            The plan; the passes; their order; and what modules that are skipped would return, as
+            fake tensors, by path.
+        """
         if not self._invocations:
             raise BlockError(
                 "The block has no prompt: give it one, or write `with tracer.invoke(prompt):` "
                 "inside.",
                 here(4),
             )
-        graph = self.graph
-        requests = given = [invocation.request for invocation in self._invocations]
+        graph = self.recording.graph
+        requests = [invocation.request for invocation in self._invocations]
         plan = make_plan(graph, self.recording.saves)
         if graph.differentiates:
             order_gradients(graph, plan)
         if graph.mutations:
             order_mutations(graph, plan, self._arriving, self._is_view)
             # What is given to the block is the user's, and stays as it is.
-            requests = [map_structure(_clone, request) for request in given]
+            requests = [map_structure(_clone, request) for request in requests]
         cuts_short = bool(plan.skips or plan.stops)
         # Of a value that was cut out of a batch the batch's loss does not depend.
         together = not cuts_short and not graph.differentiates
-        passes = self.procedure.passes(module, requests, plan.reads, together)
+        in_place = bool(graph.mutations)
+        passes = self.procedure.passes(module, requests, plan.reads, together, in_place)
         order: Sequence[int] = range(len(passes))
-        returned: Mapping[str, Any] = {}
+        returned = _NOTHING_RETURNED
         if plan.writes or plan.skips or plan.mutations is not None:
             if len(passes) > 1:
                 order = pass_order(graph, plan, passes)
@@ -405,7 +390,7 @@ class Tracer:
         if cuts_short:
             returned = self._returned()
             check_cuts(graph, plan, self._moments)
-        return _Prepared(plan, passes, order, returned, requests, given)
+        return plan, passes, order, returned
 
     def _check(self) -> None:
         """Finds what is wrong with the run, and fills the saved values with fake ones."""
@@ -423,39 +408,40 @@ class Tracer:
 
     def _run(self) -> None:
         module = self.model.load()
-        plan, passes, order, returned, requests, given = self._prepare(module)
-        graph, recording = self.graph, self.recording
+        plan, passes, order, returned = self._prepare(module)
+        recording = self.recording
         modules, views = self.model.modules, self.procedure.views
-        execution = Execution(graph, plan, modules)
+        execution = Execution(recording.graph, plan, modules)
         exclusive = self.model.exclusive
-        passed: list[Passed] = []
-        lacking: int | None = None
+        results: list[Any] = [None] * len(passes)
+        lacking = went = None
         with exclusive.lock:
             exclusive.begin()
             try:
                 for at in order:
-                    single = passes[at]
-                    now = run_pass(execution, plan.reads, single, modules, views, returned)
-                    passed.append(now)
-                    if now.missing:
-                        lacking = unexcused(graph, plan, now.missing, graph.optional)
+                    results[at], missing, went = run_pass(
+                        execution, plan, passes[at], modules, views, returned
+                    )
+                    if missing:
+                        lacking = unexcused(recording.graph, plan, missing)
                         if lacking is not None:
                             break
                 if execution.tape is not None and lacking is None:
-                    execution.run_backwards(leaves_of(graph, given, module))
+                    given = [invocation.request for invocation in self._invocations]
+                    execution.run_backwards(leaves_of(recording.graph, given, module))
             finally:
                 exclusive.running = False
                 if execution.tape is not None:
                     execution.tape.release()
         if lacking is not None:
-            raise self._missing(lacking, passed[-1])
+            raise self._missing(lacking, went)
         execution.fill(recording.saves)
-        if plan.stops and self.promises_output:
+        if not self.promises_output:
+            return
+        if plan.stops:
             self._ended = True
             return
-        results: list[Any] = [None] * len(passes)
-        for at, now in zip(order, passed, strict=True):
-            results[at] = now.result
+        requests = [invocation.request for invocation in self._invocations]
         outputs = self.procedure.outputs(results, requests)
         if outputs is not None:
             self._result = outputs.whole
@@ -518,8 +504,14 @@ class Tracer:
             returned[path] = probe.returned[path]
         return returned
 
-    def _missing(self, index: int, passed: Passed) -> NeverRanError:
-        site = self.graph[index].site
+    def _missing(self, lacking: int, went: Arrivals | None) -> NeverRanError:
+        """Returns the error for a site at which something had to arrive.
+
+        Args:
+            lacking: the node that reads the site.
+            went: how the pass went, if that is known.
+        """
+        site = self.graph[lacking].site
         assert site is not None
         try:
             invocation = self._invocations[site.invocation]
@@ -527,7 +519,10 @@ class Tracer:
             ran = self.model.probe(call, self.procedure.views).seen
         except Exception:  # the probe only adds to the message
             ran = None
-        return self.never_ran(site, ran, passed)
+        return self.never_ran(site, ran, went)
+
+
+_NOTHING_RETURNED: Mapping[str, Any] = {}
 
 
 def _clone(leaf: Any) -> Any:

@@ -1,0 +1,339 @@
+"""What happens at the sites of a pass that is more than reads and writes of one forward.
+
+Steps and later calls, functions inside of forwards, tokens, writes in place, modules that are
+skipped, and the end of a run at a line of the user's.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from insitu.graph.node import EVERY, Kind, Site
+from insitu.graph.structure import map_structure
+from insitu.graph.writing import fitted
+from insitu.runtime.execution import Execution
+from insitu.runtime.gradients import Tape
+from insitu.runtime.hooks import (
+    Hook,
+    Moment,
+    Place,
+    Stop,
+    View,
+    changed_value,
+    clone,
+    handed_over,
+    passing_value,
+    put_hook,
+    remove_hook,
+)
+from insitu.runtime.inside import SEPARATOR, watched
+from insitu.runtime.plan import Plan
+
+if TYPE_CHECKING:
+    from insitu.runtime.passes import Pass
+
+_ABSENT = object()
+_OF_MODULES = frozenset(["output", "input", "inputs"])
+
+
+class Arrivals:
+    """Gives an execution what arrives at the sites of a pass.
+
+    Args:
+        execution: takes the values.
+        plan: which nodes read which sites, and what is done there.
+        single: the pass.
+        readers: who waits for what, by moment. What has come is taken out.
+        hooks: the hooks that the pass has put on modules, by the first moment of their place.
+        modules: the wrapped module's tree, by path.
+        views: how outputs are shown, by path.
+        returned: what modules that are skipped would return, as fake tensors, by path.
+
+    Attributes:
+        clock: tells calls and steps apart.
+        stopped: whether the experiment ended the pass.
+    """
+
+    def __init__(
+        self,
+        execution: Execution,
+        plan: Plan,
+        single: Pass,
+        readers: dict[Moment, list[tuple[int, int]]],
+        hooks: dict[Moment, Hook],
+        modules: Mapping[str, nn.Module],
+        views: Mapping[str, View],
+        returned: Mapping[str, Any],
+    ) -> None:
+        self._execution = execution
+        self._plan = plan
+        self._after = plan.after
+        self._mutated = plan.mutations.reads if plan.mutations is not None else frozenset[int]()
+        self._single = single
+        self._readers = readers
+        self._hooks = hooks
+        self._modules = modules
+        self._views = views
+        self._returned = returned
+        self._thread = get_ident()
+        self._skipping: dict[nn.Module, int] = {}
+        self._forwards: dict[nn.Module, Any] = {}
+        self._watching = ExitStack()
+        self.clock = _Clock(readers, -1 if single.stepped else 0)
+        self.stopped = False
+
+    def begin(self) -> None:
+        """Puts hooks on the modules, and whatever else it takes to see what passes the sites."""
+        for (_, path, *_), index in self._plan.reads.items():
+            if index in self._plan.skips:
+                module = self._modules[path]
+                self._forwards.setdefault(module, vars(module).get("forward", _ABSENT))
+                vars(module)["forward"] = partial(self._stand_in, path, module, module.forward)
+        if self._single.stepped:
+            before = cast("dict[Any, Any]", self._modules[""]._forward_pre_hooks)
+            key = self._begin_step
+            before[key] = key
+            self._hooks["", "inputs", -1, 0] = (before, None, key)
+        owners: set[str] = set()
+        for path, kind, _, _ in self._readers:
+            first = (path, kind, 0, 0)
+            if SEPARATOR in path:
+                owners.add(path.partition(SEPARATOR)[0])
+            elif first not in self._hooks and kind in _OF_MODULES:
+                view = self._views.get(path)
+                self._hooks[first] = put_hook(self._modules[path], first, view, self._arrived)
+        for owner in owners:
+            visit = partial(self._visit, owner)
+            self._watching.enter_context(watched(self._modules[owner], visit))
+
+    def end(self) -> None:
+        """Takes back what `begin` did, but for the hooks."""
+        self._watching.close()
+        for module, forward in self._forwards.items():
+            if forward is _ABSENT:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = forward
+        if self._single.stepped:
+            self._end_step()
+
+    def missing(self) -> list[int]:
+        """Returns the nodes that read what never came."""
+        return self.clock.missing()
+
+    def pass_on(self, kind: Kind, value: Any, path: str = "") -> Any:
+        """Takes what passes a place that has no hook, and returns what is to stand there.
+
+        Args:
+            kind: which value it is.
+            value: what passes. Of one invocation: batches are not made where these are wanted.
+            path: of what.
+        """
+        execution, after = self._execution, self._after
+        first: Moment = (path, kind, 0, 0)
+        found = self.clock.take(first)
+        if not found:
+            return value
+        if not self._mutated.isdisjoint(index for index, _ in found):
+            value = _writable(self._modules[""], value, execution.tape)
+        for index, _ in found:
+            execution.arrive(index, execution.standing(after[index]) if index in after else value)
+        if self._single.may_stop and not self._readers:
+            raise Stop
+        written = [(i, n, self._single.cuts[n]) for i, n in found if i in self._plan.writes]
+        if not written:
+            return value
+        return changed_value(execution, self.clock.place(first), value, written)
+
+    def _arrived(
+        self, first: Moment, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
+    ) -> Any:
+        execution, plan, cuts = self._execution, self._plan, self._single.cuts
+        if get_ident() != self._thread or execution.busy:
+            return None  # somebody else's call of the module, beside ours or in an operation
+        found = self.clock.take(first)
+        if not found:
+            return None
+        may_stop = self._single.may_stop
+        if not may_stop and self.clock.is_done(first):  # there are more forwards to come
+            remove_hook(self._hooks.pop(first))
+        place = self.clock.place(first)
+        value = arriving = passing_value(place[1], view, module, args, rest)
+        mutated = {index for index, _ in found if index in self._mutated}
+        if mutated:
+            value = _writable(self._modules[""], value, execution.tape)
+        for index, invocation in found:
+            cut = cuts[invocation]
+            own = value
+            if cut is not None:
+                own = cut.take(Site(invocation, *place), value, writable=index in mutated)
+            if index in self._after:
+                own = execution.standing(self._after[index])
+            execution.arrive(index, own)
+            if cut is not None and index in mutated and not _shared(own, value):
+                cut.put(Site(invocation, *place), value, own)
+        if may_stop and not self._readers:
+            raise Stop
+        for index, _ in found:
+            if index in plan.stops:
+                raise Stop
+            if index in plan.skips:
+                self._skipping[module] = index
+        written = [(i, n, cuts[n]) for i, n in found if i in plan.writes]
+        if written:
+            value = changed_value(execution, place, value, written)
+        if value is arriving:
+            return None
+        return handed_over(place[1], view, module, args, rest, value)
+
+    def _stand_in(
+        self,
+        path: str,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Is the forward of a module that is skipped."""
+        execution = self._execution
+        if get_ident() != self._thread or execution.busy or module not in self._skipping:
+            return forward(*args, **kwargs)
+        index = self._skipping.pop(module)
+        value = map_structure(clone, execution.skipped(index))
+        view, returned = self._views.get(path), self._returned[path]
+        return execution.checked(index, lambda: _standing_in(view, returned, value))
+
+    def _visit(
+        self,
+        owner: str,
+        name: str,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Makes a call of a torch function in the forward of a module."""
+        if get_ident() != self._thread or self._execution.busy:
+            return function(*args, **kwargs)
+        path = f"{owner}{SEPARATOR}{name}"
+        args, kwargs = self.pass_on("inputs", (args, kwargs), path)
+        if args:
+            args = (self.pass_on("input", args[0], path), *args[1:])
+        elif kwargs:
+            key = next(iter(kwargs))
+            kwargs = {**kwargs, key: self.pass_on("input", kwargs[key], path)}
+        return self.pass_on("output", function(*args, **kwargs), path)
+
+    def _begin_step(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if get_ident() != self._thread or self._execution.busy:
+            return
+        if self.clock.next_step():
+            self._execution.next_step()
+        if self._execution.differentiates:  # `generate` turns it off
+            torch.set_grad_enabled(True)
+            after = cast("dict[Any, Any]", module._forward_hooks)
+            after[_END_OF_STEP] = self._end_step
+
+    def _end_step(self, *_: Any) -> None:
+        after = cast("dict[Any, Any]", self._modules[""]._forward_hooks)
+        if after.pop(_END_OF_STEP, None) is not None:
+            torch.set_grad_enabled(False)
+
+
+_END_OF_STEP = object()
+
+
+class _Clock:
+    """Tells calls and steps apart, where an experiment does.
+
+    Args:
+        readers: who waits for what, by moment. What has come is taken out.
+        step: the step that runs, -1 if the first is yet to begin.
+
+    Attributes:
+        step: the step that runs.
+        calls: how often each place was passed in it.
+        most: how often each module was called in one step, at most.
+    """
+
+    def __init__(self, readers: dict[Moment, list[tuple[int, int]]], step: int) -> None:
+        self.readers = readers
+        self.step = step
+        self.calls: Counter[Moment] = Counter()
+        self.most: Counter[str] = Counter()
+        self._came: set[Moment] = set()
+
+    def next_step(self) -> bool:
+        """Goes on to the next step, and returns whether there was one before."""
+        self.step += 1
+        self.calls.clear()
+        return self.step > 0
+
+    def take(self, first: Moment) -> list[tuple[int, int]]:
+        """Returns who waits for what passes now at a place, given by its first moment."""
+        path, kind, _, _ = first
+        call = self.calls[first]
+        self.calls[first] += 1
+        self.most[path] = max(self.most[path], call + 1)
+        every = (path, kind, call, EVERY)
+        if every in self.readers:
+            self._came.add(every)
+        now = self.readers.pop((path, kind, call, self.step), ())
+        return [*self.readers.get(every, ()), *now]
+
+    def place(self, first: Moment) -> Place:
+        """Returns the place that was passed last, given by its first moment."""
+        return (first[0], first[1], self.calls[first] - 1)
+
+    def is_done(self, first: Moment) -> bool:
+        """Returns whether nobody waits for anything more at a place."""
+        return not any(moment[:2] == first[:2] for moment in self.readers)
+
+    def missing(self) -> list[int]:
+        """Returns the nodes that read what never came."""
+        return [
+            index
+            for moment, found in self.readers.items()
+            if moment not in self._came
+            for index, _ in found
+        ]
+
+
+def _writable(model: nn.Module, value: Any, tape: Tape | None) -> Any:
+    """What may be written to in place: a copy of a parameter, and of all that autograd follows."""
+    if tape is not None:
+        tape.follow(value)  # a copy of what is followed is no leaf, and can be written to
+        return map_structure(clone, value)
+    own = {_memory(tensor) for tensor in chain(model.parameters(), model.buffers())}
+    found: list[int] = []
+    map_structure(lambda leaf: found.append(_memory(leaf)), value)
+    return value if own.isdisjoint(found) else map_structure(clone, value)
+
+
+def _shared(part: Any, whole: Any) -> bool:
+    """Whether the memory of a part of a value is that of the value."""
+    found: list[set[int]] = [set(), set()]
+    for value, seen in zip((part, whole), found, strict=True):
+        map_structure(lambda leaf, seen=seen: seen.add(_memory(leaf)), value)
+    return found[0] <= found[1]
+
+
+def _memory(leaf: Any) -> int:
+    return leaf.untyped_storage().data_ptr() if isinstance(leaf, torch.Tensor) else 0
+
+
+def _standing_in(view: View | None, returned: Any, value: Any) -> Any:
+    """What a module that is skipped returns, checked against what it would have returned."""
+    if view is not None:
+        return view.stand_in(returned, value)
+    return fitted(returned, value, block=False, move=False)

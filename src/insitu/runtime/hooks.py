@@ -1,0 +1,238 @@
+"""Hooks on modules: taking what passes a site, and putting something else in its place."""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from insitu.graph.errors import InsituError
+from insitu.graph.node import Kind, Site
+from insitu.graph.structure import map_structure
+from insitu.runtime.execution import Execution
+
+Place = tuple[str, Kind, int]
+"""A module's path, which of its values, and in which call of the module."""
+
+Moment = tuple[str, Kind, int, int]
+"""A place in one step: a site, for all invocations."""
+
+Hook = tuple[dict[Any, Any], dict[Any, bool] | None, Callable[..., Any]]
+"""A hook as it lies in a module: the table, the table of those that take keywords, and its key."""
+
+
+class Cut(Protocol):
+    """An invocation's own part of what passes the sites of a whole batch."""
+
+    def take(self, site: Site, value: Any, writable: bool = False) -> Any:
+        """Returns the invocation's part of a value.
+
+        Args:
+            site: where the value arrived.
+            value: what arrived there, for the batch.
+            writable: whether what is written into the part in place is to show in the value,
+                wherever that is possible. Otherwise the part lies in memory as it would alone.
+        """
+        ...
+
+    def put(self, site: Site, value: Any, own: Any) -> None:
+        """Fills the invocation's part of a value with another.
+
+        Args:
+            site: where the value arrived.
+            value: a copy of what arrived there, for the batch. It is written to.
+            own: what the invocation puts there.
+        """
+        ...
+
+
+class View(Protocol):
+    """How the output of a module is shown to the user, where that differs from what it returns."""
+
+    @property
+    def takes_arguments(self) -> bool:
+        """Whether it looks at the arguments of the module's call."""
+        ...
+
+    def __call__(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Returns the output to show.
+
+        Args:
+            output: what the module returned.
+            args: the positional arguments that it was called with.
+            kwargs: its keyword arguments.
+        """
+        ...
+
+    def restore(
+        self, output: Any, shown: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Returns what the module must return for its output to be shown as something else.
+
+        Args:
+            output: what it returned.
+            shown: what is to be shown.
+            args: as of `__call__`.
+            kwargs: as of `__call__`.
+        """
+        ...
+
+    def stand_in(self, returned: Any, shown: Any) -> Any:
+        """Returns what the module must return for an output to be shown, without its having run.
+
+        Args:
+            returned: what it would return, as fake tensors.
+            shown: what is to be shown.
+
+        Raises:
+            ShapeError: if it would return something else.
+        """
+        ...
+
+
+class Stop(BaseException):
+    """Ends a forward early. No `Exception`, so that no model catches it."""
+
+
+_NO_KWARGS: Mapping[str, Any] = {}
+
+
+def put_hook(
+    module: nn.Module, first: Moment, view: View | None, arrived: Callable[..., Any]
+) -> Hook:
+    """Puts a hook on a module that hands over one of its values.
+
+    It goes straight into the module's tables: `register_forward_hook` takes 3 µs for a handle
+    with weak references that nothing here needs, which is as much as all else done for a hook.
+    """
+    # A function is its own key: no number that torch hands out for its hooks equals it.
+    key = partial(arrived, first, view)
+    if first[1] == "output":
+        hooks: dict[Any, Any] = module._forward_hooks  # pyright: ignore[reportUnknownVariableType]
+        flags: dict[Any, bool] | None = None
+        if view is not None and view.takes_arguments:
+            flags = module._forward_hooks_with_kwargs
+    else:
+        hooks = module._forward_pre_hooks  # pyright: ignore[reportUnknownVariableType]
+        flags = module._forward_pre_hooks_with_kwargs
+    hooks[key] = key
+    if flags is not None:
+        flags[key] = True
+    return hooks, flags, key
+
+
+def remove_hook(hook: Hook) -> None:
+    """Takes a hook off its module, if it is still there."""
+    table, flags, key = hook
+    if key in table:
+        del table[key]
+        if flags is not None:
+            del flags[key]
+
+
+def passing_value(
+    kind: Kind, view: View | None, module: nn.Module, args: tuple[Any, ...], rest: tuple[Any, ...]
+) -> Any:
+    """The value that a hook was called for, from what torch calls it with."""
+    if kind == "output":
+        output = rest[-1]
+        if view is None:
+            return output
+        return view(output, args, rest[0] if view.takes_arguments else _NO_KWARGS)
+    (kwargs,) = rest
+    return (args, dict(kwargs)) if kind == "inputs" else first_argument(module, args, kwargs)
+
+
+def changed_value(
+    execution: Execution, place: Place, value: Any, written: Sequence[tuple[int, int, Cut | None]]
+) -> Any:
+    """What stands at a site after the writes of its invocations: always memory of its own.
+
+    A module may go on to write into what it is given, and that must not reach a constant of the
+    user's or a value that is still used.
+    """
+    fresh: Any = None
+    for index, invocation, cut in written:
+        own = execution.written(index)
+        if cut is None:
+            fresh = own if own is value else _copied_where_new(own, value)
+            continue
+        if fresh is None:
+            fresh = map_structure(clone, value)
+        cut.put(Site(invocation, *place), fresh, own)
+    return fresh
+
+
+def _copied_where_new(own: Any, value: Any) -> Any:
+    """A copy of a value, but for the tensors that were there before."""
+    if type(own) is torch.Tensor:
+        return own.clone()
+    if type(own) is tuple and len(cast("tuple[Any, ...]", own)) == 1:  # a transformer block's
+        return (_copied_where_new(own[0], value[0]),)
+    before: set[int] = set()
+    map_structure(lambda leaf: before.add(id(leaf)), value)
+    return map_structure(lambda leaf: leaf if id(leaf) in before else clone(leaf), own)
+
+
+def clone(leaf: Any) -> Any:
+    """Returns a copy of a tensor; of a structure that is mapped, of each."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def handed_over(
+    kind: Kind,
+    view: View | None,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    rest: tuple[Any, ...],
+    value: Any,
+) -> Any:
+    """What a hook returns, so that a value takes the place of the one it was called for."""
+    if kind == "output":
+        if view is None:
+            return value
+        return view.restore(rest[-1], value, args, rest[0] if view.takes_arguments else _NO_KWARGS)
+    if kind == "inputs":
+        return value
+    (kwargs,) = rest
+    if args:
+        return (value, *args[1:]), kwargs
+    return args, {**kwargs, _first_keyword(module, kwargs): value}
+
+
+def first_argument(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Returns the first argument of a call, in the order of the module's own signature.
+
+    Args:
+        module: the module that was called.
+        args: its positional arguments.
+        kwargs: its keyword arguments, in any order.
+
+    Raises:
+        InsituError: if the call has none.
+    """
+    if args:
+        return args[0]
+    if kwargs:
+        return kwargs[_first_keyword(module, kwargs)]
+    raise InsituError("The module was called without arguments, so it has no `.input`.")
+
+
+def _first_keyword(module: nn.Module, kwargs: Mapping[str, Any]) -> str:
+    """The name of the first argument of a call without positional ones."""
+    for name in _parameter_names(type(module)):
+        if name in kwargs:
+            return name
+    return next(iter(kwargs))
+
+
+@lru_cache(maxsize=1024)
+def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The parameters of a class's forward, in their order."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
