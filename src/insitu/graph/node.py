@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from insitu.graph.location import Location, Mark
@@ -165,6 +164,10 @@ class Node(NamedTuple):
         return Site(*self.args) if self.operation is READ else None
 
 
+_EMPTY: Mapping[int, Any] = {}
+_NOBODY: frozenset[int] = frozenset()
+
+
 class Graph:
     """What is to be done: nodes, and what the run hands over to the model.
 
@@ -184,18 +187,23 @@ class Graph:
             nodes that read it there.
     """
 
-    # What most graphs have none of is of the class: nothing is made for it until it is needed.
-    skips: Mapping[int, int] = MappingProxyType({})
-    stops: Mapping[int, Mark] = MappingProxyType({})
-    optional: frozenset[int] = frozenset()
-    repeats: tuple[tuple[int, int], ...] = ()
-    mutations: tuple[int, ...] = ()
-    differentiates: bool = False
-    after: Mapping[int, int] = MappingProxyType({})
+    __slots__ = (
+        *("after", "differentiates", "mutations", "optional", "repeats", "rows", "skips", "stops"),
+        "writes",
+    )
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
         self.writes: dict[int, int] = {}
+        # Most graphs have none of the rest, and nothing is made for it: what has some gets anew
+        # what holds it.
+        self.skips: Mapping[int, int] = _EMPTY
+        self.stops: Mapping[int, Mark] = _EMPTY
+        self.optional: frozenset[int] = _NOBODY
+        self.repeats: tuple[tuple[int, int], ...] = ()
+        self.mutations: tuple[int, ...] = ()
+        self.differentiates = False
+        self.after: Mapping[int, int] = _EMPTY
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -260,36 +260,38 @@ class Recording:
         Raises:
             OperationError: if the first argument of a module is written and all of them are used.
         """
-        if branches():
+        if not self.open:
             raise OperationError(
                 "Inside `cond` and `fold` nothing is written to the model: return the value, and "
                 "write it outside.",
                 Location(*mark),
             )
-        invocation, path, kind, call, step = address
-        other = {"input": "inputs", "inputs": "input"}.get(kind)
-        if other is not None and (invocation, path, other, call, step) in self.sites:
-            raise OperationError(
-                f"`{Site(*address)}` cannot be written where `.{other}` of the same module is "
-                "used: do both through `.inputs`, which is `(args, kwargs)`.",
-                Location(*mark),
-            )
-        if step == EVERY:
+        if address[2] != "output":
+            self._refuse_both_inputs(address, mark)
+        if address[4] == EVERY:
             self._refuse_mixed(address, mark)
+        rows = self.graph.rows
         standing = self.sites.get(address)
-        if standing is not None and self.holds(standing, value):
+        if standing is None:
+            standing = self.read(address, mark)
+        elif self.holds(standing, value):
             return standing
-        standing = self.read(address, mark)
-        if self.graph.rows[standing.index][0] is SKIP:
+        operation, _, _, inputs, _, _ = rows[standing.index]
+        if operation is SKIP:
             raise OperationError(
                 f"`{Site(*address)}` is what `skip` was given, at\n"
                 f"{self.graph[standing.index].location}\nGive it this value instead.",
                 Location(*mark),
             )
-        if isinstance(value, Recorded) and value._recording is self:
-            value = Recorded(self, value._ref)  # a whole tuple may be written
-        written = self.apply(WRITE, (Recorded(self, standing), value, block), NO_KWARGS, mark)
-        self.graph.writes[self.original(standing.index)] = written.index
+        if isinstance(value, Recorded) and value._recording is self:  # a whole tuple may be written
+            source = value._ref
+            pair = (standing.index, source.index)
+            rows.append((WRITE, (standing, source, block), NO_KWARGS, pair, False, mark))
+            written = ref(len(rows) - 1)
+        else:
+            written = self.apply(WRITE, (Recorded(self, standing), value, block), NO_KWARGS, mark)
+        read = self.original(standing.index) if inputs else standing.index
+        self.graph.writes[read] = written.index
         self.sites[address] = written
         return written
 
@@ -425,6 +427,17 @@ class Recording:
         skip = self.apply(SKIP, (Recorded(self, inputs), value), NO_KWARGS, mark)
         self.graph.skips = {**self.graph.skips, inputs.index: skip.index}
         self.sites[address] = skip
+
+    def _refuse_both_inputs(self, address: Address, mark: Mark) -> None:
+        """Raises if the first argument of a module is written and all of them are used."""
+        invocation, path, kind, call, step = address
+        other = {"input": "inputs", "inputs": "input"}.get(kind)
+        if other is not None and (invocation, path, other, call, step) in self.sites:
+            raise OperationError(
+                f"`{Site(*address)}` cannot be written where `.{other}` of the same module is "
+                "used: do both through `.inputs`, which is `(args, kwargs)`.",
+                Location(*mark),
+            )
 
     def stop(self, output: Ref, mark: Mark) -> None:
         """Records that the run ends where a module has returned.

@@ -124,7 +124,9 @@ class LanguageModel(Model):
     @property
     def device(self) -> torch.device:
         """Where token ids have to be: the device of the input embedding."""
-        return self._embedding.weight.device  # pyright: ignore[reportReturnType]
+        embedding = self._embedding  # whose `__getattr__` takes a microsecond
+        weight = embedding._parameters.get("weight")
+        return (embedding.weight if weight is None else weight).device  # pyright: ignore[reportReturnType]
 
     def load(self) -> nn.Module:
         """Loads the weights, if they are not there yet, and returns the module.

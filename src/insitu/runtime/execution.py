@@ -169,7 +169,14 @@ class Execution:
         Raises:
             CausalityError: if the value depends on what has not arrived yet.
         """
-        return self._handed_over(index, self._plan.writes[index])
+        write = self._plan.writes[index]
+        value = self._values[write]
+        if value is _PENDING:
+            raise self._too_early(index, write)
+        self._uses[write] -= 1
+        if not self._uses[write]:
+            self._values[write] = None
+        return value
 
     def standing(self, index: int) -> Any:
         """Returns what a write is about to put at a site.
@@ -192,7 +199,11 @@ class Execution:
         Raises:
             CausalityError: if the value depends on what has not arrived yet.
         """
-        return self._handed_over(index, self._plan.skips[index])
+        value = self._values[self._plan.skips[index]]
+        if value is _PENDING:
+            raise self._too_early(index, self._plan.skips[index])
+        self._use(self._plan.skips[index])
+        return value
 
     def checked(self, index: int, make: Callable[[], Any]) -> Any:
         """Returns what a function makes of the value of a skip; its errors get the skip's line.
@@ -206,16 +217,11 @@ class Execution:
         except InsituError as error:
             raise located(self._graph, self._plan.skips[index], error) from error
 
-    def _handed_over(self, index: int, write: int) -> Any:
-        value = self._values[write]
-        if value is _PENDING:
-            missing = self._plan.needs[write] & ~self._arrived
-            late = [read for read, bit in self._plan.bits.items() if missing & bit]
-            raise causality_error(self._graph, self._plan, index, write, late)
-        self._uses[write] -= 1
-        if not self._uses[write]:
-            self._values[write] = None
-        return value
+    def _too_early(self, index: int, write: int) -> CausalityError:
+        """The error for something that is handed over and depends on what has not arrived yet."""
+        missing = self._plan.needs[write] & ~self._arrived
+        late = [read for read, bit in self._plan.bits.items() if missing & bit]
+        return causality_error(self._graph, self._plan, index, write, late)
 
     def next_step(self) -> None:
         """Ends a step: keeps what is saved in every step, and makes ready to run that part again.

@@ -153,14 +153,18 @@ def run_pass(
         if arrivals is not None:
             arrivals.end()
         _set_grad_enabled(grad_enabled)
-        for hook in hooks.values():
-            remove_hook(hook)
+        for table, flags, key in hooks.values():  # `remove_hook`, without a call for each
+            if key in table:
+                del table[key]
+                if flags is not None:
+                    del flags[key]
         hooks.clear()  # they refer to `arrived`, which refers to them and to every value
     if arrivals is not None:
         if single.stepped:
             execution.next_step()
         return result, arrivals.missing(), arrivals
-    return result, [index for found in readers.values() for index, _ in found], None
+    missing = [index for found in readers.values() for index, _ in found] if readers else []
+    return result, missing, None
 
 
 def _nobody(kind: Kind, value: Any) -> Any:

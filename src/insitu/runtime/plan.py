@@ -93,6 +93,7 @@ class Plan:
         mutations: what writes in place ask for, if there are any.
         gradients: which backward passes there are, if any.
         repeated: what runs anew in every step, if anything does.
+        crosses: whether a value that is written depends on sites other than its own.
         special: whether there is more to do at sites than to read and to write them.
     """
 
@@ -109,6 +110,7 @@ class Plan:
     mutations: Mutations | None = None
     gradients: Gradients | None = None
     repeated: Repeated | None = None
+    crosses: bool = False
     special: bool = False
 
 
@@ -154,15 +156,15 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
             groups[need] = [index]
     for index in saves:
         uses[index] += 1
+    skips, stops, after = graph.skips, graph.stops, graph.after
+    plan = Plan(reads, bits, groups, uses, graph.writes, needs, held, skips, stops, after)
     for index in graph.writes.values():
         uses[index] += 1
-    plan = Plan(
-        *(reads, bits, groups, uses, graph.writes, needs, held),
-        *(graph.skips, graph.stops, graph.after),
-    )
-    if graph.skips or graph.stops or graph.after:
+        if needs[index] & (needs[index] - 1):
+            plan.crosses = True
+    if skips or stops or after:
         plan.special = True
-        for index in graph.skips.values():
+        for index in skips.values():
             uses[index] += 1
     sites = 0
     for address, index in reads.items():

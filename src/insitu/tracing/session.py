@@ -29,9 +29,9 @@ class Session:
         self._done = False
 
     def __enter__(self) -> Session:
-        if self._done or self in _open.get():
+        if self._done or self in open_sessions.get():
             raise BlockError("This session was entered before: make a new one.", here())
-        _open.set((*_open.get(), self))
+        open_sessions.set((*open_sessions.get(), self))
         return self
 
     def __exit__(
@@ -41,7 +41,7 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self._done = True
-        _open.set(tuple(session for session in _open.get() if session is not self))
+        open_sessions.set(tuple(session for session in open_sessions.get() if session is not self))
         for tracer in self._tracers:
             tracer.recording.open = False
         waiting, self._tracers = self._tracers, []
@@ -70,10 +70,10 @@ class Session:
 
 def session_of(model: object) -> Session | None:
     """Returns the innermost open session of a model in this context."""
-    for session in reversed(_open.get()):
+    for session in reversed(open_sessions.get()):
         if session.model is model:
             return session
     return None
 
 
-_open: ContextVar[tuple[Session, ...]] = ContextVar("insitu_open_sessions", default=())
+open_sessions: ContextVar[tuple[Session, ...]] = ContextVar("insitu_open_sessions", default=())

@@ -40,7 +40,7 @@ from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.tracing.invocation import Invocation
-from insitu.tracing.session import Session, session_of
+from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 
@@ -55,14 +55,10 @@ class Tracer:
         is_open: whether the `with` block is being executed.
     """
 
-    is_open = False
-    _dry = False
     _implicit: Invocation | None = None
     _request: Any = None
     _result: Any = None
-    _done = False
     _ended = False
-    _session: Session | None = None
 
     def __init__(
         self,
@@ -78,8 +74,9 @@ class Tracer:
         self.recording = Recording(self)
         self._invocations: list[Invocation] = []
         self._prompt = prompt
-        if dry:
-            self._dry = True
+        self._dry = dry
+        self._done = self.is_open = False
+        self._session: Session | None = None
 
     @property
     def graph(self) -> Graph:
@@ -95,10 +92,11 @@ class Tracer:
             self._implicit = self._add(args, kwargs, (frame.f_code, frame.f_lasti))
             self._request = self._implicit.request
             self._implicit.enter(frame)
-        self._session = session_of(self.model)
-        if self._session is not None:
-            self.recording.session = self._session
-            self.recording.order = self._session.begin()
+        if open_sessions.get():
+            self._session = session = session_of(self.model)
+            if session is not None:
+                self.recording.session = session
+                self.recording.order = session.begin()
         self.is_open = True
         return self
 
@@ -383,7 +381,7 @@ class Tracer:
         passes = self.procedure.passes(module, requests, plan.reads, together, in_place)
         order: Sequence[int] = range(len(passes))
         returned = _NOTHING_RETURNED
-        if plan.writes or plan.skips or plan.mutations is not None:
+        if plan.crosses or plan.skips or plan.mutations is not None:
             if len(passes) > 1:
                 order = pass_order(graph, plan, passes)
             check_order(graph, plan, passes, self._moments)
