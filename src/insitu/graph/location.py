@@ -88,6 +88,8 @@ def user_frame(depth: int = 1) -> FrameType:
         depth: how many frames to leave out at once, known to be ours.
     """
     frame = sys._getframe(depth)  # pyright: ignore[reportPrivateUsage]
+    if frame.f_code is _last:
+        return frame
     while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
         frame = frame.f_back
     return frame

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from insitu.graph.node import Site
+from insitu.graph.node import Address, Site
 from insitu.graph.structure import map_structure
 from insitu.models.prompts import Prompt, Side
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts, Part, cut, put
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class Batch(NamedTuple):
     """Prompts as one batch.
 
     Attributes:
@@ -27,7 +25,7 @@ class Batch:
 
     ids: torch.Tensor
     mask: torch.Tensor | None
-    parts: tuple[Part, ...]
+    parts: Sequence[Part]
 
 
 def join(prompts: Sequence[Prompt], side: Side, pad_id: int) -> Batch:
@@ -38,21 +36,48 @@ def join(prompts: Sequence[Prompt], side: Side, pad_id: int) -> Batch:
         side: where shorter ones are padded.
         pad_id: what the padding is filled with.
     """
+    first = prompts[0].ids
+    length, device = first.shape[1], first.device
+    if all([p.ids.shape[1] == length and p.mask is None for p in prompts]):
+        ids = torch.cat([prompt.ids.to(device) for prompt in prompts])
+        return Batch(ids, None, _parts(prompts, "right", ids.shape[0], length))
     batch = sum(prompt.ids.shape[0] for prompt in prompts)
     length = max(prompt.ids.shape[1] for prompt in prompts)
-    ids = torch.full((batch, length), pad_id, device=prompts[0].ids.device)
+    parts = _parts(prompts, side, batch, length)
+    ids = torch.full((batch, length), pad_id, device=device)
     mask = torch.zeros_like(ids)
+    for prompt, part in zip(prompts, parts, strict=True):
+        ids[part.rows, part.positions] = prompt.ids.to(device)
+        mask[part.rows, part.positions] = prompt.visible_mask.to(device)
+    return Batch(ids, None if bool(mask.all()) else mask, parts)
+
+
+def _parts(prompts: Sequence[Prompt], side: Side, batch: int, length: int) -> list[Part]:
+    """Where prompts lie in a batch, one below the other."""
     parts: list[Part] = []
     first = 0
     for prompt in prompts:
         rows, own = prompt.ids.shape
         start = 0 if side == "right" else length - own
-        part = Part(slice(first, first + rows), slice(start, start + own), batch, length)
-        ids[part.rows, part.positions] = prompt.ids.to(ids.device)
-        mask[part.rows, part.positions] = prompt.visible_mask.to(ids.device)
-        parts.append(part)
-        first += rows
-    return Batch(ids, None if bool(mask.all()) else mask, tuple(parts))
+        last = first + rows
+        parts.append(Part(slice(first, last), slice(start, start + own), batch, length))
+        first = last
+    return parts
+
+
+def separable(layouts: Layouts | None, sites: Collection[Address]) -> bool:
+    """Returns whether what arrives at some sites can be cut out of a batch.
+
+    Args:
+        layouts: how values are cut, None if none can be.
+        sites: the sites.
+    """
+    if layouts is None:
+        return False
+    for _, path, kind, call, step in sites:
+        if step or (path, kind, call) not in layouts:
+            return False
+    return True
 
 
 def lie_apart(prompts: Sequence[Prompt]) -> bool:
@@ -65,8 +90,7 @@ def lie_apart(prompts: Sequence[Prompt]) -> bool:
     return ragged and any(prompt.ids.shape[0] > 1 for prompt in prompts)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Share:
+class Share(NamedTuple):
     """One prompt's share of a batch.
 
     Attributes:

@@ -11,7 +11,7 @@ from torch import nn
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
-from insitu.models.batching import cuts, join, lie_apart
+from insitu.models.batching import cuts, join, lie_apart, separable
 from insitu.models.prompts import Prompt
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
@@ -41,6 +41,7 @@ class LanguageForward:
         self._options = options
         self.views = model.block_views[bool(options.get("use_cache"))]
         self.steps = 1
+        self._layouts: Layouts | None = None
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""
@@ -68,7 +69,7 @@ class LanguageForward:
         if len(requests) == 1:
             return [self._pass(module, requests[0], {0: None}, requests)]
         together = together and not (in_place and lie_apart(requests))
-        layouts = self._layouts(module, requests, sites) if together else None
+        layouts = self._shared(module, requests, sites) if together else None
         if layouts is None:
             return [
                 self._pass(module, prompt, {number: None}, [prompt])
@@ -86,20 +87,24 @@ class LanguageForward:
         """Returns nothing: the output of a forward is a site."""
         return None
 
-    def _layouts(
+    def _shared(
         self, module: nn.Module, requests: Sequence[Prompt], sites: Collection[Address]
     ) -> Layouts | None:
-        """How to cut every site that is read, or None if one pass for all would not do."""
+        """How to cut what is read out of one pass for all, or None if that would not do."""
         if self._model.trains(module) or not self._options.keys() <= _BATCHABLE:
             return None
-        if any(prompt.extras for prompt in requests):
-            return None
+        for prompt in requests:
+            if prompt.extras:
+                return None
+        if self._layouts is None:
+            mark = requests[0].mark
 
-        def sample(batch: int, length: int) -> Call:
-            ids = torch.zeros(batch, length, dtype=torch.int64)
-            return Call((), self._kwargs(Prompt(ids, requests[0].mark)))
+            def sample(batch: int, length: int) -> Call:
+                ids = torch.zeros(batch, length, dtype=torch.int64)
+                return Call((), self._kwargs(Prompt(ids, mark)))
 
-        return self._model.layouts(sample, self.views, sites)
+            self._layouts = self._model.layouts(sample, self.views)
+        return self._layouts if separable(self._layouts, sites) else None
 
     def _pass(
         self,

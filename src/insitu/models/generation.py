@@ -12,7 +12,7 @@ from torch import nn
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
-from insitu.models.batching import cuts, join, lie_apart
+from insitu.models.batching import cuts, join, lie_apart, separable
 from insitu.models.prompts import Prompt
 from insitu.runtime.hooks import Cut
 from insitu.runtime.passes import Deliver, Pass
@@ -108,9 +108,8 @@ class Generation:
             layouts = self._model.layouts(
                 lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
                 self.views,
-                sites,
             )
-        if layouts is None:
+        if layouts is None or not separable(layouts, sites):
             if len(requests) > 1 and self._setting(module, "return_dict_in_generate"):
                 raise OptionError(
                     "`return_dict_in_generate` takes one invocation in a block, because these "

@@ -244,17 +244,13 @@ class LanguageModel(Model):
             self.reader.check_length(prompt, steps)
 
     def layouts(
-        self,
-        sample: Callable[[int, int], Call],
-        views: Mapping[str, View],
-        sites: Collection[Address],
+        self, sample: Callable[[int, int], Call], views: Mapping[str, View]
     ) -> Layouts | None:
-        """Returns how values at sites are cut into rows and positions, or None if one cannot be.
+        """Returns how values at sites are cut into rows and positions, or None if none can be.
 
         Args:
             sample: gives a call with a batch size and a length.
             views: how outputs are shown in such a call.
-            sites: the sites.
         """
         calls = [sample(*size) for size in SIZES]
         key = calls[0].signature()
@@ -264,9 +260,7 @@ class LanguageModel(Model):
             except ShapeError:
                 return None
             self._layouts[key] = find_layouts((first, more_rows, longer))
-        layouts = self._layouts[key]
-        separable = all(address[1:4] in layouts and not address[4] for address in sites)
-        return layouts if separable else None
+        return self._layouts[key]
 
     def __repr__(self) -> str:
         state = "" if self.loaded else ", weights not loaded yet"

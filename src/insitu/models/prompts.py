@@ -105,10 +105,11 @@ class Reader:
             rows = self._rows(prompt, mark)
             read = Prompt(*_padded(rows, side, self._pad_id, mark))
             self.check_ids(read)
-        ids, context = read.ids, self._limits.context
-        if not ids.numel():
+        context = self._limits.context
+        rows, length = read.ids.shape
+        if not rows or not length:
             raise PromptError("The prompt is empty: it has no tokens.", Location(*mark))
-        if context is not None and ids.size(1) > context:
+        if context is not None and length > context:
             self.check_length(read)
         return read
 

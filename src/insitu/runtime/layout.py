@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -44,8 +44,7 @@ class _InseparableError(Exception):
     """No layout: the value cannot be cut into the parts of its invocations."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Where one invocation lies in a batch.
 
     Attributes:
@@ -182,23 +181,33 @@ def _axis(first: int, more_rows: int, longer: int) -> Axis:
 
 
 def _cut_tensor(site: Site, value: torch.Tensor, layout: TensorLayout, part: Part) -> torch.Tensor:
-    sizes = {
-        Axis.ROWS: part.batch,
-        Axis.POSITIONS: part.length,
-        Axis.BOTH: part.batch * part.length,
-    }
+    axes, (rows, positions, batch, length) = layout.axes, part
     shape = value.shape
-    if len(shape) != len(layout.axes) or any(
-        size != sizes.get(axis, size) for size, axis in zip(shape, layout.axes, strict=True)
-    ):
+    if len(shape) != len(axes):
         raise _unexpected(site, value)
-    if Axis.BOTH not in layout.axes:
-        keys = {Axis.ROWS: part.rows, Axis.POSITIONS: part.positions}
-        return value[tuple(keys.get(axis, slice(None)) for axis in layout.axes)]
-    axis = layout.axes.index(Axis.BOTH)
-    apart = cast(Any, value).unflatten(axis, (part.batch, part.length))
-    lead = (slice(None),) * axis
-    return apart[(*lead, part.rows, part.positions)].flatten(axis, axis + 1)
+    key: list[slice] = []
+    flat: int | None = None
+    for at, axis in enumerate(axes):
+        if axis is Axis.FIXED:
+            key.append(_ALL)
+            continue
+        size = length
+        if axis is Axis.ROWS:
+            size = batch
+            key.append(rows)
+        elif axis is Axis.POSITIONS:
+            key.append(positions)
+        else:
+            size, flat = batch * length, at
+        if shape[at] != size:
+            raise _unexpected(site, value)
+    if flat is None:
+        return value[tuple(key)]
+    apart = cast(Any, value).unflatten(flat, (batch, length))
+    return apart[(*(_ALL,) * flat, rows, positions)].flatten(flat, flat + 1)
+
+
+_ALL = slice(None)
 
 
 def _unexpected(site: Site, value: Any) -> InsituError:
