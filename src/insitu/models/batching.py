@@ -38,7 +38,7 @@ def join(prompts: Sequence[Prompt], side: Side, pad_id: int) -> Batch:
     """
     first = prompts[0].ids
     length, device = first.shape[1], first.device
-    if all([p.ids.shape[1] == length and p.mask is None for p in prompts]):
+    if all(p.ids.shape[1] == length and p.mask is None for p in prompts):
         ids = torch.cat([prompt.ids.to(device) for prompt in prompts])
         return Batch(ids, None, _parts(prompts, "right", ids.shape[0], length))
     batch = sum(prompt.ids.shape[0] for prompt in prompts)

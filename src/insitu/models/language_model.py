@@ -6,7 +6,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from insitu.graph.errors import LoadError, OptionError, ShapeError
 from insitu.graph.location import here
-from insitu.graph.node import Address, Graph
+from insitu.graph.node import Graph
 from insitu.models.blocks import block_views
 from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation

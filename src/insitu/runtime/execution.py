@@ -74,13 +74,17 @@ class Execution:
             for index in plan.repeated.saves:
                 self._values[index] = _PENDING
         if plan.mutations is not None or plan.gradients is not None:
-            self._careful = True
+            self._careful = plan.mutations is not None
             self._mutations = plan.mutations
             self._pasts: dict[tuple[int, int], Any] = {}
             self._done: set[int] = set()
             if plan.gradients is not None:
                 self._wanted = plan.gradients.wanted
-                self.tape = Tape(graph, plan.gradients, self._gradient)
+                changed = {
+                    *plan.writes,
+                    *(() if self._mutations is None else self._mutations.reads),
+                }
+                self.tape = Tape(graph, plan.gradients, changed, self._gradient)
         if plan.held:
             self._wait()
 
@@ -95,11 +99,12 @@ class Execution:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
         rows, values, uses, careful = self._graph.rows, self._values, self._uses, self._careful
+        tape = self.tape
         values[index] = value
-        if careful:
+        if careful or tape is not None:
             self._done.add(index)
-            if self.tape is not None and index in self._wanted:
-                self.tape.produced(index, value)
+            if tape is not None and index in self._wanted:
+                tape.produced(index, value)
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
         if self._waiting:
@@ -137,6 +142,10 @@ class Execution:
                 if isinstance(error, InsituError) and error.location is not None:
                     raise
                 raise self._failure(step, error) from error
+            if tape is not None:
+                self._done.add(step)
+                if step in self._wanted:
+                    tape.produced(step, result)
             for source in inputs:
                 uses[source] -= 1
                 if not uses[source]:
@@ -235,7 +244,7 @@ class Execution:
         for index in repeated.saves:
             if values[index] is not _PENDING:
                 self._steps[index].append(values[index])
-        if self._careful:
+        if self._careful or self.tape is not None:
             self._done.difference_update(repeated.nodes)
         for index in repeated.nodes:
             values[index] = None
@@ -269,7 +278,7 @@ class Execution:
         return cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
 
     def _in_order(self, index: int, now: int) -> Any:
-        """Runs a node of a graph that writes in place or has gradients.
+        """Runs a node of a graph that writes in place.
 
         Args:
             index: the node.
@@ -279,13 +288,11 @@ class Execution:
             CausalityError: if it writes to memory that the model has gone on from.
         """
         graph, values, done = self._graph, self._values, self._done
-        mutations = self._mutations
-        before = () if mutations is None else mutations.before.get(index, ())
-        for node, source in before:
+        mutations = cast("Mutations", self._mutations)
+        for node, source in mutations.before.get(index, ()):
             if node not in done and source in done and (node, source) not in self._pasts:
                 self._pasts[node, source] = map_structure(_clone, values[source])
-        deadlines = () if mutations is None else mutations.deadlines.get(index, ())
-        for reads in deadlines:
+        for reads in mutations.deadlines.get(index, ()):
             here = graph.rows[now][1]
             if done.issuperset(reads) and all(graph.rows[r][1][1:] != here[1:] for r in reads):
                 raise causality_error(graph, self._plan, min(reads), index, [now])
@@ -293,17 +300,15 @@ class Execution:
         operation = graph.rows[index][0]
         args, kwargs = self._past_arguments(index)
         self.busy = True
-        if mutations is not None and self.tape is not None and index in mutations.live:
+        if self.tape is not None and index in mutations.live:
             result = as_single_views(operation.short, operation.function, args, kwargs)
             if not operation.in_place and _fresh(result, args):
                 result = map_structure(_clone, result)  # backward may need it as it was
         else:
             result = operation.function(*args, **kwargs)
         self.busy = False
-        if mutations is not None and index in mutations.copied:
+        if index in mutations.copied:
             result = map_structure(_clone, result)
-        if self.tape is not None and index in self._wanted:
-            self.tape.produced(index, result)
         return result
 
     def _past_arguments(self, index: int) -> tuple[Any, Any]:

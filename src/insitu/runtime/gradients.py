@@ -6,7 +6,8 @@ arrive as values do at sites, from the loss towards the inputs, and can be repla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from bisect import bisect
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, cast
 
 import torch
@@ -42,8 +43,7 @@ def order_gradients(graph: Graph, plan: Plan) -> None:
                     "is none: write `loss.backward()` in the block.",
                     graph[index].location,
                 )
-            at_or_after = [backward for backward in backwards if backward > index]
-            bound[at_or_after[0] if at_or_after else backwards[-1]].append(index)
+            bound[backwards[min(bisect(backwards, index), len(backwards) - 1)]].append(index)
             wanted.setdefault(inputs[0], []).append(index)
             needs[index] = plan.bits[index] = 1 << len(plan.bits)
             gradients |= needs[index]
@@ -77,14 +77,20 @@ class Tape:
     Args:
         graph: what is to be done.
         gradients: which gradients belong to which backward pass.
+        changed: the nodes that stand for gradients that are written.
         arrive: takes a gradient, given the node that stands for it, and returns what goes on.
     """
 
     def __init__(
-        self, graph: Graph, gradients: Gradients, arrive: Callable[[int, torch.Tensor], Any]
+        self,
+        graph: Graph,
+        gradients: Gradients,
+        changed: Collection[int],
+        arrive: Callable[[int, torch.Tensor], Any],
     ) -> None:
         self._graph = graph
         self._gradients = gradients
+        self._changed = changed
         self._arrive = arrive
         self._tensors: dict[int, torch.Tensor] = {}
         self._marked: list[torch.Tensor] = []
@@ -107,7 +113,8 @@ class Tape:
                     f"have a gradient, and this is {kind}.",
                     self._graph[grad].location,
                 )
-            self.follow(value)
+            if not value.requires_grad:
+                self.follow(value)
             self._tensors[grad] = value
 
     def follow(self, value: Any) -> None:
@@ -135,21 +142,9 @@ class Tape:
             ExecutionError: if a gradient is wanted of what the loss does not depend on.
         """
         grads = [grad for grad in self._gradients.bound[index] if grad in self._tensors]
-        came: set[int] = set()
-
-        def listener(grad: int) -> Callable[[torch.Tensor], Any]:
-            def hook(value: torch.Tensor) -> Any:
-                came.add(grad)
-                return self._arrive(grad, value)
-
-            return hook
-
         given = options.pop("inputs", None)
         given = [given] if isinstance(given, torch.Tensor) else list(given or ())
         own = {id(tensor): tensor for tensor in (*given, *(() if given else leaves))}
-        handles: list[Any] = [
-            cast(Any, self._tensors[grad]).register_hook(listener(grad)) for grad in grads
-        ]
         held = {id(self._tensors[grad]): self._tensors[grad] for grad in grads}
         inputs = list({**held, **own}.values())
         if not inputs and loss.requires_grad:
@@ -159,22 +154,47 @@ class Tape:
                 self._graph[index].location,
             )
         outputs = {"grad_outputs": options.pop("gradient", None), "allow_unused": True}
+        changed = [grad for grad in grads if grad in self._changed]
+        came: set[int] = set()
+        handles = [self._listen(grad, came) for grad in (grads if changed else ())]
         try:
             found = torch.autograd.grad(loss, inputs or [loss], **outputs, **options)
         finally:
             for handle in handles:
                 handle.remove()
-        for tensor, grad in zip(inputs, cast("tuple[Any, ...]", found), strict=False):
-            if id(tensor) in own and grad is not None:
+        of_input = dict(zip(map(id, inputs), cast("tuple[Any, ...]", found), strict=False))
+        for tensor in own.values():
+            grad = of_input[id(tensor)]
+            if grad is not None:
                 tensor.grad = grad if tensor.grad is None else tensor.grad + grad
         for grad in grads:
-            if grad not in came:
+            value = of_input[id(self._tensors[grad])]
+            if not changed and value is not None:
+                self._arrive(grad, value)
+            elif grad not in came:
                 node = self._graph[grad]
                 raise ExecutionError(
                     f"`{expression(self._graph, grad)}` does not exist: the loss does not depend "
                     "on it. The gradient of a part of a site is that part of the site's gradient.",
                     node.location,
                 )
+
+    def _listen(self, grad: int, came: set[int]) -> Any:
+        """Takes a gradient while the backward pass runs, so that it can be changed.
+
+        Args:
+            grad: the node that stands for it.
+            came: takes the node when the gradient has come.
+
+        Returns:
+            The handle of a hook.
+        """
+
+        def hook(value: torch.Tensor) -> Any:
+            came.add(grad)
+            return self._arrive(grad, value)
+
+        return cast(Any, self._tensors[grad]).register_hook(hook)
 
     def release(self) -> None:
         """Leaves the tensors of the run as they were."""
