@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from numbers import Number
-from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn, Protocol, cast
 
 import torch
@@ -143,7 +142,7 @@ class Recording:
     """
 
     # What most recordings never use is of the class: nothing is made for it until it is needed.
-    gradients: Mapping[int, Ref] = MappingProxyType({})
+    gradients: dict[int, Ref] | None = None
     parent: Recording | None = None
     session: object = None
     order: int = 0
@@ -347,10 +346,13 @@ class Recording:
             source: the value.
             mark: the user's line.
         """
+        if self.gradients is None:
+            self.gradients = {}
         standing = self.gradients.get(source.index)
         if standing is None:
-            standing = self.apply(GRAD, (Recorded(self, source),), NO_KWARGS, mark)
-            self.gradients = {**self.gradients, source.index: standing}
+            rows = self.graph.rows
+            standing = self.gradients[source.index] = ref(len(rows))
+            rows.append((GRAD, (source,), NO_KWARGS, source.inputs, False, mark))
             self.graph.differentiates = True
         return standing
 
@@ -363,7 +365,7 @@ class Recording:
         args = (Recorded(self, ref(original)), value, False)
         written = self.apply(WRITE, args, NO_KWARGS, mark)
         self.graph.writes[original] = written.index
-        self.gradients = {**self.gradients, source.index: written}
+        cast("dict[int, Ref]", self.gradients)[source.index] = written
 
     def backward(self, loss: Recorded, options: Mapping[str, Any], mark: Mark) -> None:
         """Records a backward pass.
@@ -374,7 +376,7 @@ class Recording:
             mark: the user's line.
         """
         self.apply(BACKWARD, (loss,), options, mark)
-        self.gradients = {}  # lines that come now mean the next one
+        self.gradients = None  # lines that come now mean the next one
         self.graph.differentiates = True
 
     def holds(self, source: Ref, value: Any, key: Any = _WHOLE) -> bool:

@@ -35,8 +35,8 @@ def order_gradients(graph: Graph, plan: Plan) -> None:
     needs = plan.needs
     for index, (operation, _, _, inputs, _, _) in enumerate(graph.rows):
         if operation is READ:
-            continue
-        if operation is GRAD:
+            pass
+        elif operation is GRAD:
             if not backwards:
                 raise OperationError(
                     f"`{expression(graph, index)}` is the gradient of a backward pass, and there "
@@ -47,10 +47,12 @@ def order_gradients(graph: Graph, plan: Plan) -> None:
             wanted.setdefault(inputs[0], []).append(index)
             needs[index] = plan.bits[index] = 1 << len(plan.bits)
             gradients |= needs[index]
-            continue
-        needs[index] = 0
-        for source in inputs:
-            needs[index] |= needs[source]
+        elif len(inputs) == 1:
+            needs[index] = needs[inputs[0]]
+        else:
+            needs[index] = 0
+            for source in inputs:
+                needs[index] |= needs[source]
     for read, write in (*graph.writes.items(), *graph.skips.items()):
         if graph[read].operation is READ and plan.needs[write] & gradients:
             raise CausalityError(
@@ -106,14 +108,15 @@ class Tape:
             ShapeError: if it is not a tensor of floats.
         """
         for grad in self._gradients.wanted.get(index, ()):
-            if not isinstance(value, torch.Tensor) or not _differentiable(value):
+            followed = isinstance(value, torch.Tensor) and value.requires_grad
+            if not isinstance(value, torch.Tensor) or not (followed or _differentiable(value)):
                 kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ShapeError(
                     f"`{expression(self._graph, grad)}` does not exist: only tensors of floats "
                     f"have a gradient, and this is {kind}.",
                     self._graph[grad].location,
                 )
-            if not value.requires_grad:
+            if not followed:
                 self.follow(value)
             self._tensors[grad] = value
 
@@ -215,8 +218,10 @@ def leaves_of(graph: Graph, requests: object, model: nn.Module) -> list[torch.Te
     found: dict[int, torch.Tensor] = {}
 
     def constants(graph: Graph) -> None:
-        for _, args, kwargs, _, _, _ in graph.rows:
-            for arg in (*args, *kwargs.values()):
+        for operation, args, kwargs, inputs, nested, _ in graph.rows:
+            if operation is READ or (len(args) == len(inputs) and not nested and not kwargs):
+                continue  # of references alone
+            for arg in (*args, *kwargs.values()) if kwargs else args:
                 if type(arg) not in _NO_LEAVES:
                     map_structure(leaf, arg)
 

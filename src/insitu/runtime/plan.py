@@ -177,15 +177,20 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
 
 def regroup(graph: Graph, plan: Plan) -> None:
     """Makes the groups of a plan anew, after its needs have changed."""
-    plan.groups.clear()
-    plan.held.clear()
+    groups, held, needs = plan.groups, plan.held, plan.needs
+    groups.clear()
+    held.clear()
     for index, (operation, _, _, inputs, _, _) in enumerate(graph.rows):
-        if operation not in (READ, GRAD, BACKWARD):  # which nothing here computes
-            need = plan.needs[index]
-            plan.groups.setdefault(need, []).append(index)
-            for source in inputs:
-                if plan.needs[source] != need:
-                    plan.held.setdefault(plan.needs[source], []).append(source)
+        if operation is READ or operation is GRAD or operation is BACKWARD:
+            continue  # nothing here computes these
+        need = needs[index]
+        if need in groups:
+            groups[need].append(index)
+        else:
+            groups[need] = [index]
+        for source in inputs:
+            if needs[source] != need:
+                held.setdefault(needs[source], []).append(source)
 
 
 def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int) -> Repeated:
