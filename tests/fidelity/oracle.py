@@ -64,7 +64,7 @@ def expected(subject: Subject, program: Program) -> list[torch.Tensor]:
     """
     lines = list(_plain(program.lines))
     seen = _observed(subject, program, lines)
-    for schedule in _schedules(subject, program, lines):
+    for schedule in _schedules(subject, program, lines, seen):
         arrangement = arrange(lines, seen, schedule)
         if not arrangement.late:
             return _Execution(subject, program, lines, seen, arrangement).run(schedule)
@@ -99,15 +99,19 @@ def _observed(subject: Subject, program: Program, lines: Sequence[Line]) -> list
     sites = {line.site for line in named}
     found: list[Seen] = []
     for number, prompt in enumerate(program.prompts):
-        own = {site: site in replaced for site in sites if site.invocation == number}
+        there = [Site(number, site.place, site.part) for site in sites]
+        own = {site: site in replaced for site in there}
         found.append(observe(subject, prompt, places, own))
     return found
 
 
-def _schedules(subject: Subject, program: Program, lines: Sequence[Line]) -> Iterator[Schedule]:
+def _schedules(
+    subject: Subject, program: Program, lines: Sequence[Line], seen: Sequence[Seen]
+) -> Iterator[Schedule]:
     """The ways in which the invocations of a block may run."""
     count = len(program.prompts)
-    if subject.together and not _lie_apart(subject, program, lines):
+    apart = _lie_apart(subject, program, lines) or _break_aliases(lines, seen)
+    if subject.together and not apart:
         yield [range(count)]
     else:
         yield from (
@@ -120,6 +124,26 @@ def _lie_apart(subject: Subject, program: Program, lines: Sequence[Line]) -> boo
     shapes = [subject.prompts[prompt].shape for prompt in program.prompts]
     ragged = len({length for _, length, *_ in shapes}) > 1 and any(rows > 1 for rows, *_ in shapes)
     return ragged and any(isinstance(line, Change) for line in lines)
+
+
+def _break_aliases(lines: Sequence[Line], seen: Sequence[Seen]) -> bool:
+    """Whether an invocation would go on with a copy of memory that is written to in place.
+
+    What goes on from a site of a batch is one tensor: if one invocation has replaced its part, it
+    is a new one for all.
+    """
+    arrangement = arrange(lines, seen, [range(len(seen))])
+    written = {
+        arrangement.operands[number][line.operands[0]][:2]
+        for number, line in enumerate(lines)
+        if isinstance(line, Change)
+    }
+    for site in {line.site for line in lines if isinstance(line, Replace)}:
+        for invocation, other in enumerate(seen):
+            same = other.memory.get(Site(invocation, site.place, site.part))
+            if invocation != site.invocation and same is not None and same[:2] in written:
+                return True
+    return False
 
 
 # --- the model with plain hooks

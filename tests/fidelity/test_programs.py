@@ -307,7 +307,8 @@ def test_programs_of_invocations_in_one_batch(shard: int) -> None:
 def permuted(draw: Callable[..., Any], subject: Subject, program: Program) -> Program:
     """A program with lines moved past others that touch neither their memory nor their names."""
     lines = list(zip(program.lines, touched(subject, program), strict=True))
-    for at in draw(st.lists(st.integers(0, len(lines) - 2), min_size=1, max_size=40)):
+    places = st.integers(0, max(len(lines) - 2, 0))
+    for at in draw(st.lists(places, min_size=1, max_size=40)) if len(lines) > 1 else ():
         (one, memory), (other, other_memory) = lines[at : at + 2]
         if memory.isdisjoint(other_memory) and not _related(one, other):
             lines[at : at + 2] = lines[at + 1], lines[at]

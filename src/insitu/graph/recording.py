@@ -30,7 +30,10 @@ from insitu.graph.node import (
     ref,
 )
 from insitu.graph.operations import (
+    APPLY,
     BACKWARD,
+    COND,
+    FOLD,
     GETITEM,
     GRAD,
     INPUT,
@@ -69,6 +72,7 @@ def _constant(key: Any) -> bool:
 
 _WHOLE = object()
 _NAMED = (Function, ModuleRef, Subgraph)
+_STRUCTURES = (APPLY, COND, FOLD, INPUT, READ, REPLACE, SKIP, WRITE)  # give tuples, or may do so
 
 
 class _Branches(threading.local):
@@ -275,13 +279,18 @@ class Recording:
             standing = self.read(address, mark)
         elif self.holds(standing, value):
             return standing
-        operation, _, _, inputs, _, _ = rows[standing.index]
+        operation = rows[standing.index][0]
         if operation is SKIP:
             raise OperationError(
                 f"`{Site(*address)}` is what `skip` was given, at\n"
                 f"{self.graph[standing.index].location}\nGive it this value instead.",
                 Location(*mark),
             )
+        read = standing
+        if operation is WRITE:
+            read = ref(self.original(standing.index))
+            if not (block and self._may_be_structure(standing)):
+                standing = read  # of what was written before, nothing stays
         if isinstance(value, Recorded) and value._recording is self:  # a whole tuple may be written
             source = value._ref
             pair = (standing.index, source.index)
@@ -289,8 +298,7 @@ class Recording:
             written = ref(len(rows) - 1)
         else:
             written = self.apply(WRITE, (Recorded(self, standing), value, block), NO_KWARGS, mark)
-        read = self.original(standing.index) if inputs else standing.index
-        self.graph.writes[read] = written.index
+        self.graph.writes[read.index] = written.index
         self.sites[address] = written
         return written
 
@@ -310,8 +318,42 @@ class Recording:
         node = self.graph[self.original(source.index)]
         if node.operation is not READ or self.graph.rows[source.index][0] is SKIP:
             return None
+        source = self._without_part(source, key)
         part = self.apply(REPLACE, (Recorded(self, source), key, value), NO_KWARGS, mark)
         return self.write(cast("Address", node.args), Recorded(self, part), block, mark)
+
+    def _may_be_structure(self, written: Ref) -> bool:
+        """Whether what was written to a site may be more than its first part alone."""
+        value = self.graph.rows[written.index][1][1]
+        if type(value) is Ref:
+            return self.graph.rows[value.index][0] in _STRUCTURES
+        return not isinstance(value, torch.Tensor)
+
+    def _without_part(self, source: Ref, key: Any) -> Ref:
+        """Returns what stands at a site without what was written to one of its parts.
+
+        That part is about to be replaced, so nothing is to wait for what it was.
+        """
+        rows = self.graph.rows
+        base, replacements = source, list[int]()
+        while True:
+            operation, args, *_ = rows[base.index]
+            if operation is REPLACE:
+                replacements.append(base.index)
+                base = cast("Ref", args[0])
+            elif operation is WRITE and type(args[1]) is Ref and rows[args[1].index][0] is REPLACE:
+                base = args[1]
+            else:
+                break
+        others = [index for index in reversed(replacements) if rows[index][1][1] != key]
+        if len(others) == len(replacements):
+            return source
+        for index in others:
+            operation, args, kwargs, inputs, nested, mark = rows[index]
+            of_base = (base.index, *inputs[1:])
+            rows.append((operation, (base, *args[1:]), kwargs, of_base, nested, mark))
+            base = ref(len(rows) - 1)
+        return base
 
     def original(self, index: int) -> int:
         """Returns the node that reads a site, from one that gives what stands there now."""

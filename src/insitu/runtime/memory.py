@@ -9,7 +9,7 @@ memory; and what stands before it and is computed later gets a copy of what was 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -56,7 +56,8 @@ def order_mutations(
         arriving: gives what arrives at a site as fake tensors, or None if that is not known.
         is_view: whether the value of a node shares memory with the values that it is made of.
     """
-    memory = [_keys(held) for held in _memory(graph, arriving, is_view)]
+    known: dict[tuple[int, int], Key] = {}
+    memory = [_keys(held) for held in _memory(graph, arriving, is_view, known)]
     needs = plan.needs
     mutations = set(graph.mutations)
     written: dict[Key, int] = {}  # what the writes so far to a piece of memory need
@@ -72,6 +73,8 @@ def order_mutations(
             needs[index] |= needs[source]
             if node.operation in _HANDING_OVER and not place:
                 continue  # what something else is to stand for is not looked at
+            if node.operation is WRITE and graph.rows[source][0] is REPLACE:
+                continue  # of this only the new part, which the node itself has looked at
             for key in _looked_at(node, index, source, memory):
                 needs[index] |= written.get(key, 0) & ~ignored
         if index in mutations:
@@ -85,6 +88,8 @@ def order_mutations(
         for source in node.inputs:
             for key in _looked_at(node, index, source, memory):
                 users.setdefault(key, []).append((index, source))
+    if _breaks_aliases(graph, known, arriving, written):
+        plan.apart = True
     live = {index for index, keys in enumerate(memory) if not keys.isdisjoint(written)}
     regroup(graph, plan)
     plan.special = True
@@ -182,11 +187,54 @@ def _lent(
     return found
 
 
+def _breaks_aliases(
+    graph: Graph,
+    known: Mapping[tuple[int, int], Key],
+    arriving: Callable[[Site], Any],
+    written: Collection[Key],
+) -> bool:
+    """Whether a write to a site of one invocation would show in the aliases of another.
+
+    Where one invocation replaces its part of a batch the model goes on with a copy for all, and
+    what another has written in place before or writes later is no longer in the same memory.
+    """
+    invocations = {node.args[0] for node in graph if node.operation is READ}
+    for read in graph.writes:
+        site = graph[read].site
+        for other in invocations if site is not None else ():
+            if site is not None and other != site.invocation:
+                storages = _storages(arriving(site._replace(invocation=other)))
+                if any(known.get((other, storage)) in written for storage in storages):
+                    return True
+    return False
+
+
+def _storages(value: Any) -> set[int]:
+    """The memory of the tensors in a value."""
+    found: set[int] = set()
+
+    def leaf(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            found.add(item.untyped_storage()._cdata)
+
+    map_structure(leaf, value)
+    return found
+
+
 def _memory(
-    graph: Graph, arriving: Callable[[Site], Any], is_view: Callable[[int], bool]
+    graph: Graph,
+    arriving: Callable[[Site], Any],
+    is_view: Callable[[int], bool],
+    known: dict[tuple[int, int], Key],
 ) -> list[Any]:
-    """The memory of each node's value: a piece for a tensor, and structures of them."""
-    known: dict[tuple[int, int], Key] = {}
+    """The memory of each node's value: a piece for a tensor, and structures of them.
+
+    Args:
+        graph: what is to be done.
+        arriving: as of `order_mutations`.
+        is_view: as of `order_mutations`.
+        known: is filled with the pieces that arrive at sites, by invocation and storage.
+    """
     memory: list[Any] = []
     for index, node in enumerate(graph):
         site = node.site

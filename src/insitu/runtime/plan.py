@@ -93,6 +93,7 @@ class Plan:
         mutations: what writes in place ask for, if there are any.
         gradients: which backward passes there are, if any.
         repeated: what runs anew in every step, if anything does.
+        apart: whether invocations must not share a batch.
         crosses: whether a value that is written depends on sites other than its own.
         special: whether there is more to do at sites than to read and to write them.
     """
@@ -110,6 +111,7 @@ class Plan:
     mutations: Mutations | None = None
     gradients: Gradients | None = None
     repeated: Repeated | None = None
+    apart: bool = False
     crosses: bool = False
     special: bool = False
 

@@ -376,7 +376,7 @@ class Tracer:
             requests = [map_structure(_clone, request) for request in requests]
         cuts_short = bool(plan.skips or plan.stops)
         # Of a value that was cut out of a batch the batch's loss does not depend.
-        together = not cuts_short and not graph.differentiates
+        together = not (cuts_short or graph.differentiates or plan.apart)
         in_place = bool(graph.mutations)
         passes = self.procedure.passes(module, requests, plan.reads, together, in_place)
         order: Sequence[int] = range(len(passes))
