@@ -16,7 +16,7 @@ from insitu.graph.node import Address, Graph
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.passes import Deliver, Pass
-from insitu.runtime.probe import Call, Probe, fake_call, probe
+from insitu.runtime.probe import Call, Copies, Probe, fake_call, probe
 from insitu.runtime.procedure import Outputs
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.handle import Handle
@@ -63,23 +63,32 @@ class Model(Handle):
         """Returns the wrapped module, with its weights."""
         return self._module
 
-    def probe(self, call: Call, views: Mapping[str, View], inside: str | None = None) -> Probe:
+    def probe(
+        self,
+        call: Call,
+        views: Mapping[str, View],
+        inside: str | None = None,
+        copies: Copies = MappingProxyType({}),
+    ) -> Probe:
         """Returns fake values of what passes every site in a call, from a cache if it can.
 
         Args:
             call: arguments for the module, of which shapes and dtypes matter.
             views: how outputs are shown in such a call.
             inside: the module in whose forward the calls of torch functions are wanted too.
+            copies: the places from which the model is to go on with copies.
 
         Raises:
             ShapeError: if the module cannot be run on fake tensors.
         """
         signature = call.signature() if inside is None else f"{inside}: {call.signature()}"
+        if copies:
+            signature += repr(sorted(copies.items(), key=repr))
         if signature not in self._probes:
             with self.exclusive.lock:
                 self.exclusive.begin()
                 try:
-                    found = probe(self._module, call, self.modules, views, inside)
+                    found = probe(self._module, call, self.modules, views, inside, copies)
                 finally:
                     self.exclusive.running = False
             self._probes[signature] = found

@@ -10,15 +10,19 @@ memory; and what stands before it and is computed later gets a copy of what was 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from insitu.graph.node import Graph, Node, Ref, Site
+from insitu.graph.node import EVERY, Graph, Node, Ref, Site
 from insitu.graph.operations import ATTRIBUTE, GETITEM, GRAD, READ, REPLACE, SKIP, WRITE
 from insitu.graph.structure import is_basic, map_structure
 from insitu.graph.writing import replaced
 from insitu.runtime.plan import Mutations, Plan, regroup
+
+if TYPE_CHECKING:
+    from insitu.runtime.hooks import Place
+    from insitu.runtime.probe import Copies
 
 _VIEWS = frozenset(
     (
@@ -45,7 +49,7 @@ _VIEW_ATTRIBUTES = frozenset(["H", "T", "imag", "mH", "mT", "real"])
 def order_mutations(
     graph: Graph,
     plan: Plan,
-    arriving: Callable[[Site], Any],
+    arriving: Arriving,
     is_view: Callable[[int], bool],
 ) -> None:
     """Lets what stands after a write in place wait for it. The plan is changed.
@@ -58,6 +62,17 @@ def order_mutations(
     """
     known: dict[tuple[int, int], Key] = {}
     memory = [_keys(held) for held in _memory(graph, arriving, is_view, known)]
+    changed = {key for index in graph.mutations for key in memory[graph.rows[index][3][0]]}
+    # What is assigned is handed over as a copy. Where else that memory would be seen, another
+    # run on fake tensors finds out.
+    if any(not changed.isdisjoint(memory[read]) for read in graph.writes):
+        copies = _copies(graph)
+
+        def after_copies(site: Site, _: Copies | None = None) -> Any:
+            return arriving(site, copies.get(site.invocation))
+
+        known = {}
+        memory = [_keys(held) for held in _memory(graph, after_copies, is_view, known)]
     needs = plan.needs
     mutations = set(graph.mutations)
     written: dict[Key, int] = {}  # what the writes so far to a piece of memory need
@@ -102,6 +117,9 @@ def order_mutations(
         {index for index, node in enumerate(graph) if _holds_constants(node)},
     )
 
+
+Arriving = Callable[[Site, "Copies | None"], Any]
+"""Gives what arrives at a site if the model goes on with copies from some places."""
 
 Key = tuple[int, int]
 """A piece of memory: the first node that has it, and a number."""
@@ -187,10 +205,30 @@ def _lent(
     return found
 
 
+def _copies(graph: Graph) -> dict[int, dict[Place, tuple[Any, ...] | None]]:
+    """The places of each invocation from which the model goes on with what is assigned there."""
+    copies: dict[int, dict[Place, tuple[Any, ...] | None]] = {}
+    for read, write in graph.writes.items():
+        site = graph[read].site
+        if site is None or site.step not in (0, EVERY):
+            continue
+        parts: list[Any] = []
+        value = graph.rows[write][1][1]
+        while type(value) is Ref and graph.rows[value.index][0] in (REPLACE, WRITE):
+            operation, args, *_ = graph.rows[value.index]
+            if operation is REPLACE:
+                parts.append(args[1])
+            value = args[1] if operation is WRITE else args[0]
+        place = (site.path, site.kind, site.call)
+        alone = type(value) is Ref and value.index == read and parts
+        copies.setdefault(site.invocation, {})[place] = tuple(parts) if alone else None
+    return copies
+
+
 def _breaks_aliases(
     graph: Graph,
     known: Mapping[tuple[int, int], Key],
-    arriving: Callable[[Site], Any],
+    arriving: Arriving,
     written: Collection[Key],
 ) -> bool:
     """Whether a write to a site of one invocation would show in the aliases of another.
@@ -203,7 +241,7 @@ def _breaks_aliases(
         site = graph[read].site
         for other in invocations if site is not None else ():
             if site is not None and other != site.invocation:
-                storages = _storages(arriving(site._replace(invocation=other)))
+                storages = _storages(arriving(site._replace(invocation=other), None))
                 if any(known.get((other, storage)) in written for storage in storages):
                     return True
     return False
@@ -223,7 +261,7 @@ def _storages(value: Any) -> set[int]:
 
 def _memory(
     graph: Graph,
-    arriving: Callable[[Site], Any],
+    arriving: Arriving,
     is_view: Callable[[int], bool],
     known: dict[tuple[int, int], Key],
 ) -> list[Any]:
@@ -241,7 +279,7 @@ def _memory(
         if site is None:
             memory.append(_derived(node, index, memory, is_view))
             continue
-        fake = arriving(site)
+        fake = arriving(site, None)
         if fake is None:
             memory.append(_Piece(frozenset([(index, 0)])))
             continue

@@ -22,7 +22,8 @@ from torch.func import functional_call  # pyright: ignore[reportUnknownVariableT
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.structure import map_structure
-from insitu.runtime.hooks import Place, View, first_argument
+from insitu.graph.writing import replaced
+from insitu.runtime.hooks import Place, View, clone, first_argument, handed_over
 from insitu.runtime.inside import Called, returns_tensors, watched
 
 
@@ -57,12 +58,19 @@ class Probe(NamedTuple):
     called: Sequence[Called]
 
 
+Copies = Mapping[Place, tuple[Any, ...] | None]
+"""Of which places copies are made: of which parts, None for all that passes."""
+
+_NO_COPIES: Copies = {}
+
+
 def probe(
     module: nn.Module,
     call: Call,
     modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
     inside: str | None = None,
+    copies: Copies = _NO_COPIES,
 ) -> Probe:
     """Runs a module on fake tensors and returns what passed its sites.
 
@@ -73,6 +81,7 @@ def probe(
         modules: its tree, by path.
         views: how outputs are shown, by path.
         inside: the module in whose forward the calls of torch functions are wanted too.
+        copies: the places from which the model is to go on with copies.
 
     Raises:
         UnknownShapeError: if the module cannot be run without data.
@@ -94,22 +103,32 @@ def probe(
     def listen(path: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            call = open_calls[path].pop()
+        ) -> Any:
+            place: Place = (path, "output", open_calls[path].pop())
             view = views.get(path)
-            seen[path, "output", call] = output if view is None else view(output, args, kwargs)
+            seen[place] = output if view is None else view(output, args, kwargs)
             returned[path] = output
+            if place not in copies:
+                return None
+            copy = _copied(seen[place], copies[place])
+            return copy if view is None else view.restore(output, copy, args, kwargs)
 
         return hook
 
     def listen_before(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = calls[path]
             calls[path] += 1
             open_calls[path].append(call)
             seen[path, "inputs", call] = (args, dict(kwargs))
             if args or kwargs:
                 seen[path, "input", call] = first_argument(module, args, kwargs)
+            for kind in ("input", "inputs"):
+                place: Place = (path, kind, call)
+                if place in copies:
+                    copy = _copied(seen[place], copies[place])
+                    return handed_over(kind, None, module, args, (kwargs,), copy)
+            return None
 
         return hook
 
@@ -155,6 +174,15 @@ def probe(
             _restore(vars(part), attributes)
             _restore(part._buffers, buffers)
     return Probe(seen, returned, [call for call in called if returns_tensors(call.output)])
+
+
+def _copied(value: Any, parts: tuple[Any, ...] | None) -> Any:
+    """A value with its tensors copied, or those of some of its parts."""
+    if parts is None:
+        return map_structure(clone, value)
+    for part in parts:
+        value = replaced(value, part, map_structure(clone, value[part]))
+    return value
 
 
 def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
@@ -17,7 +18,7 @@ from insitu.graph.node import Address, Graph
 from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.passes import Pass
-from insitu.runtime.probe import Call, Probe
+from insitu.runtime.probe import Call, Copies, Probe
 
 Request = TypeVar("Request")
 
@@ -110,9 +111,16 @@ class Subject(Protocol):
         """Returns a module as a function on fake tensors."""
         ...
 
-    def probe(self, call: Call, views: Mapping[str, View], inside: str | None = None) -> Probe:
+    def probe(
+        self,
+        call: Call,
+        views: Mapping[str, View],
+        inside: str | None = None,
+        copies: Copies = MappingProxyType({}),
+    ) -> Probe:
         """Returns fake values of what passes every site in a call, shown by these views.
 
-        With `inside`, also the torch functions that the module with this path calls.
+        With `inside`, also the torch functions that the module with this path calls; with
+        `copies`, as it is if the model goes on with copies from these places.
         """
         ...

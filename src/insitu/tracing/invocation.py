@@ -11,7 +11,7 @@ from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Address, Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.runtime.inside import SEPARATOR, Called
-from insitu.runtime.probe import Probe
+from insitu.runtime.probe import Copies, Probe
 from insitu.tracing.scope import Scope
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
@@ -224,8 +224,13 @@ class Invocation(Scope):
         call = procedure.example(self.request)
         return self.tracer.model.probe(call, procedure.views, path).called
 
-    def fake(self, site: Site) -> Any:
-        """Returns what will arrive at a site, as fake tensors; one fake run answers for all."""
+    def fake(self, site: Site, copies: Copies | None = None) -> Any:
+        """Returns what will arrive at a site, as fake tensors; one fake run answers for all.
+
+        Args:
+            site: the site.
+            copies: the places from which the model is to go on with copies.
+        """
         tracer = cast("Tracer", self.tracer)
         if self._probe is None:
             procedure = tracer.procedure
@@ -233,6 +238,10 @@ class Invocation(Scope):
         if site.step not in (0, EVERY) or site.kind in ("tokens", "choice"):
             raise UnknownShapeError(f"The shape of `{site}` is not known before the run.")
         seen = self._probe.seen
+        if copies:
+            procedure = tracer.procedure
+            call = procedure.example(self.request)
+            seen = tracer.model.probe(call, procedure.views, copies=copies).seen
         path, inside, function = site.path.partition(SEPARATOR)
         if inside:
             calls = [called for called in self.called(path) if called.name == function]

@@ -38,6 +38,7 @@ from insitu.runtime.memory import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
 from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan, make_plan
+from insitu.runtime.probe import Copies
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.session import Session, open_sessions, session_of
@@ -446,10 +447,10 @@ class Tracer:
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
                 invocation._result = result
 
-    def _arriving(self, site: Site) -> Any:
+    def _arriving(self, site: Site, copies: Copies | None = None) -> Any:
         """What arrives at a site, as fake tensors, or None if that is not known without a run."""
         try:
-            return self.arriving(site)
+            return self._invocations[site.invocation].fake(site, copies)
         except InsituError:
             return None
 
