@@ -35,6 +35,7 @@ from tests.fidelity.programs import (
 )
 
 SHARDS = 8
+FIRST = int(os.environ.get("INSITU_SEED", "0"))  # other programs, where one wants others
 # Of each shard and model; `make fuzz` asks for more.
 EACH = -(-int(os.environ.get("INSITU_PROGRAMS", "2000")) // (2 * SHARDS))
 
@@ -261,7 +262,7 @@ def drawn(shard: int, count: int) -> Callable[[Any], Any]:
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
-    return lambda function: seed(shard)(options(function))
+    return lambda function: seed(shard + FIRST)(options(function))
 
 
 def check(subject: Subject, program: Program, same: Callable[[Any, Any], bool]) -> None:
