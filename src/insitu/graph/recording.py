@@ -238,17 +238,25 @@ class Recording:
             address: the site.
             mark: the user's line.
         """
-        source = self.sites.get(address)
-        if source is None:
-            rows = self.graph.rows
-            every = self.sites.get((*address[:4], EVERY)) if self.graph.writes else None
+        return self.sites.get(address) or self.first_read(address, mark)
+
+    def first_read(self, address: Address, mark: Mark) -> Ref:
+        """Returns what stands at a site for lines that come now, if none has used it so far.
+
+        Args:
+            address: the site.
+            mark: the user's line.
+        """
+        rows = self.graph.rows
+        if self.graph.writes:
+            every = self.sites.get((*address[:4], EVERY))
             if every is not None and rows[every.index][0] is WRITE:
                 after = {len(rows): self.original(every.index)}
                 self.graph.after = {**self.graph.after, **after}
-            elif self.graph.writes and address[4] == EVERY:
+            elif address[4] == EVERY:
                 self._refuse_unseen(address, mark)
-            source = self.sites[address] = ref(len(rows))
-            rows.append((READ, address, NO_KWARGS, (), False, mark))
+        source = self.sites[address] = ref(len(rows))
+        rows.append((READ, address, NO_KWARGS, (), False, mark))
         return source
 
     def write(self, address: Address, value: Any, block: bool, mark: Mark) -> Ref:

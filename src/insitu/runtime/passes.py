@@ -114,7 +114,10 @@ def run_pass(
         if not may_stop:  # there are more forwards to come
             remove_hook(hooks.pop(moment))
         path, kind, call, _ = moment
-        value = passing_value(kind, view, module, args, rest)
+        if kind == "output" and view is None:
+            value = rest[-1]
+        else:
+            value = passing_value(kind, view, module, args, rest)
         for index, invocation in found:
             cut = cuts[invocation]
             if cut is None:

@@ -8,7 +8,7 @@ so it can be used before the weights are there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import nn
@@ -34,7 +34,10 @@ _SITES = ("output", "input", "inputs")
 
 
 class Sites:
-    """What one call of a module, or of a torch function in its forward, takes and returns."""
+    """What one call of a module, or of a torch function in its forward, takes and returns.
+
+    Assigning is done by `__setattr__`; the setters say to type checkers what can be assigned to.
+    """
 
     def __init__(self, model: Subject, path: str, call: int) -> None:
         vars(self).update(_model=model, _path=path, _call=call)
@@ -50,11 +53,14 @@ class Sites:
         Raises:
             BlockError: outside of an invocation.
         """
-        return self._read("output")
+        # `_read` in place: this is what blocks do most.
+        invocation, mark = innermost(self._model, 2)
+        if type(invocation) is not Invocation:
+            raise self._outside("output", mark)
+        return invocation.read(self._path, "output", mark, self._call)
 
     @output.setter
-    def output(self, value: Any) -> None:
-        self._write("output", value)
+    def output(self, value: Any) -> None: ...
 
     @property
     def input(self) -> Proxy:
@@ -66,8 +72,7 @@ class Sites:
         return self._read("input")
 
     @input.setter
-    def input(self, value: Any) -> None:
-        self._write("input", value)
+    def input(self, value: Any) -> None: ...
 
     @property
     def inputs(self) -> Proxy:
@@ -79,18 +84,19 @@ class Sites:
         return self._read("inputs")
 
     @inputs.setter
-    def inputs(self, value: Any) -> None:
-        self._write("inputs", value)
+    def inputs(self, value: Any) -> None: ...
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _SITES:
-            super().__setattr__(name, value)
-        else:
+        if name not in _SITES:
             raise PathError(
                 f"`{self._written()}.{name}` cannot be assigned to: a handle only stands for its "
                 "module. Change the module itself through `.module`.",
                 here(),
             )
+        invocation, mark = innermost(self._model, 2)
+        if type(invocation) is not Invocation:
+            raise self._outside(name, mark)
+        invocation.write(self._path, cast("Kind", name), value, mark, self._call)
 
     def __repr__(self) -> str:
         return f"<{Site(0, self._path, 'output', self._call).owner}>"
@@ -100,12 +106,6 @@ class Sites:
         if type(invocation) is not Invocation:
             raise self._outside(kind, mark)
         return invocation.read(self._path, kind, mark, self._call)
-
-    def _write(self, kind: Kind, value: Any) -> None:
-        invocation, mark = innermost(self._model, 4)
-        if type(invocation) is not Invocation:
-            raise self._outside(kind, mark)
-        invocation.write(self._path, kind, value, mark, self._call)
 
     def _outside(self, use: str, mark: Mark) -> BlockError:
         return BlockError(

@@ -83,7 +83,7 @@ class Invocation(Scope):
         """
         recording = self._recording
         address = (self.number, path, kind, call, self.current_step if step is None else step)
-        source = self._reads.get(address) or recording.read(address, mark)
+        source = self._reads.get(address) or recording.first_read(address, mark)
         if kind == "output" and path in self._views:
             return StructureProxy(recording, source)
         return Proxy(recording, source)
