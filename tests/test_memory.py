@@ -1,5 +1,6 @@
 import gc
 import os
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from insitu import LanguageModel
+from tests.conftest import tiny_gpt2
 
 
 def resident() -> int:
@@ -33,3 +35,73 @@ def test_ten_thousand_traces_do_not_grow_the_process() -> None:
     before = resident()
     traces(10_000)
     assert resident() - before < 5 * 2**20
+
+
+IDS = torch.randint(1, 100, (1, 6), generator=torch.Generator().manual_seed(0))
+
+
+def read(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        model.lm_head.output.save()
+
+
+def write(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        model.transformer.h[1].output = model.transformer.h[1].output[0] * 0.5
+        model.lm_head.output.save()
+
+
+def write_in_place(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        model.transformer.h[1].output[0][:, -1] = 0
+        model.lm_head.output.save()
+
+
+def differentiate(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        model.transformer.h[2].output[0].grad[:, 0] = 0
+        model.transformer.h[1].output[0].grad.save()
+        model.lm_head.output.sum().backward()
+
+
+def skip(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        model.transformer.h[1].skip(model.transformer.h[1].input)
+        model.lm_head.output.save()
+
+
+def generate(model: LanguageModel) -> None:
+    with model.generate(IDS, max_new_tokens=3) as generator, generator.every_step():
+        model.lm_head.output.save()
+
+
+def invoke(model: LanguageModel) -> None:
+    with model.trace() as tracer:
+        for _ in range(3):
+            with tracer.invoke(IDS):
+                model.lm_head.output.save()
+
+
+def look_inside(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        model.transformer.h[0].mlp.act.ops.tanh[0].output.save()
+
+
+@pytest.mark.no_wire
+@pytest.mark.parametrize(
+    "experiment",
+    [read, write, write_in_place, differentiate, skip, generate, invoke, look_inside],
+    ids=lambda experiment: experiment.__name__,
+)
+def test_a_run_leaves_nothing_to_the_garbage_collector(
+    experiment: Callable[[LanguageModel], None],
+) -> None:
+    model = LanguageModel(tiny_gpt2())
+    experiment(model)  # the first finds shapes and fills caches
+    gc.collect()
+    gc.disable()
+    try:
+        experiment(model)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

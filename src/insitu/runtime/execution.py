@@ -84,7 +84,7 @@ class Execution:
                     *plan.writes,
                     *(() if self._mutations is None else self._mutations.reads),
                 }
-                self.tape = Tape(graph, plan.gradients, changed, self._gradient)
+                self.tape = Tape(graph, plan.gradients, changed, self.arrive, self._gradient)
         if plan.held:
             self._wait()
 

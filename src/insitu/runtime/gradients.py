@@ -7,7 +7,7 @@ arrive as values do at sites, from the loss towards the inputs, and can be repla
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -80,7 +80,8 @@ class Tape:
         graph: what is to be done.
         gradients: which gradients belong to which backward pass.
         changed: the nodes that stand for gradients that are written.
-        arrive: takes a gradient, given the node that stands for it, and returns what goes on.
+        arrive: takes a gradient, given the node that stands for it.
+        exchange: takes a gradient on its way, likewise, and returns what goes on in its place.
     """
 
     def __init__(
@@ -88,12 +89,14 @@ class Tape:
         graph: Graph,
         gradients: Gradients,
         changed: Collection[int],
-        arrive: Callable[[int, torch.Tensor], Any],
+        arrive: Callable[[int, torch.Tensor], None],
+        exchange: Callable[[int, torch.Tensor], torch.Tensor | None],
     ) -> None:
         self._graph = graph
         self._gradients = gradients
         self._changed = changed
         self._arrive = arrive
+        self._exchange = exchange
         self._tensors: dict[int, torch.Tensor] = {}
         self._marked: list[torch.Tensor] = []
 
@@ -195,7 +198,7 @@ class Tape:
 
         def hook(value: torch.Tensor) -> Any:
             came.add(grad)
-            return self._arrive(grad, value)
+            return self._exchange(grad, value)
 
         return cast(Any, self._tensors[grad]).register_hook(hook)
 
@@ -205,6 +208,7 @@ class Tape:
             if tensor.is_leaf:
                 tensor.requires_grad_(False)
         self._tensors.clear()
+        del self._arrive, self._exchange  # they refer to what refers to this
 
 
 def leaves_of(graph: Graph, requests: object, model: nn.Module) -> list[torch.Tensor]:
@@ -216,31 +220,43 @@ def leaves_of(graph: Graph, requests: object, model: nn.Module) -> list[torch.Te
         model: the wrapped module.
     """
     found: dict[int, torch.Tensor] = {}
-
-    def constants(graph: Graph) -> None:
-        for operation, args, kwargs, inputs, nested, _ in graph.rows:
-            if operation is READ or (len(args) == len(inputs) and not nested and not kwargs):
-                continue  # of references alone
-            for arg in (*args, *kwargs.values()) if kwargs else args:
-                if type(arg) not in _NO_LEAVES:
-                    map_structure(leaf, arg)
-
-    def leaf(item: Any) -> None:
-        if isinstance(item, Subgraph):
-            constants(item.graph)
-            return
-        item = item.function if isinstance(item, Function) else item
-        tensors = item.parameters() if isinstance(item, nn.Module) else (item,)
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.is_leaf:
-                found[id(tensor)] = tensor
-
-    constants(graph)
-    map_structure(leaf, requests)
+    _search_constants(graph, found)
+    _search(requests, found)
     if found:
         for parameter in model.parameters():
             found.pop(id(parameter), None)
     return list(found.values())
+
+
+def _search_constants(graph: Graph, found: dict[int, torch.Tensor]) -> None:
+    """Adds the leaves among the constants of a graph to what was found, by their identity."""
+    for operation, args, kwargs, inputs, nested, _ in graph.rows:
+        if operation is READ or (len(args) == len(inputs) and not nested and not kwargs):
+            continue  # of references alone
+        for arg in (*args, *kwargs.values()) if kwargs else args:
+            if type(arg) not in _NO_LEAVES:
+                _search(arg, found)
+
+
+def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
+    """Adds the leaves in a value to what was found, by their identity."""
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad and value.is_leaf:
+            found[id(value)] = value
+    elif isinstance(value, tuple | list):
+        for item in cast("list[Any]", value):
+            _search(item, found)
+    elif isinstance(value, Mapping):
+        for item in cast("Mapping[Any, Any]", value).values():
+            _search(item, found)
+    elif isinstance(value, Subgraph):
+        _search_constants(value.graph, found)
+        _search(value.output, found)
+    elif isinstance(value, Function):
+        _search(value.function, found)
+    elif isinstance(value, nn.Module):
+        for parameter in value.parameters():
+            _search(parameter, found)
 
 
 _NO_LEAVES = frozenset([Ref, int, float, bool, str, slice, type(None), type(Ellipsis)])
