@@ -10,6 +10,7 @@ memory; and what stands before it and is computed later gets a copy of what was 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -57,11 +58,13 @@ def order_mutations(
     Args:
         graph: what is to be done.
         plan: its plan.
-        arriving: gives what arrives at a site as fake tensors, or None if that is not known.
+        arriving: gives the memory of what arrives at a site.
         is_view: whether the value of a node shares memory with the values that it is made of.
     """
-    known: dict[tuple[int, int], Key] = {}
-    memory = [_keys(held) for held in _memory(graph, arriving, is_view, known)]
+    known: dict[tuple[int, Memory], Key] = {}
+    held = _memory(graph, arriving, is_view, known)
+    memory = list(map(_keys, held))
+    seen_by_others = arriving
     changed = {key for index in graph.mutations for key in memory[graph.rows[index][3][0]]}
     # What is assigned is handed over as a copy. Where else that memory would be seen, another
     # run on fake tensors finds out.
@@ -71,8 +74,9 @@ def order_mutations(
         def after_copies(site: Site, _: Copies | None = None) -> Any:
             return arriving(site, copies.get(site.invocation))
 
-        known = {}
-        memory = [_keys(held) for held in _memory(graph, after_copies, is_view, known)]
+        known, seen_by_others = {}, after_copies
+        held = _memory(graph, after_copies, is_view, known)
+        memory = list(map(_keys, held))
     needs = plan.needs
     mutations = set(graph.mutations)
     written: dict[Key, int] = {}  # what the writes so far to a piece of memory need
@@ -103,14 +107,14 @@ def order_mutations(
         for source in node.inputs:
             for key in _looked_at(node, index, source, memory):
                 users.setdefault(key, []).append((index, source))
-    if _breaks_aliases(graph, known, arriving, written):
+    if _breaks_aliases(graph, known, seen_by_others, written):
         plan.apart = True
     live = {index for index, keys in enumerate(memory) if not keys.isdisjoint(written)}
     regroup(graph, plan)
     plan.special = True
     plan.mutations = Mutations(
         {index for index in live if index in plan.bits},
-        {index: _deadlines(graph, index, memory) for index in graph.mutations},
+        {index: _deadlines(graph, index, memory, held) for index in graph.mutations},
         live,
         before,
         _lent(graph, plan, memory),
@@ -118,8 +122,27 @@ def order_mutations(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Which memory a tensor has at some moment of a run.
+
+    Attributes:
+        storage: its storage's identity.
+        version: how often it has been written to.
+    """
+
+    storage: int
+    version: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Memory:
+        """Returns the memory that a tensor has now."""
+        return cls(cast(int, tensor.untyped_storage()._cdata), tensor._version)
+
+
 Arriving = Callable[[Site, "Copies | None"], Any]
-"""Gives what arrives at a site if the model goes on with copies from some places."""
+"""Gives the memory of what arrives at a site: a `Memory` in the place of each tensor, or None if
+that is not known. It is that of a run in which the model goes on with copies from some places."""
 
 Key = tuple[int, int]
 """A piece of memory: the first node that has it, and a number."""
@@ -169,7 +192,9 @@ class _Piece:
         self.keys = keys
 
 
-def _deadlines(graph: Graph, mutation: int, memory: list[frozenset[Key]]) -> list[set[int]]:
+def _deadlines(
+    graph: Graph, mutation: int, memory: list[frozenset[Key]], held: list[Any]
+) -> list[set[int]]:
     """The reads of the sites through which a write in place reaches the model."""
     target = graph.rows[mutation][3][0]
     reads: set[int] = set()
@@ -181,8 +206,22 @@ def _deadlines(graph: Graph, mutation: int, memory: list[frozenset[Key]]) -> lis
         if node.operation in (READ, GRAD):
             reads.add(index)
     handed_over = (*graph.writes.items(), *graph.skips.items())
-    sites = [{read} for read, node in handed_over if (memory[node] - memory[read]) & memory[target]]
+    sites = [
+        {read} for read, node in handed_over if _given(held[read], held[node]) & memory[target]
+    ]
     return [reads, *sites] if reads else sites
+
+
+def _given(before: Any, after: Any) -> frozenset[Key]:
+    """The memory in what stands at a site that is not, at the same place, in what arrived there."""
+    if isinstance(before, tuple | list) and isinstance(after, tuple | list):
+        pairs = zip(cast("list[Any]", before), cast("list[Any]", after), strict=False)
+        return _NOTHING.union(*[_given(one, other) for one, other in pairs])
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        entries = cast("Mapping[Any, Any]", before)
+        changed = cast("Mapping[Any, Any]", after)
+        return _NOTHING.union(*[_given(entries.get(key), changed[key]) for key in changed])
+    return _keys(after) - _keys(before)
 
 
 def _lent(
@@ -195,7 +234,9 @@ def _lent(
             writes.setdefault(key, []).append(mutation)
     found: list[tuple[int, int, frozenset[int]]] = []
     for index, (operation, _, _, inputs, _, _) in enumerate(graph.rows):
-        for source in inputs:
+        for place, source in enumerate(inputs):
+            if operation.in_place and not place:
+                continue  # that is written to, and a copy would be in its stead
             seen = {write for key in memory[source] for write in writes.get(key, ())}
             of_model = any(graph.rows[first][0] is READ for first, _ in memory[source])
             if seen and of_model and plan.needs[source] != plan.needs[index]:
@@ -227,7 +268,7 @@ def _copies(graph: Graph) -> dict[int, dict[Place, tuple[Any, ...] | None]]:
 
 def _breaks_aliases(
     graph: Graph,
-    known: Mapping[tuple[int, int], Key],
+    known: Mapping[tuple[int, Memory], Key],
     arriving: Arriving,
     written: Collection[Key],
 ) -> bool:
@@ -241,19 +282,19 @@ def _breaks_aliases(
         site = graph[read].site
         for other in invocations if site is not None else ():
             if site is not None and other != site.invocation:
-                storages = _storages(arriving(site._replace(invocation=other), None))
-                if any(known.get((other, storage)) in written for storage in storages):
+                there = _pieces(arriving(site._replace(invocation=other), None))
+                if any(known.get((other, piece)) in written for piece in there):
                     return True
     return False
 
 
-def _storages(value: Any) -> set[int]:
-    """The memory of the tensors in a value."""
-    found: set[int] = set()
+def _pieces(value: Any) -> set[Memory]:
+    """The memory in what arrives at a site."""
+    found: set[Memory] = set()
 
     def leaf(item: Any) -> None:
-        if isinstance(item, torch.Tensor):
-            found.add(item.untyped_storage()._cdata)
+        if isinstance(item, Memory):
+            found.add(item)
 
     map_structure(leaf, value)
     return found
@@ -263,7 +304,7 @@ def _memory(
     graph: Graph,
     arriving: Arriving,
     is_view: Callable[[int], bool],
-    known: dict[tuple[int, int], Key],
+    known: dict[tuple[int, Memory], Key],
 ) -> list[Any]:
     """The memory of each node's value: a piece for a tensor, and structures of them.
 
@@ -271,7 +312,7 @@ def _memory(
         graph: what is to be done.
         arriving: as of `order_mutations`.
         is_view: as of `order_mutations`.
-        known: is filled with the pieces that arrive at sites, by invocation and storage.
+        known: is filled with the pieces that arrive at sites, by their invocation and memory.
     """
     memory: list[Any] = []
     for index, node in enumerate(graph):
@@ -279,18 +320,18 @@ def _memory(
         if site is None:
             memory.append(_derived(node, index, memory, is_view))
             continue
-        fake = arriving(site, None)
-        if fake is None:
+        arrived = arriving(site, None)
+        if arrived is None:
             memory.append(_Piece(frozenset([(index, 0)])))
             continue
 
         def leaf(item: Any, index: int = index, invocation: int = site.invocation) -> Any:
-            if not isinstance(item, torch.Tensor):
+            if not isinstance(item, Memory):
                 return item
-            storage = cast(int, item.untyped_storage()._cdata)
-            return _Piece(frozenset([known.setdefault((invocation, storage), (index, storage))]))
+            key = known.setdefault((invocation, item), (index, len(known)))
+            return _Piece(frozenset([key]))
 
-        memory.append(map_structure(leaf, fake))
+        memory.append(map_structure(leaf, arrived))
     return memory
 
 

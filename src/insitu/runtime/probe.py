@@ -25,6 +25,7 @@ from insitu.graph.structure import map_structure
 from insitu.graph.writing import replaced
 from insitu.runtime.hooks import Place, View, clone, first_argument, handed_over
 from insitu.runtime.inside import Called, returns_tensors, watched
+from insitu.runtime.memory import Memory
 
 
 class Call(NamedTuple):
@@ -49,11 +50,13 @@ class Probe(NamedTuple):
 
     Attributes:
         seen: what passed each place, in the order in which it did.
+        memory: the memory of each tensor that did, by the place and the tensor's identity.
         returned: what each module returned, where `seen` holds how it is shown.
         called: the torch functions that one module's forward called, if they were asked for.
     """
 
     seen: Mapping[Place, Any]
+    memory: Mapping[tuple[Place, int], Memory]
     returned: Mapping[str, Any]
     called: Sequence[Called]
 
@@ -90,10 +93,20 @@ def probe(
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, log.disabled = log.disabled, True  # it prints the failures that are raised here
     seen: dict[Place, Any] = {}
+    memory: dict[tuple[Place, int], Memory] = {}
     returned: dict[str, Any] = {}
     called: list[Called] = []
     calls: Counter[str] = Counter()
     open_calls: defaultdict[str, list[int]] = defaultdict(list)
+
+    def passes(place: Place, value: Any) -> None:
+        seen[place] = value
+
+        def leaf(item: Any) -> None:
+            if isinstance(item, torch.Tensor):
+                memory[place, id(item)] = Memory.of(item)
+
+        map_structure(leaf, value)
 
     def visit(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = function(*args, **kwargs)
@@ -106,7 +119,7 @@ def probe(
         ) -> Any:
             place: Place = (path, "output", open_calls[path].pop())
             view = views.get(path)
-            seen[place] = output if view is None else view(output, args, kwargs)
+            passes(place, output if view is None else view(output, args, kwargs))
             returned[path] = output
             if place not in copies:
                 return None
@@ -120,9 +133,9 @@ def probe(
             call = calls[path]
             calls[path] += 1
             open_calls[path].append(call)
-            seen[path, "inputs", call] = (args, dict(kwargs))
+            passes((path, "inputs", call), (args, dict(kwargs)))
             if args or kwargs:
-                seen[path, "input", call] = first_argument(module, args, kwargs)
+                passes((path, "input", call), first_argument(module, args, kwargs))
             for kind in ("input", "inputs"):
                 place: Place = (path, kind, call)
                 if place in copies:
@@ -173,7 +186,7 @@ def probe(
         for part, attributes, buffers in before:
             _restore(vars(part), attributes)
             _restore(part._buffers, buffers)
-    return Probe(seen, returned, [call for call in called if returns_tensors(call.output)])
+    return Probe(seen, memory, returned, [call for call in called if returns_tensors(call.output)])
 
 
 def _copied(value: Any, parts: tuple[Any, ...] | None) -> Any:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
+
+import torch
 
 from insitu.graph.errors import BlockError, NoValueError, UnknownShapeError
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Address, Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
+from insitu.graph.structure import map_structure
+from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR, Called
+from insitu.runtime.memory import Memory
 from insitu.runtime.probe import Copies, Probe
 from insitu.tracing.scope import Scope
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
@@ -224,13 +229,31 @@ class Invocation(Scope):
         call = procedure.example(self.request)
         return self.tracer.model.probe(call, procedure.views, path).called
 
-    def fake(self, site: Site, copies: Copies | None = None) -> Any:
-        """Returns what will arrive at a site, as fake tensors; one fake run answers for all.
+    def memory(self, site: Site, copies: Copies | None = None) -> Any:
+        """Returns the memory of what will arrive at a site, in the place of each tensor.
 
         Args:
             site: the site.
             copies: the places from which the model is to go on with copies.
         """
+        value = self.fake(site)  # refuses sites of which nothing is known
+        found: Mapping[tuple[Place, int], Memory] = {}
+        place = site[1:4]
+        if not site.path.partition(SEPARATOR)[1]:
+            procedure = self.tracer.procedure
+            call = procedure.example(self.request)
+            probe = self.tracer.model.probe(call, procedure.views, copies=copies or {})
+            value, found = probe.seen[place], probe.memory
+
+        def leaf(item: Any) -> Any:
+            if not isinstance(item, torch.Tensor):
+                return item
+            return found.get((place, id(item))) or Memory.of(item)
+
+        return map_structure(leaf, value)
+
+    def fake(self, site: Site) -> Any:
+        """Returns what will arrive at a site, as fake tensors; one fake run answers for all."""
         tracer = cast("Tracer", self.tracer)
         if self._probe is None:
             procedure = tracer.procedure
@@ -238,10 +261,6 @@ class Invocation(Scope):
         if site.step not in (0, EVERY) or site.kind in ("tokens", "choice"):
             raise UnknownShapeError(f"The shape of `{site}` is not known before the run.")
         seen = self._probe.seen
-        if copies:
-            procedure = tracer.procedure
-            call = procedure.example(self.request)
-            seen = tracer.model.probe(call, procedure.views, copies=copies).seen
         path, inside, function = site.path.partition(SEPARATOR)
         if inside:
             calls = [called for called in self.called(path) if called.name == function]

@@ -448,9 +448,9 @@ class Tracer:
                 invocation._result = result
 
     def _arriving(self, site: Site, copies: Copies | None = None) -> Any:
-        """What arrives at a site, as fake tensors, or None if that is not known without a run."""
+        """The memory of what arrives at a site, or None if that is not known without a run."""
         try:
-            return self._invocations[site.invocation].fake(site, copies)
+            return self._invocations[site.invocation].memory(site, copies)
         except InsituError:
             return None
 
