@@ -62,20 +62,20 @@ def order_mutations(
         is_view: whether the value of a node shares memory with the values that it is made of.
     """
     known: dict[tuple[int, Memory], Key] = {}
-    held = _memory(graph, arriving, is_view, known)
+    copies: dict[int, Copies] = {}
+
+    def of_site(site: Site) -> Any:
+        return arriving(site, copies.get(site.invocation))
+
+    held = _memory(graph, of_site, is_view, known)
     memory = list(map(_keys, held))
-    seen_by_others = arriving
     changed = {key for index in graph.mutations for key in memory[graph.rows[index][3][0]]}
     # What is assigned is handed over as a copy. Where else that memory would be seen, another
     # run on fake tensors finds out.
     if any(not changed.isdisjoint(memory[read]) for read in graph.writes):
-        copies = _copies(graph)
-
-        def after_copies(site: Site, _: Copies | None = None) -> Any:
-            return arriving(site, copies.get(site.invocation))
-
-        known, seen_by_others = {}, after_copies
-        held = _memory(graph, after_copies, is_view, known)
+        copies.update(_copies(graph))
+        known.clear()
+        held = _memory(graph, of_site, is_view, known)
         memory = list(map(_keys, held))
     needs = plan.needs
     mutations = set(graph.mutations)
@@ -107,7 +107,7 @@ def order_mutations(
         for source in node.inputs:
             for key in _looked_at(node, index, source, memory):
                 users.setdefault(key, []).append((index, source))
-    if _breaks_aliases(graph, known, seen_by_others, written):
+    if _breaks_aliases(graph, known, of_site, written):
         plan.apart = True
     live = {index for index, keys in enumerate(memory) if not keys.isdisjoint(written)}
     regroup(graph, plan)
@@ -246,7 +246,7 @@ def _lent(
     return found
 
 
-def _copies(graph: Graph) -> dict[int, dict[Place, tuple[Any, ...] | None]]:
+def _copies(graph: Graph) -> Mapping[int, Copies]:
     """The places of each invocation from which the model goes on with what is assigned there."""
     copies: dict[int, dict[Place, tuple[Any, ...] | None]] = {}
     for read, write in graph.writes.items():
@@ -269,7 +269,7 @@ def _copies(graph: Graph) -> dict[int, dict[Place, tuple[Any, ...] | None]]:
 def _breaks_aliases(
     graph: Graph,
     known: Mapping[tuple[int, Memory], Key],
-    arriving: Arriving,
+    of_site: Callable[[Site], Any],
     written: Collection[Key],
 ) -> bool:
     """Whether a write to a site of one invocation would show in the aliases of another.
@@ -282,7 +282,7 @@ def _breaks_aliases(
         site = graph[read].site
         for other in invocations if site is not None else ():
             if site is not None and other != site.invocation:
-                there = _pieces(arriving(site._replace(invocation=other), None))
+                there = _pieces(of_site(site._replace(invocation=other)))
                 if any(known.get((other, piece)) in written for piece in there):
                     return True
     return False
@@ -302,7 +302,7 @@ def _pieces(value: Any) -> set[Memory]:
 
 def _memory(
     graph: Graph,
-    arriving: Arriving,
+    of_site: Callable[[Site], Any],
     is_view: Callable[[int], bool],
     known: dict[tuple[int, Memory], Key],
 ) -> list[Any]:
@@ -310,7 +310,7 @@ def _memory(
 
     Args:
         graph: what is to be done.
-        arriving: as of `order_mutations`.
+        of_site: gives the memory of what arrives at a site.
         is_view: as of `order_mutations`.
         known: is filled with the pieces that arrive at sites, by their invocation and memory.
     """
@@ -320,7 +320,7 @@ def _memory(
         if site is None:
             memory.append(_derived(node, index, memory, is_view))
             continue
-        arrived = arriving(site, None)
+        arrived = of_site(site)
         if arrived is None:
             memory.append(_Piece(frozenset([(index, 0)])))
             continue

@@ -240,9 +240,11 @@ class Invocation(Scope):
         found: Mapping[tuple[Place, int], Memory] = {}
         place = site[1:4]
         if not site.path.partition(SEPARATOR)[1]:
-            procedure = self.tracer.procedure
-            call = procedure.example(self.request)
-            probe = self.tracer.model.probe(call, procedure.views, copies=copies or {})
+            probe = self._probe
+            if copies or probe is None:
+                procedure = self.tracer.procedure
+                call = procedure.example(self.request)
+                probe = self.tracer.model.probe(call, procedure.views, copies=copies or {})
             value, found = probe.seen[place], probe.memory
 
         def leaf(item: Any) -> Any:
