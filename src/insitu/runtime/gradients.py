@@ -6,7 +6,6 @@ arrive as values do at sites, from the loss towards the inputs, and can be repla
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
@@ -16,43 +15,21 @@ from torch import nn
 from insitu.graph.errors import CausalityError, ExecutionError, OperationError, ShapeError
 from insitu.graph.expression import expression
 from insitu.graph.node import EVERY, Function, Graph, Ref, Subgraph
-from insitu.graph.operations import BACKWARD, GRAD, READ
+from insitu.graph.operations import READ
 from insitu.graph.structure import map_structure
-from insitu.runtime.plan import Gradients, Plan, regroup
+from insitu.runtime.plan import Gradients, Plan
 
 
-def order_gradients(graph: Graph, plan: Plan) -> None:
-    """Lets what uses a gradient wait for its backward pass. The plan is changed.
+def check_gradients(graph: Graph, plan: Plan) -> None:
+    """Finds, before the model runs, gradients that cannot be had.
 
     Raises:
-        OperationError: if there is no backward pass, or it would be one of every step.
-        CausalityError: if the model would have to wait for a gradient.
+        OperationError: if one is of every step.
+        CausalityError: if the model would have to wait for one.
     """
-    backwards = [index for index, row in enumerate(graph.rows) if row[0] is BACKWARD]
-    bound: dict[int, list[int]] = {index: [] for index in backwards}
-    wanted: dict[int, list[int]] = {}
-    gradients = 0
-    needs = plan.needs
-    for index, (operation, _, _, inputs, _, _) in enumerate(graph.rows):
-        if operation is READ:
-            pass
-        elif operation is GRAD:
-            if not backwards:
-                raise OperationError(
-                    f"`{expression(graph, index)}` is the gradient of a backward pass, and there "
-                    "is none: write `loss.backward()` in the block.",
-                    graph[index].location,
-                )
-            bound[backwards[min(bisect(backwards, index), len(backwards) - 1)]].append(index)
-            wanted.setdefault(inputs[0], []).append(index)
-            needs[index] = plan.bits[index] = 1 << len(plan.bits)
-            gradients |= needs[index]
-        elif len(inputs) == 1:
-            needs[index] = needs[inputs[0]]
-        else:
-            needs[index] = 0
-            for source in inputs:
-                needs[index] |= needs[source]
+    assert plan.gradients is not None
+    backwards, bound = list(plan.gradients.bound), plan.gradients.bound
+    gradients = sum(plan.bits[grad] for found in bound.values() for grad in found)
     for read, write in (*graph.writes.items(), *graph.skips.items()):
         if graph[read].operation is READ and plan.needs[write] & gradients:
             raise CausalityError(
@@ -69,8 +46,6 @@ def order_gradients(graph: Graph, plan: Plan) -> None:
                         "steps.",
                         graph[late].location,
                     )
-    plan.gradients = Gradients(bound, wanted)
-    regroup(graph, plan)
 
 
 class Tape:

@@ -7,6 +7,7 @@ one group for each such set. A set of sites is written as an integer with a bit 
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -124,13 +125,16 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         saves: holds the indices of the nodes whose values the user keeps.
 
     Raises:
-        OperationError: if values of every step are used where there is only one step.
+        OperationError: if values of every step are used where there is only one step, or there is
+            no backward pass for a gradient.
         CausalityError: if something is to run in every step that needs a later one.
     """
     reads: dict[Address, int] = {}
     bits: dict[int, int] = {}
     groups: dict[int, list[int]] = {}
     held: dict[int, list[int]] = {}
+    grads: list[int] = []
+    backwards: list[int] = []
     rows = graph.rows
     uses = [0] * len(rows)
     needs = [0] * len(rows)
@@ -138,9 +142,13 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         if len(inputs) == 1:
             source = inputs[0]
             uses[source] += 1
+            if operation is GRAD:  # what depends on it waits for it, as for a site
+                needs[index] = bits[index] = 1 << len(bits)
+                grads.append(index)
+                continue
             need = needs[source]
         elif operation is READ:
-            needs[index] = bits[index] = 1 << len(reads)
+            needs[index] = bits[index] = 1 << len(bits)
             reads[args] = index  # pyright: ignore[reportArgumentType]
             continue
         else:
@@ -152,7 +160,9 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
                 if needs[source] != need:
                     held.setdefault(needs[source], []).append(source)
         needs[index] = need
-        if need in groups:
+        if operation is BACKWARD:
+            backwards.append(index)
+        elif need in groups:
             groups[need].append(index)
         else:
             groups[need] = [index]
@@ -168,6 +178,8 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         plan.special = True
         for index in skips.values():
             uses[index] += 1
+    if graph.differentiates:
+        plan.gradients = _gradients(graph, grads, backwards)
     sites = 0
     for address, index in reads.items():
         if address[4] == EVERY:
@@ -175,6 +187,22 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     if sites:
         plan.repeated = _repeated(graph, plan, saves, sites)
     return plan
+
+
+def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradients:
+    """Finds the backward pass of each gradient: the first one after it, else the last."""
+    bound: dict[int, list[int]] = {index: [] for index in backwards}
+    wanted: dict[int, list[int]] = {}
+    for index in grads:
+        if not backwards:
+            raise OperationError(
+                f"`{expression(graph, index)}` is the gradient of a backward pass, and there "
+                "is none: write `loss.backward()` in the block.",
+                graph[index].location,
+            )
+        bound[backwards[min(bisect(backwards, index), len(backwards) - 1)]].append(index)
+        wanted.setdefault(graph.rows[index][3][0], []).append(index)
+    return Gradients(bound, wanted)
 
 
 def regroup(graph: Graph, plan: Plan) -> None:

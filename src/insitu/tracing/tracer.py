@@ -31,7 +31,7 @@ from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.execution import Execution
-from insitu.runtime.gradients import leaves_of, order_gradients
+from insitu.runtime.gradients import check_gradients, leaves_of
 from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.memory import order_mutations
@@ -370,7 +370,7 @@ class Tracer:
         requests = [invocation.request for invocation in self._invocations]
         plan = make_plan(graph, self.recording.saves)
         if graph.differentiates:
-            order_gradients(graph, plan)
+            check_gradients(graph, plan)
         if graph.mutations:
             order_mutations(graph, plan, self._arriving, self._is_view)
             # What is given to the block is the user's, and stays as it is.
