@@ -121,12 +121,14 @@ class Subgraph:
     output: Any
 
 
-_refs: list[Ref] = [Ref(index, (index,)) for index in range(1024)]
+FEW = 1024
+REFS: list[Ref] = [Ref(index, (index,)) for index in range(FEW)]
+"""What `ref` gives for the first few nodes, for where a call would cost more than all the rest."""
 
 
 def ref(index: int) -> Ref:
     """Returns the reference to the node with an index."""
-    return _refs[index] if index < 1024 else Ref(index, (index,))
+    return REFS[index] if index < FEW else Ref(index, (index,))
 
 
 Row = tuple[Operation, tuple[Any, ...], Mapping[str, Any], tuple[int, ...], bool, Mark]

@@ -19,6 +19,8 @@ from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import (
     EVERY,
+    FEW,
+    REFS,
     Address,
     Carried,
     Function,
@@ -192,8 +194,9 @@ class Recording:
                 and (value._operand or operation is GETITEM)
             ):
                 source = value._ref
+                index = len(rows)
                 rows.append((operation, (source, other), kwargs, source.inputs, False, mark))
-                return ref(len(rows) - 1)
+                return REFS[index] if index < FEW else ref(index)
         inputs: list[int] = []
         encoded: list[Any] = []
         nested = False
@@ -255,7 +258,8 @@ class Recording:
                 self.graph.after = {**self.graph.after, **after}
             elif address[4] == EVERY:
                 self._refuse_unseen(address, mark)
-        source = self.sites[address] = ref(len(rows))
+        index = len(rows)
+        source = self.sites[address] = REFS[index] if index < FEW else ref(index)
         rows.append((READ, address, NO_KWARGS, (), False, mark))
         return source
 

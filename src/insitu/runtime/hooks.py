@@ -100,7 +100,7 @@ class Stop(BaseException):
     """Ends a forward early. No `Exception`, so that no model catches it."""
 
 
-_NO_KWARGS: Mapping[str, Any] = {}
+NO_KWARGS: Mapping[str, Any] = {}
 
 
 def put_hook(
@@ -144,7 +144,7 @@ def passing_value(
         output = rest[-1]
         if view is None:
             return output
-        return view(output, args, rest[0] if view.takes_arguments else _NO_KWARGS)
+        return view(output, args, rest[0] if view.takes_arguments else NO_KWARGS)
     (kwargs,) = rest
     return (args, dict(kwargs)) if kind == "inputs" else first_argument(module, args, kwargs)
 
@@ -197,7 +197,7 @@ def handed_over(
     if kind == "output":
         if view is None:
             return value
-        return view.restore(rest[-1], value, args, rest[0] if view.takes_arguments else _NO_KWARGS)
+        return view.restore(rest[-1], value, args, rest[0] if view.takes_arguments else NO_KWARGS)
     if kind == "inputs":
         return value
     (kwargs,) = rest

@@ -19,6 +19,7 @@ from insitu.graph.node import Kind, Site
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.execution import Execution
 from insitu.runtime.hooks import (
+    NO_KWARGS,
     Cut,
     Hook,
     Moment,
@@ -114,10 +115,12 @@ def run_pass(
         if not may_stop:  # there are more forwards to come
             remove_hook(hooks.pop(moment))
         path, kind, call, _ = moment
-        if kind == "output" and view is None:
+        if kind != "output":
+            value = passing_value(kind, view, module, args, rest)
+        elif view is None:
             value = rest[-1]
         else:
-            value = passing_value(kind, view, module, args, rest)
+            value = view(rest[-1], args, rest[0] if view.takes_arguments else NO_KWARGS)
         for index, invocation in found:
             cut = cuts[invocation]
             if cut is None:
