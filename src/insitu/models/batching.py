@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,8 @@ import torch
 from insitu.graph.node import Address, Site
 from insitu.graph.structure import map_structure
 from insitu.models.prompts import Prompt, Side
-from insitu.runtime.hooks import Cut
-from insitu.runtime.layout import Layouts, Part, cut, put
+from insitu.runtime.hooks import Cut, Place
+from insitu.runtime.layout import Layouts, Part, cut, put, spread
 
 
 class Batch(NamedTuple):
@@ -90,25 +90,55 @@ def lie_apart(prompts: Sequence[Prompt]) -> bool:
     return ragged and any(prompt.ids.shape[0] > 1 for prompt in prompts)
 
 
+class Unembedded(NamedTuple):
+    """Which positions of a forward become logits, where not all of them do.
+
+    Attributes:
+        places: where there are only these positions then.
+        positions: the positions, in their order.
+    """
+
+    places: frozenset[Place]
+    positions: Sequence[int]
+
+
+ALL_UNEMBEDDED = Unembedded(frozenset(), ())
+
+
 class Share(NamedTuple):
     """One prompt's share of a batch.
 
     Attributes:
         layouts: how the values at sites are cut.
         part: where the prompt lies.
+        unembedded: which positions of the batch become logits.
     """
 
     layouts: Layouts
     part: Part
+    unembedded: Unembedded = ALL_UNEMBEDDED
 
     def take(self, site: Site, value: Any, writable: bool = False) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
+        if site[1:4] in self.unembedded.places:
+            return self._unembedded(site, value)
         own = cut(site, value, self.layouts[site[1:4]], self.part)
         return own if writable or self.part.spans_length else map_structure(_packed, own)
 
     def put(self, site: Site, value: Any, own: Any) -> None:
         """Fills the prompt's own part of a copy of what arrived at a site."""
         put(site, value, self.layouts[site[1:4]], self.part, own)
+
+    def _unembedded(self, site: Site, value: Any) -> Any:
+        """The prompt's part of what has the positions only that become logits."""
+        layout, (rows, positions, batch, _) = self.layouts[site[1:4]], self.part
+        places = self.unembedded.positions
+        mine = [at for at in places if positions.start <= at < positions.stop]
+        first = places.index(mine[0]) if mine else 0
+        kept = slice(first, first + len(mine))
+        own = cut(site, value, layout, Part(rows, kept, batch, len(places)))
+        length = positions.stop - positions.start
+        return spread(own, layout, [at - positions.start for at in mine], length)
 
 
 def _packed(leaf: Any) -> Any:
@@ -118,6 +148,8 @@ def _packed(leaf: Any) -> Any:
     return leaf.clone()  # of the same order of strides
 
 
-def cuts(batch: Batch, layouts: Layouts) -> Mapping[int, Cut]:
+def cuts(
+    batch: Batch, layouts: Layouts, unembedded: Unembedded = ALL_UNEMBEDDED
+) -> Sequence[Cut]:
     """Returns how each prompt finds its own part of what arrives at a site."""
-    return {number: Share(layouts, part) for number, part in enumerate(batch.parts)}
+    return [Share(layouts, part, unembedded) for part in batch.parts]

@@ -11,13 +11,14 @@ from torch import nn
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
-from insitu.models.batching import cuts, join, lie_apart, separable
+from insitu.models.batches import Batches, arguments, forward
+from insitu.models.batching import separable
 from insitu.models.prompts import Prompt
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
-from insitu.runtime.passes import Deliver, Pass
+from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
-from insitu.runtime.procedure import Outputs
+from insitu.runtime.procedure import Outputs, Work
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
@@ -58,26 +59,18 @@ class LanguageForward:
         return Call((), self._kwargs(request))
 
     def passes(
-        self,
-        module: nn.Module,
-        requests: Sequence[Prompt],
-        sites: Collection[Address],
-        together: bool = True,
-        in_place: bool = False,
+        self, module: nn.Module, requests: Sequence[Prompt], work: Work
     ) -> list[Pass]:
-        """Returns one pass for all prompts where each can be cut out of it, else one for each."""
+        """Returns the passes that process all invocations, ready to be called."""
         if len(requests) == 1:
             return [self._pass(module, requests[0], {0: None}, requests)]
-        together = together and not (in_place and lie_apart(requests))
-        layouts = self._shared(module, requests, sites) if together else None
+        layouts = self._shared(module, requests, work.plan.reads) if work.together else None
         if layouts is None:
             return [
                 self._pass(module, prompt, {number: None}, [prompt])
                 for number, prompt in enumerate(requests)
             ]
-        batch = join(requests, "right", self._model.pad_id)
-        whole = Prompt(batch.ids, requests[0].mark, batch.mask)
-        return [self._pass(module, whole, cuts(batch, layouts), requests)]
+        return Batches(self._model, self._options, layouts, module, requests, work).passes()
 
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""
@@ -113,25 +106,9 @@ class LanguageForward:
         cuts: Mapping[int, Cut | None],
         requests: Sequence[Prompt],
     ) -> Pass:
-        """The pass of a prompt, which may be a batch of several requests."""
+        """The pass of a prompt alone."""
         kwargs = self._kwargs(prompt)
-
-        def call(_: Deliver) -> Any:
-            # Here and not before: until its turn comes, another thread's probe may have put fake
-            # weights in, and those do not say where the real ones are.
-            placed = kwargs
-            if prompt.ids.device != self._model.device:
-                placed = self._model.placed(kwargs)
-            try:
-                return module(**placed)
-            except IndexError:
-                self._model.explain(requests)
-                raise
-
-        return Pass(call, cuts, True)
+        return Pass(lambda _: forward(self._model, module, kwargs, requests), cuts, True)
 
     def _kwargs(self, prompt: Prompt) -> dict[str, Any]:
-        kwargs: dict[str, Any] = {"input_ids": prompt.ids, **prompt.extras, **self._options}
-        if prompt.mask is not None:
-            kwargs["attention_mask"] = prompt.mask
-        return kwargs
+        return arguments(prompt, self._options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,12 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Address
 from insitu.models.batching import cuts, join, lie_apart, separable
 from insitu.models.prompts import Prompt
 from insitu.runtime.hooks import Cut
 from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.probe import Call
-from insitu.runtime.procedure import Outputs
+from insitu.runtime.procedure import Outputs, Work
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
@@ -96,14 +95,13 @@ class Generation:
         self,
         module: nn.Module,
         requests: Sequence[Prompt],
-        sites: Collection[Address],
-        together: bool = True,
-        in_place: bool = False,
+        work: Work,
     ) -> list[Pass]:
         """Returns one pass for all prompts if each goes on in it as alone, else one for each."""
         layouts = None
+        sites = work.plan.reads
         tokens = any(address[2] in ("tokens", "choice") for address in sites)
-        together = together and not (in_place and lie_apart(requests))
+        together = work.together and not (work.graph.mutations and lie_apart(requests))
         if together and len(requests) > 1 and self._batchable(module, requests):
             layouts = self._model.layouts(
                 lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
@@ -121,7 +119,7 @@ class Generation:
             ]
         batch = join(requests, "left", self._model.pad_id)
         whole = Prompt(batch.ids, requests[0].mark, batch.mask)
-        return [self._pass(module, whole, cuts(batch, layouts), requests)]
+        return [self._pass(module, whole, dict(enumerate(cuts(batch, layouts))), requests)]
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""

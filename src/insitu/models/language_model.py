@@ -16,15 +16,22 @@ from insitu.graph.errors import LoadError, OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.graph.node import Graph
 from insitu.models.blocks import block_views
+from insitu.models.estimates import bytes_per_token, estimated_costs
 from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation
 from insitu.models.loading import Source
 from insitu.models.model import Model
 from insitu.models.prompts import Limits, Prompt, Reader
+from insitu.models.resume import find_chain
+from insitu.runtime.branches import Chain
+from insitu.runtime.costs import Costs
 from insitu.runtime.hooks import View
 from insitu.runtime.layout import SIZES, Layouts, find_layouts
 from insitu.runtime.probe import Call
 from insitu.tracing.tracer import Tracer
+
+
+_UNKNOWN = object()
 
 
 class LanguageModel(Model):
@@ -93,8 +100,11 @@ class LanguageModel(Model):
     _loading: threading.RLock
     _layouts: dict[str, Layouts]
     _forward: LanguageForward
+    _chain: Any
+    _costs: Costs | None
     reader: Reader
     pad_id: int
+    unembedding: Sequence[str]
     block_views: Mapping[bool, Mapping[str, View]]
     forward_parameters: Mapping[str, inspect.Parameter]
     takes_use_cache: bool
@@ -262,6 +272,46 @@ class LanguageModel(Model):
             self._layouts[key] = find_layouts((first, more_rows, longer))
         return self._layouts[key]
 
+    def chain(
+        self, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]
+    ) -> Chain | None:
+        """Returns the blocks at which forwards can begin, None if they cannot; tried out once.
+
+        Args:
+            module: the wrapped module, with its weights.
+            layouts: how values are cut.
+            options: keyword arguments for the forwards.
+        """
+        views = self.block_views[False]
+        plain = {"use_cache": False} if self.takes_use_cache else {}
+        if not self.loaded or not views or "past_key_values" not in self.forward_parameters:
+            return None
+        if options != plain:
+            return None
+        if self._chain is _UNKNOWN:
+            with self.exclusive.lock:
+                self.exclusive.begin()
+                try:
+                    vocabulary = self.reader.limits.vocabulary or self._config.get_text_config().vocab_size
+                    found = find_chain(module, self.modules, views, layouts, options, vocabulary)
+                finally:
+                    self.exclusive.running = False
+            vars(self)["_chain"] = found
+        return self._chain
+
+    @property
+    def costs(self) -> Costs:
+        """What its passes cost."""
+        if self._costs is None:
+            found = estimated_costs(self._module, self.modules, tuple(self.block_views[False]))
+            vars(self)["_costs"] = found
+        return self._costs  # pyright: ignore[reportReturnType]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """How much memory a forward needs for a token, about."""
+        return bytes_per_token(self._module)
+
     def __repr__(self) -> str:
         state = "" if self.loaded else ", weights not loaded yet"
         name = type(self._module).__name__ if self._source is None else repr(self._source.name)
@@ -278,6 +328,7 @@ class LanguageModel(Model):
         module: Any = self._module
         text = self._config.get_text_config()
         embedding = module.get_input_embeddings()
+        head = module.get_output_embeddings()
         generation = getattr(module, "generation_config", None)
         limits = Limits(
             getattr(embedding, "num_embeddings", None),
@@ -292,9 +343,12 @@ class LanguageModel(Model):
         vars(self).update(
             _embedding=embedding,
             _layouts={},
+            _chain=_UNKNOWN,
+            _costs=None,
             block_views={cached: block_views(module, layers, cached) for cached in (True, False)},
             reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),
             pad_id=pad_id,
+            unembedding=[path for path, part in self.modules.items() if part is head] if head else [],
             forward_parameters=parameters,
             takes_use_cache="use_cache" in parameters,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -12,12 +12,12 @@ from torch import nn
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Address, Graph
+from insitu.graph.node import Graph
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.probe import Call, Copies, Probe, fake_call, probe
-from insitu.runtime.procedure import Outputs
+from insitu.runtime.procedure import Outputs, Work
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.handle import Handle
 from insitu.tracing.session import Session
@@ -212,9 +212,7 @@ class Forward:
         self,
         module: nn.Module,
         requests: Sequence[Call],
-        sites: Collection[Address],
-        together: bool = True,
-        in_place: bool = False,
+        work: Work,
     ) -> list[Pass]:
         """Returns a pass for each invocation: how arguments could be batched is not known."""
 

@@ -75,7 +75,7 @@ class Reader:
     def __init__(self, tokenizer: Any, limits: Limits, pad_id: int, lookups_check: bool) -> None:
         self.lookups_check = lookups_check
         self._tokenizer = tokenizer
-        self._limits = limits
+        self.limits = limits
         self._pad_id = pad_id
 
     def read(self, prompt: Any, side: Side, mark: Mark) -> Prompt:
@@ -105,7 +105,7 @@ class Reader:
             rows = self._rows(prompt, mark)
             read = Prompt(*_padded(rows, side, self._pad_id, mark))
             self.check_ids(read)
-        context = self._limits.context
+        context = self.limits.context
         rows, length = read.ids.shape
         if not rows or not length:
             raise PromptError("The prompt is empty: it has no tokens.", Location(*mark))
@@ -123,7 +123,7 @@ class Reader:
         Raises:
             PromptError: if it does not.
         """
-        length, context = prompt.ids.shape[1], self._limits.context
+        length, context = prompt.ids.shape[1], self.limits.context
         if context is not None and length + steps - 1 > context:
             more = f" and {steps} are to be generated" if steps > 1 else ""
             raise PromptError(
@@ -141,13 +141,13 @@ class Reader:
         Raises:
             PromptError: if it does not.
         """
-        if self._limits.vocabulary is None or not prompt.ids.numel():
+        if self.limits.vocabulary is None or not prompt.ids.numel():
             return
         least, most = (bound.item() for bound in prompt.ids.aminmax())
-        if least < 0 or most >= self._limits.vocabulary:
+        if least < 0 or most >= self.limits.vocabulary:
             raise PromptError(
                 f"The prompt has the token id {least if least < 0 else most}, but the model's ids "
-                f"go from 0 to {self._limits.vocabulary - 1}.",
+                f"go from 0 to {self.limits.vocabulary - 1}.",
                 Location(*prompt.mark),
             )
 

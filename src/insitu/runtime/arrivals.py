@@ -163,9 +163,11 @@ class Arrivals:
         if get_ident() != self._thread or execution.busy:
             return None  # somebody else's call of the module, beside ours or in an operation
         found = self.clock.take(first)
-        if not found:
-            return None
         may_stop = self._single.may_stop
+        if not found:
+            if may_stop and not self._readers:  # the pass had to come this far
+                raise Stop
+            return None
         if not may_stop and self.clock.is_done(first):  # there are more forwards to come
             remove_hook(self._hooks.pop(first))
         place = self.clock.place(first)

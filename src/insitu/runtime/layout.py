@@ -7,7 +7,7 @@ and positions flattened together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, cast
@@ -143,6 +143,39 @@ def put(site: Site, value: Any, layout: Any, part: Part, own: Any) -> None:
     elif isinstance(layout, dict):
         for name, inner in cast("dict[str, Any]", layout).items():
             put(site, value[name], inner, part, own[name])
+
+
+def spread(value: Any, layout: Any, positions: Sequence[int] | slice, length: int) -> Any:
+    """Returns a value with all positions, from one that has only some of them.
+
+    What stands at the others is nothing in particular: it must not be looked at.
+
+    Args:
+        value: the value.
+        layout: its layout.
+        positions: which positions it has, in their order.
+        length: how many there are in all.
+    """
+    if isinstance(layout, TensorLayout):
+        axis = layout.axes.index(Axis.POSITIONS)
+        shape = list(value.shape)
+        shape[axis] = length
+        if value.shape[axis] == 1:
+            return value.expand(shape)
+        whole = value.new_empty(shape)
+        whole[(*(_ALL,) * axis, positions)] = value
+        return whole
+    if isinstance(layout, tuple):
+        inners = cast("tuple[Any, ...]", layout)
+        pairs = zip(value, inners, strict=True)
+        return tuple(spread(item, inner, positions, length) for item, inner in pairs)
+    if isinstance(layout, dict):
+        inner = cast("dict[str, Any]", layout)
+        kind = cast(Any, type(value))
+        return kind(
+            {name: spread(value[name], inner[name], positions, length) for name in inner}
+        )
+    return value
 
 
 def _layout(first: Any, more_rows: Any, longer: Any) -> Any:

@@ -30,25 +30,25 @@ def pass_order(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> list[int]:
     Raises:
         CausalityError: if two of them need each other's.
     """
-    home = {number: at for at, single in enumerate(passes) for number in single.cuts}
+    home = _homes(plan, passes)
     sorter: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(range(len(passes)), ()))
-    for reads, write in _handed_over(plan):
+    for reads, write in handed_over(plan):
         for read in reads:
             if graph[read].operation is not READ:
                 continue
             target = _address(graph, read)
-            for other in _needed(plan, read, write):
-                if home[other[0]] != home[target[0]]:
-                    sorter.add(home[target[0]], home[other[0]])
+            for other in needed(plan, read, write):
+                if home[other] != home[target]:
+                    sorter.add(home[target], home[other])
     try:
         return list(sorter.static_order())
     except CycleError as error:
         cycle = set(error.args[1])
         write = next(
             write
-            for reads, write in _handed_over(plan)
+            for reads, write in handed_over(plan)
             for read in reads
-            if graph[read].operation is READ and home[_address(graph, read)[0]] in cycle
+            if graph[read].operation is READ and home[_address(graph, read)] in cycle
         )
         raise CausalityError(
             "Invocations of this block need values of each other, but with this model and these "
@@ -77,12 +77,12 @@ def check_order(
     """
     dependent = [
         (reads, write)
-        for reads, write in _handed_over(plan)
+        for reads, write in handed_over(plan)
         if plan.needs[write] & ~sum(plan.bits[read] for read in reads)
     ]
     if not dependent:  # what is written was made of what arrived there: nothing to look up
         return
-    home = {number: at for at, single in enumerate(passes) for number in single.cuts}
+    home = _homes(plan, passes)
     for reads, write in dependent:
         if any(graph[read].operation is not READ for read in reads):
             continue  # gradients: their order is that of the backward pass
@@ -95,8 +95,8 @@ def check_order(
         own, target = known[read] or _NEVER, targets[read]
         others = [
             other
-            for other in _needed(plan, read, write)
-            if home[other[0]] == home[target[0]] and not _together(other, target)
+            for other in needed(plan, read, write)
+            if home[other] == home[target] and not _together(other, target)
         ]
         late = {plan.reads[o] for o in others if (_moment(o, moments) or _NEVER) > own}
         if late:
@@ -205,16 +205,26 @@ def causality_error(
     )
 
 
-def _needed(plan: Plan, read: int, write: int) -> list[Address]:
-    """The sites other than its own that a write needs."""
+def needed(plan: Plan, read: int, write: int) -> list[Address]:
+    """Returns the sites other than its own that a write needs.
+
+    Args:
+        plan: the plan.
+        read: the node that reads the site.
+        write: the node that makes what is written there.
+    """
     mask = plan.needs[write] & ~plan.bits[read]
-    if not mask:
-        return []
-    return [address for address, index in plan.reads.items() if mask & plan.bits[index]]
+    found: list[Address] = []
+    while mask:
+        bit = mask & -mask
+        mask ^= bit
+        if bit in plan.places:
+            found.append(plan.places[bit])
+    return found
 
 
-def _handed_over(plan: Plan) -> list[tuple[Collection[int], int]]:
-    """What changes the run: the nodes that read the sites where it does, and the one that does.
+def handed_over(plan: Plan) -> list[tuple[Collection[int], int]]:
+    """Returns what changes the run: the nodes that read the sites where, and the one that does.
 
     It must be done when the model goes on from the last of the sites.
     """
@@ -225,6 +235,21 @@ def _handed_over(plan: Plan) -> list[tuple[Collection[int], int]]:
         for mutation, deadlines in plan.mutations.deadlines.items():
             found.extend((reads, mutation) for reads in deadlines)
     return found
+
+
+def _homes(plan: Plan, passes: Sequence[Pass]) -> dict[Address, int]:
+    """The pass in which each site is read."""
+    whole: dict[int, int] = {}
+    home: dict[Address, int] = {}
+    for at, single in enumerate(passes):
+        if single.reads is None:
+            whole.update(dict.fromkeys(single.cuts, at))
+        else:
+            home.update(dict.fromkeys(single.reads, at))
+    for address in plan.reads:
+        if address not in home:
+            home[address] = whole[address[0]]
+    return home
 
 
 def _address(graph: Graph, read: int) -> Site:

@@ -8,14 +8,15 @@ has fired, and all are removed when the pass ends, however it ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from insitu.graph.node import Kind, Site
+from insitu.graph.node import Address, Kind, Site
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.execution import Execution
 from insitu.runtime.hooks import (
@@ -23,6 +24,7 @@ from insitu.runtime.hooks import (
     Cut,
     Hook,
     Moment,
+    Place,
     Stop,
     View,
     changed_value,
@@ -33,6 +35,7 @@ from insitu.runtime.hooks import (
 )
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.plan import Plan
+from insitu.runtime.summary import Summary, unknown
 
 
 class Deliver(Protocol):
@@ -57,12 +60,23 @@ class Pass(NamedTuple):
             that has the pass for itself.
         may_stop: whether the pass may end as soon as nothing is wanted from it any more.
         stepped: whether each call of the module is a step of its own.
+        reads: the sites whose values it gives, if not all of its invocations' are of this pass.
+        through: where it may not have ended before, though nobody waits for anything there.
+        told: gives its summary, where more is known than its invocations.
     """
 
     call: Callable[[Deliver], Any]
     cuts: Mapping[int, Cut | None]
     may_stop: bool
     stepped: bool = False
+    reads: Collection[Address] | None = None
+    through: Place | None = None
+    told: Callable[[], Summary] | None = None
+
+    @property
+    def summary(self) -> Callable[[], Summary]:
+        """Tells what it does, for the user."""
+        return self.told or partial(unknown, sorted(self.cuts))
 
 
 _NO_RETURNED: Mapping[str, Any] = {}
@@ -95,11 +109,16 @@ def run_pass(
     cuts, may_stop, writes = single.cuts, single.may_stop, plan.writes
     special = single.stepped or plan.special
     readers: dict[Moment, list[tuple[int, int]]] = {}
-    for (invocation, path, kind, call, step), index in plan.reads.items():
+    own = plan.reads
+    if single.reads is not None:
+        own = {address: own[address] for address in single.reads}
+    for (invocation, path, kind, call, step), index in own.items():
         if invocation in cuts:
             readers.setdefault((path, kind, call, step), []).append((index, invocation))
             if call or SEPARATOR in path:
                 special = True
+    if single.through is not None:
+        readers.setdefault((*single.through, 0), [])
     hooks: dict[Moment, Hook] = {}
     thread = get_ident()
 

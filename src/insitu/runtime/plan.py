@@ -115,6 +115,14 @@ class Plan:
     apart: bool = False
     crosses: bool = False
     special: bool = False
+    _places: dict[int, Address] | None = None
+
+    @property
+    def places(self) -> Mapping[int, Address]:
+        """The address of each site, by its bit."""
+        if self._places is None:
+            self._places = {self.bits[index]: address for address, index in self.reads.items()}
+        return self._places
 
 
 def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
@@ -226,7 +234,7 @@ def regroup(graph: Graph, plan: Plan) -> None:
 def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int) -> Repeated:
     """Finds what runs anew in every step, and lets it keep what comes from outside."""
     nodes = [index for index, need in enumerate(plan.needs) if need & sites]
-    places = {plan.bits[index]: address for address, index in plan.reads.items()}
+    places = plan.places
     for index in nodes:
         needed = [places[bit] for bit in places if plan.needs[index] & bit]
         if not any(start <= index < end for start, end in graph.repeats):

@@ -53,12 +53,14 @@ class Probe(NamedTuple):
         memory: the memory of each tensor that did, by the place and the tensor's identity.
         returned: what each module returned, where `seen` holds how it is shown.
         called: the torch functions that one module's forward called, if they were asked for.
+        moments: when each place was passed, by a number that grows.
     """
 
     seen: Mapping[Place, Any]
     memory: Mapping[tuple[Place, int], Memory]
     returned: Mapping[str, Any]
     called: Sequence[Called]
+    moments: Mapping[Place, int]
 
 
 Copies = Mapping[Place, tuple[Any, ...] | None]
@@ -186,7 +188,9 @@ def probe(
         for part, attributes, buffers in before:
             _restore(vars(part), attributes)
             _restore(part._buffers, buffers)
-    return Probe(seen, memory, returned, [call for call in called if returns_tensors(call.output)])
+    shown = [call for call in called if returns_tensors(call.output)]
+    moments = {place: moment for moment, place in enumerate(seen)}
+    return Probe(seen, memory, returned, shown, moments)
 
 
 def _copied(value: Any, parts: tuple[Any, ...] | None) -> Any:

@@ -6,18 +6,19 @@ a batch, what a transformer block returns or what `generate` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Address, Graph
+from insitu.graph.node import Graph
 from insitu.runtime.exclusive import Exclusive
-from insitu.runtime.hooks import View
+from insitu.runtime.hooks import Place, View
 from insitu.runtime.passes import Pass
+from insitu.runtime.plan import Plan
 from insitu.runtime.probe import Call, Copies, Probe
 
 Request = TypeVar("Request")
@@ -34,6 +35,22 @@ class Outputs:
 
     whole: Any
     each: Sequence[Any]
+
+
+class Work(NamedTuple):
+    """What the passes of a run are for.
+
+    Attributes:
+        graph: what is to be done.
+        plan: its plan.
+        together: whether one pass may process several invocations.
+        moments: when the sites of an invocation come, None if that is not known without a run.
+    """
+
+    graph: Graph
+    plan: Plan
+    together: bool
+    moments: Callable[[int], Mapping[Place, int] | None]
 
 
 class Procedure(Protocol, Generic[Request]):
@@ -65,18 +82,14 @@ class Procedure(Protocol, Generic[Request]):
         self,
         module: nn.Module,
         requests: Sequence[Request],
-        sites: Collection[Address],
-        together: bool = True,
-        in_place: bool = False,
+        work: Work,
     ) -> list[Pass]:
         """Returns the passes that process all invocations, ready to be called.
 
         Args:
             module: the wrapped module, with its weights.
             requests: what each invocation was given.
-            sites: what is read.
-            together: whether one pass may process several invocations.
-            in_place: whether something is written in place.
+            work: what the passes are for.
         """
         ...
 

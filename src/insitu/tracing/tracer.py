@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -39,7 +40,8 @@ from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
 from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.probe import Copies
-from insitu.runtime.procedure import Procedure, Subject
+from insitu.runtime.procedure import Procedure, Subject, Work
+from insitu.runtime.summary import Planned, Summary
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
@@ -60,6 +62,7 @@ class Tracer:
     _request: Any = None
     _result: Any = None
     _ended = False
+    _told: Sequence[Callable[[], Summary]] | None = None
 
     def __init__(
         self,
@@ -164,6 +167,17 @@ class Tracer:
             raise
         finally:
             self.close()
+
+    @property
+    def plan(self) -> Planned:
+        """How the block ran: its passes, and what each of them left out.
+
+        Raises:
+            NoValueError: before the block has ended.
+        """
+        if self._told is None:
+            raise NoValueError("`tracer.plan` is made when the block ends.", here())
+        return Planned([tell() for tell in self._told])
 
     def give_up(self, reason: str) -> None:
         """Says of every saved value why it will have none, if it has none yet."""
@@ -378,17 +392,18 @@ class Tracer:
         cuts_short = bool(plan.skips or plan.stops)
         # Of a value that was cut out of a batch the batch's loss does not depend.
         together = not (cuts_short or graph.differentiates or plan.apart)
-        in_place = bool(graph.mutations)
-        passes = self.procedure.passes(module, requests, plan.reads, together, in_place)
+        moments = partial(_moments, self.model, self.procedure, requests)
+        passes = self.procedure.passes(module, requests, Work(graph, plan, together, moments))
+        self._told = [single.summary for single in passes]
         order: Sequence[int] = range(len(passes))
         returned = _NOTHING_RETURNED
         if plan.crosses or plan.skips or plan.mutations is not None:
             if len(passes) > 1:
                 order = pass_order(graph, plan, passes)
-            check_order(graph, plan, passes, self._moments)
+            check_order(graph, plan, passes, moments)
         if cuts_short:
             returned = self._returned()
-            check_cuts(graph, plan, self._moments)
+            check_cuts(graph, plan, moments)
         return plan, passes, order, returned
 
     def _check(self) -> None:
@@ -474,15 +489,6 @@ class Tracer:
             return True
         return not own.isdisjoint(memory(made_of))
 
-    def _moments(self, invocation: int) -> Mapping[Place, int] | None:
-        """When the sites of an invocation come, or None if that is not known without a run."""
-        request = self._invocations[invocation].request
-        try:
-            probe = self.model.probe(self.procedure.example(request), self.procedure.views)
-        except ShapeError:
-            return None
-        return {place: moment for moment, place in enumerate(probe.seen)}
-
     def _returned(self) -> Mapping[str, Any]:
         """What the modules that are skipped would return, as fake tensors."""
         returned: dict[str, Any] = {}
@@ -519,6 +525,16 @@ class Tracer:
         except Exception:  # the probe only adds to the message
             ran = None
         return self.never_ran(site, ran, went)
+
+
+def _moments(
+    model: Subject, procedure: Procedure[Any], requests: Sequence[Any], invocation: int
+) -> Mapping[Place, int] | None:
+    """When the sites of an invocation come, or None if that is not known without a run."""
+    try:
+        return model.probe(procedure.example(requests[invocation]), procedure.views).moments
+    except ShapeError:
+        return None
 
 
 _NOTHING_RETURNED: Mapping[str, Any] = {}

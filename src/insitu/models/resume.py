@@ -1,0 +1,444 @@
+"""Forwards that begin at a block: what one of them has computed, others go on from.
+
+The first leaves hidden states at blocks, and keys and values. In another the blocks before are
+not run: rows enter its batch behind the block up to which they are like the first. Whether a
+model can be run so is tried out on it.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from insitu.graph.errors import InsituError
+from insitu.graph.node import Site
+from insitu.graph.structure import map_structure
+from insitu.models.batching import Unembedded
+from insitu.runtime.branches import Chain
+from insitu.runtime.hooks import NO_KWARGS, Place, View, first_argument
+from insitu.runtime.layout import Layouts, Part, cut, put, spread
+
+_ABSENT = object()
+
+
+class Blocks(NamedTuple):
+    """The blocks of a model, as forwards that begin at one need them.
+
+    Attributes:
+        paths: their paths, in the order in which they run.
+        modules: they themselves.
+        views: how their outputs are shown.
+    """
+
+    paths: Sequence[str]
+    modules: Sequence[nn.Module]
+    views: Sequence[View]
+
+    def hidden(self, layer: int, output: Any) -> torch.Tensor:
+        """Returns the hidden states `(rows, position, d_model)` in what a block returned."""
+        return self.views[layer](output, (), NO_KWARGS)[0]
+
+    def returning(self, layer: int, output: Any, hidden: torch.Tensor) -> Any:
+        """Returns what a block returned, with other hidden states."""
+        return self.views[layer].restore(output, (hidden,), (), NO_KWARGS)
+
+
+class Prefix:
+    """What a forward leaves for others.
+
+    Args:
+        blocks: the model's blocks.
+        levels: after how many blocks hidden states are wanted.
+        cached: whether keys and values are wanted, of all blocks.
+
+    Attributes:
+        hidden: the hidden states `(rows, position, d_model)`, by level.
+        returned: what blocks returned besides, by their number.
+        cache: keys and values.
+    """
+
+    def __init__(self, blocks: Blocks, levels: Collection[int], cached: bool) -> None:
+        self._blocks = blocks
+        self._levels = frozenset(levels)
+        self.hidden: dict[int, torch.Tensor] = {}
+        self.returned: dict[int, Any] = {}
+        self.cache: Any = DynamicCache() if cached else None
+
+    @property
+    def through(self) -> Place:
+        """Where the forward must have come before it may end."""
+        last = len(self._blocks.paths) if self.cache is not None else max(self._levels)
+        return (self._blocks.paths[last - 1], "output", 0)
+
+    @contextmanager
+    def left_by(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Lets the forwards in it leave what is wanted, called with the arguments it gives.
+
+        Args:
+            kwargs: the arguments of the forward.
+        """
+        handles = [
+            module.register_forward_hook(partial(self._keep, layer), prepend=True)
+            for layer, module in enumerate(self._blocks.modules[: max(self._levels)])
+        ]
+        try:
+            yield kwargs if self.cache is None else {**kwargs, "past_key_values": self.cache}
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if layer + 1 in self._levels:
+            self.hidden[layer + 1] = self._blocks.hidden(layer, output).clone()
+        self.returned[layer] = None if isinstance(output, torch.Tensor) else (None, *output[1:])
+
+
+class Entering(NamedTuple):
+    """Rows that enter a batch behind a block.
+
+    Attributes:
+        level: how many blocks they leave out.
+        prefix: the forward that has run these.
+        origin: the rows of that forward that they are like.
+    """
+
+    level: int
+    prefix: Prefix
+    origin: slice
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.origin.stop - self.origin.start
+
+
+class Resumed:
+    """A forward that rows enter behind the blocks that they leave out.
+
+    Args:
+        blocks: the model's blocks.
+        entering: the rows, those first that leave out least.
+        start: how many positions all of them leave out.
+
+    Attributes:
+        rows: how many rows the batch has now.
+    """
+
+    def __init__(self, blocks: Blocks, entering: Sequence[Entering], start: int) -> None:
+        self._blocks = blocks
+        self._entering = entering
+        self.start = start
+        self._first = entering[0].level
+        self.rows = 0
+        self._cache: Any = None
+
+    @contextmanager
+    def entered(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Lets the forward in it run so, called with the arguments that it gives.
+
+        Args:
+            kwargs: the arguments of a forward of one row, of the positions that are not left out.
+        """
+        blocks, last = self._blocks, max(row.level for row in self._entering)
+        self.rows = 0
+        with ExitStack() as stack:
+            for layer in range(self._first):
+                stack.enter_context(_replaced(blocks.modules[layer], partial(self._leave_out, layer)))
+            for layer in range(self._first, last):
+                hook = partial(self._enter, layer)
+                handle = blocks.modules[layer].register_forward_hook(hook, prepend=True)
+                stack.callback(handle.remove)
+            if self.start:
+                self._cache = self._begin_cache()
+                kwargs = {**kwargs, "past_key_values": self._cache}
+                for layer in range(self._first, len(blocks.modules)):
+                    module = blocks.modules[layer]
+                    before = module.register_forward_pre_hook(partial(self._fill, layer))
+                    after = module.register_forward_hook(partial(self._empty, layer))
+                    stack.callback(before.remove)
+                    stack.callback(after.remove)
+            try:
+                yield kwargs
+            finally:
+                self._cache = None
+
+    def _arriving(self, level: int) -> torch.Tensor:
+        """The hidden states of the rows that enter at a level."""
+        found = [
+            row.prefix.hidden[level][row.origin, self.start :]
+            for row in self._entering
+            if row.level == level
+        ]
+        self.rows += sum(part.shape[0] for part in found)
+        return torch.cat(found)
+
+    def _leave_out(self, layer: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Stands for the forward of a block that is not run."""
+        if layer + 1 == self._first:
+            hidden = self._arriving(self._first)
+        else:
+            hidden = first_argument(module, args, kwargs)
+        returned = self._entering[0].prefix.returned[layer]
+        return self._blocks.returning(layer, hidden if returned is None else returned, hidden)
+
+    def _enter(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if all(row.level != layer + 1 for row in self._entering):
+            return None
+        hidden = self._blocks.hidden(layer, output)
+        hidden = torch.cat([hidden, self._arriving(layer + 1)])
+        return self._blocks.returning(layer, output, hidden)
+
+    def _begin_cache(self) -> Any:
+        """A cache that says how many positions there were before."""
+        source, cache = self._entering[0].prefix.cache, DynamicCache()
+        for layer, held in enumerate(source.layers):
+            cache.update(held.keys[:1, :, : self.start], held.values[:1, :, : self.start], layer)
+        return cache
+
+    def _fill(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Gives a block the keys and values of the positions before, for each of its rows."""
+        mine = [row for row in self._entering if row.level <= layer]
+        held = [(row.prefix.cache.layers[layer], row.origin) for row in mine]
+        own = self._cache.layers[layer]
+        own.keys = torch.cat([past.keys[rows, :, : self.start] for past, rows in held])
+        own.values = torch.cat([past.values[rows, :, : self.start] for past, rows in held])
+
+    def _empty(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        own = self._cache.layers[layer]
+        own.keys, own.values = own.keys[:1].clone(), own.values[:1].clone()
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Lets another function be a module's forward."""
+    before = vars(module).get("forward", _ABSENT)
+    vars(module)["forward"] = partial(forward, module)
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before
+
+
+class Tail(NamedTuple):
+    """One prompt's share of a forward that it enters behind a block.
+
+    Attributes:
+        layouts: how the values at sites are cut.
+        rows: its rows of the batch.
+        forward: the forward.
+        entering: where it enters.
+        entry: the output of the last block that it leaves out.
+        length: how many positions it has.
+        unembedded: which of them become logits.
+    """
+
+    layouts: Layouts
+    rows: slice
+    forward: Resumed
+    entering: Entering
+    entry: Place
+    length: int
+    unembedded: Unembedded
+
+    def take(self, site: Site, value: Any, writable: bool = False) -> Any:
+        """Returns the prompt's own part of what arrived at a site."""
+        place, layout, start = site[1:4], self.layouts[site[1:4]], self.forward.start
+        if place in self.unembedded.places:
+            kept = self.unembedded.positions
+            own = cut(site, value, layout, self._part(len(kept)))
+            return spread(own, layout, [start + position for position in kept], self.length)
+        own = cut(site, value, layout, self._part(self.length - start))
+        if not start:
+            return own
+        own = spread(own, layout, slice(start, self.length), self.length)
+        if place == self.entry:
+            row = self.entering
+            own = map_structure(lambda leaf: leaf.clone(), own)
+            own[0][:, :start] = row.prefix.hidden[row.level][row.origin, :start]
+        return own
+
+    def put(self, site: Site, value: Any, own: Any) -> None:
+        """Fills the prompt's own part of a copy of what arrived at a site."""
+        layout, start = self.layouts[site[1:4]], self.forward.start
+        length = self.length - start
+        if start:
+            whole = Part(slice(0, self.entering.rows), slice(start, self.length), 0, self.length)
+            own = cut(site, own, layout, whole._replace(batch=self.entering.rows))
+        put(site, value, layout, self._part(length), own)
+
+    def _part(self, length: int) -> Part:
+        return Part(self.rows, slice(0, length), self.forward.rows, length)
+
+
+def find_chain(
+    module: nn.Module,
+    modules: Mapping[str, nn.Module],
+    views: Mapping[str, View],
+    layouts: Layouts,
+    options: Mapping[str, Any],
+    vocabulary: int,
+) -> Chain | None:
+    """Returns the blocks at which a model's forwards can begin, found out by running it.
+
+    Args:
+        module: the model, with its weights. The caller holds it (see `exclusive`).
+        modules: its tree, by path.
+        views: how the outputs of its blocks are shown, by path.
+        layouts: how values are cut.
+        options: keyword arguments for its forward.
+        vocabulary: how many token ids it has.
+
+    Returns:
+        The blocks and the places at which values are right then; None if they are not behind
+        some block.
+    """
+    trial = _Trial(module, modules, views, layouts, options, vocabulary)
+    try:
+        with torch.no_grad():
+            whole = trial.right_places(0)
+            tails = trial.right_places(2)
+    except Exception:  # whatever the model makes of it: then it is not to be run so
+        return None
+    paths = tuple(views)
+    if any((path, "output", 0) not in whole for path in paths):
+        return None
+    if any((path, "output", 0) not in tails for path in paths):
+        tails = frozenset[Place]()
+    return Chain(paths, whole, tails)
+
+
+class _Trial:
+    """A model run in full on a few tokens, and again with rows that enter behind every block."""
+
+    _LENGTH = 5
+
+    def __init__(
+        self,
+        module: nn.Module,
+        modules: Mapping[str, nn.Module],
+        views: Mapping[str, View],
+        layouts: Layouts,
+        options: Mapping[str, Any],
+        vocabulary: int,
+    ) -> None:
+        self._module, self._modules, self._views = module, modules, views
+        self._layouts, self._options = layouts, options
+        paths = tuple(views)
+        self._blocks = Blocks(paths, [modules[path] for path in paths], list(views.values()))
+        numbers = torch.arange(2 * self._LENGTH, device=next(module.parameters()).device)
+        self._ids = (numbers * 7919 + 13).remainder(vocabulary).reshape(2, self._LENGTH)
+        levels = range(1, len(paths) + 1)
+        self._prefix = Prefix(self._blocks, levels, cached=True)
+        self._expected: dict[Place, Any] = {}
+        with self._prefix.left_by(dict(options)) as kwargs, self._listening(self._expect):
+            module(input_ids=self._ids[:1], **kwargs)
+        self._plain: dict[Place, Any] = self._expected
+        self._expected = {}
+        with self._listening(self._expect):  # keys and values must not make a difference
+            module(input_ids=self._ids[:1], **options)
+
+    def right_places(self, start: int) -> frozenset[Place]:
+        """Returns the places at which each row has the values that it should have.
+
+        Args:
+            start: how many positions the rows leave out.
+        """
+        count = len(self._blocks.paths)
+        rows = [Entering(level, self._prefix, slice(0, 1)) for level in range(1, count + 1)]
+        forward = Resumed(self._blocks, rows, start)
+        right: set[Place] = set()
+
+        def compare(place: Place, value: Any) -> None:
+            if self._agrees(place, value, forward.rows, start):
+                right.add(place)
+
+        with forward.entered(dict(self._options)) as kwargs, self._listening(compare):
+            # With the ids of another prompt: what these do to the blocks that run would show.
+            self._module(input_ids=self._ids[1:, start:], **kwargs)
+        return frozenset(right)
+
+    def _agrees(self, place: Place, value: Any, rows: int, start: int) -> bool:
+        layout, expected = self._layouts.get(place), self._expected.get(place)
+        if layout is None or expected is None or not rows:
+            return False
+        site, length = Site(0, *place), self._LENGTH
+        try:
+            alone = cut(site, expected, layout, Part(slice(0, 1), slice(start, length), 1, length))
+            for row in range(rows):
+                part = Part(slice(row, row + 1), slice(0, length - start), rows, length - start)
+                if not _alike(cut(site, value, layout, part), alone):
+                    return False
+            spread(alone, layout, slice(start, length), length)
+        except (InsituError, ValueError):  # it has no positions, or is not of the batch
+            return False
+        return True
+
+    def _expect(self, place: Place, value: Any) -> None:
+        self._expected.setdefault(place, map_structure(_copy, value))
+
+    @contextmanager
+    def _listening(self, tell: Callable[[Place, Any], None]) -> Iterator[None]:
+        handles: list[Any] = []
+        for path, part in self._modules.items():
+
+            def after(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                output: Any,
+                path: str = path,
+            ) -> None:
+                view = self._views.get(path)
+                tell((path, "output", 0), output if view is None else view(output, args, kwargs))
+
+            def before(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path
+            ) -> None:
+                if args or kwargs:
+                    tell((path, "input", 0), first_argument(module, args, kwargs))
+
+            handles.append(part.register_forward_hook(after, with_kwargs=True))
+            handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _alike(found: Any, expected: Any) -> bool:
+    """Whether two values are equal to rounding."""
+    pairs: list[list[torch.Tensor]] = [[], []]
+    for value, leaves in zip((found, expected), pairs, strict=True):
+        map_structure(lambda leaf, leaves=leaves: leaves.append(leaf), value)
+    for mine, other in zip(*pairs, strict=True):
+        if not isinstance(other, torch.Tensor):
+            if mine != other:
+                return False
+            continue
+        if mine.shape != other.shape:
+            return False
+        if not other.is_floating_point():
+            if not torch.equal(mine, other):
+                return False
+            continue
+        scale = other.abs().amax().clamp_min(1e-6)
+        limit = 1e-4 if other.dtype in (torch.float32, torch.float64) else 3e-2
+        if not bool((mine - other).abs().amax() <= limit * scale):
+            return False
+    return True

@@ -1,0 +1,231 @@
+"""Which invocations of a block share a prompt, and from where on each differs from it.
+
+What an invocation does to a run of the model changes nothing before its first write. So the
+prompt is processed once, up to there, and each invocation goes on from a block of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+from insitu.graph.node import Address, Graph
+from insitu.graph.operations import READ
+from insitu.runtime.costs import Costs
+from insitu.runtime.extent import Extents
+from insitu.runtime.hooks import Place
+from insitu.runtime.order import handed_over, needed
+from insitu.runtime.plan import Plan
+from insitu.runtime.schedule import Edges, Run, rows_by_level
+
+Moments = Callable[[int], "Mapping[Place, int] | None"]
+"""When the sites of an invocation come, or None if that is not known without a run."""
+
+
+class Chain(NamedTuple):
+    """Blocks that a model runs one after the other, each on what the one before it returned.
+
+    Attributes:
+        paths: their paths.
+        whole: the places at which what arrives has a row for each row of the blocks' batch.
+        tails: those of them at which positions can be left out too.
+    """
+
+    paths: Sequence[str]
+    whole: frozenset[Place]
+    tails: frozenset[Place]
+
+
+class Given(NamedTuple):
+    """What an invocation is given, as far as it matters here.
+
+    Attributes:
+        key: equal for equal prompts.
+        rows: how many rows it has.
+        length: how many positions each of them has.
+    """
+
+    key: Hashable
+    rows: int
+    length: int
+
+
+def find_runs(
+    graph: Graph,
+    plan: Plan,
+    given: Sequence[Given],
+    chain: Callable[[], Chain | None],
+    moments: Moments,
+    costs: Costs,
+) -> tuple[list[Run], Edges]:
+    """Returns the ways through the model that the invocations of a block take.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+        given: what each invocation is given.
+        chain: gives the model's blocks, None if runs cannot begin at a block. It is asked only if
+            there is something to share.
+        moments: when sites come.
+        costs: what passes cost.
+    """
+    reads: list[list[Address]] = [[] for _ in given]
+    for address in plan.reads:
+        reads[address[0]].append(address)
+    same: dict[Hashable, list[int]] = {}
+    for number, prompt in enumerate(given):
+        same.setdefault(prompt.key, []).append(number)
+    if len(same) == len(given):
+        runs = [Run(n, prompt.rows, prompt.length, reads[n]) for n, prompt in enumerate(given)]
+        return runs, _edges(graph, plan, runs, moments)
+    writes: list[list[Address]] = [[] for _ in given]
+    for index in {*plan.writes, *(plan.mutations.reads if plan.mutations else ())}:
+        operation, address, *_ = graph.rows[index]
+        if operation is READ:
+            writes[address[0]].append(address)  # pyright: ignore[reportArgumentType]
+    runs: list[Run] = []
+    extents: Extents | None = None
+    for numbers in same.values():
+        untouched = [number for number in numbers if not writes[number]]
+        touched = [number for number in numbers if writes[number]]
+        branches: list[tuple[Run, list[Address]]] = []
+        if touched and len(numbers) > 1:
+            known = chain()
+            order = moments(numbers[0]) if known is not None else None
+            if known is not None and order is not None:
+                extents = extents or Extents(graph)
+                branching = _Branching(plan, extents, known, order)
+                for number in touched:
+                    found = branching.branch(number, given[number], reads[number], writes[number])
+                    if found is not None:
+                        branches.append(found)
+                if not _pays(branches, bool(untouched), costs):
+                    branches = []
+        if branches or len(untouched) > 1:
+            base = len(runs)
+            first = numbers[0]
+            own = [address for number in untouched for address in reads[number]]
+            own.extend(address for _, before in branches for address in before)
+            runs.append(Run(first, given[first].rows, given[first].length, own))
+            runs.extend(run._replace(base=base) for run, _ in branches)
+        else:
+            touched = numbers
+        branched = {run.invocation for run, _ in branches}
+        runs.extend(
+            Run(number, given[number].rows, given[number].length, reads[number])
+            for number in touched
+            if number not in branched
+        )
+    return runs, _edges(graph, plan, runs, moments)
+
+
+class _Branching:
+    """Finds where invocations of one prompt leave it."""
+
+    def __init__(
+        self, plan: Plan, extents: Extents, chain: Chain, order: Mapping[Place, int]
+    ) -> None:
+        self._plan = plan
+        self._extents = extents
+        self._chain = chain
+        self._order = order
+        self._ends = [order[path, "output", 0] for path in chain.paths]
+
+    def branch(
+        self, number: int, given: Given, reads: Sequence[Address], writes: Sequence[Address]
+    ) -> tuple[Run, list[Address]] | None:
+        """Returns an invocation's own run, and what it reads before; None if it shares nothing."""
+        order, chain = self._order, self._chain
+        if any(address[1:4] not in order for address in reads):
+            return None
+        first = min(order[address[1:4]] for address in writes)
+        level = sum(end <= first for end in self._ends)
+        if not level:
+            return None
+        entry = self._ends[level - 1]
+        begin = entry if first == entry else entry + 1
+        before = [address for address in reads if order[address[1:4]] < begin]
+        after = [address for address in reads if order[address[1:4]] >= begin]
+        if any(address[1:4] not in chain.whole for address in after):
+            return None
+        start = 0
+        if first == entry and len(writes) == 1:
+            start = self._start(given.length, writes[0], after)
+        return Run(number, given.rows, given.length, after, level, start), before
+
+    def _start(self, length: int, written: Address, after: Sequence[Address]) -> int:
+        """From which position on an invocation's run differs, where only these are looked at."""
+        start = self._extents.changed_from(self._plan.reads[written], length, 0)
+        start = min(start, length - 1)
+        for address in after:
+            if address == written or not start:
+                continue
+            if address[1:4] not in self._chain.tails:
+                return 0
+            looked_at = self._extents.read(
+                self._plan.reads[address], length, part_of(address, self._chain.paths)
+            )
+            if looked_at is None or min(looked_at, default=length) < start:
+                return 0
+        return start
+
+
+def part_of(address: Address, blocks: Sequence[str]) -> object:
+    """Returns the entry of a value in which positions are looked for; None if it is no structure.
+
+    Args:
+        address: where the value arrives.
+        blocks: the paths of the model's blocks.
+    """
+    if address[2] != "output":
+        return None
+    if not address[1]:
+        return "logits"
+    return 0 if address[1] in blocks else None
+
+
+def _pays(
+    branches: Sequence[tuple[Run, Sequence[Address]]], has_base: bool, costs: Costs
+) -> bool:
+    """Whether runs that begin at a block are worth a pass of their own."""
+    if not branches:
+        return False
+    runs = [run for run, _ in branches]
+    length = runs[0].length
+    rows = rows_by_level(runs, costs.blocks)
+    apart = costs.time(rows, length, length, 0)
+    if not has_base:
+        apart += costs.flops([runs[0].rows] * costs.blocks, length, length, 0)
+    together = costs.flops([sum(run.rows for run in runs)] * costs.blocks, length, length, 0)
+    return apart < together
+
+
+def _edges(graph: Graph, plan: Plan, runs: Sequence[Run], moments: Moments) -> Edges:
+    """Which runs use values of which."""
+    edges: dict[tuple[int, int], bool] = {
+        (run.base, number): False for number, run in enumerate(runs) if run.base is not None
+    }
+    if not plan.crosses and plan.mutations is None:
+        return edges
+    home = {address: number for number, run in enumerate(runs) for address in run.reads}
+    orders: dict[int, Mapping[Place, int] | None] = {}
+    for reads, write in handed_over(plan):
+        targets = [graph.rows[read][1] for read in reads if graph.rows[read][0] is READ]
+        for target in targets:
+            at = home[target]  # pyright: ignore[reportArgumentType]
+            for address in needed(plan, plan.reads[target], write):  # pyright: ignore[reportArgumentType]
+                source = home[address]
+                if source == at:
+                    continue
+                shares = not (runs[source].level or runs[at].level)
+                shares = shares and runs[source].length == runs[at].length
+                if shares:
+                    number = target[0]
+                    if number not in orders:
+                        orders[number] = moments(number)
+                    order = orders[number]
+                    if order is not None:
+                        here, there = order.get(target[1:4]), order.get(address[1:4])
+                        shares = here is None or there is None or there <= here
+                edges[source, at] = edges.get((source, at), True) and shares
+    return edges
