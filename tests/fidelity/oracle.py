@@ -111,12 +111,19 @@ def _schedules(
     """The ways in which the invocations of a block may run."""
     count = len(program.prompts)
     apart = _lie_apart(subject, program, lines) or _break_aliases(lines, seen)
-    if subject.together and not apart:
-        yield [range(count)]
-    else:
-        yield from (
-            [[number] for number in order] for order in itertools.permutations(range(count))
-        )
+    for schedule in _divided(tuple(range(count))):
+        if all(len(members) == 1 for members in schedule) or (subject.together and not apart):
+            yield schedule
+
+
+def _divided(numbers: tuple[int, ...]) -> Iterator[Schedule]:
+    """All ways to divide numbers into passes, one after the other; the largest first."""
+    if not numbers:
+        yield []
+    for size in range(len(numbers), 0, -1):
+        for first in itertools.combinations(numbers, size):
+            rest = tuple(number for number in numbers if number not in first)
+            yield from ([first, *others] for others in _divided(rest))
 
 
 def _lie_apart(subject: Subject, program: Program, lines: Sequence[Line]) -> bool:

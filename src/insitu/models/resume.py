@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Site
@@ -70,7 +69,7 @@ class Prefix:
         self._levels = frozenset(levels)
         self.hidden: dict[int, torch.Tensor] = {}
         self.returned: dict[int, Any] = {}
-        self.cache: Any = DynamicCache() if cached else None
+        self.cache: Any = _new_cache() if cached else None
 
     @property
     def through(self) -> Place:
@@ -198,7 +197,7 @@ class Resumed:
 
     def _begin_cache(self) -> Any:
         """A cache that says how many positions there were before."""
-        source, cache = self._entering[0].prefix.cache, DynamicCache()
+        source, cache = self._entering[0].prefix.cache, _new_cache()
         for layer, held in enumerate(source.layers):
             cache.update(held.keys[:1, :, : self.start], held.values[:1, :, : self.start], layer)
         return cache
@@ -214,6 +213,13 @@ class Resumed:
     def _empty(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         own = self._cache.layers[layer]
         own.keys, own.values = own.keys[:1].clone(), own.values[:1].clone()
+
+
+def _new_cache() -> Any:
+    """An empty cache of keys and values."""
+    from transformers.cache_utils import DynamicCache  # takes as long to import as all of ours
+
+    return DynamicCache()
 
 
 @contextmanager
@@ -341,11 +347,9 @@ class _Trial:
         levels = range(1, len(paths) + 1)
         self._prefix = Prefix(self._blocks, levels, cached=True)
         self._expected: dict[Place, Any] = {}
-        with self._prefix.left_by(dict(options)) as kwargs, self._listening(self._expect):
+        with self._prefix.left_by(dict(options)) as kwargs:
             module(input_ids=self._ids[:1], **kwargs)
-        self._plain: dict[Place, Any] = self._expected
-        self._expected = {}
-        with self._listening(self._expect):  # keys and values must not make a difference
+        with self._listening(self._expect):  # without keys and values, as a trace runs
             module(input_ids=self._ids[:1], **options)
 
     def right_places(self, start: int) -> frozenset[Place]:
