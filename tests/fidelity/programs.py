@@ -211,10 +211,10 @@ def is_change(operation: str) -> bool:
     return bool(re.search(r"_\(| [-+*]?= ", operation))
 
 
-def replay(subject: Subject, program: Program) -> list[torch.Tensor]:
+def replay(subject: Subject, program: Program, **options: Any) -> list[torch.Tensor]:
     """Runs a program with Insitu and returns what it saves, in the order of the lines."""
     model, saved = subject.model, []
-    with model.trace() as tracer:
+    with model.trace(**options) as tracer:
         invocations = [tracer.invoke(subject.prompts[prompt]) for prompt in program.prompts]
         values: dict[str, Any] = {}
         for line in program.lines:

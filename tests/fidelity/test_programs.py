@@ -265,7 +265,9 @@ def drawn(shard: int, count: int) -> Callable[[Any], Any]:
     return lambda function: seed(shard + FIRST)(options(function))
 
 
-def check(subject: Subject, program: Program, same: Callable[[Any, Any], bool]) -> None:
+def check(
+    subject: Subject, program: Program, same: Callable[[Any, Any], bool], **options: Any
+) -> None:
     """Compares what a program saves, or that it is refused, with the oracle."""
     try:
         should_be = expected(subject, program)
@@ -273,9 +275,9 @@ def check(subject: Subject, program: Program, same: Callable[[Any, Any], bool]) 
         reject()
     except TooLateError:
         with pytest.raises(CausalityError):
-            replay(subject, program)
+            replay(subject, program, **options)
         return
-    saved = replay(subject, program)
+    saved = replay(subject, program, **options)
     names = [line.source() for line in program.lines if isinstance(line, Save)]
     for name, value, right in zip(names, saved, should_be, strict=True):
         assert same(value, right), f"{name} keeps\n{value}\nand should keep\n{right}"
@@ -301,6 +303,19 @@ def test_programs_of_invocations_in_one_batch(shard: int) -> None:
     @given(programs(language()))
     def agree(program: Program) -> None:
         check(language(), program, close if len(program.prompts) > 1 else torch.equal)
+
+    agree()
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_programs_however_they_are_divided_into_passes(shard: int) -> None:
+    subject = language()
+
+    @drawn(shard + SHARDS, EACH)
+    @given(programs(subject), st.integers(1, 12), st.booleans())
+    def agree(program: Program, budget: int, share: bool) -> None:
+        options = {"max_tokens_per_pass": budget, "share_prefixes": share}
+        check(subject, program, close, **options)
 
     agree()
 

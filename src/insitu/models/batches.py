@@ -13,7 +13,6 @@ from insitu.models.batching import ALL_UNEMBEDDED, Unembedded, cuts, join, lie_a
 from insitu.models.prompts import Prompt
 from insitu.models.resume import Blocks, Entering, Prefix, Resumed, Tail
 from insitu.runtime.branches import Chain, Given, find_runs, part_of
-from insitu.runtime.costs import Costs
 from insitu.runtime.extent import Extents
 from insitu.runtime.hooks import Cut, Place
 from insitu.runtime.layout import Layouts
@@ -36,7 +35,6 @@ class Batches:
         module: the wrapped module, with its weights.
         requests: the prompts.
         work: what the passes are for.
-        budget: how many tokens a pass may have, if the user says so.
     """
 
     def __init__(
@@ -47,23 +45,30 @@ class Batches:
         module: nn.Module,
         requests: Sequence[Prompt],
         work: Work,
-        budget: int | None = None,
     ) -> None:
         self._model, self._options, self._layouts = model, options, layouts
         self._module, self._requests, self._work = module, requests, work
         self._costs = model.costs
-        self._budget = budget or self._default_budget()
         self._extents: Extents | None = None
         self._prefixes: dict[int, tuple[Prefix, slice]] = {}
 
-    def passes(self) -> list[Pass]:
-        """Returns the passes, in an order in which they can run."""
+    def passes(self, budget: int | None = None, share: bool | None = None) -> list[Pass]:
+        """Returns the passes, in an order in which they can run.
+
+        Args:
+            budget: how many tokens a pass may have, where it has several invocations; None for
+                what fits into memory.
+            share: whether invocations of one prompt share what they have in common; None for
+                where that is faster.
+        """
         work, requests = self._work, self._requests
-        given = [_given(number, prompt) for number, prompt in enumerate(requests)]
+        given = [_given(number, prompt, share) for number, prompt in enumerate(requests)]
+        costs = None if share else self._costs
+        budget = budget or self._default_budget()
 
         def runs_and_groups(chain: Any) -> tuple[list[Run], list[Group] | None]:
-            runs, edges = find_runs(work.graph, work.plan, given, chain, work.moments, self._costs)
-            return runs, arrange(runs, edges, self._costs, self._budget)
+            runs, edges = find_runs(work.graph, work.plan, given, chain, work.moments, costs)
+            return runs, arrange(runs, edges, self._costs, budget)
 
         runs, groups = runs_and_groups(self._chain)
         if groups is None:  # invocations need each other in both directions
@@ -167,8 +172,8 @@ class Batches:
             assert base is not None
             prefix, origin = self._prefixes[base]
             entering.append(Entering(runs[number].level, prefix, origin))
-        resumed = Resumed(self._blocks, entering, group.start)
         length = runs[numbers[0]].length
+        resumed = Resumed(self._blocks, entering, group.start, length)
         reads = [address for number in numbers for address in runs[number].reads]
         prompts = [(self._requests[runs[number].invocation], group.start) for number in numbers]
         unembedded = self._unembedded(reads, prompts, length - group.start)
@@ -179,7 +184,7 @@ class Batches:
             count += row.rows
             entry: Place = (self._blocks.paths[row.level - 1], "output", 0)
             own[runs[number].invocation] = Tail(
-                self._layouts, mine, resumed, row, entry, length, unembedded
+                self._layouts, mine, resumed, row, entry, unembedded
             )
         first = prompts[0][0]
         kwargs = arguments(Prompt(first.ids[:1, group.start :], first.mark), self._options)
@@ -287,9 +292,9 @@ class Batches:
 _SMALL = 4096  # tokens that are always thought to fit
 
 
-def _given(number: int, prompt: Prompt) -> Given:
+def _given(number: int, prompt: Prompt, share: bool | None) -> Given:
     rows, length = prompt.ids.shape
-    if prompt.mask is not None or prompt.ids.device.type != "cpu":
+    if share is False or prompt.mask is not None or prompt.ids.device.type != "cpu":
         return Given(number, rows, length)
     return Given((rows, prompt.ids.numpy().tobytes()), rows, length)
 

@@ -33,10 +33,22 @@ class LanguageForward:
     Args:
         model: the model.
         options: keyword arguments for its forward.
+        budget: how many tokens a pass may have, where it has several invocations; None for what
+            fits into memory.
+        share: whether invocations of one prompt share what they have in common; None for where
+            that is faster.
     """
 
-    def __init__(self, model: LanguageModel, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        options: dict[str, Any],
+        budget: int | None = None,
+        share: bool | None = None,
+    ) -> None:
         self._model = model
+        self._budget = budget
+        self._share = share
         if model.takes_use_cache:
             options.setdefault("use_cache", False)
         self._options = options
@@ -70,7 +82,8 @@ class LanguageForward:
                 self._pass(module, prompt, {number: None}, [prompt])
                 for number, prompt in enumerate(requests)
             ]
-        return Batches(self._model, self._options, layouts, module, requests, work).passes()
+        batches = Batches(self._model, self._options, layouts, module, requests, work)
+        return batches.passes(self._budget, self._share)
 
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""

@@ -163,12 +163,24 @@ class LanguageModel(Model):
         other._describe()
         return other
 
-    def trace(self, prompt: Any = None, **kwargs: Any) -> Tracer:
+    def trace(
+        self,
+        prompt: Any = None,
+        *,
+        max_tokens_per_pass: int | None = None,
+        share_prefixes: bool | None = None,
+        **kwargs: Any,
+    ) -> Tracer:
         """Opens a block that runs one forward of the model when it ends.
 
         Args:
             prompt: text or token ids, in any form that `invoke` takes. Without one, each
-                `tracer.invoke(prompt)` in the block gives its own; they run as one batch.
+                `tracer.invoke(prompt)` in the block gives its own; they run in as few passes, and
+                with as little work, as it takes to give each what it would have alone.
+            max_tokens_per_pass: how many tokens, with padding, several invocations may have in one
+                pass. Unless given, what fits into a quarter of the free memory.
+            share_prefixes: whether invocations of one prompt share what comes before their first
+                write. Unless given, where that is faster.
             kwargs: keyword arguments of the model's forward. `use_cache` is False unless given.
 
         Returns:
@@ -176,20 +188,38 @@ class LanguageModel(Model):
             a proxy.
         """
         given = None if prompt is None else ((prompt,), {})
-        return Tracer(self, LanguageForward(self, kwargs) if kwargs else self._forward, given)
+        forward = self._forward
+        if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
+            if max_tokens_per_pass is not None and max_tokens_per_pass < 1:
+                raise OptionError(
+                    f"`max_tokens_per_pass` is at least 1, not {max_tokens_per_pass!r}.", here()
+                )
+            forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
+        return Tracer(self, forward, given)
 
-    def scan(self, prompt: Any = None, **kwargs: Any) -> Tracer:
+    def scan(
+        self,
+        prompt: Any = None,
+        *,
+        max_tokens_per_pass: int | None = None,
+        share_prefixes: bool | None = None,
+        **kwargs: Any,
+    ) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.
 
         The weights are not loaded. What is saved in the block is then a fake tensor: it has a
-        shape and a dtype, and no content.
+        shape and a dtype, and no content. `tracer.plan` tells how it would run.
 
         Args:
             prompt: as of `trace`.
+            max_tokens_per_pass: as of `trace`.
+            share_prefixes: as of `trace`. Whether a model that is not loaded can do so is not
+                known.
             kwargs: as of `trace`.
         """
         given = None if prompt is None else ((prompt,), {})
-        return Tracer(self, LanguageForward(self, kwargs), given, dry=True)
+        forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
+        return Tracer(self, forward, given, dry=True)
 
     def generate(self, prompt: Any = None, **kwargs: Any) -> Tracer:
         """Opens a block that generates when it ends, with the model's own `generate`.

@@ -126,15 +126,19 @@ class Resumed:
         blocks: the model's blocks.
         entering: the rows, those first that leave out least.
         start: how many positions all of them leave out.
+        length: how many positions they have, with these. The prefix may have been padded.
 
     Attributes:
         rows: how many rows the batch has now.
     """
 
-    def __init__(self, blocks: Blocks, entering: Sequence[Entering], start: int) -> None:
+    def __init__(
+        self, blocks: Blocks, entering: Sequence[Entering], start: int, length: int
+    ) -> None:
         self._blocks = blocks
         self._entering = entering
         self.start = start
+        self.length = length
         self._first = entering[0].level
         self.rows = 0
         self._cache: Any = None
@@ -172,7 +176,7 @@ class Resumed:
     def _arriving(self, level: int) -> torch.Tensor:
         """The hidden states of the rows that enter at a level."""
         found = [
-            row.prefix.hidden[level][row.origin, self.start :]
+            row.prefix.hidden[level][row.origin, self.start : self.length]
             for row in self._entering
             if row.level == level
         ]
@@ -245,7 +249,6 @@ class Tail(NamedTuple):
         forward: the forward.
         entering: where it enters.
         entry: the output of the last block that it leaves out.
-        length: how many positions it has.
         unembedded: which of them become logits.
     """
 
@@ -254,7 +257,6 @@ class Tail(NamedTuple):
     forward: Resumed
     entering: Entering
     entry: Place
-    length: int
     unembedded: Unembedded
 
     def take(self, site: Site, value: Any, writable: bool = False) -> Any:
@@ -263,11 +265,11 @@ class Tail(NamedTuple):
         if place in self.unembedded.places:
             kept = self.unembedded.positions
             own = cut(site, value, layout, self._part(len(kept)))
-            return spread(own, layout, [start + position for position in kept], self.length)
-        own = cut(site, value, layout, self._part(self.length - start))
+            return spread(own, layout, [start + position for position in kept], self.forward.length)
+        own = cut(site, value, layout, self._part(self.forward.length - start))
         if not start:
             return own
-        own = spread(own, layout, slice(start, self.length), self.length)
+        own = spread(own, layout, slice(start, self.forward.length), self.forward.length)
         if place == self.entry:
             row = self.entering
             own = map_structure(lambda leaf: leaf.clone(), own)
@@ -277,9 +279,9 @@ class Tail(NamedTuple):
     def put(self, site: Site, value: Any, own: Any) -> None:
         """Fills the prompt's own part of a copy of what arrived at a site."""
         layout, start = self.layouts[site[1:4]], self.forward.start
-        length = self.length - start
+        length = self.forward.length - start
         if start:
-            whole = Part(slice(0, self.entering.rows), slice(start, self.length), 0, self.length)
+            whole = Part(slice(0, self.entering.rows), slice(start, self.forward.length), 0, self.forward.length)
             own = cut(site, own, layout, whole._replace(batch=self.entering.rows))
         put(site, value, layout, self._part(length), own)
 
@@ -360,7 +362,7 @@ class _Trial:
         """
         count = len(self._blocks.paths)
         rows = [Entering(level, self._prefix, slice(0, 1)) for level in range(1, count + 1)]
-        forward = Resumed(self._blocks, rows, start)
+        forward = Resumed(self._blocks, rows, start, self._LENGTH)
         right: set[Place] = set()
 
         def compare(place: Place, value: Any) -> None:

@@ -56,7 +56,7 @@ def find_runs(
     given: Sequence[Given],
     chain: Callable[[], Chain | None],
     moments: Moments,
-    costs: Costs,
+    costs: Costs | None,
 ) -> tuple[list[Run], Edges]:
     """Returns the ways through the model that the invocations of a block take.
 
@@ -67,7 +67,7 @@ def find_runs(
         chain: gives the model's blocks, None if runs cannot begin at a block. It is asked only if
             there is something to share.
         moments: when sites come.
-        costs: what passes cost.
+        costs: what passes cost; None to share whatever can be shared.
     """
     reads: list[list[Address]] = [[] for _ in given]
     for address in plan.reads:
@@ -99,7 +99,7 @@ def find_runs(
                     found = branching.branch(number, given[number], reads[number], writes[number])
                     if found is not None:
                         branches.append(found)
-                if not _pays(branches, bool(untouched), costs):
+                if costs is not None and not _pays(branches, bool(untouched), costs):
                     branches = []
         if branches or len(untouched) > 1:
             base = len(runs)
