@@ -148,8 +148,6 @@ def _packed(leaf: Any) -> Any:
     return leaf.clone()  # of the same order of strides
 
 
-def cuts(
-    batch: Batch, layouts: Layouts, unembedded: Unembedded = ALL_UNEMBEDDED
-) -> Sequence[Cut]:
+def cuts(batch: Batch, layouts: Layouts, unembedded: Unembedded = ALL_UNEMBEDDED) -> Sequence[Cut]:
     """Returns how each prompt finds its own part of what arrives at a site."""
     return [Share(layouts, part, unembedded) for part in batch.parts]

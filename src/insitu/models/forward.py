@@ -70,9 +70,7 @@ class LanguageForward:
         """Returns the forward of a prompt alone."""
         return Call((), self._kwargs(request))
 
-    def passes(
-        self, module: nn.Module, requests: Sequence[Prompt], work: Work
-    ) -> list[Pass]:
+    def passes(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> list[Pass]:
         """Returns the passes that process all invocations, ready to be called."""
         if len(requests) == 1:
             return [self._pass(module, requests[0], {0: None}, requests)]

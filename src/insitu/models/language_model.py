@@ -322,7 +322,9 @@ class LanguageModel(Model):
             with self.exclusive.lock:
                 self.exclusive.begin()
                 try:
-                    vocabulary = self.reader.limits.vocabulary or self._config.get_text_config().vocab_size
+                    vocabulary = (
+                        self.reader.limits.vocabulary or self._config.get_text_config().vocab_size
+                    )
                     found = find_chain(module, self.modules, views, layouts, options, vocabulary)
                 finally:
                     self.exclusive.running = False
@@ -378,7 +380,9 @@ class LanguageModel(Model):
             block_views={cached: block_views(module, layers, cached) for cached in (True, False)},
             reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),
             pad_id=pad_id,
-            unembedding=[path for path, part in self.modules.items() if part is head] if head else [],
+            unembedding=[path for path, part in self.modules.items() if part is head]
+            if head
+            else [],
             forward_parameters=parameters,
             takes_use_cache="use_cache" in parameters,
         )

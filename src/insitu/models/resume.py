@@ -154,7 +154,9 @@ class Resumed:
         self.rows = 0
         with ExitStack() as stack:
             for layer in range(self._first):
-                stack.enter_context(_replaced(blocks.modules[layer], partial(self._leave_out, layer)))
+                stack.enter_context(
+                    _replaced(blocks.modules[layer], partial(self._leave_out, layer))
+                )
             for layer in range(self._first, last):
                 hook = partial(self._enter, layer)
                 handle = blocks.modules[layer].register_forward_hook(hook, prepend=True)
@@ -281,7 +283,12 @@ class Tail(NamedTuple):
         layout, start = self.layouts[site[1:4]], self.forward.start
         length = self.forward.length - start
         if start:
-            whole = Part(slice(0, self.entering.rows), slice(start, self.forward.length), 0, self.forward.length)
+            whole = Part(
+                slice(0, self.entering.rows),
+                slice(start, self.forward.length),
+                0,
+                self.forward.length,
+            )
             own = cut(site, own, layout, whole._replace(batch=self.entering.rows))
         put(site, value, layout, self._part(length), own)
 

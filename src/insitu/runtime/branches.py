@@ -184,9 +184,7 @@ def part_of(address: Address, blocks: Sequence[str]) -> object:
     return 0 if address[1] in blocks else None
 
 
-def _pays(
-    branches: Sequence[tuple[Run, Sequence[Address]]], has_base: bool, costs: Costs
-) -> bool:
+def _pays(branches: Sequence[tuple[Run, Sequence[Address]]], has_base: bool, costs: Costs) -> bool:
     """Whether runs that begin at a block are worth a pass of their own."""
     if not branches:
         return False

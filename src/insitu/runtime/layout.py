@@ -172,9 +172,7 @@ def spread(value: Any, layout: Any, positions: Sequence[int] | slice, length: in
     if isinstance(layout, dict):
         inner = cast("dict[str, Any]", layout)
         kind = cast(Any, type(value))
-        return kind(
-            {name: spread(value[name], inner[name], positions, length) for name in inner}
-        )
+        return kind({name: spread(value[name], inner[name], positions, length) for name in inner})
     return value
 
 

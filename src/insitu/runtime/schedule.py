@@ -54,9 +54,7 @@ class Group(NamedTuple):
     start: int = 0
 
 
-def arrange(
-    runs: Sequence[Run], edges: Edges, costs: Costs, budget: int
-) -> list[Group] | None:
+def arrange(runs: Sequence[Run], edges: Edges, costs: Costs, budget: int) -> list[Group] | None:
     """Returns the passes of some runs, in their order.
 
     None if runs that need each other in both directions do not all begin at the beginning.
