@@ -30,7 +30,6 @@ from insitu.runtime.layout import SIZES, Layouts, find_layouts
 from insitu.runtime.probe import Call
 from insitu.tracing.tracer import Tracer
 
-
 _UNKNOWN = object()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from insitu.graph.node import Graph, Ref
-from insitu.graph.operations import ATTRIBUTE, GETITEM, READ, REPLACE, SETITEM, WRITE
+from insitu.graph.operations import ATTRIBUTE, GETITEM, REPLACE, SETITEM, WRITE
 
 _CLONES = frozenset(["Tensor.clone", "torch.clone"])
 
