@@ -277,10 +277,11 @@ def check(
         with pytest.raises(CausalityError):
             replay(subject, program, **options)
         return
-    saved = replay(subject, program, **options)
     names = [line.source() for line in program.lines if isinstance(line, Save)]
-    for name, value, right in zip(names, saved, should_be, strict=True):
-        assert same(value, right), f"{name} keeps\n{value}\nand should keep\n{right}"
+    for time in ("at first", "with the plan of the first time"):
+        saved = replay(subject, program, **options)
+        for name, value, right in zip(names, saved, should_be, strict=True):
+            assert same(value, right), f"{name} keeps\n{value}\n, not\n{right}, {time}"
 
 
 def close(value: torch.Tensor, right: torch.Tensor) -> bool:

@@ -187,11 +187,12 @@ class Graph:
         differentiates: whether the run has to record autograd.
         after: the nodes that read a site in one step after it is written in every step, and the
             nodes that read it there.
+        flags: whether an argument given by position may be a bool: it equals a number.
     """
 
     __slots__ = (
-        *("after", "differentiates", "mutations", "optional", "repeats", "rows", "skips", "stops"),
-        "writes",
+        *("after", "differentiates", "flags", "mutations", "optional", "repeats", "rows", "skips"),
+        *("stops", "writes"),
     )
 
     def __init__(self, rows: list[Row]) -> None:
@@ -206,6 +207,7 @@ class Graph:
         self.mutations: tuple[int, ...] = ()
         self.differentiates = False
         self.after: Mapping[int, int] = _EMPTY
+        self.flags = False
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -50,10 +50,10 @@ from insitu.graph.structure import is_basic, map_structure
 
 NO_KWARGS: Mapping[str, Any] = {}
 
-# Constants that a node may hold as they are.
+# Constants that a node may hold as they are; bools too, but those are noted down (`Graph.flags`).
 _PLAIN = frozenset(
     (
-        *(bool, bytes, complex, float, int, str, type(None), type(Ellipsis)),
+        *(bytes, complex, float, int, str, type(None), type(Ellipsis)),
         *(torch.Size, torch.Tensor, torch.device, torch.dtype, torch.layout, torch.memory_format),
     )
 )
@@ -227,7 +227,9 @@ class Recording:
                 )
             before, carried = len(inputs), self._carried
             kwargs = {
-                key: arg if type(arg) in _PLAIN else self._encode(arg, inputs, mark)
+                key: arg
+                if type(arg) in _PLAIN or type(arg) is bool
+                else self._encode(arg, inputs, mark)
                 for key, arg in kwargs.items()
             }
             nested = nested or len(inputs) > before or self._carried > carried
@@ -596,6 +598,7 @@ class Recording:
             step: the step, or `EVERY`.
         """
         rows = self.graph.rows
+        self.graph.flags = self.graph.flags or graph.flags
         start = len(rows)
         moved: list[Ref] = []
 
@@ -654,6 +657,9 @@ class Recording:
                     return item._recording.carry(item, mark)
                 return item.result(Location(*mark))
             if type(item) in _PLAIN or isinstance(item, torch.Tensor):
+                return item
+            if type(item) is bool:
+                self.graph.flags = True
                 return item
             if isinstance(item, Number) and hasattr(item, "item"):  # a NumPy scalar
                 return cast(Any, item).item()

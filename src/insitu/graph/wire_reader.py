@@ -82,6 +82,7 @@ class Reader:
     def _graph(self, parts: list[RowPart], fields: Fields, inputs: int | None) -> Graph:
         """A graph: of a function, if it is called with a number of inputs."""
         made = Graph([])
+        made.flags = True  # what does not travel, because it only saves looking
         addresses: set[Any] = set()
         for part in parts:
             if part.line >= len(self.marks) or part.operation >= len(self._operations):

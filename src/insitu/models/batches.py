@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from insitu.graph.node import Address
 from insitu.models.batching import ALL_UNEMBEDDED, Unembedded, cuts, join, lie_apart
 from insitu.models.prompts import Prompt
 from insitu.models.resume import Blocks, Entering, Prefix, Resumed, Tail
-from insitu.runtime.branches import Chain, Given, find_runs, part_of
+from insitu.runtime.branches import Given, find_runs, part_of
 from insitu.runtime.extent import Extents
 from insitu.runtime.hooks import Cut, Place
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Pass
+from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Work
 from insitu.runtime.schedule import Group, Run, arrange, rows_by_level
 from insitu.runtime.summary import Summary
@@ -25,8 +28,35 @@ if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
 
 
+class _Stretch(NamedTuple):
+    """What one pass does, of what can be said before there are prompts.
+
+    Attributes:
+        runs: the numbers of its runs, by the block at which they begin.
+        reads: the sites of which it gives the values.
+        skipped: how many blocks it leaves out.
+        start: how many positions it leaves out.
+        positions: how many it computes.
+        unembedded: which of those become logits.
+        leaves: the blocks at which other passes go on from it.
+        caches: whether those take its keys and values too.
+    """
+
+    runs: Sequence[int]
+    reads: Sequence[Address]
+    skipped: int
+    start: int
+    positions: int
+    unembedded: Unembedded
+    leaves: frozenset[int]
+    caches: bool
+
+
 class Batches:
-    """The passes of one run with several prompts.
+    """How several prompts are divided into passes: a `Schedule`.
+
+    It keeps nothing of what the prompts say or of the graph's constants, so that it serves every
+    run of the same shape.
 
     Args:
         model: the model.
@@ -35,6 +65,9 @@ class Batches:
         module: the wrapped module, with its weights.
         requests: the prompts.
         work: what the passes are for.
+        budget: how many tokens a pass may have, where it has several invocations.
+        share: whether invocations of one prompt share what they have in common; None for where
+            that is faster.
     """
 
     def __init__(
@@ -45,214 +78,228 @@ class Batches:
         module: nn.Module,
         requests: Sequence[Prompt],
         work: Work,
+        budget: int,
+        share: bool | None,
     ) -> None:
         self._model, self._options, self._layouts = model, options, layouts
-        self._module, self._requests, self._work = module, requests, work
-        self._costs = model.costs
-        self._extents: Extents | None = None
-        self._prefixes: dict[int, tuple[Prefix, slice]] = {}
-
-    def passes(self, budget: int | None = None, share: bool | None = None) -> list[Pass]:
-        """Returns the passes, in an order in which they can run.
-
-        Args:
-            budget: how many tokens a pass may have, where it has several invocations; None for
-                what fits into memory.
-            share: whether invocations of one prompt share what they have in common; None for
-                where that is faster.
-        """
-        work, requests = self._work, self._requests
+        self._costs, self._moments = model.costs, work.moments
+        views = model.block_views[False]
+        modules = [model.modules[path] for path in views]
+        self._blocks = Blocks(tuple(views), modules, list(views.values()))
         given = [_given(number, prompt, share) for number, prompt in enumerate(requests)]
+        self._sizes = [(prompt.rows, prompt.length) for prompt in given]
         costs = None if share else self._costs
-        budget = budget or self._default_budget()
 
         def runs_and_groups(chain: Any) -> tuple[list[Run], list[Group] | None]:
             runs, edges = find_runs(work.graph, work.plan, given, chain, work.moments, costs)
             return runs, arrange(runs, edges, self._costs, budget)
 
-        runs, groups = runs_and_groups(self._chain)
+        runs, groups = runs_and_groups(lambda: model.chain(module, layouts, options))
         if groups is None:  # invocations need each other in both directions
             runs, groups = runs_and_groups(lambda: None)
         assert groups is not None
-        self._prefixes = {}
-        leaving = self._leaving(runs, groups)
-        passes: list[Pass] = []
-        for group in groups:
-            if runs[group.runs[0]].level:
-                passes.append(self._resumed(runs, group))
-            else:
-                passes.extend(self._whole(runs, part, leaving) for part in self._parts(runs, group))
-        self._prefixes = {}  # which the summaries must not keep
-        return passes
+        if work.graph.mutations:
+            groups = [part for group in groups for part in self._writable(runs, group)]
+        self._runs = runs
+        self._stretches = self._planned(groups, work)
 
-    def _chain(self) -> Chain | None:
-        return self._model.chain(self._module, self._layouts, self._options)
+    def passes(self, module: nn.Module, requests: Sequence[Prompt]) -> list[Pass]:
+        """Returns the passes for some prompts, in an order in which they can run."""
+        prefixes: dict[int, tuple[Prefix, slice]] = {}
+        return [
+            self._resumed(stretch, module, requests, prefixes)
+            if stretch.skipped
+            else self._whole(stretch, module, requests, prefixes)
+            for stretch in self._stretches
+        ]
 
-    def _leaving(
-        self, runs: Sequence[Run], groups: Sequence[Group]
-    ) -> Mapping[int, tuple[set[int], bool]]:
-        """What runs are to leave for others: at which levels, and whether keys and values too."""
-        leaving: dict[int, tuple[set[int], bool]] = {}
+    def _planned(self, groups: Sequence[Group], work: Work) -> list[_Stretch]:
+        """What each pass does, of what can be said before there are prompts."""
+        runs, extents = self._runs, Extents(work.graph)
+        leaving: dict[int, tuple[set[int], bool]] = {}  # at which levels; whether keys and values
         for group in groups:
             for number in group.runs:
                 base = runs[number].base
                 if base is not None:
                     levels, cached = leaving.get(base, (set[int](), False))
-                    levels.add(runs[number].level)
                     levels.update(runs[other].level for other in group.runs)
                     leaving[base] = (levels, cached or bool(group.start))
-        return leaving
+        stretches: list[_Stretch] = []
+        for group in groups:
+            numbers = sorted(group.runs, key=lambda number: runs[number].level)
+            reads = [address for number in numbers for address in runs[number].reads]
+            length = max(runs[number].length for number in numbers) - group.start
+            unembedded = self._unembedded(reads, group.start, length, work.plan, extents)
+            left = [leaving[number] for number in numbers if number in leaving]
+            levels = set[int]().union(*(levels for levels, _ in left))
+            cached = any(cached for _, cached in left)
+            stretches.append(
+                _Stretch(
+                    numbers,
+                    reads,
+                    runs[numbers[0]].level,
+                    group.start,
+                    length,
+                    unembedded,
+                    frozenset(levels),
+                    cached,
+                )
+            )
+        return stretches
 
-    def _parts(self, runs: Sequence[Run], group: Group) -> list[Sequence[int]]:
-        """Runs as they can share a batch if something is written in place."""
-        prompts = [self._requests[runs[number].invocation] for number in group.runs]
-        if self._work.graph.mutations and lie_apart(prompts):
-            return [[number] for number in group.runs]
-        return [group.runs]
+    def _writable(self, runs: Sequence[Run], group: Group) -> list[Group]:
+        """Divides runs so that they can share a batch if something is written in place."""
+        sizes = [self._sizes[runs[number].invocation] for number in group.runs]
+        if runs[group.runs[0]].level or not lie_apart(sizes):
+            return [group]
+        return [Group([number]) for number in group.runs]
 
     def _whole(
         self,
-        runs: Sequence[Run],
-        numbers: Sequence[int],
-        leaving: Mapping[int, tuple[set[int], bool]],
+        stretch: _Stretch,
+        module: nn.Module,
+        requests: Sequence[Prompt],
+        prefixes: dict[int, tuple[Prefix, slice]],
     ) -> Pass:
         """The pass of runs from the model's beginning."""
-        prompts = [self._requests[runs[number].invocation] for number in numbers]
+        runs = [self._runs[number] for number in stretch.runs]
+        prompts = [requests[run.invocation] for run in runs]
         batch = join(prompts, "right", self._model.pad_id)
         whole = Prompt(batch.ids, prompts[0].mark, batch.mask)
-        rows, length = batch.ids.shape
-        reads = [address for number in numbers for address in runs[number].reads]
-        unembedded = self._unembedded(reads, [(p, 0) for p in prompts], length)
-        shares = cuts(batch, self._layouts, unembedded)
         own: dict[int, Cut | None] = {}
-        for number, share in zip(numbers, shares, strict=True):
-            own[runs[number].invocation] = share
-            own.update({address[0]: share for address in runs[number].reads})
-        kwargs = arguments(whole, self._options)
-        if unembedded.places:
-            kwargs["logits_to_keep"] = torch.tensor(unembedded.positions)
-        left = [leaving[number] for number in numbers if number in leaving]
-        model, module, requests = self._model, self._module, prompts
-        through: Place | None = None
-        shared = bool(left)
-        if left:
-            levels = set[int]().union(*(levels for levels, _ in left))
-            prefix = Prefix(self._blocks, levels, any(cached for _, cached in left))
-            through = prefix.through
-            for number, part in zip(numbers, batch.parts, strict=True):
-                self._prefixes[number] = (prefix, part.rows)
+        for run, share in zip(runs, cuts(batch, self._layouts, stretch.unembedded), strict=True):
+            own[run.invocation] = share
+            for address in run.reads:
+                own[address[0]] = share
+        kwargs = self._arguments(whole, stretch)
+        model = self._model
+        if not stretch.leaves:
 
             def call(_: Deliver) -> Any:
-                with prefix.left_by(kwargs) as given:
-                    return forward(model, module, given, requests)
+                return forward(model, module, kwargs, prompts)
 
-        else:
+            summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], None)
+            return Pass(call, own, True, False, stretch.reads, None, summary)
 
-            def call(_: Deliver) -> Any:
-                return forward(model, module, kwargs, requests)
+        prefix = Prefix(self._blocks, stretch.leaves, stretch.caches)
+        for number, part in zip(stretch.runs, batch.parts, strict=True):
+            prefixes[number] = (prefix, part.rows)
 
-        invocations = sorted(own)
+        def leave(_: Deliver) -> Any:
+            with prefix.left_by(kwargs) as given:
+                return forward(model, module, given, prompts)
 
-        def summary() -> Summary:
-            run = self._blocks_run(reads, through)
-            kept = len(unembedded.positions) if unembedded.places else length
-            logits = rows * kept * self._unembeds(reads)
-            flops = self._costs.flops([rows] * run, length, length, logits)
-            why = "what invocations of one prompt share" if shared else "prompts of like length"
-            return Summary(invocations, rows, length, run, 0, flops, why, self._alone(invocations))
+        through = prefix.through
+        summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], through)
+        return Pass(leave, own, True, False, stretch.reads, through, summary)
 
-        return Pass(call, own, True, False, reads, through, summary)
-
-    def _resumed(self, runs: Sequence[Run], group: Group) -> Pass:
+    def _resumed(
+        self,
+        stretch: _Stretch,
+        module: nn.Module,
+        requests: Sequence[Prompt],
+        prefixes: Mapping[int, tuple[Prefix, slice]],
+    ) -> Pass:
         """The pass of runs that begin at a block."""
-        numbers = sorted(group.runs, key=lambda number: runs[number].level)
+        runs = [self._runs[number] for number in stretch.runs]
         entering: list[Entering] = []
-        for number in numbers:
-            base = runs[number].base
-            assert base is not None
-            prefix, origin = self._prefixes[base]
-            entering.append(Entering(runs[number].level, prefix, origin))
-        length = runs[numbers[0]].length
-        resumed = Resumed(self._blocks, entering, group.start, length)
-        reads = [address for number in numbers for address in runs[number].reads]
-        prompts = [(self._requests[runs[number].invocation], group.start) for number in numbers]
-        unembedded = self._unembedded(reads, prompts, length - group.start)
+        for run in runs:
+            assert run.base is not None
+            prefix, origin = prefixes[run.base]
+            entering.append(Entering(run.level, prefix, origin))
+        resumed = Resumed(self._blocks, entering, stretch.start, runs[0].length)
         own: dict[int, Cut | None] = {}
         count = 0
-        for number, row in zip(numbers, entering, strict=True):
+        for run, row in zip(runs, entering, strict=True):
             mine = slice(count, count + row.rows)
             count += row.rows
             entry: Place = (self._blocks.paths[row.level - 1], "output", 0)
-            own[runs[number].invocation] = Tail(
-                self._layouts, mine, resumed, row, entry, unembedded
-            )
-        first = prompts[0][0]
-        kwargs = arguments(Prompt(first.ids[:1, group.start :], first.mark), self._options)
-        if unembedded.places:
-            kwargs["logits_to_keep"] = torch.tensor(unembedded.positions)
-        model, module = self._model, self._module
+            own[run.invocation] = Tail(self._layouts, mine, resumed, row, entry, stretch.unembedded)
+        first = requests[runs[0].invocation]
+        kwargs = self._arguments(Prompt(first.ids[:1, stretch.start :], first.mark), stretch)
+        model = self._model
 
         def call(_: Deliver) -> Any:
             with resumed.entered(kwargs) as given:
                 return forward(model, module, given, [first])
 
         last: Place = (self._blocks.paths[entering[-1].level - 1], "output", 0)
-        invocations = sorted(own)
-        levels = [runs[number] for number in numbers]
-        skipped = entering[0].level
+        summary = partial(self._of_resumed, stretch, last)
+        return Pass(call, own, True, False, stretch.reads, last, summary)
 
-        def summary() -> Summary:
-            rows = rows_by_level(levels, self._costs.blocks)
-            positions = length - group.start
-            rows = rows[: max(self._blocks_run(reads, last) - skipped, 0)]
-            kept = len(unembedded.positions) if unembedded.places else positions
-            logits = count * kept * self._unembeds(reads)
-            flops = self._costs.flops(rows, positions, length, logits)
-            why = f"like their prompt up to block {skipped - 1}"
-            if group.start:
-                why += f" and position {group.start - 1}"
-            alone = self._alone(invocations)
-            run = len(rows)
-            return Summary(invocations, count, positions, run, skipped, flops, why, alone)
+    def _arguments(self, prompt: Prompt, stretch: _Stretch) -> dict[str, Any]:
+        kwargs = arguments(prompt, self._options)
+        if stretch.unembedded.places:
+            kwargs["logits_to_keep"] = torch.tensor(stretch.unembedded.positions)
+        return kwargs
 
-        return Pass(call, own, True, False, reads, last, summary)
+    def _of_whole(
+        self, stretch: _Stretch, invocations: Sequence[int], rows: int, through: Place | None
+    ) -> Summary:
+        """The summary of a pass from the model's beginning."""
+        length = stretch.positions
+        run = self._blocks_run(stretch.reads, through)
+        flops = self._costs.flops([rows] * run, length, length, self._logits(stretch, rows))
+        why = "what invocations of one prompt share" if stretch.leaves else _LIKE_LENGTH
+        return Summary(invocations, rows, length, run, 0, flops, why, self._alone(invocations))
+
+    def _of_resumed(self, stretch: _Stretch, through: Place) -> Summary:
+        """The summary of a pass that begins at a block."""
+        runs = [self._runs[number] for number in stretch.runs]
+        rows = rows_by_level(runs, self._costs.blocks)
+        rows = rows[: max(self._blocks_run(stretch.reads, through) - stretch.skipped, 0)]
+        count = sum(run.rows for run in runs)
+        length = stretch.start + stretch.positions
+        logits = self._logits(stretch, count)
+        flops = self._costs.flops(rows, stretch.positions, length, logits)
+        why = f"like their prompt up to block {stretch.skipped - 1}"
+        if stretch.start:
+            why += f" and position {stretch.start - 1}"
+        invocations = sorted(run.invocation for run in runs)
+        alone = self._alone(invocations)
+        return Summary(
+            invocations,
+            count,
+            stretch.positions,
+            len(rows),
+            stretch.skipped,
+            flops,
+            why,
+            alone,
+        )
 
     def _alone(self, invocations: Sequence[int]) -> Mapping[int, float]:
         """What invocations would cost alone."""
         costs = self._costs
         found: dict[int, float] = {}
         for number in invocations:
-            rows, length = self._requests[number].ids.shape
+            rows, length = self._sizes[number]
             found[number] = costs.flops([rows] * costs.blocks, length, length, rows * length)
         return found
 
-    @property
-    def _blocks(self) -> Blocks:
-        views = self._model.block_views[False]
-        modules = self._model.modules
-        return Blocks(tuple(views), [modules[path] for path in views], list(views.values()))
+    def _logits(self, stretch: _Stretch, rows: int) -> int:
+        """How many positions of all rows become logits."""
+        ends = {("", "output", 0), *((path, "output", 0) for path in self._model.unembedding)}
+        if all(address[1:4] not in ends for address in stretch.reads):
+            return 0
+        kept = stretch.unembedded
+        return rows * (len(kept.positions) if kept.places else stretch.positions)
 
     def _blocks_run(self, reads: Sequence[Any], through: Place | None) -> int:
         """How many blocks a pass goes through before it ends."""
         paths = self._blocks.paths
-        order = self._work.moments(reads[0][0] if reads else 0)
+        order = self._moments(reads[0][0] if reads else 0)
         places = [address[1:4] for address in reads] + ([through] if through is not None else [])
         if order is None or any(place not in order for place in places):
             return len(paths)
         last = max((order[place] for place in places), default=-1)
         return sum(order.get((path, "inputs", 0), -1) < last for path in paths)
 
-    def _unembeds(self, reads: Sequence[Any]) -> bool:
-        """Whether a pass comes as far as the logits."""
-        ends = {(path, kind, 0) for path in self._model.unembedding for kind in ("output",)}
-        ends.add(("", "output", 0))
-        return any(address[1:4] in ends for address in reads)
-
     def _unembedded(
-        self, reads: Sequence[Any], prompts: Sequence[tuple[Prompt, int]], length: int
+        self, reads: Sequence[Address], start: int, length: int, plan: Plan, extents: Extents
     ) -> Unembedded:
         """Which positions of a batch have to become logits."""
-        model, plan = self._model, self._work.plan
+        model = self._model
         if "logits_to_keep" not in model.forward_parameters or not model.unembedding:
             return ALL_UNEMBEDDED
         places: set[Place] = {("", "output", 0)}
@@ -260,15 +307,13 @@ class Batches:
         others = {(path, kind, 0) for path in model.unembedding for kind in ("input", "inputs")}
         if any(address[1:4] in others for address in reads):
             return ALL_UNEMBEDDED
-        self._extents = self._extents or Extents(self._work.graph)
         wanted: set[int] = set()
-        start = prompts[0][1]
         for address in reads:
             if address[1:4] not in places:
                 continue
-            own = self._requests[address[0]].ids.shape[1]
+            _, own = self._sizes[address[0]]
             part = part_of(address, self._blocks.paths)
-            found = self._extents.read(plan.reads[address], own, part)
+            found = extents.read(plan.reads[address], own, part)
             if found is None:
                 return ALL_UNEMBEDDED
             wanted.update(position - start for position in found)
@@ -276,27 +321,44 @@ class Batches:
             return ALL_UNEMBEDDED
         return Unembedded(frozenset(places), sorted(wanted))
 
-    def _default_budget(self) -> int:
-        """How many tokens fit into a quarter of the memory that is free now."""
-        tokens = sum(prompt.ids.numel() for prompt in self._requests)
-        if tokens <= _SMALL:
-            return _SMALL
-        device = self._model.device
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-        else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return max(_SMALL, free // 4 // self._model.bytes_per_token)
 
-
+_LIKE_LENGTH = "prompts of like length"
 _SMALL = 4096  # tokens that are always thought to fit
+
+
+def default_budget(model: LanguageModel, tokens: int) -> int:
+    """Returns how many tokens fit into a quarter of the memory that is free now, about.
+
+    Args:
+        model: the model.
+        tokens: how many there are in all: if they fit, it does not matter how many more would.
+    """
+    if tokens <= _SMALL:
+        return _SMALL
+    device = model.device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fitting = max(_SMALL, free // 4 // model.bytes_per_token)
+    return 1 << min(fitting, tokens * 2).bit_length() - 1  # so that it is seldom another one
+
+
+def content(number: int, prompt: Prompt) -> Hashable:
+    """Returns what is equal for invocations of equal prompts, as far as that is found out.
+
+    Args:
+        number: the number of the invocation.
+        prompt: its prompt.
+    """
+    if prompt.mask is not None or prompt.ids.device.type != "cpu":
+        return number
+    return (prompt.ids.shape[0], prompt.ids.numpy().tobytes())
 
 
 def _given(number: int, prompt: Prompt, share: bool | None) -> Given:
     rows, length = prompt.ids.shape
-    if share is False or prompt.mask is not None or prompt.ids.device.type != "cpu":
-        return Given(number, rows, length)
-    return Given((rows, prompt.ids.numpy().tobytes()), rows, length)
+    return Given(number if share is False else content(number, prompt), rows, length)
 
 
 def arguments(prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:

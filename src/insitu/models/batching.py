@@ -80,14 +80,17 @@ def separable(layouts: Layouts | None, sites: Collection[Address]) -> bool:
     return True
 
 
-def lie_apart(prompts: Sequence[Prompt]) -> bool:
+def lie_apart(sizes: Collection[tuple[int, int]]) -> bool:
     """Returns whether the rows of some prompt would have padding between them in a batch.
 
     What is written into such a prompt's part in place would not show in a copy without gaps, and
     with them it is not the tensor that it would be alone.
+
+    Args:
+        sizes: of each prompt, how many rows it has and of which length.
     """
-    ragged = len({prompt.ids.shape[1] for prompt in prompts}) > 1
-    return ragged and any(prompt.ids.shape[0] > 1 for prompt in prompts)
+    ragged = len({length for _, length in sizes}) > 1
+    return ragged and any(rows > 1 for rows, _ in sizes)
 
 
 class Unembedded(NamedTuple):

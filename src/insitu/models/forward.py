@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +11,13 @@ from torch import nn
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address
-from insitu.models.batches import Batches, arguments, forward
+from insitu.models.batches import Batches, arguments, content, default_budget, forward
 from insitu.models.batching import separable
 from insitu.models.prompts import Prompt
-from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
-from insitu.runtime.procedure import Outputs, Work
+from insitu.runtime.procedure import Outputs, Schedule, Work
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
@@ -54,6 +53,8 @@ class LanguageForward:
         self._options = options
         self.views = model.block_views[bool(options.get("use_cache"))]
         self.steps = 1
+        plain = all(type(value) in (bool, int, float, str) for value in options.values())
+        self._fixed = (budget, share, *options.items()) if plain else None
         self._layouts: Layouts | None = None
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
@@ -70,18 +71,36 @@ class LanguageForward:
         """Returns the forward of a prompt alone."""
         return Call((), self._kwargs(request))
 
-    def passes(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> list[Pass]:
-        """Returns the passes that process all invocations, ready to be called."""
+    def key(self, module: nn.Module, requests: Sequence[Prompt]) -> Hashable | None:
+        """Returns the form of the prompts and which of them are equal."""
+        if self._fixed is None:
+            return None
         if len(requests) == 1:
-            return [self._pass(module, requests[0], {0: None}, requests)]
+            prompt = requests[0]
+            return None if prompt.extras else (prompt.ids.shape, module.training, self._fixed)
+        seen: dict[Hashable, int] = {}
+        form: list[Hashable] = []
+        tokens = 0
+        for number, prompt in enumerate(requests):
+            if prompt.extras:
+                return None
+            tokens += prompt.ids.numel()
+            first = seen.setdefault(content(number, prompt), number)
+            form.append((prompt.ids.shape, prompt.mask is None, first))
+        budget = self._budget or default_budget(self._model, tokens)
+        return (tuple(form), budget, module.training, self._fixed)
+
+    def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
+        """Returns what gives the passes: as few, and with as little work, as it takes."""
+        if len(requests) == 1:
+            return self._alone
         layouts = self._shared(module, requests, work.plan.reads) if work.together else None
         if layouts is None:
-            return [
-                self._pass(module, prompt, {number: None}, [prompt])
-                for number, prompt in enumerate(requests)
-            ]
-        batches = Batches(self._model, self._options, layouts, module, requests, work)
-        return batches.passes(self._budget, self._share)
+            return self._alone
+        tokens = sum(prompt.ids.numel() for prompt in requests)
+        budget = self._budget or default_budget(self._model, tokens)
+        options = (self._model, self._options, layouts, module)
+        return Batches(*options, requests, work, budget, self._share).passes
 
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""
@@ -110,16 +129,13 @@ class LanguageForward:
             self._layouts = self._model.layouts(sample, self.views)
         return self._layouts if separable(self._layouts, sites) else None
 
-    def _pass(
-        self,
-        module: nn.Module,
-        prompt: Prompt,
-        cuts: Mapping[int, Cut | None],
-        requests: Sequence[Prompt],
-    ) -> Pass:
-        """The pass of a prompt alone."""
+    def _alone(self, module: nn.Module, requests: Sequence[Prompt]) -> list[Pass]:
+        """A pass for each prompt."""
+        return [self._pass(module, prompt, number) for number, prompt in enumerate(requests)]
+
+    def _pass(self, module: nn.Module, prompt: Prompt, number: int) -> Pass:
         kwargs = self._kwargs(prompt)
-        return Pass(lambda _: forward(self._model, module, kwargs, requests), cuts, True)
+        return Pass(lambda _: forward(self._model, module, kwargs, [prompt]), {number: None}, True)
 
     def _kwargs(self, prompt: Prompt) -> dict[str, Any]:
         return arguments(prompt, self._options)

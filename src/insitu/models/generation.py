@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,10 @@ from insitu.graph.location import Location, Mark
 from insitu.models.batching import cuts, join, lie_apart, separable
 from insitu.models.prompts import Prompt
 from insitu.runtime.hooks import Cut
+from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.probe import Call
-from insitu.runtime.procedure import Outputs, Work
+from insitu.runtime.procedure import Outputs, Schedule, Work
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
@@ -91,35 +93,29 @@ class Generation:
                 location,
             )
 
-    def passes(
-        self,
-        module: nn.Module,
-        requests: Sequence[Prompt],
-        work: Work,
-    ) -> list[Pass]:
-        """Returns one pass for all prompts if each goes on in it as alone, else one for each."""
+    def key(self, module: nn.Module, requests: Sequence[Prompt]) -> None:
+        """Returns nothing: beside a generation, planning it takes no time."""
+
+    def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
+        """Returns what gives one pass for all prompts if each goes on in it as alone, else more."""
         layouts = None
         sites = work.plan.reads
         tokens = any(address[2] in ("tokens", "choice") for address in sites)
-        together = work.together and not (work.graph.mutations and lie_apart(requests))
+        sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
+        together = work.together and not (work.graph.mutations and lie_apart(sizes))
         if together and len(requests) > 1 and self._batchable(module, requests):
             layouts = self._model.layouts(
                 lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
                 self.views,
             )
-        if layouts is None or not separable(layouts, sites):
-            if len(requests) > 1 and self._setting(module, "return_dict_in_generate"):
-                raise OptionError(
-                    "`return_dict_in_generate` takes one invocation in a block, because these "
-                    "have to be generated one by one."
-                )
-            return [
-                self._pass(module, prompt, {number: None}, [prompt], tokens)
-                for number, prompt in enumerate(requests)
-            ]
-        batch = join(requests, "left", self._model.pad_id)
-        whole = Prompt(batch.ids, requests[0].mark, batch.mask)
-        return [self._pass(module, whole, dict(enumerate(cuts(batch, layouts))), requests)]
+        if layouts is not None and separable(layouts, sites):
+            return partial(self._as_one, layouts)
+        if len(requests) > 1 and self._setting(module, "return_dict_in_generate"):
+            raise OptionError(
+                "`return_dict_in_generate` takes one invocation in a block, because these "
+                "have to be generated one by one."
+            )
+        return partial(self._one_by_one, tokens)
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""
@@ -130,6 +126,23 @@ class Generation:
             return Outputs(results[0], each)
         each = [_sequences(result) for result in results]
         return Outputs(self._together(each, requests), each)
+
+    def _as_one(
+        self, layouts: Layouts, module: nn.Module, requests: Sequence[Prompt]
+    ) -> list[Pass]:
+        """One pass for all prompts."""
+        batch = join(requests, "left", self._model.pad_id)
+        whole = Prompt(batch.ids, requests[0].mark, batch.mask)
+        return [self._pass(module, whole, dict(enumerate(cuts(batch, layouts))), requests)]
+
+    def _one_by_one(
+        self, tokens: bool, module: nn.Module, requests: Sequence[Prompt]
+    ) -> list[Pass]:
+        """A pass for each prompt."""
+        return [
+            self._pass(module, prompt, {number: None}, [prompt], tokens)
+            for number, prompt in enumerate(requests)
+        ]
 
     def _pass(
         self,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from insitu.graph.errors import OptionError
@@ -17,7 +18,8 @@ from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.probe import Call, Copies, Probe, fake_call, probe
-from insitu.runtime.procedure import Outputs, Work
+from insitu.runtime.procedure import Outputs, Schedule, Work
+from insitu.runtime.reuse import Plans
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.handle import Handle
 from insitu.tracing.session import Session
@@ -37,6 +39,7 @@ class Model(Handle):
         modules: all modules by path, shared ones under each of their paths.
         exclusive: who may use the module: runs of it wait for each other.
         edits: what holds in every run.
+        plans: how blocks were run before.
 
     Example:
         >>> import torch
@@ -56,6 +59,7 @@ class Model(Handle):
     modules: Mapping[str, nn.Module]
     exclusive: Exclusive
     edits: Sequence[Graph]
+    plans: Plans[Any]
     _module: nn.Module
     _probes: dict[str, Probe]
 
@@ -152,7 +156,7 @@ class Model(Handle):
         """
         other = object.__new__(type(self))
         own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
-        vars(other).update(own, _model=other, _items={}, edits=(*self.edits, graph))
+        vars(other).update(own, _model=other, _items={}, edits=(*self.edits, graph), plans=Plans())
         return other
 
     def save_edits(self, path: str | os.PathLike[str]) -> None:
@@ -191,7 +195,8 @@ class Model(Handle):
     def _adopt(self, module: nn.Module) -> None:
         """Takes a module as the wrapped one."""
         modules = dict(module.named_modules(remove_duplicate=False))
-        vars(self).update(_module=module, modules=modules, exclusive=exclusive(module), _probes={})
+        vars(self).update(_module=module, modules=modules, exclusive=exclusive(module))
+        vars(self).update(_probes={}, plans=Plans())
 
 
 class Forward:
@@ -208,21 +213,20 @@ class Forward:
         """Returns the call that an invocation leads to."""
         return request
 
-    def passes(
-        self,
-        module: nn.Module,
-        requests: Sequence[Call],
-        work: Work,
-    ) -> list[Pass]:
-        """Returns a pass for each invocation: how arguments could be batched is not known."""
+    def key(self, module: nn.Module, requests: Sequence[Call]) -> Hashable | None:
+        """Returns the form of the arguments, where they are tensors and nothing else."""
+        form: list[Hashable] = []
+        for args, kwargs in requests:
+            for value in (*args, *kwargs.values()):
+                if type(value) is not torch.Tensor:
+                    return None
+                form.append((value.shape, value.dtype, value.device, value.requires_grad))
+            form.append((len(args), *kwargs))
+        return (module.training, *form)
 
-        def single(request: Call, number: int) -> Pass:
-            def call(_: Deliver) -> Any:
-                return module(*request.args, **request.kwargs)
-
-            return Pass(call, {number: None}, True)
-
-        return [single(request, number) for number, request in enumerate(requests)]
+    def schedule(self, module: nn.Module, requests: Sequence[Call], work: Work) -> Schedule:
+        """Returns what gives a pass for each invocation: how to batch arguments is not known."""
+        return _alone
 
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""
@@ -231,3 +235,15 @@ class Forward:
     def outputs(self, results: Sequence[Any], requests: Sequence[Call]) -> Outputs | None:
         """Returns nothing: the output of a forward is a site."""
         return None
+
+
+def _alone(module: nn.Module, requests: Sequence[Call]) -> list[Pass]:
+    """A pass for each call."""
+
+    def single(request: Call, number: int) -> Pass:
+        def call(_: Deliver) -> Any:
+            return module(*request.args, **request.kwargs)
+
+        return Pass(call, {number: None}, True)
+
+    return [single(request, number) for number, request in enumerate(requests)]

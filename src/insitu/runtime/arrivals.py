@@ -9,7 +9,7 @@ skipped, and the end of a run at a line of the user's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -23,7 +23,6 @@ from insitu.graph.node import EVERY, Kind, Site
 from insitu.graph.structure import map_structure
 from insitu.graph.writing import fitted
 from insitu.runtime.execution import Execution
-from insitu.runtime.gradients import Tape
 from insitu.runtime.hooks import (
     Hook,
     Moment,
@@ -79,7 +78,10 @@ class Arrivals:
         self._execution = execution
         self._plan = plan
         self._after = plan.after
-        self._mutated = plan.mutations.reads if plan.mutations is not None else frozenset[int]()
+        self._mutated: Collection[int] = frozenset()
+        self._lasting: Collection[int] = frozenset()
+        if plan.mutations is not None:
+            self._mutated, self._lasting = plan.mutations.reads, plan.mutations.lasting
         self._single = single
         self._readers = readers
         self._hooks = hooks
@@ -145,8 +147,9 @@ class Arrivals:
         found = self.clock.take(first)
         if not found:
             return value
-        if not self._mutated.isdisjoint(index for index, _ in found):
-            value = _writable(self._modules[""], value, execution.tape)
+        mutated = [index for index, _ in found if index in self._mutated]
+        if mutated:
+            value = self._writable(mutated, value)
         for index, _ in found:
             execution.arrive(index, execution.standing(after[index]) if index in after else value)
         if self._single.may_stop and not self._readers:
@@ -174,7 +177,7 @@ class Arrivals:
         value = arriving = passing_value(place[1], view, module, args, rest)
         mutated = {index for index, _ in found if index in self._mutated}
         if mutated:
-            value = _writable(self._modules[""], value, execution.tape)
+            value = self._writable(mutated, value)
         for index, invocation in found:
             cut = cuts[invocation]
             own = value
@@ -198,6 +201,21 @@ class Arrivals:
         if value is arriving:
             return None
         return handed_over(place[1], view, module, args, rest, value)
+
+    def _writable(self, mutated: Collection[int], value: Any) -> Any:
+        """What may be written to in place: of what belongs to the model or autograd, a copy."""
+        tape = self._execution.tape
+        if tape is not None:
+            tape.follow(value)  # a copy of what is followed is no leaf, and can be written to
+            return map_structure(clone, value)
+        if any(index in self._lasting for index in mutated):
+            model = self._modules[""]
+            own = {_memory(tensor) for tensor in chain(model.parameters(), model.buffers())}
+            found: list[int] = []
+            map_structure(lambda leaf: found.append(_memory(leaf)), value)
+            if not own.isdisjoint(found):
+                return map_structure(clone, value)
+        return value
 
     def _stand_in(
         self,
@@ -309,17 +327,6 @@ class _Clock:
             if moment not in self._came
             for index, _ in found
         ]
-
-
-def _writable(model: nn.Module, value: Any, tape: Tape | None) -> Any:
-    """What may be written to in place: a copy of a parameter, and of all that autograd follows."""
-    if tape is not None:
-        tape.follow(value)  # a copy of what is followed is no leaf, and can be written to
-        return map_structure(clone, value)
-    own = {_memory(tensor) for tensor in chain(model.parameters(), model.buffers())}
-    found: list[int] = []
-    map_structure(lambda leaf: found.append(_memory(leaf)), value)
-    return value if own.isdisjoint(found) else map_structure(clone, value)
 
 
 def _shared(part: Any, whole: Any) -> bool:

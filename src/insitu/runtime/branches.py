@@ -7,7 +7,7 @@ prompt is processed once, up to there, and each invocation goes on from a block 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from insitu.graph.node import Address, Graph
 from insitu.graph.operations import READ
@@ -82,7 +82,8 @@ def find_runs(
     for index in {*plan.writes, *(plan.mutations.reads if plan.mutations else ())}:
         operation, address, *_ = graph.rows[index]
         if operation is READ:
-            writes[address[0]].append(address)  # pyright: ignore[reportArgumentType]
+            written = cast("Address", address)
+            writes[written[0]].append(written)
     runs: list[Run] = []
     extents: Extents | None = None
     for numbers in same.values():

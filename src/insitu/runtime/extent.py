@@ -7,7 +7,7 @@ numbers and slices. Whatever is not understood counts as every position.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from insitu.graph.node import Graph, Ref
 from insitu.graph.operations import ATTRIBUTE, GETITEM, REPLACE, SETITEM, WRITE
@@ -130,9 +130,9 @@ class Extents:
         operation, args, _, inputs, _, _ = self._rows[index]
         if operation is WRITE:
             value = args[1]
-            if type(value) is tuple and len(value) == 1:  # pyright: ignore[reportUnknownArgumentType]
-                value = value[0]
-            return self._of(value, read, length, part)
+            if isinstance(value, tuple) and len(cast("tuple[Any, ...]", value)) == 1:
+                (value,) = cast("tuple[Any]", value)
+            return self._of(cast(object, value), read, length, part)
         if operation is REPLACE and part is not None:
             base, key, value = args
             same = type(base) is Ref and base.index == read and key == part
@@ -163,7 +163,7 @@ def positions(key: Any, length: int, axis: int = 1, axes: int = 3) -> Sequence[i
         axis: the axis that counts them.
         axes: how many axes there are.
     """
-    entries: tuple[Any, ...] = key if isinstance(key, tuple) else (key,)
+    entries = cast("tuple[Any, ...]", key if isinstance(key, tuple) else (key,))
     at = 0
     for entry in entries:
         if entry is Ellipsis:
@@ -177,8 +177,9 @@ def positions(key: Any, length: int, axis: int = 1, axes: int = 3) -> Sequence[i
         elif isinstance(entry, int):
             return [entry % length] if -length <= entry < length else None
         else:
-            bounds = (entry.start, entry.stop, entry.step)
+            taken = cast("slice[Any, Any, Any]", entry)
+            bounds = (taken.start, taken.stop, taken.step)
             if any(bound is not None and type(bound) is not int for bound in bounds):
                 return None
-            return range(length)[entry]
+            return range(length)[taken]
     return None

@@ -10,7 +10,7 @@ memory; and what stands before it and is computed later gets a copy of what was 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -119,7 +119,19 @@ def order_mutations(
         before,
         _lent(graph, plan, memory),
         {index for index, node in enumerate(graph) if _holds_constants(node)},
+        {
+            index
+            for address, index in plan.reads.items()
+            if index in live and _may_last(of_site(Site(*address)))
+        },
     )
+
+
+def _may_last(arriving: Any) -> bool:
+    """Whether what arrives at a site may be the model's own memory."""
+    found: list[bool] = [arriving is None]
+    map_structure(lambda leaf: found.append(isinstance(leaf, Memory) and leaf.lasting), arriving)
+    return any(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +141,28 @@ class Memory:
     Attributes:
         storage: its storage's identity.
         version: how often it has been written to.
+        lasting: whether it may be the model's own: a parameter's or a buffer's.
     """
 
     storage: int
     version: int
+    lasting: bool = field(default=True, compare=False)
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Memory:
-        """Returns the memory that a tensor has now."""
-        return cls(cast(int, tensor.untyped_storage()._cdata), tensor._version)
+    def of(cls, tensor: torch.Tensor, own: Collection[int] | None = None) -> Memory:
+        """Returns the memory that a tensor has now.
+
+        Args:
+            tensor: the tensor.
+            own: the storages of the model's parameters and buffers, if they are known.
+        """
+        storage = storage_of(tensor)
+        return cls(storage, tensor._version, own is None or storage in own)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Returns the identity of a tensor's storage."""
+    return cast(int, tensor.untyped_storage()._cdata)
 
 
 Arriving = Callable[[Site, "Copies | None"], Any]

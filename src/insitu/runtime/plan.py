@@ -49,6 +49,7 @@ class Mutations:
         lent: who waits for other sites with memory that the model may write to itself: the node,
             which of its inputs has that memory, and the writes of the graph that it is to see.
         copied: the nodes whose values must be copies, because they hold constants of the user's.
+        lasting: those of the reads at which parameters or buffers of the model may arrive.
     """
 
     reads: set[int]
@@ -57,6 +58,7 @@ class Mutations:
     before: dict[int, list[tuple[int, int]]]
     lent: list[tuple[int, int, frozenset[int]]]
     copied: set[int]
+    lasting: set[int]
 
 
 @dataclass(slots=True, eq=False)

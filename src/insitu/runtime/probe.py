@@ -25,7 +25,7 @@ from insitu.graph.structure import map_structure
 from insitu.graph.writing import replaced
 from insitu.runtime.hooks import Place, View, clone, first_argument, handed_over
 from insitu.runtime.inside import Called, returns_tensors, watched
-from insitu.runtime.memory import Memory
+from insitu.runtime.memory import Memory, storage_of
 
 
 class Call(NamedTuple):
@@ -98,6 +98,7 @@ def probe(
     memory: dict[tuple[Place, int], Memory] = {}
     returned: dict[str, Any] = {}
     called: list[Called] = []
+    own: set[int] = set()
     calls: Counter[str] = Counter()
     open_calls: defaultdict[str, list[int]] = defaultdict(list)
 
@@ -106,7 +107,7 @@ def probe(
 
         def leaf(item: Any) -> None:
             if isinstance(item, torch.Tensor):
-                memory[place, id(item)] = Memory.of(item)
+                memory[place, id(item)] = Memory.of(item, own)
 
         map_structure(leaf, value)
 
@@ -167,6 +168,7 @@ def probe(
                 for tensors in (module.named_parameters(), module.named_buffers())
                 for name, tensor in tensors
             }
+            own.update(map(storage_of, weights.values()))
 
             def leaf(item: Any) -> Any:
                 return fake(item) if isinstance(item, torch.Tensor) else item

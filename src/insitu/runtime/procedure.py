@@ -6,7 +6,7 @@ a batch, what a transformer block returns or what `generate` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -20,6 +20,7 @@ from insitu.runtime.hooks import Place, View
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan
 from insitu.runtime.probe import Call, Copies, Probe
+from insitu.runtime.reuse import Plans
 
 Request = TypeVar("Request")
 
@@ -53,6 +54,11 @@ class Work(NamedTuple):
     moments: Callable[[int], Mapping[Place, int] | None]
 
 
+Schedule = Callable[[nn.Module, Sequence[Any]], list[Pass]]
+"""Gives the passes of a run, ready to be called, for the wrapped module and what each invocation
+was given. It may serve again for a graph of the same shape, so it holds none of the graph."""
+
+
 class Procedure(Protocol, Generic[Request]):
     """One way to run a model, with its options: a forward, or a generation."""
 
@@ -78,13 +84,17 @@ class Procedure(Protocol, Generic[Request]):
         """Raises an `OptionError` if the steps of a run choose no tokens."""
         ...
 
-    def passes(
-        self,
-        module: nn.Module,
-        requests: Sequence[Request],
-        work: Work,
-    ) -> list[Pass]:
-        """Returns the passes that process all invocations, ready to be called.
+    def key(self, module: nn.Module, requests: Sequence[Request]) -> Hashable | None:
+        """Returns what a schedule depends on beside the graph, None if it serves one run only.
+
+        Args:
+            module: the wrapped module.
+            requests: what each invocation was given.
+        """
+        ...
+
+    def schedule(self, module: nn.Module, requests: Sequence[Request], work: Work) -> Schedule:
+        """Returns what gives the passes that process all invocations.
 
         Args:
             module: the wrapped module, with its weights.
@@ -114,6 +124,11 @@ class Subject(Protocol):
     @property
     def exclusive(self) -> Exclusive:
         """Who may use the wrapped module."""
+        ...
+
+    @property
+    def plans(self) -> Plans[Any]:
+        """What was planned before, for graphs of the same shape."""
         ...
 
     def load(self) -> nn.Module:

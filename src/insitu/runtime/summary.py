@@ -60,8 +60,17 @@ class Planned:
 
     def explain(self) -> str:
         """Returns a table of the passes, with what each leaves out and why."""
-        head = ("pass", "invocations", "rows", "positions", "blocks", "skipped", "GFLOP", "why")
-        lines = [head]
+        head = (
+            "pass",
+            "invocations",
+            "rows",
+            "positions",
+            "blocks",
+            "skipped",
+            "GFLOP",
+            "why",
+        )
+        lines: list[tuple[str, ...]] = [head]
         for number, single in enumerate(self.passes):
             lines.append(
                 (

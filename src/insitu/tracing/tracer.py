@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,11 +40,27 @@ from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
 from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.probe import Copies
-from insitu.runtime.procedure import Procedure, Subject, Work
+from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
 from insitu.runtime.summary import Planned, Summary
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
+
+
+class Prepared(NamedTuple):
+    """How a graph is run: what is found out once for all graphs of its shape.
+
+    Attributes:
+        plan: which nodes run when.
+        schedule: gives the passes.
+        order: their order.
+        returned: what modules that are skipped would return, as fake tensors, by path.
+    """
+
+    plan: Plan
+    schedule: Schedule
+    order: Sequence[int]
+    returned: Mapping[str, Any]
 
 
 class Tracer:
@@ -365,36 +381,50 @@ class Tracer:
         """Returns a module as a function on fake tensors."""
         return self.model.fake_module(path)
 
-    def _prepare(
-        self, module: nn.Module
-    ) -> tuple[Plan, Sequence[Pass], Sequence[int], Mapping[str, Any]]:
-        """Plans the run, and finds what is wrong with it beforehand.
+    def _prepare(self, module: nn.Module) -> tuple[Prepared, Sequence[Pass]]:
+        """Plans the run, or finds how one like it was planned, and returns its passes too.
 
-        Returns:
-            The plan; the passes; their order; and what modules that are skipped would return, as
-            fake tensors, by path.
+        Raises:
+            InsituError: for what is wrong with the run, as far as that is found beforehand.
         """
-        if not self._invocations:
+        invocations = self._invocations
+        if not invocations:
             raise BlockError(
                 "The block has no prompt: give it one, or write `with tracer.invoke(prompt):` "
                 "inside.",
                 here(4),
             )
+        graph, saves = self.recording.graph, self.recording.saves
+        requests = [invocation.request for invocation in invocations]
+        if graph.mutations:  # what is given to the block is the user's, and stays as it is
+            requests = [map_structure(_clone, request) for request in requests]
+        key, plans = self.procedure.key(module, requests), self.model.plans
+        prepared: Prepared | None = None
+        if key is not None:
+            key, prepared = plans.find(key, graph, saves)
+        if prepared is None:
+            prepared, passes = self._plan(module, requests)
+            if key is not None:
+                plans.keep(key, graph, saves, prepared)
+        else:
+            passes = prepared.schedule(module, requests)
+        self._told = [single.summary for single in passes]
+        return prepared, passes
+
+    def _plan(self, module: nn.Module, requests: Sequence[Any]) -> tuple[Prepared, Sequence[Pass]]:
+        """Plans a run and returns its passes too."""
         graph = self.recording.graph
-        requests = [invocation.request for invocation in self._invocations]
         plan = make_plan(graph, self.recording.saves)
         if graph.differentiates:
             check_gradients(graph, plan)
         if graph.mutations:
             order_mutations(graph, plan, self._arriving, self._is_view)
-            # What is given to the block is the user's, and stays as it is.
-            requests = [map_structure(_clone, request) for request in requests]
         cuts_short = bool(plan.skips or plan.stops)
         # Of a value that was cut out of a batch the batch's loss does not depend.
         together = not (cuts_short or graph.differentiates or plan.apart)
         moments = partial(_moments, self.model, self.procedure, requests)
-        passes = self.procedure.passes(module, requests, Work(graph, plan, together, moments))
-        self._told = [single.summary for single in passes]
+        schedule = self.procedure.schedule(module, requests, Work(graph, plan, together, moments))
+        passes = schedule(module, requests)
         order: Sequence[int] = range(len(passes))
         returned = _NOTHING_RETURNED
         if plan.crosses or plan.skips or plan.mutations is not None:
@@ -404,7 +434,7 @@ class Tracer:
         if cuts_short:
             returned = self._returned()
             check_cuts(graph, plan, moments)
-        return plan, passes, order, returned
+        return Prepared(plan, schedule, order, returned), passes
 
     def _check(self) -> None:
         """Finds what is wrong with the run, and fills the saved values with fake ones."""
@@ -422,7 +452,7 @@ class Tracer:
 
     def _run(self) -> None:
         module = self.model.load()
-        plan, passes, order, returned = self._prepare(module)
+        (plan, _, order, returned), passes = self._prepare(module)
         recording = self.recording
         modules, views = self.model.modules, self.procedure.views
         execution = Execution(recording.graph, plan, modules)

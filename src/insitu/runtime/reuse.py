@@ -1,0 +1,152 @@
+"""Finding again what was planned for a graph of the same shape.
+
+A loop records the same lines again and again, with other prompts and other tensors. Nothing of a
+plan depends on those, so it is made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+
+from insitu.graph.node import Carried, Function, Graph, ModuleRef, Ref, Row, Subgraph
+from insitu.graph.structure import map_structure
+
+Planned = TypeVar("Planned")
+
+_MOST = 64  # plans that a model keeps
+
+
+class Plans(Generic[Planned]):
+    """What was planned, by the graphs that it was planned for."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[_Outline, Planned]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(
+        self, key: Hashable, graph: Graph, saves: Mapping[int, object]
+    ) -> tuple[Hashable, Planned | None]:
+        """Returns what was planned for a graph of the same shape, with the key to keep it under.
+
+        Args:
+            key: what the plan depends on beside the graph.
+            graph: the graph.
+            saves: holds the indices of the nodes whose values the user keeps.
+        """
+        rows = graph.rows
+        where = (key, len(rows), rows[-1][5], rows[-1][1][:1]) if rows else (key, 0)
+        try:
+            found = self._kept.get(where)
+        except TypeError:  # a first argument that has no hash
+            where = (key, len(rows), rows[-1][5])
+            found = self._kept.get(where)
+        if found is None or not found[0].fits(graph, saves):
+            return where, None
+        return where, found[1]
+
+    def keep(
+        self, where: Hashable, graph: Graph, saves: Mapping[int, object], planned: Planned
+    ) -> None:
+        """Keeps what was planned for a graph, unless graphs like it cannot be told from others.
+
+        Args:
+            where: what `find` gave.
+            graph: the graph.
+            saves: as of `find`.
+            planned: what was planned.
+        """
+        try:
+            outline = _Outline(graph, saves)
+        except _UnlikeAnyError:
+            return
+        self._kept[where] = (outline, planned)
+        while len(self._kept) > _MOST:
+            self._kept.pop(next(iter(self._kept)), None)
+
+
+class _UnlikeAnyError(Exception):
+    """The graph holds functions, or values of other blocks: no other can be like it."""
+
+
+class _Outline:
+    """A graph without the content of its tensors, to compare others with."""
+
+    __slots__ = ("_kinds", "_rest", "_rows", "_saves")
+
+    def __init__(self, graph: Graph, saves: Mapping[int, object]) -> None:
+        self._rows = [_outlined(row) for row in graph.rows]
+        self._rest = _rest(graph)
+        self._saves = list(saves)
+        self._kinds = _kinds(graph.rows) if graph.flags else None
+
+    def fits(self, graph: Graph, saves: Mapping[int, object]) -> bool:
+        """Returns whether whatever is planned for this graph is right for another."""
+        # One comparison in C: equal rows are told apart from others faster than they are hashed.
+        if self._rows != graph.rows or self._rest != _rest(graph) or self._saves != list(saves):
+            return False
+        # `True` equals 1 there, but as an index it is something else.
+        kinds = _kinds(graph.rows) if graph.flags else None
+        return kinds == self._kinds
+
+
+class _Like:
+    """Stands for a tensor, and equals those of the same form."""
+
+    __slots__ = ("form",)
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.form = _form(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, torch.Tensor) and self.form == _form(other)
+
+
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    device, dtype = tensor.device, tensor.dtype
+    return (type(tensor), tensor.shape, strides, dtype, device, tensor.requires_grad)
+
+
+def _rest(graph: Graph) -> tuple[object, ...]:
+    """What a graph holds beside its rows."""
+    return (
+        graph.writes,
+        graph.skips,
+        graph.stops,
+        graph.optional,
+        graph.repeats,
+        graph.mutations,
+        graph.differentiates,
+        graph.after,
+    )
+
+
+_PLAIN = (Ref, str, int, float, type(None), ModuleRef, torch.dtype, torch.device)
+
+
+def _outlined(row: Row) -> Row:
+    """A row with a stand-in for each tensor."""
+    operation, args, kwargs, inputs, nested, mark = row
+    if not kwargs and all(isinstance(arg, _PLAIN) for arg in args):
+        return row
+
+    def leaf(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            return _Like(item)
+        if isinstance(item, Function | Carried | Subgraph):
+            raise _UnlikeAnyError
+        return item
+
+    args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+    return (operation, args, kwargs, inputs, nested, mark)
+
+
+def _kinds(rows: list[Row]) -> object:
+    """The types of all positional arguments."""
+    return [map_structure(type, args) for _, args, *_ in rows]

@@ -1,0 +1,241 @@
+"""Blocks that are like one before find its plan, and only those do."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import insitu
+from insitu import LanguageModel, Model
+from insitu.tracing import tracer as tracing
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A list that grows by one for each plan that is made."""
+    made: list[int] = []
+
+    def counting(*args: Any) -> Any:
+        made.append(1)
+        return make_plan(*args)
+
+    make_plan = tracing.make_plan
+    monkeypatch.setattr(tracing, "make_plan", counting)
+    yield made
+
+
+@pytest.fixture
+def identity() -> Model:
+    """Passes on what it is given, so that what lines do is a closed form of the input."""
+    return Model(nn.Sequential(nn.Identity(), nn.Identity()))
+
+
+def repeated(block: Callable[[Any], Any], arguments: list[Any]) -> list[Any]:
+    """Runs the same lines several times: first to let Python settle on its instructions."""
+    for argument in (*arguments[:1] * 3, *arguments[1:]):
+        block(argument)
+    return [block(argument) for argument in arguments]
+
+
+def test_a_loop_is_planned_once(gpt2: LanguageModel, planned: list[int]) -> None:
+    def block(seed: int) -> torch.Tensor:
+        ids = torch.randint(100, (1, 5), generator=torch.Generator().manual_seed(seed))
+        steering = torch.full((16,), float(seed))
+        with gpt2.trace(ids):
+            gpt2.transformer.h[1].output[0][:, -1] += steering
+            kept = gpt2.lm_head.output.save()
+        hidden = []
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            changed = (output[0] if isinstance(output, tuple) else output).clone()
+            changed[:, -1] += steering
+            hidden.append(changed)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handle = gpt2.transformer.h[1].module.register_forward_hook(hook)
+        with torch.no_grad():
+            expected = gpt2.module(ids, use_cache=False).logits
+        handle.remove()
+        torch.testing.assert_close(kept.value, expected, rtol=0, atol=0)
+        return kept.value
+
+    repeated(block, list(range(5)))
+    count = len(planned)
+    for seed in range(5, 15):
+        block(seed)
+    assert len(planned) == count
+
+
+def test_invocations_are_planned_once(gpt2: LanguageModel, planned: list[int]) -> None:
+    def block(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        prompts = [torch.randint(100, (1, n), generator=generator) for n in (3, 7, 7, 4)]
+        kept = []
+        with gpt2.trace() as tracer:
+            for prompt in (*prompts, prompts[1]):
+                with tracer.invoke(prompt):
+                    kept.append(gpt2.lm_head.output.save())
+        for prompt, proxy in zip((*prompts, prompts[1]), kept, strict=True):
+            with torch.no_grad():
+                expected = gpt2.module(prompt, use_cache=False).logits
+            torch.testing.assert_close(proxy.value, expected, rtol=1e-5, atol=1e-5)
+        return kept[0].value
+
+    repeated(block, list(range(3)))
+    count = len(planned)
+    for seed in range(3, 8):
+        block(seed)
+    assert len(planned) == count
+
+
+def test_prompts_that_are_equal_now_and_not_later(gpt2: LanguageModel) -> None:
+    """What invocations share is found anew where other prompts are equal."""
+    one, other = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5, 6, 7, 8]])
+
+    def block(prompts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        kept = []
+        with gpt2.trace(share_prefixes=True) as tracer:
+            for number, prompt in enumerate(prompts):
+                with tracer.invoke(prompt):
+                    gpt2.transformer.h[2].output[0][:, number] = 0.0
+                    kept.append(gpt2.lm_head.output.save())
+        return torch.cat([proxy.value for proxy in kept])
+
+    forms = [(one, one, one), (one, other, one), (one, other, other), (other, other, other)]
+    found = repeated(block, forms)
+    for prompts, values in zip(forms, found, strict=True):
+        for number, prompt in enumerate(prompts):
+
+            def hook(module: nn.Module, args: Any, output: Any, number: int = number) -> None:
+                (output[0] if isinstance(output, tuple) else output)[:, number] = 0.0
+
+            handle = gpt2.transformer.h[2].module.register_forward_hook(hook)
+            with torch.no_grad():
+                expected = gpt2.module(prompt, use_cache=False).logits[0]
+            handle.remove()
+            torch.testing.assert_close(values[number], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [1, True, 0, False],
+        [(0, 1), (False, 1), (0, True)],
+        [slice(1, 2), 1, slice(True, 2)],
+        [[1, 0], [True, False]],
+        [torch.tensor([1, 0]), torch.tensor([True, False])],
+    ],
+    ids=repr,
+)
+def test_what_equals_a_key_and_is_another(identity: Model, keys: list[Any]) -> None:
+    given = torch.arange(4.0).view(2, 2)
+
+    def block(key: Any) -> torch.Tensor:
+        with identity.trace(given):
+            part = identity[0].output[key]
+            part += 1  # a view or a copy: that is up to the key
+            kept = identity[1].output.save()
+        return kept.value
+
+    for key, found in zip(keys * 2, repeated(block, keys * 2), strict=True):
+        expected = given.clone()
+        part = expected[key]
+        part += 1
+        assert torch.equal(found, expected), key
+
+
+def test_positions_that_equal_others_and_are_not(gpt2: LanguageModel) -> None:
+    """`logits[0, 1]` needs one position of the logits, and `logits[0, True]` needs all."""
+    prompts = torch.randint(100, (2, 1, 8), generator=torch.Generator().manual_seed(0))
+
+    def block(key: Any) -> list[torch.Tensor]:
+        kept = []
+        with gpt2.trace() as tracer:
+            for prompt in prompts:
+                with tracer.invoke(prompt):
+                    kept.append(gpt2.lm_head.output[key].save())
+        return [proxy.value for proxy in kept]
+
+    keys = [(0, 1), (0, True), (0, 0), (0, False), (0, 1)]
+    for key, found in zip(keys, repeated(block, keys), strict=True):
+        for prompt, value in zip(prompts, found, strict=True):
+            with torch.no_grad():
+                expected = gpt2.module(prompt, use_cache=False).logits[key]
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_lines_and_other_saves_are_planned_anew(identity: Model) -> None:
+    def block(form: tuple[int, bool]) -> torch.Tensor:
+        index, early = form
+        with identity.trace(torch.ones(2)):
+            value = identity[index].output * 2
+            if early:
+                value.save()
+            identity[1].output = identity[1].output + value if index == 0 else value
+            kept = identity.output.save()
+        return kept.value
+
+    forms = [(0, False), (0, True), (1, False), (1, True)]
+    found = repeated(block, forms)
+    assert [float(value[0]) for value in found] == [3.0, 3.0, 2.0, 2.0]
+
+
+def test_a_constant_of_another_form(identity: Model) -> None:
+    def block(constant: torch.Tensor) -> torch.Tensor:
+        with identity.trace(torch.ones(2)):
+            kept = (identity[0].output * constant).save()
+        return kept.value
+
+    constants = [torch.ones(1), torch.full((3, 2), 2.0), torch.full((2,), 3.0).double()]
+    for constant, found in zip(constants, repeated(block, constants), strict=True):
+        assert torch.equal(found, torch.ones(2) * constant)
+
+
+def test_functions_are_called_anew(identity: Model) -> None:
+    def block(factor: int) -> torch.Tensor:
+        def scaled(value: torch.Tensor) -> torch.Tensor:
+            return value * factor
+
+        with identity.trace(torch.ones(2)):
+            kept = insitu.apply(scaled, identity[0].output).save()
+        return kept.value
+
+    assert [float(value[0]) for value in repeated(block, [1, 2, 3])] == [1.0, 2.0, 3.0]
+
+
+def test_plans_keep_no_constants_and_not_forever(identity: Model) -> None:
+    constants = [torch.randn(4) for _ in range(3)]
+    references = [weakref.ref(constant) for constant in constants]
+
+    def block(constant: torch.Tensor, number: int) -> None:
+        with identity.trace(torch.ones(4)):
+            (identity[0].output * constant + number).save()
+
+    for number in range(100):
+        block(constants[number % 3], number)
+    assert len(identity.plans) <= 64
+    constants.clear()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None, None]
+
+
+def test_training_mode_is_another_plan(gpt2: LanguageModel) -> None:
+    def block() -> int:
+        with gpt2.trace() as tracer:
+            for prompt in ([[1, 2]], [[3, 4]]):
+                with tracer.invoke(prompt):
+                    gpt2.lm_head.output.save()
+        return len(tracer.plan.passes)
+
+    assert [block() for _ in range(4)] == [1, 1, 1, 1]
+    gpt2.module.train()
+    with pytest.warns(UserWarning, match="training mode"):
+        assert block() == 2
+    gpt2.module.eval()
+    assert block() == 1
