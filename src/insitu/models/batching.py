@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from insitu.graph.node import Address, Site
+from insitu.graph.node import Site
 from insitu.graph.structure import map_structure
 from insitu.models.prompts import Prompt, Side
-from insitu.runtime.hooks import Cut, Place
-from insitu.runtime.layout import Layouts, Part, cut, put, spread
+from insitu.runtime.hooks import Cut, Place, clone
+from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
 
 
 class Batch(NamedTuple):
@@ -65,21 +65,6 @@ def _parts(prompts: Sequence[Prompt], side: Side, batch: int, length: int) -> li
     return parts
 
 
-def separable(layouts: Layouts | None, sites: Collection[Address]) -> bool:
-    """Returns whether what arrives at some sites can be cut out of a batch.
-
-    Args:
-        layouts: how values are cut, None if none can be.
-        sites: the sites.
-    """
-    if layouts is None:
-        return False
-    for _, path, kind, call, step in sites:
-        if step or (path, kind, call) not in layouts:
-            return False
-    return True
-
-
 def lie_apart(prompts: Sequence[Prompt]) -> bool:
     """Returns whether the rows of some prompt would have padding between them in a batch.
 
@@ -122,8 +107,16 @@ class Share(NamedTuple):
         """Returns the prompt's own part of what arrived at a site."""
         if site[1:4] in self.unembedded.places:
             return self._unembedded(site, value)
-        own = cut(site, value, self.layouts[site[1:4]], self.part)
-        return own if writable or self.part.spans_length else map_structure(_packed, own)
+        layout, part = self.layouts[site[1:4]], self.part
+        own = cut(site, value, layout, part)
+        if writable:
+            several = part.rows.stop - part.rows.start > 1
+            return map_structure(clone, own) if several and is_shared(layout) else own
+        return own if part.spans_length else map_structure(_packed, own)
+
+    def widen(self, site: Site, value: Any) -> Any:
+        """Returns a value in which each row has a part that can be written to."""
+        return widened(value, self.layouts[site[1:4]], self.part.batch)
 
     def put(self, site: Site, value: Any, own: Any) -> None:
         """Fills the prompt's own part of a copy of what arrived at a site."""

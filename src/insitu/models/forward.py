@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +10,9 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Address
 from insitu.models.batches import Batches, arguments, forward
-from insitu.models.batching import separable
 from insitu.models.prompts import Prompt
+from insitu.models.separation import Separation
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Pass
@@ -54,7 +53,7 @@ class LanguageForward:
         self._options = options
         self.views = model.block_views[bool(options.get("use_cache"))]
         self.steps = 1
-        self._layouts: Layouts | None = None
+        self._separation: tuple[bool, Separation | None] | None = None
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""
@@ -74,7 +73,7 @@ class LanguageForward:
         """Returns the passes that process all invocations, ready to be called."""
         if len(requests) == 1:
             return [self._pass(module, requests[0], {0: None}, requests)]
-        layouts = self._shared(module, requests, work.plan.reads) if work.together else None
+        layouts = self._shared(module, requests, work) if work.together else None
         if layouts is None:
             return [
                 self._pass(module, prompt, {number: None}, [prompt])
@@ -91,24 +90,30 @@ class LanguageForward:
         """Returns nothing: the output of a forward is a site."""
         return None
 
-    def _shared(
-        self, module: nn.Module, requests: Sequence[Prompt], sites: Collection[Address]
-    ) -> Layouts | None:
+    def _shared(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Layouts | None:
         """How to cut what is read out of one pass for all, or None if that would not do."""
         if self._model.trains(module) or not self._options.keys() <= _BATCHABLE:
             return None
         for prompt in requests:
             if prompt.extras:
                 return None
-        if self._layouts is None:
+        loaded = self._model.loaded
+        if self._separation is None or self._separation[0] is not loaded:
             mark = requests[0].mark
 
             def sample(batch: int, length: int) -> Call:
                 ids = torch.zeros(batch, length, dtype=torch.int64)
                 return Call((), self._kwargs(Prompt(ids, mark)))
 
-            self._layouts = self._model.layouts(sample, self.views)
-        return self._layouts if separable(self._layouts, sites) else None
+            def run(module: nn.Module, prompt: Prompt) -> None:
+                forward(self._model, module, self._kwargs(prompt), [prompt])
+
+            found = self._model.separation(sample, run, self.views, "right")
+            self._separation = (loaded, found)
+        separation = self._separation[1]
+        if separation is None or not separation.covers(work.plan.reads, work.written):
+            return None
+        return separation.layouts
 
     def _pass(
         self,

@@ -11,9 +11,10 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.models.batching import cuts, join, lie_apart, separable
+from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
 from insitu.runtime.hooks import Cut
+from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Work
@@ -98,16 +99,20 @@ class Generation:
         work: Work,
     ) -> list[Pass]:
         """Returns one pass for all prompts if each goes on in it as alone, else one for each."""
-        layouts = None
+        layouts: Layouts | None = None
         sites = work.plan.reads
         tokens = any(address[2] in ("tokens", "choice") for address in sites)
         together = work.together and not (work.graph.mutations and lie_apart(requests))
         if together and len(requests) > 1 and self._batchable(module, requests):
-            layouts = self._model.layouts(
+            separation = self._model.separation(
                 lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
+                self._begin,
                 self.views,
+                "left",
             )
-        if layouts is None or not separable(layouts, sites):
+            if separation is not None and separation.covers(sites, work.written):
+                layouts = separation.layouts
+        if layouts is None:
             if len(requests) > 1 and self._setting(module, "return_dict_in_generate"):
                 raise OptionError(
                     "`return_dict_in_generate` takes one invocation in a block, because these "
@@ -143,13 +148,7 @@ class Generation:
         if not self._model.reader.lookups_check:
             for request in requests:
                 self._model.reader.check_length(request, self._options.get("max_new_tokens", 1))
-        kwargs = {
-            "input_ids": prompt.ids,
-            "attention_mask": prompt.visible_mask,
-            "pad_token_id": self._model.pad_id,
-            **prompt.extras,
-            **self._options,
-        }
+        kwargs = self._arguments(prompt)
 
         def call(deliver: Deliver) -> Any:
             placed = self._model.placed(kwargs)  # in the run, not before: see `LanguageForward`
@@ -163,6 +162,21 @@ class Generation:
                 raise
 
         return Pass(call, cuts, may_stop=False, stepped=True)
+
+    def _begin(self, module: nn.Module, prompt: Prompt) -> None:
+        """Generates one token, with nobody looking."""
+        kwargs = {**self._arguments(prompt), "max_new_tokens": 1, "min_new_tokens": None}
+        module.generate(**self._model.placed(kwargs))  # pyright: ignore[reportCallIssue]
+
+    def _arguments(self, prompt: Prompt) -> dict[str, Any]:
+        """The keyword arguments of a prompt's `generate`."""
+        return {
+            "input_ids": prompt.ids,
+            "attention_mask": prompt.visible_mask,
+            "pad_token_id": self._model.pad_id,
+            **prompt.extras,
+            **self._options,
+        }
 
     def _first_forward(self, ids: torch.Tensor) -> Call:
         kwargs: dict[str, Any] = {"input_ids": ids}

@@ -174,6 +174,10 @@ class Arrivals:
         value = arriving = passing_value(place[1], view, module, args, rest)
         mutated = {index for index, _ in found if index in self._mutated}
         if mutated:
+            for index, invocation in found:
+                cut = cuts[invocation]
+                if cut is not None and index in mutated:
+                    value = cut.widen(Site(invocation, *place), value)
             value = _writable(self._modules[""], value, execution.tape)
         for index, invocation in found:
             cut = cuts[invocation]
