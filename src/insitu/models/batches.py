@@ -128,7 +128,7 @@ class Batches:
         for number, share in zip(numbers, shares, strict=True):
             own[runs[number].invocation] = share
             own.update({address[0]: share for address in runs[number].reads})
-        kwargs = arguments(whole, self._options)
+        kwargs = arguments(self._model, whole, self._options)
         if unembedded.places:
             kwargs["logits_to_keep"] = torch.tensor(unembedded.positions)
         left = [leaving[number] for number in numbers if number in leaving]
@@ -187,7 +187,8 @@ class Batches:
                 self._layouts, mine, resumed, row, entry, unembedded
             )
         first = prompts[0][0]
-        kwargs = arguments(Prompt(first.ids[:1, group.start :], first.mark), self._options)
+        tail = Prompt(first.ids[:1, group.start :], first.mark)
+        kwargs = arguments(self._model, tail, self._options)
         if unembedded.places:
             kwargs["logits_to_keep"] = torch.tensor(unembedded.positions)
         model, module = self._model, self._module
@@ -299,12 +300,18 @@ def _given(number: int, prompt: Prompt, share: bool | None) -> Given:
     return Given((rows, prompt.ids.numpy().tobytes()), rows, length)
 
 
-def arguments(prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keyword arguments of a prompt's forward."""
     kwargs: dict[str, Any] = {"input_ids": prompt.ids, **prompt.extras, **options}
     if prompt.mask is not None:
         kwargs["attention_mask"] = prompt.mask
+    start = model.decoder_start
+    if start is not None and kwargs.keys().isdisjoint(_GIVEN_TO_A_DECODER):
+        kwargs["decoder_input_ids"] = torch.full((prompt.ids.shape[0], 1), start)
     return kwargs
+
+
+_GIVEN_TO_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
 def forward(

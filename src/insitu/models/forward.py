@@ -127,4 +127,4 @@ class LanguageForward:
         return Pass(lambda _: forward(self._model, module, kwargs, requests), cuts, True)
 
     def _kwargs(self, prompt: Prompt) -> dict[str, Any]:
-        return arguments(prompt, self._options)
+        return arguments(self._model, prompt, self._options)

@@ -187,6 +187,8 @@ class Generation:
             kwargs["use_cache"] = self._cached
         if "logits_to_keep" in parameters:  # `generate` wants the last position's only
             kwargs["logits_to_keep"] = 1
+        if self._model.config.is_encoder_decoder:
+            kwargs["decoder_input_ids"] = torch.zeros(ids.shape[0], 1, dtype=torch.int64)
         return Call((), kwargs)
 
     def _batchable(self, module: nn.Module, requests: Sequence[Prompt]) -> bool:
@@ -206,14 +208,14 @@ class Generation:
 
     def _apart(self, sequences: torch.Tensor, requests: Sequence[Prompt]) -> list[torch.Tensor]:
         """Each prompt's rows of a batch, without the padding of its neighbours."""
-        length = max(prompt.ids.shape[1] for prompt in requests)
+        length = max(map(self._given, requests))
         module = self._model.load()
         ends = self._setting(module, "eos_token_id")
         ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []))
         each: list[torch.Tensor] = []
         first = 0
         for prompt in requests:
-            rows, own = prompt.ids.shape
+            rows, own = prompt.ids.shape[0], self._given(prompt)
             mine = sequences[first : first + rows, length - own :]
             ended = torch.isin(mine[:, own:], ends.to(mine.device))
             # Alone, it would have stopped when the last of its rows had ended.
@@ -222,15 +224,20 @@ class Generation:
             first += rows
         return each
 
+    def _given(self, prompt: Prompt) -> int:
+        """How many of the tokens that a generation of a prompt returns were not generated."""
+        return 1 if self._model.config.is_encoder_decoder else prompt.ids.shape[1]
+
     def _together(self, each: list[torch.Tensor], requests: Sequence[Prompt]) -> torch.Tensor:
         """Rows generated one by one, as a batch would have padded them."""
         pad_id = self._options.get("pad_token_id", self._model.pad_id)
-        before = max(prompt.ids.shape[1] for prompt in requests)
-        pairs = list(zip(each, requests, strict=True))
-        after = max(own.shape[1] - prompt.ids.shape[1] for own, prompt in pairs)
+        given = [self._given(prompt) for prompt in requests]
+        before = max(given)
+        pairs = list(zip(each, given, strict=True))
+        after = max(own.shape[1] - length for own, length in pairs)
         rows: list[torch.Tensor] = []
-        for own, prompt in pairs:
-            left = before - prompt.ids.shape[1]
+        for own, length in pairs:
+            left = before - length
             right = before + after - left - own.shape[1]
             rows.append(torch.nn.functional.pad(own, (left, right), value=pad_id))
         return torch.cat(rows)

@@ -103,6 +103,7 @@ class LanguageModel(Model):
     _separations: dict[tuple[str, bool], Separation | None]
     _forward: LanguageForward
     _chain: Any
+    _decoder_start: Any
     _costs: Costs | None
     reader: Reader
     pad_id: int
@@ -373,6 +374,23 @@ class LanguageModel(Model):
         return self._chain
 
     @property
+    def decoder_start(self) -> int | None:
+        """What the decoder is given where a forward cannot do without; None if it can.
+
+        It is the token with which a generation begins.
+        """
+        if self._decoder_start is _UNKNOWN:
+            found: int | None = None
+            try:
+                self.probe(Call((), {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}), {})
+            except ShapeError:
+                for config in (getattr(self._module, "generation_config", None), self._config):
+                    if found is None:
+                        found = getattr(config, "decoder_start_token_id", None)
+            vars(self)["_decoder_start"] = found
+        return self._decoder_start
+
+    @property
     def _vocabulary(self) -> int:
         """How many token ids it has."""
         return self.reader.limits.vocabulary or self._config.get_text_config().vocab_size
@@ -422,6 +440,7 @@ class LanguageModel(Model):
             _embedding=embedding,
             _separations={},
             _chain=_UNKNOWN,
+            _decoder_start=_UNKNOWN if self._config.is_encoder_decoder else None,
             _costs=None,
             block_views={cached: block_views(module, layers, cached) for cached in (True, False)},
             reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),
