@@ -20,6 +20,8 @@ EVERY = ["eiffel", *MAKERS]
 # and what is longer than its prompt. There prompts run one by one.
 RUN_ALONE = (".experts.", ".embed_positions", ".conv1d")
 
+BIT = 1e-6  # what another content of a batch may change: how a product is summed up
+
 pytestmark = pytest.mark.no_wire  # it counts passes, and the values are many
 
 Site = tuple[str, str, int]
@@ -42,11 +44,24 @@ def arguments_of(model: LanguageModel, ids: torch.Tensor) -> dict[str, Any]:
     return kwargs
 
 
-def hooked(module: nn.Module, **kwargs: Any) -> dict[Site, Any]:
-    """The oracle: what plain hooks see at every call of every module."""
+def hooked(
+    module: nn.Module, changed: str | None = None, change: Any = None, **kwargs: Any
+) -> dict[Site, Any]:
+    """The oracle: what plain hooks see at every call of every module.
+
+    One module's output, or the first tensor in it, may be changed.
+    """
     seen: dict[Site, Any] = {}
     calls: defaultdict[str, int] = defaultdict(int)
     handles = []
+    if changed is not None:
+
+        def put(part: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, torch.Tensor):
+                return change(output)
+            return (change(output[0]), *output[1:])
+
+        handles.append(module.get_submodule(changed).register_forward_hook(put))
     for path, part in module.named_modules(remove_duplicate=False):
 
         def before(part: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
@@ -84,9 +99,11 @@ def copied(value: Any) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in tensors(value)]
 
 
-def alone(model: LanguageModel, ids: torch.Tensor) -> dict[Site, list[torch.Tensor]]:
+def alone(
+    model: LanguageModel, ids: torch.Tensor, changed: str | None = None, change: Any = None
+) -> dict[Site, list[torch.Tensor]]:
     """The oracle's values of a prompt alone; of a block, its hidden states."""
-    seen = hooked(model.module, **arguments_of(model, ids))
+    seen = hooked(model.module, changed, change, **arguments_of(model, ids))
     blocks = model.block_views[False]
     return {
         site: value[:1] if site[0] in blocks and site[1] == "output" else value
@@ -95,12 +112,17 @@ def alone(model: LanguageModel, ids: torch.Tensor) -> dict[Site, list[torch.Tens
     }
 
 
-def place(model: LanguageModel, site: Site) -> Any:
-    path, kind, call = site
+def handle_of(model: LanguageModel, path: str) -> Any:
     found: Any = model
     for name in path.split(".") if path else ():
         found = found[name]
-    return getattr(found.call(call) if call else found, kind)
+    return found
+
+
+def place(model: LanguageModel, site: Site) -> Any:
+    path, kind, call = site
+    handle = handle_of(model, path)
+    return getattr(handle.call(call) if call else handle, kind)
 
 
 def assert_equal(found: Any, expected: list[torch.Tensor], what: object) -> None:
@@ -165,3 +187,96 @@ def test_every_site_is_as_if_its_prompt_ran_alone(name: str) -> None:
         for number, own in enumerate(values):
             for site, value in own.items():
                 assert_equal(value, expected[number][site], (number, *site))
+
+
+def changed(value: Any) -> Any:
+    """What is written: something else in every place."""
+    return value * 1.5 + 1
+
+
+def run_writing(
+    model: LanguageModel, prompts: list[torch.Tensor], writer: int | None, path: str, how: str
+) -> tuple[list[dict[Site, Any]], int]:
+    """What invocations read, and in how many passes, where one of them writes somewhere."""
+    read = [("", "output"), ("lm_head", "input"), (path, "output")]
+    chosen = [[site for site in alone(model, ids) if site[:2] in read] for ids in prompts]
+    returned = hooked_output(model, path, prompts[0])
+    in_block = path in model.block_views[False]
+    is_tuple = isinstance(returned, tuple) or in_block
+    saved: list[dict[Site, Any]] = []
+    with model.trace() as tracer:
+        for number, (ids, sites) in enumerate(zip(prompts, chosen, strict=True)):
+            with tracer.invoke(ids):
+                if number == writer:
+                    handle = handle_of(model, path)
+                    first = handle.output[0] if is_tuple else handle.output
+                    if how == "in place":
+                        first.copy_(changed(first))
+                    elif in_block:
+                        handle.output[0] = changed(first)
+                    elif is_tuple:
+                        rest = [handle.output[at] for at in range(1, len(returned))]
+                        handle.output = (changed(first), *rest)
+                    else:
+                        handle.output = changed(first)
+                saved.append({site: place(model, site).save() for site in sites})
+    values = [{site: proxy.value for site, proxy in own.items()} for own in saved]
+    return values, len(tracer.plan.passes)
+
+
+def hooked_output(model: LanguageModel, path: str, ids: torch.Tensor) -> Any:
+    seen: list[Any] = []
+    handle = model.module.get_submodule(path).register_forward_hook(lambda *x: seen.append(x[-1]))
+    with torch.no_grad():
+        model.module(**arguments_of(model, ids))
+    handle.remove()
+    return seen[0]
+
+
+def check_write(model: LanguageModel, path: str, how: str) -> int:
+    """Checks that a write in one invocation is that, and nothing in the others."""
+    prompts = prompts_of(model, (7, 3, 1, 11))
+    untouched, _ = run_writing(model, prompts, None, path, how)
+    values, passes = run_writing(model, prompts, 1, path, how)
+    for number, ids in enumerate(prompts):
+        expected = alone(model, ids, *((path, changed) if number == 1 else ()))
+        for site, value in values[number].items():
+            assert_equal(value, expected[site], (number, *site))
+            if number != 1:
+                for one, other in zip(
+                    tensors(value), tensors(untouched[number][site]), strict=True
+                ):
+                    torch.testing.assert_close(
+                        one, other, rtol=0, atol=BIT * float(other.abs().max())
+                    )
+    return passes
+
+
+@pytest.mark.parametrize("how", ["replaced", "in place"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_write_reaches_its_own_invocation_alone(name: str, how: str) -> None:
+    model = make(name)
+    blocks = list(model.block_views[False])
+    assert check_write(model, blocks[len(blocks) // 2], how) == 1
+
+
+@pytest.mark.parametrize("how", ["replaced", "in place"])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("eiffel", "transformer.wpe"),
+        ("gpt2", "transformer.wpe"),
+        ("llama", "model.rotary_emb"),
+        ("mixtral", "model.rotary_emb"),
+        ("bert", "bert.embeddings.position_embeddings"),
+        ("opt", "model.decoder.embed_positions"),
+    ],
+)
+def test_what_all_rows_share_is_written_for_one(name: str, path: str, how: str) -> None:
+    assert check_write(make(name), path, how) == 1
+
+
+@pytest.mark.parametrize("how", ["replaced", "in place"])
+def test_what_has_no_rows_is_written_in_a_pass_of_its_own(how: str) -> None:
+    path = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+    assert check_write(make("t5"), path, how) == 4
