@@ -10,6 +10,7 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
+from insitu.graph.node import Site
 from insitu.models.batches import Batches, arguments, forward
 from insitu.models.prompts import Prompt
 from insitu.models.separation import Separation
@@ -74,9 +75,9 @@ class LanguageForward:
         if len(requests) == 1:
             return [self._pass(module, requests[0], {0: None}, requests)]
         layouts = self._shared(module, requests, work) if work.together else None
-        if layouts is None:
+        if layouts is None or isinstance(layouts, Site):
             return [
-                self._pass(module, prompt, {number: None}, [prompt])
+                self._pass(module, prompt, {number: None}, [prompt], layouts)
                 for number, prompt in enumerate(requests)
             ]
         batches = Batches(self._model, self._options, layouts, module, requests, work)
@@ -90,8 +91,10 @@ class LanguageForward:
         """Returns nothing: the output of a forward is a site."""
         return None
 
-    def _shared(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Layouts | None:
-        """How to cut what is read out of one pass for all, or None if that would not do."""
+    def _shared(
+        self, module: nn.Module, requests: Sequence[Prompt], work: Work
+    ) -> Layouts | Site | None:
+        """How to cut what is read out of one pass for all; None, or a site, if one does not do."""
         if self._model.trains(module) or not self._options.keys() <= _BATCHABLE:
             return None
         for prompt in requests:
@@ -111,9 +114,10 @@ class LanguageForward:
             found = self._model.separation(sample, run, self.views, "right")
             self._separation = (loaded, found)
         separation = self._separation[1]
-        if separation is None or not separation.covers(work.plan.reads, work.written):
+        if separation is None:
             return None
-        return separation.layouts
+        obstacle = separation.obstacle(work.plan.reads, work.written)
+        return separation.layouts if obstacle is None else Site(*obstacle)
 
     def _pass(
         self,
@@ -121,10 +125,12 @@ class LanguageForward:
         prompt: Prompt,
         cuts: Mapping[int, Cut | None],
         requests: Sequence[Prompt],
+        apart: Site | None = None,
     ) -> Pass:
         """The pass of a prompt alone."""
         kwargs = self._kwargs(prompt)
-        return Pass(lambda _: forward(self._model, module, kwargs, requests), cuts, True)
+        single = Pass(lambda _: forward(self._model, module, kwargs, requests), cuts, True)
+        return single if apart is None else single._replace(apart=apart)
 
     def _kwargs(self, prompt: Prompt) -> dict[str, Any]:
         return arguments(self._model, prompt, self._options)

@@ -11,6 +11,7 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
+from insitu.graph.node import Site
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
 from insitu.runtime.hooks import Cut
@@ -100,6 +101,7 @@ class Generation:
     ) -> list[Pass]:
         """Returns one pass for all prompts if each goes on in it as alone, else one for each."""
         layouts: Layouts | None = None
+        apart: Site | None = None
         sites = work.plan.reads
         tokens = any(address[2] in ("tokens", "choice") for address in sites)
         together = work.together and not (work.graph.mutations and lie_apart(requests))
@@ -110,8 +112,12 @@ class Generation:
                 self.views,
                 "left",
             )
-            if separation is not None and separation.covers(sites, work.written):
-                layouts = separation.layouts
+            if separation is not None:
+                obstacle = separation.obstacle(sites, work.written)
+                if obstacle is None:
+                    layouts = separation.layouts
+                else:
+                    apart = Site(*obstacle)
         if layouts is None:
             if len(requests) > 1 and self._setting(module, "return_dict_in_generate"):
                 raise OptionError(
@@ -119,7 +125,7 @@ class Generation:
                     "have to be generated one by one."
                 )
             return [
-                self._pass(module, prompt, {number: None}, [prompt], tokens)
+                self._pass(module, prompt, {number: None}, [prompt], tokens, apart)
                 for number, prompt in enumerate(requests)
             ]
         batch = join(requests, "left", self._model.pad_id)
@@ -143,6 +149,7 @@ class Generation:
         cuts: Mapping[int, Cut | None],
         requests: Sequence[Prompt],
         tokens: bool = False,
+        apart: Site | None = None,
     ) -> Pass:
         """The pass of a prompt, which may be a batch of several requests."""
         if not self._model.reader.lookups_check:
@@ -161,7 +168,7 @@ class Generation:
                 self._model.explain(requests, self._options.get("max_new_tokens", 1))
                 raise
 
-        return Pass(call, cuts, may_stop=False, stepped=True)
+        return Pass(call, cuts, may_stop=False, stepped=True, apart=apart)
 
     def _begin(self, module: nn.Module, prompt: Prompt) -> None:
         """Generates one token, with nobody looking."""

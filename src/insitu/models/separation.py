@@ -53,16 +53,16 @@ class Separation:
         self._widens = widens
         self._takes_writes: dict[Place, bool] = {}
 
-    def covers(self, sites: Collection[Address], written: Collection[Address]) -> bool:
-        """Returns whether invocations can share a batch.
+    def obstacle(self, sites: Collection[Address], written: Collection[Address]) -> Address | None:
+        """Returns a site for whose sake invocations cannot share a batch, None if they can.
 
         Args:
             sites: the sites that they read or write.
             written: those that they write.
         """
-        for _, path, kind, call, step in sites:
-            if step or (path, kind, call) not in self.layouts:
-                return False
+        for address in sites:
+            if address[4] or address[1:4] not in self.layouts:
+                return address
         for address in written:
             place: Place = address[1:4]
             if place not in self._takes_writes:
@@ -71,8 +71,8 @@ class Separation:
                 possible = possible and (not is_shared(layout) or self._widens(place))
                 self._takes_writes[place] = possible
             if not self._takes_writes[place]:
-                return False
-        return True
+                return address
+        return None
 
 
 class Trial:
