@@ -9,17 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from insitu import LanguageModel
-from tests.fidelity.architectures import MAKERS, make
+from insitu import LanguageModel, NeverRanError
+from tests.fidelity.architectures import GENERATING, MAKERS, make
 
 LENGTHS = (1, 40, 7, 23, 2, 16, 31, 5)
 EVERY = ["eiffel", *MAKERS]
 
 # Where a part of a batch is not what it would be alone: inside of expert layers, where tokens lie
 # in the order of the experts; where OPT is told the mask instead of being left to think of one;
-# and what is longer than its prompt. There prompts run one by one.
+# and what is longer than its prompt. There prompts run one by one, as for `.inputs`, among which
+# are masks that a prompt alone has no need of.
 RUN_ALONE = (".experts.", ".embed_positions", ".conv1d")
 
+INNER = ("transformer", "model", "model.decoder", "backbone")
 BIT = 1e-6  # what another content of a batch may change: how a product is summed up
 
 pytestmark = pytest.mark.no_wire  # it counts passes, and the values are many
@@ -45,11 +47,16 @@ def arguments_of(model: LanguageModel, ids: torch.Tensor) -> dict[str, Any]:
 
 
 def hooked(
-    module: nn.Module, changed: str | None = None, change: Any = None, **kwargs: Any
+    module: nn.Module,
+    changed: str | None = None,
+    change: Any = None,
+    call: Any = None,
+    **kwargs: Any,
 ) -> dict[Site, Any]:
     """The oracle: what plain hooks see at every call of every module.
 
-    One module's output, or the first tensor in it, may be changed.
+    One module's output, or the first tensor in it, may be changed. What is called may be something
+    else than the module.
     """
     seen: dict[Site, Any] = {}
     calls: defaultdict[str, int] = defaultdict(int)
@@ -68,6 +75,7 @@ def hooked(
             names = [n for n in inspect.signature(part.forward).parameters if n in kwargs]
             first = args[0] if args else kwargs[names[0]] if names else None
             seen[path, "input", calls[path]] = copied(first)
+            seen[path, "inputs", calls[path]] = copied((args, kwargs))
 
         def after(part: nn.Module, args: Any, output: Any, path: str = path) -> None:
             seen[path, "output", calls[path]] = copied(output)
@@ -77,7 +85,7 @@ def hooked(
         handles.append(part.register_forward_hook(after))
     try:
         with torch.no_grad():
-            module(**kwargs)
+            (call or module)(**kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -140,11 +148,11 @@ def assert_equal(found: Any, expected: list[torch.Tensor], what: object) -> None
         assert worst <= 1e-5 * scale, (what, worst, scale)
 
 
-def apart(model: LanguageModel, sites: list[Site]) -> list[Site]:
+def apart(model: LanguageModel, sites: list[Site], run: Any) -> list[Site]:
     """The sites for whose sake prompts of different length do not share a pass."""
     if not sites:
         return []
-    with model.scan() as tracer:
+    with run() as tracer:
         for ids in prompts_of(model, (3, 5)):
             with tracer.invoke(ids):
                 for site in sites:
@@ -154,7 +162,7 @@ def apart(model: LanguageModel, sites: list[Site]) -> list[Site]:
     if len(sites) == 1:
         return sites
     half = len(sites) // 2
-    return apart(model, sites[:half]) + apart(model, sites[half:])
+    return apart(model, sites[:half], run) + apart(model, sites[half:], run)
 
 
 def read_all(
@@ -176,8 +184,9 @@ def test_every_site_is_as_if_its_prompt_ran_alone(name: str) -> None:
     prompts = prompts_of(model)
     expected = [alone(model, ids) for ids in prompts]
     every = sorted(set().union(*expected))
-    own_pass = apart(model, every)
-    assert all(any(part in path for part in RUN_ALONE) for path, *_ in own_pass)
+    own_pass = apart(model, every, model.scan)
+    for path, kind, _ in own_pass:
+        assert kind == "inputs" or any(part in path for part in RUN_ALONE), path
     for chosen, passes in ((set(every) - set(own_pass), 1), (set(own_pass), len(prompts))):
         sites = [[site for site in own if site in chosen] for own in expected]
         if not any(sites):
@@ -187,6 +196,12 @@ def test_every_site_is_as_if_its_prompt_ran_alone(name: str) -> None:
         for number, own in enumerate(values):
             for site, value in own.items():
                 assert_equal(value, expected[number][site], (number, *site))
+    # What other prompts come to and this one does not, such as an expert, has no value for it.
+    for site in [site for site in every if site not in expected[0]][:3]:
+        with pytest.raises(NeverRanError), model.trace() as tracer:
+            for ids in prompts[:2]:
+                with tracer.invoke(ids):
+                    place(model, site).save()
 
 
 def changed(value: Any) -> Any:
@@ -280,3 +295,78 @@ def test_what_all_rows_share_is_written_for_one(name: str, path: str, how: str) 
 def test_what_has_no_rows_is_written_in_a_pass_of_its_own(how: str) -> None:
     path = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     assert check_write(make("t5"), path, how) == 4
+
+
+def gradient_alone(model: LanguageModel, ids: torch.Tensor, path: str, end: str) -> torch.Tensor:
+    """The oracle: at what a block makes, the gradient of the squares of what the end does."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(part: nn.Module, args: Any, output: Any) -> Any:
+        first = output if isinstance(output, torch.Tensor) else output[0]
+        seen["block"] = first
+        first.retain_grad()
+
+    handles = [
+        model.module.get_submodule(path).register_forward_hook(keep),
+        model.module.get_submodule(end).register_forward_hook(
+            lambda part, args, output: seen.update(end=output)
+        ),
+    ]
+    model.module(**arguments_of(model, ids))
+    for handle in handles:
+        handle.remove()
+    (seen["end"] ** 2).sum().backward()
+    model.module.zero_grad()
+    return seen["block"].grad
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_gradients_are_as_if_each_prompt_ran_alone(name: str) -> None:
+    model = make(name)
+    prompts = prompts_of(model, (7, 1, 4))
+    path, end = list(model.block_views[False])[1], model.unembedding[0]
+    saved = []
+    with model.trace() as tracer:
+        for ids in prompts:
+            with tracer.invoke(ids):
+                saved.append(handle_of(model, path).output[0].grad.save())
+                (handle_of(model, end).output ** 2).sum().backward()
+    for ids, grad in zip(prompts, saved, strict=True):
+        assert_equal(grad.value, [gradient_alone(model, ids, path, end)], path)
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_a_generation_is_as_if_each_prompt_ran_alone(name: str) -> None:
+    model = make(name)
+    prompts = prompts_of(model, (7, 1, 12, 4))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = []
+    for ids in prompts:
+        kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **options}
+        kwargs["pad_token_id"] = model.pad_id
+        seen = hooked(model.module, call=model.module.generate, **kwargs)
+        expected.append((seen, model.module.generate(**kwargs)))
+    blocks = model.block_views[True]
+    every = sorted(site for site in set().union(*(seen for seen, _ in expected)) if site[0])
+    every = [site for site in every if site[0] not in blocks and site[1] == "output"]
+    every = [site for site in every if site[2] == 0]
+    own_pass = apart(model, every, lambda: model.generate(max_new_tokens=1))
+    for path, *_ in own_pass:  # what the inner model returns has the cache in it
+        assert path in INNER or any(part in path for part in RUN_ALONE), path
+    chosen = set(every) - set(own_pass)
+    saved: list[dict[Site, Any]] = []
+    hidden: list[dict[str, Any]] = []
+    invokers = []
+    with model.generate(**options) as generator:
+        for ids in prompts:
+            with generator.invoke(ids) as invoker:
+                invokers.append(invoker)
+                saved.append({site: place(model, site).save() for site in chosen})
+                hidden.append({path: handle_of(model, path).output[0].save() for path in blocks})
+    assert len(generator.plan.passes) == 1
+    for number, (seen, tokens) in enumerate(expected):
+        assert torch.equal(invokers[number].output, tokens)
+        for site, proxy in saved[number].items():
+            assert_equal(proxy.value, seen[site], (number, *site))
+        for path, proxy in hidden[number].items():
+            assert_equal(proxy.value, seen[path, "output", 0][:1], (number, path))
