@@ -349,7 +349,8 @@ def test_a_generation_is_as_if_each_prompt_ran_alone(name: str) -> None:
     blocks = model.block_views[True]
     every = sorted(site for site in set().union(*(seen for seen, _ in expected)) if site[0])
     every = [site for site in every if site[0] not in blocks and site[1] == "output"]
-    every = [site for site in every if site[2] == 0]
+    # Not every prompt comes to each expert.
+    every = [site for site in every if site[2] == 0 and ".experts." not in site[0]]
     own_pass = apart(model, every, lambda: model.generate(max_new_tokens=1))
     for path, *_ in own_pass:  # what the inner model returns has the cache in it
         assert path in INNER or any(part in path for part in RUN_ALONE), path
