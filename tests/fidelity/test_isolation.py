@@ -371,3 +371,21 @@ def test_a_generation_is_as_if_each_prompt_ran_alone(name: str) -> None:
             assert_equal(proxy.value, seen[site], (number, *site))
         for path, proxy in hidden[number].items():
             assert_equal(proxy.value, seen[path, "output", 0][:1], (number, path))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "bert"])
+def test_whatever_else_a_model_returns_is_cut_too(name: str) -> None:
+    model = make(name)
+    prompts = prompts_of(model, (7, 3, 12))
+    saved = []
+    with model.trace(output_hidden_states=True) as tracer:
+        for ids in prompts:
+            with tracer.invoke(ids):
+                logits = model.output.logits[:, -1].save()  # others need not be computed
+                saved.append([logits, model.output.hidden_states[1].save()])
+    assert len(tracer.plan.passes) == 1
+    for ids, own in zip(prompts, saved, strict=True):
+        with torch.no_grad():
+            output = model.module(**arguments_of(model, ids), output_hidden_states=True)
+        assert_equal(own[0].value, [output.logits[:, -1]], name)
+        assert_equal(own[1].value, [output.hidden_states[1]], name)

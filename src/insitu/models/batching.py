@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -105,14 +106,19 @@ class Share(NamedTuple):
 
     def take(self, site: Site, value: Any, writable: bool = False) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
-        if site[1:4] in self.unembedded.places:
-            return self._unembedded(site, value)
         layout, part = self.layouts[site[1:4]], self.part
+        if site[1:4] in self.unembedded.places:
+            logits = partial(self._unembedded, site)
+            return take_logits(value, layout, logits, partial(self._own, site))
         own = cut(site, value, layout, part)
         if writable:
             several = part.rows.stop - part.rows.start > 1
             return map_structure(clone, own) if several and is_shared(layout) else own
         return own if part.spans_length else map_structure(_packed, own)
+
+    def _own(self, site: Site, value: Any, layout: Any) -> Any:
+        """The prompt's part of what has all positions, as it lies in memory alone."""
+        return map_structure(_packed, cut(site, value, layout, self.part))
 
     def widen(self, site: Site, value: Any) -> Any:
         """Returns a value in which each row has a part that can be written to."""
@@ -122,9 +128,9 @@ class Share(NamedTuple):
         """Fills the prompt's own part of a copy of what arrived at a site."""
         put(site, value, self.layouts[site[1:4]], self.part, own)
 
-    def _unembedded(self, site: Site, value: Any) -> Any:
+    def _unembedded(self, site: Site, value: Any, layout: Any) -> Any:
         """The prompt's part of what has the positions only that become logits."""
-        layout, (rows, positions, batch, _) = self.layouts[site[1:4]], self.part
+        rows, positions, batch, _ = self.part
         places = self.unembedded.positions
         mine = [at for at in places if positions.start <= at < positions.stop]
         first = places.index(mine[0]) if mine else 0
@@ -132,6 +138,28 @@ class Share(NamedTuple):
         own = cut(site, value, layout, Part(rows, kept, batch, len(places)))
         length = positions.stop - positions.start
         return spread(own, layout, [at - positions.start for at in mine], length)
+
+
+def take_logits(
+    value: Any, layout: Any, logits: Callable[[Any, Any], Any], others: Callable[[Any, Any], Any]
+) -> Any:
+    """Returns a prompt's part of a value in which not all positions have become logits.
+
+    Args:
+        value: the logits, or what the whole model returns, with whatever it was asked for besides.
+        layout: its layout.
+        logits: gives the prompt's part of logits, with their layout.
+        others: gives its part of other values.
+    """
+    if not isinstance(layout, dict) or not isinstance(value, dict) or layout.keys() != value.keys():
+        return logits(value, layout)
+    kind: Any = type(value)
+    return kind(
+        {
+            name: (logits if name == "logits" else others)(value[name], inner)
+            for name, inner in layout.items()
+        }
+    )
 
 
 def _packed(leaf: Any) -> Any:

@@ -20,11 +20,11 @@ from torch import nn
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Site
 from insitu.graph.structure import map_structure
-from insitu.models.batching import Unembedded
+from insitu.models.batching import Unembedded, take_logits
 from insitu.models.trial import alike, listening, undisturbed
 from insitu.runtime.branches import Chain
 from insitu.runtime.hooks import NO_KWARGS, Place, View, clone, first_argument
-from insitu.runtime.layout import Layouts, Part, cut, put, spread, widened
+from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
 
 _ABSENT = object()
 
@@ -264,16 +264,29 @@ class Tail(NamedTuple):
 
     def take(self, site: Site, value: Any, writable: bool = False) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
-        place, layout, start = site[1:4], self.layouts[site[1:4]], self.forward.start
-        if place in self.unembedded.places:
-            kept = self.unembedded.positions
-            own = cut(site, value, layout, self._part(len(kept)))
-            return spread(own, layout, [start + position for position in kept], self.forward.length)
+        layout = self.layouts[site[1:4]]
+        if site[1:4] in self.unembedded.places:
+            logits = partial(self._unembedded, site)
+            return take_logits(value, layout, logits, partial(self._own, site))
+        own = self._own(site, value, layout)
+        if writable and self.entering.rows > 1 and is_shared(layout):
+            return map_structure(clone, own)
+        return own
+
+    def _unembedded(self, site: Site, value: Any, layout: Any) -> Any:
+        """Its part of what has the positions only that become logits."""
+        kept, start = self.unembedded.positions, self.forward.start
+        own = cut(site, value, layout, self._part(len(kept)))
+        return spread(own, layout, [start + position for position in kept], self.forward.length)
+
+    def _own(self, site: Site, value: Any, layout: Any) -> Any:
+        """Its part of what has all positions that are computed."""
+        start = self.forward.start
         own = cut(site, value, layout, self._part(self.forward.length - start))
         if not start:
             return own
         own = spread(own, layout, slice(start, self.forward.length), self.forward.length)
-        if place == self.entry:
+        if site[1:4] == self.entry:
             row = self.entering
             own = map_structure(lambda leaf: leaf.clone(), own)
             own[0][:, :start] = row.prefix.hidden[row.level][row.origin, :start]
