@@ -389,3 +389,21 @@ def test_whatever_else_a_model_returns_is_cut_too(name: str) -> None:
             output = model.module(**arguments_of(model, ids), output_hidden_states=True)
         assert_equal(own[0].value, [output.logits[:, -1]], name)
         assert_equal(own[1].value, [output.hidden_states[1]], name)
+
+
+def test_a_generation_of_an_encoder_and_decoder_is_as_if_each_prompt_ran_alone() -> None:
+    model = make("t5")
+    prompts = prompts_of(model, (7, 1, 12, 4))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    invokers, saved = [], []
+    with model.generate(**options) as generator:
+        for ids in prompts:
+            with generator.invoke(ids) as invoker:
+                invokers.append(invoker)
+                saved.append(model.decoder.block[1].layer[-1].output.save())
+    assert len(generator.plan.passes) == 1
+    for ids, invoker, proxy in zip(prompts, invokers, saved, strict=True):
+        tokens = model.module.generate(input_ids=ids, **options)
+        assert torch.equal(invoker.output, tokens)
+        seen = hooked(model.module, call=model.module.generate, input_ids=ids, **options)
+        assert_equal(proxy.value, seen["decoder.block.1.layer.2", "output", 0], len(tokens[0]))
