@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import GPT2Config
 
-from insitu import LanguageModel, NeverRanError, ShapeError
+from insitu import LanguageModel, Model, NeverRanError, ShapeError
 
 IDS = torch.tensor([[3, 14, 15, 92, 65], [1, 2, 3, 4, 5]])
 
@@ -98,3 +99,26 @@ def test_a_model_that_cannot_run_without_data_says_so() -> None:
         assert __file__ in str(caught.value)
         saved = model[0].output.save()
     assert torch.equal(saved, torch.ones(2))
+
+
+def test_inference_leaves_a_module_with_two_names_as_it_was() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.second = self.first
+            self.third = nn.Linear(3, 3)
+            self.third.weight = self.first.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.third(self.second(self.first(x)))
+
+    model = Model(Tied())
+    weight, x = model.module.first.weight, torch.randn(2, 3)
+    expected = model.module(x)
+    with model.trace(x):
+        output = model.output.save()
+        assert output.shape == (2, 3)
+    assert model.module.first.weight is weight
+    assert model.module.third.weight is weight
+    assert torch.equal(output.value, expected)

@@ -4,7 +4,7 @@ from torch import nn
 
 from insitu import InsituError
 from insitu.graph.node import Site
-from insitu.runtime.layout import SIZES, Axis, Part, TensorLayout, cut, find_layouts, put
+from insitu.runtime.layout import SIZES, Axis, Part, TensorLayout, cut, find_layouts, put, widened
 from insitu.runtime.probe import Call, probe
 
 SITE = Site(0, "a", "output")
@@ -28,7 +28,7 @@ def layouts(module: nn.Module) -> dict:
     for batch, length in SIZES:
         call = Call((torch.zeros(batch, length),), {})
         found.append(probe(module, call, {"": module}, {}))
-    return dict(find_layouts(tuple(found)))
+    return dict(find_layouts([single.seen for single in found]))
 
 
 def test_axes_are_told_apart_by_what_they_grow_with() -> None:
@@ -71,17 +71,50 @@ def test_a_part_that_is_put_back_changes_nothing_else() -> None:
     assert torch.equal(value["pattern"], module(whole)["pattern"])
 
 
+class Returning(nn.Module):
+    def __init__(self, returned) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.returned(x)
+
+
 @pytest.mark.parametrize(
     "returned",
-    [lambda x: torch.ones(1, x.shape[1]), lambda x: x.sum(), lambda x: x.repeat(2, 1)],
-    ids=["shared by all rows", "one number", "twice the rows"],
+    [lambda x: x.repeat(2, 1), lambda x: x[:, 1:], lambda x: torch.ones(x.numel(), x.shape[0] - 1)],
+    ids=["twice the rows", "one position less", "one row less"],
 )
 def test_what_cannot_be_cut_has_no_layout(returned) -> None:
-    class Module(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return returned(x)
+    assert ("", "output", 0) not in layouts(Returning(returned))
 
-    assert ("", "output", 0) not in layouts(Module())
+
+def test_what_has_no_rows_is_the_same_for_all_of_them() -> None:
+    module = Returning(lambda x: (torch.ones(1, x.shape[1], 3), torch.ones(x.shape[1], 3)))
+    pair = shared, bare = layouts(module)["", "output", 0]
+    assert shared == TensorLayout((Axis.SHARED, Axis.POSITIONS, Axis.FIXED))
+    assert bare == TensorLayout((Axis.POSITIONS, Axis.FIXED))
+    assert shared.writable
+    assert not bare.writable
+    value = (torch.randn(1, 6, 3), torch.randn(6, 3))
+    part = Part(slice(1, 3), slice(2, 6), 4, 6)
+    mine = cut(SITE, value, pair, part)
+    assert torch.equal(mine[0], value[0][:, 2:])
+    assert torch.equal(mine[1], value[1][2:])
+
+
+def test_what_rows_share_is_widened_to_be_written() -> None:
+    layout = TensorLayout((Axis.SHARED, Axis.POSITIONS))
+    value = torch.arange(6.0)[None]
+    part = Part(slice(1, 3), slice(2, 6), 4, 6)
+    wide = widened(value, layout, 4)
+    assert torch.equal(wide, value.repeat(4, 1))
+    assert torch.equal(cut(SITE, wide, layout, part), value[:, 2:])
+    put(SITE, wide, layout, part, -torch.ones(1, 4))
+    expected = value.repeat(4, 1)
+    expected[1:3, 2:] = -1
+    assert torch.equal(wide, expected)
+    assert torch.equal(value[0], torch.arange(6.0))
 
 
 def test_a_value_of_another_shape_is_refused() -> None:

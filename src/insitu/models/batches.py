@@ -228,7 +228,7 @@ class Batches:
         return Pass(call, own, True, False, stretch.reads, last, summary)
 
     def _arguments(self, prompt: Prompt, stretch: _Stretch) -> dict[str, Any]:
-        kwargs = arguments(prompt, self._options)
+        kwargs = arguments(self._model, prompt, self._options)
         if stretch.unembedded.places:
             kwargs["logits_to_keep"] = torch.tensor(stretch.unembedded.positions)
         return kwargs
@@ -361,12 +361,18 @@ def _given(number: int, prompt: Prompt, share: bool | None) -> Given:
     return Given(number if share is False else content(number, prompt), rows, length)
 
 
-def arguments(prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keyword arguments of a prompt's forward."""
     kwargs: dict[str, Any] = {"input_ids": prompt.ids, **prompt.extras, **options}
     if prompt.mask is not None:
         kwargs["attention_mask"] = prompt.mask
+    start = model.decoder_start
+    if start is not None and kwargs.keys().isdisjoint(_GIVEN_TO_A_DECODER):
+        kwargs["decoder_input_ids"] = torch.full((prompt.ids.shape[0], 1), start)
     return kwargs
+
+
+_GIVEN_TO_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
 def forward(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from insitu.graph.node import Address, Site
+from insitu.graph.node import Site
 from insitu.graph.structure import map_structure
 from insitu.models.prompts import Prompt, Side
-from insitu.runtime.hooks import Cut, Place
-from insitu.runtime.layout import Layouts, Part, cut, put, spread
+from insitu.runtime.hooks import Cut, Place, clone
+from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
 
 
 class Batch(NamedTuple):
@@ -65,21 +66,6 @@ def _parts(prompts: Sequence[Prompt], side: Side, batch: int, length: int) -> li
     return parts
 
 
-def separable(layouts: Layouts | None, sites: Collection[Address]) -> bool:
-    """Returns whether what arrives at some sites can be cut out of a batch.
-
-    Args:
-        layouts: how values are cut, None if none can be.
-        sites: the sites.
-    """
-    if layouts is None:
-        return False
-    for _, path, kind, call, step in sites:
-        if step or (path, kind, call) not in layouts:
-            return False
-    return True
-
-
 def lie_apart(sizes: Collection[tuple[int, int]]) -> bool:
     """Returns whether the rows of some prompt would have padding between them in a batch.
 
@@ -123,18 +109,31 @@ class Share(NamedTuple):
 
     def take(self, site: Site, value: Any, writable: bool = False) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
+        layout, part = self.layouts[site[1:4]], self.part
         if site[1:4] in self.unembedded.places:
-            return self._unembedded(site, value)
-        own = cut(site, value, self.layouts[site[1:4]], self.part)
-        return own if writable or self.part.spans_length else map_structure(_packed, own)
+            logits = partial(self._unembedded, site)
+            return take_logits(value, layout, logits, partial(self._own, site))
+        own = cut(site, value, layout, part)
+        if writable:
+            several = part.rows.stop - part.rows.start > 1
+            return map_structure(clone, own) if several and is_shared(layout) else own
+        return own if part.spans_length else map_structure(_packed, own)
+
+    def _own(self, site: Site, value: Any, layout: Any) -> Any:
+        """The prompt's part of what has all positions, as it lies in memory alone."""
+        return map_structure(_packed, cut(site, value, layout, self.part))
+
+    def widen(self, site: Site, value: Any) -> Any:
+        """Returns a value in which each row has a part that can be written to."""
+        return widened(value, self.layouts[site[1:4]], self.part.batch)
 
     def put(self, site: Site, value: Any, own: Any) -> None:
         """Fills the prompt's own part of a copy of what arrived at a site."""
         put(site, value, self.layouts[site[1:4]], self.part, own)
 
-    def _unembedded(self, site: Site, value: Any) -> Any:
+    def _unembedded(self, site: Site, value: Any, layout: Any) -> Any:
         """The prompt's part of what has the positions only that become logits."""
-        layout, (rows, positions, batch, _) = self.layouts[site[1:4]], self.part
+        rows, positions, batch, _ = self.part
         places = self.unembedded.positions
         mine = [at for at in places if positions.start <= at < positions.stop]
         first = places.index(mine[0]) if mine else 0
@@ -142,6 +141,28 @@ class Share(NamedTuple):
         own = cut(site, value, layout, Part(rows, kept, batch, len(places)))
         length = positions.stop - positions.start
         return spread(own, layout, [at - positions.start for at in mine], length)
+
+
+def take_logits(
+    value: Any, layout: Any, logits: Callable[[Any, Any], Any], others: Callable[[Any, Any], Any]
+) -> Any:
+    """Returns a prompt's part of a value in which not all positions have become logits.
+
+    Args:
+        value: the logits, or what the whole model returns, with whatever it was asked for besides.
+        layout: its layout.
+        logits: gives the prompt's part of logits, with their layout.
+        others: gives its part of other values.
+    """
+    if not isinstance(layout, dict) or not isinstance(value, dict) or layout.keys() != value.keys():
+        return logits(value, layout)
+    kind: Any = type(value)
+    return kind(
+        {
+            name: (logits if name == "logits" else others)(value[name], inner)
+            for name, inner in layout.items()
+        }
+    )
 
 
 def _packed(leaf: Any) -> Any:

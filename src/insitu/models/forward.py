@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,12 +11,12 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Address
+from insitu.graph.node import Site
 from insitu.models.batches import Batches, arguments, content, default_budget, forward
-from insitu.models.batching import separable
 from insitu.models.prompts import Prompt
+from insitu.models.separation import Separation
 from insitu.runtime.layout import Layouts
-from insitu.runtime.passes import Pass
+from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Schedule, Work
 
@@ -53,9 +54,9 @@ class LanguageForward:
         self._options = options
         self.views = model.block_views[bool(options.get("use_cache"))]
         self.steps = 1
+        self._separation: tuple[bool, Separation | None] | None = None
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
         self._fixed = (budget, share, *options.items()) if plain else None
-        self._layouts: Layouts | None = None
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""
@@ -94,9 +95,11 @@ class LanguageForward:
         """Returns what gives the passes: as few, and with as little work, as it takes."""
         if len(requests) == 1:
             return self._alone
-        layouts = self._shared(module, requests, work.plan.reads) if work.together else None
+        layouts = self._shared(module, requests, work) if work.together else None
         if layouts is None:
             return self._alone
+        if isinstance(layouts, Site):
+            return partial(self._alone, apart=layouts)
         tokens = sum(prompt.ids.numel() for prompt in requests)
         budget = self._budget or default_budget(self._model, tokens)
         options = (self._model, self._options, layouts, module)
@@ -111,31 +114,46 @@ class LanguageForward:
         return None
 
     def _shared(
-        self, module: nn.Module, requests: Sequence[Prompt], sites: Collection[Address]
-    ) -> Layouts | None:
-        """How to cut what is read out of one pass for all, or None if that would not do."""
+        self, module: nn.Module, requests: Sequence[Prompt], work: Work
+    ) -> Layouts | Site | None:
+        """How to cut what is read out of one pass for all; None, or a site, if one does not do."""
         if self._model.trains(module) or not self._options.keys() <= _BATCHABLE:
             return None
         for prompt in requests:
             if prompt.extras:
                 return None
-        if self._layouts is None:
+        loaded = self._model.loaded
+        if self._separation is None or self._separation[0] is not loaded:
             mark = requests[0].mark
 
             def sample(batch: int, length: int) -> Call:
                 ids = torch.zeros(batch, length, dtype=torch.int64)
                 return Call((), self._kwargs(Prompt(ids, mark)))
 
-            self._layouts = self._model.layouts(sample, self.views)
-        return self._layouts if separable(self._layouts, sites) else None
+            def run(module: nn.Module, prompt: Prompt) -> None:
+                forward(self._model, module, self._kwargs(prompt), [prompt])
 
-    def _alone(self, module: nn.Module, requests: Sequence[Prompt]) -> list[Pass]:
-        """A pass for each prompt."""
-        return [self._pass(module, prompt, number) for number, prompt in enumerate(requests)]
+            found = self._model.separation(sample, run, self.views, "right")
+            self._separation = (loaded, found)
+        separation = self._separation[1]
+        if separation is None:
+            return None
+        obstacle = separation.obstacle(work.plan.reads, work.written)
+        return separation.layouts if obstacle is None else Site(*obstacle)
 
-    def _pass(self, module: nn.Module, prompt: Prompt, number: int) -> Pass:
+    def _alone(
+        self, module: nn.Module, requests: Sequence[Prompt], apart: Site | None = None
+    ) -> list[Pass]:
+        """A pass for each prompt; `apart` is what cannot be cut out of a batch."""
+        return [self._pass(module, prompt, n, apart) for n, prompt in enumerate(requests)]
+
+    def _pass(self, module: nn.Module, prompt: Prompt, number: int, apart: Site | None) -> Pass:
         kwargs = self._kwargs(prompt)
-        return Pass(lambda _: forward(self._model, module, kwargs, [prompt]), {number: None}, True)
+
+        def call(_: Deliver) -> Any:
+            return forward(self._model, module, kwargs, [prompt])
+
+        return Pass(call, {number: None}, True, apart=apart)
 
     def _kwargs(self, prompt: Prompt) -> dict[str, Any]:
-        return arguments(prompt, self._options)
+        return arguments(self._model, prompt, self._options)

@@ -12,7 +12,8 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.models.batching import cuts, join, lie_apart, separable
+from insitu.graph.node import Site
+from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
@@ -98,24 +99,29 @@ class Generation:
 
     def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
         """Returns what gives one pass for all prompts if each goes on in it as alone, else more."""
-        layouts = None
+        apart: Site | None = None
         sites = work.plan.reads
         tokens = any(address[2] in ("tokens", "choice") for address in sites)
         sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
         together = work.together and not (work.graph.mutations and lie_apart(sizes))
         if together and len(requests) > 1 and self._batchable(module, requests):
-            layouts = self._model.layouts(
+            separation = self._model.separation(
                 lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
+                self._begin,
                 self.views,
+                "left",
             )
-        if layouts is not None and separable(layouts, sites):
-            return partial(self._as_one, layouts)
+            if separation is not None:
+                obstacle = separation.obstacle(sites, work.written)
+                if obstacle is None:
+                    return partial(self._as_one, separation.layouts)
+                apart = Site(*obstacle)
         if len(requests) > 1 and self._setting(module, "return_dict_in_generate"):
             raise OptionError(
                 "`return_dict_in_generate` takes one invocation in a block, because these "
                 "have to be generated one by one."
             )
-        return partial(self._one_by_one, tokens)
+        return partial(self._one_by_one, tokens, apart)
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""
@@ -136,11 +142,15 @@ class Generation:
         return [self._pass(module, whole, dict(enumerate(cuts(batch, layouts))), requests)]
 
     def _one_by_one(
-        self, tokens: bool, module: nn.Module, requests: Sequence[Prompt]
+        self,
+        tokens: bool,
+        apart: Site | None,
+        module: nn.Module,
+        requests: Sequence[Prompt],
     ) -> list[Pass]:
         """A pass for each prompt."""
         return [
-            self._pass(module, prompt, {number: None}, [prompt], tokens)
+            self._pass(module, prompt, {number: None}, [prompt], tokens, apart)
             for number, prompt in enumerate(requests)
         ]
 
@@ -151,18 +161,13 @@ class Generation:
         cuts: Mapping[int, Cut | None],
         requests: Sequence[Prompt],
         tokens: bool = False,
+        apart: Site | None = None,
     ) -> Pass:
         """The pass of a prompt, which may be a batch of several requests."""
         if not self._model.reader.lookups_check:
             for request in requests:
                 self._model.reader.check_length(request, self._options.get("max_new_tokens", 1))
-        kwargs = {
-            "input_ids": prompt.ids,
-            "attention_mask": prompt.visible_mask,
-            "pad_token_id": self._model.pad_id,
-            **prompt.extras,
-            **self._options,
-        }
+        kwargs = self._arguments(prompt)
 
         def call(deliver: Deliver) -> Any:
             placed = self._model.placed(kwargs)  # in the run, not before: see `LanguageForward`
@@ -175,7 +180,22 @@ class Generation:
                 self._model.explain(requests, self._options.get("max_new_tokens", 1))
                 raise
 
-        return Pass(call, cuts, may_stop=False, stepped=True)
+        return Pass(call, cuts, may_stop=False, stepped=True, apart=apart)
+
+    def _begin(self, module: nn.Module, prompt: Prompt) -> None:
+        """Generates one token, with nobody looking."""
+        kwargs = {**self._arguments(prompt), "max_new_tokens": 1, "min_new_tokens": None}
+        module.generate(**self._model.placed(kwargs))  # pyright: ignore[reportCallIssue]
+
+    def _arguments(self, prompt: Prompt) -> dict[str, Any]:
+        """The keyword arguments of a prompt's `generate`."""
+        return {
+            "input_ids": prompt.ids,
+            "attention_mask": prompt.visible_mask,
+            "pad_token_id": self._model.pad_id,
+            **prompt.extras,
+            **self._options,
+        }
 
     def _first_forward(self, ids: torch.Tensor) -> Call:
         kwargs: dict[str, Any] = {"input_ids": ids}
@@ -186,6 +206,8 @@ class Generation:
             kwargs["use_cache"] = self._cached
         if "logits_to_keep" in parameters:  # `generate` wants the last position's only
             kwargs["logits_to_keep"] = 1
+        if self._model.config.is_encoder_decoder:
+            kwargs["decoder_input_ids"] = torch.zeros(ids.shape[0], 1, dtype=torch.int64)
         return Call((), kwargs)
 
     def _batchable(self, module: nn.Module, requests: Sequence[Prompt]) -> bool:
@@ -205,14 +227,14 @@ class Generation:
 
     def _apart(self, sequences: torch.Tensor, requests: Sequence[Prompt]) -> list[torch.Tensor]:
         """Each prompt's rows of a batch, without the padding of its neighbours."""
-        length = max(prompt.ids.shape[1] for prompt in requests)
+        length = max(map(self._given, requests))
         module = self._model.load()
         ends = self._setting(module, "eos_token_id")
         ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []))
         each: list[torch.Tensor] = []
         first = 0
         for prompt in requests:
-            rows, own = prompt.ids.shape
+            rows, own = prompt.ids.shape[0], self._given(prompt)
             mine = sequences[first : first + rows, length - own :]
             ended = torch.isin(mine[:, own:], ends.to(mine.device))
             # Alone, it would have stopped when the last of its rows had ended.
@@ -221,15 +243,20 @@ class Generation:
             first += rows
         return each
 
+    def _given(self, prompt: Prompt) -> int:
+        """How many of the tokens that a generation of a prompt returns were not generated."""
+        return 1 if self._model.config.is_encoder_decoder else prompt.ids.shape[1]
+
     def _together(self, each: list[torch.Tensor], requests: Sequence[Prompt]) -> torch.Tensor:
         """Rows generated one by one, as a batch would have padded them."""
         pad_id = self._options.get("pad_token_id", self._model.pad_id)
-        before = max(prompt.ids.shape[1] for prompt in requests)
-        pairs = list(zip(each, requests, strict=True))
-        after = max(own.shape[1] - prompt.ids.shape[1] for own, prompt in pairs)
+        given = [self._given(prompt) for prompt in requests]
+        before = max(given)
+        pairs = list(zip(each, given, strict=True))
+        after = max(own.shape[1] - length for own, length in pairs)
         rows: list[torch.Tensor] = []
-        for own, prompt in pairs:
-            left = before - prompt.ids.shape[1]
+        for own, length in pairs:
+            left = before - length
             right = before + after - left - own.shape[1]
             rows.append(torch.nn.functional.pad(own, (left, right), value=pad_id))
         return torch.cat(rows)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -21,11 +23,12 @@ from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation
 from insitu.models.loading import Source
 from insitu.models.model import Model
-from insitu.models.prompts import Limits, Prompt, Reader
+from insitu.models.prompts import Limits, Prompt, Reader, Side
 from insitu.models.resume import find_chain
+from insitu.models.separation import Separation, Trial
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
-from insitu.runtime.hooks import View
+from insitu.runtime.hooks import Place, View
 from insitu.runtime.layout import SIZES, Layouts, find_layouts
 from insitu.runtime.probe import Call
 from insitu.tracing.tracer import Tracer
@@ -97,9 +100,10 @@ class LanguageModel(Model):
     _config: Any
     _tokenizer: Any
     _loading: threading.RLock
-    _layouts: dict[str, Layouts]
+    _separations: dict[tuple[str, bool], Separation | None]
     _forward: LanguageForward
     _chain: Any
+    _decoder_start: Any
     _costs: Costs | None
     reader: Reader
     pad_id: int
@@ -160,6 +164,7 @@ class LanguageModel(Model):
         other = super().edited(graph)
         vars(other)["_base"] = self
         other._describe()
+        vars(other)["_separations"] = self._separations  # edits are no part of the module
         return other
 
     def trace(
@@ -282,24 +287,68 @@ class LanguageModel(Model):
             self.reader.check_ids(prompt)
             self.reader.check_length(prompt, steps)
 
-    def layouts(
-        self, sample: Callable[[int, int], Call], views: Mapping[str, View]
-    ) -> Layouts | None:
+    def separation(
+        self,
+        sample: Callable[[int, int], Call],
+        run: Callable[[nn.Module, Prompt], Any],
+        views: Mapping[str, View],
+        side: Side,
+    ) -> Separation | None:
         """Returns how values at sites are cut into rows and positions, or None if none can be.
+
+        Found out once, with the weights if they are there: else by shapes alone, which will do
+        for what is not run.
 
         Args:
             sample: gives a call with a batch size and a length.
-            views: how outputs are shown in such a call.
+            run: makes such a call.
+            views: how outputs are shown in it.
+            side: where shorter prompts are padded.
         """
         calls = [sample(*size) for size in SIZES]
-        key = calls[0].signature()
-        if key not in self._layouts:
+        key = f"{side} {calls[0].signature()}"
+        if (key, self.loaded) not in self._separations:
+            self._separations[key, self.loaded] = self._separate(calls, run, views, side)
+        return self._separations[key, self.loaded]
+
+    def _separate(
+        self,
+        calls: Sequence[Call],
+        run: Callable[[nn.Module, Prompt], Any],
+        views: Mapping[str, View],
+        side: Side,
+    ) -> Separation | None:
+        layouts: Layouts | None = None
+        with contextlib.suppress(ShapeError):
+            layouts = find_layouts([self.probe(call, views).seen for call in calls])
+        if not self.loaded:
+            return None if layouts is None else Separation(layouts, lambda _: True)
+        module, modules, limits = self._module, self.modules, self.reader.limits
+        trial = Trial(
+            partial(run, module),
+            modules,
+            views,
+            side,
+            self._vocabulary,
+            self.pad_id,
+            limits.context,
+            here(),
+        )
+
+        def widens(place: Place) -> bool:
+            with self.exclusive.held():
+                try:
+                    return trial.widens(found, place)
+                except Exception:  # whatever the model makes of it: then it is not to be run so
+                    return False
+
+        found: Layouts = {}
+        with self.exclusive.held():
             try:
-                first, more_rows, longer = (self.probe(call, views) for call in calls)
-            except ShapeError:
+                found = trial.verified(trial.proposed() if layouts is None else layouts)
+            except Exception:  # as above
                 return None
-            self._layouts[key] = find_layouts((first, more_rows, longer))
-        return self._layouts[key]
+        return Separation(found, widens)
 
     def chain(
         self, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]
@@ -318,17 +367,33 @@ class LanguageModel(Model):
         if options != plain:
             return None
         if self._chain is _UNKNOWN:
-            with self.exclusive.lock:
-                self.exclusive.begin()
-                try:
-                    vocabulary = (
-                        self.reader.limits.vocabulary or self._config.get_text_config().vocab_size
-                    )
-                    found = find_chain(module, self.modules, views, layouts, options, vocabulary)
-                finally:
-                    self.exclusive.running = False
+            with self.exclusive.held():
+                vocabulary = self._vocabulary
+                found = find_chain(module, self.modules, views, layouts, options, vocabulary)
             vars(self)["_chain"] = found
         return self._chain
+
+    @property
+    def decoder_start(self) -> int | None:
+        """What the decoder is given where a forward cannot do without; None if it can.
+
+        It is the token with which a generation begins.
+        """
+        if self._decoder_start is _UNKNOWN:
+            found: int | None = None
+            try:
+                self.probe(Call((), {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}), {})
+            except ShapeError:
+                for config in (getattr(self._module, "generation_config", None), self._config):
+                    if found is None:
+                        found = getattr(config, "decoder_start_token_id", None)
+            vars(self)["_decoder_start"] = found
+        return self._decoder_start
+
+    @property
+    def _vocabulary(self) -> int:
+        """How many token ids it has."""
+        return self.reader.limits.vocabulary or self._config.get_text_config().vocab_size
 
     @property
     def costs(self) -> Costs:
@@ -373,8 +438,9 @@ class LanguageModel(Model):
         parameters = inspect.signature(module.forward).parameters
         vars(self).update(
             _embedding=embedding,
-            _layouts={},
+            _separations={},
             _chain=_UNKNOWN,
+            _decoder_start=_UNKNOWN if self._config.is_encoder_decoder else None,
             _costs=None,
             block_views={cached: block_views(module, layers, cached) for cached in (True, False)},
             reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from insitu.graph.errors import OptionError
+from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph
 from insitu.runtime.exclusive import Exclusive, exclusive
@@ -61,7 +61,7 @@ class Model(Handle):
     edits: Sequence[Graph]
     plans: Plans[Any]
     _module: nn.Module
-    _probes: dict[str, Probe]
+    _probes: dict[str, Probe | UnknownShapeError]
 
     def load(self) -> nn.Module:
         """Returns the wrapped module, with its weights."""
@@ -89,25 +89,25 @@ class Model(Handle):
         if copies:
             signature += repr(sorted(copies.items(), key=repr))
         if signature not in self._probes:
-            with self.exclusive.lock:
-                self.exclusive.begin()
+            with self.exclusive.held():
                 try:
                     found = probe(self._module, call, self.modules, views, inside, copies)
-                finally:
-                    self.exclusive.running = False
+                except UnknownShapeError as error:
+                    # Not the error itself: it holds every frame of the forward.
+                    self._probes[signature] = UnknownShapeError(*error.args)
+                    raise
             self._probes[signature] = found
-        return self._probes[signature]
+        found = self._probes[signature]
+        if isinstance(found, UnknownShapeError):
+            raise UnknownShapeError(*found.args)
+        return found
 
     def fake_module(self, path: str) -> Callable[..., Any]:
         """Returns a module as a function on fake tensors."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.exclusive.lock:
-                self.exclusive.begin()
-                try:
-                    return fake_call(self.modules[path], args, kwargs)
-                finally:
-                    self.exclusive.running = False
+            with self.exclusive.held():
+                return fake_call(self.modules[path], args, kwargs)
 
         return call
 

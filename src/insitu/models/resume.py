@@ -20,10 +20,11 @@ from torch import nn
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Site
 from insitu.graph.structure import map_structure
-from insitu.models.batching import Unembedded
+from insitu.models.batching import Unembedded, take_logits
+from insitu.models.trial import alike, listening, undisturbed
 from insitu.runtime.branches import Chain
-from insitu.runtime.hooks import NO_KWARGS, Place, View, first_argument
-from insitu.runtime.layout import Layouts, Part, cut, put, spread
+from insitu.runtime.hooks import NO_KWARGS, Place, View, clone, first_argument
+from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
 
 _ABSENT = object()
 
@@ -263,16 +264,29 @@ class Tail(NamedTuple):
 
     def take(self, site: Site, value: Any, writable: bool = False) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
-        place, layout, start = site[1:4], self.layouts[site[1:4]], self.forward.start
-        if place in self.unembedded.places:
-            kept = self.unembedded.positions
-            own = cut(site, value, layout, self._part(len(kept)))
-            return spread(own, layout, [start + position for position in kept], self.forward.length)
+        layout = self.layouts[site[1:4]]
+        if site[1:4] in self.unembedded.places:
+            logits = partial(self._unembedded, site)
+            return take_logits(value, layout, logits, partial(self._own, site))
+        own = self._own(site, value, layout)
+        if writable and self.entering.rows > 1 and is_shared(layout):
+            return map_structure(clone, own)
+        return own
+
+    def _unembedded(self, site: Site, value: Any, layout: Any) -> Any:
+        """Its part of what has the positions only that become logits."""
+        kept, start = self.unembedded.positions, self.forward.start
+        own = cut(site, value, layout, self._part(len(kept)))
+        return spread(own, layout, [start + position for position in kept], self.forward.length)
+
+    def _own(self, site: Site, value: Any, layout: Any) -> Any:
+        """Its part of what has all positions that are computed."""
+        start = self.forward.start
         own = cut(site, value, layout, self._part(self.forward.length - start))
         if not start:
             return own
         own = spread(own, layout, slice(start, self.forward.length), self.forward.length)
-        if place == self.entry:
+        if site[1:4] == self.entry:
             row = self.entering
             own = map_structure(lambda leaf: leaf.clone(), own)
             own[0][:, :start] = row.prefix.hidden[row.level][row.origin, :start]
@@ -291,6 +305,10 @@ class Tail(NamedTuple):
             )
             own = cut(site, own, layout, whole._replace(batch=self.entering.rows))
         put(site, value, layout, self._part(length), own)
+
+    def widen(self, site: Site, value: Any) -> Any:
+        """Returns a value in which each row has a part that can be written to."""
+        return widened(value, self.layouts[site[1:4]], self.forward.rows)
 
     def _part(self, length: int) -> Part:
         return Part(self.rows, slice(0, length), self.forward.rows, length)
@@ -318,9 +336,9 @@ def find_chain(
         The blocks and the places at which values are right then; None if they are not behind
         some block.
     """
-    trial = _Trial(module, modules, views, layouts, options, vocabulary)
     try:
-        with torch.no_grad():
+        with undisturbed(modules):
+            trial = _Trial(module, modules, views, layouts, options, vocabulary)
             whole = trial.right_places(0)
             tails = trial.right_places(2)
     except Exception:  # whatever the model makes of it: then it is not to be run so
@@ -358,7 +376,11 @@ class _Trial:
         self._expected: dict[Place, Any] = {}
         with self._prefix.left_by(dict(options)) as kwargs:
             module(input_ids=self._ids[:1], **kwargs)
-        with self._listening(self._expect):  # without keys and values, as a trace runs
+
+        def expect(place: Place, value: Any) -> None:
+            self._expected[place] = map_structure(clone, value)
+
+        with listening(modules, views, expect):  # without keys and values, as a trace runs
             module(input_ids=self._ids[:1], **options)
 
     def right_places(self, start: int) -> frozenset[Place]:
@@ -376,7 +398,8 @@ class _Trial:
             if self._agrees(place, value, forward.rows, start):
                 right.add(place)
 
-        with forward.entered(dict(self._options)) as kwargs, self._listening(compare):
+        listening_to = listening(self._modules, self._views, compare)
+        with forward.entered(dict(self._options)) as kwargs, listening_to:
             # With the ids of another prompt: what these do to the blocks that run would show.
             self._module(input_ids=self._ids[1:, start:], **kwargs)
         return frozenset(right)
@@ -390,68 +413,9 @@ class _Trial:
             alone = cut(site, expected, layout, Part(slice(0, 1), slice(start, length), 1, length))
             for row in range(rows):
                 part = Part(slice(row, row + 1), slice(0, length - start), rows, length - start)
-                if not _alike(cut(site, value, layout, part), alone):
+                if not alike(cut(site, value, layout, part), alone):
                     return False
             spread(alone, layout, slice(start, length), length)
         except (InsituError, ValueError):  # it has no positions, or is not of the batch
             return False
         return True
-
-    def _expect(self, place: Place, value: Any) -> None:
-        self._expected.setdefault(place, map_structure(_copy, value))
-
-    @contextmanager
-    def _listening(self, tell: Callable[[Place, Any], None]) -> Iterator[None]:
-        handles: list[Any] = []
-        for path, part in self._modules.items():
-
-            def after(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                output: Any,
-                path: str = path,
-            ) -> None:
-                view = self._views.get(path)
-                tell((path, "output", 0), output if view is None else view(output, args, kwargs))
-
-            def before(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path
-            ) -> None:
-                if args or kwargs:
-                    tell((path, "input", 0), first_argument(module, args, kwargs))
-
-            handles.append(part.register_forward_hook(after, with_kwargs=True))
-            handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _alike(found: Any, expected: Any) -> bool:
-    """Whether two values are equal to rounding."""
-    pairs: list[list[torch.Tensor]] = [[], []]
-    for value, leaves in zip((found, expected), pairs, strict=True):
-        map_structure(lambda leaf, leaves=leaves: leaves.append(leaf), value)
-    for mine, other in zip(*pairs, strict=True):
-        if not isinstance(other, torch.Tensor):
-            if mine != other:
-                return False
-            continue
-        if mine.shape != other.shape:
-            return False
-        if not other.is_floating_point():
-            if not torch.equal(mine, other):
-                return False
-            continue
-        scale = other.abs().amax().clamp_min(1e-6)
-        limit = 1e-4 if other.dtype in (torch.float32, torch.float64) else 3e-2
-        if not bool((mine - other).abs().amax() <= limit * scale):
-            return False
-    return True

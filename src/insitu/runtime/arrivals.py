@@ -177,6 +177,10 @@ class Arrivals:
         value = arriving = passing_value(place[1], view, module, args, rest)
         mutated = {index for index, _ in found if index in self._mutated}
         if mutated:
+            for index, invocation in found:
+                cut = cuts[invocation]
+                if cut is not None and index in mutated:
+                    value = cut.widen(Site(invocation, *place), value)
             value = self._writable(mutated, value)
         for index, invocation in found:
             cut = cuts[invocation]

@@ -7,7 +7,7 @@ prompt is processed once, up to there, and each invocation goes on from a block 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from insitu.graph.node import Address, Graph
 from insitu.graph.operations import READ
@@ -15,7 +15,7 @@ from insitu.runtime.costs import Costs
 from insitu.runtime.extent import Extents
 from insitu.runtime.hooks import Place
 from insitu.runtime.order import handed_over, needed
-from insitu.runtime.plan import Plan
+from insitu.runtime.plan import Plan, written
 from insitu.runtime.schedule import Edges, Run, rows_by_level
 
 Moments = Callable[[int], "Mapping[Place, int] | None"]
@@ -79,11 +79,8 @@ def find_runs(
         runs = [Run(n, prompt.rows, prompt.length, reads[n]) for n, prompt in enumerate(given)]
         return runs, _edges(graph, plan, runs, moments)
     writes: list[list[Address]] = [[] for _ in given]
-    for index in {*plan.writes, *(plan.mutations.reads if plan.mutations else ())}:
-        operation, address, *_ = graph.rows[index]
-        if operation is READ:
-            written = cast("Address", address)
-            writes[written[0]].append(written)
+    for address in written(graph, plan):
+        writes[address[0]].append(address)
     runs: list[Run] = []
     extents: Extents | None = None
     for numbers in same.values():

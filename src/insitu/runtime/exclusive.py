@@ -7,6 +7,8 @@ each other's. Runs of one module therefore wait for each other, also between two
 from __future__ import annotations
 
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -41,6 +43,20 @@ class Exclusive:
                 "its own run (a hook, a stopping criterion, a streamer)."
             )
         self.running = True
+
+    @contextmanager
+    def held(self) -> Generator[None, None, None]:
+        """Waits for the module, and has it in use.
+
+        Raises:
+            BlockError: as of `begin`.
+        """
+        with self.lock:
+            self.begin()
+            try:
+                yield
+            finally:
+                self.running = False
 
 
 _registry_lock = threading.Lock()

@@ -46,8 +46,17 @@ class Cut(Protocol):
 
         Args:
             site: where the value arrived.
-            value: a copy of what arrived there, for the batch. It is written to.
+            value: a copy of what arrived there, for the batch, widened. It is written to.
             own: what the invocation puts there.
+        """
+        ...
+
+    def widen(self, site: Site, value: Any) -> Any:
+        """Returns a value in which each row has a part that can be written to.
+
+        Args:
+            site: where the value arrived.
+            value: what arrived there, for the batch; it is returned itself if that is so already.
         """
         ...
 
@@ -163,9 +172,10 @@ def changed_value(
         if cut is None:
             fresh = own if own is value else _copied_where_new(own, value)
             continue
+        site = Site(invocation, *place)
         if fresh is None:
-            fresh = map_structure(clone, value)
-        cut.put(Site(invocation, *place), fresh, own)
+            fresh = map_structure(clone, cut.widen(site, value))
+        cut.put(site, fresh, own)
     return fresh
 
 

@@ -1,8 +1,9 @@
 """Which axes of a value are batch rows and which are positions, and how to cut along them.
 
-Found by comparing what passes a site at three sizes of input: an axis that grows with the batch
-holds rows, one that grows with the length holds positions, one that grows with both holds rows
-and positions flattened together.
+Proposed by comparing what passes a site at three sizes of input: an axis that grows with the
+batch holds rows, one that grows with the length holds positions, one that grows with both holds
+rows and positions flattened together. Shapes alone can lie about the last; whether a proposal is
+right is found out elsewhere, by value.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from insitu.graph.errors import InsituError
 from insitu.graph.node import Site
 from insitu.graph.structure import map_structure
 from insitu.runtime.hooks import Place
-from insitu.runtime.probe import Probe
 
 # (batch, length) of the three probes.
 SIZES = ((2, 5), (3, 5), (2, 7))
@@ -30,6 +30,7 @@ class Axis(Enum):
     FIXED = "features, heads or whatever else does not depend on the batch"
     ROWS = "rows of the batch"
     POSITIONS = "positions"
+    SHARED = "one row that holds for all rows of the batch"
     BOTH = "rows and positions, flattened"
 
 
@@ -38,6 +39,14 @@ class TensorLayout:
     """The axes of one tensor."""
 
     axes: tuple[Axis, ...]
+
+    @property
+    def writable(self) -> bool:
+        """Whether each row of the batch has a part of its own, or can be given one."""
+        return not _WITH_ROWS.isdisjoint(self.axes)
+
+
+_WITH_ROWS = frozenset([Axis.ROWS, Axis.BOTH, Axis.SHARED])
 
 
 class _InseparableError(Exception):
@@ -69,20 +78,20 @@ Layouts = Mapping[Place, Any]
 """Layouts by place; what cannot be cut has none."""
 
 
-def find_layouts(probes: tuple[Probe, Probe, Probe]) -> Layouts:
-    """Returns the layouts of all sites that have one.
+def find_layouts(seen: Sequence[Mapping[Place, Any]]) -> Layouts:
+    """Returns the layouts that sites have by their shapes.
 
     Args:
-        probes: what passed the sites at the three sizes of `SIZES`, in this order.
+        seen: what passed the sites at the three sizes of `SIZES`, in this order.
     """
     layouts: dict[Place, Any] = {}
-    first, *others = (probe.seen for probe in probes)
+    first, *others = seen
     for place, value in first.items():
         if all(place in other for other in others):
             try:
                 layouts[place] = _layout(value, *(other[place] for other in others))
-            except _InseparableError:
-                continue
+            except (_InseparableError, ValueError, KeyError, AttributeError):
+                continue  # of other structure, or with a size that depends on something else
     return layouts
 
 
@@ -122,14 +131,14 @@ def put(site: Site, value: Any, layout: Any, part: Part, own: Any) -> None:
 
     Args:
         site: where the value arrived.
-        value: a copy of what arrived; its tensors are written to.
+        value: a copy of what arrived, widened; its tensors are written to.
         layout: the site's layout.
         part: where the invocation lies.
         own: what to put there.
     """
     if isinstance(layout, TensorLayout):
         if Axis.BOTH not in layout.axes:
-            _cut_tensor(site, value, layout, part).copy_(own)
+            _cut_tensor(site, value, layout, part, all_rows=True).copy_(own)
             return
         axis = layout.axes.index(Axis.BOTH)
         apart = value.unflatten(axis, (part.batch, part.length))
@@ -145,6 +154,44 @@ def put(site: Site, value: Any, layout: Any, part: Part, own: Any) -> None:
             put(site, value[name], inner, part, own[name])
 
 
+def leaves(layout: Any) -> list[TensorLayout]:
+    """Returns the layouts of the tensors of a value."""
+    if isinstance(layout, TensorLayout):
+        return [layout]
+    if isinstance(layout, tuple):
+        inner = cast("tuple[Any, ...]", layout)
+    else:
+        inner = tuple(cast("dict[str, Any]", layout).values()) if isinstance(layout, dict) else ()
+    return [leaf for item in inner for leaf in leaves(item)]
+
+
+def is_shared(layout: Any) -> bool:
+    """Returns whether rows of a batch have to be given something of their own to be written."""
+    return any(Axis.SHARED in leaf.axes for leaf in leaves(layout))
+
+
+def widened(value: Any, layout: Any, batch: int) -> Any:
+    """Returns a value in which what all rows share is there once for each, in memory of its own.
+
+    Args:
+        value: the value.
+        layout: its layout.
+        batch: how many rows there are.
+    """
+    if isinstance(layout, TensorLayout):
+        if Axis.SHARED not in layout.axes or value.shape[0] == batch:
+            return value
+        return value.expand(batch, *value.shape[1:]).clone()
+    if isinstance(layout, tuple):
+        pairs = zip(value, cast("tuple[Any, ...]", layout), strict=True)
+        return tuple(widened(item, inner, batch) for item, inner in pairs)
+    if isinstance(layout, dict):
+        inner = cast("dict[str, Any]", layout)
+        kind = cast(Any, type(value))
+        return kind({name: widened(value[name], inner[name], batch) for name in inner})
+    return value
+
+
 def spread(value: Any, layout: Any, positions: Sequence[int] | slice, length: int) -> Any:
     """Returns a value with all positions, from one that has only some of them.
 
@@ -155,9 +202,16 @@ def spread(value: Any, layout: Any, positions: Sequence[int] | slice, length: in
         layout: its layout.
         positions: which positions it has, in their order.
         length: how many there are in all.
+
+    Raises:
+        ValueError: if its positions do not have one axis of their own.
     """
     if isinstance(layout, TensorLayout):
+        if Axis.POSITIONS not in layout.axes and Axis.BOTH not in layout.axes:
+            return value
         axis = layout.axes.index(Axis.POSITIONS)
+        if Axis.POSITIONS in layout.axes[axis + 1 :]:
+            raise ValueError("a pair of positions is not left out with one of them")
         shape = list(value.shape)
         shape[axis] = length
         if value.shape[axis] == 1:
@@ -183,8 +237,9 @@ def _layout(first: Any, more_rows: Any, longer: Any) -> Any:
         if len({len(shape) for shape in shapes}) > 1:
             raise _InseparableError
         axes = tuple(_axis(*sizes) for sizes in zip(*shapes, strict=True))
-        if Axis.ROWS not in axes and Axis.BOTH not in axes:
-            raise _InseparableError
+        has_rows = Axis.ROWS in axes or Axis.BOTH in axes
+        if not has_rows and len(axes) > 1 and first.shape[0] == 1 and axes[0] is Axis.FIXED:
+            axes = (Axis.SHARED, *axes[1:])
         return TensorLayout(axes)
     if type(first) is tuple:
         values = cast("tuple[Any, ...]", first)
@@ -211,7 +266,9 @@ def _axis(first: int, more_rows: int, longer: int) -> Axis:
     return kinds[first, more_rows, longer]
 
 
-def _cut_tensor(site: Site, value: torch.Tensor, layout: TensorLayout, part: Part) -> torch.Tensor:
+def _cut_tensor(
+    site: Site, value: torch.Tensor, layout: TensorLayout, part: Part, all_rows: bool = False
+) -> torch.Tensor:
     axes, (rows, positions, batch, length) = layout.axes, part
     shape = value.shape
     if len(shape) != len(axes):
@@ -222,10 +279,16 @@ def _cut_tensor(site: Site, value: torch.Tensor, layout: TensorLayout, part: Par
         if axis is Axis.FIXED:
             key.append(_ALL)
             continue
+        if axis is Axis.SHARED and shape[at] == 1:
+            key.append(_ALL)
+            continue
         size = length
         if axis is Axis.ROWS:
             size = batch
             key.append(rows)
+        elif axis is Axis.SHARED:  # widened: alone, it would be there once
+            size = batch
+            key.append(rows if all_rows else slice(rows.start, rows.start + 1))
         elif axis is Axis.POSITIONS:
             key.append(positions)
         else:

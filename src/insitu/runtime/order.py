@@ -50,9 +50,13 @@ def pass_order(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> list[int]:
             for read in reads
             if graph[read].operation is READ and home[_address(graph, read)] in cycle
         )
+        apart = next((single.apart for single in passes if single.apart is not None), None)
+        why = "with this model and these options they cannot run as one batch"
+        if apart is not None:
+            why = f"what arrives at `{apart}` cannot be cut out of a batch"
         raise CausalityError(
-            "Invocations of this block need values of each other, but with this model and these "
-            "options they cannot run as one batch, so one of them would have to run first.",
+            f"Invocations of this block need values of each other, but {why}, so one of them "
+            "would have to run first.",
             graph[write].location,
         ) from None
 

@@ -63,6 +63,8 @@ class Pass(NamedTuple):
         reads: the sites whose values it gives, if not all of its invocations' are of this pass.
         through: where it may not have ended before, though nobody waits for anything there.
         told: gives its summary, where more is known than its invocations.
+        apart: the site for whose sake its invocation has it for itself, if there is one: what
+            arrives there cannot be cut out of a batch.
     """
 
     call: Callable[[Deliver], Any]
@@ -72,11 +74,12 @@ class Pass(NamedTuple):
     reads: Collection[Address] | None = None
     through: Place | None = None
     told: Callable[[], Summary] | None = None
+    apart: Site | None = None
 
     @property
     def summary(self) -> Callable[[], Summary]:
         """Tells what it does, for the user."""
-        return self.told or partial(unknown, sorted(self.cuts))
+        return self.told or partial(unknown, sorted(self.cuts), self.apart)
 
 
 _NO_RETURNED: Mapping[str, Any] = {}

@@ -199,6 +199,22 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     return plan
 
 
+def written(graph: Graph, plan: Plan) -> list[Address]:
+    """Returns the sites that are written, in place or not.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+    """
+    reads = {*plan.writes, *(plan.mutations.reads if plan.mutations is not None else ())}
+    found: list[Address] = []
+    for index in reads:
+        operation, address, *_ = graph.rows[index]
+        if operation is READ:
+            found.append(address)  # pyright: ignore[reportArgumentType]
+    return found
+
+
 def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradients:
     """Finds the backward pass of each gradient: the first one after it, else the last."""
     bound: dict[int, list[int]] = {index: [] for index in backwards}

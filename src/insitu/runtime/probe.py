@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from itertools import chain
-from typing import Any, NamedTuple
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.structure import map_structure
@@ -148,11 +146,6 @@ def probe(
 
         return hook
 
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-    # A forward may keep what it made, such as a lazily filled cache: that must not be fake later.
-    before = [(part, dict(vars(part)), dict(part._buffers)) for part in set(modules.values())]
     handles = [
         handle
         for path, part in modules.items()
@@ -163,20 +156,15 @@ def probe(
     ]
     try:
         with mode, torch.no_grad():
-            weights = {
-                name: fake(tensor)
-                for tensors in (module.named_parameters(), module.named_buffers())
-                for name, tensor in tensors
-            }
-            own.update(map(storage_of, weights.values()))
 
             def leaf(item: Any) -> Any:
-                return fake(item) if isinstance(item, torch.Tensor) else item
+                return _fake(item) if isinstance(item, torch.Tensor) else item
 
             args, kwargs = map_structure(leaf, tuple(call))
             watching = nullcontext() if inside is None else watched(modules[inside], visit)
-            with watching:
-                functional_call(module, weights, args, kwargs)
+            with watching, _faked(module) as weights:
+                own.update(map(storage_of, weights))
+                module(*args, **kwargs)
     except Exception as error:
         raise UnknownShapeError(
             "Shapes of this model cannot be found without running it "
@@ -187,9 +175,6 @@ def probe(
         log.disabled = was_disabled
         for handle in handles:
             handle.remove()
-        for part, attributes, buffers in before:
-            _restore(vars(part), attributes)
-            _restore(part._buffers, buffers)
     shown = [call for call in called if returns_tensors(call.output)]
     moments = {place: moment for moment, place in enumerate(seen)}
     return Probe(seen, memory, returned, shown, moments)
@@ -212,17 +197,42 @@ def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         args: its arguments.
         kwargs: its keyword arguments.
     """
-    weights = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        for name, tensor in chain(module.named_parameters(), module.named_buffers())
-    }
-    parts = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    with _faked(module):
+        return module(*args, **kwargs)
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor on the CPU like another, in the fake mode that is active."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+@contextmanager
+def _faked(module: nn.Module) -> Generator[Collection[torch.Tensor], None, None]:
+    """Puts fake parameters and buffers into a module, and gives them.
+
+    `torch.func.functional_call` leaves some of them there if a module has two names.
+    """
+    parts = list(module.modules())
+    # A forward may keep what it made, such as a lazily filled cache: that must not be fake later.
+    before = [(table, dict(table)) for part in parts for table in (vars(part), part._buffers)]
+    tables: list[dict[str, Any]] = []
+    for part in parts:
+        tables.extend((cast("dict[str, Any]", part._parameters), part._buffers))
+    weights = [(table, dict(table)) for table in tables]
+    fakes: dict[int, torch.Tensor] = {}
     try:
-        return functional_call(module, weights, args, dict(kwargs))
+        for table, own in weights:
+            for name, tensor in own.items():
+                if tensor is not None:
+                    if id(tensor) not in fakes:
+                        fakes[id(tensor)] = _fake(tensor)
+                    table[name] = fakes[id(tensor)]
+        yield fakes.values()
     finally:
-        for part, attributes, buffers in parts:
-            _restore(vars(part), attributes)
-            _restore(part._buffers, buffers)
+        for table, own in weights:
+            table.update(own)
+        for table, own in before:
+            _restore(table, own)
 
 
 def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:

@@ -14,11 +14,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from torch import nn
 
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Graph
+from insitu.graph.node import Address, Graph
 from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.passes import Pass
-from insitu.runtime.plan import Plan
+from insitu.runtime.plan import Plan, written
 from insitu.runtime.probe import Call, Copies, Probe
 from insitu.runtime.reuse import Plans
 
@@ -52,6 +52,11 @@ class Work(NamedTuple):
     plan: Plan
     together: bool
     moments: Callable[[int], Mapping[Place, int] | None]
+
+    @property
+    def written(self) -> list[Address]:
+        """The sites that are written, in place or not."""
+        return written(self.graph, self.plan)
 
 
 Schedule = Callable[[nn.Module, Sequence[Any]], list[Pass]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from insitu.graph.node import Site
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -32,9 +34,17 @@ class Summary:
     alone: Mapping[int, float]
 
 
-def unknown(invocations: Sequence[int]) -> Summary:
-    """Returns the summary of a pass of which only its invocations are known."""
-    return Summary(invocations, 0, 0, 0, 0, 0.0, "one call of the model", {})
+def unknown(invocations: Sequence[int], apart: Site | None) -> Summary:
+    """Returns the summary of a pass of which only its invocations are known.
+
+    Args:
+        invocations: their numbers.
+        apart: what cannot be cut out of a batch, if that is why it is a pass of its own.
+    """
+    reason = "one call of the model"
+    if apart is not None:
+        reason = f"`{apart}` cannot be cut out of a batch"
+    return Summary(invocations, 0, 0, 0, 0, 0.0, reason, {})
 
 
 @dataclass(frozen=True, slots=True)

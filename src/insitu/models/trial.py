@@ -1,0 +1,158 @@
+"""Runs of a model on a few tokens, to find out by value what its shapes do not tell.
+
+What a run is for is decided elsewhere. Here is what such runs have in common: what passes every
+place is told, values are compared to rounding, and the model is left as it was.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from insitu.graph.structure import map_structure
+from insitu.runtime.hooks import Place, View, first_argument, handed_over
+
+_ABSENT = object()
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# What these hang on modules belongs to the model: it fetches weights and collects outputs.
+_OF_THE_MODEL = frozenset(["accelerate", "torch", "transformers", "transformers_modules"])
+
+
+@contextmanager
+def listening(
+    modules: Mapping[str, nn.Module],
+    views: Mapping[str, View],
+    tell: Callable[[Place, Any], Any],
+) -> Iterator[None]:
+    """Tells what passes the places of the runs in it.
+
+    Args:
+        modules: the model's tree, by path.
+        views: how outputs are shown, by path.
+        tell: is given each place and what passes there. What it returns takes its place, unless
+            it is None.
+    """
+    calls: Counter[str] = Counter()
+    open_calls: defaultdict[str, list[int]] = defaultdict(list)
+
+    def before(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = calls[path]
+        calls[path] += 1
+        open_calls[path].append(call)
+        changed: Any = None
+        for kind in ("inputs", "input"):
+            if kind == "input" and not (args or kwargs):
+                continue
+            value: Any = (args, dict(kwargs))
+            if kind == "input":
+                value = first_argument(module, args, kwargs)
+            told = tell((path, kind, call), value)
+            if told is not None:
+                args, kwargs = changed = handed_over(kind, None, module, args, (kwargs,), told)
+        return changed
+
+    def after(
+        path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        view = views.get(path)
+        shown = output if view is None else view(output, args, kwargs)
+        told = tell((path, "output", open_calls[path].pop()), shown)
+        return told if told is None or view is None else view.restore(output, told, args, kwargs)
+
+    with ExitStack() as stack:
+        for path, part in modules.items():
+            hook = part.register_forward_pre_hook(partial(before, path), with_kwargs=True)
+            stack.callback(hook.remove)
+            hook = part.register_forward_hook(partial(after, path), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def undisturbed(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Lets the runs in it leave no trace: not in the model, in hooks of the user's, or in dice.
+
+    The user's hooks sit them out, and no graph for autograd is recorded.
+
+    Args:
+        modules: the model's tree, by path. The caller holds it (see `exclusive`).
+    """
+    parts = set(modules.values())
+    tensors = [(buffer, buffer.clone()) for buffer in modules[""].buffers()]
+    devices = {tensor.device for tensor in modules[""].parameters() if tensor.is_cuda}
+    tables = [vars(part) for part in parts]
+    for part in parts:
+        tables.extend(table for table in vars(part).values() if isinstance(table, dict))
+    states = [(table, dict(table)) for table in tables]
+    try:
+        for part in parts:
+            for table in (getattr(part, name) for name in _HOOKS):
+                for key in [key for key, hook in table.items() if not _of_the_model(hook)]:
+                    del table[key]
+        with torch.random.fork_rng(list(devices)), torch.no_grad():
+            yield
+    finally:
+        for table, before in states:
+            _restore(table, before)
+        for buffer, before in tensors:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+
+
+def alike(found: Any, expected: Any) -> bool:
+    """Returns whether two values are equal to rounding; what is no number must be so in both.
+
+    Args:
+        found: a value.
+        expected: another. How far off numbers may be is relative to the largest of them.
+    """
+    pairs: list[list[Any]] = [[], []]
+    for value, leaves in zip((found, expected), pairs, strict=True):
+        map_structure(lambda leaf, leaves=leaves: leaves.append(leaf), value)
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    return all(_alike(mine, other) for mine, other in zip(*pairs, strict=True))
+
+
+def _alike(mine: Any, other: Any) -> bool:
+    if not isinstance(other, torch.Tensor) or not isinstance(mine, torch.Tensor):
+        return type(mine) is type(other) and bool(mine == other)
+    if mine.shape != other.shape or mine.dtype != other.dtype:
+        return False
+    if not other.is_floating_point():
+        return torch.equal(mine, other)
+    # Infinities, and the least number that there is in masks, say nothing about the scale.
+    plain = other.abs() < torch.finfo(other.dtype).max / 2
+    same = (mine == other) | (mine.isnan() & other.isnan())
+    if not bool((same | plain).all()):
+        return False
+    scale = other[plain].abs().amax().clamp_min(1e-6) if bool(plain.any()) else 0.0
+    limit = 1e-4 if other.dtype in (torch.float32, torch.float64) else 3e-2
+    return bool((same | ((mine - other).abs() <= limit * scale)).all())
+
+
+def _of_the_model(hook: Any) -> bool:
+    """Whether a hook is one without which the model would not be itself."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).partition(".")[0] in _OF_THE_MODEL
+
+
+def _restore(now: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Undoes what was done to a table. Other threads may be reading what has not changed."""
+    for key in [key for key in now if key not in before]:
+        del now[key]
+    for key, value in before.items():
+        if now.get(key, _ABSENT) is not value:
+            now[key] = value
+    if list(now) != list(before):
+        now.clear()
+        now.update(before)
