@@ -187,12 +187,12 @@ def test_every_site_is_as_if_its_prompt_ran_alone(name: str) -> None:
     own_pass = apart(model, every, model.scan)
     for path, kind, _ in own_pass:
         assert kind == "inputs" or any(part in path for part in RUN_ALONE), path
-    for chosen, passes in ((set(every) - set(own_pass), 1), (set(own_pass), len(prompts))):
+    for chosen, most in ((set(every) - set(own_pass), 3), (set(own_pass), len(prompts))):
         sites = [[site for site in own if site in chosen] for own in expected]
         if not any(sites):
             continue
         values, count = read_all(model, prompts, sites)
-        assert count == passes
+        assert count <= most
         for number, own in enumerate(values):
             for site, value in own.items():
                 assert_equal(value, expected[number][site], (number, *site))

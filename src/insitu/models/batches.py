@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from insitu.graph.node import Address
-from insitu.models.batching import ALL_UNEMBEDDED, Unembedded, cuts, join, lie_apart
+from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
 from insitu.models.resume import Blocks, Entering, Prefix, Resumed, Tail
+from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, unembed_only, unembedding
 from insitu.runtime.branches import Given, find_runs, part_of
 from insitu.runtime.extent import Extents
 from insitu.runtime.hooks import Cut, Place
@@ -86,6 +87,8 @@ class Batches:
         views = model.block_views[False]
         modules = [model.modules[path] for path in views]
         self._blocks = Blocks(tuple(views), modules, list(views.values()))
+        heads = model.unembedding
+        self._head = model.modules[heads[0]] if len(heads) == 1 else None
         given = [_given(number, prompt, share) for number, prompt in enumerate(requests)]
         self._sizes = [(prompt.rows, prompt.length) for prompt in given]
         costs = None if share else self._costs
@@ -129,7 +132,7 @@ class Batches:
             numbers = sorted(group.runs, key=lambda number: runs[number].level)
             reads = [address for number in numbers for address in runs[number].reads]
             length = max(runs[number].length for number in numbers) - group.start
-            unembedded = self._unembedded(reads, group.start, length, work.plan, extents)
+            unembedded = self._unembedded(numbers, group.start, length, work.plan, extents)
             left = [leaving[number] for number in numbers if number in leaving]
             levels = set[int]().union(*(levels for levels, _ in left))
             cached = any(cached for _, cached in left)
@@ -171,12 +174,13 @@ class Batches:
             own[run.invocation] = share
             for address in run.reads:
                 own[address[0]] = share
-        kwargs = self._arguments(whole, stretch)
         model = self._model
+        kwargs = arguments(model, whole, self._options)
         if not stretch.leaves:
 
             def call(_: Deliver) -> Any:
-                return forward(model, module, kwargs, prompts)
+                with unembedding(self._head, stretch.unembedded):
+                    return forward(model, module, kwargs, prompts)
 
             summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], None)
             return Pass(call, own, True, False, stretch.reads, None, summary)
@@ -186,7 +190,7 @@ class Batches:
             prefixes[number] = (prefix, part.rows)
 
         def leave(_: Deliver) -> Any:
-            with prefix.left_by(kwargs) as given:
+            with prefix.left_by(kwargs) as given, unembedding(self._head, stretch.unembedded):
                 return forward(model, module, given, prompts)
 
         through = prefix.through
@@ -210,28 +214,25 @@ class Batches:
         resumed = Resumed(self._blocks, entering, stretch.start, runs[0].length)
         own: dict[int, Cut | None] = {}
         count = 0
-        for run, row in zip(runs, entering, strict=True):
+        unembedded = stretch.unembedded
+        logits = unembedded.positions or [()] * len(runs)
+        for run, row, kept in zip(runs, entering, logits, strict=True):
             mine = slice(count, count + row.rows)
             count += row.rows
             entry: Place = (self._blocks.paths[row.level - 1], "output", 0)
-            own[run.invocation] = Tail(self._layouts, mine, resumed, row, entry, stretch.unembedded)
+            own[run.invocation] = Tail(self._layouts, mine, resumed, row, entry, unembedded, kept)
         first = requests[runs[0].invocation]
-        kwargs = self._arguments(Prompt(first.ids[:1, stretch.start :], first.mark), stretch)
         model = self._model
+        prompt = Prompt(first.ids[:1, stretch.start :], first.mark)
+        kwargs = arguments(model, prompt, self._options)
 
         def call(_: Deliver) -> Any:
-            with resumed.entered(kwargs) as given:
+            with resumed.entered(kwargs) as given, unembedding(self._head, unembedded):
                 return forward(model, module, given, [first])
 
         last: Place = (self._blocks.paths[entering[-1].level - 1], "output", 0)
         summary = partial(self._of_resumed, stretch, last)
         return Pass(call, own, True, False, stretch.reads, last, summary)
-
-    def _arguments(self, prompt: Prompt, stretch: _Stretch) -> dict[str, Any]:
-        kwargs = arguments(self._model, prompt, self._options)
-        if stretch.unembedded.places:
-            kwargs["logits_to_keep"] = torch.tensor(stretch.unembedded.positions)
-        return kwargs
 
     def _of_whole(
         self, stretch: _Stretch, invocations: Sequence[int], rows: int, through: Place | None
@@ -282,8 +283,7 @@ class Batches:
         ends = {("", "output", 0), *((path, "output", 0) for path in self._model.unembedding)}
         if all(address[1:4] not in ends for address in stretch.reads):
             return 0
-        kept = stretch.unembedded
-        return rows * (len(kept.positions) if kept.places else stretch.positions)
+        return rows * (stretch.unembedded.count or stretch.positions)
 
     def _blocks_run(self, reads: Sequence[Any], through: Place | None) -> int:
         """How many blocks a pass goes through before it ends."""
@@ -296,30 +296,35 @@ class Batches:
         return sum(order.get((path, "inputs", 0), -1) < last for path in paths)
 
     def _unembedded(
-        self, reads: Sequence[Address], start: int, length: int, plan: Plan, extents: Extents
+        self, numbers: Sequence[int], start: int, length: int, plan: Plan, extents: Extents
     ) -> Unembedded:
-        """Which positions of a batch have to become logits."""
+        """Which positions of each row of a batch have to become logits."""
         model = self._model
-        if "logits_to_keep" not in model.forward_parameters or not model.unembedding:
+        if "logits_to_keep" not in model.forward_parameters or len(model.unembedding) != 1:
             return ALL_UNEMBEDDED
-        places: set[Place] = {("", "output", 0)}
-        places.update((path, "output", 0) for path in model.unembedding)
-        others = {(path, kind, 0) for path in model.unembedding for kind in ("input", "inputs")}
-        if any(address[1:4] in others for address in reads):
+        head = model.unembedding[0]
+        places = frozenset[Place]([("", "output", 0), (head, "output", 0)])
+        if not places <= self._layouts.keys():
             return ALL_UNEMBEDDED
-        wanted: set[int] = set()
-        for address in reads:
-            if address[1:4] not in places:
-                continue
-            _, own = self._sizes[address[0]]
-            part = part_of(address, self._blocks.paths)
-            found = extents.read(plan.reads[address], own, part)
-            if found is None:
-                return ALL_UNEMBEDDED
-            wanted.update(position - start for position in found)
-        if not wanted or len(wanted) > length // 2:
+        found: list[Sequence[int]] = []
+        for number in numbers:
+            run = self._runs[number]
+            wanted: set[int] = set()
+            for address in run.reads:
+                if address[1:4] in ((head, "input", 0), (head, "inputs", 0)):
+                    return ALL_UNEMBEDDED
+                if address[1:4] not in places:
+                    continue
+                part = part_of(address, self._blocks.paths)
+                _, own = self._sizes[address[0]]
+                positions = extents.read(plan.reads[address], own, part)
+                if positions is None:
+                    return ALL_UNEMBEDDED
+                wanted.update(position - start for position in positions)
+            found.append(sorted(wanted))
+        if not 0 < max(map(len, found)) <= length // 2:
             return ALL_UNEMBEDDED
-        return Unembedded(frozenset(places), sorted(wanted))
+        return unembed_only(places, found, [self._runs[number].rows for number in numbers])
 
 
 _LIKE_LENGTH = "prompts of like length"

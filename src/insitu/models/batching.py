@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ import torch
 from insitu.graph.node import Site
 from insitu.graph.structure import map_structure
 from insitu.models.prompts import Prompt, Side
-from insitu.runtime.hooks import Cut, Place, clone
+from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, take_logits
+from insitu.runtime.hooks import Cut, clone
 from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
 
 
@@ -79,21 +80,6 @@ def lie_apart(sizes: Collection[tuple[int, int]]) -> bool:
     return ragged and any(rows > 1 for rows, _ in sizes)
 
 
-class Unembedded(NamedTuple):
-    """Which positions of a forward become logits, where not all of them do.
-
-    Attributes:
-        places: where there are only these positions then.
-        positions: the positions, in their order.
-    """
-
-    places: frozenset[Place]
-    positions: Sequence[int]
-
-
-ALL_UNEMBEDDED = Unembedded(frozenset(), ())
-
-
 class Share(NamedTuple):
     """One prompt's share of a batch.
 
@@ -101,11 +87,13 @@ class Share(NamedTuple):
         layouts: how the values at sites are cut.
         part: where the prompt lies.
         unembedded: which positions of the batch become logits.
+        logits: which of its own.
     """
 
     layouts: Layouts
     part: Part
     unembedded: Unembedded = ALL_UNEMBEDDED
+    logits: Sequence[int] = ()
 
     def take(self, site: Site, value: Any, writable: bool = False) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
@@ -134,35 +122,9 @@ class Share(NamedTuple):
     def _unembedded(self, site: Site, value: Any, layout: Any) -> Any:
         """The prompt's part of what has the positions only that become logits."""
         rows, positions, batch, _ = self.part
-        places = self.unembedded.positions
-        mine = [at for at in places if positions.start <= at < positions.stop]
-        first = places.index(mine[0]) if mine else 0
-        kept = slice(first, first + len(mine))
-        own = cut(site, value, layout, Part(rows, kept, batch, len(places)))
-        length = positions.stop - positions.start
-        return spread(own, layout, [at - positions.start for at in mine], length)
-
-
-def take_logits(
-    value: Any, layout: Any, logits: Callable[[Any, Any], Any], others: Callable[[Any, Any], Any]
-) -> Any:
-    """Returns a prompt's part of a value in which not all positions have become logits.
-
-    Args:
-        value: the logits, or what the whole model returns, with whatever it was asked for besides.
-        layout: its layout.
-        logits: gives the prompt's part of logits, with their layout.
-        others: gives its part of other values.
-    """
-    if not isinstance(layout, dict) or not isinstance(value, dict) or layout.keys() != value.keys():
-        return logits(value, layout)
-    kind: Any = type(value)
-    return kind(
-        {
-            name: (logits if name == "logits" else others)(value[name], inner)
-            for name, inner in layout.items()
-        }
-    )
+        kept = Part(rows, slice(0, len(self.logits)), batch, self.unembedded.count)
+        own = cut(site, value, layout, kept)
+        return spread(own, layout, self.logits, positions.stop - positions.start)
 
 
 def _packed(leaf: Any) -> Any:
@@ -174,4 +136,7 @@ def _packed(leaf: Any) -> Any:
 
 def cuts(batch: Batch, layouts: Layouts, unembedded: Unembedded = ALL_UNEMBEDDED) -> Sequence[Cut]:
     """Returns how each prompt finds its own part of what arrives at a site."""
-    return [Share(layouts, part, unembedded) for part in batch.parts]
+    if unembedded.index is None:
+        return [Share(layouts, part) for part in batch.parts]
+    parts = zip(batch.parts, unembedded.positions, strict=True)
+    return [Share(layouts, part, unembedded, logits) for part, logits in parts]

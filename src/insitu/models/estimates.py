@@ -13,8 +13,12 @@ from insitu.runtime.costs import Costs
 # measured on two cores in float32, and about what an accelerator's bandwidth comes to.
 _READING = {"cpu": 40}
 _READING_ELSEWHERE = 150
-# What takes as long as one call of a module, 20 µs: measured on two cores.
-_CALL = 4e6
+# What takes as long as one call of a module, 10 µs; as moving one of the values that a token has
+# inside a block in and out of memory, as often as blocks do; and as one attention score. Measured
+# on two cores, where 1e9 operations take 5 to 6 ms, on models 16 and 768 wide.
+_CALL = 2e6
+_MOVED = 260.0
+_SCORED = 180.0
 
 
 def estimated_costs(module: Any, modules: Mapping[str, nn.Module], blocks: Sequence[str]) -> Costs:
@@ -44,6 +48,8 @@ def estimated_costs(module: Any, modules: Mapping[str, nn.Module], blocks: Seque
         blocks=len(blocks) or 1,
         token=2.0 * weights,
         pair=4.0 * width,
+        moved=_MOVED * weights / max(width, 1),
+        scored=_SCORED * getattr(text, "num_attention_heads", 0),
         block=2.0 * weights * reading + calls,
         call=8 * _CALL,
         unembedding=unembedding,

@@ -20,8 +20,8 @@ from torch import nn
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Site
 from insitu.graph.structure import map_structure
-from insitu.models.batching import Unembedded, take_logits
 from insitu.models.trial import alike, listening, undisturbed
+from insitu.models.unembedding import Unembedded, take_logits
 from insitu.runtime.branches import Chain
 from insitu.runtime.hooks import NO_KWARGS, Place, View, clone, first_argument
 from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
@@ -252,7 +252,8 @@ class Tail(NamedTuple):
         forward: the forward.
         entering: where it enters.
         entry: the output of the last block that it leaves out.
-        unembedded: which of them become logits.
+        unembedded: which positions of the batch become logits.
+        logits: which of its own, counted from the first that is computed.
     """
 
     layouts: Layouts
@@ -261,6 +262,7 @@ class Tail(NamedTuple):
     entering: Entering
     entry: Place
     unembedded: Unembedded
+    logits: Sequence[int]
 
     def take(self, site: Site, value: Any, writable: bool = False) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
@@ -275,9 +277,11 @@ class Tail(NamedTuple):
 
     def _unembedded(self, site: Site, value: Any, layout: Any) -> Any:
         """Its part of what has the positions only that become logits."""
-        kept, start = self.unembedded.positions, self.forward.start
-        own = cut(site, value, layout, self._part(len(kept)))
-        return spread(own, layout, [start + position for position in kept], self.forward.length)
+        kept = slice(0, len(self.logits))
+        part = Part(self.rows, kept, self.forward.rows, self.unembedded.count)
+        own = cut(site, value, layout, part)
+        start = self.forward.start
+        return spread(own, layout, [start + at for at in self.logits], self.forward.length)
 
     def _own(self, site: Site, value: Any, layout: Any) -> Any:
         """Its part of what has all positions that are computed."""

@@ -18,6 +18,9 @@ class Costs:
         blocks: how many blocks it has.
         token: in one block, for each token.
         pair: in one block, for each pair of a position and one that it attends to.
+        moved: in one block, for each token: what takes as long as moving its values through memory
+            where nothing is multiplied with weights, as activation functions and norms do.
+        scored: in one block, for each pair, likewise, as softmax does.
         block: for each call of a block, whatever its tokens: what takes as long as that many.
         call: for each pass, outside of its blocks, likewise.
         unembedding: for each token of which there are logits.
@@ -26,6 +29,8 @@ class Costs:
     blocks: int
     token: float
     pair: float
+    moved: float
+    scored: float
     block: float
     call: float
     unembedding: float
@@ -44,4 +49,5 @@ class Costs:
     def time(self, rows: Sequence[int], queries: int, keys: int, unembedded: int) -> float:
         """Returns what takes as long as a pass, in floating-point operations. Args as `flops`."""
         calls = self.call + len(rows) * self.block
-        return calls + self.flops(rows, queries, keys, unembedded)
+        moving = sum(rows) * queries * (self.moved + self.scored * keys)
+        return calls + moving + self.flops(rows, queries, keys, unembedded)
