@@ -74,7 +74,7 @@ class Execution:
             for index in plan.repeated.saves:
                 self._values[index] = _PENDING
         if plan.mutations is not None or plan.gradients is not None:
-            self._careful = plan.mutations is not None
+            self._careful = plan.mutations is not None and not plan.mutations.plain
             self._mutations = plan.mutations
             self._pasts: dict[tuple[int, int], Any] = {}
             self._done: set[int] = set()

@@ -111,24 +111,27 @@ def order_mutations(
         plan.apart = True
     live = {index for index, keys in enumerate(memory) if not keys.isdisjoint(written)}
     regroup(graph, plan)
-    plan.special = True
-    plan.mutations = Mutations(
-        {index for index in live if index in plan.bits},
-        {index: _deadlines(graph, index, memory, held) for index in graph.mutations},
-        live,
-        before,
-        _lent(graph, plan, memory),
-        {index for index, node in enumerate(graph) if _holds_constants(node)},
-        {
-            index
-            for address, index in plan.reads.items()
-            if index in live and _may_last(of_site(Site(*address)))
-        },
+    deadlines = {index: _deadlines(graph, index, memory, held) for index in graph.mutations}
+    lent = _lent(graph, plan, memory)
+    copied = {index for index, node in enumerate(graph) if _holds_constants(node)}
+    lasting = {
+        index
+        for address, index in plan.reads.items()
+        if index in live and _may_last(of_site(Site(*address)))
+    }
+    special = any(before.values()) or lent or copied or lasting or graph.differentiates
+    plain = not special and all(
+        any(plan.bits[read] == needs[index] for read in reads)
+        for index, sets in deadlines.items()
+        for reads in sets
     )
+    reads = {index for index in live if index in plan.bits}
+    plan.mutations = Mutations(reads, deadlines, live, before, lent, copied, lasting, plain)
+    plan.special = plan.special or not plain
 
 
 def _may_last(arriving: Any) -> bool:
-    """Whether what arrives at a site may be the model's own memory."""
+    """Whether what arrives at a site may be memory that outlasts the run."""
     found: list[bool] = [arriving is None]
     map_structure(lambda leaf: found.append(isinstance(leaf, Memory) and leaf.lasting), arriving)
     return any(found)
@@ -141,7 +144,7 @@ class Memory:
     Attributes:
         storage: its storage's identity.
         version: how often it has been written to.
-        lasting: whether it may be the model's own: a parameter's or a buffer's.
+        lasting: whether it may outlast the run: a parameter's, a buffer's or the user's.
     """
 
     storage: int
@@ -154,7 +157,8 @@ class Memory:
 
         Args:
             tensor: the tensor.
-            own: the storages of the model's parameters and buffers, if they are known.
+            own: the storages of the model's parameters and buffers, and of what it is called with,
+                if they are known.
         """
         storage = storage_of(tensor)
         return cls(storage, tensor._version, own is None or storage in own)

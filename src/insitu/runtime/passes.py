@@ -111,6 +111,8 @@ def run_pass(
     """
     cuts, may_stop, writes = single.cuts, single.may_stop, plan.writes
     special = single.stepped or plan.special
+    if plan.mutations is not None and not special:  # in a batch, parts are to be put back
+        special = any(cut is not None for cut in cuts.values())
     readers: dict[Moment, list[tuple[int, int]]] = {}
     own = plan.reads
     if single.reads is not None:

@@ -49,7 +49,10 @@ class Mutations:
         lent: who waits for other sites with memory that the model may write to itself: the node,
             which of its inputs has that memory, and the writes of the graph that it is to see.
         copied: the nodes whose values must be copies, because they hold constants of the user's.
-        lasting: those of the reads at which parameters or buffers of the model may arrive.
+        lasting: those of the reads at which what outlasts the run may arrive: parameters or buffers
+            of the model, or what the user gave.
+        plain: whether the writes are done where they stand, each as its site arrives, and that is
+            all: most are.
     """
 
     reads: set[int]
@@ -59,6 +62,7 @@ class Mutations:
     lent: list[tuple[int, int, frozenset[int]]]
     copied: set[int]
     lasting: set[int]
+    plain: bool
 
 
 @dataclass(slots=True, eq=False)

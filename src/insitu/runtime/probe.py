@@ -158,7 +158,11 @@ def probe(
         with mode, torch.no_grad():
 
             def leaf(item: Any) -> Any:
-                return _fake(item) if isinstance(item, torch.Tensor) else item
+                if not isinstance(item, torch.Tensor):
+                    return item
+                fake = _fake(item)
+                own.add(storage_of(fake))
+                return fake
 
             args, kwargs = map_structure(leaf, tuple(call))
             watching = nullcontext() if inside is None else watched(modules[inside], visit)

@@ -396,8 +396,6 @@ class Tracer:
             )
         graph, saves = self.recording.graph, self.recording.saves
         requests = [invocation.request for invocation in invocations]
-        if graph.mutations:  # what is given to the block is the user's, and stays as it is
-            requests = [map_structure(_clone, request) for request in requests]
         key, plans = self.procedure.key(module, requests), self.model.plans
         prepared: Prepared | None = None
         if key is not None:
@@ -407,7 +405,7 @@ class Tracer:
             if key is not None:
                 plans.keep(key, graph, saves, prepared)
         else:
-            passes = prepared.schedule(module, requests)
+            passes = prepared.schedule(module, _kept(requests, prepared.plan))
         self._told = [single.summary for single in passes]
         return prepared, passes
 
@@ -424,7 +422,7 @@ class Tracer:
         together = not (cuts_short or graph.differentiates or plan.apart)
         moments = partial(_moments, self.model, self.procedure, requests)
         schedule = self.procedure.schedule(module, requests, Work(graph, plan, together, moments))
-        passes = schedule(module, requests)
+        passes = schedule(module, _kept(requests, plan))
         order: Sequence[int] = range(len(passes))
         returned = _NOTHING_RETURNED
         if plan.crosses or plan.skips or plan.mutations is not None:
@@ -568,6 +566,13 @@ def _moments(
 
 
 _NOTHING_RETURNED: Mapping[str, Any] = {}
+
+
+def _kept(requests: Sequence[Any], plan: Plan) -> Sequence[Any]:
+    """What was given to a block, so that it stays as it is whatever is written in place."""
+    if plan.mutations is None or not plan.mutations.lasting:
+        return requests
+    return [map_structure(_clone, request) for request in requests]
 
 
 def _clone(leaf: Any) -> Any:
