@@ -397,3 +397,18 @@ def test_each_of_several_writes_reaches_the_model_once(gpt2: LanguageModel) -> N
     for handle in handles:
         handle.remove()
     assert torch.equal(result, expected)
+
+
+def test_what_a_later_line_replaces_is_not_waited_for(gpt2: LanguageModel) -> None:
+    with gpt2.trace([1, 2, 3]):
+        before = gpt2.transformer.h[0].input
+        gpt2.transformer.h[0].output[0] = gpt2.transformer.h[1].input  # comes later
+        gpt2.transformer.h[0].output[0] = before
+        found = gpt2.transformer.h[1].input.save()
+
+    seen: list[torch.Tensor] = []
+    block = gpt2.module.transformer.h[0]
+    handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    gpt2.module(torch.tensor([[1, 2, 3]]))
+    handle.remove()
+    assert torch.equal(found, seen[0])

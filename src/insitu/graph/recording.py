@@ -303,7 +303,7 @@ class Recording:
         read = standing
         if operation is WRITE:
             read = ref(self.original(standing.index))
-            if not (block and self._may_be_structure(standing)):
+            if self._is_whole(value) or not (block and self._may_be_structure(standing)):
                 standing = read  # of what was written before, nothing stays
         if isinstance(value, Recorded) and value._recording is self:  # a whole tuple may be written
             source = value._ref
@@ -335,6 +335,10 @@ class Recording:
         source = self._without_part(source, key)
         part = self.apply(REPLACE, (Recorded(self, source), key, value), NO_KWARGS, mark)
         return self.write(cast("Address", node.args), Recorded(self, part), block, mark)
+
+    def _is_whole(self, value: Any) -> bool:
+        """Whether a value has all parts of what is to stand at a site: see `write_part`."""
+        return isinstance(value, Recorded) and self.graph.rows[value._ref.index][0] is REPLACE
 
     def _may_be_structure(self, written: Ref) -> bool:
         """Whether what was written to a site may be more than its first part alone."""
