@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from insitu.graph.node import Address
+from insitu.models.accounts import Accounts
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
 from insitu.models.resume import Blocks, Entering, Prefix, Resumed, Tail
@@ -22,7 +23,7 @@ from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Work
-from insitu.runtime.schedule import Group, Run, arrange, rows_by_level
+from insitu.runtime.schedule import Group, Run, arrange
 from insitu.runtime.summary import Summary
 
 if TYPE_CHECKING:
@@ -83,7 +84,6 @@ class Batches:
         share: bool | None,
     ) -> None:
         self._model, self._options, self._layouts = model, options, layouts
-        self._costs, self._moments = model.costs, work.moments
         views = model.block_views[False]
         modules = [model.modules[path] for path in views]
         self._blocks = Blocks(tuple(views), modules, list(views.values()))
@@ -91,11 +91,12 @@ class Batches:
         self._head = model.modules[heads[0]] if len(heads) == 1 else None
         given = [_given(number, prompt, share) for number, prompt in enumerate(requests)]
         self._sizes = [(prompt.rows, prompt.length) for prompt in given]
-        costs = None if share else self._costs
+        self._accounts = Accounts(model, work, self._sizes)
+        costs = None if share else model.costs
 
         def runs_and_groups(chain: Any) -> tuple[list[Run], list[Group] | None]:
             runs, edges = find_runs(work.graph, work.plan, given, chain, work.moments, costs)
-            return runs, arrange(runs, edges, self._costs, budget)
+            return runs, arrange(runs, edges, model.costs, budget)
 
         runs, groups = runs_and_groups(lambda: model.chain(module, layouts, options))
         if groups is None:  # invocations need each other in both directions
@@ -238,62 +239,20 @@ class Batches:
         self, stretch: _Stretch, invocations: Sequence[int], rows: int, through: Place | None
     ) -> Summary:
         """The summary of a pass from the model's beginning."""
-        length = stretch.positions
-        run = self._blocks_run(stretch.reads, through)
-        flops = self._costs.flops([rows] * run, length, length, self._logits(stretch, rows))
-        why = "what invocations of one prompt share" if stretch.leaves else _LIKE_LENGTH
-        return Summary(invocations, rows, length, run, 0, flops, why, self._alone(invocations))
+        why = "one prompt" if len(invocations) == 1 else "prompts of like length"
+        if stretch.leaves:
+            why = "what invocations of one prompt share"
+        size = rows, stretch.positions
+        return self._accounts.whole(
+            invocations, *size, stretch.reads, through, stretch.unembedded.count or None, why
+        )
 
     def _of_resumed(self, stretch: _Stretch, through: Place) -> Summary:
         """The summary of a pass that begins at a block."""
         runs = [self._runs[number] for number in stretch.runs]
-        rows = rows_by_level(runs, self._costs.blocks)
-        rows = rows[: max(self._blocks_run(stretch.reads, through) - stretch.skipped, 0)]
-        count = sum(run.rows for run in runs)
-        length = stretch.start + stretch.positions
-        logits = self._logits(stretch, count)
-        flops = self._costs.flops(rows, stretch.positions, length, logits)
-        why = f"like their prompt up to block {stretch.skipped - 1}"
-        if stretch.start:
-            why += f" and position {stretch.start - 1}"
-        invocations = sorted(run.invocation for run in runs)
-        alone = self._alone(invocations)
-        return Summary(
-            invocations,
-            count,
-            stretch.positions,
-            len(rows),
-            stretch.skipped,
-            flops,
-            why,
-            alone,
+        return self._accounts.resumed(
+            runs, stretch.positions, stretch.reads, through, stretch.unembedded.count or None
         )
-
-    def _alone(self, invocations: Sequence[int]) -> Mapping[int, float]:
-        """What invocations would cost alone."""
-        costs = self._costs
-        found: dict[int, float] = {}
-        for number in invocations:
-            rows, length = self._sizes[number]
-            found[number] = costs.flops([rows] * costs.blocks, length, length, rows * length)
-        return found
-
-    def _logits(self, stretch: _Stretch, rows: int) -> int:
-        """How many positions of all rows become logits."""
-        ends = {("", "output", 0), *((path, "output", 0) for path in self._model.unembedding)}
-        if all(address[1:4] not in ends for address in stretch.reads):
-            return 0
-        return rows * (stretch.unembedded.count or stretch.positions)
-
-    def _blocks_run(self, reads: Sequence[Any], through: Place | None) -> int:
-        """How many blocks a pass goes through before it ends."""
-        paths = self._blocks.paths
-        order = self._moments(reads[0][0] if reads else 0)
-        places = [address[1:4] for address in reads] + ([through] if through is not None else [])
-        if order is None or any(place not in order for place in places):
-            return len(paths)
-        last = max((order[place] for place in places), default=-1)
-        return sum(order.get((path, "inputs", 0), -1) < last for path in paths)
 
     def _unembedded(
         self, numbers: Sequence[int], start: int, length: int, plan: Plan, extents: Extents
@@ -327,7 +286,6 @@ class Batches:
         return unembed_only(places, found, [self._runs[number].rows for number in numbers])
 
 
-_LIKE_LENGTH = "prompts of like length"
 _SMALL = 4096  # tokens that are always thought to fit
 
 

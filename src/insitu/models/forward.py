@@ -12,6 +12,7 @@ from torch import nn
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Site
+from insitu.models.accounts import Accounts
 from insitu.models.batches import Batches, arguments, content, default_budget, forward
 from insitu.models.prompts import Prompt
 from insitu.models.separation import Separation
@@ -93,13 +94,18 @@ class LanguageForward:
 
     def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
         """Returns what gives the passes: as few, and with as little work, as it takes."""
+        sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
+        accounts = Accounts(self._model, work, sizes)
         if len(requests) == 1:
-            return self._alone
-        layouts = self._shared(module, requests, work) if work.together else None
+            return partial(self._alone, accounts, "one prompt")
+        if not work.together:
+            return partial(self._alone, accounts, _why_apart(work))
+        layouts = self._shared(module, requests, work)
         if layouts is None:
-            return self._alone
+            return partial(self._alone, accounts, "in this mode, or with these options, no batch")
         if isinstance(layouts, Site):
-            return partial(self._alone, apart=layouts)
+            why = f"`{layouts}` cannot be cut out of a batch"
+            return partial(self._alone, accounts, why, apart=layouts)
         tokens = sum(prompt.ids.numel() for prompt in requests)
         budget = self._budget or default_budget(self._model, tokens)
         options = (self._model, self._options, layouts, module)
@@ -142,18 +148,36 @@ class LanguageForward:
         return separation.layouts if obstacle is None else Site(*obstacle)
 
     def _alone(
-        self, module: nn.Module, requests: Sequence[Prompt], apart: Site | None = None
+        self,
+        accounts: Accounts,
+        why: str,
+        module: nn.Module,
+        requests: Sequence[Prompt],
+        apart: Site | None = None,
     ) -> list[Pass]:
         """A pass for each prompt; `apart` is what cannot be cut out of a batch."""
-        return [self._pass(module, prompt, n, apart) for n, prompt in enumerate(requests)]
+        return [
+            Pass(
+                partial(self._call, module, self._kwargs(prompt), prompt),
+                {number: None},
+                True,
+                told=partial(accounts.alone, number, why),
+                apart=apart,
+            )
+            for number, prompt in enumerate(requests)
+        ]
 
-    def _pass(self, module: nn.Module, prompt: Prompt, number: int, apart: Site | None) -> Pass:
-        kwargs = self._kwargs(prompt)
-
-        def call(_: Deliver) -> Any:
-            return forward(self._model, module, kwargs, [prompt])
-
-        return Pass(call, {number: None}, True, apart=apart)
+    def _call(self, module: nn.Module, kwargs: dict[str, Any], prompt: Prompt, _: Deliver) -> Any:
+        return forward(self._model, module, kwargs, [prompt])
 
     def _kwargs(self, prompt: Prompt) -> dict[str, Any]:
         return arguments(self._model, prompt, self._options)
+
+
+def _why_apart(work: Work) -> str:
+    """Why the invocations of a run have a pass each."""
+    if work.graph.differentiates:
+        return "gradients are of one prompt at a time"
+    if work.graph.skips or work.graph.stops:
+        return "what skips or stops is of one prompt at a time"
+    return "a write in place would be undone by a neighbour's"

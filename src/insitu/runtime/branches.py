@@ -191,8 +191,8 @@ def _pays(branches: Sequence[tuple[Run, Sequence[Address]]], has_base: bool, cos
     rows = rows_by_level(runs, costs.blocks)
     apart = costs.time(rows, length, length, 0)
     if not has_base:
-        apart += costs.flops([runs[0].rows] * costs.blocks, length, length, 0)
-    together = costs.flops([sum(run.rows for run in runs)] * costs.blocks, length, length, 0)
+        apart += costs.work([runs[0].rows] * costs.blocks, length, length, 0)
+    together = costs.work([sum(run.rows for run in runs)] * costs.blocks, length, length, 0)
     return apart < together
 
 

@@ -46,8 +46,12 @@ class Costs:
         """
         return sum(rows) * queries * (self.token + self.pair * keys) + unembedded * self.unembedding
 
-    def time(self, rows: Sequence[int], queries: int, keys: int, unembedded: int) -> float:
-        """Returns what takes as long as a pass, in floating-point operations. Args as `flops`."""
-        calls = self.call + len(rows) * self.block
+    def work(self, rows: Sequence[int], queries: int, keys: int, unembedded: int) -> float:
+        """Returns what takes as long as the tokens of a pass. Args as `flops`."""
         moving = sum(rows) * queries * (self.moved + self.scored * keys)
-        return calls + moving + self.flops(rows, queries, keys, unembedded)
+        return moving + self.flops(rows, queries, keys, unembedded)
+
+    def time(self, rows: Sequence[int], queries: int, keys: int, unembedded: int) -> float:
+        """Returns what takes as long as a pass. Args as `flops`."""
+        calls = self.call + len(rows) * self.block
+        return calls + self.work(rows, queries, keys, unembedded)

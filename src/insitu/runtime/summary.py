@@ -14,7 +14,7 @@ class Summary:
 
     Attributes:
         invocations: the numbers of the invocations of which it computes something.
-        rows: how many rows its batch has in the end.
+        rows: how many rows its batch has in the end; 0 where that is not known.
         positions: how many positions of each row it computes.
         run: how many blocks of the model it runs.
         skipped: how many it leaves out, because another pass has done them.
@@ -82,14 +82,12 @@ class Planned:
         )
         lines: list[tuple[str, ...]] = [head]
         for number, single in enumerate(self.passes):
+            counts = (single.rows, single.positions, single.run, single.skipped)
             lines.append(
                 (
                     str(number),
                     _ranges(single.invocations),
-                    str(single.rows),
-                    str(single.positions),
-                    str(single.run),
-                    str(single.skipped),
+                    *(str(n) if single.rows else "?" for n in counts),
                     f"{single.flops / 1e9:,.3g}" if single.flops else "?",
                     single.reason,
                 )
