@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
-from insitu.graph.errors import NoValueError, OperationError, nearest
+from insitu.graph.errors import NoValueError, OperationError, OptionError, nearest
 from insitu.graph.location import Location, here, mark
 from insitu.graph.operations import (
     ATTRIBUTE,
@@ -42,7 +42,12 @@ class Proxy(Recorded):
     __slots__ = ()
     __array_ufunc__ = None  # makes a NumPy number on the left of an operator hand over to us
 
-    def save(self, optional: bool = False, keep_graph: bool = False) -> Proxy:
+    def save(
+        self,
+        optional: bool = False,
+        keep_graph: bool = False,
+        to: str | torch.device | None = None,
+    ) -> Proxy:
         """Keeps a copy of the value, as it is at this line, for after the run.
 
         Args:
@@ -50,9 +55,15 @@ class Proxy(Recorded):
                 step never came. `.value` is None then.
             keep_graph: whether the value keeps its history for autograd, so that a loss can be
                 made of it after the block. The run records autograd then.
+            to: the device of the copy, such as "cpu"; None for the one that the value is on. The
+                model goes on while what is on a GPU is copied to the CPU.
 
         Returns:
             A proxy for the same value, whose `.value` is the copy once the model has run.
+
+        Raises:
+            NoValueError: if the block has ended.
+            OptionError: if there is no such device.
         """
         recording, source = self._recording, self._ref
         if not recording.open:
@@ -66,7 +77,8 @@ class Proxy(Recorded):
         if keep_graph:
             recording.graph.differentiates = True
         kind = KEEP if keep_graph else SAVE
-        rows.append((kind, (source,), NO_KWARGS, source.inputs, False, mark()))
+        args = (source,) if to is None else (source, _device(to))
+        rows.append((kind, args, NO_KWARGS, source.inputs, False, mark()))
         return type(self)(recording, source, cell)
 
     @property
@@ -361,6 +373,15 @@ class StructureProxy(Proxy):
 
     __slots__ = ()
     _operand = False
+
+
+def _device(device: str | torch.device) -> str:
+    """The name of a device, checked at the user's line."""
+    try:
+        return str(torch.device(device))
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"`to` is a device, such as 'cpu': {reason}", here(3)) from error
 
 
 def _record(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -52,20 +52,45 @@ def is_basic(key: Any) -> bool:
 _NO_INDEX = type(None) | type(Ellipsis)
 
 
-def copied(value: Any) -> Any:
+def copied(value: Any, to: str | None = None) -> Any:
     """Returns a copy that shares no memory with a value, without history for autograd.
 
     Args:
         value: any structure. A tensor that is a part of a larger one is copied as that part.
+        to: the device of the copy. Of what comes from a GPU to the CPU nobody waits for here: it
+            is there when that GPU has been waited for.
     """
+    if to is not None:
+        return map_structure(lambda leaf: _moved(leaf, torch.device(to)), value)
     if type(value) is torch.Tensor and not value.requires_grad:  # the common case, first
         return value.clone()
     return map_structure(_copied_leaf, value)
 
 
-def kept(value: Any) -> Any:
-    """Returns a copy that shares no memory with a value, with its history for autograd."""
-    return map_structure(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, value)
+def kept(value: Any, to: str | None = None) -> Any:
+    """Returns a copy that shares no memory with a value, with its history for autograd.
+
+    Args:
+        value: any structure.
+        to: the device of the copy.
+    """
+
+    def leaf(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        return item.clone() if to is None else item.to(to, copy=True)
+
+    return map_structure(leaf, value)
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, torch.Tensor) or leaf.device == device:
+        return _copied_leaf(leaf)
+    source = leaf.detach()
+    if source.is_cuda and device.type == "cpu":  # memory that a GPU can write to by itself
+        target = torch.empty_like(source, device=device, pin_memory=True)
+        return target.copy_(source, non_blocking=True)
+    return source.to(device, copy=True)
 
 
 def _copied_leaf(leaf: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from insitu.runtime.costs import Costs
@@ -21,13 +22,16 @@ _MOVED = 260.0
 _SCORED = 180.0
 
 
-def estimated_costs(module: Any, modules: Mapping[str, nn.Module], blocks: Sequence[str]) -> Costs:
+def estimated_costs(
+    module: Any, modules: Mapping[str, nn.Module], blocks: Sequence[str], device: torch.device
+) -> Costs:
     """Returns what forwards of a model cost.
 
     Args:
         module: the model; a language model of Transformers.
         modules: its tree, by path.
         blocks: the paths of its blocks, if they are known.
+        device: where it runs.
     """
     head = module.get_output_embeddings()
     unembedding = 2.0 * head.weight.numel() if head is not None else 0.0
@@ -42,8 +46,7 @@ def estimated_costs(module: Any, modules: Mapping[str, nn.Module], blocks: Seque
         if weight.ndim > 1 and id(weight) not in embeddings
     )
     calls = sum(1 for part in parts for _ in part.modules()) * _CALL
-    device = next(module.parameters()).device.type
-    reading = _READING.get(device, _READING_ELSEWHERE)
+    reading = _READING.get(device.type, _READING_ELSEWHERE)
     return Costs(
         blocks=len(blocks) or 1,
         token=2.0 * weights,

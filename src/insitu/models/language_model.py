@@ -139,7 +139,11 @@ class LanguageModel(Model):
         """Where token ids have to be: the device of the input embedding."""
         embedding = self._embedding  # whose `__getattr__` takes a microsecond
         weight = embedding._parameters.get("weight")
-        return (embedding.weight if weight is None else weight).device  # pyright: ignore[reportReturnType]
+        device: torch.device = (embedding.weight if weight is None else weight).device  # pyright: ignore[reportAssignmentType]
+        if device.type == "meta" and self.loaded:  # Accelerate keeps the weights elsewhere
+            hook = getattr(embedding, "_hf_hook", None)
+            return torch.device(getattr(hook, "execution_device", None) or "cpu")
+        return device
 
     def load(self) -> nn.Module:
         """Loads the weights, if they are not there yet, and returns the module.
@@ -336,14 +340,14 @@ class LanguageModel(Model):
         )
 
         def widens(place: Place) -> bool:
-            with self.exclusive.held():
+            with self.in_use():
                 try:
                     return trial.widens(found, place)
                 except Exception:  # whatever the model makes of it: then it is not to be run so
                     return False
 
         found: Layouts = {}
-        with self.exclusive.held():
+        with self.in_use():
             try:
                 found = trial.verified(trial.proposed() if layouts is None else layouts)
             except Exception:  # as above
@@ -367,9 +371,11 @@ class LanguageModel(Model):
         if options != plain:
             return None
         if self._chain is _UNKNOWN:
-            with self.exclusive.held():
+            with self.in_use():
                 vocabulary = self._vocabulary
-                found = find_chain(module, self.modules, views, layouts, options, vocabulary)
+                found = find_chain(
+                    module, self.modules, views, layouts, options, vocabulary, self.device
+                )
             vars(self)["_chain"] = found
         return self._chain
 
@@ -399,7 +405,9 @@ class LanguageModel(Model):
     def costs(self) -> Costs:
         """What its passes cost."""
         if self._costs is None:
-            found = estimated_costs(self._module, self.modules, tuple(self.block_views[False]))
+            found = estimated_costs(
+                self._module, self.modules, tuple(self.block_views[False]), self.device
+            )
             vars(self)["_costs"] = found
         return self._costs  # pyright: ignore[reportReturnType]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -14,6 +15,7 @@ from torch import nn
 from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph
+from insitu.runtime.eager import eager, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.passes import Deliver, Pass
@@ -89,7 +91,7 @@ class Model(Handle):
         if copies:
             signature += repr(sorted(copies.items(), key=repr))
         if signature not in self._probes:
-            with self.exclusive.held():
+            with self.in_use():
                 try:
                     found = probe(self._module, call, self.modules, views, inside, copies)
                 except UnknownShapeError as error:
@@ -106,10 +108,20 @@ class Model(Handle):
         """Returns a module as a function on fake tensors."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.exclusive.held():
+            with self.in_use():
                 return fake_call(self.modules[path], args, kwargs)
 
         return call
+
+    @contextmanager
+    def in_use(self) -> Generator[None, None, None]:
+        """Waits for the wrapped module, and has it for a run of the library's own.
+
+        Raises:
+            BlockError: if that is inside another run of it.
+        """
+        with self.exclusive.held(), eager(self.modules.values()):
+            yield
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block that runs one forward of the module when it ends.
@@ -194,6 +206,7 @@ class Model(Handle):
 
     def _adopt(self, module: nn.Module) -> None:
         """Takes a module as the wrapped one."""
+        module = uncompiled(module)
         modules = dict(module.named_modules(remove_duplicate=False))
         vars(self).update(_module=module, modules=modules, exclusive=exclusive(module))
         vars(self).update(_probes={}, plans=Plans())

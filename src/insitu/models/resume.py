@@ -325,6 +325,7 @@ def find_chain(
     layouts: Layouts,
     options: Mapping[str, Any],
     vocabulary: int,
+    device: torch.device,
 ) -> Chain | None:
     """Returns the blocks at which a model's forwards can begin, found out by running it.
 
@@ -335,6 +336,7 @@ def find_chain(
         layouts: how values are cut.
         options: keyword arguments for its forward.
         vocabulary: how many token ids it has.
+        device: where these have to be.
 
     Returns:
         The blocks and the places at which values are right then; None if they are not behind
@@ -342,7 +344,7 @@ def find_chain(
     """
     try:
         with undisturbed(modules):
-            trial = _Trial(module, modules, views, layouts, options, vocabulary)
+            trial = _Trial(module, modules, views, layouts, options, vocabulary, device)
             whole = trial.right_places(0)
             tails = trial.right_places(2)
     except Exception:  # whatever the model makes of it: then it is not to be run so
@@ -368,12 +370,13 @@ class _Trial:
         layouts: Layouts,
         options: Mapping[str, Any],
         vocabulary: int,
+        device: torch.device,
     ) -> None:
         self._module, self._modules, self._views = module, modules, views
         self._layouts, self._options = layouts, options
         paths = tuple(views)
         self._blocks = Blocks(paths, [modules[path] for path in paths], list(views.values()))
-        numbers = torch.arange(2 * self._LENGTH, device=next(module.parameters()).device)
+        numbers = torch.arange(2 * self._LENGTH, device=device)
         self._ids = (numbers * 7919 + 13).remainder(vocabulary).reshape(2, self._LENGTH)
         levels = range(1, len(paths) + 1)
         self._prefix = Prefix(self._blocks, levels, cached=True)

@@ -266,8 +266,13 @@ class Execution:
 
     def fill(self, cells: Mapping[int, Cell]) -> None:
         """Puts the saved values into their cells."""
+        rows, moved = self._graph.rows, False
         for index, cell in cells.items():
             cell.content = self._steps[index] if index in self._steps else self._values[index]
+            moved = moved or len(rows[index][1]) > 1
+        if moved and torch.cuda.is_initialized():  # copies to the CPU may still be on their way
+            for number in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(number)
 
     def _resolved(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """The arguments of a node, with values in the place of references."""

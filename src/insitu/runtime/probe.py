@@ -224,7 +224,12 @@ def _faked(module: nn.Module) -> Generator[Collection[torch.Tensor], None, None]
         tables.extend((cast("dict[str, Any]", part._parameters), part._buffers))
     weights = [(table, dict(table)) for table in tables]
     fakes: dict[int, torch.Tensor] = {}
+    # Accelerate's wrappers of forwards put the real weights in, from where they are kept.
+    wrapped = [vars(part) for part in parts if "_old_forward" in vars(part)]
+    wrappers = [table["forward"] for table in wrapped]
     try:
+        for table in wrapped:
+            table["forward"] = table["_old_forward"]
         for table, own in weights:
             for name, tensor in own.items():
                 if tensor is not None:
@@ -233,6 +238,8 @@ def _faked(module: nn.Module) -> Generator[Collection[torch.Tensor], None, None]
                     table[name] = fakes[id(tensor)]
         yield fakes.values()
     finally:
+        for table, wrapper in zip(wrapped, wrappers, strict=True):
+            table["forward"] = wrapper
         for table, own in weights:
             table.update(own)
         for table, own in before:

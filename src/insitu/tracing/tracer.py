@@ -31,6 +31,7 @@ from insitu.graph.recording import Missing, Recording
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.arrivals import Arrivals
+from insitu.runtime.eager import eager
 from insitu.runtime.execution import Execution
 from insitu.runtime.gradients import check_gradients, leaves_of
 from insitu.runtime.hooks import Place
@@ -457,7 +458,7 @@ class Tracer:
         exclusive = self.model.exclusive
         results: list[Any] = [None] * len(passes)
         lacking = went = None
-        with exclusive.lock:
+        with exclusive.lock, eager(modules.values()):
             exclusive.begin()
             try:
                 for at in order:

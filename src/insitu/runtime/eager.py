@@ -1,0 +1,37 @@
+"""Compiled modules, run as they were written.
+
+Hooks come and go with every block, and `torch.compile` would trace the model anew for each. So a
+run goes around what has been compiled; outside of blocks that is used as before.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+    """Returns a context in which these modules run uncompiled.
+
+    Args:
+        modules: all modules of a model.
+    """
+    for module in modules:
+        if module._compiled_call_impl is not None:  # pyright: ignore[reportUnknownMemberType]
+            return torch.compiler.set_stance("force_eager")
+    return _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Returns the module that `torch.compile(module)` has wrapped, or else the module itself."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None or type(module).__name__ != "OptimizedModule" else inner
