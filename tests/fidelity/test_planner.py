@@ -211,7 +211,7 @@ def test_only_late_positions_are_computed_where_early_ones_are_alike(
 ) -> None:
     model = make(name)
     (clean,) = prompts(1)
-    path, last = blocks_of(model)[0], blocks_of(model)[-1]
+    path, last, head = blocks_of(model)[0], blocks_of(model)[-1], model.unembedding[0]
     saved = {}
     with model.trace(share_prefixes=share) as tracer:
         for position in (8, 9, 11, -1):
@@ -219,12 +219,346 @@ def test_only_late_positions_are_computed_where_early_ones_are_alike(
                 at(model, path).output[0][:, position] = VECTORS[position]
                 written = at(model, path).output[0].save()  # all of it is known
                 hidden = at(model, last).output[0][:, position:].save()
-                saved[position] = written, hidden, logits_of(model)[0, -1].save()
+                saved[position] = written, hidden, at(model, head).output[0, -1].save()
     for position, (written, hidden, logits) in saved.items():
         change = {(path, "output"): patched(position, VECTORS[position])}
-        seen = alone(model, clean, [(path, "output"), (last, "output"), END], change)
+        seen = alone(model, clean, [(path, "output"), (last, "output"), (head, "output")], change)
         assert_close(written, seen[path, "output"], position)
         assert_close(hidden, seen[last, "output"][:, position:], position)
-        assert_close(logits, seen[END][0, -1], position)
+        assert_close(logits, seen[head, "output"][0, -1], position)
     if share:
         assert tracer.plan.passes[-1].positions == 4, tracer.plan.explain()
+
+
+# --- forms of writes: as one would write them with Insitu, and what that is in plain torch
+
+
+def in_place(block: Any, position: int) -> None:
+    block.output[0][:, position] = VECTORS[position]
+
+
+def from_there_on(block: Any, position: int) -> None:
+    block.output[0][:, position:] += VECTORS[0]
+
+
+def a_view_of_it(block: Any, position: int) -> None:
+    block.output[0][:, position:][..., :5].mul_(3)
+
+
+def in_a_copy(block: Any, position: int) -> None:
+    hidden = block.output[0].clone()
+    hidden[:, position] = VECTORS[position]
+    block.output = hidden
+
+
+def in_a_copy_of_a_copy(block: Any, position: int) -> None:
+    hidden = block.output[0].clone().clone()
+    hidden[0, position:] = VECTORS[position]
+    block.output[0] = hidden
+
+
+def functional(block: Any, position: int) -> None:
+    block.output = block.output[0] * 2
+
+
+def whole_part(block: Any, position: int) -> None:
+    block.output[0] = block.output[0] + VECTORS[position]
+
+
+def whole_tuple(block: Any, position: int) -> None:
+    block.output = (block.output[0] - 1,)
+
+
+def with_a_mask(block: Any, position: int) -> None:
+    hidden = block.output[0]
+    hidden[hidden > 0.5] = 0.5
+
+
+def of_an_early_position(block: Any, position: int) -> None:
+    block.output[0][:, position] = block.output[0][:, 0] * 3
+
+
+def and_an_early_one(block: Any, position: int) -> None:
+    block.output[0][:, position] = 0
+    block.output[0][:, 1] = 0
+
+
+def a_list_of_positions(block: Any, position: int) -> None:
+    block.output[0][:, [2, position]] = 1.5
+
+
+def twice(block: Any, position: int) -> None:
+    block.output[0][:, position] += 1
+    block.output = block.output[0] * 0.5
+
+
+def to_itself(block: Any, position: int) -> None:
+    block.output = block.output[0]
+
+
+FORMS = [
+    in_place,
+    from_there_on,
+    a_view_of_it,
+    in_a_copy,
+    in_a_copy_of_a_copy,
+    functional,
+    whole_part,
+    whole_tuple,
+    with_a_mask,
+    of_an_early_position,
+    and_an_early_one,
+    a_list_of_positions,
+    twice,
+    to_itself,
+]
+
+
+class Block:
+    """Stands for a block's handle where the same lines are to run on plain tensors."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self._output = [hidden]
+
+    @property
+    def output(self) -> list[torch.Tensor]:
+        return self._output
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._output = [first(value)]
+
+
+def in_torch(form: Callable[[Any, int], None], position: int) -> Change:
+    def change(hidden: torch.Tensor) -> torch.Tensor:
+        block = Block(hidden)
+        form(block, position)
+        return block.output[0]
+
+    return change
+
+
+@SHARING
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_writes_of_every_form(
+    model: LanguageModel, form: Callable[[Any, int], None], share: bool | None
+) -> None:
+    (clean,) = prompts(1)
+    path, after = blocks_of(model)[1:3]
+    saved = {}
+    with model.trace(share_prefixes=share) as tracer:
+        for position in (7, 10):
+            with tracer.invoke(clean):
+                form(at(model, path), position)
+                standing = at(model, path).output[0].save()
+                hidden = at(model, after).output[0][:, position:].save()
+                saved[position] = standing, hidden, model.lm_head.output[0, -1].save()
+        with tracer.invoke(clean):
+            untouched = model.lm_head.output.save()
+    for position, (standing, hidden, logits) in saved.items():
+        change = {(path, "output"): in_torch(form, position)}
+        seen = alone(model, clean, [(path, "output"), (after, "output"), END], change)
+        assert_close(standing, seen[path, "output"])
+        assert_close(hidden, seen[after, "output"][:, position:])
+        assert_close(logits, seen[END][0, -1])
+    assert_close(untouched, alone(model, clean, [END])[END])
+    if share:
+        assert any(single.skipped for single in tracer.plan.passes)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_one_prompt_is_as_with_hooks_bit_for_bit(
+    model: LanguageModel, form: Callable[[Any, int], None]
+) -> None:
+    (clean,) = prompts(1)
+    path = blocks_of(model)[1]
+    with model.trace(clean):
+        form(at(model, path), 7)
+        logits = model.lm_head.output.save()
+    expected = alone(model, clean, [END], {(path, "output"): in_torch(form, 7)})[END]
+    assert torch.equal(logits.value, expected)
+
+
+HEAD_INPUT = {"gpt2": "transformer.h.{}.attn.c_proj", "llama": "model.layers.{}.self_attn.o_proj"}
+
+
+@SHARING
+@pytest.mark.parametrize("name", HEAD_INPUT)
+def test_patching_every_head(name: str, share: bool | None) -> None:
+    model = make(name)
+    clean, source = prompts(2)
+    paths = [HEAD_INPUT[name].format(layer) for layer in range(len(blocks_of(model)))]
+    heads = [slice(start, start + 4) for start in range(0, 16, 4)]
+    saved = {}
+    with model.trace(share_prefixes=share) as tracer:
+        with tracer.invoke(source):
+            donors = {path: at(model, path).input for path in paths}
+        for path in paths:
+            for number, head in enumerate(heads):
+                with tracer.invoke(clean):
+                    at(model, path).input[..., head] = donors[path][..., head]
+                    saved[path, number] = model.lm_head.output[0, -1].save()
+    donated = alone(model, source, [(path, "input") for path in paths])
+    for (path, number), logits in saved.items():
+
+        def change(
+            given: torch.Tensor, path: str = path, head: slice = heads[number]
+        ) -> torch.Tensor:
+            given[..., head] = donated[path, "input"][..., head]
+            return given
+
+        expected = alone(model, clean, [END], {(path, "input"): change})[END]
+        assert_close(logits, expected[0, -1], (path, number))
+    if share:
+        assert any(single.skipped for single in tracer.plan.passes)
+
+
+@SHARING
+def test_prompts_of_several_rows_and_of_different_lengths(
+    model: LanguageModel, share: bool | None
+) -> None:
+    several = prompts(4, (3, 9), (1, 9), (2, 12), (1, 12))
+    blocks = blocks_of(model)
+    saved = []
+    with model.trace(share_prefixes=share) as tracer:
+        for ids in several:
+            for path in blocks[:3]:
+                for position in (0, 5, -1):
+                    with tracer.invoke(ids):
+                        at(model, path).output[0][-1, position] = VECTORS[position]
+                        logits = model.lm_head.output[:, -1].save()
+                        saved.append((ids, path, position, logits))
+    for ids, path, position, logits in saved:
+
+        def change(hidden: torch.Tensor, position: int = position) -> torch.Tensor:
+            hidden[-1, position] = VECTORS[position]
+            return hidden
+
+        expected = alone(model, ids, [END], {(path, "output"): change})[END]
+        assert_close(logits, expected[:, -1], (ids.shape, path, position))
+
+
+# --- values of other prompts
+
+
+@SHARING
+def test_a_late_layer_of_one_prompt_in_an_early_one_of_another(share: bool | None) -> None:
+    model = make("gpt2")
+    one, other = prompts(2)
+    late, early = "transformer.h.3", "transformer.h.1"
+    with model.trace(share_prefixes=share) as tracer:
+        with tracer.invoke(one):  # the values that it uses come from below
+            early_block = model.transformer.h[1]
+            written = tracer.invoke(other)
+        with written:
+            donor = model.transformer.h[3].output[0]
+        with tracer.invoke(one):
+            early_block.output = donor
+            patched_logits = model.lm_head.output.save()
+        with tracer.invoke(one):
+            plain = model.lm_head.output.save()
+    vector = alone(model, other, [(late, "output")])[late, "output"]
+    assert_close(
+        patched_logits, alone(model, one, [END], {(early, "output"): lambda _: vector})[END]
+    )
+    assert_close(plain, alone(model, one, [END])[END])
+    assert len(tracer.plan.passes) == 2
+
+
+@SHARING
+@pytest.mark.parametrize("equal", [True, False], ids=["one prompt", "two prompts"])
+def test_prompts_that_need_each_other(
+    model: LanguageModel, equal: bool, share: bool | None
+) -> None:
+    one, other = prompts(2)
+    other = one.clone() if equal else other
+    first_block, second, third = blocks_of(model)[:3]
+    with model.trace(share_prefixes=share) as tracer:
+        a, b, c = tracer.invoke(one), tracer.invoke(other), tracer.invoke(one)
+        with a:
+            at(model, first_block).output[0][:, 0] = VECTORS[0]
+            of_a = at(model, second).output[0]
+        with b:
+            of_b = at(model, first_block).output[0]
+        with a:
+            at(model, second).output[0][:, 3] = of_b[:, 3]
+            logits_a = model.lm_head.output.save()
+        with b:
+            at(model, third).output[0][:, 5] = of_a[:, 5]
+            logits_b = model.lm_head.output.save()
+        with c:
+            logits_c = model.lm_head.output.save()
+    vector_b = alone(model, other, [(first_block, "output")])[first_block, "output"][:, 3]
+    change = {
+        (first_block, "output"): patched(0, VECTORS[0]),
+        (second, "output"): patched(3, vector_b),
+    }
+    seen = alone(model, one, [(second, "output"), END], change)
+    assert_close(logits_a, seen[END])
+    change = {(first_block, "output"): patched(0, VECTORS[0])}
+    arrived = alone(model, one, [(second, "output")], change)[second, "output"]
+    change = {(third, "output"): patched(5, arrived[:, 5])}
+    assert_close(logits_b, alone(model, other, [END], change)[END])
+    assert_close(logits_c, alone(model, one, [END])[END])
+
+
+@SHARING
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 12, 7)], ids=str)
+def test_a_chain_of_three_prompts(
+    model: LanguageModel, lengths: tuple[int, ...], share: bool | None
+) -> None:
+    """Each goes on, at its first block, from the last position of the last block of the other."""
+    chain = prompts(3, *((1, length) for length in lengths))
+    early, late = blocks_of(model)[0], blocks_of(model)[-1]
+    saved = [None] * 3
+    with model.trace(share_prefixes=share) as tracer:
+        invocations = [tracer.invoke(ids) for ids in chain]
+        values = []
+        for invocation in invocations:
+            with invocation:
+                values.append(at(model, late).output[0][:, -1])
+        for number in (2, 0, 1):  # in any order
+            with invocations[number]:
+                if number:
+                    at(model, early).output[0][:, 2] = values[number - 1]
+                saved[number] = model.lm_head.output[0, -1].save()
+    change: dict[Place, Change] = {}
+    for ids, logits in zip(chain, saved, strict=True):
+        seen = alone(model, ids, [(late, "output"), END], change)
+        assert_close(logits, seen[END][0, -1])
+        change = {(early, "output"): patched(2, seen[late, "output"][:, -1])}
+    assert len(tracer.plan.passes) == 3
+
+
+# --- reads in blocks that are not run again
+
+
+@SHARING
+def test_what_is_read_in_blocks_that_are_left_out(
+    model: LanguageModel, share: bool | None
+) -> None:
+    (clean,) = prompts(1)
+    path = blocks_of(model)[2]
+    read = [
+        (place, kind)
+        for place, part in model.module.named_modules()
+        for kind in ("input", "output")
+        if place and type(part) in (nn.Linear, nn.LayerNorm, type(at(model, path).module))
+    ]
+    saved = {}
+    with model.trace(share_prefixes=share) as tracer:
+        for position in (9, 10, 11):
+            with tracer.invoke(clean):
+                at(model, path).output[0][:, position] = VECTORS[position]
+                for place in read:
+                    value = getattr(at(model, place[0]), place[1])
+                    if place[0] in blocks_of(model) and place[1] == "output":
+                        value = value[0]
+                    saved[position, place] = value.save()
+    for position in (9, 10, 11):
+        change = {(path, "output"): patched(position, VECTORS[position])}
+        seen = alone(model, clean, read, change)
+        for place in read:
+            assert_close(saved[position, place], seen[place], place)
+    if share:
+        assert any(single.skipped for single in tracer.plan.passes)
