@@ -394,7 +394,8 @@ class _Trial:
             start: how many positions the rows leave out.
         """
         count = len(self._blocks.paths)
-        rows = [Entering(level, self._prefix, slice(0, 1)) for level in range(1, count + 1)]
+        # Two at the first, so that no block runs with the one row that the prompt's ids have.
+        rows = [Entering(level, self._prefix, slice(0, 1)) for level in (1, *range(1, count + 1))]
         forward = Resumed(self._blocks, rows, start, self._LENGTH)
         right: set[Place] = set()
 
