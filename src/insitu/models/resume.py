@@ -24,7 +24,18 @@ from insitu.models.trial import alike, listening, undisturbed
 from insitu.models.unembedding import Unembedded, take_logits
 from insitu.runtime.branches import Chain
 from insitu.runtime.hooks import NO_KWARGS, Place, View, clone, first_argument
-from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
+from insitu.runtime.layout import (
+    Axis,
+    Layouts,
+    Part,
+    TensorLayout,
+    cut,
+    is_shared,
+    leaves,
+    put,
+    spread,
+    widened,
+)
 
 _ABSENT = object()
 
@@ -355,6 +366,12 @@ def find_chain(
     return Chain(paths, whole, tails)
 
 
+def _has_positions_second(layout: TensorLayout) -> bool:
+    """Whether a value is `(rows, position, features)`, or has no positions."""
+    axes = layout.axes
+    return Axis.POSITIONS not in axes or (len(axes) == 3 and axes[1] is Axis.POSITIONS)
+
+
 class _Trial:
     """A model run in full on a few tokens, and again with rows that enter behind every block."""
 
@@ -420,6 +437,8 @@ class _Trial:
                 part = Part(slice(row, row + 1), slice(0, length - start), rows, length - start)
                 if not alike(cut(site, value, layout, part), alone):
                     return False
+            if start and not all(map(_has_positions_second, leaves(layout))):
+                return False  # which of them is looked at is told from indices into such a value
             spread(alone, layout, slice(start, length), length)
         except (InsituError, ValueError):  # it has no positions, or is not of the batch
             return False
