@@ -17,7 +17,7 @@ from insitu.models.batches import Batches, arguments, content, default_budget, f
 from insitu.models.prompts import Prompt
 from insitu.models.separation import Separation
 from insitu.runtime.layout import Layouts
-from insitu.runtime.passes import Deliver, Pass
+from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Schedule, Work
 
@@ -167,7 +167,7 @@ class LanguageForward:
             for number, prompt in enumerate(requests)
         ]
 
-    def _call(self, module: nn.Module, kwargs: dict[str, Any], prompt: Prompt, _: Deliver) -> Any:
+    def _call(self, module: nn.Module, kwargs: dict[str, Any], prompt: Prompt, *_: Any) -> Any:
         return forward(self._model, module, kwargs, [prompt])
 
     def _kwargs(self, prompt: Prompt) -> dict[str, Any]:
