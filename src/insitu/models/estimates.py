@@ -34,6 +34,8 @@ def estimated_costs(module: Any, modules: Mapping[str, nn.Module], blocks: Seque
     embeddings = {id(part.weight) for part in (module.get_input_embeddings(), head) if part}
     text = module.config.get_text_config()
     width = getattr(text, "hidden_size", 0)
+    heads = getattr(text, "num_attention_heads", 0)
+    attending = heads * (getattr(text, "head_dim", None) or 0) or width
     parts = [modules[blocks[0]]] if blocks else [module]
     weights = sum(
         weight.numel()
@@ -47,9 +49,9 @@ def estimated_costs(module: Any, modules: Mapping[str, nn.Module], blocks: Seque
     return Costs(
         blocks=len(blocks) or 1,
         token=2.0 * weights,
-        pair=4.0 * width,
+        pair=4.0 * attending,
         moved=_MOVED * weights / max(width, 1),
-        scored=_SCORED * getattr(text, "num_attention_heads", 0),
+        scored=_SCORED * heads,
         block=2.0 * weights * reading + calls,
         call=8 * _CALL,
         unembedding=unembedding,
