@@ -1065,10 +1065,14 @@ def test_plain_calls_in_another_thread_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bloom", "mistral", "gemma2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "opt", "bloom", "mistral", "gemma2", "qwen3", "mixtral"]
+)
 def test_counted_operations_are_those_that_are_done(name: str, share: bool) -> None:
     model = make(name)
     model.module.set_attn_implementation("eager")  # of which PyTorch counts all operations
+    if hasattr(model.module, "set_experts_implementation"):
+        model.module.set_experts_implementation("eager")
     (clean,) = prompts(1, (1, 30))
     blocks = blocks_of(model)
     for _ in range(2):  # the second time nothing has to be found out
