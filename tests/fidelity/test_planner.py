@@ -770,8 +770,9 @@ def test_dropout_that_is_switched_on_apart_from_the_rest(share: bool | None) -> 
     for part in model.module.modules():
         if isinstance(part, nn.Dropout):
             part.train()
-    torch.manual_seed(3)
-    saved, _ = sweep(model, clean, share_prefixes=share)
+    with pytest.warns(UserWarning, match="training mode"):
+        torch.manual_seed(3)
+        saved, _ = sweep(model, clean, share_prefixes=share)
     torch.manual_seed(3)
     for position, logits in saved.items():
         assert torch.equal(logits.value, swept(model, clean, position))
@@ -793,7 +794,6 @@ def added_early(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-@pytest.mark.parametrize("share", [True, None])
 @pytest.mark.parametrize(
     "change",
     [
@@ -802,14 +802,13 @@ def added_early(hidden: torch.Tensor) -> torch.Tensor:
         pytest.param(
             added_early,
             marks=pytest.mark.xfail(
-                reason="hooks of the user's do not see the positions that a forward leaves out"
+                reason="hooks of the user's do not see the positions that a forward leaves out",
+                strict=True,
             ),
         ),
     ],
 )
-def test_hooks_of_the_users_own(
-    own_model: LanguageModel, change: Change, share: bool | None
-) -> None:
+def test_hooks_of_the_users_own(own_model: LanguageModel, change: Change) -> None:
     model = own_model
     (clean,) = prompts(1)
 
@@ -819,7 +818,7 @@ def test_hooks_of_the_users_own(
 
     for path in blocks_of(model):
         at(model, path).module.register_forward_hook(hook)
-    saved, _ = sweep(model, clean, share_prefixes=share)
+    saved, _ = sweep(model, clean, share_prefixes=True)
     for position, logits in saved.items():
         assert_close(logits, swept(model, clean, position), position)
 

@@ -90,7 +90,7 @@ class LanguageForward:
             first = seen.setdefault(content(number, prompt), number)
             form.append((prompt.ids.shape, prompt.mask is None, first))
         budget = self._budget or default_budget(self._model, tokens)
-        return (tuple(form), budget, module.training, self._fixed)
+        return (tuple(form), budget, self._model.is_training, self._fixed)
 
     def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
         """Returns what gives the passes: as few, and with as little work, as it takes."""
@@ -123,7 +123,7 @@ class LanguageForward:
         self, module: nn.Module, requests: Sequence[Prompt], work: Work
     ) -> Layouts | Site | None:
         """How to cut what is read out of one pass for all; None, or a site, if one does not do."""
-        if self._model.trains(module) or not self._options.keys() <= _BATCHABLE:
+        if self._model.trains() or not self._options.keys() <= _BATCHABLE:
             return None
         for prompt in requests:
             if prompt.extras:

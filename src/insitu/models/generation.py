@@ -213,7 +213,7 @@ class Generation:
     def _batchable(self, module: nn.Module, requests: Sequence[Prompt]) -> bool:
         """Whether each prompt goes on in a batch as it would alone."""
         return (
-            not self._model.trains(module)
+            not self._model.trains()
             and self._options.keys() <= _BATCHABLE
             and "max_new_tokens" in self._options  # else padding counts towards a total length
             and not any(prompt.extras for prompt in requests)
