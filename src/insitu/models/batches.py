@@ -20,7 +20,7 @@ from insitu.runtime.branches import Given, find_runs, part_of
 from insitu.runtime.extent import Extents
 from insitu.runtime.hooks import Cut, Place
 from insitu.runtime.layout import Layouts
-from insitu.runtime.passes import Deliver, Pass
+from insitu.runtime.passes import Deliver, Own, Pass
 from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Work
 from insitu.runtime.schedule import Group, Run, arrange
@@ -179,8 +179,8 @@ class Batches:
         kwargs = arguments(model, whole, self._options)
         if not stretch.leaves:
 
-            def call(_: Deliver) -> Any:
-                with unembedding(self._head, stretch.unembedded):
+            def call(_: Deliver, is_own: Own) -> Any:
+                with unembedding(self._head, stretch.unembedded, is_own):
                     return forward(model, module, kwargs, prompts)
 
             summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], None)
@@ -190,8 +190,11 @@ class Batches:
         for number, part in zip(stretch.runs, batch.parts, strict=True):
             prefixes[number] = (prefix, part.rows)
 
-        def leave(_: Deliver) -> Any:
-            with prefix.left_by(kwargs) as given, unembedding(self._head, stretch.unembedded):
+        def leave(_: Deliver, is_own: Own) -> Any:
+            with (
+                prefix.left_by(kwargs, is_own) as given,
+                unembedding(self._head, stretch.unembedded, is_own),
+            ):
                 return forward(model, module, given, prompts)
 
         through = prefix.through
@@ -227,8 +230,11 @@ class Batches:
         prompt = Prompt(first.ids[:1, stretch.start :], first.mark)
         kwargs = arguments(model, prompt, self._options)
 
-        def call(_: Deliver) -> Any:
-            with resumed.entered(kwargs) as given, unembedding(self._head, unembedded):
+        def call(_: Deliver, is_own: Own) -> Any:
+            with (
+                resumed.entered(kwargs, is_own) as given,
+                unembedding(self._head, unembedded, is_own),
+            ):
                 return forward(model, module, given, [first])
 
         last: Place = (self._blocks.paths[entering[-1].level - 1], "output", 0)

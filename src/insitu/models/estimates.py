@@ -38,25 +38,38 @@ def estimated_costs(
     embeddings = {id(part.weight) for part in (module.get_input_embeddings(), head) if part}
     text = module.config.get_text_config()
     width = getattr(text, "hidden_size", 0)
+    heads = getattr(text, "num_attention_heads", 0)
+    attending = heads * (getattr(text, "head_dim", None) or 0) or width
     parts = [modules[blocks[0]]] if blocks else [module]
-    weights = sum(
-        weight.numel()
+    found = [
+        (name, weight.numel())
         for part in parts
-        for weight in part.parameters()
+        for name, weight in part.named_parameters()
         if weight.ndim > 1 and id(weight) not in embeddings
-    )
+    ]
+    weights = sum(size for _, size in found)
+    chosen = _chosen_experts(text)
+    used = sum(size * (chosen if "experts" in name.split(".") else 1) for name, size in found)
     calls = sum(1 for part in parts for _ in part.modules()) * _CALL
     reading = _READING.get(device.type, _READING_ELSEWHERE)
     return Costs(
         blocks=len(blocks) or 1,
-        token=2.0 * weights,
-        pair=4.0 * width,
-        moved=_MOVED * weights / max(width, 1),
-        scored=_SCORED * getattr(text, "num_attention_heads", 0),
+        token=2.0 * used,
+        pair=4.0 * attending,
+        moved=_MOVED * used / max(width, 1),
+        scored=_SCORED * heads,
         block=2.0 * weights * reading + calls,
         call=8 * _CALL,
         unembedding=unembedding,
     )
+
+
+def _chosen_experts(text: Any) -> float:
+    """Which share of its experts a model lets a token pass, by its config."""
+    chosen = getattr(text, "num_experts_per_tok", None)
+    counts = (getattr(text, f"{name}_experts", None) for name in ("num_local", "num", "n_routed"))
+    count = next((count for count in counts if count), None)
+    return chosen / count if chosen and count else 1.0
 
 
 def bytes_per_token(module: Any) -> int:

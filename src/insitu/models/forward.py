@@ -17,7 +17,7 @@ from insitu.models.batches import Batches, arguments, content, default_budget, f
 from insitu.models.prompts import Prompt
 from insitu.models.separation import Separation
 from insitu.runtime.layout import Layouts
-from insitu.runtime.passes import Deliver, Pass
+from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Schedule, Work
 
@@ -90,7 +90,7 @@ class LanguageForward:
             first = seen.setdefault(content(number, prompt), number)
             form.append((prompt.ids.shape, prompt.mask is None, first))
         budget = self._budget or default_budget(self._model, tokens)
-        return (tuple(form), budget, module.training, self._fixed)
+        return (tuple(form), budget, self._model.is_training, self._fixed)
 
     def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
         """Returns what gives the passes: as few, and with as little work, as it takes."""
@@ -123,7 +123,7 @@ class LanguageForward:
         self, module: nn.Module, requests: Sequence[Prompt], work: Work
     ) -> Layouts | Site | None:
         """How to cut what is read out of one pass for all; None, or a site, if one does not do."""
-        if self._model.trains(module) or not self._options.keys() <= _BATCHABLE:
+        if self._model.trains() or not self._options.keys() <= _BATCHABLE:
             return None
         for prompt in requests:
             if prompt.extras:
@@ -167,7 +167,7 @@ class LanguageForward:
             for number, prompt in enumerate(requests)
         ]
 
-    def _call(self, module: nn.Module, kwargs: dict[str, Any], prompt: Prompt, _: Deliver) -> Any:
+    def _call(self, module: nn.Module, kwargs: dict[str, Any], prompt: Prompt, *_: Any) -> Any:
         return forward(self._model, module, kwargs, [prompt])
 
     def _kwargs(self, prompt: Prompt) -> dict[str, Any]:

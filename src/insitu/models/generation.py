@@ -17,7 +17,7 @@ from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
-from insitu.runtime.passes import Deliver, Pass
+from insitu.runtime.passes import Deliver, Own, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Schedule, Work
 
@@ -169,7 +169,7 @@ class Generation:
                 self._model.reader.check_length(request, self._options.get("max_new_tokens", 1))
         kwargs = self._arguments(prompt)
 
-        def call(deliver: Deliver) -> Any:
+        def call(deliver: Deliver, _: Own) -> Any:
             placed = self._model.placed(kwargs)  # in the run, not before: see `LanguageForward`
             if tokens:
                 placed |= _listening(deliver, placed)
@@ -213,7 +213,7 @@ class Generation:
     def _batchable(self, module: nn.Module, requests: Sequence[Prompt]) -> bool:
         """Whether each prompt goes on in a batch as it would alone."""
         return (
-            not self._model.trains(module)
+            not self._model.trains()
             and self._options.keys() <= _BATCHABLE
             and "max_new_tokens" in self._options  # else padding counts towards a total length
             and not any(prompt.extras for prompt in requests)

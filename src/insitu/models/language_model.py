@@ -266,16 +266,22 @@ class LanguageModel(Model):
             for name, value in kwargs.items()
         }
 
-    def trains(self, module: nn.Module) -> bool:
-        """Returns whether a module is in training mode, and says once what follows from it."""
-        if module.training:
+    @property
+    def is_training(self) -> bool:
+        """Whether any of its modules is in training mode: dropout may be, apart from the rest."""
+        return any(part.training for part in self.modules.values())
+
+    def trains(self) -> bool:
+        """Returns whether it is in training mode, and says once what follows from it."""
+        trains = self.is_training
+        if trains:
             warnings.warn(
-                "The model is in training mode, where dropout makes every row of a batch depend "
-                "on all: its invocations run one by one. `model.module.eval()` lets them run "
-                "together.",
+                "The model, or a part of it, is in training mode, where dropout makes every row of "
+                "a batch depend on all: its invocations run one by one. `model.module.eval()` lets "
+                "them run together.",
                 stacklevel=2,
             )
-        return module.training
+        return trains
 
     def explain(self, prompts: Sequence[Prompt], steps: int = 1) -> None:
         """Raises the error behind an `IndexError` of the model, if the prompts are to blame.

@@ -18,7 +18,7 @@ from insitu.graph.node import Graph
 from insitu.runtime.eager import eager, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
-from insitu.runtime.passes import Deliver, Pass
+from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call, Copies, Probe, fake_call, probe
 from insitu.runtime.procedure import Outputs, Schedule, Work
 from insitu.runtime.reuse import Plans
@@ -254,7 +254,7 @@ def _alone(module: nn.Module, requests: Sequence[Call]) -> list[Pass]:
     """A pass for each call."""
 
     def single(request: Call, number: int) -> Pass:
-        def call(_: Deliver) -> Any:
+        def call(*_: Any) -> Any:
             return module(*request.args, **request.kwargs)
 
         return Pass(call, {number: None}, True)

@@ -24,7 +24,19 @@ from insitu.models.trial import alike, listening, undisturbed
 from insitu.models.unembedding import Unembedded, take_logits
 from insitu.runtime.branches import Chain
 from insitu.runtime.hooks import NO_KWARGS, Place, View, clone, first_argument
-from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
+from insitu.runtime.layout import (
+    Axis,
+    Layouts,
+    Part,
+    TensorLayout,
+    cut,
+    is_shared,
+    leaves,
+    put,
+    spread,
+    widened,
+)
+from insitu.runtime.passes import Own
 
 _ABSENT = object()
 
@@ -79,14 +91,15 @@ class Prefix:
         return (self._blocks.paths[last - 1], "output", 0)
 
     @contextmanager
-    def left_by(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def left_by(self, kwargs: dict[str, Any], is_own: Own) -> Iterator[dict[str, Any]]:
         """Lets the forwards in it leave what is wanted, called with the arguments it gives.
 
         Args:
             kwargs: the arguments of the forward.
+            is_own: whether it is this forward that calls a block.
         """
         handles = [
-            module.register_forward_hook(partial(self._keep, layer), prepend=True)
+            module.register_forward_hook(_only(is_own, partial(self._keep, layer)), prepend=True)
             for layer, module in enumerate(self._blocks.modules[: max(self._levels)])
         ]
         try:
@@ -145,21 +158,22 @@ class Resumed:
         self._cache: Any = None
 
     @contextmanager
-    def entered(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def entered(self, kwargs: dict[str, Any], is_own: Own) -> Iterator[dict[str, Any]]:
         """Lets the forward in it run so, called with the arguments that it gives.
 
         Args:
             kwargs: the arguments of a forward of one row, of the positions that are not left out.
+            is_own: whether it is this forward that calls a block.
         """
         blocks, last = self._blocks, max(row.level for row in self._entering)
         self.rows = 0
         with ExitStack() as stack:
             for layer in range(self._first):
                 stack.enter_context(
-                    _replaced(blocks.modules[layer], partial(self._leave_out, layer))
+                    _replaced(blocks.modules[layer], partial(self._leave_out, layer), is_own)
                 )
             for layer in range(self._first, last):
-                hook = partial(self._enter, layer)
+                hook = _only(is_own, partial(self._enter, layer))
                 handle = blocks.modules[layer].register_forward_hook(hook, prepend=True)
                 stack.callback(handle.remove)
             if self.start:
@@ -167,8 +181,10 @@ class Resumed:
                 kwargs = {**kwargs, "past_key_values": self._cache}
                 for layer in range(self._first, len(blocks.modules)):
                     module = blocks.modules[layer]
-                    before = module.register_forward_pre_hook(partial(self._fill, layer))
-                    after = module.register_forward_hook(partial(self._empty, layer))
+                    before = module.register_forward_pre_hook(
+                        _only(is_own, partial(self._fill, layer))
+                    )
+                    after = module.register_forward_hook(_only(is_own, partial(self._empty, layer)))
                     stack.callback(before.remove)
                     stack.callback(after.remove)
             try:
@@ -229,11 +245,20 @@ def _new_cache() -> Any:
     return DynamicCache()
 
 
+def _only(is_own: Own, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook for some of the calls of its module."""
+    return lambda *args: hook(*args) if is_own() else None
+
+
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Lets another function be a module's forward."""
-    before = vars(module).get("forward", _ABSENT)
-    vars(module)["forward"] = partial(forward, module)
+def _replaced(module: nn.Module, forward: Callable[..., Any], is_own: Own) -> Iterator[None]:
+    """Lets another function be a module's forward, in some of the calls."""
+    before, itself = vars(module).get("forward", _ABSENT), module.forward
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return forward(module, *args, **kwargs) if is_own() else itself(*args, **kwargs)
+
+    vars(module)["forward"] = replaced
     try:
         yield
     finally:
@@ -357,6 +382,16 @@ def find_chain(
     return Chain(paths, whole, tails)
 
 
+def _has_positions_second(layout: TensorLayout) -> bool:
+    """Whether a value is `(rows, position, features)`, or has no positions."""
+    axes = layout.axes
+    return Axis.POSITIONS not in axes or (len(axes) == 3 and axes[1] is Axis.POSITIONS)
+
+
+def _always() -> bool:
+    return True
+
+
 class _Trial:
     """A model run in full on a few tokens, and again with rows that enter behind every block."""
 
@@ -381,7 +416,7 @@ class _Trial:
         levels = range(1, len(paths) + 1)
         self._prefix = Prefix(self._blocks, levels, cached=True)
         self._expected: dict[Place, Any] = {}
-        with self._prefix.left_by(dict(options)) as kwargs:
+        with self._prefix.left_by(dict(options), _always) as kwargs:
             module(input_ids=self._ids[:1], **kwargs)
 
         def expect(place: Place, value: Any) -> None:
@@ -397,7 +432,8 @@ class _Trial:
             start: how many positions the rows leave out.
         """
         count = len(self._blocks.paths)
-        rows = [Entering(level, self._prefix, slice(0, 1)) for level in range(1, count + 1)]
+        # Two at the first, so that no block runs with the one row that the prompt's ids have.
+        rows = [Entering(level, self._prefix, slice(0, 1)) for level in (1, *range(1, count + 1))]
         forward = Resumed(self._blocks, rows, start, self._LENGTH)
         right: set[Place] = set()
 
@@ -406,7 +442,7 @@ class _Trial:
                 right.add(place)
 
         listening_to = listening(self._modules, self._views, compare)
-        with forward.entered(dict(self._options)) as kwargs, listening_to:
+        with forward.entered(dict(self._options), _always) as kwargs, listening_to:
             # With the ids of another prompt: what these do to the blocks that run would show.
             self._module(input_ids=self._ids[1:, start:], **kwargs)
         return frozenset(right)
@@ -422,6 +458,8 @@ class _Trial:
                 part = Part(slice(row, row + 1), slice(0, length - start), rows, length - start)
                 if not alike(cut(site, value, layout, part), alone):
                     return False
+            if start and not all(map(_has_positions_second, leaves(layout))):
+                return False  # which of them is looked at is told from indices into such a value
             spread(alone, layout, slice(start, length), length)
         except (InsituError, ValueError):  # it has no positions, or is not of the batch
             return False

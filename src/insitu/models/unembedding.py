@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from insitu.runtime.hooks import Place
+from insitu.runtime.passes import Own
 
 
 class Unembedded(NamedTuple):
@@ -52,19 +53,22 @@ def unembed_only(
 
 
 @contextmanager
-def unembedding(head: nn.Module | None, unembedded: Unembedded) -> Iterator[None]:
+def unembedding(head: nn.Module | None, unembedded: Unembedded, is_own: Own) -> Iterator[None]:
     """Lets a model unembed only these positions.
 
     Args:
         head: the module that makes logits `(rows, position, vocabulary)` of hidden states.
         unembedded: which positions.
+        is_own: whether it is the model's forward that calls the head.
     """
     index = unembedded.index
     if index is None or head is None:
         yield
         return
 
-    def choose(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def choose(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+        if not is_own():
+            return None
         hidden, *others = args
         rows = torch.arange(index.shape[0], device=hidden.device)[:, None]
         return (hidden[rows, index.to(hidden.device)], *others)

@@ -50,8 +50,8 @@ class Extents:
                 return None
             key = args[1]
             if part is not None:
-                if type(key) is not type(part):
-                    return None
+                if type(key) is not type(part) or (type(key) is int and key < 0):
+                    return None  # counted from the end, it may be the same entry
                 inner = self.read(user, length) if key == part else frozenset[int]()
             else:
                 inner = positions(key, length)

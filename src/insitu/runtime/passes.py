@@ -51,11 +51,17 @@ class Deliver(Protocol):
         ...
 
 
+Own = Callable[[], bool]
+"""Tells whether a module is being called by the pass: not by another thread beside it, and not by
+an operation of the experiment."""
+
+
 class Pass(NamedTuple):
     """One call of the wrapped module, or of its `generate`.
 
     Attributes:
-        call: makes the call and returns what it returns.
+        call: makes the call and returns what it returns. What it hangs on modules for the time of
+            the call asks whether they are called by it.
         cuts: how each invocation finds its own part of a value, by number; None for an invocation
             that has the pass for itself.
         may_stop: whether the pass may end as soon as nothing is wanted from it any more.
@@ -67,7 +73,7 @@ class Pass(NamedTuple):
             arrives there cannot be cut out of a batch.
     """
 
-    call: Callable[[Deliver], Any]
+    call: Callable[[Deliver, Own], Any]
     cuts: Mapping[int, Cut | None]
     may_stop: bool
     stepped: bool = False
@@ -127,6 +133,9 @@ def run_pass(
     hooks: dict[Moment, Hook] = {}
     thread = get_ident()
 
+    def own_call() -> bool:
+        return get_ident() == thread and not execution.busy
+
     def arrived(
         moment: Moment, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
     ) -> Any:
@@ -174,7 +183,7 @@ def run_pass(
                 path = moment[0]
                 hooks[moment] = put_hook(modules[path], moment, views.get(path), arrived)
         _set_grad_enabled(execution.differentiates)
-        result = single.call(deliver)
+        result = single.call(deliver, own_call)
     except Stop as stop:
         stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
         if arrivals is not None:
