@@ -380,6 +380,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a save of nothing": (framed(message(row(2))), "value of the run"),
     "a save of a constant": (framed(message(row(2, 1))), "value of the run"),
     "a save of two": (framed(message(row(2, REF, REF))), "cannot be called so"),
+    "a save to nowhere": (framed(message(row(2, REF, "nowhere"))), "no device"),
     "a write to a copy": (
         framed(message(row(2, REF), row(3, ["ref", 1], 1, True))),
         "what save gives",

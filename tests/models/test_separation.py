@@ -47,7 +47,7 @@ class Mixing(nn.Module):
 
 def test_what_depends_on_other_rows_is_not_cut_out_of_a_batch() -> None:
     module = tiny_gpt2()
-    module.transformer.h[2].mlp = Mixing(module.transformer.h[2].mlp)
+    module.transformer.h[2].mlp = Mixing(module.transformer.h[2].mlp).eval()
     model = LanguageModel(module)
     _, passes = read(model, lambda: model.transformer.h[1].output[0])
     assert passes == 1
@@ -80,7 +80,7 @@ def test_an_expert_that_looks_like_a_batch_is_found_out_by_value() -> None:
 
 def test_what_cannot_be_cut_is_named_where_one_batch_is_needed() -> None:
     module = tiny_gpt2()
-    module.transformer.h[2].mlp = Mixing(module.transformer.h[2].mlp)
+    module.transformer.h[2].mlp = Mixing(module.transformer.h[2].mlp).eval()
     model = LanguageModel(module)
     message = r"`transformer.h\[2\].mlp.output` cannot be cut out of a batch(?s:.*)test_separation"
     with pytest.raises(CausalityError, match=message):
@@ -124,6 +124,7 @@ class Counting(nn.Module):
 def test_finding_out_leaves_no_trace() -> None:
     module = tiny_gpt2()
     module.transformer.h[1].mlp = counting = Counting(module.transformer.h[1].mlp)
+    module.eval()
     lengths: list[int] = []
 
     def hook(part: nn.Module, args: object, output: torch.Tensor) -> None:
@@ -185,7 +186,7 @@ def test_a_model_that_fails_on_a_batch_runs_prompts_one_by_one() -> None:
             return self.inner(x)
 
     module = tiny_gpt2()
-    module.transformer.h[1].mlp = Single(module.transformer.h[1].mlp)
+    module.transformer.h[1].mlp = Single(module.transformer.h[1].mlp).eval()
     model = LanguageModel(module)
     values, passes = read(model, lambda: model.transformer.h[3].output[0])
     assert passes == len(RAGGED)

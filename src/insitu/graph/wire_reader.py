@@ -8,6 +8,7 @@ from functools import cache
 from typing import Annotated, Any, NamedTuple, cast
 
 import msgspec
+import torch
 
 from insitu.graph.errors import WireError
 from insitu.graph.location import Location, Mark, SourceLine
@@ -196,6 +197,8 @@ def _check_call(
         target = graph.rows[args[0].index][0]
         if target not in _TARGETS[operation]:
             raise WireError(f"{operation.name} is done to what {target.name} gives")
+    if operation in (SAVE, KEEP) and len(args) > 1 and not _is_device(args[1]):
+        raise WireError(f"{operation.name} cannot be called so: {args[1]!r} is no device")
     given = kwargs
     if (signature := _signature(operation)) is not None:
         try:
@@ -204,6 +207,14 @@ def _check_call(
             raise WireError(f"{operation.name} cannot be called so: {error}") from None
     if given.get("out") is not None or given.get("inplace", False) is not False:
         raise WireError(f"{operation.name} would write into one of its arguments")
+
+
+def _is_device(name: Any) -> bool:
+    """Whether PyTorch knows a device by this name."""
+    try:
+        return isinstance(name, str) and bool(torch.device(name))
+    except RuntimeError:
+        return False
 
 
 _Column = Callable[[Reader, Graph, int], Any]
