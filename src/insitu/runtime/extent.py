@@ -164,6 +164,8 @@ def positions(key: Any, length: int, axis: int = 1, axes: int = 3) -> Sequence[i
         axes: how many axes there are.
     """
     entries = cast("tuple[Any, ...]", key if isinstance(key, tuple) else (key,))
+    if any(entry is Ellipsis for entry in entries) and not _count_axes(entries):
+        return None
     at = 0
     for entry in entries:
         if entry is Ellipsis:
@@ -183,3 +185,10 @@ def positions(key: Any, length: int, axis: int = 1, axes: int = 3) -> Sequence[i
                 return None
             return range(length)[taken]
     return None
+
+
+def _count_axes(entries: Sequence[Any]) -> bool:
+    """Whether each entry of an index stands for one axis, but for one that stands for the rest."""
+    others = [entry for entry in entries if entry is not Ellipsis]
+    plain = all(type(entry) in (int, slice) for entry in others)
+    return plain and len(others) == len(entries) - 1
