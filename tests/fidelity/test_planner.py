@@ -797,20 +797,7 @@ def added_early(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        added,
-        added_at_the_last,
-        pytest.param(
-            added_early,
-            marks=pytest.mark.xfail(
-                reason="hooks of the user's do not see the positions that a forward leaves out",
-                strict=True,
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("change", [added, added_at_the_last, added_early])
 def test_hooks_of_the_users_own(own_model: LanguageModel, change: Change) -> None:
     model = own_model
     (clean,) = prompts(1)
@@ -1127,12 +1114,12 @@ def test_the_plan_is_told_and_is_that_of_a_scan(model: LanguageModel) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("a scan runs nothing")
 
-    hook = model.module.register_forward_pre_hook(fail)
+    model.module.forward = fail
     try:
         with model.scan(share_prefixes=True) as scanned:
             record(scanned)
     finally:
-        hook.remove()
+        del model.module.forward
     assert scanned.plan.passes == tracer.plan.passes
 
 

@@ -90,7 +90,7 @@ class LanguageForward:
             first = seen.setdefault(content(number, prompt), number)
             form.append((prompt.ids.shape, prompt.mask is None, first))
         budget = self._budget or default_budget(self._model, tokens)
-        return (tuple(form), budget, self._model.is_training, self._fixed)
+        return (tuple(form), budget, self._model.is_training, self._model.has_hooks, self._fixed)
 
     def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
         """Returns what gives the passes: as few, and with as little work, as it takes."""

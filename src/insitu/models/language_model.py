@@ -33,6 +33,7 @@ from insitu.runtime.layout import SIZES, Layouts, find_layouts
 from insitu.runtime.probe import Call
 from insitu.tracing.tracer import Tracer
 
+_LIBRARIES = ("accelerate.", "torch.", "transformers.")
 _UNKNOWN = object()
 
 
@@ -271,6 +272,16 @@ class LanguageModel(Model):
         """Whether any of its modules is in training mode: dropout may be, apart from the rest."""
         return any(part.training for part in self.modules.values())
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether hooks of the user's own hang on its modules."""
+        for part in self.modules.values():
+            if part._forward_hooks or part._forward_pre_hooks:
+                hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+                if not all(hook.__module__.startswith(_LIBRARIES) for hook in hooks):
+                    return True
+        return False
+
     def trains(self) -> bool:
         """Returns whether it is in training mode, and says once what follows from it."""
         trains = self.is_training
@@ -374,7 +385,7 @@ class LanguageModel(Model):
         plain = {"use_cache": False} if self.takes_use_cache else {}
         if not self.loaded or not views or "past_key_values" not in self.forward_parameters:
             return None
-        if options != plain:
+        if options != plain or self.has_hooks:  # these are to see all blocks and positions
             return None
         if self._chain is _UNKNOWN:
             with self.in_use():
