@@ -457,14 +457,19 @@ class Tracer:
         execution = Execution(recording.graph, plan, modules)
         exclusive = self.model.exclusive
         results: list[Any] = [None] * len(passes)
+        waiting: list[Pass | None] = [*passes]
+        del passes  # what one leaves for others goes with the last of these
         lacking = went = None
         with exclusive.lock, eager(modules.values()):
             exclusive.begin()
             try:
                 for at in order:
+                    single, waiting[at] = waiting[at], None
+                    assert single is not None
                     results[at], missing, went = run_pass(
-                        execution, plan, passes[at], modules, views, returned
+                        execution, plan, single, modules, views, returned
                     )
+                    del single
                     if missing:
                         lacking = unexcused(recording.graph, plan, missing)
                         if lacking is not None:
