@@ -170,7 +170,7 @@ def assert_close(
 ) -> None:
     value = found.value
     assert value.shape == expected.shape, what
-    scale = float(expected.abs().max())
+    scale = max(float(expected.abs().max()), 0.1)  # a few numbers may be small by chance
     worst = float((value - expected).abs().max())
     assert worst <= limit * scale, (what, worst, scale)
 
@@ -258,6 +258,28 @@ def test_only_late_positions_are_computed_where_early_ones_are_alike(
         assert_close(logits, seen[head, "output"][0, -1], position)
     if share:
         assert tracer.plan.passes[-1].positions == 4, tracer.plan.explain()
+
+
+@pytest.mark.parametrize("name", sorted(SHARES))
+def test_what_the_model_returns_is_without_the_keys_and_values_of_others(name: str) -> None:
+    model = kept(name)
+    (clean,) = prompts(1)
+    path, inner = blocks_of(model)[0], blocks_of(model)[0].rpartition(".")[0].rpartition(".")[0]
+    with model.trace(share_prefixes=True) as tracer:
+        with tracer.invoke(clean):
+            whole, hidden = model.output.save(), at(model, inner).output.save()
+        with tracer.invoke(clean):
+            at(model, path).output[0][:, 9] = VECTORS[9]
+            logits = model.output.logits[0, -1].save()
+    with torch.no_grad():
+        expected = model.module(clean, use_cache=False)
+        assert whole.value.keys() == expected.keys()
+        torch.testing.assert_close(whole.value.logits, expected.logits, rtol=1e-5, atol=1e-5)
+        expected = model.module.get_submodule(inner)(clean, use_cache=False)
+        assert hidden.value.keys() == expected.keys()
+    change = {(path, "output"): patched(9, VECTORS[9])}
+    assert_close(logits, alone(model, clean, [END], change)[END][0, -1])
+    assert tracer.plan.passes[-1].positions == 3
 
 
 # --- forms of writes: as one would write them with Insitu, and what that is in plain torch
