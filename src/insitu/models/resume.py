@@ -404,7 +404,7 @@ def find_chain(
         with undisturbed(modules):
             trial = _Trial(module, modules, views, layouts, options, vocabulary, device)
             whole = trial.right_places(0)
-            tails = trial.right_places(2)
+            tails = trial.right_places(2) if trial.looks_back_only() else frozenset[Place]()
     except Exception:  # whatever the model makes of it: then it is not to be run so
         return None
     paths = tuple(views)
@@ -456,6 +456,23 @@ class _Trial:
 
         with listening(modules, views, expect):  # without keys and values, as a trace runs
             module(input_ids=self._ids[:1], **options)
+
+    def looks_back_only(self) -> bool:
+        """Returns whether hidden states are the same with another last token, but for its own."""
+        ids = self._ids[:1].clone()
+        ids[0, -1] = self._ids[1, -1]
+        if torch.equal(ids, self._ids[:1]):
+            return False
+        agrees: list[bool] = []
+        ends = {(path, "output", 0) for path in self._blocks.paths}
+
+        def compare(place: Place, value: Any) -> None:
+            if place in ends:
+                agrees.append(alike(value[0][:, :-1], self._expected[place][0][:, :-1]))
+
+        with listening(self._modules, self._views, compare):
+            self._module(input_ids=ids, **self._options)
+        return all(agrees)
 
     def right_places(self, start: int) -> frozenset[Place]:
         """Returns the places at which each row has the values that it should have.
