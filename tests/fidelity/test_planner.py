@@ -771,6 +771,23 @@ def test_a_model_with_edits(model: LanguageModel, share: bool | None) -> None:
         assert_close(logits, alone(model, clean, [END], changes)[END][0, -1], position)
 
 
+@pytest.mark.xfail(
+    strict=True, raises=insitu.InsituError, reason="how values lie is found out only once"
+)
+def test_another_attention_implementation_from_now_on(own_model: LanguageModel) -> None:
+    model = own_model
+    (clean,) = prompts(1)
+    sweep(model, clean, share_prefixes=True)
+    model.module.set_attn_implementation("eager")
+    attention = HEAD_INPUT[model.config.model_type].format(2).rpartition(".")[0]
+    with model.trace() as tracer:
+        patterns = []
+        for ids in prompts(2):
+            with tracer.invoke(ids):
+                patterns.append(at(model, attention).output[1].save())
+    assert [pattern.value.shape for pattern in patterns] == [(1, 4, LENGTH, LENGTH)] * 2
+
+
 @SHARING
 def test_training_mode_runs_each_prompt_with_its_own_dropout(share: bool | None) -> None:
     model = make("gpt2")
