@@ -14,7 +14,7 @@ from insitu.graph.node import Address
 from insitu.models.accounts import Accounts
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
-from insitu.models.resume import Blocks, Entering, Prefix, Resumed, Tail
+from insitu.models.resume import Entering, Prefix, Resumed, Tail, blocks_of
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, unembed_only, unembedding
 from insitu.runtime.branches import Given, find_runs, part_of
 from insitu.runtime.extent import Extents
@@ -85,8 +85,7 @@ class Batches:
     ) -> None:
         self._model, self._options, self._layouts = model, options, layouts
         views = model.block_views[False]
-        modules = [model.modules[path] for path in views]
-        self._blocks = Blocks(tuple(views), modules, list(views.values()))
+        self._blocks = blocks_of(model.modules, views)
         heads = model.unembedding
         self._head = model.modules[heads[0]] if len(heads) == 1 else None
         given = [_given(number, prompt, share) for number, prompt in enumerate(requests)]

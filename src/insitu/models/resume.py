@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Site
@@ -48,11 +49,13 @@ class Blocks(NamedTuple):
         paths: their paths, in the order in which they run.
         modules: they themselves.
         views: how their outputs are shown.
+        around: the modules that they are inside of.
     """
 
     paths: Sequence[str]
     modules: Sequence[nn.Module]
     views: Sequence[View]
+    around: Sequence[nn.Module]
 
     def hidden(self, layer: int, output: Any) -> torch.Tensor:
         """Returns the hidden states `(rows, position, d_model)` in what a block returned."""
@@ -61,6 +64,18 @@ class Blocks(NamedTuple):
     def returning(self, layer: int, output: Any, hidden: torch.Tensor) -> Any:
         """Returns what a block returned, with other hidden states."""
         return self.views[layer].restore(output, (hidden,), (), NO_KWARGS)
+
+
+def blocks_of(modules: Mapping[str, nn.Module], views: Mapping[str, View]) -> Blocks:
+    """Returns the blocks of a model.
+
+    Args:
+        modules: its tree, by path.
+        views: how the outputs of its blocks are shown, by path, in the order in which they run.
+    """
+    names = next(iter(views), "").split(".")
+    around = [modules[".".join(names[:count])] for count in range(len(names))]
+    return Blocks(tuple(views), [modules[path] for path in views], list(views.values()), around)
 
 
 class Prefix:
@@ -102,8 +117,11 @@ class Prefix:
             module.register_forward_hook(_only(is_own, partial(self._keep, layer)), prepend=True)
             for layer, module in enumerate(self._blocks.modules[: max(self._levels)])
         ]
+        if self.cache is not None:
+            kwargs = {**kwargs, "past_key_values": self.cache}
+            handles.extend(_kept_inside(self._blocks, self.cache, is_own))
         try:
-            yield kwargs if self.cache is None else {**kwargs, "past_key_values": self.cache}
+            yield kwargs
         finally:
             for handle in handles:
                 handle.remove()
@@ -179,6 +197,8 @@ class Resumed:
             if self.start:
                 self._cache = self._begin_cache()
                 kwargs = {**kwargs, "past_key_values": self._cache}
+                for handle in _kept_inside(blocks, self._cache, is_own):
+                    stack.callback(handle.remove)
                 for layer in range(self._first, len(blocks.modules)):
                     module = blocks.modules[layer]
                     before = module.register_forward_pre_hook(
@@ -243,6 +263,19 @@ def _new_cache() -> Any:
     from transformers.cache_utils import DynamicCache  # takes as long to import as all of ours
 
     return DynamicCache()
+
+
+def _kept_inside(blocks: Blocks, cache: Any, is_own: Own) -> list[RemovableHandle]:
+    """Lets a model that is given a cache return what it returns without one."""
+
+    def without(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, Mapping) or output.get("past_key_values") is not cache:
+            return None
+        kind: Any = type(output)
+        return kind({name: value for name, value in output.items() if value is not cache})
+
+    hook = _only(is_own, without)
+    return [module.register_forward_hook(hook, prepend=True) for module in blocks.around]
 
 
 def _only(is_own: Own, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -371,7 +404,7 @@ def find_chain(
         with undisturbed(modules):
             trial = _Trial(module, modules, views, layouts, options, vocabulary, device)
             whole = trial.right_places(0)
-            tails = trial.right_places(2)
+            tails = trial.right_places(2) if trial.looks_back_only() else frozenset[Place]()
     except Exception:  # whatever the model makes of it: then it is not to be run so
         return None
     paths = tuple(views)
@@ -409,11 +442,10 @@ class _Trial:
     ) -> None:
         self._module, self._modules, self._views = module, modules, views
         self._layouts, self._options = layouts, options
-        paths = tuple(views)
-        self._blocks = Blocks(paths, [modules[path] for path in paths], list(views.values()))
+        self._blocks = blocks_of(modules, views)
         numbers = torch.arange(2 * self._LENGTH, device=device)
         self._ids = (numbers * 7919 + 13).remainder(vocabulary).reshape(2, self._LENGTH)
-        levels = range(1, len(paths) + 1)
+        levels = range(1, len(views) + 1)
         self._prefix = Prefix(self._blocks, levels, cached=True)
         self._expected: dict[Place, Any] = {}
         with self._prefix.left_by(dict(options), _always) as kwargs:
@@ -424,6 +456,23 @@ class _Trial:
 
         with listening(modules, views, expect):  # without keys and values, as a trace runs
             module(input_ids=self._ids[:1], **options)
+
+    def looks_back_only(self) -> bool:
+        """Returns whether hidden states are the same with another last token, but for its own."""
+        ids = self._ids[:1].clone()
+        ids[0, -1] = self._ids[1, -1]
+        if torch.equal(ids, self._ids[:1]):
+            return False
+        agrees: list[bool] = []
+        ends = {(path, "output", 0) for path in self._blocks.paths}
+
+        def compare(place: Place, value: Any) -> None:
+            if place in ends:
+                agrees.append(alike(value[0][:, :-1], self._expected[place][0][:, :-1]))
+
+        with listening(self._modules, self._views, compare):
+            self._module(input_ids=ids, **self._options)
+        return all(agrees)
 
     def right_places(self, start: int) -> frozenset[Place]:
         """Returns the places at which each row has the values that it should have.

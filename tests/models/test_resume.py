@@ -1,0 +1,115 @@
+"""Where forwards may begin at a block: found out by running the model, which is left as it was."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertLMHeadModel
+
+from insitu import LanguageModel
+from insitu.models.resume import find_chain
+from insitu.runtime.branches import Chain
+from insitu.runtime.layout import SIZES, find_layouts
+from insitu.runtime.probe import Call
+from tests.fidelity.architectures import MAKERS, spread_out
+
+
+def chain_of(module: nn.Module) -> Chain | None:
+    model = LanguageModel(module)
+    views, options = model.block_views[False], {"use_cache": False}
+    calls = [Call((), {"input_ids": torch.zeros(*size).long(), **options}) for size in SIZES]
+    layouts = find_layouts([model.probe(call, views).seen for call in calls])
+    with model.exclusive.held():
+        return find_chain(module, model.modules, views, layouts, options, 100, model.device)
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    module = MAKERS[name]().eval()
+    spread_out(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+def test_forwards_begin_at_blocks_where_each_row_is_as_it_is_alone(name: str) -> None:
+    module = made(name)
+    chain = chain_of(module)
+    assert chain is not None
+    assert list(chain.paths) == list(LanguageModel(module).block_views[False])
+    for path in chain.paths:
+        assert (path, "output", 0) in chain.whole & chain.tails
+    for path, _ in module.named_modules():
+        if path.endswith(("attn", "mlp")) and path.startswith(tuple(chain.paths[1:])):
+            assert (path, "output", 0) in chain.whole, path
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_they_do_not_where_a_mask_is_made_for_each_row_of_the_ids(layers: int) -> None:
+    """BLOOM's position biases have as many rows as there are prompts."""
+    module = made("bloom")
+    module.transformer.h = module.transformer.h[:layers]
+    module.config.n_layer = layers
+    assert chain_of(module) is None or layers == 1
+
+
+def looks_ahead() -> nn.Module:
+    """BERT is no decoder unless it is told to be one, and attends in both directions."""
+    return BertLMHeadModel(
+        BertConfig(
+            vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=32,
+        )
+    )  # fmt: skip
+
+
+class CountsPositions(nn.Module):
+    """Adds to each position what depends on its place among those that there are."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
+        places = torch.arange(hidden.shape[1], dtype=hidden.dtype)[:, None] * torch.ones(16).cumsum(
+            0
+        )
+        return self.block(hidden + places, *args, **kwargs)
+
+
+def counts_positions() -> nn.Module:
+    module = made("gpt2")
+    module.transformer.h = nn.ModuleList([CountsPositions(block) for block in module.transformer.h])
+    return module
+
+
+@pytest.mark.parametrize("make", [looks_ahead, counts_positions])
+def test_positions_are_not_left_out_where_the_others_would_be_other_ones(
+    make: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    module = make().eval()
+    spread_out(module)
+    chain = chain_of(module)
+    assert chain is not None
+    assert chain.whole
+    assert not chain.tails
+
+
+def test_trying_leaves_nothing_behind() -> None:
+    module = made("llama")
+    before = {path: dict(vars(part)) for path, part in module.named_modules()}
+    tables = {
+        (path, name): dict(value)
+        for path, attributes in before.items()
+        for name, value in attributes.items()
+        if isinstance(value, dict)
+    }
+    state = torch.get_rng_state()
+    assert chain_of(module) is not None
+    assert torch.equal(torch.get_rng_state(), state)
+    for path, part in module.named_modules():
+        assert vars(part).keys() == before[path].keys()
+        for name, value in vars(part).items():
+            if isinstance(value, dict):
+                assert dict(value) == tables[path, name]
