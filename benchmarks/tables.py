@@ -1,0 +1,71 @@
+"""What benchmarks print and keep: tables, and figures that the project holds itself to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number with its limit.
+
+    Attributes:
+        what: what it says.
+        value: the number.
+        limit: what it may be at most, or has to be at least.
+        least: whether it has to be at least that.
+    """
+
+    what: str
+    value: float
+    limit: float
+    least: bool = False
+
+    @property
+    def missed(self) -> bool:
+        return self.value < self.limit if self.least else self.value > self.limit
+
+    def cells(self) -> list[str]:
+        bound = "at least" if self.least else "at most"
+        verdict = "MISSED" if self.missed else ""
+        return [self.what, f"{self.value:.2f}", f"{bound} {self.limit:g}", verdict]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells with a title. The first column is text, the others are numbers.
+
+    Attributes:
+        title: what stands over it.
+        columns: the heads of its columns.
+        rows: a cell for each of them.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def text(self) -> str:
+        lines = [self.columns, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            [self.title, *("  ".join(_aligned(line, widths)).rstrip() for line in lines)]
+        )
+
+    def markdown(self) -> str:
+        rule = ["---", *("---:" for _ in self.columns[1:])]
+        lines = [self.columns, rule, *self.rows]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"## {self.title}\n\n{table}\n"
+
+
+def figures(found: Sequence[Figure]) -> Table:
+    """Returns a table of figures and of what they miss."""
+    columns = ("figure", "value", "limit", "verdict")
+    return Table("What the project holds itself to", columns, [each.cells() for each in found])
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    sides: list[Callable[[str, int], str]] = [str.ljust] + [str.rjust] * (len(cells) - 1)
+    return [side(*cell) for side, *cell in zip(sides, cells, widths, strict=True)]
