@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 LAYERS = 12
 HEADS = 12
+LENGTH = 16  # of prompts, in tokens
 STEERED = 6  # the block that is steered, and collected from
 STRENGTHS = [float(strength) for strength in range(-5, 5)]
 

@@ -6,11 +6,10 @@ from contextlib import ExitStack
 
 import torch
 from plain import collect, logits, on_output
-from subjects import tokens
+from subjects import LENGTH, tokens
 
 from cases import Cases, Subject
 
-LENGTH = 16
 RIGHT, WRONG = 5, 7  # the tokens whose difference of logits is explained
 
 

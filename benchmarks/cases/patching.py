@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from plain import Change, collect, logits, on_input, on_output
-from subjects import HEADS, numbers, tokens
+from subjects import HEADS, LENGTH, numbers, tokens
 
 from cases import Cases, Subject
 
-LENGTH = 16
 SAMPLES = 10
 SUBJECT = slice(2, 6)  # the positions that get noise
 RESTORED = 5

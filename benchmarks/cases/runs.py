@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 from plain import Change, logits, on_output
-from subjects import STEERED, STRENGTHS, numbers, tokens
+from subjects import LENGTH, STEERED, STRENGTHS, numbers, tokens
 
 from cases import Cases, Subject
-
-LENGTH = 16
 
 
 def steering(subject: Subject) -> Cases:
