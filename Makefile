@@ -40,8 +40,12 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
 
-bench-peers: $(VENV)/installed $(VENV)-nnsight/installed
+PEERS = nnsight transformer-lens pyvene
+
+bench-peers: $(VENV)/installed $(PEERS:%=$(VENV)-%/installed)
 	$(BIN)/python benchmarks/overhead.py --peers $(VENV)-nnsight/bin/python
+	$(BIN)/python benchmarks/experiments.py --write benchmarks/RESULTS.md --peers \
+		$(foreach peer,$(PEERS),$(subst -,_,$(peer))=$(VENV)-$(peer)/bin/python)
 
 # torch goes first: without a pin, whatever needs it would pull the newest build.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -58,11 +62,11 @@ $(VENV)-transformers4/installed: pyproject.toml constraints-transformers4.txt
 		-c constraints-transformers4.txt -e ".[test]"
 	@touch $@
 
-$(VENV)-nnsight/installed: constraints.txt
-	$(PYTHON) -m venv $(VENV)-nnsight
-	$(VENV)-nnsight/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(VENV)-nnsight/bin/pip install -q --disable-pip-version-check nnsight
+$(PEERS:%=$(VENV)-%/installed): $(VENV)-%/installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(VENV)-$*/bin/pip install -q --disable-pip-version-check $*
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-nnsight
+	rm -rf $(VENV) $(VENV)-transformers4 $(PEERS:%=$(VENV)-%)

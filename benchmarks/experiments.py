@@ -8,13 +8,21 @@ Pythons of environments that have other libraries: they run `experiments_NAME.py
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import platform
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from cases import Cases, Subject, batches, gradients, patching, runs, subject, sweep
+from peers import ask
 from subjects import fingerprint, gpt2, llama
 from tables import Figure, Table, figures
 from timing import medians
@@ -116,27 +124,81 @@ def operations(on: Subject) -> Figure:
     return Figure("sweep 12 x 16: operations off the plan's, share", abs(done / planned - 1), 0.05)
 
 
+def compare(measured: Measured, told: dict[str, Any]) -> Table | None:
+    """Returns what a peer takes for an experiment, None if it did not measure this one.
+
+    Raises:
+        ValueError: if it found something else than Insitu did.
+    """
+    found = told["measured"].get(measured.name)
+    if found is None or measured.subject != SMALL:
+        return None
+    bare, ours = found["times"].pop("bare"), measured.times
+    rows: list[list[str]] = []
+    for case, time in found["times"].items():
+        if not math.isclose(found["fingerprints"][case], measured.fingerprint, rel_tol=1e-3):
+            raise ValueError(f"{told['library']}, {measured.name}: {case} finds something else")
+        share = (time / bare) / (ours["insitu"] / ours["bare"])
+        rows.append([case, f"{time:,.3f}", f"{time / bare:.2f}", f"{share:.2f}"])
+    columns = ("", "ms", "of its bare forward", "of Insitu, in bare forwards")
+    return Table(f"{measured.name}, {told['library']}", columns, rows)
+
+
+def machine() -> str:
+    """What the numbers were measured on, and when."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return (
+        f"{date.today()}, {os.cpu_count()} cores ({model[1] if model else platform.machine()}), "
+        f"{memory:.0f} GiB, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"PyTorch {torch.__version__}, Transformers {transformers.__version__}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of what takes seconds")
     parser.add_argument("--only", default="", help="what the names of experiments contain")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peers", nargs="*", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--json", type=Path, help="a file for all numbers")
+    parser.add_argument("--write", type=Path, help="a file for all tables, such as RESULTS.md")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    experiments = [each for each in EXPERIMENTS if chosen.only in each.name]
+    tables: list[Table] = []
     measured: list[Measured] = []
     counted: list[Figure] = []
+
+    def show(found: Table) -> None:
+        tables.append(found)
+        print(found.text(), end="\n\n", flush=True)
+
     for name in (SMALL, LLAMA, NARROW):
         on = build(name)
-        for experiment in experiments:
-            if name in experiment.subjects:
+        for experiment in EXPERIMENTS:
+            if name in experiment.subjects and chosen.only in experiment.name:
                 measured.append(measure(experiment, on, chosen.rounds))
-                print(table(measured[-1]).text(), end="\n\n", flush=True)
-        if name == SMALL and any(each.name == "sweep 12 x 16" for each in experiments):
-            counted.append(operations(on))
-    print(figures(held(measured, counted)).text())
+                show(table(measured[-1]))
+                if name == SMALL and experiment.name == "sweep 12 x 16":
+                    counted.append(operations(on))
+    for peer in chosen.peers:
+        told = ask(*peer.split("="), rounds=chosen.rounds, only=chosen.only)
+        for found in filter(None, (compare(each, told) for each in measured)):
+            show(found)
+    tables.insert(0, figures(held(measured, counted)))
+    print(tables[0].text())
+    if chosen.write is not None:
+        parts = [TITLE.format(machine=machine()), *(found.markdown() for found in tables)]
+        chosen.write.write_text("\n".join(parts))
+
+
+TITLE = """# Experiments, measured
+
+Written by `make bench-peers`: {machine}.
+
+Random models; medians of rounds in which all cases of one table run interleaved. Results are
+compared before times are taken, those of other libraries by a fingerprint. Each library has an
+environment and a process of its own, so it is compared in forwards of the bare model beside it.
+"""
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from subjects import fingerprint
@@ -37,7 +38,7 @@ def tell(library: str, experiments: Mapping[str, Callable[[], Cases]]) -> None:
     print(json.dumps({"library": f"{library} {version(library)}", "measured": measured}))
 
 
-def ask(name: str, python: str, rounds: int, only: str = "") -> dict:
+def ask(name: str, python: str, rounds: int, only: str = "") -> dict[str, Any]:
     """Runs the script of a peer with its Python and returns what it told."""
     script = Path(__file__).with_name(f"experiments_{name}.py")
     asked = {"rounds": rounds, "only": only, "threads": torch.get_num_threads()}
