@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     MistralConfig,
@@ -59,10 +61,26 @@ def tiny_gemma2() -> nn.Module:
     )  # fmt: skip
 
 
-ALL = {**MAKERS, "mistral": tiny_mistral, "gemma2": tiny_gemma2, "qwen3": tiny_qwen3}
-GENERATORS = [name for name in ALL if name not in ("bert", "t5")]
-# At these, forwards can begin at a block. Mixtral's are not tried in this test: see `SHARES`.
-SHARES = {"gpt2", "llama", "opt", "mistral", "gemma2", "qwen3"}
+def tiny_both_ways() -> nn.Module:
+    """BERT is no decoder unless it is told to be one, and attends in both directions."""
+    return BertLMHeadModel(
+        BertConfig(
+            vocab_size=100, hidden_size=16, num_hidden_layers=3, num_attention_heads=4,
+            intermediate_size=32,
+        )
+    )  # fmt: skip
+
+
+ALL = {
+    **MAKERS,
+    "both ways": tiny_both_ways,
+    "mistral": tiny_mistral,
+    "gemma2": tiny_gemma2,
+    "qwen3": tiny_qwen3,
+}
+GENERATORS = [name for name in ALL if name not in ("bert", "t5", "both ways")]
+# At the blocks of these, forwards can begin. At OPT's it depends on the version of Transformers.
+SHARES = {"gpt2", "llama", "mistral", "gemma2", "qwen3"}
 
 
 def make(name: str) -> LanguageModel:
