@@ -67,9 +67,6 @@ def test_a_model_with_edits(model: LanguageModel, share: bool | None) -> None:
         assert_close(logits, alone(model, clean, [END], changes)[END][0, -1], position)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=insitu.InsituError, reason="how values lie is found out only once"
-)
 def test_another_attention_implementation_from_now_on(own_model: LanguageModel) -> None:
     model = own_model
     (clean,) = prompts(1)

@@ -31,9 +31,11 @@ from insitu.runtime.costs import Costs
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.layout import SIZES, Layouts, find_layouts
 from insitu.runtime.probe import Call
+from insitu.runtime.reuse import Plans
 from insitu.tracing.tracer import Tracer
 
 _LIBRARIES = ("accelerate.", "torch.", "transformers.")
+_ATTENTION = "_attn_implementation_internal"  # where a config has what it is set to
 _UNKNOWN = object()
 
 
@@ -106,6 +108,7 @@ class LanguageModel(Model):
     _chain: Any
     _decoder_start: Any
     _costs: Costs | None
+    _attention: str | None
     reader: Reader
     pad_id: int
     unembedding: Sequence[str]
@@ -160,6 +163,12 @@ class LanguageModel(Model):
                     self._take(self._source.weights(here()))
         return self._module
 
+    def _notice(self) -> None:
+        """Forgets how the model runs, if its module has since been told to run otherwise."""
+        if vars(self._config).get(_ATTENTION) != self._attention:
+            vars(self).update(_probes={}, plans=Plans())
+            self._describe()
+
     def edited(self, graph: Graph) -> Self:
         """Returns the model with one more edit, over the same weights, loaded or not.
 
@@ -196,6 +205,7 @@ class LanguageModel(Model):
             A context manager, in whose block sites can be read and written. `tracer.output` is
             a proxy.
         """
+        self._notice()
         given = None if prompt is None else ((prompt,), {})
         forward = self._forward
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
@@ -226,6 +236,7 @@ class LanguageModel(Model):
                 known.
             kwargs: as of `trace`.
         """
+        self._notice()
         given = None if prompt is None else ((prompt,), {})
         forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
         return Tracer(self, forward, given, dry=True)
@@ -248,6 +259,7 @@ class LanguageModel(Model):
         Raises:
             OptionError: if `max_new_tokens` is no positive number.
         """
+        self._notice()
         given = None
         if prompt is None and "seed" in kwargs:
             raise OptionError("Each prompt has its own seed: give it to `invoke`.", here())
@@ -463,6 +475,7 @@ class LanguageModel(Model):
         parameters = inspect.signature(module.forward).parameters
         vars(self).update(
             _embedding=embedding,
+            _attention=vars(self._config).get(_ATTENTION),
             _separations={},
             _chain=_UNKNOWN,
             _decoder_start=_UNKNOWN if self._config.is_encoder_decoder else None,
