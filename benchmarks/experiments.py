@@ -52,7 +52,7 @@ class Measured:
 
 EXPERIMENTS = (
     Experiment("sweep 12 x 16", partial(sweep.sweep, length=16)),
-    Experiment("sweep 12 x 48", partial(sweep.sweep, length=48)),
+    Experiment("sweep 12 x 48", partial(sweep.sweep, length=48), (SMALL,)),
     Experiment("sweep 12 x 4", partial(sweep.sweep, length=4)),
     Experiment("heads 12 x 12", patching.heads),
     Experiment("causal tracing", patching.tracing),

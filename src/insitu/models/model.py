@@ -40,6 +40,7 @@ class Model(Handle):
     Attributes:
         modules: all modules by path, shared ones under each of their paths.
         exclusive: who may use the module: runs of it wait for each other.
+        compilable: the parts of it that may be under `torch.compile`.
         edits: what holds in every run.
         plans: how blocks were run before.
 
@@ -60,6 +61,7 @@ class Model(Handle):
 
     modules: Mapping[str, nn.Module]
     exclusive: Exclusive
+    compilable: Sequence[nn.Module]
     edits: Sequence[Graph]
     plans: Plans[Any]
     _module: nn.Module
@@ -120,7 +122,7 @@ class Model(Handle):
         Raises:
             BlockError: if that is inside another run of it.
         """
-        with self.exclusive.held(), eager(self.modules.values()):
+        with self.exclusive.held(), eager(self.compilable):
             yield
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -208,8 +210,12 @@ class Model(Handle):
         """Takes a module as the wrapped one."""
         module = uncompiled(module)
         modules = dict(module.named_modules(remove_duplicate=False))
+        compilable = [module]  # as a whole, or block by block
+        for part in modules.values():
+            if isinstance(part, nn.ModuleList | nn.Sequential):
+                compilable.extend(part)
         vars(self).update(_module=module, modules=modules, exclusive=exclusive(module))
-        vars(self).update(_probes={}, plans=Plans())
+        vars(self).update(_probes={}, plans=Plans(), compilable=compilable)
 
 
 class Forward:

@@ -17,10 +17,10 @@ from torch import nn
 
 
 def eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
-    """Returns a context in which these modules run uncompiled.
+    """Returns a context in which a model runs uncompiled, if any of these modules is compiled.
 
     Args:
-        modules: all modules of a model.
+        modules: those of its modules that may be.
     """
     for module in modules:
         if module._compiled_call_impl is not None:  # pyright: ignore[reportUnknownMemberType]

@@ -132,6 +132,11 @@ class Subject(Protocol):
         ...
 
     @property
+    def compilable(self) -> Sequence[nn.Module]:
+        """The parts of the module that may be under `torch.compile`."""
+        ...
+
+    @property
     def plans(self) -> Plans[Any]:
         """What was planned before, for graphs of the same shape."""
         ...

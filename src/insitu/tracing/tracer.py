@@ -460,7 +460,7 @@ class Tracer:
         waiting: list[Pass | None] = [*passes]
         del passes  # what one leaves for others goes with the last of these
         lacking = went = None
-        with exclusive.lock, eager(modules.values()):
+        with exclusive.lock, eager(self.model.compilable):
             exclusive.begin()
             try:
                 for at in order:
