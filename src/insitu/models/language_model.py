@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -143,11 +143,12 @@ class LanguageModel(Model):
         """Where token ids have to be: the device of the input embedding."""
         embedding = self._embedding  # whose `__getattr__` takes a microsecond
         weight = embedding._parameters.get("weight")
-        device: torch.device = (embedding.weight if weight is None else weight).device  # pyright: ignore[reportAssignmentType]
-        if device.type == "meta" and self.loaded:  # Accelerate keeps the weights elsewhere
+        if weight is None:
+            weight = cast("torch.Tensor", embedding.weight)
+        if weight.is_meta and self.loaded:  # Accelerate keeps the weights elsewhere
             hook = getattr(embedding, "_hf_hook", None)
             return torch.device(getattr(hook, "execution_device", None) or "cpu")
-        return device
+        return weight.device
 
     def load(self) -> nn.Module:
         """Loads the weights, if they are not there yet, and returns the module.

@@ -15,7 +15,7 @@ from torch import nn
 from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph
-from insitu.runtime.eager import eager, uncompiled
+from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.passes import Pass
@@ -122,7 +122,7 @@ class Model(Handle):
         Raises:
             BlockError: if that is inside another run of it.
         """
-        with self.exclusive.held(), eager(self.compilable):
+        with self.exclusive.held(), eager(is_compiled(self.compilable)):
             yield
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:

@@ -16,16 +16,14 @@ import torch
 from torch import nn
 
 
-def eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
-    """Returns a context in which a model runs uncompiled, if any of these modules is compiled.
+def is_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Returns whether any of these modules is under `torch.compile`."""
+    return any(module._compiled_call_impl is not None for module in modules)  # pyright: ignore[reportUnknownMemberType]
 
-    Args:
-        modules: those of its modules that may be.
-    """
-    for module in modules:
-        if module._compiled_call_impl is not None:  # pyright: ignore[reportUnknownMemberType]
-            return torch.compiler.set_stance("force_eager")
-    return _AS_IT_IS
+
+def eager(compiled: bool) -> AbstractContextManager[Any]:
+    """Returns a context in which modules run uncompiled, if they are compiled at all."""
+    return torch.compiler.set_stance("force_eager") if compiled else _AS_IT_IS
 
 
 _AS_IT_IS = nullcontext()

@@ -31,7 +31,7 @@ from insitu.graph.recording import Missing, Recording
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.arrivals import Arrivals
-from insitu.runtime.eager import eager
+from insitu.runtime.eager import eager, is_compiled
 from insitu.runtime.execution import Execution
 from insitu.runtime.gradients import check_gradients, leaves_of
 from insitu.runtime.hooks import Place
@@ -56,12 +56,14 @@ class Prepared(NamedTuple):
         schedule: gives the passes.
         order: their order.
         returned: what modules that are skipped would return, as fake tensors, by path.
+        compiled: whether any of the model's parts is under `torch.compile`.
     """
 
     plan: Plan
     schedule: Schedule
     order: Sequence[int]
     returned: Mapping[str, Any]
+    compiled: bool
 
 
 class Tracer:
@@ -433,7 +435,8 @@ class Tracer:
         if cuts_short:
             returned = self._returned()
             check_cuts(graph, plan, moments)
-        return Prepared(plan, schedule, order, returned), passes
+        compiled = is_compiled(self.model.compilable)
+        return Prepared(plan, schedule, order, returned, compiled), passes
 
     def _check(self) -> None:
         """Finds what is wrong with the run, and fills the saved values with fake ones."""
@@ -451,7 +454,7 @@ class Tracer:
 
     def _run(self) -> None:
         module = self.model.load()
-        (plan, _, order, returned), passes = self._prepare(module)
+        (plan, _, order, returned, compiled), passes = self._prepare(module)
         recording = self.recording
         modules, views = self.model.modules, self.procedure.views
         execution = Execution(recording.graph, plan, modules)
@@ -460,7 +463,7 @@ class Tracer:
         waiting: list[Pass | None] = [*passes]
         del passes  # what one leaves for others goes with the last of these
         lacking = went = None
-        with exclusive.lock, eager(self.model.compilable):
+        with exclusive.lock, eager(compiled):
             exclusive.begin()
             try:
                 for at in order:
