@@ -189,7 +189,7 @@ def blocks_of(model: LanguageModel) -> list[str]:
 
 
 def logits_of(model: LanguageModel) -> Any:
-    return model.output.logits if model.unembedding else model.output
+    return model.output.logits if model.unembedding_paths else model.output
 
 
 END: Place = ("", "output")

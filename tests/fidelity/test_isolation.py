@@ -324,7 +324,7 @@ def gradient_alone(model: LanguageModel, ids: torch.Tensor, path: str, end: str)
 def test_gradients_are_as_if_each_prompt_ran_alone(name: str) -> None:
     model = make(name)
     prompts = prompts_of(model, (7, 1, 4))
-    path, end = list(model.block_views[False])[1], model.unembedding[0]
+    path, end = list(model.block_views[False])[1], model.unembedding_paths[0]
     saved = []
     with model.trace() as tracer:
         for ids in prompts:

@@ -73,6 +73,7 @@ def _constant(key: Any) -> bool:
 
 
 _WHOLE = object()
+_VIEWS = frozenset("flatten getitem permute reshape select squeeze transpose unflatten view".split())
 _NAMED = (Function, ModuleRef, Subgraph)
 _STRUCTURES = (APPLY, COND, FOLD, INPUT, READ, REPLACE, SKIP, WRITE)  # give tuples, or may do so
 
@@ -138,6 +139,9 @@ class Recording:
         saves: the cells that the run has to fill, by the index of the node that makes the value.
         sites: what lines that come now read at a site: what arrives, or what was last written.
         gradients: what lines that come now mean by the gradient of a node's value.
+        shown: what lines that come now read by standard names.
+        computed: the nodes that stand for values by name that are no part of the model, with what
+            to write instead of writing into them.
         session: what holds it together with other recordings, whose values it may use.
         order: its place among them.
         parent: of the function of a `cond` or `fold`: what it is used in.
@@ -149,6 +153,8 @@ class Recording:
 
     # What most recordings never use is of the class: nothing is made for it until it is needed.
     gradients: dict[int, Ref] | None = None
+    shown: dict[Any, Any] | None = None
+    computed: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
     parent: Recording | None = None
     session: object = None
     order: int = 0
@@ -395,9 +401,25 @@ class Recording:
                 "a value of the run.",
                 Location(*mark),
             )
+        if self.computed:
+            self._refuse_computed(target, Location(*mark))
         written = self.apply(operation, args, kwargs, mark)
         self.graph.mutations = (*self.graph.mutations, written.index)
         return written
+
+    def _refuse_computed(self, target: Recorded, location: Location) -> None:
+        """Raises if a write in place would be to a part of something that was only computed."""
+        index = target._ref.index
+        while index not in self.computed:
+            operation, _, _, inputs, _, _ = self.graph.rows[index]
+            if not inputs or operation.short not in _VIEWS:
+                return
+            index = inputs[0]
+        raise OperationError(
+            f"`{target.written()}` is computed and no part of the model, which would not see what "
+            f"is written into it: {self.computed[index]}",
+            location,
+        )
 
     def gradient(self, source: Ref, mark: Mark) -> Ref:
         """Returns what stands for the gradient of a value for lines that come now.

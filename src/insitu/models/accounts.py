@@ -112,7 +112,7 @@ class Accounts:
 
     def _logits(self, reads: Collection[Address], positions: int) -> int:
         """How many positions of each row become logits, if the pass comes so far at all."""
-        ends = {("", "output", 0), *((path, "output", 0) for path in self._model.unembedding)}
+        ends = {("", "output", 0), *((path, "output", 0) for path in self._model.unembedding_paths)}
         return positions if any(address[1:4] in ends for address in reads) else 0
 
     def _blocks_run(self, reads: Sequence[Address], through: Place | None) -> tuple[int, str]:

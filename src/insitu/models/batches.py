@@ -12,6 +12,7 @@ from torch import nn
 
 from insitu.graph.node import Address
 from insitu.models.accounts import Accounts
+from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
 from insitu.models.resume import Entering, Prefix, Resumed, Tail, blocks_of
@@ -86,7 +87,7 @@ class Batches:
         self._model, self._options, self._layouts = model, options, layouts
         views = model.block_views[False]
         self._blocks = blocks_of(model.modules, views)
-        heads = model.unembedding
+        heads = model.unembedding_paths
         self._head = model.modules[heads[0]] if len(heads) == 1 else None
         given = [_given(number, prompt, share) for number, prompt in enumerate(requests)]
         self._sizes = [(prompt.rows, prompt.length) for prompt in given]
@@ -264,9 +265,9 @@ class Batches:
     ) -> Unembedded:
         """Which positions of each row of a batch have to become logits."""
         model = self._model
-        if "logits_to_keep" not in model.forward_parameters or len(model.unembedding) != 1:
+        if "logits_to_keep" not in model.forward_parameters or len(model.unembedding_paths) != 1:
             return ALL_UNEMBEDDED
-        head = model.unembedding[0]
+        head = model.unembedding_paths[0]
         places = frozenset[Place]([("", "output", 0), (head, "output", 0)])
         if not places <= self._layouts.keys():
             return ALL_UNEMBEDDED
@@ -351,6 +352,10 @@ def forward(
     # weights in, and those do not say where the real ones are.
     if kwargs["input_ids"].device != model.device:
         kwargs = model.placed(kwargs)
+    if OPTION in kwargs:
+        kwargs = dict(kwargs)
+        with attending(module, kwargs.pop(OPTION)):
+            return forward(model, module, kwargs, requests)
     try:
         return module(**kwargs)
     except IndexError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Site
 from insitu.models.accounts import Accounts
+from insitu.models.attention import OPTION
 from insitu.models.batches import Batches, arguments, content, default_budget, forward
 from insitu.models.prompts import Prompt
 from insitu.models.separation import Separation
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
 
 # Options of a forward that mean the same for each prompt of a batch as for one alone.
-_BATCHABLE = frozenset(["output_attentions", "output_hidden_states", "return_dict", "use_cache"])
+_BATCHABLE = frozenset(
+    ["output_attentions", "output_hidden_states", "return_dict", "use_cache", OPTION]
+)
 
 
 class LanguageForward:
@@ -58,6 +61,14 @@ class LanguageForward:
         self._separation: tuple[bool, Separation | None] | None = None
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
         self._fixed = (budget, share, *options.items()) if plain else None
+
+    def demanding(self, options: Mapping[str, Any]) -> LanguageForward:
+        """Returns the same with further options, but for those that it was given."""
+        if options.keys() <= self._options.keys():
+            return self
+        return LanguageForward(
+            self._model, {**options, **self._options}, self._budget, self._share
+        )
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""

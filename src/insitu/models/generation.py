@@ -13,6 +13,7 @@ from torch import nn
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Site
+from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt
 from insitu.runtime.hooks import Cut
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 
 # Options with which a row of a batch continues as it would alone.
 _BATCHABLE = frozenset(
-    ["do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "pad_token_id", "use_cache"]
+    [
+        *("do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "pad_token_id"),
+        *("use_cache", OPTION),
+    ]
 )
 # Settings of a generation config with which it does not, and the values that mean "off".
 _UNBATCHABLE_UNLESS: Mapping[str, tuple[Any, ...]] = {
@@ -61,10 +65,17 @@ class Generation:
                 location,
             )
         self._model = model
+        self._location = location
         self._options = options
         self.steps = steps
         self._cached = bool(self._setting(model.module, "use_cache"))
         self.views = model.block_views[self._cached]
+
+    def demanding(self, options: Mapping[str, Any]) -> Generation:
+        """Returns the same with further options, but for those that it was given."""
+        if options.keys() <= self._options.keys():
+            return self
+        return Generation(self._model, {**options, **self._options}, self._location)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with its seed."""
@@ -168,13 +179,14 @@ class Generation:
             for request in requests:
                 self._model.reader.check_length(request, self._options.get("max_new_tokens", 1))
         kwargs = self._arguments(prompt)
+        implementation = kwargs.pop(OPTION, None)
 
         def call(deliver: Deliver, _: Own) -> Any:
             placed = self._model.placed(kwargs)  # in the run, not before: see `LanguageForward`
             if tokens:
                 placed |= _listening(deliver, placed)
             try:
-                with _seeded(prompt.seed):
+                with _seeded(prompt.seed), attending(module, implementation):
                     return module.generate(**placed)  # pyright: ignore[reportCallIssue]
             except IndexError:
                 self._model.explain(requests, self._options.get("max_new_tokens", 1))
@@ -185,7 +197,8 @@ class Generation:
     def _begin(self, module: nn.Module, prompt: Prompt) -> None:
         """Generates one token, with nobody looking."""
         kwargs = {**self._arguments(prompt), "max_new_tokens": 1, "min_new_tokens": None}
-        module.generate(**self._model.placed(kwargs))  # pyright: ignore[reportCallIssue]
+        with attending(module, kwargs.pop(OPTION, None)):
+            module.generate(**self._model.placed(kwargs))  # pyright: ignore[reportCallIssue]
 
     def _arguments(self, prompt: Prompt) -> dict[str, Any]:
         """The keyword arguments of a prompt's `generate`."""
@@ -208,6 +221,8 @@ class Generation:
             kwargs["logits_to_keep"] = 1
         if self._model.config.is_encoder_decoder:
             kwargs["decoder_input_ids"] = torch.zeros(ids.shape[0], 1, dtype=torch.int64)
+        if OPTION in self._options:
+            kwargs[OPTION] = self._options[OPTION]
         return Call((), kwargs)
 
     def _batchable(self, module: nn.Module, requests: Sequence[Prompt]) -> bool:

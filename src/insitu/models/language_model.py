@@ -111,7 +111,7 @@ class LanguageModel(Model):
     _attention: str | None
     reader: Reader
     pad_id: int
-    unembedding: Sequence[str]
+    unembedding_paths: Sequence[str]
     block_views: Mapping[bool, Mapping[str, View]]
     forward_parameters: Mapping[str, inspect.Parameter]
     takes_use_cache: bool
@@ -169,6 +169,7 @@ class LanguageModel(Model):
         if vars(self._config).get(_ATTENTION) != self._attention:
             vars(self).update(_probes={}, plans=Plans())
             self._describe()
+            self._name()
 
     def edited(self, graph: Graph) -> Self:
         """Returns the model with one more edit, over the same weights, loaded or not.
@@ -484,7 +485,7 @@ class LanguageModel(Model):
             block_views={cached: block_views(module, layers, cached) for cached in (True, False)},
             reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),
             pad_id=pad_id,
-            unembedding=[path for path, part in self.modules.items() if part is head]
+            unembedding_paths=[path for path, part in self.modules.items() if part is head]
             if head
             else [],
             forward_parameters=parameters,

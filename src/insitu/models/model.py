@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -15,6 +16,10 @@ from torch import nn
 from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph
+from insitu.models.attention import OPTION, attending
+from insitu.models.blocks import stacks_of
+from insitu.models.body import Body
+from insitu.models.vocabulary import Names
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
@@ -24,6 +29,7 @@ from insitu.runtime.procedure import Outputs, Schedule, Work
 from insitu.runtime.reuse import Plans
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.handle import Handle
+from insitu.tracing.named import NoVocabulary, Vocabulary
 from insitu.tracing.session import Session
 from insitu.tracing.tracer import Tracer
 
@@ -43,6 +49,7 @@ class Model(Handle):
         compilable: the parts of it that may be under `torch.compile`.
         edits: what holds in every run.
         plans: how blocks were run before.
+        vocabulary: the standard names of its values.
 
     Example:
         >>> import torch
@@ -64,6 +71,7 @@ class Model(Handle):
     compilable: Sequence[nn.Module]
     edits: Sequence[Graph]
     plans: Plans[Any]
+    vocabulary: Vocabulary
     _module: nn.Module
     _probes: dict[str, Probe | UnknownShapeError]
 
@@ -93,9 +101,12 @@ class Model(Handle):
         if copies:
             signature += repr(sorted(copies.items(), key=repr))
         if signature not in self._probes:
-            with self.in_use():
+            kwargs = dict(call.kwargs)
+            implementation = kwargs.pop(OPTION, None)
+            plain = Call(call.args, kwargs)
+            with self.in_use(), attending(self._module, implementation):
                 try:
-                    found = probe(self._module, call, self.modules, views, inside, copies)
+                    found = probe(self._module, plain, self.modules, views, inside, copies)
                 except UnknownShapeError as error:
                     # Not the error itself: it holds every frame of the forward.
                     self._probes[signature] = UnknownShapeError(*error.args)
@@ -216,13 +227,31 @@ class Model(Handle):
                 compilable.extend(part)
         vars(self).update(_module=module, modules=modules, exclusive=exclusive(module))
         vars(self).update(_probes={}, plans=Plans(), compilable=compilable)
+        self._name()
+
+    def _name(self) -> None:
+        """Finds out how its values are called, as far as that is known before a run."""
+        named = hasattr(getattr(self._module, "config", None), "get_text_config")
+        vocabulary = Names(Body(self, stacks_of(self._module))) if named else NoVocabulary()
+        vars(self).update(vocabulary=vocabulary)
 
 
 class Forward:
-    """One forward for each invocation, with its own arguments."""
+    """One forward for each invocation, with its own arguments.
+
+    Args:
+        options: what all of them are given beside these.
+    """
 
     views: Mapping[str, View] = MappingProxyType({})
     steps = 1
+
+    def __init__(self, options: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self._options = options
+
+    def demanding(self, options: Mapping[str, Any]) -> Forward:
+        """Returns the same with further options."""
+        return self if options.items() <= self._options.items() else Forward(options)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
         """Returns the arguments of an invocation."""
@@ -230,7 +259,7 @@ class Forward:
 
     def example(self, request: Call) -> Call:
         """Returns the call that an invocation leads to."""
-        return request
+        return Call(request.args, {**request.kwargs, **self._options})
 
     def key(self, module: nn.Module, requests: Sequence[Call]) -> Hashable | None:
         """Returns the form of the arguments, where they are tensors and nothing else."""
@@ -241,11 +270,11 @@ class Forward:
                     return None
                 form.append((value.shape, value.dtype, value.device, value.requires_grad))
             form.append((len(args), *kwargs))
-        return (module.training, *form)
+        return (module.training, *self._options.items(), *form)
 
     def schedule(self, module: nn.Module, requests: Sequence[Call], work: Work) -> Schedule:
         """Returns what gives a pass for each invocation: how to batch arguments is not known."""
-        return _alone
+        return partial(_alone, self._options.get(OPTION))
 
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""
@@ -256,12 +285,17 @@ class Forward:
         return None
 
 
-def _alone(module: nn.Module, requests: Sequence[Call]) -> list[Pass]:
+def _alone(
+    implementation: str | None, module: nn.Module, requests: Sequence[Call]
+) -> list[Pass]:
     """A pass for each call."""
 
     def single(request: Call, number: int) -> Pass:
         def call(*_: Any) -> Any:
-            return module(*request.args, **request.kwargs)
+            if implementation is None:
+                return module(*request.args, **request.kwargs)
+            with attending(module, implementation):
+                return module(*request.args, **request.kwargs)
 
         return Pass(call, {number: None}, True)
 

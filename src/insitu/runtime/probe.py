@@ -205,6 +205,34 @@ def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         return module(*args, **kwargs)
 
 
+def fake_run(module: nn.Module, call: Call) -> None:
+    """Calls a module on fake tensors, in a fake mode of its own; its output is lost.
+
+    Args:
+        module: the module; it is changed for the duration, as in `probe`.
+        call: its arguments; the tensors' shapes and dtypes count.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _quiet(), mode, torch.no_grad(), _faked(module):
+        args, kwargs = map_structure(_fake_leaf, (call.args, call.kwargs))
+        module(*args, **kwargs)
+
+
+@contextmanager
+def _quiet() -> Generator[None, None, None]:
+    """Keeps fake tensors from printing the failures that are raised."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
+
+
+def _fake_leaf(item: Any) -> Any:
+    return _fake(item) if isinstance(item, torch.Tensor) else item
+
+
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
     """A fake tensor on the CPU like another, in the fake mode that is active."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")

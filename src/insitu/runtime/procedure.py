@@ -85,6 +85,10 @@ class Procedure(Protocol, Generic[Request]):
         """How many steps a run may have: one, if it is a forward."""
         ...
 
+    def demanding(self, options: Mapping[str, Any]) -> Procedure[Request]:
+        """Returns the same with further options, but for those that it was given."""
+        ...
+
     def check_tokens(self, location: Location) -> None:
         """Raises an `OptionError` if the steps of a run choose no tokens."""
         ...
@@ -139,6 +143,11 @@ class Subject(Protocol):
     @property
     def plans(self) -> Plans[Any]:
         """What was planned before, for graphs of the same shape."""
+        ...
+
+    @property
+    def vocabulary(self) -> Any:
+        """The standard names of its values: a `tracing.named.Vocabulary`."""
         ...
 
     def load(self) -> nn.Module:

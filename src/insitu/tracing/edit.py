@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from insitu.graph.errors import BlockError, OperationError
 from insitu.graph.expression import expression
@@ -54,6 +55,9 @@ class Edit(Generic[Edited]):
     def graph(self) -> Graph:
         """The recorded graph."""
         return self.recording.graph
+
+    def demand(self, options: Mapping[str, Any]) -> None:
+        """Does nothing: the runs that an edit holds in find out what they have to be like."""
 
     def __enter__(self) -> Edited:
         if self._invocations:

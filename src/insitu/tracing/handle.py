@@ -7,6 +7,7 @@ so it can be used before the weights are there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, cast, overload
 
@@ -18,6 +19,7 @@ from insitu.graph.control import call_module
 from insitu.graph.errors import (
     BlockError,
     IndexOutOfRangeError,
+    InsituError,
     PathError,
     ShapeError,
     nearest,
@@ -28,9 +30,11 @@ from insitu.graph.proxy import Proxy
 from insitu.runtime.procedure import Subject
 from insitu.tracing.inside import Operations
 from insitu.tracing.invocation import Invocation
+from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
 from insitu.tracing.scope import innermost
 
 _SITES = ("output", "input", "inputs")
+_OF_MODULES = frozenset((*_SITES, "skip", "stop", "ops", "module", "call"))
 
 
 class Sites:
@@ -162,6 +166,7 @@ class Handle(Call):
         vars(self).update(_model=model, _path=path, _items={})
 
     _call = 0
+    _part = ""
     _items: dict[str, Handle]
 
     @property
@@ -220,14 +225,74 @@ class Handle(Call):
             )
         return Call(self._model, self._path, number)
 
-    def __getattr__(self, name: str) -> Handle:
+    @property
+    def role(self) -> Names:
+        """The standard names of the module, also those that a child of its own is called by.
+
+        `handle.role["attention"]` is the module that attends, whatever else is called so.
+        """
+        return Names(self)
+
+    def __getattr__(self, name: str) -> Any:
         children = self.module._modules
         if children.get(name) is not None:
             child = vars(self)[name] = self._child(name)
             return child
         if name.startswith("__"):
             raise AttributeError(name)
+        vocabulary = self._model.vocabulary
+        if name in vocabulary.names:
+            entry = vocabulary.entry(self._path, self._part, name)
+            if entry is not None:
+                return self._named(entry, name)
         raise PathError(self._unknown(name), here())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        vocabulary = self._model.vocabulary
+        taken = name in _SITES or (name in self.module._modules and not self._part)
+        if name in vocabulary.names and not taken:
+            entry = vocabulary.entry(self._path, self._part, name)
+            if entry is not None:
+                self._write_named(entry, name, value)
+                return
+        super().__setattr__(name, value)
+
+    def _named(self, entry: Entry, name: str) -> Any:
+        """What a standard name stands for."""
+        if isinstance(entry, Named):
+            invocation, line = innermost(self._model, 3)
+            if type(invocation) is not Invocation:
+                raise self._outside(name, line)
+            return entry.read(invocation, line)
+        if isinstance(entry, Given):
+            return entry.value
+        if isinstance(entry, Roles):
+            return [self._at(path) for path in entry.paths]
+        if isinstance(entry, Role):
+            return Part(self._model, entry) if entry.part else self._at(entry.path)
+        raise PathError(f"`{self._written()}` has no `{name}`: {entry.reason}", here(3))
+
+    def _write_named(self, entry: Entry, name: str, value: Any) -> None:
+        """Writes what a standard name stands for."""
+        invocation, line = innermost(self._model, 3)
+        if isinstance(entry, Missing):
+            self._named(entry, name)
+        if not isinstance(entry, Named):
+            raise PathError(
+                f"`{self._written()}.{name}` stands for a part of the model and cannot be "
+                "assigned to: write its `.output`, or a value by its name.",
+                Location(*line),
+            )
+        if type(invocation) is not Invocation:
+            raise self._outside(name, line)
+        entry.write(invocation, value, line)
+
+    def _at(self, path: str) -> Handle:
+        """The handle of a module of the model."""
+        handle = cast("Handle", self._model)
+        for name in path.split("."):
+            handle = handle._child(name)
+        return handle
 
     @overload
     def __getitem__(self, key: int | str) -> Handle: ...
@@ -260,7 +325,10 @@ class Handle(Call):
         return iter([self._child(name) for name in self.module._modules])
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self.module._modules})
+        names: set[str] = set()
+        with contextlib.suppress(InsituError):  # where it takes the weights to know them
+            names.update(self._model.vocabulary.listed(self._path, self._part))
+        return sorted({*super().__dir__(), *self.module._modules, *names})
 
     def __repr__(self) -> str:
         return render(summarise(self._path.rpartition(".")[2] or "model", self.module))
@@ -293,3 +361,57 @@ class Handle(Call):
             listed = ", ".join(map(repr, children[:6])) + (", ..." if len(children) > 6 else "")
             found = f" (it has: {listed})"
         return f"`{self._written()}` has no module {name!r}{found}."
+
+
+class Part(Handle):
+    """Stands for a part of a block by its role: its standard names come before its children's.
+
+    Where a model has no module for it, it has names only.
+    """
+
+    def __init__(self, model: Subject, role: Role) -> None:
+        super().__init__(model, role.path)
+        vars(self).update(_part=role.part, _is_module=role.is_module)
+
+    _is_module: bool
+
+    def __getattribute__(self, name: str) -> Any:
+        # Children and methods of a handle are found before `__getattr__` is asked.
+        if name.startswith("_") or name not in self._model.vocabulary.names:
+            if name in _OF_MODULES and not self._is_module:
+                raise PathError(
+                    f"`{self._written()}` has no module for its {self._part}: its layers are the "
+                    "block's own. Its values have names, such as "
+                    f"`{self._written()}.{self._part}_out` of the block.",
+                    here(),
+                )
+            return super().__getattribute__(name)
+        entry = self._model.vocabulary.entry(self._path, self._part, name)
+        if entry is None:
+            return self.__getattr__(name)
+        return self._named(entry, name)
+
+
+class Names:
+    """The standard names of a module, as a mapping: `handle.role["attention"]`."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def __getitem__(self, name: str) -> Any:
+        handle = self._handle
+        entry = handle._model.vocabulary.entry(handle._path, handle._part, name)
+        if entry is None:
+            known = list(self)
+            raise PathError(
+                f"`{handle._written()}` has no role {name!r}{nearest(name, known)}.", here()
+            )
+        return handle._named(entry, name)
+
+    def __iter__(self) -> Iterator[str]:
+        handle = self._handle
+        listed = handle._model.vocabulary.listed(handle._path, handle._part)
+        return iter([name for name, entry in listed.items() if not isinstance(entry, Missing)])
+
+    def __repr__(self) -> str:
+        return f"<standard names of {self._handle._written()}: {', '.join(self)}>"

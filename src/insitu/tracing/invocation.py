@@ -115,6 +115,19 @@ class Invocation(Scope):
         address = (self.number, path, kind, call, self.current_step if step is None else step)
         self._recording.write(address, value, kind == "output" and path in self._views, mark)
 
+    def demand(self, options: Mapping[str, Any]) -> None:
+        """Lets the block run with options that it takes for a value to be there.
+
+        Args:
+            options: such as which implementation of attention.
+        """
+        if options:
+            self.tracer.demand(options)
+
+    def forget_shapes(self) -> None:
+        """Forgets what is known of the run's shapes, since it will run otherwise."""
+        self._probe = None
+
     def skip(self, path: str, value: Any, mark: Mark, call: int = 0) -> None:
         """Lets a value stand for a module's output, and the module not run.
 

@@ -27,6 +27,7 @@ from insitu.graph.errors import (
 )
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site, readable
+from insitu.graph.operations import READ
 from insitu.graph.recording import Missing, Recording
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
@@ -374,7 +375,22 @@ class Tracer:
             self.recording.replay(
                 graph, invocation.number, EVERY if self.procedure.steps > 1 else 0
             )
+            for node in graph:
+                if node.operation is READ and SEPARATOR in node.args[1]:
+                    self.demand(self.model.vocabulary.demands(node.args[1]))
         return invocation
+
+    def demand(self, options: Mapping[str, Any]) -> None:
+        """Lets the block run with options that it takes for a value to be there.
+
+        Args:
+            options: such as which implementation of attention.
+        """
+        procedure = self.procedure.demanding(options) if options else self.procedure
+        if procedure is not self.procedure:
+            self.procedure = procedure
+            for invocation in self._invocations:
+                invocation.forget_shapes()
 
     def arriving(self, site: Site) -> Any:
         """Returns what arrives at a site, with fake tensors in place of tensors."""

@@ -1,0 +1,51 @@
+"""Which implementation of attention a model runs with, changed for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+OPTION = "attn_implementation"
+"""The option of a run, beside the forward's own, that says with which implementation."""
+
+_SETTING = "_attn_implementation_internal"  # where a config has what it is set to
+
+
+@contextmanager
+def attending(module: nn.Module, implementation: str | None) -> Generator[None, None, None]:
+    """Lets a Transformers model run with an implementation of attention; None for its own.
+
+    Its configs are changed for the duration, by hand: the model's own method refuses to leave
+    one that it would not be loaded with.
+
+    Args:
+        module: the model.
+        implementation: such as "eager".
+    """
+    changed: list[tuple[dict[str, Any], Any]] = []
+    try:
+        if implementation is not None:
+            for settings in _configs(module):
+                changed.append((settings, settings[_SETTING]))
+                settings[_SETTING] = implementation
+        yield
+    finally:
+        for settings, before in changed:
+            settings[_SETTING] = before
+
+
+def implementations(module: nn.Module) -> tuple[Any, ...]:
+    """Returns what a model's attention is set to, in all of its parts."""
+    return tuple(settings[_SETTING] for settings in _configs(module))
+
+
+def _configs(module: nn.Module) -> list[dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for part in module.modules():
+        config = vars(part).get("config")
+        if hasattr(config, "__dict__") and _SETTING in vars(config):
+            found[id(config)] = vars(config)
+    return list(found.values())

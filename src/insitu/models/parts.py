@@ -1,0 +1,111 @@
+"""What a transformer block consists of, as plain data: sites by their role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from insitu.graph.node import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A value of a forward, as a site: where it can be read and written.
+
+    Attributes:
+        path: the module's path, or that of a function in its forward.
+        kind: which of its values.
+        call: which of its calls.
+        item: where in that value, if it is a structure.
+        shape: of the value, in the forward that was watched.
+    """
+
+    path: str
+    kind: Kind
+    call: int
+    item: tuple[int | str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What a block's attention works with.
+
+    Attributes:
+        path: the module in whose forward the attention is computed.
+        q: what is multiplied with the keys, in the form that it first has with an axis of heads.
+        k: the keys, likewise, before they are repeated or cached.
+        v: the values, likewise.
+        raw: the same of q, k and v before the rotary embedding and norms, where they can be told.
+        scores: what goes into the softmax; None where no softmax can be seen.
+        pattern: what comes out of it.
+        z: what goes into the output projection.
+        projections: the linear layers that make q, k and v.
+        out: the output projection.
+        count: how many query heads.
+        size: how many numbers a head of `z` has.
+    """
+
+    path: str
+    q: Spot | None
+    k: Spot | None
+    v: Spot | None
+    raw: Mapping[str, Spot]
+    scores: Spot | None
+    pattern: Spot | None
+    z: Spot | None
+    projections: Mapping[str, str]
+    out: str | None
+    count: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Feedforward:
+    """What a block's MLP works with.
+
+    Attributes:
+        path: the module, None if its layers are the block's own.
+        pre: what goes into the nonlinearity.
+        post: what goes into the last linear layer.
+        into: the linear layer that makes `pre`.
+        gate: where there is a gate, the layer that it is multiplied with; None if there is none.
+        out: the last linear layer.
+        router: the scores of experts; None if there are none.
+        weights: the weights of the experts that were chosen.
+    """
+
+    path: str | None
+    pre: Spot | None = None
+    post: Spot | None = None
+    into: str | None = None
+    gate: str | None = None
+    out: str | None = None
+    router: Spot | None = None
+    weights: Spot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What a transformer block consists of.
+
+    Attributes:
+        path: its path.
+        width: the length of the last axis of its hidden states.
+        stream: the residual stream by name: `residual_in`, `residual_mid` and `residual_out`.
+        added: what is added to it by name: `attention_out`, `cross_attention_out`, `mlp_out` and,
+            of a state-space block, `mixer_out`.
+        norms: the norms, in the order of their outputs' use.
+        attention: its attention.
+        cross_attention: its attention to an encoder's states.
+        mlp: its MLP.
+    """
+
+    path: str
+    width: int
+    stream: Mapping[str, Spot] = field(default_factory=dict)
+    added: Mapping[str, Spot] = field(default_factory=dict)
+    norms: Sequence[str] = ()
+    attention: Heads | None = None
+    cross_attention: Heads | None = None
+    mlp: Feedforward | None = None

@@ -1,0 +1,77 @@
+"""A small call of a Transformers model, to see how it works: what is given matters to nobody."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from insitu.runtime.probe import Call
+
+_LENGTHS = (7, 11, 13, 17, 19, 23, 29, 31, 37)
+
+
+def sample_lengths(config: Any) -> tuple[int, int]:
+    """Returns two numbers of positions that no other size of a model is equal to.
+
+    Args:
+        config: the model's config.
+    """
+    sizes: set[int] = set()
+    waiting = [vars(config)]
+    while waiting:
+        for value in waiting.pop().values():
+            if isinstance(value, int):
+                sizes.add(value)
+            elif hasattr(value, "get_text_config"):
+                waiting.append(vars(value))
+    # What sizes are divided by, such as the size of a head.
+    sizes |= {a // b for a in sizes for b in sizes if b > 1 and a % b == 0}
+    first, second = [length for length in _LENGTHS if length not in sizes][:2]
+    return first, second
+
+
+def sample_call(module: nn.Module, config: Any) -> Call | None:
+    """Returns arguments for a model's forward with two rows, None if it is not known what it takes.
+
+    Args:
+        module: the model, with weights or without.
+        config: its config.
+    """
+    takes: Collection[str] = inspect.signature(module.forward).parameters
+    length, other = sample_lengths(config)
+    kwargs: dict[str, Any] = {}
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None)
+    both = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    images = "pixel_values" in takes and size is not None
+    if "input_features" in takes and hasattr(config, "num_mel_bins"):
+        frames = 2 * getattr(config, "max_source_positions", 1500)
+        kwargs["input_features"] = torch.zeros(2, config.num_mel_bins, frames)
+        if "decoder_input_ids" in takes:
+            kwargs["decoder_input_ids"] = _ids(2, length)
+    elif images and ("input_ids" not in takes or (both and "pixel_attention_mask" not in takes)):
+        channels = getattr(vision, "num_channels", 3)
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        if "input_ids" in takes:
+            kwargs["input_ids"] = _ids(2, length)
+            if getattr(config, "image_token_index", getattr(config, "image_token_id", None)) is None:
+                kwargs["pixel_values"] = torch.zeros(2, channels, height, width)
+        else:
+            kwargs["pixel_values"] = torch.zeros(2, channels, height, width)
+    elif "input_ids" in takes:
+        kwargs["input_ids"] = _ids(2, length)
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+            kwargs["decoder_input_ids"] = _ids(2, other)
+    if not kwargs:
+        return None
+    if "use_cache" in takes:
+        kwargs["use_cache"] = False
+    return Call((), kwargs)
+
+
+def _ids(rows: int, length: int) -> torch.Tensor:
+    return torch.arange(4, 4 + rows * length).reshape(rows, length) % 50

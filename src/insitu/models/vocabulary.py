@@ -1,0 +1,280 @@
+"""The standard names of a Transformers model: which site each of them is.
+
+What there is comes from the anatomy of the model's blocks; here it gets its name, and the form in
+which it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from insitu.models.attention import OPTION
+from insitu.models.parts import Block, Feedforward, Heads, Spot
+from insitu.runtime.inside import SEPARATOR
+from insitu.tracing.forms import Form, PerHead, Rows, Split, Swapped, WithoutLast
+from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
+
+if TYPE_CHECKING:
+    from insitu.models.body import Body
+
+_STREAM = ("residual_in", "residual_mid", "residual_out")
+_ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out")
+_ROLES = ("attention", "cross_attention", "mlp", "experts", "norm_1", "norm_2")
+_HEADS = ("q", "k", "v", "scores", "pattern", "z", "result", "W_Q", "W_K", "W_V", "W_O")
+_MLP = ("pre", "post", "W_in", "W_out", "W_gate")
+_EXPERTS = ("router", "weights")
+_MODEL = (
+    *("blocks", "encoder_blocks", "embedding", "final_norm", "unembedding", "logits"),
+    *("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "vocab_size", "W_E", "W_U"),
+)
+
+_NORMALISED = (
+    "its blocks normalise the sum of the residual stream and what is added to it, so that nothing "
+    "in them is the stream."
+)
+_NO_ATTENTION = "there is no attention in this block."
+
+
+class Names:
+    """The standard names of a model.
+
+    Args:
+        body: what is known of the model's parts.
+    """
+
+    names = frozenset((*_STREAM, *_ADDED, *_ROLES, *_HEADS, *_MLP, *_EXPERTS, *_MODEL))
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._listed: dict[tuple[str, str], Mapping[str, Entry]] = {}
+
+    def entry(self, path: str, part: str, name: str) -> Entry | None:
+        """Returns what a name stands for at a module, None if it is none of its names."""
+        if name not in self.names:
+            return None
+        found = self.listed(path, part).get(name)
+        if isinstance(found, Later):
+            return found.entry()
+        return found
+
+    def listed(self, path: str, part: str) -> Mapping[str, Entry]:
+        """Returns the names of a module."""
+        key = (path, part)
+        if key not in self._listed:
+            self._listed[key] = self._list(path, part)
+        return self._listed[key]
+
+    def demands(self, path: str) -> Mapping[str, Any]:
+        """Returns how the model has to run for a site inside of attention to be there.
+
+        Args:
+            path: the path of a function in a module's forward.
+        """
+        owner, _, function = path.partition(SEPARATOR)
+        block = self._body.block_around(owner) if function == "softmax" else None
+        for heads in (block.attention, block.cross_attention) if block else ():
+            if heads is not None and heads.path == owner and heads.pattern is None:
+                return {OPTION: "eager"}
+        return {}
+
+    def _list(self, path: str, part: str) -> Mapping[str, Entry]:
+        if not path:
+            return self._of_model()
+        block = self._body.block_around(path)
+        if block is None:
+            return {}
+        if part == "mlp":
+            return {**self._of_mlp(block), **self._of_experts(block)}
+        if part == "experts":
+            return self._of_experts(block)
+        if path == block.path:
+            return self._of_block(block)
+        for heads in (block.attention, block.cross_attention):
+            if heads is not None and f"{heads.path}.".startswith(f"{path}."):
+                return self._of_heads(block, heads)
+        mlp = block.mlp
+        if mlp is not None and mlp.path == path:
+            return {**self._of_mlp(block), **self._of_experts(block)}
+        return {}
+
+    # Of a block
+
+    def _of_block(self, block: Block) -> Mapping[str, Entry]:
+        found: dict[str, Entry] = {}
+        for name in _STREAM:
+            spot = block.stream.get(name)
+            if spot is not None:
+                found[name] = self._site(block, spot)
+            elif block.stream:
+                found[name] = Missing(
+                    "nothing is added to the residual stream between two parts of this block."
+                )
+            else:
+                found[name] = Missing(_NORMALISED)
+        for name in _ADDED:
+            spot = block.added.get(name)
+            if spot is not None:
+                found[name] = self._site(block, spot)
+            else:
+                found[name] = Missing(self._why_not_added(block, name))
+        for name, heads in (
+            ("attention", block.attention),
+            ("cross_attention", block.cross_attention),
+        ):
+            found[name] = Missing(_NO_ATTENTION) if heads is None else Role(heads.path, "heads")
+        mlp = block.mlp
+        if mlp is None:
+            found["mlp"] = Missing("there is no MLP in this block.")
+        else:
+            found["mlp"] = Role(mlp.path or block.path, "mlp", mlp.path is not None)
+        if mlp is None or mlp.router is None:
+            found["experts"] = Missing("there are no experts in this block.")
+        else:
+            found["experts"] = Role(mlp.path or block.path, "experts", mlp.path is not None)
+        norms = block.norms
+        few = Missing(f"this block has {len(norms)} norm{'s' * (len(norms) != 1)}.")
+        found["norm_1"] = Role(norms[0]) if norms else few
+        found["norm_2"] = Role(norms[-1]) if len(norms) > 1 else few
+        return found
+
+    def _why_not_added(self, block: Block, name: str) -> str:
+        if not block.stream:
+            return _NORMALISED
+        if name == "attention_out" and block.attention is None:
+            return _NO_ATTENTION
+        there = ", ".join(f"`{other}`" for other in block.added) or "nothing that has a name"
+        return f"what this block adds to the residual stream is {there}."
+
+    def _site(self, block: Block, spot: Spot) -> Named:
+        form: Form | None = None
+        if len(spot.shape) == 2:
+            form = Rows(block.path, spot.shape[-1])
+        return Named(spot.path, spot.kind, spot.call, spot.item, form)
+
+    # Of attention
+
+    def _of_heads(self, block: Block, heads: Heads) -> Mapping[str, Entry]:
+        found: dict[str, Entry] = {}
+        for name in ("q", "k", "v"):
+            spot: Spot | None = getattr(heads, name)
+            found[name] = self._with_heads(spot) if spot else Missing("it has no axis of heads.")
+        for name in ("scores", "pattern"):
+            found[name] = Later(partial(self._softmax, block, heads, name))
+        z = heads.z
+        if z is None or not heads.count or heads.out is None:
+            none = Missing("its heads go into no output projection.")
+            found.update(z=none, result=none)
+        else:
+            found["z"] = Named(z.path, z.kind, z.call, z.item, Split(heads.count))
+            form = PerHead(heads.out, z.call, heads.count)
+            found["result"] = Named(heads.out, "output", z.call, (), form)
+        weights = self._body.weights
+        for name in ("W_Q", "W_K", "W_V", "W_O"):
+            found[name] = Later(partial(_given, weights.of_heads, block, heads, name))
+        return found
+
+    def _with_heads(self, spot: Spot) -> Named:
+        swapped = spot.shape[2] not in self._body.lengths
+        return Named(spot.path, spot.kind, spot.call, spot.item, Swapped() if swapped else None)
+
+    def _softmax(self, block: Block, heads: Heads, name: str) -> Entry:
+        """The scores or the pattern; found in a forward with eager attention, if need be."""
+        options: tuple[tuple[str, Any], ...] = ()
+        spot: Spot | None = getattr(heads, name)
+        if spot is None:
+            spot = self._eager(block, heads, name)
+            if spot is None:
+                return Missing("no softmax can be seen in it, with eager attention either.")
+            options = ((OPTION, "eager"),)
+            self._body.say_eager()
+        form: Form | None = None
+        if len(spot.shape) == 4 and spot.shape[-1] not in self._body.lengths:
+            form = WithoutLast(1)  # a sink, to which every query may attend
+        return Named(spot.path, spot.kind, spot.call, spot.item, form, options)
+
+    def _eager(self, block: Block, heads: Heads, name: str) -> Spot | None:
+        other = self._body.blocks("eager").get(block.path)
+        for found in (other.attention, other.cross_attention) if other else ():
+            if found is not None and found.path == heads.path:
+                return getattr(found, name)
+        return None
+
+    # Of an MLP
+
+    def _of_mlp(self, block: Block) -> Mapping[str, Entry]:
+        mlp = block.mlp
+        assert mlp is not None
+        found: dict[str, Entry] = {}
+        for name in ("pre", "post"):
+            spot: Spot | None = getattr(mlp, name)
+            if spot is not None:
+                found[name] = self._site(block, spot)
+            elif mlp.router is not None:
+                found[name] = Missing("its MLP consists of experts: see `experts`.")
+            else:
+                found[name] = Missing("no nonlinearity stands between its layers.")
+        weights = self._body.weights
+        for name in ("W_in", "W_out", "W_gate"):
+            found[name] = Later(partial(_given, weights.of_mlp, block, mlp, name))
+        return found
+
+    def _of_experts(self, block: Block) -> Mapping[str, Entry]:
+        mlp = block.mlp
+        found: dict[str, Entry] = {}
+        for name in _EXPERTS:
+            spot: Spot | None = None if mlp is None else getattr(mlp, name)
+            if spot is None:
+                found[name] = Missing("there are no experts in it.")
+            else:
+                found[name] = self._site(block, spot)
+        return found
+
+    # Of the model
+
+    def _of_model(self) -> Mapping[str, Entry]:
+        body = self._body
+        none = Missing("this model has no list of blocks.")
+        found: dict[str, Entry] = {"blocks": none, "encoder_blocks": none}
+        if body.stacks:
+            found["blocks"] = Roles(tuple(body.stacks[-1]))
+            found["encoder_blocks"] = Missing("this model has no encoder of its own.")
+        if len(body.stacks) > 1:
+            found["encoder_blocks"] = Roles(tuple(body.stacks[0]))
+        for name in ("embedding", "unembedding"):
+            path = getattr(body, name)
+            found[name] = Role(path) if path else Missing(f"this model has no {name}.")
+        found["final_norm"] = Later(self._final_norm)
+        found["logits"] = Later(self._logits)
+        for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "vocab_size"):
+            found[name] = Later(partial(self._number, name))
+        found["W_E"] = Later(lambda: Given(body.weights.embedding()))
+        found["W_U"] = Later(lambda: Given(body.weights.unembedding()))
+        return found
+
+    def _final_norm(self) -> Entry:
+        path = self._body.final_norm()
+        return Role(path) if path else Missing("no norm stands before its unembedding.")
+
+    def _logits(self) -> Entry:
+        spot = self._body.logits()
+        if spot is None:
+            return Missing("this model gives no logits.")
+        return Named(spot.path, spot.kind, spot.call, spot.item)
+
+    def _number(self, name: str) -> Entry:
+        number = self._body.number(name)
+        return Missing("its config does not say.") if number is None else Given(number)
+
+
+class Later:
+    """An entry that is found when it is asked for."""
+
+    def __init__(self, entry: Callable[[], Entry]) -> None:
+        self.entry = entry
+
+
+def _given(find: Callable[..., Any], block: Block, part: Heads | Feedforward, name: str) -> Entry:
+    value = find(block, part, name)
+    return value if isinstance(value, Missing) else Given(value)

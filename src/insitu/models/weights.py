@@ -1,0 +1,241 @@
+"""The weights of a model's parts, all the same way round: `x @ W`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from insitu.models.parts import Block, Feedforward, Heads, Spot
+from insitu.runtime.hooks import Stop
+from insitu.runtime.inside import SEPARATOR, watched
+from insitu.tracing.named import Missing
+
+if TYPE_CHECKING:
+    from insitu.models.body import Body
+
+_LETTERS = {"W_Q": "q", "W_K": "k", "W_V": "v"}
+
+
+class Weights:
+    """Finds the weights of a model's parts.
+
+    Args:
+        body: what is known of the model's parts.
+    """
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._columns: dict[tuple[str, str, int], torch.Tensor | None] = {}
+
+    def embedding(self) -> torch.Tensor:
+        """Returns the embedding of tokens, `(vocabulary, d_model)`."""
+        return self._weight(self._body.embedding)
+
+    def unembedding(self) -> torch.Tensor:
+        """Returns what makes logits, `(d_model, vocabulary)`."""
+        return self.matrix(self._body.unembedding or "")
+
+    def of_heads(self, block: Block, heads: Heads, name: str) -> torch.Tensor | Missing:
+        """Returns the weights of an attention: `(head, d_model, d_head)`, of W_O its transpose.
+
+        Args:
+            block: the block.
+            heads: its attention.
+            name: which.
+        """
+        if name == "W_O":
+            if heads.out is None or not heads.count:
+                return Missing("it has no output projection.")
+            return self.matrix(heads.out).unflatten(0, (heads.count, -1))
+        letter = _LETTERS[name]
+        path = heads.projections.get(letter)
+        if path is None:
+            return Missing(f"no linear layer makes its {letter}.")
+        matrix = self.matrix(path)
+        if matrix.shape[0] != block.width and heads in (block.attention,):
+            return Missing(f"its {letter} is made in more than one step, by no single matrix.")
+        spot: Spot | None = heads.raw.get(letter)
+        count, size = self._count(heads, letter)
+        columns = None if spot is None else self._found(block, path, spot, matrix.shape[1])
+        if columns is None:
+            if matrix.shape[1] != count * size:
+                return Missing(f"its {letter} cannot be told from what else its layer makes.")
+            columns = torch.arange(count * size).reshape(count, size)
+        return matrix[:, columns.to(matrix.device)].transpose(0, 1)
+
+    def of_mlp(self, block: Block, mlp: Feedforward, name: str) -> torch.Tensor | Missing:
+        """Returns the weights of an MLP: `(d_model, d_mlp)`, of W_out its transpose.
+
+        Args:
+            block: the block.
+            mlp: its MLP.
+            name: which.
+        """
+        if mlp.router is not None:
+            return Missing("its MLP consists of experts, each with its own.")
+        if name == "W_out":
+            return Missing("it has no linear layer.") if mlp.out is None else self.matrix(mlp.out)
+        if mlp.into is None or mlp.pre is None or mlp.post is None:
+            return Missing("no linear layer stands before its nonlinearity.")
+        width = mlp.post.shape[-1]
+        matrix = self.matrix(mlp.into)
+        if matrix.shape[1] == 2 * width:  # gate and values in one, side by side
+            first, second = matrix[:, :width], matrix[:, width:]
+            gate, value = (first, second) if self._gate_is_first(block, mlp) else (second, first)
+            return gate if name == "W_gate" else value
+        if mlp.gate is None:
+            return matrix if name == "W_in" else Missing("its MLP has no gate.")
+        return matrix if name == "W_gate" else self.matrix(mlp.gate)
+
+    def matrix(self, path: str) -> torch.Tensor:
+        """Returns the weights of a linear layer as `x @ W` has them, `(d_in, d_out)`.
+
+        Of a layer that is no plain one, such as a quantised one or one with an adapter, they are
+        what it makes of the unit vectors.
+
+        Args:
+            path: the layer's path.
+        """
+        self._body.model.load()
+        module = self._body.model.modules[path]
+        weight = getattr(module, "weight", None)
+        plain = not any(True for _ in module.children()) and isinstance(weight, torch.Tensor)
+        if plain and type(module) is nn.Linear:
+            return weight.detach().T
+        if plain and getattr(module, "nf", None) == weight.shape[-1]:  # Transformers' Conv1D
+            return weight.detach()
+        width = getattr(module, "in_features", None) or self._width_of(path)
+        parameter = next(module.parameters(), None)
+        like = {} if parameter is None else {"device": parameter.device}
+        dtype = torch.get_default_dtype()
+        if parameter is not None and parameter.is_floating_point():
+            dtype = parameter.dtype
+        with torch.no_grad(), self._body.model.in_use():
+            unit = torch.eye(int(width), dtype=dtype, **like)
+            return module(unit) - module(torch.zeros_like(unit[:1]))
+
+    def _weight(self, path: str | None) -> torch.Tensor:
+        module = self._body.model.load() and self._body.model.modules[path or ""]
+        return module.weight.detach()  # pyright: ignore[reportReturnType, reportCallIssue]
+
+    def _width_of(self, path: str) -> int:
+        block = self._body.block_around(path)
+        assert block is not None
+        for heads in (block.attention, block.cross_attention):
+            if heads is not None and heads.out == path and heads.z is not None:
+                return heads.z.shape[-1]
+        mlp = block.mlp
+        if mlp is not None and mlp.out == path and mlp.post is not None:
+            return mlp.post.shape[-1]
+        return block.width
+
+    def _count(self, heads: Heads, letter: str) -> tuple[int, int]:
+        spot: Spot | None = getattr(heads, letter)
+        if spot is None:
+            return heads.count, heads.size
+        lengths = self._body.lengths
+        axes = spot.shape[1:3]
+        return (axes[0] if axes[1] in lengths else axes[1]), spot.shape[-1]
+
+    def _gate_is_first(self, block: Block, mlp: Feedforward) -> bool:
+        """Whether of a layer that makes gate and values the gate comes first."""
+        assert mlp.into is not None and mlp.pre is not None
+        width = mlp.post.shape[-1] if mlp.post is not None else 0
+        found = self._run_with_numbers(mlp.into, mlp.pre, 2 * width)
+        return found is None or int(found.flatten()[0]) == 0
+
+    def _found(self, block: Block, path: str, spot: Spot, width: int) -> torch.Tensor | None:
+        """Which columns of a layer's output are where in `spot`: `(head, size)`."""
+        inside = spot.path.removeprefix(block.path)
+        key = (path.removeprefix(block.path), f"{inside}{spot.kind}{spot.call}{spot.item}", width)
+        if key not in self._columns:
+            found = self._run_with_numbers(path, spot, width)
+            if found is not None:
+                swapped = spot.shape[2] not in self._body.lengths
+                found = found[0, 0] if swapped else found[0, :, 0]
+            self._columns[key] = found
+        return self._columns[key]
+
+    def _run_with_numbers(self, path: str, spot: Spot, width: int) -> torch.Tensor | None:
+        """What stands at a spot if a layer's output is the numbers of its columns.
+
+        The numbers are written with digits, each in a forward of its own, since half precision
+        knows whole numbers only up to 256.
+        """
+        model = self._body.model
+        call = self._body.sample()
+        module = model.load()
+        numbers = torch.arange(width)
+        total: torch.Tensor | None = None
+        place = 1
+        assert call is not None
+        while place <= max(width - 1, 1):
+            digits = (numbers // place) % _BASE
+            with model.in_use():
+                seen = _seen(module, model.modules, call, path, digits, spot)
+            if seen is None:
+                return None
+            seen = seen.round().long().cpu() * place
+            total = seen if total is None else total + seen
+            place *= _BASE
+        return total
+
+
+_BASE = 128
+
+
+def _seen(
+    module: nn.Module,
+    modules: Mapping[str, nn.Module],
+    call: Any,
+    path: str,
+    digits: torch.Tensor,
+    spot: Spot,
+) -> torch.Tensor | None:
+    """What stands at a spot in a forward in which a layer gives the same numbers everywhere."""
+    found: list[torch.Tensor] = []
+    owner, inside, function = spot.path.partition(SEPARATOR)
+    count = -1
+
+    def replace(part: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return digits.to(output).expand_as(output)
+
+    def stop(value: Any) -> None:
+        for at in spot.item:
+            value = value[at]
+        found.append(value.detach().clone())
+        raise Stop
+
+    def before(part: nn.Module, args: Any) -> None:
+        stop(args[0])
+
+    def visit(name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        nonlocal count
+        result = func(*args, **kwargs)
+        if name == function:
+            count += 1
+            if count == spot.call:
+                stop(result if spot.kind == "output" else args[0])
+        return result
+
+    handles = [modules[path].register_forward_hook(replace)]
+    if not inside and spot.kind == "input":
+        handles.append(modules[owner].register_forward_pre_hook(before))
+    elif not inside:
+        handles.append(modules[owner].register_forward_hook(lambda part, args, out: stop(out)))
+    try:
+        with torch.no_grad():
+            if inside:
+                with watched(modules[owner], visit):
+                    module(*call.args, **call.kwargs)
+            else:
+                module(*call.args, **call.kwargs)
+    except Stop:
+        return found[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None

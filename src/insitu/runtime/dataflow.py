@@ -1,0 +1,279 @@
+"""What a forward makes of what: every call of a module and of a torch function in one run.
+
+From this a model is understood without its source: which values are added to the residual stream,
+what goes into a softmax, what a linear layer was given. `models/anatomy.py` reads it.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from insitu.graph.structure import map_structure
+from insitu.runtime.probe import Call, fake_run
+
+
+class Event(NamedTuple):
+    """A call of a module, or of a torch function in a module's own forward.
+
+    Attributes:
+        path: the module's path; of a function, that of the module whose forward calls it.
+        function: the function's name, such as "softmax"; "" for a call of the module.
+        call: which call of the module, or of the function by the module, from 0.
+        inputs: the values among its arguments, in their order.
+        outputs: the values that it returned.
+        first: the event with which the call began; events of a module come when it returns.
+    """
+
+    path: str
+    function: str
+    call: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    first: int
+
+    def is_within(self, path: str) -> bool:
+        """Returns whether this happens in a module, or is a call of it."""
+        return self.path == path or self.path.startswith(f"{path}.") or not path
+
+
+class Returned(NamedTuple):
+    """One way in which a module returned a value.
+
+    Attributes:
+        event: the module's call.
+        item: where in its output the value is: indices and keys, none if it is the output.
+    """
+
+    event: int
+    item: tuple[int | str, ...]
+
+
+@dataclass(slots=True)
+class Dataflow:
+    """The events of one forward and the values that passed between them.
+
+    A value is a tensor at one time: what writes into a tensor makes a new value of it.
+
+    Attributes:
+        events: in the order in which they were done.
+        shapes: of each value.
+        made: the event that made each value, None for what came from outside.
+        returned: the modules that returned each value, innermost first.
+        arguments: what each call of a module was given: its values by position and by keyword.
+        results: what each call of a module returned.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    made: list[int | None] = field(default_factory=list)
+    returned: dict[int, list[Returned]] = field(default_factory=dict)
+    arguments: dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]] = field(default_factory=dict)
+    results: dict[int, Any] = field(default_factory=dict)
+
+    def maker(self, value: int) -> Event | None:
+        """Returns the event that made a value, None if it came from outside."""
+        index = self.made[value]
+        return None if index is None else self.events[index]
+
+    def calls(self, path: str) -> Iterator[int]:
+        """Yields the calls of a module, as indices of events."""
+        for index, event in enumerate(self.events):
+            if event.path == path and not event.function:
+                yield index
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, visit: Callable[..., Any]) -> None:
+        super().__init__()
+        self.visit = visit
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "").strip("_")
+        if name in ("get", "set", ""):  # properties
+            return func(*args, **(kwargs or {}))
+        target = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        version = None if target is None else target._version
+        result = func(*args, **(kwargs or {}))
+        written = target is not None and target._version != version
+        self.visit(name, args, kwargs or {}, result, target if written else None, version)
+        return result
+
+
+class Recorder:
+    """Writes down the dataflow of what runs while it is active, as a context manager.
+
+    Args:
+        modules: the tree of the module that will run, by path.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.flow = Dataflow()
+        self._modules = modules
+        # The value that a tensor was when last seen, and how often it had been written to then.
+        self._current: dict[int, tuple[int, int]] = {}
+        self._last_write: int | None = None
+        self._kept: list[torch.Tensor] = []  # so that no identity is given twice
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._stack: list[tuple[str, int, Any]] = []
+        self._mode = _Watch(self._visit)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Dataflow:
+        seen: set[int] = set()
+        for path, part in self._modules.items():
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            self._handles += [
+                part.register_forward_pre_hook(self._entering(path), with_kwargs=True),
+                part.register_forward_hook(self._leaving(path)),
+            ]
+        self._mode.__enter__()
+        return self.flow
+
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+        self._kept.clear()
+
+    def _value(self, tensor: torch.Tensor) -> int:
+        known = self._current.get(id(tensor))
+        if known is None:
+            return self._new(tensor, None)
+        if known[1] != tensor._version:  # written to through another tensor over its memory
+            return self._new(tensor, self._last_write)
+        return known[0]
+
+    def _new(self, tensor: torch.Tensor, made: int | None) -> int:
+        flow = self.flow
+        value = len(flow.shapes)
+        flow.shapes.append(tuple(tensor.shape))
+        flow.made.append(made)
+        self._current[id(tensor)] = (value, tensor._version)
+        self._kept.append(tensor)
+        return value
+
+    def _values(self, items: Any) -> tuple[Any, tuple[int, ...]]:
+        """A structure with values in the place of tensors, and all of these."""
+        found: list[int] = []
+
+        def leaf(item: Any) -> Any:
+            if not isinstance(item, torch.Tensor):
+                return item
+            found.append(self._value(item))
+            return found[-1]
+
+        return map_structure(leaf, items), tuple(found)
+
+    def _visit(
+        self,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        result: Any,
+        written: torch.Tensor | None,
+        version: int | None,
+    ) -> None:
+        path = self._stack[-1][0] if self._stack else ""
+        call = self._counts[path, name]
+        self._counts[path, name] += 1
+        index = len(self.flow.events)
+        if written is None:
+            _, inputs = self._values((args, kwargs))
+            outputs: list[int] = []
+        else:
+            inputs = self._values_before(args, kwargs, written, version)
+            outputs = [self._new(written, index)]
+            self._last_write = index
+
+        def leaf(item: Any) -> Any:
+            if isinstance(item, torch.Tensor) and id(item) not in self._current:
+                outputs.append(self._new(item, index))
+            return item
+
+        map_structure(leaf, result)
+        if outputs:
+            self.flow.events.append(Event(path, name, call, inputs, tuple(outputs), index))
+
+    def _values_before(
+        self, args: Any, kwargs: Any, written: torch.Tensor, version: int | None
+    ) -> tuple[int, ...]:
+        """The values of arguments, of which one was written to meanwhile."""
+        known = self._current.get(id(written))
+        if known is None or known[1] != version:
+            known = (self._new(written, None if known is None else self._last_write), -1)
+        self._current[id(written)] = (known[0], written._version)
+        return self._values((args, kwargs))[1]
+
+    def _entering(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given, _ = self._values((args, dict(kwargs)))
+            self._stack.append((path, len(self.flow.events), given))
+
+        return hook
+
+    def _leaving(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            flow = self.flow
+            _, first, given = self._stack.pop()
+            call = self._counts[path, ""]
+            self._counts[path, ""] += 1
+            index = len(flow.events)
+            shown, outputs = self._values(output)
+            inputs: list[int] = []
+            map_structure(lambda item: inputs.append(item) if type(item) is int else item, given)
+            flow.events.append(Event(path, "", call, tuple(inputs), outputs, first))
+            flow.arguments[index] = given
+            flow.results[index] = shown
+            for value, item in _items(shown):
+                flow.returned.setdefault(value, []).append(Returned(index, item))
+
+        return hook
+
+
+def watch(
+    module: nn.Module, modules: Mapping[str, nn.Module], call: Call, fake: bool
+) -> Dataflow:
+    """Makes a call of a module and returns its dataflow.
+
+    Args:
+        module: the module. It is changed for the duration, so the caller must hold it.
+        modules: its tree, by path.
+        call: what to call it with.
+        fake: whether to run on tensors without data, which needs no weights.
+    """
+    with Recorder(modules) as flow:
+        if fake:
+            fake_run(module, call)
+        else:
+            with torch.no_grad():
+                module(*call.args, **call.kwargs)
+    return flow
+
+
+def _items(shown: Any, at: tuple[int | str, ...] = ()) -> Iterator[tuple[int, tuple[int | str, ...]]]:
+    """The values of a structure and where they are; the first place of each."""
+    if type(shown) is int:
+        yield shown, at
+    elif isinstance(shown, Mapping):
+        for key, item in cast("Mapping[str, Any]", shown).items():
+            yield from _items(item, (*at, key))
+    elif isinstance(shown, tuple | list):
+        for key, item in enumerate(cast("Sequence[Any]", shown)):
+            yield from _items(item, (*at, key))

@@ -1,0 +1,155 @@
+"""Forms in which values of a run are shown by standard names, in recorded operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from insitu.graph.control import call_module
+from insitu.graph.location import Mark
+from insitu.graph.proxy import Proxy
+
+if TYPE_CHECKING:
+    from insitu.tracing.invocation import Invocation
+
+
+class Form(Protocol):
+    """How a value is shown.
+
+    What is shown is a view of the value, so that what is written into it in place reaches the
+    model. Only `PerHead` is computed.
+    """
+
+    def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
+        """Returns the value as it is shown.
+
+        Args:
+            value: the value, or its gradient.
+            invocation: to whose processing it belongs.
+            line: the user's line.
+        """
+        ...
+
+    def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
+        """Returns what is to stand at the site, for something else to be shown.
+
+        Args:
+            value: what is to be shown.
+            site: what stands there.
+            invocation: as of `shown`.
+            line: as of `shown`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """`(batch, position, head, size)` shown as `(batch, head, position, size)`."""
+
+    def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
+        """Returns the value as it is shown."""
+        return value.transpose(1, 2)
+
+    def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
+        """Returns what is to stand at the site."""
+        return value.transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """`(batch, position, head * size)` shown as `(batch, head, position, size)`.
+
+    Attributes:
+        heads: how many heads there are.
+    """
+
+    heads: int
+
+    def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
+        """Returns the value as it is shown."""
+        return value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
+        """Returns what is to stand at the site."""
+        return value.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`(batch * position, size)` shown as `(batch, position, size)`.
+
+    Attributes:
+        block: the path of the block, whose input says how many rows and positions there are.
+        size: the length of the last axis.
+    """
+
+    block: str
+    size: int
+
+    def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
+        """Returns the value as it is shown."""
+        stream = invocation.read(self.block, "input", line)
+        return value.view_as(stream[..., :1].expand(-1, -1, self.size))
+
+    def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
+        """Returns what is to stand at the site."""
+        return value.flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutLast:
+    """`(batch, head, query, key + others)` shown without the others, which are no positions.
+
+    Attributes:
+        others: how many there are.
+    """
+
+    others: int
+
+    def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
+        """Returns the value as it is shown."""
+        return value[..., : -self.others]
+
+    def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
+        """Returns what is to stand at the site."""
+        return torch.cat([value, site[..., -self.others :]], dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class PerHead:
+    """What an output projection makes of each head alone, `(batch, head, position, d_model)`.
+
+    The site is the projection's output, of which these are the summands, but for its bias.
+
+    Attributes:
+        path: the projection.
+        call: which of its calls.
+        heads: how many heads there are.
+    """
+
+    path: str
+    call: int
+    heads: int
+
+    def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
+        """Returns the value as it is shown."""
+        z = invocation.read(self.path, "input", line, self.call)
+        heads = z.unflatten(-1, (self.heads, -1)).transpose(-1, -2)
+        # Each head beside zeros in the place of the others: (batch, position, head, head, size).
+        apart = torch.diag_embed(heads).permute(0, 1, 3, 4, 2).flatten(-2)
+        made = call_module(self.path, (apart,), {}, line) - self._bias(z, line)
+        return made.transpose(1, 2)
+
+    def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
+        """Returns what is to stand at the site."""
+        z = invocation.read(self.path, "input", line, self.call)
+        return value.sum(1) + self._bias(z, line)
+
+    def gradient(self, value: Proxy) -> Proxy:
+        """Returns the gradient of the sum, which is that of each summand."""
+        return value.unsqueeze(1).expand(-1, self.heads, -1, -1)
+
+    def _bias(self, z: Proxy, line: Mark) -> Any:
+        return call_module(self.path, (torch.zeros_like(z[:1, :1]),), {}, line)

@@ -1,0 +1,294 @@
+"""Standard names: values of a run by what they are, wherever a model has them.
+
+A name stands for a site and the form in which it is shown. Reading it records the operations that
+give it that form, and writing it those that undo them, so that a graph knows nothing of names.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from insitu.graph.errors import OperationError
+from insitu.graph.location import Mark, here, mark
+from insitu.graph.node import Kind, Ref
+from insitu.graph.proxy import Proxy
+from insitu.tracing.forms import Form, PerHead
+
+if TYPE_CHECKING:
+    from insitu.tracing.invocation import Invocation
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A value by a standard name.
+
+    Attributes:
+        path: the path of the module, or of the function in its forward.
+        kind: which of its values.
+        call: which of its calls.
+        item: where in that value it is.
+        form: how it is shown, None for as it is.
+        options: how the model has to run for it to be there.
+    """
+
+    path: str
+    kind: Kind
+    call: int = 0
+    item: tuple[int | str, ...] = ()
+    form: Form | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def read(self, invocation: Invocation, line: Mark) -> NamedProxy:
+        """Returns a proxy for the value.
+
+        Args:
+            invocation: in the processing of which prompt.
+            line: the user's line.
+        """
+        invocation.demand(dict(self.options))
+        site = invocation.read(self.path, self.kind, line, self.call)
+        recording = site._recording
+        if recording.shown is None:
+            recording.shown = {}
+        key = (site._ref.index, self)
+        found = recording.shown.get(key)
+        if found is None:
+            value: Proxy = site
+            for at in self.item:
+                value = value[at]
+            shown = value if self.form is None else self.form.shown(value, invocation, line)
+            found = recording.shown[key] = (value._ref, shown._ref)
+            if isinstance(self.form, PerHead):
+                instead = "assign to it, or to a part of it by an index."
+                recording.computed = {**recording.computed, shown._ref.index: instead}
+        base, source = found
+        kind = ComputedProxy if isinstance(self.form, PerHead) else NamedProxy
+        proxy = kind(recording, source)
+        proxy._name, proxy._base, proxy._invocation = self, base, invocation
+        return proxy
+
+    def write(self, invocation: Invocation, value: Any, line: Mark) -> None:
+        """Puts a value in the place of the one that there is.
+
+        Args:
+            invocation: in the processing of which prompt.
+            value: of the shape of what is shown.
+            line: the user's line.
+        """
+        current = self.read(invocation, line)
+        recording = current._recording
+        if not isinstance(self.form, PerHead) and recording.holds(current._ref, value):
+            return
+        site = invocation.read(self.path, self.kind, line, self.call)
+        if self.form is not None:
+            base = Proxy(recording, current._base)
+            value = self.form.restored(value, base, invocation, line)
+        if not self.item:
+            invocation.write(self.path, self.kind, value, line, self.call)
+            return
+        part: Any = site
+        for at in self.item[:-1]:
+            part = part[at]
+        part[self.item[-1]] = value
+
+
+class NamedProxy(Proxy):
+    """Stands for a value by a standard name.
+
+    Its gradient is that of the value as it flows through the model, in the form that it is shown
+    in.
+    """
+
+    __slots__ = ("_base", "_invocation", "_name")
+    _name: Named
+    _base: Ref
+    _invocation: Invocation
+
+    def save(
+        self,
+        optional: bool = False,
+        keep_graph: bool = False,
+        to: str | torch.device | None = None,
+    ) -> Proxy:
+        """Keeps a copy of the value: see `Proxy.save`."""
+        saved = Proxy.save(self, optional, keep_graph, to)
+        if isinstance(saved, NamedProxy):
+            saved._name, saved._base, saved._invocation = self._name, self._base, self._invocation
+        return saved
+
+    @property
+    def grad(self) -> Any:
+        """The gradient of the value: see `Proxy.grad`."""
+        recording, form = self._recording, self._name.form
+        if not recording.open or form is None:
+            return _GRAD.__get__(self)
+        line = mark()
+        gradient = Proxy(recording, recording.gradient(self._base, line))
+        if isinstance(form, PerHead):
+            return form.gradient(gradient)
+        return form.shown(gradient, self._invocation, line)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        recording, form = self._recording, self._name.form
+        if not recording.open or form is None:
+            _GRAD.__set__(self, value)
+            return
+        if isinstance(form, PerHead):
+            raise OperationError(
+                f"The gradient of `{self.written()}` cannot be written: it is that of the sum of "
+                "all heads. Write that of the block's `attention_out`.",
+                here(),
+            )
+        line = mark()
+        base = Proxy(recording, self._base)
+        value = form.restored(value, base, self._invocation, line)
+        recording.write_gradient(self._base, value, line)
+
+
+
+class _Part(Proxy):
+    """A value into which nothing is written in place: `x += y` makes a new one of it."""
+
+    __slots__ = ()
+
+
+class ComputedProxy(NamedProxy):
+    """Stands for a value by a standard name that is computed, and is no part of the model.
+
+    What is assigned to it, or to a part of it by an index, is put into the model as a whole.
+    """
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Proxy:
+        part = Proxy.__getitem__(self, key)
+        return _Part(part._recording, part._ref)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not self._recording.open:
+            Proxy.__setitem__(self, key, value)
+            return
+        whole = self.clone()
+        whole[key] = value
+        self._name.write(self._invocation, whole, mark())
+
+
+def _not_in_place(self: Proxy, other: Any) -> Any:
+    return NotImplemented
+
+
+for _operator in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split():
+    setattr(_Part, f"__i{_operator}__", _not_in_place)
+    setattr(ComputedProxy, f"__i{_operator}__", _not_in_place)
+
+
+_GRAD: Any = vars(Proxy)["grad"]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A standard name that a module has no value for.
+
+    Attributes:
+        reason: why, as a sentence.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A standard name for a module.
+
+    Attributes:
+        path: the module's path; of a part that is no module, that of what it is a part of.
+        part: the name under which its values are found; "" if it has none of its own.
+        is_module: whether it is a module.
+    """
+
+    path: str
+    part: str = ""
+    is_module: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A standard name for something that is there without a run, such as weights.
+
+    Attributes:
+        value: what it is.
+    """
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """A standard name for a list of modules.
+
+    Attributes:
+        paths: their paths.
+    """
+
+    paths: tuple[str, ...]
+
+
+Entry = Named | Missing | Role | Roles | Given
+"""What a standard name stands for."""
+
+
+class Vocabulary(Protocol):
+    """Knows the standard names of a model."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All standard names that there are, of any module."""
+        ...
+
+    def entry(self, path: str, part: str, name: str) -> Entry | None:
+        """Returns what a name stands for at a module, None if it is none of its names.
+
+        Args:
+            path: the module's path.
+            part: the part that a handle stands for, "" if just for the module.
+            name: the name.
+        """
+        ...
+
+    def listed(self, path: str, part: str) -> Mapping[str, Any]:
+        """Returns what there is by its name at a module: see `entry`."""
+        ...
+
+    def demands(self, path: str) -> Mapping[str, Any]:
+        """Returns how the model has to run for a function in a module's forward to be called.
+
+        Args:
+            path: the path of the function.
+        """
+        ...
+
+
+class NoVocabulary:
+    """Of a model of which nothing is known but its modules."""
+
+    names: frozenset[str] = frozenset()
+
+    def entry(self, path: str, part: str, name: str) -> Entry | None:
+        """Returns None: there are no names."""
+        return None
+
+    def listed(self, path: str, part: str) -> Mapping[str, Any]:
+        """Returns nothing."""
+        return {}
+
+    def demands(self, path: str) -> Mapping[str, Any]:
+        """Returns nothing."""
+        return {}
+
