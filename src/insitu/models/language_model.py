@@ -472,7 +472,6 @@ class LanguageModel(Model):
         pads = [pad[0] if isinstance(pad, list) else pad for pad in pads]
         known = limits.vocabulary or text.vocab_size
         pad_id = next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)
-        layers = getattr(text, "num_hidden_layers", None)
         parameters = inspect.signature(module.forward).parameters
         vars(self).update(
             _embedding=embedding,
@@ -481,7 +480,9 @@ class LanguageModel(Model):
             _chain=_UNKNOWN,
             _decoder_start=_UNKNOWN if self._config.is_encoder_decoder else None,
             _costs=None,
-            block_views={cached: block_views(module, layers, cached) for cached in (True, False)},
+            block_views={
+                cached: block_views(module, self._config, cached) for cached in (True, False)
+            },
             reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),
             pad_id=pad_id,
             unembedding=[path for path, part in self.modules.items() if part is head]

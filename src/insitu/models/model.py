@@ -15,6 +15,7 @@ from torch import nn
 from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph
+from insitu.models.blocks import block_views
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
@@ -42,6 +43,7 @@ class Model(Handle):
         exclusive: who may use the module: runs of it wait for each other.
         compilable: the parts of it that may be under `torch.compile`.
         edits: what holds in every run.
+        views: how the outputs of transformer blocks are shown, by path, if there are any.
         plans: how blocks were run before.
 
     Example:
@@ -64,6 +66,7 @@ class Model(Handle):
     compilable: Sequence[nn.Module]
     edits: Sequence[Graph]
     plans: Plans[Any]
+    views: Mapping[str, View]
     _module: nn.Module
     _probes: dict[str, Probe | UnknownShapeError]
 
@@ -137,7 +140,7 @@ class Model(Handle):
             A context manager, in whose block sites can be read and written.
         """
         given = (args, kwargs) if args or kwargs else None
-        return Tracer(self, Forward(), given)
+        return Tracer(self, Forward(self.views), given)
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.
@@ -145,7 +148,7 @@ class Model(Handle):
         What is saved in it is then a fake tensor: it has a shape and a dtype, and no content.
         """
         given = (args, kwargs) if args or kwargs else None
-        return Tracer(self, Forward(), given, dry=True)
+        return Tracer(self, Forward(self.views), given, dry=True)
 
     def session(self) -> Session:
         """Opens a context for several blocks, which run one after the other when it ends.
@@ -214,15 +217,23 @@ class Model(Handle):
         for part in modules.values():
             if isinstance(part, nn.ModuleList | nn.Sequential):
                 compilable.extend(part)
+        config = getattr(module, "config", None)
+        views = block_views(module, config, True) if hasattr(config, "get_text_config") else {}
         vars(self).update(_module=module, modules=modules, exclusive=exclusive(module))
-        vars(self).update(_probes={}, plans=Plans(), compilable=compilable)
+        vars(self).update(_probes={}, plans=Plans(), compilable=compilable, views=views)
 
 
 class Forward:
-    """One forward for each invocation, with its own arguments."""
+    """One forward for each invocation, with its own arguments.
 
-    views: Mapping[str, View] = MappingProxyType({})
+    Args:
+        views: how outputs are shown, by path.
+    """
+
     steps = 1
+
+    def __init__(self, views: Mapping[str, View]) -> None:
+        self.views = views
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
         """Returns the arguments of an invocation."""

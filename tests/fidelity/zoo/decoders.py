@@ -77,7 +77,7 @@ DECODERS = [
     ),
     decoder(
         "stablelm", "StableLmForCausalLM", "model.layers",
-        **sized(num_hidden_layers=2, partial_rotary_factor=0.5, qk_layernorm=True),
+        **sized(num_hidden_layers=2, partial_rotary_factor=0.5),
     ),
     decoder(
         "granite", "GraniteForCausalLM", "model.layers",
