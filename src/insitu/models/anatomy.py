@@ -422,11 +422,17 @@ class Anatomist:
         return self.spot(best, within) or self._where_used(best, within)
 
     def _where_used(self, value: int, within: str) -> Spot | None:
-        """Where a value is the first argument of a function: for what was put together by writes."""
+        """Where a value is given to a function: for what was put together by writes."""
+        shape = self._flow.shapes[value]
         for event in self._flow.events:
-            if event.function and event.is_within(within) and event.inputs[:1] == (value,):
-                place = f"{event.path}{SEPARATOR}{event.function}"
-                return Spot(place, "input", event.call, (), self._flow.shapes[value])
+            if not event.function or not event.is_within(within) or value not in event.inputs:
+                continue
+            place = f"{event.path}{SEPARATOR}{event.function}"
+            number = event.inputs.index(value)
+            if number == 0:
+                return Spot(place, "input", event.call, (), shape)
+            if event.function == _FUSED:
+                return Spot(place, "inputs", event.call, (0, number), shape)
         return None
 
     def _has_heads(self, shape: Sequence[int], size: int) -> bool:

@@ -30,20 +30,22 @@ class Body:
 
     Args:
         model: the model.
-        stacks: the paths of its blocks, a list of them for each stack, such as encoder and
-            decoder, in the order in which they run.
+        stacks: the lists of its blocks, by path, and how long they are.
 
     Attributes:
+        stacks: the paths of its blocks, a list for each stack, such as encoder and decoder.
         lengths: all numbers of positions that hidden states had in the forward that was watched.
         weights: the weights of its parts.
     """
 
-    def __init__(self, model: Model, stacks: Sequence[Sequence[str]]) -> None:
+    def __init__(self, model: Model, stacks: Mapping[str, int]) -> None:
         self._model = model
-        self.stacks = stacks
+        self.stacks: Sequence[Sequence[str]] = [
+            [f"{path}.{layer}" for layer in range(count)] for path, count in stacks.items()
+        ]
         self._blocks: dict[str | None, Mapping[str, Block]] = {}
         self._after: tuple[str | None, Spot | None] | None = None
-        self._paths = {path for stack in stacks for path in stack}
+        self._paths = {path for stack in self.stacks for path in stack}
         self._said_eager = False
         self.lengths: frozenset[int] = frozenset()
         self.weights = Weights(self)

@@ -17,7 +17,8 @@ from torch import nn
 from insitu.graph.errors import LoadError, OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.graph.node import Graph
-from insitu.models.blocks import block_views
+from insitu.models.blocks import block_views, find_stacks
+from insitu.models.body import Body
 from insitu.models.estimates import bytes_per_token, estimated_costs
 from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation
@@ -26,6 +27,7 @@ from insitu.models.model import Model
 from insitu.models.prompts import Limits, Prompt, Reader, Side
 from insitu.models.resume import find_chain
 from insitu.models.separation import Separation, Trial
+from insitu.models.vocabulary import Names
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
 from insitu.runtime.hooks import Place, View
@@ -168,8 +170,8 @@ class LanguageModel(Model):
         """Forgets how the model runs, if its module has since been told to run otherwise."""
         if vars(self._config).get(_ATTENTION) != self._attention:
             vars(self).update(_probes={}, plans=Plans())
+            vars(self).update(vocabulary=Names(Body(self, find_stacks(self._module, self._config))))
             self._describe()
-            self._name()
 
     def edited(self, graph: Graph) -> Self:
         """Returns the model with one more edit, over the same weights, loaded or not.
@@ -473,7 +475,6 @@ class LanguageModel(Model):
         pads = [pad[0] if isinstance(pad, list) else pad for pad in pads]
         known = limits.vocabulary or text.vocab_size
         pad_id = next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)
-        layers = getattr(text, "num_hidden_layers", None)
         parameters = inspect.signature(module.forward).parameters
         vars(self).update(
             _embedding=embedding,
@@ -482,7 +483,9 @@ class LanguageModel(Model):
             _chain=_UNKNOWN,
             _decoder_start=_UNKNOWN if self._config.is_encoder_decoder else None,
             _costs=None,
-            block_views={cached: block_views(module, layers, cached) for cached in (True, False)},
+            block_views={
+                cached: block_views(module, self._config, cached) for cached in (True, False)
+            },
             reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),
             pad_id=pad_id,
             unembedding_paths=[path for path, part in self.modules.items() if part is head]

@@ -17,7 +17,7 @@ from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph
 from insitu.models.attention import OPTION, attending
-from insitu.models.blocks import stacks_of
+from insitu.models.blocks import block_views, find_stacks
 from insitu.models.body import Body
 from insitu.models.vocabulary import Names
 from insitu.runtime.eager import eager, is_compiled, uncompiled
@@ -48,6 +48,7 @@ class Model(Handle):
         exclusive: who may use the module: runs of it wait for each other.
         compilable: the parts of it that may be under `torch.compile`.
         edits: what holds in every run.
+        views: how the outputs of transformer blocks are shown, by path, if there are any.
         plans: how blocks were run before.
         vocabulary: the standard names of its values.
 
@@ -71,6 +72,7 @@ class Model(Handle):
     compilable: Sequence[nn.Module]
     edits: Sequence[Graph]
     plans: Plans[Any]
+    views: Mapping[str, View]
     vocabulary: Vocabulary
     _module: nn.Module
     _probes: dict[str, Probe | UnknownShapeError]
@@ -148,7 +150,7 @@ class Model(Handle):
             A context manager, in whose block sites can be read and written.
         """
         given = (args, kwargs) if args or kwargs else None
-        return Tracer(self, Forward(), given)
+        return Tracer(self, Forward(self.views), given)
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.
@@ -156,7 +158,7 @@ class Model(Handle):
         What is saved in it is then a fake tensor: it has a shape and a dtype, and no content.
         """
         given = (args, kwargs) if args or kwargs else None
-        return Tracer(self, Forward(), given, dry=True)
+        return Tracer(self, Forward(self.views), given, dry=True)
 
     def session(self) -> Session:
         """Opens a context for several blocks, which run one after the other when it ends.
@@ -225,14 +227,14 @@ class Model(Handle):
         for part in modules.values():
             if isinstance(part, nn.ModuleList | nn.Sequential):
                 compilable.extend(part)
+        config = getattr(module, "config", None)
+        views: Mapping[str, View] = {}
+        vocabulary: Vocabulary = NoVocabulary()
+        if hasattr(config, "get_text_config"):  # a Transformers model
+            views = block_views(module, config, True)
+            vocabulary = Names(Body(self, find_stacks(module, config)))
         vars(self).update(_module=module, modules=modules, exclusive=exclusive(module))
-        vars(self).update(_probes={}, plans=Plans(), compilable=compilable)
-        self._name()
-
-    def _name(self) -> None:
-        """Finds out how its values are called, as far as that is known before a run."""
-        named = hasattr(getattr(self._module, "config", None), "get_text_config")
-        vocabulary = Names(Body(self, stacks_of(self._module))) if named else NoVocabulary()
+        vars(self).update(_probes={}, plans=Plans(), compilable=compilable, views=views)
         vars(self).update(vocabulary=vocabulary)
 
 
@@ -240,18 +242,21 @@ class Forward:
     """One forward for each invocation, with its own arguments.
 
     Args:
-        options: what all of them are given beside these.
+        views: how outputs are shown, by path.
+        options: what all of them are given beside their arguments.
     """
 
-    views: Mapping[str, View] = MappingProxyType({})
     steps = 1
 
-    def __init__(self, options: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(
+        self, views: Mapping[str, View], options: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        self.views = views
         self._options = options
 
     def demanding(self, options: Mapping[str, Any]) -> Forward:
         """Returns the same with further options."""
-        return self if options.items() <= self._options.items() else Forward(options)
+        return self if options.items() <= self._options.items() else Forward(self.views, options)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
         """Returns the arguments of an invocation."""

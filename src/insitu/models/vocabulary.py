@@ -7,6 +7,7 @@ which it is shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -159,9 +160,14 @@ class Names:
         found: dict[str, Entry] = {}
         for name in ("q", "k", "v"):
             spot: Spot | None = getattr(heads, name)
-            found[name] = self._with_heads(spot) if spot else Missing("it has no axis of heads.")
+            if spot is None:
+                found[name] = Missing("it has no axis of heads.")
+            elif spot.kind == "output":
+                found[name] = self._with_heads(spot)
+            else:  # where it is used depends on the implementation
+                found[name] = Later(partial(self._in_eager, block, heads, name))
         for name in ("scores", "pattern"):
-            found[name] = Later(partial(self._softmax, block, heads, name))
+            found[name] = Later(partial(self._in_eager, block, heads, name))
         z = heads.z
         if z is None or not heads.count or heads.out is None:
             none = Missing("its heads go into no output projection.")
@@ -179,16 +185,20 @@ class Names:
         swapped = spot.shape[2] not in self._body.lengths
         return Named(spot.path, spot.kind, spot.call, spot.item, Swapped() if swapped else None)
 
-    def _softmax(self, block: Block, heads: Heads, name: str) -> Entry:
-        """The scores or the pattern; found in a forward with eager attention, if need be."""
+    def _in_eager(self, block: Block, heads: Heads, name: str) -> Entry:
+        """What the implementation of attention has a part in; with eager attention, if need be."""
         options: tuple[tuple[str, Any], ...] = ()
         spot: Spot | None = getattr(heads, name)
-        if spot is None:
+        if heads.pattern is None:
             spot = self._eager(block, heads, name)
             if spot is None:
-                return Missing("no softmax can be seen in it, with eager attention either.")
+                return Missing("it cannot be seen with eager attention either.")
             options = ((OPTION, "eager"),)
             self._body.say_eager()
+        if spot is None:
+            return Missing("it cannot be told apart.")
+        if name not in ("scores", "pattern"):
+            return replace(self._with_heads(spot), options=options)
         form: Form | None = None
         if len(spot.shape) == 4 and spot.shape[-1] not in self._body.lengths:
             form = WithoutLast(1)  # a sink, to which every query may attend

@@ -106,7 +106,7 @@ class Arrivals:
             before = cast("dict[Any, Any]", self._modules[""]._forward_pre_hooks)
             key = self._begin_step
             before[key] = key
-            self._hooks["", "inputs", -1, 0] = (before, None, key)
+            self._hooks["", "inputs", -1, 0] = (before, None, key, None)
         owners: set[str] = set()
         for path, kind, _, _ in self._readers:
             first = (path, kind, 0, 0)

@@ -249,7 +249,7 @@ class Handle(Call):
 
     def __setattr__(self, name: str, value: Any) -> None:
         vocabulary = self._model.vocabulary
-        taken = name in _SITES or (name in self.module._modules and not self._part)
+        taken = name in _SITES or (not self._part and name in self.module._modules)
         if name in vocabulary.names and not taken:
             entry = vocabulary.entry(self._path, self._part, name)
             if entry is not None:
@@ -377,19 +377,35 @@ class Part(Handle):
 
     def __getattribute__(self, name: str) -> Any:
         # Children and methods of a handle are found before `__getattr__` is asked.
-        if name.startswith("_") or name not in self._model.vocabulary.names:
-            if name in _OF_MODULES and not self._is_module:
-                raise PathError(
-                    f"`{self._written()}` has no module for its {self._part}: its layers are the "
-                    "block's own. Its values have names, such as "
-                    f"`{self._written()}.{self._part}_out` of the block.",
-                    here(),
-                )
+        if name.startswith("_"):
             return super().__getattribute__(name)
-        entry = self._model.vocabulary.entry(self._path, self._part, name)
-        if entry is None:
-            return self.__getattr__(name)
-        return self._named(entry, name)
+        if name in self._model.vocabulary.names:
+            entry = self._model.vocabulary.entry(self._path, self._part, name)
+            if entry is not None:
+                return self._named(entry, name)
+        if not self._is_module and name in _OF_MODULES:
+            raise PathError(self._unknown(name), here())
+        return super().__getattribute__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        if self._is_module:
+            return super().__getattr__(name)
+        raise PathError(self._unknown(name), here())
+
+    def __dir__(self) -> list[str]:
+        return sorted(self.role) if not self._is_module else super().__dir__()
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self._is_module else f"<{self._part} of {self._written()}>"
+
+    def _unknown(self, name: str) -> str:
+        if self._is_module:
+            return super()._unknown(name)
+        return (
+            f"The {self._part} of `{self._written()}` is no module of its own, so it has no "
+            f"{name!r}: its layers are the block's. It has values by name: "
+            f"{', '.join(map(repr, self.role))}."
+        )
 
 
 class Names:

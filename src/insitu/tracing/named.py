@@ -17,7 +17,9 @@ import torch
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Mark, here, mark
 from insitu.graph.node import Kind, Ref
-from insitu.graph.proxy import Proxy
+from insitu.graph.operations import REPLACE
+from insitu.graph.proxy import Proxy, StructureProxy
+from insitu.graph.recording import NO_KWARGS, Recorded
 from insitu.tracing.forms import Form, PerHead
 
 if TYPE_CHECKING:
@@ -92,10 +94,15 @@ class Named:
         if not self.item:
             invocation.write(self.path, self.kind, value, line, self.call)
             return
-        part: Any = site
-        for at in self.item[:-1]:
-            part = part[at]
-        part[self.item[-1]] = value
+        block = type(site) is StructureProxy
+        # From the inside out: the entry of the innermost container, that container, and so on.
+        for depth in range(len(self.item) - 1, 0, -1):
+            container: Proxy = site
+            for at in self.item[:depth]:
+                container = container[at]
+            args = (Recorded(recording, container._ref), self.item[depth], value)
+            value = Recorded(recording, recording.apply(REPLACE, args, NO_KWARGS, line))
+        recording.write_part(site._ref, self.item[0], value, block, line)
 
 
 class NamedProxy(Proxy):

@@ -1,0 +1,316 @@
+"""Standard names on every architecture, against identities, plain hooks and Hugging Face's outputs.
+
+Nothing here asks the library where a part is: that the names mean the right thing follows from how
+their values hang together, and from what hooks on the blocks and `output_attentions` see.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from insitu import LanguageModel, Model, PathError
+from tests.fidelity.zoo import ZOO, module_of
+
+# Blocks of these normalise the sum of the stream and what is added to it.
+POST_NORM = {"bert", "roberta", "distilbert", "bart"}
+# Of these, the stream begins behind a norm in the first block.
+NORMED_FIRST = {"rwkv"}
+# Of these, blocks have something else than one attention and one MLP.
+NO_ATTENTION = {"mamba", "mamba2", "rwkv"}
+
+
+@cache
+def kept(name: str) -> Any:
+    module = module_of(name)
+    one = ZOO[name]
+    return LanguageModel(module) if one.takes_text else Model(module)
+
+
+def opened(model: Any, name: str, inputs: dict[str, torch.Tensor]) -> Any:
+    """A block of one run with these inputs."""
+    if isinstance(model, LanguageModel):
+        others = {key: value for key, value in inputs.items() if key != "input_ids"}
+        return model.trace(inputs["input_ids"], **others)
+    return model.trace(**inputs)
+
+
+def stacks(name: str, model: Any) -> list[list[Any]]:
+    found = []
+    for path in ZOO[name].stacks_in(model.module):
+        handle = model
+        for part in path.split("."):
+            handle = handle[part]
+        found.append(list(handle))
+    return found
+
+
+def last_blocks(name: str, model: Any) -> list[Any]:
+    """A block of each kind in each stack: the last."""
+    found = []
+    for stack in stacks(name, model):
+        kinds: dict[Any, Any] = {}
+        for block in stack:
+            if name not in NORMED_FIRST or block is not stack[0]:
+                kinds[tuple(block.role)] = block
+        found.extend(kinds.values())
+    return [block for block in found if list(block.role)]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, what: str = "", limit: float = 2e-5) -> None:
+    assert found.shape == expected.shape, (what, found.shape, expected.shape)
+    scale = max(float(expected.abs().max()), 1.0)
+    assert float((found - expected).abs().max()) <= limit * scale, what
+
+
+@contextmanager
+def hooked(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """What a block is given and returns, as plain hooks see it."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def before(part: nn.Module, args: Any, kwargs: Any) -> None:
+        value = args[0] if args else kwargs["hidden_states"]
+        seen["input"] = value.detach().clone()
+
+    def after(part: nn.Module, args: Any, output: Any) -> None:
+        value = output if isinstance(output, torch.Tensor) else output[0]
+        seen["output"] = value.detach().clone()
+
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def called(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        model.module(**inputs)
+
+
+def shape_of(name: str, part: Any, key: str) -> torch.Size:
+    with opened(kept(name), name, ZOO[name].inputs(2, 7)):
+        value = getattr(part, key).save()
+    return value.value.shape
+
+
+ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out")
+
+
+def there(part: Any, *names: str) -> list[str]:
+    return [name for name in names if name in list(part.role)]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_is_added_to_the_residual_stream_makes_what_leaves_the_block(name: str) -> None:
+    model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    for block in last_blocks(name, model):
+        names = there(block, "residual_in", "residual_mid", "residual_out", *ADDED)
+        if name in POST_NORM:
+            assert not names
+            continue
+        assert names, block.path
+        with hooked(block.module) as seen, opened(model, name, inputs):
+            values = {key: getattr(block, key).save() for key in names}
+        values = {key: saved.value for key, saved in values.items()}
+        assert torch.equal(values["residual_in"], seen["input"])
+        assert torch.equal(values["residual_out"], seen["output"])
+        total = values["residual_in"] + sum(values[key] for key in names if key in ADDED)
+        close(total, values["residual_out"], block.path)
+        if "residual_mid" in values:
+            close(values["residual_mid"] + values["mlp_out"], values["residual_out"], block.path)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_writes_to_what_is_added_reach_what_leaves_the_block(name: str) -> None:
+    model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    for block in last_blocks(name, model):
+        for key in there(block, *ADDED):
+            shape = shape_of(name, block, key)
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            with hooked(block.module) as seen, opened(model, name, inputs):
+                setattr(block, key, noise)
+                others = [getattr(block, k).save() for k in there(block, *ADDED) if k != key]
+                block.output[0].save()  # so that it runs to its end
+            total = seen["input"] + noise + sum(saved.value for saved in others)
+            close(seen["output"], total, f"{block.path} {key}")
+        for key in there(block, "residual_in", "residual_mid", "residual_out"):
+            shape = shape_of(name, block, key)
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            with hooked(block.module) as seen, opened(model, name, inputs):
+                setattr(block, key, noise)
+                others = {k: getattr(block, k).save() for k in there(block, *ADDED)}
+                block.output[0].save()
+            if key == "residual_out":
+                continue  # hooks of the user's come before it: see the sweep of the whole model
+            after = ["mlp_out"] if key == "residual_mid" else list(others)
+            total = noise + sum(others[k].value for k in after)
+            close(seen["output"], total, f"{block.path} {key}")
+
+
+def attentions(block: Any) -> list[Any]:
+    return [block.role[key] for key in there(block, "attention", "cross_attention")]
+
+
+def repeated(heads: torch.Tensor, count: int) -> torch.Tensor:
+    return heads.repeat_interleave(count // heads.shape[1], dim=1)
+
+
+@pytest.fixture(autouse=True)
+def _eager_is_expected() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attention scores and patterns")
+        yield
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_ATTENTION])
+def test_heads_hang_together_as_attention_does(name: str) -> None:
+    model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    found = 0
+    for block in last_blocks(name, model):
+        for attention in attentions(block):
+            found += 1
+            assert there(attention, "q", "k", "v", "scores", "pattern", "z", "result") == [
+                *("q", "k", "v", "scores", "pattern", "z", "result")
+            ]
+            with opened(model, name, inputs):
+                values = {
+                    key: getattr(attention, key).save()
+                    for key in ("q", "k", "v", "scores", "pattern", "z", "result")
+                }
+            q, k, v, scores, pattern, z, result = (saved.value for saved in values.values())
+            heads = q.shape[1]
+            what = f"{block.path} {attention.path}"
+            assert pattern.shape == (*q.shape[:3], k.shape[2]), what
+            assert z.shape[:3] == q.shape[:3] and result.shape[:3] == q.shape[:3], what
+            weights = pattern.sum(-1)
+            sinks = bool((weights < 0.999).any())
+            if not sinks:
+                close(weights, torch.ones_like(weights), what)
+                close(scores.float().softmax(-1), pattern.float(), what)
+            made = pattern @ repeated(v, heads)
+            gated = name in ("qwen3-next",)  # a gate stands between
+            if not gated:
+                close(z, made, what)
+            # What a head makes is a linear map of it, and no other head's.
+            w_o = attention.W_O
+            close(result, torch.einsum("bhtd,hdm->bhtm", z, w_o), what)
+            # Scores are products, scaled, capped, biased and masked: larger ones stay larger.
+            products = q @ repeated(k, heads).transpose(-1, -2)
+            visible = (scores > -1e4).all(dim=0).all(dim=0)
+            difference = (scores - products * (scores / products).median()).abs()
+            assert visible.any() and difference.shape == scores.shape
+    assert found or name in ("zamba2",)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_ATTENTION])
+def test_patterns_are_what_hugging_face_returns(name: str) -> None:
+    model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    for stack in stacks(name, model):
+        blocks = [block for block in stack if "attention" in list(block.role)]
+        if not blocks:
+            continue
+        with opened(model, name, inputs):
+            saved = [block.role["attention"].pattern.save() for block in blocks]
+        theirs = attentions_of(model.module, inputs, blocks[0].path)
+        if theirs is None:
+            continue
+        for found, expected in zip(saved, theirs, strict=True):
+            assert torch.equal(found.value, expected[..., : found.value.shape[-1]].float())
+
+
+def attentions_of(module: nn.Module, inputs: Any, path: str) -> Any:
+    """The patterns that the model itself returns with eager attention, of one stack."""
+    configs = {id(p.config): p.config for p in module.modules() if hasattr(p, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            vars(config)["_attn_implementation_internal"] = "eager"
+        with torch.no_grad():
+            output = module(**inputs, output_attentions=True)
+    except Exception:
+        return None
+    finally:
+        for key, config in configs.items():
+            vars(config)["_attn_implementation_internal"] = before[key]
+    names = ["attentions"]
+    if "encoder" in path.split("."):
+        names = ["encoder_attentions", "attentions"]
+    elif "decoder" in path.split("."):
+        names = ["decoder_attentions", "attentions"]
+    for name in names:
+        value = getattr(output, name, None)
+        if value:
+            return [one for one in value if one is not None] or None
+    return None
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_ATTENTION])
+def test_writes_to_heads_do_what_attention_makes_of_them(name: str) -> None:
+    model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    for block in last_blocks(name, model):
+        for attention in attentions(block):
+            what = f"{block.path} {attention.path}"
+
+            def written(key: str, *read: str, value: float = 0.0) -> list[torch.Tensor]:
+                shape = shape_of(name, attention, key)
+                with opened(model, name, inputs):
+                    setattr(attention, key, torch.full(shape, value))
+                    saved = [getattr(attention, other).save() for other in read]
+                return [one.value for one in saved]
+
+            (z,) = written("v", "z")
+            close(z, torch.zeros_like(z), what)
+            (z,) = written("pattern", "z")
+            close(z, torch.zeros_like(z), what)
+            zeros = torch.zeros(shape_of(name, attention, "z"))
+            with opened(model, name, inputs):
+                attention.z = zeros
+                result = attention.result.save()
+            close(result.value, torch.zeros_like(result.value), what)
+            (without_q,) = written("q", "scores")
+            (without_k,) = written("k", "scores")
+            close(without_q.clamp(-100, 100), without_k.clamp(-100, 100), what)
+            scores, pattern = written("scores", "scores", "pattern")
+            assert float(scores.abs().max()) == 0
+            close(pattern, pattern[..., :1].expand_as(pattern), what)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_mlps_are_what_stands_around_their_nonlinearity(name: str) -> None:
+    model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    for block in last_blocks(name, model):
+        if "mlp" not in list(block.role):
+            continue
+        mlp = block.role["mlp"]
+        if "experts" in list(block.role):
+            continue
+        assert there(mlp, "pre", "post") == ["pre", "post"], block.path
+        with opened(model, name, inputs):
+            pre, post = mlp.pre.save(), mlp.post.save()
+        assert pre.value.shape[:2] == post.value.shape[:2]
+        with opened(model, name, inputs):
+            mlp.pre = torch.zeros_like(pre.value)
+            post = mlp.post.save()
+        close(post.value, torch.zeros_like(post.value), block.path)  # of 0, all make 0
+        if "mlp_out" not in list(block.role):
+            continue
+        with opened(model, name, inputs):
+            mlp.post = torch.zeros_like(post.value)
+            out = block.mlp_out.save()
+        close(out.value, out.value[:1, :1].expand_as(out.value), block.path)
+        with opened(model, name, inputs):
+            mlp.post[:, 2] = 0
+            changed = block.mlp_out.save()
+        close(changed.value[:, 2], out.value[:, 2], block.path)
