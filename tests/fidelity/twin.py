@@ -27,12 +27,14 @@ class Run:
         seen: what passed each place, in copies.
         kept: the hidden states themselves at some outputs, which have gradients.
         bare: the paths of modules that returned a tensor and nothing else.
+        lengths: how many things were in the tuples that others returned.
         result: what was returned.
     """
 
     seen: dict[Place, Any] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     bare: set[str] = field(default_factory=set)
+    lengths: dict[str, int] = field(default_factory=dict)
     result: Any = None
 
 
@@ -76,6 +78,8 @@ def run(
             found.seen[path, "output", number] = copied(output)
             if isinstance(output, torch.Tensor):
                 found.bare.add(path)
+            elif isinstance(output, tuple):
+                found.lengths[path] = len(output)
         return None if new is None else output
 
     with ExitStack() as stack:

@@ -102,6 +102,7 @@ class Model(Handle):
         signature = call.signature() if inside is None else f"{inside}: {call.signature()}"
         if copies:
             signature += repr(sorted(copies.items(), key=repr))
+<<<<<<< HEAD
         if signature not in self._probes:
             kwargs = dict(call.kwargs)
             implementation = kwargs.pop(OPTION, None)
@@ -115,9 +116,36 @@ class Model(Handle):
                     raise
             self._probes[signature] = found
         found = self._probes[signature]
+=======
+        found = self._probed(signature, call, views, inside, copies, False)
+        if isinstance(found, UnknownShapeError):  # what the model does depends on what it is given
+            signature += call.contents()
+            found = self._probed(signature, call, views, inside, copies, True)
+>>>>>>> arch
         if isinstance(found, UnknownShapeError):
             raise UnknownShapeError(*found.args)
         return found
+
+    def _probed(
+        self,
+        signature: str,
+        call: Call,
+        views: Mapping[str, View],
+        inside: str | None,
+        copies: Copies,
+        contents: bool,
+    ) -> Probe | UnknownShapeError:
+        if signature not in self._probes:
+            options = (self.modules, views, inside, copies, contents)
+            found: Probe | UnknownShapeError
+            with self.in_use():
+                try:
+                    found = probe(self._module, call, *options)
+                except UnknownShapeError as error:
+                    # Not the error itself: it holds every frame of the forward.
+                    found = UnknownShapeError(*error.args)
+            self._probes[signature] = found
+        return self._probes[signature]
 
     def fake_module(self, path: str) -> Callable[..., Any]:
         """Returns a module as a function on fake tensors."""

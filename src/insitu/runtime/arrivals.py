@@ -92,7 +92,7 @@ class Arrivals:
         self._skipping: dict[nn.Module, int] = {}
         self._forwards: dict[nn.Module, Any] = {}
         self._watching = ExitStack()
-        self.clock = _Clock(readers, -1 if single.stepped else 0)
+        self.clock = _Clock(readers)
         self.stopped = False
 
     def begin(self) -> None:
@@ -282,26 +282,30 @@ class _Clock:
 
     Args:
         readers: who waits for what, by moment. What has come is taken out.
-        step: the step that runs, -1 if the first is yet to begin.
 
     Attributes:
-        step: the step that runs.
+        step: the step that runs. What runs before the first forward, as an encoder does, is of
+            the first step too.
         calls: how often each place was passed in it.
         most: how often each module was called in one step, at most.
     """
 
-    def __init__(self, readers: dict[Moment, list[tuple[int, int]]], step: int) -> None:
+    def __init__(self, readers: dict[Moment, list[tuple[int, int]]]) -> None:
         self.readers = readers
-        self.step = step
+        self.step = 0
+        self._begun = False
         self.calls: Counter[Moment] = Counter()
         self.most: Counter[str] = Counter()
         self._came: set[Moment] = set()
 
     def next_step(self) -> bool:
         """Goes on to the next step, and returns whether there was one before."""
+        if not self._begun:
+            self._begun = True
+            return False
         self.step += 1
         self.calls.clear()
-        return self.step > 0
+        return True
 
     def take(self, first: Moment) -> list[tuple[int, int]]:
         """Returns who waits for what passes now at a place, given by its first moment."""

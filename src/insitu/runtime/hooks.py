@@ -24,9 +24,7 @@ Place = tuple[str, Kind, int]
 Moment = tuple[str, Kind, int, int]
 """A place in one step: a site, for all invocations."""
 
-Hook = tuple[
-    dict[Any, Any], dict[Any, bool] | None, Callable[..., Any], Collection[Any] | None
-]
+Hook = tuple[dict[Any, Any], dict[Any, bool] | None, Callable[..., Any], Collection[Any] | None]
 """A hook as it lies in a module: the table, the table of those that take keywords, its key, and
 the order of the other hooks, if that was changed."""
 

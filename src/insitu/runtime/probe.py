@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.structure import map_structure
 from insitu.graph.writing import replaced
+from insitu.runtime.contents import Contents, has_contents
 from insitu.runtime.hooks import Place, View, clone, first_argument, handed_over
 from insitu.runtime.inside import Called, returns_tensors, watched
 from insitu.runtime.memory import Memory, storage_of
@@ -39,6 +40,14 @@ class Call(NamedTuple):
             if isinstance(item, torch.Tensor):
                 return f"{item.dtype}{tuple(item.shape)}"
             return repr(item)
+
+        return repr(map_structure(leaf, (self.args, self.kwargs)))
+
+    def contents(self) -> str:
+        """Returns a string that is equal for calls with equal integers in their tensors."""
+
+        def leaf(item: Any) -> Any:
+            return item.tolist() if has_contents(item) else None
 
         return repr(map_structure(leaf, (self.args, self.kwargs)))
 
@@ -74,17 +83,19 @@ def probe(
     views: Mapping[str, View],
     inside: str | None = None,
     copies: Copies = _NO_COPIES,
+    contents: bool = False,
 ) -> Probe:
     """Runs a module on fake tensors and returns what passed its sites.
 
     Args:
         module: the module; on any device, the meta device too. It is changed for the duration,
             so the caller must hold it (see `exclusive`).
-        call: what to call it with; the tensors' shapes and dtypes count, their content does not.
+        call: what to call it with; the tensors' shapes and dtypes count.
         modules: its tree, by path.
         views: how outputs are shown, by path.
         inside: the module in whose forward the calls of torch functions are wanted too.
         copies: the places from which the model is to go on with copies.
+        contents: whether integers in the call's tensors count too. It takes longer.
 
     Raises:
         UnknownShapeError: if the module cannot be run without data.
@@ -155,13 +166,16 @@ def probe(
         )
     ]
     try:
-        with mode, torch.no_grad():
+        known = Contents() if contents else None
+        with mode, torch.no_grad(), known or nullcontext():
 
             def leaf(item: Any) -> Any:
                 if not isinstance(item, torch.Tensor):
                     return item
                 fake = _fake(item)
                 own.add(storage_of(fake))
+                if known is not None and has_contents(item):
+                    known.give(fake, item)
                 return fake
 
             args, kwargs = map_structure(leaf, tuple(call))

@@ -44,7 +44,7 @@ DECODERS = [
     ),
     decoder(
         "mpt", "MptForCausalLM", "transformer.blocks",
-        d_model=16, n_heads=4, n_layers=2, expansion_ratio=3, max_seq_len=64,
+        d_model=16, n_heads=4, n_layers=2, expansion_ratio=3, max_seq_len=64, use_cache=True,
     ),
     decoder("llama", "LlamaForCausalLM", "model.layers", **sized()),
     decoder("mistral", "MistralForCausalLM", "model.layers", **sized(sliding_window=4)),
