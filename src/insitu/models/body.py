@@ -12,7 +12,7 @@ from torch import nn
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
 from insitu.models.anatomy import Anatomist
-from insitu.models.attention import attending
+from insitu.models.attention import OPTION, attending
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from insitu.models.model import Model
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+# Options that let attention compute its softmax where it can be seen; the first that do.
+_SHOWING: Sequence[Mapping[str, Any]] = (
+    {OPTION: "eager"},
+    {OPTION: "eager", "output_attentions": True},
+    {"output_attentions": True},
+)
 
 
 class Body:
@@ -43,7 +51,8 @@ class Body:
         self.stacks: Sequence[Sequence[str]] = [
             [f"{path}.{layer}" for layer in range(count)] for path, count in stacks.items()
         ]
-        self._blocks: dict[str | None, Mapping[str, Block]] = {}
+        self._blocks: dict[tuple[tuple[str, Any], ...], Mapping[str, Block]] = {}
+        self._showing: Mapping[str, Any] | None = None
         self._after: tuple[str | None, Spot | None] | None = None
         self._paths = {path for stack in self.stacks for path in stack}
         self._said_eager = False
@@ -63,18 +72,43 @@ class Body:
     def _config(self) -> Any:
         return self._model.module.config
 
-    def blocks(self, implementation: str | None = None) -> Mapping[str, Block]:
+    def blocks(self) -> Mapping[str, Block]:
         """Returns what the blocks consist of, by path.
-
-        Args:
-            implementation: with which attention; None for the model's own.
 
         Raises:
             UnknownShapeError: if that cannot be found out before the weights are loaded.
         """
-        if implementation not in self._blocks:
-            self._blocks[implementation] = self._watch(implementation)
-        return self._blocks[implementation]
+        return self.blocks_of_a_run({})
+
+    def blocks_of_a_run(self, options: Mapping[str, Any]) -> Mapping[str, Block]:
+        """Returns the same for a run with further options.
+
+        Args:
+            options: keyword arguments of the forward, or which implementation of attention.
+
+        Raises:
+            UnknownShapeError: as of `blocks`.
+        """
+        key = tuple(options.items())
+        if key not in self._blocks:
+            self._blocks[key] = self._watch(options)
+        return self._blocks[key]
+
+    @property
+    def showing_softmax(self) -> Mapping[str, Any]:
+        """The options of a run in which attention computes its softmax where it can be seen.
+
+        With some versions of Transformers a model's attention is chosen when it is made, and eager
+        only where it is asked for its weights.
+        """
+        if self._showing is None:
+            self._showing = _SHOWING[0]
+            for options in _SHOWING:
+                with contextlib.suppress(UnknownShapeError):  # not all models can run so
+                    if _has_softmax(self.blocks_of_a_run(options)):
+                        self._showing = options
+                        break
+        return self._showing
 
     def block_around(self, path: str) -> Block | None:
         """Returns the block that a module is or is in, None if it is in none."""
@@ -149,9 +183,9 @@ class Body:
             return None
         return next((path for path, part in self._model.modules.items() if part is wanted), None)
 
-    def _watch(self, implementation: str | None) -> Mapping[str, Block]:
+    def _watch(self, options: Mapping[str, Any]) -> Mapping[str, Block]:
         """Makes a forward and reads the anatomy of every block out of it."""
-        flow = self._flow(implementation)
+        flow = self._flow(dict(options))
         modules = self._model.modules
         lengths = set(sample_lengths(self._config))
         sizes: dict[str, tuple[int, int]] = {}
@@ -173,7 +207,7 @@ class Body:
             self._after = self._ending(flow)
         return found
 
-    def _flow(self, implementation: str | None) -> Dataflow:
+    def _flow(self, options: dict[str, Any]) -> Dataflow:
         model = self._model
         call = self.sample()
         if call is None:
@@ -181,16 +215,18 @@ class Body:
                 "What the parts of this model are is not known, because it is not known what it "
                 "is called with."
             )
+        implementation = options.pop(OPTION, None)
+        call = Call(call.args, {**call.kwargs, **options})
+        failure: Exception | None = None
         with model.in_use(), attending(model.module, implementation):
-            try:
-                return watch(model.module, model.modules, call, fake=True)
-            except Exception as error:  # whatever a model does not do without data
-                failure = error
-            if model.loaded:
-                return watch(model.module, model.modules, call, fake=False)
+            for fake in (True, False) if model.loaded else (True,):
+                try:
+                    return watch(model.module, model.modules, call, fake)
+                except Exception as error:  # whatever a model makes of the call, or of no data
+                    failure = error
         raise UnknownShapeError(
-            "What the parts of this model are cannot be found out before its weights are there "
-            f"({type(failure).__name__}: {failure}): call `model.load()` first.",
+            f"What the parts of this model are cannot be found out ({type(failure).__name__}: "
+            f"{failure}){'' if model.loaded else ' before its weights are there: load it first'}.",
             here(),
         ) from failure
 
@@ -218,6 +254,12 @@ class Body:
             if event.path == head and not returned.item:
                 return norm, Spot(head, "output", event.call, (), flow.shapes[value])
         return norm, Spot("", "output", 0, ("logits",), flow.shapes[value])
+
+
+def _has_softmax(blocks: Mapping[str, Block]) -> bool:
+    """Whether all attention in blocks shows its patterns."""
+    heads = [part for b in blocks.values() for part in (b.attention, b.cross_attention) if part]
+    return bool(heads) and all(part.pattern is not None for part in heads)
 
 
 def _norm_before(flow: Dataflow, value: int, modules: Mapping[str, nn.Module]) -> str | None:

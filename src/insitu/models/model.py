@@ -294,7 +294,7 @@ class Forward:
 
     def schedule(self, module: nn.Module, requests: Sequence[Call], work: Work) -> Schedule:
         """Returns what gives a pass for each invocation: how to batch arguments is not known."""
-        return partial(_alone, self._options.get(OPTION))
+        return partial(_alone, self._options)
 
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""
@@ -306,16 +306,18 @@ class Forward:
 
 
 def _alone(
-    implementation: str | None, module: nn.Module, requests: Sequence[Call]
+    options: Mapping[str, Any], module: nn.Module, requests: Sequence[Call]
 ) -> list[Pass]:
     """A pass for each call."""
+    others = dict(options)
+    implementation = others.pop(OPTION, None)
 
     def single(request: Call, number: int) -> Pass:
         def call(*_: Any) -> Any:
             if implementation is None:
                 return module(*request.args, **request.kwargs)
             with attending(module, implementation):
-                return module(*request.args, **request.kwargs)
+                return module(*request.args, **request.kwargs, **others)
 
         return Pass(call, {number: None}, True)
 

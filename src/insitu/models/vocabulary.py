@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from insitu.models.attention import OPTION
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.runtime.inside import SEPARATOR
 from insitu.tracing.forms import Form, PerHead, Rows, Split, Swapped, WithoutLast
@@ -77,7 +76,7 @@ class Names:
         block = self._body.block_around(owner) if function == "softmax" else None
         for heads in (block.attention, block.cross_attention) if block else ():
             if heads is not None and heads.path == owner and heads.pattern is None:
-                return {OPTION: "eager"}
+                return self._body.showing_softmax
         return {}
 
     def _list(self, path: str, part: str) -> Mapping[str, Entry]:
@@ -193,7 +192,7 @@ class Names:
             spot = self._eager(block, heads, name)
             if spot is None:
                 return Missing("it cannot be seen with eager attention either.")
-            options = ((OPTION, "eager"),)
+            options = tuple(self._body.showing_softmax.items())
             self._body.say_eager()
         if spot is None:
             return Missing("it cannot be told apart.")
@@ -205,7 +204,7 @@ class Names:
         return Named(spot.path, spot.kind, spot.call, spot.item, form, options)
 
     def _eager(self, block: Block, heads: Heads, name: str) -> Spot | None:
-        other = self._body.blocks("eager").get(block.path)
+        other = self._body.blocks_of_a_run(self._body.showing_softmax).get(block.path)
         for found in (other.attention, other.cross_attention) if other else ():
             if found is not None and found.path == heads.path:
                 return getattr(found, name)
