@@ -298,10 +298,15 @@ class _Clock:
         self._came: set[Moment] = set()
 
     def next_step(self) -> bool:
-        """Goes on to the next step, and returns whether there was one before."""
+        """Goes on to the next step, and returns whether there was one before.
+
+        What ran before the first, such as an encoder, is a part of it: its calls count.
+        """
         self.step += 1
+        if self.step == 0:
+            return False
         self.calls.clear()
-        return self.step > 0
+        return True
 
     def take(self, first: Moment) -> list[tuple[int, int]]:
         """Returns who waits for what passes now at a place, given by its first moment."""
@@ -312,7 +317,7 @@ class _Clock:
         every = (path, kind, call, EVERY)
         if every in self.readers:
             self._came.add(every)
-        now = self.readers.pop((path, kind, call, self.step), ())
+        now = self.readers.pop((path, kind, call, max(self.step, 0)), ())
         return [*self.readers.get(every, ()), *now]
 
     def place(self, first: Moment) -> Place:
