@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from torch import nn
 
 from insitu.graph.errors import OptionError, UnknownShapeError
-from insitu.graph.location import Location, Mark
+from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
+from insitu.models.loading import Source
+from insitu.models.tasks import saved_class
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
@@ -56,8 +59,36 @@ class Model(Handle):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(self, "")
-        vars(self)["edits"] = ()
+        vars(self).update(edits=(), _source=None, _base=None, _loading=threading.RLock())
         self._adopt(module)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Returns a model of Transformers of any kind, such as of images or of speech.
+
+        It is of the class that its weights were saved from. Its config is read at once; the
+        module tree is there too, without weights, so paths, `print(model)` and shapes work.
+        Weights are loaded by the first run, or by `load()`.
+
+        Args:
+            name: a repo id or a folder. It may have an adapter of PEFT in place of a model.
+            kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision`
+                and whatever else it takes.
+
+        Returns:
+            The model. `model.trace(...)` takes the arguments of its forward: what a processor
+            or a feature extractor returns, as in `model.trace(**inputs)`.
+
+        Raises:
+            LoadError: if there is no such model.
+        """
+        location = here()
+        source = Source(os.fspath(name), kwargs, saved_class, location)
+        tree = source.tree()
+        model = cls(source.weights(location) if tree is None else tree)
+        if tree is not None:
+            vars(model)["_source"] = source
+        return model
 
     modules: Mapping[str, nn.Module]
     exclusive: Exclusive
@@ -66,9 +97,36 @@ class Model(Handle):
     plans: Plans[Any]
     _module: nn.Module
     _probes: dict[str, Probe | UnknownShapeError]
+    _source: Source | None
+    _base: Model | None
+    _loading: threading.RLock
+
+    @property
+    def config(self) -> Any:
+        """The module's config, Hugging Face's own object.
+
+        Raises:
+            AttributeError: if it has none.
+        """
+        return self._module.config
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._source is None
 
     def load(self) -> nn.Module:
-        """Returns the wrapped module, with its weights."""
+        """Loads the weights, if they are not there yet, and returns the module.
+
+        Raises:
+            LoadError: if the files cannot be read. The model is as before, and can try again.
+        """
+        if self._source is not None:
+            with self._loading:
+                if self._source is not None and self._base is not None:
+                    self._take(self._base.load())
+                elif self._source is not None:
+                    self._take(self._source.weights(here()))
         return self._module
 
     def probe(
@@ -171,6 +229,7 @@ class Model(Handle):
         other = object.__new__(type(self))
         own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
         vars(other).update(own, _model=other, _items={}, edits=(*self.edits, graph), plans=Plans())
+        vars(other)["_base"] = self
         return other
 
     def save_edits(self, path: str | os.PathLike[str]) -> None:
@@ -205,6 +264,11 @@ class Model(Handle):
 
     def __repr__(self) -> str:
         return "\n".join([super().__repr__(), *(f"edit: {line}" for line in described(self))])
+
+    def _take(self, module: nn.Module) -> None:
+        """Takes a loaded module in the place of the tree without weights."""
+        self._adopt(module)
+        vars(self)["_source"] = None
 
     def _adopt(self, module: nn.Module) -> None:
         """Takes a module as the wrapped one."""
