@@ -1,7 +1,7 @@
 """Adapters of PEFT: a repository that has what was trained of a model, and names the model.
 
 They are put into the model by Transformers' own methods, so its tree keeps its paths, and the
-adapter's layers are in it.
+adapter's layers are in it. A learnt prompt has no layers to be put in: there PEFT wraps the model.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from torch import nn
 
 from insitu.graph.errors import LoadError
 from insitu.graph.location import Location
@@ -33,19 +31,27 @@ class Adapter(NamedTuple):
     base: str
     where: Mapping[str, Any]
 
-    def put_into(self, tree: nn.Module) -> None:
-        """Puts the adapter's layers into a tree without weights."""
-        from peft import PeftConfig
+    def put_into(self, tree: Any) -> Any:
+        """Returns a tree without weights, with the adapter's layers in it."""
+        from peft import PeftConfig, get_peft_model
 
         config = PeftConfig.from_pretrained(self.place, **self.where)
-        tree.add_adapter(config, adapter_name=_NAME)  # pyright: ignore[reportCallIssue]
+        if config.is_prompt_learning:  # it wraps the model and leaves its layers as they are
+            return get_peft_model(tree, config)
+        tree.add_adapter(config, adapter_name=_NAME)
+        return tree
 
-    def load_into(self, module: nn.Module) -> None:
-        """Puts the adapter's layers into a model, with their weights."""
-        module.load_adapter(  # pyright: ignore[reportCallIssue]
-            self.place, adapter_name=_NAME, adapter_kwargs=dict(self.where)
-        )
-        module.eval()
+    def load_into(self, module: Any) -> Any:
+        """Returns a model with the adapter's layers in it, with their weights."""
+        from peft import PeftConfig, PeftModel
+
+        config = PeftConfig.from_pretrained(self.place, **self.where)
+        if config.is_prompt_learning:
+            module = PeftModel.from_pretrained(module, self.place, **self.where)
+        else:
+            kwargs = dict(self.where)
+            module.load_adapter(self.place, adapter_name=_NAME, adapter_kwargs=kwargs)
+        return module.eval()
 
 
 def find_adapter(place: str, where: Mapping[str, Any], location: Location) -> Adapter | None:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from insitu.graph.location import Location, here
 from insitu.graph.node import Graph
 from insitu.graph.structure import map_structure
 from insitu.models.blocks import block_views
-from insitu.models.estimates import bytes_per_token, estimated_costs
+from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation
 from insitu.models.loading import Source
@@ -107,10 +107,10 @@ class LanguageModel(Model):
                 location,
             )
         super().__init__(module)
-        if "input_ids" not in inspect.signature(type(self._module).forward).parameters:
+        if not _reads_tokens(self._module):
             raise OptionError(
-                f"{type(self._module).__name__} is no language model, because its forward takes no "
-                "`input_ids`: wrap it as `Model(module)`.",
+                f"{type(self._module).__name__} is no language model, because it takes no "
+                "`input_ids` or has no one embedding for them: wrap it as `Model(module)`.",
                 location,
             )
         vars(self).update(_config=config)
@@ -179,7 +179,7 @@ class LanguageModel(Model):
         embedding = self._embedding  # whose `__getattr__` takes a microsecond
         weight = embedding._parameters.get("weight")
         if weight is None:
-            weight = cast("torch.Tensor", embedding.weight)
+            weight = weight_of(embedding)
         if weight.is_meta and self.loaded:  # Accelerate keeps the weights elsewhere
             hook = getattr(embedding, "_hf_hook", None)
             return torch.device(getattr(hook, "execution_device", None) or "cpu")
@@ -507,9 +507,9 @@ class LanguageModel(Model):
                 self._tokenizer,
                 limits,
                 pad_id,
-                embedding.weight.device.type == "cpu",
+                weight_of(embedding).device.type == "cpu",
                 self._processor,
-                module.dtype,
+                None if self._processor is None else module.dtype,
             ),
             pad_id=pad_id,
             unembedding=[path for path, part in self.modules.items() if part is head]
@@ -529,6 +529,16 @@ def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     if not passes_on or inner is None:
         return own
     return {**inspect.signature(inner().forward).parameters, **own}
+
+
+def _reads_tokens(module: Any) -> bool:
+    """Whether a model takes token ids, and has one embedding for them."""
+    if "input_ids" not in inspect.signature(type(module).forward).parameters:
+        return False
+    try:
+        return module.get_input_embeddings() is not None
+    except NotImplementedError:  # it has more than one, or none
+        return False
 
 
 def _decoder_start(*configs: Any) -> int | None:

@@ -89,7 +89,7 @@ class Source:
             with torch.device("meta"):
                 tree = make(copy.deepcopy(self.config), **kwargs)
                 if self._adapter is not None:
-                    self._adapter.put_into(tree)
+                    tree = self._adapter.put_into(tree)
         except (NotImplementedError, RuntimeError):  # it looks at its weights while it is made
             return None
         return tree.eval()
@@ -103,7 +103,7 @@ class Source:
         try:
             module = self._class.from_pretrained(self._place, **self._kwargs)
             if self._adapter is not None and self._adapter.base != self._adapter.place:
-                self._adapter.load_into(module)
+                module = self._adapter.load_into(module)
         except Exception as error:
             raise LoadError(
                 f"The weights of {self.name!r} cannot be loaded: {type(error).__name__}: "
@@ -122,8 +122,11 @@ class Source:
         try:
             return AutoConfig.from_pretrained(self._place, **self._where)
         except Exception as error:
+            name, model = self.name, "it"
+            if self._adapter is not None:
+                model = f"it has an adapter of {self._adapter.base!r}, which"
             raise LoadError(
-                f"{self.name!r} cannot be loaded: it is no folder with a model, no bundled model "
+                f"{name!r} cannot be loaded: {model} is no folder with a model, no bundled model "
                 f"({', '.join(map(repr, zoo.names()))}), and no repository that can be reached. "
                 f"{_first_line(error)}",
                 location,

@@ -60,6 +60,7 @@ class Model(Handle):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(self, "")
         vars(self).update(edits=(), _source=None, _base=None, _loading=threading.RLock())
+        vars(self)["_unquantised"] = None
         self._adopt(module)
 
     @classmethod
@@ -99,6 +100,9 @@ class Model(Handle):
     _probes: dict[str, Probe | UnknownShapeError]
     _source: Source | None
     _base: Model | None
+    _unquantised: (
+        nn.Module | None
+    )  # has the same shapes, and kernels for quantised weights need data
     _loading: threading.RLock
 
     @property
@@ -151,9 +155,13 @@ class Model(Handle):
         if copies:
             signature += repr(sorted(copies.items(), key=repr))
         if signature not in self._probes:
+            module, modules = self._module, self.modules
+            if self._unquantised is not None:
+                module = self._unquantised
+                modules = dict(module.named_modules(remove_duplicate=False))
             with self.in_use():
                 try:
-                    found = probe(self._module, call, self.modules, views, inside, copies)
+                    found = probe(module, call, modules, views, inside, copies)
                 except UnknownShapeError as error:
                     # Not the error itself: it holds every frame of the forward.
                     self._probes[signature] = UnknownShapeError(*error.args)
@@ -267,8 +275,10 @@ class Model(Handle):
 
     def _take(self, module: nn.Module) -> None:
         """Takes a loaded module in the place of the tree without weights."""
+        tree, paths = self._module, self.modules.keys()
         self._adopt(module)
-        vars(self)["_source"] = None
+        quantised = getattr(module, "is_quantized", False) and self.modules.keys() == paths
+        vars(self).update(_source=None, _unquantised=tree if quantised else None)
 
     def _adopt(self, module: nn.Module) -> None:
         """Takes a module as the wrapped one."""
