@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -79,6 +80,26 @@ def test_the_image_makes_a_difference(model: VisionLanguageModel) -> None:
             with tracer.invoke(TEXT, images=image(seed)):
                 saved.append(model.lm_head.output.save())
     assert (saved[0].value - saved[1].value).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="it looks into what an image became"
+)
+def test_shapes_are_known_before_the_run(model: VisionLanguageModel) -> None:
+    layer = model.model.language_model.layers[1]
+    with model.trace(TEXT, images=image()):
+        assert layer.output[0].shape == (1, 8, 16)
+        assert model.model.multi_modal_projector.output.shape == (1, 4, 16)
+        layer.skip(model.model.language_model.layers[0].output[0])
+        logits = model.lm_head.output.save()
+    with model.generate(TEXT, images=image(), max_new_tokens=2):
+        assert layer.output.shape[0] == (1, 8, 16)
+        assert model.lm_head.output.shape == (1, 1, 1337)
+    with model.trace(TEXT, images=image()):
+        early = model.lm_head(
+            model.model.language_model.norm(model.model.language_model.layers[0].output[0])
+        ).save()
+    torch.testing.assert_close(logits.value, early.value)
 
 
 def test_a_chat_may_have_its_images_in_it_or_beside_it(

@@ -6,6 +6,7 @@ a model is loaded, and nowhere at import of the package.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -153,12 +154,21 @@ class Source:
         import transformers
 
         asked = self._kwargs.get("dtype", self._kwargs.get("torch_dtype"))
-        if asked is None and int(transformers.__version__.partition(".")[0]) < 5:
-            return torch.get_default_dtype()
-        if asked is None or asked == "auto":
+        if asked is None and int(transformers.__version__.partition(".")[0]) >= 5:
+            asked = "auto"
+        if asked == "auto":
             asked = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
         if isinstance(asked, str):
             asked = getattr(torch, asked)
+        quantisation = self._kwargs.get("quantization_config")
+        quantisation = quantisation or getattr(config, "quantization_config", None)
+        if quantisation is not None:  # some kinds have a dtype of their own, where none is asked
+            from transformers.quantizers.auto import AutoHfQuantizer
+
+            with contextlib.suppress(Exception):  # it is not installed: loading will say so
+                quantiser: Any = AutoHfQuantizer.from_config(quantisation)
+                update = getattr(quantiser, "update_dtype", None) or quantiser.update_torch_dtype
+                asked = update(asked)
         return asked or torch.get_default_dtype()
 
 

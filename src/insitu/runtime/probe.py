@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.structure import map_structure
@@ -155,7 +156,7 @@ def probe(
         )
     ]
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), _Assured():
 
             def leaf(item: Any) -> Any:
                 if not isinstance(item, torch.Tensor):
@@ -182,6 +183,29 @@ def probe(
     shown = [call for call in called if returns_tensors(call.output)]
     moments = {place: moment for moment, place in enumerate(seen)}
     return Probe(seen, memory, returned, shown, moments)
+
+
+class _Assured(TorchFunctionMode):
+    """Lets what a model checks about its inputs' content hold: here there is none.
+
+    Where it does not hold, the model's own run will say so. It is what `torch._check_tensor_all`
+    asks, as models do that put what an image became in the place of its tokens.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor._is_all_true:
+            return _Holds
+        return func(*args, **(kwargs or {}))
+
+
+class _Holds:
+    """Stands for a tensor with the one element True."""
+
+    @staticmethod
+    def item() -> bool:
+        return True
 
 
 def _copied(value: Any, parts: tuple[Any, ...] | None) -> Any:
