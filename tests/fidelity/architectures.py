@@ -1,4 +1,7 @@
-"""Small models with random weights, one of each kind of architecture."""
+"""Small models with random weights, one of each kind of architecture.
+
+They are wrapped, and are what most tests of fidelity run on. All architectures are in `zoo`.
+"""
 
 import torch
 from torch import nn
@@ -19,8 +22,9 @@ from transformers import (
 
 from insitu import LanguageModel
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.fidelity.zoo import VOCABULARY, spread_out
 
-VOCABULARY = 100
+__all__ = ["GENERATING", "MAKERS", "VOCABULARY", "make", "spread_out", "tiny_mixtral"]
 
 
 def tiny_bloom() -> nn.Module:
@@ -102,10 +106,3 @@ def make(name: str) -> LanguageModel:
     module = MAKERS[name]().eval()
     spread_out(module)
     return LanguageModel(module)
-
-
-def spread_out(module: nn.Module) -> None:
-    """Makes what is initialised to nothing, such as biases, something that shows."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)

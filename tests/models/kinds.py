@@ -25,7 +25,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from insitu import UnknownShapeError, zoo
+from insitu import zoo
 from tests.fidelity.architectures import spread_out, tiny_bert, tiny_t5
 
 SIZES = {
@@ -145,11 +145,3 @@ def outputs_of(module: nn.Module, path: str, call: Callable[..., Any], **kwargs:
 def first(output: Any) -> Any:
     """The hidden states, where a block returns more."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def check_shape(proxy: Any, shape: tuple[int, ...]) -> None:
-    """Checks a shape before the run; Transformers 4 looks into masks, so it may not be known."""
-    try:
-        assert proxy.shape == shape
-    except UnknownShapeError:
-        assert transformers.__version__.startswith("4.")

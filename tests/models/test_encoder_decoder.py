@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from insitu import LanguageModel
-from tests.models.kinds import bart, check_shape, outputs_of, t5
+from tests.models.kinds import bart, outputs_of, t5
 
 IDS = torch.tensor([[3, 14, 15, 92, 65], [7, 8, 9, 10, 11]])
 CASES = {
@@ -47,7 +47,7 @@ def test_a_trace_gives_the_decoder_its_start_token(case: Any) -> None:
     module, model, (encoder, decoder) = case
     with model.trace(IDS):
         hidden = encoder[1].output[0]
-        check_shape(hidden, (2, 5, 16))
+        assert hidden.shape == (2, 5, 16)
         hidden, logits = hidden.save(), model.output.logits.save()
         late = decoder[1].output.save()
     kwargs = {"input_ids": IDS, "decoder_input_ids": start_of(module, 2)}
@@ -83,7 +83,7 @@ def test_a_generation_has_an_encoder_in_step_0_and_a_decoder_in_all(case: Any) -
     options = {"max_new_tokens": 4, "do_sample": False}
     with model.generate(IDS, **options) as generator:
         read = encoder[1].output[0]
-        check_shape(read, (2, 5, 16))
+        assert read.shape == (2, 5, 16)
         read = read.save()
         with generator.every_step():
             late = decoder[1].output.save()
@@ -165,7 +165,7 @@ def test_a_generation_can_go_on_from_what_the_decoder_is_given(case: Any, begun:
     with model.generate(**options) as generator:
         with generator.invoke(IDS[:1]):
             logits = model.lm_head.output
-            check_shape(logits, (1, 3, 100))
+            assert logits.shape == (1, 3, 100)
             logits = logits.save()
         with generator.invoke(IDS[1:, :3]) as other:
             pass

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from insitu import LanguageModel, LoadError, Model, VisionLanguageModel
@@ -50,7 +49,7 @@ def test_any_model_of_transformers_is_read_without_loading_it_first(
         site = site[int(part)] if part.isdigit() else getattr(site, part)
     with model.trace(**inputs):
         read = site.output
-        if name == "speech" and transformers.__version__.startswith("4."):
+        if name == "speech":  # it is a block's
             read = read[0]
         shape, dtype = read.shape, read.dtype
         read, output = read.save(), model.output[result].save()

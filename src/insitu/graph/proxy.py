@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
-from insitu.graph.errors import NoValueError, OperationError, OptionError, nearest
+from insitu.graph.errors import (
+    NoValueError,
+    OperationError,
+    OptionError,
+    UnknownShapeError,
+    nearest,
+)
 from insitu.graph.location import Location, here, mark
 from insitu.graph.operations import (
     ATTRIBUTE,
@@ -285,7 +291,7 @@ class Proxy(Recorded):
         recording, line = self._recording, mark()
         if recording.holds(self._ref, value, key):
             return
-        if isinstance(key, str) or (isinstance(key, int) and not self._is_tensor()):
+        if isinstance(key, str) or (isinstance(key, int) and not self._is_tensor(key)):
             block = type(self) is StructureProxy
             written = recording.write_part(self._ref, key, value, block, line)
             if written is not None:
@@ -299,8 +305,12 @@ class Proxy(Recorded):
             return
         raise OperationError("`del value[...]` is not recorded: use indexing.", here())
 
-    def _is_tensor(self) -> bool:
-        """Whether this is a tensor and no tuple or dictionary: for a site, from its shape."""
+    def _is_tensor(self, key: int) -> bool:
+        """Whether this is a tensor and no tuple or dictionary: for a site, from its shape.
+
+        Raises:
+            UnknownShapeError: if that is not known. The message is about a write with a key.
+        """
         if not self._operand:
             return False
         recording = self._recording
@@ -308,7 +318,16 @@ class Proxy(Recorded):
         if node.site is None or recording.shapes is None:
             return True
         first = node.site._replace(step=0)  # in later steps its size may differ, but no more
-        return isinstance(recording.shapes.arriving(first), torch.Tensor)
+        try:
+            return isinstance(recording.shapes.arriving(first), torch.Tensor)
+        except UnknownShapeError as error:
+            name = self.written()
+            raise UnknownShapeError(
+                f"It is not known whether `{name}` is a tensor or a tuple: assign all of a tuple, "
+                f"`{name} = (new, *others)`; a part of a tensor is `{name}[{key}, ...] = new`. "
+                f"{error}",
+                here(3),
+            ) from None
 
     # What is shown
 

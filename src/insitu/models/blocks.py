@@ -68,33 +68,90 @@ class BlockView:
         return (hidden, *returned[1:])
 
 
-def block_views(module: nn.Module, layers: int | None, cached: bool) -> dict[str, BlockView]:
+def block_views(module: nn.Module, config: Any, cached: bool) -> dict[str, BlockView]:
     """Returns the view of each transformer block of a model, by path.
-
-    Blocks are found by structure: the first list of modules of one class that is as long as the
-    model is deep.
 
     Args:
         module: the model.
-        layers: how many blocks its config says it has.
+        config: its config, which may hold others: of a decoder, of what looks at images.
         cached: whether it is run with a key-value cache.
     """
+    return {
+        f"{stack}.{layer}": BlockView(layer, cached)
+        for stack, count in find_stacks(module, config).items()
+        for layer in range(count)
+    }
+
+
+def find_stacks(module: nn.Module, config: Any) -> dict[str, int]:
+    """Returns the lists of transformer blocks of a model, by path, with their lengths.
+
+    They are found by structure: lists as long as some part of the model is deep, of modules that
+    are made of modules which have parts themselves, such as attention. What lies inside a block
+    is none.
+
+    Args:
+        module: the model.
+        config: its config.
+    """
+    depths = _depths(config)
+    found: dict[str, int] = {}
     for path, part in module.named_modules():
-        blocks = list(part) if isinstance(part, nn.ModuleList) else []
-        if len(blocks) == layers and len({type(block) for block in blocks}) == 1:
-            return {f"{path}.{layer}": BlockView(layer, cached) for layer in range(len(blocks))}
-    return {}
+        if not isinstance(part, nn.ModuleList) or len(part) not in depths:
+            continue
+        nested = any(path.startswith(f"{stack}.") for stack in found)
+        if not nested and all(map(_has_composite_parts, part)):
+            found[path] = len(part)
+    return found
+
+
+# Where configs say how deep a model is, or its parts are.
+_DEPTHS = (
+    *("num_hidden_layers", "num_layers", "num_encoder_layers", "num_decoder_layers"),
+    *("encoder_layers", "decoder_layers", "n_layer", "n_layers", "depth", "num_blocks"),
+    *("num_layers_per_stack", "num_global_layers"),
+)
+
+
+def _depths(config: Any) -> set[int]:
+    """How deep a config says that a model and its parts are.
+
+    What has `depths` is made of stages of different width: they are shown as they are.
+    """
+    found: set[int] = set()
+    if not hasattr(config, "depths"):
+        sizes = [getattr(config, name, None) for name in _DEPTHS]
+        found.update(size for size in sizes if isinstance(size, int) and size > 0)
+    for part in vars(config).values():
+        if hasattr(part, "get_text_config"):
+            found |= _depths(part)
+    return found
+
+
+def _has_composite_parts(block: nn.Module) -> bool:
+    return any(part._modules for part in block.children())
 
 
 def _keys_and_values(arguments: tuple[Any, ...], layer: int) -> tuple[Any, Any] | None:
-    """One layer's keys and values, from the cache among a block's arguments."""
+    """One layer's keys and values, from the cache among a block's arguments.
+
+    A layer without attention has none, though the model has a cache.
+    """
     for argument in arguments:
         if argument is None or isinstance(argument, torch.Tensor):
             continue
         cache = getattr(argument, "self_attention_cache", argument)
         layers = getattr(cache, "layers", None)
-        if isinstance(layers, list) and layer < len(layers):
-            keys = getattr(layers[layer], "keys", None)
-            values = getattr(layers[layer], "values", None)
-            return None if keys is None or values is None else (keys, values)
+        if isinstance(layers, list):
+            held = layers[layer] if layer < len(layers) else None
+            return _pair(getattr(held, "keys", None), getattr(held, "values", None))
+        # Transformers 4 has others for models with layers of several kinds.
+        keys, values = (getattr(cache, name, None) for name in ("key_cache", "value_cache"))
+        if isinstance(keys, list) and isinstance(values, list) and layer < len(keys):
+            return _pair(keys[layer], values[layer])
     return None
+
+
+def _pair(keys: Any, values: Any) -> tuple[Any, Any] | None:
+    found = isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
+    return (keys, values) if found and keys.ndim == 4 else None

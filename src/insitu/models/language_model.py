@@ -491,7 +491,6 @@ class LanguageModel(Model):
         pads = [pad[0] if isinstance(pad, list) else pad for pad in pads]
         known = limits.vocabulary or text.vocab_size
         pad_id = next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)
-        layers = getattr(text, "num_hidden_layers", None)
         parameters = parameters_of(module)
         generating = module.get_base_model() if hasattr(module, "get_base_model") else module
         vars(self).update(
@@ -502,7 +501,9 @@ class LanguageModel(Model):
             decoder_start=_decoder_start(generation, self._config),
             generating=next(path for path, part in self.modules.items() if part is generating),
             _costs=None,
-            block_views={cached: block_views(module, layers, cached) for cached in (True, False)},
+            block_views={
+                cached: block_views(module, self._config, cached) for cached in (True, False)
+            },
             reader=Reader(
                 self._tokenizer,
                 limits,

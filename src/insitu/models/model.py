@@ -16,6 +16,7 @@ from torch import nn
 from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
+from insitu.models.blocks import block_views
 from insitu.models.loading import Source
 from insitu.models.tasks import saved_class
 from insitu.runtime.eager import eager, is_compiled, uncompiled
@@ -45,6 +46,7 @@ class Model(Handle):
         exclusive: who may use the module: runs of it wait for each other.
         compilable: the parts of it that may be under `torch.compile`.
         edits: what holds in every run.
+        views: how the outputs of transformer blocks are shown, by path, if there are any.
         plans: how blocks were run before.
 
     Example:
@@ -96,13 +98,12 @@ class Model(Handle):
     compilable: Sequence[nn.Module]
     edits: Sequence[Graph]
     plans: Plans[Any]
+    views: Mapping[str, View]
     _module: nn.Module
     _probes: dict[str, Probe | UnknownShapeError]
     _source: Source | None
     _base: Model | None
-    _unquantised: (
-        nn.Module | None
-    )  # has the same shapes, and kernels for quantised weights need data
+    _unquantised: nn.Module | None  # of the same shapes; kernels for quantised weights need data
     _loading: threading.RLock
 
     @property
@@ -154,23 +155,38 @@ class Model(Handle):
         signature = call.signature() if inside is None else f"{inside}: {call.signature()}"
         if copies:
             signature += repr(sorted(copies.items(), key=repr))
+        found = self._probed(signature, call, views, inside, copies, False)
+        if isinstance(found, UnknownShapeError):  # what the model does depends on what it is given
+            signature += call.contents()
+            found = self._probed(signature, call, views, inside, copies, True)
+        if isinstance(found, UnknownShapeError):
+            raise UnknownShapeError(*found.args)
+        return found
+
+    def _probed(
+        self,
+        signature: str,
+        call: Call,
+        views: Mapping[str, View],
+        inside: str | None,
+        copies: Copies,
+        contents: bool,
+    ) -> Probe | UnknownShapeError:
         if signature not in self._probes:
             module, modules = self._module, self.modules
             if self._unquantised is not None:
                 module = self._unquantised
                 modules = dict(module.named_modules(remove_duplicate=False))
+            options = (modules, views, inside, copies, contents)
+            found: Probe | UnknownShapeError
             with self.in_use():
                 try:
-                    found = probe(module, call, modules, views, inside, copies)
+                    found = probe(module, call, *options)
                 except UnknownShapeError as error:
                     # Not the error itself: it holds every frame of the forward.
-                    self._probes[signature] = UnknownShapeError(*error.args)
-                    raise
+                    found = UnknownShapeError(*error.args)
             self._probes[signature] = found
-        found = self._probes[signature]
-        if isinstance(found, UnknownShapeError):
-            raise UnknownShapeError(*found.args)
-        return found
+        return self._probes[signature]
 
     def fake_module(self, path: str) -> Callable[..., Any]:
         """Returns a module as a function on fake tensors."""
@@ -203,7 +219,7 @@ class Model(Handle):
             A context manager, in whose block sites can be read and written.
         """
         given = (args, kwargs) if args or kwargs else None
-        return Tracer(self, Forward(), given)
+        return Tracer(self, Forward(self.views), given)
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.
@@ -211,7 +227,7 @@ class Model(Handle):
         What is saved in it is then a fake tensor: it has a shape and a dtype, and no content.
         """
         given = (args, kwargs) if args or kwargs else None
-        return Tracer(self, Forward(), given, dry=True)
+        return Tracer(self, Forward(self.views), given, dry=True)
 
     def session(self) -> Session:
         """Opens a context for several blocks, which run one after the other when it ends.
@@ -288,15 +304,23 @@ class Model(Handle):
         for part in modules.values():
             if isinstance(part, nn.ModuleList | nn.Sequential):
                 compilable.extend(part)
+        config = getattr(module, "config", None)
+        views = block_views(module, config, True) if hasattr(config, "get_text_config") else {}
         vars(self).update(_module=module, modules=modules, exclusive=exclusive(module))
-        vars(self).update(_probes={}, plans=Plans(), compilable=compilable)
+        vars(self).update(_probes={}, plans=Plans(), compilable=compilable, views=views)
 
 
 class Forward:
-    """One forward for each invocation, with its own arguments."""
+    """One forward for each invocation, with its own arguments.
 
-    views: Mapping[str, View] = MappingProxyType({})
+    Args:
+        views: how outputs are shown, by path.
+    """
+
     steps = 1
+
+    def __init__(self, views: Mapping[str, View]) -> None:
+        self.views = views
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
         """Returns the arguments of an invocation."""

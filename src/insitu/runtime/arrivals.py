@@ -92,7 +92,7 @@ class Arrivals:
         self._skipping: dict[nn.Module, int] = {}
         self._forwards: dict[nn.Module, Any] = {}
         self._watching = ExitStack()
-        self.clock = _Clock(readers, 0 if single.stepped is None else -1)
+        self.clock = _Clock(readers)
         self.stopped = False
 
     def begin(self) -> None:
@@ -106,7 +106,7 @@ class Arrivals:
             before = cast("dict[Any, Any]", self._modules[""]._forward_pre_hooks)
             key = self._begin_step
             before[key] = key
-            self._hooks["", "inputs", -1, 0] = (before, None, key)
+            self._hooks["", "inputs", -1, 0] = (before, None, key, None)
         owners: set[str] = set()
         for path, kind, _, _ in self._readers:
             first = (path, kind, 0, 0)
@@ -282,29 +282,28 @@ class _Clock:
 
     Args:
         readers: who waits for what, by moment. What has come is taken out.
-        step: the step that runs, -1 if the first is yet to begin.
 
     Attributes:
-        step: the step that runs.
+        step: the step that runs. What runs before the first forward, as an encoder does, is of
+            the first step too.
         calls: how often each place was passed in it.
         most: how often each module was called in one step, at most.
     """
 
-    def __init__(self, readers: dict[Moment, list[tuple[int, int]]], step: int) -> None:
+    def __init__(self, readers: dict[Moment, list[tuple[int, int]]]) -> None:
         self.readers = readers
-        self.step = step
+        self.step = 0
+        self._begun = False
         self.calls: Counter[Moment] = Counter()
         self.most: Counter[str] = Counter()
         self._came: set[Moment] = set()
 
     def next_step(self) -> bool:
-        """Goes on to the next step, and returns whether there was one before.
-
-        What ran before the first, such as an encoder, is a part of it: its calls count.
-        """
-        self.step += 1
-        if self.step == 0:
+        """Goes on to the next step, and returns whether there was one before."""
+        if not self._begun:
+            self._begun = True
             return False
+        self.step += 1
         self.calls.clear()
         return True
 
@@ -317,7 +316,7 @@ class _Clock:
         every = (path, kind, call, EVERY)
         if every in self.readers:
             self._came.add(every)
-        now = self.readers.pop((path, kind, call, max(self.step, 0)), ())
+        now = self.readers.pop((path, kind, call, self.step), ())
         return [*self.readers.get(every, ()), *now]
 
     def place(self, first: Moment) -> Place:

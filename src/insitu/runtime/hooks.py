@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Protocol, cast
 
@@ -23,8 +24,9 @@ Place = tuple[str, Kind, int]
 Moment = tuple[str, Kind, int, int]
 """A place in one step: a site, for all invocations."""
 
-Hook = tuple[dict[Any, Any], dict[Any, bool] | None, Callable[..., Any]]
-"""A hook as it lies in a module: the table, the table of those that take keywords, and its key."""
+Hook = tuple[dict[Any, Any], dict[Any, bool] | None, Callable[..., Any], Collection[Any] | None]
+"""A hook as it lies in a module: the table, the table of those that take keywords, its key, and
+the order of the other hooks, if that was changed."""
 
 
 class Cut(Protocol):
@@ -133,16 +135,61 @@ def put_hook(
     hooks[key] = key
     if flags is not None:
         flags[key] = True
-    return hooks, flags, key
+    order = _put_own_last(module, hooks) if len(hooks) > 1 else None
+    return hooks, flags, key, order
 
 
 def remove_hook(hook: Hook) -> None:
     """Takes a hook off its module, if it is still there."""
-    table, flags, key = hook
+    table, flags, key, order = hook
     if key in table:
         del table[key]
         if flags is not None:
             del flags[key]
+    if order is not None:
+        reorder(table, order)
+
+
+def _put_own_last(module: nn.Module, hooks: dict[Any, Any]) -> Collection[Any] | None:
+    """Lets the hooks that belong to a module come after all others; returns the order before.
+
+    A library's hook on its own module notes what the module returns, which the model may go on
+    with: it has to note what was written. The user's hooks come before ours, as they stand.
+    """
+    library = _library(type(module).__module__)
+    own = [key for key, hook in hooks.items() if _library(_written_in(hook)) == library]
+    if not own or not _is_installed(library):
+        return None
+    before = tuple(hooks)
+    reorder(hooks, own)
+    return before
+
+
+def reorder(table: dict[Any, Any], order: Collection[Any]) -> None:
+    """Brings entries of a table to its end, in some order.
+
+    Args:
+        table: the table.
+        order: keys, of which some may be gone.
+    """
+    for key in order:
+        if key in table:
+            table[key] = table.pop(key)
+
+
+def _written_in(hook: Any) -> str:
+    return getattr(hook, "__module__", None) or ""
+
+
+def _library(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@lru_cache(maxsize=64)
+def _is_installed(library: str) -> bool:
+    """Whether a package is somebody else's, and no code of the user's."""
+    file = getattr(sys.modules.get(library), "__file__", None)
+    return file is not None and "site-packages" in file
 
 
 def passing_value(

@@ -32,6 +32,7 @@ from insitu.runtime.hooks import (
     passing_value,
     put_hook,
     remove_hook,
+    reorder,
 )
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.plan import Plan
@@ -195,11 +196,13 @@ def run_pass(
         if arrivals is not None:
             arrivals.end()
         _set_grad_enabled(grad_enabled)
-        for table, flags, key in hooks.values():  # `remove_hook`, without a call for each
+        for table, flags, key, order in hooks.values():  # `remove_hook`, without a call for each
             if key in table:
                 del table[key]
                 if flags is not None:
                     del flags[key]
+            if order is not None:
+                reorder(table, order)
         hooks.clear()  # they refer to `arrived`, which refers to them and to every value
     if arrivals is not None:
         if single.stepped is not None:

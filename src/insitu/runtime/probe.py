@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.structure import map_structure
 from insitu.graph.writing import replaced
+from insitu.runtime.contents import Contents, has_contents
 from insitu.runtime.hooks import Place, View, clone, first_argument, handed_over
 from insitu.runtime.inside import Called, returns_tensors, watched
 from insitu.runtime.memory import Memory, storage_of
@@ -40,6 +40,14 @@ class Call(NamedTuple):
             if isinstance(item, torch.Tensor):
                 return f"{item.dtype}{tuple(item.shape)}"
             return repr(item)
+
+        return repr(map_structure(leaf, (self.args, self.kwargs)))
+
+    def contents(self) -> str:
+        """Returns a string that is equal for calls with equal integers in their tensors."""
+
+        def leaf(item: Any) -> Any:
+            return item.tolist() if has_contents(item) else None
 
         return repr(map_structure(leaf, (self.args, self.kwargs)))
 
@@ -75,17 +83,19 @@ def probe(
     views: Mapping[str, View],
     inside: str | None = None,
     copies: Copies = _NO_COPIES,
+    contents: bool = False,
 ) -> Probe:
     """Runs a module on fake tensors and returns what passed its sites.
 
     Args:
         module: the module; on any device, the meta device too. It is changed for the duration,
             so the caller must hold it (see `exclusive`).
-        call: what to call it with; the tensors' shapes and dtypes count, their content does not.
+        call: what to call it with; the tensors' shapes and dtypes count.
         modules: its tree, by path.
         views: how outputs are shown, by path.
         inside: the module in whose forward the calls of torch functions are wanted too.
         copies: the places from which the model is to go on with copies.
+        contents: whether integers in the call's tensors count too. It takes longer.
 
     Raises:
         UnknownShapeError: if the module cannot be run without data.
@@ -156,13 +166,16 @@ def probe(
         )
     ]
     try:
-        with mode, torch.no_grad(), _Assured():
+        known = Contents() if contents else None
+        with mode, torch.no_grad(), known or nullcontext():
 
             def leaf(item: Any) -> Any:
                 if not isinstance(item, torch.Tensor):
                     return item
                 fake = _fake(item)
                 own.add(storage_of(fake))
+                if known is not None and has_contents(item):
+                    known.give(fake, item)
                 return fake
 
             args, kwargs = map_structure(leaf, tuple(call))
@@ -183,29 +196,6 @@ def probe(
     shown = [call for call in called if returns_tensors(call.output)]
     moments = {place: moment for moment, place in enumerate(seen)}
     return Probe(seen, memory, returned, shown, moments)
-
-
-class _Assured(TorchFunctionMode):
-    """Lets what a model checks about its inputs' content hold: here there is none.
-
-    Where it does not hold, the model's own run will say so. It is what `torch._check_tensor_all`
-    asks, as models do that put what an image became in the place of its tokens.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.Tensor._is_all_true:
-            return _Holds
-        return func(*args, **(kwargs or {}))
-
-
-class _Holds:
-    """Stands for a tensor with the one element True."""
-
-    @staticmethod
-    def item() -> bool:
-        return True
 
 
 def _copied(value: Any, parts: tuple[Any, ...] | None) -> Any:
