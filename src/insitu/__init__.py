@@ -24,6 +24,7 @@ from insitu.graph.errors import (
 from insitu.graph.proxy import Proxy
 from insitu.models.language_model import LanguageModel
 from insitu.models.model import Model
+from insitu.models.vision_language_model import VisionLanguageModel
 
 with contextlib.suppress(ImportError):  # einops is no dependency: it is used where it is installed
     import insitu.graph.einops_backend  # noqa: F401
@@ -47,6 +48,7 @@ __all__ = [
     "Proxy",
     "ShapeError",
     "UnknownShapeError",
+    "VisionLanguageModel",
     "WireError",
     "apply",
     "cond",

@@ -184,7 +184,7 @@ class Batches:
                     return forward(model, module, kwargs, prompts)
 
             summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], None)
-            return Pass(call, own, True, False, stretch.reads, None, summary)
+            return Pass(call, own, True, None, stretch.reads, None, summary)
 
         prefix = Prefix(self._blocks, stretch.leaves, stretch.caches)
         for number, part in zip(stretch.runs, batch.parts, strict=True):
@@ -199,7 +199,7 @@ class Batches:
 
         through = prefix.through
         summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], through)
-        return Pass(leave, own, True, False, stretch.reads, through, summary)
+        return Pass(leave, own, True, None, stretch.reads, through, summary)
 
     def _resumed(
         self,
@@ -239,7 +239,7 @@ class Batches:
 
         last: Place = (self._blocks.paths[entering[-1].level - 1], "output", 0)
         summary = partial(self._of_resumed, stretch, last)
-        return Pass(call, own, True, False, stretch.reads, last, summary)
+        return Pass(call, own, True, None, stretch.reads, last, summary)
 
     def _of_whole(
         self, stretch: _Stretch, invocations: Sequence[int], rows: int, through: Place | None

@@ -220,8 +220,11 @@ class Body:
         failure: Exception | None = None
         with model.in_use(), attending(model.module, implementation):
             for fake in (True, False) if model.loaded else (True,):
+                module, modules = (
+                    model.without_data if fake else (model.module, model.modules)
+                )
                 try:
-                    return watch(model.module, model.modules, call, fake)
+                    return watch(module, modules, call, fake)
                 except Exception as error:  # whatever a model makes of the call, or of no data
                     failure = error
         raise UnknownShapeError(

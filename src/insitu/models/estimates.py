@@ -34,8 +34,9 @@ def estimated_costs(
         device: where it runs.
     """
     head = module.get_output_embeddings()
-    unembedding = 2.0 * head.weight.numel() if head is not None else 0.0
-    embeddings = {id(part.weight) for part in (module.get_input_embeddings(), head) if part}
+    unembedding = 2.0 * weight_of(head).numel() if head is not None else 0.0
+    ends = (module.get_input_embeddings(), head)
+    embeddings = {id(weight_of(part)) for part in ends if part}
     text = module.config.get_text_config()
     width = getattr(text, "hidden_size", 0)
     heads = getattr(text, "num_attention_heads", 0)
@@ -62,6 +63,12 @@ def estimated_costs(
         call=8 * _CALL,
         unembedding=unembedding,
     )
+
+
+def weight_of(part: Any) -> torch.Tensor:
+    """Returns the weight of a module: a method gives it where torch has quantised it."""
+    weight = part.weight
+    return weight if isinstance(weight, torch.Tensor) else weight()
 
 
 def _chosen_experts(text: Any) -> float:

@@ -72,13 +72,17 @@ class LanguageForward:
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""
-        if len(args) != 1 or kwargs:
+        reader = self._model.reader
+        if len(args) != 1 or not kwargs.keys() <= set(reader.media):
+            more = f"{', '.join(f'`{name}=`' for name in reader.media)} with it" * bool(
+                reader.media
+            )
             raise PromptTypeError(
-                "An invocation of a trace takes one prompt and nothing else; options of the "
-                "forward are given to `trace`.",
+                f"An invocation of a trace takes one prompt and {more or 'nothing else'}; options "
+                "of the forward are given to `trace`.",
                 Location(*mark),
             )
-        return self._model.reader.read(args[0], "right", mark)
+        return reader.read(args[0], "right", mark, kwargs)
 
     def example(self, request: Prompt) -> Call:
         """Returns the forward of a prompt alone."""

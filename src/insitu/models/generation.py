@@ -15,7 +15,7 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import Site
 from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, join, lie_apart
-from insitu.models.prompts import Prompt
+from insitu.models.prompts import Prompt, Side
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Own, Pass
@@ -25,6 +25,7 @@ from insitu.runtime.procedure import Outputs, Schedule, Work
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
 
+_NO_EXTRAS: Mapping[str, Any] = {}
 # Options with which a row of a batch continues as it would alone.
 _BATCHABLE = frozenset(
     [
@@ -68,6 +69,8 @@ class Generation:
         self._location = location
         self._options = options
         self.steps = steps
+        # Who continues the prompt itself begins at its end; a decoder has a beginning of its own.
+        self._side: Side = "right" if model.config.is_encoder_decoder else "left"
         self._cached = bool(self._setting(model.module, "use_cache"))
         self.views = model.block_views[self._cached]
 
@@ -80,18 +83,21 @@ class Generation:
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with its seed."""
         seed = kwargs.pop("seed", None)
-        if len(args) != 1 or kwargs or not (seed is None or isinstance(seed, int)):
+        reader = self._model.reader
+        strange = not kwargs.keys() <= set(reader.media)
+        if len(args) != 1 or strange or not (seed is None or isinstance(seed, int)):
+            more = "".join(f"`{name}=`, " for name in reader.media)
             raise PromptTypeError(
-                "An invocation of a generation takes one prompt, and `seed=` with an integer for "
-                "its sampling; options are given to `generate`.",
+                f"An invocation of a generation takes one prompt, {more}and `seed=` with an "
+                "integer for its sampling; options are given to `generate`.",
                 Location(*mark),
             )
-        prompt = self._model.reader.read(args[0], "left", mark)
+        prompt = reader.read(args[0], self._side, mark, kwargs)
         return prompt._replace(seed=seed)
 
     def example(self, request: Prompt) -> Call:
         """Returns the forward that `generate` begins with for a prompt alone."""
-        return self._first_forward(request.ids)
+        return self._first_forward(request.ids, request.extras)
 
     def check_tokens(self, location: Location) -> None:
         """Raises if the steps choose no token for each row.
@@ -120,7 +126,7 @@ class Generation:
                 lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
                 self._begin,
                 self.views,
-                "left",
+                self._side,
             )
             if separation is not None:
                 obstacle = separation.obstacle(sites, work.written)
@@ -148,7 +154,7 @@ class Generation:
         self, layouts: Layouts, module: nn.Module, requests: Sequence[Prompt]
     ) -> list[Pass]:
         """One pass for all prompts."""
-        batch = join(requests, "left", self._model.pad_id)
+        batch = join(requests, self._side, self._model.pad_id)
         whole = Prompt(batch.ids, requests[0].mark, batch.mask)
         return [self._pass(module, whole, dict(enumerate(cuts(batch, layouts))), requests)]
 
@@ -177,7 +183,7 @@ class Generation:
         """The pass of a prompt, which may be a batch of several requests."""
         if not self._model.reader.lookups_check:
             for request in requests:
-                self._model.reader.check_length(request, self._options.get("max_new_tokens", 1))
+                self._model.reader.check_length(request, self._following)
         kwargs = self._arguments(prompt)
         implementation = kwargs.pop(OPTION, None)
 
@@ -189,10 +195,10 @@ class Generation:
                 with _seeded(prompt.seed), attending(module, implementation):
                     return module.generate(**placed)  # pyright: ignore[reportCallIssue]
             except IndexError:
-                self._model.explain(requests, self._options.get("max_new_tokens", 1))
+                self._model.explain(requests, self._following)
                 raise
 
-        return Pass(call, cuts, may_stop=False, stepped=True, apart=apart)
+        return Pass(call, cuts, may_stop=False, stepped=self._model.generating, apart=apart)
 
     def _begin(self, module: nn.Module, prompt: Prompt) -> None:
         """Generates one token, with nobody looking."""
@@ -210,8 +216,8 @@ class Generation:
             **self._options,
         }
 
-    def _first_forward(self, ids: torch.Tensor) -> Call:
-        kwargs: dict[str, Any] = {"input_ids": ids}
+    def _first_forward(self, ids: torch.Tensor, extras: Mapping[str, Any] = _NO_EXTRAS) -> Call:
+        kwargs: dict[str, Any] = {"input_ids": ids, **extras}
         parameters = self._model.forward_parameters
         if "position_ids" in parameters:  # `generate` makes them from the mask
             kwargs["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape)
@@ -220,10 +226,19 @@ class Generation:
         if "logits_to_keep" in parameters:  # `generate` wants the last position's only
             kwargs["logits_to_keep"] = 1
         if self._model.config.is_encoder_decoder:
-            kwargs["decoder_input_ids"] = torch.zeros(ids.shape[0], 1, dtype=torch.int64)
+            given = extras.get("decoder_input_ids", self._options.get("decoder_input_ids"))
+            kwargs["decoder_input_ids"] = self._decoder_prompt(ids.shape[0], given)
         if OPTION in self._options:
             kwargs[OPTION] = self._options[OPTION]
         return Call((), kwargs)
+
+    def _decoder_prompt(self, rows: int, given: torch.Tensor | None) -> torch.Tensor:
+        """What a decoder begins with: its start token, and what was given for it, if anything."""
+        start = torch.full((rows, 1), self._model.decoder_start or 0)
+        if given is None:
+            return start
+        begun = not bool((given[:, 0] != start[0, 0].to(given.device)).all())
+        return given if begun else torch.cat([start.to(given.device), given], 1)
 
     def _batchable(self, module: nn.Module, requests: Sequence[Prompt]) -> bool:
         """Whether each prompt goes on in a batch as it would alone."""
@@ -234,6 +249,12 @@ class Generation:
             and not any(prompt.extras for prompt in requests)
             and all(self._setting(module, k) in off for k, off in _UNBATCHABLE_UNLESS.items())
         )
+
+    @property
+    def _following(self) -> int:
+        """How many tokens come where the prompt is."""
+        decodes = self._model.config.is_encoder_decoder
+        return 1 if decodes else self._options.get("max_new_tokens", 1)
 
     def _setting(self, module: nn.Module, name: str) -> Any:
         """An option of the generation: the user's, or the model's own."""

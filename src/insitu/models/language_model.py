@@ -5,28 +5,30 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from insitu.graph.errors import LoadError, OptionError, ShapeError
-from insitu.graph.location import here
+from insitu.graph.location import Location, here
 from insitu.graph.node import Graph
+from insitu.graph.structure import map_structure
 from insitu.models.blocks import block_views, find_stacks
 from insitu.models.body import Body
-from insitu.models.estimates import bytes_per_token, estimated_costs
+from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation
 from insitu.models.loading import Source
+from insitu.models.media import MEDIA
 from insitu.models.model import Model
 from insitu.models.prompts import Limits, Prompt, Reader, Side
 from insitu.models.resume import find_chain
 from insitu.models.separation import Separation, Trial
+from insitu.models.tasks import language_class
 from insitu.models.vocabulary import Names
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
@@ -42,20 +44,26 @@ _UNKNOWN = object()
 
 
 class LanguageModel(Model):
-    """A causal language model of Hugging Face, whose inside can be read while it runs.
+    """A language model of Hugging Face, whose inside can be read while it runs.
 
-    Config and tokenizer are read at once; the module tree is there too, without weights, so
-    paths, `print(model)` and shapes work. Weights are loaded by the first run, or by `load()`.
+    It may be causal, masked, or an encoder and decoder. Config and tokenizer are read at once; the
+    module tree is there too, without weights, so paths, `print(model)` and shapes work. Weights
+    are loaded by the first run, or by `load()`.
 
     Args:
         model: a repo id, a folder, the name of a bundled model such as "insitu/eiffel", or a
-            Transformers model in memory.
+            Transformers model in memory. A repository or folder may have an adapter of PEFT in
+            place of a model, and a model in memory may be one of PEFT.
         tokenizer: a tokenizer to use in place of the model's own.
-        kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision` and
-            whatever else it takes.
+        task: what it is loaded for: "causal", "masked" or "encoder-decoder", or a name that
+            Hugging Face has for one of them, such as "text-generation", "fill-mask" or
+            "text2text-generation". Unless given, what its weights were saved for.
+        kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision`,
+            `quantization_config` and whatever else it takes.
 
     Raises:
         LoadError: if there is no such model.
+        OptionError: if it is no language model, or there is none of its type for the task.
 
     Example:
         >>> from insitu import LanguageModel
@@ -67,56 +75,88 @@ class LanguageModel(Model):
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | nn.Module, tokenizer: Any = None, **kwargs: Any
+        self,
+        model: str | os.PathLike[str] | nn.Module,
+        tokenizer: Any = None,
+        *,
+        task: str | None = None,
+        **kwargs: Any,
     ) -> None:
         location = here()
-        source: Source | None = None
         if isinstance(model, nn.Module):
-            if kwargs:
-                raise OptionError(
-                    f"{', '.join(map(repr, kwargs))} would be passed to `from_pretrained`, but the "
-                    "model is in memory already.",
-                    location,
-                )
-            config: Any = getattr(model, "config", None)
-            if not hasattr(config, "get_text_config"):
-                raise OptionError(
-                    f"{type(model).__name__} is no Transformers model: wrap it as `Model(module)`.",
-                    location,
-                )
-            super().__init__(model)
+            given = dict(kwargs) if task is None else {"task": task, **kwargs}
+            self._wrap(model, given, location)
         else:
-            source = Source(os.fspath(model), kwargs)
-            config = source.config(location)
+            choose = partial(language_class, asked=task)
+            source = self._open(model, kwargs, choose, location)
             if tokenizer is None:
                 tokenizer = source.tokenizer()
-            super().__init__(source.tree(config))
-        vars(self).update(
-            _source=source,
-            _config=config,
-            _tokenizer=tokenizer,
-            _loading=threading.RLock(),
-            _base=None,
-        )
+        vars(self)["_tokenizer"] = tokenizer
         self._describe()
 
-    _source: Source | None
-    _base: LanguageModel | None
+    def _wrap(self, module: nn.Module, kwargs: dict[str, Any], location: Location) -> None:
+        """Takes a module in memory."""
+        if kwargs:
+            raise OptionError(
+                f"{', '.join(map(repr, kwargs))} would be used to load a model, but the model is "
+                "in memory already.",
+                location,
+            )
+        config: Any = getattr(module, "config", None)
+        if not hasattr(config, "get_text_config"):
+            raise OptionError(
+                f"{type(module).__name__} is no Transformers model: wrap it as `Model(module)`.",
+                location,
+            )
+        super().__init__(module)
+        if not _reads_tokens(self._module):
+            raise OptionError(
+                f"{type(self._module).__name__} is no language model, because it takes no "
+                "`input_ids` or has no one embedding for them: wrap it as `Model(module)`.",
+                location,
+            )
+        vars(self).update(_config=config)
+
+    def _open(
+        self,
+        name: str | os.PathLike[str],
+        kwargs: dict[str, Any],
+        choose: Callable[[Any, Location], Any],
+        location: Location,
+    ) -> Source:
+        """Takes a model in files, and returns where it comes from."""
+        source = Source(os.fspath(name), kwargs, choose, location)
+        tree = source.tree()
+        super().__init__(source.weights(location) if tree is None else tree)
+        vars(self).update(_config=source.config, _source=None if tree is None else source)
+        return source
+
     _config: Any
     _tokenizer: Any
-    _loading: threading.RLock
+    _processor: Any = None
     _separations: dict[tuple[str, bool], Separation | None]
     _forward: LanguageForward
     _chain: Any
-    _decoder_start: Any
     _costs: Costs | None
     _attention: str | None
     reader: Reader
     pad_id: int
+    decoder_start: int | None
+    generating: str
     unembedding_paths: Sequence[str]
     block_views: Mapping[bool, Mapping[str, View]]
     forward_parameters: Mapping[str, inspect.Parameter]
     takes_use_cache: bool
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Returns `LanguageModel(name, **kwargs)`.
+
+        Args:
+            name: as of the class.
+            kwargs: as of the class.
+        """
+        return cls(name, **kwargs)
 
     @property
     def config(self) -> Any:
@@ -136,35 +176,16 @@ class LanguageModel(Model):
         return self._tokenizer
 
     @property
-    def loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return self._source is None
-
-    @property
     def device(self) -> torch.device:
         """Where token ids have to be: the device of the input embedding."""
         embedding = self._embedding  # whose `__getattr__` takes a microsecond
         weight = embedding._parameters.get("weight")
         if weight is None:
-            weight = cast("torch.Tensor", embedding.weight)
+            weight = weight_of(embedding)
         if weight.is_meta and self.loaded:  # Accelerate keeps the weights elsewhere
             hook = getattr(embedding, "_hf_hook", None)
             return torch.device(getattr(hook, "execution_device", None) or "cpu")
         return weight.device
-
-    def load(self) -> nn.Module:
-        """Loads the weights, if they are not there yet, and returns the module.
-
-        Raises:
-            LoadError: if the files cannot be read. The model is as before, and can try again.
-        """
-        if self._source is not None:
-            with self._loading:
-                if self._source is not None and self._base is not None:
-                    self._take(self._base.load())
-                elif self._source is not None:
-                    self._take(self._source.weights(here()))
-        return self._module
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
@@ -180,7 +201,6 @@ class LanguageModel(Model):
             graph: what the edit has recorded.
         """
         other = super().edited(graph)
-        vars(other)["_base"] = self
         other._describe()
         vars(other)["_separations"] = self._separations  # edits are no part of the module
         return other
@@ -210,7 +230,7 @@ class LanguageModel(Model):
             a proxy.
         """
         self._notice()
-        given = None if prompt is None else ((prompt,), {})
+        given = self._given(prompt, kwargs) if kwargs or prompt is not None else None
         forward = self._forward
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
             if max_tokens_per_pass is not None and max_tokens_per_pass < 1:
@@ -241,7 +261,7 @@ class LanguageModel(Model):
             kwargs: as of `trace`.
         """
         self._notice()
-        given = None if prompt is None else ((prompt,), {})
+        given = self._given(prompt, kwargs)
         forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
         return Tracer(self, forward, given, dry=True)
 
@@ -261,16 +281,31 @@ class LanguageModel(Model):
             is what `generate` returned, once the block has ended.
 
         Raises:
-            OptionError: if `max_new_tokens` is no positive number.
+            OptionError: if `max_new_tokens` is no positive number, or the model generates nothing.
         """
         self._notice()
-        given = None
-        if prompt is None and "seed" in kwargs:
-            raise OptionError("Each prompt has its own seed: give it to `invoke`.", here())
-        if prompt is not None:
-            seed = {"seed": kwargs.pop("seed")} if "seed" in kwargs else {}
-            given = ((prompt,), seed)
+        if not getattr(self._module, "can_generate", lambda: False)():
+            raise OptionError(
+                f"{type(self._module).__name__} does not generate: use `trace`.", here()
+            )
+        given = self._given(prompt, kwargs, "seed")
         return Tracer(self, Generation(self, kwargs, here()), given, promises_output=True)
+
+    def _given(
+        self, prompt: Any, kwargs: dict[str, Any], *names: str
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What a block gives to its one invocation, taken out of its options; None if nothing."""
+        own = {name: kwargs.pop(name) for name in (*MEDIA, *names) if name in kwargs}
+        for name in own:
+            if prompt is None:
+                raise OptionError(f"Each prompt has its own `{name}`: give it to `invoke`.", here())
+            if name in MEDIA and name not in self.reader.media:
+                raise OptionError(
+                    f"A {type(self).__name__} takes no `{name}`: load it as a "
+                    "`VisionLanguageModel`.",
+                    here(),
+                )
+        return None if prompt is None else ((prompt,), own)
 
     def placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns keyword arguments with their tensors on the model's device.
@@ -278,10 +313,11 @@ class LanguageModel(Model):
         To be called by the thread whose turn it is to run the model.
         """
         device = self.device
-        return {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in kwargs.items()
-        }
+
+        def leaf(item: Any) -> Any:
+            return item.to(device) if isinstance(item, torch.Tensor) else item
+
+        return map_structure(leaf, kwargs)
 
     @property
     def is_training(self) -> bool:
@@ -401,6 +437,8 @@ class LanguageModel(Model):
         plain = {"use_cache": False} if self.takes_use_cache else {}
         if not self.loaded or not views or "past_key_values" not in self.forward_parameters:
             return None
+        if self._config.is_encoder_decoder:  # its blocks are not one chain
+            return None
         if options != plain or self.has_hooks:  # these are to see all blocks and positions
             return None
         if self._chain is _UNKNOWN:
@@ -411,23 +449,6 @@ class LanguageModel(Model):
                 )
             vars(self)["_chain"] = found
         return self._chain
-
-    @property
-    def decoder_start(self) -> int | None:
-        """What the decoder is given where a forward cannot do without; None if it can.
-
-        It is the token with which a generation begins.
-        """
-        if self._decoder_start is _UNKNOWN:
-            found: int | None = None
-            try:
-                self.probe(Call((), {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}), {})
-            except ShapeError:
-                for config in (getattr(self._module, "generation_config", None), self._config):
-                    if found is None:
-                        found = getattr(config, "decoder_start_token_id", None)
-            vars(self)["_decoder_start"] = found
-        return self._decoder_start
 
     @property
     def _vocabulary(self) -> int:
@@ -452,12 +473,10 @@ class LanguageModel(Model):
     def __repr__(self) -> str:
         state = "" if self.loaded else ", weights not loaded yet"
         name = type(self._module).__name__ if self._source is None else repr(self._source.name)
-        return f"LanguageModel({name}{state})\n{super().__repr__()}"
+        return f"{type(self).__name__}({name}{state})\n{super().__repr__()}"
 
     def _take(self, module: nn.Module) -> None:
-        """Takes a loaded module in the place of the tree without weights."""
-        self._adopt(module)
-        vars(self)["_source"] = None
+        super()._take(module)
         self._describe()
 
     def _describe(self) -> None:
@@ -475,18 +494,27 @@ class LanguageModel(Model):
         pads = [pad[0] if isinstance(pad, list) else pad for pad in pads]
         known = limits.vocabulary or text.vocab_size
         pad_id = next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)
-        parameters = inspect.signature(module.forward).parameters
+        parameters = parameters_of(module)
+        generating = module.get_base_model() if hasattr(module, "get_base_model") else module
         vars(self).update(
             _embedding=embedding,
             _attention=vars(self._config).get(_ATTENTION),
             _separations={},
             _chain=_UNKNOWN,
-            _decoder_start=_UNKNOWN if self._config.is_encoder_decoder else None,
+            decoder_start=_decoder_start(generation, self._config),
+            generating=next(path for path, part in self.modules.items() if part is generating),
             _costs=None,
             block_views={
                 cached: block_views(module, self._config, cached) for cached in (True, False)
             },
-            reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),
+            reader=Reader(
+                self._tokenizer,
+                limits,
+                pad_id,
+                weight_of(embedding).device.type == "cpu",
+                self._processor,
+                None if self._processor is None else module.dtype,
+            ),
             pad_id=pad_id,
             unembedding_paths=[path for path, part in self.modules.items() if part is head]
             if head
@@ -495,3 +523,37 @@ class LanguageModel(Model):
             takes_use_cache="use_cache" in parameters,
         )
         vars(self)["_forward"] = LanguageForward(self, {})  # what most traces use
+
+
+def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a module's forward, and of what it passes the others on to."""
+    own = inspect.signature(module.forward).parameters
+    passes_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in own.values())
+    inner: Any = getattr(module, "get_base_model", None)  # of a module of PEFT
+    if not passes_on or inner is None:
+        return own
+    return {**inspect.signature(inner().forward).parameters, **own}
+
+
+def _reads_tokens(module: Any) -> bool:
+    """Whether a model takes token ids, and has one embedding for them."""
+    if "input_ids" not in inspect.signature(type(module).forward).parameters:
+        return False
+    try:
+        return module.get_input_embeddings() is not None
+    except NotImplementedError:  # it has more than one, or none
+        return False
+
+
+def _decoder_start(*configs: Any) -> int | None:
+    """The token with which a decoder begins, None where there is none beside an encoder."""
+    if not configs[-1].is_encoder_decoder:
+        return None
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for config in configs:
+            start = getattr(config, name, None)
+            if isinstance(start, list):
+                start = start[0]
+            if start is not None:
+                return start
+    return None

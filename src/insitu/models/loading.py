@@ -1,12 +1,14 @@
 """From a repo id or a folder to a config, a tokenizer, a tree without weights, and weights.
 
 Everything goes through Hugging Face's own `from_pretrained`. Transformers is imported here, when
-a language model is made, and nowhere at import of the package.
+a model is loaded, and nowhere at import of the package.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from insitu import zoo
 from insitu.graph.errors import LoadError
 from insitu.graph.location import Location
+from insitu.models.adapters import find_adapter
 
 # Arguments of `from_pretrained` that say where files are, so config and tokenizer need them too.
 _WHERE = frozenset(
@@ -29,61 +32,67 @@ class Source:
     """Where a model comes from, and how it is to be loaded.
 
     Args:
-        name: a repo id, a folder, or the name of a bundled model.
+        name: a repo id, a folder, or the name of a bundled model. It may have an adapter of PEFT
+            in place of a model.
         kwargs: keyword arguments for `from_pretrained`.
+        choose: gives the class to load it with, for its config.
+        location: the user's line.
+
+    Raises:
+        LoadError: if there is no such model.
     """
 
-    def __init__(self, name: str, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        kwargs: dict[str, Any],
+        choose: Callable[[Any, Location], Any],
+        location: Location,
+    ) -> None:
         self.name = name
         self._place = zoo.folder(name) or name
         self._kwargs = kwargs
         self._where = {key: kwargs[key] for key in kwargs.keys() & _WHERE}
-
-    def config(self, location: Location) -> Any:
-        """Returns the model's config.
-
-        Raises:
-            LoadError: if there is none to be had.
-        """
-        from transformers import AutoConfig
-
-        given = self._kwargs.get("config")
-        if given is not None:
-            return given
-        try:
-            return AutoConfig.from_pretrained(self._place, **self._where)
-        except Exception as error:
-            raise LoadError(
-                f"{self.name!r} cannot be loaded: it is no folder with a model, no bundled model "
-                f"({', '.join(map(repr, zoo.names()))}), and no repository that can be reached. "
-                f"{_first_line(error)}",
-                location,
-            ) from error
+        self._adapter = find_adapter(self._place, self._where, location)
+        if self._adapter is not None:
+            self._place = zoo.folder(self._adapter.base) or self._adapter.base
+        self.config = self._config(location)
+        self._class = choose(self.config, location)
 
     def tokenizer(self) -> Any:
         """Returns the tokenizer, or the error with which loading it failed."""
         from transformers import AutoTokenizer
 
+        return self._reading(AutoTokenizer)
+
+    def processor(self) -> Any:
+        """Returns the processor, or the error with which loading it failed."""
+        from transformers import AutoProcessor
+
+        return self._reading(AutoProcessor)
+
+    def tree(self) -> nn.Module | None:
+        """Returns the module tree on the meta device: no weights, no memory.
+
+        None if the model cannot be made without weights.
+        """
+        kind = self._class
+        kwargs: dict[str, Any] = {"dtype": self._dtype(self.config)}
+        if "attn_implementation" in self._kwargs:
+            kwargs["attn_implementation"] = self._kwargs["attn_implementation"]
+        if hasattr(kind, "from_config"):
+            make = kind.from_config
+            if "trust_remote_code" in self._kwargs:
+                kwargs["trust_remote_code"] = self._kwargs["trust_remote_code"]
+        else:
+            make = kind._from_config
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._place, **self._where)
-        except Exception as error:  # only text needs a tokenizer; it is reported then
-            return LoadError(_first_line(error))
-        # Transformers 5 makes an empty one where there are no files.
-        return tokenizer if len(tokenizer) > 1 else LoadError(f"{self.name!r} has no tokenizer.")
-
-    def tree(self, config: Any) -> nn.Module:
-        """Returns the module tree on the meta device: no weights, no memory."""
-        from transformers import AutoModelForCausalLM
-
-        kwargs = {
-            key: self._kwargs[key]
-            for key in ("attn_implementation", "trust_remote_code")
-            if key in self._kwargs
-        }
-        with torch.device("meta"):
-            tree = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=self._dtype(config), **kwargs
-            )
+            with torch.device("meta"):
+                tree = make(copy.deepcopy(self.config), **kwargs)
+                if self._adapter is not None:
+                    tree = self._adapter.put_into(tree)
+        except (NotImplementedError, RuntimeError):  # it looks at its weights while it is made
+            return None
         return tree.eval()
 
     def weights(self, location: Location | None) -> nn.Module:
@@ -92,28 +101,74 @@ class Source:
         Raises:
             LoadError: if the files cannot be read.
         """
-        from transformers import AutoModelForCausalLM
-
         try:
-            return AutoModelForCausalLM.from_pretrained(self._place, **self._kwargs)
+            module = self._class.from_pretrained(self._place, **self._kwargs)
+            if self._adapter is not None and self._adapter.base != self._adapter.place:
+                module = self._adapter.load_into(module)
         except Exception as error:
             raise LoadError(
                 f"The weights of {self.name!r} cannot be loaded: {type(error).__name__}: "
                 f"{_first_line(error)}",
                 location,
             ) from error
+        return module
+
+    def _config(self, location: Location) -> Any:
+        """The model's config."""
+        from transformers import AutoConfig
+
+        given = self._kwargs.get("config")
+        if given is not None:
+            return given
+        try:
+            return AutoConfig.from_pretrained(self._place, **self._where)
+        except Exception as error:
+            name, model = self.name, "it"
+            if self._adapter is not None:
+                model = f"it has an adapter of {self._adapter.base!r}, which"
+            raise LoadError(
+                f"{name!r} cannot be loaded: {model} is no folder with a model, no bundled model "
+                f"({', '.join(map(repr, zoo.names()))}), and no repository that can be reached. "
+                f"{_first_line(error)}",
+                location,
+            ) from error
+
+    def _reading(self, auto: Any) -> Any:
+        """What reads prompts, the adapter's own before the model's; or an error."""
+        failure = LoadError("")
+        places = [self._place] if self._adapter is None else [self._adapter.place, self._place]
+        for place in places:
+            try:
+                reading = auto.from_pretrained(place, **self._where)
+            except Exception as error:  # only prompts of text need it; it is reported then
+                failure = LoadError(_first_line(error))
+                continue
+            # Transformers 5 makes an empty tokenizer where there are no files.
+            if not hasattr(reading, "__len__") or len(reading) > 1:
+                return reading
+            failure = LoadError(f"{self.name!r} has no tokenizer.")
+        return failure
 
     def _dtype(self, config: Any) -> torch.dtype:
         """The dtype that `from_pretrained` will give the weights."""
         import transformers
 
         asked = self._kwargs.get("dtype", self._kwargs.get("torch_dtype"))
-        if asked is None and int(transformers.__version__.partition(".")[0]) < 5:
-            return torch.get_default_dtype()
-        if asked is None or asked == "auto":
+        if asked is None and int(transformers.__version__.partition(".")[0]) >= 5:
+            asked = "auto"
+        if asked == "auto":
             asked = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
         if isinstance(asked, str):
             asked = getattr(torch, asked)
+        quantisation = self._kwargs.get("quantization_config")
+        quantisation = quantisation or getattr(config, "quantization_config", None)
+        if quantisation is not None:  # some kinds have a dtype of their own, where none is asked
+            from transformers.quantizers.auto import AutoHfQuantizer
+
+            with contextlib.suppress(Exception):  # it is not installed: loading will say so
+                quantiser: Any = AutoHfQuantizer.from_config(quantisation)
+                update = getattr(quantiser, "update_dtype", None) or quantiser.update_torch_dtype
+                asked = update(asked)
         return asked or torch.get_default_dtype()
 
 

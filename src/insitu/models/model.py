@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,11 +15,13 @@ import torch
 from torch import nn
 
 from insitu.graph.errors import OptionError, UnknownShapeError
-from insitu.graph.location import Location, Mark
+from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import block_views, find_stacks
 from insitu.models.body import Body
+from insitu.models.loading import Source
+from insitu.models.tasks import saved_class
 from insitu.models.vocabulary import Names
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
@@ -64,8 +67,37 @@ class Model(Handle):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(self, "")
-        vars(self)["edits"] = ()
+        vars(self).update(edits=(), _source=None, _base=None, _loading=threading.RLock())
+        vars(self)["_unquantised"] = None
         self._adopt(module)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Returns a model of Transformers of any kind, such as of images or of speech.
+
+        It is of the class that its weights were saved from. Its config is read at once; the
+        module tree is there too, without weights, so paths, `print(model)` and shapes work.
+        Weights are loaded by the first run, or by `load()`.
+
+        Args:
+            name: a repo id or a folder. It may have an adapter of PEFT in place of a model.
+            kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision`
+                and whatever else it takes.
+
+        Returns:
+            The model. `model.trace(...)` takes the arguments of its forward: what a processor
+            or a feature extractor returns, as in `model.trace(**inputs)`.
+
+        Raises:
+            LoadError: if there is no such model.
+        """
+        location = here()
+        source = Source(os.fspath(name), kwargs, saved_class, location)
+        tree = source.tree()
+        model = cls(source.weights(location) if tree is None else tree)
+        if tree is not None:
+            vars(model)["_source"] = source
+        return model
 
     modules: Mapping[str, nn.Module]
     exclusive: Exclusive
@@ -76,9 +108,37 @@ class Model(Handle):
     vocabulary: Vocabulary
     _module: nn.Module
     _probes: dict[str, Probe | UnknownShapeError]
+    _source: Source | None
+    _base: Model | None
+    _unquantised: nn.Module | None  # of the same shapes; kernels for quantised weights need data
+    _loading: threading.RLock
+
+    @property
+    def config(self) -> Any:
+        """The module's config, Hugging Face's own object.
+
+        Raises:
+            AttributeError: if it has none.
+        """
+        return self._module.config
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._source is None
 
     def load(self) -> nn.Module:
-        """Returns the wrapped module, with its weights."""
+        """Loads the weights, if they are not there yet, and returns the module.
+
+        Raises:
+            LoadError: if the files cannot be read. The model is as before, and can try again.
+        """
+        if self._source is not None:
+            with self._loading:
+                if self._source is not None and self._base is not None:
+                    self._take(self._base.load())
+                elif self._source is not None:
+                    self._take(self._source.weights(here()))
         return self._module
 
     def probe(
@@ -120,19 +180,28 @@ class Model(Handle):
         contents: bool,
     ) -> Probe | UnknownShapeError:
         if signature not in self._probes:
-            options = (self.modules, views, inside, copies, contents)
+            module, modules = self.without_data
+            options = (modules, views, inside, copies, contents)
             found: Probe | UnknownShapeError
             kwargs = dict(call.kwargs)
             implementation = kwargs.pop(OPTION, None)
             plain = Call(call.args, kwargs)
             with self.in_use(), attending(self._module, implementation):
                 try:
-                    found = probe(self._module, plain, *options)
+                    found = probe(module, plain, *options)
                 except UnknownShapeError as error:
                     # Not the error itself: it holds every frame of the forward.
                     found = UnknownShapeError(*error.args)
             self._probes[signature] = found
         return self._probes[signature]
+
+    @property
+    def without_data(self) -> tuple[nn.Module, Mapping[str, nn.Module]]:
+        """The module that runs on tensors without data, of the same shapes, and its tree."""
+        if self._unquantised is None:
+            return self._module, self.modules
+        module = self._unquantised
+        return module, dict(module.named_modules(remove_duplicate=False))
 
     def fake_module(self, path: str) -> Callable[..., Any]:
         """Returns a module as a function on fake tensors."""
@@ -199,6 +268,7 @@ class Model(Handle):
         other = object.__new__(type(self))
         own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
         vars(other).update(own, _model=other, _items={}, edits=(*self.edits, graph), plans=Plans())
+        vars(other)["_base"] = self
         return other
 
     def save_edits(self, path: str | os.PathLike[str]) -> None:
@@ -233,6 +303,13 @@ class Model(Handle):
 
     def __repr__(self) -> str:
         return "\n".join([super().__repr__(), *(f"edit: {line}" for line in described(self))])
+
+    def _take(self, module: nn.Module) -> None:
+        """Takes a loaded module in the place of the tree without weights."""
+        tree, paths = self._module, self.modules.keys()
+        self._adopt(module)
+        quantised = getattr(module, "is_quantized", False) and self.modules.keys() == paths
+        vars(self).update(_source=None, _unquantised=tree if quantised else None)
 
     def _adopt(self, module: nn.Module) -> None:
         """Takes a module as the wrapped one."""
@@ -314,7 +391,7 @@ def _alone(
 
     def single(request: Call, number: int) -> Pass:
         def call(*_: Any) -> Any:
-            if implementation is None:
+            if not options:
                 return module(*request.args, **request.kwargs)
             with attending(module, implementation):
                 return module(*request.args, **request.kwargs, **others)

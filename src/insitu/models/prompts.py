@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -11,6 +11,8 @@ import torch
 from insitu.graph.errors import PromptError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.recording import Recorded
+from insitu.graph.structure import map_structure
+from insitu.models.media import MEDIA, is_chat, processed
 
 Side = Literal["left", "right"]
 
@@ -21,7 +23,7 @@ _FORMS = (
 )
 
 
-_NOTHING: Mapping[str, torch.Tensor] = {}
+_NOTHING: Mapping[str, Any] = {}
 
 
 class Prompt(NamedTuple):
@@ -31,14 +33,14 @@ class Prompt(NamedTuple):
         ids: token ids `(rows, position)`, int64.
         mark: the user's line.
         mask: 1 for tokens and 0 for padding, of the same shape; None if there is no padding.
-        extras: whatever else a tokenizer returned for the model.
+        extras: whatever else a tokenizer or a processor returned for the model.
         seed: where the sampling of this invocation starts, or None.
     """
 
     ids: torch.Tensor
     mark: Mark
     mask: torch.Tensor | None = None
-    extras: Mapping[str, torch.Tensor] = _NOTHING
+    extras: Mapping[str, Any] = _NOTHING
     seed: int | None = None
 
     @property
@@ -70,21 +72,41 @@ class Reader:
         pad_id: the id that fills padding. It is masked, so any id does.
         lookups_check: whether the model's own lookup of an id that it does not know is an error
             that can be caught, as on the CPU. On a GPU it would be the end of the process.
+        processor: of a model that takes more than text: its processor, never changed, or the
+            error with which loading it failed. The dtype of what it returns is that of the
+            model.
+        dtype: the dtype of that model.
+
+    Attributes:
+        media: what can go with a prompt, by name.
     """
 
-    def __init__(self, tokenizer: Any, limits: Limits, pad_id: int, lookups_check: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        limits: Limits,
+        pad_id: int,
+        lookups_check: bool,
+        processor: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.lookups_check = lookups_check
+        self.media: Collection[str] = () if processor is None else MEDIA
+        self._processor, self._dtype = processor, dtype
         self._tokenizer = tokenizer
         self.limits = limits
         self._pad_id = pad_id
 
-    def read(self, prompt: Any, side: Side, mark: Mark) -> Prompt:
+    def read(
+        self, prompt: Any, side: Side, mark: Mark, media: Mapping[str, Any] = _NOTHING
+    ) -> Prompt:
         """Returns a prompt as token ids.
 
         Args:
             prompt: in any of the forms.
             side: where prompts of different length, given as one, are padded.
             mark: the user's line.
+            media: what goes with it, by the names in `media`.
 
         Raises:
             PromptTypeError: if it is of no known form.
@@ -93,14 +115,18 @@ class Reader:
         """
         if isinstance(prompt, Recorded):
             prompt = prompt.result(Location(*mark))
-        if isinstance(prompt, torch.Tensor):
+        media = {name: value for name, value in media.items() if value is not None}
+        if media or (self._processor is not None and is_chat(prompt)):
+            read = self._processed(prompt, side, mark, media)
+        elif isinstance(prompt, torch.Tensor):
             plain = prompt.dtype is torch.int64 and prompt.ndim == 2
             read = Prompt(prompt if plain else _as_ids(prompt, mark), mark)
             if not self.lookups_check:
                 self.check_ids(read)
         elif isinstance(prompt, Mapping) and "input_ids" in prompt:
             read = self._encoding(cast("Mapping[str, Any]", prompt), side, mark)
-            self.check_ids(read)
+            if not self.media:  # placeholders of images need not be in the vocabulary
+                self.check_ids(read)
         else:
             rows = self._rows(prompt, mark)
             read = Prompt(*_padded(rows, side, self._pad_id, mark))
@@ -162,7 +188,7 @@ class Reader:
             return [items] if items else []
         if all(isinstance(item, str) for item in items):
             return [self._encoded(item, mark) for item in items]
-        if all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in items):
+        if is_chat(items):
             return [self._chat(items, mark)]
         if all(isinstance(item, Sequence) and not isinstance(item, str | bytes) for item in items):
             rows = [list(item) for item in items]
@@ -210,14 +236,32 @@ class Reader:
             ids = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1)
         ids = _as_ids(ids, mark)
         mask: torch.Tensor | None = None
-        extras: dict[str, torch.Tensor] = {}
+        extras: dict[str, Any] = {}
         for name, value in encoding.items():
             if name == "attention_mask":
                 given = torch.as_tensor(value).reshape(ids.shape)
                 mask = None if bool(given.all()) else given.long()
-            elif name != "input_ids" and isinstance(value, torch.Tensor):
-                extras[name] = value.reshape(ids.shape) if value.ndim == 1 else value
+            elif isinstance(value, torch.Tensor) and name != "input_ids":
+                flat = value.ndim == 1 and value.numel() == ids.numel()
+                extras[name] = value.reshape(ids.shape) if flat else value
+            elif name == "token_type_ids":
+                types = torch.tensor(value, dtype=torch.int64).reshape(ids.shape)
+                if types.any():  # else they are what a model takes them to be
+                    extras[name] = types
+            elif name != "input_ids" and self.media:
+                extras[name] = value
         return Prompt(ids, mark, mask, extras)
+
+    def _processed(self, prompt: Any, side: Side, mark: Mark, media: Mapping[str, Any]) -> Prompt:
+        """What a processor makes of a prompt, with numbers in the dtype of the model."""
+
+        def leaf(item: Any) -> Any:
+            floats = isinstance(item, torch.Tensor) and item.is_floating_point()
+            return item.to(self._dtype) if floats else item
+
+        encoding = processed(self._processor, prompt, media, side, mark)
+        read = self._encoding(encoding, side, mark)
+        return read._replace(extras=map_structure(leaf, dict(read.extras)))
 
 
 def _as_ids(tensor: torch.Tensor, mark: Mark) -> torch.Tensor:

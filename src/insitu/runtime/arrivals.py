@@ -102,7 +102,7 @@ class Arrivals:
                 module = self._modules[path]
                 self._forwards.setdefault(module, vars(module).get("forward", _ABSENT))
                 vars(module)["forward"] = partial(self._stand_in, path, module, module.forward)
-        if self._single.stepped:
+        if self._single.stepped is not None:
             before = cast("dict[Any, Any]", self._modules[""]._forward_pre_hooks)
             key = self._begin_step
             before[key] = key
@@ -127,7 +127,7 @@ class Arrivals:
                 del vars(module)["forward"]
             else:
                 vars(module)["forward"] = forward
-        if self._single.stepped:
+        if self._single.stepped is not None:
             self._end_step()
 
     def missing(self) -> list[int]:

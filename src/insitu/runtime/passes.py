@@ -66,7 +66,8 @@ class Pass(NamedTuple):
         cuts: how each invocation finds its own part of a value, by number; None for an invocation
             that has the pass for itself.
         may_stop: whether the pass may end as soon as nothing is wanted from it any more.
-        stepped: whether each call of the module is a step of its own.
+        stepped: the path of the module of which each call is a step of its own, None if there are
+            no steps. That is the wrapped one, or what it wraps, which then stands for it.
         reads: the sites whose values it gives, if not all of its invocations' are of this pass.
         through: where it may not have ended before, though nobody waits for anything there.
         told: gives its summary, where more is known than its invocations.
@@ -77,7 +78,7 @@ class Pass(NamedTuple):
     call: Callable[[Deliver, Own], Any]
     cuts: Mapping[int, Cut | None]
     may_stop: bool
-    stepped: bool = False
+    stepped: str | None = None
     reads: Collection[Address] | None = None
     through: Place | None = None
     told: Callable[[], Summary] | None = None
@@ -117,7 +118,7 @@ def run_pass(
         nothing arrived; and how the pass went, where it was more than reads and writes.
     """
     cuts, may_stop, writes = single.cuts, single.may_stop, plan.writes
-    special = single.stepped or plan.special
+    special = single.stepped is not None or plan.special
     if plan.mutations is not None and not special:  # in a batch, parts are to be put back
         special = any(cut is not None for cut in cuts.values())
     readers: dict[Moment, list[tuple[int, int]]] = {}
@@ -129,6 +130,8 @@ def run_pass(
             readers.setdefault((path, kind, call, step), []).append((index, invocation))
             if call or SEPARATOR in path:
                 special = True
+    if single.stepped:
+        modules = {**modules, "": modules[single.stepped]}
     if single.through is not None:
         readers.setdefault((*single.through, 0), [])
     hooks: dict[Moment, Hook] = {}
@@ -202,7 +205,7 @@ def run_pass(
                 reorder(table, order)
         hooks.clear()  # they refer to `arrived`, which refers to them and to every value
     if arrivals is not None:
-        if single.stepped:
+        if single.stepped is not None:
             execution.next_step()
         return result, arrivals.missing(), arrivals
     missing = [index for found in readers.values() for index, _ in found] if readers else []
