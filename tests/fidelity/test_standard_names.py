@@ -9,14 +9,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from insitu import LanguageModel, Model, PathError
+from insitu import LanguageModel, Model
 from tests.fidelity.zoo import ZOO, module_of
 
 # Blocks of these normalise the sum of the stream and what is added to it.
@@ -159,6 +159,15 @@ def test_writes_to_what_is_added_reach_what_leaves_the_block(name: str) -> None:
             close(seen["output"], total, f"{block.path} {key}")
 
 
+def without(name: str, part: Any, key: str, *read: str) -> list[torch.Tensor]:
+    """What there is in a run in which one value is all zeros."""
+    zeros = torch.zeros(shape_of(name, part, key))
+    with opened(kept(name), name, ZOO[name].inputs(2, 7)):
+        setattr(part, key, zeros)
+        saved = [getattr(part, other).save() for other in read]
+    return [one.value for one in saved]
+
+
 def attentions(block: Any) -> list[Any]:
     return [block.role[key] for key in there(block, "attention", "cross_attention")]
 
@@ -262,14 +271,7 @@ def test_writes_to_heads_do_what_attention_makes_of_them(name: str) -> None:
     for block in last_blocks(name, model):
         for attention in attentions(block):
             what = f"{block.path} {attention.path}"
-
-            def written(key: str, *read: str, value: float = 0.0) -> list[torch.Tensor]:
-                shape = shape_of(name, attention, key)
-                with opened(model, name, inputs):
-                    setattr(attention, key, torch.full(shape, value))
-                    saved = [getattr(attention, other).save() for other in read]
-                return [one.value for one in saved]
-
+            written = partial(without, name, attention)
             (z,) = written("v", "z")
             close(z, torch.zeros_like(z), what)
             (z,) = written("pattern", "z")

@@ -73,7 +73,12 @@ def _constant(key: Any) -> bool:
 
 
 _WHOLE = object()
-_VIEWS = frozenset("flatten getitem permute reshape select squeeze transpose unflatten view".split())
+_VIEWS = frozenset(
+    (
+        *("flatten", "getitem", "permute", "reshape", "select", "squeeze", "transpose"),
+        *("unflatten", "view"),
+    )
+)
 _NAMED = (Function, ModuleRef, Subgraph)
 _STRUCTURES = (APPLY, COND, FOLD, INPUT, READ, REPLACE, SKIP, WRITE)  # give tuples, or may do so
 

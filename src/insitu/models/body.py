@@ -11,7 +11,7 @@ from torch import nn
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
-from insitu.models.anatomy import Anatomist
+from insitu.models.anatomy import Reading, block_of
 from insitu.models.attention import OPTION, attending
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
@@ -200,7 +200,7 @@ class Body:
         experts = self._experts()
         found: dict[str, Block] = {}
         for path, size in sizes.items():
-            block = Anatomist(flow, modules, size, lengths, experts).block(path)
+            block = block_of(Reading(flow, modules, size, lengths, experts), path)
             if block is not None:
                 found[path] = block
         if self._after is None:
@@ -220,9 +220,7 @@ class Body:
         failure: Exception | None = None
         with model.in_use(), attending(model.module, implementation):
             for fake in (True, False) if model.loaded else (True,):
-                module, modules = (
-                    model.without_data if fake else (model.module, model.modules)
-                )
+                module, modules = model.without_data if fake else (model.module, model.modules)
                 try:
                     return watch(module, modules, call, fake)
                 except Exception as error:  # whatever a model makes of the call, or of no data
@@ -254,7 +252,7 @@ class Body:
             return norm, None
         for returned in flow.returned[value]:
             event = flow.events[returned.event]
-            if event.path == head and not returned.item:
+            if head is not None and event.path == head and not returned.item:
                 return norm, Spot(head, "output", event.call, (), flow.shapes[value])
         return norm, Spot("", "output", 0, ("logits",), flow.shapes[value])
 
@@ -276,4 +274,3 @@ def _norm_before(flow: Dataflow, value: int, modules: Mapping[str, nn.Module]) -
         if maker is None or not maker.inputs or flow.returned.get(value):
             return None
         value = maker.inputs[0]
-

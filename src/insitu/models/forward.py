@@ -66,9 +66,7 @@ class LanguageForward:
         """Returns the same with further options, but for those that it was given."""
         if options.keys() <= self._options.keys():
             return self
-        return LanguageForward(
-            self._model, {**options, **self._options}, self._budget, self._share
-        )
+        return LanguageForward(self._model, {**options, **self._options}, self._budget, self._share)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""

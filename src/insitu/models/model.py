@@ -382,9 +382,7 @@ class Forward:
         return None
 
 
-def _alone(
-    options: Mapping[str, Any], module: nn.Module, requests: Sequence[Call]
-) -> list[Pass]:
+def _alone(options: Mapping[str, Any], module: nn.Module, requests: Sequence[Call]) -> list[Pass]:
     """A pass for each call."""
     others = dict(options)
     implementation = others.pop(OPTION, None)

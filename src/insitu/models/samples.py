@@ -44,33 +44,39 @@ def sample_call(module: nn.Module, config: Any) -> Call | None:
     takes: Collection[str] = inspect.signature(module.forward).parameters
     length, other = sample_lengths(config)
     kwargs: dict[str, Any] = {}
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", None)
-    both = hasattr(config, "vision_config") and hasattr(config, "text_config")
-    images = "pixel_values" in takes and size is not None
+    images = _images(config) if "pixel_values" in takes else None
     if "input_features" in takes and hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 1500)
         kwargs["input_features"] = torch.zeros(2, config.num_mel_bins, frames)
         if "decoder_input_ids" in takes:
             kwargs["decoder_input_ids"] = _ids(2, length)
-    elif images and ("input_ids" not in takes or (both and "pixel_attention_mask" not in takes)):
-        channels = getattr(vision, "num_channels", 3)
-        height, width = size if isinstance(size, tuple | list) else (size, size)
-        if "input_ids" in takes:
-            kwargs["input_ids"] = _ids(2, length)
-            if getattr(config, "image_token_index", getattr(config, "image_token_id", None)) is None:
-                kwargs["pixel_values"] = torch.zeros(2, channels, height, width)
-        else:
-            kwargs["pixel_values"] = torch.zeros(2, channels, height, width)
     elif "input_ids" in takes:
         kwargs["input_ids"] = _ids(2, length)
         if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
             kwargs["decoder_input_ids"] = _ids(2, other)
+        # Where images have tokens of their own among the text's, text alone will do.
+        if images is not None and not any(hasattr(config, name) for name in _IMAGE_TOKENS):
+            kwargs["pixel_values"] = images
+    elif images is not None:
+        kwargs["pixel_values"] = images
     if not kwargs:
         return None
     if "use_cache" in takes:
         kwargs["use_cache"] = False
     return Call((), kwargs)
+
+
+_IMAGE_TOKENS = ("image_token_id", "image_token_index")
+
+
+def _images(config: Any) -> torch.Tensor | None:
+    """Two images of the size that a model takes, None if its config does not say."""
+    vision = getattr(config, "vision_config", config)
+    size: Any = getattr(vision, "image_size", None)
+    if size is None:
+        return None
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    return torch.zeros(2, getattr(vision, "num_channels", 3), height, width)
 
 
 def _ids(rows: int, length: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ class Names:
 
     def __init__(self, body: Body) -> None:
         self._body = body
-        self._listed: dict[tuple[str, str], Mapping[str, Entry]] = {}
+        self._listed: dict[tuple[str, str], Mapping[str, Entry | Later]] = {}
 
     def entry(self, path: str, part: str, name: str) -> Entry | None:
         """Returns what a name stands for at a module, None if it is none of its names."""
@@ -59,8 +59,8 @@ class Names:
             return found.entry()
         return found
 
-    def listed(self, path: str, part: str) -> Mapping[str, Entry]:
-        """Returns the names of a module."""
+    def listed(self, path: str, part: str) -> Mapping[str, Entry | Later]:
+        """Returns the names of a module, some of them to be found when they are asked for."""
         key = (path, part)
         if key not in self._listed:
             self._listed[key] = self._list(path, part)
@@ -79,7 +79,7 @@ class Names:
                 return self._body.showing_softmax
         return {}
 
-    def _list(self, path: str, part: str) -> Mapping[str, Entry]:
+    def _list(self, path: str, part: str) -> Mapping[str, Entry | Later]:
         if not path:
             return self._of_model()
         block = self._body.block_around(path)
@@ -155,8 +155,8 @@ class Names:
 
     # Of attention
 
-    def _of_heads(self, block: Block, heads: Heads) -> Mapping[str, Entry]:
-        found: dict[str, Entry] = {}
+    def _of_heads(self, block: Block, heads: Heads) -> Mapping[str, Entry | Later]:
+        found: dict[str, Entry | Later] = {}
         for name in ("q", "k", "v"):
             spot: Spot | None = getattr(heads, name)
             if spot is None:
@@ -212,10 +212,10 @@ class Names:
 
     # Of an MLP
 
-    def _of_mlp(self, block: Block) -> Mapping[str, Entry]:
+    def _of_mlp(self, block: Block) -> Mapping[str, Entry | Later]:
         mlp = block.mlp
         assert mlp is not None
-        found: dict[str, Entry] = {}
+        found: dict[str, Entry | Later] = {}
         for name in ("pre", "post"):
             spot: Spot | None = getattr(mlp, name)
             if spot is not None:
@@ -242,10 +242,10 @@ class Names:
 
     # Of the model
 
-    def _of_model(self) -> Mapping[str, Entry]:
+    def _of_model(self) -> Mapping[str, Entry | Later]:
         body = self._body
         none = Missing("this model has no list of blocks.")
-        found: dict[str, Entry] = {"blocks": none, "encoder_blocks": none}
+        found: dict[str, Entry | Later] = {"blocks": none, "encoder_blocks": none}
         if body.stacks:
             found["blocks"] = Roles(tuple(body.stacks[-1]))
             found["encoder_blocks"] = Missing("this model has no encoder of its own.")

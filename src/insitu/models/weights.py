@@ -101,25 +101,25 @@ class Weights:
         """
         self._body.model.load()
         module = self._body.model.modules[path]
-        weight = getattr(module, "weight", None)
-        plain = not any(True for _ in module.children()) and isinstance(weight, torch.Tensor)
-        if plain and type(module) is nn.Linear:
-            return weight.detach().T
-        if plain and getattr(module, "nf", None) == weight.shape[-1]:  # Transformers' Conv1D
-            return weight.detach()
-        width = getattr(module, "in_features", None) or self._width_of(path)
-        parameter = next(module.parameters(), None)
-        like = {} if parameter is None else {"device": parameter.device}
-        dtype = torch.get_default_dtype()
-        if parameter is not None and parameter.is_floating_point():
-            dtype = parameter.dtype
+        weight: object = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and next(module.children(), None) is None:
+            if type(module) is nn.Linear:
+                return weight.detach().T
+            if getattr(module, "nf", None) == weight.shape[-1]:  # Transformers' Conv1D
+                return weight.detach()
+        width = int(getattr(module, "in_features", None) or self._width_of(path))
+        unit = torch.eye(width)
+        floats = [part for part in module.parameters() if part.is_floating_point()]
+        if floats:
+            unit = unit.to(floats[0])
         with torch.no_grad(), self._body.model.in_use():
-            unit = torch.eye(int(width), dtype=dtype, **like)
             return module(unit) - module(torch.zeros_like(unit[:1]))
 
     def _weight(self, path: str | None) -> torch.Tensor:
-        module = self._body.model.load() and self._body.model.modules[path or ""]
-        return module.weight.detach()  # pyright: ignore[reportReturnType, reportCallIssue]
+        self._body.model.load()
+        weight = self._body.model.modules[path or ""].weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.detach()
 
     def _width_of(self, path: str) -> int:
         block = self._body.block_around(path)

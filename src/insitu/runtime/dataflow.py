@@ -72,12 +72,14 @@ class Dataflow:
         results: what each call of a module returned.
     """
 
-    events: list[Event] = field(default_factory=list)
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-    made: list[int | None] = field(default_factory=list)
-    returned: dict[int, list[Returned]] = field(default_factory=dict)
-    arguments: dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]] = field(default_factory=dict)
-    results: dict[int, Any] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list[Event])
+    shapes: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
+    made: list[int | None] = field(default_factory=list[int | None])
+    returned: dict[int, list[Returned]] = field(default_factory=dict[int, list[Returned]])
+    arguments: dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]] = field(
+        default_factory=dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]]
+    )
+    results: dict[int, Any] = field(default_factory=dict[int, Any])
 
     def maker(self, value: int) -> Event | None:
         """Returns the event that made a value, None if it came from outside."""
@@ -147,7 +149,7 @@ class Recorder:
         return self.flow
 
     def __exit__(self, *error: Any) -> None:
-        self._mode.__exit__(*error)
+        self._mode.__exit__(*error)  # pyright: ignore[reportUnknownMemberType]
         for handle in self._handles:
             handle.remove()
         self._kept.clear()
@@ -247,9 +249,7 @@ class Recorder:
         return hook
 
 
-def watch(
-    module: nn.Module, modules: Mapping[str, nn.Module], call: Call, fake: bool
-) -> Dataflow:
+def watch(module: nn.Module, modules: Mapping[str, nn.Module], call: Call, fake: bool) -> Dataflow:
     """Makes a call of a module and returns its dataflow.
 
     Args:
@@ -267,7 +267,9 @@ def watch(
     return flow
 
 
-def _items(shown: Any, at: tuple[int | str, ...] = ()) -> Iterator[tuple[int, tuple[int | str, ...]]]:
+def _items(
+    shown: Any, at: tuple[int | str, ...] = ()
+) -> Iterator[tuple[int, tuple[int | str, ...]]]:
     """The values of a structure and where they are; the first place of each."""
     if type(shown) is int:
         yield shown, at

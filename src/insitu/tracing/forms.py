@@ -114,7 +114,8 @@ class WithoutLast:
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
         """Returns what is to stand at the site."""
-        return torch.cat([value, site[..., -self.others :]], dim=-1)
+        others: Any = site[..., -self.others :]
+        return torch.cat([value, others], dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,4 +153,5 @@ class PerHead:
         return value.unsqueeze(1).expand(-1, self.heads, -1, -1)
 
     def _bias(self, z: Proxy, line: Mark) -> Any:
-        return call_module(self.path, (torch.zeros_like(z[:1, :1]),), {}, line)
+        first: Any = z[:1, :1]
+        return call_module(self.path, (torch.zeros_like(first),), {}, line)

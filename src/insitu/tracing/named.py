@@ -159,7 +159,6 @@ class NamedProxy(Proxy):
         recording.write_gradient(self._base, value, line)
 
 
-
 class _Part(Proxy):
     """A value into which nothing is written in place: `x += y` makes a new one of it."""
 
@@ -191,7 +190,11 @@ def _not_in_place(self: Proxy, other: Any) -> Any:
     return NotImplemented
 
 
-for _operator in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split():
+_IN_PLACE = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+for _operator in _IN_PLACE:
     setattr(_Part, f"__i{_operator}__", _not_in_place)
     setattr(ComputedProxy, f"__i{_operator}__", _not_in_place)
 
@@ -298,4 +301,3 @@ class NoVocabulary:
     def demands(self, path: str) -> Mapping[str, Any]:
         """Returns nothing."""
         return {}
-

@@ -1,0 +1,64 @@
+"""Which part of a transformer block is what, found in the dataflow of a forward.
+
+Nothing here knows an architecture by name. Attention is where a softmax stands between two
+products; the residual stream is what a block adds to; what it adds is what is named.
+"""
+
+from __future__ import annotations
+
+from insitu.models.anatomy.feedforward import mlp_of
+from insitu.models.anatomy.heads import cores_of, heads_of
+from insitu.models.anatomy.reading import Reading
+from insitu.models.anatomy.stream import find_stream, middle, named, norms
+from insitu.models.parts import Block, Spot
+from insitu.runtime.hooks import first_argument
+
+
+def block_of(reading: Reading, path: str) -> Block | None:
+    """Returns what a block consists of, None if it did not run.
+
+    Args:
+        reading: the forward.
+        path: the block's path.
+    """
+    flow = reading.flow
+    index = next(flow.calls(path), None)
+    if index is None or not flow.events[index].outputs:
+        return None
+    call = flow.events[index]
+    args, kwargs = flow.arguments[index]
+    entry = first_argument(reading.modules[path], args, kwargs) if args or kwargs else None
+    exit = call.outputs[0]
+    if type(entry) is not int:
+        return None
+    events = range(call.first, index)
+    chain, leaves = find_stream(reading, exit, entry, path)
+
+    own = {entry, *chain}
+    cores = cores_of(reading, events)
+    attending = [core for core in cores if reading.leads_to(own, core.k, call.first)]
+    attention = next(iter(attending), None)
+    # What attends to something from outside of the block does so to an encoder's states.
+    cross = next((core for core in cores if core not in attending), None)
+
+    stream: dict[str, Spot] = {}
+    added: dict[str, int] = {}
+    if chain:
+        added = named(reading, leaves, own, attention, cross, call.first)
+        stream["residual_in"] = Spot(path, "input", 0, (), flow.shapes[entry])
+        between = middle(reading, chain, leaves, added, path, call.first)
+        if between is not None:
+            stream["residual_mid"] = between
+        stream["residual_out"] = Spot(path, "output", 0, (0,), flow.shapes[exit])
+    spots = {name: reading.spot(value, path) for name, value in added.items()}
+    last = added.get("mlp_out") if chain else exit
+    return Block(
+        path,
+        flow.shapes[exit][-1],
+        stream,
+        {name: spot for name, spot in spots.items() if spot is not None},
+        norms(reading, path, events, [entry, *chain], leaves or [exit]),
+        None if attention is None else heads_of(reading, attention, path, index),
+        None if cross is None else heads_of(reading, cross, path, index),
+        None if last is None else mlp_of(reading, last, path, events, attention),
+    )

@@ -1,0 +1,188 @@
+"""The MLP of a block: what stands around a nonlinearity, or the router of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from insitu.models.anatomy.heads import Core
+from insitu.models.anatomy.reading import RESHAPES, Reading
+from insitu.models.parts import Feedforward, Spot
+from insitu.runtime.dataflow import Event
+from insitu.runtime.inside import SEPARATOR
+
+_NONLINEAR = frozenset(
+    (
+        *("celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu"),
+        *("mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "square", "tanh"),
+    )
+)
+
+
+def mlp_of(
+    reading: Reading, leaf: int, path: str, events: Sequence[int], attention: Core | None
+) -> Feedforward | None:
+    """Returns what an MLP works with, None if there is none.
+
+    Args:
+        reading: the forward.
+        leaf: what it adds to the residual stream, or what the block returns.
+        path: the block's path.
+        events: the block's events.
+        attention: the block's attention.
+    """
+    flow = reading.flow
+    owner = _owner(reading, leaf, path, attention)
+    down = reading.projection(leaf, events)
+    router, weights = _router(reading, owner or path, events)
+    if router is not None:
+        return Feedforward(owner, router=router, weights=weights)
+    if down is None:
+        return Feedforward(owner) if owner else None
+    layer = flow.events[down]
+    found = _nonlinearity(reading, layer.inputs[0], events)
+    if owner is None:
+        parent = layer.path.rpartition(".")[0]
+        owner = parent if parent != path and parent.startswith(f"{path}.") else None
+    if found is None:
+        return Feedforward(owner, out=layer.path)
+    pre, value = found
+    if owner is not None and not pre.path.startswith(f"{owner}"):
+        owner = None  # a part of the block's, and no module of its own
+    into = reading.projection(value, events)
+    post = Spot(layer.path, "input", layer.call, (), flow.shapes[layer.inputs[0]])
+    gates = _gate(reading, layer.inputs[0], events, into)
+    return Feedforward(
+        owner,
+        pre,
+        post,
+        into=None if into is None else flow.events[into].path,
+        gate=gates,
+        out=layer.path,
+    )
+
+
+def _owner(reading: Reading, leaf: int, path: str, attention: Core | None) -> str | None:
+    """The outermost module with linear layers in it that a contribution comes from."""
+    flow, inside = reading.flow, f"{path}."
+
+    def owns(module: str) -> bool:
+        around = attention is not None and f"{attention.path}.".startswith(f"{module}.")
+        if around or not module.startswith(inside):
+            return False
+        within = f"{module}." if module else ""
+        return any(
+            other.startswith(within) and reading.is_linear(other) for other in reading.modules
+        )
+
+    value = leaf
+    while True:
+        calls = [flow.events[returned.event] for returned in flow.returned.get(value, ())]
+        calls = [call for call in calls if call.path.startswith(inside)]
+        maker = flow.maker(value)
+        paths = [call.path for call in reversed(calls)]
+        if maker is not None:
+            paths.append(maker.path)
+        owner = next(filter(owns, paths), None)
+        if owner is not None or maker is None:
+            return owner
+        # A module may return what it was given, as dropout does that drops nothing.
+        calls = [call for call in calls if value not in call.inputs]
+        inputs = calls[-1].inputs if calls else maker.inputs
+        if not inputs or flow.made[inputs[0]] is None:
+            return None
+        value = inputs[0]
+
+
+def _nonlinearity(reading: Reading, value: int, events: Sequence[int]) -> tuple[Spot, int] | None:
+    """The nearest nonlinearity behind a value: what goes into it, and where that is read."""
+    flow = reading.flow
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        now = waiting.pop(0)
+        if now in seen:
+            continue
+        seen.add(now)
+        calls = [flow.events[r.event] for r in flow.returned.get(now, ())]
+        for event in calls:
+            if reading.is_linear(event.path):
+                break
+            if _is_activation(reading, event, now):
+                return Spot(event.path, "input", event.call, (), flow.shapes[now]), event.inputs[0]
+        else:
+            maker = flow.maker(now)
+            if maker is None or flow.made[now] not in events:
+                continue
+            if maker.function in _NONLINEAR:
+                place = f"{maker.path}{SEPARATOR}{maker.function}"
+                shape = flow.shapes[maker.inputs[0]]
+                return Spot(place, "input", maker.call, (), shape), maker.inputs[0]
+            waiting.extend(maker.inputs)
+    return None
+
+
+def _is_activation(reading: Reading, event: Event, value: int) -> bool:
+    """Whether a module changes numbers one by one: it has no weights and keeps the shape."""
+    if len(event.inputs) != 1 or event.inputs[0] == value or event.function:
+        return False
+    module = reading.modules[event.path]
+    if next(module.parameters(), None) is not None or isinstance(module, nn.Dropout):
+        return False
+    return reading.flow.shapes[event.inputs[0]] == reading.flow.shapes[value]
+
+
+def _gate(reading: Reading, value: int, events: Sequence[int], into: int | None) -> str | None:
+    """The layer whose output is multiplied with that of the nonlinearity."""
+    flow = reading.flow
+    maker = flow.maker(value)
+    while maker is not None and maker.function in RESHAPES and maker.inputs:
+        value = maker.inputs[0]
+        maker = flow.maker(value)
+    if maker is None or maker.function != "mul" or len(maker.inputs) != 2:
+        return None
+    found = {reading.projection(part, events) for part in maker.inputs}
+    others = [call for call in found if call is not None and call != into]
+    return flow.events[others[0]].path if others else None
+
+
+def _router(reading: Reading, path: str, events: Sequence[int]) -> tuple[Spot | None, Spot | None]:
+    """The scores of the experts, and the weights of those that are chosen."""
+    flow = reading.flow
+    if not reading.experts:
+        return None, None
+    rows, positions = reading.size
+    sizes = ((rows * positions, reading.experts), (rows, positions, reading.experts))
+    for at in events:
+        event = flow.events[at]
+        if not event.is_within(path) or event.function != "linear":
+            continue
+        scores = event.outputs[0]
+        if flow.shapes[scores] not in sizes:
+            continue
+        return reading.spot(scores, path), _chosen(reading, scores, path, at, events)
+    return None, None
+
+
+def _chosen(
+    reading: Reading, scores: int, path: str, at: int, events: Sequence[int]
+) -> Spot | None:
+    """What the chosen experts are weighted with: the last value of that form."""
+    flow = reading.flow
+    for later in range(at, events[-1] + 1):
+        event = flow.events[later]
+        if event.function == "topk" and event.is_within(path):
+            form = flow.shapes[event.outputs[0]]
+            derived, last = {event.outputs[0]}, event.outputs[0]
+            for index in range(later + 1, events[-1] + 1):
+                other = flow.events[index]
+                if not other.function or derived.isdisjoint(other.inputs):
+                    continue
+                same = [out for out in other.outputs if flow.shapes[out] == form]
+                if other.path != event.path or not same:
+                    continue
+                derived.update(same)
+                last = same[0]
+            return reading.spot(last, path)
+    return None
