@@ -164,10 +164,7 @@ def run_pass(
             raise Stop
         if not writes:
             return None
-        written = [(i, n, cuts[n]) for i, n in found if i in writes]
-        if not written:
-            return None
-        changed = changed_value(execution, moment[:3], value, written)
+        changed = changed_value(execution, plan, moment[:3], value, found, cuts)
         return None if changed is value else handed_over(kind, view, module, args, rest, changed)
 
     arrivals = None
