@@ -20,6 +20,7 @@ from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Own, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Schedule, Work
+from insitu.runtime.summary import unknown
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
@@ -180,7 +181,8 @@ class Generation:
                 self._model.explain(requests, self._options.get("max_new_tokens", 1))
                 raise
 
-        return Pass(call, cuts, may_stop=False, stepped=True, apart=apart)
+        told = partial(unknown, sorted(cuts), apart)
+        return Pass(call, cuts, may_stop=False, told=told, stepped=True, apart=apart)
 
     def _begin(self, module: nn.Module, prompt: Prompt) -> None:
         """Generates one token, with nobody looking."""

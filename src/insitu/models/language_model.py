@@ -108,7 +108,9 @@ class LanguageModel(Model):
     _chain: Any
     _decoder_start: Any
     _costs: Costs | None
+    _settings: Mapping[str, Any]
     _attention: str | None
+    is_encoder_decoder: bool
     reader: Reader
     pad_id: int
     unembedding: Sequence[str]
@@ -166,7 +168,7 @@ class LanguageModel(Model):
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
-        if vars(self._config).get(_ATTENTION) != self._attention:
+        if self._settings.get(_ATTENTION) != self._attention:
             vars(self).update(_probes={}, plans=Plans())
             self._describe()
 
@@ -411,7 +413,7 @@ class LanguageModel(Model):
 
     @property
     def decoder_start(self) -> int | None:
-        """What the decoder is given where a forward cannot do without; None if it can.
+        """What an encoder's decoder is given where a forward cannot do without; None if it can.
 
         It is the token with which a generation begins.
         """
@@ -474,12 +476,15 @@ class LanguageModel(Model):
         pad_id = next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)
         layers = getattr(text, "num_hidden_layers", None)
         parameters = inspect.signature(module.forward).parameters
+        settings = vars(self._config)  # a config looks up its attributes in Python, `__dict__` too
         vars(self).update(
             _embedding=embedding,
-            _attention=vars(self._config).get(_ATTENTION),
+            _settings=settings,
+            _attention=settings.get(_ATTENTION),
             _separations={},
             _chain=_UNKNOWN,
-            _decoder_start=_UNKNOWN if self._config.is_encoder_decoder else None,
+            _decoder_start=_UNKNOWN,
+            is_encoder_decoder=self._config.is_encoder_decoder,
             _costs=None,
             block_views={cached: block_views(module, layers, cached) for cached in (True, False)},
             reader=Reader(self._tokenizer, limits, pad_id, embedding.weight.device.type == "cpu"),

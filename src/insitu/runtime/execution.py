@@ -113,7 +113,7 @@ class Execution:
             operation, args, kwargs, inputs, nested, _ = rows[step]
             function = operation.function
             try:
-                # Calls without keywords and containers, of one or two arguments, are nearly all
+                # Calls without keywords and containers, of up to three arguments, are nearly all
                 # that there are, and a comprehension takes as long as the rest of this loop.
                 if careful:
                     result = self._in_order(step, index)
@@ -132,6 +132,13 @@ class Execution:
                     result = function(
                         values[first.index] if type(first) is Ref else first,
                         values[second.index] if type(second) is Ref else second,
+                    )
+                elif len(args) == 3:
+                    first, second, third = args
+                    result = function(
+                        values[first.index] if type(first) is Ref else first,
+                        values[second.index] if type(second) is Ref else second,
+                        values[third.index] if type(third) is Ref else third,
                     )
                 else:
                     result = function(

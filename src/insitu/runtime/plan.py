@@ -74,10 +74,12 @@ class Gradients:
     Attributes:
         bound: the nodes that stand for gradients of each backward pass, by its node.
         wanted: the nodes that stand for gradients of each value, by its node.
+        constants: the nodes among whose constants are tensors that require a gradient.
     """
 
     bound: dict[int, list[int]]
     wanted: dict[int, list[int]]
+    constants: Sequence[int] = ()
 
 
 @dataclass(slots=True, eq=False)
