@@ -81,24 +81,27 @@ class Tape:
         """Lets autograd follow a value from here on, if its gradient is wanted.
 
         Args:
-            index: the node that made it.
+            index: the node that made it, of whose value a gradient is wanted.
             value: the value.
 
         Raises:
             ShapeError: if it is not a tensor of floats.
         """
-        for grad in self._gradients.wanted.get(index, ()):
-            followed = isinstance(value, torch.Tensor) and value.requires_grad
-            if not isinstance(value, torch.Tensor) or not (followed or _differentiable(value)):
-                kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-                raise ShapeError(
-                    f"`{expression(self._graph, grad)}` does not exist: only tensors of floats "
-                    f"have a gradient, and this is {kind}.",
-                    self._graph[grad].location,
-                )
-            if not followed:
-                self.follow(value)
+        for grad in self._gradients.wanted[index]:
+            if not isinstance(value, torch.Tensor) or not value.requires_grad:
+                self._follow_alone(grad, value)
             self._tensors[grad] = value
+
+    def _follow_alone(self, grad: int, value: Any) -> None:
+        """Lets autograd follow a value of which it has known nothing so far, if that can be."""
+        if not isinstance(value, torch.Tensor) or not _differentiable(value):
+            kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ShapeError(
+                f"`{expression(self._graph, grad)}` does not exist: only tensors of floats have a "
+                f"gradient, and this is {kind}.",
+                self._graph[grad].location,
+            )
+        self.follow(value)
 
     def follow(self, value: Any) -> None:
         """Lets autograd follow all tensors of a value, until the run is over."""
