@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from operator import attrgetter
+from types import CodeType
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from insitu.graph.location import SourceLine
 from insitu.graph.node import Carried, Function, Graph, ModuleRef, Ref, Row, Subgraph
 from insitu.graph.structure import map_structure
 
@@ -44,10 +44,10 @@ class Plans(Generic[Planned]):
         where: tuple[object, ...] = (key, 0)
         if rows:
             _, args, *_, (code, instruction) = rows[-1]
-            # The hash of a code object is that of its whole bytecode. What is kept keeps it alive,
-            # so that no other has its id.
-            line = code if type(code) is SourceLine else id(code)
-            where = (key, len(rows), line, instruction, args[:1])
+            # Not the code object itself: its hash is that of all its instructions.
+            if isinstance(code, CodeType):
+                code = (code.co_filename, code.co_firstlineno)
+            where = (key, len(rows), code, instruction, args[:1])
         try:
             found = self._kept.get(where)
         except TypeError:  # a first argument that has no hash
