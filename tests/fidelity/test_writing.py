@@ -262,6 +262,22 @@ def test_the_model_may_write_into_what_it_is_given() -> None:
     assert torch.equal(result, module[2](torch.relu(before)).detach())
 
 
+def test_what_is_computed_and_written_is_used_later_as_it_was() -> None:
+    module = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True), nn.Identity())
+    model, given = Model(module), torch.tensor([[-1.0, 2.0, -3.0]])
+    with model.trace(given):
+        halved = model[0].output * 0.5
+        model[0].output = halved
+        kept = (halved + 0 * model[2].output).save()  # computed after the ReLU has written
+        result = model[2].output.save()
+    assert torch.equal(kept, given / 2) and torch.equal(result, torch.relu(given / 2))
+    with model.trace(given):
+        model[0].output = model[0].output * 0.5  # this only the model gets
+        result = model[2].output.save()
+    assert torch.equal(result, torch.relu(given / 2))
+    assert torch.equal(given, torch.tensor([[-1.0, 2.0, -3.0]]))
+
+
 def test_a_value_that_comes_later_is_refused_before_the_model_runs(gpt2: LanguageModel) -> None:
     ran: list[object] = []
     gpt2.transformer.wte.module.register_forward_hook(

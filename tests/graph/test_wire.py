@@ -149,7 +149,7 @@ def test_references_travel_wherever_they_stand() -> None:
 
 
 def test_every_operation_and_every_field_of_a_graph_travels() -> None:
-    assert set(Graph.__slots__) == {"rows", "flags", *FIELDS}  # flags are set in what is read
+    assert set(Graph.__annotations__) == {"rows", "flags", *FIELDS}  # flags are set in what is read
     for operation in BY_NAME.values():
         assert _operation(operation.name) is operation
 

@@ -1,4 +1,9 @@
-from insitu.graph.location import here
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from insitu.graph.location import here, mark
 from insitu.graph.operations import BY_NAME, READ
 from insitu.graph.proxy import Proxy
 from insitu.graph.recording import NO_KWARGS, Recording
@@ -27,3 +32,34 @@ def test_nodes_are_grouped_by_the_sites_that_they_wait_for() -> None:
     assert plan.groups == {0b11: [2, 4, 5], 0b01: [3]}
     assert plan.uses == [2, 1, 1, 1, 1, 1]
     assert plan.held == {0b01: [0, 3], 0b10: [1]}
+
+
+def test_what_only_the_model_gets_is_not_copied() -> None:
+    """A module may write into what it is given, so only what nothing else has goes as it is."""
+    weight = torch.ones(3)
+
+    def unshared(edit: Callable[[Any], Any]) -> int:
+        recording = Recording()
+        x = Proxy(recording, recording.read((0, "a", "output", 0, 0), mark()))
+        recording.write((0, "a", "output", 0, 0), edit(x), False, mark())
+        return len(make_plan(recording.graph, recording.saves).unshared)
+
+    assert unshared(lambda x: x * 0.5) == unshared(lambda x: weight - x) == 1
+    assert unshared(lambda x: x * 2) == unshared(lambda x: x + x) == 0  # these may be tuples
+    assert unshared(lambda x: x) == unshared(lambda x: weight) == unshared(lambda x: x[0]) == 0
+    assert unshared(lambda x: (x * 0.5).view(-1)) == unshared(lambda x: (x * 0.5,)) == 0
+
+
+def test_what_is_used_elsewhere_too_is_copied() -> None:
+    recording = Recording()
+    address = (0, "a", "output", 0, 0)
+    x = Proxy(recording, recording.read(address, mark()))
+    y = x * 0.5
+    recording.write(address, y, False, mark())
+    y.save()
+    assert not make_plan(recording.graph, recording.saves).unshared
+    recording = Recording()
+    x = Proxy(recording, recording.read(address, mark()))
+    recording.write(address, x * 0.5, False, mark())
+    Proxy(recording, recording.read(address, mark())).save()  # what stands there now
+    assert not make_plan(recording.graph, recording.saves).unshared

@@ -13,6 +13,7 @@ from torch import nn
 
 import insitu
 from insitu import LanguageModel, Model
+from insitu.graph.errors import ExecutionError
 from insitu.tracing import tracer as tracing
 
 
@@ -195,6 +196,25 @@ def test_a_constant_of_another_form(identity: Model) -> None:
     constants = [torch.ones(1), torch.full((3, 2), 2.0), torch.full((2,), 3.0).double()]
     for constant, found in zip(constants, repeated(block, constants), strict=True):
         assert torch.equal(found, torch.ones(2) * constant)
+
+
+def test_a_tensor_may_be_a_leaf_where_there_was_none_before(
+    identity: Model, planned: list[int]
+) -> None:
+    def block(weight: torch.Tensor) -> None:
+        with identity.trace(torch.full((2,), 3.0)):
+            (identity[0].output * weight).sum().backward()
+
+    leaves = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    made = leaves[0] * 1
+    for _ in range(3):
+        with pytest.raises(ExecutionError, match="Nothing wants a gradient"):
+            block(made)
+    plans = len(planned)
+    block(leaves[1])
+    assert len(planned) == plans
+    assert leaves[0].grad is None
+    assert torch.equal(leaves[1].grad, torch.full((2,), 3.0))
 
 
 def test_functions_are_called_anew(identity: Model) -> None:

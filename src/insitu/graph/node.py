@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from insitu.graph.location import Location, Mark
@@ -62,7 +63,7 @@ class Site(NamedTuple):
 class Ref:
     """Stands, among the arguments of a node, for the value of the node with this index.
 
-    Made by `ref`, which makes each only once.
+    Got from `ref`, which makes most of them only once.
 
     Attributes:
         index: the node's index.
@@ -121,14 +122,17 @@ class Subgraph:
     output: Any
 
 
-FEW = 1024
-REFS: list[Ref] = [Ref(index, (index,)) for index in range(FEW)]
-"""What `ref` gives for the first few nodes, for where a call would cost more than all the rest."""
+class _Refs(dict[int, Ref]):
+    """References by index. The first few are kept, and found without a line of Python."""
+
+    def __missing__(self, index: int) -> Ref:
+        made = Ref(index, (index,))
+        return self.setdefault(index, made) if index < _FEW else made
 
 
-def ref(index: int) -> Ref:
-    """Returns the reference to the node with an index."""
-    return REFS[index] if index < FEW else Ref(index, (index,))
+_FEW = 1024
+ref: Callable[[int], Ref] = _Refs().__getitem__
+"""Returns the reference to the node with an index."""
 
 
 Row = tuple[Operation, tuple[Any, ...], Mapping[str, Any], tuple[int, ...], bool, Mark]
@@ -166,10 +170,6 @@ class Node(NamedTuple):
         return Site(*self.args) if self.operation is READ else None
 
 
-_EMPTY: Mapping[int, Any] = {}
-_NOBODY: frozenset[int] = frozenset()
-
-
 class Graph:
     """What is to be done: nodes, and what the run hands over to the model.
 
@@ -190,24 +190,22 @@ class Graph:
         flags: whether an argument given by position may be a bool: it equals a number.
     """
 
-    __slots__ = (
-        *("after", "differentiates", "flags", "mutations", "optional", "repeats", "rows", "skips"),
-        *("stops", "writes"),
-    )
+    rows: list[Row]
+    writes: dict[int, int]
+    # Most graphs have none of these, and nothing is made for it: what has some gets anew what
+    # holds it.
+    skips: Mapping[int, int] = MappingProxyType({})
+    stops: Mapping[int, Mark] = MappingProxyType({})
+    optional: frozenset[int] = frozenset()
+    repeats: tuple[tuple[int, int], ...] = ()
+    mutations: tuple[int, ...] = ()
+    differentiates: bool = False
+    after: Mapping[int, int] = MappingProxyType({})
+    flags: bool = False
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
-        self.writes: dict[int, int] = {}
-        # Most graphs have none of the rest, and nothing is made for it: what has some gets anew
-        # what holds it.
-        self.skips: Mapping[int, int] = _EMPTY
-        self.stops: Mapping[int, Mark] = _EMPTY
-        self.optional: frozenset[int] = _NOBODY
-        self.repeats: tuple[tuple[int, int], ...] = ()
-        self.mutations: tuple[int, ...] = ()
-        self.differentiates = False
-        self.after: Mapping[int, int] = _EMPTY
-        self.flags = False
+        self.writes = {}
 
     def __len__(self) -> int:
         return len(self.rows)

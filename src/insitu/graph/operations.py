@@ -229,6 +229,13 @@ _OPERATOR_METHODS = {
     if hasattr(torch.Tensor, f"__{name.strip('_')}__")
 }
 
+ARITHMETIC: frozenset[Operation] = frozenset(
+    operation
+    for operation in BY_NAME.values()
+    if operation.short in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow")
+)
+"""What makes, of a tensor and a number, a tensor in memory of its own."""
+
 GETITEM = BY_NAME["operator.getitem"]
 SETITEM = BY_NAME["operator.setitem"]
 

@@ -19,8 +19,6 @@ from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import (
     EVERY,
-    FEW,
-    REFS,
     Address,
     Carried,
     Function,
@@ -207,7 +205,7 @@ class Recording:
                 source = value._ref
                 index = len(rows)
                 rows.append((operation, (source, other), kwargs, source.inputs, False, mark))
-                return REFS[index] if index < FEW else ref(index)
+                return ref(index)
         inputs: list[int] = []
         encoded: list[Any] = []
         nested = False
@@ -272,7 +270,7 @@ class Recording:
             elif address[4] == EVERY:
                 self._refuse_unseen(address, mark)
         index = len(rows)
-        source = self.sites[address] = REFS[index] if index < FEW else ref(index)
+        source = self.sites[address] = ref(index)
         rows.append((READ, address, NO_KWARGS, (), False, mark))
         return source
 
@@ -302,7 +300,7 @@ class Recording:
         standing = self.sites.get(address)
         if standing is None:
             standing = self.read(address, mark)
-        elif self.holds(standing, value):
+        elif self.graph.mutations and self.holds(standing, value):
             return standing
         operation = rows[standing.index][0]
         if operation is SKIP:

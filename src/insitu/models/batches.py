@@ -184,7 +184,7 @@ class Batches:
                     return forward(model, module, kwargs, prompts)
 
             summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], None)
-            return Pass(call, own, True, None, stretch.reads, None, summary)
+            return Pass(call, own, True, summary, None, stretch.reads)
 
         prefix = Prefix(self._blocks, stretch.leaves, stretch.caches)
         for number, part in zip(stretch.runs, batch.parts, strict=True):
@@ -199,7 +199,7 @@ class Batches:
 
         through = prefix.through
         summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], through)
-        return Pass(leave, own, True, None, stretch.reads, through, summary)
+        return Pass(leave, own, True, summary, None, stretch.reads, through)
 
     def _resumed(
         self,
@@ -239,7 +239,7 @@ class Batches:
 
         last: Place = (self._blocks.paths[entering[-1].level - 1], "output", 0)
         summary = partial(self._of_resumed, stretch, last)
-        return Pass(call, own, True, None, stretch.reads, last, summary)
+        return Pass(call, own, True, summary, None, stretch.reads, last)
 
     def _of_whole(
         self, stretch: _Stretch, invocations: Sequence[int], rows: int, through: Place | None
@@ -335,9 +335,10 @@ def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) 
     kwargs: dict[str, Any] = {"input_ids": prompt.ids, **prompt.extras, **options}
     if prompt.mask is not None:
         kwargs["attention_mask"] = prompt.mask
-    start = model.decoder_start
-    if start is not None and kwargs.keys().isdisjoint(_GIVEN_TO_A_DECODER):
-        kwargs["decoder_input_ids"] = torch.full((prompt.ids.shape[0], 1), start)
+    if model.is_encoder_decoder and kwargs.keys().isdisjoint(_GIVEN_TO_A_DECODER):
+        start = model.decoder_start
+        if start is not None:
+            kwargs["decoder_input_ids"] = torch.full((prompt.ids.shape[0], 1), start)
     return kwargs
 
 
@@ -345,9 +346,16 @@ _GIVEN_TO_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
 def forward(
-    model: LanguageModel, module: nn.Module, kwargs: dict[str, Any], requests: Sequence[Prompt]
+    model: LanguageModel,
+    module: nn.Module,
+    kwargs: dict[str, Any],
+    requests: Sequence[Prompt],
+    *_: object,
 ) -> Any:
-    """Makes a forward, in the thread whose turn it is to use the model."""
+    """Makes a forward, in the thread whose turn it is to use the model.
+
+    It ignores what a pass is called with, so that it can be the whole of one.
+    """
     # Moved here and not before: until its turn comes, another thread's probe may have put fake
     # weights in, and those do not say where the real ones are.
     if kwargs["input_ids"].device != model.device:

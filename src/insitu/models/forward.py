@@ -84,7 +84,7 @@ class LanguageForward:
 
     def example(self, request: Prompt) -> Call:
         """Returns the forward of a prompt alone."""
-        return Call((), self._kwargs(request))
+        return Call((), arguments(self._model, request, self._options))
 
     def key(self, module: nn.Module, requests: Sequence[Prompt]) -> Hashable | None:
         """Returns the form of the prompts and which of them are equal."""
@@ -147,10 +147,11 @@ class LanguageForward:
 
             def sample(batch: int, length: int) -> Call:
                 ids = torch.zeros(batch, length, dtype=torch.int64)
-                return Call((), self._kwargs(Prompt(ids, mark)))
+                return self.example(Prompt(ids, mark))
 
             def run(module: nn.Module, prompt: Prompt) -> None:
-                forward(self._model, module, self._kwargs(prompt), [prompt])
+                kwargs = arguments(self._model, prompt, self._options)
+                forward(self._model, module, kwargs, [prompt])
 
             found = self._model.separation(sample, run, self.views, "right")
             self._separation = (loaded, found)
@@ -169,22 +170,13 @@ class LanguageForward:
         apart: Site | None = None,
     ) -> list[Pass]:
         """A pass for each prompt; `apart` is what cannot be cut out of a batch."""
-        return [
-            Pass(
-                partial(self._call, module, self._kwargs(prompt), prompt),
-                {number: None},
-                True,
-                told=partial(accounts.alone, number, why),
-                apart=apart,
-            )
-            for number, prompt in enumerate(requests)
-        ]
-
-    def _call(self, module: nn.Module, kwargs: dict[str, Any], prompt: Prompt, *_: Any) -> Any:
-        return forward(self._model, module, kwargs, [prompt])
-
-    def _kwargs(self, prompt: Prompt) -> dict[str, Any]:
-        return arguments(self._model, prompt, self._options)
+        passes: list[Pass] = []
+        for number, prompt in enumerate(requests):
+            kwargs = arguments(self._model, prompt, self._options)
+            call = partial(forward, self._model, module, kwargs, [prompt])
+            told = partial(accounts.alone, number, why)
+            passes.append(Pass(call, {number: None}, True, told, apart=apart))
+        return passes
 
 
 def _why_apart(work: Work) -> str:

@@ -21,6 +21,7 @@ from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Own, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Schedule, Work
+from insitu.runtime.summary import unknown
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
@@ -198,7 +199,9 @@ class Generation:
                 self._model.explain(requests, self._following)
                 raise
 
-        return Pass(call, cuts, may_stop=False, stepped=self._model.generating, apart=apart)
+        told = partial(unknown, sorted(cuts), apart)
+        stepped = self._model.generating
+        return Pass(call, cuts, may_stop=False, told=told, stepped=stepped, apart=apart)
 
     def _begin(self, module: nn.Module, prompt: Prompt) -> None:
         """Generates one token, with nobody looking."""

@@ -138,7 +138,9 @@ class LanguageModel(Model):
     _forward: LanguageForward
     _chain: Any
     _costs: Costs | None
+    _settings: Mapping[str, Any]
     _attention: str | None
+    is_encoder_decoder: bool
     reader: Reader
     pad_id: int
     decoder_start: int | None
@@ -189,7 +191,7 @@ class LanguageModel(Model):
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
-        if vars(self._config).get(_ATTENTION) != self._attention:
+        if self._settings.get(_ATTENTION) != self._attention:
             vars(self).update(_probes={}, plans=Plans())
             vars(self).update(vocabulary=Names(Body(self, find_stacks(self._module, self._config))))
             self._describe()
@@ -496,12 +498,15 @@ class LanguageModel(Model):
         pad_id = next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)
         parameters = parameters_of(module)
         generating = module.get_base_model() if hasattr(module, "get_base_model") else module
+        settings = vars(self._config)  # a config looks up its attributes in Python, `__dict__` too
         vars(self).update(
             _embedding=embedding,
-            _attention=vars(self._config).get(_ATTENTION),
+            _settings=settings,
+            _attention=settings.get(_ATTENTION),
             _separations={},
             _chain=_UNKNOWN,
             decoder_start=_decoder_start(generation, self._config),
+            is_encoder_decoder=self._config.is_encoder_decoder,
             generating=next(path for path, part in self.modules.items() if part is generating),
             _costs=None,
             block_views={

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,7 @@ from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call, Copies, Probe, fake_call, probe
 from insitu.runtime.procedure import Outputs, Schedule, Work
 from insitu.runtime.reuse import Plans
+from insitu.runtime.summary import unknown
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.handle import Handle
 from insitu.tracing.named import NoVocabulary, Vocabulary
@@ -219,7 +220,9 @@ class Model(Handle):
         Raises:
             BlockError: if that is inside another run of it.
         """
-        with self.exclusive.held(), eager(is_compiled(self.compilable)):
+        with self.exclusive.held(), ExitStack() as stack:
+            if is_compiled(self.compilable):
+                stack.enter_context(eager())
             yield
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -394,6 +397,6 @@ def _alone(options: Mapping[str, Any], module: nn.Module, requests: Sequence[Cal
             with attending(module, implementation):
                 return module(*request.args, **request.kwargs, **others)
 
-        return Pass(call, {number: None}, True)
+        return Pass(call, {number: None}, True, partial(unknown, [number], None))
 
     return [single(request, number) for number, request in enumerate(requests)]

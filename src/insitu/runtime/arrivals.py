@@ -154,10 +154,8 @@ class Arrivals:
             execution.arrive(index, execution.standing(after[index]) if index in after else value)
         if self._single.may_stop and not self._readers:
             raise Stop
-        written = [(i, n, self._single.cuts[n]) for i, n in found if i in self._plan.writes]
-        if not written:
-            return value
-        return changed_value(execution, self.clock.place(first), value, written)
+        place = self.clock.place(first)
+        return changed_value(execution, self._plan, place, value, found, self._single.cuts)
 
     def _arrived(
         self, first: Moment, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
@@ -199,9 +197,7 @@ class Arrivals:
                 raise Stop
             if index in plan.skips:
                 self._skipping[module] = index
-        written = [(i, n, cuts[n]) for i, n in found if i in plan.writes]
-        if written:
-            value = changed_value(execution, place, value, written)
+        value = changed_value(execution, plan, place, value, found, cuts)
         if value is arriving:
             return None
         return handed_over(place[1], view, module, args, rest, value)

@@ -9,7 +9,7 @@ run goes around what has been compiled; outside of blocks that is used as before
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,12 +21,9 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
     return any(module._compiled_call_impl is not None for module in modules)  # pyright: ignore[reportUnknownMemberType]
 
 
-def eager(compiled: bool) -> AbstractContextManager[Any]:
-    """Returns a context in which modules run uncompiled, if they are compiled at all."""
-    return torch.compiler.set_stance("force_eager") if compiled else _AS_IT_IS
-
-
-_AS_IT_IS = nullcontext()
+def eager() -> AbstractContextManager[Any]:
+    """Returns a context in which modules run uncompiled."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

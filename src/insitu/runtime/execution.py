@@ -113,7 +113,7 @@ class Execution:
             operation, args, kwargs, inputs, nested, _ = rows[step]
             function = operation.function
             try:
-                # Calls without keywords and containers, of one or two arguments, are nearly all
+                # Calls without keywords and containers, of up to three arguments, are nearly all
                 # that there are, and a comprehension takes as long as the rest of this loop.
                 if careful:
                     result = self._in_order(step, index)
@@ -132,6 +132,13 @@ class Execution:
                     result = function(
                         values[first.index] if type(first) is Ref else first,
                         values[second.index] if type(second) is Ref else second,
+                    )
+                elif len(args) == 3:
+                    first, second, third = args
+                    result = function(
+                        values[first.index] if type(first) is Ref else first,
+                        values[second.index] if type(second) is Ref else second,
+                        values[third.index] if type(third) is Ref else third,
                     )
                 else:
                     result = function(
@@ -266,10 +273,12 @@ class Execution:
 
     def fill(self, cells: Mapping[int, Cell]) -> None:
         """Puts the saved values into their cells."""
-        rows, moved = self._graph.rows, False
+        rows, values = self._graph.rows, self._values
         for index, cell in cells.items():
-            cell.content = self._steps[index] if index in self._steps else self._values[index]
-            moved = moved or len(rows[index][1]) > 1
+            cell.content = values[index]
+        for index, found in self._steps.items():
+            cells[index].content = found
+        moved = any(len(rows[index][1]) > 1 for index in cells)
         if moved and torch.cuda.is_initialized():  # copies to the CPU may still be on their way
             for number in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(number)

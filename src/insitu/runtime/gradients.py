@@ -7,6 +7,7 @@ arrive as values do at sites, from the loss towards the inputs, and can be repla
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -21,13 +22,14 @@ from insitu.runtime.plan import Gradients, Plan
 
 
 def check_gradients(graph: Graph, plan: Plan) -> None:
-    """Finds, before the model runs, gradients that cannot be had.
+    """Finds, before the model runs, gradients that cannot be had, and constants that want some.
 
     Raises:
         OperationError: if one is of every step.
         CausalityError: if the model would have to wait for one.
     """
     assert plan.gradients is not None
+    plan.gradients.constants = [at for at in range(len(graph)) if _constants(graph, at)]
     backwards, bound = list(plan.gradients.bound), plan.gradients.bound
     gradients = sum(plan.bits[grad] for found in bound.values() for grad in found)
     for read, write in (*graph.writes.items(), *graph.skips.items()):
@@ -79,24 +81,27 @@ class Tape:
         """Lets autograd follow a value from here on, if its gradient is wanted.
 
         Args:
-            index: the node that made it.
+            index: the node that made it, of whose value a gradient is wanted.
             value: the value.
 
         Raises:
             ShapeError: if it is not a tensor of floats.
         """
-        for grad in self._gradients.wanted.get(index, ()):
-            followed = isinstance(value, torch.Tensor) and value.requires_grad
-            if not isinstance(value, torch.Tensor) or not (followed or _differentiable(value)):
-                kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-                raise ShapeError(
-                    f"`{expression(self._graph, grad)}` does not exist: only tensors of floats "
-                    f"have a gradient, and this is {kind}.",
-                    self._graph[grad].location,
-                )
-            if not followed:
-                self.follow(value)
+        for grad in self._gradients.wanted[index]:
+            if not isinstance(value, torch.Tensor) or not value.requires_grad:
+                self._follow_alone(grad, value)
             self._tensors[grad] = value
+
+    def _follow_alone(self, grad: int, value: Any) -> None:
+        """Lets autograd follow a value of which it has known nothing so far, if that can be."""
+        if not isinstance(value, torch.Tensor) or not _differentiable(value):
+            kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ShapeError(
+                f"`{expression(self._graph, grad)}` does not exist: only tensors of floats have a "
+                f"gradient, and this is {kind}.",
+                self._graph[grad].location,
+            )
+        self.follow(value)
 
     def follow(self, value: Any) -> None:
         """Lets autograd follow all tensors of a value, until the run is over."""
@@ -186,37 +191,42 @@ class Tape:
         del self._arrive, self._exchange  # they refer to what refers to this
 
 
-def leaves_of(graph: Graph, requests: object, model: nn.Module) -> list[torch.Tensor]:
+def leaves_of(
+    graph: Graph, gradients: Gradients, requests: object, model: nn.Module
+) -> list[torch.Tensor]:
     """Returns the user's own tensors that want a gradient, and none of the model's parameters.
 
     Args:
         graph: what is to be done, with its constants.
+        gradients: which of its nodes may have such tensors.
         requests: what the model is called with.
         model: the wrapped module.
     """
     found: dict[int, torch.Tensor] = {}
-    _search_constants(graph, found)
+    for index in gradients.constants:
+        found |= _constants(graph, index)
     _search(requests, found)
     if found:
         for parameter in model.parameters():
             found.pop(id(parameter), None)
-    return list(found.values())
+    return [tensor for tensor in found.values() if tensor.is_leaf]
 
 
-def _search_constants(graph: Graph, found: dict[int, torch.Tensor]) -> None:
-    """Adds the leaves among the constants of a graph to what was found, by their identity."""
-    for operation, args, kwargs, inputs, nested, _ in graph.rows:
-        if operation is READ or (len(args) == len(inputs) and not nested and not kwargs):
-            continue  # of references alone
-        for arg in (*args, *kwargs.values()) if kwargs else args:
-            if type(arg) not in _NO_LEAVES:
-                _search(arg, found)
+def _constants(graph: Graph, index: int) -> dict[int, torch.Tensor]:
+    """Returns what requires a gradient among the constants of a node, by identity."""
+    found: dict[int, torch.Tensor] = {}
+    _, args, kwargs, *_ = graph.rows[index]
+    for arg in (*args, *kwargs.values()):
+        _search(arg, found)
+    return found
 
 
 def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
-    """Adds the leaves in a value to what was found, by their identity."""
+    """Adds the tensors in a value that require a gradient to what was found, by identity."""
+    if type(value) in _NO_LEAVES:
+        return
     if isinstance(value, torch.Tensor):
-        if value.requires_grad and value.is_leaf:
+        if value.requires_grad:
             found[id(value)] = value
     elif isinstance(value, tuple | list):
         for item in cast("list[Any]", value):
@@ -225,7 +235,8 @@ def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
         for item in cast("Mapping[Any, Any]", value).values():
             _search(item, found)
     elif isinstance(value, Subgraph):
-        _search_constants(value.graph, found)
+        for index in range(len(value.graph)):
+            found |= _constants(value.graph, index)
         _search(value.output, found)
     elif isinstance(value, Function):
         _search(value.function, found)
@@ -234,7 +245,7 @@ def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
             _search(parameter, found)
 
 
-_NO_LEAVES = frozenset([Ref, int, float, bool, str, slice, type(None), type(Ellipsis)])
+_NO_LEAVES = frozenset([Ref, int, float, bool, str, slice, type(None), type(Ellipsis), CodeType])
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:

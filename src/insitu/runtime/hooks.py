@@ -17,6 +17,7 @@ from insitu.graph.errors import InsituError
 from insitu.graph.node import Kind, Site
 from insitu.graph.structure import map_structure
 from insitu.runtime.execution import Execution
+from insitu.runtime.plan import Plan
 
 Place = tuple[str, Kind, int]
 """A module's path, which of its values, and in which call of the module."""
@@ -206,21 +207,37 @@ def passing_value(
 
 
 def changed_value(
-    execution: Execution, place: Place, value: Any, written: Sequence[tuple[int, int, Cut | None]]
+    execution: Execution,
+    plan: Plan,
+    place: Place,
+    value: Any,
+    found: Sequence[tuple[int, int]],
+    cuts: Mapping[int, Cut | None],
 ) -> Any:
     """What stands at a site after the writes of its invocations: always memory of its own.
 
     A module may go on to write into what it is given, and that must not reach a constant of the
     user's or a value that is still used.
+
+    Args:
+        execution: has the values.
+        plan: its plan.
+        place: where the value arrived.
+        value: what arrived. It is returned itself if nothing is written.
+        found: the nodes that read it, each with its invocation.
+        cuts: the invocations' own parts of it.
     """
-    fresh: Any = None
-    for index, invocation, cut in written:
-        own = execution.written(index)
+    fresh = value
+    for index, invocation in found:
+        if index not in plan.writes:
+            continue
+        own, cut = execution.written(index), cuts[invocation]
         if cut is None:
-            fresh = own if own is value else _copied_where_new(own, value)
+            known = own is value or index in plan.unshared
+            fresh = own if known else _copied_where_new(own, value)
             continue
         site = Site(invocation, *place)
-        if fresh is None:
+        if fresh is value:
             fresh = map_structure(clone, cut.widen(site, value))
         cut.put(site, fresh, own)
     return fresh

@@ -9,7 +9,6 @@ has fired, and all are removed when the pass ends, however it ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
@@ -36,7 +35,7 @@ from insitu.runtime.hooks import (
 )
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.plan import Plan
-from insitu.runtime.summary import Summary, unknown
+from insitu.runtime.summary import Summary
 
 
 class Deliver(Protocol):
@@ -66,11 +65,11 @@ class Pass(NamedTuple):
         cuts: how each invocation finds its own part of a value, by number; None for an invocation
             that has the pass for itself.
         may_stop: whether the pass may end as soon as nothing is wanted from it any more.
+        told: gives its summary, for the user.
         stepped: the path of the module of which each call is a step of its own, None if there are
             no steps. That is the wrapped one, or what it wraps, which then stands for it.
         reads: the sites whose values it gives, if not all of its invocations' are of this pass.
         through: where it may not have ended before, though nobody waits for anything there.
-        told: gives its summary, where more is known than its invocations.
         apart: the site for whose sake its invocation has it for itself, if there is one: what
             arrives there cannot be cut out of a batch.
     """
@@ -78,16 +77,11 @@ class Pass(NamedTuple):
     call: Callable[[Deliver, Own], Any]
     cuts: Mapping[int, Cut | None]
     may_stop: bool
+    told: Callable[[], Summary]
     stepped: str | None = None
     reads: Collection[Address] | None = None
     through: Place | None = None
-    told: Callable[[], Summary] | None = None
     apart: Site | None = None
-
-    @property
-    def summary(self) -> Callable[[], Summary]:
-        """Tells what it does, for the user."""
-        return self.told or partial(unknown, sorted(self.cuts), self.apart)
 
 
 _NO_RETURNED: Mapping[str, Any] = {}
@@ -168,10 +162,7 @@ def run_pass(
             raise Stop
         if not writes:
             return None
-        written = [(i, n, cuts[n]) for i, n in found if i in writes]
-        if not written:
-            return None
-        changed = changed_value(execution, moment[:3], value, written)
+        changed = changed_value(execution, plan, moment[:3], value, found, cuts)
         return None if changed is value else handed_over(kind, view, module, args, rest, changed)
 
     arrivals = None

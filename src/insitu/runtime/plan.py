@@ -8,14 +8,16 @@ one group for each such set. A set of sites is written as an integer with a bit 
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from insitu.graph.errors import CausalityError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Mark
-from insitu.graph.node import EVERY, Address, Graph, Site
-from insitu.graph.operations import BACKWARD, GRAD, READ
+from insitu.graph.node import EVERY, Address, Graph, Ref, Site
+from insitu.graph.operations import ARITHMETIC, BACKWARD, GRAD, READ
 
 _MANY = 1 << 40  # uses of a value that is there for every step
 
@@ -72,10 +74,12 @@ class Gradients:
     Attributes:
         bound: the nodes that stand for gradients of each backward pass, by its node.
         wanted: the nodes that stand for gradients of each value, by its node.
+        constants: the nodes among whose constants are tensors that require a gradient.
     """
 
     bound: dict[int, list[int]]
     wanted: dict[int, list[int]]
+    constants: Sequence[int] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -93,6 +97,8 @@ class Plan:
         skips: for each module call that is skipped, the node that makes what stands for its
             output, by the index of the node that reads its arguments.
         stops: the lines that end the run, by the node that reads the output after which.
+        unshared: those of the written sites whose new value is certainly a tensor in memory that
+            nothing else has, by the node that reads what arrives.
         after: the nodes that read in one step what stands at a site written in every step, and
             the nodes that read it there.
         needs: the set of sites that each node depends on.
@@ -115,6 +121,7 @@ class Plan:
     skips: Mapping[int, int]
     stops: Mapping[int, Mark]
     after: Mapping[int, int]
+    unshared: Collection[int] = ()
     mutations: Mutations | None = None
     gradients: Gradients | None = None
     repeated: Repeated | None = None
@@ -200,6 +207,8 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
             sites |= bits[index]
     if sites:
         plan.repeated = _repeated(graph, plan, saves, sites)
+    if not (sites or plan.special or graph.mutations or graph.differentiates):
+        plan.unshared = [read for read in graph.writes if _is_unshared(graph, plan, read)]
     return plan
 
 
@@ -217,6 +226,20 @@ def written(graph: Graph, plan: Plan) -> list[Address]:
         if operation is READ:
             found.append(address)  # pyright: ignore[reportArgumentType]
     return found
+
+
+def _is_unshared(graph: Graph, plan: Plan, read: int) -> bool:
+    """Whether what is written to a site is certainly a tensor in memory that nothing else has."""
+    write = graph.writes[read]
+    source = graph.rows[write][1][1]
+    if type(source) is not Ref or plan.uses[write] > 1 or plan.uses[source.index] > 1:
+        return False
+    operation, args, *_ = graph.rows[source.index]
+    # Not with an integer or a value of the run: what it is added to may be a tuple.
+    return operation in ARITHMETIC and any(
+        type(arg) is float or (type(arg) is torch.Tensor and arg.is_floating_point())
+        for arg in args
+    )
 
 
 def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradients:

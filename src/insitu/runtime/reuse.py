@@ -6,7 +6,9 @@ plan depends on those, so it is made once.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from operator import attrgetter
+from types import CodeType
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -39,11 +41,17 @@ class Plans(Generic[Planned]):
             saves: holds the indices of the nodes whose values the user keeps.
         """
         rows = graph.rows
-        where = (key, len(rows), rows[-1][5], rows[-1][1][:1]) if rows else (key, 0)
+        where: tuple[object, ...] = (key, 0)
+        if rows:
+            _, args, *_, (code, instruction) = rows[-1]
+            # Not the code object itself: its hash is that of all its instructions.
+            if isinstance(code, CodeType):
+                code = (code.co_filename, code.co_firstlineno)
+            where = (key, len(rows), code, instruction, args[:1])
         try:
             found = self._kept.get(where)
         except TypeError:  # a first argument that has no hash
-            where = (key, len(rows), rows[-1][5])
+            where = where[:-1]
             found = self._kept.get(where)
         if found is None or not found[0].fits(graph, saves):
             return where, None
@@ -113,18 +121,10 @@ def _form(tensor: torch.Tensor) -> tuple[object, ...]:
     return (type(tensor), tensor.shape, strides, dtype, device, tensor.requires_grad)
 
 
-def _rest(graph: Graph) -> tuple[object, ...]:
-    """What a graph holds beside its rows."""
-    return (
-        graph.writes,
-        graph.skips,
-        graph.stops,
-        graph.optional,
-        graph.repeats,
-        graph.mutations,
-        graph.differentiates,
-        graph.after,
-    )
+_rest: Callable[[Graph], tuple[object, ...]] = attrgetter(
+    *("writes", "skips", "stops", "optional", "repeats", "mutations", "differentiates", "after")
+)
+"""Returns what a graph holds beside its rows."""
 
 
 _PLAIN = (Ref, str, int, float, type(None), ModuleRef, torch.dtype, torch.device)

@@ -167,7 +167,7 @@ class Handle(Call):
 
     _call = 0
     _part = ""
-    _items: dict[str, Handle]
+    _items: dict[str | int, Handle]  # children by name, and by index as far as asked for
 
     @property
     def path(self) -> str:
@@ -299,6 +299,8 @@ class Handle(Call):
     @overload
     def __getitem__(self, key: slice) -> list[Handle]: ...
     def __getitem__(self, key: int | str | slice) -> Handle | list[Handle]:
+        if type(key) is int and key in self._items:
+            return self._items[key]
         names = list(self.module._modules)
         if isinstance(key, slice):
             return [self._child(name) for name in names[key]]
@@ -307,7 +309,8 @@ class Handle(Call):
                 raise PathError(self._unknown(key), here())
             return self._child(key)
         try:
-            return self._child(names[key])
+            child = self._items[key] = self._child(names[key])
+            return child
         except IndexError:
             raise IndexOutOfRangeError(
                 f"`{self._written()}` holds {len(names)} modules, so there is no "

@@ -400,21 +400,21 @@ class Tracer:
         """Returns a module as a function on fake tensors."""
         return self.model.fake_module(path)
 
-    def _prepare(self, module: nn.Module) -> tuple[Prepared, Sequence[Pass]]:
+    def _prepare(
+        self, module: nn.Module, requests: Sequence[Any]
+    ) -> tuple[Prepared, list[Pass | None]]:
         """Plans the run, or finds how one like it was planned, and returns its passes too.
 
         Raises:
             InsituError: for what is wrong with the run, as far as that is found beforehand.
         """
-        invocations = self._invocations
-        if not invocations:
+        if not requests:
             raise BlockError(
                 "The block has no prompt: give it one, or write `with tracer.invoke(prompt):` "
                 "inside.",
                 here(4),
             )
         graph, saves = self.recording.graph, self.recording.saves
-        requests = [invocation.request for invocation in invocations]
         key, plans = self.procedure.key(module, requests), self.model.plans
         prepared: Prepared | None = None
         if key is not None:
@@ -424,9 +424,11 @@ class Tracer:
             if key is not None:
                 plans.keep(key, graph, saves, prepared)
         else:
-            passes = prepared.schedule(module, _kept(requests, prepared.plan))
-        self._told = [single.summary for single in passes]
-        return prepared, passes
+            if prepared.plan.mutations is not None:
+                requests = _kept(requests, prepared.plan)
+            passes = prepared.schedule(module, requests)
+        self._told = [single.told for single in passes]
+        return prepared, [*passes]
 
     def _plan(self, module: nn.Module, requests: Sequence[Any]) -> tuple[Prepared, Sequence[Pass]]:
         """Plans a run and returns its passes too."""
@@ -456,7 +458,8 @@ class Tracer:
 
     def _check(self) -> None:
         """Finds what is wrong with the run, and fills the saved values with fake ones."""
-        self._prepare(self.model.modules[""])
+        requests = [invocation.request for invocation in self._invocations]
+        self._prepare(self.model.modules[""], requests)
         recording = self.recording
         for index in range(len(recording.graph)):
             with contextlib.suppress(UnknownShapeError):
@@ -469,33 +472,19 @@ class Tracer:
                 cell.content = Missing("a scan runs nothing, and its shape depends on the run.")
 
     def _run(self) -> None:
-        module = self.model.load()
-        (plan, _, order, returned, compiled), passes = self._prepare(module)
-        recording = self.recording
-        modules, views = self.model.modules, self.procedure.views
-        execution = Execution(recording.graph, plan, modules)
-        exclusive = self.model.exclusive
-        results: list[Any] = [None] * len(passes)
-        waiting: list[Pass | None] = [*passes]
-        del passes  # what one leaves for others goes with the last of these
-        lacking = went = None
-        with exclusive.lock, eager(compiled):
+        model, recording = self.model, self.recording
+        module, requests = model.load(), [invocation.request for invocation in self._invocations]
+        prepared, passes = self._prepare(module, requests)
+        execution = Execution(recording.graph, prepared.plan, model.modules)
+        exclusive = model.exclusive
+        with exclusive.lock:
             exclusive.begin()
             try:
-                for at in order:
-                    single, waiting[at] = waiting[at], None
-                    assert single is not None
-                    results[at], missing, went = run_pass(
-                        execution, plan, single, modules, views, returned
-                    )
-                    del single
-                    if missing:
-                        lacking = unexcused(recording.graph, plan, missing)
-                        if lacking is not None:
-                            break
-                if execution.tape is not None and lacking is None:
-                    given = [invocation.request for invocation in self._invocations]
-                    execution.run_backwards(leaves_of(recording.graph, given, module))
+                if prepared.compiled:
+                    with eager():
+                        results, lacking, went = self._run_passes(execution, prepared, passes)
+                else:
+                    results, lacking, went = self._run_passes(execution, prepared, passes)
             finally:
                 exclusive.running = False
                 if execution.tape is not None:
@@ -505,15 +494,49 @@ class Tracer:
         execution.fill(recording.saves)
         if not self.promises_output:
             return
-        if plan.stops:
+        if prepared.plan.stops:
             self._ended = True
             return
-        requests = [invocation.request for invocation in self._invocations]
         outputs = self.procedure.outputs(results, requests)
         if outputs is not None:
             self._result = outputs.whole
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
                 invocation._result = result
+
+    def _run_passes(
+        self, execution: Execution, prepared: Prepared, passes: list[Pass | None]
+    ) -> tuple[list[Any], int | None, Arrivals | None]:
+        """Runs the passes, forward and backward.
+
+        Args:
+            execution: takes the values.
+            prepared: how it is run.
+            passes: the forward passes. They are taken out: what one leaves for others goes with
+                the last of those.
+
+        Returns:
+            What they returned; the node that reads a site where something had to arrive and did
+            not, if there is one; and how the pass went in which it had to.
+        """
+        plan, _, order, returned, _ = prepared
+        graph, model, views = self.recording.graph, self.model, self.procedure.views
+        results: list[Any] = [None] * len(passes)
+        for at in order:
+            single, passes[at] = passes[at], None
+            assert single is not None
+            results[at], missing, went = run_pass(
+                execution, plan, single, model.modules, views, returned
+            )
+            del single
+            if missing:
+                lacking = unexcused(graph, plan, missing)
+                if lacking is not None:
+                    return results, lacking, went
+        if plan.gradients is not None:
+            given = [invocation.request for invocation in self._invocations]
+            leaves = leaves_of(graph, plan.gradients, given, model.modules[""])
+            execution.run_backwards(leaves)
+        return results, None, None
 
     def _arriving(self, site: Site, copies: Copies | None = None) -> Any:
         """The memory of what arrives at a site, or None if that is not known without a run."""
