@@ -391,8 +391,12 @@ class Part(Handle):
         return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
+        # Also asked after `__getattribute__` has raised: for the error, once more.
         if self._is_module:
             return super().__getattr__(name)
+        entry = self._model.vocabulary.entry(self._path, self._part, name)
+        if entry is not None:
+            return self._named(entry, name)
         raise PathError(self._unknown(name), here())
 
     def __dir__(self) -> list[str]:

@@ -67,13 +67,20 @@ class Named:
             shown = value if self.form is None else self.form.shown(value, invocation, line)
             found = recording.shown[key] = (value._ref, shown._ref)
             if isinstance(self.form, PerHead):
-                instead = "assign to it, or to a part of it by an index."
-                recording.computed = {**recording.computed, shown._ref.index: instead}
+                self._remember(site, shown._ref)
         base, source = found
         kind = ComputedProxy if isinstance(self.form, PerHead) else NamedProxy
         proxy = kind(recording, source)
         proxy._name, proxy._base, proxy._invocation = self, base, invocation
         return proxy
+
+    def _remember(self, site: Proxy, shown: Ref) -> None:
+        """Notes what is read by this name from now on, where that is no part of the model."""
+        recording = site._recording
+        recording.shown = recording.shown or {}
+        recording.shown[site._ref.index, self] = (site._ref, shown)
+        instead = "assign to it, or to a part of it by an index."
+        recording.computed = {**recording.computed, shown.index: instead}
 
     def write(self, invocation: Invocation, value: Any, line: Mark) -> None:
         """Puts a value in the place of the one that there is.
@@ -88,11 +95,17 @@ class Named:
         if not isinstance(self.form, PerHead) and recording.holds(current._ref, value):
             return
         site = invocation.read(self.path, self.kind, line, self.call)
+        shown = value
+        if isinstance(self.form, PerHead) and not isinstance(value, Proxy):
+            shown = current.clone()  # so that there is something for later lines to read
+            shown[...] = value
         if self.form is not None:
             base = Proxy(recording, current._base)
             value = self.form.restored(value, base, invocation, line)
         if not self.item:
             invocation.write(self.path, self.kind, value, line, self.call)
+            if isinstance(self.form, PerHead):
+                self._remember(invocation.read(self.path, self.kind, line, self.call), shown._ref)
             return
         block = type(site) is StructureProxy
         # From the inside out: the entry of the innermost container, that container, and so on.

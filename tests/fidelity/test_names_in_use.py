@@ -1,0 +1,415 @@
+"""Standard names in gradients, steps, batches and writes in place, against plain PyTorch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from insitu import CausalityError, LanguageModel, OperationError, PathError
+from insitu.graph.node import Graph
+from tests.fidelity.zoo import ZOO, module_of
+
+DECODERS = ["gpt2", "llama", "gemma2", "bloom", "opt", "mixtral", "gpt-neox", "falcon"]
+PROJECTIONS = {
+    "gpt2": "attn.c_proj", "llama": "self_attn.o_proj", "gemma2": "self_attn.o_proj",
+    "bloom": "self_attention.dense", "opt": "self_attn.out_proj", "mixtral": "self_attn.o_proj",
+    "gpt-neox": "attention.dense", "falcon": "self_attention.dense",
+}  # fmt: skip
+
+
+@cache
+def kept(name: str) -> LanguageModel:
+    return LanguageModel(module_of(name))
+
+
+def ids(name: str, length: int = 7, seed: int = 0) -> torch.Tensor:
+    return ZOO[name].inputs(1, length, seed)["input_ids"]
+
+
+def block_of(name: str) -> Any:
+    return kept(name).blocks[1]
+
+
+def projection(name: str) -> nn.Module:
+    """The output projection of that block's attention, by its own path."""
+    return block_of(name).module.get_submodule(PROJECTIONS[name])
+
+
+def close(found: Any, expected: torch.Tensor, limit: float = 2e-5) -> None:
+    value = getattr(found, "value", found)
+    assert value.shape == expected.shape, (value.shape, expected.shape)
+    scale = max(float(expected.abs().max()), 0.1)
+    assert float((value - expected).abs().max()) <= limit * scale
+
+
+@pytest.fixture(autouse=True)
+def _eager_is_expected() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attention scores and patterns")
+        yield
+
+
+def twin(
+    name: str, tokens: torch.Tensor, before: Any = None, after: Any = None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A forward with plain hooks on the output projection, and the model's logits."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def taking(module: nn.Module, args: Any) -> Any:
+        seen["input"] = args[0]
+        return None if before is None else (before(args[0]), *args[1:])
+
+    def giving(module: nn.Module, args: Any, output: torch.Tensor) -> Any:
+        seen["output"] = output
+        return None if after is None else after(output)
+
+    part = projection(name)
+    handles = [part.register_forward_pre_hook(taking), part.register_forward_hook(giving)]
+    try:
+        logits = kept(name).module(input_ids=tokens, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, logits
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_z_is_the_input_of_the_output_projection_by_heads(name: str) -> None:
+    model, attention = kept(name), block_of(name).attention
+    with torch.no_grad():
+        seen, logits = twin(name, ids(name))
+    heads = model.n_heads
+    with model.trace(ids(name)):
+        z, out = attention.z.save(), model.logits.save()
+    rows, positions, width = seen["input"].shape
+    expected = seen["input"].view(rows, positions, heads, width // heads).transpose(1, 2)
+    assert torch.equal(z.value, expected)
+    assert torch.equal(out.value, logits)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("form", ["assigned", "in place", "augmented"])
+def test_one_head_is_ablated(name: str, form: str) -> None:
+    model, attention = kept(name), block_of(name).attention
+    heads = model.n_heads
+
+    def without(value: torch.Tensor) -> torch.Tensor:
+        changed = value.clone().unflatten(-1, (heads, -1))
+        changed[:, :, 2] = 0
+        return changed.flatten(-2)
+
+    with torch.no_grad():
+        _, logits = twin(name, ids(name), before=without)
+    with model.trace(ids(name)):
+        if form == "assigned":
+            z = attention.z.clone()
+            z[:, 2] = 0
+            attention.z = z
+        elif form == "in place":
+            attention.z[:, 2] = 0
+        else:
+            attention.z[:, 2] *= 0
+        out = model.logits.save()
+    assert torch.equal(out.value, logits)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_what_each_head_adds_is_written(name: str) -> None:
+    model, attention = kept(name), block_of(name).attention
+    w_o = attention.W_O
+    with torch.no_grad():
+        seen, _ = twin(name, ids(name))
+        z = seen["input"].unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
+        of_head = z[:, 2] @ w_o[2]
+        _, logits = twin(name, ids(name), after=lambda output: output - of_head)
+    for form in ("in place", "augmented"):
+        with model.trace(ids(name)):
+            if form == "in place":
+                attention.result[:, 2] = 0
+            else:
+                attention.result[:, 2] *= 0
+            result = attention.result.save()
+            out = model.logits.save()
+        close(out, logits)
+        assert float(result.value[:, 2].abs().max()) < 1e-6
+    with model.trace(ids(name)), pytest.raises(OperationError, match="computed and no part"):
+        attention.result[:, 2].zero_()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_gradients_by_name_are_those_of_autograd(name: str) -> None:
+    model, block = kept(name), block_of(name)
+    attention = block.attention
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(key: str, value: torch.Tensor) -> torch.Tensor:
+        value = value.detach().requires_grad_(True)
+        seen[key] = value
+        return value
+
+    _, logits = twin(name, ids(name), before=lambda value: keep("z", value))
+    logits[0, -1].logsumexp(-1).backward()
+    expected_z = seen["z"].grad.unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
+    _, logits = twin(name, ids(name), after=lambda value: keep("out", value))
+    logits[0, -1].logsumexp(-1).backward()
+    expected_result = seen["out"].grad.unsqueeze(1).expand(-1, model.n_heads, -1, -1)
+    model.module.zero_grad()
+    with model.trace(ids(name)):
+        z, result = attention.z.grad.save(), attention.result.grad.save()
+        added = block.attention_out.grad.save()
+        stream = block.residual_mid.grad.save() if "residual_mid" in list(block.role) else None
+        leaving = block.residual_out.grad.save()
+        of_mlp = block.mlp_out.grad.save()
+        model.logits[0, -1].logsumexp(-1).backward()
+    close(z, expected_z)
+    close(result, expected_result)
+    close(of_mlp, leaving.value)  # a sum hands its gradient on to what it is the sum of
+    if stream is not None:
+        close(added, stream.value)
+    assert all(parameter.grad is None for parameter in model.module.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_gradients_of_queries_and_patterns(name: str) -> None:
+    """Against finite differences: the loss changes by as much as the gradient says."""
+    model, attention = kept(name), block_of(name).attention
+    for key in ("q", "k", "v", "pattern", "scores"):
+        with model.trace(ids(name)):
+            value, grad = getattr(attention, key).save(), getattr(attention, key).grad.save()
+            model.logits[0, -1].double().logsumexp(-1).backward()
+        direction = torch.randn(value.value.shape, generator=torch.Generator().manual_seed(1))
+        direction = direction * (value.value.abs() < 1e4)  # what is masked stays masked
+        losses = []
+        for step in (-1e-2, 1e-2):
+            with model.trace(ids(name)):
+                setattr(attention, key, value.value + step * direction)
+                losses.append(model.logits[0, -1].double().logsumexp(-1).save())
+        slope = float(losses[1].value - losses[0].value) / 2e-2
+        assert slope == pytest.approx(float((grad.value * direction).sum()), rel=2e-2, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_prompts_of_other_lengths_do_not_show(name: str) -> None:
+    model, block = kept(name), block_of(name)
+    names = ["residual_in", "residual_mid", "attention_out", "mlp_out"]
+    names = [key for key in names if key in list(block.role)]
+    prompts = [ids(name, length) for length in (3, 7, 12)]
+    with model.trace() as tracer:
+        saved = []
+        for tokens in prompts:
+            with tracer.invoke(tokens):
+                saved.append(
+                    {
+                        **{key: getattr(block, key).save() for key in names},
+                        "z": block.attention.z.save(),
+                        "q": block.attention.q.save(),
+                        "pattern": block.attention.pattern.save(),
+                        "logits": model.logits.save(),
+                    }
+                )
+    for tokens, found in zip(prompts, saved, strict=True):
+        with torch.no_grad():
+            seen, logits = twin(name, tokens)
+        z = seen["input"].unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
+        close(found["z"], z)
+        close(found["logits"], logits)
+        count = tokens.shape[1]
+        assert found["pattern"].value.shape == (1, model.n_heads, count, count)
+        above = torch.ones(count, count).triu(1).bool()
+        assert float(found["pattern"].value[..., above].abs().max()) < 1e-6 if count > 1 else True
+        for key in names:
+            assert found[key].value.shape == (1, count, model.d_model)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_each_step_of_a_generation_is_read_and_written_by_name(name: str) -> None:
+    model, block = kept(name), block_of(name)
+    part = projection(name)
+    heads = model.n_heads
+    seen: list[torch.Tensor] = []
+
+    def before(module: nn.Module, args: Any) -> Any:
+        changed = args[0].clone().unflatten(-1, (heads, -1))
+        changed[:, -1, 1] = 0
+        changed = changed.flatten(-2)
+        seen.append(changed)
+        return (changed, *args[1:])
+
+    handle = part.register_forward_pre_hook(before)
+    tokens = ids(name)
+    try:
+        expected = model.module.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False,
+            pad_token_id=1, eos_token_id=None,
+        )  # fmt: skip
+    finally:
+        handle.remove()
+    with model.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None) as generator:
+        saved, queries = [], []
+        for _ in generator.steps:
+            block.attention.z[:, 1, -1] = 0
+            saved.append(block.attention.z.save())
+            queries.append(block.attention.q.save())
+    assert torch.equal(generator.output, expected)
+    for step, (found, query) in enumerate(zip(saved, queries, strict=True)):
+        close(found, seen[step].unflatten(-1, (heads, -1)).transpose(1, 2))
+        assert query.value.shape[:3] == (1, heads, 7 if step == 0 else 1)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_weights_make_the_values_that_have_their_names(name: str) -> None:
+    model, block = kept(name), block_of(name)
+    attention, module = block.attention, block.module
+    assert model.W_E.shape == (model.vocab_size, model.d_model)
+    assert model.W_U.shape == (model.d_model, model.vocab_size)
+    d_model, d_head = model.d_model, model.d_head
+    assert attention.W_Q.shape == (model.n_heads, d_model, d_head)
+    assert attention.W_O.shape == (model.n_heads, d_head, d_model)
+    with torch.no_grad(), model.trace(ids(name)):
+        q, k, v = attention.q.save(), attention.k.save(), attention.v.save()
+        given = block.norm_1.output.save()
+        z, added = attention.z.save(), block.role["attention"].result.save()
+    assert attention.W_K.shape == (k.value.shape[1], d_model, d_head)
+    # At the first position rotary embeddings turn nothing, so that what is left is a bias, the
+    # same for every prompt; and OPT scales its queries by what all are scaled by.
+    with model.trace(ids(name, seed=5)):
+        other_q, other_k = attention.q.save(), attention.k.save()
+        other_v, other_given = attention.v.save(), block.norm_1.output.save()
+    change = (other_given.value - given.value)[0]
+    scale = d_head**-0.5 if name == "opt" else 1.0
+    for weight, one, other in (
+        (attention.W_Q * scale, q, other_q),
+        (attention.W_K, k, other_k),
+        (attention.W_V, v, other_v),
+    ):
+        expected = torch.einsum("d,hde->he", change[0], weight)
+        close(other.value[0, :, 0] - one.value[0, :, 0], expected, 1e-4)
+    close(added, torch.einsum("bhtd,hdm->bhtm", z.value, attention.W_O))
+    assert module is block.module
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bloom", "phi3", "modernbert"])
+def test_weights_of_an_mlp(name: str) -> None:
+    model, block = kept(name), block_of(name)
+    mlp = block.mlp
+    with model.trace(ids(name)):
+        given, pre, post = block.norm_2.output.save(), mlp.pre.save(), mlp.post.save()
+        out = block.mlp_out.save()
+    with model.trace(ids(name, seed=5)):
+        other_given, other_pre = block.norm_2.output.save(), mlp.pre.save()
+        other_post, other_out = mlp.post.save(), block.mlp_out.save()
+    gated = name in ("llama", "phi3", "modernbert")
+    change = (other_given.value - given.value).reshape(7, -1)
+    into = mlp.W_gate if gated else mlp.W_in
+    close((other_pre.value - pre.value)[0], change @ into, 1e-4)
+    close(other_out.value - out.value, (other_post.value - post.value) @ mlp.W_out, 1e-4)
+    if gated:
+        activation = F.silu if name in ("llama", "phi3") else F.gelu
+        expected = activation(pre.value) * (given.value.reshape(1, 7, -1) @ mlp.W_in)
+        close(post, expected, 1e-4)
+    else:
+        with pytest.raises(PathError, match="no gate"):
+            mlp.W_gate  # noqa: B018
+
+
+def test_the_order_of_lines_does_not_matter() -> None:
+    model = kept("gpt2")
+    first, last = model.blocks[0], model.blocks[2]
+    with model.trace(ids("gpt2")):
+        late = last.attention.pattern.save()
+        early = first.attention.pattern.save()
+    with model.trace(ids("gpt2")):
+        early_again = first.attention.pattern.save()
+        late_again = last.attention.pattern.save()
+    assert torch.equal(late.value, late_again.value)
+    assert torch.equal(early.value, early_again.value)
+    with pytest.raises(CausalityError, match=r"residual|transformer\.h\[2\]"):
+        with model.trace(ids("gpt2")):
+            first.attention.z = last.attention.z
+
+
+def test_names_hold_in_edits_and_survive_bytes() -> None:
+    model = kept("gpt2")
+    with torch.no_grad():
+        heads = model.n_heads
+        _, logits = twin(
+            "gpt2",
+            ids("gpt2"),
+            before=lambda value: _without_head(value, heads, 1),
+        )
+    with model.edit() as edited:
+        model.blocks[1].attention.z[:, 1] = 0
+    with edited.trace(ids("gpt2")):
+        out = edited.logits.save()
+    assert torch.equal(out.value, logits)
+    with model.edit() as uniform:
+        model.blocks[1].attention.scores[:] = 0
+    with uniform.trace(ids("gpt2")):
+        pattern = uniform.blocks[1].attention.pattern.save()
+    close(pattern, torch.full((1, heads, 7, 7), 1 / 7))
+    with uniform.trace(ids("gpt2")):  # nothing in this block says that attention is to be eager
+        z, v = uniform.blocks[1].attention.z.save(), uniform.blocks[1].attention.v.save()
+    close(z, v.value.mean(2, keepdim=True).expand_as(z.value))
+    with model.trace(ids("gpt2")) as tracer:
+        model.blocks[1].attention.result[:, 1] = 0
+        model.logits.save()
+    again = Graph.from_bytes(tracer.graph.to_bytes())
+    assert [node.operation.name for node in again] == [node.operation.name for node in tracer.graph]
+
+
+def _without_head(value: torch.Tensor, heads: int, head: int) -> torch.Tensor:
+    changed = value.clone().unflatten(-1, (heads, -1))
+    changed[:, :, head] = 0
+    return changed.flatten(-2)
+
+
+def test_roles_are_there_whatever_else_is_called_so() -> None:
+    t5 = kept("t5")
+    block = t5.encoder.block[1]
+    own = block.layer[0].SelfAttention
+    assert own.q.path.endswith("SelfAttention.q")  # a layer of its own wins
+    with t5.trace(ids("t5")):
+        assert block.attention.q.shape == own.role["q"].shape == (1, 4, 7, 6)
+    with pytest.raises(PathError, match="cross_attention"):
+        block.cross_attention  # noqa: B018
+    assert list(block.attention.role)[:3] == ["q", "k", "v"]
+
+
+def test_errors_name_what_is_missing_and_why() -> None:
+    with pytest.raises(PathError, match="side by side|nothing is added"):
+        with kept("gpt-j").trace(ids("gpt-j")):
+            kept("gpt-j").blocks[0].residual_mid  # noqa: B018
+    with pytest.raises(PathError, match="no attention"):
+        kept("mamba").blocks[0].attention  # noqa: B018
+    with pytest.raises(PathError, match="consists of experts"):
+        with kept("mixtral").trace(ids("mixtral")):
+            kept("mixtral").blocks[0].mlp.pre  # noqa: B018
+    with pytest.raises(PathError, match="normalise the sum"):
+        with kept("bert").trace(ids("bert")):
+            kept("bert").blocks[0].attention_out  # noqa: B018
+    with pytest.raises(PathError, match="cannot be assigned"):
+        with kept("gpt2").trace(ids("gpt2")):
+            kept("gpt2").blocks[0].attention = 1
+
+
+def test_that_attention_will_be_eager_is_said_once() -> None:
+    model = LanguageModel(module_of("gpt2"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with pytest.warns(UserWarning, match="eager attention") as said:
+            for _ in range(2):
+                with model.trace(ids("gpt2")):
+                    model.blocks[0].attention.pattern.save()
+    assert len(said) == 1
+    assert model.module.config._attn_implementation == "sdpa"
+    with model.trace(ids("gpt2")):
+        plain = model.logits.save()
+    with torch.no_grad():
+        assert torch.equal(plain.value, model.module(ids("gpt2"), use_cache=False).logits)
