@@ -12,9 +12,9 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Site
+from insitu.graph.node import Address, Site
 from insitu.models.batching import cuts, join, lie_apart
-from insitu.models.prompts import Prompt
+from insitu.models.prompts import Prompt, Side
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Own, Pass
@@ -65,6 +65,9 @@ class Generation:
         self.steps = steps
         self._cached = bool(self._setting(model.module, "use_cache"))
         self.views = model.block_views[self._cached]
+        # A decoder goes on behind the last token, so padding stands before the first. An encoder
+        # counts its positions, so there it stands behind.
+        self._side: Side = "right" if model.config.is_encoder_decoder else "left"
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with its seed."""
@@ -75,7 +78,7 @@ class Generation:
                 "its sampling; options are given to `generate`.",
                 Location(*mark),
             )
-        prompt = self._model.reader.read(args[0], "left", mark)
+        prompt = self._model.reader.read(args[0], self._side, mark)
         return prompt._replace(seed=seed)
 
     def example(self, request: Prompt) -> Call:
@@ -109,10 +112,12 @@ class Generation:
                 lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
                 self._begin,
                 self.views,
-                "left",
+                self._side,
             )
             if separation is not None:
                 obstacle = separation.obstacle(sites, work.written)
+                if obstacle is None and self._outgrows_windows(requests):
+                    obstacle = next((site for site in sites if self._has_cache(site)), None)
                 if obstacle is None:
                     return partial(self._as_one, separation.layouts)
                 apart = Site(*obstacle)
@@ -137,7 +142,7 @@ class Generation:
         self, layouts: Layouts, module: nn.Module, requests: Sequence[Prompt]
     ) -> list[Pass]:
         """One pass for all prompts."""
-        batch = join(requests, "left", self._model.pad_id)
+        batch = join(requests, self._side, self._model.pad_id)
         whole = Prompt(batch.ids, requests[0].mark, batch.mask)
         return [self._pass(module, whole, dict(enumerate(cuts(batch, layouts))), requests)]
 
@@ -219,6 +224,20 @@ class Generation:
             and not any(prompt.extras for prompt in requests)
             and all(self._setting(module, k) in off for k, off in _UNBATCHABLE_UNLESS.items())
         )
+
+    def _outgrows_windows(self, requests: Sequence[Prompt]) -> bool:
+        """Whether a cache may hold fewer positions than the longest prompt has.
+
+        It holds the last, with the padding of the shorter prompts among them.
+        """
+        text = self._model.config.get_text_config()
+        windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        longest = max(prompt.ids.shape[1] for prompt in requests)
+        return any(isinstance(window, int) and longest >= window for window in windows)
+
+    def _has_cache(self, site: Address) -> bool:
+        """Whether keys and values are a part of what is at a site."""
+        return self._cached and site[2] == "output" and site[1] in self.views
 
     def _setting(self, module: nn.Module, name: str) -> Any:
         """An option of the generation: the user's, or the model's own."""
