@@ -133,14 +133,15 @@ def assert_ends(saved: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) 
 STEPS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
 
-def generated(name: str, ids: torch.Tensor, **options: Any) -> twin.Run:
-    """The oracle's generation of a prompt alone."""
-    model = model_of(name)
+def generated(name: str, ids: torch.Tensor, padding: int = 0, **options: Any) -> twin.Run:
+    """The oracle's generation of a prompt alone, of which the first ids may be padding."""
+    model, mask = model_of(name), torch.ones_like(ids)
+    mask[:, :padding] = 0
     return twin.run(
         model.module,
         model.module.generate,  # pyright: ignore
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=mask,
         pad_token_id=model.pad_id,  # pyright: ignore
         **{**STEPS, **options},
     )
@@ -333,6 +334,21 @@ def test_a_vector_steers(name: str, how: str) -> None:
         assert_ends(saved, expected)
 
 
+@LANGUAGE
+def test_what_a_model_notes_of_its_blocks_is_what_was_written(name: str) -> None:
+    path, direction = blocks_of(name)[-1][0], vector(name)
+    inputs = {**ZOO[name].inputs(), "output_hidden_states": True}
+    ends: dict[str, twin.Change] = {path: lambda hidden: hidden + direction}
+    result = plain(name, inputs, read=[], change=ends).result
+    kind = "decoder_hidden_states" if "decoder_hidden_states" in result else "hidden_states"
+    for _ in range(2):  # newer versions of Transformers put their hooks there when first asked
+        with trace(name, inputs):
+            block, output = at(name, path), model_of(name).output
+            block.output = block.output[0] + direction
+            noted = [output[kind][layer].save() for layer in range(len(result[kind]))]
+        assert_same([one.value for one in noted], list(result[kind]), kind)
+
+
 @EVERY
 def test_gradients_reach_every_block(name: str) -> None:
     inputs, blocks = ZOO[name].inputs(), every_block(name)
@@ -368,6 +384,21 @@ def given(name: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids}
 
 
+# With Transformers 4 this model's own padding changes a prompt by 0.0001 where it has more chunks
+# than two, in plain PyTorch too; the trial of batches is of shorter prompts. What an invocation
+# gets is what the padded model makes of it.
+PADDED = {"zamba2"}
+
+
+def padded_ends(name: str, ids: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+    """What hooks see of a prompt at the ends if padding is put behind it."""
+    own = ids.shape[1]
+    padded, mask = torch.full((1, length), 1), torch.zeros(1, length, dtype=torch.int64)
+    padded[:, :own], mask[:, :own] = ids, 1
+    found = plain_ends(name, {"input_ids": padded, "attention_mask": mask})
+    return {path: value[:, :own] for path, value in found.items()}
+
+
 @LANGUAGE
 def test_prompts_of_different_length_do_not_see_each_other(name: str) -> None:
     model = model_of(name)
@@ -378,10 +409,12 @@ def test_prompts_of_different_length_do_not_see_each_other(name: str) -> None:
             with tracer.invoke(ids):
                 saved.append(save_ends(name))
     for ids, own in zip(prompts, saved, strict=True):
-        inputs = given(name, ids)
-        for path, value in plain_ends(name, inputs).items():
+        expected = plain_ends(name, given(name, ids))
+        if name in PADDED and OLD:
+            expected = padded_ends(name, ids, max(LENGTHS))
+        for path, value in expected.items():
             assert_close(own[path].value, value, path)
-    print(name, len(tracer.plan.passes), tracer.plan.explain())
+    assert len(tracer.plan.passes) == 1
 
 
 @LANGUAGE
@@ -448,28 +481,54 @@ def test_a_generation_is_changed_in_each_step(name: str) -> None:
             assert_same(proxy.value, expected.seen[block, "output", step][:1], (block, step))
 
 
+# Padding before a prompt is not hidden from these: they have no mask. Each has its own pass.
+UNMASKED = {"rwkv"}
+# Of these the cache, which is a part of a block's output, holds fewer positions than a prompt has.
+WINDOWED = {"mistral", "gemma2", "gemma3", "gpt-oss", "llama4"}
+
+
 @GENERATING
 def test_generations_of_several_prompts_do_not_see_each_other(name: str) -> None:
-    model, blocks = model_of(name), blocks_of(name)[-1]
+    model, changed, end = model_of(name), blocks_of(name)[0][0], blocks_of(name)[-1][-1]
     prompts = [ZOO[name].inputs(1, length, length)["input_ids"] for length in LENGTHS]
     direction, saved, invokers = vector(name), [], []
     with model.generate(**STEPS) as generator:
         for number, ids in enumerate(prompts):
             with generator.invoke(ids) as invoker:
                 invokers.append(invoker)
+                if number == 1:
+                    at(name, changed).output[0][:, -1] += direction
+                saved.append(at(name, end).output[0].save())
+    assert len(generator.plan.passes) == (3 if name in UNMASKED | WINDOWED else 1)
+    still = torch.zeros_like(direction)
+    for number, ids in enumerate(prompts):
+        change = {changed: steering(direction, still, still)} if number == 1 else {}
+        before = max(LENGTHS) - ids.shape[1] if name in PADDED and OLD else 0
+        padded = torch.nn.functional.pad(ids, (before, 0), value=1)
+        expected = generated(name, padded, before, read=[end], change=change)
+        assert torch.equal(invokers[number].output, expected.result[:, before:])
+        hidden = expected.seen[end, "output", 0][0]
+        assert_close(saved[number].value, hidden[:, before:], number)
+
+
+@GENERATING
+def test_steps_of_several_generations_do_not_see_each_other(name: str) -> None:
+    model, changed, end = model_of(name), blocks_of(name)[-1][1], blocks_of(name)[-1][-1]
+    prompts = [ZOO[name].inputs(1, length, length)["input_ids"] for length in (3, 7)]
+    direction, saved = vector(name), []
+    with model.generate(**STEPS) as generator:
+        for number, ids in enumerate(prompts):
+            with generator.invoke(ids) as invoker:
                 for step in invoker.steps:
                     if number == 1:
-                        at(name, blocks[1]).output[0][:, -1] += direction
-                    saved.append((number, step, at(name, blocks[-1]).output[0][:, -1].save()))
-    print(name, len(generator.plan.passes))
-
-    changes = [{}, {blocks[1]: steering(direction, direction, direction)}, {}]
+                        at(name, changed).output[0][:, -1] += direction
+                    saved.append((number, step, at(name, end).output[0].save()))
+    directions = [direction] * 3
+    changes = [{}, {changed: steering(*directions)}]
     runs = [
-        generated(name, ids, read=[blocks[-1]], change=change)
+        generated(name, ids, read=[end], change=change)
         for ids, change in zip(prompts, changes, strict=True)
     ]
-    for run, invoker in zip(runs, invokers, strict=True):
-        assert torch.equal(invoker.output, run.result)
+    assert torch.equal(generator.output[:, -3:], torch.cat([run.result[:, -3:] for run in runs]))
     for number, step, proxy in saved:
-        expected = runs[number].seen[blocks[-1], "output", step][0][:, -1]
-        assert_close(proxy.value, expected, (number, step))
+        assert_close(proxy.value, runs[number].seen[end, "output", step][0], (number, step))

@@ -428,3 +428,35 @@ def test_what_a_later_line_replaces_is_not_waited_for(gpt2: LanguageModel) -> No
     gpt2.module(torch.tensor([[1, 2, 3]]))
     handle.remove()
     assert torch.equal(found, seen[0])
+
+
+class Noting(nn.Module):
+    """Stands for a block of a library, which notes what its blocks return."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+def test_a_librarys_own_hook_notes_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[torch.Tensor] = []
+
+    def note(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        noted.append(output)
+
+    def double(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output * 2
+
+    note.__module__ = "torch.noting"  # of an installed package, as the module's class is
+    monkeypatch.setattr(Noting, "__module__", "torch.noting")
+    model = Model(nn.Sequential(Noting(), nn.Identity()))
+    block = model[0].module
+    block.register_forward_hook(note)
+    block.register_forward_hook(double)
+    before = list(block._forward_hooks.items())
+    with model.trace(torch.zeros(2)):
+        arrived = model[0].output.save()
+        model[0].output = model[0].output * 5
+        end = model.output.save()
+    assert arrived.value.tolist() == [2, 2] and end.value.tolist() == [10, 10]
+    assert noted[0].tolist() == [10, 10]
+    assert list(block._forward_hooks.items()) == before

@@ -1,7 +1,13 @@
-import torch
+from types import SimpleNamespace
+from typing import Any
 
-from insitu import LanguageModel
-from tests.conftest import hooked_hidden
+import pytest
+import torch
+from torch import nn
+
+from insitu import LanguageModel, Model
+from insitu.models.blocks import block_views
+from tests.conftest import hooked_hidden, tiny_gpt2
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
 
@@ -58,3 +64,81 @@ def test_every_other_module_gives_what_it_returns(gpt2: LanguageModel) -> None:
         mlp = gpt2.transformer.h[0].mlp.output.save()
     assert type(attention.value) is tuple
     assert torch.is_tensor(mlp.value)
+
+
+class Part(nn.Module):
+    """Attention, an MLP: made of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(2, 2)
+
+
+class Layer(nn.Module):
+    def __init__(self, inner: nn.ModuleList | None = None) -> None:
+        super().__init__()
+        self.attention, self.mlp = Part(), Part()
+        if inner is not None:
+            self.parts = inner
+
+
+class OtherLayer(Layer):
+    pass
+
+
+def listed(*modules: nn.Module) -> nn.ModuleList:
+    return nn.ModuleList(modules)
+
+
+def config(**given: Any) -> Any:
+    return SimpleNamespace(get_text_config=lambda: None, **given)
+
+
+@pytest.mark.parametrize(
+    ("modules", "given", "expected"),
+    [
+        ({"h": listed(Layer(), Layer())}, config(n_layer=2), ["h.0", "h.1"]),
+        ({"h": listed(Layer(), OtherLayer())}, config(num_layers=2), ["h.0", "h.1"]),
+        ({"h": listed(Layer(), Layer())}, config(num_layers=3), []),
+        (
+            {"encoder": listed(Layer()), "decoder": listed(Layer(), Layer())},
+            config(num_layers=1, num_decoder_layers=2),
+            ["encoder.0", "decoder.0", "decoder.1"],
+        ),
+        (
+            {"images": listed(Layer()), "h": listed(Layer(), Layer())},
+            config(text=config(num_hidden_layers=2), vision=config(depth=1)),
+            ["images.0", "h.0", "h.1"],
+        ),
+        # Of a block's own lists none is one of blocks, nor is one of what has no parts.
+        (
+            {"h": listed(Layer(listed(Layer(), Layer())), Layer())},
+            config(n_layer=2),
+            ["h.0", "h.1"],
+        ),
+        ({"h": listed(Part(), Part())}, config(n_layer=2), []),
+        ({"h": listed(nn.Linear(2, 2), nn.Linear(2, 2))}, config(n_layer=2), []),
+        # Stages of different width are shown as they are.
+        ({"h": listed(Layer(), Layer())}, config(num_layers=2, depths=[1, 1]), []),
+        ({"h": listed(Layer(), Layer())}, config(), []),
+    ],
+)
+def test_blocks_are_found_by_structure(
+    modules: dict[str, nn.Module], given: Any, expected: list[str]
+) -> None:
+    views = block_views(nn.ModuleDict(modules), given, cached=False)
+    assert list(views) == expected
+    assert [view.layer for view in views.values()] == [int(path[-1]) for path in expected]
+
+
+def test_a_block_of_a_plain_model_gives_a_tuple_too() -> None:
+    module = tiny_gpt2()
+    model = Model(module)
+    with model.trace(input_ids=IDS):
+        bare = model.transformer.h[1].output.save()
+    with model.trace(input_ids=IDS, use_cache=False):
+        alone = model.transformer.h[1].output.save()
+    hidden, (key, value) = bare.value
+    assert torch.equal(hidden, hooked_hidden(module, "transformer.h.1", IDS))
+    assert key.shape == value.shape == (1, 4, 5, 4)
+    assert len(alone.value) == 1 and torch.equal(alone.value[0], hidden)

@@ -12,7 +12,7 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Site
+from insitu.graph.node import Address, Site
 from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.prompts import Prompt, Side
@@ -70,7 +70,8 @@ class Generation:
         self._location = location
         self._options = options
         self.steps = steps
-        # Who continues the prompt itself begins at its end; a decoder has a beginning of its own.
+        # Who goes on behind the last token has padding before the first. An encoder counts its
+        # positions, so there it stands behind, and the decoder has a beginning of its own.
         self._side: Side = "right" if model.config.is_encoder_decoder else "left"
         self._cached = bool(self._setting(model.module, "use_cache"))
         self.views = model.block_views[self._cached]
@@ -131,6 +132,8 @@ class Generation:
             )
             if separation is not None:
                 obstacle = separation.obstacle(sites, work.written)
+                if obstacle is None and self._outgrows_windows(requests):
+                    obstacle = next((site for site in sites if self._has_cache(site)), None)
                 if obstacle is None:
                     return partial(self._as_one, separation.layouts)
                 apart = Site(*obstacle)
@@ -258,6 +261,20 @@ class Generation:
         """How many tokens come where the prompt is."""
         decodes = self._model.config.is_encoder_decoder
         return 1 if decodes else self._options.get("max_new_tokens", 1)
+
+    def _outgrows_windows(self, requests: Sequence[Prompt]) -> bool:
+        """Whether a cache may hold fewer positions than the longest prompt has.
+
+        It holds the last, with the padding of the shorter prompts among them.
+        """
+        text = self._model.config.get_text_config()
+        windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        longest = max(prompt.ids.shape[1] for prompt in requests)
+        return any(isinstance(window, int) and longest >= window for window in windows)
+
+    def _has_cache(self, site: Address) -> bool:
+        """Whether keys and values are a part of what is at a site."""
+        return self._cached and site[2] == "output" and site[1] in self.views
 
     def _setting(self, module: nn.Module, name: str) -> Any:
         """An option of the generation: the user's, or the model's own."""

@@ -181,7 +181,10 @@ def probe(
             args, kwargs = map_structure(leaf, tuple(call))
             watching = nullcontext() if inside is None else watched(modules[inside], visit)
             with watching, _faked(module) as weights:
-                own.update(map(storage_of, weights))
+                for weight, fake in weights:
+                    own.add(storage_of(fake))
+                    if known is not None and has_contents(weight):
+                        known.give(fake, weight)
                 module(*args, **kwargs)
     except Exception as error:
         raise UnknownShapeError(
@@ -253,8 +256,10 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _faked(module: nn.Module) -> Generator[Collection[torch.Tensor], None, None]:
-    """Puts fake parameters and buffers into a module, and gives them.
+def _faked(
+    module: nn.Module,
+) -> Generator[Collection[tuple[torch.Tensor, torch.Tensor]], None, None]:
+    """Puts fake parameters and buffers into a module; gives each with the one that stands for it.
 
     `torch.func.functional_call` leaves some of them there if a module has two names.
     """
@@ -265,7 +270,7 @@ def _faked(module: nn.Module) -> Generator[Collection[torch.Tensor], None, None]
     for part in parts:
         tables.extend((cast("dict[str, Any]", part._parameters), part._buffers))
     weights = [(table, dict(table)) for table in tables]
-    fakes: dict[int, torch.Tensor] = {}
+    fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     # Accelerate's wrappers of forwards put the real weights in, from where they are kept.
     wrapped = [vars(part) for part in parts if "_old_forward" in vars(part)]
     wrappers = [table["forward"] for table in wrapped]
@@ -276,8 +281,8 @@ def _faked(module: nn.Module) -> Generator[Collection[torch.Tensor], None, None]
             for name, tensor in own.items():
                 if tensor is not None:
                     if id(tensor) not in fakes:
-                        fakes[id(tensor)] = _fake(tensor)
-                    table[name] = fakes[id(tensor)]
+                        fakes[id(tensor)] = (tensor, _fake(tensor))
+                    table[name] = fakes[id(tensor)][1]
         yield fakes.values()
     finally:
         for table, wrapper in zip(wrapped, wrappers, strict=True):
