@@ -13,6 +13,7 @@ from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
 from insitu.models.anatomy import Anatomist
 from insitu.models.attention import attending
+from insitu.models.between import MOVES, SCALES
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
@@ -207,6 +208,8 @@ class Body:
         if head is not None:
             for index in flow.calls(head):
                 norm = _norm_before(flow, flow.events[index].inputs[0], self._model.modules)
+        if norm is not None and any(norm.startswith(f"{path}.") for path in self._paths):
+            norm = None  # it is the last block's own
         if whole is None:
             return norm, None
         results = flow.results[whole]
@@ -228,7 +231,7 @@ def _norm_before(flow: Dataflow, value: int, modules: Mapping[str, nn.Module]) -
             if "norm" in type(modules[path]).__name__.lower():
                 return path
         maker = flow.maker(value)
-        if maker is None or not maker.inputs or flow.returned.get(value):
+        if maker is None or not maker.inputs or maker.function not in MOVES | SCALES:
             return None
         value = maker.inputs[0]
 
