@@ -234,4 +234,3 @@ def _norm_before(flow: Dataflow, value: int, modules: Mapping[str, nn.Module]) -
         if maker is None or not maker.inputs or maker.function not in MOVES | SCALES:
             return None
         value = maker.inputs[0]
-

@@ -6,6 +6,7 @@ there are read in a run of the model, and must hang together as the values of su
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +35,7 @@ from insitu.tracing.named import Entry, Missing, Named, NoVocabulary, Role
 if TYPE_CHECKING:
     from insitu.models.model import Model
 
+READ = "every value can be read"
 SUMS = "residuals add up"
 MIDDLE = "residual_mid and the MLP add up"
 PATTERNS = "patterns sum to one"
@@ -148,9 +150,16 @@ def _run(model: Model, call: Call, stacks: Mapping[str, int]) -> _Run:
     if blocks:
         readings["", "last"] = lambda: at(model, blocks[-1][-1]).output[0]
     values, failures = read(model, call, readings)
-    with model.in_use(), attending(model.module, "eager"):
-        flow = watch(model.module, model.modules, call, fake=False)
-    return _Run(model, call, blocks, entries, values, failures, flow)
+    return _Run(model, call, blocks, entries, values, failures, _watched(model, call))
+
+
+def _watched(model: Model, call: Call) -> Dataflow:
+    """The dataflow from which the parts are known: with eager attention and fake if it can be."""
+    with model.in_use():
+        for implementation, fake in (("eager", True), ("eager", False), (None, True)):
+            with contextlib.suppress(Exception), attending(model.module, implementation):
+                return watch(model.module, model.modules, call, fake)
+        return watch(model.module, model.modules, call, fake=False)
 
 
 def at(model: Model, path: str) -> Any:
@@ -195,15 +204,29 @@ def _unread(run: _Run, name: str, path: str, *names: str) -> Check | None:
     """A check of something that could not be read, if there is such a thing among the names."""
     for key in names:
         if (path, key) in run.failures:
-            why = f"`{key}` cannot be read: {run.failures[path, key]}"
-            return Check(name, readable(path), "differs", note=why)
+            return _not_checked(name, path or "model", f"`{key}` cannot be read.")
     return None
+
+
+def _all_read(run: _Run, path: str) -> Check | None:
+    """Whether all that has a name could be read, None if there is nothing."""
+    read = [name for owner, name in run.values if owner == path]
+    failed = {name: why for (owner, name), why in run.failures.items() if owner == path}
+    if failed:
+        listed = ", ".join(f"`{name}`" for name in failed)
+        why = f"{listed} cannot be read: {next(iter(failed.values()))}"
+        return Check(READ, readable(path) or "model", "differs", note=why)
+    return Check(READ, readable(path) or "model", "ok") if read else None
 
 
 # Blocks
 
 
 def _checks_of_blocks(run: _Run) -> Iterator[Check]:
+    for path in ("", *(path for stack in run.blocks for path in stack)):
+        found = _all_read(run, path)
+        if found is not None:
+            yield found
     for path in (path for stack in run.blocks for path in stack):
         yield _sum_of(run, path)
         if isinstance(run.entries[path].get("residual_mid"), Named):
@@ -220,7 +243,11 @@ def _sum_of(run: _Run, path: str) -> Check:
     for name in ("residual_in", "residual_out"):
         entry = entries.get(name)
         if not isinstance(entry, Named):
-            why = entry.reason if isinstance(entry, Missing) else "it does not run in a forward of a few tokens."
+            why = (
+                entry.reason
+                if isinstance(entry, Missing)
+                else "it does not run in a forward of a few tokens."
+            )
             return _not_checked(SUMS, path, why)
     added = [name for name in _ADDED if isinstance(entries.get(name), Named)]
     if not added:
@@ -284,9 +311,7 @@ def _weighted_of(run: _Run, path: str, attention: str) -> Check:
     return _not_checked(WEIGHTED, where, f"what stands between them: {_listed(way)}.")
 
 
-def _gate_of(
-    run: _Run, path: str, attention: str, pattern: Tensor, v: Tensor
-) -> Tensor | None:
+def _gate_of(run: _Run, path: str, attention: str, pattern: Tensor, v: Tensor) -> Tensor | None:
     """What heads are multiplied with, if that depends on no values: what it makes of ones."""
     part = partial(_named, run.model, path, attention)
 
@@ -327,7 +352,9 @@ def _heads_of(run: _Run, path: str, attention: str) -> Check:
     result, z = run.values[path, key], run.values[path, f"{attention}.z"]
     nothing = torch.zeros_like(z[:1, :, :1].transpose(1, 2).flatten(2))
     bias = _applied(run, entry.path, nothing).flatten()
-    return _said(HEADS, where, identities.reassembled(result, bias, run.values[path, f"{key}'s layer"]))
+    return _said(
+        HEADS, where, identities.reassembled(result, bias, run.values[path, f"{key}'s layer"])
+    )
 
 
 def _where(run: _Run, path: str, attention: str) -> str:

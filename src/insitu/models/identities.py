@@ -122,9 +122,7 @@ def proportion(found: Tensor, expected: Tensor) -> float:
     return float((found.double() * wide).sum() / (wide * wide).sum())
 
 
-def compared(
-    found: Tensor, expected: Tensor, size: Tensor, stored: Sequence[Tensor]
-) -> Difference:
+def compared(found: Tensor, expected: Tensor, size: Tensor, stored: Sequence[Tensor]) -> Difference:
     """Returns how far two tensors are apart.
 
     Args:

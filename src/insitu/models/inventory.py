@@ -45,7 +45,7 @@ def entries_of(model: Model, path: str) -> Iterator[tuple[str, Entry]]:
             of_experts = prefix == "mlp." and name in ("router", "weights")
             if name.startswith("W_") or name in SIZES or of_experts:
                 continue
-            entry = model.vocabulary.entry(owner, part, name)
+            entry = _entry(model, owner, part, name)
             if entry is not None:
                 yield prefix + name, entry
 
@@ -62,7 +62,7 @@ def weights_of(model: Model, path: str) -> Iterator[Found]:
             if not name.startswith("W_"):
                 continue
             layer = model.vocabulary.entry(owner, part, _LAYERS.get(name, ""))
-            entry = layer if isinstance(layer, Missing) else _weights(model, owner, part, name)
+            entry = layer if isinstance(layer, Missing) else _entry(model, owner, part, name)
             if isinstance(entry, Given) and isinstance(entry.value, torch.Tensor):
                 yield Found(prefix + name, "weights", tuple(entry.value.shape))
             elif isinstance(entry, Missing):
@@ -112,11 +112,13 @@ def _owners(model: Model, path: str) -> Iterator[tuple[str, str, str]]:
             yield entry.path, entry.part, f"{role}."
 
 
-def _weights(model: Model, path: str, part: str, name: str) -> Entry | None:
+def _entry(model: Model, path: str, part: str, name: str) -> Entry | None:
+    """What a name stands for; of a model of which that cannot be found out, why."""
     try:
         return model.vocabulary.entry(path, part, name)
-    except AttributeError:  # an embedding of images consists of several layers
-        return Missing("it is no single matrix.")
+    except Exception as error:  # with eager attention, a model may not run
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        return Missing(f"it cannot be found out ({type(error).__name__}: {said}).")
 
 
 def _found(model: Model, path: str, name: str, entry: Entry, shapes: Shapes) -> Found:

@@ -85,4 +85,3 @@ def _opened(model: Model, call: Call) -> Any:
     if isinstance(model, LanguageModel):
         return model.trace(kwargs.pop("input_ids"), **kwargs)
     return model.trace(**kwargs)
-
