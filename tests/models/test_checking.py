@@ -13,8 +13,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2B
 
 from insitu import LanguageModel, Model, OptionError
 from insitu.display.report import Check, Report
-from insitu.models import checking, identities
-from insitu.models.checking import check
+from insitu.models.checking import blocks, check, identities, logits
 from tests.conftest import tiny_gpt2
 from tests.fidelity.zoo import ZOO, module_of
 
@@ -41,15 +40,15 @@ def test_no_architecture_is_found_to_differ_from_what_it_seems(name: str) -> Non
 def test_every_block_is_checked_and_the_shapes_are_those_of_the_values() -> None:
     report = report_of("gpt2")
     assert {one.outcome for one in report.checks} == {"ok"}
-    names = (checking.SUMS, checking.MIDDLE, checking.PATTERNS, checking.WEIGHTED, checking.HEADS)
+    names = (blocks.SUMS, blocks.MIDDLE, blocks.PATTERNS, blocks.WEIGHTED, blocks.HEADS)
     for name in names:
         assert len(of(report, name)) == 3
-    assert len(of(report, checking.LOGITS)) == 1
-    model, blocks = report.parts
-    assert (model.title, blocks.title, blocks.path) == (
+    assert len(of(report, logits.LOGITS)) == 1
+    model, block = report.parts
+    assert (model.title, block.title, block.path) == (
         *("model", "transformer.h[0-2]", "transformer.h[0]"),
     )
-    found = {one.name: one for one in (*model.names, *blocks.names)}
+    found = {one.name: one for one in (*model.names, *block.names)}
     assert found["attention.q"].shape == (2, 4, 7, 4)
     assert found["attention.pattern"].shape == (2, 4, 7, 7)
     assert found["attention.result"].shape == (2, 4, 7, 16)
@@ -74,23 +73,23 @@ def test_blocks_of_each_kind_are_shown_once() -> None:
 
 
 def test_what_stands_between_a_pattern_and_the_heads_is_taken_into_account() -> None:
-    (gated,) = of(report_of("qwen3-next"), checking.WEIGHTED)
+    (gated,) = of(report_of("qwen3-next"), blocks.WEIGHTED)
     assert (gated.outcome, gated.note) == ("ok", "behind a gate")
 
 
 def test_what_is_done_to_logits_is_said() -> None:
-    (scaled,) = of(report_of("t5"), checking.LOGITS)
+    (scaled,) = of(report_of("t5"), logits.LOGITS)
     assert (scaled.outcome, scaled.note) == ("ok", "scaled by 0.25 before it is unembedded")
-    (capped,) = of(report_of("gemma2"), checking.LOGITS)
+    (capped,) = of(report_of("gemma2"), logits.LOGITS)
     assert (capped.outcome, capped.note) == ("ok", "scaled or capped afterwards")
 
 
 def test_what_cannot_be_checked_says_why() -> None:
     report = report_of("bert")
-    assert {one.outcome for one in of(report, checking.SUMS)} == {"not checked"}
-    assert "normalise the sum" in of(report, checking.SUMS)[0].note
-    (logits,) = of(report, checking.LOGITS)
-    assert logits.outcome == "not checked" and "cls.predictions.transform.dense" in logits.note
+    assert {one.outcome for one in of(report, blocks.SUMS)} == {"not checked"}
+    assert "normalise the sum" in of(report, blocks.SUMS)[0].note
+    (last,) = of(report, logits.LOGITS)
+    assert last.outcome == "not checked" and "cls.predictions.transform.dense" in last.note
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -131,8 +130,8 @@ def differing(report: Report) -> dict[str, Check]:
 def test_a_block_that_lies_about_its_sum_is_found() -> None:
     report = broken(GPT2Block, lambda hidden: hidden + 0.01)
     found = differing(report)
-    assert not report.ok and set(found) == {checking.SUMS, checking.MIDDLE}
-    one = found[checking.SUMS]
+    assert not report.ok and set(found) == {blocks.SUMS, blocks.MIDDLE}
+    one = found[blocks.SUMS]
     assert one.where == "transformer.h[1]"
     assert one.note == "residual_in + attention_out + mlp_out is not residual_out"
     assert one.difference is not None and one.allowed is not None
@@ -144,14 +143,14 @@ def test_a_single_number_that_is_wrong_is_found() -> None:
         hidden[0, 2, 5] += 0.001
         return hidden
 
-    assert set(differing(broken(GPT2Block, lie))) == {checking.SUMS, checking.MIDDLE}
+    assert set(differing(broken(GPT2Block, lie))) == {blocks.SUMS, blocks.MIDDLE}
 
 
 def test_numbers_that_are_none_are_found() -> None:
     report = broken(GPT2MLP, lambda hidden: hidden * float("nan"))
     found = differing(report)
-    assert checking.SUMS in found and checking.LOGITS in found
-    assert found[checking.SUMS].difference is None
+    assert blocks.SUMS in found and logits.LOGITS in found
+    assert found[blocks.SUMS].difference is None
 
 
 def test_a_part_that_lies_to_all_is_as_it_seems() -> None:
@@ -161,7 +160,7 @@ def test_a_part_that_lies_to_all_is_as_it_seems() -> None:
 def test_logits_that_are_not_of_the_last_residual_are_found() -> None:
     module: Any = tiny_gpt2()
     module.transformer.__class__ = lying(GPT2Model, lambda hidden: hidden.flip(-1))
-    assert list(differing(check(LanguageModel(module)))) == [checking.LOGITS]
+    assert list(differing(check(LanguageModel(module)))) == [logits.LOGITS]
 
 
 def test_a_site_that_cannot_be_read_is_said() -> None:
@@ -177,7 +176,7 @@ def test_a_site_that_cannot_be_read_is_said() -> None:
     module.transformer.h[1].mlp = Hidden(module.transformer.h[1].mlp).eval()
     report = check(LanguageModel(module))
     (found,) = [one for one in report.checks if one.outcome == "differs"]
-    assert (found.name, found.where) == (checking.READ, "transformer.h[1]")
+    assert (found.name, found.where) == (blocks.READ, "transformer.h[1]")
     assert found.note.startswith("`mlp.pre`, `mlp.post` cannot be read: ")
 
 

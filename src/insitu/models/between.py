@@ -7,11 +7,12 @@ from collections.abc import Collection
 from insitu.runtime.dataflow import Dataflow
 
 MOVES = frozenset(
-    """
-    bfloat16 clone contiguous dropout expand flatten float getitem half movedim permute reshape
-    select slice squeeze swapaxes swapdims t to transpose type type_as unflatten unsqueeze view
-    view_as
-    """.split()
+    (
+        *("bfloat16", "clone", "contiguous", "dropout", "expand", "flatten", "float", "getitem"),
+        *("half", "movedim", "permute", "reshape", "select", "slice", "squeeze", "swapaxes"),
+        *("swapdims", "t", "to", "transpose", "type", "type_as", "unflatten", "unsqueeze", "view"),
+        "view_as",
+    )
 )
 """Functions that leave numbers as they are."""
 

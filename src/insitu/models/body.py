@@ -219,7 +219,7 @@ class Body:
         for returned in flow.returned[value]:
             event = flow.events[returned.event]
             if event.path == head and not returned.item:
-                return norm, Spot(head, "output", event.call, (), flow.shapes[value])
+                return norm, Spot(event.path, "output", event.call, (), flow.shapes[value])
         return norm, Spot("", "output", 0, ("logits",), flow.shapes[value])
 
 
