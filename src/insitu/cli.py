@@ -41,7 +41,7 @@ def check(
     attention patterns sum to one and the last residual gives the logits.
 
     Exits with 0 if all of it holds, with 1 if something differs, and with 2 if the model cannot
-    be loaded.
+    be loaded, or cannot be run.
 
     **Example:** `insitu check insitu/eiffel`
     """

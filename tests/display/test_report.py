@@ -18,7 +18,7 @@ def text(report: Report) -> list[str]:
 
 def report(*checks: Check) -> Report:
     parts = (Part("h[0-1]", "h[0]", NAMES),)
-    return Report("tiny", "TinyLM", {"n_layers": 2, "d_model": 16}, 2, parts, checks)
+    return Report("tiny", "TinyLM", {"n_layers": 2, "d_model": 16}, parts, checks)
 
 
 def test_names_are_shown_with_shapes_and_where_they_are_in_the_block() -> None:

@@ -34,7 +34,10 @@ class Capability:
     otherwise: str = ""
 
 
-TEXT_ONLY = "it takes more than text: invocations of it do not share a batch"
+TEXT_ONLY = "it takes something else than text, and invocations of it do not share a batch"
+NOT_GENERATED = (
+    "it continues no text, or is given more than text, of which generation is not tested"
+)
 
 CAPABILITIES = (
     Capability(
@@ -76,13 +79,13 @@ CAPABILITIES = (
             "test_a_generation_is_changed_in_each_step",
             "test_generations_of_several_prompts_do_not_see_each_other",
         ),
-        "it does not continue text",
+        NOT_GENERATED,
     ),
     Capability(
         "cache",
         "a block's keys and values in a generation",
         ("test_with_a_cache_a_block_gives_its_keys_and_values",),
-        "it does not continue text",
+        NOT_GENERATED,
     ),
     Capability(
         "residual",
@@ -195,7 +198,7 @@ def table(runs: Mapping[str, Mapping[tuple[str, str], Result]]) -> str:
     """
     reasons: list[str] = []
     lines = [*_head(list(runs)), *_rows(runs, reasons)]
-    lines += ["", "—: not for this architecture, because", ""]
+    lines += ["", "—: not of this architecture, because", ""]
     lines += [
         f"- ({letter}) {reason}." for letter, reason in zip(_letters(), reasons, strict=False)
     ]
@@ -210,8 +213,9 @@ def _head(versions: Sequence[str]) -> list[str]:
         "",
         "Made by `make architectures` from the results of tests on small models with random "
         f"weights, with Transformers {' and '.join(versions)}. *both*: all tests passed with both; "
-        "a number: only with that generation of it; **no**: a test failed. What is not here is not "
-        "tested, and may well work: `insitu check` tells of any model (see [names](names.md)).",
+        "a number: only with that generation of it, as the other fails a test or does not have it; "
+        "**no**: a test fails with both. What is not here is not tested, and may well work: "
+        "`insitu check` tells of any model (see [names](names.md)).",
         "",
         f"| architecture | {' | '.join(one.title for one in CAPABILITIES)} |",
         f"|{' --- |' * (len(CAPABILITIES) + 1)}",

@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TITLES = [one.title for one in CAPABILITIES]
 
 
-def tests_in(module: ModuleType) -> list[str]:
+def names_in(module: ModuleType) -> list[str]:
     return [name for name in vars(module) if name.startswith("test_")]
 
 
@@ -27,7 +27,7 @@ def rows() -> list[list[str]]:
 
 def test_every_test_of_architectures_shows_a_capability() -> None:
     listed = [test for one in CAPABILITIES for test in one.tests]
-    assert sorted(listed) == sorted(tests_in(test_architectures) + tests_in(test_standard_names))
+    assert sorted(listed) == sorted(names_in(test_architectures) + names_in(test_standard_names))
 
 
 def test_the_page_has_a_column_for_each_capability_and_a_row_for_each_architecture() -> None:

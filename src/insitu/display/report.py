@@ -76,7 +76,6 @@ class Report:
         name: what the model was loaded as, or its class.
         architecture: its class.
         sizes: its numbers by their standard names.
-        rows: how many rows the run had that was made.
         parts: its parts.
         checks: what was verified.
     """
@@ -84,7 +83,6 @@ class Report:
     name: str
     architecture: str
     sizes: Mapping[str, int]
-    rows: int
     parts: Sequence[Part]
     checks: Sequence[Check]
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-import torch
-
 from insitu.display.report import Report
 from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import here
@@ -75,13 +73,11 @@ def _checked(model: Model, name: str | None) -> Report:
     stacks = find_stacks(module, module.config)
     run = run_of(model, call, stacks)
     shapes = {key: tuple(value.shape) for key, value in run.values.items()}
-    rows = next(len(value) for value in call.kwargs.values() if isinstance(value, torch.Tensor))
     architecture = type(module).__name__
     return Report(
         name=name or architecture,
         architecture=architecture,
         sizes=sizes_of(model),
-        rows=rows,
         parts=parts_of(model, stacks, shapes),
         checks=[*checks_of_blocks(run), *check_of_logits(run)],
     )
