@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from xml.etree import ElementTree
 
 from tests.fidelity.zoo import EVERY, Architecture
@@ -208,14 +209,17 @@ def table(runs: Mapping[str, Mapping[tuple[str, str], Result]]) -> str:
 
 
 def _head(versions: Sequence[str]) -> list[str]:
-    return [
-        "# Architectures: what works on which",
-        "",
+    said = (
         "Made by `make architectures` from the results of tests on small models with random "
         f"weights, with Transformers {' and '.join(versions)}. *both*: all tests passed with both; "
         "a number: only with that generation of it, as the other fails a test or does not have it; "
         "**no**: a test fails with both. What is not here is not tested, and may well work: "
-        "`insitu check` tells of any model (see [names](names.md)).",
+        "`insitu check` tells of any model (see [names](names.md))."
+    )
+    return [
+        "# Architectures: what works on which",
+        "",
+        *wrap(said, 120, break_on_hyphens=False),
         "",
         f"| architecture | {' | '.join(one.title for one in CAPABILITIES)} |",
         f"|{' --- |' * (len(CAPABILITIES) + 1)}",

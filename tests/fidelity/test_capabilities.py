@@ -40,7 +40,7 @@ def test_the_page_has_a_column_for_each_capability_and_a_row_for_each_architectu
 
 def test_cells_say_with_which_versions_or_why_not() -> None:
     text = PAGE.read_text()
-    versions = re.search(r"with Transformers (\S+) and (\S+)\.", text)
+    versions = re.search(r"with\s+Transformers\s+(\S+)\s+and\s+(\S+)\.", text)
     assert versions is not None
     for row in rows()[2:]:
         for cell in row[1:] if not row[0].startswith("*") else ():
