@@ -8,7 +8,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-matrix fuzz check format bench bench-peers clean
+.PHONY: demo test test-all test-matrix architectures fuzz check format bench bench-peers clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/main_demo.py
@@ -23,6 +23,18 @@ test-all: $(VENV)/installed
 test-matrix: $(VENV)/installed $(VENV)-transformers4/installed
 	$(BIN)/pytest -n $(WORKERS)
 	$(VENV)-transformers4/bin/pytest -n $(WORKERS)
+
+# What works on which architecture, from the results of tests. One that fails is in the page.
+ARCHITECTURES = tests/fidelity/test_standard_names.py tests/fidelity/test_architectures.py
+TRANSFORMERS = python -c "from importlib.metadata import version; print(version('transformers'))"
+
+architectures: $(VENV)/installed $(VENV)-transformers4/installed
+	-$(BIN)/pytest -n $(WORKERS) $(ARCHITECTURES) --junit-xml=build/architectures-5.xml
+	-$(VENV)-transformers4/bin/pytest -n $(WORKERS) $(ARCHITECTURES) \
+		--junit-xml=build/architectures-4.xml
+	$(BIN)/python -m tests.fidelity.capabilities docs/architectures.md \
+		$$($(BIN)/$(TRANSFORMERS))=build/architectures-5.xml \
+		$$($(VENV)-transformers4/bin/$(TRANSFORMERS))=build/architectures-4.xml
 
 # Many more of the random programs that the suite compares with plain PyTorch hooks.
 fuzz: $(VENV)/installed

@@ -195,6 +195,8 @@ def test_with_a_cache_a_block_gives_its_keys_and_values(name: str) -> None:
                 assert_same(pair, own, path)
                 assert all(tensor.ndim == 4 for tensor in pair)
     assert bool(held) == ZOO[name].cached
+    if not held:
+        pytest.skip("it has a state in the place of keys and values")
 
 
 def keys_and_values(past: Any) -> dict[int, list[torch.Tensor]]:

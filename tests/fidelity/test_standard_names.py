@@ -21,6 +21,8 @@ from tests.fidelity.zoo import ZOO, module_of
 
 # Blocks of these normalise the sum of the stream and what is added to it.
 POST_NORM = {"bert", "roberta", "distilbert", "bart"}
+ELSEWHERE = "its attention is in no block: the blocks share it"
+NORMALISES = "its blocks normalise the sum of the residual stream and what is added to it"
 # Of these, the stream begins behind a norm in the first block.
 NORMED_FIRST = {"rwkv"}
 # Of these, blocks have something else than one attention and one MLP.
@@ -115,11 +117,12 @@ def there(part: Any, *names: str) -> list[str]:
 @pytest.mark.parametrize("name", ZOO)
 def test_what_is_added_to_the_residual_stream_makes_what_leaves_the_block(name: str) -> None:
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    if name in POST_NORM:
+        for block in last_blocks(name, model):
+            assert not there(block, "residual_in", "residual_mid", "residual_out", *ADDED)
+        pytest.skip(NORMALISES)
     for block in last_blocks(name, model):
         names = there(block, "residual_in", "residual_mid", "residual_out", *ADDED)
-        if name in POST_NORM:
-            assert not names
-            continue
         assert names, block.path
         with hooked(block.module) as seen, opened(model, name, inputs):
             values = {key: getattr(block, key).save() for key in names}
@@ -134,6 +137,8 @@ def test_what_is_added_to_the_residual_stream_makes_what_leaves_the_block(name: 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_writes_to_what_is_added_reach_what_leaves_the_block(name: str) -> None:
+    if name in POST_NORM:
+        pytest.skip(NORMALISES)
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
     for block in last_blocks(name, model):
         for key in there(block, *ADDED):
@@ -183,8 +188,17 @@ def _eager_is_expected() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_ATTENTION])
+def attending(name: str) -> None:
+    """Goes on for models with attention in some block only."""
+    if name in NO_ATTENTION:
+        for stack in stacks(name, kept(name)):
+            assert not any(attentions(block) for block in stack)
+        pytest.skip("it has no attention")
+
+
+@pytest.mark.parametrize("name", ZOO)
 def test_heads_hang_together_as_attention_does(name: str) -> None:
+    attending(name)
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
     found = 0
     for block in last_blocks(name, model):
@@ -220,12 +234,16 @@ def test_heads_hang_together_as_attention_does(name: str) -> None:
             visible = (scores > -1e4).all(dim=0).all(dim=0)
             difference = (scores - products * (scores / products).median()).abs()
             assert visible.any() and difference.shape == scores.shape
-    assert found or name in ("zamba2",)
+    if not found:
+        assert name in ("zamba2",)
+        pytest.skip(ELSEWHERE)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_ATTENTION])
+@pytest.mark.parametrize("name", ZOO)
 def test_patterns_are_what_hugging_face_returns(name: str) -> None:
+    attending(name)
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    compared = 0
     for stack in stacks(name, model):
         blocks = [block for block in stack if "attention" in list(block.role)]
         if not blocks:
@@ -236,7 +254,10 @@ def test_patterns_are_what_hugging_face_returns(name: str) -> None:
         if theirs is None:
             continue
         for found, expected in zip(saved, theirs, strict=True):
+            compared += 1
             close(found.value, expected[..., : found.value.shape[-1]].float(), limit=1e-6)
+    if not compared:
+        pytest.skip("it returns no attention patterns to compare with")
 
 
 def attentions_of(module: nn.Module, inputs: Any, path: str) -> Any:
@@ -265,9 +286,11 @@ def attentions_of(module: nn.Module, inputs: Any, path: str) -> Any:
     return None
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_ATTENTION])
+@pytest.mark.parametrize("name", ZOO)
 def test_writes_to_heads_do_what_attention_makes_of_them(name: str) -> None:
+    attending(name)
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    found = 0
     for block in last_blocks(name, model):
         for attention in attentions(block):
             what = f"{block.path} {attention.path}"
@@ -287,17 +310,22 @@ def test_writes_to_heads_do_what_attention_makes_of_them(name: str) -> None:
             scores, pattern = written("scores", "scores", "pattern")
             assert float(scores.abs().max()) == 0
             close(pattern, pattern[..., :1].expand_as(pattern), what)
+            found += 1
+    if not found:
+        pytest.skip(ELSEWHERE)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_mlps_are_what_stands_around_their_nonlinearity(name: str) -> None:
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    found = 0
     for block in last_blocks(name, model):
         if "mlp" not in list(block.role):
             continue
         mlp = block.role["mlp"]
         if "experts" in list(block.role):
             continue
+        found += 1
         assert there(mlp, "pre", "post") == ["pre", "post"], block.path
         with opened(model, name, inputs):
             pre, post = mlp.pre.save(), mlp.post.save()
@@ -316,3 +344,5 @@ def test_mlps_are_what_stands_around_their_nonlinearity(name: str) -> None:
             mlp.post[:, 2] = 0
             changed = block.mlp_out.save()
         close(changed.value[:, 2], out.value[:, 2], block.path)
+    if not found:
+        pytest.skip("it has no MLP but experts, or none at all")

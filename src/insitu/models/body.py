@@ -13,6 +13,7 @@ from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
 from insitu.models.anatomy import Reading, block_of
 from insitu.models.attention import OPTION, attending
+from insitu.models.between import MOVES, SCALES
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
@@ -244,6 +245,8 @@ class Body:
         if head is not None:
             for index in flow.calls(head):
                 norm = _norm_before(flow, flow.events[index].inputs[0], self._model.modules)
+        if norm is not None and any(norm.startswith(f"{path}.") for path in self._paths):
+            norm = None  # it is the last block's own
         if whole is None:
             return norm, None
         results = flow.results[whole]
@@ -252,8 +255,8 @@ class Body:
             return norm, None
         for returned in flow.returned[value]:
             event = flow.events[returned.event]
-            if head is not None and event.path == head and not returned.item:
-                return norm, Spot(head, "output", event.call, (), flow.shapes[value])
+            if event.path == head and not returned.item:
+                return norm, Spot(event.path, "output", event.call, (), flow.shapes[value])
         return norm, Spot("", "output", 0, ("logits",), flow.shapes[value])
 
 
@@ -271,6 +274,6 @@ def _norm_before(flow: Dataflow, value: int, modules: Mapping[str, nn.Module]) -
             if "norm" in type(modules[path]).__name__.lower():
                 return path
         maker = flow.maker(value)
-        if maker is None or not maker.inputs or flow.returned.get(value):
+        if maker is None or not maker.inputs or maker.function not in MOVES | SCALES:
             return None
         value = maker.inputs[0]

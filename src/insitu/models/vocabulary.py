@@ -35,6 +35,7 @@ _NORMALISED = (
     "in them is the stream."
 )
 _NO_ATTENTION = "there is no attention in this block."
+_NO_CROSS_ATTENTION = "nothing in this block attends to states of an encoder."
 
 
 class Names:
@@ -119,11 +120,11 @@ class Names:
                 found[name] = self._site(block, spot)
             else:
                 found[name] = Missing(self._why_not_added(block, name))
-        for name, heads in (
-            ("attention", block.attention),
-            ("cross_attention", block.cross_attention),
+        for name, heads, none in (
+            ("attention", block.attention, _NO_ATTENTION),
+            ("cross_attention", block.cross_attention, _NO_CROSS_ATTENTION),
         ):
-            found[name] = Missing(_NO_ATTENTION) if heads is None else Role(heads.path, "heads")
+            found[name] = Missing(none) if heads is None else Role(heads.path, "heads")
         mlp = block.mlp
         if mlp is None:
             found["mlp"] = Missing("there is no MLP in this block.")
@@ -144,6 +145,8 @@ class Names:
             return _NORMALISED
         if name == "attention_out" and block.attention is None:
             return _NO_ATTENTION
+        if name == "cross_attention_out" and block.cross_attention is None:
+            return _NO_CROSS_ATTENTION
         there = ", ".join(f"`{other}`" for other in block.added) or "nothing that has a name"
         return f"what this block adds to the residual stream is {there}."
 
@@ -177,7 +180,7 @@ class Names:
             found["result"] = Named(heads.out, "output", z.call, (), form)
         weights = self._body.weights
         for name in ("W_Q", "W_K", "W_V", "W_O"):
-            found[name] = Later(partial(_given, weights.of_heads, block, heads, name))
+            found[name] = Later(partial(_weight, weights.of_heads, block, heads, name))
         return found
 
     def _with_heads(self, spot: Spot) -> Named:
@@ -226,7 +229,7 @@ class Names:
                 found[name] = Missing("no nonlinearity stands between its layers.")
         weights = self._body.weights
         for name in ("W_in", "W_out", "W_gate"):
-            found[name] = Later(partial(_given, weights.of_mlp, block, mlp, name))
+            found[name] = Later(partial(_weight, weights.of_mlp, block, mlp, name))
         return found
 
     def _of_experts(self, block: Block) -> Mapping[str, Entry]:
@@ -258,8 +261,8 @@ class Names:
         found["logits"] = Later(self._logits)
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "vocab_size"):
             found[name] = Later(partial(self._number, name))
-        found["W_E"] = Later(lambda: Given(body.weights.embedding()))
-        found["W_U"] = Later(lambda: Given(body.weights.unembedding()))
+        found["W_E"] = Later(lambda: _given(body.weights.embedding()))
+        found["W_U"] = Later(lambda: _given(body.weights.unembedding()))
         return found
 
     def _final_norm(self) -> Entry:
@@ -277,6 +280,10 @@ class Names:
         return Missing("its config does not say.") if number is None else Given(number)
 
 
+def _weight(find: Callable[..., Any], block: Block, part: Heads | Feedforward, name: str) -> Entry:
+    return _given(find(block, part, name))
+
+
 class Later:
     """An entry that is found when it is asked for."""
 
@@ -284,6 +291,5 @@ class Later:
         self.entry = entry
 
 
-def _given(find: Callable[..., Any], block: Block, part: Heads | Feedforward, name: str) -> Entry:
-    value = find(block, part, name)
+def _given(value: Any) -> Entry:
     return value if isinstance(value, Missing) else Given(value)

@@ -30,13 +30,21 @@ class Weights:
         self._body = body
         self._columns: dict[tuple[str, str, int], torch.Tensor | None] = {}
 
-    def embedding(self) -> torch.Tensor:
+    def embedding(self) -> torch.Tensor | Missing:
         """Returns the embedding of tokens, `(vocabulary, d_model)`."""
-        return self._weight(self._body.embedding)
+        self._body.model.load()
+        path = self._body.embedding
+        weight: object = None
+        if path is not None:
+            weight = getattr(self._body.model.modules[path], "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            return Missing("this model has no embedding of tokens.")
+        return weight.detach()
 
-    def unembedding(self) -> torch.Tensor:
+    def unembedding(self) -> torch.Tensor | Missing:
         """Returns what makes logits, `(d_model, vocabulary)`."""
-        return self.matrix(self._body.unembedding or "")
+        path = self._body.unembedding
+        return Missing("this model has no unembedding.") if path is None else self.matrix(path)
 
     def of_heads(self, block: Block, heads: Heads, name: str) -> torch.Tensor | Missing:
         """Returns the weights of an attention: `(head, d_model, d_head)`, of W_O its transpose.
@@ -114,12 +122,6 @@ class Weights:
             unit = unit.to(floats[0])
         with torch.no_grad(), self._body.model.in_use():
             return module(unit) - module(torch.zeros_like(unit[:1]))
-
-    def _weight(self, path: str | None) -> torch.Tensor:
-        self._body.model.load()
-        weight = self._body.model.modules[path or ""].weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.detach()
 
     def _width_of(self, path: str) -> int:
         block = self._body.block_around(path)

@@ -1,7 +1,7 @@
 """What a forward makes of what: every call of a module and of a torch function in one run.
 
 From this a model is understood without its source: which values are added to the residual stream,
-what goes into a softmax, what a linear layer was given. `models/anatomy.py` reads it.
+what goes into a softmax, what a linear layer was given. `models/anatomy/` reads it.
 """
 
 # pyright: reportPrivateUsage=false

@@ -1,0 +1,143 @@
+"""What has to hold between values of a run: plain torch on tensors, and nothing of the library's.
+
+Both sides are known up to rounding, so they are compared in proportion to what they are summed up
+of, and what rounding may make of that depends on the dtype in which the model computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+_SINGLE = torch.finfo(torch.float32)
+
+
+class Difference(NamedTuple):
+    """How far two tensors are apart.
+
+    Attributes:
+        largest: the largest difference of two numbers, in proportion to what they are made of;
+            infinite if the shapes differ or if there are numbers that are none.
+        allowed: what rounding may make of it.
+        note: what else there is to say.
+    """
+
+    largest: float
+    allowed: float = 0.0
+    note: str = ""
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether rounding explains it."""
+        return self.largest <= self.allowed
+
+
+def summed(terms: Sequence[Tensor], total: Tensor) -> Difference:
+    """Returns how far a sum is from what it is said to be, number by number.
+
+    Args:
+        terms: `(batch, position, d_model)` each.
+        total: their sum.
+    """
+    if any(term.shape != total.shape for term in terms):
+        shapes = " + ".join(str(tuple(term.shape)) for term in terms)
+        return Difference(math.inf, note=f"{shapes} cannot be {tuple(total.shape)}")
+    wide = torch.stack([term.double() for term in terms])
+    return compared(wide.sum(0), total, wide.abs().sum(0), (*terms, total))
+
+
+def reassembled(result: Tensor, bias: Tensor, output: Tensor) -> Difference:
+    """Returns how far what all heads make together is from what the layer behind them returns.
+
+    Args:
+        result: `(batch, head, position, d_model)`.
+        bias: `(d_model,)`, what the layer makes of nothing.
+        output: `(batch, position, d_model)`.
+    """
+    heads, shift = result.double(), bias.double()
+    size = heads.abs().sum(1).amax(-1, keepdim=True) + shift.abs()
+    return compared(heads.sum(1) + shift, output, size, (result, output))
+
+
+def attended(pattern: Tensor, v: Tensor, z: Tensor, gate: Tensor | None = None) -> Difference:
+    """Returns how far `z` is from the values, weighted with the attention pattern.
+
+    Args:
+        pattern: `(batch, head, query, key)`.
+        v: `(batch, key's head, key, d_head)`: several heads may share keys and values.
+        z: `(batch, head, query, d_head)`.
+        gate: of the form of `z`: what the heads are multiplied with, if they are.
+    """
+    if pattern.shape[1] % v.shape[1] or pattern.shape[-1] != v.shape[2]:
+        shapes = f"{tuple(pattern.shape)} cannot weight {tuple(v.shape)}"
+        return Difference(math.inf, note=shapes)
+    values = v.double().repeat_interleave(pattern.shape[1] // v.shape[1], dim=1)
+    made = pattern.double() @ values
+    size = (pattern.double().abs() @ values.abs()).amax(-1, keepdim=True)
+    if gate is not None:
+        made, size = made * gate.double(), size * gate.double().abs().amax(-1, keepdim=True)
+    return compared(made, z, size, (pattern, v, z))
+
+
+def normalised(pattern: Tensor, sinks: bool) -> Difference:
+    """Returns how far the weights of a query are from 1 in sum.
+
+    Args:
+        pattern: `(batch, head, query, key)`, none of which is negative.
+        sinks: whether a part of the weights goes to what is no position: then it may be less.
+    """
+    if bool((pattern < 0).any()):
+        return Difference(math.inf, note="there are negative weights")
+    sums, one = pattern.double().sum(-1), torch.ones((), device=pattern.device)
+    if sinks:
+        sums = sums.clamp_min(1)
+    return compared(sums, one.expand_as(sums), one, (pattern,))
+
+
+def rising(logits: Tensor, made: Tensor) -> Difference:
+    """Returns how far numbers are from rising with others: what a scale or a cap makes of them.
+
+    Args:
+        logits: `(batch, position, vocabulary)`.
+        made: what they are made of, of that shape.
+    """
+    ordered = logits.double().gather(-1, made.double().argsort(-1))
+    highest = ordered.cummax(-1).values
+    size = ordered.abs().amax(-1, keepdim=True)
+    return compared(ordered, highest, size, (logits, made))
+
+
+def proportion(found: Tensor, expected: Tensor) -> float:
+    """Returns which multiple of a tensor another one is, if it is one.
+
+    Args:
+        found: a tensor.
+        expected: another of that shape.
+    """
+    wide = expected.double()
+    return float((found.double() * wide).sum() / (wide * wide).sum())
+
+
+def compared(found: Tensor, expected: Tensor, size: Tensor, stored: Sequence[Tensor]) -> Difference:
+    """Returns how far two tensors are apart.
+
+    Args:
+        found: what was found.
+        expected: what it has to be.
+        size: how large the numbers are that both are summed up of, of a shape that broadcasts.
+        stored: the values that both were computed from, in the dtypes that the model has them in.
+    """
+    if found.shape != expected.shape:
+        shapes = f"{tuple(found.shape)} is not {tuple(expected.shape)}"
+        return Difference(math.inf, note=shapes)
+    kinds = [value.dtype for value in stored if value.is_floating_point()]
+    rounding = max((torch.finfo(kind).eps for kind in kinds), default=0.0)
+    apart = (found.double() - expected.double()).abs() / size.double().clamp_min(_SINGLE.tiny)
+    largest = float(apart.max()) if apart.numel() else 0.0
+    # Matrix products add up in single precision at best, whatever they return.
+    allowed = 4 * rounding + 64 * _SINGLE.eps
+    return Difference(math.inf if math.isnan(largest) else largest, allowed)

@@ -1,0 +1,280 @@
+"""What works on which architecture, as a table of what tests have shown: docs/architectures.md.
+
+`make architectures` runs the tests of all architectures with each version of Transformers and
+gives their results to this, as pytest writes them down: a cell says that something works only
+where all tests of it ran and passed. A test that finds nothing to test skips, and says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+from xml.etree import ElementTree
+
+from tests.fidelity.zoo import EVERY, Architecture
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Something that one may want to do with a model.
+
+    Attributes:
+        title: the head of its column.
+        meaning: what works where it does.
+        tests: those that show it, all of them.
+        otherwise: why there are no tests of it for some architectures.
+    """
+
+    title: str
+    meaning: str
+    tests: tuple[str, ...]
+    otherwise: str = ""
+
+
+TEXT_ONLY = "it takes something else than text, and invocations of it do not share a batch"
+NOT_GENERATED = (
+    "it continues no text, or is given more than text, of which generation is not tested"
+)
+
+CAPABILITIES = (
+    Capability(
+        "read",
+        "inputs and outputs of all modules, bit for bit what hooks see; blocks are found",
+        (
+            "test_inputs_and_outputs_of_all_modules_are_what_hooks_see",
+            "test_the_blocks_are_found",
+        ),
+    ),
+    Capability(
+        "write",
+        "patching hidden states, ablating parts of blocks, steering",
+        (
+            "test_hidden_states_of_another_input_are_patched_in",
+            "test_a_part_of_a_block_is_ablated",
+            "test_a_vector_steers",
+        ),
+    ),
+    Capability(
+        "gradients",
+        "gradients of all blocks' hidden states",
+        ("test_gradients_reach_every_block",),
+    ),
+    Capability(
+        "batches",
+        "prompts of different length in one batch, each as if it were alone",
+        (
+            "test_prompts_of_different_length_do_not_see_each_other",
+            "test_a_patch_between_prompts_of_a_batch_reaches_one_of_them",
+            "test_gradients_of_several_prompts_are_their_own",
+        ),
+        TEXT_ONLY,
+    ),
+    Capability(
+        "generation",
+        "read and changed step by step, also of several prompts",
+        (
+            "test_a_generation_is_changed_in_each_step",
+            "test_generations_of_several_prompts_do_not_see_each_other",
+        ),
+        NOT_GENERATED,
+    ),
+    Capability(
+        "cache",
+        "a block's keys and values in a generation",
+        ("test_with_a_cache_a_block_gives_its_keys_and_values",),
+        NOT_GENERATED,
+    ),
+    Capability(
+        "residual",
+        "`residual_in`, `residual_mid`, `residual_out` and what is added: read and written",
+        (
+            "test_what_is_added_to_the_residual_stream_makes_what_leaves_the_block",
+            "test_writes_to_what_is_added_reach_what_leaves_the_block",
+        ),
+    ),
+    Capability(
+        "heads",
+        "`q`, `k`, `v`, `scores`, `pattern`, `z`, `result`, `W_O`: read and written",
+        (
+            "test_heads_hang_together_as_attention_does",
+            "test_writes_to_heads_do_what_attention_makes_of_them",
+        ),
+    ),
+    Capability(
+        "patterns",
+        "`pattern` is, bit for bit, what the model itself returns as its attentions",
+        ("test_patterns_are_what_hugging_face_returns",),
+    ),
+    Capability(
+        "MLP",
+        "`pre` and `post`: read and written",
+        ("test_mlps_are_what_stands_around_their_nonlinearity",),
+    ),
+)
+
+KINDS = {
+    "decoder": "Decoders",
+    "encoder": "Encoders",
+    "encoder-decoder": "Encoders and decoders",
+    "vision": "Images",
+    "contrastive": "Images and text",
+    "vision-language": "Images in text",
+    "audio": "Sound",
+}
+NOT_THERE = "this version of Transformers does not have it"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a capability of an architecture with one version of Transformers.
+
+    Attributes:
+        works: whether all tests of it ran and passed.
+        reason: why it does not apply; "" if it works or fails.
+    """
+
+    works: bool
+    reason: str = ""
+
+
+def results(*xmls: str) -> dict[tuple[str, str], Result]:
+    """Returns what came of each architecture's capabilities, by name and title.
+
+    Args:
+        xmls: what pytest wrote with `--junit-xml`, in one or more runs.
+    """
+    seen: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    cases = [case for xml in xmls for case in ElementTree.fromstring(xml).iter("testcase")]
+    for case in cases:
+        name, _, given = case.attrib["name"].partition("[")
+        architecture = _named(given.rstrip("]"))
+        if architecture is not None:
+            seen.setdefault((architecture, name), []).append(_outcome(case))
+    found: dict[tuple[str, str], Result] = {}
+    ran = {architecture for architecture, _ in seen}
+    for one in EVERY:
+        for capability in CAPABILITIES:
+            outcomes = [seen.get((one.name, test)) for test in capability.tests]
+            found[one.name, capability.title] = (
+                _result(outcomes, capability) if one.name in ran else Result(False, NOT_THERE)
+            )
+    return found
+
+
+def _named(given: str) -> str | None:
+    """The architecture among a test's parameters, such as "gpt2" or "gpt2-in place"."""
+    names = sorted((one.name for one in EVERY), key=len, reverse=True)
+    around = "(?:^|-){}(?:$|-)"
+    return next((name for name in names if re.search(around.format(name), given)), None)
+
+
+def _outcome(case: ElementTree.Element) -> tuple[str, str]:
+    for kind in ("failure", "error", "skipped"):
+        found = case.find(kind)
+        if found is not None:
+            return kind, found.attrib.get("message", "")
+    return "passed", ""
+
+
+def _result(outcomes: Sequence[list[tuple[str, str]] | None], capability: Capability) -> Result:
+    if all(outcome is None for outcome in outcomes):
+        return Result(False, capability.otherwise)
+    every = [one for outcome in outcomes for one in outcome or [("failure", "")]]
+    if all(kind == "passed" for kind, _ in every):
+        return Result(True)
+    if any(kind in ("failure", "error") for kind, _ in every):
+        return Result(False)
+    return Result(False, next(message for kind, message in every if kind == "skipped"))
+
+
+def table(runs: Mapping[str, Mapping[tuple[str, str], Result]]) -> str:
+    """Returns the page.
+
+    Args:
+        runs: results by the version of Transformers, the newest first.
+    """
+    reasons: list[str] = []
+    lines = [*_head(list(runs)), *_rows(runs, reasons)]
+    lines += ["", "—: not of this architecture, because", ""]
+    lines += [
+        f"- ({letter}) {reason}." for letter, reason in zip(_letters(), reasons, strict=False)
+    ]
+    lines += ["", "What the columns mean:", ""]
+    lines += [f"- **{one.title}**: {one.meaning}." for one in CAPABILITIES]
+    return "\n".join([*lines, ""])
+
+
+def _head(versions: Sequence[str]) -> list[str]:
+    said = (
+        "Made by `make architectures` from the results of tests on small models with random "
+        f"weights, with Transformers {' and '.join(versions)}. *both*: all tests passed with both; "
+        "a number: only with that generation of it, as the other fails a test or does not have it; "
+        "**no**: a test fails with both. What is not here is not tested, and may well work: "
+        "`insitu check` tells of any model (see [names](names.md))."
+    )
+    return [
+        "# Architectures: what works on which",
+        "",
+        *wrap(said, 120, break_on_hyphens=False),
+        "",
+        f"| architecture | {' | '.join(one.title for one in CAPABILITIES)} |",
+        f"|{' --- |' * (len(CAPABILITIES) + 1)}",
+    ]
+
+
+def _rows(
+    runs: Mapping[str, Mapping[tuple[str, str], Result]], reasons: list[str]
+) -> Iterator[str]:
+    for kind, heading in KINDS.items():
+        rows = [one for one in EVERY if one.kind == kind]
+        if rows:
+            yield f"| *{heading}* |{' |' * len(CAPABILITIES)}"
+        for one in rows:
+            cells = [_cell(one, capability, runs, reasons) for capability in CAPABILITIES]
+            yield f"| {one.name} | {' | '.join(cells)} |"
+
+
+def _cell(
+    one: Architecture,
+    capability: Capability,
+    runs: Mapping[str, Mapping[tuple[str, str], Result]],
+    reasons: list[str],
+) -> str:
+    found = {version: run[one.name, capability.title] for version, run in runs.items()}
+    works = [version.partition(".")[0] for version, result in found.items() if result.works]
+    if len(works) == len(found):
+        return "both"
+    if works:
+        return works[0]
+    said = {result.reason for result in found.values() if result.reason != NOT_THERE}
+    reason = next(iter(said), NOT_THERE)
+    if "" in said:
+        return "**no**"
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"— ({_letters()[reasons.index(reason)]})"
+
+
+def _letters() -> str:
+    return "abcdefghijklmnopqrstuvwxyz"
+
+
+def main() -> None:
+    """Writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("page", type=Path, help="where to write it")
+    parser.add_argument("runs", nargs="+", help="version=file, the newest first")
+    given = parser.parse_args()
+    written: dict[str, list[str]] = {}
+    for run in given.runs:
+        version, _, path = run.partition("=")
+        written.setdefault(version, []).append(Path(path).read_text())
+    given.page.write_text(table({version: results(*xmls) for version, xmls in written.items()}))
+
+
+if __name__ == "__main__":
+    main()
