@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from insitu.models.between import between
+from insitu.models.anatomy.between import between
 from insitu.runtime.dataflow import Dataflow, watch
 from insitu.runtime.probe import Call
 

@@ -12,8 +12,9 @@ from torch import nn
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
 from insitu.models.anatomy import Reading, block_of
+from insitu.models.architectures import DESCRIPTIONS, Description
 from insitu.models.attention import OPTION, attending
-from insitu.models.between import MOVES, SCALES
+from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
@@ -40,6 +41,7 @@ class Body:
     Args:
         model: the model.
         stacks: the lists of its blocks, by path, and how long they are.
+        description: what is said of its blocks; None for what is said of its architecture.
 
     Attributes:
         stacks: the paths of its blocks, a list for each stack, such as encoder and decoder.
@@ -47,11 +49,13 @@ class Body:
         weights: the weights of its parts.
     """
 
-    def __init__(self, model: Model, stacks: Mapping[str, int]) -> None:
+    def __init__(self, model: Model, stacks: Mapping[str, int], description: Description | None) -> None:
         self._model = model
         self.stacks: Sequence[Sequence[str]] = [
             [f"{path}.{layer}" for layer in range(count)] for path, count in stacks.items()
         ]
+        known = DESCRIPTIONS.get(getattr(model.module.config, "model_type", ""))
+        self._description = description or known or Description()
         self._blocks: dict[tuple[tuple[str, Any], ...], Mapping[str, Block]] = {}
         self._showing: Mapping[str, Any] | None = None
         self._after: tuple[str | None, Spot | None] | None = None
@@ -201,9 +205,10 @@ class Body:
         experts = self._experts()
         found: dict[str, Block] = {}
         for path, size in sizes.items():
-            block = block_of(Reading(flow, modules, size, lengths, experts), path)
+            reading = Reading(flow, modules, size, lengths, experts)
+            block = block_of(reading, path, self._description.begins)
             if block is not None:
-                found[path] = block
+                found[path] = self._description.applied(block, flow)
         if self._after is None:
             self._after = self._ending(flow)
         return found

@@ -14,12 +14,14 @@ from insitu.models.parts import Block, Spot
 from insitu.runtime.hooks import first_argument
 
 
-def block_of(reading: Reading, path: str) -> Block | None:
+def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | None:
     """Returns what a block consists of, None if it did not run.
 
     Args:
         reading: the forward.
         path: the block's path.
+        begins: the module in it whose output is where the residual stream begins; None, or one
+            that it does not have, for what the block is given.
     """
     flow = reading.flow
     index = next(flow.calls(path), None)
@@ -32,6 +34,11 @@ def block_of(reading: Reading, path: str) -> Block | None:
     if type(entry) is not int:
         return None
     events = range(call.first, index)
+    start = Spot(path, "input", 0, (), flow.shapes[entry])
+    first = None if begins is None else next(flow.calls(f"{path}.{begins}"), None)
+    if first is not None:
+        entry = flow.events[first].outputs[0]
+        start = Spot(f"{path}.{begins}", "output", 0, (), flow.shapes[entry])
     chain, leaves = find_stream(reading, exit, entry, path)
 
     own = {entry, *chain}
@@ -45,7 +52,7 @@ def block_of(reading: Reading, path: str) -> Block | None:
     added: dict[str, int] = {}
     if chain:
         added = named(reading, leaves, own, attention, cross, call.first)
-        stream["residual_in"] = Spot(path, "input", 0, (), flow.shapes[entry])
+        stream["residual_in"] = start
         between = middle(reading, chain, leaves, added, path, call.first)
         if between is not None:
             stream["residual_mid"] = between

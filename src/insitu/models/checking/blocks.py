@@ -9,7 +9,7 @@ import torch
 
 from insitu.display.report import Check
 from insitu.graph.node import readable
-from insitu.models.between import between
+from insitu.models.anatomy.between import between
 from insitu.models.checking import identities
 from insitu.models.checking.identities import Tensor
 from insitu.models.checking.outcomes import listed, not_checked, said, unread, why_not

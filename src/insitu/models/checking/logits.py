@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from insitu.display.report import Check
-from insitu.models.between import SCALES, between
+from insitu.models.anatomy.between import SCALES, between
 from insitu.models.checking import identities
 from insitu.models.checking.outcomes import listed, not_checked, said, unread
 from insitu.models.checking.run import Run, applied
