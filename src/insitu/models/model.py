@@ -102,26 +102,10 @@ class Model(Handle):
         signature = call.signature() if inside is None else f"{inside}: {call.signature()}"
         if copies:
             signature += repr(sorted(copies.items(), key=repr))
-<<<<<<< HEAD
-        if signature not in self._probes:
-            kwargs = dict(call.kwargs)
-            implementation = kwargs.pop(OPTION, None)
-            plain = Call(call.args, kwargs)
-            with self.in_use(), attending(self._module, implementation):
-                try:
-                    found = probe(self._module, plain, self.modules, views, inside, copies)
-                except UnknownShapeError as error:
-                    # Not the error itself: it holds every frame of the forward.
-                    self._probes[signature] = UnknownShapeError(*error.args)
-                    raise
-            self._probes[signature] = found
-        found = self._probes[signature]
-=======
         found = self._probed(signature, call, views, inside, copies, False)
         if isinstance(found, UnknownShapeError):  # what the model does depends on what it is given
             signature += call.contents()
             found = self._probed(signature, call, views, inside, copies, True)
->>>>>>> arch
         if isinstance(found, UnknownShapeError):
             raise UnknownShapeError(*found.args)
         return found
@@ -137,10 +121,13 @@ class Model(Handle):
     ) -> Probe | UnknownShapeError:
         if signature not in self._probes:
             options = (self.modules, views, inside, copies, contents)
+            kwargs = dict(call.kwargs)
+            implementation = kwargs.pop(OPTION, None)
+            plain = Call(call.args, kwargs)
             found: Probe | UnknownShapeError
-            with self.in_use():
+            with self.in_use(), attending(self._module, implementation):
                 try:
-                    found = probe(self._module, call, *options)
+                    found = probe(self._module, plain, *options)
                 except UnknownShapeError as error:
                     # Not the error itself: it holds every frame of the forward.
                     found = UnknownShapeError(*error.args)
