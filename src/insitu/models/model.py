@@ -121,10 +121,10 @@ class Model(Handle):
     ) -> Probe | UnknownShapeError:
         if signature not in self._probes:
             options = (self.modules, views, inside, copies, contents)
+            found: Probe | UnknownShapeError
             kwargs = dict(call.kwargs)
             implementation = kwargs.pop(OPTION, None)
             plain = Call(call.args, kwargs)
-            found: Probe | UnknownShapeError
             with self.in_use(), attending(self._module, implementation):
                 try:
                     found = probe(self._module, plain, *options)
