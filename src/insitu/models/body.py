@@ -220,6 +220,13 @@ class Body:
         return norm, Spot("", "output", 0, ("logits",), flow.shapes[value])
 
 
+# What a norm's output may go through before it is unembedded: it is cut, reshaped or scaled.
+_LEAVES = frozenset(
+    "clone contiguous div flatten getitem mul reshape rmul select squeeze to truediv type type_as "
+    "unsqueeze view".split()
+)
+
+
 def _norm_before(flow: Dataflow, value: int, modules: Mapping[str, nn.Module]) -> str | None:
     """The norm that a value comes from, through what only moves or scales it."""
     while True:
@@ -228,7 +235,6 @@ def _norm_before(flow: Dataflow, value: int, modules: Mapping[str, nn.Module]) -
             if "norm" in type(modules[path]).__name__.lower():
                 return path
         maker = flow.maker(value)
-        if maker is None or not maker.inputs or flow.returned.get(value):
+        if maker is None or not maker.inputs or maker.function not in _LEAVES:
             return None
         value = maker.inputs[0]
-
