@@ -128,7 +128,7 @@ OF_BLOCK: Mapping[str, Meaning] = {
     "hook_resid_pre": Standard("residual_in"),
     "hook_in": Standard("residual_in"),
     **_norm("ln1", "norm_1"),
-    "attn.hook_in": OfLayer("q", "input"),
+    "attn.hook_in": OfLayer("attention", "input"),
     "attn.hook_q": Unrotated("q"),
     "attn.hook_k": Unrotated("k"),
     "attn.hook_v": Unrotated("v"),
@@ -151,7 +151,7 @@ OF_BLOCK: Mapping[str, Meaning] = {
     "hook_resid_mid": Standard("residual_mid"),
     **_norm("ln2", "norm_2"),
     "hook_mlp_in": OfLayer("norm_2", "input"),
-    "mlp.hook_in": OfLayer("pre", "input"),
+    "mlp.hook_in": OfLayer("mlp", "input"),
     "mlp.hook_pre": Standard("mlp.pre"),
     "mlp.hook_pre_linear": OfLayer("pre_linear", "output"),
     "mlp.hook_post": Standard("mlp.post"),
@@ -278,6 +278,9 @@ class TransformerLens:
         path = self._path(meaning.layer, block)
         if path is None:
             return Missing("this model has no such layer of its own.")
+        heads = None if block is None else block.attention
+        if heads is not None and list(heads.projections.values()).count(path) > 1:
+            return Missing("q, k and v are made by one layer here: see `attn.hook_in`.")
         form: Form | None = None
         mlp = None if block is None else block.mlp
         if mlp is not None and mlp.post is not None and len(mlp.post.shape) == 2:
@@ -307,13 +310,15 @@ class TransformerLens:
             if len(block.norms) < int(layer[-1]):
                 return None
             return block.norms[0 if layer == "norm_1" else -1]
-        if layer in ("pre", "pre_linear", "mlp_out"):
+        if layer in ("mlp", "pre_linear", "mlp_out"):
             if mlp is None:
                 return None
-            return {"pre": mlp.into, "pre_linear": mlp.gate, "mlp_out": mlp.out}[layer]
+            return {"mlp": mlp.path, "pre_linear": mlp.gate, "mlp_out": mlp.out}[layer]
         if heads is None:
             return None
-        return heads.out if layer == "o" else heads.projections.get(layer)
+        if layer in ("attention", "o"):
+            return heads.path if layer == "attention" else heads.out
+        return heads.projections.get(layer)
 
     def _positions(self) -> str | None:
         """The path of the embedding of positions: another one than that of tokens, as long."""
