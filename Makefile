@@ -8,7 +8,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-matrix fuzz check format bench bench-peers clean
+.PHONY: demo test test-all test-matrix oracle fuzz check format bench bench-peers clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/main_demo.py
@@ -23,6 +23,11 @@ test-all: $(VENV)/installed
 test-matrix: $(VENV)/installed $(VENV)-transformers4/installed
 	$(BIN)/pytest -n $(WORKERS)
 	$(VENV)-transformers4/bin/pytest -n $(WORKERS)
+
+# What TransformerLens sees at its hooks, beside what is read and written here by their names.
+oracle: $(VENV)/installed $(VENV)-transformer-lens/installed
+	INSITU_TRANSFORMER_LENS=$(VENV)-transformer-lens/bin/python \
+		$(BIN)/pytest tests/oracle/agreement.py
 
 # Many more of the random programs that the suite compares with plain PyTorch hooks.
 fuzz: $(VENV)/installed

@@ -222,8 +222,10 @@ class Body:
 
 # What a norm's output may go through before it is unembedded: it is cut, reshaped or scaled.
 _LEAVES = frozenset(
-    "clone contiguous div flatten getitem mul reshape rmul select squeeze to truediv type type_as "
-    "unsqueeze view".split()
+    (
+        *("clone", "contiguous", "div", "flatten", "getitem", "mul", "reshape", "rmul", "select"),
+        *("squeeze", "to", "truediv", "type", "type_as", "unsqueeze", "view"),
+    )
 )
 
 

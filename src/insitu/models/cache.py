@@ -111,6 +111,8 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         if isinstance(key, tuple):
             name, layer = key
             return self._found(name, layer + self._layers if layer < 0 else layer) is not None
+        if not isinstance(key, str):
+            return False
         return key in self._values or self._aliases.get(key, ("", False))[0] in self._values
 
     def __iter__(self) -> Iterator[str]:
@@ -153,11 +155,10 @@ class ActivationCache(Mapping[str, torch.Tensor]):
 
 
 def _bytes(size: int) -> str:
-    for unit in ("bytes", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size = size / 1000  # pyright: ignore[reportAssignmentType]
-    return f"{size:.3g} GB"
+    power = 0
+    while power < 4 and size >= 1000 ** (power + 1):
+        power += 1
+    return f"{size / 1000**power:.3g} {('bytes', 'KB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _ranges(numbers: list[int]) -> str:

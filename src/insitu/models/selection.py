@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
@@ -33,8 +33,8 @@ def select(filters: Filters, vocabulary: Vocabulary, hooks: TransformerLens) -> 
         wanted = [key for key in known if not key.endswith(COMPUTED)]
         return _there(wanted, lambda key: entry_of(vocabulary, key))
     chosen: dict[str, Named] = {}
-    several = isinstance(filters, Iterable) and not isinstance(filters, str)
-    for one in filters if several else [filters]:
+    single = isinstance(filters, str | re.Pattern) or callable(filters)
+    for one in cast("Iterable[Filter]", [filters] if single else filters):
         if isinstance(one, str) and not set(one) & set("*?["):
             within = spelled(one)
             if within is None:
@@ -47,7 +47,7 @@ def select(filters: Filters, vocabulary: Vocabulary, hooks: TransformerLens) -> 
         if not found:
             found = [name for name in hooks.names() if matches(name)]
             chosen |= _there(found, hooks.entry)
-        if not found and (isinstance(one, str | re.Pattern)):
+        if not found and isinstance(one, str | re.Pattern):
             text = one if isinstance(one, str) else one.pattern
             raise OptionError(f"No value has a name like {text!r}{nearest(text, known)}.", here())
     return chosen

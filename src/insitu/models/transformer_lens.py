@@ -221,7 +221,9 @@ class TransformerLens:
             return Missing("there is no attention in this block.")
         if isinstance(meaning, Rotated):
             if not _is_rotated(heads, meaning.letter):
-                return Missing("nothing is done to it after its projection: see `hook_q`, `hook_k`.")
+                return Missing(
+                    "nothing is done to it after its projection: see `hook_q`, `hook_k`."
+                )
             return self._standard(name, Standard(f"attention.{meaning.letter}", True))
         return self._unrotated(name, heads, meaning.letter)
 
@@ -234,7 +236,8 @@ class TransformerLens:
         meaning, block = self._meaning(name)
         heads = None if block is None else block.attention
         if isinstance(meaning, Unrotated | Rotated) and heads is not None:
-            if _is_rotated(heads, meaning.letter) is isinstance(meaning, Rotated):
+            rotated = _is_rotated(heads, meaning.letter)
+            if rotated is isinstance(meaning, Rotated):
                 meaning = Standard(f"attention.{meaning.letter}", heads_third=True)
         if not isinstance(meaning, Standard):
             return None
@@ -281,13 +284,7 @@ class TransformerLens:
         heads = None if block is None else block.attention
         if heads is not None and list(heads.projections.values()).count(path) > 1:
             return Missing("q, k and v are made by one layer here: see `attn.hook_in`.")
-        form: Form | None = None
-        mlp = None if block is None else block.mlp
-        if mlp is not None and mlp.post is not None and len(mlp.post.shape) == 2:
-            if meaning.layer in ("mlp_out", "pre_linear"):
-                width = block.width if meaning.layer == "mlp_out" else mlp.post.shape[-1]
-                form = Rows(block.path, width)
-        return Named(path, meaning.kind, form=form)
+        return Named(path, meaning.kind, form=_of_rows(meaning.layer, block))
 
     def _of_norm(self, meaning: OfNorm, block: Block | None) -> Entry:
         path = self._path(meaning.norm, block)
@@ -345,12 +342,24 @@ def _heads_third(form: Form | None) -> Form | None:
     return None if isinstance(form, Swapped) else Swapped()
 
 
+def _of_rows(layer: str, block: Block | None) -> Form | None:
+    """The form of what a layer of an MLP gives, where it sees rows and positions as one."""
+    if block is None or block.mlp is None or layer not in ("mlp_out", "pre_linear"):
+        return None
+    post = block.mlp.post
+    if post is None or len(post.shape) != 2:
+        return None
+    return Rows(block.path, block.width if layer == "mlp_out" else post.shape[1])
+
+
 def _spot(heads: Heads, letter: str) -> Spot | None:
     return {"q": heads.q, "k": heads.k, "v": heads.v}[letter]
 
 
 # What leaves the numbers of a projection as they are.
-_MOVES = frozenset("chunk getitem permute reshape split transpose unbind unflatten view".split())
+_MOVES = frozenset(
+    ("chunk", "getitem", "permute", "reshape", "split", "transpose", "unbind", "unflatten", "view")
+)
 
 
 def _is_rotated(heads: Heads, letter: str) -> bool:
