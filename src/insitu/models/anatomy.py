@@ -367,6 +367,7 @@ class Anatomist:
         width = 0 if z is None else z.shape[-1]
         raw: dict[str, Spot] = {}
         projections: dict[str, str] = {}
+        projected: list[str] = []
         events = range(flow.events[end].first, end)
         spots: dict[str, Spot | None] = {}
         for name, value in (("q", core.q), ("k", core.k), ("v", core.v)):
@@ -376,6 +377,8 @@ class Anatomist:
             if call is None:
                 continue
             projections[name] = flow.events[call].path
+            if self._is_moved(value, flow.events[call].outputs):
+                projected.append(name)
             if spot is not None:
                 before = self._before_embedding(value, spot.shape, call, within)
                 if before is not None:
@@ -397,7 +400,17 @@ class Anatomist:
             out=out,
             count=count,
             size=width // count if count else 0,
+            projected=frozenset(projected),
         )
+
+    def _is_moved(self, value: int, made: Collection[int]) -> bool:
+        """Whether a value is a part of another one, brought into another form."""
+        while value not in made:
+            maker = self._flow.maker(value)
+            if maker is None or maker.function not in _MOVES or not maker.inputs:
+                return False
+            value = maker.inputs[0]
+        return True
 
     def _first_with_heads(self, value: int, size: int, within: str) -> Spot | None:
         """Where a value first has an axis of heads, before it is repeated, cached or moved on."""

@@ -6,6 +6,7 @@ writes the norm's output.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,30 +45,50 @@ class Norm:
         return (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def bias(self, like: Any, line: Mark) -> Any:
-        """Returns what the norm makes of zeros, `(1, 1, d_model)`."""
-        return call_module(self.path, (torch.zeros_like(like[:1, :1]),), {}, line)
+        """Returns what the norm makes of zeros, `(1, d_model)`."""
+        return call_module(self.path, (torch.zeros_like(like.flatten(0, -2)[:1]),), {}, line)
 
     def weight(self, like: Any, line: Mark) -> Any:
-        """Returns what the norm multiplies with, `(1, 1, d_model)`, however it keeps it."""
-        ones = torch.ones_like(like[:1, :1])
+        """Returns what the norm multiplies with, `(1, d_model)`, however it keeps it."""
+        ones = torch.ones_like(like.flatten(0, -2)[:1])
         turns = 1 - 2 * (ones.float().cumsum(-1) % 2)  # -1, 1, -1, ...: well away from the mean
         made = call_module(self.path, (turns.type_as(like),), {}, line) - self.bias(like, line)
         centred = self.centre(turns)
         return made / (centred / self.scale(centred))
 
 
-def norm_of(module: nn.Module, path: str) -> Norm | None:
-    """Returns what a norm does, None if it is no norm over the last axis that is known.
+def norm_of(module: nn.Module, path: str, width: int) -> Norm | None:
+    """Returns what a norm does, None if it does something else than to divide.
 
     Args:
-        module: the norm.
+        module: the norm, with weights or without.
         path: its path.
+        width: the length of the last axis.
     """
-    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-    name = type(module).__name__
-    if not isinstance(eps, float) or "norm" not in name.lower():
+    names = ("eps", "variance_epsilon", "epsilon")
+    eps = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    if not isinstance(eps, float):
         return None
-    return Norm(path, isinstance(module, nn.LayerNorm) or "RMS" not in name, eps)
+    candidates = (Norm(path, False, eps), Norm(path, True, eps))
+    return next((norm for norm in candidates if _does(module, norm, width)), None)
+
+
+def _does(module: nn.Module, norm: Norm, width: int) -> bool:
+    """Whether a module does what a norm would do, tried on a copy whose weights are ones."""
+    turns = 1.0 - 2.0 * (torch.arange(width) % 2)
+    rows = torch.tensor([[0.1, 0.0], [1.0, 0.3], [5.0, -2.0]])  # of different size and mean
+    given = rows[:, :1] * turns + rows[:, 1:]
+    try:
+        copied = copy.deepcopy(module).to_empty(device="cpu").float()
+        for parameter in copied.parameters():
+            nn.init.ones_(parameter)
+        with torch.no_grad():
+            made = copied(given) - copied(torch.zeros(1, width))
+    except Exception:  # whatever a module does that is no norm
+        return False
+    centred = norm.centre(given)
+    weight = made / (centred / norm.scale(centred))
+    return bool(torch.isclose(weight, weight[:1], rtol=1e-3).all())
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from insitu.models.body import Body
 from insitu.models.keys import entry_of, layers
 from insitu.models.norms import Normalised, Scale, norm_of
 from insitu.models.parts import Block, Heads, Spot
-from insitu.runtime.inside import SEPARATOR
 from insitu.tracing.forms import Apart, Form, PerHead, Rows, Split, Swapped
 from insitu.tracing.named import Entry, Missing, Named, Role, Vocabulary
 
@@ -220,7 +219,7 @@ class TransformerLens:
         if heads is None:
             return Missing("there is no attention in this block.")
         if isinstance(meaning, Rotated):
-            if not _is_rotated(heads, meaning.letter):
+            if meaning.letter in heads.projected:
                 return Missing(
                     "nothing is done to it after its projection: see `hook_q`, `hook_k`."
                 )
@@ -236,8 +235,8 @@ class TransformerLens:
         meaning, block = self._meaning(name)
         heads = None if block is None else block.attention
         if isinstance(meaning, Unrotated | Rotated) and heads is not None:
-            rotated = _is_rotated(heads, meaning.letter)
-            if rotated is isinstance(meaning, Rotated):
+            projected = meaning.letter in heads.projected
+            if projected is isinstance(meaning, Unrotated):
                 meaning = Standard(f"attention.{meaning.letter}", heads_third=True)
         if not isinstance(meaning, Standard):
             return None
@@ -265,7 +264,7 @@ class TransformerLens:
         return replace(entry, form=_heads_third(entry.form))
 
     def _unrotated(self, name: str, heads: Heads, letter: str) -> Entry | None:
-        if not _is_rotated(heads, letter):
+        if letter in heads.projected:
             return self._standard(name, Standard(f"attention.{letter}", True))
         spot = heads.raw.get(letter)
         if spot is not None:
@@ -290,7 +289,8 @@ class TransformerLens:
         path = self._path(meaning.norm, block)
         if path is None:
             return Missing("there is no such norm.")
-        norm = norm_of(self._body.model.modules[path], path)
+        width = self._body.number("d_model") if block is None else block.width
+        norm = norm_of(self._body.model.modules[path], path, width or 0)
         if norm is None:
             return Missing(f"what the norm at {path!r} computes inside is not known.")
         return Named(path, "output", form=meaning.form(norm))
@@ -354,17 +354,3 @@ def _of_rows(layer: str, block: Block | None) -> Form | None:
 
 def _spot(heads: Heads, letter: str) -> Spot | None:
     return {"q": heads.q, "k": heads.k, "v": heads.v}[letter]
-
-
-# What leaves the numbers of a projection as they are.
-_MOVES = frozenset(
-    ("chunk", "getitem", "permute", "reshape", "split", "transpose", "unbind", "unflatten", "view")
-)
-
-
-def _is_rotated(heads: Heads, letter: str) -> bool:
-    """Whether something is done to q, k or v after its projection: it is rotated, or a norm's."""
-    spot = _spot(heads, letter)
-    if letter == "v" or spot is None:
-        return False
-    return spot.path.partition(SEPARATOR)[2] not in _MOVES
