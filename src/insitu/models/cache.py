@@ -144,7 +144,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         return next((key for key in keys if key in self), None)
 
     def _lacking(self, key: str, name: str | None = None) -> NotCachedError:
-        near = nearest(key, [*self._values, *self._aliases])
+        near = nearest(key, dict.fromkeys([*self._values, *self._aliases]))
         if key in self._aliases:
             near = f" (it is {self._aliases[key][0]!r})"
         return NotCachedError(
