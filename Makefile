@@ -8,7 +8,8 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-matrix architectures fuzz check format bench bench-peers clean
+.PHONY: demo test test-all test-matrix architectures oracle fuzz check format bench bench-peers \
+	clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/main_demo.py
@@ -35,6 +36,11 @@ architectures: $(VENV)/installed $(VENV)-transformers4/installed
 	$(BIN)/python -m tests.fidelity.capabilities docs/architectures.md \
 		$$($(BIN)/$(TRANSFORMERS))=build/architectures-5.xml \
 		$$($(VENV)-transformers4/bin/$(TRANSFORMERS))=build/architectures-4.xml
+
+# What TransformerLens sees at its hooks, beside what is read and written here by their names.
+oracle: $(VENV)/installed $(VENV)-transformer-lens/installed
+	INSITU_TRANSFORMER_LENS=$(VENV)-transformer-lens/bin/python \
+		$(BIN)/pytest tests/oracle/agreement.py
 
 # Many more of the random programs that the suite compares with plain PyTorch hooks.
 fuzz: $(VENV)/installed

@@ -11,6 +11,7 @@ from insitu.graph.errors import (
     InsituError,
     LoadError,
     NeverRanError,
+    NotCachedError,
     NoValueError,
     OperationError,
     OptionError,
@@ -22,6 +23,7 @@ from insitu.graph.errors import (
     WireError,
 )
 from insitu.graph.proxy import Proxy
+from insitu.models.cache import ActivationCache
 from insitu.models.language_model import LanguageModel
 from insitu.models.model import Model
 from insitu.models.vision_language_model import VisionLanguageModel
@@ -30,6 +32,7 @@ with contextlib.suppress(ImportError):  # einops is no dependency: it is used wh
     import insitu.graph.einops_backend  # noqa: F401
 
 __all__ = [
+    "ActivationCache",
     "BlockError",
     "CausalityError",
     "ExecutionError",
@@ -40,6 +43,7 @@ __all__ = [
     "Model",
     "NeverRanError",
     "NoValueError",
+    "NotCachedError",
     "OperationError",
     "OptionError",
     "PathError",

@@ -23,8 +23,6 @@ from tests.fidelity.zoo import ZOO, module_of
 POST_NORM = {"bert", "roberta", "distilbert", "bart"}
 ELSEWHERE = "its attention is in no block: the blocks share it"
 NORMALISES = "its blocks normalise the sum of the residual stream and what is added to it"
-# Of these, the stream begins behind a norm in the first block.
-NORMED_FIRST = {"rwkv"}
 # Of these, blocks have something else than one attention and one MLP.
 NO_ATTENTION = {"mamba", "mamba2", "rwkv"}
 
@@ -60,8 +58,7 @@ def last_blocks(name: str, model: Any) -> list[Any]:
     for stack in stacks(name, model):
         kinds: dict[Any, Any] = {}
         for block in stack:
-            if name not in NORMED_FIRST or block is not stack[0]:
-                kinds[tuple(block.role)] = block
+            kinds[tuple(block.role)] = block
         found.extend(kinds.values())
     return [block for block in found if list(block.role)]
 

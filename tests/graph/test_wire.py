@@ -21,6 +21,7 @@ from insitu import InsituError, LanguageModel, Model, WireError, apply, cond, fo
 from insitu.graph.location import mark
 from insitu.graph.node import Graph, Ref, ref
 from insitu.graph.operations import BY_NAME, FOLD, READ, Operation
+from insitu.graph.proxy import Proxy
 from insitu.graph.recording import Recorded, Recording
 from insitu.graph.wire_reader import FIELDS, _operation
 from tests.round_trip import same
@@ -41,6 +42,18 @@ def graph_of(*args: Any, **kwargs: Any) -> Graph:
 
 def sent(graph: Graph) -> Graph:
     return Graph.from_bytes(graph.to_bytes())
+
+
+def test_the_bytes_are_the_same_however_a_set_was_made() -> None:
+    recording = Recording()
+    value = Proxy(recording, recording.read(ADDRESS, mark()))
+    for _ in range(17):
+        value.save(optional=True)
+    graph = recording.graph
+    graph.optional = frozenset([8, 16])
+    data = graph.to_bytes()
+    graph.optional = frozenset([16, 8])  # which goes the other way round
+    assert graph.to_bytes() == sent(graph).to_bytes() == data
 
 
 class Kind(enum.IntEnum):

@@ -85,6 +85,12 @@ class NoValueError(InsituError, ValueError):
     """
 
 
+class NotCachedError(InsituError, KeyError):
+    """A value that an `ActivationCache` does not hold."""
+
+    __str__ = Exception.__str__  # a `KeyError` shows its message in quotes
+
+
 class WireError(InsituError, ValueError):
     """A graph that cannot be sent to another process, or bytes that are no graph."""
 

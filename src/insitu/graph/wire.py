@@ -181,6 +181,8 @@ def _entries(field: Any) -> list[Sequence[Any]]:
         return [()] * field
     if isinstance(field, Mapping):
         return list(cast("Mapping[Any, Any]", field).items())
+    if isinstance(field, frozenset):  # in one order, so that the bytes are the same every time
+        return [(item,) for item in sorted(cast("frozenset[int]", field))]
     return [item if isinstance(item, tuple) else (item,) for item in field]
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
 from insitu.models.anatomy import Reading, block_of
+from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.architectures import DESCRIPTIONS, Description
 from insitu.models.attention import OPTION, attending
-from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
@@ -49,7 +49,9 @@ class Body:
         weights: the weights of its parts.
     """
 
-    def __init__(self, model: Model, stacks: Mapping[str, int], description: Description | None) -> None:
+    def __init__(
+        self, model: Model, stacks: Mapping[str, int], description: Description | None
+    ) -> None:
         self._model = model
         self.stacks: Sequence[Sequence[str]] = [
             [f"{path}.{layer}" for layer in range(count)] for path, count in stacks.items()

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -17,18 +17,22 @@ from insitu.graph.errors import LoadError, OptionError, ShapeError
 from insitu.graph.location import Location, here
 from insitu.graph.node import Graph
 from insitu.graph.structure import map_structure
-from insitu.models.blocks import block_views, find_stacks
-from insitu.models.body import Body
+from insitu.models.blocks import block_views
+from insitu.models.cache import ActivationCache
+from insitu.models.caching import cached
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation
+from insitu.models.hook import Hook
 from insitu.models.loading import Source
 from insitu.models.media import MEDIA
 from insitu.models.model import Model
 from insitu.models.prompts import Limits, Prompt, Reader, Side
 from insitu.models.resume import find_chain
+from insitu.models.selection import Filters
 from insitu.models.separation import Separation, Trial
 from insitu.models.tasks import language_class
+from insitu.models.transformer_lens import TransformerLens
 from insitu.models.vocabulary import Names
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
@@ -131,6 +135,7 @@ class LanguageModel(Model):
         vars(self).update(_config=source.config, _source=None if tree is None else source)
         return source
 
+    _lens: TransformerLens | None = None
     _config: Any
     _tokenizer: Any
     _processor: Any = None
@@ -193,7 +198,7 @@ class LanguageModel(Model):
         """Forgets how the model runs, if its module has since been told to run otherwise."""
         if self._settings.get(_ATTENTION) != self._attention:
             vars(self).update(_probes={}, plans=Plans())
-            vars(self).update(vocabulary=Names(Body(self, find_stacks(self._module, self._config))))
+            vars(self)["vocabulary"] = self._names(self._module)
             self._describe()
 
     def edited(self, graph: Graph) -> Self:
@@ -308,6 +313,74 @@ class LanguageModel(Model):
                     here(),
                 )
         return None if prompt is None else ((prompt,), own)
+
+    def run_with_cache(
+        self,
+        prompt: Any,
+        names: Filters = None,
+        *,
+        to: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> ActivationCache:
+        """Runs one forward and returns its values by name: `cache["blocks.3.attention.z"]`.
+
+        The model returns what the run returned in `cache.logits`. It runs no further than it has
+        to for the values that are asked for, and nothing else is kept.
+
+        Args:
+            prompt: text or token ids, in any form that `invoke` takes. Several prompts are the
+                rows of one batch: those that are shorter are padded, as `cache.mask` says.
+            names: which values: a name, a glob such as "blocks.*.attention.z", a compiled regular
+                expression (searched for), a function from names to whether they are meant, or a
+                list of these. A name in short, "residual_out", is meant of all blocks. They are
+                standard names or TransformerLens's; patterns and functions are tried on the
+                former first. None for all that the model computes, scores and patterns of
+                attention too, which takes the eager implementation of it. What is meant by a
+                pattern and not there in the model is left out.
+            to: the device of what is kept, such as "cpu"; None for the one that it is on.
+            dtype: its dtype, None for that of the model.
+            kwargs: as of `trace`.
+
+        Returns:
+            The values, whose first axis is that of the prompts: see `ActivationCache`.
+
+        Raises:
+            OptionError: if the model has no value of such a name.
+            BlockError: in a session, whose blocks run when it ends.
+
+        Example:
+            >>> from insitu import LanguageModel
+            >>> model = LanguageModel("insitu/eiffel")
+            >>> cache = model.run_with_cache("The Louvre is in", ["blocks.*.residual_out"])
+            >>> cache["residual_out", -1].shape
+            torch.Size([1, 4, 128])
+            >>> cache.stack("residual_out").shape
+            torch.Size([6, 1, 4, 128])
+        """
+        return cached(self, self.trace(prompt, **kwargs), names, self._hooks, to, dtype)
+
+    def hook(self, name: str) -> Hook:
+        """Returns a value by TransformerLens's name: `model.hook("blocks.3.attn.hook_z").output`.
+
+        Its `.output` is read and written in a block, in TransformerLens's order of axes.
+
+        Args:
+            name: the name of the hook point.
+
+        Raises:
+            PathError: if there is no such hook, or nothing that it could stand for.
+        """
+        self._notice()
+        return Hook(self, self._hooks, name)
+
+    @property
+    def _hooks(self) -> TransformerLens:
+        """Its TransformerLens names."""
+        vocabulary = cast("Names", self.vocabulary)
+        if self._lens is None or self._lens.vocabulary is not vocabulary:
+            vars(self)["_lens"] = TransformerLens(vocabulary._body, vocabulary)
+        return cast("TransformerLens", self._lens)
 
     def placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns keyword arguments with their tensors on the model's device.

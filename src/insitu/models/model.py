@@ -17,6 +17,7 @@ from torch import nn
 from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
+from insitu.models.architectures import Description
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import block_views, find_stacks
 from insitu.models.body import Body
@@ -107,6 +108,7 @@ class Model(Handle):
     plans: Plans[Any]
     views: Mapping[str, View]
     vocabulary: Vocabulary
+    _description: Description | None = None
     _module: nn.Module
     _probes: dict[str, Probe | UnknownShapeError]
     _source: Source | None
@@ -323,14 +325,29 @@ class Model(Handle):
             if isinstance(part, nn.ModuleList | nn.Sequential):
                 compilable.extend(part)
         config = getattr(module, "config", None)
-        views: Mapping[str, View] = {}
-        vocabulary: Vocabulary = NoVocabulary()
-        if hasattr(config, "get_text_config"):  # a Transformers model
-            views = block_views(module, config, True)
-            vocabulary = Names(Body(self, find_stacks(module, config)))
+        named = hasattr(config, "get_text_config")  # a Transformers model
+        views = block_views(module, config, True) if named else {}
         vars(self).update(_module=module, modules=modules, exclusive=exclusive(module))
         vars(self).update(_probes={}, plans=Plans(), compilable=compilable, views=views)
-        vars(self).update(vocabulary=vocabulary)
+        vars(self)["vocabulary"] = self._names(module) if named else NoVocabulary()
+
+    def _names(self, module: nn.Module) -> Names:
+        """The standard names of a Transformers model, of which nothing is found out yet."""
+        return Names(Body(self, find_stacks(module, module.config), self._description))
+
+    def describe_blocks(self, description: Description) -> None:
+        """Says what the parts of its blocks are, where the dataflow of a forward does not tell.
+
+        Args:
+            description: where values stand. What is found in the dataflow gives way to it.
+
+        Raises:
+            OptionError: if it is no model of Transformers.
+        """
+        if isinstance(self.vocabulary, NoVocabulary):
+            raise OptionError("Only models of Transformers have blocks to describe.", here())
+        vars(self)["_description"] = description
+        vars(self)["vocabulary"] = self._names(self._module)
 
 
 class Forward:

@@ -44,6 +44,7 @@ class Heads:
         out: the output projection.
         count: how many query heads.
         size: how many numbers a head of `z` has.
+        projected: those of q, k and v that are just what their layers made, and nothing done to it.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Heads:
     out: str | None
     count: int
     size: int
+    projected: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

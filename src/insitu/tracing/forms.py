@@ -19,7 +19,7 @@ class Form(Protocol):
     """How a value is shown.
 
     What is shown is a view of the value, so that what is written into it in place reaches the
-    model. Only `PerHead` is computed.
+    model; but for what is `Computed`.
     """
 
     def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
@@ -42,6 +42,25 @@ class Form(Protocol):
             line: as of `shown`.
         """
         ...
+
+
+class Computed:
+    """A form in which something is shown that is no part of the model, but computed beside it.
+
+    Attributes:
+        unwritable: why its gradient cannot be written, and what to write instead.
+    """
+
+    __slots__ = ()
+    unwritable = ""
+
+    def gradient(self, value: Proxy) -> Proxy:
+        """Returns the gradient of what is shown.
+
+        Args:
+            value: the gradient of what stands at the site.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +138,26 @@ class WithoutLast:
 
 
 @dataclass(frozen=True, slots=True)
-class PerHead:
+class Apart:
+    """`(batch, position, head * size)` shown as `(batch, position, head, size)`.
+
+    Attributes:
+        heads: how many heads there are.
+    """
+
+    heads: int
+
+    def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
+        """Returns the value as it is shown."""
+        return value.unflatten(-1, (self.heads, -1))
+
+    def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
+        """Returns what is to stand at the site."""
+        return value.flatten(2)
+
+
+@dataclass(frozen=True, slots=True)
+class PerHead(Computed):
     """What an output projection makes of each head alone, `(batch, head, position, d_model)`.
 
     The site is the projection's output, of which these are the summands, but for its bias.
@@ -128,11 +166,15 @@ class PerHead:
         path: the projection.
         call: which of its calls.
         heads: how many heads there are.
+        axis: which axis is that of the heads: 2 for `(batch, position, head, d_model)`.
     """
+
+    unwritable = "it is that of the sum of all heads. Write that of the block's `attention_out`."
 
     path: str
     call: int
     heads: int
+    axis: int = 1
 
     def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
         """Returns the value as it is shown."""
@@ -141,16 +183,17 @@ class PerHead:
         # Each head beside zeros in the place of the others: (batch, position, head, head, size).
         apart = torch.diag_embed(heads).permute(0, 1, 3, 4, 2).flatten(-2)
         made = call_module(self.path, (apart,), {}, line) - self._bias(z, line)
-        return made.transpose(1, 2)
+        return made.movedim(2, self.axis)
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
         """Returns what is to stand at the site."""
         z = invocation.read(self.path, "input", line, self.call)
-        return value.sum(1) + self._bias(z, line)
+        return value.sum(self.axis) + self._bias(z, line)
 
     def gradient(self, value: Proxy) -> Proxy:
         """Returns the gradient of the sum, which is that of each summand."""
-        return value.unsqueeze(1).expand(-1, self.heads, -1, -1)
+        heads = value.unsqueeze(self.axis)
+        return heads.expand(-1, *(self.heads if axis == self.axis else -1 for axis in (1, 2)), -1)
 
     def _bias(self, z: Proxy, line: Mark) -> Any:
         first: Any = z[:1, :1]

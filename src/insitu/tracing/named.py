@@ -20,7 +20,7 @@ from insitu.graph.node import Kind, Ref
 from insitu.graph.operations import REPLACE
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.graph.recording import NO_KWARGS, Recorded
-from insitu.tracing.forms import Form, PerHead
+from insitu.tracing.forms import Computed, Form
 
 if TYPE_CHECKING:
     from insitu.tracing.invocation import Invocation
@@ -66,10 +66,10 @@ class Named:
                 value = value[at]
             shown = value if self.form is None else self.form.shown(value, invocation, line)
             found = recording.shown[key] = (value._ref, shown._ref)
-            if isinstance(self.form, PerHead):
+            if isinstance(self.form, Computed):
                 self._remember(site, shown._ref)
         base, source = found
-        kind = ComputedProxy if isinstance(self.form, PerHead) else NamedProxy
+        kind = ComputedProxy if isinstance(self.form, Computed) else NamedProxy
         proxy = kind(recording, source)
         proxy._name, proxy._base, proxy._invocation = self, base, invocation
         return proxy
@@ -92,11 +92,11 @@ class Named:
         """
         current = self.read(invocation, line)
         recording = current._recording
-        if not isinstance(self.form, PerHead) and recording.holds(current._ref, value):
+        if not isinstance(self.form, Computed) and recording.holds(current._ref, value):
             return
         site = invocation.read(self.path, self.kind, line, self.call)
         shown = value
-        if isinstance(self.form, PerHead) and not isinstance(value, Proxy):
+        if isinstance(self.form, Computed) and not isinstance(value, Proxy):
             shown = current.clone()  # so that there is something for later lines to read
             shown[...] = value
         if self.form is not None:
@@ -104,7 +104,7 @@ class Named:
             value = self.form.restored(value, base, invocation, line)
         if not self.item:
             invocation.write(self.path, self.kind, value, line, self.call)
-            if isinstance(self.form, PerHead):
+            if isinstance(self.form, Computed):
                 self._remember(invocation.read(self.path, self.kind, line, self.call), shown._ref)
             return
         block = type(site) is StructureProxy
@@ -150,7 +150,7 @@ class NamedProxy(Proxy):
             return _GRAD.__get__(self)
         line = mark()
         gradient = Proxy(recording, recording.gradient(self._base, line))
-        if isinstance(form, PerHead):
+        if isinstance(form, Computed):
             return form.gradient(gradient)
         return form.shown(gradient, self._invocation, line)
 
@@ -160,10 +160,9 @@ class NamedProxy(Proxy):
         if not recording.open or form is None:
             _GRAD.__set__(self, value)
             return
-        if isinstance(form, PerHead):
+        if isinstance(form, Computed):
             raise OperationError(
-                f"The gradient of `{self.written()}` cannot be written: it is that of the sum of "
-                "all heads. Write that of the block's `attention_out`.",
+                f"The gradient of `{self.written()}` cannot be written: {form.unwritable}",
                 here(),
             )
         line = mark()

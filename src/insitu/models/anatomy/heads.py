@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from insitu.models.anatomy.reading import FUSED, MOVES, Reading
@@ -115,6 +115,7 @@ def heads_of(reading: Reading, core: Core, within: str, end: int) -> Heads:
     width = 0 if z is None else z.shape[-1]
     raw: dict[str, Spot] = {}
     projections: dict[str, str] = {}
+    projected: list[str] = []
     events = range(flow.events[end].first, end)
     spots: dict[str, Spot | None] = {}
     for name, value in (("q", core.q), ("k", core.k), ("v", core.v)):
@@ -124,6 +125,8 @@ def heads_of(reading: Reading, core: Core, within: str, end: int) -> Heads:
         if call is None:
             continue
         projections[name] = flow.events[call].path
+        if _is_moved(reading, value, flow.events[call].outputs):
+            projected.append(name)
         if spot is not None:
             before = _before_embedding(reading, value, spot.shape, range(call, end), within)
             if before is not None:
@@ -145,7 +148,18 @@ def heads_of(reading: Reading, core: Core, within: str, end: int) -> Heads:
         out=out,
         count=count,
         size=width // count if count else 0,
+        projected=frozenset(projected),
     )
+
+
+def _is_moved(reading: Reading, value: int, made: Collection[int]) -> bool:
+    """Whether a value is a part of another one, brought into another form."""
+    while value not in made:
+        maker = reading.flow.maker(value)
+        if maker is None or maker.function not in MOVES or not maker.inputs:
+            return False
+        value = maker.inputs[0]
+    return True
 
 
 def _first_with_heads(reading: Reading, value: int, size: int, within: str) -> Spot | None:

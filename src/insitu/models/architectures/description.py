@@ -38,6 +38,7 @@ class Description:
         ValueError: if a name is none of these, or a place cannot be read.
 
     Example:
+        >>> from insitu.models.architectures import Description
         >>> Description(names={"attention_out": "mixer.output[0]"})
         Description(begins=None, names={'attention_out': 'mixer.output[0]'})
     """

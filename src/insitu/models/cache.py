@@ -1,0 +1,172 @@
+"""`ActivationCache`: values of one run, by the keys of their names.
+
+It holds tensors and nothing of the model. Which values there are is chosen in
+`insitu.models.selection`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from insitu.graph.errors import NotCachedError, ShapeError, nearest
+from insitu.graph.location import here
+from insitu.models.keys import spelled
+
+_PLACES = ("", "hook_", "attn.hook_", "mlp.hook_")  # of TransformerLens's short names
+
+
+class ActivationCache(Mapping[str, torch.Tensor]):
+    """What `model.run_with_cache(prompt)` gives: a mapping from keys to tensors.
+
+    Keys are standard names with their place: `cache["blocks.3.attention.z"]`. In short, the name
+    and the number of the block: `cache["z", 3]`, also from the end: `cache["z", -1]`. With heads,
+    values are `(batch, head, position, d_head)`. By TransformerLens's name,
+    `cache["blocks.3.attn.hook_z"]`, they have its order of axes, `(batch, position, head,
+    d_head)`.
+
+    Args:
+        values: the values by key.
+        ids: the token ids of the prompt, `(batch, position)`.
+        mask: 1 where these hold tokens and 0 where padding, likewise.
+        layers: how many blocks the model has.
+        aliases: what else the keys are called, with whether the axes of heads and positions are
+            the other way round.
+
+    Attributes:
+        ids: the token ids of the prompt, `(batch, position)`.
+        mask: 1 where these hold tokens and 0 where padding, likewise. There is padding only where
+            prompts of different length were given together.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, torch.Tensor],
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        layers: int,
+        aliases: Mapping[str, tuple[str, bool]],
+    ) -> None:
+        self._values = dict(values)
+        self._layers = layers
+        self._aliases = aliases
+        self.ids = ids
+        self.mask = mask
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """What the model returned, `(batch, position, vocabulary)`.
+
+        Raises:
+            NotCachedError: if they were not asked for: with `names`, "logits" is one of them.
+        """
+        return self["logits"]
+
+    def stack(self, name: str) -> torch.Tensor:
+        """Returns the values of all blocks that have one, from the first to the last.
+
+        Args:
+            name: such as "residual_out", or "attention.z" or just "z".
+
+        Returns:
+            `(layer, batch, position, d_model)`, or whatever shape the values have behind `layer`.
+
+        Raises:
+            NotCachedError: if there is none.
+            ShapeError: if they are not of one shape.
+        """
+        keys = [self._found(name, layer) for layer in range(self._layers)]
+        values = [self[key] for key in keys if key is not None]
+        if not values:
+            raise self._lacking(f"blocks.0.{spelled(name) or name}", name)
+        shapes = {tuple(value.shape) for value in values}
+        if len(shapes) > 1:
+            raise ShapeError(
+                f"{name!r} has not the same shape in all blocks, but {sorted(shapes)}: take them "
+                f"one by one, as in `cache[{name!r}, 0]`.",
+                here(),
+            )
+        return torch.stack(values)
+
+    def __getitem__(self, key: str | tuple[str, int]) -> torch.Tensor:
+        if isinstance(key, tuple):
+            name, layer = key
+            found = self._found(name, layer + self._layers if layer < 0 else layer)
+            if found is None:
+                raise self._lacking(f"blocks.{layer}.{spelled(name) or name}", name)
+            key = found
+        value = self._values.get(key)
+        if value is not None:
+            return value
+        alias, heads_third = self._aliases.get(key, ("", False))
+        value = self._values.get(alias)
+        if value is None:
+            raise self._lacking(key)
+        return value.transpose(1, 2) if heads_third else value
+
+    def __contains__(self, key: object) -> bool:
+        if isinstance(key, tuple):
+            name, layer = key
+            return self._found(name, layer + self._layers if layer < 0 else layer) is not None
+        if not isinstance(key, str):
+            return False
+        return key in self._values or self._aliases.get(key, ("", False))[0] in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        rows, length = self.ids.shape
+        size = sum(value.nbytes for value in self._values.values())
+        lines = [f"ActivationCache of {rows} x {length} tokens: {len(self)} values, {_bytes(size)}"]
+        groups: dict[tuple[str, str], list[int]] = {}
+        for key, value in self._values.items():
+            layer = re.search(r"\.(\d+)\.", key)
+            place = key if layer is None else re.sub(r"\.\d+\.", ".{}.", key, count=1)
+            what = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            groups.setdefault((place, what), []).append(int(layer.group(1)) if layer else -1)
+        names = [place.format(_ranges(layers)) for (place, _), layers in groups.items()]
+        width = max(map(len, names), default=0)
+        for name, (_, what) in zip(names, groups, strict=True):
+            lines.append(f"  {name:<{width}}  {what}")
+        return "\n".join(lines)
+
+    def _found(self, name: str, layer: int) -> str | None:
+        """The key of a value of a block, by its name in short."""
+        keys = [f"blocks.{layer}.{spelled(name) or name}"]
+        keys += [f"blocks.{layer}.{place}{name}" for place in _PLACES]
+        return next((key for key in keys if key in self), None)
+
+    def _lacking(self, key: str, name: str | None = None) -> NotCachedError:
+        near = nearest(key, dict.fromkeys([*self._values, *self._aliases]))
+        if key in self._aliases:
+            near = f" (it is {self._aliases[key][0]!r})"
+        return NotCachedError(
+            f"{name or key!r} is not in the cache{near}: it holds what `names` asked for, as far "
+            "as the model has it. `print(cache)` lists it.",
+            here(3),
+        )
+
+
+def _bytes(size: int) -> str:
+    power = 0
+    while power < 4 and size >= 1000 ** (power + 1):
+        power += 1
+    return f"{size / 1000**power:.3g} {('bytes', 'KB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Such as "0-5" or "0-2,4"."""
+    parts: list[list[Any]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

@@ -1,0 +1,66 @@
+"""One run of a model whose values are kept by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from insitu.graph.errors import BlockError
+from insitu.graph.location import here, mark
+from insitu.models.cache import ActivationCache
+from insitu.models.keys import layers
+from insitu.models.selection import Filters, select
+from insitu.models.transformer_lens import TransformerLens
+from insitu.tracing.session import open_sessions, session_of
+from insitu.tracing.tracer import Tracer
+
+if TYPE_CHECKING:
+    from insitu.models.language_model import LanguageModel
+
+
+def cached(
+    model: LanguageModel,
+    tracer: Tracer,
+    names: Filters,
+    hooks: TransformerLens,
+    to: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> ActivationCache:
+    """Runs a block with nothing in it but that values are saved, and returns these.
+
+    Args:
+        model: the model.
+        tracer: the block.
+        names: which values.
+        hooks: the model's TransformerLens names.
+        to: the device of what is kept.
+        dtype: its dtype.
+
+    Raises:
+        OptionError: if the model has no value of such a name.
+        BlockError: in a session.
+    """
+    if open_sessions.get() and session_of(model) is not None:
+        raise BlockError(
+            "`run_with_cache` runs the model at once, but what is in a session runs when that "
+            "ends: write it before the session, or save what you need in a `trace`.",
+            here(),
+        )
+    vocabulary, line = hooks.vocabulary, mark()
+    wanted = select(names, vocabulary, hooks)
+    with tracer:
+        invocation = tracer._only_invocation()
+        saved = {}
+        for key, named in wanted.items():
+            value = named.read(invocation, line)
+            kept = value if dtype is None else value.to(dtype)
+            saved[key] = kept.save(optional=True, to=to)
+    values = {key: proxy.value for key, proxy in saved.items()}
+    return ActivationCache(
+        {key: value for key, value in values.items() if value is not None},
+        invocation.ids,
+        invocation.mask,
+        layers(vocabulary),
+        hooks.aliases,
+    )

@@ -1,0 +1,88 @@
+"""Which values of a run are kept: from names, patterns and functions to sites."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeAlias, cast
+
+from insitu.graph.errors import OptionError, nearest
+from insitu.graph.location import here
+from insitu.models.keys import COMPUTED, entry_of, keys, spelled
+from insitu.models.transformer_lens import TransformerLens
+from insitu.tracing.named import Entry, Missing, Named, Vocabulary
+
+Filter: TypeAlias = str | re.Pattern[str] | Callable[[str], bool]
+Filters: TypeAlias = Filter | Iterable[Filter] | None
+
+
+def select(filters: Filters, vocabulary: Vocabulary, hooks: TransformerLens) -> dict[str, Named]:
+    """Returns the values that are meant, by key.
+
+    Args:
+        filters: the names, patterns and functions: see `LanguageModel.run_with_cache`.
+        vocabulary: the model's standard names.
+        hooks: its TransformerLens names.
+
+    Raises:
+        OptionError: if a name is none of the model, or a pattern is of no name at all.
+    """
+    known = list(keys(vocabulary))
+    if filters is None:
+        wanted = [key for key in known if not key.endswith(COMPUTED)]
+        return _there(wanted, lambda key: entry_of(vocabulary, key))
+    chosen: dict[str, Named] = {}
+    single = isinstance(filters, str | re.Pattern) or callable(filters)
+    for one in cast("Iterable[Filter]", [filters] if single else filters):
+        if isinstance(one, str) and not set(one) & set("*?["):
+            within = spelled(one)
+            if within is None:
+                chosen[one] = _named(one, vocabulary, hooks, known)
+                continue
+            one = f"blocks.*.{within}"
+        matches = _matcher(one)
+        found = [key for key in known if matches(key)]
+        chosen |= _there(found, lambda key: entry_of(vocabulary, key))
+        if not found:
+            found = [name for name in hooks.names() if matches(name)]
+            chosen |= _there(found, hooks.entry)
+        if not found and isinstance(one, str | re.Pattern):
+            text = one if isinstance(one, str) else one.pattern
+            raise OptionError(f"No value has a name like {text!r}{nearest(text, known)}.", here())
+    return chosen
+
+
+def _there(wanted: Sequence[str], entry: Callable[[str], Entry | None]) -> dict[str, Named]:
+    """Those that the model has."""
+    entries = {key: entry(key) for key in wanted}
+    return {key: found for key, found in entries.items() if isinstance(found, Named)}
+
+
+def _named(
+    name: str, vocabulary: Vocabulary, hooks: TransformerLens, known: Sequence[str]
+) -> Named:
+    """What one name stands for."""
+    entry = entry_of(vocabulary, name)
+    if entry is None:
+        entry = hooks.entry(name)
+    if isinstance(entry, Named):
+        return entry
+    if isinstance(entry, Missing):
+        raise OptionError(f"The model has no `{name}`: {entry.reason}", here())
+    near = hooks.near(name) if "hook" in name else nearest(name, known)
+    raise OptionError(f"No value of the model is called {name!r}{near}.", here())
+
+
+def _matcher(one: Filter) -> Callable[[str], object]:
+    if isinstance(one, str):
+        return lambda key: fnmatchcase(key, one)
+    if isinstance(one, re.Pattern):
+        return one.search
+    if callable(one):
+        return one
+    raise OptionError(
+        "`names` are strings, patterns such as 'blocks.*.attention.z', compiled regular "
+        f"expressions or functions of a name, not {one!r}.",
+        here(),
+    )
