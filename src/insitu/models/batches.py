@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import nn
 
 from insitu.graph.node import Address
 from insitu.models.accounts import Accounts
-from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, join, lie_apart
+from insitu.models.calls import arguments, content, forward
 from insitu.models.prompts import Prompt
 from insitu.models.resume import Entering, Prefix, Resumed, Tail, blocks_of
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, unembed_only, unembedding
@@ -292,80 +290,6 @@ class Batches:
         return unembed_only(places, found, [self._runs[number].rows for number in numbers])
 
 
-_SMALL = 4096  # tokens that are always thought to fit
-
-
-def default_budget(model: LanguageModel, tokens: int) -> int:
-    """Returns how many tokens fit into a quarter of the memory that is free now, about.
-
-    Args:
-        model: the model.
-        tokens: how many there are in all: if they fit, it does not matter how many more would.
-    """
-    if tokens <= _SMALL:
-        return _SMALL
-    device = model.device
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fitting = max(_SMALL, free // 4 // model.bytes_per_token)
-    return 1 << min(fitting, tokens * 2).bit_length() - 1  # so that it is seldom another one
-
-
-def content(number: int, prompt: Prompt) -> Hashable:
-    """Returns what is equal for invocations of equal prompts, as far as that is found out.
-
-    Args:
-        number: the number of the invocation.
-        prompt: its prompt.
-    """
-    if prompt.mask is not None or prompt.ids.device.type != "cpu":
-        return number
-    return (prompt.ids.shape[0], prompt.ids.numpy().tobytes())
-
-
 def _given(number: int, prompt: Prompt, share: bool | None) -> Given:
     rows, length = prompt.ids.shape
     return Given(number if share is False else content(number, prompt), rows, length)
-
-
-def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keyword arguments of a prompt's forward."""
-    kwargs: dict[str, Any] = {"input_ids": prompt.ids, **prompt.extras, **options}
-    if prompt.mask is not None:
-        kwargs["attention_mask"] = prompt.mask
-    if model.is_encoder_decoder and kwargs.keys().isdisjoint(_GIVEN_TO_A_DECODER):
-        start = model.decoder_start
-        if start is not None:
-            kwargs["decoder_input_ids"] = torch.full((prompt.ids.shape[0], 1), start)
-    return kwargs
-
-
-_GIVEN_TO_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
-
-
-def forward(
-    model: LanguageModel,
-    module: nn.Module,
-    kwargs: dict[str, Any],
-    requests: Sequence[Prompt],
-    *_: object,
-) -> Any:
-    """Makes a forward, in the thread whose turn it is to use the model.
-
-    It ignores what a pass is called with, so that it can be the whole of one.
-    """
-    # Moved here and not before: until its turn comes, another thread's probe may have put fake
-    # weights in, and those do not say where the real ones are.
-    if kwargs["input_ids"].device != model.device:
-        kwargs = model.placed(kwargs)
-    if OPTION in kwargs:
-        kwargs = dict(kwargs)
-        with attending(module, kwargs.pop(OPTION)):
-            return forward(model, module, kwargs, requests)
-    try:
-        return module(**kwargs)
-    except IndexError:
-        model.explain(requests)
-        raise

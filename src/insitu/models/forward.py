@@ -14,7 +14,7 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import Site
 from insitu.models.accounts import Accounts
 from insitu.models.attention import OPTION
-from insitu.models.batches import Batches, arguments, content, default_budget, forward
+from insitu.models.calls import arguments, content, default_budget, forward
 from insitu.models.prompts import Prompt
 from insitu.models.separation import Separation
 from insitu.runtime.layout import Layouts
@@ -121,6 +121,8 @@ class LanguageForward:
             return partial(self._alone, accounts, why, apart=layouts)
         tokens = sum(prompt.ids.numel() for prompt in requests)
         budget = self._budget or default_budget(self._model, tokens)
+        from insitu.models.batches import Batches  # takes a while, and one prompt needs none
+
         options = (self._model, self._options, layouts, module)
         return Batches(*options, requests, work, budget, self._share).passes
 

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import nn
@@ -18,22 +18,15 @@ from insitu.graph.location import Location, here
 from insitu.graph.node import Graph
 from insitu.graph.structure import map_structure
 from insitu.models.blocks import block_views
-from insitu.models.cache import ActivationCache
-from insitu.models.caching import cached
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
 from insitu.models.generation import Generation
-from insitu.models.hook import Hook
 from insitu.models.loading import Source
 from insitu.models.media import MEDIA
 from insitu.models.model import Model
 from insitu.models.prompts import Limits, Prompt, Reader, Side
-from insitu.models.resume import find_chain
-from insitu.models.selection import Filters
 from insitu.models.separation import Separation, Trial
 from insitu.models.tasks import language_class
-from insitu.models.transformer_lens import TransformerLens
-from insitu.models.vocabulary import Names
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
 from insitu.runtime.hooks import Place, View
@@ -41,6 +34,13 @@ from insitu.runtime.layout import SIZES, Layouts, find_layouts
 from insitu.runtime.probe import Call
 from insitu.runtime.reuse import Plans
 from insitu.tracing.tracer import Tracer
+
+if TYPE_CHECKING:
+    from insitu.models.cache import ActivationCache
+    from insitu.models.hook import Hook
+    from insitu.models.selection import Filters
+    from insitu.models.transformer_lens import TransformerLens
+    from insitu.models.vocabulary import Names
 
 _LIBRARIES = ("accelerate.", "torch.", "transformers.")
 _ATTENTION = "_attn_implementation_internal"  # where a config has what it is set to
@@ -358,6 +358,8 @@ class LanguageModel(Model):
             >>> cache.stack("residual_out").shape
             torch.Size([6, 1, 4, 128])
         """
+        from insitu.models.caching import cached  # takes a while, and most never ask
+
         return cached(self, self.trace(prompt, **kwargs), names, self._hooks, to, dtype)
 
     def hook(self, name: str) -> Hook:
@@ -372,11 +374,15 @@ class LanguageModel(Model):
             PathError: if there is no such hook, or nothing that it could stand for.
         """
         self._notice()
+        from insitu.models.hook import Hook
+
         return Hook(self, self._hooks, name)
 
     @property
     def _hooks(self) -> TransformerLens:
         """Its TransformerLens names."""
+        from insitu.models.transformer_lens import TransformerLens
+
         vocabulary = cast("Names", self.vocabulary)
         if self._lens is None or self._lens.vocabulary is not vocabulary:
             vars(self)["_lens"] = TransformerLens(vocabulary._body, vocabulary)
@@ -517,6 +523,8 @@ class LanguageModel(Model):
         if options != plain or self.has_hooks:  # these are to see all blocks and positions
             return None
         if self._chain is _UNKNOWN:
+            from insitu.models.resume import find_chain  # of no use to one prompt
+
             with self.in_use():
                 vocabulary = self._vocabulary
                 found = find_chain(

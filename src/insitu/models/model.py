@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -17,13 +17,10 @@ from torch import nn
 from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
-from insitu.models.architectures import Description
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import block_views, find_stacks
-from insitu.models.body import Body
 from insitu.models.loading import Source
 from insitu.models.tasks import saved_class
-from insitu.models.vocabulary import Names
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
@@ -37,6 +34,10 @@ from insitu.tracing.handle import Handle
 from insitu.tracing.named import NoVocabulary, Vocabulary
 from insitu.tracing.session import Session
 from insitu.tracing.tracer import Tracer
+
+if TYPE_CHECKING:
+    from insitu.models.architectures import Description
+    from insitu.models.vocabulary import Names
 
 
 class Model(Handle):
@@ -333,6 +334,9 @@ class Model(Handle):
 
     def _names(self, module: nn.Module) -> Names:
         """The standard names of a Transformers model, of which nothing is found out yet."""
+        from insitu.models.body import Body
+        from insitu.models.vocabulary import Names
+
         return Names(Body(self, find_stacks(module, module.config), self._description))
 
     def describe_blocks(self, description: Description) -> None:
