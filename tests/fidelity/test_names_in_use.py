@@ -413,3 +413,21 @@ def test_that_attention_will_be_eager_is_said_once() -> None:
         plain = model.logits.save()
     with torch.no_grad():
         assert torch.equal(plain.value, model.module(ids("gpt2"), use_cache=False).logits)
+
+
+def test_patterns_of_a_model_whose_eager_attention_computes_something_else_are_refused() -> None:
+    """Transformers scales the alibi of Falcon in one of its implementations and not in the other."""
+    tokens = ids("falcon-alibi")
+    module = module_of("falcon-alibi")
+    model = LanguageModel(module)
+    with pytest.raises(PathError, match="attn_implementation='eager'"):
+        with model.trace(tokens):
+            model.blocks[1].attention.pattern.save()
+    vars(module.config)["_attn_implementation_internal"] = "eager"
+    with torch.no_grad():
+        expected = module(tokens, use_cache=False, output_attentions=True)
+    model = LanguageModel(module)
+    with model.trace(tokens):
+        pattern, logits = model.blocks[1].attention.pattern.save(), model.logits.save()
+    assert torch.equal(logits.value, expected.logits)
+    assert torch.equal(pattern.value, expected.attentions[1])

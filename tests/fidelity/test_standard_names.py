@@ -27,9 +27,15 @@ NORMALISES = "its blocks normalise the sum of the residual stream and what is ad
 NO_ATTENTION = {"mamba", "mamba2", "rwkv"}
 
 
+# Their eager attention computes something else, so it is chosen for the whole model.
+EAGER = {"falcon-alibi"}
+
+
 @cache
 def kept(name: str) -> Any:
     module = module_of(name)
+    if name in EAGER:
+        vars(module.config)["_attn_implementation_internal"] = "eager"
     one = ZOO[name]
     return LanguageModel(module) if one.takes_text else Model(module)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
+from insitu.graph.structure import map_structure
 from insitu.models.anatomy import Reading, block_of
 from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.architectures import DESCRIPTIONS, Description
@@ -59,7 +61,9 @@ class Body:
         known = DESCRIPTIONS.get(getattr(model.module.config, "model_type", ""))
         self._description = description or known or Description()
         self._blocks: dict[tuple[tuple[str, Any], ...], Mapping[str, Block]] = {}
-        self._showing: Mapping[str, Any] | None = None
+        self._agreed: dict[tuple[tuple[str, Any], ...], bool] = {}
+        # Whether the weights were there, and the options.
+        self._showing: tuple[bool, Mapping[str, Any]] | None = None
         self._after: tuple[str | None, Spot | None] | None = None
         self._paths = {path for stack in self.stacks for path in stack}
         self._said_eager = False
@@ -74,6 +78,15 @@ class Body:
     def sample(self) -> Call | None:
         """Returns arguments for a small forward, None if it is not known what the model takes."""
         return sample_call(self._model.module, self._config)
+
+    def placed_sample(self) -> Call | None:
+        """Returns the same for a model with its weights, on their device."""
+        call = self.sample()
+        weight = next(self._model.module.parameters(), None)
+        device = getattr(self._model, "device", None if weight is None else weight.device)
+        if call is None or device is None:
+            return call
+        return Call((), {name: _on(device, value) for name, value in call.kwargs.items()})
 
     @property
     def _config(self) -> Any:
@@ -106,16 +119,48 @@ class Body:
         """The options of a run in which attention computes its softmax where it can be seen.
 
         With some versions of Transformers a model's attention is chosen when it is made, and eager
-        only where it is asked for its weights.
+        only where it is asked for its weights. What the model then computes must be the same; that
+        is found out once the weights are there.
         """
-        if self._showing is None:
-            self._showing = _SHOWING[0]
+        loaded = self._model.loaded
+        if self._showing is None or (loaded and not self._showing[0]):
+            found: Mapping[str, Any] | None = None
             for options in _SHOWING:
                 with contextlib.suppress(UnknownShapeError):  # not all models can run so
-                    if _has_softmax(self.blocks_of_a_run(options)):
-                        self._showing = options
+                    if _has_softmax(self.blocks_of_a_run(options)) and self.agrees(options):
+                        found = options
                         break
-        return self._showing
+            self._showing = (loaded, found or {})
+        return self._showing[1]
+
+    def agrees(self, options: Mapping[str, Any]) -> bool:
+        """Returns whether runs with some options compute what others do, as far as it is known.
+
+        Args:
+            options: as of `blocks_of_a_run`.
+        """
+        if not options or not self._model.loaded:
+            return True
+        key = tuple(options.items())
+        if key not in self._agreed:
+            plain, other = self._computed({}), self._computed(dict(options))
+            self._agreed[key] = _alike(plain, other)
+        return self._agreed[key]
+
+    def _computed(self, options: dict[str, Any]) -> torch.Tensor | None:
+        """What the model returns for a small call, None if it cannot run so."""
+        model, call = self._model, self.placed_sample()
+        implementation = options.pop(OPTION, None)
+        if call is None:
+            return None
+        kwargs = {**call.kwargs, **options}
+        found: list[torch.Tensor] = []
+        with model.in_use(), attending(model.module, implementation), torch.no_grad():
+            try:
+                map_structure(_floats_into(found), model.module(**kwargs))
+            except Exception:  # whatever a model makes of the options
+                return None
+        return found[0] if found else None
 
     def block_around(self, path: str) -> Block | None:
         """Returns the block that a module is or is in, None if it is in none."""
@@ -229,6 +274,10 @@ class Body:
         with model.in_use(), attending(model.module, implementation):
             for fake in (True, False) if model.loaded else (True,):
                 module, modules = model.without_data if fake else (model.module, model.modules)
+                if not fake:
+                    placed = self.placed_sample()
+                    assert placed is not None
+                    call = Call((), {**placed.kwargs, **options})
                 try:
                     return watch(module, modules, call, fake)
                 except Exception as error:  # whatever a model makes of the call, or of no data
@@ -265,6 +314,28 @@ class Body:
             if event.path == head and not returned.item:
                 return norm, Spot(event.path, "output", event.call, (), flow.shapes[value])
         return norm, Spot("", "output", 0, ("logits",), flow.shapes[value])
+
+
+def _alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    """Whether two implementations of the same may have made two tensors."""
+    if first is None or second is None or first.shape != second.shape:
+        return False
+    scale = max(float(first.abs().max()), 1e-3)
+    limit = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.1
+    return float((first.double() - second.double()).abs().max()) <= limit * scale
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _floats_into(found: list[torch.Tensor]) -> Callable[[Any], Any]:
+    def leaf(item: Any) -> Any:
+        if isinstance(item, torch.Tensor) and item.is_floating_point():
+            found.append(item)
+        return item
+
+    return leaf
 
 
 def _has_softmax(blocks: Mapping[str, Block]) -> bool:

@@ -80,6 +80,10 @@ class Names:
                 return self._body.showing_softmax
         return {}
 
+    def verify(self, options: Mapping[str, Any]) -> bool:
+        """Returns whether runs with some options compute what others do."""
+        return self._body.agrees(options)
+
     def _list(self, path: str, part: str) -> Mapping[str, Entry | Later]:
         if not path:
             return self._of_model()
@@ -194,7 +198,11 @@ class Names:
         if heads.pattern is None:
             spot = self._eager(block, heads, name)
             if spot is None:
-                return Missing("it cannot be seen with eager attention either.")
+                return Missing(
+                    "it cannot be seen as the model runs, and with eager attention that is "
+                    "switched to it computes something else, or does not run. Give "
+                    "`attn_implementation='eager'` where the model is made."
+                )
             options = tuple(self._body.showing_softmax.items())
             self._body.say_eager()
         if spot is None:
@@ -207,7 +215,8 @@ class Names:
         return Named(spot.path, spot.kind, spot.call, spot.item, form, options)
 
     def _eager(self, block: Block, heads: Heads, name: str) -> Spot | None:
-        other = self._body.blocks_of_a_run(self._body.showing_softmax).get(block.path)
+        options = self._body.showing_softmax
+        other = self._body.blocks_of_a_run(options).get(block.path) if options else None
         for found in (other.attention, other.cross_attention) if other else ():
             if found is not None and found.path == heads.path:
                 return getattr(found, name)

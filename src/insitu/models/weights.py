@@ -168,7 +168,7 @@ class Weights:
         knows whole numbers only up to 256.
         """
         model = self._body.model
-        call = self._body.sample()
+        call = self._body.placed_sample()
         module = model.load()
         numbers = torch.arange(width)
         total: torch.Tensor | None = None

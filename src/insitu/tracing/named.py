@@ -296,6 +296,14 @@ class Vocabulary(Protocol):
         """
         ...
 
+    def verify(self, options: Mapping[str, Any]) -> bool:
+        """Returns whether a model with its weights computes the same with some options.
+
+        Args:
+            options: such as `demands` gives.
+        """
+        ...
+
 
 class NoVocabulary:
     """Of a model of which nothing is known but its modules."""
@@ -313,3 +321,7 @@ class NoVocabulary:
     def demands(self, path: str) -> Mapping[str, Any]:
         """Returns nothing."""
         return {}
+
+    def verify(self, options: Mapping[str, Any]) -> bool:
+        """Returns True: nothing is demanded."""
+        return True

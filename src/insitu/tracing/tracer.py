@@ -21,11 +21,12 @@ from insitu.graph.errors import (
     InsituError,
     NeverRanError,
     NoValueError,
+    OptionError,
     ShapeError,
     UnknownShapeError,
     nearest,
 )
-from insitu.graph.location import Mark, here, mark, user_frame
+from insitu.graph.location import Location, Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site, readable
 from insitu.graph.operations import READ
 from insitu.graph.recording import Missing, Recording
@@ -83,6 +84,7 @@ class Tracer:
     _result: Any = None
     _ended = False
     _told: Sequence[Callable[[], Summary]] | None = None
+    _demanded: tuple[Mapping[str, Any], Mark] | None = None
 
     def __init__(
         self,
@@ -386,6 +388,8 @@ class Tracer:
         Args:
             options: such as which implementation of attention.
         """
+        if options:
+            self._demanded = (options, mark())
         procedure = self.procedure.demanding(options) if options else self.procedure
         if procedure is not self.procedure:
             self.procedure = procedure
@@ -537,6 +541,16 @@ class Tracer:
             leaves = leaves_of(graph, plan.gradients, given, model.modules[""])
             execution.run_backwards(leaves)
         return results, None, None
+
+    def _verify(self, options: Mapping[str, Any], line: Mark) -> None:
+        """Raises if the model computes something else with what a value demands."""
+        if not self.model.vocabulary.verify(options):
+            raise OptionError(
+                "The attention of this model computes something else where its softmax can be "
+                "seen, which is known now that its weights are there: give "
+                "`attn_implementation='eager'` where the model is made.",
+                Location(*line),
+            )
 
     def _arriving(self, site: Site, copies: Copies | None = None) -> Any:
         """The memory of what arrives at a site, or None if that is not known without a run."""
