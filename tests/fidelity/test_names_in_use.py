@@ -416,7 +416,7 @@ def test_that_attention_will_be_eager_is_said_once() -> None:
 
 
 def test_patterns_of_a_model_whose_eager_attention_computes_something_else_are_refused() -> None:
-    """Transformers scales the alibi of Falcon in one of its implementations and not in the other."""
+    """Transformers scales the alibi of Falcon in one of its implementations only."""
     tokens = ids("falcon-alibi")
     module = module_of("falcon-alibi")
     model = LanguageModel(module)

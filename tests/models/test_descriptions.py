@@ -1,0 +1,102 @@
+"""What is said of an architecture where the dataflow of its forward does not tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.gpt2 import modeling_gpt2
+
+from insitu import LanguageModel, Model, OptionError, PathError
+from insitu.models.architectures import Description
+from insitu.models.checking import check
+from tests.conftest import tiny_gpt2
+
+
+class Halfway(nn.Module):
+    """A block whose sums are written in a way that nobody would guess."""
+
+    def __init__(self, block: modeling_gpt2.GPT2Block) -> None:
+        super().__init__()
+        self.norm, self.attn, self.norm_b, self.mlp = block.ln_1, block.attn, block.ln_2, block.mlp
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        added = self.attn(self.norm(hidden_states), *args, **kwargs)[0]
+        middle = torch.lerp(hidden_states, hidden_states + 2 * added, 0.5)
+        return torch.lerp(middle, middle + 2 * self.mlp(self.norm_b(middle)), 0.5)
+
+
+DESCRIPTION = Description(
+    names={
+        "residual_in": "input",
+        "residual_mid": "ops.lerp[0].output",
+        "residual_out": "output[0]",
+        "attention_out": "attn.output[0]",
+        "mlp_out": "mlp.output",
+    }
+)
+
+
+def odd() -> GPT2LMHeadModel:
+    module = tiny_gpt2()
+    blocks = module.transformer.h
+    for layer, block in enumerate(blocks):
+        blocks[layer] = Halfway(block)
+    return module.eval()
+
+
+def test_what_the_dataflow_does_not_tell_is_missing_until_it_is_said() -> None:
+    model = LanguageModel(odd())
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(PathError, match="residual_mid"):
+        with model.trace(ids):
+            model.blocks[1].residual_mid  # noqa: B018
+    model.describe_blocks(DESCRIPTION)
+    seen: list[torch.Tensor] = []
+    handles = [
+        model.module.transformer.h[1].norm_b.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0])
+        ),
+        model.module.transformer.h[1].attn.register_forward_hook(
+            lambda module, args, output: seen.append(output[0])
+        ),
+    ]
+    with torch.no_grad():
+        model.module(ids)
+    for handle in handles:
+        handle.remove()
+    added, middle = seen
+    block = model.blocks[1]
+    with model.trace(ids):
+        found = block.residual_mid.save()
+        total = (block.residual_in + block.attention_out + block.mlp_out).save()
+        leaving, own = block.residual_out.save(), block.attention_out.save()
+    assert torch.equal(found.value, middle)
+    assert torch.equal(own.value, added)
+    torch.testing.assert_close(total.value, leaving.value)
+    assert check(model).ok
+
+
+def test_a_wrong_description_does_not_pass_the_check() -> None:
+    model = LanguageModel(odd())
+    names = {**DESCRIPTION.names, "mlp_out": "norm_b.output"}
+    model.describe_blocks(Description(names=names))
+    report = check(model)
+    assert not report.ok
+
+
+def test_descriptions_say_what_is_wrong_with_them() -> None:
+    with pytest.raises(ValueError, match="residual_middle"):
+        Description(names={"residual_middle": "input"})
+    with pytest.raises(ValueError, match="no place in a block"):
+        Description(names={"residual_mid": "lerp"})
+    with pytest.raises(OptionError, match="Transformers"):
+        Model(nn.Linear(2, 2)).describe_blocks(Description())
+
+
+def test_the_stream_may_begin_behind_a_module_that_only_some_blocks_have() -> None:
+    model = LanguageModel(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2)).eval())
+    model.describe_blocks(Description(begins="nothing"))
+    with model.trace(torch.tensor([[5, 6, 7]])):
+        assert model.blocks[0].residual_in.shape == (1, 3, 16)
