@@ -115,12 +115,19 @@ def test_a_repository_that_cannot_be_reached_is_said_in_a_line() -> None:
     assert "'nobody/no-such-model' cannot be loaded" in result.stderr
 
 
-def test_a_model_that_cannot_be_opened_is_said_in_a_line(tmp_path: Path) -> None:
+def test_models_of_all_kinds_are_opened(tmp_path: Path) -> None:
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
         image_size=8, patch_size=4,
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained(tmp_path)
+    result = run("check", str(tmp_path))
+    assert result.exit_code == 0
+    assert "residual_mid" in result.stdout
+
+
+def test_a_model_that_cannot_be_opened_is_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": "many"}')
     result = run("check", str(tmp_path))
     assert result.exit_code == 2
     assert "cannot be loaded" in result.stderr and "Traceback" not in result.stderr

@@ -53,7 +53,7 @@ def test_patching_every_layer_and_position(name: str, share: bool | None) -> Non
         change = {(path, "output"): patched(position, vector)}
         assert_close(logits, alone(model, clean, [END], change)[END][:, -1], (path, position))
     skipped = max(single.skipped for single in tracer.plan.passes)
-    if share and name != "opt":
+    if share and name not in ("opt", "mixtral"):  # of which it depends on the version
         assert (skipped > 0) == (name in SHARES), tracer.plan.explain()
     if share is False:
         assert not skipped

@@ -16,7 +16,6 @@ from insitu.models.accounts import Accounts
 from insitu.models.attention import OPTION
 from insitu.models.calls import arguments, content, default_budget, forward
 from insitu.models.prompts import Prompt
-from insitu.models.separation import Separation
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
@@ -24,6 +23,7 @@ from insitu.runtime.procedure import Outputs, Schedule, Work
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
+    from insitu.models.separation import Separation
 
 # Options of a forward that mean the same for each prompt of a batch as for one alone.
 _BATCHABLE = frozenset(

@@ -20,13 +20,9 @@ from insitu.graph.structure import map_structure
 from insitu.models.blocks import block_views
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
-from insitu.models.generation import Generation
-from insitu.models.loading import Source
 from insitu.models.media import MEDIA
 from insitu.models.model import Model
 from insitu.models.prompts import Limits, Prompt, Reader, Side
-from insitu.models.separation import Separation, Trial
-from insitu.models.tasks import language_class
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
 from insitu.runtime.hooks import Place, View
@@ -38,7 +34,9 @@ from insitu.tracing.tracer import Tracer
 if TYPE_CHECKING:
     from insitu.models.cache import ActivationCache
     from insitu.models.hook import Hook
+    from insitu.models.loading import Source
     from insitu.models.selection import Filters
+    from insitu.models.separation import Separation
     from insitu.models.transformer_lens import TransformerLens
     from insitu.models.vocabulary import Names
 
@@ -91,6 +89,8 @@ class LanguageModel(Model):
             given = dict(kwargs) if task is None else {"task": task, **kwargs}
             self._wrap(model, given, location)
         else:
+            from insitu.models.tasks import language_class
+
             choose = partial(language_class, asked=task)
             source = self._open(model, kwargs, choose, location)
             if tokenizer is None:
@@ -129,6 +129,8 @@ class LanguageModel(Model):
         location: Location,
     ) -> Source:
         """Takes a model in files, and returns where it comes from."""
+        from insitu.models.loading import Source
+
         source = Source(os.fspath(name), kwargs, choose, location)
         tree = source.tree()
         super().__init__(source.weights(location) if tree is None else tree)
@@ -295,6 +297,8 @@ class LanguageModel(Model):
             raise OptionError(
                 f"{type(self._module).__name__} does not generate: use `trace`.", here()
             )
+        from insitu.models.generation import Generation
+
         given = self._given(prompt, kwargs, "seed")
         return Tracer(self, Generation(self, kwargs, here()), given, promises_output=True)
 
@@ -472,6 +476,8 @@ class LanguageModel(Model):
         views: Mapping[str, View],
         side: Side,
     ) -> Separation | None:
+        from insitu.models.separation import Separation, Trial  # of no use to one prompt
+
         layouts: Layouts | None = None
         with contextlib.suppress(ShapeError):
             layouts = find_layouts([self.probe(call, views).seen for call in calls])

@@ -19,8 +19,6 @@ from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import block_views, find_stacks
-from insitu.models.loading import Source
-from insitu.models.tasks import saved_class
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
@@ -37,6 +35,7 @@ from insitu.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
     from insitu.models.architectures import Description
+    from insitu.models.loading import Source
     from insitu.models.vocabulary import Names
 
 
@@ -94,6 +93,9 @@ class Model(Handle):
         Raises:
             LoadError: if there is no such model.
         """
+        from insitu.models.loading import Source
+        from insitu.models.tasks import saved_class
+
         location = here()
         source = Source(os.fspath(name), kwargs, saved_class, location)
         tree = source.tree()

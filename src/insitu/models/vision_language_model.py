@@ -10,7 +10,6 @@ from torch import nn
 from insitu.graph.errors import LoadError
 from insitu.graph.location import here
 from insitu.models.language_model import LanguageModel
-from insitu.models.tasks import vision_language_class
 
 
 class VisionLanguageModel(LanguageModel):
@@ -40,6 +39,8 @@ class VisionLanguageModel(LanguageModel):
         if isinstance(model, nn.Module):
             self._wrap(model, kwargs, location)
         else:
+            from insitu.models.tasks import vision_language_class
+
             source = self._open(model, kwargs, vision_language_class, location)
             if processor is None:
                 processor = source.processor()
