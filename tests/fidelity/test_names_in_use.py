@@ -195,6 +195,47 @@ def test_gradients_of_queries_and_patterns(name: str) -> None:
         assert slope == pytest.approx(float((grad.value * direction).sum()), rel=2e-2, abs=2e-4)
 
 
+def middle_and_pattern(name: str, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the second norm of the block is given, and the pattern that Hugging Face returns."""
+    module, seen = kept(name).module, []
+    handle = block_of(name).norm_2.module if "norm_2" in list(block_of(name).role) else None
+    if handle is not None:
+        handle = handle.register_forward_pre_hook(lambda part, args: seen.append(args[0]))
+    settings, implementation = vars(module.config), "_attn_implementation_internal"
+    before = settings[implementation]
+    settings[implementation] = "eager"
+    try:
+        output = module(input_ids=tokens, use_cache=False, output_attentions=True)
+    finally:
+        settings[implementation] = before
+        if handle is not None:
+            handle.remove()
+    middle = seen[0].reshape(*tokens.shape, -1) if seen else torch.empty(0)
+    return middle, output.attentions[1]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_one_head_s_queries_are_written_for_prompts_of_other_lengths(name: str) -> None:
+    """Without queries every visible position is attended to alike."""
+    model, attention = kept(name), block_of(name).attention
+    prompts = [ids(name, length) for length in (3, 7, 12)]
+    with model.trace() as tracer:
+        saved = []
+        for tokens in prompts:
+            with tracer.invoke(tokens):
+                attention.q[:, 1] = 0
+                saved.append((attention.pattern[:, 1].save(), attention.pattern[:, 0].save()))
+    assert len(tracer.plan.passes) == 1
+    for tokens, (changed, other) in zip(prompts, saved, strict=True):
+        count = tokens.shape[1]
+        with torch.no_grad():
+            _, pattern = middle_and_pattern(name, tokens)
+        close(other, pattern[:, 0])
+        if name not in ("bloom",):  # whose alibi prefers what is near
+            even = torch.ones(count, count).tril() / torch.arange(1, count + 1)[:, None]
+            close(changed, even[None].expand_as(changed.value))
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_prompts_of_other_lengths_do_not_show(name: str) -> None:
     model, block = kept(name), block_of(name)
@@ -214,9 +255,14 @@ def test_prompts_of_other_lengths_do_not_show(name: str) -> None:
                         "logits": model.logits.save(),
                     }
                 )
+    assert len(tracer.plan.passes) == 1
     for tokens, found in zip(prompts, saved, strict=True):
         with torch.no_grad():
             seen, logits = twin(name, tokens)
+            middle, pattern = middle_and_pattern(name, tokens)
+        if "residual_mid" in names:
+            close(found["residual_mid"], middle)
+        close(found["pattern"], pattern)
         z = seen["input"].unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
         close(found["z"], z)
         close(found["logits"], logits)

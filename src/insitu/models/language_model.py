@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -482,7 +482,7 @@ class LanguageModel(Model):
         with contextlib.suppress(ShapeError):
             layouts = find_layouts([self.probe(call, views).seen for call in calls])
         if not self.loaded:
-            return None if layouts is None else Separation(layouts, lambda _: True)
+            return None if layouts is None else Separation(layouts, lambda _: True, lambda _: {})
         module, modules, limits = self._module, self.modules, self.reader.limits
         trial = Trial(
             partial(run, module),
@@ -502,13 +502,20 @@ class LanguageModel(Model):
                 except Exception:  # whatever the model makes of it: then it is not to be run so
                     return False
 
+        def inside(owners: Collection[str]) -> Layouts:
+            with self.in_use():
+                try:
+                    return trial.inside(owners)
+                except Exception:  # as above
+                    return {}
+
         found: Layouts = {}
         with self.in_use():
             try:
                 found = trial.verified(trial.proposed() if layouts is None else layouts)
             except Exception:  # as above
                 return None
-        return Separation(found, widens)
+        return Separation(found, widens, inside)
 
     def chain(
         self, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]

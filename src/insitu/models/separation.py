@@ -22,6 +22,7 @@ from insitu.models.batching import Batch, join
 from insitu.models.prompts import Prompt, Side
 from insitu.models.trial import alike, listening, undisturbed
 from insitu.runtime.hooks import Place, View
+from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.layout import (
     SIZES,
     Axis,
@@ -46,11 +47,20 @@ class Separation:
         layouts: the layouts of the sites that can be cut.
         widens: whether the model runs alike if a place has a row for each row of the batch, where
             it has one for all. It is asked when such a place is to be written, once.
+        inside: gives the layouts of the functions that some modules call in their forwards. It is
+            asked for a module when such a place is used, once.
     """
 
-    def __init__(self, layouts: Layouts, widens: Callable[[Place], bool]) -> None:
+    def __init__(
+        self,
+        layouts: Layouts,
+        widens: Callable[[Place], bool],
+        inside: Callable[[Collection[str]], Layouts],
+    ) -> None:
         self.layouts = layouts
         self._widens = widens
+        self._inside = inside
+        self._looked_into: set[str] = set()
         self._takes_writes: dict[Place, bool] = {}
 
     def obstacle(self, sites: Collection[Address], written: Collection[Address]) -> Address | None:
@@ -60,6 +70,9 @@ class Separation:
             sites: the sites that they read or write.
             written: those that they write.
         """
+        self._look_into(
+            {path.partition(SEPARATOR)[0] for _, path, *_ in sites if SEPARATOR in path}
+        )
         for address in sites:
             if address[4] or address[1:4] not in self.layouts:
                 return address
@@ -73,6 +86,13 @@ class Separation:
             if not self._takes_writes[place]:
                 return address
         return None
+
+    def _look_into(self, owners: set[str]) -> None:
+        """Finds out how what functions in the forwards of modules take and give is cut."""
+        new = owners - self._looked_into
+        if new:
+            self._looked_into |= new
+            self.layouts = {**self.layouts, **self._inside(new)}
 
 
 class Trial:
@@ -113,20 +133,36 @@ class Trial:
         with undisturbed(self._modules):
             return find_layouts([self._passing(self._prompt(size, draw)) for size in SIZES])
 
-    def verified(self, layouts: Layouts) -> Layouts:
+    def inside(self, owners: Collection[str]) -> Layouts:
+        """Returns the layouts of the functions that modules call in their forwards, verified.
+
+        Args:
+            owners: the paths of these modules.
+        """
+        draw = torch.Generator().manual_seed(0)
+        with undisturbed(self._modules):
+            prompts = [self._prompt(size, draw) for size in SIZES]
+            seen = [self._passing(prompt, inside=owners) for prompt in prompts]
+        functions = [
+            {place: value for place, value in one.items() if SEPARATOR in place[0]} for one in seen
+        ]
+        return self.verified(find_layouts(functions), owners)
+
+    def verified(self, layouts: Layouts, inside: Collection[str] = ()) -> Layouts:
         """Returns those of some layouts by which each prompt's part is what it is alone.
 
         Args:
             layouts: layouts by shape.
+            inside: the modules in whose forwards there are functions among their places.
         """
         batch, whole = self._batch()
         with undisturbed(self._modules):
-            together = self._passing(whole, layouts)
+            together = self._passing(whole, layouts, inside=inside)
             right = {
                 place for place, value in together.items() if _tells_apart(value, layouts[place])
             }
             for prompt, part in zip(self._prompts, batch.parts, strict=True):
-                alone = self._passing(prompt, right)
+                alone = self._passing(prompt, right, inside=inside)
                 for place in tuple(right):
                     if place not in alone or not _agrees(
                         place, together[place], alone[place], layouts[place], part
@@ -169,6 +205,7 @@ class Trial:
         prompt: Prompt,
         places: Collection[Place] | None = None,
         widen: tuple[Place, Any] = (("", "output", -1), None),
+        inside: Collection[str] = (),
     ) -> dict[Place, Any]:
         """What passes some places, or all, in a run, in which one may be widened."""
         seen: dict[Place, Any] = {}
@@ -180,7 +217,7 @@ class Trial:
                 seen[place] = map_structure(_put_by, value)
             return value if place == widen[0] else None
 
-        with listening(self._modules, self._views, tell):
+        with listening(self._modules, self._views, tell, inside):
             self._run(prompt)
         return seen
 

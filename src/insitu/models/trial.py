@@ -9,7 +9,7 @@ place is told, values are compared to rounding, and the model is left as it was.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.graph.node import Kind
 from insitu.graph.structure import map_structure
 from insitu.runtime.hooks import Place, View, first_argument, handed_over
+from insitu.runtime.inside import SEPARATOR, watched
 
 _ABSENT = object()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -31,6 +33,7 @@ def listening(
     modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
     tell: Callable[[Place, Any], Any],
+    inside: Collection[str] = (),
 ) -> Iterator[None]:
     """Tells what passes the places of the runs in it.
 
@@ -39,6 +42,8 @@ def listening(
         views: how outputs are shown, by path.
         tell: is given each place and what passes there. What it returns takes its place, unless
             it is None.
+        inside: the modules in whose forwards there are places too, those of the functions that
+            they call.
     """
     calls: Counter[str] = Counter()
     open_calls: defaultdict[str, list[int]] = defaultdict(list)
@@ -67,13 +72,35 @@ def listening(
         told = tell((path, "output", open_calls[path].pop()), shown)
         return told if told is None or view is None else view.restore(output, told, args, kwargs)
 
+    def visit(owner: str, name: str, function: Any, args: Any, kwargs: Any) -> Any:
+        path = f"{owner}{SEPARATOR}{name}"
+        call = calls[path]
+        calls[path] += 1
+        for kind, value in _given(args, kwargs):
+            told = tell((path, kind, call), value)
+            if told is not None and kind == "input":
+                args = (told, *args[1:])
+            elif told is not None:
+                args, kwargs = told
+        result = function(*args, **kwargs)
+        told = tell((path, "output", call), result)
+        return result if told is None else told
+
     with ExitStack() as stack:
+        for owner in inside:
+            stack.enter_context(watched(modules[owner], partial(visit, owner)))
         for path, part in modules.items():
             hook = part.register_forward_pre_hook(partial(before, path), with_kwargs=True)
             stack.callback(hook.remove)
             hook = part.register_forward_hook(partial(after, path), with_kwargs=True)
             stack.callback(hook.remove)
         yield
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Kind, Any]]:
+    """What a function is given, in both of the ways in which that is shown."""
+    found: list[tuple[Kind, Any]] = [("inputs", (args, dict(kwargs)))]
+    return [*found, ("input", args[0])] if args else found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ skipped, and the end of a run at a line of the user's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -139,22 +139,18 @@ class Arrivals:
 
         Args:
             kind: which value it is.
-            value: what passes. Of one invocation: batches are not made where these are wanted.
+            value: what passes.
             path: of what.
         """
-        execution, after = self._execution, self._after
+        execution = self._execution
         first: Moment = (path, kind, 0, 0)
         found = self.clock.take(first)
         if not found:
             return value
-        mutated = [index for index, _ in found if index in self._mutated]
-        if mutated:
-            value = self._writable(mutated, value)
-        for index, _ in found:
-            execution.arrive(index, execution.standing(after[index]) if index in after else value)
+        place = self.clock.place(first)
+        value = self._hand_out(found, place, value)
         if self._single.may_stop and not self._readers:
             raise Stop
-        place = self.clock.place(first)
         return changed_value(execution, self._plan, place, value, found, self._single.cuts)
 
     def _arrived(
@@ -173,6 +169,22 @@ class Arrivals:
             remove_hook(self._hooks.pop(first))
         place = self.clock.place(first)
         value = arriving = passing_value(place[1], view, module, args, rest)
+        value = self._hand_out(found, place, value)
+        if may_stop and not self._readers:
+            raise Stop
+        for index, _ in found:
+            if index in plan.stops:
+                raise Stop
+            if index in plan.skips:
+                self._skipping[module] = index
+        value = changed_value(execution, plan, place, value, found, cuts)
+        if value is arriving:
+            return None
+        return handed_over(place[1], view, module, args, rest, value)
+
+    def _hand_out(self, found: Sequence[tuple[int, int]], place: Place, value: Any) -> Any:
+        """Gives each invocation its part of what arrived, and returns what was written into."""
+        execution, cuts = self._execution, self._single.cuts
         mutated = {index for index, _ in found if index in self._mutated}
         if mutated:
             for index, invocation in found:
@@ -190,17 +202,7 @@ class Arrivals:
             execution.arrive(index, own)
             if cut is not None and index in mutated and not _shared(own, value):
                 cut.put(Site(invocation, *place), value, own)
-        if may_stop and not self._readers:
-            raise Stop
-        for index, _ in found:
-            if index in plan.stops:
-                raise Stop
-            if index in plan.skips:
-                self._skipping[module] = index
-        value = changed_value(execution, plan, place, value, found, cuts)
-        if value is arriving:
-            return None
-        return handed_over(place[1], view, module, args, rest, value)
+        return value
 
     def _writable(self, mutated: Collection[int], value: Any) -> Any:
         """What may be written to in place: of what belongs to the model or autograd, a copy."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-from insitu.graph.node import Address, Graph
+from insitu.graph.node import Address, Graph, Kind
 from insitu.graph.operations import READ
 from insitu.runtime.costs import Costs
 from insitu.runtime.extent import Extents
 from insitu.runtime.hooks import Place
+from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.order import handed_over, needed
 from insitu.runtime.plan import Plan, written
 from insitu.runtime.schedule import Edges, Run, rows_by_level
@@ -221,7 +222,14 @@ def _edges(graph: Graph, plan: Plan, runs: Sequence[Run], moments: Moments) -> E
                         orders[number] = moments(number)
                     order = orders[number]
                     if order is not None:
-                        here, there = order.get(target[1:4]), order.get(address[1:4])
+                        here = order.get(_outside(target, "inputs"))
+                        there = order.get(_outside(address, "output"))
                         shares = here is None or there is None or there <= here
                 edges[source, at] = edges.get((source, at), True) and shares
     return edges
+
+
+def _outside(address: Address, bound: Kind) -> Place:
+    """The place of a site; of a function in a module's forward, what bounds its moment."""
+    owner, inside, _ = address[1].partition(SEPARATOR)
+    return (owner, bound, 0) if inside else address[1:4]
