@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from insitu import CausalityError, LanguageModel, OperationError, PathError
+from insitu import (
+    CausalityError,
+    LanguageModel,
+    OperationError,
+    OptionError,
+    PathError,
+    ShapeError,
+)
 from insitu.graph.node import Graph
 from tests.fidelity.zoo import ZOO, module_of
 
@@ -437,7 +445,7 @@ def test_errors_name_what_is_missing_and_why() -> None:
     with pytest.raises(PathError, match="consists of experts"):
         with kept("mixtral").trace(ids("mixtral")):
             kept("mixtral").blocks[0].mlp.pre  # noqa: B018
-    with pytest.raises(PathError, match="normalise the sum"):
+    with pytest.raises(PathError, match="is no sum of"):
         with kept("bert").trace(ids("bert")):
             kept("bert").blocks[0].attention_out  # noqa: B018
     with pytest.raises(PathError, match="cannot be assigned"):
@@ -477,3 +485,133 @@ def test_patterns_of_a_model_whose_eager_attention_computes_something_else_are_r
         pattern, logits = model.blocks[1].attention.pattern.save(), model.logits.save()
     assert torch.equal(logits.value, expected.logits)
     assert torch.equal(pattern.value, expected.attentions[1])
+
+
+def test_keys_of_an_encoder_are_refused_where_they_are_only_kept() -> None:
+    model = kept("t5")
+    with pytest.raises(PathError, match="step 0"):
+        with model.generate(ids("t5"), max_new_tokens=2) as generator:
+            for step in generator.steps:
+                if step == 1:
+                    model.blocks[0].cross_attention.k.save()
+
+
+def test_an_edit_runs_as_it_was_recorded_also_from_bytes(tmp_path: Path) -> None:
+    """Where keys are seen in eager attention only, a run of the edited model has that."""
+    model, tokens = kept("deepseek-v3"), ids("deepseek-v3")
+    with model.trace(tokens):
+        model.blocks[0].attention.k[:] = 0
+        expected = model.logits.save()
+    with model.edit() as edited:
+        model.blocks[0].attention.k[:] = 0
+    edited.save_edits(tmp_path / "edit")
+    for again in (edited, model.load_edits(tmp_path / "edit")):
+        with again.trace(tokens):
+            logits = again.logits.save()
+        assert torch.equal(logits.value, expected.value)
+    with model.trace(tokens):
+        plain = model.logits.save()
+    assert not torch.allclose(plain.value, expected.value)
+
+
+def test_a_model_that_is_not_loaded_is_verified_when_it_is(tmp_path: Path) -> None:
+    module_of("falcon-alibi").save_pretrained(tmp_path)
+    model = LanguageModel(str(tmp_path))
+    with pytest.raises(OptionError, match="attn_implementation='eager'"):
+        with model.trace(ids("falcon-alibi")):
+            model.blocks[1].attention.pattern.save()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_reason_to_refuse_patterns_or_not_to(dtype: torch.dtype) -> None:
+    for name in DECODERS:
+        model = LanguageModel(module_of(name).to(dtype))
+        with model.trace(ids(name)):
+            pattern = model.blocks[1].attention.pattern.save()
+        assert pattern.value.shape == (1, model.n_heads, 7, 7)
+    model = LanguageModel(module_of("falcon-alibi").to(dtype))
+    with pytest.raises(PathError, match="attn_implementation='eager'"):
+        with model.trace(ids("falcon-alibi")):
+            model.blocks[1].attention.pattern.save()
+
+
+def test_what_each_head_adds_is_read_anew_after_a_write_to_the_heads() -> None:
+    model, attention = kept("gpt2"), block_of("gpt2").attention
+    with model.trace(ids("gpt2")):
+        before = attention.result.save()
+        attention.z[:, 2] = 0
+        after = attention.result.save()
+    assert float(before.value[:, 2].abs().max()) > 1e-3
+    assert float(after.value[:, 2].abs().max()) < 1e-6
+    assert torch.equal(after.value[:, 1], before.value[:, 1])
+
+
+@pytest.mark.parametrize("value", [5, torch.zeros(3), torch.zeros(1, 1, 7, 16)])
+def test_what_is_written_by_a_name_has_its_shape(value: Any) -> None:
+    model, attention = kept("gpt2"), block_of("gpt2").attention
+    kinds = OperationError if isinstance(value, int) else ShapeError
+    for key in ("result", "z"):
+        with pytest.raises(kinds, match="test_names_in_use"):
+            with model.trace(ids("gpt2")):
+                setattr(attention, key, value)
+    with pytest.raises(ShapeError, match="test_names_in_use"):
+        with model.trace(ids("gpt2")):
+            attention.result = attention.result[:, :2]
+
+
+def test_a_part_of_a_computed_value_is_written_in_the_step_that_it_is_of() -> None:
+    model, attention = kept("gpt2"), block_of("gpt2").attention
+    tokens = ids("gpt2")
+    found = []
+    for late in (False, True):
+        with model.generate(tokens, max_new_tokens=3, eos_token_id=None) as generator:
+            for step in generator.steps:
+                if step == 1:
+                    result = attention.result
+                    if not late:
+                        result[:, 2] = 0
+                if step == 2 and late:
+                    result[:, 2] = 0
+                if step == 2:
+                    logits = generator.logits(1).save()
+        found.append(logits.value)
+    assert torch.equal(*found)
+
+
+def test_norms_of_blocks_that_normalise_sums_are_in_their_order() -> None:
+    for name, first, last in (
+        ("bert", "attention.output.LayerNorm", "output.LayerNorm"),
+        ("distilbert", "sa_layer_norm", "output_layer_norm"),
+        ("bart", "self_attn_layer_norm", "final_layer_norm"),
+    ):
+        block = kept(name).blocks[0]
+        assert block.norm_1.path == f"{block.path}.{first}"
+        assert block.norm_2.path == f"{block.path}.{last}"
+
+
+def test_half_precision_and_its_clamps_do_not_hide_the_stream() -> None:
+    model = LanguageModel(module_of("t5").half())
+    names = list(model.blocks[0].role)
+    assert {"residual_mid", "attention_out", "cross_attention_out", "mlp_out"} <= set(names)
+
+
+def test_another_implementation_of_attention_hides_nothing_but_its_softmax() -> None:
+    from transformers import AttentionInterface
+
+    def by_hand(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+        groups = q.shape[1] // k.shape[1]
+        scores = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * kwargs["scaling"]
+        above = torch.ones(scores.shape[-2:]).triu(1).bool()
+        weights = scores.masked_fill(above, -1e9).exp()
+        weights = weights / weights.sum(-1, keepdim=True)
+        return (weights @ v.repeat_interleave(groups, 1)).transpose(1, 2), None
+
+    AttentionInterface.register("by_hand", by_hand)
+    module = module_of("llama")
+    vars(module.config)["_attn_implementation_internal"] = "by_hand"
+    model = LanguageModel(module)
+    names = list(model.blocks[0].role)
+    assert "attention_out" in names and "mixer_out" not in names
+    with model.trace(ids("llama")):
+        pattern = model.blocks[0].attention.pattern.save()
+    assert pattern.value.shape == (1, 4, 7, 7)

@@ -349,3 +349,40 @@ def test_mlps_are_what_stands_around_their_nonlinearity(name: str) -> None:
         close(changed.value[:, 2], out.value[:, 2], block.path)
     if not found:
         pytest.skip("it has no MLP but experts, or none at all")
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_experts_are_weighted_with_what_is_said_to_weight_them(name: str) -> None:
+    """Without weights, what is left is what the model makes with experts that give nothing."""
+    model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    blocks = [block for block in last_blocks(name, model) if "experts" in list(block.role)]
+    if not blocks:
+        pytest.skip("it has no experts")
+    for block in blocks:
+        experts = block.role["experts"]
+        assert there(experts, "router", "weights") == ["router", "weights"]
+        with opened(model, name, inputs):
+            router, weights = experts.router.save(), experts.weights.save()
+            out = block.mlp_out.save()
+        assert router.value.shape[:2] == weights.value.shape[:2] == out.value.shape[:2]
+        with opened(model, name, inputs):
+            experts.weights = torch.zeros_like(weights.value)
+            found = block.mlp_out.save()
+        own = [
+            parameter
+            for path, parameter in block.module.named_parameters()
+            if ".experts." in path and "shared" not in path
+        ]
+        before = [parameter.detach().clone() for parameter in own]
+        try:
+            with torch.no_grad():
+                for parameter in own:
+                    parameter.zero_()
+            with opened(model, name, inputs):
+                expected = block.mlp_out.save()
+        finally:
+            with torch.no_grad():
+                for parameter, values in zip(own, before, strict=True):
+                    parameter.copy_(values)
+        assert own and not torch.equal(found.value, out.value)
+        close(found.value, expected.value, block.path)

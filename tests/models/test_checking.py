@@ -87,7 +87,7 @@ def test_what_is_done_to_logits_is_said() -> None:
 def test_what_cannot_be_checked_says_why() -> None:
     report = report_of("bert")
     assert {one.outcome for one in of(report, blocks.SUMS)} == {"not checked"}
-    assert "normalise the sum" in of(report, blocks.SUMS)[0].note
+    assert "is no sum of" in of(report, blocks.SUMS)[0].note
     (last,) = of(report, logits.LOGITS)
     assert last.outcome == "not checked" and "cls.predictions.transform.dense" in last.note
 

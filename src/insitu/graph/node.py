@@ -187,6 +187,7 @@ class Graph:
         differentiates: whether the run has to record autograd.
         after: the nodes that read a site in one step after it is written in every step, and the
             nodes that read it there.
+        unfused: the nodes that read what is only there if attention is not one fused function.
         flags: whether an argument given by position may be a bool: it equals a number.
     """
 
@@ -201,6 +202,7 @@ class Graph:
     mutations: tuple[int, ...] = ()
     differentiates: bool = False
     after: Mapping[int, int] = MappingProxyType({})
+    unfused: frozenset[int] = frozenset()
     flags: bool = False
 
     def __init__(self, rows: list[Row]) -> None:

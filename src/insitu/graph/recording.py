@@ -653,6 +653,7 @@ class Recording:
             self.sites[number, path, "output", call, step] = moved[skip]
         for read, mark in graph.stops.items():
             self.stop(moved[read], mark)
+        self.graph.unfused |= {self.original(moved[index].index) for index in graph.unfused}
         mutations = [moved[index].index for index in graph.mutations]
         self.graph.mutations = (*self.graph.mutations, *mutations)
         if step == EVERY:

@@ -258,6 +258,7 @@ FIELDS: Mapping[str, Field] = {
     "mutations": Field(tuple, (_node(),)),
     "differentiates": Field(bool, ()),
     "after": Field(dict, (_node(READ), _node(READ))),
+    "unfused": Field(frozenset, (_node(READ),)),
 }
 
 # Which of the arguments of an operation are functions, and of what kind they are.

@@ -16,7 +16,7 @@ from insitu.graph.structure import map_structure
 from insitu.models.anatomy import Reading, block_of
 from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.architectures import DESCRIPTIONS, Description
-from insitu.models.attention import OPTION, attending
+from insitu.models.attention import OPTION, attending, implementations
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
+
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 
 # Options that let attention compute its softmax where it can be seen; the first that do.
 _SHOWING: Sequence[Mapping[str, Any]] = (
@@ -87,6 +89,12 @@ class Body:
         if call is None or device is None:
             return call
         return Call((), {name: _on(device, value) for name, value in call.kwargs.items()})
+
+    @property
+    def is_unusual(self) -> bool:
+        """Whether attention is computed by something else than torch's own functions."""
+        usual = (None, "eager", "sdpa")
+        return any(one not in usual for one in implementations(self._model.module))
 
     @property
     def _config(self) -> Any:
@@ -252,7 +260,7 @@ class Body:
         experts = self._experts()
         found: dict[str, Block] = {}
         for path, size in sizes.items():
-            reading = Reading(flow, modules, size, lengths, experts)
+            reading = Reading(flow, modules, size, lengths, *experts)
             block = block_of(reading, path, self._description.begins)
             if block is not None:
                 found[path] = self._description.applied(block, flow)
@@ -268,7 +276,8 @@ class Body:
                 "What the parts of this model are is not known, because it is not known what it "
                 "is called with."
             )
-        implementation = options.pop(OPTION, None)
+        # What other implementations do is not seen; what stands before and after is the same.
+        implementation = options.pop(OPTION, "eager" if self.is_unusual else None)
         call = Call(call.args, {**call.kwargs, **options})
         failure: Exception | None = None
         with model.in_use(), attending(model.module, implementation):
@@ -288,10 +297,15 @@ class Body:
             here(),
         ) from failure
 
-    def _experts(self) -> int:
+    def _experts(self) -> tuple[int, int]:
+        """How many experts there are, and how many of them a token passes, 0 if none."""
         text = self._config.get_text_config()
-        counts = (getattr(text, name, None) for name in _EXPERTS)
-        return next((count for count in counts if isinstance(count, int)), 0)
+
+        def number(names: Sequence[str]) -> int:
+            counts = (getattr(text, name, None) for name in names)
+            return next((count for count in counts if isinstance(count, int)), 0)
+
+        return number(_EXPERTS), number(_CHOSEN)
 
     def _ending(self, flow: Dataflow) -> tuple[str | None, Spot | None]:
         """The last norm, and the logits."""
@@ -320,9 +334,9 @@ def _alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
     """Whether two implementations of the same may have made two tensors."""
     if first is None or second is None or first.shape != second.shape:
         return False
-    scale = max(float(first.abs().max()), 1e-3)
-    limit = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.1
-    return float((first.double() - second.double()).abs().max()) <= limit * scale
+    scale = float(first.double().norm())
+    limit = max(1e-3, 3 * torch.finfo(first.dtype).eps)  # of what is rounded many times on the way
+    return float((first.double() - second.double()).norm()) <= limit * max(scale, 1e-3)
 
 
 def _on(device: torch.device, value: Any) -> Any:

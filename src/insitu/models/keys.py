@@ -70,7 +70,7 @@ def entry_of(vocabulary: Vocabulary, key: str) -> Entry | None:
             path = entry.paths[int(number)]
         elif isinstance(entry, Role):
             path, part = entry.path, entry.part
-            if names == ["output"]:
+            if names == ["output"] and entry.is_module and not entry.part:
                 return Named(path, "output")
         else:
             return None if names and isinstance(entry, Named) else entry

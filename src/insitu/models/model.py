@@ -418,7 +418,7 @@ def _alone(options: Mapping[str, Any], module: nn.Module, requests: Sequence[Cal
             if not options:
                 return module(*request.args, **request.kwargs)
             with attending(module, implementation):
-                return module(*request.args, **request.kwargs, **others)
+                return module(*request.args, **{**request.kwargs, **others})
 
         return Pass(call, {number: None}, True, partial(unknown, [number], None))
 

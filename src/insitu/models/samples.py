@@ -61,6 +61,11 @@ def sample_call(module: nn.Module, config: Any) -> Call | None:
         kwargs["pixel_values"] = images
     if not kwargs:
         return None
+    floats = next((part for part in module.parameters() if part.is_floating_point()), None)
+    if floats is not None:
+        for name, value in kwargs.items():
+            if value.is_floating_point():
+                kwargs[name] = value.to(floats.dtype)
     if "use_cache" in takes:
         kwargs["use_cache"] = False
     return Call((), kwargs)

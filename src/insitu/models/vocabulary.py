@@ -12,8 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from insitu.models.parts import Block, Feedforward, Heads, Spot
-from insitu.runtime.inside import SEPARATOR
-from insitu.tracing.forms import Form, PerHead, Rows, Split, Swapped, WithoutLast
+from insitu.tracing.forms import Batched, Form, PerHead, Rows, Split, Swapped, WithoutLast
 from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
 
 if TYPE_CHECKING:
@@ -31,8 +30,8 @@ _MODEL = (
 )
 
 _NORMALISED = (
-    "its blocks normalise the sum of the residual stream and what is added to it, so that nothing "
-    "in them is the stream."
+    "what this block returns is no sum of what it is given and what it adds: such as where the sum "
+    "is normalised, so that nothing in the block is the residual stream."
 )
 _NO_ATTENTION = "there is no attention in this block."
 _NO_CROSS_ATTENTION = "nothing in this block attends to states of an encoder."
@@ -67,18 +66,9 @@ class Names:
             self._listed[key] = self._list(path, part)
         return self._listed[key]
 
-    def demands(self, path: str) -> Mapping[str, Any]:
-        """Returns how the model has to run for a site inside of attention to be there.
-
-        Args:
-            path: the path of a function in a module's forward.
-        """
-        owner, _, function = path.partition(SEPARATOR)
-        block = self._body.block_around(owner) if function == "softmax" else None
-        for heads in (block.attention, block.cross_attention) if block else ():
-            if heads is not None and heads.path == owner and heads.pattern is None:
-                return self._body.showing_softmax
-        return {}
+    def unfused(self) -> Mapping[str, Any]:
+        """Returns how the model has to run for its attention to be no one fused function."""
+        return self._body.showing_softmax
 
     def verify(self, options: Mapping[str, Any]) -> bool:
         """Returns whether runs with some options compute what others do."""
@@ -170,6 +160,8 @@ class Names:
                 found[name] = Missing("it has no axis of heads.")
             elif spot.kind == "output":
                 found[name] = self._with_heads(spot)
+                if heads is block.cross_attention and name != "q":
+                    found[name] = replace(self._with_heads(spot), once=True)
             else:  # where it is used depends on the implementation
                 found[name] = Later(partial(self._in_eager, block, heads, name))
         for name in ("scores", "pattern"):
@@ -195,7 +187,7 @@ class Names:
         """What the implementation of attention has a part in; with eager attention, if need be."""
         options: tuple[tuple[str, Any], ...] = ()
         spot: Spot | None = getattr(heads, name)
-        if heads.pattern is None:
+        if heads.pattern is None or self._body.is_unusual:
             spot = self._eager(block, heads, name)
             if spot is None:
                 return Missing(
@@ -210,7 +202,9 @@ class Names:
         if name not in ("scores", "pattern"):
             return replace(self._with_heads(spot), options=options)
         form: Form | None = None
-        if len(spot.shape) == 4 and spot.shape[-1] not in self._body.lengths:
+        if len(spot.shape) == 3:
+            form = Batched(heads.count)
+        elif len(spot.shape) == 4 and spot.shape[-1] not in self._body.lengths:
             form = WithoutLast(1)  # a sink, to which every query may attend
         return Named(spot.path, spot.kind, spot.call, spot.item, form, options)
 

@@ -96,6 +96,25 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class Batched:
+    """`(batch * head, query, key)` shown as `(batch, head, query, key)`.
+
+    Attributes:
+        heads: how many heads there are.
+    """
+
+    heads: int
+
+    def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
+        """Returns the value as it is shown."""
+        return value.unflatten(0, (-1, self.heads))
+
+    def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
+        """Returns what is to stand at the site."""
+        return value.flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """`(batch * position, size)` shown as `(batch, position, size)`.
 

@@ -120,7 +120,7 @@ class Sites:
         )
 
     def _written(self) -> str:
-        return readable(self._path) or "model"
+        return readable(self._path) if self._path else "model"
 
 
 class Call(Sites):
@@ -279,8 +279,8 @@ class Handle(Call):
             self._named(entry, name)
         if not isinstance(entry, Named):
             raise PathError(
-                f"`{self._written()}.{name}` stands for a part of the model and cannot be "
-                "assigned to: write its `.output`, or a value by its name.",
+                f"`{self._written()}.{name}` is no value of a run and cannot be assigned to: write "
+                "the `.output` of a module, or a value by its name.",
                 Location(*line),
             )
         if type(invocation) is not Invocation:
@@ -392,11 +392,11 @@ class Part(Handle):
 
     def __getattr__(self, name: str) -> Any:
         # Also asked after `__getattribute__` has raised: for the error, once more.
-        if self._is_module:
-            return super().__getattr__(name)
         entry = self._model.vocabulary.entry(self._path, self._part, name)
         if entry is not None:
             return self._named(entry, name)
+        if self._is_module:
+            return super().__getattr__(name)
         raise PathError(self._unknown(name), here())
 
     def __dir__(self) -> list[str]:

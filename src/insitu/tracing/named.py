@@ -8,18 +8,19 @@ give it that form, and writing it those that undo them, so that a graph knows no
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from insitu.graph.errors import OperationError
-from insitu.graph.location import Mark, here, mark
+from insitu.graph.errors import OperationError, PathError, ShapeError, UnknownShapeError
+from insitu.graph.location import Location, Mark, here, mark
 from insitu.graph.node import Kind, Ref
 from insitu.graph.operations import REPLACE
 from insitu.graph.proxy import Proxy, StructureProxy
-from insitu.graph.recording import NO_KWARGS, Recorded
+from insitu.graph.recording import NO_KWARGS, Recorded, Recording
 from insitu.tracing.forms import Computed, Form
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Named:
         item: where in that value it is.
         form: how it is shown, None for as it is.
         options: how the model has to run for it to be there.
+        once: whether it is made in the first step of a generation only.
     """
 
     path: str
@@ -45,6 +47,7 @@ class Named:
     item: tuple[int | str, ...] = ()
     form: Form | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    once: bool = False
 
     def read(self, invocation: Invocation, line: Mark) -> NamedProxy:
         """Returns a proxy for the value.
@@ -52,10 +55,21 @@ class Named:
         Args:
             invocation: in the processing of which prompt.
             line: the user's line.
+
+        Raises:
+            PathError: if there is no such value in the step that lines mean now.
         """
-        invocation.demand(dict(self.options))
+        if self.once and invocation.current_step != 0:
+            raise PathError(
+                "Keys and values of an encoder's states are made in step 0 and kept: read and "
+                "write them there.",
+                Location(*line),
+            )
         site = invocation.read(self.path, self.kind, line, self.call)
         recording = site._recording
+        if self.options:
+            invocation.demand(dict(self.options))
+            recording.graph.unfused |= {recording.original(site._ref.index)}
         if recording.shown is None:
             recording.shown = {}
         key = (site._ref.index, self)
@@ -65,22 +79,46 @@ class Named:
             for at in self.item:
                 value = value[at]
             shown = value if self.form is None else self.form.shown(value, invocation, line)
-            found = recording.shown[key] = (value._ref, shown._ref)
-            if isinstance(self.form, Computed):
-                self._remember(site, shown._ref)
+            found = (value._ref, shown._ref)
+            if isinstance(self.form, Computed):  # anew by each line: of what has been written since
+                self._refuse_writes(recording, shown._ref)
+            else:
+                recording.shown[key] = found
         base, source = found
         kind = ComputedProxy if isinstance(self.form, Computed) else NamedProxy
         proxy = kind(recording, source)
         proxy._name, proxy._base, proxy._invocation = self, base, invocation
+        proxy._step = invocation.current_step
         return proxy
 
-    def _remember(self, site: Proxy, shown: Ref) -> None:
-        """Notes what is read by this name from now on, where that is no part of the model."""
-        recording = site._recording
-        recording.shown = recording.shown or {}
-        recording.shown[site._ref.index, self] = (site._ref, shown)
+    def _refuse_writes(self, recording: Recording, shown: Ref) -> None:
+        """Notes that what is read by this name is no part of the model."""
         instead = "assign to it, or to a part of it by an index."
         recording.computed = {**recording.computed, shown.index: instead}
+
+    def _checked(self, current: Proxy, value: Any, line: Mark) -> None:
+        """Raises if something cannot be brought into the form of the site.
+
+        Raises:
+            OperationError: if it is no tensor.
+            ShapeError: if it has another shape, as far as shapes are known.
+        """
+        if not isinstance(value, Proxy | torch.Tensor):
+            kind = type(value).__name__
+            raise OperationError(
+                f"`{current.written()}` is written with a tensor of its shape, not with a value of "
+                f"type {kind}.",
+                Location(*line),
+            )
+        expected = found = None
+        if isinstance(value, torch.Tensor) or isinstance(self.form, Computed):
+            with contextlib.suppress(UnknownShapeError):
+                expected, found = current.shape, value.shape
+        if expected is not None and expected != found:
+            raise ShapeError(
+                f"`{current.written()}` has shape {tuple(expected)}, and is given {found}.",
+                Location(*line),
+            )
 
     def write(self, invocation: Invocation, value: Any, line: Mark) -> None:
         """Puts a value in the place of the one that there is.
@@ -95,6 +133,8 @@ class Named:
         if not isinstance(self.form, Computed) and recording.holds(current._ref, value):
             return
         site = invocation.read(self.path, self.kind, line, self.call)
+        if self.form is not None:
+            self._checked(current, value, line)
         shown = value
         if isinstance(self.form, Computed) and not isinstance(value, Proxy):
             shown = current.clone()  # so that there is something for later lines to read
@@ -104,8 +144,11 @@ class Named:
             value = self.form.restored(value, base, invocation, line)
         if not self.item:
             invocation.write(self.path, self.kind, value, line, self.call)
-            if isinstance(self.form, Computed):
-                self._remember(invocation.read(self.path, self.kind, line, self.call), shown._ref)
+            if isinstance(self.form, Computed):  # later lines read what was written
+                written = invocation.read(self.path, self.kind, line, self.call)
+                recording.shown = recording.shown or {}
+                recording.shown[written._ref.index, self] = (written._ref, shown._ref)
+                self._refuse_writes(recording, shown._ref)
             return
         block = type(site) is StructureProxy
         # From the inside out: the entry of the innermost container, that container, and so on.
@@ -125,8 +168,9 @@ class NamedProxy(Proxy):
     in.
     """
 
-    __slots__ = ("_base", "_invocation", "_name")
+    __slots__ = ("_base", "_invocation", "_name", "_step")
     _name: Named
+    _step: int
     _base: Ref
     _invocation: Invocation
 
@@ -140,6 +184,7 @@ class NamedProxy(Proxy):
         saved = Proxy.save(self, optional, keep_graph, to)
         if isinstance(saved, NamedProxy):
             saved._name, saved._base, saved._invocation = self._name, self._base, self._invocation
+            saved._step = self._step
         return saved
 
     @property
@@ -195,7 +240,12 @@ class ComputedProxy(NamedProxy):
             return
         whole = self.clone()
         whole[key] = value
-        self._name.write(self._invocation, whole, mark())
+        invocation = self._invocation
+        now, invocation.current_step = invocation.current_step, self._step
+        try:
+            self._name.write(invocation, whole, mark())
+        finally:
+            invocation.current_step = now
 
 
 def _not_in_place(self: Proxy, other: Any) -> Any:
@@ -288,19 +338,15 @@ class Vocabulary(Protocol):
         """Returns what there is by its name at a module: see `entry`."""
         ...
 
-    def demands(self, path: str) -> Mapping[str, Any]:
-        """Returns how the model has to run for a function in a module's forward to be called.
-
-        Args:
-            path: the path of the function.
-        """
+    def unfused(self) -> Mapping[str, Any]:
+        """Returns how the model has to run for its attention to be no one fused function."""
         ...
 
     def verify(self, options: Mapping[str, Any]) -> bool:
         """Returns whether a model with its weights computes the same with some options.
 
         Args:
-            options: such as `demands` gives.
+            options: such as `unfused` gives.
         """
         ...
 
@@ -318,7 +364,7 @@ class NoVocabulary:
         """Returns nothing."""
         return {}
 
-    def demands(self, path: str) -> Mapping[str, Any]:
+    def unfused(self) -> Mapping[str, Any]:
         """Returns nothing."""
         return {}
 

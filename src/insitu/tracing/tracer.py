@@ -28,7 +28,6 @@ from insitu.graph.errors import (
 )
 from insitu.graph.location import Location, Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site, readable
-from insitu.graph.operations import READ
 from insitu.graph.recording import Missing, Recording
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
@@ -377,9 +376,8 @@ class Tracer:
             self.recording.replay(
                 graph, invocation.number, EVERY if self.procedure.steps > 1 else 0
             )
-            for node in graph:
-                if node.operation is READ and SEPARATOR in node.args[1]:
-                    self.demand(self.model.vocabulary.demands(node.args[1]))
+            if graph.unfused:
+                self.demand(self.model.vocabulary.unfused())
         return invocation
 
     def demand(self, options: Mapping[str, Any]) -> None:
@@ -478,6 +476,8 @@ class Tracer:
     def _run(self) -> None:
         model, recording = self.model, self.recording
         module, requests = model.load(), [invocation.request for invocation in self._invocations]
+        if self._demanded is not None:
+            self._verify(*self._demanded)
         prepared, passes = self._prepare(module, requests)
         execution = Execution(recording.graph, prepared.plan, model.modules)
         exclusive = model.exclusive

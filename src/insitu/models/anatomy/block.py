@@ -64,7 +64,7 @@ def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | 
         flow.shapes[exit][-1],
         stream,
         {name: spot for name, spot in spots.items() if spot is not None},
-        norms(reading, path, events, [entry, *chain], leaves or [exit]),
+        norms(reading, path, events, [entry, *chain], leaves),
         None if attention is None else heads_of(reading, attention, path, index),
         None if cross is None else heads_of(reading, cross, path, index),
         None if last is None else mlp_of(reading, last, path, events, attention),

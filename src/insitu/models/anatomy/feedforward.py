@@ -168,21 +168,33 @@ def _router(reading: Reading, path: str, events: Sequence[int]) -> tuple[Spot | 
 def _chosen(
     reading: Reading, scores: int, path: str, at: int, events: Sequence[int]
 ) -> Spot | None:
-    """What the chosen experts are weighted with: the last value of that form."""
+    """What the chosen experts are weighted with: what is last made of the choice in its forward.
+
+    It has a number for each of the chosen, or for each of all, 0 for those that are not.
+    """
     flow = reading.flow
-    for later in range(at, events[-1] + 1):
-        event = flow.events[later]
-        if event.function == "topk" and event.is_within(path):
-            form = flow.shapes[event.outputs[0]]
-            derived, last = {event.outputs[0]}, event.outputs[0]
-            for index in range(later + 1, events[-1] + 1):
-                other = flow.events[index]
-                if not other.function or derived.isdisjoint(other.inputs):
-                    continue
-                same = [out for out in other.outputs if flow.shapes[out] == form]
-                if other.path != event.path or not same:
-                    continue
-                derived.update(same)
-                last = same[0]
-            return reading.spot(last, path)
-    return None
+    choices = [
+        index
+        for index in range(at, events[-1] + 1)
+        if (event := flow.events[index]).function == "topk"
+        and event.is_within(path)
+        and flow.shapes[event.outputs[0]][-1] == reading.chosen
+        and reading.leads_to((scores,), event.inputs[0], at)
+    ]
+    if not choices:
+        return None
+    choice = flow.events[choices[-1]]
+    *rows, count = flow.shapes[choice.outputs[0]]
+    forms = ((*rows, count), (*rows, reading.experts), (reading.experts, *rows))
+    last, derived = choice.outputs[0], {choice.outputs[0]}
+    chosen = set(choice.outputs[1:])
+    for index in range(choices[-1] + 1, events[-1] + 1):
+        event = flow.events[index]
+        if event.path != choice.path or not event.function or not event.outputs:
+            continue
+        gathered = event.function == "gather" and not chosen.isdisjoint(event.inputs)
+        made = event.outputs[0]
+        if (gathered or not derived.isdisjoint(event.inputs)) and flow.shapes[made] in forms:
+            derived.add(made)
+            last = made
+    return reading.spot(last, path)

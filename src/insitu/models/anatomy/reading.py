@@ -40,6 +40,7 @@ class Reading:
         size: rows and positions of the hidden states in that forward.
         lengths: all numbers of positions that there were in it: an encoder's may differ.
         experts: how many experts the model's config speaks of, 0 if it does not.
+        chosen: how many of them a token passes.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Reading:
         size: tuple[int, int],
         lengths: Collection[int],
         experts: int = 0,
+        chosen: int = 0,
     ) -> None:
         self.flow = flow
         self.modules = modules
         self.size = size
         self.lengths = lengths
         self.experts = experts
+        self.chosen = chosen
         # The modules that multiply with matrices: not all of whose weights have two axes do.
         multiplying = (event.path for event in flow.events if event.function in _MATRICES)
         self._multiplying = frozenset(multiplying)

@@ -31,7 +31,7 @@ def find_stream(
             if maker is not None and maker.is_within(within):
                 if maker.function in _SUMS:
                     reached[value] = any(map(reaches, maker.inputs))
-                elif maker.function in RESHAPES and maker.inputs:
+                elif maker.function in (*RESHAPES, "clamp") and maker.inputs:
                     reached[value] = reaches(maker.inputs[0])
         return reached[value]
 
