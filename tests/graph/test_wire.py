@@ -180,6 +180,7 @@ def test_fields_travel() -> None:
     graph = tracer.graph
     graph.repeats = ((2, 5),)
     graph.after = {next(iter(graph.writes)): next(iter(graph.stops))}
+    graph.unfused = frozenset(graph.stops)
     received = sent(graph)
     for field in FIELDS:
         if field not in ("rows", "stops"):

@@ -5,21 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.models.gpt2 import modeling_gpt2
+from transformers import LlamaForCausalLM
 
 from insitu import LanguageModel, Model, OptionError, PathError
 from insitu.models.architectures import Description
 from insitu.models.checking import check
-from tests.conftest import tiny_gpt2
+from tests.conftest import tiny_llama
 
 
 class Halfway(nn.Module):
     """A block whose sums are written in a way that nobody would guess."""
 
-    def __init__(self, block: modeling_gpt2.GPT2Block) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.norm, self.attn, self.norm_b, self.mlp = block.ln_1, block.attn, block.ln_2, block.mlp
+        self.norm, self.attn = block.input_layernorm, block.self_attn
+        self.norm_b, self.mlp = block.post_attention_layernorm, block.mlp
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         added = self.attn(self.norm(hidden_states), *args, **kwargs)[0]
@@ -38,9 +38,9 @@ DESCRIPTION = Description(
 )
 
 
-def odd() -> GPT2LMHeadModel:
-    module = tiny_gpt2()
-    blocks = module.transformer.h
+def odd() -> LlamaForCausalLM:
+    module = tiny_llama()
+    blocks = module.model.layers
     for layer, block in enumerate(blocks):
         blocks[layer] = Halfway(block)
     return module.eval()
@@ -55,10 +55,10 @@ def test_what_the_dataflow_does_not_tell_is_missing_until_it_is_said() -> None:
     model.describe_blocks(DESCRIPTION)
     seen: list[torch.Tensor] = []
     handles = [
-        model.module.transformer.h[1].norm_b.register_forward_pre_hook(
+        model.module.model.layers[1].norm_b.register_forward_pre_hook(
             lambda module, args: seen.append(args[0])
         ),
-        model.module.transformer.h[1].attn.register_forward_hook(
+        model.module.model.layers[1].attn.register_forward_hook(
             lambda module, args, output: seen.append(output[0])
         ),
     ]
@@ -96,7 +96,7 @@ def test_descriptions_say_what_is_wrong_with_them() -> None:
 
 
 def test_the_stream_may_begin_behind_a_module_that_only_some_blocks_have() -> None:
-    model = LanguageModel(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2)).eval())
+    model = LanguageModel(tiny_llama())
     model.describe_blocks(Description(begins="nothing"))
     with model.trace(torch.tensor([[5, 6, 7]])):
         assert model.blocks[0].residual_in.shape == (1, 3, 16)
