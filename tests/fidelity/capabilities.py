@@ -56,6 +56,7 @@ CAPABILITIES = (
             "test_hidden_states_of_another_input_are_patched_in",
             "test_a_part_of_a_block_is_ablated",
             "test_a_vector_steers",
+            "test_what_a_model_notes_of_its_blocks_is_what_was_written",
         ),
     ),
     Capability(
@@ -79,6 +80,7 @@ CAPABILITIES = (
         (
             "test_a_generation_is_changed_in_each_step",
             "test_generations_of_several_prompts_do_not_see_each_other",
+            "test_steps_of_several_generations_do_not_see_each_other",
         ),
         NOT_GENERATED,
     ),
@@ -106,13 +108,18 @@ CAPABILITIES = (
     ),
     Capability(
         "patterns",
-        "`pattern` is, bit for bit, what the model itself returns as its attentions",
+        "`pattern` is what the model itself returns as its attentions",
         ("test_patterns_are_what_hugging_face_returns",),
     ),
     Capability(
         "MLP",
         "`pre` and `post`: read and written",
         ("test_mlps_are_what_stands_around_their_nonlinearity",),
+    ),
+    Capability(
+        "experts",
+        "`router` and `weights`: read and written",
+        ("test_experts_are_weighted_with_what_is_said_to_weight_them",),
     ),
 )
 
