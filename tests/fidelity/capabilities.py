@@ -56,8 +56,13 @@ CAPABILITIES = (
             "test_hidden_states_of_another_input_are_patched_in",
             "test_a_part_of_a_block_is_ablated",
             "test_a_vector_steers",
-            "test_what_a_model_notes_of_its_blocks_is_what_was_written",
         ),
+    ),
+    Capability(
+        "noted",
+        "the model's own `output_hidden_states` show what was written",
+        ("test_what_a_model_notes_of_its_blocks_is_what_was_written",),
+        "it takes something else than text, and this is tested of text",
     ),
     Capability(
         "gradients",
