@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import nn
 
 from insitu.graph.errors import OptionError, UnknownShapeError
-from insitu.graph.location import Location, Mark, here
+from insitu.graph.location import here
 from insitu.graph.node import Graph
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import block_views, find_stacks
+from insitu.models.plain import Forward
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
-from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call, Copies, Probe, fake_call, probe
-from insitu.runtime.procedure import Outputs, Schedule, Work
 from insitu.runtime.reuse import Plans
-from insitu.runtime.summary import unknown
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.handle import Handle
 from insitu.tracing.named import NoVocabulary, Vocabulary
@@ -354,72 +350,3 @@ class Model(Handle):
             raise OptionError("Only models of Transformers have blocks to describe.", here())
         vars(self)["_description"] = description
         vars(self)["vocabulary"] = self._names(self._module)
-
-
-class Forward:
-    """One forward for each invocation, with its own arguments.
-
-    Args:
-        views: how outputs are shown, by path.
-        options: what all of them are given beside their arguments.
-    """
-
-    steps = 1
-
-    def __init__(
-        self, views: Mapping[str, View], options: Mapping[str, Any] = MappingProxyType({})
-    ) -> None:
-        self.views = views
-        self._options = options
-
-    def demanding(self, options: Mapping[str, Any]) -> Forward:
-        """Returns the same with further options."""
-        return self if options.items() <= self._options.items() else Forward(self.views, options)
-
-    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
-        """Returns the arguments of an invocation."""
-        return Call(args, kwargs)
-
-    def example(self, request: Call) -> Call:
-        """Returns the call that an invocation leads to."""
-        return Call(request.args, {**request.kwargs, **self._options})
-
-    def key(self, module: nn.Module, requests: Sequence[Call]) -> Hashable | None:
-        """Returns the form of the arguments, where they are tensors and nothing else."""
-        form: list[Hashable] = []
-        for args, kwargs in requests:
-            for value in (*args, *kwargs.values()):
-                if type(value) is not torch.Tensor:
-                    return None
-                form.append((value.shape, value.dtype, value.device, value.requires_grad))
-            form.append((len(args), *kwargs))
-        return (module.training, *self._options.items(), *form)
-
-    def schedule(self, module: nn.Module, requests: Sequence[Call], work: Work) -> Schedule:
-        """Returns what gives a pass for each invocation: how to batch arguments is not known."""
-        return partial(_alone, self._options)
-
-    def check_tokens(self, location: Location) -> None:
-        """Raises: a forward chooses no tokens."""
-        raise OptionError("A forward chooses no tokens: use `generate`.", location)
-
-    def outputs(self, results: Sequence[Any], requests: Sequence[Call]) -> Outputs | None:
-        """Returns nothing: the output of a forward is a site."""
-        return None
-
-
-def _alone(options: Mapping[str, Any], module: nn.Module, requests: Sequence[Call]) -> list[Pass]:
-    """A pass for each call."""
-    others = dict(options)
-    implementation = others.pop(OPTION, None)
-
-    def single(request: Call, number: int) -> Pass:
-        def call(*_: Any) -> Any:
-            if not options:
-                return module(*request.args, **request.kwargs)
-            with attending(module, implementation):
-                return module(*request.args, **{**request.kwargs, **others})
-
-        return Pass(call, {number: None}, True, partial(unknown, [number], None))
-
-    return [single(request, number) for number, request in enumerate(requests)]

@@ -17,143 +17,22 @@ from torch import nn
 from insitu.display.tree import render, summarise
 from insitu.graph.control import call_module
 from insitu.graph.errors import (
-    BlockError,
     IndexOutOfRangeError,
     InsituError,
     PathError,
     ShapeError,
     nearest,
 )
-from insitu.graph.location import Location, Mark, here, mark
-from insitu.graph.node import Kind, Site, readable
-from insitu.graph.proxy import Proxy
+from insitu.graph.location import Location, here, mark
+from insitu.graph.node import readable
 from insitu.runtime.procedure import Subject
 from insitu.tracing.inside import Operations
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
 from insitu.tracing.scope import innermost
+from insitu.tracing.sites import SITES, Call, Sites
 
-_SITES = ("output", "input", "inputs")
-_OF_MODULES = frozenset((*_SITES, "skip", "stop", "ops", "module", "call"))
-
-
-class Sites:
-    """What one call of a module, or of a torch function in its forward, takes and returns.
-
-    Assigning is done by `__setattr__`; the setters say to type checkers what can be assigned to.
-    """
-
-    def __init__(self, model: Subject, path: str, call: int) -> None:
-        vars(self).update(_model=model, _path=path, _call=call)
-
-    _model: Subject
-    _path: str
-    _call: int
-
-    @property
-    def output(self) -> Proxy:
-        """What the module returns. A transformer block's is a tuple, hidden states first.
-
-        Raises:
-            BlockError: outside of an invocation.
-        """
-        # `_read` in place: this is what blocks do most.
-        invocation, mark = innermost(self._model, 2)
-        if type(invocation) is not Invocation:
-            raise self._outside("output", mark)
-        return invocation.read(self._path, "output", mark, self._call)
-
-    @output.setter
-    def output(self, value: Any) -> None: ...
-
-    @property
-    def input(self) -> Proxy:
-        """The first argument that the module is called with, given by position or by keyword.
-
-        Raises:
-            BlockError: outside of an invocation.
-        """
-        return self._read("input")
-
-    @input.setter
-    def input(self, value: Any) -> None: ...
-
-    @property
-    def inputs(self) -> Proxy:
-        """All arguments that the module is called with, as `(args, kwargs)`.
-
-        Raises:
-            BlockError: outside of an invocation.
-        """
-        return self._read("inputs")
-
-    @inputs.setter
-    def inputs(self, value: Any) -> None: ...
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _SITES:
-            raise PathError(
-                f"`{self._written()}.{name}` cannot be assigned to: a handle only stands for its "
-                "module. Change the module itself through `.module`.",
-                here(),
-            )
-        invocation, mark = innermost(self._model, 2)
-        if type(invocation) is not Invocation:
-            raise self._outside(name, mark)
-        invocation.write(self._path, cast("Kind", name), value, mark, self._call)
-
-    def __repr__(self) -> str:
-        return f"<{Site(0, self._path, 'output', self._call).owner}>"
-
-    def _read(self, kind: Kind) -> Proxy:
-        invocation, mark = innermost(self._model, 3)
-        if type(invocation) is not Invocation:
-            raise self._outside(kind, mark)
-        return invocation.read(self._path, kind, mark, self._call)
-
-    def _outside(self, use: str, mark: Mark) -> BlockError:
-        return BlockError(
-            f"`{self._written()}.{use}` is about a run, so it belongs inside a block: "
-            "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
-            "`with model.trace() as tracer:`.",
-            Location(*mark),
-        )
-
-    def _written(self) -> str:
-        return readable(self._path) if self._path else "model"
-
-
-class Call(Sites):
-    """Stands for one call of a module: what it is called with, and what it returns."""
-
-    def skip(self, value: Any) -> None:
-        """Lets a value stand for the output, without the module's running.
-
-        Args:
-            value: of the structure, the shapes and the dtypes that the module returns. For a
-                transformer block, the hidden states alone will do.
-
-        Raises:
-            BlockError: outside of an invocation.
-            OperationError: if the module's own output is used before.
-        """
-        invocation, mark = self._invocation("skip")
-        invocation.skip(self._path, value, mark, self._call)
-
-    def stop(self) -> None:
-        """Lets the run end as soon as the module has returned.
-
-        Raises:
-            BlockError: outside of an invocation.
-        """
-        invocation, mark = self._invocation("stop")
-        invocation.stop(self._path, mark, self._call)
-
-    def _invocation(self, use: str) -> tuple[Invocation, Mark]:
-        invocation, mark = innermost(self._model, 3)
-        if type(invocation) is not Invocation:
-            raise self._outside(use, mark)
-        return invocation, mark
+_OF_MODULES = frozenset((*SITES, "skip", "stop", "ops", "module", "call"))
 
 
 class Handle(Call):
@@ -249,7 +128,7 @@ class Handle(Call):
 
     def __setattr__(self, name: str, value: Any) -> None:
         vocabulary = self._model.vocabulary
-        taken = name in _SITES or (not self._part and name in self.module._modules)
+        taken = name in SITES or (not self._part and name in self.module._modules)
         if name in vocabulary.names and not taken:
             entry = vocabulary.entry(self._path, self._part, name)
             if entry is not None:

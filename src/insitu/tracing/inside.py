@@ -13,7 +13,7 @@ from insitu.runtime.inside import SEPARATOR, Called
 
 if TYPE_CHECKING:
     from insitu.runtime.procedure import Subject
-    from insitu.tracing.handle import Sites
+    from insitu.tracing.sites import Sites
 
 
 class Calls:

@@ -1,0 +1,89 @@
+"""`trace` on any module: one forward for each invocation, with its own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from insitu.graph.errors import OptionError
+from insitu.graph.location import Location, Mark
+from insitu.models.attention import OPTION, attending
+from insitu.runtime.hooks import View
+from insitu.runtime.passes import Pass
+from insitu.runtime.probe import Call
+from insitu.runtime.procedure import Outputs, Schedule, Work
+from insitu.runtime.summary import unknown
+
+
+class Forward:
+    """One forward for each invocation, with its own arguments.
+
+    Args:
+        views: how outputs are shown, by path.
+        options: what all of them are given beside their arguments.
+    """
+
+    steps = 1
+
+    def __init__(
+        self, views: Mapping[str, View], options: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        self.views = views
+        self._options = options
+
+    def demanding(self, options: Mapping[str, Any]) -> Forward:
+        """Returns the same with further options."""
+        return self if options.items() <= self._options.items() else Forward(self.views, options)
+
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
+        """Returns the arguments of an invocation."""
+        return Call(args, kwargs)
+
+    def example(self, request: Call) -> Call:
+        """Returns the call that an invocation leads to."""
+        return Call(request.args, {**request.kwargs, **self._options})
+
+    def key(self, module: nn.Module, requests: Sequence[Call]) -> Hashable | None:
+        """Returns the form of the arguments, where they are tensors and nothing else."""
+        form: list[Hashable] = []
+        for args, kwargs in requests:
+            for value in (*args, *kwargs.values()):
+                if type(value) is not torch.Tensor:
+                    return None
+                form.append((value.shape, value.dtype, value.device, value.requires_grad))
+            form.append((len(args), *kwargs))
+        return (module.training, *self._options.items(), *form)
+
+    def schedule(self, module: nn.Module, requests: Sequence[Call], work: Work) -> Schedule:
+        """Returns what gives a pass for each invocation: how to batch arguments is not known."""
+        return partial(_alone, self._options)
+
+    def check_tokens(self, location: Location) -> None:
+        """Raises: a forward chooses no tokens."""
+        raise OptionError("A forward chooses no tokens: use `generate`.", location)
+
+    def outputs(self, results: Sequence[Any], requests: Sequence[Call]) -> Outputs | None:
+        """Returns nothing: the output of a forward is a site."""
+        return None
+
+
+def _alone(options: Mapping[str, Any], module: nn.Module, requests: Sequence[Call]) -> list[Pass]:
+    """A pass for each call."""
+    others = dict(options)
+    implementation = others.pop(OPTION, None)
+
+    def single(request: Call, number: int) -> Pass:
+        def call(*_: Any) -> Any:
+            if not options:
+                return module(*request.args, **request.kwargs)
+            with attending(module, implementation):
+                return module(*request.args, **{**request.kwargs, **others})
+
+        return Pass(call, {number: None}, True, partial(unknown, [number], None))
+
+    return [single(request, number) for number, request in enumerate(requests)]
