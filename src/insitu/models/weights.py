@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,8 +93,10 @@ class Weights:
         matrix = self.matrix(mlp.into)
         if matrix.shape[1] == 2 * width:  # gate and values in one, side by side
             first, second = matrix[:, :width], matrix[:, width:]
-            gate, value = (first, second) if self._gate_is_first(block, mlp) else (second, first)
-            return gate if name == "W_gate" else value
+            gate_is_first = self._gate_is_first(mlp)
+            if gate_is_first is None:
+                return Missing("its gate cannot be told from what else its layer makes.")
+            return first if gate_is_first == (name == "W_gate") else second
         if mlp.gate is None:
             return matrix if name == "W_in" else Missing("its MLP has no gate.")
         return matrix if name == "W_gate" else self.matrix(mlp.gate)
@@ -142,12 +145,12 @@ class Weights:
         axes = spot.shape[1:3]
         return (axes[0] if axes[1] in lengths else axes[1]), spot.shape[-1]
 
-    def _gate_is_first(self, block: Block, mlp: Feedforward) -> bool:
-        """Whether of a layer that makes gate and values the gate comes first."""
+    def _gate_is_first(self, mlp: Feedforward) -> bool | None:
+        """Whether of a layer that makes gate and values the gate comes first, None if unknown."""
         assert mlp.into is not None and mlp.pre is not None
         width = mlp.post.shape[-1] if mlp.post is not None else 0
         found = self._run_with_numbers(mlp.into, mlp.pre, 2 * width)
-        return found is None or int(found.flatten()[0]) == 0
+        return None if found is None else int(found.flatten()[0]) == 0
 
     def _found(self, block: Block, path: str, spot: Spot, width: int) -> torch.Tensor | None:
         """Which columns of a layer's output are where in `spot`: `(head, size)`."""
@@ -223,21 +226,18 @@ def _seen(
                 stop(result if spot.kind == "output" else args[0])
         return result
 
-    handles = [modules[path].register_forward_hook(replace)]
-    if not inside and spot.kind == "input":
-        handles.append(modules[owner].register_forward_pre_hook(before))
-    elif not inside:
-        handles.append(modules[owner].register_forward_hook(lambda part, args, out: stop(out)))
-    try:
-        with torch.no_grad():
-            if inside:
-                with watched(modules[owner], visit):
-                    module(*call.args, **call.kwargs)
-            else:
-                module(*call.args, **call.kwargs)
-    except Stop:
-        return found[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        stack.callback(modules[path].register_forward_hook(replace).remove)
+        if inside:
+            stack.enter_context(watched(modules[owner], visit))
+        elif spot.kind == "input":
+            stack.callback(modules[owner].register_forward_pre_hook(before).remove)
+        else:
+            hook = modules[owner].register_forward_hook(lambda part, args, out: stop(out))
+            stack.callback(hook.remove)
+        stack.enter_context(torch.no_grad())
+        try:
+            module(*call.args, **call.kwargs)
+        except Stop:
+            return found[0]
     return None
