@@ -101,6 +101,7 @@ CAPABILITIES = (
         (
             "test_what_is_added_to_the_residual_stream_makes_what_leaves_the_block",
             "test_writes_to_what_is_added_reach_what_leaves_the_block",
+            "test_writes_to_residual_out_are_what_the_next_block_is_given",
         ),
     ),
     Capability(
@@ -109,6 +110,7 @@ CAPABILITIES = (
         (
             "test_heads_hang_together_as_attention_does",
             "test_writes_to_heads_do_what_attention_makes_of_them",
+            "test_writes_to_what_heads_add_leave_the_bias_alone",
         ),
     ),
     Capability(

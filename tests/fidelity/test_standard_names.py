@@ -6,6 +6,7 @@ their values hang together, and from what hooks on the blocks and `output_attent
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,7 +167,7 @@ def test_writes_to_what_is_added_reach_what_leaves_the_block(name: str) -> None:
                 others = {k: getattr(block, k).save() for k in there(block, *ADDED)}
                 block.output[0].save()
             if key == "residual_out":
-                continue  # hooks of the user's come before it: see the sweep of the whole model
+                continue  # hooks of the user's come before it: the test below looks behind it
             after = ["mlp_out"] if key == "residual_mid" else list(others)
             total = noise + sum(others[k].value for k in after)
             close(seen["output"], total, f"{block.path} {key}")
@@ -328,6 +329,61 @@ def test_writes_to_heads_do_what_attention_makes_of_them(name: str) -> None:
             found += 1
     if not found:
         pytest.skip(ELSEWHERE)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_writes_to_residual_out_are_what_the_next_block_is_given(name: str) -> None:
+    model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    compared = 0
+    for stack in stacks(name, model):
+        for block, following in itertools.pairwise(stack):
+            if not there(block, "residual_out"):
+                continue
+            noise = torch.randn(shape_of(name, block, "residual_out"))
+            with hooked(following.module) as seen, opened(model, name, inputs):
+                block.residual_out = noise
+                following.output[0].save()
+            assert torch.equal(seen["input"], noise), block.path
+            compared += 1
+    if not compared:
+        pytest.skip(NORMALISES)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_ATTENTION])
+def test_writes_to_what_heads_add_leave_the_bias_alone(name: str) -> None:
+    model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    compared = 0
+    for block in last_blocks(name, model):
+        for attention in attentions(block):
+            (result,) = without(name, attention, "z", "result")
+            close(result, torch.zeros_like(result), block.path)
+            noise = torch.randn(result.shape, generator=torch.Generator().manual_seed(0))
+            saved = []
+            for value in (torch.zeros_like(noise), noise):
+                with opened(model, name, inputs):
+                    attention.result = value
+                    out = projection_output(attention).save()
+                saved.append(out)
+            close(saved[1].value - saved[0].value, noise.sum(1), block.path, 1e-4)
+            compared += 1
+    if not compared:
+        pytest.skip(ELSEWHERE)
+
+
+def projection_output(attention: Any) -> Any:
+    """What the output projection gives: the module whose weights `W_O` are."""
+    weights = attention.W_O.flatten(0, 1)
+    for path, part in attention._model.modules.items():
+        weight = getattr(part, "weight", None)
+        if getattr(weight, "ndim", 0) != 2:
+            continue
+        both = [one for one in (weight, weight.T) if one.shape == weights.shape]
+        if any(torch.allclose(one, weights, atol=1e-6) for one in both):
+            handle = attention._model
+            for step in path.split("."):
+                handle = handle[step]
+            return handle.output
+    raise AssertionError(attention.path)
 
 
 @pytest.mark.parametrize("name", ZOO)
