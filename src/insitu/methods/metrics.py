@@ -1,0 +1,144 @@
+"""Metrics: what is measured of the logits that a prompt ends in.
+
+Each is a function of logits that is recorded in the run itself, so that of a forward of the
+model no more than a number is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from insitu.graph.errors import OptionError
+from insitu.graph.location import here
+from insitu.methods.prompts import token_id
+from insitu.models.language_model import LanguageModel
+
+Measure: TypeAlias = Callable[[Any, Any], Any]
+"""From the logits of a run, `(position, vocabulary)`, and those of the run that it is compared with
+(the clean one), to a number. Both may be proxies."""
+
+Tokens: TypeAlias = str | int | Sequence[str | int]
+"""A token, as text or id, or one for each prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What is measured of the logits that a prompt ends in.
+
+    Attributes:
+        name: what the number is, such as "logit difference".
+        of: from a model and the number of prompts to the measure of each of them.
+    """
+
+    name: str
+    of: Callable[[LanguageModel, int], Sequence[Measure]]
+
+
+def logit_difference(answer: Tokens, instead: Tokens) -> Metric:
+    """Returns the metric logit(answer) - logit(instead), at the last position.
+
+    Args:
+        answer: the token that counts for it, as text such as " Paris" or as its id; or a list
+            with one for each prompt.
+        instead: the token that counts against it, likewise.
+    """
+
+    def of(model: LanguageModel, count: int) -> Sequence[Measure]:
+        pairs = zip(_ids(model, answer, count), _ids(model, instead, count), strict=True)
+        return [_difference(right, wrong) for right, wrong in pairs]
+
+    return Metric("logit difference", of)
+
+
+def probability(answer: Tokens) -> Metric:
+    """Returns the metric p(answer), at the last position.
+
+    Args:
+        answer: the token, as text such as " Paris" or as its id; or a list with one for each
+            prompt.
+    """
+
+    def of(model: LanguageModel, count: int) -> Sequence[Measure]:
+        return [_probability(token) for token in _ids(model, answer, count)]
+
+    return Metric("probability", of)
+
+
+def log_probability(answer: Tokens) -> Metric:
+    """Returns the metric log p(answer) in nats, at the last position.
+
+    Args:
+        answer: as of `probability`.
+    """
+
+    def of(model: LanguageModel, count: int) -> Sequence[Measure]:
+        return [_log_probability(token) for token in _ids(model, answer, count)]
+
+    return Metric("log probability", of)
+
+
+def kl_divergence() -> Metric:
+    """Returns the metric KL(clean ‖ run) in nats, at the last position.
+
+    It is 0 where the model predicts what it predicts in the clean run.
+    """
+
+    def measure(logits: Any, clean: Any) -> Any:
+        run, reference = logits[-1].float(), clean[-1].float()
+        log_p, log_q = reference.log_softmax(-1), run.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum()
+
+    return Metric("KL divergence", lambda model, count: [measure] * count)
+
+
+def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
+    """Returns a metric, also of a plain function.
+
+    Args:
+        metric: a metric, or a function from logits `(position, vocabulary)` to a number.
+
+    Raises:
+        OptionError: if it is neither.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if not callable(metric):
+        raise OptionError(
+            "A metric is one of `insitu.methods.logit_difference`, `probability`, "
+            "`log_probability` and `kl_divergence`, or a function from logits (position, "
+            f"vocabulary) to a number, not {metric!r}.",
+            here(),
+        )
+    function = metric
+    name = getattr(function, "__name__", "metric").strip("<>").replace("_", " ")
+    return Metric(name, lambda model, count: [lambda logits, _: function(logits)] * count)
+
+
+def _difference(right: int, wrong: int) -> Measure:
+    return lambda logits, _: logits[-1, right] - logits[-1, wrong]
+
+
+def _probability(token: int) -> Measure:
+    return lambda logits, _: logits[-1].float().softmax(-1)[token]
+
+
+def _log_probability(token: int) -> Measure:
+    return lambda logits, _: logits[-1].float().log_softmax(-1)[token]
+
+
+def _ids(model: LanguageModel, tokens: Tokens, count: int) -> list[int]:
+    """The id of a token for each prompt."""
+    if isinstance(tokens, torch.Tensor):
+        tokens = tokens.tolist()
+    if isinstance(tokens, str | int):
+        return [token_id(model, tokens)] * count
+    if len(tokens) != count:
+        raise OptionError(
+            f"There are {len(tokens)} answers for {count} prompts: give one, or one for each.",
+            here(),
+        )
+    return [token_id(model, token) for token in tokens]

@@ -1,0 +1,142 @@
+"""Prompts of a method: each by itself, as token ids and as the words to label them with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from insitu.display.axis import Axis
+from insitu.graph.errors import OptionError, PromptError
+from insitu.graph.location import here, mark
+from insitu.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What a method was given to look at.
+
+    Attributes:
+        ids: the token ids of each prompt, `(position,)`.
+        tokens: each of them as text.
+        many: whether several were given, even if these are one: results have a `prompt` axis then.
+    """
+
+    ids: tuple[torch.Tensor, ...]
+    tokens: tuple[tuple[str, ...], ...]
+    many: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens each has."""
+        return tuple(len(ids) for ids in self.ids)
+
+    @property
+    def axis(self) -> tuple[Axis, ...]:
+        """The axis of the prompts: none if there is but one that was given alone."""
+        return (Axis.of("prompt", range(len(self))),) if self.many else ()
+
+    def positions(self, name: str = "position") -> Axis:
+        """The axis of positions: tokens, or numbers where prompts do not have the same ones.
+
+        Args:
+            name: what it is called.
+        """
+        if len(set(self.tokens)) == 1:
+            return Axis(name, self.tokens[0])
+        return Axis.of(name, range(max(self.lengths)))
+
+    def stacked(self, values: Sequence[torch.Tensor], *positions: int) -> torch.Tensor:
+        """Returns what was found of each prompt as one tensor, with the prompts' axis if any.
+
+        Args:
+            values: of each prompt.
+            positions: which of their axes are positions: prompts that are shorter than others
+                are filled up with NaN there.
+        """
+        if not self.many:
+            return values[0]
+        longest, filled = max(self.lengths), []
+        for value in values:
+            shape = list(value.shape)
+            for axis in positions:
+                shape[axis] = longest
+            whole = value.new_full(shape, float("nan")) if positions else value.clone()
+            whole[tuple(slice(size) for size in value.shape)] = value
+            filled.append(whole)
+        return torch.stack(filled)
+
+
+def read_prompts(model: LanguageModel, prompts: Any) -> Prompts:
+    """Returns prompts apart.
+
+    Args:
+        model: the model.
+        prompts: in any form that `invoke` takes; several strings, lists of ids or rows are
+            prompts of their own, of any length.
+
+    Raises:
+        PromptTypeError: if it is of no known form.
+        PromptError: if it is empty, too long, or has ids that the model does not know.
+    """
+    read = model.reader.read(prompts, "right", mark())
+    model.reader.check_length(read)
+    model.reader.check_ids(read)
+    rows = tuple(ids[mask.bool()] for ids, mask in zip(read.ids, read.visible_mask, strict=True))
+    return Prompts(rows, tuple(words(model, ids.tolist()) for ids in rows), _many(prompts))
+
+
+def words(model: LanguageModel, ids: Sequence[int]) -> tuple[str, ...]:
+    """Returns token ids as text, each by itself; as numbers if the model has no tokenizer.
+
+    Args:
+        model: the model.
+        ids: the token ids.
+    """
+    tokenizer = model._tokenizer
+    if tokenizer is None or isinstance(tokenizer, Exception):
+        return tuple(map(str, ids))
+    return tuple(tokenizer.decode([token]) for token in ids)
+
+
+def token_id(model: LanguageModel, token: str | int) -> int:
+    """Returns the id of a token.
+
+    Args:
+        model: the model.
+        token: its text, as it is written in the middle of a sentence, mostly with a space first:
+            " Paris"; or its id.
+
+    Raises:
+        PromptError: if it is no one token, or an id that the model does not have.
+    """
+    if isinstance(token, int):
+        if not 0 <= token < model.config.get_text_config().vocab_size:
+            raise PromptError(f"The model has no token {token}.", here())
+        return token
+    if not isinstance(token, str):
+        raise OptionError(f"A token is given as text or as its id, not as {token!r}.", here())
+    ids = model.tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) == 1:
+        return ids[0]
+    spaced = model.tokenizer.encode(" " + token, add_special_tokens=False)
+    hint = f" With a space, {' ' + token!r}, it is one." if len(spaced) == 1 else ""
+    parts = ", ".join(repr(word) for word in words(model, ids))
+    raise PromptError(f"{token!r} is {len(ids)} tokens ({parts}), not one.{hint}", here())
+
+
+def _many(prompts: Any) -> bool:
+    """Whether several prompts were given."""
+    if isinstance(prompts, Mapping):
+        prompts = prompts["input_ids"]
+    if isinstance(prompts, torch.Tensor):
+        return prompts.ndim > 1
+    if isinstance(prompts, str):
+        return False
+    first = next(iter(prompts))
+    return not isinstance(first, int | Mapping)

@@ -1,0 +1,299 @@
+"""`Result`: what a method found, as numbers with named axes.
+
+A result is plain data: it knows nothing of the model that it came from, and how it is drawn is
+the business of `insitu.display`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from insitu.display.axis import Axis
+from insitu.graph.errors import OptionError, ShapeError, nearest
+from insitu.graph.location import here
+from insitu.methods import files
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import pandas
+
+_KIND = "result"
+
+
+class Cell(NamedTuple):
+    """One number of a result.
+
+    Attributes:
+        labels: where it stands: the label on each axis, by the axis's name.
+        value: the number.
+        text: what else there is to say of it, "" if nothing.
+    """
+
+    labels: Mapping[str, str]
+    value: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """What a method found: numbers with named axes.
+
+    Attributes:
+        title: what was done, such as "Activation patching of residual_in".
+        quantity: what a number is, such as "logit difference".
+        values: the numbers, an axis for each of `axes`. Where prompts of different length are
+            rows of one result, positions that a prompt does not have are NaN.
+        axes: what its axes run over.
+        tokens: the tokens of each prompt, where positions are an axis.
+        texts: what else there is to say of each number, in the order of `values.flatten()`: of a
+            lens the most likely token. Empty if there is nothing.
+        details: what else was measured, by name: see the method.
+        centre: the value that stands for "nothing", at which colours turn; None if there is none.
+    """
+
+    title: str
+    quantity: str
+    values: torch.Tensor
+    axes: tuple[Axis, ...]
+    tokens: tuple[tuple[str, ...], ...] = ()
+    texts: tuple[str, ...] = ()
+    details: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    centre: float | None = None
+
+    def __post_init__(self) -> None:
+        sizes = tuple(map(len, self.axes))
+        if tuple(self.values.shape) != sizes:
+            names = ", ".join(f"{axis.name} {len(axis)}" for axis in self.axes)
+            raise ShapeError(
+                f"Values of shape {tuple(self.values.shape)} do not have the axes {names}.", here()
+            )
+        if self.texts and len(self.texts) != self.values.numel():
+            raise ShapeError(
+                f"There are {len(self.texts)} texts for {self.values.numel()} values.", here()
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The length of each axis, by name."""
+        return {axis.name: len(axis) for axis in self.axes}
+
+    def axis(self, name: str) -> Axis:
+        """Returns the axis of a name.
+
+        Raises:
+            OptionError: if there is none.
+        """
+        return self.axes[self._number(name)]
+
+    def select(self, **chosen: int | str | slice | Sequence[int]) -> Result:
+        """Returns a part of it.
+
+        With a prompt chosen, the positions are those of the prompt, and their labels its tokens.
+
+        Args:
+            chosen: by the name of an axis: an index or a label, and the axis is gone; a slice or
+                several indices, and it has those.
+
+        Raises:
+            OptionError: if there is no such axis, label or index.
+
+        Example:
+            `result.select(layer=3, head=[0, 2])`
+        """
+        result = self
+        if "prompt" in chosen:
+            result = result._of_prompt(chosen.pop("prompt"))
+        for name, index in chosen.items():
+            result = result._selected(name, index)
+        return result
+
+    def mean(self, name: str) -> Result:
+        """Returns the mean over an axis, of the values that are there.
+
+        Args:
+            name: the axis, such as "prompt".
+
+        Raises:
+            OptionError: if there is none of that name.
+        """
+        number = self._number(name)
+        axes = (*self.axes[:number], *self.axes[number + 1 :])
+        tokens = () if name == "prompt" and len(set(self.tokens)) > 1 else self.tokens[:1]
+        return replace(self, values=self.values.nanmean(number), axes=axes, texts=(), tokens=tokens)
+
+    def top(self, count: int = 10, *, by_size: bool = False) -> list[Cell]:
+        """Returns the largest of its numbers, the largest first.
+
+        Args:
+            count: how many.
+            by_size: whether those far below zero count as large too.
+        """
+        flat = self.values.flatten().float()
+        order = (flat.abs() if by_size else flat).nan_to_num(nan=-torch.inf)
+        found = order.topk(min(count, len(flat))).indices.tolist()
+        return [self._cell(number) for number in found if not flat[number].isnan()]
+
+    def cells(self) -> Iterable[Cell]:
+        """Gives all its numbers that are there, row by row."""
+        missing = self.values.flatten().float().isnan().tolist()
+        return (self._cell(number) for number, gone in enumerate(missing) if not gone)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns a table with a row for each number: a column for each axis, and `value`.
+
+        Layers, heads and all else that is counted are numbers; where there are texts, they are a
+        column `text`. It takes pandas.
+        """
+        import pandas
+
+        cells = list(self.cells())
+        columns: dict[str, Any] = {
+            axis.name: [_number_or_text(cell.labels[axis.name]) for cell in cells]
+            for axis in self.axes
+        }
+        columns["value"] = [cell.value for cell in cells]
+        if self.texts:
+            columns["text"] = [cell.text for cell in cells]
+        return pandas.DataFrame(columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it in JSON's own types."""
+        told = self._told()
+        told["values"] = _listed(self.values)
+        told["details"] = {name: _listed(value) for name, value in self.details.items()}
+        return told
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it to a safetensors file, whole or not at all.
+
+        Args:
+            path: where to.
+        """
+        tensors = {f"details.{name}": value for name, value in self.details.items()}
+        files.write(path, _KIND, {"values": self.values, **tensors}, self._told())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Returns what `save` has written.
+
+        Args:
+            path: the file.
+
+        Raises:
+            LoadError: if it is no such file.
+        """
+        tensors, told = files.read(path, _KIND)
+        values = tensors.pop("values")
+        return cls(
+            told["title"],
+            told["quantity"],
+            values,
+            tuple(Axis.of(name, labels) for name, labels in told["axes"]),
+            tuple(map(tuple, told["tokens"])),
+            tuple(told["texts"]),
+            {name.removeprefix("details."): value for name, value in tensors.items()},
+            told["centre"],
+        )
+
+    def _told(self) -> dict[str, Any]:
+        """All that is no tensor."""
+        return {
+            "title": self.title,
+            "quantity": self.quantity,
+            "axes": [[axis.name, list(axis.labels)] for axis in self.axes],
+            "tokens": [list(tokens) for tokens in self.tokens],
+            "texts": list(self.texts),
+            "centre": self.centre,
+        }
+
+    def _number(self, name: str) -> int:
+        names = [axis.name for axis in self.axes]
+        if name not in names:
+            raise OptionError(
+                f"The result has no axis {name!r}{nearest(name, names)}: it has "
+                f"{', '.join(map(repr, names)) or 'none'}.",
+                here(),
+            )
+        return names.index(name)
+
+    def _cell(self, number: int) -> Cell:
+        place = []
+        rest = number
+        for axis in reversed(self.axes):
+            rest, index = divmod(rest, len(axis))
+            place.append((axis.name, axis.labels[index]))
+        text = self.texts[number] if self.texts else ""
+        return Cell(dict(reversed(place)), float(self.values.flatten()[number]), text)
+
+    def _selected(self, name: str, index: int | str | slice | Sequence[int]) -> Result:
+        number = self._number(name)
+        axis = self.axes[number]
+        numbers = _indices(axis, index)
+        values, axes = self.values, list(self.axes)
+        places = torch.arange(values.numel()).reshape(values.shape)
+        if isinstance(numbers, int):
+            del axes[number]
+            values, places = values.select(number, numbers), places.select(number, numbers)
+        else:
+            axes[number] = axis[numbers]
+            chosen = torch.tensor(numbers, dtype=torch.long)
+            values = values.index_select(number, chosen.to(values.device))
+            places = places.index_select(number, chosen)
+        texts = [self.texts[place] for place in places.flatten().tolist()] if self.texts else ()
+        return replace(self, values=values, axes=tuple(axes), texts=tuple(texts))
+
+    def _of_prompt(self, index: Any) -> Result:
+        result = self._selected("prompt", index)
+        numbers = _indices(self.axis("prompt"), index)
+        if not isinstance(numbers, int):
+            return replace(result, tokens=tuple(self.tokens[n] for n in numbers))
+        if not self.tokens:
+            return result
+        tokens = self.tokens[numbers]
+        for name in ("position", "query", "key"):
+            if any(axis.name == name for axis in result.axes):
+                result = result._selected(name, slice(0, len(tokens)))
+        axes = tuple(
+            Axis(axis.name, tokens) if axis.name in ("position", "query", "key") else axis
+            for axis in result.axes
+        )
+        return replace(result, axes=axes, tokens=(tokens,))
+
+
+def _indices(axis: Axis, index: Any) -> int | list[int]:
+    """What was chosen of an axis, as numbers from 0."""
+    if isinstance(index, str):
+        if axis.labels.count(index) != 1:
+            what = "no" if index not in axis.labels else "more than one"
+            raise OptionError(
+                f"There is {what} {axis.name} {index!r}{nearest(index, axis.labels)}.", here()
+            )
+        return axis.labels.index(index)
+    if isinstance(index, slice):
+        return list(range(len(axis)))[index]
+    numbers = range(len(axis))
+    try:
+        if isinstance(index, int):
+            return numbers[index]
+        return [numbers[one] for one in index]
+    except IndexError:
+        raise OptionError(
+            f"The axis {axis.name!r} has {len(axis)} entries: there is no {index}.", here()
+        ) from None
+
+
+def _number_or_text(label: str) -> int | str:
+    return int(label) if label.isdecimal() else label
+
+
+def _listed(values: torch.Tensor) -> Any:
+    """A tensor as lists, with None for what is not there."""
+    if values.is_floating_point() and values.isnan().any():
+        return [_listed(part) for part in values] if values.ndim else None
+    return values.tolist()
