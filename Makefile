@@ -8,8 +8,8 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-matrix architectures oracle fuzz check format bench bench-peers \
-	clean
+.PHONY: demo test test-all test-matrix architectures oracle fuzz check format docs bench \
+	bench-peers clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/main_demo.py
@@ -54,6 +54,10 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Every code block of the pages is run by the tests; here the notebooks are, and links are checked.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
