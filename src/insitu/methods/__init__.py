@@ -13,14 +13,21 @@ from insitu.methods.metrics import (
     probability,
 )
 from insitu.methods.result import Cell, Result
+from insitu.methods.steered import Continuation, Steered, steer
+from insitu.methods.steering import SteeringVector, steering_vector
 
 __all__ = [
     "Axis",
     "Cell",
+    "Continuation",
     "Metric",
     "Result",
+    "Steered",
+    "SteeringVector",
     "kl_divergence",
     "log_probability",
     "logit_difference",
     "probability",
+    "steer",
+    "steering_vector",
 ]
