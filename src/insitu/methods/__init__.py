@@ -12,6 +12,8 @@ from insitu.methods.metrics import (
     logit_difference,
     probability,
 )
+from insitu.methods.probes import Probe
+from insitu.methods.probing import probe
 from insitu.methods.result import Cell, Result
 from insitu.methods.steered import Continuation, Steered, steer
 from insitu.methods.steering import SteeringVector, steering_vector
@@ -21,6 +23,7 @@ __all__ = [
     "Cell",
     "Continuation",
     "Metric",
+    "Probe",
     "Result",
     "Steered",
     "SteeringVector",
@@ -28,6 +31,7 @@ __all__ = [
     "log_probability",
     "logit_difference",
     "probability",
+    "probe",
     "steer",
     "steering_vector",
 ]
