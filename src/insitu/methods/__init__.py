@@ -12,15 +12,26 @@ from insitu.methods.metrics import (
     logit_difference,
     probability,
 )
+from insitu.methods.probes import Probe
+from insitu.methods.probing import probe
 from insitu.methods.result import Cell, Result
+from insitu.methods.steered import Continuation, Steered, steer
+from insitu.methods.steering import SteeringVector, steering_vector
 
 __all__ = [
     "Axis",
     "Cell",
+    "Continuation",
     "Metric",
+    "Probe",
     "Result",
+    "Steered",
+    "SteeringVector",
     "kl_divergence",
     "log_probability",
     "logit_difference",
     "probability",
+    "probe",
+    "steer",
+    "steering_vector",
 ]
