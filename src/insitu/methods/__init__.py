@@ -13,12 +13,15 @@ from insitu.methods.metrics import (
     probability,
 )
 from insitu.methods.result import Cell, Result
+from insitu.methods.token_attribution import gradient_times_input, integrated_gradients
 
 __all__ = [
     "Axis",
     "Cell",
     "Metric",
     "Result",
+    "gradient_times_input",
+    "integrated_gradients",
     "kl_divergence",
     "log_probability",
     "logit_difference",
