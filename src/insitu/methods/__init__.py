@@ -5,6 +5,7 @@ Every method is a function of a model and prompts, is planned as one experiment,
 """
 
 from insitu.display.axis import Axis
+from insitu.methods.attention_patterns import attention_patterns, head_scores
 from insitu.methods.metrics import (
     Metric,
     kl_divergence,
@@ -20,7 +21,9 @@ __all__ = [
     "Cell",
     "Metric",
     "Result",
+    "attention_patterns",
     "gradient_times_input",
+    "head_scores",
     "integrated_gradients",
     "kl_divergence",
     "log_probability",
