@@ -37,10 +37,12 @@ architectures: $(VENV)/installed $(VENV)-transformers4/installed
 		$$($(BIN)/$(TRANSFORMERS))=build/architectures-5.xml \
 		$$($(VENV)-transformers4/bin/$(TRANSFORMERS))=build/architectures-4.xml
 
-# What TransformerLens sees at its hooks, beside what is read and written here by their names.
-oracle: $(VENV)/installed $(VENV)-transformer-lens/installed
+# What TransformerLens sees at its hooks, beside what is read and written here by their names; and
+# what captum attributes to tokens, beside what is attributed to them here.
+oracle: $(VENV)/installed $(VENV)-transformer-lens/installed $(VENV)-captum/installed
 	INSITU_TRANSFORMER_LENS=$(VENV)-transformer-lens/bin/python \
-		$(BIN)/pytest tests/oracle/agreement.py
+		INSITU_CAPTUM=$(VENV)-captum/bin/python \
+		$(BIN)/pytest tests/oracle/agreement.py tests/oracle/attribution.py
 
 # Many more of the random programs that the suite compares with plain PyTorch hooks.
 fuzz: $(VENV)/installed
@@ -94,5 +96,11 @@ $(PEERS:%=$(VENV)-%/installed): $(VENV)-%/installed: constraints.txt
 	$(VENV)-$*/bin/pip install -q --disable-pip-version-check $*
 	@touch $@
 
+$(VENV)-captum/installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)-captum
+	$(VENV)-captum/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(VENV)-captum/bin/pip install -q --disable-pip-version-check captum transformers
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(PEERS:%=$(VENV)-%)
+	rm -rf $(VENV) $(VENV)-transformers4 $(PEERS:%=$(VENV)-%) $(VENV)-captum

@@ -5,6 +5,7 @@ Every method is a function of a model and prompts, is planned as one experiment,
 """
 
 from insitu.display.axis import Axis
+from insitu.methods.attention_patterns import attention_patterns, head_scores
 from insitu.methods.metrics import (
     Metric,
     kl_divergence,
@@ -17,6 +18,7 @@ from insitu.methods.probing import probe
 from insitu.methods.result import Cell, Result
 from insitu.methods.steered import Continuation, Steered, steer
 from insitu.methods.steering import SteeringVector, steering_vector
+from insitu.methods.token_attribution import gradient_times_input, integrated_gradients
 
 __all__ = [
     "Axis",
@@ -27,6 +29,10 @@ __all__ = [
     "Result",
     "Steered",
     "SteeringVector",
+    "attention_patterns",
+    "gradient_times_input",
+    "head_scores",
+    "integrated_gradients",
     "kl_divergence",
     "log_probability",
     "logit_difference",

@@ -181,7 +181,16 @@ class Body:
 
     @property
     def embedding(self) -> str | None:
-        """The path of the embedding of tokens."""
+        """The path of the embedding of tokens: of an encoder and a decoder, the encoder's.
+
+        What those give for it may be a module that is never called, whose weights both share.
+        """
+        if len(self.stacks) > 1:
+            module: Any = self._model.module
+            with contextlib.suppress(Exception):  # some models refuse to be asked
+                found = module.get_encoder().get_input_embeddings()
+                if isinstance(found, nn.Embedding):
+                    return self._path_to(found)
         return self._path_of("get_input_embeddings")
 
     @property
@@ -239,8 +248,9 @@ class Body:
         wanted: nn.Module | None = None
         with contextlib.suppress(Exception):  # some models refuse to be asked
             wanted = find() if find else None
-        if wanted is None:
-            return None
+        return None if wanted is None else self._path_to(wanted)
+
+    def _path_to(self, wanted: nn.Module) -> str | None:
         return next((path for path, part in self._model.modules.items() if part is wanted), None)
 
     def _watch(self, options: Mapping[str, Any]) -> Mapping[str, Block]:
