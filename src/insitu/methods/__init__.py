@@ -5,6 +5,7 @@ Every method is a function of a model and prompts, is planned as one experiment,
 """
 
 from insitu.display.axis import Axis
+from insitu.methods.lens import logit_lens
 from insitu.methods.metrics import (
     Metric,
     kl_divergence,
@@ -22,5 +23,6 @@ __all__ = [
     "kl_divergence",
     "log_probability",
     "logit_difference",
+    "logit_lens",
     "probability",
 ]
