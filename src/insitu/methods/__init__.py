@@ -6,6 +6,7 @@ Every method is a function of a model and prompts, is planned as one experiment,
 
 from insitu.display.axis import Axis
 from insitu.methods.attention_patterns import attention_patterns, head_scores
+from insitu.methods.lens import logit_lens
 from insitu.methods.metrics import (
     Metric,
     kl_divergence,
@@ -36,6 +37,7 @@ __all__ = [
     "kl_divergence",
     "log_probability",
     "logit_difference",
+    "logit_lens",
     "probability",
     "probe",
     "steer",

@@ -17,6 +17,7 @@ from insitu.models.anatomy import Reading, block_of
 from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.architectures import DESCRIPTIONS, Description
 from insitu.models.attention import OPTION, attending, implementations
+from insitu.models.endings import Endings, find_endings
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
@@ -69,6 +70,7 @@ class Body:
         self._after: tuple[str | None, Spot | None] | None = None
         self._paths = {path for stack in self.stacks for path in stack}
         self._said_eager = False
+        self._endings: Endings | None = None
         self.lengths: frozenset[int] = frozenset()
         self.weights = Weights(self)
 
@@ -207,6 +209,12 @@ class Body:
         """Returns where the logits are."""
         self.blocks()
         return self._after[1] if self._after else None
+
+    def endings(self) -> Endings:
+        """Returns what the model makes of what leaves its blocks; it loads the model."""
+        if self._endings is None:
+            self._endings = find_endings(self)
+        return self._endings
 
     def number(self, name: str) -> int | None:
         """Returns a size of the model: "n_heads" and so on; None if it has none."""

@@ -389,7 +389,7 @@ class LanguageModel(Model):
 
         vocabulary = cast("Names", self.vocabulary)
         if self._lens is None or self._lens.vocabulary is not vocabulary:
-            vars(self)["_lens"] = TransformerLens(vocabulary._body, vocabulary)
+            vars(self)["_lens"] = TransformerLens(vocabulary.body, vocabulary)
         return cast("TransformerLens", self._lens)
 
     def placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
