@@ -7,21 +7,27 @@ the business of `insitu.display`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from insitu.display.axis import Axis
+from insitu.display.figure import Kind, figure
+from insitu.display.page import for_notebook, write_html, write_png
+from insitu.display.table import summary, table
 from insitu.graph.errors import OptionError, ShapeError, nearest
 from insitu.graph.location import here
 from insitu.methods import files
+from insitu.methods.selection import Chosen, of_prompt, selected
 
 if TYPE_CHECKING:
     from typing import Self
 
     import pandas
+    from plotly.graph_objects import Figure
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 _KIND = "result"
 
@@ -40,7 +46,7 @@ class Cell(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Result:
     """What a method found: numbers with named axes.
 
@@ -91,7 +97,7 @@ class Result:
         """
         return self.axes[self._number(name)]
 
-    def select(self, **chosen: int | str | slice | Sequence[int]) -> Result:
+    def select(self, **chosen: Chosen) -> Result:
         """Returns a part of it.
 
         With a prompt chosen, the positions are those of the prompt, and their labels its tokens.
@@ -108,9 +114,9 @@ class Result:
         """
         result = self
         if "prompt" in chosen:
-            result = result._of_prompt(chosen.pop("prompt"))
+            result = of_prompt(result, chosen.pop("prompt"))
         for name, index in chosen.items():
-            result = result._selected(name, index)
+            result = selected(result, name, index)
         return result
 
     def mean(self, name: str) -> Result:
@@ -143,6 +149,70 @@ class Result:
         """Gives all its numbers that are there, row by row."""
         missing = self.values.flatten().float().isnan().tolist()
         return (self._cell(number) for number, gone in enumerate(missing) if not gone)
+
+    def plot(
+        self,
+        kind: Kind | None = None,
+        *,
+        x: str | None = None,
+        y: str | None = None,
+        grid: str | None = None,
+        in_cells: bool | None = None,
+        title: str | None = None,
+        width: float | None = None,
+        height: float | None = None,
+    ) -> Figure:
+        """Returns a picture of it, as a figure of plotly.
+
+        One axis gives bars, or a line if it is measured; two a heat map; of more there is a grid
+        of heat maps, and what is shown of the rest can be chosen in the picture.
+
+        Args:
+            kind: "heat map", "bars", "line", or "text", which is a prompt whose tokens have the
+                colours of their numbers; None for what suits the axes.
+            x: the name of the axis from left to right.
+            y: of a heat map, the axis at its side.
+            grid: of a heat map, the axis of which all entries are drawn, in a panel each.
+            in_cells: of a heat map, whether texts, or numbers where there are none, stand in the
+                cells; None for where they are few enough.
+            title: what stands over it; None for its own title.
+            width: of the whole, in pixels; None for what suits it.
+            height: likewise.
+
+        Raises:
+            OptionError: if an option has no meaning for its axes, or there is too much to draw.
+            PlotlyMissingError: if plotly is not installed.
+        """
+        options = {"x": x, "y": y, "grid": grid, "in_cells": in_cells, "title": title}
+        return figure(self, kind, **options, width=width, height=height)
+
+    def to_html(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Writes a picture of it as a page that can be opened without a network.
+
+        Args:
+            path: where to.
+            options: those of `plot`.
+
+        Raises:
+            OptionError: as `plot`.
+            PlotlyMissingError: if plotly is not installed.
+        """
+        write_html(self.plot(**options), path)
+
+    def to_png(self, path: str | os.PathLike[str], scale: float = 2, **options: Any) -> None:
+        """Writes a picture of it as a PNG. That takes Chromium.
+
+        Args:
+            path: where to.
+            scale: how many pixels of the file one of the picture's is wide.
+            options: those of `plot`.
+
+        Raises:
+            OptionError: as `plot`.
+            PictureError: if there is no Chromium, or no Kaleido, which speaks to it.
+            PlotlyMissingError: if plotly is not installed.
+        """
+        write_png(self.plot(**options), path, scale)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns a table with a row for each number: a column for each axis, and `value`.
@@ -201,6 +271,15 @@ class Result:
             told["centre"],
         )
 
+    def __repr__(self) -> str:
+        return summary(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield table(self, options.max_width)
+
+    def _repr_html_(self) -> str:
+        return for_notebook(self)
+
     def _told(self) -> dict[str, Any]:
         """All that is no tensor."""
         return {
@@ -230,62 +309,6 @@ class Result:
             place.append((axis.name, axis.labels[index]))
         text = self.texts[number] if self.texts else ""
         return Cell(dict(reversed(place)), float(self.values.flatten()[number]), text)
-
-    def _selected(self, name: str, index: int | str | slice | Sequence[int]) -> Result:
-        number = self._number(name)
-        axis = self.axes[number]
-        numbers = _indices(axis, index)
-        values, axes = self.values, list(self.axes)
-        places = torch.arange(values.numel()).reshape(values.shape)
-        if isinstance(numbers, int):
-            del axes[number]
-            values, places = values.select(number, numbers), places.select(number, numbers)
-        else:
-            axes[number] = axis[numbers]
-            chosen = torch.tensor(numbers, dtype=torch.long)
-            values = values.index_select(number, chosen.to(values.device))
-            places = places.index_select(number, chosen)
-        texts = [self.texts[place] for place in places.flatten().tolist()] if self.texts else ()
-        return replace(self, values=values, axes=tuple(axes), texts=tuple(texts))
-
-    def _of_prompt(self, index: Any) -> Result:
-        result = self._selected("prompt", index)
-        numbers = _indices(self.axis("prompt"), index)
-        if not isinstance(numbers, int):
-            return replace(result, tokens=tuple(self.tokens[n] for n in numbers))
-        if not self.tokens:
-            return result
-        tokens = self.tokens[numbers]
-        for name in ("position", "query", "key"):
-            if any(axis.name == name for axis in result.axes):
-                result = result._selected(name, slice(0, len(tokens)))
-        axes = tuple(
-            Axis(axis.name, tokens) if axis.name in ("position", "query", "key") else axis
-            for axis in result.axes
-        )
-        return replace(result, axes=axes, tokens=(tokens,))
-
-
-def _indices(axis: Axis, index: Any) -> int | list[int]:
-    """What was chosen of an axis, as numbers from 0."""
-    if isinstance(index, str):
-        if axis.labels.count(index) != 1:
-            what = "no" if index not in axis.labels else "more than one"
-            raise OptionError(
-                f"There is {what} {axis.name} {index!r}{nearest(index, axis.labels)}.", here()
-            )
-        return axis.labels.index(index)
-    if isinstance(index, slice):
-        return list(range(len(axis)))[index]
-    numbers = range(len(axis))
-    try:
-        if isinstance(index, int):
-            return numbers[index]
-        return [numbers[one] for one in index]
-    except IndexError:
-        raise OptionError(
-            f"The axis {axis.name!r} has {len(axis)} entries: there is no {index}.", here()
-        ) from None
 
 
 def _number_or_text(label: str) -> int | str:

@@ -34,6 +34,7 @@ from insitu.graph.structure import map_structure
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.eager import eager, is_compiled
 from insitu.runtime.execution import Execution
+from insitu.runtime.following import following
 from insitu.runtime.gradients import check_gradients, leaves_of
 from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR
@@ -479,6 +480,7 @@ class Tracer:
         if self._demanded is not None:
             self._verify(*self._demanded)
         prepared, passes = self._prepare(module, requests)
+        done = following(passes)
         execution = Execution(recording.graph, prepared.plan, model.modules)
         exclusive = model.exclusive
         with exclusive.lock:
@@ -486,9 +488,9 @@ class Tracer:
             try:
                 if prepared.compiled:
                     with eager():
-                        results, lacking, went = self._run_passes(execution, prepared, passes)
+                        results, lacking, went = self._run_passes(execution, prepared, passes, done)
                 else:
-                    results, lacking, went = self._run_passes(execution, prepared, passes)
+                    results, lacking, went = self._run_passes(execution, prepared, passes, done)
             finally:
                 exclusive.running = False
                 if execution.tape is not None:
@@ -508,7 +510,11 @@ class Tracer:
                 invocation._result = result
 
     def _run_passes(
-        self, execution: Execution, prepared: Prepared, passes: list[Pass | None]
+        self,
+        execution: Execution,
+        prepared: Prepared,
+        passes: list[Pass | None],
+        done: Callable[[int], None] | None,
     ) -> tuple[list[Any], int | None, Arrivals | None]:
         """Runs the passes, forward and backward.
 
@@ -517,6 +523,7 @@ class Tracer:
             prepared: how it is run.
             passes: the forward passes. They are taken out: what one leaves for others goes with
                 the last of those.
+            done: is told which pass is done; None if nobody wants to know.
 
         Returns:
             What they returned; the node that reads a site where something had to arrive and did
@@ -532,6 +539,8 @@ class Tracer:
                 execution, plan, single, model.modules, views, returned
             )
             del single
+            if done is not None:
+                done(at)
             if missing:
                 lacking = unexcused(graph, plan, missing)
                 if lacking is not None:
