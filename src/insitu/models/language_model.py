@@ -239,8 +239,7 @@ class LanguageModel(Model):
             A context manager, in whose block sites can be read and written. `tracer.output` is
             a proxy.
         """
-        self._notice()
-        given = self._given(prompt, kwargs) if kwargs or prompt is not None else None
+        given = self._given(prompt, kwargs)
         forward = self._forward
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
             if max_tokens_per_pass is not None and max_tokens_per_pass < 1:
@@ -270,7 +269,6 @@ class LanguageModel(Model):
                 known.
             kwargs: as of `trace`.
         """
-        self._notice()
         given = self._given(prompt, kwargs)
         forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
         return Tracer(self, forward, given, dry=True)
@@ -293,7 +291,6 @@ class LanguageModel(Model):
         Raises:
             OptionError: if `max_new_tokens` is no positive number, or the model generates nothing.
         """
-        self._notice()
         if not getattr(self._module, "can_generate", lambda: False)():
             raise OptionError(
                 f"{type(self._module).__name__} does not generate: use `trace`.", here()
@@ -306,7 +303,14 @@ class LanguageModel(Model):
     def _given(
         self, prompt: Any, kwargs: dict[str, Any], *names: str
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What a block gives to its one invocation, taken out of its options; None if nothing."""
+        """What a block gives to its one invocation, taken out of its options; None if nothing.
+
+        Before that it notices how the model is to run.
+        """
+        if self._settings.get(_ATTENTION) != self._attention:
+            self._notice()
+        if not kwargs:  # nearly always
+            return None if prompt is None else ((prompt,), {})
         own = {name: kwargs.pop(name) for name in (*MEDIA, *names) if name in kwargs}
         for name in own:
             if prompt is None:
