@@ -5,6 +5,7 @@ Every method is a function of a model and prompts, is planned as one experiment,
 """
 
 from insitu.display.axis import Axis
+from insitu.methods.ablation import ablate
 from insitu.methods.attention_patterns import attention_patterns, head_scores
 from insitu.methods.lens import logit_lens
 from insitu.methods.metrics import (
@@ -30,6 +31,7 @@ __all__ = [
     "Result",
     "Steered",
     "SteeringVector",
+    "ablate",
     "attention_patterns",
     "gradient_times_input",
     "head_scores",
