@@ -94,7 +94,7 @@ _open: ContextVar[Progress | None] = ContextVar("open", default=None)
 
 
 @contextmanager
-def progress(title: str, shown: bool | None = None) -> Generator[Bar]:
+def progress(title: str, shown: bool | None = None) -> Generator[Bar, None, None]:
     """Shows how far the work in its block has come.
 
     Runs of a model in the block move the bar with each pass that is done, weighed by the work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -35,14 +36,18 @@ _AUGMENTED = {f"i{name.strip('_')}": name for name in _INFIX}
 _PREFIX = {"neg": "-", "pos": "+", "invert": "~"}
 _DEEPEST = 8
 
+Written = Callable[[int], str]
+"""How the value of a node is written, by the node's index."""
 
-def expression(graph: Graph, index: int, depth: int = 0) -> str:
+
+def expression(graph: Graph, index: int, depth: int = 0, other: Written | None = None) -> str:
     """Returns a node as an expression, such as "transformer.h[3].output[0].mean(-1)".
 
     Args:
         graph: the graph that the node is in.
         index: which node.
         depth: how deep in a larger expression it stands; what is too deep is left out as "...".
+        other: how the value of another node is written; None for as an expression itself.
     """
     if depth > _DEEPEST:
         return "..."
@@ -51,6 +56,8 @@ def expression(graph: Graph, index: int, depth: int = 0) -> str:
     if site is not None:
         return str(site)
 
+    if other is not None and node.operation in (WRITE, SKIP, GRAD):
+        return _given(node, graph, other)
     if node.operation is WRITE:
         return expression(graph, node.inputs[0], depth)
     if node.operation is GRAD:
@@ -59,18 +66,18 @@ def expression(graph: Graph, index: int, depth: int = 0) -> str:
         return str(Site(*graph[node.inputs[0]].args)._replace(kind="output"))
 
     def written(value: Any) -> str:
-        return _written(value, graph, depth + 1)
+        return _written(value, graph, depth + 1, other)
 
     if node.operation.in_place and depth:
         return expression(graph, node.inputs[0], depth)
     args = [written(arg) for arg in node.args]
     name = node.operation.short
     if node.operation is SETITEM:
-        return f"{args[0]}[{_subscript(node, graph, depth + 1)}] = {args[2]}"
+        return f"{args[0]}[{_subscript(node, graph, depth + 1, other)}] = {args[2]}"
     if name in _AUGMENTED:
         return f"{args[0]} {_INFIX[_AUGMENTED[name]]}= {args[1]}"
     if node.operation.name == "operator.getitem":
-        return f"{args[0]}[{_subscript(node, graph, depth + 1)}]"
+        return f"{args[0]}[{_subscript(node, graph, depth + 1, other)}]"
     if node.operation.name.startswith("operator."):
         if name in _INFIX:
             return f"({args[0]} {_INFIX[name]} {args[1]})"
@@ -111,42 +118,57 @@ def located(graph: Graph, index: int, error: InsituError, why: str = "") -> Insi
     return type(error)(message, node.location)
 
 
-def _written(value: Any, graph: Graph, depth: int) -> str:
+def _written(value: Any, graph: Graph, depth: int, other: Written | None) -> str:
     """An argument, as source."""
     kind = cast(Any, type(value))
     if kind is Ref:
-        return expression(graph, value.index, depth)
+        return other(value.index) if other else expression(graph, value.index, depth)
     if isinstance(value, torch.Tensor):
         return f"<{kind.__name__} {tuple(value.shape)}>"
     if value is Ellipsis or kind is Subgraph:
         return "..."
     if kind in (tuple, list, torch.Size):
-        items = ", ".join([_written(item, graph, depth) for item in cast("list[Any]", value)])
+        items = ", ".join(
+            [_written(item, graph, depth, other) for item in cast("list[Any]", value)]
+        )
         if kind is list:
             return f"[{items}]"
         return f"({items},)" if len(value) == 1 else f"({items})"
     if kind is dict:
         entries = cast("dict[Any, Any]", value).items()
-        return f"{{{', '.join([f'{k!r}: {_written(v, graph, depth)}' for k, v in entries])}}}"
+        return (
+            f"{{{', '.join([f'{k!r}: {_written(v, graph, depth, other)}' for k, v in entries])}}}"
+        )
     return repr(value)
+
+
+def _given(node: Node, graph: Graph, other: Written) -> str:
+    """What is put somewhere, where the values of other nodes have names."""
+    place = other(node.inputs[0])
+    if node.operation is GRAD:
+        return f"{place}.grad"
+    value = _written(node.args[1], graph, 1, other)
+    return f"{place} = {value}" if node.operation is WRITE else f"skip({place}, {value})"
 
 
 def _named(function: Any) -> str:
     return getattr(function.function, "__name__", type(function.function).__name__)
 
 
-def _subscript(node: Node, graph: Graph, depth: int) -> str:
+def _subscript(node: Node, graph: Graph, depth: int, other: Written | None) -> str:
     """What stands between the brackets of an indexing."""
     key = node.args[1]
     parts = [key]
     if type(key) is tuple and key:
         parts = list(cast("tuple[Any, ...]", key))
-    return ", ".join([_subscript_part(part, graph, depth) for part in parts])
+    return ", ".join([_subscript_part(part, graph, depth, other) for part in parts])
 
 
-def _subscript_part(part: Any, graph: Graph, depth: int) -> str:
+def _subscript_part(part: Any, graph: Graph, depth: int, other: Written | None) -> str:
     if not isinstance(part, slice):
-        return _written(part, graph, depth)
+        return _written(part, graph, depth, other)
     bounds = cast(Any, part)
     shown = [bounds.start, bounds.stop] + ([bounds.step] if bounds.step is not None else [])
-    return ":".join(["" if bound is None else _written(bound, graph, depth) for bound in shown])
+    return ":".join(
+        ["" if bound is None else _written(bound, graph, depth, other) for bound in shown]
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -250,6 +251,15 @@ class Body:
                 "`attn_implementation='eager'`, given where the model is made, says so for all.",
                 stacklevel=2,
             )
+
+    @contextmanager
+    def quiet(self) -> Generator[None, None, None]:
+        """Says nothing in its block of how runs will be: there is none."""
+        said, self._said_eager = self._said_eager, True
+        try:
+            yield
+        finally:
+            self._said_eager = said
 
     def _path_of(self, getter: str) -> str | None:
         find = getattr(self._model.module, getter, None)

@@ -30,6 +30,7 @@ from insitu.tracing.session import Session
 from insitu.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
+    from insitu.display.module_tree import ModuleTree
     from insitu.models.architectures import Description
     from insitu.models.loading import Source
     from insitu.models.vocabulary import Names
@@ -274,6 +275,32 @@ class Model(Handle):
         vars(other).update(own, _model=other, _items={}, edits=(*self.edits, graph), plans=Plans())
         vars(other)["_base"] = self
         return other
+
+    def tree(self, depth: int | None = None) -> ModuleTree:
+        """Returns the tree of modules with what is in them, to be printed.
+
+        Beside each module are its weights' shapes, how many numbers these are, and the standard
+        names that stand for it or for its values: "attention.z (input)" is what it is given. Like
+        neighbours are one line, and nothing is loaded.
+
+        Args:
+            depth: how deep it goes: 1 for the children of the model alone; None for all.
+
+        Raises:
+            OptionError: if `depth` is below 1.
+
+        Example:
+            `print(model.tree())`, or `rich.print(model.tree(depth=2))` with colours.
+        """
+        from insitu.display.module_tree import ModuleTree, branches
+        from insitu.models.checking.inventory import names_by_module
+
+        if depth is not None and depth < 1:
+            raise OptionError(f"A tree is at least 1 deep, and not {depth}.", here())
+        found = branches(self._module, depth)
+        with self.vocabulary.quiet():
+            names = names_by_module(self, [branch.path for branch in found])
+        return ModuleTree(found, names)
 
     def save_edits(self, path: str | os.PathLike[str]) -> None:
         """Writes the edits of the model to a file.

@@ -7,6 +7,7 @@ which it is shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,10 @@ class Names:
     def verify(self, options: Mapping[str, Any]) -> bool:
         """Returns whether runs with some options compute what others do."""
         return self._body.agrees(options)
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Returns a context in which names are only looked up, and nothing is said of runs."""
+        return self._body.quiet()
 
     def _list(self, path: str, part: str) -> Mapping[str, Entry | Later]:
         if not path:

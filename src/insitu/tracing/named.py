@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -350,6 +351,10 @@ class Vocabulary(Protocol):
         """
         ...
 
+    def quiet(self) -> AbstractContextManager[None]:
+        """Returns a context in which names are only looked up, and nothing is said of runs."""
+        ...
+
 
 class NoVocabulary:
     """Of a model of which nothing is known but its modules."""
@@ -371,3 +376,7 @@ class NoVocabulary:
     def verify(self, options: Mapping[str, Any]) -> bool:
         """Returns True: nothing is demanded."""
         return True
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Returns a context of no effect."""
+        return contextlib.nullcontext()

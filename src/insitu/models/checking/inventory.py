@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,6 +91,38 @@ def parts_of(model: Model, stacks: Mapping[str, int], shapes: Shapes) -> list[Pa
             title = f"{readable(stack)}[{_ranges(layers)}]"
             parts.append(Part(title, readable(path), (*names, *weights_of(model, path))))
     return parts
+
+
+def names_by_module(model: Model, shown: Collection[str]) -> dict[str, list[str]]:
+    """Returns the standard names that stand for a module or its values, by the module's path.
+
+    Args:
+        model: the model.
+        shown: the paths of the modules of interest; of others there are none.
+    """
+    found: dict[str, list[str]] = {}
+    blocks: list[str] = []
+    for name, entry in entries_of(model, ""):
+        if isinstance(entry, Roles):
+            blocks += [path for path in entry.paths if path in shown]
+            found.setdefault(entry.paths[0].rpartition(".")[0], []).append(name)
+        else:
+            _stand(found, name, entry)
+    for path in blocks:
+        for name, entry in entries_of(model, path):
+            _stand(found, name, entry)
+    return found
+
+
+def _stand(found: dict[str, list[str]], name: str, entry: Entry) -> None:
+    """Puts a name to the module that it stands for, or whose value."""
+    if isinstance(entry, Role) and entry.is_module:
+        found.setdefault(entry.path, []).append(name)
+    elif isinstance(entry, Named):
+        path, inside, _ = entry.path.partition(">")
+        place = "inside" if inside else entry.kind
+        shown = name if place == "output" else f"{name} ({place})"
+        found.setdefault(path, []).append(shown)
 
 
 def written(entry: Named) -> str:
