@@ -5,6 +5,7 @@ Every method is a function of a model and prompts, is planned as one experiment,
 """
 
 from insitu.display.axis import Axis
+from insitu.methods.causal_tracing import causal_tracing
 from insitu.methods.metrics import (
     Metric,
     kl_divergence,
@@ -12,6 +13,7 @@ from insitu.methods.metrics import (
     logit_difference,
     probability,
 )
+from insitu.methods.patching import activation_patching
 from insitu.methods.result import Cell, Result
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "Cell",
     "Metric",
     "Result",
+    "activation_patching",
+    "causal_tracing",
     "kl_divergence",
     "log_probability",
     "logit_difference",
