@@ -9,12 +9,21 @@ import torch
 from torch import nn
 
 from insitu import LanguageModel
+from tests.fidelity.architectures import spread_out
 
 pytestmark = pytest.mark.no_wire  # it looks at plans
 
 IDS = torch.tensor([[5, 17, 3, 88, 41, 2, 60]])
 WIDTH = 4  # of a head
 VECTOR = torch.linspace(-1, 1, 16)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def language_model(request: pytest.FixtureRequest) -> LanguageModel:
+    """Models in which each part matters, as it does not at random initialisations."""
+    model = request.getfixturevalue(request.param)
+    spread_out(model.module)
+    return model
 
 
 def parts(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
@@ -73,6 +82,7 @@ def test_heads_between_modules(language_model: LanguageModel, name: str, share: 
             with without(module, name, layer, head):
                 expected.append(logits(module))
     found = torch.stack([each.value for each in saved])
+    assert (found - logits(module)).abs().amax(-1).min() > 1e-3
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
     if share:
         last = tracer.plan.passes[-1]

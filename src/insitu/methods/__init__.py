@@ -7,6 +7,7 @@ Every method is a function of a model and prompts, is planned as one experiment,
 from insitu.display.axis import Axis
 from insitu.methods.ablation import ablate
 from insitu.methods.attention_patterns import attention_patterns, head_scores
+from insitu.methods.causal_tracing import causal_tracing
 from insitu.methods.lens import logit_lens
 from insitu.methods.metrics import (
     Metric,
@@ -15,6 +16,7 @@ from insitu.methods.metrics import (
     logit_difference,
     probability,
 )
+from insitu.methods.patching import activation_patching
 from insitu.methods.probes import Probe
 from insitu.methods.probing import probe
 from insitu.methods.result import Cell, Result
@@ -32,7 +34,9 @@ __all__ = [
     "Steered",
     "SteeringVector",
     "ablate",
+    "activation_patching",
     "attention_patterns",
+    "causal_tracing",
     "gradient_times_input",
     "head_scores",
     "integrated_gradients",
