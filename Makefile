@@ -56,7 +56,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
 # Every code block of the pages is run by the tests; here the notebooks are, and links are checked.
-docs: $(VENV)/installed
+docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed
@@ -74,6 +74,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@touch $@
 
 $(VENV)-transformers4/installed: pyproject.toml constraints-transformers4.txt
