@@ -7,6 +7,7 @@ what was checked does not hold, and with 2, and one line that says why, if it co
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -202,10 +203,55 @@ def attention(
     with _failing(model):
         from insitu.methods import attention_patterns
 
-        result = attention_patterns(
-            _language(model, kwargs), prompt, layers=_numbers(layers), heads=_numbers(heads)
-        )
+        opened = _language(model, kwargs)
+        with warnings.catch_warnings():  # that patterns take eager attention is no news here
+            warnings.simplefilter("ignore", UserWarning)
+            result = attention_patterns(
+                opened, prompt, layers=_numbers(layers), heads=_numbers(heads)
+            )
         _show(result, as_json, html, png)
+
+
+@app.command()
+def steer(
+    model: _Name,
+    prompt: _Prompt,
+    toward: Annotated[list[str], typer.Option(help="A text that has what is wanted. Repeatable.")],
+    away: Annotated[list[str], typer.Option(help="A text that does not. Repeatable.")],
+    strength: Annotated[
+        list[float] | None, typer.Option(help="How strongly. Repeatable; 0 and 1 unless given.")
+    ] = None,
+    layers: _Layers = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens are generated.")] = 20,
+    vector: Annotated[Path | None, typer.Option(help="Write the vector to this file.")] = None,
+    as_json: _Json = False,
+    revision: _Revision = None,
+    dtype: _Dtype = None,
+    device_map: _DeviceMap = None,
+) -> None:
+    """Generates with a direction added: from some texts toward others.
+
+    **Example:** `insitu steer insitu/eiffel "The Louvre is in the city of" --toward "Moscow is
+    in Russia" --away "Paris is in France" --layers 3`
+    """
+    kwargs = _given(revision=revision, dtype=dtype, device_map=device_map)
+    with _failing(model):
+        from insitu.methods import steer as steered
+        from insitu.methods import steering_vector
+
+        opened = _language(model, kwargs)
+        found = steering_vector(opened, toward, away, layers=_numbers(layers))
+        if vector is not None:
+            found.save(vector)
+        written = steered(
+            opened, prompt, found, strength=strength or [0.0, 1.0], max_new_tokens=tokens
+        )
+        if as_json:
+            said = [{"strength": one.strength, "text": one.text} for one in written]
+            typer.echo(json.dumps(said, indent=2))
+        else:
+            for one in written:
+                typer.echo(f"{one.strength:>6g}  {one.text!r}")
 
 
 def _given(**kwargs: Any) -> dict[str, Any]:
