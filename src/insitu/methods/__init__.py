@@ -5,6 +5,11 @@ Every method is a function of a model and prompts, is planned as one experiment,
 """
 
 from insitu.display.axis import Axis
+from insitu.methods.attribution_patching import attribution_patching
+from insitu.methods.circuit import Circuit, Edge
+from insitu.methods.discovery import discover_circuit
+from insitu.methods.edge_attribution import edge_attribution
+from insitu.methods.faithfulness import faithfulness_curve, run_circuit
 from insitu.methods.metrics import (
     Metric,
     kl_divergence,
@@ -17,10 +22,17 @@ from insitu.methods.result import Cell, Result
 __all__ = [
     "Axis",
     "Cell",
+    "Circuit",
+    "Edge",
     "Metric",
     "Result",
+    "attribution_patching",
+    "discover_circuit",
+    "edge_attribution",
+    "faithfulness_curve",
     "kl_divergence",
     "log_probability",
     "logit_difference",
     "probability",
+    "run_circuit",
 ]
