@@ -7,7 +7,12 @@ Every method is a function of a model and prompts, is planned as one experiment,
 from insitu.display.axis import Axis
 from insitu.methods.ablation import ablate
 from insitu.methods.attention_patterns import attention_patterns, head_scores
+from insitu.methods.attribution_patching import attribution_patching
 from insitu.methods.causal_tracing import causal_tracing
+from insitu.methods.circuit import Circuit, Edge
+from insitu.methods.discovery import discover_circuit
+from insitu.methods.edge_attribution import edge_attribution
+from insitu.methods.faithfulness import faithfulness_curve, run_circuit
 from insitu.methods.lens import logit_lens
 from insitu.methods.metrics import (
     Metric,
@@ -27,7 +32,9 @@ from insitu.methods.token_attribution import gradient_times_input, integrated_gr
 __all__ = [
     "Axis",
     "Cell",
+    "Circuit",
     "Continuation",
+    "Edge",
     "Metric",
     "Probe",
     "Result",
@@ -36,7 +43,11 @@ __all__ = [
     "ablate",
     "activation_patching",
     "attention_patterns",
+    "attribution_patching",
     "causal_tracing",
+    "discover_circuit",
+    "edge_attribution",
+    "faithfulness_curve",
     "gradient_times_input",
     "head_scores",
     "integrated_gradients",
@@ -46,6 +57,7 @@ __all__ = [
     "logit_lens",
     "probability",
     "probe",
+    "run_circuit",
     "steer",
     "steering_vector",
 ]
