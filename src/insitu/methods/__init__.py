@@ -14,15 +14,19 @@ from insitu.methods.metrics import (
     probability,
 )
 from insitu.methods.result import Cell, Result
+from insitu.methods.tuned_lens import TunedLens, train_tuned_lens, tuned_lens
 
 __all__ = [
     "Axis",
     "Cell",
     "Metric",
     "Result",
+    "TunedLens",
     "kl_divergence",
     "log_probability",
     "logit_difference",
     "logit_lens",
     "probability",
+    "train_tuned_lens",
+    "tuned_lens",
 ]
