@@ -1,4 +1,4 @@
-"""What norms are found to do, of those that say what they add to the squares and those that do not."""
+"""What norms are found to do, also those that do not say what they add to the squares."""
 
 import pytest
 import torch

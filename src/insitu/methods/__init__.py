@@ -6,6 +6,7 @@ Every method is a function of a model and prompts, is planned as one experiment,
 
 from insitu.display.axis import Axis
 from insitu.methods.lens import logit_lens
+from insitu.methods.logit_attribution import direct_logit_attribution
 from insitu.methods.metrics import (
     Metric,
     kl_divergence,
@@ -22,6 +23,7 @@ __all__ = [
     "Metric",
     "Result",
     "TunedLens",
+    "direct_logit_attribution",
     "kl_divergence",
     "log_probability",
     "logit_difference",

@@ -209,7 +209,7 @@ def train_tuned_lens(
         trained.step()
         trained.zero_grad()
     seen = torch.cat([start.losses.cpu(), torch.stack(losses)])
-    return TunedLens(torch.stack(weights).detach(), torch.stack(biases).detach(), seen)
+    return TunedLens(_stacked(weights), _stacked(biases), seen)
 
 
 def _batches(count: int, epochs: int, batch: int, seed: int) -> Iterator[Sequence[int]]:
@@ -258,6 +258,10 @@ def _backward(
 def _translated(value: Any, weight: torch.Tensor, bias: torch.Tensor) -> Any:
     wide = value.float()
     return (wide + wide @ weight.T + bias).type_as(value)
+
+
+def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([part.detach() for part in parts])
 
 
 def _labels(layers: int) -> list[str]:
