@@ -257,7 +257,7 @@ def _backward(
 
 def _translated(value: Any, weight: torch.Tensor, bias: torch.Tensor) -> Any:
     wide = value.float()
-    return (wide + wide @ weight.T + bias).type_as(value)
+    return (wide + torch.nn.functional.linear(wide, weight, bias)).type_as(value)
 
 
 def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
