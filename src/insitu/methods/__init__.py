@@ -14,6 +14,7 @@ from insitu.methods.discovery import discover_circuit
 from insitu.methods.edge_attribution import edge_attribution
 from insitu.methods.faithfulness import faithfulness_curve, run_circuit
 from insitu.methods.lens import logit_lens
+from insitu.methods.logit_attribution import direct_logit_attribution
 from insitu.methods.metrics import (
     Metric,
     kl_divergence,
@@ -28,6 +29,7 @@ from insitu.methods.result import Cell, Result
 from insitu.methods.steered import Continuation, Steered, steer
 from insitu.methods.steering import SteeringVector, steering_vector
 from insitu.methods.token_attribution import gradient_times_input, integrated_gradients
+from insitu.methods.tuned_lens import TunedLens, train_tuned_lens, tuned_lens
 
 __all__ = [
     "Axis",
@@ -40,11 +42,13 @@ __all__ = [
     "Result",
     "Steered",
     "SteeringVector",
+    "TunedLens",
     "ablate",
     "activation_patching",
     "attention_patterns",
     "attribution_patching",
     "causal_tracing",
+    "direct_logit_attribution",
     "discover_circuit",
     "edge_attribution",
     "faithfulness_curve",
@@ -60,4 +64,6 @@ __all__ = [
     "run_circuit",
     "steer",
     "steering_vector",
+    "train_tuned_lens",
+    "tuned_lens",
 ]

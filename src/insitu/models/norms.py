@@ -86,10 +86,36 @@ def norm_of(module: nn.Module, path: str, width: int) -> Norm | None:
     """
     names = ("eps", "variance_epsilon", "epsilon")
     eps = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    if eps is None:  # such as OLMo's, which says it to nobody
+        eps = _measured_eps(module, width)
     if not isinstance(eps, float):
         return None
     candidates = (Norm(path, False, eps), Norm(path, True, eps))
     return next((norm for norm in candidates if _does(module, norm, width)), None)
+
+
+def _measured_eps(module: nn.Module, width: int) -> float | None:
+    """What a norm adds to the mean of the squares, to two digits; None if it is none."""
+    size = 1e-3
+    turns = 1.0 - 2.0 * (torch.arange(width) % 2)
+    try:
+        made = float(_on_ones(module)(size * turns[None])[0, 0])
+    except Exception:  # whatever a module does that is no norm
+        return None
+    return float(f"{size**2 * (1 / made**2 - 1):.1e}") if 0 < made < 1 else None
+
+
+def _on_ones(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A copy of a module whose weights are ones, without gradients."""
+    copied = copy.deepcopy(module).to_empty(device="cpu").float()
+    for parameter in copied.parameters():
+        nn.init.ones_(parameter)
+
+    def applied(value: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return copied(value) - copied(torch.zeros_like(value[:1]))
+
+    return applied
 
 
 def _does(module: nn.Module, norm: Norm, width: int) -> bool:
@@ -98,11 +124,7 @@ def _does(module: nn.Module, norm: Norm, width: int) -> bool:
     rows = torch.tensor([[0.1, 0.0], [1.0, 0.3], [5.0, -2.0]])  # of different size and mean
     given = rows[:, :1] * turns + rows[:, 1:]
     try:
-        copied = copy.deepcopy(module).to_empty(device="cpu").float()
-        for parameter in copied.parameters():
-            nn.init.ones_(parameter)
-        with torch.no_grad():
-            made = copied(given) - copied(torch.zeros(1, width))
+        made = _on_ones(module)(given)
     except Exception:  # whatever a module does that is no norm
         return False
     centred = norm.centre(given)

@@ -18,7 +18,8 @@ from torch import nn
 
 from insitu.graph.structure import map_structure
 from insitu.models.anatomy.reading import RESHAPES
-from insitu.runtime.dataflow import Applied, Dataflow, Value
+from insitu.runtime.dataflow import Dataflow
+from insitu.runtime.events import Applied, Value
 
 Call = Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any]
 """Calls a module, given its path and its arguments."""

@@ -9,7 +9,7 @@ from torch import nn
 from insitu.models.anatomy.heads import Core
 from insitu.models.anatomy.reading import RESHAPES, Reading
 from insitu.models.parts import Feedforward, Spot
-from insitu.runtime.dataflow import Event
+from insitu.runtime.events import Event
 from insitu.runtime.inside import SEPARATOR
 
 _NONLINEAR = frozenset(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from insitu.models.anatomy.reading import FUSED, MOVES, Reading
 from insitu.models.parts import Heads, Spot
-from insitu.runtime.dataflow import Event
+from insitu.runtime.events import Event
 from insitu.runtime.inside import SEPARATOR
 
 _PRODUCTS = frozenset(["matmul", "rmatmul", "bmm", "baddbmm", "einsum"])
