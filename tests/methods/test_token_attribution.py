@@ -41,7 +41,7 @@ def logits_at(model: LanguageModel, embeddings: torch.Tensor) -> torch.Tensor:
     options = {}
     if model.is_encoder_decoder:
         options["decoder_input_ids"] = torch.zeros(len(embeddings), 1, dtype=torch.long)
-    return module(inputs_embeds=embeddings, use_cache=False, **options).logits
+    return module(inputs_embeds=embeddings, **options).logits
 
 
 def embedded(model: LanguageModel, ids: list[int]) -> torch.Tensor:
