@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,11 @@ class Hooks:
         return float(logits[-1, 3] - logits[-1, 9])
 
 
+@cache
+def hooks_of(name: str) -> Hooks:
+    return Hooks(name)
+
+
 def columns(what: str, unit: int | None) -> slice:
     """Where a head or a neuron is in the last axis."""
     if unit is None:
@@ -119,7 +125,7 @@ def close(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("what", ["heads", "attention", "mlps", "neurons"])
 def test_zeros_are_put_in_the_place_of_each_part_in_turn(name: str, what: Any) -> None:
-    hooks = Hooks(name)
+    hooks = hooks_of(name)
     options: dict[str, Any] = {"neurons": [0, 5, -1]} if what == "neurons" else {}
     result = ablate(hooks.model, [FIRST, SECOND], METRIC, what=what, **options)
     width = hooks.run(FIRST, "neurons", {})[1][0].shape[-1]
@@ -149,7 +155,7 @@ def test_zeros_are_put_in_the_place_of_each_part_in_turn(name: str, what: Any) -
 @pytest.mark.parametrize("what", ["heads", "mlps"])
 @pytest.mark.parametrize("by_position", [False, True])
 def test_means_are_over_reference_prompts(name: str, what: Any, by_position: bool) -> None:
-    hooks = Hooks(name)
+    hooks = hooks_of(name)
     reference = [FIRST, THIRD, FOURTH]
     result = ablate(
         hooks.model, SECOND, METRIC, what=what, mode="mean", reference=reference,
@@ -171,7 +177,7 @@ def test_means_are_over_reference_prompts(name: str, what: Any, by_position: boo
 
 @pytest.mark.parametrize("name", PATHS)
 def test_means_are_over_the_prompts_themselves_without_a_reference(name: str) -> None:
-    hooks = Hooks(name)
+    hooks = hooks_of(name)
     result = ablate(hooks.model, [FIRST, SECOND], METRIC, mode="mean", layers=1, heads=2)
     mean = torch.cat([hooks.run(ids, "heads", {})[1][1][0] for ids in (FIRST, SECOND)]).mean(0)
     expected = [
@@ -185,7 +191,7 @@ def test_means_are_over_the_prompts_themselves_without_a_reference(name: str) ->
 def test_resampled_values_are_those_of_another_prompt_of_that_length(
     name: str, given: bool
 ) -> None:
-    hooks = Hooks(name)
+    hooks = hooks_of(name)
     prompts = [FIRST, SECOND] if given else [FIRST, SECOND, THIRD, FOURTH]
     reference = [SECOND, THIRD, FIRST, FOURTH] if given else None
     result = ablate(
@@ -203,13 +209,13 @@ def test_resampled_values_are_those_of_another_prompt_of_that_length(
                 close(result.values[row, layer, column], hooks.score(ids, "heads", {layer: edit}))
 
 
-def test_what_is_drawn_depends_on_the_seed(gpt2: LanguageModel) -> None:
+def test_what_is_drawn_depends_on_the_seed() -> None:
     reference = [[number] * 3 for number in range(20, 40)]
 
     def drawn(seed: int) -> list[int]:
         result = ablate(
-            gpt2, [SECOND] * 4, METRIC, mode="resample", reference=reference, layers=0, heads=0,
-            seed=seed,
+            hooks_of("gpt2").model, [SECOND] * 4, METRIC, mode="resample", reference=reference,
+            layers=0, heads=0, seed=seed,
         )  # fmt: skip
         return result.details["drawn"].tolist()
 
@@ -220,7 +226,7 @@ def test_what_is_drawn_depends_on_the_seed(gpt2: LanguageModel) -> None:
 @pytest.mark.parametrize("what", ["heads", "mlps", "neurons"])
 @pytest.mark.parametrize("mode", ["zero", "resample"])
 def test_only_some_positions_are_ablated(what: Any, mode: Any) -> None:
-    hooks = Hooks("llama")
+    hooks = hooks_of("llama")
     options: dict[str, Any] = {"neurons": {"neurons": 3}, "heads": {"heads": 1}}.get(what, {})
     unit = next(iter(options.values()), None)
     if mode == "resample":
@@ -237,7 +243,7 @@ def test_only_some_positions_are_ablated(what: Any, mode: Any) -> None:
 
 @pytest.mark.parametrize("name", PATHS)
 def test_several_parts_are_ablated_at_once(name: str) -> None:
-    hooks = Hooks(name)
+    hooks = hooks_of(name)
     result = ablate(hooks.model, FIRST, METRIC, together=[(0, 1), (0, 3), (-1, 2)])
     assert result.axes == ()
 
@@ -254,7 +260,7 @@ def test_several_parts_are_ablated_at_once(name: str) -> None:
 
 
 def test_a_metric_compares_with_the_clean_run() -> None:
-    hooks = Hooks("llama")
+    hooks = hooks_of("llama")
     result = ablate(hooks.model, FIRST, kl_divergence(), layers=1, heads=2)
     clean, ablated = (
         hooks.run(FIRST, "heads", edits)[0][-1].log_softmax(-1)
@@ -311,8 +317,8 @@ def test_results_say_what_they_are_and_are_kept(eiffel: LanguageModel, tmp_path:
     ],
 )
 def test_what_makes_no_sense_is_refused(
-    gpt2: LanguageModel, options: dict[str, Any], error: type[Exception], says: str
+    options: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says) as raised:
-        ablate(gpt2, FIRST, METRIC, **options)
+        ablate(hooks_of("gpt2").model, FIRST, METRIC, **options)
     assert Path(__file__).name in str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ LAYERS = {"gpt2": None, "llama": None, "bert": None, "t5": None, "jamba": [1], "
 THERE = [name for name in LAYERS if name in ZOO]
 
 
+@cache
+def kept(name: str) -> LanguageModel:
+    return LanguageModel(module_of(name))
+
+
+@cache
 def eager(name: str) -> Any:
     module = module_of(name)
     module.set_attn_implementation("eager")
@@ -46,7 +53,7 @@ def seen(module: Any, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("name", THERE)
 def test_patterns_are_those_of_hugging_face(name: str) -> None:
     module = eager(name)
-    result = attention_patterns(LanguageModel(module_of(name)), [FIRST, SECOND])
+    result = attention_patterns(kept(name), [FIRST, SECOND])
     assert [axis.name for axis in result.axes] == ["prompt", "layer", "head", "query", "key"]
     for row, ids in enumerate([FIRST, SECOND]):
         expected = seen(module, ids)
@@ -60,7 +67,7 @@ def test_patterns_are_those_of_hugging_face(name: str) -> None:
 
 def test_layers_and_heads_are_chosen() -> None:
     module = eager("gpt2")
-    result = attention_patterns(LanguageModel(module), FIRST, layers=[-1, 0], heads=[2, -1])
+    result = attention_patterns(kept("gpt2"), FIRST, layers=[-1, 0], heads=[2, -1])
     last = len(seen(module, FIRST)) - 1
     expected = seen(module, FIRST)[[last, 0]][:, [2, 3]]
     torch.testing.assert_close(result.values, expected, rtol=1e-4, atol=1e-6)
@@ -86,7 +93,7 @@ def by_hand(pattern: torch.Tensor, ids: list[int], kind: str) -> tuple[float, in
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "jamba"])
 def test_scores_are_those_computed_by_hand(name: str) -> None:
     module = eager(name)
-    result = head_scores(LanguageModel(module), [FIRST, SECOND])
+    result = head_scores(kept(name), [FIRST, SECOND])
     patterns = [seen(module, FIRST), seen(module, SECOND)]
     layers, heads = patterns[0].shape[:2]
     assert list(result.sizes.items()) == [("kind", 3), ("layer", layers), ("head", heads)]
@@ -168,16 +175,14 @@ def test_results_are_kept(eiffel: LanguageModel, tmp_path: Path) -> None:
         (lambda model: head_scores(model, length=1), OptionError, "`length`"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
-    gpt2: LanguageModel, call: Any, error: type[Exception], says: str
-) -> None:
+def test_what_makes_no_sense_is_refused(call: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says) as raised:
-        call(gpt2)
+        call(kept("gpt2"))
     assert Path(__file__).name in str(raised.value)
 
 
 def test_layers_without_attention_say_so() -> None:
-    model = LanguageModel(module_of("jamba"))
+    model = kept("jamba")
     with pytest.raises(OptionError, match="there is no attention in this block"):
         attention_patterns(model, FIRST, layers=[0, 1])
     with pytest.raises(OptionError, match=r"No layer has `attention\.pattern`"):

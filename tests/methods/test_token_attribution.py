@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,18 @@ FIRST = [5, 17, 42, 8, 23]
 SECOND = [31, 7, 60]
 
 
+@cache
+def kept(name: str) -> LanguageModel:
+    return make(name)
+
+
 def logits_at(model: LanguageModel, embeddings: torch.Tensor) -> torch.Tensor:
     """Logits `(row, position, vocabulary)` of embeddings, without Insitu."""
     module = model.load()
     options = {}
     if model.is_encoder_decoder:
         options["decoder_input_ids"] = torch.zeros(len(embeddings), 1, dtype=torch.long)
-    return module(inputs_embeds=embeddings, use_cache=False, **options).logits
+    return module(inputs_embeds=embeddings, **options).logits
 
 
 def embedded(model: LanguageModel, ids: list[int]) -> torch.Tensor:
@@ -73,7 +79,7 @@ def difference(logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_integrated_gradients_are_those_of_plain_torch(name: str) -> None:
-    model = make(name)
+    model = kept(name)
     result = integrated_gradients(model, FIRST, logit_difference(3, 9), steps=7)
     expected = integral(model, FIRST, difference, torch.zeros(1), 7)
     assert expected.abs().max() > 1e-3
@@ -88,7 +94,7 @@ def test_integrated_gradients_are_those_of_plain_torch(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_times_input_is_that_of_plain_torch(name: str) -> None:
-    model = make(name)
+    model = kept(name)
     result = gradient_times_input(model, [FIRST, SECOND], logit_difference(3, 9))
     for row, ids in enumerate([FIRST, SECOND]):
         end = embedded(model, ids)
@@ -102,7 +108,7 @@ def test_gradient_times_input_is_that_of_plain_torch(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("limit", [1, 11])
 def test_prompts_of_any_length_and_passes_of_any_size(name: str, limit: int) -> None:
-    model = make(name)
+    model = kept(name)
     metric = logit_difference([3, 4], [9, 8])
     result = integrated_gradients(
         model, [FIRST, SECOND], metric, steps=5, max_tokens_per_pass=limit
@@ -118,7 +124,7 @@ def test_prompts_of_any_length_and_passes_of_any_size(name: str, limit: int) -> 
 
 @pytest.mark.parametrize("kind", ["token", "vector", "embeddings"])
 def test_the_path_begins_at_the_baseline(kind: str) -> None:
-    model = make("llama")
+    model = kept("llama")
     given = {
         "token": 11,
         "vector": torch.linspace(-1, 1, 16),
@@ -134,7 +140,7 @@ def test_the_path_begins_at_the_baseline(kind: str) -> None:
 
 
 def test_padding_is_a_baseline_like_any_token() -> None:
-    model = make("bloom")
+    model = kept("bloom")
     metric = logit_difference(3, 9)
     padding = integrated_gradients(model, FIRST, metric, baseline="pad token", steps=3)
     begin = embedded(model, [model.config.pad_token_id] * 5)
@@ -202,7 +208,7 @@ def test_rules_are_exact_for_the_powers_that_they_are_exact_for(
 
 
 def test_trapezoid_is_that_of_torch() -> None:
-    model, steps = make("gpt2"), 6
+    model, steps = kept("gpt2"), 6
     result = integrated_gradients(
         model, FIRST, logit_difference(3, 9), rule="trapezoid", steps=steps
     )
@@ -214,14 +220,14 @@ def test_trapezoid_is_that_of_torch() -> None:
 
 
 def test_attributions_add_up_to_the_difference() -> None:
-    model = make("gpt2")
+    model = kept("gpt2")
     result = integrated_gradients(model, FIRST, probability(3), baseline=11, steps=60)
     whole = result.details["input"] - result.details["baseline"]
     assert abs(result.values.sum() - whole) < 1e-4 < abs(whole)
 
 
 def test_a_metric_may_look_at_the_clean_run() -> None:
-    model = make("gpt2")
+    model = kept("gpt2")
     result = integrated_gradients(model, FIRST, kl_divergence(), steps=40)
     with torch.no_grad():
         end = embedded(model, FIRST)
@@ -247,7 +253,7 @@ def test_results_say_what_they_are_and_are_kept(eiffel: LanguageModel, tmp_path:
 
 
 def test_parameters_and_leaves_stay_untouched() -> None:
-    model = make("llama")
+    model = kept("llama")
     given = torch.zeros(16, requires_grad=True)
     integrated_gradients(model, FIRST, logit_difference(3, 9), baseline=given, steps=2)
     gradient_times_input(model, FIRST, logit_difference(3, 9))
@@ -270,8 +276,9 @@ def test_parameters_and_leaves_stay_untouched() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(
-    gpt2: LanguageModel, options: dict[str, Any], error: type[Exception], says: str
+    options: dict[str, Any], error: type[Exception], says: str
 ) -> None:
+    gpt2 = kept("gpt2")
     with pytest.raises(error, match=says) as raised:
         integrated_gradients(gpt2, FIRST, logit_difference(3, 9), **options)
     assert Path(__file__).name in str(raised.value)

@@ -181,13 +181,13 @@ def _together(
     """The parts that are ablated at once."""
     found: list[_Place] = []
     for one in given:
-        pair = one if isinstance(one, tuple) else (one,)
+        pair: tuple[int, ...] = one if isinstance(one, tuple) else (one,)
         if len(pair) != (1 if unit is None else 2):
             form = "layers" if unit is None else f"pairs (layer, {unit})"
             raise OptionError(f"`together` consists of {form}, not of {one!r}.", here())
         (layer,) = layers_with(model, site, pair[0])
         number = None
         if unit is not None:
-            (number,) = chosen(unit, pair[1], _count(model, unit))
+            (number,) = chosen(unit, pair[-1], _count(model, unit))
         found.append((layer, number))
     return found

@@ -147,11 +147,11 @@ def head_scores(
                     for kind in kinds:
                         attention = pattern[(slice(None), *pairs[kind][row])]
                         saved[kind, layer].append(attention.float().sum(-1).save(to="cpu"))
+    totals = {
+        place: torch.stack([one.value for one in found]).sum(0) for place, found in saved.items()
+    }
     values = torch.stack(
-        [
-            torch.stack([sum(one.value for one in saved[kind, n]) / queries[kind] for n in numbers])
-            for kind in kinds
-        ]
+        [torch.stack([totals[kind, n] for n in numbers]) / queries[kind] for kind in kinds]
     )
     return Result(
         "Kinds of heads",
