@@ -14,6 +14,7 @@ from insitu.methods.metrics import (
     probability,
 )
 from insitu.methods.patching import activation_patching
+from insitu.methods.path_patching import path_patching
 from insitu.methods.result import Cell, Result
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "kl_divergence",
     "log_probability",
     "logit_difference",
+    "path_patching",
     "probability",
 ]
