@@ -23,6 +23,7 @@ from insitu.methods.metrics import (
     probability,
 )
 from insitu.methods.patching import activation_patching
+from insitu.methods.path_patching import path_patching
 from insitu.methods.probes import Probe
 from insitu.methods.probing import probe
 from insitu.methods.result import Cell, Result
@@ -59,6 +60,7 @@ __all__ = [
     "log_probability",
     "logit_difference",
     "logit_lens",
+    "path_patching",
     "probability",
     "probe",
     "run_circuit",

@@ -89,10 +89,7 @@ def activation_patching(
         ... ).sizes
         {'layer': 6, 'position': 7}
     """
-    if direction not in ("denoising", "noising"):
-        raise OptionError(
-            f"`direction` is 'denoising' or 'noising', not {direction!r}{_near(direction)}.", here()
-        )
+    check_direction(direction)
     pairs = read_pairs(model, clean, corrupted)
     grid = grid_of(model, sites, by, layers, positions, heads, neurons)
     grid.check(pairs)
@@ -159,5 +156,11 @@ def _patched(
     return measure(model.logits[0], reference)
 
 
-def _near(direction: object) -> str:
-    return nearest(direction, ["denoising", "noising"]) if isinstance(direction, str) else ""
+def check_direction(direction: object) -> None:
+    """Raises an `OptionError` if something is no direction."""
+    known = ("denoising", "noising")
+    if direction not in known:
+        near = nearest(direction, known) if isinstance(direction, str) else ""
+        raise OptionError(
+            f"`direction` is 'denoising' or 'noising', not {direction!r}{near}.", here()
+        )

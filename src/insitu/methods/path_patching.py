@@ -1,0 +1,168 @@
+"""Path patching: what one component does to another directly, past all that stands between them.
+
+Of each sender two runs are recorded: in one it reaches the receivers and everything else is
+frozen, in the other the receivers get what reached them there, and the model goes on by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from insitu.display.axis import Axis
+from insitu.graph.errors import OptionError, PromptError
+from insitu.graph.location import here
+from insitu.methods.grid import Choice
+from insitu.methods.metrics import Metric, as_metric
+from insitu.methods.pairs import number, read_pairs, share
+from insitu.methods.patching import Direction, check_direction
+from insitu.methods.paths import Paths, Receiver, Sender, receivers_of
+from insitu.methods.result import Result
+from insitu.methods.sites import Site, chosen
+from insitu.models.language_model import LanguageModel
+
+
+def path_patching(
+    model: LanguageModel,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric | Callable[[Any], Any],
+    *,
+    senders: Literal["heads", "mlps"] = "heads",
+    receivers: Literal["logits"] | Receiver | Sequence[Receiver] = "logits",
+    layers: Choice = None,
+    heads: Choice = None,
+    positions: Choice = None,
+    through_mlps: bool = False,
+    direction: Direction = "noising",
+    normalised: bool = True,
+) -> Result:
+    """Returns what becomes of a metric if receivers hear of one sender from another run.
+
+    Goldowsky-Dill et al. (2023), "Localizing Model Behavior with Path Patching"; Wang et al.
+    (2023), "Interpretability in the Wild". Noising runs the clean prompt. In it a sender gets its
+    value of the corrupted one, all other heads and MLPs keep those of the clean one, and so the
+    inputs of the receivers change by what comes straight from the sender. Only these are then put
+    into a run of the clean prompt.
+
+    Args:
+        model: the model.
+        clean: the prompt with the behaviour in question, in any form that `invoke` takes; or
+            several, which may differ in length.
+        corrupted: the prompt without it, or one for each, of the same length.
+        metric: what is measured of the logits: see `insitu.methods.activation_patching`.
+        senders: "heads" for what each head gives, at the axes "layer" and "head", or "mlps", at the
+            axis "layer". Each is sent by itself.
+        receivers: "logits" for what goes into the final norm, or one or several inputs of later
+            components, all of which are patched together: `("q", 9, 6)` for the queries of head 6
+            in layer 9, "k" and "v" likewise (by the key's head), `("head", 9, 6)` for all three,
+            `("mlp", 10)` for an MLP. Negative numbers count from the end.
+        layers: of which layers senders are, all if None.
+        heads: which heads send, all if None.
+        positions: at which positions senders get their other value, all if None.
+        through_mlps: whether MLPs between are computed anew, so that what they make of a sender
+            belongs to the direct path, as of Wang et al. If not they are frozen too, as of
+            Goldowsky-Dill et al.
+        direction: "noising", or "denoising": the corrupted prompt with values of the clean one.
+        normalised: whether the metric is given as a share: 0 is that of the prompt that is run, and
+            1 that of the other, whose values are put in.
+
+    Returns:
+        The metric for each sender, with the axes "prompt" (if several were given), "layer" and
+        "head". Of senders with no way to a receiver it is that of the prompt that is run.
+        `details` has the metric of the prompts as they are, "clean" and "corrupted", `(prompt,)`.
+
+    Raises:
+        OptionError: if there is no such sender, receiver or direction, or if shares are wanted
+            where the metric is the same of both prompts.
+        PromptError: if prompts do not go together.
+        ShapeError: if the metric is not a number.
+
+    Example:
+        >>> from insitu import LanguageModel
+        >>> from insitu.methods import logit_difference, path_patching
+        >>> model = LanguageModel("insitu/eiffel")
+        >>> path_patching(
+        ...     model,
+        ...     "The Louvre is in the city of",
+        ...     "The Kremlin is in the city of",
+        ...     logit_difference(" Paris", " Moscow"),
+        ...     receivers=("mlp", 5),
+        ... ).sizes
+        {'layer': 6, 'head': 8}
+    """
+    check_direction(direction)
+    pairs = read_pairs(model, clean, corrupted)
+    unequal = pairs.unequal
+    if unequal is not None:
+        raise PromptError(
+            f"Paths are patched between prompts of one length, and {pairs.told(unequal)}.", here()
+        )
+    if senders not in ("heads", "mlps"):
+        raise OptionError(f"`senders` is 'heads' or 'mlps', not {senders!r}.", here())
+    if senders == "mlps" and heads is not None:
+        raise OptionError("`heads` are chosen, and MLPs are the senders.", here())
+    paths = Paths(senders == "heads", receivers_of(model, receivers), through_mlps)
+    blocks = chosen("layer", layers, len(model.blocks))
+    numbers = chosen("head", heads, model.n_heads) if paths.of_heads else [0]
+    metric = as_metric(metric)
+    run, other = pairs.corrupted, pairs.clean
+    if direction == "noising":
+        run, other = other, run
+    ends: list[Any] = []
+    found: list[Any] = []
+    with model.trace() as tracer:
+        for at, measure in enumerate(metric.of(model, len(pairs))):
+            values: dict[bool, Mapping[tuple[Site, int], Any]] = {}
+            with tracer.invoke(pairs.clean.ids[at]):
+                reference = model.logits[0]
+                values[direction == "noising"] = paths.read(model)
+                start = number(measure(reference, reference))
+            with tracer.invoke(pairs.corrupted.ids[at]):
+                values[direction != "noising"] = paths.read(model)
+                end = measure(model.logits[0], reference)
+            ends.extend((start, end))
+            own = start if direction == "noising" else end
+            places = chosen("position", positions, run.lengths[at])
+            for layer in blocks:
+                for head in numbers:
+                    if not paths.reach(layer):
+                        found.append(own)
+                        continue
+                    sender = Sender(paths.sent, layer, head, None if positions is None else places)
+                    with tracer.invoke(run.ids[at]):
+                        heard = paths.send(model, sender, values[True], values[False])
+                        if not paths.receivers:
+                            found.append(measure(model.logits[0], reference))
+                    if paths.receivers:
+                        with tracer.invoke(run.ids[at]):
+                            found.append(paths.hear(model, heard, measure, reference))
+        both: Any = torch.stack(ends)
+        scores: Any = torch.stack(found)
+        both, scores = both.save(), scores.save()
+    measured = both.value.float().reshape(-1, 2)
+    shape = [len(pairs), len(blocks), *([len(numbers)] if paths.of_heads else [])]
+    stacked = scores.value.float().reshape(shape)
+    if not pairs.clean.many:
+        measured, stacked = measured[0], stacked[0]
+    details = {"clean": measured[..., 0], "corrupted": measured[..., 1]}
+    start, end = details["clean"], details["corrupted"]
+    if direction == "denoising":
+        start, end = end, start
+    quantity, centre = metric.name, None if pairs.clean.many else float(start)
+    if normalised:
+        stacked, centre = share(stacked, start, end, pairs), 0.0
+        quantity = f"{metric.name}, share {'recovered' if direction == 'denoising' else 'lost'}"
+    axes = [Axis.of("layer", blocks)]
+    if paths.of_heads:
+        axes.append(Axis.of("head", numbers))
+    return Result(
+        f"Path patching from {senders} to {paths.told} ({direction})",
+        quantity,
+        stacked,
+        (*pairs.clean.axis, *axes),
+        details=details,
+        centre=centre,
+    )
