@@ -14,7 +14,7 @@ import insitu
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"architectures.md"}  # written by `make architectures`, without code
-DOCS = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in TABLES]
+DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in TABLES]
 PAGES = [ROOT / "README.md", *DOCS]
 
 
