@@ -150,7 +150,7 @@ def attributed(
                     runs.append(_scores(model, wiring, changes, measure, reference))
             found.append(runs)
     values = [_arranged(wiring, runs) for runs in found]
-    measured = torch.stack([end.value for end in ends]).reshape(-1, 2)
+    measured = torch.stack([end.value for end in ends]).reshape(-1, 2).cpu()
     measured = measured if pairs.clean.many else measured[0]
     return Result(
         f"Edge attribution{f' with {steps} integrated gradients' if steps else ''}",
