@@ -8,8 +8,8 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-matrix architectures oracle fuzz check format bench bench-peers \
-	clean
+.PHONY: demo test test-all test-matrix architectures oracle fuzz check format docs bench \
+	bench-peers clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/main_demo.py
@@ -37,10 +37,12 @@ architectures: $(VENV)/installed $(VENV)-transformers4/installed
 		$$($(BIN)/$(TRANSFORMERS))=build/architectures-5.xml \
 		$$($(VENV)-transformers4/bin/$(TRANSFORMERS))=build/architectures-4.xml
 
-# What TransformerLens sees at its hooks, beside what is read and written here by their names.
-oracle: $(VENV)/installed $(VENV)-transformer-lens/installed
+# What TransformerLens sees at its hooks, beside what is read and written here by their names; and
+# what captum attributes to tokens, beside what is attributed to them here.
+oracle: $(VENV)/installed $(VENV)-transformer-lens/installed $(VENV)-captum/installed
 	INSITU_TRANSFORMER_LENS=$(VENV)-transformer-lens/bin/python \
-		$(BIN)/pytest tests/oracle/agreement.py
+		INSITU_CAPTUM=$(VENV)-captum/bin/python \
+		$(BIN)/pytest tests/oracle/agreement.py tests/oracle/attribution.py
 
 # Many more of the random programs that the suite compares with plain PyTorch hooks.
 fuzz: $(VENV)/installed
@@ -54,6 +56,10 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Every code block of the pages is run by the tests; here the notebooks are, and links are checked.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
@@ -72,6 +78,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
 $(VENV)-transformers4/installed: pyproject.toml constraints-transformers4.txt
 	$(PYTHON) -m venv $(VENV)-transformers4
 	$(VENV)-transformers4/bin/pip install -q --disable-pip-version-check \
@@ -86,5 +96,11 @@ $(PEERS:%=$(VENV)-%/installed): $(VENV)-%/installed: constraints.txt
 	$(VENV)-$*/bin/pip install -q --disable-pip-version-check $*
 	@touch $@
 
+$(VENV)-captum/installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)-captum
+	$(VENV)-captum/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(VENV)-captum/bin/pip install -q --disable-pip-version-check captum transformers
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(PEERS:%=$(VENV)-%)
+	rm -rf $(VENV) $(VENV)-transformers4 $(PEERS:%=$(VENV)-%) $(VENV)-captum

@@ -32,7 +32,7 @@ def round_trip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def run_twice(run: Callable[[Tracer], None], tracer: Tracer) -> None:
     """Runs a block, and then its graph as another process would get it, and compares."""
     before = torch.get_rng_state()
-    requests = [map_structure(copied, invocation.request) for invocation in tracer._invocations]
+    requests = [map_structure(copied, request) for request in tracer._requests]
     failure = attempt(run, tracer)
     after = torch.get_rng_state()
     wired = sent(tracer.graph)
@@ -44,6 +44,7 @@ def run_twice(run: Callable[[Tracer], None], tracer: Tracer) -> None:
         recording.fakes = {}
         for invocation, request in zip(tracer._invocations, requests, strict=True):
             invocation.request = request
+        tracer._requests = requests
         torch.set_rng_state(before)
         again = attempt(run, tracer)
         torch.set_rng_state(after)
@@ -114,7 +115,7 @@ def state(tracer: Tracer) -> dict[str, Any]:
         "fakes": recording.fakes,
         "ended": tracer._ended,
         "results": results(tracer),
-        "requests": [invocation.request for invocation in tracer._invocations],
+        "requests": tracer._requests,
     }
 
 
@@ -122,6 +123,7 @@ def restore(tracer: Tracer, first: dict[str, Any]) -> None:
     recording = tracer.recording
     recording.graph, recording.saves = first["graph"], first["saves"]
     recording.fakes, tracer._ended = first["fakes"], first["ended"]
+    tracer._requests = first["requests"]
     _, tracer._result, each = first["results"]
     for invocation, result, request in zip(
         tracer._invocations, each, first["requests"], strict=True

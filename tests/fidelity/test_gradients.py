@@ -17,6 +17,7 @@ from insitu import (
     OperationError,
     ShapeError,
 )
+from tests.conftest import hooked_hidden
 from tests.fidelity.test_writing import IDS, OTHER, SHORT, blocks
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -502,3 +503,30 @@ def test_training_a_linear_probe_goes_as_in_plain_pytorch(eiffel: LanguageModel)
     assert found == expected and found[-1] < found[0] / 2
     assert torch.equal(linear.weight, twin.weight)
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_what_a_constant_was_computed_of_is_trained_and_no_parameter_of_the_model(
+    gpt2: LanguageModel,
+) -> None:
+    torch.manual_seed(0)
+    rotation = nn.utils.parametrizations.orthogonal(nn.Linear(16, 2, bias=False))
+    scale = torch.ones(16, requires_grad=True)
+    weight = gpt2.module.transformer.h[0].mlp.c_fc.weight[:, :16]  # computed of a parameter
+
+    def loss(hidden: Any, logits: Any) -> Any:
+        return (rotation(hidden * (scale * 2)) ** 2).sum() + (logits @ torch.ones(100, 1)).sum()
+
+    with gpt2.trace(IDS):
+        hidden = gpt2.transformer.h[1].output[0]
+        loss(hidden @ weight, gpt2.lm_head.output).backward()
+
+    (original,) = rotation.parameters()
+    found = [original.grad, scale.grad]
+    assert all(parameter.grad is None for parameter in gpt2.module.parameters())
+    with torch.no_grad():
+        expected = hooked_hidden(gpt2.module, "transformer.h.1", IDS) @ weight
+        logits = gpt2.module(input_ids=IDS).logits
+    expected_grads = torch.autograd.grad(loss(expected, logits), [original, scale])
+    for value, grad in zip(found, expected_grads, strict=True):
+        assert value is not None
+        torch.testing.assert_close(value, grad)

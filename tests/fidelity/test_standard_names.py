@@ -454,3 +454,13 @@ def test_experts_are_weighted_with_what_is_said_to_weight_them(name: str) -> Non
                     parameter.copy_(values)
         assert own and not torch.equal(found.value, out.value)
         close(found.value, expected.value, block.path)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].takes_text])
+def test_the_embedding_is_what_the_prompt_goes_through(name: str) -> None:
+    model, inputs = kept(name), ZOO[name].inputs(1, 7)
+    with opened(model, name, inputs):
+        given = model.embedding.input.save()
+        vectors = model.embedding.output.save()
+    assert torch.equal(given.value, inputs["input_ids"])
+    assert vectors.shape[:2] == inputs["input_ids"].shape

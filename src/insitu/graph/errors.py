@@ -99,6 +99,10 @@ class LoadError(InsituError, OSError):
     """A model that cannot be found or read."""
 
 
+class MissingPackageError(InsituError, ImportError):
+    """A package that a method takes and that is not installed."""
+
+
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
     """Returns " (nearest: 'a', 'b')" for the candidates closest to a name, or "" if none is."""
     close = difflib.get_close_matches(name, list(candidates), n=most, cutoff=0.5)

@@ -26,10 +26,46 @@ def fitted(original: Any, value: Any, block: bool, move: bool = True) -> Any:
     """
     if block:
         if not isinstance(value, tuple):  # nearly always the hidden states alone
-            return (_fitted(original[0], value, move), *original[1:])
+            return (fitted(original[0], value, False, move), *original[1:])
         parts = cast("tuple[Any, ...]", value)
         value = (*parts, *original[len(parts) :])
-    return _fitted(original, value, move)
+    if isinstance(original, torch.Tensor):
+        if not isinstance(value, torch.Tensor):
+            raise ShapeError(
+                f"a tensor of shape {tuple(original.shape)} stands there, not "
+                f"{_described(value)}: make one with torch.full_like or torch.zeros_like"
+            )
+        if value.shape != original.shape:
+            raise ShapeError(
+                f"the shape there is {tuple(original.shape)}, and this is {tuple(value.shape)}"
+            )
+        if value.dtype != original.dtype:
+            raise ShapeError(
+                f"the dtype there is {original.dtype}, and this is {value.dtype}: convert it with "
+                "`.to(...)`"
+            )
+        if not move or value.device == original.device:
+            return value
+        return value.to(original.device)
+    if isinstance(original, Mapping):
+        before = cast("Mapping[Any, Any]", original)
+        if not isinstance(value, Mapping) or cast(Any, value).keys() != before.keys():
+            raise ShapeError(
+                f"a dictionary of {', '.join(map(repr, before))} stands there, not "
+                f"{_described(value)}"
+            )
+        after = cast("Mapping[Any, Any]", value)
+        kind = cast(Any, type(before))
+        return kind({key: fitted(item, after[key], False, move) for key, item in before.items()})
+    if isinstance(original, tuple | list):
+        items = cast("list[Any]", original)
+        if not isinstance(value, tuple | list) or len(cast(Any, value)) != len(items):
+            raise ShapeError(
+                f"a {type(items).__name__} of {len(items)} stands there, not {_described(value)}"
+            )
+        pairs = zip(items, cast("list[Any]", value), strict=True)
+        return _of_kind(items, [fitted(item, other, False, move) for item, other in pairs])
+    return value
 
 
 def replaced(value: Any, key: Any, part: Any) -> Any:
@@ -74,46 +110,6 @@ def standing_in(inputs: Any, value: Any) -> Any:
 
     map_structure(leaf, inputs)
     return map_structure(placed, value)
-
-
-def _fitted(original: Any, value: Any, move: bool) -> Any:
-    if isinstance(original, torch.Tensor):
-        if not isinstance(value, torch.Tensor):
-            raise ShapeError(
-                f"a tensor of shape {tuple(original.shape)} stands there, not "
-                f"{_described(value)}: make one with torch.full_like or torch.zeros_like"
-            )
-        if value.shape != original.shape:
-            raise ShapeError(
-                f"the shape there is {tuple(original.shape)}, and this is {tuple(value.shape)}"
-            )
-        if value.dtype != original.dtype:
-            raise ShapeError(
-                f"the dtype there is {original.dtype}, and this is {value.dtype}: convert it with "
-                "`.to(...)`"
-            )
-        if not move or value.device == original.device:
-            return value
-        return value.to(original.device)
-    if isinstance(original, Mapping):
-        before = cast("Mapping[Any, Any]", original)
-        if not isinstance(value, Mapping) or cast(Any, value).keys() != before.keys():
-            raise ShapeError(
-                f"a dictionary of {', '.join(map(repr, before))} stands there, not "
-                f"{_described(value)}"
-            )
-        after = cast("Mapping[Any, Any]", value)
-        kind = cast(Any, type(before))
-        return kind({key: _fitted(item, after[key], move) for key, item in before.items()})
-    if isinstance(original, tuple | list):
-        items = cast("list[Any]", original)
-        if not isinstance(value, tuple | list) or len(cast(Any, value)) != len(items):
-            raise ShapeError(
-                f"a {type(items).__name__} of {len(items)} stands there, not {_described(value)}"
-            )
-        pairs = zip(items, cast("list[Any]", value), strict=True)
-        return _of_kind(items, [_fitted(item, other, move) for item, other in pairs])
-    return value
 
 
 def _of_kind(example: Any, items: list[Any]) -> Any:

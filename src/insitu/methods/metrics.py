@@ -48,7 +48,7 @@ def logit_difference(answer: Tokens, instead: Tokens) -> Metric:
     """
 
     def of(model: LanguageModel, count: int) -> Sequence[Measure]:
-        pairs = zip(_ids(model, answer, count), _ids(model, instead, count), strict=True)
+        pairs = zip(token_ids(model, answer, count), token_ids(model, instead, count), strict=True)
         return [_difference(right, wrong) for right, wrong in pairs]
 
     return Metric("logit difference", of)
@@ -63,7 +63,7 @@ def probability(answer: Tokens) -> Metric:
     """
 
     def of(model: LanguageModel, count: int) -> Sequence[Measure]:
-        return [_probability(token) for token in _ids(model, answer, count)]
+        return [_probability(token) for token in token_ids(model, answer, count)]
 
     return Metric("probability", of)
 
@@ -76,7 +76,7 @@ def log_probability(answer: Tokens) -> Metric:
     """
 
     def of(model: LanguageModel, count: int) -> Sequence[Measure]:
-        return [_log_probability(token) for token in _ids(model, answer, count)]
+        return [_log_probability(token) for token in token_ids(model, answer, count)]
 
     return Metric("log probability", of)
 
@@ -130,8 +130,18 @@ def _log_probability(token: int) -> Measure:
     return lambda logits, _: logits[-1].float().log_softmax(-1)[token]
 
 
-def _ids(model: LanguageModel, tokens: Tokens, count: int) -> list[int]:
-    """The id of a token for each prompt."""
+def token_ids(model: LanguageModel, tokens: Tokens, count: int) -> list[int]:
+    """Returns the id of a token for each prompt.
+
+    Args:
+        model: the model.
+        tokens: a token, as text or as its id; or a list with one for each prompt.
+        count: how many prompts there are.
+
+    Raises:
+        OptionError: if there is another number of them.
+        PromptError: if one of them is no one token of the model.
+    """
     if isinstance(tokens, torch.Tensor):
         tokens = tokens.tolist()
     if isinstance(tokens, str | int):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here, mark
+from insitu.methods.sites import chosen
 from insitu.models.language_model import LanguageModel
 
 
@@ -22,11 +23,13 @@ class Prompts:
         ids: the token ids of each prompt, `(position,)`.
         tokens: each of them as text.
         many: whether several were given, even if these are one: results have a `prompt` axis then.
+        labels: what positions are called, if they were chosen as such; None for tokens or numbers.
     """
 
     ids: tuple[torch.Tensor, ...]
     tokens: tuple[tuple[str, ...], ...]
     many: bool
+    labels: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,7 +52,28 @@ class Prompts:
         """
         if len(set(self.tokens)) == 1:
             return Axis(name, self.tokens[0])
+        if self.labels is not None:
+            return Axis(name, self.labels)
         return Axis.of(name, range(max(self.lengths)))
+
+    def at(self, positions: int | Iterable[int] | None) -> tuple[Prompts, list[list[int]]]:
+        """Returns them as if they had some positions only, and which ones these are in each.
+
+        Args:
+            positions: one or several, from the end if negative; None for all.
+
+        Raises:
+            OptionError: if a prompt has no such position.
+        """
+        if positions is None:
+            return self, [list(range(length)) for length in self.lengths]
+        asked = [positions] if isinstance(positions, int) else list(positions)
+        places = [chosen("position", asked, length) for length in self.lengths]
+        ids = tuple(own[place] for own, place in zip(self.ids, places, strict=True))
+        tokens = tuple(
+            tuple(own[one] for one in place) for own, place in zip(self.tokens, places, strict=True)
+        )
+        return Prompts(ids, tokens, self.many, tuple(map(str, asked))), places
 
     def stacked(self, values: Sequence[torch.Tensor], *positions: int) -> torch.Tensor:
         """Returns what was found of each prompt as one tensor, with the prompts' axis if any.
@@ -66,7 +90,8 @@ class Prompts:
             shape = list(value.shape)
             for axis in positions:
                 shape[axis] = longest
-            whole = value.new_full(shape, float("nan")) if positions else value.clone()
+            missing = float("nan") if value.is_floating_point() else -1
+            whole = value.new_full(shape, missing) if positions else value.clone()
             whole[tuple(slice(size) for size in value.shape)] = value
             filled.append(whole)
         return torch.stack(filled)

@@ -8,8 +8,9 @@ from typing import Any
 
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
-from insitu.models.keys import OF_BLOCK, spelled
+from insitu.models.keys import OF_BLOCK, entry_of, spelled
 from insitu.models.language_model import LanguageModel
+from insitu.tracing.named import Missing
 
 _STREAM = ("position", "d_model")
 _HEADS = ("head", "position", "d_head")
@@ -93,6 +94,35 @@ def site_of(name: str) -> Site:
             f"No value of a block is called {name!r}{nearest(name, [*_AXES, *OF_BLOCK])}.", here()
         )
     return Site(key, axes)
+
+
+def layers_with(
+    model: LanguageModel, site: Site, given: int | Iterable[int] | None, stack: str = "blocks"
+) -> list[int]:
+    """Returns which of some layers have a site: of all, those that do; named ones have to.
+
+    Args:
+        model: the model.
+        site: the site.
+        given: one layer or several, from the end if negative; None for all.
+        stack: the list of blocks, by its standard name.
+
+    Raises:
+        OptionError: if there is no layer of a number, or it has no such site, or none has.
+    """
+    found, why = [], ""
+    for layer in chosen("layer", given, len(getattr(model, stack))):
+        entry = entry_of(model.vocabulary, f"{stack}.{layer}.{site.key}")
+        if entry is not None and not isinstance(entry, Missing):
+            found.append(layer)
+            continue
+        reason = "there is none." if entry is None else entry.reason
+        why = why or f"Layer {layer} has no `{site.key}`: {reason}"
+        if given is not None:
+            raise OptionError(why, here())
+    if not found:
+        raise OptionError(f"No layer has `{site.key}`. {why}", here())
+    return found
 
 
 def chosen(name: str, given: int | Iterable[int] | None, count: int) -> list[int]:

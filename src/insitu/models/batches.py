@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from insitu.graph.node import Address
+from insitu.graph.node import Address, Kind
 from insitu.models.accounts import Accounts
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.calls import arguments, content, forward
@@ -27,6 +27,9 @@ from insitu.runtime.summary import Summary
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
+
+
+_PASSED_ON: tuple[Kind, ...] = ("output", "input")  # where what a block returned stands
 
 
 class _Stretch(NamedTuple):
@@ -221,7 +224,8 @@ class Batches:
         for run, row, kept in zip(runs, entering, logits, strict=True):
             mine = slice(count, count + row.rows)
             count += row.rows
-            entry: Place = (self._blocks.paths[row.level - 1], "output", 0)
+            paths = zip(self._blocks.paths[row.level - 1 :], _PASSED_ON, strict=False)
+            entry = frozenset[Place]((path, kind, 0) for path, kind in paths)
             own[run.invocation] = Tail(self._layouts, mine, resumed, row, entry, unembedded, kept)
         first = requests[runs[0].invocation]
         model = self._model

@@ -18,6 +18,7 @@ from insitu.models.anatomy import Reading, block_of
 from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.architectures import DESCRIPTIONS, Description
 from insitu.models.attention import OPTION, attending, implementations
+from insitu.models.endings import Endings, find_endings
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
@@ -70,6 +71,7 @@ class Body:
         self._after: tuple[str | None, Spot | None] | None = None
         self._paths = {path for stack in self.stacks for path in stack}
         self._said_eager = False
+        self._endings: Endings | None = None
         self.lengths: frozenset[int] = frozenset()
         self.weights = Weights(self)
 
@@ -182,7 +184,16 @@ class Body:
 
     @property
     def embedding(self) -> str | None:
-        """The path of the embedding of tokens."""
+        """The path of the embedding of tokens: of an encoder and a decoder, the encoder's.
+
+        What those give for it may be a module that is never called, whose weights both share.
+        """
+        if len(self.stacks) > 1:
+            module: Any = self._model.module
+            with contextlib.suppress(Exception):  # some models refuse to be asked
+                found = module.get_encoder().get_input_embeddings()
+                if isinstance(found, nn.Embedding):
+                    return self._path_to(found)
         return self._path_of("get_input_embeddings")
 
     @property
@@ -199,6 +210,12 @@ class Body:
         """Returns where the logits are."""
         self.blocks()
         return self._after[1] if self._after else None
+
+    def endings(self) -> Endings:
+        """Returns what the model makes of what leaves its blocks; it loads the model."""
+        if self._endings is None:
+            self._endings = find_endings(self)
+        return self._endings
 
     def number(self, name: str) -> int | None:
         """Returns a size of the model: "n_heads" and so on; None if it has none."""
@@ -249,8 +266,9 @@ class Body:
         wanted: nn.Module | None = None
         with contextlib.suppress(Exception):  # some models refuse to be asked
             wanted = find() if find else None
-        if wanted is None:
-            return None
+        return None if wanted is None else self._path_to(wanted)
+
+    def _path_to(self, wanted: nn.Module) -> str | None:
         return next((path for path, part in self._model.modules.items() if part is wanted), None)
 
     def _watch(self, options: Mapping[str, Any]) -> Mapping[str, Block]:

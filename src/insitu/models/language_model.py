@@ -17,6 +17,7 @@ from insitu.graph.errors import LoadError, OptionError, ShapeError
 from insitu.graph.location import Location, here
 from insitu.graph.node import Graph
 from insitu.graph.structure import map_structure
+from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import block_views
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
@@ -26,6 +27,7 @@ from insitu.models.prompts import Limits, Prompt, Reader, Side
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
 from insitu.runtime.hooks import Place, View
+from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.layout import SIZES, Layouts, find_layouts
 from insitu.runtime.probe import Call
 from insitu.runtime.reuse import Plans
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("accelerate.", "torch.", "transformers.")
 _ATTENTION = "_attn_implementation_internal"  # where a config has what it is set to
-_UNKNOWN = object()
 
 
 class LanguageModel(Model):
@@ -143,7 +144,7 @@ class LanguageModel(Model):
     _processor: Any = None
     _separations: dict[tuple[str, bool], Separation | None]
     _forward: LanguageForward
-    _chain: Any
+    _chains: dict[Any, Any]
     _costs: Costs | None
     _settings: Mapping[str, Any]
     _attention: str | None
@@ -238,8 +239,7 @@ class LanguageModel(Model):
             A context manager, in whose block sites can be read and written. `tracer.output` is
             a proxy.
         """
-        self._notice()
-        given = self._given(prompt, kwargs) if kwargs or prompt is not None else None
+        given = self._given(prompt, kwargs)
         forward = self._forward
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
             if max_tokens_per_pass is not None and max_tokens_per_pass < 1:
@@ -269,7 +269,6 @@ class LanguageModel(Model):
                 known.
             kwargs: as of `trace`.
         """
-        self._notice()
         given = self._given(prompt, kwargs)
         forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
         return Tracer(self, forward, given, dry=True)
@@ -292,7 +291,6 @@ class LanguageModel(Model):
         Raises:
             OptionError: if `max_new_tokens` is no positive number, or the model generates nothing.
         """
-        self._notice()
         if not getattr(self._module, "can_generate", lambda: False)():
             raise OptionError(
                 f"{type(self._module).__name__} does not generate: use `trace`.", here()
@@ -305,7 +303,14 @@ class LanguageModel(Model):
     def _given(
         self, prompt: Any, kwargs: dict[str, Any], *names: str
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What a block gives to its one invocation, taken out of its options; None if nothing."""
+        """What a block gives to its one invocation, taken out of its options; None if nothing.
+
+        Before that it notices how the model is to run.
+        """
+        if self._settings.get(_ATTENTION) != self._attention:
+            self._notice()
+        if not kwargs:  # nearly always
+            return None if prompt is None else ((prompt,), {})
         own = {name: kwargs.pop(name) for name in (*MEDIA, *names) if name in kwargs}
         for name in own:
             if prompt is None:
@@ -389,7 +394,7 @@ class LanguageModel(Model):
 
         vocabulary = cast("Names", self.vocabulary)
         if self._lens is None or self._lens.vocabulary is not vocabulary:
-            vars(self)["_lens"] = TransformerLens(vocabulary._body, vocabulary)
+            vars(self)["_lens"] = TransformerLens(vocabulary.body, vocabulary)
         return cast("TransformerLens", self._lens)
 
     def placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -520,7 +525,9 @@ class LanguageModel(Model):
     def chain(
         self, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]
     ) -> Chain | None:
-        """Returns the blocks at which forwards can begin, None if they cannot; tried out once.
+        """Returns the blocks at which forwards can begin, None if they cannot.
+
+        It is tried out once, and again where functions are looked at in more forwards.
 
         Args:
             module: the wrapped module, with its weights.
@@ -533,18 +540,29 @@ class LanguageModel(Model):
             return None
         if self._config.is_encoder_decoder:  # its blocks are not one chain
             return None
-        if options != plain or self.has_hooks:  # these are to see all blocks and positions
+        implementation = options.get(OPTION)
+        rest = {name: value for name, value in options.items() if name != OPTION}
+        if rest != plain or self.has_hooks:  # these are to see all blocks and positions
             return None
-        if self._chain is _UNKNOWN:
+        inside = frozenset(
+            path.partition(SEPARATOR)[0] for path, _, _ in layouts if SEPARATOR in path
+        )
+        key = (implementation, inside)
+        if key not in self._chains:
             from insitu.models.resume import find_chain  # of no use to one prompt
 
-            with self.in_use():
-                vocabulary = self._vocabulary
-                found = find_chain(
-                    module, self.modules, views, layouts, options, vocabulary, self.device
+            with self.in_use(), attending(module, implementation):
+                self._chains[key] = find_chain(
+                    module,
+                    self.modules,
+                    views,
+                    layouts,
+                    rest,
+                    self._vocabulary,
+                    self.device,
+                    inside,
                 )
-            vars(self)["_chain"] = found
-        return self._chain
+        return self._chains[key]
 
     @property
     def _vocabulary(self) -> int:
@@ -598,7 +616,7 @@ class LanguageModel(Model):
             _settings=settings,
             _attention=settings.get(_ATTENTION),
             _separations={},
-            _chain=_UNKNOWN,
+            _chains={},
             decoder_start=_decoder_start(generation, self._config),
             is_encoder_decoder=self._config.is_encoder_decoder,
             generating=next(path for path, part in self.modules.items() if part is generating),

@@ -7,6 +7,7 @@ writes the norm's output.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,17 +45,35 @@ class Norm:
         """Returns what such a value is divided by."""
         return (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
-    def bias(self, like: Any, line: Mark) -> Any:
-        """Returns what the norm makes of zeros, `(1, d_model)`."""
-        return call_module(self.path, (torch.zeros_like(like.flatten(0, -2)[:1]),), {}, line)
+    def bias(self, like: Any, applied: Callable[[Any], Any]) -> Any:
+        """Returns what the norm makes of zeros, `(1, d_model)`.
 
-    def weight(self, like: Any, line: Mark) -> Any:
-        """Returns what the norm multiplies with, `(1, d_model)`, however it keeps it."""
+        Args:
+            like: what it is given.
+            applied: the norm itself, on values like these.
+        """
+        return applied(torch.zeros_like(like.flatten(0, -2)[:1]))
+
+    def weight(self, like: Any, applied: Callable[[Any], Any]) -> Any:
+        """Returns what the norm multiplies with, `(1, d_model)`, however it keeps it.
+
+        Args:
+            like: as of `bias`.
+            applied: as of `bias`.
+        """
         ones = torch.ones_like(like.flatten(0, -2)[:1])
         turns = 1 - 2 * (ones.float().cumsum(-1) % 2)  # -1, 1, -1, ...: well away from the mean
-        made = call_module(self.path, (turns.type_as(like),), {}, line) - self.bias(like, line)
+        made = applied(turns.type_as(like)) - self.bias(like, applied)
         centred = self.centre(turns)
         return made / (centred / self.scale(centred))
+
+    def recorded(self, line: Mark) -> Callable[[Any], Any]:
+        """Returns the norm itself, on values of an open block.
+
+        Args:
+            line: the user's line.
+        """
+        return lambda value: call_module(self.path, (value,), {}, line)
 
 
 def norm_of(module: nn.Module, path: str, width: int) -> Norm | None:
@@ -110,7 +129,7 @@ class Scale(Computed):
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
         """Returns what is to stand at the site."""
-        bias = self.norm.bias(site, line)
+        bias = self.norm.bias(site, self.norm.recorded(line))
         own = self.shown(site, invocation, line)
         return ((site - bias) * (own / value) + bias).type_as(site)
 
@@ -143,9 +162,10 @@ class Normalised(Computed):
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
         """Returns what is to stand at the site."""
-        weight, bias = self.norm.weight(site, line), self.norm.bias(site, line)
+        applied = self.norm.recorded(line)
+        weight, bias = self.norm.weight(site, applied), self.norm.bias(site, applied)
         return (value * weight + bias).type_as(site)
 
     def gradient(self, value: Proxy) -> Proxy:
         """Returns the gradient of what is shown."""
-        return value * self.norm.weight(value, mark())
+        return value * self.norm.weight(value, self.norm.recorded(mark()))

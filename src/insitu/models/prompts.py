@@ -115,7 +115,8 @@ class Reader:
         """
         if isinstance(prompt, Recorded):
             prompt = prompt.result(Location(*mark))
-        media = {name: value for name, value in media.items() if value is not None}
+        if media:
+            media = {name: value for name, value in media.items() if value is not None}
         if media or (self._processor is not None and is_chat(prompt)):
             read = self._processed(prompt, side, mark, media)
         elif isinstance(prompt, torch.Tensor):

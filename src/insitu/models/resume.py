@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -309,7 +310,8 @@ class Tail(NamedTuple):
         rows: its rows of the batch.
         forward: the forward.
         entering: where it enters.
-        entry: the output of the last block that it leaves out.
+        entry: where what the last block returned that it leaves out stands: at that block's
+            output, and at the input of the next.
         unembedded: which positions of the batch become logits.
         logits: which of its own, counted from the first that is computed.
     """
@@ -318,7 +320,7 @@ class Tail(NamedTuple):
     rows: slice
     forward: Resumed
     entering: Entering
-    entry: Place
+    entry: frozenset[Place]
     unembedded: Unembedded
     logits: Sequence[int]
 
@@ -348,10 +350,11 @@ class Tail(NamedTuple):
         if not start:
             return own
         own = spread(own, layout, slice(start, self.forward.length), self.forward.length)
-        if site[1:4] == self.entry:
+        if site[1:4] in self.entry:
             row = self.entering
             own = map_structure(lambda leaf: leaf.clone(), own)
-            own[0][:, :start] = row.prefix.hidden[row.level][row.origin, :start]
+            hidden = own if isinstance(own, torch.Tensor) else own[0]
+            hidden[:, :start] = row.prefix.hidden[row.level][row.origin, :start]
         return own
 
     def put(self, site: Site, value: Any, own: Any) -> None:
@@ -384,6 +387,7 @@ def find_chain(
     options: Mapping[str, Any],
     vocabulary: int,
     device: torch.device,
+    inside: Collection[str] = (),
 ) -> Chain | None:
     """Returns the blocks at which a model's forwards can begin, found out by running it.
 
@@ -395,6 +399,7 @@ def find_chain(
         options: keyword arguments for its forward.
         vocabulary: how many token ids it has.
         device: where these have to be.
+        inside: the modules in whose forwards there are functions among the places.
 
     Returns:
         The blocks and the places at which values are right then; None if they are not behind
@@ -402,7 +407,8 @@ def find_chain(
     """
     try:
         with undisturbed(modules):
-            trial = _Trial(module, modules, views, layouts, options, vocabulary, device)
+            given = (module, modules, views, layouts, options, vocabulary, device)
+            trial = _Trial(*given, inside)
             whole = trial.right_places(0)
             tails = trial.right_places(2) if trial.looks_back_only() else frozenset[Place]()
     except Exception:  # whatever the model makes of it: then it is not to be run so
@@ -412,7 +418,7 @@ def find_chain(
         return None
     if any((path, "output", 0) not in tails for path in paths):
         tails = frozenset[Place]()
-    return Chain(paths, whole, tails)
+    return Chain(paths, whole, tails, trial.handed() & tails)
 
 
 def _has_positions_second(layout: TensorLayout) -> bool:
@@ -439,8 +445,10 @@ class _Trial:
         options: Mapping[str, Any],
         vocabulary: int,
         device: torch.device,
+        inside: Collection[str],
     ) -> None:
         self._module, self._modules, self._views = module, modules, views
+        self._inside = inside
         self._layouts, self._options = layouts, options
         self._blocks = blocks_of(modules, views)
         numbers = torch.arange(2 * self._LENGTH, device=device)
@@ -454,7 +462,7 @@ class _Trial:
         def expect(place: Place, value: Any) -> None:
             self._expected[place] = map_structure(clone, value)
 
-        with listening(modules, views, expect):  # without keys and values, as a trace runs
+        with listening(modules, views, expect, inside):  # without keys and values, as a trace runs
             module(input_ids=self._ids[:1], **options)
 
     def looks_back_only(self) -> bool:
@@ -474,6 +482,16 @@ class _Trial:
             self._module(input_ids=ids, **self._options)
         return all(agrees)
 
+    def handed(self) -> frozenset[Place]:
+        """Returns the inputs of blocks that are just what the block before returned."""
+        paths = self._blocks.paths
+        return frozenset(
+            place
+            for before, path in pairwise(paths)
+            if (place := (path, "input", 0)) in self._expected
+            and alike(self._expected[place], self._expected[before, "output", 0][0])
+        )
+
     def right_places(self, start: int) -> frozenset[Place]:
         """Returns the places at which each row has the values that it should have.
 
@@ -490,7 +508,7 @@ class _Trial:
             if self._agrees(place, value, forward.rows, start):
                 right.add(place)
 
-        listening_to = listening(self._modules, self._views, compare)
+        listening_to = listening(self._modules, self._views, compare, self._inside)
         with forward.entered(dict(self._options), _always) as kwargs, listening_to:
             # With the ids of another prompt: what these do to the blocks that run would show.
             self._module(input_ids=self._ids[1:, start:], **kwargs)
@@ -499,6 +517,8 @@ class _Trial:
     def _agrees(self, place: Place, value: Any, rows: int, start: int) -> bool:
         layout, expected = self._layouts.get(place), self._expected.get(place)
         if layout is None or expected is None or not rows:
+            return False
+        if any(Axis.BOTH in leaf.axes for leaf in leaves(layout)):
             return False
         site, length = Site(0, *place), self._LENGTH
         try:
@@ -509,7 +529,8 @@ class _Trial:
                     return False
             if start and not all(map(_has_positions_second, leaves(layout))):
                 return False  # which of them is looked at is told from indices into such a value
-            spread(alone, layout, slice(start, length), length)
-        except (InsituError, ValueError):  # it has no positions, or is not of the batch
+            if start:
+                spread(alone, layout, slice(start, length), length)
+        except (InsituError, ValueError):  # it has pairs of positions, or is not of the batch
             return False
         return True

@@ -51,6 +51,11 @@ class Names:
         self._body = body
         self._listed: dict[tuple[str, str], Mapping[str, Entry | Later]] = {}
 
+    @property
+    def body(self) -> Body:
+        """What is known of the model's parts."""
+        return self._body
+
     def entry(self, path: str, part: str, name: str) -> Entry | None:
         """Returns what a name stands for at a module, None if it is none of its names."""
         if name not in self.names:

@@ -37,7 +37,7 @@ from insitu.runtime.hooks import (
     remove_hook,
 )
 from insitu.runtime.inside import SEPARATOR, watched
-from insitu.runtime.plan import Plan
+from insitu.runtime.plan import Plan, Readers
 
 if TYPE_CHECKING:
     from insitu.runtime.passes import Pass
@@ -69,7 +69,7 @@ class Arrivals:
         execution: Execution,
         plan: Plan,
         single: Pass,
-        readers: dict[Moment, list[tuple[int, int]]],
+        readers: Readers,
         hooks: dict[Moment, Hook],
         modules: Mapping[str, nn.Module],
         views: Mapping[str, View],
@@ -288,7 +288,7 @@ class _Clock:
         most: how often each module was called in one step, at most.
     """
 
-    def __init__(self, readers: dict[Moment, list[tuple[int, int]]]) -> None:
+    def __init__(self, readers: Readers) -> None:
         self.readers = readers
         self.step = 0
         self._begun = False

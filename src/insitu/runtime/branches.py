@@ -30,11 +30,13 @@ class Chain(NamedTuple):
         paths: their paths.
         whole: the places at which what arrives has a row for each row of the blocks' batch.
         tails: those of them at which positions can be left out too.
+        handed: those of them at which a block is given just what the one before it returned.
     """
 
     paths: Sequence[str]
     whole: frozenset[Place]
     tails: frozenset[Place]
+    handed: frozenset[Place]
 
 
 class Given(NamedTuple):
@@ -93,7 +95,9 @@ def find_runs(
             order = moments(numbers[0]) if known is not None else None
             if known is not None and order is not None:
                 extents = extents or Extents(graph)
-                branching = _Branching(plan, extents, known, order)
+                # Where the prompt's run keeps keys and values, functions see to that too.
+                inside = any(SEPARATOR in read[1] for number in numbers for read in reads[number])
+                branching = _Branching(plan, extents, known, order, not inside)
                 for number in touched:
                     found = branching.branch(number, given[number], reads[number], writes[number])
                     if found is not None:
@@ -119,11 +123,25 @@ def find_runs(
 
 
 class _Branching:
-    """Finds where invocations of one prompt leave it."""
+    """Finds where invocations of one prompt leave it.
+
+    Args:
+        plan: the plan.
+        extents: which positions are looked at.
+        chain: the blocks.
+        order: when sites come.
+        tails: whether positions may be left out too.
+    """
 
     def __init__(
-        self, plan: Plan, extents: Extents, chain: Chain, order: Mapping[Place, int]
+        self,
+        plan: Plan,
+        extents: Extents,
+        chain: Chain,
+        order: Mapping[Place, int],
+        tails: bool,
     ) -> None:
+        self._tails = tails
         self._plan = plan
         self._extents = extents
         self._chain = chain
@@ -134,27 +152,34 @@ class _Branching:
         self, number: int, given: Given, reads: Sequence[Address], writes: Sequence[Address]
     ) -> tuple[Run, list[Address]] | None:
         """Returns an invocation's own run, and what it reads before; None if it shares nothing."""
-        order, chain = self._order, self._chain
-        if any(address[1:4] not in order for address in reads):
-            return None
-        first = min(order[address[1:4]] for address in writes)
+        chain = self._chain
+        spans: dict[Address, tuple[int, int]] = {}
+        for address in reads:
+            span = _span(address, self._order)
+            if span is None:
+                return None
+            spans[address] = span
+        first = min(spans[address][0] for address in writes)
         level = sum(end <= first for end in self._ends)
         if not level:
             return None
         entry = self._ends[level - 1]
         begin = entry if first == entry else entry + 1
-        before = [address for address in reads if order[address[1:4]] < begin]
-        after = [address for address in reads if order[address[1:4]] >= begin]
+        before = [address for address in reads if spans[address][1] < begin]
+        after = [address for address in reads if spans[address][0] >= begin]
+        if len(before) + len(after) < len(reads):
+            return None
         if any(address[1:4] not in chain.whole for address in after):
             return None
         start = 0
-        if first == entry and len(writes) == 1:
+        if self._tails and len(writes) == 1 and (first == entry or writes[0][1:4] in chain.handed):
             start = self._start(given.length, writes[0], after)
         return Run(number, given.rows, given.length, after, level, start), before
 
     def _start(self, length: int, written: Address, after: Sequence[Address]) -> int:
         """From which position on an invocation's run differs, where only these are looked at."""
-        start = self._extents.changed_from(self._plan.reads[written], length, 0)
+        part = part_of(written, self._chain.paths)
+        start = self._extents.changed_from(self._plan.reads[written], length, part)
         start = min(start, length - 1)
         for address in after:
             if address == written or not start:
@@ -224,9 +249,23 @@ def _edges(graph: Graph, plan: Plan, runs: Sequence[Run], moments: Moments) -> E
                     if order is not None:
                         here = order.get(_outside(target, "inputs"))
                         there = order.get(_outside(address, "output"))
-                        shares = here is None or there is None or there <= here
+                        same = address[1:4] == target[1:4]
+                        shares = same or here is None or there is None or there <= here
                 edges[source, at] = edges.get((source, at), True) and shares
     return edges
+
+
+def _span(address: Address, order: Mapping[Place, int]) -> tuple[int, int] | None:
+    """Between which moments a site comes, None if that is not known without a run.
+
+    Of a function in a module's forward it is known of its one call of that.
+    """
+    inputs, output = _outside(address, "inputs"), _outside(address, "output")
+    if inputs not in order or output not in order:
+        return None
+    if SEPARATOR in address[1] and (inputs[0], "inputs", 1) in order:
+        return None
+    return order[inputs], order[output]
 
 
 def _outside(address: Address, bound: Kind) -> Place:

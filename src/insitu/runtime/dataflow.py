@@ -57,6 +57,31 @@ class Returned(NamedTuple):
     item: tuple[int | str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Stands for a tensor among the arguments of an event.
+
+    Attributes:
+        number: which value it was.
+    """
+
+    number: int
+
+
+class Applied(NamedTuple):
+    """What a function or a module was called with, so that it can be called again.
+
+    Attributes:
+        function: the torch function, None for a call of the module.
+        args: its arguments, with a `Value` in the place of each tensor.
+        kwargs: its keyword arguments, likewise.
+    """
+
+    function: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
 @dataclass(slots=True)
 class Dataflow:
     """The events of one forward and the values that passed between them.
@@ -70,6 +95,8 @@ class Dataflow:
         returned: the modules that returned each value, innermost first.
         arguments: what each call of a module was given: its values by position and by keyword.
         results: what each call of a module returned.
+        applied: what each event was called with; of a forward that was kept.
+        tensors: what each value was, likewise.
     """
 
     events: list[Event] = field(default_factory=list[Event])
@@ -80,6 +107,8 @@ class Dataflow:
         default_factory=dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]]
     )
     results: dict[int, Any] = field(default_factory=dict[int, Any])
+    applied: dict[int, Applied] = field(default_factory=dict[int, Applied])
+    tensors: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
 
     def maker(self, value: int) -> Event | None:
         """Returns the event that made a value, None if it came from outside."""
@@ -112,7 +141,7 @@ class _Watch(TorchFunctionMode):
         version = None if target is None else target._version
         result = func(*args, **(kwargs or {}))
         written = target is not None and target._version != version
-        self.visit(name, args, kwargs or {}, result, target if written else None, version)
+        self.visit(name, func, args, kwargs or {}, result, target if written else None, version)
         return result
 
 
@@ -121,17 +150,19 @@ class Recorder:
 
     Args:
         modules: the tree of the module that will run, by path.
+        keeping: whether the dataflow keeps the arguments of events and the tensors themselves.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], keeping: bool = False) -> None:
         self.flow = Dataflow()
+        self._keeping = keeping
         self._modules = modules
         # The value that a tensor was when last seen, and how often it had been written to then.
         self._current: dict[int, tuple[int, int]] = {}
         self._last_write: int | None = None
         self._kept: list[torch.Tensor] = []  # so that no identity is given twice
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._stack: list[tuple[str, int, Any]] = []
+        self._stack: list[tuple[str, int, Any, Applied]] = []
         self._mode = _Watch(self._visit)
         self._handles: list[Any] = []
 
@@ -169,9 +200,11 @@ class Recorder:
         flow.made.append(made)
         self._current[id(tensor)] = (value, tensor._version)
         self._kept.append(tensor)
+        if self._keeping:
+            flow.tensors[value] = tensor
         return value
 
-    def _values(self, items: Any) -> tuple[Any, tuple[int, ...]]:
+    def _values(self, items: Any, shown: Callable[[int], Any] = int) -> tuple[Any, tuple[int, ...]]:
         """A structure with values in the place of tensors, and all of these."""
         found: list[int] = []
 
@@ -179,13 +212,14 @@ class Recorder:
             if not isinstance(item, torch.Tensor):
                 return item
             found.append(self._value(item))
-            return found[-1]
+            return shown(found[-1])
 
         return map_structure(leaf, items), tuple(found)
 
     def _visit(
         self,
         name: str,
+        function: Callable[..., Any],
         args: Any,
         kwargs: Any,
         result: Any,
@@ -196,12 +230,12 @@ class Recorder:
         call = self._counts[path, name]
         self._counts[path, name] += 1
         index = len(self.flow.events)
+        outputs: list[int] = []
         if written is None:
-            _, inputs = self._values((args, kwargs))
-            outputs: list[int] = []
+            given, inputs = self._values((args, kwargs), Value)
         else:
-            inputs = self._values_before(args, kwargs, written, version)
-            outputs = [self._new(written, index)]
+            given, inputs = self._values_before(args, kwargs, written, version)
+            outputs.append(self._new(written, index))
             self._last_write = index
 
         def leaf(item: Any) -> Any:
@@ -210,30 +244,38 @@ class Recorder:
             return item
 
         map_structure(leaf, result)
+        if self._keeping:  # as they are now: they may be written to
+            seen = (written, *_tensors(result))
+            for tensor in seen:
+                if tensor is not None and (value := self._current[id(tensor)][0]) in outputs:
+                    self.flow.tensors[value] = tensor.detach().clone()
         if outputs:
             self.flow.events.append(Event(path, name, call, inputs, tuple(outputs), index))
+            if self._keeping:
+                self.flow.applied[index] = Applied(function, *given)
 
     def _values_before(
         self, args: Any, kwargs: Any, written: torch.Tensor, version: int | None
-    ) -> tuple[int, ...]:
-        """The values of arguments, of which one was written to meanwhile."""
+    ) -> tuple[Any, tuple[int, ...]]:
+        """Arguments and their values, of which one was written to meanwhile."""
         known = self._current.get(id(written))
         if known is None or known[1] != version:
             known = (self._new(written, None if known is None else self._last_write), -1)
         self._current[id(written)] = (known[0], written._version)
-        return self._values((args, kwargs))[1]
+        return self._values((args, kwargs), Value)
 
     def _entering(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given, _ = self._values((args, dict(kwargs)))
-            self._stack.append((path, len(self.flow.events), given))
+            again, _ = self._values((args, dict(kwargs)), Value) if self._keeping else (given, ())
+            self._stack.append((path, len(self.flow.events), given, Applied(None, *again)))
 
         return hook
 
     def _leaving(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             flow = self.flow
-            _, first, given = self._stack.pop()
+            _, first, given, applied = self._stack.pop()
             call = self._counts[path, ""]
             self._counts[path, ""] += 1
             index = len(flow.events)
@@ -242,6 +284,8 @@ class Recorder:
             map_structure(lambda item: inputs.append(item) if type(item) is int else item, given)
             flow.events.append(Event(path, "", call, tuple(inputs), outputs, first))
             flow.arguments[index] = given
+            if self._keeping:
+                flow.applied[index] = applied
             flow.results[index] = shown
             for value, item in _items(shown):
                 flow.returned.setdefault(value, []).append(Returned(index, item))
@@ -249,7 +293,13 @@ class Recorder:
         return hook
 
 
-def watch(module: nn.Module, modules: Mapping[str, nn.Module], call: Call, fake: bool) -> Dataflow:
+def watch(
+    module: nn.Module,
+    modules: Mapping[str, nn.Module],
+    call: Call,
+    fake: bool,
+    keeping: bool = False,
+) -> Dataflow:
     """Makes a call of a module and returns its dataflow.
 
     Args:
@@ -257,14 +307,28 @@ def watch(module: nn.Module, modules: Mapping[str, nn.Module], call: Call, fake:
         modules: its tree, by path.
         call: what to call it with.
         fake: whether to run on tensors without data, which needs no weights.
+        keeping: whether the dataflow keeps the arguments of events and the tensors themselves.
     """
-    with Recorder(modules) as flow:
+    with Recorder(modules, keeping) as flow:
         if fake:
             fake_run(module, call)
         else:
             with torch.no_grad():
                 module(*call.args, **call.kwargs)
     return flow
+
+
+def _tensors(items: Any) -> list[torch.Tensor]:
+    """The tensors of a structure."""
+    found: list[torch.Tensor] = []
+
+    def leaf(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        return item
+
+    map_structure(leaf, items)
+    return found
 
 
 def _items(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import NoReturn
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -31,28 +32,24 @@ class Exclusive:
         self.lock = threading.RLock()
         self.running = False
 
-    def begin(self) -> None:
-        """Marks the module as in use; to be called with the lock held.
-
-        Raises:
-            BlockError: if it is in use already: a block was run from inside another's run.
-        """
-        if self.running:
-            raise BlockError(
-                "This model is running already, in this thread: a block cannot run it from inside "
-                "its own run (a hook, a stopping criterion, a streamer)."
-            )
-        self.running = True
+    def refuse(self) -> NoReturn:
+        """Raises, where the thread that has the lock finds the module in use."""
+        raise BlockError(
+            "This model is running already, in this thread: a block cannot run it from inside "
+            "its own run (a hook, a stopping criterion, a streamer)."
+        )
 
     @contextmanager
     def held(self) -> Generator[None, None, None]:
         """Waits for the module, and has it in use.
 
         Raises:
-            BlockError: as of `begin`.
+            BlockError: if it is in use already: a block was run from inside another's run.
         """
         with self.lock:
-            self.begin()
+            if self.running:
+                self.refuse()
+            self.running = True
             try:
                 yield
             finally:

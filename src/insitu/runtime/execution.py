@@ -273,13 +273,14 @@ class Execution:
 
     def fill(self, cells: Mapping[int, Cell]) -> None:
         """Puts the saved values into their cells."""
-        rows, values = self._graph.rows, self._values
+        values = self._values
         for index, cell in cells.items():
             cell.content = values[index]
         for index, found in self._steps.items():
             cells[index].content = found
-        moved = any(len(rows[index][1]) > 1 for index in cells)
-        if moved and torch.cuda.is_initialized():  # copies to the CPU may still be on their way
+        if (
+            self._plan.moves and torch.cuda.is_initialized()
+        ):  # copies to the CPU may still be on their way
             for number in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(number)
 

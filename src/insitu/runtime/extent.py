@@ -34,7 +34,9 @@ class Extents:
         self._users: Mapping[int, Sequence[int]] = users
         self._mutations: dict[int, list[int]] | None = None
 
-    def read(self, index: int, length: int, part: object = None) -> frozenset[int] | None:
+    def read(
+        self, index: int, length: int, part: object = None, axis: int = 1, axes: int = 3
+    ) -> frozenset[int] | None:
         """Returns the positions of a value that are looked at, or None if that may be all.
 
         Args:
@@ -42,6 +44,8 @@ class Extents:
             length: how many positions there are.
             part: the entry of the value that is meant, if it is a structure: its other entries
                 are not looked into.
+            axis: the axis that counts positions.
+            axes: how many axes there are.
         """
         found: set[int] = set()
         for user in self._users.get(index, ()):
@@ -54,7 +58,10 @@ class Extents:
                     return None  # counted from the end, it may be the same entry
                 inner = self.read(user, length) if key == part else frozenset[int]()
             else:
-                inner = positions(key, length)
+                inner = positions(key, length, axis, axes)
+                before = None if inner is not None else _taken_before(key, axis)
+                if before is not None:  # such as a row: positions are looked for in what is left
+                    inner = self.read(user, length, None, axis - before, axes - before)
             if inner is None:
                 return None
             found.update(inner)
@@ -185,6 +192,17 @@ def positions(key: Any, length: int, axis: int = 1, axes: int = 3) -> Sequence[i
                 return None
             return range(length)[taken]
     return None
+
+
+def _taken_before(key: Any, axis: int) -> int | None:
+    """How many axes an index takes away before those that count positions, and reaches no further.
+
+    None if that cannot be told from it alone.
+    """
+    entries = cast("tuple[Any, ...]", key if isinstance(key, tuple) else (key,))
+    if len(entries) > axis or not all(type(entry) in (int, slice) for entry in entries):
+        return None
+    return sum(type(entry) is int for entry in entries)
 
 
 def _count_axes(entries: Sequence[Any]) -> bool:

@@ -196,6 +196,9 @@ def leaves_of(
 ) -> list[torch.Tensor]:
     """Returns the user's own tensors that want a gradient, and none of the model's parameters.
 
+    Of a constant that the user has computed, such as the weight of a parametrised layer, it is
+    what it was computed of.
+
     Args:
         graph: what is to be done, with its constants.
         gradients: which of its nodes may have such tensors.
@@ -206,10 +209,30 @@ def leaves_of(
     for index in gradients.constants:
         found |= _constants(graph, index)
     _search(requests, found)
+    for tensor in [tensor for tensor in found.values() if not tensor.is_leaf]:
+        del found[id(tensor)]
+        found |= _computed_of(tensor)
     if found:
         for parameter in model.parameters():
             found.pop(id(parameter), None)
-    return [tensor for tensor in found.values() if tensor.is_leaf]
+    return list(found.values())
+
+
+def _computed_of(tensor: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Returns the leaves that a tensor was computed of, by identity."""
+    found: dict[int, torch.Tensor] = {}
+    seen: set[Any] = set()
+    left: list[Any] = [tensor.grad_fn]
+    while left:
+        step = left.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        left.extend(before for before, _ in step.next_functions)
+        leaf = getattr(step, "variable", None)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            found[id(leaf)] = leaf
+    return found
 
 
 def _constants(graph: Graph, index: int) -> dict[int, torch.Tensor]:

@@ -34,7 +34,7 @@ from insitu.runtime.hooks import (
     reorder,
 )
 from insitu.runtime.inside import SEPARATOR
-from insitu.runtime.plan import Plan
+from insitu.runtime.plan import Plan, Readers
 from insitu.runtime.summary import Summary
 
 
@@ -89,6 +89,21 @@ _NO_RETURNED: Mapping[str, Any] = {}
 _set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
+def _readers(plan: Plan, single: Pass) -> tuple[Readers, bool]:
+    """Who reads what in a pass, and whether any of it is of a later call or inside of a forward."""
+    own = plan.reads if single.reads is None else {at: plan.reads[at] for at in single.reads}
+    readers: dict[Moment, list[tuple[int, int]]] = {}
+    special = False
+    for (invocation, path, kind, call, step), index in own.items():
+        if invocation in single.cuts:
+            readers.setdefault((path, kind, call, step), []).append((index, invocation))
+            special = special or call > 0 or SEPARATOR in path
+    found: tuple[Readers, bool] = ({**readers}, special)
+    if single.reads is None:
+        plan.readers[(*single.cuts,)] = found
+    return found
+
+
 def run_pass(
     execution: Execution,
     plan: Plan,
@@ -112,18 +127,13 @@ def run_pass(
         nothing arrived; and how the pass went, where it was more than reads and writes.
     """
     cuts, may_stop, writes = single.cuts, single.may_stop, plan.writes
-    special = single.stepped is not None or plan.special
-    if plan.mutations is not None and not special:  # in a batch, parts are to be put back
+    found = plan.readers.get((*cuts,)) if single.reads is None else None
+    kept, special = _readers(plan, single) if found is None else found
+    readers = kept.copy()
+    if single.stepped is not None or plan.special:
+        special = True
+    elif plan.mutations is not None and not special:  # in a batch, parts are to be put back
         special = any(cut is not None for cut in cuts.values())
-    readers: dict[Moment, list[tuple[int, int]]] = {}
-    own = plan.reads
-    if single.reads is not None:
-        own = {address: own[address] for address in single.reads}
-    for (invocation, path, kind, call, step), index in own.items():
-        if invocation in cuts:
-            readers.setdefault((path, kind, call, step), []).append((index, invocation))
-            if call or SEPARATOR in path:
-                special = True
     if single.stepped:
         modules = {**modules, "": modules[single.stepped]}
     if single.through is not None:
@@ -152,15 +162,18 @@ def run_pass(
             value = rest[-1]
         else:
             value = view(rest[-1], args, rest[0] if view.takes_arguments else NO_KWARGS)
+        written = False
         for index, invocation in found:
             cut = cuts[invocation]
             if cut is None:
                 execution.arrive(index, value)
             else:
                 execution.arrive(index, cut.take(Site(invocation, path, kind, call), value))
+            if index in writes:
+                written = True
         if may_stop and not readers:
             raise Stop
-        if not writes:
+        if not written:
             return None
         changed = changed_value(execution, plan, moment[:3], value, found, cuts)
         return None if changed is value else handed_over(kind, view, module, args, rest, changed)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from insitu.graph.errors import CausalityError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Mark
-from insitu.graph.node import EVERY, Address, Graph, Ref, Site
+from insitu.graph.node import EVERY, Address, Graph, Kind, Ref, Site
 from insitu.graph.operations import ARITHMETIC, BACKWARD, GRAD, READ
+
+Readers = dict[tuple[str, Kind, int, int], Sequence[tuple[int, int]]]
+"""The nodes that read what passes a place in a step, each with its invocation."""
 
 _MANY = 1 << 40  # uses of a value that is there for every step
 
@@ -109,6 +112,8 @@ class Plan:
         apart: whether invocations must not share a batch.
         crosses: whether a value that is written depends on sites other than its own.
         special: whether there is more to do at sites than to read and to write them.
+        moves: whether copies of values go to devices other than their own.
+        readers: what passes found out about who reads what in them, by their invocations.
     """
 
     reads: dict[Address, int]
@@ -128,6 +133,10 @@ class Plan:
     apart: bool = False
     crosses: bool = False
     special: bool = False
+    moves: bool = False
+    readers: dict[tuple[int, ...], tuple[Readers, bool]] = field(
+        default_factory=dict[tuple[int, ...], tuple[Readers, bool]]
+    )
     _places: dict[int, Address] | None = None
 
     @property
@@ -187,10 +196,13 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
             groups[need].append(index)
         else:
             groups[need] = [index]
+    moves = False
     for index in saves:
         uses[index] += 1
+        moves = moves or len(rows[index][1]) > 1
     skips, stops, after = graph.skips, graph.stops, graph.after
     plan = Plan(reads, bits, groups, uses, graph.writes, needs, held, skips, stops, after)
+    plan.moves = moves
     for index in graph.writes.values():
         uses[index] += 1
         if needs[index] & (needs[index] - 1):

@@ -6,8 +6,7 @@ plan depends on those, so it is made once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from operator import attrgetter
+from collections.abc import Hashable, Mapping
 from types import CodeType
 from typing import Any, Generic, TypeVar, cast
 
@@ -20,12 +19,16 @@ Planned = TypeVar("Planned")
 
 _MOST = 64  # plans that a model keeps
 
+_Kept = tuple[dict[str, Any], list[int], Any, Planned]
+"""What a graph holds, without the content of its tensors; the nodes that it saves; the types of its
+arguments, where those matter; and what was planned for it."""
+
 
 class Plans(Generic[Planned]):
     """What was planned, by the graphs that it was planned for."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[_Outline, Planned]] = {}
+        self._kept: dict[Hashable, _Kept[Planned]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -41,21 +44,24 @@ class Plans(Generic[Planned]):
             saves: holds the indices of the nodes whose values the user keeps.
         """
         rows = graph.rows
-        where: tuple[object, ...] = (key, 0)
+        where: Hashable = (key, 0)
         if rows:
-            _, args, *_, (code, instruction) = rows[-1]
+            *_, inputs, _, (code, instruction) = rows[-1]
             # Not the code object itself: its hash is that of all its instructions.
             if isinstance(code, CodeType):
                 code = (code.co_filename, code.co_firstlineno)
-            where = (key, len(rows), code, instruction, args[:1])
-        try:
-            found = self._kept.get(where)
-        except TypeError:  # a first argument that has no hash
-            where = where[:-1]
-            found = self._kept.get(where)
-        if found is None or not found[0].fits(graph, saves):
+            where = (key, len(rows), code, instruction, inputs)
+        found = self._kept.get(where)
+        if found is None:
             return where, None
-        return where, found[1]
+        outline, saved, kinds, planned = found
+        # In C: what a graph holds is told apart from others faster than it is hashed.
+        if outline != vars(graph) or saved != [*saves]:
+            return where, None
+        # `True` equals 1 there, but as an index it is something else.
+        if kinds is not None and kinds != _kinds(rows):
+            return where, None
+        return where, planned
 
     def keep(
         self, where: Hashable, graph: Graph, saves: Mapping[int, object], planned: Planned
@@ -69,37 +75,17 @@ class Plans(Generic[Planned]):
             planned: what was planned.
         """
         try:
-            outline = _Outline(graph, saves)
+            outline = {**vars(graph), "rows": [_outlined(row) for row in graph.rows]}
         except _UnlikeAnyError:
             return
-        self._kept[where] = (outline, planned)
+        kinds = _kinds(graph.rows) if graph.flags else None
+        self._kept[where] = (outline, [*saves], kinds, planned)
         while len(self._kept) > _MOST:
             self._kept.pop(next(iter(self._kept)), None)
 
 
 class _UnlikeAnyError(Exception):
     """The graph holds functions, or values of other blocks: no other can be like it."""
-
-
-class _Outline:
-    """A graph without the content of its tensors, to compare others with."""
-
-    __slots__ = ("_kinds", "_rest", "_rows", "_saves")
-
-    def __init__(self, graph: Graph, saves: Mapping[int, object]) -> None:
-        self._rows = [_outlined(row) for row in graph.rows]
-        self._rest = _rest(graph)
-        self._saves = list(saves)
-        self._kinds = _kinds(graph.rows) if graph.flags else None
-
-    def fits(self, graph: Graph, saves: Mapping[int, object]) -> bool:
-        """Returns whether whatever is planned for this graph is right for another."""
-        # One comparison in C: equal rows are told apart from others faster than they are hashed.
-        if self._rows != graph.rows or self._rest != _rest(graph) or self._saves != list(saves):
-            return False
-        # `True` equals 1 there, but as an index it is something else.
-        kinds = _kinds(graph.rows) if graph.flags else None
-        return kinds == self._kinds
 
 
 class _Like:
@@ -119,12 +105,6 @@ def _form(tensor: torch.Tensor) -> tuple[object, ...]:
     strides = tensor.stride() if tensor.layout is torch.strided else None
     device, dtype = tensor.device, tensor.dtype
     return (type(tensor), tensor.shape, strides, dtype, device, tensor.requires_grad)
-
-
-_rest: Callable[[Graph], tuple[object, ...]] = attrgetter(
-    *("writes", "skips", "stops", "optional", "repeats", "mutations", "differentiates", "after")
-)
-"""Returns what a graph holds beside its rows."""
 
 
 _PLAIN = (Ref, str, int, float, type(None), ModuleRef, torch.dtype, torch.device)

@@ -126,15 +126,15 @@ class Handle(Call):
                 return self._named(entry, name)
         raise PathError(self._unknown(name), here())
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def _assign(self, name: str, value: Any) -> None:
         vocabulary = self._model.vocabulary
-        taken = name in SITES or (not self._part and name in self.module._modules)
+        taken = not self._part and name in self.module._modules
         if name in vocabulary.names and not taken:
             entry = vocabulary.entry(self._path, self._part, name)
             if entry is not None:
                 self._write_named(entry, name, value)
                 return
-        super().__setattr__(name, value)
+        super()._assign(name, value)
 
     def _named(self, entry: Entry, name: str) -> Any:
         """What a standard name stands for."""
@@ -153,7 +153,7 @@ class Handle(Call):
 
     def _write_named(self, entry: Entry, name: str, value: Any) -> None:
         """Writes what a standard name stands for."""
-        invocation, line = innermost(self._model, 3)
+        invocation, line = innermost(self._model, 4)
         if isinstance(entry, Missing):
             self._named(entry, name)
         if not isinstance(entry, Named):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from insitu.graph.errors import BlockError, PathError
 from insitu.graph.location import Location, Mark, here
@@ -12,7 +12,7 @@ from insitu.runtime.procedure import Subject
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.scope import innermost
 
-SITES = ("output", "input", "inputs")
+SITES: tuple[Kind, ...] = ("output", "input", "inputs")
 
 
 class Sites:
@@ -70,15 +70,20 @@ class Sites:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in SITES:
-            raise PathError(
-                f"`{self._written()}.{name}` cannot be assigned to: a handle only stands for its "
-                "module. Change the module itself through `.module`.",
-                here(),
-            )
+            self._assign(name, value)
+            return
         invocation, mark = innermost(self._model, 2)
         if type(invocation) is not Invocation:
             raise self._outside(name, mark)
-        invocation.write(self._path, cast("Kind", name), value, mark, self._call)
+        invocation.write(self._path, name, value, mark, self._call)
+
+    def _assign(self, name: str, value: Any) -> None:
+        """Assigns to what is no site."""
+        raise PathError(
+            f"`{self._written()}.{name}` cannot be assigned to: a handle only stands for its "
+            "module. Change the module itself through `.module`.",
+            here(3),
+        )
 
     def __repr__(self) -> str:
         return f"<{Site(0, self._path, 'output', self._call).owner}>"

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -99,6 +100,7 @@ class Tracer:
         self.promises_output = promises_output
         self.recording = Recording(self)
         self._invocations: list[Invocation] = []
+        self._requests: list[Any] = []
         self._prompt = prompt
         self._dry = dry
         self._done = self.is_open = False
@@ -179,16 +181,19 @@ class Tracer:
 
     def run(self) -> None:
         """Runs what was recorded, and fills the saved values."""
+        recording = self.recording
         try:
             if self._dry:
                 self._check()
             else:
                 self._run()
         except BaseException as failure:
-            self.recording.fail(f"its run raised {type(failure).__name__}.")
+            recording.fail(f"its run raised {type(failure).__name__}.")
             raise
         finally:
-            self.close()
+            recording.forget()
+            # They refer to this: without them what nobody keeps is gone at once.
+            self._invocations, self._requests, self._implicit = [], [], None
 
     @property
     def plan(self) -> Planned:
@@ -204,13 +209,6 @@ class Tracer:
     def give_up(self, reason: str) -> None:
         """Says of every saved value why it will have none, if it has none yet."""
         self.recording.fail(reason)
-
-    def close(self) -> None:
-        """Lets go of what only a block that is still to run needs."""
-        self.recording.forget()
-        # They refer to this: without them what nobody keeps is gone at once.
-        self._invocations = []
-        self._implicit = None
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invocation:
         """Adds a prompt, and gives the context in which sites mean its values.
@@ -373,6 +371,7 @@ class Tracer:
         request = self.procedure.request(args, kwargs, mark)
         invocation = Invocation(self, len(self._invocations), request)
         self._invocations.append(invocation)
+        self._requests.append(request)
         for graph in self.model.edits:
             self.recording.replay(
                 graph, invocation.number, EVERY if self.procedure.steps > 1 else 0
@@ -430,7 +429,7 @@ class Tracer:
             if prepared.plan.mutations is not None:
                 requests = _kept(requests, prepared.plan)
             passes = prepared.schedule(module, requests)
-        self._told = [single.told for single in passes]
+        self._told = list(map(_told, passes))
         return prepared, [*passes]
 
     def _plan(self, module: nn.Module, requests: Sequence[Any]) -> tuple[Prepared, Sequence[Pass]]:
@@ -461,8 +460,7 @@ class Tracer:
 
     def _check(self) -> None:
         """Finds what is wrong with the run, and fills the saved values with fake ones."""
-        requests = [invocation.request for invocation in self._invocations]
-        self._prepare(self.model.modules[""], requests)
+        self._prepare(self.model.modules[""], self._requests)
         recording = self.recording
         for index in range(len(recording.graph)):
             with contextlib.suppress(UnknownShapeError):
@@ -476,15 +474,17 @@ class Tracer:
 
     def _run(self) -> None:
         model, recording = self.model, self.recording
-        module, requests = model.load(), [invocation.request for invocation in self._invocations]
+        module = model.load()
         if self._demanded is not None:
             self._verify(*self._demanded)
-        prepared, passes = self._prepare(module, requests)
+        prepared, passes = self._prepare(module, self._requests)
         done = following(passes)
         execution = Execution(recording.graph, prepared.plan, model.modules)
         exclusive = model.exclusive
         with exclusive.lock:
-            exclusive.begin()
+            if exclusive.running:
+                exclusive.refuse()
+            exclusive.running = True
             try:
                 if prepared.compiled:
                     with eager():
@@ -498,12 +498,15 @@ class Tracer:
         if lacking is not None:
             raise self._missing(lacking, went)
         execution.fill(recording.saves)
-        if not self.promises_output:
-            return
-        if prepared.plan.stops:
+        if self.promises_output:
+            self._take_outputs(prepared.plan, results)
+
+    def _take_outputs(self, plan: Plan, results: Sequence[Any]) -> None:
+        """Makes what the passes returned into what the block and its invocations give."""
+        if plan.stops:
             self._ended = True
             return
-        outputs = self.procedure.outputs(results, requests)
+        outputs = self.procedure.outputs(results, self._requests)
         if outputs is not None:
             self._result = outputs.whole
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
@@ -546,8 +549,7 @@ class Tracer:
                 if lacking is not None:
                     return results, lacking, went
         if plan.gradients is not None:
-            given = [invocation.request for invocation in self._invocations]
-            leaves = leaves_of(graph, plan.gradients, given, model.modules[""])
+            leaves = leaves_of(graph, plan.gradients, self._requests, model.modules[""])
             execution.run_backwards(leaves)
         return results, None, None
 
@@ -637,6 +639,7 @@ def _moments(
 
 
 _NOTHING_RETURNED: Mapping[str, Any] = {}
+_told: Callable[[Pass], Callable[[], Summary]] = attrgetter("told")
 
 
 def _kept(requests: Sequence[Any], plan: Plan) -> Sequence[Any]:

@@ -1,0 +1,193 @@
+"""What the model makes of a prompt without one of its parts: heads, MLPs, neurons, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from insitu.display.axis import Axis
+from insitu.graph.errors import OptionError, nearest
+from insitu.graph.location import here
+from insitu.methods.metrics import Metric, as_metric
+from insitu.methods.prompts import read_prompts
+from insitu.methods.replacements import Mode, replacement
+from insitu.methods.result import Result
+from insitu.methods.sites import Site, chosen, layers_with, site_of
+from insitu.models.language_model import LanguageModel
+
+Part: TypeAlias = Literal["heads", "attention", "mlps", "neurons", "mixers"]
+"""Which parts are ablated: see `ablate`."""
+
+_Numbers: TypeAlias = int | Iterable[int] | None
+_Place: TypeAlias = tuple[int, int | None]
+"""A layer, and which of its heads or neurons, None for a part that there is one of."""
+
+_PARTS: dict[str, tuple[str, str | None]] = {
+    "heads": ("z", "head"),
+    "attention": ("attention_out", None),
+    "mlps": ("mlp_out", None),
+    "neurons": ("post", "neuron"),
+    "mixers": ("mixer_out", None),
+}
+"""The site of each, and the axis along which there are several in a layer."""
+
+
+def ablate(
+    model: LanguageModel,
+    prompts: Any,
+    metric: Metric | Callable[[Any], Any],
+    *,
+    what: Part = "heads",
+    mode: Mode = "zero",
+    reference: Any = None,
+    by_position: bool = False,
+    layers: _Numbers = None,
+    heads: _Numbers = None,
+    neurons: _Numbers = None,
+    positions: _Numbers = None,
+    together: Iterable[int | tuple[int, int]] | None = None,
+    seed: int = 0,
+) -> Result:
+    """Returns the metric without each part of the model in turn, or without several at once.
+
+    Mean ablation is that of Wang et al., "Interpretability in the Wild" (2022), and resampling
+    that of Chan et al., "Causal Scrubbing" (2022).
+
+    Args:
+        model: the model.
+        prompts: one or several, of any length.
+        metric: what is measured: a metric, or a function from logits `(position, vocabulary)` to
+            a number.
+        what: which parts. "heads": what a head gives, before the output projection; "neurons":
+            what goes into the last layer of an MLP; "attention", "mlps" and "mixers": what these
+            add to the residual stream.
+        mode: what is put in the place of a part's value. "zero": zeros; "mean": its mean over the
+            reference prompts and their positions; "resample": its values in another reference
+            prompt of the same length.
+        reference: prompts to take means of or to draw from; None for `prompts` themselves.
+        by_position: whether means are of each position by itself, over the reference prompts that
+            have it.
+        layers: in which ones, from the end if negative; None for all that have such a part.
+        heads: which heads of each layer; None for all.
+        neurons: which neurons of each layer; None for all, which are many.
+        positions: at which positions, from the end of each prompt if negative; None for all.
+        together: parts to be ablated all at once, in the place of one after another: pairs
+            (layer, head) or (layer, neuron), or layers.
+        seed: of which reference prompt is drawn for each prompt.
+
+    Returns:
+        The metric with the part ablated. Its axes are (prompt), layer, and head or neuron where
+        there are several in a layer; with `together`, (prompt) only. A layer's label is the number
+        of its block. Details, of each prompt: "clean", the metric of the model as it is; of
+        "resample" also "drawn", the number of the reference prompt that was drawn.
+
+    Raises:
+        OptionError: if there is no such part, mode, layer, head, neuron or position, or an option
+            has no meaning here.
+        PromptError: if no reference prompt has the length or the positions that it takes.
+    """
+    site, unit = _site(what, heads, neurons)
+    if reference is not None and mode == "zero":
+        raise OptionError("`reference` has no part in zeros: give another `mode` with it.", here())
+    measured, read = as_metric(metric), read_prompts(model, prompts)
+    measures = measured.of(model, len(read))
+    others = read if reference is None else read_prompts(model, reference)
+    where = [None if positions is None else chosen("position", positions, n) for n in read.lengths]
+    put = replacement(site, mode, by_position, read, others, where, seed)
+    axes: tuple[Axis, ...] = ()
+    if together is None:
+        axes = _axes(model, site, unit, layers, heads if unit == "head" else neurons)
+        groups = [[place] for place in _places(axes)]
+    elif any(given is not None for given in (layers, heads, neurons)):
+        raise OptionError("`together` says which parts, so `layers` and the like do not.", here())
+    else:
+        groups = [_together(model, site, unit, together)]
+    clean_scores, scores = [], []
+    with model.trace() as tracer:
+        runs = [tracer.invoke(ids) for ids in read.ids]
+        sources = dict(enumerate(runs))
+        if reference is not None:
+            sources = {number: tracer.invoke(others.ids[number]) for number in put.sources}
+        put.read(model, sources, sorted({layer for group in groups for layer, _ in group}))
+        for row, (ids, measure) in enumerate(zip(read.ids, measures, strict=True)):
+            with runs[row]:
+                clean = model.logits[0]
+                clean_scores.append(measure(clean, clean).save(to="cpu"))
+            at: Any = where[row] if where[row] is not None else slice(len(ids))
+            ablated = []
+            for group in groups:
+                with tracer.invoke(ids):
+                    for layer, number in group:
+                        part = {} if unit is None else {unit: number}
+                        value = put.value(row, layer, at, **part)
+                        site.read(model, layer)[site.index(position=at, **part)] = value
+                    ablated.append(measure(model.logits[0], clean).save(to="cpu"))
+            scores.append(ablated)
+    clean_values = read.stacked([one.value.float() for one in clean_scores])
+    values = [torch.stack([one.value.float() for one in ablated]) for ablated in scores]
+    details = {"clean": clean_values}
+    if put.drawn:
+        details["drawn"] = read.stacked([torch.tensor(number) for number in put.drawn])
+    return Result(
+        f"{mode.capitalize()} ablation of {what}",
+        measured.name,
+        read.stacked([value.reshape([len(axis) for axis in axes]) for value in values]),
+        (*read.axis, *axes),
+        tokens=read.tokens,
+        details=details,
+        centre=float(clean_values.flatten()[0]) if clean_values.unique().numel() == 1 else None,
+    )
+
+
+def _site(what: str, heads: _Numbers, neurons: _Numbers) -> tuple[Site, str | None]:
+    """Where a kind of part is seen, and along which axis there are several in a layer."""
+    if what not in _PARTS:
+        names = ", ".join(map(repr, _PARTS))
+        raise OptionError(
+            f"`what` is one of {names}, not {what!r}{nearest(str(what), _PARTS)}.", here()
+        )
+    name, unit = _PARTS[what]
+    for given, of in ((heads, "head"), (neurons, "neuron")):
+        if given is not None and of != unit:
+            raise OptionError(f"`{of}s` are no part of {what}: leave them out.", here())
+    return site_of(name), unit
+
+
+def _count(model: LanguageModel, unit: str) -> int:
+    return model.n_heads if unit == "head" else model.d_mlp
+
+
+def _axes(
+    model: LanguageModel, site: Site, unit: str | None, layers: _Numbers, units: _Numbers
+) -> tuple[Axis, ...]:
+    """The axes of parts that are ablated one after another."""
+    found = Axis.of("layer", layers_with(model, site, layers))
+    if unit is None:
+        return (found,)
+    return found, Axis.of(unit, chosen(unit, units, _count(model, unit)))
+
+
+def _places(axes: tuple[Axis, ...]) -> list[_Place]:
+    layers, *units = axes
+    numbers = list(map(int, units[0].labels)) if units else [None]
+    return [(int(layer), number) for layer in layers.labels for number in numbers]
+
+
+def _together(
+    model: LanguageModel, site: Site, unit: str | None, given: Iterable[int | tuple[int, int]]
+) -> list[_Place]:
+    """The parts that are ablated at once."""
+    found: list[_Place] = []
+    for one in given:
+        pair = one if isinstance(one, tuple) else (one,)
+        if len(pair) != (1 if unit is None else 2):
+            form = "layers" if unit is None else f"pairs (layer, {unit})"
+            raise OptionError(f"`together` consists of {form}, not of {one!r}.", here())
+        (layer,) = layers_with(model, site, pair[0])
+        number = None
+        if unit is not None:
+            (number,) = chosen(unit, pair[1], _count(model, unit))
+        found.append((layer, number))
+    return found

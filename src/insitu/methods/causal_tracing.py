@@ -1,0 +1,217 @@
+"""Causal tracing: a subject drowned in noise, and which states bring the answer back.
+
+The prompts' own clean run is what is put in, where activation patching has another prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from insitu.display.axis import Axis
+from insitu.graph.errors import OptionError, nearest
+from insitu.graph.location import here
+from insitu.methods.metrics import Tokens, token_ids
+from insitu.methods.prompts import read_prompts
+from insitu.methods.result import Result
+from insitu.methods.sites import Site, chosen, site_of
+from insitu.methods.subjects import Subject, positions_of
+from insitu.models.language_model import LanguageModel
+
+_CHUNK = 4096  # of the vocabulary
+
+
+def causal_tracing(
+    model: LanguageModel,
+    prompt: Any,
+    subject: Subject | Sequence[Subject],
+    answer: Tokens,
+    *,
+    samples: int = 10,
+    noise: float | None = None,
+    window: int | Mapping[str, int] = 1,
+    sites: str | Sequence[str] = ("residual_out", "mlp_out", "attention_out"),
+    layers: int | Sequence[int] | None = None,
+    seed: int = 0,
+) -> Result:
+    """Returns how likely the answer is again where states of a noised run are restored.
+
+    Meng et al. (2022), "Locating and Editing Factual Associations in GPT". Gaussian noise is added
+    to the embeddings of the subject's tokens, which makes the answer unlikely. Then the values of
+    the clean run are put back at one position, in one layer or a few around it, and the rest of
+    the run goes on from there.
+
+    Args:
+        model: the model.
+        prompt: a prompt in any form that `invoke` takes, or several, of any length.
+        subject: what is drowned: its text as it stands in the prompt, of one token or several, or
+            their positions. Of several prompts a text that all of them have, or one for each.
+        answer: the token whose probability is measured at the last position, as text such as
+            " Paris" or as its id; or one for each prompt.
+        samples: how many noises there are. Each prompt, and each restored state, has the same ones:
+            `torch.randn(samples, tokens of the subject, d_model)` times `noise`, of a generator
+            with the seed.
+        noise: the standard deviation of the noise. If None three times that of the model's token
+            embeddings, as in the paper: of all their entries, taken together. The paper takes them
+            over the subjects of its data set, and this over the vocabulary, so that it does not
+            depend on what else is traced.
+        window: in how many layers at once values are restored: `window // 2` before the layer, and
+            the rest from it on, as far as there are layers. Or that by site: the paper has 1 for
+            states and 10 for "mlp_out" and "attention_out".
+        sites: what is restored, by standard names. A list is an axis of the result.
+        layers: the layers in the middle of the windows, all if None.
+        seed: of the noise.
+
+    Returns:
+        The probability of the answer, as a mean over the samples, with the axes "prompt" (if
+        several were given), "site" (likewise), "layer" and "position". `details` has "clean" and
+        "corrupted", the probabilities in the clean run and in the noised ones with nothing
+        restored, `(prompt,)`, and "noise", its standard deviation.
+
+    Raises:
+        OptionError: if there is no such site, layer or position, or a number makes no sense.
+        PromptError: if the subject's text is not in the prompt, or more than once, or the answer
+            is no one token.
+
+    Example:
+        >>> from insitu import LanguageModel
+        >>> from insitu.methods import causal_tracing
+        >>> model = LanguageModel("insitu/eiffel")
+        >>> prompt = "The Louvre is in the city of"
+        >>> causal_tracing(model, prompt, "Louvre", " Paris", samples=2).sizes
+        {'site': 3, 'layer': 6, 'position': 7}
+    """
+    prompts = read_prompts(model, prompt)
+    drowned = positions_of(model, prompts, subject)
+    answers = token_ids(model, answer, len(prompts))
+    names = [sites] if isinstance(sites, str) else list(sites)
+    found = [_site(name) for name in names]
+    widths = _widths(window, found)
+    blocks = len(model.blocks)
+    middles = chosen("layer", layers, blocks)
+    if not isinstance(samples, int) or samples < 1:
+        raise OptionError(f"`samples` is a number from 1 on, not {samples!r}.", here())
+    if noise is not None and not noise >= 0:
+        raise OptionError(f"`noise` is a standard deviation, so not {noise!r}.", here())
+    strength = 3 * embedding_std(model) if noise is None else float(noise)
+
+    ends: list[Any] = []
+    restored: list[Any] = []
+    with model.trace() as tracer:
+        for ids, places, token in zip(prompts.ids, drowned, answers, strict=True):
+            size = (samples, len(places), model.d_model)
+            added = strength * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+            rows = ids.expand(samples, -1)
+            with tracer.invoke(ids):
+                clean = {
+                    (site, layer): site.read(model, layer)
+                    for site in found
+                    for middle in middles
+                    for layer in _around(middle, widths[site], blocks)
+                }
+                ends.append(_probability(model, token))
+            with tracer.invoke(rows):
+                _drown(model, places, added)
+                ends.append(_probability(model, token))
+            scores: list[Any] = []
+            for site in found:
+                for middle in middles:
+                    for position in range(len(ids)):
+                        with tracer.invoke(rows):
+                            _drown(model, places, added)
+                            for layer in _around(middle, widths[site], blocks):
+                                part = site.index(position=position)
+                                site.read(model, layer)[part] = clean[site, layer][part]
+                            scores.append(_probability(model, token))
+            whole: Any = torch.stack(scores)
+            restored.append(whole.save())
+        both: Any = torch.stack(ends)
+        both = both.save()
+
+    many = not isinstance(sites, str)
+    shape = ([len(found)] if many else []) + [len(middles)]
+    values = [
+        scores.value.reshape(*shape, length)
+        for scores, length in zip(restored, prompts.lengths, strict=True)
+    ]
+    measured = both.value.reshape(-1, 2)
+    measured = measured if prompts.many else measured[0]
+    axes = [Axis.of("site", (site.name for site in found))] if many else []
+    return Result(
+        f"Causal tracing of {', '.join(site.name for site in found)}",
+        "probability of the answer",
+        prompts.stacked(values, many + 1),
+        (*prompts.axis, *axes, Axis.of("layer", middles), prompts.positions()),
+        prompts.tokens,
+        details={
+            "clean": measured[..., 0],
+            "corrupted": measured[..., 1],
+            "noise": torch.tensor(strength),
+        },
+        centre=None if prompts.many else float(measured[1]),
+    )
+
+
+def embedding_std(model: LanguageModel) -> float:
+    """Returns the standard deviation of all entries of the model's token embeddings.
+
+    They are what the embedding gives for each token of the vocabulary, also where that is scaled.
+
+    Args:
+        model: the model, which is loaded for it.
+    """
+    model.load()
+    embed: Any = model.embedding.module
+    count, total, squares = 0, 0.0, 0.0
+    with torch.no_grad():
+        for ids in torch.arange(embed.num_embeddings, device=model.device).split(_CHUNK):
+            vectors = embed(ids[None]).double()
+            count += vectors.numel()
+            total += float(vectors.sum())
+            squares += float(vectors.square().sum())
+    return ((squares - total**2 / count) / (count - 1)) ** 0.5
+
+
+def _drown(model: LanguageModel, places: list[int], added: torch.Tensor) -> None:
+    """Adds noise to the embeddings at some positions, `(rows, place, d_model)`."""
+    embedded: Any = model.embedding.output
+    for number, place in enumerate(places):
+        embedded[:, place] += added[:, number].to(embedded.dtype)
+
+
+def _probability(model: LanguageModel, token: int) -> Any:
+    """The probability of a token at the last position, as a mean over the rows."""
+    logits: Any = model.logits
+    return logits[:, -1].float().softmax(-1)[:, token].mean()
+
+
+def _around(middle: int, width: int, count: int) -> range:
+    """The layers of a window."""
+    return range(max(0, middle - width // 2), min(count, middle - width // 2 + width))
+
+
+def _site(name: str) -> Site:
+    site = site_of(name)
+    if "position" not in site.axes:
+        raise OptionError(f"{name!r} has no positions at which it could be restored.", here())
+    return site
+
+
+def _widths(window: int | Mapping[str, int], sites: Sequence[Site]) -> dict[Site, int]:
+    """How many layers are restored at once, by site.
+
+    Raises:
+        OptionError: if that is not a number from 1 on, or is said of a site that is not restored.
+    """
+    given = window if isinstance(window, Mapping) else {site.name: window for site in sites}
+    names = [site.name for site in sites]
+    for name, width in given.items():
+        if name not in names:
+            raise OptionError(
+                f"`window` has {name!r}{nearest(name, names)}: {names} are restored.", here()
+            )
+        if not isinstance(width, int) or width < 1:
+            raise OptionError(f"`window` is a number of layers from 1 on, not {width!r}.", here())
+    return {site: given.get(site.name, 1) for site in sites}

@@ -1,0 +1,149 @@
+"""`Circuit`: the edges of a model that a behaviour is made of.
+
+A circuit is plain data: names of edges with their scores. It knows nothing of the model, and how
+it is run is the business of `circuit_runs.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from insitu.graph.errors import OptionError
+from insitu.graph.location import here
+from insitu.methods import files
+from insitu.methods.result import Result
+
+if TYPE_CHECKING:
+    from typing import Self
+
+_KIND = "circuit"
+
+
+class Edge(NamedTuple):
+    """What one part of a model adds to the residual stream, as another reads it.
+
+    Attributes:
+        sender: what adds to the stream: "input", "a3.h5" (a head), "m3" (an MLP).
+        receiver: what reads it: "a3.q5", "a3.k5", "a3.v5" (queries, keys and values of a head),
+            "m3" or "logits".
+        score: how much it matters, in the units of the metric that it was found with.
+    """
+
+    sender: str
+    receiver: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Circuit:
+    """The edges of a model that a behaviour is made of.
+
+    Attributes:
+        title: how it was found.
+        quantity: what a score is, such as "change of logit difference".
+        edges: its edges, those that matter most first.
+    """
+
+    title: str
+    quantity: str
+    edges: tuple[Edge, ...]
+
+    @classmethod
+    def of(cls, result: Result) -> Self:
+        """Returns all edges that were attributed, with their mean scores over prompts.
+
+        Args:
+            result: what `edge_attribution` has given.
+
+        Raises:
+            OptionError: if it is something else.
+        """
+        names = [axis.name for axis in result.axes]
+        if names[-2:] != ["sender", "receiver"] or names[:-2] not in ([], ["prompt"]):
+            raise OptionError(
+                "Edges are made of a result with the axes 'sender' and 'receiver', as "
+                f"`edge_attribution` gives it, not of one with {', '.join(map(repr, names))}.",
+                here(),
+            )
+        mean = result.mean("prompt") if names[:-2] else result
+        edges = [
+            Edge(cell.labels["sender"], cell.labels["receiver"], cell.value)
+            for cell in mean.cells()
+        ]
+        return cls(result.title, result.quantity, _sorted(edges))
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """What its edges come from, in the order of the model, and "logits" if any leads there."""
+        found = {edge.sender for edge in self.edges}
+        if any(edge.receiver == "logits" for edge in self.edges):
+            found.add("logits")
+        return tuple(sorted(found, key=_place))
+
+    def top(self, count: int) -> Circuit:
+        """Returns the circuit of the edges that matter most, with the largest scores by size.
+
+        Args:
+            count: how many.
+        """
+        return Circuit(self.title, self.quantity, _sorted(self.edges)[: max(count, 0)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it in JSON's own types."""
+        return {
+            "title": self.title,
+            "quantity": self.quantity,
+            "nodes": list(self.nodes),
+            "edges": [edge._asdict() for edge in self.edges],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it to a safetensors file, whole or not at all.
+
+        Args:
+            path: where to.
+        """
+        scores = torch.tensor([edge.score for edge in self.edges], dtype=torch.float64)
+        told = {
+            "title": self.title,
+            "quantity": self.quantity,
+            "edges": [[edge.sender, edge.receiver] for edge in self.edges],
+        }
+        files.write(path, _KIND, {"scores": scores}, told)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Returns what `save` has written.
+
+        Args:
+            path: the file.
+
+        Raises:
+            LoadError: if it is no such file.
+        """
+        tensors, told = files.read(path, _KIND)
+        scores = tensors["scores"].tolist()
+        named = zip(told["edges"], scores, strict=True)
+        edges = [Edge(sender, receiver, score) for (sender, receiver), score in named]
+        return cls(told["title"], told["quantity"], tuple(edges))
+
+
+def _sorted(edges: Iterable[Edge]) -> tuple[Edge, ...]:
+    """Edges, those with the largest scores by size first."""
+    return tuple(sorted(edges, key=lambda edge: -abs(edge.score)))
+
+
+def _place(node: str) -> tuple[int, int, int]:
+    """Where a node stands in a model: its layer, what it is, and which head."""
+    if node in ("input", "logits"):
+        return (-1 if node == "input" else 10**9, 0, 0)
+    part, _, head = node.partition(".h")
+    return int(part[1:]), "asm".index(part[0]), int(head or 0)

@@ -1,0 +1,219 @@
+"""Edge attribution patching: how much each edge between two parts of a model matters.
+
+Each edge carries what one part adds to the residual stream to another part that reads it. What
+replacing it would change is estimated from gradients: no edge is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from insitu.display.axis import Axis
+from insitu.graph.errors import OptionError, PromptError
+from insitu.graph.location import here
+from insitu.methods.metrics import Measure, Metric, as_metric
+from insitu.methods.pairs import Pairs, number, read_pairs
+from insitu.methods.result import Result
+from insitu.methods.sites import site_of
+from insitu.methods.survey import wiring_of
+from insitu.methods.wiring import Part, Wiring
+from insitu.models.language_model import LanguageModel
+
+
+def edge_attribution(
+    model: LanguageModel,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric | Callable[[Any], Any],
+    *,
+    steps: int = 0,
+) -> Result:
+    """Returns for each edge by how much it would change a metric to corrupt it, estimated.
+
+    The estimate is linear: by how much what the sender adds differs in the corrupted run from the
+    clean one, times the gradient of the metric with respect to what the receiver reads, summed over
+    positions. Without steps the gradient is that of the clean run (edge attribution patching, Syed
+    et al. 2023, https://arxiv.org/abs/2310.10348). With steps it is the mean of gradients of runs
+    whose embeddings lie between the corrupted and the clean ones: the k-th of m is k/m of the way
+    from the corrupted to the clean (EAP-IG, Hanna et al. 2024, https://arxiv.org/abs/2403.17806).
+
+    Senders are "input" (the embeddings), "a3.h5" (head 5 of layer 3) and "m3" (its MLP). Receivers
+    are "a3.q5", "a3.k5" and "a3.v5" (queries, keys and values of a head), "m3" and "logits". Where
+    heads share keys, those of the keys are counted. Where heads do not add up to what attention
+    adds, as with a norm behind it, "a3" is one sender; where attention reads the stream in other
+    ways too, as with a gate, it is one receiver. A state-space layer is "s3".
+
+    It takes two forwards for each pair of prompts; and for each step one, one backward, and for
+    each receiver one backward through its own part. These run one pair at a time.
+
+    Args:
+        model: the model.
+        clean: the prompt with the behaviour in question, in any form that `invoke` takes; or
+            several, which may differ in length.
+        corrupted: the prompt without it, of the same length; or one for each.
+        metric: what is measured of the logits, and can be differentiated. A KL divergence has no
+            gradient in the clean run: give it steps.
+        steps: how many, 0 for the gradient of the clean run alone. Five are mostly enough.
+
+    Returns:
+        The estimated change of the metric, with the axes "prompt" (if several were given), "sender"
+        and "receiver". It is NaN where there is no edge. `details` has the metric of the prompts as
+        they are, "clean" and "corrupted", `(prompt,)`.
+
+    Raises:
+        OptionError: if the model's parts are not connected by one residual stream, or `steps` is
+            negative.
+        PromptError: if prompts do not go together.
+        ShapeError: if the metric is not a number.
+
+    Example:
+        >>> from insitu import LanguageModel
+        >>> from insitu.methods import edge_attribution, logit_difference
+        >>> model = LanguageModel("insitu/eiffel")
+        >>> edge_attribution(
+        ...     model,
+        ...     "The Louvre is in the city of",
+        ...     "The Kremlin is in the city of",
+        ...     logit_difference(" Paris", " Moscow"),
+        ... ).sizes
+        {'sender': 55, 'receiver': 151}
+    """
+    pairs = read_equal_pairs(model, clean, corrupted)
+    wiring = wiring_of(model, pairs.clean.ids[0])
+    return attributed(model, pairs, metric, wiring, steps)
+
+
+def read_equal_pairs(model: LanguageModel, clean: Any, corrupted: Any) -> Pairs:
+    """Returns prompts in pairs, the two of each of the same length.
+
+    Args:
+        model: the model.
+        clean: a prompt, or several.
+        corrupted: one for each of these.
+
+    Raises:
+        PromptError: if they do not go together.
+    """
+    pairs = read_pairs(model, clean, corrupted)
+    unequal = pairs.unequal
+    if unequal is not None:
+        raise PromptError(
+            f"Edges carry values from position to position, and {pairs.told(unequal)}: make them "
+            "equally long.",
+            here(),
+        )
+    return pairs
+
+
+def attributed(
+    model: LanguageModel,
+    pairs: Pairs,
+    metric: Metric | Callable[[Any], Any],
+    wiring: Wiring,
+    steps: int,
+) -> Result:
+    """Returns what `edge_attribution` does, of a model whose wiring is known.
+
+    Args:
+        model: the model.
+        pairs: the prompts.
+        metric: as of `edge_attribution`.
+        wiring: the model's.
+        steps: likewise.
+    """
+    if not isinstance(steps, int) or steps < 0:
+        raise OptionError(
+            f"`steps` is how many runs gradients are averaged over, or 0, not {steps!r}.", here()
+        )
+    metric = as_metric(metric)
+    ends: list[Any] = []
+    found: list[list[list[Any]]] = []
+    with model.trace() as tracer:
+        for pair, measure in enumerate(metric.of(model, len(pairs))):
+            with tracer.invoke(pairs.clean.ids[pair]):
+                reference = model.logits[0].detach()
+                clean_added = _added(model, wiring)
+                ends.append(number(measure(reference, reference)).detach().float().save())
+            with tracer.invoke(pairs.corrupted.ids[pair]):
+                corrupted_added = _added(model, wiring)
+                ends.append(measure(model.logits[0].detach(), reference).detach().float().save())
+            changes = [other - one for one, other in zip(clean_added, corrupted_added, strict=True)]
+            runs: list[list[Any]] = []
+            for step in range(max(steps, 1)):
+                with tracer.invoke(pairs.clean.ids[pair]):
+                    if steps:
+                        start = corrupted_added[0] - changes[0] * ((step + 1) / steps)
+                        site_of("residual_in").write(model, 0, start)
+                    runs.append(_scores(model, wiring, changes, measure, reference))
+            found.append(runs)
+    values = [_arranged(wiring, runs) for runs in found]
+    measured = torch.stack([end.value for end in ends]).reshape(-1, 2)
+    measured = measured if pairs.clean.many else measured[0]
+    return Result(
+        f"Edge attribution{f' with {steps} integrated gradients' if steps else ''}",
+        f"change of {metric.name}",
+        torch.stack(values) if pairs.clean.many else values[0],
+        (
+            *pairs.clean.axis,
+            Axis.of("sender", wiring.senders),
+            Axis.of("receiver", wiring.receivers),
+        ),
+        details={"clean": measured[..., 0], "corrupted": measured[..., 1]},
+        centre=0.0,
+    )
+
+
+def _added(model: LanguageModel, wiring: Wiring) -> list[Any]:
+    """What is added to the residual stream: the input, and of each part, `(1, sender, ...)`."""
+    start = site_of("residual_in").read(model, 0).detach()
+    return [start, *(part.added(model).detach()[0] for part in wiring.parts if part.senders)]
+
+
+def _scores(
+    model: LanguageModel, wiring: Wiring, changes: list[Any], measure: Measure, reference: Any
+) -> list[Any]:
+    """The scores of the edges to each part, `(sender, receiver)`, in an open invocation."""
+    streams = [part.reads.read(model, part.layer) for part in wiring.parts]
+    made: list[list[Any]] = []
+    for part in wiring.parts:
+        sites = dict.fromkeys(r.site for r in part.receivers if r.site is not None)
+        made.append([(site, site.read(model, part.layer)) for site in sites])
+    slopes = [{site: value.grad for site, value in of_part} for of_part in made]
+    last = streams[-1].grad
+    measure(model.logits[0], reference).backward(retain_graph=True)
+    bank = torch.cat(changes).float()
+    scores: list[Any] = []
+    for part, stream, of_part, slope in zip(wiring.parts, streams, made, slopes, strict=True):
+        values = dict(of_part)
+        gradients: list[Any] = []
+        for receiver in part.receivers:
+            if receiver.site is None:
+                gradients.append(last)
+                continue
+            # Back through this receiver alone, from what it has made of the stream to the stream.
+            gradient = stream.grad
+            value, weight = values[receiver.site], slope[receiver.site].detach()
+            if receiver.head is not None:
+                value, weight = value[:, receiver.head], weight[:, receiver.head]
+            (value * weight).sum().backward(retain_graph=True)
+            gradients.append(gradient)
+        whole = torch.cat(gradients).float()
+        products: Any = torch.einsum("spd,rpd->sr", bank[: part.upstream], whole)
+        scores.append(products.save())
+    return scores
+
+
+def _arranged(wiring: Wiring, runs: list[list[Any]]) -> torch.Tensor:
+    """The mean scores of some runs as one matrix, NaN where there is no edge."""
+    whole = torch.full((len(wiring.senders), len(wiring.receivers)), float("nan"))
+    for at, part in enumerate(wiring.parts):
+        scores = torch.stack([run[at].value for run in runs]).mean(0).cpu()
+        whole[: part.upstream, _columns(part)] = scores
+    return whole
+
+
+def _columns(part: Part) -> slice:
+    return slice(part.first_receiver, part.first_receiver + len(part.receivers))

@@ -1,0 +1,210 @@
+"""The logit lens: what a model would predict if it stopped after a block.
+
+nostalgebraist, "interpreting GPT: the logit lens", 2020. What the model makes of what leaves its
+last block is made of what leaves each of them: the final norm, the unembedding, and whatever else
+there is, such as a soft cap. So the last row is what the model itself predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from insitu.display.axis import Axis
+from insitu.graph.errors import OptionError
+from insitu.graph.location import here
+from insitu.methods.metrics import Tokens, token_ids
+from insitu.methods.prompts import read_prompts, words
+from insitu.methods.readout import Readout, readout_of
+from insitu.methods.result import Result
+from insitu.methods.sites import Site, chosen, site_of
+from insitu.models.language_model import LanguageModel
+
+Translate = Callable[[int, Any], Any]
+"""From the number of a stage and hidden states `(1, position, d_model)` there to what is read out
+in their place. Both may be proxies."""
+
+_STREAM = ("position", "d_model")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A place in the residual stream that is looked at.
+
+    Attributes:
+        number: how many blocks come before it: 0 for the embedding.
+        label: what it is called on the axis of layers.
+        site: what is read there.
+        layer: in which block.
+    """
+
+    number: int
+    label: str
+    site: Site
+    layer: int
+
+    def read(self, model: LanguageModel) -> Any:
+        """Returns its proxy, `(1, position, d_model)`, in an open invocation."""
+        return self.site.read(model, self.layer)
+
+
+def logit_lens(
+    model: LanguageModel,
+    prompts: Any,
+    *,
+    site: str = "residual_out",
+    layers: int | Iterable[int] | None = None,
+    positions: int | Iterable[int] | None = None,
+    token: Tokens | None = None,
+    top: int = 5,
+) -> Result:
+    """Returns what a model would predict from the residual stream after each block.
+
+    Args:
+        model: the model.
+        prompts: one prompt or several, in any form that `invoke` takes.
+        site: what is read in each block: a value of the width of the residual stream, such as
+            "residual_mid", or "mlp_out" for what one MLP alone speaks for.
+        layers: which blocks; None for all, and before them the embedding: what the first block is
+            given.
+        positions: which positions, from the end if negative; None for all.
+        token: the token whose probability is the value of a cell, as text or id, or one for each
+            prompt; None for the most likely token of each cell.
+        top: how many of the most likely tokens are kept in the details.
+
+    Returns:
+        Probabilities with the axes layer and position, before them prompt if several were given.
+        The texts are the most likely tokens. In the details there are `ids` and `probabilities` of
+        the `top` most likely tokens, with one axis more, most likely first; ids are -1 where a
+        prompt has no position.
+
+    Raises:
+        OptionError: if there is no such site, layer, position or token.
+        PathError: if the model's blocks have no such value, as those of BERT have no residual
+            stream.
+
+    Example:
+        >>> from insitu import LanguageModel
+        >>> from insitu.methods import logit_lens
+        >>> model = LanguageModel("insitu/eiffel", device_map="cpu")
+        >>> lens = logit_lens(model, "The Eiffel Tower is in the city of")
+        >>> lens.sizes, lens.select(layer=-1, position=-1).texts
+        ({'layer': 7, 'position': 8}, (' Paris',))
+    """
+    return look(
+        model,
+        prompts,
+        "Logit lens" if site == "residual_out" else f"Logit lens of {site}",
+        stages_of(model, site, layers),
+        lambda number, value: value,
+        positions,
+        token,
+        top,
+    )
+
+
+def stages_of(model: LanguageModel, site: str, layers: int | Iterable[int] | None) -> list[Stage]:
+    """Returns the places that a lens looks at, first to last.
+
+    Args:
+        model: the model.
+        site: as of `logit_lens`.
+        layers: likewise.
+
+    Raises:
+        OptionError: if there is no such site or layer.
+    """
+    found = site_of(site)
+    if found.axes != _STREAM:
+        raise OptionError(
+            f"A lens reads what is as wide as the residual stream, which {site!r} is not: "
+            '"residual_out", "residual_mid", "attention_out" or "mlp_out".',
+            here(),
+        )
+    after = site != "residual_in"
+    numbers = chosen("layer", layers, model.n_layers)
+    stages = [Stage(layer + after, str(layer), found, layer) for layer in numbers]
+    if layers is None and site == "residual_out":
+        stages.insert(0, Stage(0, "embedding", site_of("residual_in"), 0))
+    return stages
+
+
+def look(
+    model: LanguageModel,
+    prompts: Any,
+    title: str,
+    stages: Sequence[Stage],
+    translate: Translate,
+    positions: int | Iterable[int] | None,
+    token: Tokens | None,
+    top: int,
+) -> Result:
+    """Returns what is read out at each stage.
+
+    Args:
+        model: the model.
+        prompts: as of `logit_lens`.
+        title: that of the result.
+        stages: where to look.
+        translate: what is done to hidden states before they are read out.
+        positions: as of `logit_lens`.
+        token: likewise.
+        top: likewise.
+    """
+    readout = readout_of(model)
+    given = read_prompts(model, prompts)
+    looked, places = given.at(positions)
+    wanted = None if token is None else token_ids(model, token, len(given))
+    if top < 1:
+        raise OptionError(f"`top` is how many tokens are kept, at least 1, not {top}.", here())
+    top = min(top, model.vocab_size)
+    kept: list[list[tuple[Any, ...]]] = []
+    with model.trace() as tracer:
+        for number, ids in enumerate(given.ids):
+            one = None if wanted is None else wanted[number]
+            with tracer.invoke(ids):
+                seen = (
+                    _seen(readout, translate(stage.number, _at(stage.read(model), places[number])))
+                    for stage in stages
+                )
+                kept.append([_kept(probabilities, one, top) for probabilities in seen])
+    values, probabilities, ids = (
+        looked.stacked([torch.stack([cell[part].value for cell in cells]) for cells in kept], 1)
+        for part in range(3)
+    )
+    return Result(
+        title,
+        "probability",
+        values,
+        (*given.axis, Axis.of("layer", [stage.label for stage in stages]), looked.positions()),
+        looked.tokens,
+        _texts(model, ids[..., 0]),
+        {"ids": ids, "probabilities": probabilities},
+    )
+
+
+def _at(value: Any, places: Sequence[int]) -> Any:
+    return value[:, list(places)]
+
+
+def _seen(readout: Readout, value: Any) -> Any:
+    """Probabilities `(position, vocabulary)`."""
+    return readout.recorded(value)[0].float().softmax(-1)
+
+
+def _kept(probabilities: Any, wanted: int | None, top: int) -> tuple[Any, ...]:
+    """What is saved of probabilities, which are gone before those of the next stage are there."""
+    best = probabilities.topk(top)
+    value = best.values[:, 0] if wanted is None else probabilities[:, wanted]
+    return value.save(to="cpu"), best.values.save(to="cpu"), best.indices.save(to="cpu")
+
+
+def _texts(model: LanguageModel, ids: torch.Tensor) -> tuple[str, ...]:
+    """Token ids as text, "" where there is none."""
+    numbers = ids.flatten().tolist()
+    known = sorted(set(numbers) - {-1})
+    named = dict(zip(known, words(model, known), strict=True))
+    return tuple(named.get(number, "") for number in numbers)

@@ -1,0 +1,105 @@
+"""Pairs of prompts, a clean and a corrupted one, and the scale that the two of them make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from insitu.graph.errors import OptionError, PromptError, ShapeError
+from insitu.graph.location import here
+from insitu.methods.prompts import Prompts, read_prompts
+from insitu.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Clean and corrupted prompts, as many of the ones as of the others.
+
+    Attributes:
+        clean: the clean ones.
+        corrupted: the corrupted ones.
+    """
+
+    clean: Prompts
+    corrupted: Prompts
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def unequal(self) -> int | None:
+        """The number of the first pair whose prompts have different lengths, None if none has."""
+        pairs = zip(self.clean.lengths, self.corrupted.lengths, strict=True)
+        return next((number for number, (one, other) in enumerate(pairs) if one != other), None)
+
+    def told(self, number: int) -> str:
+        """Returns how long the prompts of a pair are, as words."""
+        where = f"of pair {number} " if self.clean.many else ""
+        one, other = self.clean.lengths[number], self.corrupted.lengths[number]
+        return f"the clean prompt {where}has {one} tokens, and the corrupted one {other}"
+
+
+def read_pairs(model: LanguageModel, clean: Any, corrupted: Any) -> Pairs:
+    """Returns prompts in pairs.
+
+    Args:
+        model: the model.
+        clean: a prompt, or several.
+        corrupted: one for each of these.
+
+    Raises:
+        PromptError: if there are not as many of the ones as of the others, or one is not right.
+    """
+    pairs = Pairs(read_prompts(model, clean), read_prompts(model, corrupted))
+    if len(pairs.clean) != len(pairs.corrupted):
+        raise PromptError(
+            f"There are {len(pairs.clean)} clean prompts and {len(pairs.corrupted)} corrupted "
+            "ones: they are patched in pairs, so give one for each.",
+            here(),
+        )
+    return pairs
+
+
+def number(found: Any) -> Any:
+    """Returns what a metric has made of a run, if it is a number.
+
+    Raises:
+        ShapeError: if it is none.
+    """
+    shape = getattr(found, "shape", None)
+    if shape is None or len(shape):
+        kind = f"a {type(found).__name__}" if shape is None else f"shape {tuple(shape)}"
+        raise ShapeError(
+            "A metric is one number for a prompt: a tensor without axes, made of the logits "
+            f"(position, vocabulary). This one gives {kind}.",
+            here(),
+        )
+    return found
+
+
+def share(
+    values: torch.Tensor, start: torch.Tensor, end: torch.Tensor, pairs: Pairs
+) -> torch.Tensor:
+    """Returns how far values have come from one number to another, as a share of the way.
+
+    Args:
+        values: measured, with an axis of pairs first if there are several.
+        start: where that share is 0, `(prompt,)` or `()`.
+        end: where it is 1, likewise.
+        pairs: the pairs.
+
+    Raises:
+        OptionError: if it is nowhere, because the two are equal.
+    """
+    same = (start == end).flatten().nonzero().flatten().tolist()
+    if same:
+        of = f" of pair {same[0]}" if pairs.clean.many else ""
+        raise OptionError(
+            f"The metric is {float(start.flatten()[same[0]]):.4g} of both prompts{of}, so there "
+            "is nothing to take shares of: write `normalised=False` for the metric itself.",
+            here(),
+        )
+    shape = (*start.shape, *[1] * (values.ndim - start.ndim))
+    return (values - start.reshape(shape)) / (end - start).reshape(shape)

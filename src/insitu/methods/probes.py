@@ -1,0 +1,217 @@
+"""Probes: linear maps that read labels off activations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+
+from insitu.display.axis import Axis
+from insitu.graph.errors import OptionError
+from insitu.graph.location import here
+from insitu.methods import files
+from insitu.methods.activations import Position, gather, stream_site
+from insitu.methods.prompts import read_prompts
+from insitu.methods.result import Result
+from insitu.methods.sites import chosen
+from insitu.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Kind: TypeAlias = Literal["logistic", "linear"]
+Label: TypeAlias = str | int | float | bool
+
+_KIND = "probe"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Probe:
+    """Linear maps from activations to labels: one in each layer, and at each of several positions.
+
+    What a map gives of an activation x is `weights @ x + biases`: the log-odds of the second class
+    if there are two, a logit for each class if there are more, the label itself if it is a number.
+
+    Attributes:
+        kind: "logistic" or "linear".
+        site: the standard name of what it reads, such as "residual_out".
+        layers: the blocks, from 0.
+        position: where in a prompt.
+        classes: the labels that a logistic one chooses among, sorted.
+        weights: `(layer, output, width)`, or `(layer, position, output, width)`, float32.
+        biases: `(layer, output)`, or `(layer, position, output)`.
+        scores: what it scores on held-out prompts, by layer, and position if there are several.
+    """
+
+    kind: Kind
+    site: str
+    layers: tuple[int, ...]
+    position: Position
+    classes: tuple[Label, ...]
+    weights: torch.Tensor
+    biases: torch.Tensor
+    scores: Result
+
+    def direction(self, layer: int, label: Label | None = None) -> torch.Tensor:
+        """Returns the direction in which a label becomes likelier, or larger, of length 1.
+
+        Args:
+            layer: of which layer.
+            label: of which class, if there are more than two; None for the second of two.
+
+        Returns:
+            `(width,)`, or `(position, width)` for several positions.
+
+        Raises:
+            OptionError: if there is no such layer or class.
+        """
+        weights = self.weights[self._number(layer)]
+        if len(self.classes) <= 2:
+            sign = 1
+            if label is not None:
+                sign = 1 if self._class(label) else -1
+            found = weights[..., 0, :] * sign
+        elif label is None:
+            raise OptionError(
+                f"There are {len(self.classes)} classes, each with a direction: name one of "
+                f"{_listed(self.classes)}.",
+                here(),
+            )
+        else:
+            found = weights[..., self._class(label), :]
+        return torch.nn.functional.normalize(found, dim=-1)
+
+    def outputs(self, model: LanguageModel, prompts: Any) -> torch.Tensor:
+        """Returns what the maps give of some prompts: `weights @ x + biases`.
+
+        Args:
+            model: the model.
+            prompts: one prompt or several.
+
+        Returns:
+            `(prompt, layer, output)`, or `(prompt, layer, position, output)`.
+        """
+        read, site = read_prompts(model, prompts), stream_site(self.site)
+        layers = chosen("layer", self.layers, model.n_layers)
+        found = gather(model, read, site, layers, self.position)
+        return (self.weights @ found[..., None])[..., 0] + self.biases
+
+    def predict(self, model: LanguageModel, prompts: Any) -> Result:
+        """Returns what it says of prompts, in each layer.
+
+        Args:
+            model: the model.
+            prompts: one prompt or several, of any lengths.
+
+        Returns:
+            By prompt if there are several, layer, and position if there are several. Of a logistic
+            one the values are the probability of the class that is likeliest, and the texts say
+            which that is; of a linear one they are the label that it expects.
+        """
+        read = read_prompts(model, prompts)
+        outputs = self.outputs(model, prompts)
+        texts: tuple[str, ...] = ()
+        if self.kind == "linear":
+            values = outputs[..., 0]
+        else:
+            if len(self.classes) == 2:
+                outputs = torch.cat([torch.zeros_like(outputs), outputs], -1)
+            values, best = outputs.softmax(-1).max(-1)
+            texts = tuple(str(self.classes[number]) for number in best.flatten().tolist())
+        return Result(
+            f"Probe of {self.site}",
+            "prediction" if self.kind == "linear" else "probability",
+            values if read.many else values[0],
+            (*read.axis, *self.scores.axes),
+            texts=texts,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it to a safetensors file, whole or not at all.
+
+        Args:
+            path: where to.
+        """
+        position = self.position
+        told = {
+            "kind": self.kind,
+            "site": self.site,
+            "layers": list(self.layers),
+            "position": position if isinstance(position, int | str) else list(position),
+            "classes": list(self.classes),
+            "positions": list(self._positions()),
+        }
+        tensors = {
+            "weights": self.weights,
+            "biases": self.biases,
+            "scores": self.scores.values,
+            **{f"scores.{name}": value for name, value in self.scores.details.items()},
+        }
+        files.write(path, _KIND, tensors, told)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Returns what `save` has written.
+
+        Args:
+            path: the file.
+
+        Raises:
+            LoadError: if it is no such file.
+        """
+        tensors, told = files.read(path, _KIND)
+        kind, site, layers = told["kind"], told["site"], tuple(told["layers"])
+        weights, biases, scores = (tensors.pop(name) for name in ("weights", "biases", "scores"))
+        details = {name.removeprefix("scores."): value for name, value in tensors.items()}
+        result = scored(kind, site, layers, told["positions"], scores, details)
+        classes = tuple(told["classes"])
+        return cls(kind, site, layers, told["position"], classes, weights, biases, result)
+
+    def _positions(self) -> tuple[str, ...]:
+        axes = self.scores.axes
+        return axes[1].labels if len(axes) > 1 else ()
+
+    def _number(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise OptionError(
+                f"The probe has no layer {layer}, but {_listed(self.layers)}.", here()
+            )
+        return self.layers.index(layer)
+
+    def _class(self, label: Label) -> int:
+        if label not in self.classes:
+            raise OptionError(
+                f"There is no class {label!r}, but {_listed(self.classes) or 'numbers'}.", here()
+            )
+        return self.classes.index(label)
+
+
+def scored(
+    kind: Kind,
+    site: str,
+    layers: Sequence[int],
+    positions: Sequence[str],
+    values: torch.Tensor,
+    details: Mapping[str, torch.Tensor],
+) -> Result:
+    """Returns the scores of a probe.
+
+    Args:
+        kind: of which kind.
+        site: the standard name of what it reads.
+        layers: in which blocks.
+        positions: the labels of several positions; empty for one or the mean.
+        values: the scores, `(layer,)` or `(layer, position)`.
+        details: what else was measured, of the same shape.
+    """
+    axes = (Axis.of("layer", layers), *((Axis("position", tuple(positions)),) if positions else ()))
+    quantity = "accuracy" if kind == "logistic" else "R²"
+    title = f"{kind.capitalize()} probe of {site}"
+    return Result(title, quantity, values, axes, details=details)
+
+
+def _listed(items: Iterable[object]) -> str:
+    return ", ".join(map(repr, items))

@@ -1,0 +1,165 @@
+"""Probing: what can be read off activations by a linear map, learned from labelled prompts.
+
+The maps are fitted by scikit-learn on activations that one trace gathers. Alain and Bengio 2016
+(https://arxiv.org/abs/1610.01644); on what a score does not show, Belinkov 2022
+(https://arxiv.org/abs/2102.12452).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from insitu.graph.errors import MissingPackageError, OptionError
+from insitu.graph.location import here
+from insitu.methods.activations import Position, gather, positions_of, stream_site
+from insitu.methods.probes import Kind, Label, Probe, scored
+from insitu.methods.prompts import read_prompts
+from insitu.methods.sites import chosen
+from insitu.models.language_model import LanguageModel
+
+
+def probe(
+    model: LanguageModel,
+    prompts: Any,
+    labels: Sequence[Label] | torch.Tensor,
+    *,
+    site: str = "residual_out",
+    layers: int | Iterable[int] | None = None,
+    position: Position = -1,
+    kind: Kind = "logistic",
+    penalty: float = 1.0,
+    held_out: float = 0.25,
+    seed: int = 0,
+) -> Probe:
+    """Learns linear maps from activations to labels, and scores them on prompts that are held out.
+
+    Each activation is brought to mean 0 and variance 1 over the training prompts, so that one
+    penalty means the same in every layer; the maps that are returned take activations as they are.
+
+    Args:
+        model: the model.
+        prompts: the prompts, of any lengths.
+        labels: the label of each: of a logistic probe anything that can be sorted, of a linear one
+            numbers.
+        site: the standard name of what is read: a value that is a vector at each position.
+        layers: in which blocks; None for all.
+        position: where: at one position; at several, each by itself; as the mean over all
+            ("mean"); or at all, each by itself ("all"), of prompts of one length.
+        kind: "logistic", a logistic regression, scored by its accuracy; or "linear", a ridge
+            regression, scored by R².
+        penalty: the weight of the squared length of the map beside the loss, summed over prompts.
+        held_out: which part of the prompts is not trained on. Classes are held out in proportion.
+        seed: which those are.
+
+    Returns:
+        The probe. `probe.scores` has the scores on held-out prompts, by layer, and position if
+        there are several; in `details` are those on training prompts ("train"), and for a logistic
+        probe what always saying the most frequent class would score ("majority").
+
+    Raises:
+        MissingPackageError: if scikit-learn is not installed.
+        OptionError: if labels and prompts do not go together, or there is no such site, layer or
+            kind.
+        PromptError: if a prompt has no such position.
+    """
+    _needed()
+    read, place = read_prompts(model, prompts), stream_site(site)
+    given = labels.tolist() if isinstance(labels, torch.Tensor) else list(labels)
+    _check(given, len(read), kind, held_out)
+    train, test = _split(given, kind, held_out, seed)
+    numbers = chosen("layer", layers, model.n_layers)
+    found = gather(model, read, place, numbers, position)
+    inputs = found.flatten(1, -2).movedim(1, 0)  # (map, prompt, width)
+    fits = [_fit(x, given, train, test, kind, penalty) for x in inputs.double()]
+    shape = found.shape[1:-1]
+    weights, biases, scores, trained = (
+        torch.stack(parts).unflatten(0, shape) for parts in zip(*fits, strict=True)
+    )
+    details = {"train": trained.float()}
+    if kind == "logistic":
+        held = [given[number] for number in test]
+        most = max(set(given), key=[given[number] for number in train].count)
+        details["majority"] = torch.full(shape, held.count(most) / len(held))
+    positions = positions_of(read, position) or ()
+    result = scored(kind, place.name, numbers, positions, scores.float(), details)
+    classes = tuple(sorted(set(given))) if kind == "logistic" else ()
+    where = position if isinstance(position, int | str) else tuple(position)
+    maps = (weights.float(), biases.float())
+    return Probe(kind, place.name, tuple(numbers), where, classes, *maps, result)
+
+
+def _fit(
+    inputs: torch.Tensor,
+    labels: Sequence[Any],
+    train: Sequence[int],
+    test: Sequence[int],
+    kind: Kind,
+    penalty: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fits one map, and returns its weights and biases and its scores, held out and in training."""
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if kind == "logistic":
+        regression: Any = LogisticRegression(C=1 / penalty, max_iter=10_000)
+    else:
+        regression = Ridge(alpha=penalty)
+    scaler = StandardScaler()
+    fitted = make_pipeline(scaler, regression)
+    values = inputs.numpy()
+    fitted.fit(values[train], [labels[number] for number in train])
+    scores = [
+        fitted.score(values[part], [labels[number] for number in part]) for part in (test, train)
+    ]
+    coefficients = torch.as_tensor(regression.coef_, dtype=torch.float64).reshape(
+        -1, inputs.shape[-1]
+    )
+    weights = coefficients / torch.as_tensor(scaler.scale_)
+    biases = torch.as_tensor(regression.intercept_, dtype=torch.float64).reshape(-1)
+    biases = biases - weights @ torch.as_tensor(scaler.mean_)
+    return weights, biases, torch.tensor(scores[0]), torch.tensor(scores[1])
+
+
+def _split(
+    labels: Sequence[Any], kind: Kind, held_out: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Which prompts are trained on and which are held out."""
+    from sklearn.model_selection import train_test_split
+
+    stratify = labels if kind == "logistic" else None
+    try:
+        train, test = train_test_split(
+            range(len(labels)), test_size=held_out, random_state=seed, stratify=stratify
+        )
+    except ValueError as error:
+        raise OptionError(f"The prompts cannot be divided: {error}", here()) from None
+    return list(train), list(test)
+
+
+def _check(labels: Sequence[Any], count: int, kind: str, held_out: float) -> None:
+    if kind not in ("logistic", "linear"):
+        raise OptionError(f"A probe is 'logistic' or 'linear', not {kind!r}.", here())
+    if len(labels) != count:
+        raise OptionError(f"There are {len(labels)} labels for {count} prompts.", here())
+    if not 0 < held_out < 1:
+        raise OptionError(f"`held_out` is a part of the prompts, not {held_out!r}.", here())
+    if kind == "linear" and any(isinstance(label, str) for label in labels):
+        raise OptionError("A linear probe has numbers as labels: see `kind='logistic'`.", here())
+    if kind == "logistic" and len(set(labels)) < 2:
+        raise OptionError(f"All prompts have one label, {labels[0]!r}.", here())
+
+
+def _needed() -> None:
+    """Raises if scikit-learn is not there."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise MissingPackageError(
+            "Probes are fitted by scikit-learn, which is not installed: "
+            "`pip install 'insitu[probe]'`.",
+            here(),
+        ) from None

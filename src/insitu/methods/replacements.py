@@ -1,0 +1,171 @@
+"""What is put in the place of a value that is ablated: zeros, a mean, or another prompt's value."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+from insitu.graph.errors import OptionError, PromptError
+from insitu.graph.location import here
+from insitu.methods.prompts import Prompts
+from insitu.methods.sites import Site
+from insitu.models.language_model import LanguageModel
+
+Mode: TypeAlias = Literal["zero", "mean", "resample"]
+"""What is put there: see `insitu.methods.ablate`."""
+
+Positions: TypeAlias = Sequence[list[int] | None]
+"""Of each prompt, which positions are ablated; None for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What to put in the place of a site's value, in an open trace.
+
+    Attributes:
+        site: the site.
+        mode: what is put there.
+        by_position: whether means are of each position by itself.
+        lengths: how many positions each reference prompt has.
+        drawn: of each prompt, the number of the reference prompt whose values it gets; empty
+            unless one is drawn.
+        states: the values of reference prompts, by their number and the layer.
+        means: the means that were asked for, by layer.
+    """
+
+    site: Site
+    mode: Mode
+    by_position: bool
+    lengths: tuple[int, ...]
+    drawn: tuple[int, ...] = ()
+    states: dict[tuple[int, int], Any] = field(default_factory=dict)
+    means: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[int]:
+        """The numbers of the reference prompts whose values are used."""
+        if self.mode == "zero":
+            return []
+        return sorted(set(self.drawn)) if self.drawn else list(range(len(self.lengths)))
+
+    def read(
+        self, model: LanguageModel, invocations: Mapping[int, Any], layers: Iterable[int]
+    ) -> None:
+        """Reads what is needed of the reference prompts.
+
+        Args:
+            model: the model.
+            invocations: that of each of `sources`.
+            layers: which layers' values are to be replaced.
+        """
+        for number in self.sources:
+            with invocations[number]:
+                for layer in layers:
+                    self.states[number, layer] = self.site.read(model, layer)
+        if self.mode == "mean":
+            for layer in layers:
+                self.means[layer] = self._mean(layer)
+
+    def value(self, prompt: int, layer: int, positions: Any, **chosen: Any) -> Any:
+        """Returns what to put there, in a shape that goes with that of the part that is replaced.
+
+        Args:
+            prompt: the number of the prompt.
+            layer: in which layer.
+            positions: which positions are replaced, as an index.
+            chosen: which parts, as of `Site.index`.
+        """
+        if self.mode == "zero":
+            return 0.0
+        if self.mode == "mean" and not self.by_position:
+            return self.means[layer][self.site.index(**chosen)]
+        source = self.means[layer] if self.mode == "mean" else None
+        if source is None:
+            source = self.states[self.drawn[prompt], layer]
+        return source[self.site.index(position=positions, **chosen)]
+
+    def _mean(self, layer: int) -> Any:
+        """The mean in a layer: of each position, or with one entry for all of them."""
+        values = [self.states[number, layer].float() for number in self.sources]
+        if not self.by_position:
+            total = sum(value.sum(-2, keepdim=True) for value in values)
+            return total / sum(self.lengths)
+        longest = max(self.lengths)
+        filled = [
+            F.pad(value, (0, 0, 0, longest - length))
+            for value, length in zip(values, self.lengths, strict=True)
+        ]
+        counts = [sum(length > position for length in self.lengths) for position in range(longest)]
+        total = sum(filled)
+        return total / torch.tensor(counts)[:, None].to(total)
+
+
+def replacement(
+    site: Site,
+    mode: Mode,
+    by_position: bool,
+    prompts: Prompts,
+    reference: Prompts,
+    positions: Positions,
+    seed: int,
+) -> Replacement:
+    """Returns how a site's value is replaced, once what it takes is there.
+
+    Args:
+        site: the site.
+        mode: what is put there.
+        by_position: whether means are of each position by itself.
+        prompts: the prompts in which it is replaced.
+        reference: the prompts whose values are used.
+        positions: which positions are ablated.
+        seed: of what is drawn.
+
+    Raises:
+        OptionError: if there is no such mode, or by_position means nothing in it.
+        PromptError: if no reference prompt has the length or the positions that it takes.
+    """
+    if mode not in ("zero", "mean", "resample"):
+        raise OptionError(f'`mode` is "zero", "mean" or "resample", not {mode!r}.', here())
+    if by_position and mode != "mean":
+        raise OptionError("`by_position` is of means: give `mode='mean'` with it.", here())
+    if by_position and reference is prompts and len(prompts) == 1:
+        raise OptionError(
+            "The mean of one prompt at each position is what stands there: give `reference`.",
+            here(),
+        )
+    drawn: tuple[int, ...] = ()
+    if mode == "resample":
+        draw = random.Random(seed)
+        drawn = tuple(_drawn(ids, row, reference, draw) for row, ids in enumerate(prompts.ids))
+    if by_position:
+        longest = max(reference.lengths)
+        for row, length in enumerate(prompts.lengths):
+            last = max(positions[row] or range(length), default=0)
+            if last >= longest:
+                raise PromptError(
+                    f"Position {last} of prompt {row} is ablated by its mean, but the longest "
+                    f"reference prompt has {longest} tokens.",
+                    here(),
+                )
+    return Replacement(site, mode, by_position, reference.lengths, drawn)
+
+
+def _drawn(ids: torch.Tensor, row: int, reference: Prompts, draw: random.Random) -> int:
+    """The number of another prompt of the same length."""
+    fitting = [
+        number
+        for number, other in enumerate(reference.ids)
+        if len(other) == len(ids) and not torch.equal(other, ids)
+    ]
+    if not fitting:
+        raise PromptError(
+            f"No other reference prompt has the {len(ids)} tokens of prompt {row}, so none can be "
+            "drawn for it: give `reference` with some that have, or use `mode='mean'`.",
+            here(),
+        )
+    return draw.choice(fitting)

@@ -1,0 +1,233 @@
+"""Generation with a steering vector added at each step, for one strength or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from insitu.graph.errors import OptionError, PromptError
+from insitu.graph.location import here
+from insitu.methods.activations import stream_site
+from insitu.methods.prompts import read_prompts
+from insitu.methods.sites import chosen
+from insitu.methods.steering import SteeringVector
+from insitu.models.language_model import LanguageModel
+
+Positions: TypeAlias = int | Sequence[int] | Literal["all", "last", "generated"]
+"""Where a vector is added: everywhere; from the last position of the prompt on; to generated tokens
+only; or at those positions of the prompt that have some numbers."""
+
+# Options of `generate` with which rows of one length go on in a batch as each would alone.
+_OF_ROWS = frozenset(["max_new_tokens", "eos_token_id", "pad_token_id", "use_cache"])
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What a model wrote under one strength.
+
+    Attributes:
+        prompt: the number of the prompt, from 0.
+        strength: what the vector was multiplied with.
+        ids: the token ids that it generated, `(position,)`, without the prompt.
+        text: these as text, "" if the model has no tokenizer.
+    """
+
+    prompt: int
+    strength: float
+    ids: torch.Tensor
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Steered:
+    """What a model wrote under some strengths.
+
+    Attributes:
+        continuations: prompt by prompt, and of each strength by strength.
+        strengths: the strengths.
+    """
+
+    continuations: tuple[Continuation, ...]
+    strengths: tuple[float, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts of the continuations, in their order."""
+        return tuple(one.text for one in self.continuations)
+
+    def __iter__(self) -> Iterator[Continuation]:
+        return iter(self.continuations)
+
+    def __len__(self) -> int:
+        return len(self.continuations)
+
+    def __getitem__(self, index: int) -> Continuation:
+        return self.continuations[index]
+
+    def of(self, *, prompt: int | None = None, strength: float | None = None) -> Steered:
+        """Returns those of one prompt, or of one strength.
+
+        Args:
+            prompt: the number of the prompt.
+            strength: the strength.
+        """
+        kept = tuple(
+            one
+            for one in self.continuations
+            if (prompt is None or one.prompt == prompt)
+            and (strength is None or one.strength == strength)
+        )
+        return Steered(kept, self.strengths if strength is None else (strength,))
+
+
+def steer(
+    model: LanguageModel,
+    prompts: Any,
+    vector: SteeringVector,
+    *,
+    strength: float | Sequence[float] = 1.0,
+    layers: int | Sequence[int] | None = None,
+    positions: Positions = "all",
+    max_new_tokens: int = 20,
+    **kwargs: Any,
+) -> Steered:
+    """Generates with a vector added to what the model computes, at each step.
+
+    Args:
+        model: the model.
+        prompts: one prompt or several, of any lengths.
+        vector: what is added.
+        strength: what it is multiplied with; of several, each prompt is continued under each. 0 is
+            the model as it is.
+        layers: in which of its layers it is added; None for all that it has.
+        positions: "all"; "last", from the last position of the prompt on (as Rimsky et al. 2023
+            do); "generated", to generated tokens only; or numbers, at those positions of each
+            prompt, from its end if negative.
+        max_new_tokens: how many tokens are generated at most.
+        kwargs: of `model.generate`, such as `do_sample=True`; `seed` is that of each continuation.
+
+    Returns:
+        The continuations, of each prompt under each strength.
+
+    Raises:
+        OptionError: if the vector has no such layer, or the positions are of no known kind or need
+            a cache that is turned off.
+
+    Example:
+        `steer(model, prompt, vector, strength=[-2, 0, 2], max_new_tokens=5).texts`
+    """
+    strengths = [strength] if isinstance(strength, int | float) else list(strength)
+    if not strengths:
+        raise OptionError("There is no strength: give a number, or several.", here())
+    vector = vector if layers is None else vector.select(layers)
+    read = read_prompts(model, prompts)
+    _check(model, min(read.lengths), positions, kwargs)
+    cases = [(p, s) for p in range(len(read)) for s in strengths]
+    seed = {"seed": kwargs.pop("seed")} if "seed" in kwargs else {}
+    kwargs["max_new_tokens"] = max_new_tokens
+    # Rows of one length need no padding, so they may share an invocation.
+    together = not seed and kwargs.keys() <= _OF_ROWS and _setting(model, "num_beams") in (None, 1)
+    groups = [[case] for case in cases]
+    if together:
+        by_length = sorted(cases, key=lambda case: read.lengths[case[0]])
+        groups = [list(g) for _, g in groupby(by_length, lambda case: read.lengths[case[0]])]
+    with model.generate(**kwargs) as generator:
+        invoked = []
+        for group in groups:
+            ids = torch.stack([read.ids[prompt] for prompt, _ in group])
+            factors: Any = torch.tensor([float(s) for _, s in group])
+            with generator.invoke(ids, **seed) as invoker:
+                factor = factors if together else group[0][1]
+                _add(model, vector, invoker, factor, positions)
+            invoked.append(invoker)
+    ends = _ends(model, kwargs)
+    found: dict[tuple[int, int], Continuation] = {}
+    for group, invoker in zip(groups, invoked, strict=True):
+        for row, (prompt, factor) in zip(_rows(invoker.output), group, strict=True):
+            ids = _until_end(row[_given(model, read.lengths[prompt]) :], ends)
+            text = _text(model, ids)
+            found[prompt, strengths.index(factor)] = Continuation(prompt, factor, ids, text)
+    ordered = tuple(found[p, strengths.index(s)] for p, s in cases)
+    return Steered(ordered, tuple(strengths))
+
+
+def _add(
+    model: LanguageModel,
+    vector: SteeringVector,
+    invoker: Any,
+    factor: Any,
+    positions: Positions,
+) -> None:
+    """Adds a vector in the steps of an open invocation."""
+    if positions == "generated":
+        site = stream_site(vector.site)
+        with invoker.every_step():
+            # With a cache, the step of the prompt is the one that has several positions.
+            value = site.read(model, chosen("layer", vector.layers, model.n_layers)[0])
+            alone = torch.ones_like(value[:, :, :1]).sum(1) == 1
+            vector.apply(model, factor * alone[:, 0])
+    elif positions in ("all", "last"):
+        with invoker.every_step():
+            vector.apply(model, factor, positions=positions)
+    else:
+        vector.apply(model, factor, positions=positions)
+
+
+def _check(
+    model: LanguageModel, shortest: int, positions: Positions, kwargs: dict[str, Any]
+) -> None:
+    if isinstance(positions, str) and positions not in ("all", "last", "generated"):
+        raise OptionError(
+            f'Positions are "all", "last", "generated" or numbers, not {positions!r}.', here()
+        )
+    if positions == "generated" and shortest == 1:
+        raise PromptError(
+            'A prompt of one token is not told from a generated token: positions="generated" takes '
+            "longer ones.",
+            here(),
+        )
+    cached = kwargs.get("use_cache", _setting(model, "use_cache"))
+    if positions != "all" and cached is False:
+        raise OptionError(
+            f"Without a key-value cache each step computes all positions anew, so positions="
+            f'{positions!r} means another one in each: leave `use_cache` on, or use "all".',
+            here(),
+        )
+
+
+def _setting(model: LanguageModel, name: str) -> Any:
+    """An option that the model itself has for generations."""
+    return getattr(getattr(model.module, "generation_config", None), name, None)
+
+
+def _ends(model: LanguageModel, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The ids of tokens that end a generation."""
+    ends = kwargs.get("eos_token_id", _setting(model, "eos_token_id"))
+    return torch.tensor([ends] if isinstance(ends, int) else list(ends or []), dtype=torch.long)
+
+
+def _until_end(ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Generated tokens up to the first that ends it; what follows only fills up a batch."""
+    ended = torch.isin(ids, ends).nonzero()
+    return ids[: int(ended[0]) + 1] if len(ended) else ids
+
+
+def _rows(output: Any) -> torch.Tensor:
+    """The token ids that a generation returned."""
+    return (output if isinstance(output, torch.Tensor) else output.sequences).cpu()
+
+
+def _given(model: LanguageModel, length: int) -> int:
+    """How many of the tokens that a generation returns were there before it."""
+    return 1 if model.config.is_encoder_decoder else length
+
+
+def _text(model: LanguageModel, ids: torch.Tensor) -> str:
+    tokenizer = model._tokenizer
+    if tokenizer is None or isinstance(tokenizer, Exception):
+        return ""
+    return tokenizer.decode(ids, skip_special_tokens=True)

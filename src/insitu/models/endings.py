@@ -1,0 +1,119 @@
+"""Endings: what a model makes of its last residual, and what blocks make of heads and neurons.
+
+They are found together in one small forward of the model with its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from insitu.models.norms import norm_of
+from insitu.models.parts import Spot
+from insitu.models.ways import Way, find_way
+from insitu.runtime.dataflow import Dataflow, watch
+from insitu.runtime.inside import SEPARATOR
+
+if TYPE_CHECKING:
+    from insitu.models.body import Body
+
+
+@dataclass(frozen=True, slots=True)
+class Endings:
+    """What a model makes of values by which they reach the logits; or why that is not known.
+
+    Attributes:
+        logits: what the model makes of what leaves its last block.
+        unembedded: likewise, as far as its unembedding: without what caps logits behind it.
+        heads: what each block makes of its heads' `z`, as far as what attention adds; by path.
+        neurons: what each block makes of its MLP's `post`, as far as what the MLP adds; by path.
+    """
+
+    logits: Way | str
+    unembedded: Way | str
+    heads: Mapping[str, Way | str]
+    neurons: Mapping[str, Way | str]
+
+
+def find_endings(body: Body) -> Endings:
+    """Returns the endings of a model whose weights are there.
+
+    Args:
+        body: what is known of its parts.
+    """
+    model, call = body.model, body.placed_sample()
+    blocks = body.blocks()
+    if call is None or not body.stacks:
+        why = "it is not known what this model is called with, or it has no list of blocks."
+        return Endings(why, why, {}, {})
+    with model.in_use():
+        flow = watch(model.module, model.modules, call, fake=False, keeping=True)
+        ways = _Ways(flow, model.modules)
+        last = next(flow.calls(body.stacks[-1][-1]), None)
+        final = None if last is None else flow.events[last].outputs[0]
+        head = body.unembedding
+        made = None if head is None else Spot(head, "output", 0, (), ())
+        heads, neurons = {}, {}
+        for path, block in blocks.items():
+            z = None if block.attention is None else block.attention.z
+            post = None if block.mlp is None else block.mlp.post
+            heads[path] = ways.between(ways.value(z), block.added.get("attention_out"))
+            neurons[path] = ways.between(ways.value(post), block.added.get("mlp_out"))
+        return Endings(
+            ways.between(final, body.logits()), ways.between(final, made), heads, neurons
+        )
+
+
+class _Ways:
+    """The ways between values of a forward."""
+
+    def __init__(self, flow: Dataflow, modules: Mapping[str, nn.Module]) -> None:
+        self.flow = flow
+        self._modules = modules
+
+    def between(self, start: int | None, spot: Spot | None) -> Way | str:
+        """The way from a value to another, or why there is none."""
+        end = self.value(spot)
+        if start is None or end is None:
+            return "one of them is not known."
+        return find_way(self.flow, self._modules, start, end, self._is_unit)
+
+    def value(self, spot: Spot | None) -> int | None:
+        """The value at a spot, None if nothing came there."""
+        if spot is None:
+            return None
+        path, _, function = spot.path.partition(SEPARATOR)
+        for index, event in enumerate(self.flow.events):
+            if (event.path, event.function, event.call) != (path, function, spot.call):
+                continue
+            if function:
+                values = event.outputs if spot.kind == "output" else event.inputs
+                return values[spot.item[0] if spot.item else 0]  # pyright: ignore[reportArgumentType, reportCallIssue]
+            if spot.kind != "output":
+                return event.inputs[0]
+            found = self.flow.results[index]
+            for at in spot.item:
+                found = found[at]
+            return found if type(found) is int else None
+        return None
+
+    def _is_unit(self, path: str) -> bool:
+        """Whether a module is called as a whole: a layer, a norm, what has no modules in it."""
+        module = self._modules[path]
+        plain = next(module.children(), None) is None
+        return plain or "Linear" in type(module).__name__ or is_norm(module)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Returns whether a module is a norm over the last axis, by its only weights.
+
+    Args:
+        module: the module.
+    """
+    weights = [part for part in module.parameters() if part.ndim == 1]
+    if len(weights) != len(list(module.parameters())) or not weights:
+        return False
+    return norm_of(module, "", weights[0].numel()) is not None

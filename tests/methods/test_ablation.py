@@ -1,0 +1,318 @@
+"""Ablations, beside loops over plain PyTorch hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from insitu import LanguageModel, OptionError, PromptError
+from insitu.methods import Result, ablate, kl_divergence, logit_difference
+from tests.fidelity.architectures import make
+from tests.fidelity.zoo import module_of
+
+pytestmark = pytest.mark.no_wire  # the sweeps are long, and other tests send what they write
+
+HEADS, SIZE = 4, 4
+FIRST = [5, 17, 42, 8, 23]
+SECOND = [31, 7, 60]
+THIRD = [11, 70, 71, 3, 9]
+FOURTH = [44, 45, 46]
+METRIC = logit_difference(3, 9)
+
+# By the part: the path in a block of these, and whether it is what is given to that module.
+PATHS = {
+    "gpt2": {
+        "heads": ("attn.c_proj", True),
+        "attention": ("attn", False),
+        "mlps": ("mlp", False),
+        "neurons": ("mlp.c_proj", True),
+    },
+    "llama": {
+        "heads": ("self_attn.o_proj", True),
+        "attention": ("self_attn", False),
+        "mlps": ("mlp", False),
+        "neurons": ("mlp.down_proj", True),
+    },
+}
+BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
+
+
+class Hooks:
+    """A model whose parts are read and written by plain hooks."""
+
+    def __init__(self, name: str) -> None:
+        self.model = make(name)
+        self.module = self.model.load()
+        self.blocks, self.paths = BLOCKS[name], PATHS[name]
+        self.layers = len(self.module.get_submodule(self.blocks))
+
+    def run(
+        self, ids: Sequence[int], what: str, edits: dict[int, Callable[[torch.Tensor], None]]
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The logits, and the value of a part in each layer, once `edits` have changed it."""
+        path, given = self.paths[what]
+        seen: dict[int, torch.Tensor] = {}
+        handles = []
+
+        def change(layer: int, value: torch.Tensor) -> torch.Tensor:
+            value = value.clone()
+            if layer in edits:
+                edits[layer](value)
+            seen[layer] = value
+            return value
+
+        for layer in range(self.layers):
+            part = self.module.get_submodule(f"{self.blocks}.{layer}.{path}")
+            if given:
+                handle = part.register_forward_pre_hook(
+                    lambda module, args, layer=layer: (change(layer, args[0]), *args[1:])
+                )
+            else:
+                handle = part.register_forward_hook(
+                    lambda module, args, output, layer=layer: (
+                        (change(layer, output[0]), *output[1:])
+                        if isinstance(output, tuple)
+                        else change(layer, output)
+                    )
+                )
+            handles.append(handle)
+        try:
+            with torch.no_grad():
+                logits = self.module(torch.tensor([list(ids)]), use_cache=False).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits, seen
+
+    def score(self, ids: Sequence[int], what: str, edits: dict[int, Any]) -> float:
+        logits, _ = self.run(ids, what, edits)
+        return float(logits[-1, 3] - logits[-1, 9])
+
+
+def columns(what: str, unit: int | None) -> slice:
+    """Where a head or a neuron is in the last axis."""
+    if unit is None:
+        return slice(None)
+    width = SIZE if what == "heads" else 1
+    return slice(unit * width, (unit + 1) * width)
+
+
+def put(part: slice, value: Any, positions: Any = slice(None)) -> Callable[[torch.Tensor], None]:
+    """Writes a part of a value of the form (1, position, width)."""
+
+    def write(there: torch.Tensor) -> None:
+        there[:, positions, part] = value if isinstance(value, float) else value[..., part]
+
+    return write
+
+
+def close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(found), torch.as_tensor(expected), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("what", ["heads", "attention", "mlps", "neurons"])
+def test_zeros_are_put_in_the_place_of_each_part_in_turn(name: str, what: Any) -> None:
+    hooks = Hooks(name)
+    options: dict[str, Any] = {"neurons": [0, 5, -1]} if what == "neurons" else {}
+    result = ablate(hooks.model, [FIRST, SECOND], METRIC, what=what, **options)
+    width = hooks.run(FIRST, "neurons", {})[1][0].shape[-1]
+    units = {"heads": range(HEADS), "neurons": [0, 5, width - 1]}.get(what, [None])
+    expected = torch.tensor(
+        [
+            [
+                [hooks.score(ids, what, {layer: put(columns(what, unit), 0.0)}) for unit in units]
+                for layer in range(hooks.layers)
+            ]
+            for ids in (FIRST, SECOND)
+        ]
+    )
+    if what in ("attention", "mlps"):
+        expected = expected[..., 0]
+        assert [axis.name for axis in result.axes] == ["prompt", "layer"]
+    else:
+        assert result.axes[2].name == what[:-1]
+        assert result.axes[2].labels == tuple(map(str, units))
+    close(result.values, expected)
+    clean = torch.tensor([hooks.score(ids, what, {}) for ids in (FIRST, SECOND)])
+    close(result.details["clean"], clean)
+    assert ((expected[0] - clean[0]).abs() > 1e-4).all()  # each does something
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("what", ["heads", "mlps"])
+@pytest.mark.parametrize("by_position", [False, True])
+def test_means_are_over_reference_prompts(name: str, what: Any, by_position: bool) -> None:
+    hooks = Hooks(name)
+    reference = [FIRST, THIRD, FOURTH]
+    result = ablate(
+        hooks.model, SECOND, METRIC, what=what, mode="mean", reference=reference,
+        by_position=by_position, layers=[0, -1],
+    )  # fmt: skip
+    states = [hooks.run(ids, what, {})[1] for ids in reference]
+    for row, layer in enumerate([0, hooks.layers - 1]):
+        values = [state[layer][0] for state in states]
+        if by_position:
+            mean = torch.stack(
+                [torch.stack([v[t] for v in values if len(v) > t]).mean(0) for t in range(3)]
+            )
+        else:
+            mean = torch.cat(values).mean(0)
+        for unit in range(HEADS) if what == "heads" else [None]:
+            expected = hooks.score(SECOND, what, {layer: put(columns(what, unit), mean)})
+            close(result.values[row] if unit is None else result.values[row, unit], expected)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_means_are_over_the_prompts_themselves_without_a_reference(name: str) -> None:
+    hooks = Hooks(name)
+    result = ablate(hooks.model, [FIRST, SECOND], METRIC, mode="mean", layers=1, heads=2)
+    mean = torch.cat([hooks.run(ids, "heads", {})[1][1][0] for ids in (FIRST, SECOND)]).mean(0)
+    expected = [
+        hooks.score(ids, "heads", {1: put(columns("heads", 2), mean)}) for ids in (FIRST, SECOND)
+    ]
+    close(result.values[:, 0, 0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("given", [True, False])
+def test_resampled_values_are_those_of_another_prompt_of_that_length(
+    name: str, given: bool
+) -> None:
+    hooks = Hooks(name)
+    prompts = [FIRST, SECOND] if given else [FIRST, SECOND, THIRD, FOURTH]
+    reference = [SECOND, THIRD, FIRST, FOURTH] if given else None
+    result = ablate(
+        hooks.model, prompts, METRIC, mode="resample", reference=reference, heads=[0, 3]
+    )
+    others = reference or prompts
+    drawn = result.details["drawn"].tolist()
+    for row, ids in enumerate(prompts):
+        other = others[drawn[row]]
+        assert other != ids and len(other) == len(ids)
+        states = hooks.run(other, "heads", {})[1]
+        for layer in range(hooks.layers):
+            for column, head in enumerate([0, 3]):
+                edit = put(columns("heads", head), states[layer])
+                close(result.values[row, layer, column], hooks.score(ids, "heads", {layer: edit}))
+
+
+def test_what_is_drawn_depends_on_the_seed(gpt2: LanguageModel) -> None:
+    reference = [[number] * 3 for number in range(20, 40)]
+
+    def drawn(seed: int) -> list[int]:
+        result = ablate(
+            gpt2, [SECOND] * 4, METRIC, mode="resample", reference=reference, layers=0, heads=0,
+            seed=seed,
+        )  # fmt: skip
+        return result.details["drawn"].tolist()
+
+    assert drawn(1) == drawn(1)
+    assert len({tuple(drawn(seed)) for seed in range(3)}) > 1
+
+
+@pytest.mark.parametrize("what", ["heads", "mlps", "neurons"])
+@pytest.mark.parametrize("mode", ["zero", "resample"])
+def test_only_some_positions_are_ablated(what: Any, mode: Any) -> None:
+    hooks = Hooks("llama")
+    options: dict[str, Any] = {"neurons": {"neurons": 3}, "heads": {"heads": 1}}.get(what, {})
+    unit = next(iter(options.values()), None)
+    if mode == "resample":
+        options["reference"] = [THIRD]
+    result = ablate(
+        hooks.model, FIRST, METRIC, what=what, mode=mode, layers=1, positions=[0, -2], **options
+    )
+    value = hooks.run(THIRD, what, {})[1][1][0, [0, 3]] if mode == "resample" else 0.0
+    expected = hooks.score(FIRST, what, {1: put(columns(what, unit), value, [0, 3])})
+    close(result.values.flatten()[0], expected)
+    whole = hooks.score(FIRST, what, {1: put(columns(what, unit), 0.0)})
+    assert abs(expected - whole) > 1e-5
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_several_parts_are_ablated_at_once(name: str) -> None:
+    hooks = Hooks(name)
+    result = ablate(hooks.model, FIRST, METRIC, together=[(0, 1), (0, 3), (-1, 2)])
+    assert result.axes == ()
+
+    def both(value: torch.Tensor) -> None:
+        put(columns("heads", 1), 0.0)(value)
+        put(columns("heads", 3), 0.0)(value)
+
+    last = put(columns("heads", 2), 0.0)
+    expected = hooks.score(FIRST, "heads", {0: both, hooks.layers - 1: last})
+    close(result.values, expected)
+    result = ablate(hooks.model, [FIRST, SECOND], METRIC, what="mlps", together=[0, 2])
+    edits = {0: put(slice(None), 0.0), 2: put(slice(None), 0.0)}
+    close(result.values, torch.tensor([hooks.score(ids, "mlps", edits) for ids in (FIRST, SECOND)]))
+
+
+def test_a_metric_compares_with_the_clean_run() -> None:
+    hooks = Hooks("llama")
+    result = ablate(hooks.model, FIRST, kl_divergence(), layers=1, heads=2)
+    clean, ablated = (
+        hooks.run(FIRST, "heads", edits)[0][-1].log_softmax(-1)
+        for edits in ({}, {1: put(columns("heads", 2), 0.0)})
+    )
+    close(result.values[0, 0], (clean.exp() * (clean - ablated)).sum())
+    assert result.centre == 0
+
+
+def test_layers_without_a_part_are_left_out() -> None:
+    module = module_of("jamba")
+    model = LanguageModel(module)
+    heads = ablate(model, FIRST, METRIC)
+    assert heads.axis("layer").labels == ("1",)
+    mixers = ablate(model, FIRST, METRIC, what="mixers")
+    assert mixers.axis("layer").labels == ("0", "2")
+    handle = module.model.layers[2].mamba.register_forward_hook(lambda *seen: seen[-1] * 0)
+    with torch.no_grad():
+        logits = module(torch.tensor([FIRST]), use_cache=False).logits[0, -1]
+    handle.remove()
+    close(mixers.values[1], logits[3] - logits[9])
+    with pytest.raises(OptionError, match="there is no attention in this block"):
+        ablate(model, FIRST, METRIC, layers=0)
+
+
+def test_results_say_what_they_are_and_are_kept(eiffel: LanguageModel, tmp_path: Path) -> None:
+    metric = logit_difference(" Paris", " Rome")
+    result = ablate(eiffel, "The Eiffel Tower is in the city of", metric, what="mlps")
+    assert result.title == "Zero ablation of mlps"
+    assert result.quantity == "logit difference"
+    assert result.centre == float(result.details["clean"])
+    result.save(tmp_path / "ablation")
+    assert torch.equal(Result.load(tmp_path / "ablation").values, result.values)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"what": "head"}, OptionError, "'heads'"),
+        ({"mode": "random"}, OptionError, "resample"),
+        ({"heads": 4}, OptionError, "no head 4"),
+        ({"layers": 7}, OptionError, "no layer 7"),
+        ({"neurons": 1}, OptionError, "no part of heads"),
+        ({"heads": 1, "what": "mlps"}, OptionError, "no part of mlps"),
+        ({"positions": 5}, OptionError, "no position 5"),
+        ({"reference": [THIRD]}, OptionError, "no part in zeros"),
+        ({"by_position": True}, OptionError, "mode='mean'"),
+        ({"by_position": True, "mode": "mean"}, OptionError, "give `reference`"),
+        ({"by_position": True, "mode": "mean", "reference": [SECOND]}, PromptError, "Position 4"),
+        ({"mode": "resample", "reference": [SECOND, FIRST]}, PromptError, "5 tokens of prompt 0"),
+        ({"together": [(0, 1)], "layers": 0}, OptionError, "says which parts"),
+        ({"together": [0]}, OptionError, r"pairs \(layer, head\)"),
+        ({"together": [(0, 9)]}, OptionError, "no head 9"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    gpt2: LanguageModel, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says) as raised:
+        ablate(gpt2, FIRST, METRIC, **options)
+    assert Path(__file__).name in str(raised.value)

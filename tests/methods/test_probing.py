@@ -1,0 +1,193 @@
+"""Probes, against scikit-learn on activations that plain hooks see."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from insitu import LanguageModel, LoadError, MissingPackageError, OptionError, PromptError
+from insitu.methods import Probe, probe
+from tests.conftest import hooked_hidden
+from tests.fidelity.zoo import module_of
+
+draw = torch.Generator().manual_seed(5)
+PROMPTS = [
+    torch.randint(1, 60, (int(torch.randint(3, 8, (1,), generator=draw)),), generator=draw).tolist()
+    for _ in range(60)
+]
+LENGTHS = [len(ids) for ids in PROMPTS]
+LATE = ["late" if ids[-1] > 30 else "early" for ids in PROMPTS]
+THIRDS = [ids[-1] // 20 for ids in PROMPTS]
+EVEN = [ids[:3] for ids in PROMPTS]
+
+
+@pytest.fixture(params=["gpt2", "llama", "gpt-neox"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    if request.param == "gpt-neox":
+        return LanguageModel(module_of(request.param))
+    return request.getfixturevalue(request.param)
+
+
+def seen(model: LanguageModel, layer: int, prompts: list[list[int]], position: Any) -> np.ndarray:
+    path = model.blocks[layer].path
+    values = [hooked_hidden(model.module, path, torch.tensor([ids]))[0] for ids in prompts]
+    found = [value.mean(0) if position == "mean" else value[position] for value in values]
+    return torch.stack(found).double().numpy()
+
+
+def expected(inputs: np.ndarray, labels: list[Any], regression: Any, seed: int = 0):
+    """The oracle: the fitted pipeline, and its scores on prompts held out and of training."""
+    stratify = labels if isinstance(regression, LogisticRegression) else None
+    train, test = train_test_split(
+        list(range(len(labels))), test_size=0.25, random_state=seed, stratify=stratify
+    )
+    fitted = make_pipeline(StandardScaler(), regression)
+    fitted.fit(inputs[train], [labels[n] for n in train])
+    scores = [fitted.score(inputs[part], [labels[n] for n in part]) for part in (test, train)]
+    return fitted, scores
+
+
+@pytest.mark.parametrize("position", [-1, 0, "mean"])
+@pytest.mark.parametrize("labels", [LATE, THIRDS], ids=["two classes", "three classes"])
+def test_a_logistic_probe(model: LanguageModel, labels: list[Any], position: Any) -> None:
+    found = probe(model, PROMPTS, labels, position=position, seed=3)
+    assert found.scores.sizes == {"layer": model.n_layers} and found.scores.quantity == "accuracy"
+    probabilities = found.predict(model, PROMPTS)
+    for layer in range(model.n_layers):
+        inputs = seen(model, layer, PROMPTS, position)
+        fitted, scores = expected(inputs, labels, LogisticRegression(max_iter=10_000), 3)
+        assert found.scores.values[layer].item() == pytest.approx(scores[0])
+        assert found.scores.details["train"][layer].item() == pytest.approx(scores[1])
+        theirs = torch.tensor(fitted.predict_proba(inputs)).amax(-1).float()
+        torch.testing.assert_close(
+            probabilities.values[:, layer], theirs, atol=1e-4, rtol=1e-4, check_dtype=False
+        )
+        said = [probabilities.select(prompt=n, layer=layer).texts[0] for n in range(60)]
+        clear = theirs > theirs.new_tensor(1 / len(set(labels)) + 1e-3)
+        theirs_said = [str(label) for label in fitted.predict(inputs)]
+        assert [a for a, c in zip(said, clear, strict=True) if c] == [
+            a for a, c in zip(theirs_said, clear, strict=True) if c
+        ]
+
+
+def test_a_linear_probe(model: LanguageModel) -> None:
+    numbers = [float(ids[-1]) for ids in PROMPTS]
+    found = probe(model, PROMPTS, numbers, kind="linear", penalty=0.5, layers=[0, -1])
+    assert found.scores.quantity == "R²" and found.classes == ()
+    predicted = found.predict(model, PROMPTS[:7])
+    for number, layer in enumerate((0, model.n_layers - 1)):
+        inputs = seen(model, layer, PROMPTS, -1)
+        fitted, scores = expected(inputs, numbers, Ridge(alpha=0.5))
+        assert found.scores.values[number].item() == pytest.approx(scores[0], abs=1e-5)
+        assert found.scores.details["train"][number].item() == pytest.approx(scores[1], abs=1e-5)
+        theirs = torch.tensor(fitted.predict(inputs[:7])).float()
+        torch.testing.assert_close(predicted.values[:, number], theirs, atol=2e-3, rtol=1e-4)
+        weights = torch.tensor(fitted[-1].coef_ / fitted[0].scale_)
+        direction = found.direction(layer).double()
+        torch.testing.assert_close(direction, weights / weights.norm(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["all", [0, -2]])
+def test_several_positions_each_by_itself(language_model: LanguageModel, position: Any) -> None:
+    found = probe(language_model, EVEN, LATE, position=position, layers=[1])
+    places = [0, 1, 2] if position == "all" else [0, 1]
+    for number, place in enumerate(places):
+        _, scores = expected(seen(language_model, 1, EVEN, place), LATE, LogisticRegression())
+        assert found.scores.values[0, number].item() == pytest.approx(scores[0])
+    assert found.scores.axis("position").labels == ("0", "1", "2")[: len(places)] or (
+        found.scores.axis("position").labels == ("0", "-2")
+    )
+    alone = found.predict(language_model, EVEN[0])
+    assert alone.sizes == {"layer": 1, "position": len(places)}
+    assert found.direction(1).shape == (len(places), 16)
+
+
+def test_the_embedding_tells_the_last_token_and_shuffled_labels_are_at_chance(
+    gpt2: LanguageModel,
+) -> None:
+    """The control: with as many prompts and as large a map, nothing is found in noise."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(1, 100, (400, 3), generator=generator).tolist()
+    prompts = [[*ids[:2], 7 if ids[2] > 50 else 90] for ids in prompts]
+    labels = [ids[-1] == 90 for ids in prompts]
+    real = probe(gpt2, prompts, labels)
+    order = torch.randperm(400, generator=generator).tolist()
+    control = probe(gpt2, prompts, [labels[n] for n in order])
+    assert bool((real.scores.values == 1).all())
+    assert abs(control.scores.values.mean().item() - 0.5) < 0.12
+    most = max(labels.count(True), labels.count(False)) / 400
+    assert control.scores.details["majority"].tolist() == pytest.approx([most] * 4, abs=0.01)
+
+
+def test_directions(gpt2: LanguageModel) -> None:
+    two = probe(gpt2, PROMPTS, LATE, layers=2)
+    assert two.classes == ("early", "late")
+    assert torch.equal(two.direction(2), two.direction(2, "late"))
+    assert torch.equal(two.direction(2), -two.direction(2, "early"))
+    assert two.direction(2).norm().item() == pytest.approx(1)
+    scores = two.outputs(gpt2, PROMPTS)[:, 0, 0]
+    late = torch.tensor([label == "late" for label in LATE])
+    assert scores[late].mean() > scores[~late].mean()
+    three = probe(gpt2, PROMPTS, torch.tensor(THIRDS), layers=2)
+    expected = three.weights[0, 1] / three.weights[0, 1].norm()
+    torch.testing.assert_close(three.direction(2, 1), expected)
+    with pytest.raises(OptionError, match="name one of 0, 1, 2"):
+        three.direction(2)
+    with pytest.raises(OptionError, match="no class 'never', but 'early', 'late'"):
+        two.direction(2, "never")
+    with pytest.raises(OptionError, match="no layer 0, but 2"):
+        two.direction(0)
+
+
+@pytest.mark.parametrize("position", [-1, [0, 1], "mean"])
+def test_saved_and_loaded(llama: LanguageModel, tmp_path: Path, position: Any) -> None:
+    found = probe(llama, PROMPTS, LATE, position=position, layers=[0, 2])
+    found.save(tmp_path / "probe.safetensors")
+    loaded = Probe.load(tmp_path / "probe.safetensors")
+    assert loaded.scores.axes == found.scores.axes and loaded.scores.title == found.scores.title
+    assert torch.equal(loaded.scores.values, found.scores.values)
+    assert torch.equal(loaded.scores.details["train"], found.scores.details["train"])
+    for name in ("kind", "site", "layers", "classes"):
+        assert getattr(loaded, name) == getattr(found, name)
+    ours, theirs = found.predict(llama, PROMPTS), loaded.predict(llama, PROMPTS)
+    assert torch.equal(ours.values, theirs.values) and ours.texts == theirs.texts
+    with pytest.raises(LoadError, match="holds no probe, but result"):
+        found.scores.save(tmp_path / "scores.safetensors")
+        Probe.load(tmp_path / "scores.safetensors")
+
+
+def test_mistakes(gpt2: LanguageModel) -> None:
+    with pytest.raises(OptionError, match="59 labels for 60 prompts") as caught:
+        probe(gpt2, PROMPTS, LATE[:-1])
+    assert "test_probing.py" in str(caught.value)
+    with pytest.raises(OptionError, match="one label, 'x'"):
+        probe(gpt2, PROMPTS, ["x"] * 60)
+    with pytest.raises(OptionError, match="not 'ridge'"):
+        probe(gpt2, PROMPTS, LATE, kind="ridge")
+    with pytest.raises(OptionError, match="numbers as labels"):
+        probe(gpt2, PROMPTS, LATE, kind="linear")
+    with pytest.raises(OptionError, match="`held_out` is a part"):
+        probe(gpt2, PROMPTS, LATE, held_out=1.0)
+    with pytest.raises(OptionError, match="cannot be divided"):
+        probe(gpt2, PROMPTS[:3], ["a", "a", "b"])
+    with pytest.raises(PromptError, match="have 3 to 7"):
+        probe(gpt2, PROMPTS, LATE, position="all")
+    with pytest.raises(OptionError, match="not 'first'"):
+        probe(gpt2, PROMPTS, LATE, position="first")
+    with pytest.raises(OptionError, match="axes head, query, key"):
+        probe(gpt2, PROMPTS, LATE, site="pattern")
+
+
+def test_without_scikit_learn(gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'insitu\[probe\]'"):
+        probe(gpt2, PROMPTS, LATE)
+    with pytest.raises(ImportError):
+        probe(gpt2, PROMPTS, LATE)
