@@ -79,10 +79,10 @@ def alike(values: Iterable[float]) -> Callable[[float], str]:
         values: the numbers.
     """
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    places = 2 - math.floor(math.log10(largest)) if largest else 0
+    places = 2 - math.floor(math.log10(largest)) if largest else 2
     if not -4 <= places <= 6:
         return number
-    places = min(max(places, 0), 2) if largest >= 0.1 else places - 1
+    places = min(max(places, 0), 2) if not 0 < largest < 0.1 else places - 1
 
     def written(value: float) -> str:
         text = f"{value:.{places}f}"

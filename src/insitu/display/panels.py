@@ -182,7 +182,7 @@ def sized(
     rows = ceil(count / columns)
     columns = ceil(count / rows)
     # Labels take room, which the panels do not have if the whole is to be of a size.
-    for _ in range(3):
+    for attempt in range(4):
         step_x, step_y = panel[0] / len(x), panel[1] / len(y)
         at_x, at_y = ticks_of(x, y, step_x, step_y, count)
         last = at_x.room if count % columns else 0.0
@@ -200,6 +200,9 @@ def sized(
             for size, name in zip(wanted, ("width", "height"), strict=True)
         ]
         if not any(over):
+            break
+        if attempt == 3 and min(over) > -60:  # labels turn, and need other room again
+            canvas.right, canvas.below = canvas.right + over[0], canvas.below + over[1]
             break
         panel = max(panel[0] + over[0] / columns, 40), max(panel[1] + over[1] / rows, 40)
     return grid, canvas

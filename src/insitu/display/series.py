@@ -54,8 +54,8 @@ def series(
     for _ in range(2):
         step = (canvas.height if lying else canvas.width) / len(axis)
         ticks = along_y(axis, step) if lying else along_x(axis, step)
-        canvas.left = ticks.room + 28 if lying else max(_MARGIN + 16, ticks.before - step / 2)
-        canvas.below = 48 if lying else ticks.room + 32
+        canvas.left = ticks.room + 33 if lying else max(_MARGIN + 16, ticks.before - step / 2)
+        canvas.below = 48 if lying else ticks.room + 37
         layout = canvas.layout()
         canvas.width += wanted[0] - layout["width"] if wanted[0] else 0
         canvas.height += wanted[1] - layout["height"] if wanted[1] else 0
@@ -81,8 +81,15 @@ def series(
     plain = {"zeroline": False, "showgrid": False, "ticks": "", "showline": False}
     span = [-0.5, len(axis) - 0.5]
     labelled: dict[str, Any] = {**plain, **ticks.of(), "tickangle": ticks.angle}
+    labelled |= {"ticks": "outside", "ticklen": 5, "tickcolor": "rgba(0,0,0,0)"}
     if lines and _measured(axis):
-        labelled = {**plain, "nticks": max(int(canvas.width / 70), 2), "exponentformat": "e"}
+        labelled = {
+            **labelled,
+            "tickvals": None,
+            "ticktext": None,
+            "nticks": max(int(canvas.width / 70), 2),
+            "exponentformat": "e",
+        }
     else:
         labelled["range"] = span[::-1] if lying else span
     counted: dict[str, Any] = {

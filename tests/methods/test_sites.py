@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from insitu import LanguageModel, OptionError
+from insitu.methods.sites import chosen, site_of
+from tests.conftest import hooked
+
+IDS = [3, 1, 4, 1, 5]
+
+
+def outputs(model: LanguageModel, path: str) -> torch.Tensor:
+    """What a hook sees leave a module."""
+    out = hooked(model.load(), path, torch.tensor([IDS]))
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [
+        ("residual_out", {"gpt2": "transformer.h.1", "llama": "model.layers.1"}),
+        ("mlp_out", {"gpt2": "transformer.h.1.mlp", "llama": "model.layers.1.mlp"}),
+        ("attention_out", {"gpt2": "transformer.h.1.attn", "llama": "model.layers.1.self_attn"}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_site_reads_what_a_hook_sees(request, kind: str, name: str, paths: dict) -> None:
+    model = request.getfixturevalue(kind)
+    site = site_of(name)
+    with model.trace(IDS):
+        found = site.read(model, 1).save()
+    assert torch.allclose(found.value, outputs(model, paths[kind]), atol=1e-6)
+    assert found.value.ndim == 1 + len(site.axes)
+
+
+def test_heads_are_the_input_of_the_projection_cut_up(gpt2: LanguageModel) -> None:
+    seen: list[torch.Tensor] = []
+    module = gpt2.load().get_submodule("transformer.h.2.attn.c_proj")
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        gpt2.load()(torch.tensor([IDS]))
+    handle.remove()
+    site = site_of("z")
+    with gpt2.trace(IDS):
+        one = site.read(gpt2, 2)[site.index(head=3, position=-1)].save()
+    assert site.axes == ("head", "position", "d_head")
+    assert torch.allclose(one.value[0], seen[0][0, -1, 12:16], atol=1e-6)
+
+
+def test_what_is_written_is_what_the_model_goes_on_with(language_model: LanguageModel) -> None:
+    site = site_of("mlp_out")
+    with language_model.trace(IDS):
+        site.write(language_model, 1, site.read(language_model, 1) * 0)
+        before = site_of("residual_mid").read(language_model, 1).save()
+        after = site_of("residual_out").read(language_model, 1).save()
+    assert torch.allclose(before.value, after.value, atol=1e-6)
+
+
+def test_names_may_be_written_in_short_or_in_full() -> None:
+    assert site_of("z") == site_of("attention.z")
+    assert (site_of("pattern").key, site_of("pattern").name) == ("attention.pattern", "pattern")
+    assert site_of("pattern").index(query=-1) == (slice(None), slice(None), -1, slice(None))
+    with pytest.raises(OptionError, match=r"'residual_ot'.*nearest: 'residual_out'"):
+        site_of("residual_ot")
+    with pytest.raises(OptionError, match="W_Q"):
+        site_of("W_Q")
+
+
+def test_layers_are_chosen_by_number_from_either_end() -> None:
+    assert chosen("layer", None, 3) == [0, 1, 2]
+    assert chosen("layer", -1, 3) == [2]
+    assert chosen("head", range(2), 3) == [0, 1]
+    with pytest.raises(OptionError, match="no layer 3: there are 3"):
+        chosen("layer", [0, 3], 3)
