@@ -5,6 +5,8 @@ Every method is a function of a model and prompts, is planned as one experiment,
 """
 
 from insitu.display.axis import Axis
+from insitu.methods.alignment import distributed_alignment_search
+from insitu.methods.alignments import Alignment
 from insitu.methods.metrics import (
     Metric,
     kl_divergence,
@@ -19,6 +21,7 @@ from insitu.methods.steered import Continuation, Steered, steer
 from insitu.methods.steering import SteeringVector, steering_vector
 
 __all__ = [
+    "Alignment",
     "Axis",
     "Cell",
     "Continuation",
@@ -27,6 +30,7 @@ __all__ = [
     "Result",
     "Steered",
     "SteeringVector",
+    "distributed_alignment_search",
     "kl_divergence",
     "log_probability",
     "logit_difference",
