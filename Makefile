@@ -37,10 +37,13 @@ architectures: $(VENV)/installed $(VENV)-transformers4/installed
 		$$($(BIN)/$(TRANSFORMERS))=build/architectures-5.xml \
 		$$($(VENV)-transformers4/bin/$(TRANSFORMERS))=build/architectures-4.xml
 
-# What TransformerLens sees at its hooks, beside what is read and written here by their names.
-oracle: $(VENV)/installed $(VENV)-transformer-lens/installed
+# What TransformerLens sees at its hooks, beside what is read and written here by their names; and
+# what SAELens makes of its files, beside what is made of them here.
+oracle: $(VENV)/installed $(VENV)-transformer-lens/installed $(VENV)-sae-lens/installed
 	INSITU_TRANSFORMER_LENS=$(VENV)-transformer-lens/bin/python \
 		$(BIN)/pytest tests/oracle/agreement.py
+	INSITU_SAE_LENS=$(VENV)-sae-lens/bin/python \
+		$(BIN)/pytest tests/oracle/agreement_on_saes.py
 
 # Many more of the random programs that the suite compares with plain PyTorch hooks.
 fuzz: $(VENV)/installed
@@ -80,11 +83,11 @@ $(VENV)-transformers4/installed: pyproject.toml constraints-transformers4.txt
 		-c constraints-transformers4.txt -e ".[test]"
 	@touch $@
 
-$(PEERS:%=$(VENV)-%/installed): $(VENV)-%/installed: constraints.txt
+$(PEERS:%=$(VENV)-%/installed) $(VENV)-sae-lens/installed: $(VENV)-%/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(VENV)-$*/bin/pip install -q --disable-pip-version-check $*
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(PEERS:%=$(VENV)-%)
+	rm -rf $(VENV) $(VENV)-transformers4 $(PEERS:%=$(VENV)-%) $(VENV)-sae-lens

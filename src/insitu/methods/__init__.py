@@ -17,6 +17,8 @@ from insitu.methods.metrics import (
 from insitu.methods.probes import Probe
 from insitu.methods.probing import probe
 from insitu.methods.result import Cell, Result
+from insitu.methods.sae import SparseAutoencoder
+from insitu.methods.splicing import Spliced, sae_features, use_sae
 from insitu.methods.steered import Continuation, Steered, steer
 from insitu.methods.steering import SteeringVector, steering_vector
 
@@ -28,6 +30,8 @@ __all__ = [
     "Metric",
     "Probe",
     "Result",
+    "SparseAutoencoder",
+    "Spliced",
     "Steered",
     "SteeringVector",
     "distributed_alignment_search",
@@ -36,6 +40,8 @@ __all__ = [
     "logit_difference",
     "probability",
     "probe",
+    "sae_features",
     "steer",
     "steering_vector",
+    "use_sae",
 ]
