@@ -136,7 +136,8 @@ def _rotation(dimensions: int, width: int, seed: int) -> nn.Linear:
         torch.manual_seed(seed)
         layer = nn.Linear(width, dimensions, bias=False)
         nn.init.orthogonal_(layer.weight)
-        return parametrizations.orthogonal(layer)
+        parametrizations.orthogonal(layer)
+        return layer
 
 
 def _train(
@@ -161,7 +162,7 @@ def _train(
             source = batch.sources.to(model.device)
             value[rows, positions] = exchanged(value[rows, positions], source, rotation.weight)
             logits = model.logits[rows, lengths - 1].float()
-            loss = F.cross_entropy(logits, batch.answers.to(model.device))
+            loss: Any = F.cross_entropy(logits, batch.answers.to(model.device))
             loss.backward()
             losses.append(loss.save(to="cpu"))
         optimiser.step()
