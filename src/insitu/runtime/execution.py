@@ -84,7 +84,8 @@ class Execution:
                     *plan.writes,
                     *(() if self._mutations is None else self._mutations.reads),
                 }
-                self.tape = Tape(graph, plan.gradients, changed, self.arrive, self._gradient)
+                arrive, exchange = self.arrive, self._gradient
+                self.tape = Tape(graph, plan.gradients, self._values, changed, arrive, exchange)
         if plan.held:
             self._wait()
 
@@ -104,7 +105,7 @@ class Execution:
         if careful or tape is not None:
             self._done.add(index)
             if tape is not None and index in self._wanted:
-                tape.produced(index, value)
+                tape.followed(index, value)
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
         if self._waiting:
@@ -151,8 +152,10 @@ class Execution:
                 raise self._failure(step, error) from error
             if tape is not None:
                 self._done.add(step)
-                if step in self._wanted:
-                    tape.produced(step, result)
+                if step in self._wanted and not (
+                    type(result) is torch.Tensor and result.requires_grad
+                ):
+                    tape.followed(step, result)
             for source in inputs:
                 uses[source] -= 1
                 if not uses[source]:
