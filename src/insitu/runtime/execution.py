@@ -29,6 +29,9 @@ from insitu.runtime.plan import Mutations, Plan
 
 NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
 _PENDING = object()
+# What `torch.no_grad()` and `torch.enable_grad()` come down to, without the objects that it takes
+# to get there.
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled  # pyright: ignore[reportPrivateUsage]
 
 
 class Execution:
@@ -366,13 +369,16 @@ class Execution:
                     self._graph[index].location,
                 )
             (loss,), options = self._past_arguments(index)
+            grad_enabled = torch.is_grad_enabled()
             try:
-                with torch.enable_grad():
-                    self.tape.backward(index, loss, options, leaves)
+                set_grad_enabled(True)
+                self.tape.backward(index, loss, options, leaves)
             except InsituError:
                 raise
             except Exception as error:
                 raise self._failure(index, error) from error
+            finally:
+                set_grad_enabled(grad_enabled)
             for source in self._graph.rows[index][3]:
                 self._use(source)
 

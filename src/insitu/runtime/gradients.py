@@ -238,10 +238,10 @@ def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
     if isinstance(value, torch.Tensor):
         if value.requires_grad:
             found[id(value)] = value
-    elif isinstance(value, tuple | list):
+    elif isinstance(value, _SEQUENCES):
         for item in cast("list[Any]", value):
             _search(item, found)
-    elif isinstance(value, Mapping):
+    elif isinstance(value, _MAPPINGS):
         for item in cast("Mapping[Any, Any]", value).values():
             _search(item, found)
     elif isinstance(value, Subgraph):
@@ -255,6 +255,8 @@ def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
             _search(parameter, found)
 
 
+# Made once; and a dictionary is known for one without a look at the abstract class.
+_SEQUENCES, _MAPPINGS = (tuple, list), (dict, Mapping)
 _NO_LEAVES = frozenset([Ref, int, float, bool, str, slice, type(None), type(Ellipsis), CodeType])
 
 
