@@ -73,6 +73,25 @@ def test_a_loop_is_planned_once(gpt2: LanguageModel, planned: list[int]) -> None
     assert len(planned) == count
 
 
+def test_blocks_in_turn_are_planned_once_each(identity: Model, planned: list[int]) -> None:
+    def block(number: float) -> None:
+        given = torch.full((2, 3), number)
+        with identity.trace(given):
+            added = (identity[0].output + 1).save()
+        with identity.trace(given):
+            multiplied = (identity[0].output * 2).save()
+            identity[1].output = identity[0].output - given
+            after = identity[1].output.save()
+        torch.testing.assert_close(added.value, given + 1, rtol=0, atol=0)
+        torch.testing.assert_close(multiplied.value, given * 2, rtol=0, atol=0)
+        torch.testing.assert_close(after.value, given * 0, rtol=0, atol=0)
+
+    repeated(block, [1.0, 2.0])
+    count = len(planned)
+    repeated(block, [3.0, 4.0])
+    assert len(planned) == count
+
+
 def test_invocations_are_planned_once(gpt2: LanguageModel, planned: list[int]) -> None:
     def block(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
