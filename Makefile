@@ -95,17 +95,14 @@ $(VENV)-transformers4/installed: pyproject.toml constraints-transformers4.txt
 		-c constraints-transformers4.txt -e ".[test]"
 	@touch $@
 
-$(PEERS:%=$(VENV)-%/installed) $(VENV)-sae-lens/installed: $(VENV)-%/installed: constraints.txt
+OTHERS := $(sort $(PEERS) $(ORACLES))
+BESIDE_captum := transformers
+
+$(OTHERS:%=$(VENV)-%/installed): $(VENV)-%/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(VENV)-$*/bin/pip install -q --disable-pip-version-check $*
-	@touch $@
-
-$(VENV)-captum/installed: constraints.txt
-	$(PYTHON) -m venv $(VENV)-captum
-	$(VENV)-captum/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(VENV)-captum/bin/pip install -q --disable-pip-version-check captum transformers
+	$(VENV)-$*/bin/pip install -q --disable-pip-version-check $* $(BESIDE_$*)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(PEERS:%=$(VENV)-%) $(ORACLES:%=$(VENV)-%)
+	rm -rf $(VENV) $(VENV)-transformers4 $(OTHERS:%=$(VENV)-%)

@@ -74,8 +74,6 @@ __all__ = [
     "run_circuit",
     "sae_features",
     "steer",
-    "steer",
-    "steering_vector",
     "steering_vector",
     "train_tuned_lens",
     "tuned_lens",
