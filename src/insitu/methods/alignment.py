@@ -8,7 +8,7 @@ that. Geiger et al. 2023 (https://arxiv.org/abs/2303.02536).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.methods.activations import gather, stream_site
@@ -67,6 +68,7 @@ def distributed_alignment_search(
     batch_size: int = 16,
     held_out: float = 0.25,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Alignment:
     """Learns the directions in which a model keeps a variable, from pairs of prompts.
 
@@ -90,6 +92,7 @@ def distributed_alignment_search(
         batch_size: how many pairs a step is made of.
         held_out: which part of the pairs is not trained on.
         seed: of the first rotation, of which pairs are held out, and of the order of the others.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         The alignment, with the interchange-intervention accuracy on both parts of the pairs.
@@ -119,7 +122,8 @@ def distributed_alignment_search(
             for _ in range(epochs)
             for batch in torch.randperm(len(train), generator=draw).split(batch_size)
         ]
-        losses = _train(model, alignment, directions, batches, lr)
+        with bar("Searching", progress) as shown:
+            losses = _train(model, alignment, directions, shown.each(batches), lr)
         rotation = directions.weight.detach().cpu().float()
         alignment = replace(alignment, rotation=rotation, losses=course(losses))
     parts = (pairs.only(part) for part in (test, train))
@@ -144,7 +148,7 @@ def _train(
     model: LanguageModel,
     alignment: Alignment,
     rotation: nn.Linear,
-    batches: Sequence[_Pairs],
+    batches: Iterable[_Pairs],
     lr: float,
 ) -> torch.Tensor:
     """Trains a rotation, and returns the loss before each step."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.attribution_grid import Choice, grid_of
@@ -35,6 +36,7 @@ def attribution_patching(
     neurons: Choice = None,
     direction: Direction = "denoising",
     normalised: bool = True,
+    progress: bool | None = None,
 ) -> Result:
     """Returns an estimate of what `activation_patching` would find, from one backward pass.
 
@@ -66,6 +68,7 @@ def attribution_patching(
             the clean prompt with values of the corrupted one.
         normalised: whether the change of the metric is given as a share: 1 is all of the difference
             between the run that would be patched and the other.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         By how much each patch would change the metric, with the axes "prompt" (if several were
@@ -102,7 +105,7 @@ def attribution_patching(
     grid.check(pairs)
     ends: list[Any] = []
     estimates: list[list[Any]] = []
-    with model.trace() as tracer:
+    with bar("Attribution patching", progress), model.trace() as tracer:
         for pair, measure in enumerate(as_metric(metric).of(model, len(pairs))):
             with tracer.invoke(pairs.clean.ids[pair]):
                 reference = model.logits[0]

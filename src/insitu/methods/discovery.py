@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from insitu.display.progress import Bar
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.circuit import Circuit, Edge
@@ -34,6 +36,7 @@ def discover_circuit(
     edges: int | None = None,
     threshold: float | None = None,
     steps: int = 5,
+    progress: bool | None = None,
 ) -> Circuit:
     """Returns the edges that a behaviour is made of.
 
@@ -60,6 +63,7 @@ def discover_circuit(
         threshold: of "acdc", by how much the metric may change with one edge; in the place of
             `edges`, which sizes of scores are taken.
         steps: of "eap-ig", over how many runs gradients are averaged.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         The circuit. A score is the estimated change of the metric if the edge is corrupted; of
@@ -91,8 +95,10 @@ def discover_circuit(
     wiring = wiring_of(model, pairs.clean.ids[0])
     if method == "acdc":
         assert threshold is not None
-        return _acdc(model, pairs, metric, wiring, threshold)
-    result = attributed(model, pairs, metric, wiring, steps if method == "eap-ig" else 0)
+        with bar("ACDC", progress) as shown:
+            return _acdc(model, pairs, metric, wiring, threshold, shown)
+    with bar("Edge attribution", progress):
+        result = attributed(model, pairs, metric, wiring, steps if method == "eap-ig" else 0)
     found = Circuit.of(result)
     if edges is not None:
         found = found.top(edges)
@@ -108,13 +114,18 @@ def discover_circuit(
 
 
 def _acdc(
-    model: LanguageModel, pairs: Pairs, metric: Metric, wiring: Wiring, threshold: float
+    model: LanguageModel,
+    pairs: Pairs,
+    metric: Metric,
+    wiring: Wiring,
+    threshold: float,
+    shown: Bar,
 ) -> Circuit:
     """Removes edges one by one, from the logits back to the input."""
     kept = wiring.edges()
     scores: dict[tuple[int, int], float] = {}
     now = 0.0
-    for receiver in reversed(range(len(wiring.receivers))):
+    for receiver in shown.each(reversed(range(len(wiring.receivers))), len(wiring.receivers)):
         if receiver < len(wiring.receivers) - 1 and not _leads(wiring, kept, receiver):
             kept[:, receiver] = False
             continue
