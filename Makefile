@@ -62,7 +62,8 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Every code block of the pages is run by the tests; here the notebooks are, and links are checked.
+# Every code block of the pages is run by the tests; here the notebooks are, and those blocks that
+# end in pictures. Links are checked.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -53,7 +53,7 @@ def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
             full_html=False,
             include_plotlyjs=False,
             div_id=f"figure-{number}",
-            config={"displaylogo": False, "responsive": False},
+            config={"displayModeBar": False, "responsive": False},
         )
         if number == 0:
             path = page.file.dest_uri.count("/") * "../" + _PLOTLY

@@ -104,7 +104,7 @@ class Result:
 
         Args:
             chosen: by the name of an axis: an index or a label, and the axis is gone; a slice or
-                several indices, and it has those.
+                several of them, and it has those.
 
         Raises:
             OptionError: if there is no such axis, label or index.

@@ -16,8 +16,8 @@ from insitu.graph.location import here
 if TYPE_CHECKING:
     from insitu.methods.result import Result
 
-Chosen: TypeAlias = int | str | slice | Sequence[int]
-"""An index or a label, and the axis is gone; a slice or several indices, and it has those."""
+Chosen: TypeAlias = int | str | slice | Sequence[int | str]
+"""An index or a label, and the axis is gone; a slice or several of them, and it has those."""
 
 
 def selected(result: Result, name: str, index: Chosen) -> Result:
@@ -83,6 +83,14 @@ def indices(axis: Axis, index: Any) -> int | list[int]:
     Raises:
         OptionError: if there is no such label or index.
     """
+    if isinstance(index, slice):
+        return list(range(len(axis)))[index]
+    if isinstance(index, int | str):
+        return _number(axis, index)
+    return [_number(axis, one) for one in index]
+
+
+def _number(axis: Axis, index: int | str) -> int:
     if isinstance(index, str):
         if axis.labels.count(index) != 1:
             what = "no" if index not in axis.labels else "more than one"
@@ -90,13 +98,8 @@ def indices(axis: Axis, index: Any) -> int | list[int]:
                 f"There is {what} {axis.name} {index!r}{nearest(index, axis.labels)}.", here()
             )
         return axis.labels.index(index)
-    if isinstance(index, slice):
-        return list(range(len(axis)))[index]
-    numbers = range(len(axis))
     try:
-        if isinstance(index, int):
-            return numbers[index]
-        return [numbers[one] for one in index]
+        return range(len(axis))[index]
     except IndexError:
         raise OptionError(
             f"The axis {axis.name!r} has {len(axis)} entries: there is no {index}.", here()
