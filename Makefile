@@ -63,9 +63,9 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
 # Every code block of the pages is run by the tests; here the notebooks are, and those blocks that
-# end in pictures. Links are checked.
+# end in pictures. Links are checked. Threads slow the bundled model down: it is too small for them.
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
