@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from insitu.display.canvas import Canvas, plotly
@@ -57,6 +57,7 @@ def circuit_figure(
     title: str = "Circuit",
     quantity: str = "score",
     most: int = 200,
+    labels: Mapping[int, str] | None = None,
 ) -> Any:
     """Returns a circuit as a figure of plotly.
 
@@ -67,11 +68,12 @@ def circuit_figure(
         quantity: what a score is.
         most: how many edges are drawn: those with the largest scores. How many there are more
             stands in the title.
+        labels: what stands beside some layers, in the place of their number.
 
     Raises:
         OptionError: if an edge names a part that there is not, or goes back to an earlier layer
             or in a circle, or two parts have one name.
-        PlotlyMissingError: if plotly is not installed.
+        MissingPackageError: if plotly is not installed.
     """
     go = plotly()
     at = {node.name: number_ for number_, node in enumerate(nodes)}
@@ -128,7 +130,7 @@ def circuit_figure(
                 **bare,
                 "range": [-0.5, count - 0.5],
                 "tickvals": [*places.values()],
-                "ticktext": [f"layer {layer}" for layer in places],
+                "ticktext": [(labels or {}).get(layer, f"layer {layer}") for layer in places],
             },
             legend={"x": canvas.x(canvas.width + 12), "xanchor": "left", "y": 1, "yanchor": "top"},
             hovermode="closest",

@@ -7,12 +7,14 @@ it is run is the business of `circuit_runs.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from insitu.display import circuit_picture as picture
+from insitu.display.page import write_html, write_png
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.methods import files
@@ -47,11 +49,13 @@ class Circuit:
         title: how it was found.
         quantity: what a score is, such as "change of logit difference".
         edges: its edges, those that matter most first.
+        shares_keys: whether several heads of the model have one key and value.
     """
 
     title: str
     quantity: str
     edges: tuple[Edge, ...]
+    shares_keys: bool = False
 
     @classmethod
     def of(cls, result: Result) -> Self:
@@ -75,7 +79,9 @@ class Circuit:
             Edge(cell.labels["sender"], cell.labels["receiver"], cell.value)
             for cell in mean.cells()
         ]
-        return cls(result.title, result.quantity, _sorted(edges))
+        return cls(
+            result.title, result.quantity, _sorted(edges), keys_are_shared(result.axes[-1].labels)
+        )
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -94,7 +100,71 @@ class Circuit:
         Args:
             count: how many.
         """
-        return Circuit(self.title, self.quantity, _sorted(self.edges)[: max(count, 0)])
+        return replace(self, edges=_sorted(self.edges)[: max(count, 0)])
+
+    def plot(self, *, most: int = 200) -> Any:
+        """Returns a picture of it, a figure of plotly: parts by layer, thick edges that count.
+
+        What reads queries, keys and values of a head is drawn as the head. Where heads share keys,
+        these have places of their own.
+
+        Args:
+            most: how many edges are drawn, the strongest.
+
+        Raises:
+            OptionError: if it has no edges.
+            MissingPackageError: if plotly is not installed.
+        """
+        if not self.edges:
+            raise OptionError("The circuit has no edges: there is nothing to draw.", here())
+        lines: dict[tuple[str, str], float] = {}
+        for edge in self.edges:  # queries, keys and values of one head are one line
+            ends = edge.sender, _reader(edge.receiver, self.shares_keys)
+            lines[ends] = max(lines.get(ends, 0.0), edge.score, key=abs)
+        names = sorted({name for ends in lines for name in ends}, key=_place)
+        layers = [_place(name)[0] for name in names]
+        top = max((layer for layer in layers if layer < _LAST), default=-1) + 1
+        nodes = [
+            picture.Node(name, min(layer, top), _kind(name))
+            for name, layer in zip(names, layers, strict=True)
+        ]
+        edges = [picture.Edge(*ends, score) for ends, score in lines.items()]
+        return picture.circuit_figure(
+            nodes,
+            edges,
+            title=self.title,
+            quantity=self.quantity,
+            most=most,
+            labels={-1: "", top: ""},
+        )
+
+    def to_html(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Writes a picture of it as a page that can be opened without a network.
+
+        Args:
+            path: where to.
+            options: those of `plot`.
+
+        Raises:
+            OptionError: as `plot`.
+            MissingPackageError: if plotly is not installed.
+        """
+        write_html(self.plot(**options), path)
+
+    def to_png(self, path: str | os.PathLike[str], scale: float = 2, **options: Any) -> None:
+        """Writes a picture of it as a PNG. That takes Chromium.
+
+        Args:
+            path: where to.
+            scale: how many pixels of the file one of the picture's is wide.
+            options: those of `plot`.
+
+        Raises:
+            OptionError: as `plot`.
+            PictureError: if there is no Chromium.
+            MissingPackageError: if plotly is not installed, or Kaleido, which speaks to Chromium.
+        """
+        write_png(self.plot(**options), path, scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it in JSON's own types."""
@@ -115,6 +185,7 @@ class Circuit:
         told = {
             "title": self.title,
             "quantity": self.quantity,
+            "shares_keys": self.shares_keys,
             "edges": [[edge.sender, edge.receiver] for edge in self.edges],
         }
         files.write(path, _KIND, {"scores": scores}, told)
@@ -133,7 +204,7 @@ class Circuit:
         scores = tensors["scores"].tolist()
         named = zip(told["edges"], scores, strict=True)
         edges = [Edge(sender, receiver, score) for (sender, receiver), score in named]
-        return cls(told["title"], told["quantity"], tuple(edges))
+        return cls(told["title"], told["quantity"], tuple(edges), told["shares_keys"])
 
 
 def _sorted(edges: Iterable[Edge]) -> tuple[Edge, ...]:
@@ -141,9 +212,36 @@ def _sorted(edges: Iterable[Edge]) -> tuple[Edge, ...]:
     return tuple(sorted(edges, key=lambda edge: -abs(edge.score)))
 
 
+_LAST = 10**9  # above any layer
+_KINDS = {"a": "attention", "m": "MLP", "s": "state space"}
+
+
 def _place(node: str) -> tuple[int, int, int]:
     """Where a node stands in a model: its layer, what it is, and which head."""
     if node in ("input", "logits"):
-        return (-1 if node == "input" else 10**9, 0, 0)
-    part, _, head = node.partition(".h")
-    return int(part[1:]), "asm".index(part[0]), int(head or 0)
+        return (-1 if node == "input" else _LAST, 0, 0)
+    part, _, head = node.partition(".")
+    return int(part[1:]), "asm".index(part[0]), int(head[1:] or 0)
+
+
+def _reader(receiver: str, shares_keys: bool) -> str:
+    """What a receiver is drawn as: "a3.h5" for "a3.q5"."""
+    part, dot, head = receiver.partition(".")
+    if not dot or (shares_keys and head[0] != "q"):
+        return receiver
+    return f"{part}.h{head[1:]}"
+
+
+def _kind(name: str) -> str:
+    """What a node is, as the legend of a picture says it."""
+    return name if name in ("input", "logits") else _KINDS[name[0]]
+
+
+def keys_are_shared(receivers: Sequence[str]) -> bool:
+    """Returns whether there are fewer keys than queries.
+
+    Args:
+        receivers: the names of a model's receivers.
+    """
+    kinds = [name.partition(".")[2][:1] for name in receivers]
+    return kinds.count("k") < kinds.count("q")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from insitu.display.progress import Bar
 from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
-from insitu.methods.circuit import Circuit, Edge
+from insitu.methods.circuit import Circuit, Edge, keys_are_shared
 from insitu.methods.edge_attribution import attributed, read_equal_pairs
 from insitu.methods.faithfulness import kept_of, measured
 from insitu.methods.metrics import Metric, as_metric
@@ -105,12 +106,12 @@ def discover_circuit(
     else:
         assert threshold is not None
         large = tuple(edge for edge in found.edges if abs(edge.score) >= threshold)
-        found = Circuit(found.title, found.quantity, large)
+        found = replace(found, edges=large)
     left = wiring.connected(kept_of(wiring, found))
     senders, receivers = wiring.senders, wiring.receivers
     names = {(senders[s], receivers[r]) for s, r in left.nonzero().tolist()}
     kept = tuple(edge for edge in found.edges if (edge.sender, edge.receiver) in names)
-    return Circuit(found.title, found.quantity, kept)
+    return replace(found, edges=kept)
 
 
 def _acdc(
@@ -160,7 +161,10 @@ def _acdc(
         for s, r in sorted(kept.nonzero().tolist(), key=lambda place: -scores[tuple(place)])
     ]
     return Circuit(
-        f"ACDC with threshold {threshold:g}", f"change of {metric.name} by the edge", tuple(found)
+        f"ACDC with threshold {threshold:g}",
+        f"change of {metric.name} by the edge",
+        tuple(found),
+        keys_are_shared(receivers),
     )
 
 
