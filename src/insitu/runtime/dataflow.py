@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from insitu.graph.structure import map_structure
+from insitu.runtime.inside import keeps_for_later
 from insitu.runtime.probe import Call, fake_run
 
 
@@ -27,7 +28,8 @@ class Event(NamedTuple):
     Attributes:
         path: the module's path; of a function, that of the module whose forward calls it.
         function: the function's name, such as "softmax"; "" for a call of the module.
-        call: which call of the module, or of the function by the module, from 0.
+        call: which call of the module, or of the function by the module, from 0; -1 of a function
+            that a cache calls, which is none of the module's own.
         inputs: the values among its arguments, in their order.
         outputs: the values that it returned.
         first: the event with which the call began; events of a module come when it returns.
@@ -112,7 +114,8 @@ class _Watch(TorchFunctionMode):
         version = None if target is None else target._version
         result = func(*args, **(kwargs or {}))
         written = target is not None and target._version != version
-        self.visit(name, args, kwargs or {}, result, target if written else None, version)
+        before = (target if written else None, version)
+        self.visit(name, args, kwargs or {}, result, *before, not keeps_for_later())
         return result
 
 
@@ -191,10 +194,11 @@ class Recorder:
         result: Any,
         written: torch.Tensor | None,
         version: int | None,
+        counts: bool,
     ) -> None:
         path = self._stack[-1][0] if self._stack else ""
-        call = self._counts[path, name]
-        self._counts[path, name] += 1
+        call = self._counts[path, name] if counts else -1
+        self._counts[path, name] += counts
         index = len(self.flow.events)
         if written is None:
             _, inputs = self._values((args, kwargs))
