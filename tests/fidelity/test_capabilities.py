@@ -8,10 +8,21 @@ from types import ModuleType
 
 import pytest
 
-from tests.fidelity import test_architectures, test_standard_names
+from tests.fidelity import (
+    test_architectures,
+    test_named_gradients,
+    test_named_logits,
+    test_named_prompts,
+    test_named_weights,
+    test_standard_names,
+)
 from tests.fidelity.capabilities import CAPABILITIES, KINDS, results, table
 from tests.fidelity.zoo import EVERY
 
+MODULES = (
+    *(test_architectures, test_standard_names, test_named_weights, test_named_logits),
+    *(test_named_gradients, test_named_prompts),
+)
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TITLES = [one.title for one in CAPABILITIES]
 
@@ -27,7 +38,7 @@ def rows() -> list[list[str]]:
 
 def test_every_test_of_architectures_shows_a_capability() -> None:
     listed = [test for one in CAPABILITIES for test in one.tests]
-    assert sorted(listed) == sorted(names_in(test_architectures) + names_in(test_standard_names))
+    assert sorted(listed) == sorted(name for module in MODULES for name in names_in(module))
 
 
 def test_the_page_has_a_column_for_each_capability_and_a_row_for_each_architecture() -> None:
