@@ -128,7 +128,7 @@ def reach(value: torch.Tensor, grad: torch.Tensor) -> float:
     seen = value.abs() < 1e4  # what is masked stays masked
     size = float(value[seen].square().mean().sqrt())
     assert float(grad.norm()) > 0
-    return 2e-2 * size * float(grad.norm())
+    return 5e-3 * size * float(grad.norm())
 
 
 def step(value: torch.Tensor, grad: torch.Tensor, length: float) -> torch.Tensor:

@@ -24,6 +24,7 @@ from tests.fidelity.named import (
     there,
     values_of,
 )
+from tests.fidelity.test_architectures import OLD, PADDED
 from tests.fidelity.zoo import ZOO
 from tests.fidelity.zoo.layers import layer
 
@@ -32,10 +33,10 @@ pytestmark = pytest.mark.no_wire  # what is sent does not depend on the architec
 LANGUAGE = pytest.mark.parametrize("name", [name for name, one in ZOO.items() if one.takes_text])
 GENERATING = pytest.mark.parametrize("name", [name for name, one in ZOO.items() if one.generates])
 LENGTHS = (3, 8, 5)
-# What their softmax is given does not tell which of its axes are positions of a prompt.
-UNCUT = {"mpt", "gpt-oss"}
+# Something of theirs does not tell which of its axes are positions of a prompt.
+UNCUT = {("mpt", False), ("gpt-oss", True), *([("jamba", True)] if OLD else [])}
 # With some versions of Transformers it keeps what all its keys and values are made of anew.
-REBUILT = {"deepseek-v3"}
+REBUILT = set() if OLD else {"deepseek-v3"}
 # Its biases of positions count from the last key that there is.
 RELATIVE = {"mpt"}
 STEPS = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
@@ -46,6 +47,11 @@ def alone(name: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a forward of a prompt alone is given: a decoder begins as a generation does."""
     begins = {"decoder_input_ids": torch.tensor([[3]])}
     return {"input_ids": ids, **(begins if ZOO[name].kind == "encoder-decoder" else {})}
+
+
+def limit_of(name: str) -> float:
+    """How far off rounding may be; padding changes what some models compute."""
+    return 1e-3 if OLD and name in PADDED else 2e-5
 
 
 def saved_of(block: Any, step: int = 0) -> dict[tuple[str, str], Any]:
@@ -73,19 +79,20 @@ def test_prompts_of_a_batch_show_by_name_what_they_do_alone(name: str) -> None:
             for ids in prompts:
                 with tracer.invoke(ids):
                     saved.append((saved_of(block), model.logits.save()))
-        assert len(tracer.plan.passes) == (3 if name in UNCUT else 1)
+        with_experts = "experts" in list(block.role)
+        assert len(tracer.plan.passes) == (3 if (name, with_experts) in UNCUT else 1)
         for ids, (found, logits) in zip(prompts, saved, strict=True):
             inputs = alone(name, ids)
             layers = {"block": block.module, **{r: layer(block.module, r) for r in LAYERS}}
             with torch.no_grad(), tapped(layers) as seen:
-                close(logits.value, plain_forward(name, inputs), name)
+                close(logits.value, plain_forward(name, inputs), name, limit_of(name))
             with opened(model, name, inputs):
                 own = saved_of(block)
             assert own.keys() == found.keys()
             for place, value in own.items():
-                same(found[place].value, value.value, (block.path, *place))
+                same(found[place].value, value.value, (block.path, *place), limit_of(name))
             for place, value in hooked_values(block, seen).items():
-                close(found[place].value, value, f"{block.path} {place}")
+                close(found[place].value, value, f"{block.path} {place}", limit_of(name))
 
 
 def same(found: torch.Tensor, expected: torch.Tensor, what: Any, limit: float = 2e-5) -> None:
@@ -155,7 +162,7 @@ def test_what_is_written_by_name_for_a_prompt_of_a_batch_reaches_it_alone(name: 
                 with tapped({role: module}, **how):
                     expected = plain_forward(name, inputs)
             assert torch.equal(expected, untouched) == (number != 1)
-            close(found.value, expected, block.path)
+            close(found.value, expected, block.path, limit_of(name))
 
 
 @GENERATING
@@ -219,4 +226,4 @@ def test_what_has_a_name_in_a_step_is_what_it_is_in_one_forward_of_all_steps(nam
                 one = value.value
                 if of == "scores" and name in RELATIVE:
                     one, part = (x - x.amax(-1, keepdim=True) for x in (one, part))
-                same(one, part, (block.path, step, key), 1e-4)
+                same(one, part, (block.path, step, key), max(1e-4, limit_of(name)))
