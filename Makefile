@@ -30,7 +30,8 @@ test-matrix: $(VENV)/installed $(VENV)-transformers4/installed
 	$(VENV)-transformers4/bin/pytest -n $(WORKERS)
 
 # What works on which architecture, from the results of tests. One that fails is in the page.
-ARCHITECTURES = tests/fidelity/test_standard_names.py tests/fidelity/test_architectures.py
+ARCHITECTURES = tests/fidelity/test_architectures.py tests/fidelity/test_standard_names.py \
+	$(wildcard tests/fidelity/test_named_*.py)
 TRANSFORMERS = python -c "from importlib.metadata import version; print(version('transformers'))"
 
 architectures: $(VENV)/installed $(VENV)-transformers4/installed
