@@ -26,6 +26,8 @@ pytestmark = pytest.mark.no_wire
 PAGE = Path(__file__).parents[1] / "docs" / "command_line.md"
 CLEAN, CORRUPTED = "The Louvre is in the city of", "The Kremlin is in the city of"
 
+PATCH = "patch", "insitu/eiffel"
+
 
 def run(*args: str, columns: int = 120) -> Any:
     return CliRunner().invoke(app, list(args), env={"COLUMNS": str(columns)})
@@ -183,7 +185,7 @@ def test_a_tree_is_shown_without_weights(tmp_path: Path) -> None:
 
 def test_a_patch_is_written_as_json_page_and_picture(tmp_path: Path) -> None:
     page, picture = tmp_path / "patch.html", tmp_path / "patch.png"
-    given = ["patch", "insitu/eiffel", CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow"]
+    given = [*PATCH, CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow"]
     result = run(*given, "--layers", "3-4", "--json", "--html", str(page))
     assert result.exit_code == 0
     found = json.loads(result.stdout)
@@ -213,7 +215,7 @@ def test_steering_writes_its_vector(tmp_path: Path) -> None:
         (["lens", "insitu/eiffel", CLEAN, "--layers", "x"], "'x' is no list of numbers"),
         (["attention", "no/such", CLEAN], "no/such"),
         (
-            ["patch", "insitu/eiffel", CLEAN, CORRUPTED, "--answer", "x y", "--instead", "Rome"],
+            [*PATCH, CLEAN, CORRUPTED, "--answer", "x y", "--instead", "Rome"],
             "' x y' is 3 tokens",
         ),
         (
