@@ -65,7 +65,8 @@ format: $(VENV)/installed
 
 # Every code block of the pages is run by the tests; here the notebooks are, and links are checked.
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 INSITU_PROGRESS=0 PLOTLY_RENDERER=png PYTHONWARNINGS=ignore TQDM_DISABLE=1 \
+		$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
