@@ -153,8 +153,11 @@ CAPABILITIES = (
     ),
     Capability(
         "W_E",
-        "`W_E` and `W_U`, with which tokens are embedded and unembedded",
-        ("test_tokens_are_embedded_and_unembedded_with_these_weights",),
+        "`embedding`, and `W_E` and `W_U`, with which tokens are embedded and unembedded",
+        (
+            "test_the_embedding_is_what_the_prompt_goes_through",
+            "test_tokens_are_embedded_and_unembedded_with_these_weights",
+        ),
     ),
 )
 
