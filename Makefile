@@ -63,7 +63,8 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Every code block of the pages is run by the tests; here the notebooks are, and links are checked.
+# Every code block of the pages is run by the tests; here the notebooks are, and those blocks that
+# end in pictures. Links are checked.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 INSITU_PROGRESS=0 PLOTLY_RENDERER=png PYTHONWARNINGS=ignore TQDM_DISABLE=1 \
 		$(BIN)/mkdocs build --strict

@@ -285,27 +285,3 @@ def test_what_is_no_circuit_of_the_model_says_so() -> None:
         Circuit.of(Result("", "", torch.zeros(()), ()))
     with pytest.raises(PromptError, match="equally long"):
         discover_circuit(model, CLEAN, CORRUPTED[:2], DIFFERENCE, edges=5)
-
-
-def test_a_circuit_is_drawn_with_heads_for_what_reads_their_queries_keys_and_values() -> None:
-    edges = (
-        Edge("input", "a0.q1", 2.0),
-        Edge("input", "a0.v1", -3.0),
-        Edge("a0.h1", "m0", 1.0),
-        Edge("m0", "logits", 0.5),
-    )
-    figure = Circuit("found", "nats", edges).plot()
-    texts = {note.text for note in figure.layout.annotations}
-    for trace in figure.data:
-        texts |= set(trace.text or ())
-    assert {"input", "a0.h1", "m0", "logits"} <= texts
-    assert list(figure.layout.yaxis.ticktext) == ["", "layer 0", ""]
-
-    shared = Circuit("found", "nats", edges, shares_keys=True).plot()
-    texts = {note.text for note in shared.layout.annotations}
-    for trace in shared.data:
-        texts |= set(trace.text or ())
-    assert "a0.v1" in texts
-
-    with pytest.raises(OptionError, match="nothing to draw"):
-        Circuit("found", "nats", ()).plot()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from insitu.display.canvas import Canvas, plotly
@@ -28,7 +28,8 @@ class Node(NamedTuple):
         name: what it is called, such as "3.head.5"; each has a name of its own.
         layer: where it stands, the lowest first. Those of one layer that lead to each other stand
             above each other.
-        kind: what it is, such as "head" or "mlp": those of a kind have one colour.
+        kind: what it is, such as "head" or "mlp": those of a kind have one colour. What is of no
+            kind, such as the embedding, stands beside no number of a layer.
     """
 
     name: str
@@ -57,7 +58,6 @@ def circuit_figure(
     title: str = "Circuit",
     quantity: str = "score",
     most: int = 200,
-    labels: Mapping[int, str] | None = None,
 ) -> Any:
     """Returns a circuit as a figure of plotly.
 
@@ -68,7 +68,6 @@ def circuit_figure(
         quantity: what a score is.
         most: how many edges are drawn: those with the largest scores. How many there are more
             stands in the title.
-        labels: what stands beside some layers, in the place of their number.
 
     Raises:
         OptionError: if an edge names a part that there is not, or goes back to an earlier layer
@@ -118,8 +117,10 @@ def circuit_figure(
             }
         )
     heights: dict[int, list[int]] = defaultdict(list)
+    blocks = {node.layer for node in nodes if node.kind}  # not what is before and behind them
     for node, row in zip(nodes, rows, strict=True):
-        heights[node.layer].append(row)
+        if node.layer in blocks or not blocks:
+            heights[node.layer].append(row)
     places = {layer: (min(some) + max(some)) / 2 for layer, some in heights.items()}
     bare = {"showgrid": False, "zeroline": False, "ticks": "", "showline": False}
     figure = go.Figure(traces)
@@ -130,7 +131,7 @@ def circuit_figure(
                 **bare,
                 "range": [-0.5, count - 0.5],
                 "tickvals": [*places.values()],
-                "ticktext": [(labels or {}).get(layer, f"layer {layer}") for layer in places],
+                "ticktext": [f"layer {layer}" for layer in places],
             },
             legend={"x": canvas.x(canvas.width + 12), "xanchor": "left", "y": 1, "yanchor": "top"},
             hovermode="closest",

@@ -7,21 +7,23 @@ it is run is the business of `circuit_runs.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from insitu.display import circuit_picture as picture
 from insitu.display.page import write_html, write_png
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.methods import files
+from insitu.methods.circuit_picture import picture
 from insitu.methods.result import Result
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from plotly.graph_objects import Figure
 
 _KIND = "circuit"
 
@@ -49,13 +51,13 @@ class Circuit:
         title: how it was found.
         quantity: what a score is, such as "change of logit difference".
         edges: its edges, those that matter most first.
-        shares_keys: whether several heads of the model have one key and value.
+        sharing: how many heads share keys and values.
     """
 
     title: str
     quantity: str
     edges: tuple[Edge, ...]
-    shares_keys: bool = False
+    sharing: int = 1
 
     @classmethod
     def of(cls, result: Result) -> Self:
@@ -80,7 +82,7 @@ class Circuit:
             for cell in mean.cells()
         ]
         return cls(
-            result.title, result.quantity, _sorted(edges), keys_are_shared(result.axes[-1].labels)
+            result.title, result.quantity, _sorted(edges), heads_sharing(mean.axes[-1].labels)
         )
 
     def __len__(self) -> int:
@@ -102,41 +104,25 @@ class Circuit:
         """
         return replace(self, edges=_sorted(self.edges)[: max(count, 0)])
 
-    def plot(self, *, most: int = 200) -> Any:
-        """Returns a picture of it, a figure of plotly: parts by layer, thick edges that count.
+    def plot(self, *, title: str | None = None, most: int = 200) -> Figure:
+        """Returns a picture of it, as a figure of plotly: layers from bottom to top.
 
-        What reads queries, keys and values of a head is drawn as the head. Where heads share keys,
-        these have places of their own.
+        Heads are drawn as one, so an edge into one is the sum of those into its queries, keys and
+        values. Where heads share keys or values, an edge into these is drawn to each that is in
+        the circuit.
 
         Args:
-            most: how many edges are drawn, the strongest.
+            title: what stands over it; None for its own title.
+            most: how many edges are drawn: those with the largest scores by size.
 
         Raises:
             OptionError: if it has no edges.
             MissingPackageError: if plotly is not installed.
         """
         if not self.edges:
-            raise OptionError("The circuit has no edges: there is nothing to draw.", here())
-        lines: dict[tuple[str, str], float] = {}
-        for edge in self.edges:  # queries, keys and values of one head are one line
-            ends = edge.sender, _reader(edge.receiver, self.shares_keys)
-            lines[ends] = max(lines.get(ends, 0.0), edge.score, key=abs)
-        names = sorted({name for ends in lines for name in ends}, key=_place)
-        layers = [_place(name)[0] for name in names]
-        top = max((layer for layer in layers if layer < _LAST), default=-1) + 1
-        nodes = [
-            picture.Node(name, min(layer, top), _kind(name))
-            for name, layer in zip(names, layers, strict=True)
-        ]
-        edges = [picture.Edge(*ends, score) for ends, score in lines.items()]
-        return picture.circuit_figure(
-            nodes,
-            edges,
-            title=self.title,
-            quantity=self.quantity,
-            most=most,
-            labels={-1: "", top: ""},
-        )
+            raise OptionError("The circuit has no edges to draw.", here())
+        title = self.title if title is None else title
+        return picture(self.edges, self.sharing, title, self.quantity, most)
 
     def to_html(self, path: str | os.PathLike[str], **options: Any) -> None:
         """Writes a picture of it as a page that can be opened without a network.
@@ -144,10 +130,6 @@ class Circuit:
         Args:
             path: where to.
             options: those of `plot`.
-
-        Raises:
-            OptionError: as `plot`.
-            MissingPackageError: if plotly is not installed.
         """
         write_html(self.plot(**options), path)
 
@@ -160,9 +142,7 @@ class Circuit:
             options: those of `plot`.
 
         Raises:
-            OptionError: as `plot`.
-            PictureError: if there is no Chromium.
-            MissingPackageError: if plotly is not installed, or Kaleido, which speaks to Chromium.
+            PictureError: if there is no Chromium, or no Kaleido, which speaks to it.
         """
         write_png(self.plot(**options), path, scale)
 
@@ -173,6 +153,7 @@ class Circuit:
             "quantity": self.quantity,
             "nodes": list(self.nodes),
             "edges": [edge._asdict() for edge in self.edges],
+            "sharing": self.sharing,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -185,8 +166,8 @@ class Circuit:
         told = {
             "title": self.title,
             "quantity": self.quantity,
-            "shares_keys": self.shares_keys,
             "edges": [[edge.sender, edge.receiver] for edge in self.edges],
+            "sharing": self.sharing,
         }
         files.write(path, _KIND, {"scores": scores}, told)
 
@@ -204,7 +185,17 @@ class Circuit:
         scores = tensors["scores"].tolist()
         named = zip(told["edges"], scores, strict=True)
         edges = [Edge(sender, receiver, score) for (sender, receiver), score in named]
-        return cls(told["title"], told["quantity"], tuple(edges), told["shares_keys"])
+        return cls(told["title"], told["quantity"], tuple(edges), told["sharing"])
+
+
+def heads_sharing(receivers: Iterable[str]) -> int:
+    """Returns how many heads share keys and values in a model.
+
+    Args:
+        receivers: the names of all that reads the residual stream in it.
+    """
+    kinds = [name.partition(".")[2][:1] for name in receivers]
+    return kinds.count("q") // kinds.count("k") if "k" in kinds else 1
 
 
 def _sorted(edges: Iterable[Edge]) -> tuple[Edge, ...]:
@@ -212,36 +203,9 @@ def _sorted(edges: Iterable[Edge]) -> tuple[Edge, ...]:
     return tuple(sorted(edges, key=lambda edge: -abs(edge.score)))
 
 
-_LAST = 10**9  # above any layer
-_KINDS = {"a": "attention", "m": "MLP", "s": "state space"}
-
-
 def _place(node: str) -> tuple[int, int, int]:
     """Where a node stands in a model: its layer, what it is, and which head."""
     if node in ("input", "logits"):
-        return (-1 if node == "input" else _LAST, 0, 0)
-    part, _, head = node.partition(".")
-    return int(part[1:]), "asm".index(part[0]), int(head[1:] or 0)
-
-
-def _reader(receiver: str, shares_keys: bool) -> str:
-    """What a receiver is drawn as: "a3.h5" for "a3.q5"."""
-    part, dot, head = receiver.partition(".")
-    if not dot or (shares_keys and head[0] != "q"):
-        return receiver
-    return f"{part}.h{head[1:]}"
-
-
-def _kind(name: str) -> str:
-    """What a node is, as the legend of a picture says it."""
-    return name if name in ("input", "logits") else _KINDS[name[0]]
-
-
-def keys_are_shared(receivers: Sequence[str]) -> bool:
-    """Returns whether there are fewer keys than queries.
-
-    Args:
-        receivers: the names of a model's receivers.
-    """
-    kinds = [name.partition(".")[2][:1] for name in receivers]
-    return kinds.count("k") < kinds.count("q")
+        return (-1 if node == "input" else 10**9, 0, 0)
+    part, _, head = node.partition(".h")
+    return int(part[1:]), "asm".index(part[0]), int(head or 0)

@@ -12,7 +12,7 @@ from insitu.display.progress import Bar
 from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
-from insitu.methods.circuit import Circuit, Edge, keys_are_shared
+from insitu.methods.circuit import Circuit, Edge, heads_sharing
 from insitu.methods.edge_attribution import attributed, read_equal_pairs
 from insitu.methods.faithfulness import kept_of, measured
 from insitu.methods.metrics import Metric, as_metric
@@ -164,7 +164,7 @@ def _acdc(
         f"ACDC with threshold {threshold:g}",
         f"change of {metric.name} by the edge",
         tuple(found),
-        keys_are_shared(receivers),
+        heads_sharing(receivers),
     )
 
 
