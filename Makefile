@@ -30,7 +30,8 @@ test-matrix: $(VENV)/installed $(VENV)-transformers4/installed
 	$(VENV)-transformers4/bin/pytest -n $(WORKERS)
 
 # What works on which architecture, from the results of tests. One that fails is in the page.
-ARCHITECTURES = tests/fidelity/test_standard_names.py tests/fidelity/test_architectures.py
+ARCHITECTURES = tests/fidelity/test_architectures.py tests/fidelity/test_standard_names.py \
+	$(wildcard tests/fidelity/test_named_*.py)
 TRANSFORMERS = python -c "from importlib.metadata import version; print(version('transformers'))"
 
 architectures: $(VENV)/installed $(VENV)-transformers4/installed
@@ -65,7 +66,8 @@ format: $(VENV)/installed
 # Every code block of the pages is run by the tests; here the notebooks are, and those blocks that
 # end in pictures. Links are checked. Threads slow the bundled model down: it is too small for them.
 docs: $(VENV)/docs
-	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 INSITU_PROGRESS=0 PLOTLY_RENDERER=png PYTHONWARNINGS=ignore TQDM_DISABLE=1 \
+		OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py

@@ -270,6 +270,23 @@ def test_a_metric_compares_with_the_clean_run() -> None:
     assert result.centre == 0
 
 
+def test_positions_that_can_be_gone_through_once_are_those_of_every_prompt() -> None:
+    model, prompts = LanguageModel(module_of("gpt2")), [[5, 17, 3], [7, 9, 30, 2]]
+    options: Any = {"what": "mlps", "layers": 0}
+    listed = ablate(model, prompts, logit_difference(11, 23), positions=[1, -1], **options)
+    once = ablate(model, prompts, logit_difference(11, 23), positions=iter([1, -1]), **options)
+    assert torch.equal(once.values, listed.values)
+    assert bool((listed.values[:, 0] != listed.details["clean"]).all())
+
+
+def test_pairs_that_are_ablated_together_may_be_lists() -> None:
+    model, metric = LanguageModel(module_of("gpt2")), logit_difference(11, 23)
+    pairs = ablate(model, [5, 17, 3], metric, together=[(0, 1), (1, 2)])
+    assert torch.equal(
+        ablate(model, [5, 17, 3], metric, together=[[0, 1], [1, 2]]).values, pairs.values
+    )
+
+
 def test_layers_without_a_part_are_left_out() -> None:
     module = module_of("jamba")
     model = LanguageModel(module)

@@ -9,8 +9,14 @@ from torch import Tensor, nn
 
 from insitu import LanguageModel
 from insitu.graph.errors import OptionError, PromptError
-from insitu.methods import attribution_patching, kl_divergence, logit_difference
+from insitu.methods import (
+    activation_patching,
+    attribution_patching,
+    kl_divergence,
+    logit_difference,
+)
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.fidelity.zoo import module_of
 from tests.methods.edges_by_hand import CLEAN, CORRUPTED, linear_gpt2
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"gpt2": tiny_gpt2, "llama": tiny_llama}
@@ -201,3 +207,30 @@ def test_what_cannot_be_estimated_says_why() -> None:
     with pytest.raises(PromptError, match="equally long"):
         attribution_patching(model, CLEAN, CORRUPTED[:3], METRIC)
     attribution_patching(*run_of)
+
+
+def test_of_a_model_in_half_precision_small_products_are_not_lost() -> None:
+    """Changes of about 1e-3 times slopes of about 1e-5 are nothing in float16."""
+    module = tiny_gpt2().half()
+    clean, _, _ = run(module, "z", CLEAN)
+    corrupted, slopes, _ = run(module, "z", CORRUPTED)
+    expected = [
+        ((one.float() - other.float()) * slope.float()).sum() / 64
+        for one, other, slope in zip(clean, corrupted, slopes, strict=True)
+    ]
+    found = attribution_patching(
+        LanguageModel(module), CLEAN, CORRUPTED, lambda logits: difference(logits).float() / 64,
+        sites="z", by="layer", normalised=False,
+    )  # fmt: skip
+    torch.testing.assert_close(found.values, torch.stack(expected), rtol=5e-3, atol=0)
+
+
+def test_layers_without_what_is_patched_are_left_out() -> None:
+    """Of the three blocks of this model, the second has attention."""
+    model = LanguageModel(module_of("jamba"))
+    run_of: Any = (model, [5, 17, 3], [5, 18, 3], METRIC)
+    for method in (attribution_patching, activation_patching):
+        found = method(*run_of, sites=["z", "attention_out"], by="layer", normalised=False)
+        assert found.axis("layer").labels == ("1",)
+        with pytest.raises(OptionError, match=r"Layer 0 has no `attention.z`: there is no"):
+            method(*run_of, sites="z", by="layer", layers=[0, 1])

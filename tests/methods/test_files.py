@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from insitu import LoadError
+from insitu import LoadError, OptionError
 from insitu.methods.files import read, write
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
@@ -25,6 +25,11 @@ def test_tensors_that_share_memory_or_lie_otherwise_are_written(tmp_path: Path) 
     whole = torch.arange(6.0).reshape(2, 3)
     write(tmp_path / "file", "probe", {"whole": whole, "turned": whole.T}, None)
     assert torch.equal(read(tmp_path / "file", "probe")[0]["turned"], whole.T)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no folder '.*/none'"):
+        write(tmp_path / "none" / "file", "probe", TENSORS, None)
 
 
 def test_another_kind_is_refused_and_named(tmp_path: Path) -> None:

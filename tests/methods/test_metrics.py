@@ -1,8 +1,20 @@
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
-from insitu import LanguageModel, OptionError, PromptError
-from insitu.methods import kl_divergence, log_probability, logit_difference, probability
+from insitu import LanguageModel, OptionError, PromptError, ShapeError
+from insitu.methods import (
+    Metric,
+    ablate,
+    gradient_times_input,
+    integrated_gradients,
+    kl_divergence,
+    log_probability,
+    logit_difference,
+    probability,
+)
 from insitu.methods.metrics import as_metric
 
 
@@ -56,7 +68,7 @@ def test_a_function_of_logits_is_a_metric_with_its_name(gpt2: LanguageModel, log
     metric = as_metric(largest_logit)
     assert metric.name == "largest logit"
     assert measured(metric, gpt2, logits, count=2) == [float(logits[-1].max())] * 2
-    assert as_metric(metric) is metric
+    assert as_metric(metric).name == metric.name
     with pytest.raises(OptionError, match="not 'loss'"):
         as_metric("loss")  # pyright: ignore[reportArgumentType]
 
@@ -69,3 +81,45 @@ def test_it_is_recorded_in_the_run_itself(gpt2: LanguageModel) -> None:
     with torch.no_grad():
         row = gpt2.load()(torch.tensor([[5, 6, 7]])).logits[0, -1]
     assert value.value.item() == pytest.approx(float(row[3] - row[4]), abs=1e-5)
+
+
+NO_NUMBERS: dict[str, Any] = {
+    "a logit for each token": (lambda logits: logits[-1], r"This one gives shape \(100,\)"),
+    "an axis too many": (lambda logits: logits[-1, 3:4], r"This one gives shape \(1,\)"),
+    "a constant": (lambda logits: 3.0, "This one gives a float"),
+    "nothing": (lambda logits: None, "This one gives a NoneType"),
+    "a Python number": (lambda logits: logits[-1, 3].item(), r"`\.item\(\)`"),
+    "of a metric": (Metric("own", lambda model, n: [lambda logits, _: logits[-1]] * n), "shape"),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+@pytest.mark.parametrize("method", [ablate, integrated_gradients, gradient_times_input])
+def test_what_is_no_number_is_refused_and_not_summed(
+    gpt2: LanguageModel, method: Any, name: str
+) -> None:
+    metric, said = NO_NUMBERS[name]
+    with pytest.raises(ShapeError, match=said) as caught:
+        method(gpt2, [5, 17, 3], metric)
+    assert "test_metrics.py" in str(caught.value)
+
+
+def test_a_difference_in_half_precision_is_taken_in_float32(gpt2: LanguageModel) -> None:
+    logits = torch.zeros(2, 100, dtype=torch.bfloat16)
+    logits[-1, 7], logits[-1, 9] = 257.0, 0.5  # 256 and 0.5: the difference has no bfloat16
+    assert measured(logit_difference(7, 9), gpt2, logits) == [float(logits[-1, 7]) - 0.5]
+
+
+def test_answers_may_be_numbers_of_other_libraries(gpt2: LanguageModel, logits) -> None:
+    wanted = measured(probability(7), gpt2, logits)
+    for token in (np.int64(7), torch.tensor(7)):
+        assert measured(probability(token), gpt2, logits) == wanted
+    for tokens in (np.array([7, 7]), torch.tensor([7, 7]), iter([7, 7])):
+        assert measured(probability(tokens), gpt2, logits, count=2) == wanted * 2
+    for token in (True, 1.5, None):
+        with pytest.raises(OptionError, match="as text or as its id, not as"):
+            measured(probability(token), gpt2, logits)
+
+
+def test_a_function_without_a_name_is_a_metric() -> None:
+    assert as_metric(lambda logits: logits[-1, 3]).name == "metric"

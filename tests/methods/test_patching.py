@@ -332,6 +332,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*eager:UserWarning")
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_said(gpt2: LanguageModel, name: str) -> None:
     given, error, message = WRONG[name]

@@ -15,11 +15,13 @@ from insitu import LanguageModel
 from insitu.graph.errors import OptionError, PromptError, ShapeError
 from insitu.methods import logit_difference, path_patching
 from tests.fidelity.architectures import spread_out
+from tests.fidelity.zoo import module_of
 
 CLEAN = [[5, 17, 3, 88, 41], [7, 9, 30, 2, 66, 12, 4]]
 CORRUPTED = [[5, 18, 3, 80, 41], [7, 9, 31, 2, 66, 13, 4]]
 METRIC = logit_difference(11, 23)
 WIDTH = 4  # of a head
+Tensor = torch.Tensor
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -294,6 +296,63 @@ def test_mlps_between_computed_anew(language_model: LanguageModel) -> None:
                 expected = metric(run(module, CLEAN[0], {owner: hear}))
                 found = result.values[layer, at].item()
                 assert found == pytest.approx(expected, rel=1e-4, abs=2e-5)
+
+
+def test_state_space_layers_between_are_frozen_too() -> None:
+    """In the second of three blocks is attention, in the others a state-space layer."""
+    module = module_of("jamba")
+    layers = module.model.layers
+    adding = [(layers[n].feed_forward, layers[n].mamba if n != 1 else None) for n in range(3)]
+    found = path_patching(
+        LanguageModel(module), CLEAN[0], CORRUPTED[0], METRIC, senders="mlps", normalised=False
+    )
+    parts = [part for pair in adding for part in pair if part is not None]
+    parts.append(layers[1].self_attn)
+
+    def given(ids: list[int], frozen: Mapping[nn.Module, Any]) -> tuple[Tensor, dict[Any, Any]]:
+        seen: dict[Any, Any] = {}
+
+        def hook(part: nn.Module, args: Any, output: Any) -> Any:
+            seen[part] = frozen.get(part, output)
+            return seen[part]
+
+        handles = [part.register_forward_hook(hook) for part in parts]
+        with torch.no_grad():
+            logits = module(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+        return logits[11] - logits[23], seen
+
+    _, own = given(CLEAN[0], {})
+    _, other = given(CORRUPTED[0], {})
+    expected = [float(given(CLEAN[0], own | {sender: other[sender]})[0]) for sender, _ in adding]
+    torch.testing.assert_close(found.values, torch.tensor(expected), rtol=1e-4, atol=2e-5)
+    heads = path_patching(LanguageModel(module), CLEAN[0], CORRUPTED[0], METRIC)
+    assert heads.axis("layer").labels == ("1",)
+
+
+def test_positions_that_can_be_gone_through_once_are_those_of_every_prompt(
+    language_model: LanguageModel,
+) -> None:
+    asked = (language_model, CLEAN, CORRUPTED, METRIC)
+    options: Any = {"heads": 1, "layers": 0, "receivers": ("mlp", -1)}
+    listed = path_patching(*asked, positions=[1, -1], **options)
+    once = path_patching(*asked, positions=(number for number in (1, -1)), **options)
+    assert torch.equal(once.values, listed.values) and bool((listed.values != 0).any())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bert", "Block 0 has no residual stream"),
+        ("zamba2", "not told apart"),
+        ("mamba", "no attention"),
+    ],
+)
+def test_where_paths_are_not_known_it_says_so(name: str, said: str) -> None:
+    with pytest.raises(OptionError, match=said) as caught:
+        path_patching(LanguageModel(module_of(name)), CLEAN[0], CORRUPTED[0], METRIC)
+    assert "test_path_patching.py" in str(caught.value)
 
 
 def test_of_attention_alone_paths_add_up() -> None:

@@ -1,6 +1,8 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from time import process_time
 
 import pytest
 import torch
@@ -59,7 +61,8 @@ def test_labels_select_too(patching: Result) -> None:
     [
         ({"head": 0}, "no axis 'head'"),
         ({"layer": 2}, "has 2 entries: there is no 2"),
-        ({"layer": [0, -3]}, "there is no -3"),
+        ({"layer": [0, -3]}, r"there is no -3"),
+        ({"layer": 1.5}, "an index, a label, a slice or several of them, not 1.5"),
         ({"position": " Twer"}, r"no position ' Twer' \(nearest: ' Tower'"),
     ],
 )
@@ -91,6 +94,71 @@ def test_positions_that_were_chosen_before_a_prompt_keep_their_tokens(ragged: Re
     assert both.tokens == (LOUVRE,)
     assert both.select(prompt=0).axis("position").labels == LOUVRE
     assert both.select(prompt=0).values.tolist() == [[10, 11, 12], [15, 16, 17]]
+
+
+def test_positions_that_a_method_was_asked_for_are_labelled_with_their_tokens() -> None:
+    values = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    tokens = ((TOWER[3], TOWER[1]), (LOUVRE[2], LOUVRE[1]))
+    for labels in (("3", "1"), ("1", "0"), ("-1", "-2")):
+        axes = (counted("prompt", 2), Axis("position", labels))
+        found = Result("Lens", "nats", values, axes, tokens)
+        second = found.select(prompt=1)
+        assert second.axis("position").labels == second.tokens[0] == tokens[1]
+        assert second.values.tolist() == [2, 3]
+        turned = found.select(position=[1, 0]).select(prompt=0)
+        assert turned.axis("position").labels == (TOWER[1], TOWER[3])
+        assert turned.values.tolist() == [1, 0]
+
+
+def test_labels_and_numbers_of_other_libraries_choose_too(patching: Result) -> None:
+    for chosen in (["1", "0"], [1, 0], torch.tensor([1, 0])):
+        assert patching.select(layer=chosen, position=4).values.tolist() == [5, 0]
+    assert patching.select(layer=torch.tensor(1), position=0).values.item() == 1
+
+
+def test_details_are_cut_and_averaged_with_the_axes_that_they_have(ragged: Result) -> None:
+    details = {
+        "ids": torch.arange(60).reshape(2, 2, 5, 3),
+        "clean": torch.tensor([1.0, 3.0]),
+        "scale": torch.tensor(7.0),
+    }
+    result = replace(ragged, details=details)
+    second = result.select(prompt=1)
+    assert torch.equal(second.details["ids"], details["ids"][1, :, :3])
+    assert (second.details["clean"], second.details["scale"]) == (3, 7)
+    last = result.select(layer=-1, position=[2, 0])
+    assert torch.equal(last.details["ids"], details["ids"][:, 1][:, [2, 0]])
+    assert torch.equal(last.details["clean"], details["clean"])
+    mean = result.mean("prompt")
+    assert (mean.details["clean"], mean.details["scale"]) == (2, 7)
+    assert "ids" not in mean.details and "ids" not in result.mean("layer").details
+    assert torch.equal(result.mean("layer").details["clean"], details["clean"])
+
+
+def test_a_mean_over_layers_leaves_each_prompt_its_tokens(ragged: Result) -> None:
+    second = ragged.mean("layer").select(prompt=1)
+    assert second.axis("position").labels == LOUVRE
+    assert second.values.tolist() == [12.5, 13.5, 14.5]
+
+
+def test_whole_numbers_have_a_mean_and_a_top() -> None:
+    counts = Result("Counts", "n", torch.tensor([1, 4]), (counted("layer", 2),))
+    assert counts.mean("layer").values.item() == 2.5
+    assert [cell.value for cell in counts.top(1)] == [4] and counts.top(-1) == []
+
+
+def test_cells_of_many_numbers_take_no_time_for_each_other() -> None:
+    values = torch.zeros(300, 400).T  # not contiguous
+    many = Result("Zeros", "", values, (counted("a", 400), counted("b", 300)))
+    begun = process_time()
+    assert sum(1 for _ in many.cells()) == 120_000
+    assert process_time() - begun < 5  # ten seconds where each cell copies all
+
+
+def test_tokens_that_are_digits_do_not_mix_with_words_in_a_column() -> None:
+    tokens = ("In", "3", "4")
+    found = Result("Lens", "", torch.zeros(3), (Axis("position", tokens),), (tokens,))
+    assert found.to_dataframe()["position"].tolist() == list(tokens)
 
 
 def test_a_mean_is_of_the_values_that_are_there(ragged: Result) -> None:
@@ -160,8 +228,9 @@ def test_something_else_is_no_result(tmp_path: Path) -> None:
 
 
 def test_values_and_axes_belong_together() -> None:
-    with pytest.raises(ShapeError, match=r"\(2, 3\) do not have the axes layer 2, head 4"):
+    with pytest.raises(ShapeError, match=r"\(2, 3\) do not have the axes layer 2, head 4") as said:
         Result("a", "b", torch.zeros(2, 3), (counted("layer", 2), counted("head", 4)))
+    assert "test_result.py" in str(said.value)
     with pytest.raises(ShapeError, match="1 texts for 2 values"):
         Result("a", "b", torch.zeros(2), (counted("layer", 2),), texts=("one",))
 

@@ -1,3 +1,6 @@
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -71,3 +74,25 @@ def test_layers_are_chosen_by_number_from_either_end() -> None:
     assert chosen("head", range(2), 3) == [0, 1]
     with pytest.raises(OptionError, match="no layer 3: there are 3"):
         chosen("layer", [0, 3], 3)
+
+
+@pytest.mark.parametrize(
+    "given", [[1, -1], (1, -1), iter([1, -1]), np.array([1, -1]), torch.tensor([1, -1])]
+)
+def test_numbers_may_come_from_anywhere(given: Any) -> None:
+    assert chosen("layer", given, 4) == [1, 3]
+
+
+def test_a_number_of_another_library_is_a_number() -> None:
+    assert chosen("layer", np.int64(2), 4) == chosen("layer", torch.tensor(2), 4) == [2]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("given", ["1", 1.0, slice(0, 2), [0, 1.5], [[0, 1]], True])
+def test_what_is_no_number_is_refused(given: Any) -> None:
+    with pytest.raises(OptionError, match="A layer is given as a number, or several as a list"):
+        chosen("layer", given, 4)
+
+
+def test_none_at_all_is_refused() -> None:
+    with pytest.raises(OptionError, match="No head was chosen"):
+        chosen("head", [], 4)

@@ -225,14 +225,20 @@ def test_a_tensor_may_be_a_leaf_where_there_was_none_before(
             (identity[0].output * weight).sum().backward()
 
     leaves = [torch.ones(2, requires_grad=True) for _ in range(2)]
-    made = leaves[0] * 1
+    with torch.no_grad():
+        without = leaves[0] * 1
     for _ in range(3):
         with pytest.raises(ExecutionError, match="Nothing wants a gradient"):
-            block(made)
-    plans = len(planned)
+            block(without)
     block(leaves[1])
-    assert len(planned) == plans
     assert leaves[0].grad is None
+    assert torch.equal(leaves[1].grad, torch.full((2,), 3.0))
+
+    made = leaves[0] * 1  # no leaf itself: the gradient goes to what it was made of
+    plans = len(planned)
+    block(made)
+    assert len(planned) == plans
+    assert torch.equal(leaves[0].grad, torch.full((2,), 3.0))
     assert torch.equal(leaves[1].grad, torch.full((2,), 3.0))
 
 

@@ -72,7 +72,7 @@ def circuit_figure(
     Raises:
         OptionError: if an edge names a part that there is not, or goes back to an earlier layer
             or in a circle, or two parts have one name.
-        PlotlyMissingError: if plotly is not installed.
+        MissingPackageError: if plotly is not installed.
     """
     go = plotly()
     at = {node.name: number_ for number_, node in enumerate(nodes)}

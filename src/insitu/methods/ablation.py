@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.prompts import read_prompts
 from insitu.methods.replacements import Mode, replacement
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, chosen, layers_with, site_of
+from insitu.methods.sites import Site, chosen, layers_with, numbers_of, site_of
 from insitu.models.language_model import LanguageModel
 
 Part: TypeAlias = Literal["heads", "attention", "mlps", "neurons", "mixers"]
@@ -48,7 +48,7 @@ def ablate(
     heads: _Numbers = None,
     neurons: _Numbers = None,
     positions: _Numbers = None,
-    together: Iterable[int | tuple[int, int]] | None = None,
+    together: Iterable[int | Sequence[int]] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Result:
@@ -97,7 +97,8 @@ def ablate(
     measured, read = as_metric(metric), read_prompts(model, prompts)
     measures = measured.of(model, len(read))
     others = read if reference is None else read_prompts(model, reference)
-    where = [None if positions is None else chosen("position", positions, n) for n in read.lengths]
+    asked = numbers_of("position", positions)
+    where = [None if asked is None else chosen("position", asked, n) for n in read.lengths]
     put = replacement(site, mode, by_position, read, others, where, seed)
     axes: tuple[Axis, ...] = ()
     if together is None:
@@ -179,12 +180,12 @@ def _places(axes: tuple[Axis, ...]) -> list[_Place]:
 
 
 def _together(
-    model: LanguageModel, site: Site, unit: str | None, given: Iterable[int | tuple[int, int]]
+    model: LanguageModel, site: Site, unit: str | None, given: Iterable[int | Sequence[int]]
 ) -> list[_Place]:
     """The parts that are ablated at once."""
     found: list[_Place] = []
-    for one in given:
-        pair: tuple[int, ...] = one if isinstance(one, tuple) else (one,)
+    for one in given if isinstance(given, Iterable) else [given]:
+        pair = tuple(one) if isinstance(one, tuple | list) else (one,)
         if len(pair) != (1 if unit is None else 2):
             form = "layers" if unit is None else f"pairs (layer, {unit})"
             raise OptionError(f"`together` consists of {form}, not of {one!r}.", here())

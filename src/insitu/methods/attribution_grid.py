@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from insitu.display.axis import Axis
-from insitu.graph.errors import OptionError, PromptError, nearest
+from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.pairs import Pairs
-from insitu.methods.sites import Site, chosen, site_of
+from insitu.methods.sites import Site, chosen, layers_with, numbers_of, sites_along
 from insitu.models.language_model import LanguageModel
 
 Choice = int | Iterable[int] | None
@@ -79,8 +79,8 @@ class Grid:
     ) -> list[Any]:
         """Returns by how much the clean run differs from the corrupted one in each part."""
         return [
-            self.at_positions(one.detach(), site, of_clean)
-            - self.at_positions(other.detach(), site, of_corrupted)
+            self.at_positions(one.detach(), site, of_clean).float()
+            - self.at_positions(other.detach(), site, of_corrupted).float()
             for (site, _), one, other in zip(self.parts, clean, corrupted, strict=True)
         ]
 
@@ -161,36 +161,15 @@ def grid_of(
     Raises:
         OptionError: if there is no such thing.
     """
-    names = [sites] if isinstance(sites, str) else list(sites)
-    if not names:
-        raise OptionError("`sites` is empty: name what would be patched.", here())
-    found = tuple(site_of(name) for name in names)
-    along = (by,) if isinstance(by, str) else tuple(by)
-    for site in found:
-        known = ("layer", *site.axes)
-        for name in along:
-            if name not in known or along.count(name) > 1:
-                what = "twice" if name in known else f"no axis{nearest(name, known)}"
-                raise OptionError(
-                    f"`by` has {name!r}, which is {what} of {site.name!r}: it has "
-                    f"{', '.join(map(repr, known))}.",
-                    here(),
-                )
+    given = {"head": numbers_of("head", heads), "neuron": numbers_of("neuron", neurons)}
+    found, along = sites_along(sites, by, given)
     if "layer" not in along:
         raise OptionError(
             "`by` has no 'layer'. What patches of several layers do together is not the sum of "
             "what each does: take `activation_patching` for that.",
             here(),
         )
-    given = {"head": _listed(heads), "neuron": _listed(neurons)}
-    for name, choice in given.items():
-        if choice is not None and not all(name in site.axes for site in found):
-            raise OptionError(f"`{name}s` are chosen, and {names} do not all have them.", here())
-    blocks = chosen("layer", layers, len(model.blocks))
-    return Grid(found, not isinstance(sites, str), along, blocks, _listed(positions), given)
-
-
-def _listed(choice: Choice) -> list[int] | None:
-    if choice is None:
-        return None
-    return [choice] if isinstance(choice, int) else list(choice)
+    blocks = layers_with(model, found, layers)
+    return Grid(
+        found, not isinstance(sites, str), along, blocks, numbers_of("position", positions), given
+    )

@@ -6,20 +6,17 @@ A patched run is not run: what it would change is a difference of two runs times
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from insitu.display.progress import progress as bar
-from insitu.graph.errors import OptionError, nearest
-from insitu.graph.location import here
 from insitu.methods.attribution_grid import Choice, grid_of
 from insitu.methods.metrics import Metric, as_metric
-from insitu.methods.pairs import number, read_pairs, share
+from insitu.methods.pairs import read_pairs, share
+from insitu.methods.patching import Direction, check_direction
 from insitu.methods.result import Result
 from insitu.models.language_model import LanguageModel
-
-Direction = Literal["denoising", "noising"]
 
 
 def attribution_patching(
@@ -95,27 +92,24 @@ def attribution_patching(
         ... ).sizes
         {'layer': 6, 'head': 8}
     """
-    if direction not in ("denoising", "noising"):
-        near = nearest(direction, ["denoising", "noising"]) if isinstance(direction, str) else ""
-        raise OptionError(
-            f"`direction` is 'denoising' or 'noising', not {direction!r}{near}.", here()
-        )
+    check_direction(direction)
     pairs = read_pairs(model, clean, corrupted)
     grid = grid_of(model, sites, by, layers, positions, heads, neurons)
     grid.check(pairs)
+    metric = as_metric(metric)
     ends: list[Any] = []
     estimates: list[list[Any]] = []
     with bar("Attribution patching", progress), model.trace() as tracer:
-        for pair, measure in enumerate(as_metric(metric).of(model, len(pairs))):
+        for pair, measure in enumerate(metric.of(model, len(pairs))):
             with tracer.invoke(pairs.clean.ids[pair]):
                 reference = model.logits[0]
-                of_clean = number(measure(reference, reference.detach()))
+                of_clean = measure(reference, reference.detach())
                 clean_values = grid.read(model)
                 if direction == "noising":
                     slopes = [value.grad for value in clean_values]
                     of_clean.backward()
             with tracer.invoke(pairs.corrupted.ids[pair]):
-                of_corrupted = number(measure(model.logits[0], reference.detach()))
+                of_corrupted = measure(model.logits[0], reference.detach())
                 corrupted_values = grid.read(model)
                 if direction == "denoising":
                     slopes = [value.grad for value in corrupted_values]
@@ -127,7 +121,7 @@ def attribution_patching(
             run, sign = (lengths[1], 1) if direction == "denoising" else (lengths[0], -1)
             estimates.append(
                 [
-                    (sign * difference * grid.at_positions(slope, site, run)).float().save()
+                    (sign * difference * grid.at_positions(slope, site, run)).save()
                     for (site, _), difference, slope in zip(
                         grid.parts, differences, slopes, strict=True
                     )
@@ -141,12 +135,12 @@ def attribution_patching(
     if direction == "noising":
         start, end = end, start
     stacked = pairs.clean.stacked(values, *grid.ragged)
-    quantity = f"change of {as_metric(metric).name}"
+    quantity = f"change of {metric.name}"
     if normalised:
         lifted = start.reshape(*start.shape, *[1] * (stacked.ndim - start.ndim))
         stacked = share(stacked + lifted, start, end, pairs)
         done = "recovered" if direction == "denoising" else "lost"
-        quantity = f"{as_metric(metric).name}, share {done}"
+        quantity = f"{metric.name}, share {done}"
     return Result(
         f"Attribution patching of {', '.join(site.name for site in grid.sites)} ({direction})",
         quantity,

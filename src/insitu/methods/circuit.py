@@ -117,7 +117,7 @@ class Circuit:
 
         Raises:
             OptionError: if it has no edges.
-            PlotlyMissingError: if plotly is not installed.
+            MissingPackageError: if plotly is not installed.
         """
         if not self.edges:
             raise OptionError("The circuit has no edges to draw.", here())

@@ -16,7 +16,7 @@ from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.metrics import Measure, Metric, as_metric
-from insitu.methods.pairs import Pairs, number, read_pairs
+from insitu.methods.pairs import Pairs, read_pairs
 from insitu.methods.result import Result
 from insitu.methods.sites import site_of
 from insitu.methods.survey import wiring_of
@@ -140,7 +140,7 @@ def attributed(
             with tracer.invoke(pairs.clean.ids[pair]):
                 reference = model.logits[0].detach()
                 clean_added = _added(model, wiring)
-                ends.append(number(measure(reference, reference)).detach().float().save())
+                ends.append(measure(reference, reference).detach().float().save())
             with tracer.invoke(pairs.corrupted.ids[pair]):
                 corrupted_added = _added(model, wiring)
                 ends.append(measure(model.logits[0].detach(), reference).detach().float().save())

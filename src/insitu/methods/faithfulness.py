@@ -15,7 +15,7 @@ from insitu.methods.circuit import Circuit
 from insitu.methods.circuit_runs import plain, with_edges
 from insitu.methods.edge_attribution import read_equal_pairs
 from insitu.methods.metrics import Metric, as_metric
-from insitu.methods.pairs import Pairs, number
+from insitu.methods.pairs import Pairs
 from insitu.methods.result import Result
 from insitu.methods.survey import wiring_of
 from insitu.methods.wiring import Wiring
@@ -209,8 +209,8 @@ def measured(
             one = plain(model, tracer, pairs.clean.ids[pair], wiring)
             other = plain(model, tracer, pairs.corrupted.ids[pair], wiring)
             logits = with_edges(model, tracer, wiring, one, other, kept)
-            values = [number(measure(each, one.logits)) for each in (one.logits, other.logits)]
-            values += [measure(each, one.logits) for each in logits]
+            runs = (one.logits, other.logits, *logits)
+            values = [measure(each, one.logits) for each in runs]
             stacked: Any = torch.stack(values)
             found.append(stacked.float().save())
     return torch.stack([values.value for values in found]).cpu()

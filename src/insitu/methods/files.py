@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import torch
 
-from insitu.graph.errors import LoadError
+from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import here
 
 _FORMAT = "insitu"
@@ -31,10 +31,15 @@ def write(
         kind: what is in it, such as "result".
         tensors: its tensors by name.
         told: whatever else there is to keep, in JSON's own types.
+
+    Raises:
+        OptionError: if there is no such folder.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
+    if not path.parent.is_dir():
+        raise OptionError(f"There is no folder {os.fspath(path.parent)!r} to write to.", here())
     about = {"kind": kind, "version": _VERSION, "told": told}
     kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     beside = path.with_name(f".{path.name}.{uuid4().hex}")

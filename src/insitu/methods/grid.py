@@ -8,10 +8,10 @@ from itertools import product
 from typing import Any
 
 from insitu.display.axis import Axis
-from insitu.graph.errors import OptionError, PromptError, nearest
+from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.pairs import Pairs
-from insitu.methods.sites import Site, chosen, site_of
+from insitu.methods.sites import Site, chosen, layers_with, numbers_of, sites_along
 from insitu.models.language_model import LanguageModel
 
 Choice = int | Iterable[int] | None
@@ -204,29 +204,11 @@ def grid_of(
     Raises:
         OptionError: if there is no such thing.
     """
-    names = [sites] if isinstance(sites, str) else list(sites)
-    found = tuple(site_of(name) for name in names)
-    along = (by,) if isinstance(by, str) else tuple(by)
-    for site in found:
-        known = ("layer", *site.axes)
-        for name in along:
-            if name not in known or along.count(name) > 1:
-                what = "twice" if name in known else f"no axis{nearest(name, known)}"
-                raise OptionError(
-                    f"`by` has {name!r}, which is {what} of {site.name!r}: it has "
-                    f"{', '.join(map(repr, known))}.",
-                    here(),
-                )
-    if not found:
-        raise OptionError("`sites` is empty: name what is to be patched.", here())
-    positions, heads, neurons = (
-        list(each) if isinstance(each, Iterable) else each for each in (positions, heads, neurons)
-    )
-    given = {"position": positions, "query": positions, "head": heads, "neuron": neurons}
-    for name, choice in (("heads", heads), ("neurons", neurons)):
-        if choice is not None and not all(name[:-1] in site.axes for site in found):
-            raise OptionError(f"`{name}` are chosen, and {names} do not all have them.", here())
-    blocks = chosen("layer", layers, len(model.blocks))
+    asked = numbers_of("position", positions)
+    units = {"head": numbers_of("head", heads), "neuron": numbers_of("neuron", neurons)}
+    found, along = sites_along(sites, by, units)
+    given = {"position": asked, "query": asked, **units}
+    blocks = layers_with(model, found, layers)
     return Grid(found, not isinstance(sites, str), along, blocks, given)
 
 

@@ -22,6 +22,7 @@ from insitu.methods.metrics import Tokens, token_ids
 from insitu.methods.prompts import Prompts, read_prompts
 from insitu.methods.readout import endings_of
 from insitu.methods.result import Result
+from insitu.methods.sites import numbers_of
 from insitu.models.endings import Endings
 from insitu.models.language_model import LanguageModel
 from insitu.models.linearised import linearised
@@ -79,6 +80,8 @@ def direct_logit_attribution(
     """
     if by not in ("block", "head", "neuron"):
         raise OptionError(f'`by` is "block", "head" or "neuron", not {by!r}.', here())
+    if len(numbers_of("position", position) or ()) != 1:
+        raise OptionError(f"`position` is one position, not {position!r}.", here())
     endings, given = endings_of(model), read_prompts(model, prompts)
     right = token_ids(model, answer, len(given))
     wrong = [None] * len(given) if instead is None else token_ids(model, instead, len(given))

@@ -6,13 +6,11 @@ model no more than a number is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
-
-from insitu.graph.errors import OptionError
+from insitu.graph.errors import OptionError, ShapeError, UnknownShapeError
 from insitu.graph.location import here
 from insitu.methods.prompts import token_id
 from insitu.models.language_model import LanguageModel
@@ -96,7 +94,7 @@ def kl_divergence() -> Metric:
 
 
 def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
-    """Returns a metric, also of a plain function.
+    """Returns a metric, also of a plain function, which says so if it gives no number.
 
     Args:
         metric: a metric, or a function from logits `(position, vocabulary)` to a number.
@@ -105,7 +103,10 @@ def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
         OptionError: if it is neither.
     """
     if isinstance(metric, Metric):
-        return metric
+        made = metric.of
+        return Metric(
+            metric.name, lambda model, count: [_checked(each) for each in made(model, count)]
+        )
     if not callable(metric):
         raise OptionError(
             "A metric is one of `insitu.methods.logit_difference`, `probability`, "
@@ -114,12 +115,38 @@ def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
             here(),
         )
     function = metric
-    name = getattr(function, "__name__", "metric").strip("<>").replace("_", " ")
-    return Metric(name, lambda model, count: [lambda logits, _: function(logits)] * count)
+    name = getattr(function, "__name__", "metric").replace("_", " ").replace("<lambda>", "metric")
+    measure = _checked(lambda logits, _: function(logits))
+    return Metric(name, lambda model, count: [measure] * count)
+
+
+def _checked(measure: Measure) -> Measure:
+    """A measure that raises a `ShapeError` if it gives something else than a number."""
+    asked = (
+        "A metric is one number for a prompt: a tensor without axes, made of the logits (position, "
+        "vocabulary). This one gives "
+    )
+
+    def number(logits: Any, clean: Any) -> Any:
+        found = measure(logits, clean)
+        try:
+            shape = getattr(found, "shape", None)
+        except UnknownShapeError:
+            raise ShapeError(
+                f"{asked}what is not known before the run, as `.item()` and `.tolist()` do: leave "
+                "these out.",
+                here(),
+            ) from None
+        if shape is None or len(shape):
+            kind = f"a {type(found).__name__}" if shape is None else f"shape {tuple(shape)}"
+            raise ShapeError(f"{asked}{kind}.", here())
+        return found
+
+    return number
 
 
 def _difference(right: int, wrong: int) -> Measure:
-    return lambda logits, _: logits[-1, right] - logits[-1, wrong]
+    return lambda logits, _: logits[-1, right].float() - logits[-1, wrong].float()
 
 
 def _probability(token: int) -> Measure:
@@ -142,10 +169,11 @@ def token_ids(model: LanguageModel, tokens: Tokens, count: int) -> list[int]:
         OptionError: if there is another number of them.
         PromptError: if one of them is no one token of the model.
     """
-    if isinstance(tokens, torch.Tensor):
-        tokens = tokens.tolist()
-    if isinstance(tokens, str | int):
+    given: Any = tokens
+    tokens = given.tolist() if hasattr(given, "tolist") else given  # of torch or NumPy
+    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
         return [token_id(model, tokens)] * count
+    tokens = list(tokens)
     if len(tokens) != count:
         raise OptionError(
             f"There are {len(tokens)} answers for {count} prompts: give one, or one for each.",

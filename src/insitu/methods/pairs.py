@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from insitu.graph.errors import OptionError, PromptError, ShapeError
+from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.prompts import Prompts, read_prompts
 from insitu.models.language_model import LanguageModel
@@ -60,23 +60,6 @@ def read_pairs(model: LanguageModel, clean: Any, corrupted: Any) -> Pairs:
             here(),
         )
     return pairs
-
-
-def number(found: Any) -> Any:
-    """Returns what a metric has made of a run, if it is a number.
-
-    Raises:
-        ShapeError: if it is none.
-    """
-    shape = getattr(found, "shape", None)
-    if shape is None or len(shape):
-        kind = f"a {type(found).__name__}" if shape is None else f"shape {tuple(shape)}"
-        raise ShapeError(
-            "A metric is one number for a prompt: a tensor without axes, made of the logits "
-            f"(position, vocabulary). This one gives {kind}.",
-            here(),
-        )
-    return found
 
 
 def share(

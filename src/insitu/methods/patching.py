@@ -15,7 +15,7 @@ from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.grid import Choice, Patch, grid_of
 from insitu.methods.metrics import Measure, Metric, as_metric
-from insitu.methods.pairs import number, read_pairs, share
+from insitu.methods.pairs import read_pairs, share
 from insitu.methods.result import Result
 from insitu.methods.sites import Site
 from insitu.models.language_model import LanguageModel
@@ -107,7 +107,7 @@ def activation_patching(
             with tracer.invoke(pairs.clean.ids[at]):
                 reference = model.logits[0]
                 donors = grid.read(model) if direction == "denoising" else {}
-                ends.append(number(measure(reference, reference)))
+                ends.append(measure(reference, reference))
             with tracer.invoke(pairs.corrupted.ids[at]):
                 donors = donors or grid.read(model)
                 ends.append(measure(model.logits[0], reference))

@@ -17,11 +17,11 @@ from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.grid import Choice
 from insitu.methods.metrics import Metric, as_metric
-from insitu.methods.pairs import number, read_pairs, share
+from insitu.methods.pairs import read_pairs, share
 from insitu.methods.patching import Direction, check_direction
 from insitu.methods.paths import Paths, Receiver, Sender, receivers_of
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, chosen
+from insitu.methods.sites import Site, chosen, layers_with, numbers_of
 from insitu.models.language_model import LanguageModel
 
 
@@ -45,9 +45,10 @@ def path_patching(
 
     Goldowsky-Dill et al. (2023), "Localizing Model Behavior with Path Patching"; Wang et al.
     (2023), "Interpretability in the Wild". Noising runs the clean prompt. In it a sender gets its
-    value of the corrupted one, all other heads and MLPs keep those of the clean one, and so the
-    inputs of the receivers change by what comes straight from the sender. Only these are then put
-    into a run of the clean prompt.
+    value of the corrupted one, all other heads and MLPs (and whatever else adds to the residual
+    stream, such as state-space layers) keep those of the clean one, and so the inputs of the
+    receivers change by what comes straight from the sender. Only these are then put into a run of
+    the clean prompt.
 
     Args:
         model: the model.
@@ -61,7 +62,7 @@ def path_patching(
             components, all of which are patched together: `("q", 9, 6)` for the queries of head 6
             in layer 9, "k" and "v" likewise (by the key's head), `("head", 9, 6)` for all three,
             `("mlp", 10)` for an MLP. Negative numbers count from the end.
-        layers: of which layers senders are, all if None.
+        layers: of which layers senders are, all that have some if None.
         heads: which heads send, all if None.
         positions: at which positions senders get their other value, all if None.
         through_mlps: whether MLPs between are computed anew, so that what they make of a sender
@@ -78,8 +79,9 @@ def path_patching(
         `details` has the metric of the prompts as they are, "clean" and "corrupted", `(prompt,)`.
 
     Raises:
-        OptionError: if there is no such sender, receiver or direction, or if shares are wanted
-            where the metric is the same of both prompts.
+        OptionError: if there is no such sender, receiver or direction, what the blocks add to the
+            residual stream is not known, or shares are wanted where the metric is the same of both
+            prompts.
         PromptError: if prompts do not go together.
         ShapeError: if the metric is not a number.
 
@@ -108,8 +110,9 @@ def path_patching(
     if senders == "mlps" and heads is not None:
         raise OptionError("`heads` are chosen, and MLPs are the senders.", here())
     paths = Paths(senders == "heads", receivers_of(model, receivers), through_mlps)
-    blocks = chosen("layer", layers, len(model.blocks))
+    blocks = layers_with(model, paths.sent, layers)
     numbers = chosen("head", heads, model.n_heads) if paths.of_heads else [0]
+    asked = numbers_of("position", positions)
     metric = as_metric(metric)
     run, other = pairs.corrupted, pairs.clean
     if direction == "noising":
@@ -122,19 +125,19 @@ def path_patching(
             with tracer.invoke(pairs.clean.ids[at]):
                 reference = model.logits[0]
                 values[direction == "noising"] = paths.read(model)
-                start = number(measure(reference, reference))
+                start = measure(reference, reference)
             with tracer.invoke(pairs.corrupted.ids[at]):
                 values[direction != "noising"] = paths.read(model)
                 end = measure(model.logits[0], reference)
             ends.extend((start, end))
             own = start if direction == "noising" else end
-            places = chosen("position", positions, run.lengths[at])
+            places = None if asked is None else chosen("position", asked, run.lengths[at])
             for layer in blocks:
                 for head in numbers:
                     if not paths.reach(layer):
                         found.append(own)
                         continue
-                    sender = Sender(paths.sent, layer, head, None if positions is None else places)
+                    sender = Sender(paths.sent, layer, head, places)
                     with tracer.invoke(run.ids[at]):
                         heard = paths.send(model, sender, values[True], values[False])
                         if not paths.receivers:

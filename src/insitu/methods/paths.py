@@ -10,12 +10,15 @@ from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.metrics import Measure
 from insitu.methods.sites import Site, chosen, site_of
+from insitu.models.keys import entry_of
 from insitu.models.language_model import LanguageModel
+from insitu.tracing.named import Named
 
 Receiver = tuple[str, int] | tuple[str, int, int]
 """An input of a later component: ("q", layer, head), and likewise "k", "v" and "head", which is all
 three of them; or ("mlp", layer)."""
 
+_ADDED = ("mixer_out", "attention_out", "cross_attention_out", "mlp_out")
 _RECEIVERS = {"q": "q", "k": "k", "v": "v", "head": "z", "mlp": "mlp_out"}
 
 
@@ -78,12 +81,15 @@ class Paths:
         return not self.receivers or layer <= max(layer for _, layer, _ in self.receivers)
 
     def read(self, model: LanguageModel) -> dict[tuple[Site, int], Any]:
-        """Returns what all heads and MLPs give, in an open invocation."""
+        """Returns what is frozen in each block, in an open invocation: heads, MLPs and the like.
+
+        Raises:
+            OptionError: if that is not all that adds to the residual stream.
+        """
         return {
             (site, layer): site.read(model, layer)
-            for site in _parts(model)
             for layer in range(len(model.blocks))
-            if _has(model, site, layer)
+            for site in _frozen(model, layer)
         }
 
     def send(
@@ -98,7 +104,7 @@ class Paths:
         Args:
             model: the model.
             sender: the sender.
-            own: what heads and MLPs give in the run of the prompt as it is.
+            own: what `read` has given in the run of the prompt as it is.
             other: the same in the run from which the sender has its value.
         """
         heard: list[Any] = []
@@ -130,14 +136,27 @@ class Paths:
         return measure(model.logits[0], reference)
 
 
-def _parts(model: LanguageModel) -> tuple[Site, Site]:
-    return site_of("z"), site_of("mlp_out")
+def _frozen(model: LanguageModel, layer: int) -> list[Site]:
+    """What a block adds to the residual stream: of its attention, what the heads give."""
+    if not _has(model, layer, "residual_out"):
+        raise OptionError(
+            f"Block {layer} has no residual stream along which paths could go: "
+            f"`model.blocks[{layer}].residual_out` says why.",
+            here(),
+        )
+    names = [name for name in _ADDED if _has(model, layer, name)]
+    heads = _has(model, layer, "attention.z")
+    if heads and "attention_out" not in names:
+        raise OptionError(
+            f"What the heads of block {layer} add to the residual stream is not told apart from "
+            "what else the block adds, so paths from them are not known.",
+            here(),
+        )
+    return [site_of("z" if heads and name == "attention_out" else name) for name in names]
 
 
-def _has(model: LanguageModel, site: Site, layer: int) -> bool:
-    """Whether a block has heads, or an MLP: some blocks have one of them only."""
-    role: Any = model.blocks[layer].role
-    return ("attention" if site.name == "z" else site.name) in list(role)
+def _has(model: LanguageModel, layer: int, key: str) -> bool:
+    return isinstance(entry_of(model.vocabulary, f"blocks.{layer}.{key}"), Named)
 
 
 def _head(head: int | None) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here, mark
-from insitu.methods.sites import chosen
+from insitu.methods.sites import chosen, numbers_of
 from insitu.models.language_model import LanguageModel
 
 
@@ -65,9 +66,9 @@ class Prompts:
         Raises:
             OptionError: if a prompt has no such position.
         """
-        if positions is None:
+        asked = numbers_of("position", positions)
+        if asked is None:
             return self, [list(range(length)) for length in self.lengths]
-        asked = [positions] if isinstance(positions, int) else list(positions)
         places = [chosen("position", asked, length) for length in self.lengths]
         ids = tuple(own[place] for own, place in zip(self.ids, places, strict=True))
         tokens = tuple(
@@ -140,7 +141,8 @@ def token_id(model: LanguageModel, token: str | int) -> int:
     Raises:
         PromptError: if it is no one token, or an id that the model does not have.
     """
-    if isinstance(token, int):
+    if not isinstance(token, str | bool) and hasattr(token, "__index__"):
+        token = index(token)
         if not 0 <= token < model.config.get_text_config().vocab_size:
             raise PromptError(f"The model has no token {token}.", here())
         return token

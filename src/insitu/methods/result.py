@@ -15,12 +15,13 @@ import torch
 
 from insitu.display.axis import Axis
 from insitu.display.figure import Kind, figure
+from insitu.display.labels import numbered
 from insitu.display.page import for_notebook, write_html, write_png
 from insitu.display.table import summary, table
-from insitu.graph.errors import OptionError, ShapeError, nearest
+from insitu.graph.errors import MissingPackageError, OptionError, ShapeError, nearest
 from insitu.graph.location import here
 from insitu.methods import files
-from insitu.methods.selection import Chosen, of_prompt, selected
+from insitu.methods.selection import Chosen, details_of, of_prompt, selected
 
 if TYPE_CHECKING:
     from typing import Self
@@ -73,15 +74,16 @@ class Result:
     centre: float | None = None
 
     def __post_init__(self) -> None:
+        # Errors are of the line that calls the `__init__` which the dataclass has: hence `here(3)`.
         sizes = tuple(map(len, self.axes))
         if tuple(self.values.shape) != sizes:
             names = ", ".join(f"{axis.name} {len(axis)}" for axis in self.axes)
             raise ShapeError(
-                f"Values of shape {tuple(self.values.shape)} do not have the axes {names}.", here()
+                f"Values of shape {tuple(self.values.shape)} do not have the axes {names}.", here(3)
             )
         if self.texts and len(self.texts) != self.values.numel():
             raise ShapeError(
-                f"There are {len(self.texts)} texts for {self.values.numel()} values.", here()
+                f"There are {len(self.texts)} texts for {self.values.numel()} values.", here(3)
             )
 
     @property
@@ -101,10 +103,12 @@ class Result:
         """Returns a part of it.
 
         With a prompt chosen, the positions are those of the prompt, and their labels its tokens.
+        Details that begin with the same axes as the result are cut likewise.
 
         Args:
-            chosen: by the name of an axis: an index or a label, and the axis is gone; a slice or
-                several of them, and it has those.
+            chosen: by the name of an axis: an index, which counts the entries of the axis from 0,
+                or a label, which is text, and the axis is gone; a slice or several of them, and it
+                has those.
 
         Raises:
             OptionError: if there is no such axis, label or index.
@@ -122,6 +126,9 @@ class Result:
     def mean(self, name: str) -> Result:
         """Returns the mean over an axis, of the values that are there.
 
+        Details that begin with the same axes as the result, up to that one, are averaged likewise,
+        and left out if they are whole numbers, such as ids.
+
         Args:
             name: the axis, such as "prompt".
 
@@ -130,8 +137,20 @@ class Result:
         """
         number = self._number(name)
         axes = (*self.axes[:number], *self.axes[number + 1 :])
-        tokens = () if name == "prompt" and len(set(self.tokens)) > 1 else self.tokens[:1]
-        return replace(self, values=self.values.nanmean(number), axes=axes, texts=(), tokens=tokens)
+        values = self.values if self.values.is_floating_point() else self.values.float()
+        tokens = self.tokens
+        if name == "prompt":
+            tokens = tokens[:1] if len(set(tokens)) == 1 else ()
+        return replace(
+            self,
+            values=values.nanmean(number),
+            axes=axes,
+            texts=(),
+            tokens=tokens,
+            details=details_of(
+                self, number, lambda d: d.nanmean(number) if d.is_floating_point() else None
+            ),
+        )
 
     def top(self, count: int = 10, *, by_size: bool = False) -> list[Cell]:
         """Returns the largest of its numbers, the largest first.
@@ -141,14 +160,15 @@ class Result:
             by_size: whether those far below zero count as large too.
         """
         flat = self.values.flatten().float()
-        order = (flat.abs() if by_size else flat).nan_to_num(nan=-torch.inf)
-        found = order.topk(min(count, len(flat))).indices.tolist()
-        return [self._cell(number) for number in found if not flat[number].isnan()]
+        there = flat.isnan().logical_not().nonzero().flatten()
+        order = flat[there].abs() if by_size else flat[there]
+        best = there[order.topk(min(max(count, 0), len(order))).indices].tolist()
+        return [self._cell(number, float(flat[number])) for number in best]
 
     def cells(self) -> Iterable[Cell]:
         """Gives all its numbers that are there, row by row."""
-        missing = self.values.flatten().float().isnan().tolist()
-        return (self._cell(number) for number, gone in enumerate(missing) if not gone)
+        values = self.values.flatten().float().tolist()
+        return (self._cell(at, value) for at, value in enumerate(values) if value == value)
 
     def plot(
         self,
@@ -181,7 +201,7 @@ class Result:
 
         Raises:
             OptionError: if an option has no meaning for its axes, or there is too much to draw.
-            PlotlyMissingError: if plotly is not installed.
+            MissingPackageError: if plotly is not installed.
         """
         options = {"x": x, "y": y, "grid": grid, "in_cells": in_cells, "title": title}
         return figure(self, kind, **options, width=width, height=height)
@@ -195,7 +215,7 @@ class Result:
 
         Raises:
             OptionError: as `plot`.
-            PlotlyMissingError: if plotly is not installed.
+            MissingPackageError: if plotly is not installed.
         """
         write_html(self.plot(**options), path)
 
@@ -209,8 +229,8 @@ class Result:
 
         Raises:
             OptionError: as `plot`.
-            PictureError: if there is no Chromium, or no Kaleido, which speaks to it.
-            PlotlyMissingError: if plotly is not installed.
+            PictureError: if there is no Chromium.
+            MissingPackageError: if plotly is not installed, or Kaleido, which speaks to Chromium.
         """
         write_png(self.plot(**options), path, scale)
 
@@ -218,13 +238,21 @@ class Result:
         """Returns a table with a row for each number: a column for each axis, and `value`.
 
         Layers, heads and all else that is counted are numbers; where there are texts, they are a
-        column `text`. It takes pandas.
+        column `text`.
+
+        Raises:
+            MissingPackageError: if pandas is not installed.
         """
-        import pandas
+        try:
+            import pandas
+        except ImportError:
+            raise MissingPackageError(
+                "Tables take pandas, which is not installed: `pip install 'insitu[plot]'`.", here()
+            ) from None
 
         cells = list(self.cells())
         columns: dict[str, Any] = {
-            axis.name: [_number_or_text(cell.labels[axis.name]) for cell in cells]
+            axis.name: _column(axis, [cell.labels[axis.name] for cell in cells])
             for axis in self.axes
         }
         columns["value"] = [cell.value for cell in cells]
@@ -301,18 +329,19 @@ class Result:
             )
         return names.index(name)
 
-    def _cell(self, number: int) -> Cell:
+    def _cell(self, number: int, value: float) -> Cell:
         place = []
         rest = number
         for axis in reversed(self.axes):
             rest, index = divmod(rest, len(axis))
             place.append((axis.name, axis.labels[index]))
         text = self.texts[number] if self.texts else ""
-        return Cell(dict(reversed(place)), float(self.values.flatten()[number]), text)
+        return Cell(dict(reversed(place)), value, text)
 
 
-def _number_or_text(label: str) -> int | str:
-    return int(label) if label.isdecimal() else label
+def _column(axis: Axis, labels: list[str]) -> list[int] | list[str]:
+    """Labels as numbers, if all of their axis are."""
+    return [int(label) for label in labels] if numbered(axis.labels) else labels
 
 
 def _listed(values: torch.Tensor) -> Any:

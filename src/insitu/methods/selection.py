@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -38,14 +38,39 @@ def selected(result: Result, name: str, index: Chosen) -> Result:
     places = torch.arange(values.numel()).reshape(values.shape)
     if isinstance(numbers, int):
         del axes[number]
-        values, places = values.select(number, numbers), places.select(number, numbers)
     else:
         axes[number] = axis[numbers]
-        chosen = torch.tensor(numbers, dtype=torch.long)
-        values = values.index_select(number, chosen.to(values.device))
-        places = places.index_select(number, chosen)
+    values, places = (_part(each, number, numbers) for each in (values, places))
     texts = [result.texts[place] for place in places.flatten().tolist()] if result.texts else ()
-    return replace(result, values=values, axes=tuple(axes), texts=tuple(texts))
+    return replace(
+        result,
+        values=values,
+        axes=tuple(axes),
+        texts=tuple(texts),
+        tokens=_tokens(result, axis, numbers),
+        details=details_of(result, number, lambda detail: _part(detail, number, numbers)),
+    )
+
+
+def details_of(
+    result: Result, number: int, change: Callable[[torch.Tensor], torch.Tensor | None]
+) -> dict[str, torch.Tensor]:
+    """Returns the details of a result, those changed that have one of its axes.
+
+    A detail has an axis of the result if it begins with all its axes as far as that one: the metric
+    of the clean run with "prompt", the ids of a lens with "prompt", "layer" and "position".
+
+    Args:
+        result: the result.
+        number: the number of the axis.
+        change: what becomes of a detail that has it; None if it is left out.
+    """
+    sizes = result.values.shape[: number + 1]
+    found = {
+        name: change(detail) if detail.shape[: number + 1] == sizes else detail
+        for name, detail in result.details.items()
+    }
+    return {name: detail for name, detail in found.items() if detail is not None}
 
 
 def of_prompt(result: Result, index: Any) -> Result:
@@ -64,13 +89,45 @@ def of_prompt(result: Result, index: Any) -> Result:
     if not isinstance(numbers, int):
         return replace(part, tokens=tuple(result.tokens[n] for n in numbers))
     tokens = result.tokens[numbers]
+    # Positions that were chosen are in the order of the axis, and each prompt has all of them.
+    in_order = {len(others) for others in result.tokens} == {len(tokens)}
     for axis in part.axes:
-        if axis.name in POSITIONS and axis.labels != tokens and numbered(axis.labels):
+        if axis.name not in POSITIONS or axis.labels == tokens or not _counted(axis.labels):
+            continue
+        if in_order and len(axis) == len(tokens):
+            there, own = list(range(len(tokens))), tokens
+        elif numbered(axis.labels):
             there = [at for at, label in enumerate(axis.labels) if int(label) < len(tokens)]
-            own = Axis(axis.name, tuple(tokens[int(axis.labels[at])] for at in there))
-            part = selected(part, axis.name, there)
-            part = replace(part, axes=tuple(own if a.name == axis.name else a for a in part.axes))
+            own = tuple(tokens[int(axis.labels[at])] for at in there)
+        else:
+            continue
+        part = replace(selected(part, axis.name, there), tokens=part.tokens)
+        named = Axis(axis.name, own)
+        part = replace(part, axes=tuple(named if a.name == axis.name else a for a in part.axes))
     return replace(part, tokens=(tokens,))
+
+
+def _part(values: torch.Tensor, number: int, chosen: int | list[int]) -> torch.Tensor:
+    """What is left of numbers if some of an axis are chosen."""
+    if isinstance(chosen, int):
+        return values.select(number, chosen)
+    places = torch.tensor(chosen, dtype=torch.long, device=values.device)
+    return values.index_select(number, places)
+
+
+def _tokens(result: Result, axis: Axis, chosen: int | list[int]) -> tuple[tuple[str, ...], ...]:
+    """The tokens of each prompt, those of an axis's positions if that has all of them."""
+    alone = [other.name for other in result.axes if other.name in POSITIONS] == [axis.name]
+    if isinstance(chosen, int) or not alone:
+        return result.tokens
+    if any(len(tokens) != len(axis) for tokens in result.tokens):
+        return result.tokens
+    return tuple(tuple(tokens[at] for at in chosen) for tokens in result.tokens)
+
+
+def _counted(labels: Sequence[str]) -> bool:
+    """Whether labels are numbers of positions, from the end if negative."""
+    return numbered([label.removeprefix("-") for label in labels])
 
 
 def indices(axis: Axis, index: Any) -> int | list[int]:
@@ -85,17 +142,26 @@ def indices(axis: Axis, index: Any) -> int | list[int]:
     """
     if isinstance(index, slice):
         return list(range(len(axis)))[index]
-    if isinstance(index, int | str):
-        return _number(axis, index)
-    return [_number(axis, one) for one in index]
+    if isinstance(index, torch.Tensor):
+        index = index.tolist()
+    if isinstance(index, Iterable) and not isinstance(index, str):
+        return [_place(axis, one) for one in index]
+    return _place(axis, index)
 
 
-def _number(axis: Axis, index: int | str) -> int:
+def _place(axis: Axis, index: Any) -> int:
+    """The number of an entry of an axis, from 0."""
     if isinstance(index, str):
         if axis.labels.count(index) != 1:
-            what = "no" if index not in axis.labels else "more than one"
+            if index in axis.labels:
+                places = [at for at, label in enumerate(axis.labels) if label == index]
+                raise OptionError(
+                    f"There is more than one {axis.name} {index!r}: give one of the indices "
+                    f"{', '.join(map(str, places))}.",
+                    here(),
+                )
             raise OptionError(
-                f"There is {what} {axis.name} {index!r}{nearest(index, axis.labels)}.", here()
+                f"There is no {axis.name} {index!r}{nearest(index, axis.labels)}.", here()
             )
         return axis.labels.index(index)
     try:
@@ -103,4 +169,10 @@ def _number(axis: Axis, index: int | str) -> int:
     except IndexError:
         raise OptionError(
             f"The axis {axis.name!r} has {len(axis)} entries: there is no {index}.", here()
+        ) from None
+    except TypeError:
+        raise OptionError(
+            f"What is chosen of {axis.name!r} is an index, a label, a slice or several of them, "
+            f"not {index!r}.",
+            here(),
         ) from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from insitu.graph.errors import OptionError, nearest
@@ -97,32 +98,73 @@ def site_of(name: str) -> Site:
 
 
 def layers_with(
-    model: LanguageModel, site: Site, given: int | Iterable[int] | None, stack: str = "blocks"
+    model: LanguageModel,
+    sites: Site | Sequence[Site],
+    given: int | Iterable[int] | None,
+    stack: str = "blocks",
 ) -> list[int]:
     """Returns which of some layers have a site: of all, those that do; named ones have to.
 
     Args:
         model: the model.
-        site: the site.
+        sites: the site; or several, of which a layer has to have all.
         given: one layer or several, from the end if negative; None for all.
         stack: the list of blocks, by its standard name.
 
     Raises:
         OptionError: if there is no layer of a number, or it has no such site, or none has.
     """
+    keys = [site.key for site in ([sites] if isinstance(sites, Site) else sites)]
     found, why = [], ""
     for layer in chosen("layer", given, len(getattr(model, stack))):
-        entry = entry_of(model.vocabulary, f"{stack}.{layer}.{site.key}")
-        if entry is not None and not isinstance(entry, Missing):
+        for key in keys:
+            entry = entry_of(model.vocabulary, f"{stack}.{layer}.{key}")
+            if entry is None or isinstance(entry, Missing):
+                reason = "there is none." if entry is None else entry.reason
+                missing = f"Layer {layer} has no `{key}`: {reason}"
+                if given is not None:
+                    raise OptionError(missing, here())
+                why = why or missing
+                break
+        else:
             found.append(layer)
-            continue
-        reason = "there is none." if entry is None else entry.reason
-        why = why or f"Layer {layer} has no `{site.key}`: {reason}"
-        if given is not None:
-            raise OptionError(why, here())
     if not found:
-        raise OptionError(f"No layer has `{site.key}`. {why}", here())
+        raise OptionError(f"No layer has `{'` and `'.join(keys)}`. {why}", here())
     return found
+
+
+def sites_along(
+    names: str | Sequence[str], by: str | Sequence[str], units: Mapping[str, Any]
+) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+    """Returns some sites, and along which axes there are numbers for each.
+
+    Args:
+        names: their standard names.
+        by: the axes: "layer", and those that all of the sites have.
+        units: what was chosen of other axes, by their names; None if nothing was.
+
+    Raises:
+        OptionError: if there is no such site or axis.
+    """
+    listed = [names] if isinstance(names, str) else list(names)
+    if not listed:
+        raise OptionError("`sites` is empty: name what is to be patched.", here())
+    found = tuple(site_of(name) for name in listed)
+    along = (by,) if isinstance(by, str) else tuple(by)
+    for site in found:
+        known = ("layer", *site.axes)
+        for name in along:
+            if name not in known or along.count(name) > 1:
+                what = "twice" if name in known else f"no axis{nearest(name, known)}"
+                raise OptionError(
+                    f"`by` has {name!r}, which is {what} of {site.name!r}: it has "
+                    f"{', '.join(map(repr, known))}.",
+                    here(),
+                )
+    for name, choice in units.items():
+        if choice is not None and not all(name in site.axes for site in found):
+            raise OptionError(f"`{name}s` are chosen, and {listed} do not all have them.", here())
+    return found, along
 
 
 def chosen(name: str, given: int | Iterable[int] | None, count: int) -> list[int]:
@@ -134,12 +176,44 @@ def chosen(name: str, given: int | Iterable[int] | None, count: int) -> list[int
         count: how many there are.
 
     Raises:
-        OptionError: if there is none of a number.
+        OptionError: if there is none of a number, or none was given.
     """
-    if given is None:
+    numbers = numbers_of(name, given)
+    if numbers is None:
         return list(range(count))
-    numbers: Sequence[int] = [given] if isinstance(given, int) else list(given)
     for number in numbers:
         if not -count <= number < count:
             raise OptionError(f"There is no {name} {number}: there are {count}.", here())
     return [number % count for number in numbers]
+
+
+def numbers_of(name: str, given: int | Iterable[int] | None) -> list[int] | None:
+    """Returns the numbers that were given of layers, heads or positions; None if none were.
+
+    They may be numbers of NumPy or torch, or come from something that gives them but once.
+
+    Args:
+        name: what they are, such as "layer".
+        given: one or several; None for all.
+
+    Raises:
+        OptionError: if they are no numbers, or an empty list.
+    """
+    if given is None:
+        return None
+    items: Any = given
+    if hasattr(items, "tolist"):
+        items = items.tolist()
+    if isinstance(items, str | bytes | bool) or not isinstance(items, int | Iterable):
+        items = [None]  # is refused below
+    try:
+        numbers = [index(item) for item in ([items] if isinstance(items, int) else items)]
+    except TypeError:
+        raise OptionError(
+            f"A {name} is given as a number, or several as a list such as `[0, 2]` or "
+            f"`range(3)`, not as {given!r}.",
+            here(),
+        ) from None
+    if not numbers:
+        raise OptionError(f"No {name} was chosen: name at least one, or None for all.", here())
+    return numbers

@@ -59,7 +59,7 @@ class SteeringVector:
             raise ShapeError(
                 f"Vectors of {len(self.layers)} layers have the shape ({len(self.layers)}, width), "
                 f"not {tuple(self.vectors.shape)}.",
-                here(),
+                here(3),
             )
 
     def __getitem__(self, layer: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ class TunedLens:
                 f"Weights of shape {tuple(self.weight.shape)} do not go with biases of shape "
                 f"{tuple(self.bias.shape)}: they are (layer, d_model, d_model) and "
                 "(layer, d_model).",
-                here(),
+                here(3),
             )
 
     @classmethod
