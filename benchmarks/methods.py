@@ -1,6 +1,6 @@
 """What methods take against the same loops with hooks, one run at a time, in one process.
 
-On a random model of the size of GPT-2 small. Results are compared before times are taken, and the
+On a random model of the size of GPT-2 small, with the progress bar on. Results are compared before times are taken, and the
 exit status is 1 if a ratio is below what the project holds itself to.
 """
 
@@ -53,7 +53,9 @@ def main() -> int:
 
     def insitu() -> torch.Tensor:
         metric = logit_difference(ANSWER, INSTEAD)
-        return activation_patching(model, clean[0], corrupted[0], metric, normalised=False).values
+        return activation_patching(
+            model, clean[0], corrupted[0], metric, normalised=False, progress=True
+        ).values
 
     def hooks() -> torch.Tensor:
         return with_hooks(module, clean, corrupted)
