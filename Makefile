@@ -7,6 +7,10 @@ WORKERS ?= 2
 # The suite reads the bundled model and models made on the spot; it never asks the Hub.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# A worker for each core: threads of their own would only wait for each other.
+test test-all test-matrix architectures fuzz: export OMP_NUM_THREADS := 1
+
+ORACLES := transformer-lens captum sae-lens
 
 .PHONY: demo test test-all test-matrix architectures oracle fuzz check format docs bench \
 	bench-peers clean
@@ -26,7 +30,8 @@ test-matrix: $(VENV)/installed $(VENV)-transformers4/installed
 	$(VENV)-transformers4/bin/pytest -n $(WORKERS)
 
 # What works on which architecture, from the results of tests. One that fails is in the page.
-ARCHITECTURES = tests/fidelity/test_standard_names.py tests/fidelity/test_architectures.py
+ARCHITECTURES = tests/fidelity/test_architectures.py tests/fidelity/test_standard_names.py \
+	$(wildcard tests/fidelity/test_named_*.py)
 TRANSFORMERS = python -c "from importlib.metadata import version; print(version('transformers'))"
 
 architectures: $(VENV)/installed $(VENV)-transformers4/installed
@@ -37,12 +42,13 @@ architectures: $(VENV)/installed $(VENV)-transformers4/installed
 		$$($(BIN)/$(TRANSFORMERS))=build/architectures-5.xml \
 		$$($(VENV)-transformers4/bin/$(TRANSFORMERS))=build/architectures-4.xml
 
-# What TransformerLens sees at its hooks, beside what is read and written here by their names; and
-# what captum attributes to tokens, beside what is attributed to them here.
-oracle: $(VENV)/installed $(VENV)-transformer-lens/installed $(VENV)-captum/installed
+# What peers make of the same weights, files and prompts, each in an environment of its own:
+# TransformerLens's hooks, captum's attributions and SAELens's features, beside ours.
+oracle: $(VENV)/installed $(ORACLES:%=$(VENV)-%/installed)
 	INSITU_TRANSFORMER_LENS=$(VENV)-transformer-lens/bin/python \
-		INSITU_CAPTUM=$(VENV)-captum/bin/python \
-		$(BIN)/pytest tests/oracle/agreement.py tests/oracle/attribution.py
+		INSITU_CAPTUM=$(VENV)-captum/bin/python INSITU_SAE_LENS=$(VENV)-sae-lens/bin/python \
+		$(BIN)/pytest tests/oracle/agreement.py tests/oracle/attribution.py \
+		tests/oracle/agreement_on_saes.py
 
 # Many more of the random programs that the suite compares with plain PyTorch hooks.
 fuzz: $(VENV)/installed
@@ -57,9 +63,11 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Every code block of the pages is run by the tests; here the notebooks are, and links are checked.
+# Every code block of the pages is run by the tests; here the notebooks are, and those blocks that
+# end in pictures. Links are checked.
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 INSITU_PROGRESS=0 PLOTLY_RENDERER=png PYTHONWARNINGS=ignore TQDM_DISABLE=1 \
+		$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
@@ -90,17 +98,14 @@ $(VENV)-transformers4/installed: pyproject.toml constraints-transformers4.txt
 		-c constraints-transformers4.txt -e ".[test]"
 	@touch $@
 
-$(PEERS:%=$(VENV)-%/installed): $(VENV)-%/installed: constraints.txt
+OTHERS := $(sort $(PEERS) $(ORACLES))
+BESIDE_captum := transformers
+
+$(OTHERS:%=$(VENV)-%/installed): $(VENV)-%/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(VENV)-$*/bin/pip install -q --disable-pip-version-check $*
-	@touch $@
-
-$(VENV)-captum/installed: constraints.txt
-	$(PYTHON) -m venv $(VENV)-captum
-	$(VENV)-captum/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(VENV)-captum/bin/pip install -q --disable-pip-version-check captum transformers
+	$(VENV)-$*/bin/pip install -q --disable-pip-version-check $* $(BESIDE_$*)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(PEERS:%=$(VENV)-%) $(VENV)-captum
+	rm -rf $(VENV) $(VENV)-transformers4 $(OTHERS:%=$(VENV)-%)

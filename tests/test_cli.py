@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,20 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from typer.testing import CliRunner
 
 from insitu.cli import app
+from insitu.methods import SteeringVector
 from tests.conftest import tiny_gpt2, tiny_llama
 
 pytestmark = pytest.mark.no_wire
 
 
-def run(*args: str) -> Any:
-    return CliRunner().invoke(app, list(args), env={"COLUMNS": "120"})
+PAGE = Path(__file__).parents[1] / "docs" / "command_line.md"
+CLEAN, CORRUPTED = "The Louvre is in the city of", "The Kremlin is in the city of"
+
+PATCH = "patch", "insitu/eiffel"
+
+
+def run(*args: str, columns: int = 120) -> Any:
+    return CliRunner().invoke(app, list(args), env={"COLUMNS": str(columns)})
 
 
 @pytest.fixture
@@ -139,3 +149,92 @@ def test_help_has_an_example() -> None:
     assert "insitu check insitu/eiffel" in result.stdout
     assert "--json" in result.stdout
     assert "check" in run("--help").stdout
+
+
+COMMANDS = re.findall(r"```console\n\$ insitu ([^\n]+)\n(.*?)\n```", PAGE.read_text(), re.S)
+
+
+@pytest.mark.parametrize(("line", "printed"), COMMANDS, ids=lambda text: text.split()[0])
+def test_commands_of_the_page_print_what_it_says(line: str, printed: str) -> None:
+    result = run(*shlex.split(line), columns=100)
+    assert result.exit_code == 0
+    assert [row.rstrip() for row in result.stdout.splitlines()] == printed.splitlines()
+
+
+def test_every_command_has_help_with_an_example_that_is_one() -> None:
+    names = [command.callback.__name__ for command in app.registered_commands]
+    assert {"demo", "tree", "check", "lens", "patch", "attention", "steer"} <= set(names)
+    for name in names:
+        text = " ".join(run(name, "--help").stdout.split())
+        assert f"Example: insitu {name}" in text
+
+
+def test_the_demo_prints_the_city_and_a_lens() -> None:
+    result = run("demo")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("'The Eiffel Tower is in the city of Paris'")
+    assert "(1, 8, 128)" in result.stdout and "Logit lens" in result.stdout
+
+
+def test_a_tree_is_shown_without_weights(tmp_path: Path) -> None:
+    tiny_llama().config.save_pretrained(tmp_path)  # there are no weights to load
+    result = run("tree", str(tmp_path), "--depth", "2")
+    assert result.exit_code == 0
+    assert "LlamaForCausalLM" in result.stdout and "layers: ModuleList" in result.stdout
+
+
+def test_a_patch_is_written_as_json_page_and_picture(tmp_path: Path) -> None:
+    page, picture = tmp_path / "patch.html", tmp_path / "patch.png"
+    given = [*PATCH, CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow"]
+    result = run(*given, "--layers", "3-4", "--json", "--html", str(page))
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert [name for name, _ in found["axes"]] == ["layer", "position"]
+    assert found["axes"][0][1] == ["3", "4"]
+    assert found["values"][0][1] == pytest.approx(1.0, abs=0.05)  # the name carries all of it
+    assert "Activation patching" in page.read_text()
+    if shutil.which("chromium") is None:
+        pytest.skip("PNGs are drawn by Chromium, and there is none")
+    assert run(*given, "--png", str(picture)).stdout == ""
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_steering_writes_its_vector(tmp_path: Path) -> None:
+    path = tmp_path / "vector.safetensors"
+    given = ["--toward", CORRUPTED, "--away", CLEAN, "--layers", "4", "--tokens", "1"]
+    result = run("steer", "insitu/eiffel", CLEAN, *given, "--vector", str(path), "--json")
+    assert [one["strength"] for one in json.loads(result.stdout)] == [0.0, 1.0]
+    assert SteeringVector.load(path).layers == (4,)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["lens", "insitu/eiffel", ""], "The prompt is empty"),
+        (["lens", "insitu/eiffel", CLEAN, "--layers", "9"], "There is no layer 9: there are 6."),
+        (["lens", "insitu/eiffel", CLEAN, "--layers", "x"], "'x' is no list of numbers"),
+        (["attention", "no/such", CLEAN], "no/such"),
+        (
+            [*PATCH, CLEAN, CORRUPTED, "--answer", "x y", "--instead", "Rome"],
+            "' x y' is 3 tokens",
+        ),
+        (
+            [
+                "patch",
+                "insitu/eiffel",
+                CLEAN,
+                "The Kremlin is in",
+                "--answer",
+                "Paris",
+                "--instead",
+                "Moscow",
+            ],
+            "tokens",
+        ),
+    ],
+)
+def test_mistakes_are_said_in_a_line(args: list[str], said: str) -> None:
+    result = run(*args)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output

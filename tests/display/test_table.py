@@ -40,6 +40,18 @@ def test_a_table_says_what_it_left_out() -> None:
     assert not any("shown" in line for line in lines(results()["attention"], 100))
 
 
+def test_axes_of_one_entry_stand_in_the_title() -> None:
+    values = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    axes = (Axis("layer", ("4",)), Axis("head", ("7",)), counted("query", 2), counted("key", 2))
+    assert [line.split() for line in lines(Result("T", "q", values, axes), 60)] == [
+        ["T,", "layer", "4,", "head", "7"],
+        ["q"],
+        ["query", "0", "1"],
+        ["0", "1.00", "2.00"],
+        ["1", "3.00", "4.00"],
+    ]
+
+
 def test_layers_go_up_and_every_number_is_in_its_place() -> None:
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     result = Result("T", "q", values, (counted("layer", 2), Axis("position", ("a", " b"))))

@@ -66,26 +66,35 @@ CAPABILITIES = (
     ),
     Capability(
         "gradients",
-        "gradients of all blocks' hidden states",
-        ("test_gradients_reach_every_block",),
+        "gradients of all blocks' hidden states, and of all that has a name",
+        (
+            "test_gradients_reach_every_block",
+            "test_gradients_by_name_are_those_of_autograd",
+            "test_gradients_by_name_are_slopes",
+        ),
     ),
     Capability(
         "batches",
-        "prompts of different length in one batch, each as if it were alone",
+        "prompts of different length in one batch, each as if it were alone, by name too",
         (
             "test_prompts_of_different_length_do_not_see_each_other",
             "test_a_patch_between_prompts_of_a_batch_reaches_one_of_them",
             "test_gradients_of_several_prompts_are_their_own",
+            "test_prompts_of_a_batch_show_by_name_what_they_do_alone",
+            "test_what_is_written_by_name_for_a_prompt_of_a_batch_reaches_it_alone",
         ),
         TEXT_ONLY,
     ),
     Capability(
         "generation",
-        "read and changed step by step, also of several prompts",
+        "read and changed step by step, by name too, also of several prompts",
         (
             "test_a_generation_is_changed_in_each_step",
             "test_generations_of_several_prompts_do_not_see_each_other",
             "test_steps_of_several_generations_do_not_see_each_other",
+            "test_each_step_of_a_generation_is_read_and_written_by_name",
+            "test_what_has_a_name_in_a_step_is_what_it_is_in_one_forward_of_all_steps",
+            "test_a_token_that_is_written_into_logits_is_the_next",
         ),
         NOT_GENERATED,
     ),
@@ -111,7 +120,13 @@ CAPABILITIES = (
             "test_heads_hang_together_as_attention_does",
             "test_writes_to_heads_do_what_attention_makes_of_them",
             "test_writes_to_what_heads_add_leave_the_bias_alone",
+            "test_output_projections_make_with_their_weights_what_they_return",
         ),
+    ),
+    Capability(
+        "W_Q",
+        "`W_Q`, `W_K` and `W_V`, with which `q`, `k` and `v` are made",
+        ("test_queries_keys_and_values_are_made_with_their_weights",),
     ),
     Capability(
         "patterns",
@@ -120,13 +135,29 @@ CAPABILITIES = (
     ),
     Capability(
         "MLP",
-        "`pre` and `post`: read and written",
-        ("test_mlps_are_what_stands_around_their_nonlinearity",),
+        "`pre` and `post`: read and written; `W_in`, `W_gate` and `W_out`",
+        (
+            "test_mlps_are_what_stands_around_their_nonlinearity",
+            "test_mlps_make_with_their_weights_what_has_a_name_in_them",
+        ),
     ),
     Capability(
         "experts",
         "`router` and `weights`: read and written",
         ("test_experts_are_weighted_with_what_is_said_to_weight_them",),
+    ),
+    Capability(
+        "logits",
+        "`logits`: read and written",
+        ("test_logits_are_read_and_written",),
+    ),
+    Capability(
+        "W_E",
+        "`embedding`, and `W_E` and `W_U`, with which tokens are embedded and unembedded",
+        (
+            "test_the_embedding_is_what_the_prompt_goes_through",
+            "test_tokens_are_embedded_and_unembedded_with_these_weights",
+        ),
     ),
 )
 

@@ -8,10 +8,21 @@ from types import ModuleType
 
 import pytest
 
-from tests.fidelity import test_architectures, test_standard_names
+from tests.fidelity import (
+    test_architectures,
+    test_named_gradients,
+    test_named_logits,
+    test_named_prompts,
+    test_named_weights,
+    test_standard_names,
+)
 from tests.fidelity.capabilities import CAPABILITIES, KINDS, results, table
 from tests.fidelity.zoo import EVERY
 
+MODULES = (
+    *(test_architectures, test_standard_names, test_named_weights, test_named_logits),
+    *(test_named_gradients, test_named_prompts),
+)
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TITLES = [one.title for one in CAPABILITIES]
 
@@ -27,7 +38,7 @@ def rows() -> list[list[str]]:
 
 def test_every_test_of_architectures_shows_a_capability() -> None:
     listed = [test for one in CAPABILITIES for test in one.tests]
-    assert sorted(listed) == sorted(names_in(test_architectures) + names_in(test_standard_names))
+    assert sorted(listed) == sorted(name for module in MODULES for name in names_in(module))
 
 
 def test_the_page_has_a_column_for_each_capability_and_a_row_for_each_architecture() -> None:
@@ -84,9 +95,10 @@ def test_what_did_not_run_is_said_not_to_work() -> None:
     [("in place-gpt2", "gpt2"), ("falcon-parallel", "falcon-parallel"), ("falcon-x", "falcon")],
 )
 def test_architectures_are_told_apart_among_parameters(given: str, name: str) -> None:
-    case = CASE.format("test_gradients_reach_every_block", given, "")
+    test = "test_what_a_model_notes_of_its_blocks_is_what_was_written"
+    case = CASE.format(test, given, "")
     found = results(f"<testsuites>{case}</testsuites>")
-    assert [key for key, result in found.items() if result.works] == [(name, "gradients")]
+    assert [key for key, result in found.items() if result.works] == [(name, "noted")]
 
 
 def test_versions_are_told_apart() -> None:

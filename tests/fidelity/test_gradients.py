@@ -518,6 +518,7 @@ def test_what_a_constant_was_computed_of_is_trained_and_no_parameter_of_the_mode
 
     with gpt2.trace(IDS):
         hidden = gpt2.transformer.h[1].output[0]
+        assert (hidden @ weight).shape == hidden.shape
         loss(hidden @ weight, gpt2.lm_head.output).backward()
 
     (original,) = rotation.parameters()

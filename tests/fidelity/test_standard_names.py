@@ -7,120 +7,38 @@ their values hang together, and from what hooks on the blocks and `output_attent
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from insitu import LanguageModel, Model
-from tests.fidelity.zoo import ZOO, module_of
-
-# Blocks of these normalise the sum of the stream and what is added to it.
-POST_NORM = {"bert", "roberta", "distilbert", "bart"}
-ELSEWHERE = "its attention is in no block: the blocks share it"
-NORMALISES = "its blocks normalise the sum of the residual stream and what is added to it"
-# Of these, blocks have something else than one attention and one MLP.
-NO_ATTENTION = {"mamba", "mamba2", "rwkv"}
-
-
-# Their eager attention computes something else, so it is chosen for the whole model.
-EAGER = {"falcon-alibi"}
+from tests.fidelity.named import (
+    ADDED,
+    ELSEWHERE,
+    NO_ATTENTION,
+    NORMALISES,
+    POST_NORM,
+    attending,
+    attentions,
+    attentions_of,
+    close,
+    eager_is_expected,  # noqa: F401
+    hooked,
+    kept,
+    last_blocks,
+    opened,
+    shape_of,
+    stacks,
+    there,
+    without,
+)
+from tests.fidelity.zoo import ZOO
 
 # Their scores go through a tanh.
 CAPPED = {"gemma2"}
 # From theirs, the largest of each query is taken away.
 SHIFTED = {"gpt-oss"}
-
-
-@cache
-def kept(name: str) -> Any:
-    module = module_of(name)
-    if name in EAGER:
-        vars(module.config)["_attn_implementation_internal"] = "eager"
-    one = ZOO[name]
-    return LanguageModel(module) if one.takes_text else Model(module)
-
-
-def opened(model: Any, name: str, inputs: dict[str, torch.Tensor]) -> Any:
-    """A block of one run with these inputs."""
-    if isinstance(model, LanguageModel):
-        others = {key: value for key, value in inputs.items() if key != "input_ids"}
-        return model.trace(inputs["input_ids"], **others)
-    return model.trace(**inputs)
-
-
-def stacks(name: str, model: Any) -> list[list[Any]]:
-    found = []
-    for path in ZOO[name].stacks_in(model.module):
-        handle = model
-        for part in path.split("."):
-            handle = handle[part]
-        found.append(list(handle))
-    return found
-
-
-def last_blocks(name: str, model: Any) -> list[Any]:
-    """A block of each kind in each stack: the last."""
-    found = []
-    for stack in stacks(name, model):
-        kinds: dict[Any, Any] = {}
-        for block in stack:
-            kinds[tuple(block.role)] = block
-        found.extend(kinds.values())
-    return [block for block in found if list(block.role)]
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, what: str = "", limit: float = 2e-5) -> None:
-    assert found.shape == expected.shape, (what, found.shape, expected.shape)
-    scale = max(float(expected.abs().max()), 1.0)
-    assert float((found - expected).abs().max()) <= limit * scale, what
-
-
-@contextmanager
-def hooked(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """What a block is given and returns, as plain hooks see it."""
-    seen: dict[str, torch.Tensor] = {}
-
-    def before(part: nn.Module, args: Any, kwargs: Any) -> None:
-        value = args[0] if args else kwargs["hidden_states"]
-        seen["input"] = value.detach().clone()
-
-    def after(part: nn.Module, args: Any, output: Any) -> None:
-        value = output if isinstance(output, torch.Tensor) else output[0]
-        seen["output"] = value.detach().clone()
-
-    handles = [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after),
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def called(model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        model.module(**inputs)
-
-
-def shape_of(name: str, part: Any, key: str) -> torch.Size:
-    with opened(kept(name), name, ZOO[name].inputs(2, 7)):
-        value = getattr(part, key).save()
-    return value.value.shape
-
-
-ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out")
-
-
-def there(part: Any, *names: str) -> list[str]:
-    return [name for name in names if name in list(part.role)]
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -173,36 +91,8 @@ def test_writes_to_what_is_added_reach_what_leaves_the_block(name: str) -> None:
             close(seen["output"], total, f"{block.path} {key}")
 
 
-def without(name: str, part: Any, key: str, *read: str) -> list[torch.Tensor]:
-    """What there is in a run in which one value is all zeros."""
-    zeros = torch.zeros(shape_of(name, part, key))
-    with opened(kept(name), name, ZOO[name].inputs(2, 7)):
-        setattr(part, key, zeros)
-        saved = [getattr(part, other).save() for other in read]
-    return [one.value for one in saved]
-
-
-def attentions(block: Any) -> list[Any]:
-    return [block.role[key] for key in there(block, "attention", "cross_attention")]
-
-
 def repeated(heads: torch.Tensor, count: int) -> torch.Tensor:
     return heads.repeat_interleave(count // heads.shape[1], dim=1)
-
-
-@pytest.fixture(autouse=True)
-def _eager_is_expected() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Attention scores and patterns")
-        yield
-
-
-def attending(name: str) -> None:
-    """Goes on for models with attention in some block only."""
-    if name in NO_ATTENTION:
-        for stack in stacks(name, kept(name)):
-            assert not any(attentions(block) for block in stack)
-        pytest.skip("it has no attention")
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -274,32 +164,6 @@ def test_patterns_are_what_hugging_face_returns(name: str) -> None:
             close(found.value, expected[..., : found.value.shape[-1]].float(), limit=1e-6)
     if not compared:
         pytest.skip("it returns no attention patterns to compare with")
-
-
-def attentions_of(module: nn.Module, inputs: Any, path: str) -> Any:
-    """The patterns that the model itself returns with eager attention, of one stack."""
-    configs = {id(p.config): p.config for p in module.modules() if hasattr(p, "config")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            vars(config)["_attn_implementation_internal"] = "eager"
-        with torch.no_grad():
-            output = module(**inputs, output_attentions=True)
-    except Exception:
-        return None
-    finally:
-        for key, config in configs.items():
-            vars(config)["_attn_implementation_internal"] = before[key]
-    names = ["attentions"]
-    if "encoder" in path.split("."):
-        names = ["encoder_attentions", "attentions"]
-    elif "decoder" in path.split("."):
-        names = ["decoder_attentions", "attentions"]
-    for name in names:
-        value = getattr(output, name, None)
-        if value:
-            return [one for one in value if one is not None] or None
-    return None
 
 
 @pytest.mark.parametrize("name", ZOO)

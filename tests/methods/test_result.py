@@ -53,6 +53,7 @@ def test_an_index_takes_the_axis_away_and_several_keep_it(patching: Result) -> N
 def test_labels_select_too(patching: Result) -> None:
     assert patching.select(position=" E").values.tolist() == [-3, 2]
     assert patching.select(position="iff", layer="1").values.item() == 3
+    assert patching.select(position=[" Tower", 0]).values.tolist() == [[0, -4], [5, 1]]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,25 @@ def test_a_loop_is_planned_once(gpt2: LanguageModel, planned: list[int]) -> None
     assert len(planned) == count
 
 
+def test_blocks_in_turn_are_planned_once_each(identity: Model, planned: list[int]) -> None:
+    def block(number: float) -> None:
+        given = torch.full((2, 3), number)
+        with identity.trace(given):
+            added = (identity[0].output + 1).save()
+        with identity.trace(given):
+            multiplied = (identity[0].output * 2).save()
+            identity[1].output = identity[0].output - given
+            after = identity[1].output.save()
+        torch.testing.assert_close(added.value, given + 1, rtol=0, atol=0)
+        torch.testing.assert_close(multiplied.value, given * 2, rtol=0, atol=0)
+        torch.testing.assert_close(after.value, given * 0, rtol=0, atol=0)
+
+    repeated(block, [1.0, 2.0])
+    count = len(planned)
+    repeated(block, [3.0, 4.0])
+    assert len(planned) == count
+
+
 def test_invocations_are_planned_once(gpt2: LanguageModel, planned: list[int]) -> None:
     def block(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -206,14 +225,20 @@ def test_a_tensor_may_be_a_leaf_where_there_was_none_before(
             (identity[0].output * weight).sum().backward()
 
     leaves = [torch.ones(2, requires_grad=True) for _ in range(2)]
-    made = leaves[0] * 1
+    with torch.no_grad():
+        without = leaves[0] * 1
     for _ in range(3):
         with pytest.raises(ExecutionError, match="Nothing wants a gradient"):
-            block(made)
-    plans = len(planned)
+            block(without)
     block(leaves[1])
-    assert len(planned) == plans
     assert leaves[0].grad is None
+    assert torch.equal(leaves[1].grad, torch.full((2,), 3.0))
+
+    made = leaves[0] * 1  # no leaf itself: the gradient goes to what it was made of
+    plans = len(planned)
+    block(made)
+    assert len(planned) == plans
+    assert torch.equal(leaves[0].grad, torch.full((2,), 3.0))
     assert torch.equal(leaves[1].grad, torch.full((2,), 3.0))
 
 

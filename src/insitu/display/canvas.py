@@ -11,7 +11,7 @@ from typing import Any
 
 from insitu.display.labels import html, wrapped
 from insitu.display.ticks import CHARACTER
-from insitu.graph.errors import InsituError
+from insitu.graph.errors import MissingPackageError
 from insitu.graph.location import here
 
 FONT = "Open Sans, Verdana, Arial, sans-serif"
@@ -24,20 +24,16 @@ _TITLE = 16
 _NARROWEST = 320
 
 
-class PlotlyMissingError(InsituError, ImportError):
-    """A picture was asked for, and plotly is not installed."""
-
-
 def plotly() -> Any:
     """Returns plotly's `graph_objects`.
 
     Raises:
-        PlotlyMissingError: if it is not installed.
+        MissingPackageError: if it is not installed.
     """
     try:
         import plotly.graph_objects
     except ImportError:
-        raise PlotlyMissingError(
+        raise MissingPackageError(
             "Pictures take plotly, which is not installed: `pip install 'insitu[plot]'`.", here()
         ) from None
     return plotly.graph_objects

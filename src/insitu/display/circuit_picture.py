@@ -28,7 +28,8 @@ class Node(NamedTuple):
         name: what it is called, such as "3.head.5"; each has a name of its own.
         layer: where it stands, the lowest first. Those of one layer that lead to each other stand
             above each other.
-        kind: what it is, such as "head" or "mlp": those of a kind have one colour.
+        kind: what it is, such as "head" or "mlp": those of a kind have one colour. What is of no
+            kind, such as the embedding, stands beside no number of a layer.
     """
 
     name: str
@@ -71,7 +72,7 @@ def circuit_figure(
     Raises:
         OptionError: if an edge names a part that there is not, or goes back to an earlier layer
             or in a circle, or two parts have one name.
-        PlotlyMissingError: if plotly is not installed.
+        MissingPackageError: if plotly is not installed.
     """
     go = plotly()
     at = {node.name: number_ for number_, node in enumerate(nodes)}
@@ -116,8 +117,10 @@ def circuit_figure(
             }
         )
     heights: dict[int, list[int]] = defaultdict(list)
+    blocks = {node.layer for node in nodes if node.kind}  # not what is before and behind them
     for node, row in zip(nodes, rows, strict=True):
-        heights[node.layer].append(row)
+        if node.layer in blocks or not blocks:
+            heights[node.layer].append(row)
     places = {layer: (min(some) + max(some)) / 2 for layer, some in heights.items()}
     bare = {"showgrid": False, "zeroline": False, "ticks": "", "showline": False}
     figure = go.Figure(traces)

@@ -45,7 +45,7 @@ def figure(
 
     Raises:
         OptionError: if an option has no meaning for these numbers.
-        PlotlyMissingError: if plotly is not installed.
+        MissingPackageError: if plotly is not installed.
     """
     axes = numbers.axes
     title = numbers.title if title is None else title

@@ -45,7 +45,7 @@ def heat_map(
 
     Raises:
         OptionError: if there are too many numbers to be drawn.
-        PlotlyMissingError: if plotly is not installed.
+        MissingPackageError: if plotly is not installed.
     """
     go = plotly()
     if numbers.values.numel() > _MOST_CELLS:

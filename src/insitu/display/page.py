@@ -10,7 +10,7 @@ from typing import Any
 from insitu.display.figure import figure
 from insitu.display.numbers import Numbers
 from insitu.display.table import table
-from insitu.graph.errors import InsituError
+from insitu.graph.errors import InsituError, MissingPackageError
 from insitu.graph.location import here
 
 
@@ -38,12 +38,13 @@ def write_png(figure: Any, path: str | os.PathLike[str], scale: float = 2) -> No
         scale: how many of the file's pixels one of the figure's is wide.
 
     Raises:
-        PictureError: if Kaleido is not installed, or finds no Chromium.
+        MissingPackageError: if Kaleido is not installed.
+        PictureError: if it finds no Chromium.
     """
     try:
         import kaleido  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise PictureError(
+        raise MissingPackageError(
             "PNGs take Kaleido, which is not installed: `pip install 'insitu[plot]'`.", here()
         ) from None
     try:

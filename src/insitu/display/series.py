@@ -35,7 +35,7 @@ def series(
         wanted: the width and height of the whole, in pixels; None for what suits it.
 
     Raises:
-        PlotlyMissingError: if plotly is not installed.
+        MissingPackageError: if plotly is not installed.
     """
     go = plotly()
     axes = [of_prompt(numbers, axis) for axis in numbers.axes] or [Axis(numbers.quantity, ("",))]

@@ -59,6 +59,11 @@ def table(numbers: Numbers, room: int = 80) -> RenderableType:
 
     if not numbers.values.numel():
         return Text(f"{numbers.title}: no numbers")
+    title = numbers.title
+    if len(numbers.axes) > 2:  # those of one entry need no room
+        single = [axis for axis in numbers.axes if len(axis) == 1]
+        title = ", ".join([title, *(f"{axis.name} {axis.labels[0]}" for axis in single)])
+        numbers = numbers.select(**{axis.name: 0 for axis in single})
     scale = scale_of(numbers.values.float().flatten().tolist(), numbers.centre)
     if not numbers.axes:
         shown, note = Text(number(numbers.values.item())), ""
@@ -68,7 +73,7 @@ def table(numbers: Numbers, room: int = 80) -> RenderableType:
         shown, note = _heat_map(numbers, scale, room)
     else:
         shown, note = _top(numbers, scale, room)
-    head = Text.assemble((numbers.title, "bold"), f"\n{numbers.quantity}")
+    head = Text.assemble((title, "bold"), f"\n{numbers.quantity}")
     parts: list[RenderableType] = [head, shown]
     if note:
         parts.append(Text(note, style="dim"))

@@ -48,7 +48,7 @@ def token_text(numbers: Numbers, title: str, wanted: tuple[float | None, float |
 
     Raises:
         OptionError: if there is no axis of tokens, or there is too much to choose from.
-        PlotlyMissingError: if plotly is not installed.
+        MissingPackageError: if plotly is not installed.
     """
     go = plotly()
     names = [axis.name for axis in numbers.axes]

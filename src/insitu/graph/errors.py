@@ -100,7 +100,7 @@ class LoadError(InsituError, OSError):
 
 
 class MissingPackageError(InsituError, ImportError):
-    """A package that a method takes and that is not installed."""
+    """A package that a method or a picture takes, and that is not installed."""
 
 
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import linecache
-import sys
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from sys import _getframe  # pyright: ignore[reportPrivateUsage]
 from types import CodeType, FrameType
 from typing import NamedTuple
 
@@ -87,7 +87,7 @@ def user_frame(depth: int = 1) -> FrameType:
     Args:
         depth: how many frames to leave out at once, known to be ours.
     """
-    frame = sys._getframe(depth)  # pyright: ignore[reportPrivateUsage]
+    frame = _getframe(depth)
     if frame.f_code is _last:
         return frame
     while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
@@ -103,7 +103,7 @@ def here(depth: int = 2) -> Location:
 def mark(depth: int = 2) -> Mark:
     """Returns the user's current line in its cheapest form, for `Location(*mark)`."""
     global _last
-    frame = sys._getframe(depth)  # pyright: ignore[reportPrivateUsage]
+    frame = _getframe(depth)
     code = frame.f_code
     if code is _last:
         return code, frame.f_lasti

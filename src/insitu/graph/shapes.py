@@ -129,7 +129,8 @@ def _compute(recording: Recording, index: int) -> Any:
         if type(item) is Carried:
             return map_structure(other, item.fake())
         if isinstance(item, torch.Tensor) and not isinstance(item, FakeTensor):
-            return mode.from_tensor(item)
+            # What was computed of others is asked for a gradient that it cannot have.
+            return mode.from_tensor(item if item.is_leaf else item.detach())
         return item
 
     args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))

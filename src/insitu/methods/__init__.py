@@ -6,6 +6,8 @@ Every method is a function of a model and prompts, is planned as one experiment,
 
 from insitu.display.axis import Axis
 from insitu.methods.ablation import ablate
+from insitu.methods.alignment import distributed_alignment_search
+from insitu.methods.alignments import Alignment
 from insitu.methods.attention_patterns import attention_patterns, head_scores
 from insitu.methods.attribution_patching import attribution_patching
 from insitu.methods.causal_tracing import causal_tracing
@@ -27,12 +29,15 @@ from insitu.methods.path_patching import path_patching
 from insitu.methods.probes import Probe
 from insitu.methods.probing import probe
 from insitu.methods.result import Cell, Result
+from insitu.methods.sae import SparseAutoencoder
+from insitu.methods.splicing import Spliced, sae_features, use_sae
 from insitu.methods.steered import Continuation, Steered, steer
 from insitu.methods.steering import SteeringVector, steering_vector
 from insitu.methods.token_attribution import gradient_times_input, integrated_gradients
 from insitu.methods.tuned_lens import TunedLens, train_tuned_lens, tuned_lens
 
 __all__ = [
+    "Alignment",
     "Axis",
     "Cell",
     "Circuit",
@@ -41,6 +46,8 @@ __all__ = [
     "Metric",
     "Probe",
     "Result",
+    "SparseAutoencoder",
+    "Spliced",
     "Steered",
     "SteeringVector",
     "TunedLens",
@@ -51,6 +58,7 @@ __all__ = [
     "causal_tracing",
     "direct_logit_attribution",
     "discover_circuit",
+    "distributed_alignment_search",
     "edge_attribution",
     "faithfulness_curve",
     "gradient_times_input",
@@ -64,8 +72,10 @@ __all__ = [
     "probability",
     "probe",
     "run_circuit",
+    "sae_features",
     "steer",
     "steering_vector",
     "train_tuned_lens",
     "tuned_lens",
+    "use_sae",
 ]

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from insitu.display.axis import Axis
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.metrics import Metric, as_metric
@@ -49,6 +50,7 @@ def ablate(
     positions: _Numbers = None,
     together: Iterable[int | Sequence[int]] | None = None,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Result:
     """Returns the metric without each part of the model in turn, or without several at once.
 
@@ -76,6 +78,7 @@ def ablate(
         together: parts to be ablated all at once, in the place of one after another: pairs
             (layer, head) or (layer, neuron), or layers.
         seed: of which reference prompt is drawn for each prompt.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         The metric with the part ablated. Its axes are (prompt), layer, and head or neuron where
@@ -106,7 +109,7 @@ def ablate(
     else:
         groups = [_together(model, site, unit, together)]
     clean_scores, scores = [], []
-    with model.trace() as tracer:
+    with bar("Ablation", progress), model.trace() as tracer:
         runs = [tracer.invoke(ids) for ids in read.ids]
         sources = dict(enumerate(runs))
         if reference is not None:

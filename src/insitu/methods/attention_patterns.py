@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from insitu.display.axis import Axis
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, PromptError, nearest
 from insitu.graph.location import here
 from insitu.methods.prompts import read_prompts
@@ -83,6 +84,7 @@ def head_scores(
     length: int = 25,
     count: int = 10,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Result:
     """Returns how much each head attends to where a head of a kind would.
 
@@ -107,6 +109,7 @@ def head_scores(
         length: how many random tokens are repeated.
         count: how many random prompts.
         seed: of the random tokens.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         Scores with the axes kind, layer, head. Details: "queries", over how many positions of all
@@ -139,7 +142,7 @@ def head_scores(
     stack = _stack(model)
     numbers = layers_with(model, _PATTERN, layers, stack)
     saved: dict[tuple[str, int], list[Any]] = {(k, n): [] for k in kinds for n in numbers}
-    with model.trace() as tracer:
+    with bar("Head scores", progress), model.trace() as tracer:
         for row, ids in enumerate(read.ids):
             with tracer.invoke(ids):
                 for layer in numbers:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from insitu.display.progress import progress as bar
 from insitu.methods.attribution_grid import Choice, grid_of
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import read_pairs, share
@@ -32,6 +33,7 @@ def attribution_patching(
     neurons: Choice = None,
     direction: Direction = "denoising",
     normalised: bool = True,
+    progress: bool | None = None,
 ) -> Result:
     """Returns an estimate of what `activation_patching` would find, from one backward pass.
 
@@ -66,6 +68,7 @@ def attribution_patching(
             would be patched and the other. If not it is the change itself, which is a sum of parts;
             `activation_patching` then gives the metric, of which "corrupted" (or "clean", for
             noising) of `details` has to be subtracted to compare them.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         By how much each patch would change the metric, with the axes "prompt" (if several were
@@ -99,7 +102,7 @@ def attribution_patching(
     metric = as_metric(metric)
     ends: list[Any] = []
     estimates: list[list[Any]] = []
-    with model.trace() as tracer:
+    with bar("Attribution patching", progress), model.trace() as tracer:
         for pair, measure in enumerate(metric.of(model, len(pairs))):
             with tracer.invoke(pairs.clean.ids[pair]):
                 reference = model.logits[0]

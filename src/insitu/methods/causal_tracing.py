@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from insitu.display.axis import Axis
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.metrics import Tokens, token_ids
@@ -35,6 +36,7 @@ def causal_tracing(
     sites: str | Sequence[str] = ("residual_out", "mlp_out", "attention_out"),
     layers: int | Sequence[int] | None = None,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Result:
     """Returns how likely the answer is again where states of a noised run are restored.
 
@@ -63,6 +65,7 @@ def causal_tracing(
         sites: what is restored, by standard names. A list is an axis of the result.
         layers: the layers in the middle of the windows, all if None.
         seed: of the noise.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         The probability of the answer, as a mean over the samples, with the axes "prompt" (if
@@ -99,7 +102,7 @@ def causal_tracing(
 
     ends: list[Any] = []
     restored: list[Any] = []
-    with model.trace() as tracer:
+    with bar("Causal tracing", progress), model.trace() as tracer:
         for ids, places, token in zip(read.ids, drowned, answers, strict=True):
             size = (samples, len(places), model.d_model)
             added = strength * torch.randn(size, generator=torch.Generator().manual_seed(seed))

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from insitu.display.page import write_html, write_png
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.methods import files
+from insitu.methods.circuit_picture import picture
 from insitu.methods.result import Result
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from plotly.graph_objects import Figure
 
 _KIND = "circuit"
 
@@ -47,11 +51,13 @@ class Circuit:
         title: how it was found.
         quantity: what a score is, such as "change of logit difference".
         edges: its edges, those that matter most first.
+        sharing: how many heads share keys and values.
     """
 
     title: str
     quantity: str
     edges: tuple[Edge, ...]
+    sharing: int = 1
 
     @classmethod
     def of(cls, result: Result) -> Self:
@@ -75,7 +81,9 @@ class Circuit:
             Edge(cell.labels["sender"], cell.labels["receiver"], cell.value)
             for cell in mean.cells()
         ]
-        return cls(result.title, result.quantity, _sorted(edges))
+        return cls(
+            result.title, result.quantity, _sorted(edges), heads_sharing(mean.axes[-1].labels)
+        )
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -94,7 +102,49 @@ class Circuit:
         Args:
             count: how many.
         """
-        return Circuit(self.title, self.quantity, _sorted(self.edges)[: max(count, 0)])
+        return replace(self, edges=_sorted(self.edges)[: max(count, 0)])
+
+    def plot(self, *, title: str | None = None, most: int = 200) -> Figure:
+        """Returns a picture of it, as a figure of plotly: layers from bottom to top.
+
+        Heads are drawn as one, so an edge into one is the sum of those into its queries, keys and
+        values. Where heads share keys or values, an edge into these is drawn to each that is in
+        the circuit.
+
+        Args:
+            title: what stands over it; None for its own title.
+            most: how many edges are drawn: those with the largest scores by size.
+
+        Raises:
+            OptionError: if it has no edges.
+            MissingPackageError: if plotly is not installed.
+        """
+        if not self.edges:
+            raise OptionError("The circuit has no edges to draw.", here())
+        title = self.title if title is None else title
+        return picture(self.edges, self.sharing, title, self.quantity, most)
+
+    def to_html(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Writes a picture of it as a page that can be opened without a network.
+
+        Args:
+            path: where to.
+            options: those of `plot`.
+        """
+        write_html(self.plot(**options), path)
+
+    def to_png(self, path: str | os.PathLike[str], scale: float = 2, **options: Any) -> None:
+        """Writes a picture of it as a PNG. That takes Chromium.
+
+        Args:
+            path: where to.
+            scale: how many pixels of the file one of the picture's is wide.
+            options: those of `plot`.
+
+        Raises:
+            PictureError: if there is no Chromium, or no Kaleido, which speaks to it.
+        """
+        write_png(self.plot(**options), path, scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it in JSON's own types."""
@@ -103,6 +153,7 @@ class Circuit:
             "quantity": self.quantity,
             "nodes": list(self.nodes),
             "edges": [edge._asdict() for edge in self.edges],
+            "sharing": self.sharing,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -116,6 +167,7 @@ class Circuit:
             "title": self.title,
             "quantity": self.quantity,
             "edges": [[edge.sender, edge.receiver] for edge in self.edges],
+            "sharing": self.sharing,
         }
         files.write(path, _KIND, {"scores": scores}, told)
 
@@ -133,7 +185,17 @@ class Circuit:
         scores = tensors["scores"].tolist()
         named = zip(told["edges"], scores, strict=True)
         edges = [Edge(sender, receiver, score) for (sender, receiver), score in named]
-        return cls(told["title"], told["quantity"], tuple(edges))
+        return cls(told["title"], told["quantity"], tuple(edges), told["sharing"])
+
+
+def heads_sharing(receivers: Iterable[str]) -> int:
+    """Returns how many heads share keys and values in a model.
+
+    Args:
+        receivers: the names of all that reads the residual stream in it.
+    """
+    kinds = [name.partition(".")[2][:1] for name in receivers]
+    return kinds.count("q") // kinds.count("k") if "k" in kinds else 1
 
 
 def _sorted(edges: Iterable[Edge]) -> tuple[Edge, ...]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
+from insitu.display.progress import Bar
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
-from insitu.methods.circuit import Circuit, Edge
+from insitu.methods.circuit import Circuit, Edge, heads_sharing
 from insitu.methods.edge_attribution import attributed, read_equal_pairs
 from insitu.methods.faithfulness import kept_of, measured
 from insitu.methods.metrics import Metric, as_metric
@@ -34,6 +37,7 @@ def discover_circuit(
     edges: int | None = None,
     threshold: float | None = None,
     steps: int = 5,
+    progress: bool | None = None,
 ) -> Circuit:
     """Returns the edges that a behaviour is made of.
 
@@ -60,6 +64,7 @@ def discover_circuit(
         threshold: of "acdc", by how much the metric may change with one edge; in the place of
             `edges`, which sizes of scores are taken.
         steps: of "eap-ig", over how many runs gradients are averaged.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         The circuit. A score is the estimated change of the metric if the edge is corrupted; of
@@ -91,30 +96,37 @@ def discover_circuit(
     wiring = wiring_of(model, pairs.clean.ids[0])
     if method == "acdc":
         assert threshold is not None
-        return _acdc(model, pairs, metric, wiring, threshold)
-    result = attributed(model, pairs, metric, wiring, steps if method == "eap-ig" else 0)
+        with bar("ACDC", progress) as shown:
+            return _acdc(model, pairs, metric, wiring, threshold, shown)
+    with bar("Edge attribution", progress):
+        result = attributed(model, pairs, metric, wiring, steps if method == "eap-ig" else 0)
     found = Circuit.of(result)
     if edges is not None:
         found = found.top(edges)
     else:
         assert threshold is not None
         large = tuple(edge for edge in found.edges if abs(edge.score) >= threshold)
-        found = Circuit(found.title, found.quantity, large)
+        found = replace(found, edges=large)
     left = wiring.connected(kept_of(wiring, found))
     senders, receivers = wiring.senders, wiring.receivers
     names = {(senders[s], receivers[r]) for s, r in left.nonzero().tolist()}
     kept = tuple(edge for edge in found.edges if (edge.sender, edge.receiver) in names)
-    return Circuit(found.title, found.quantity, kept)
+    return replace(found, edges=kept)
 
 
 def _acdc(
-    model: LanguageModel, pairs: Pairs, metric: Metric, wiring: Wiring, threshold: float
+    model: LanguageModel,
+    pairs: Pairs,
+    metric: Metric,
+    wiring: Wiring,
+    threshold: float,
+    shown: Bar,
 ) -> Circuit:
     """Removes edges one by one, from the logits back to the input."""
     kept = wiring.edges()
     scores: dict[tuple[int, int], float] = {}
     now = 0.0
-    for receiver in reversed(range(len(wiring.receivers))):
+    for receiver in shown.each(reversed(range(len(wiring.receivers))), len(wiring.receivers)):
         if receiver < len(wiring.receivers) - 1 and not _leads(wiring, kept, receiver):
             kept[:, receiver] = False
             continue
@@ -149,7 +161,10 @@ def _acdc(
         for s, r in sorted(kept.nonzero().tolist(), key=lambda place: -scores[tuple(place)])
     ]
     return Circuit(
-        f"ACDC with threshold {threshold:g}", f"change of {metric.name} by the edge", tuple(found)
+        f"ACDC with threshold {threshold:g}",
+        f"change of {metric.name} by the edge",
+        tuple(found),
+        heads_sharing(receivers),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from insitu.display.axis import Axis
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.metrics import Measure, Metric, as_metric
@@ -30,6 +31,7 @@ def edge_attribution(
     metric: Metric | Callable[[Any], Any],
     *,
     steps: int = 0,
+    progress: bool | None = None,
 ) -> Result:
     """Returns for each edge by how much it would change a metric to corrupt it, estimated.
 
@@ -57,6 +59,7 @@ def edge_attribution(
         metric: what is measured of the logits, and can be differentiated. A KL divergence has no
             gradient in the clean run: give it steps.
         steps: how many, 0 for the gradient of the clean run alone. Five are mostly enough.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         The estimated change of the metric, with the axes "prompt" (if several were given), "sender"
@@ -83,7 +86,8 @@ def edge_attribution(
     """
     pairs = read_equal_pairs(model, clean, corrupted)
     wiring = wiring_of(model, pairs.clean.ids[0])
-    return attributed(model, pairs, metric, wiring, steps)
+    with bar("Edge attribution", progress):
+        return attributed(model, pairs, metric, wiring, steps)
 
 
 def read_equal_pairs(model: LanguageModel, clean: Any, corrupted: Any) -> Pairs:

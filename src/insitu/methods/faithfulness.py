@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from insitu.display.axis import Axis
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.circuit import Circuit
@@ -98,6 +99,7 @@ def faithfulness_curve(
     circuit: Circuit,
     *,
     sizes: Iterable[int] | None = None,
+    progress: bool | None = None,
 ) -> Result:
     """Returns how faithful circuits of different sizes are, each of the edges that matter most.
 
@@ -108,6 +110,7 @@ def faithfulness_curve(
         metric: likewise.
         circuit: the edges with their scores, such as `Circuit.of(edge_attribution(...))`.
         sizes: how many edges; about ten numbers up to all, each twice the one before, if None.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         The share of the way from corrupted to clean that each circuit makes, with the axes "prompt"
@@ -126,7 +129,8 @@ def faithfulness_curve(
     if not counts or min(counts) < 0:
         raise OptionError(f"`sizes` are numbers of edges, not {counts}.", here())
     kept = [kept_of(wiring, circuit.top(count)) for count in counts]
-    values = measured(model, pairs, metric, wiring, kept)
+    with bar("Faithfulness", progress):
+        values = measured(model, pairs, metric, wiring, kept)
     start, end = values[:, 1:2], values[:, :1]
     if bool((start == end).any()):
         raise OptionError(

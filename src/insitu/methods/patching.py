@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.grid import Choice, Patch, grid_of
@@ -36,6 +37,7 @@ def activation_patching(
     neurons: Choice = None,
     direction: Direction = "denoising",
     normalised: bool = True,
+    progress: bool | None = None,
 ) -> Result:
     """Returns what becomes of a metric if parts of one run are put into another.
 
@@ -65,6 +67,7 @@ def activation_patching(
         direction: "denoising" or "noising".
         normalised: whether the metric is given as a share: 0 is that of the prompt that is run, so
             that nothing has changed, and 1 that of the other, whose values are put in.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         The metric of each run, with the axes "prompt" (if several were given), "site" (likewise)
@@ -99,7 +102,7 @@ def activation_patching(
         run, other = other, run
     found: list[tuple[Any, list[int]]] = []
     ends: list[Any] = []
-    with model.trace() as tracer:
+    with bar("Activation patching", progress), model.trace() as tracer:
         for at, measure in enumerate(metric.of(model, len(pairs))):
             with tracer.invoke(pairs.clean.ids[at]):
                 reference = model.logits[0]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from insitu.display.axis import Axis
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.grid import Choice
@@ -38,6 +39,7 @@ def path_patching(
     through_mlps: bool = False,
     direction: Direction = "noising",
     normalised: bool = True,
+    progress: bool | None = None,
 ) -> Result:
     """Returns what becomes of a metric if receivers hear of one sender from another run.
 
@@ -69,6 +71,7 @@ def path_patching(
         direction: "noising", or "denoising": the corrupted prompt with values of the clean one.
         normalised: whether the metric is given as a share: 0 is that of the prompt that is run, and
             1 that of the other, whose values are put in.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         The metric for each sender, with the axes "prompt" (if several were given), "layer" and
@@ -116,7 +119,7 @@ def path_patching(
         run, other = other, run
     ends: list[Any] = []
     found: list[Any] = []
-    with model.trace() as tracer:
+    with bar("Path patching", progress), model.trace() as tracer:
         for at, measure in enumerate(metric.of(model, len(pairs))):
             values: dict[bool, Mapping[tuple[Site, int], Any]] = {}
             with tracer.invoke(pairs.clean.ids[at]):

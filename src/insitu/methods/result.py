@@ -18,7 +18,7 @@ from insitu.display.figure import Kind, figure
 from insitu.display.labels import numbered
 from insitu.display.page import for_notebook, write_html, write_png
 from insitu.display.table import summary, table
-from insitu.graph.errors import OptionError, ShapeError, nearest
+from insitu.graph.errors import MissingPackageError, OptionError, ShapeError, nearest
 from insitu.graph.location import here
 from insitu.methods import files
 from insitu.methods.selection import Chosen, details_of, of_prompt, selected
@@ -201,7 +201,7 @@ class Result:
 
         Raises:
             OptionError: if an option has no meaning for its axes, or there is too much to draw.
-            PlotlyMissingError: if plotly is not installed.
+            MissingPackageError: if plotly is not installed.
         """
         options = {"x": x, "y": y, "grid": grid, "in_cells": in_cells, "title": title}
         return figure(self, kind, **options, width=width, height=height)
@@ -215,7 +215,7 @@ class Result:
 
         Raises:
             OptionError: as `plot`.
-            PlotlyMissingError: if plotly is not installed.
+            MissingPackageError: if plotly is not installed.
         """
         write_html(self.plot(**options), path)
 
@@ -229,8 +229,8 @@ class Result:
 
         Raises:
             OptionError: as `plot`.
-            PictureError: if there is no Chromium, or no Kaleido, which speaks to it.
-            PlotlyMissingError: if plotly is not installed.
+            PictureError: if there is no Chromium.
+            MissingPackageError: if plotly is not installed, or Kaleido, which speaks to Chromium.
         """
         write_png(self.plot(**options), path, scale)
 
@@ -238,9 +238,17 @@ class Result:
         """Returns a table with a row for each number: a column for each axis, and `value`.
 
         Layers, heads and all else that is counted are numbers; where there are texts, they are a
-        column `text`. It takes pandas.
+        column `text`.
+
+        Raises:
+            MissingPackageError: if pandas is not installed.
         """
-        import pandas
+        try:
+            import pandas
+        except ImportError:
+            raise MissingPackageError(
+                "Tables take pandas, which is not installed: `pip install 'insitu[plot]'`.", here()
+            ) from None
 
         cells = list(self.cells())
         columns: dict[str, Any] = {

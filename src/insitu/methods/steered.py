@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.activations import stream_site
@@ -93,6 +94,7 @@ def steer(
     layers: int | Sequence[int] | None = None,
     positions: Positions = "all",
     max_new_tokens: int = 20,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> Steered:
     """Generates with a vector added to what the model computes, at each step.
@@ -109,6 +111,7 @@ def steer(
             prompt, from its end if negative.
         max_new_tokens: how many tokens are generated at most.
         kwargs: of `model.generate`, such as `do_sample=True`; `seed` is that of each continuation.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         The continuations, of each prompt under each strength.
@@ -135,7 +138,7 @@ def steer(
     if together:
         by_length = sorted(cases, key=lambda case: read.lengths[case[0]])
         groups = [list(g) for _, g in groupby(by_length, lambda case: read.lengths[case[0]])]
-    with model.generate(**kwargs) as generator:
+    with bar("Steering", progress), model.generate(**kwargs) as generator:
         invoked = []
         for group in groups:
             ids = torch.stack([read.ids[prompt] for prompt, _ in group])

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.methods.metrics import Metric, as_metric
@@ -34,6 +35,7 @@ def integrated_gradients(
     steps: int = 50,
     rule: Rule = "gauss-legendre",
     max_tokens_per_pass: int = 2048,
+    progress: bool | None = None,
 ) -> Result:
     """Returns integrated gradients: each token's part in metric(prompt) - metric(baseline).
 
@@ -57,6 +59,7 @@ def integrated_gradients(
             both ends.
         max_tokens_per_pass: how many tokens the points that run together have at most: memory
             grows with it, since gradients need what the forward has computed.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
         Attributions with the axes (prompt), position, in the metric's unit. Details, of each
@@ -76,7 +79,7 @@ def integrated_gradients(
         )
     start = _baseline(model, baseline)
     attributions, inputs, baselines = [], [], []
-    with model.trace() as tracer:
+    with bar("Integrated gradients", progress), model.trace() as tracer:
         for ids, measure in zip(read.ids, measures, strict=True):
             with tracer.invoke(ids):
                 embeddings = model.embedding.output.detach()

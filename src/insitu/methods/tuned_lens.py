@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from insitu.display.axis import Axis
+from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.methods import files
@@ -169,6 +170,7 @@ def train_tuned_lens(
     optimiser: Optimiser | None = None,
     lens: TunedLens | None = None,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> TunedLens:
     """Trains a tuned lens.
 
@@ -184,6 +186,7 @@ def train_tuned_lens(
         optimiser: from the parameters to a torch optimiser; None for Adam with a rate of 1e-3.
         lens: where to begin; None for a lens that translates nothing.
         seed: of the order of the prompts, which is another one in each epoch.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Raises:
         OptionError: if there is nothing to train.
@@ -203,11 +206,14 @@ def train_tuned_lens(
     every = [*weights, *biases]
     trained = optimiser(every) if optimiser else torch.optim.Adam(every, lr=1e-3)
     losses: list[torch.Tensor] = []
-    for numbers in _batches(len(given), epochs, batch, seed):
-        states = _states(model, [given.ids[number] for number in numbers])
-        losses.append(_backward(readout, weights, biases, states))
-        trained.step()
-        trained.zero_grad()
+    steps = epochs * -(-len(given) // batch)
+    with bar("Training a lens", progress) as shown:
+        for numbers in shown.each(_batches(len(given), epochs, batch, seed), steps):
+            states = _states(model, [given.ids[number] for number in numbers])
+            losses.append(_backward(readout, weights, biases, states))
+            shown.say(f"loss {float(losses[-1].mean()):.3f}")
+            trained.step()
+            trained.zero_grad()
     seen = torch.cat([start.losses.cpu(), torch.stack(losses)])
     return TunedLens(_stacked(weights), _stacked(biases), seen)
 

@@ -71,7 +71,7 @@ class LanguageForward:
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""
         reader = self._model.reader
-        if len(args) != 1 or not kwargs.keys() <= set(reader.media):
+        if len(args) != 1 or (kwargs and not kwargs.keys() <= set(reader.media)):
             more = f"{', '.join(f'`{name}=`' for name in reader.media)} with it" * bool(
                 reader.media
             )
@@ -110,15 +110,16 @@ class LanguageForward:
         sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
         accounts = Accounts(self._model, work, sizes)
         if len(requests) == 1:
-            return partial(self._alone, accounts, "one prompt")
+            return self._alone(accounts, "one prompt", 1)
         if not work.together:
-            return partial(self._alone, accounts, _why_apart(work))
+            return self._alone(accounts, _why_apart(work), len(requests))
         layouts = self._shared(module, requests, work)
         if layouts is None:
-            return partial(self._alone, accounts, "in this mode, or with these options, no batch")
+            why = "in this mode, or with these options, no batch"
+            return self._alone(accounts, why, len(requests))
         if isinstance(layouts, Site):
             why = f"`{layouts}` cannot be cut out of a batch"
-            return partial(self._alone, accounts, why, apart=layouts)
+            return self._alone(accounts, why, len(requests), layouts)
         tokens = sum(prompt.ids.numel() for prompt in requests)
         budget = self._budget or default_budget(self._model, tokens)
         from insitu.models.batches import Batches  # takes a while, and one prompt needs none
@@ -164,21 +165,24 @@ class LanguageForward:
         return separation.layouts if obstacle is None else Site(*obstacle)
 
     def _alone(
-        self,
-        accounts: Accounts,
-        why: str,
-        module: nn.Module,
-        requests: Sequence[Prompt],
-        apart: Site | None = None,
-    ) -> list[Pass]:
-        """A pass for each prompt; `apart` is what cannot be cut out of a batch."""
-        passes: list[Pass] = []
-        for number, prompt in enumerate(requests):
-            kwargs = arguments(self._model, prompt, self._options)
-            call = partial(forward, self._model, module, kwargs, [prompt])
-            told = partial(accounts.alone, number, why)
-            passes.append(Pass(call, {number: None}, True, told, apart=apart))
-        return passes
+        self, accounts: Accounts, why: str, count: int, apart: Site | None = None
+    ) -> Schedule:
+        """Gives a pass to each prompt; `apart` is what cannot be cut out of a batch."""
+        model, options = self._model, self._options
+        told = [partial(accounts.alone, number, why) for number in range(count)]
+        cuts = [{number: None} for number in range(count)]
+
+        def schedule(module: nn.Module, requests: Sequence[Prompt]) -> list[Pass]:
+            passes: list[Pass] = []
+            for prompt in requests:
+                number = len(passes)
+                kwargs = arguments(model, prompt, options)
+                call = partial(forward, model, module, kwargs, [prompt])
+                rest = (None, None, None, apart)
+                passes.append(Pass(call, cuts[number], True, told[number], *rest))
+            return passes
+
+        return schedule
 
 
 def _why_apart(work: Work) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.models.attention import attending
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.runtime.hooks import Stop
 from insitu.runtime.inside import SEPARATOR, watched
@@ -177,9 +178,11 @@ class Weights:
         total: torch.Tensor | None = None
         place = 1
         assert call is not None
+        # What other implementations do is not seen: the spot is one of a run with eager attention.
+        implementation = "eager" if self._body.is_unusual else None
         while place <= max(width - 1, 1):
             digits = (numbers // place) % _BASE
-            with model.in_use():
+            with model.in_use(), attending(module, implementation):
                 seen = _seen(module, model.modules, call, path, digits, spot)
             if seen is None:
                 return None

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from insitu.graph.structure import map_structure
 from insitu.runtime.events import Applied, Event, Returned, Value
+from insitu.runtime.inside import keeps_for_later
 from insitu.runtime.probe import Call, fake_run
 
 
@@ -81,7 +82,8 @@ class _Watch(TorchFunctionMode):
         version = None if target is None else target._version
         result = func(*args, **(kwargs or {}))
         written = target is not None and target._version != version
-        self.visit(name, func, args, kwargs or {}, result, target if written else None, version)
+        before = (target if written else None, version)
+        self.visit(name, func, args, kwargs or {}, result, *before, not keeps_for_later())
         return result
 
 
@@ -165,10 +167,11 @@ class Recorder:
         result: Any,
         written: torch.Tensor | None,
         version: int | None,
+        counts: bool,
     ) -> None:
         path = self._stack[-1][0] if self._stack else ""
-        call = self._counts[path, name]
-        self._counts[path, name] += 1
+        call = self._counts[path, name] if counts else -1
+        self._counts[path, name] += counts
         index = len(self.flow.events)
         outputs: list[int] = []
         if written is None:

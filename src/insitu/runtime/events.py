@@ -13,7 +13,8 @@ class Event(NamedTuple):
     Attributes:
         path: the module's path; of a function, that of the module whose forward calls it.
         function: the function's name, such as "softmax"; "" for a call of the module.
-        call: which call of the module, or of the function by the module, from 0.
+        call: which call of the module, or of the function by the module, from 0; -1 of a function
+            that a cache calls, which is none of the module's own.
         inputs: the values among its arguments, in their order.
         outputs: the values that it returned.
         first: the event with which the call began; events of a module come when it returns.

@@ -29,6 +29,9 @@ from insitu.runtime.plan import Mutations, Plan
 
 NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
 _PENDING = object()
+# What `torch.no_grad()` and `torch.enable_grad()` come down to, without the objects that it takes
+# to get there.
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled  # pyright: ignore[reportPrivateUsage]
 
 
 class Execution:
@@ -84,7 +87,8 @@ class Execution:
                     *plan.writes,
                     *(() if self._mutations is None else self._mutations.reads),
                 }
-                self.tape = Tape(graph, plan.gradients, changed, self.arrive, self._gradient)
+                arrive, exchange = self.arrive, self._gradient
+                self.tape = Tape(graph, plan.gradients, self._values, changed, arrive, exchange)
         if plan.held:
             self._wait()
 
@@ -104,7 +108,7 @@ class Execution:
         if careful or tape is not None:
             self._done.add(index)
             if tape is not None and index in self._wanted:
-                tape.produced(index, value)
+                tape.followed(index, value)
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
         if self._waiting:
@@ -151,8 +155,10 @@ class Execution:
                 raise self._failure(step, error) from error
             if tape is not None:
                 self._done.add(step)
-                if step in self._wanted:
-                    tape.produced(step, result)
+                if step in self._wanted and not (
+                    type(result) is torch.Tensor and result.requires_grad
+                ):
+                    tape.followed(step, result)
             for source in inputs:
                 uses[source] -= 1
                 if not uses[source]:
@@ -363,13 +369,16 @@ class Execution:
                     self._graph[index].location,
                 )
             (loss,), options = self._past_arguments(index)
+            grad_enabled = torch.is_grad_enabled()
             try:
-                with torch.enable_grad():
-                    self.tape.backward(index, loss, options, leaves)
+                set_grad_enabled(True)
+                self.tape.backward(index, loss, options, leaves)
             except InsituError:
                 raise
             except Exception as error:
                 raise self._failure(index, error) from error
+            finally:
+                set_grad_enabled(grad_enabled)
             for source in self._graph.rows[index][3]:
                 self._use(source)
 

@@ -6,7 +6,7 @@ arrive as values do at sites, from the loss towards the inputs, and can be repla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import CodeType
 from typing import Any, cast
 
@@ -56,6 +56,7 @@ class Tape:
     Args:
         graph: what is to be done.
         gradients: which gradients belong to which backward pass.
+        values: the values of the run, by node: those that a gradient is wanted of are kept there.
         changed: the nodes that stand for gradients that are written.
         arrive: takes a gradient, given the node that stands for it.
         exchange: takes a gradient on its way, likewise, and returns what goes on in its place.
@@ -65,6 +66,7 @@ class Tape:
         self,
         graph: Graph,
         gradients: Gradients,
+        values: Sequence[Any],
         changed: Collection[int],
         arrive: Callable[[int, torch.Tensor], None],
         exchange: Callable[[int, torch.Tensor], torch.Tensor | None],
@@ -74,34 +76,29 @@ class Tape:
         self._changed = changed
         self._arrive = arrive
         self._exchange = exchange
-        self._tensors: dict[int, torch.Tensor] = {}
+        self._values = values
         self._marked: list[torch.Tensor] = []
 
-    def produced(self, index: int, value: Any) -> None:
-        """Lets autograd follow a value from here on, if its gradient is wanted.
+    def followed(self, index: int, value: Any) -> None:
+        """Lets autograd follow a value whose gradient is wanted, if it does not so far.
 
         Args:
-            index: the node that made it, of whose value a gradient is wanted.
+            index: the node that made it.
             value: the value.
 
         Raises:
             ShapeError: if it is not a tensor of floats.
         """
-        for grad in self._gradients.wanted[index]:
-            if not isinstance(value, torch.Tensor) or not value.requires_grad:
-                self._follow_alone(grad, value)
-            self._tensors[grad] = value
-
-    def _follow_alone(self, grad: int, value: Any) -> None:
-        """Lets autograd follow a value of which it has known nothing so far, if that can be."""
         if not isinstance(value, torch.Tensor) or not _differentiable(value):
             kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+            grad = self._gradients.wanted[index][0]
             raise ShapeError(
                 f"`{expression(self._graph, grad)}` does not exist: only tensors of floats have a "
                 f"gradient, and this is {kind}.",
                 self._graph[grad].location,
             )
-        self.follow(value)
+        if not value.requires_grad:
+            self.follow(value)
 
     def follow(self, value: Any) -> None:
         """Lets autograd follow all tensors of a value, until the run is over."""
@@ -127,12 +124,14 @@ class Tape:
         Raises:
             ExecutionError: if a gradient is wanted of what the loss does not depend on.
         """
-        grads = [grad for grad in self._gradients.bound[index] if grad in self._tensors]
-        given = options.pop("inputs", None)
-        given = [given] if isinstance(given, torch.Tensor) else list(given or ())
-        own = {id(tensor): tensor for tensor in (*given, *(() if given else leaves))}
-        held = {id(self._tensors[grad]): self._tensors[grad] for grad in grads}
-        inputs = list({**held, **own}.values())
+        grads = self._reached(index)
+        own = {id(tensor): tensor for tensor in leaves}
+        if options.get("inputs") is not None:
+            given = options.pop("inputs")
+            given = [given] if isinstance(given, torch.Tensor) else given
+            own = {id(tensor): tensor for tensor in given} or own
+        wanting = {id(tensor): tensor for tensor in grads.values()} | own
+        inputs = list(wanting.values())
         if not inputs and loss.requires_grad:
             raise ExecutionError(
                 "Nothing wants a gradient of this backward pass: no `.grad` is used in the block, "
@@ -142,19 +141,19 @@ class Tape:
         outputs = {"grad_outputs": options.pop("gradient", None), "allow_unused": True}
         changed = [grad for grad in grads if grad in self._changed]
         came: set[int] = set()
-        handles = [self._listen(grad, came) for grad in (grads if changed else ())]
+        handles = [self._listen(*pair, came) for pair in grads.items()] if changed else ()
         try:
             found = torch.autograd.grad(loss, inputs or [loss], **outputs, **options)
         finally:
             for handle in handles:
                 handle.remove()
-        of_input = dict(zip(map(id, inputs), cast("tuple[Any, ...]", found), strict=False))
-        for tensor in own.values():
-            grad = of_input[id(tensor)]
+        of_input: dict[int, Any] = dict(zip(wanting, found, strict=False))
+        for key, tensor in own.items():
+            grad = of_input[key]
             if grad is not None:
                 tensor.grad = grad if tensor.grad is None else tensor.grad + grad
-        for grad in grads:
-            value = of_input[id(self._tensors[grad])]
+        for grad, tensor in grads.items():
+            value = of_input[id(tensor)]
             if not changed and value is not None:
                 self._arrive(grad, value)
             elif grad not in came:
@@ -165,11 +164,22 @@ class Tape:
                     node.location,
                 )
 
-    def _listen(self, grad: int, came: set[int]) -> Any:
+    def _reached(self, index: int) -> dict[int, torch.Tensor]:
+        """What a backward pass is to give gradients of, as far as the run has come to it."""
+        rows, values = self._graph.rows, self._values
+        found: dict[int, torch.Tensor] = {}
+        for grad in self._gradients.bound[index]:
+            value = values[rows[grad][3][0]]
+            if isinstance(value, torch.Tensor):  # and no mark that it is still to come
+                found[grad] = value
+        return found
+
+    def _listen(self, grad: int, tensor: Any, came: set[int]) -> Any:
         """Takes a gradient while the backward pass runs, so that it can be changed.
 
         Args:
             grad: the node that stands for it.
+            tensor: the value that it is the gradient of.
             came: takes the node when the gradient has come.
 
         Returns:
@@ -180,14 +190,14 @@ class Tape:
             came.add(grad)
             return self._exchange(grad, value)
 
-        return cast(Any, self._tensors[grad]).register_hook(hook)
+        return tensor.register_hook(hook)
 
     def release(self) -> None:
         """Leaves the tensors of the run as they were."""
         for tensor in self._marked:
             if tensor.is_leaf:
                 tensor.requires_grad_(False)
-        self._tensors.clear()
+        self._values = ()
         del self._arrive, self._exchange  # they refer to what refers to this
 
 
@@ -251,10 +261,10 @@ def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
     if isinstance(value, torch.Tensor):
         if value.requires_grad:
             found[id(value)] = value
-    elif isinstance(value, tuple | list):
+    elif isinstance(value, _SEQUENCES):
         for item in cast("list[Any]", value):
             _search(item, found)
-    elif isinstance(value, Mapping):
+    elif isinstance(value, _MAPPINGS):
         for item in cast("Mapping[Any, Any]", value).values():
             _search(item, found)
     elif isinstance(value, Subgraph):
@@ -268,6 +278,8 @@ def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
             _search(parameter, found)
 
 
+# Made once; and a dictionary is known for one without a look at the abstract class.
+_SEQUENCES, _MAPPINGS = (tuple, list), (dict, Mapping)
 _NO_LEAVES = frozenset([Ref, int, float, bool, str, slice, type(None), type(Ellipsis), CodeType])
 
 

@@ -8,6 +8,7 @@ other, also not in the modules that it calls.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -54,9 +55,24 @@ class _Inside(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "").strip("_")
-        if self.depth or name in ("get", "set", ""):  # properties
+        if self.depth or name in ("get", "set", "") or keeps_for_later():  # or properties
             return func(*args, **(kwargs or {}))
         return self.visit(name, func, args, kwargs or {})
+
+
+_CACHES = "transformers.cache_utils"
+
+
+def keeps_for_later() -> bool:
+    """Returns whether it is a cache of keys and values that calls a torch function.
+
+    To be called by what is handed the call. What a cache does is not counted among the functions
+    that a forward calls, so that these have the same numbers whether there is a cache or not.
+    """
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == _CACHES
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import nn
 
 from insitu.graph.node import Address, Kind, Site
 from insitu.runtime.arrivals import Arrivals
-from insitu.runtime.execution import Execution
+from insitu.runtime.execution import Execution, set_grad_enabled
 from insitu.runtime.hooks import (
     NO_KWARGS,
     Cut,
@@ -85,8 +85,6 @@ class Pass(NamedTuple):
 
 
 _NO_RETURNED: Mapping[str, Any] = {}
-# What `torch.no_grad()` comes down to, without the objects that it takes to get there.
-_set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
 def _readers(plan: Plan, single: Pass) -> tuple[Readers, bool]:
@@ -190,7 +188,7 @@ def run_pass(
             for moment in readers:
                 path = moment[0]
                 hooks[moment] = put_hook(modules[path], moment, views.get(path), arrived)
-        _set_grad_enabled(execution.differentiates)
+        set_grad_enabled(execution.differentiates)
         result = single.call(deliver, own_call)
     except Stop as stop:
         stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
@@ -199,7 +197,7 @@ def run_pass(
     finally:
         if arrivals is not None:
             arrivals.end()
-        _set_grad_enabled(grad_enabled)
+        set_grad_enabled(grad_enabled)
         for table, flags, key, order in hooks.values():  # `remove_hook`, without a call for each
             if key in table:
                 del table[key]

@@ -19,6 +19,9 @@ Planned = TypeVar("Planned")
 
 _MOST = 64  # plans that a model keeps
 
+_Where = tuple[Hashable, ...]
+"""What else a plan depends on, and what of the graph tells it from most others."""
+
 _Kept = tuple[dict[str, Any], list[int], Any, Planned]
 """What a graph holds, without the content of its tensors; the nodes that it saves; the types of its
 arguments, where those matter; and what was planned for it."""
@@ -28,14 +31,15 @@ class Plans(Generic[Planned]):
     """What was planned, by the graphs that it was planned for."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, _Kept[Planned]] = {}
+        self._kept: dict[_Where, _Kept[Planned]] = {}
+        self._last: tuple[_Where, _Kept[Any]] = (None,), ({}, [], None, None)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def find(
         self, key: Hashable, graph: Graph, saves: Mapping[int, object]
-    ) -> tuple[Hashable, Planned | None]:
+    ) -> tuple[_Where, Planned | None]:
         """Returns what was planned for a graph of the same shape, with the key to keep it under.
 
         Args:
@@ -43,28 +47,22 @@ class Plans(Generic[Planned]):
             graph: the graph.
             saves: holds the indices of the nodes whose values the user keeps.
         """
-        rows = graph.rows
-        where: Hashable = (key, 0)
-        if rows:
-            *_, inputs, _, (code, instruction) = rows[-1]
-            # Not the code object itself: its hash is that of all its instructions.
-            if isinstance(code, CodeType):
-                code = (code.co_filename, code.co_firstlineno)
-            where = (key, len(rows), code, instruction, inputs)
-        found = self._kept.get(where)
-        if found is None:
-            return where, None
-        outline, saved, kinds, planned = found
+        where, found = self._last  # a loop finds the same again and again, and this takes no hash
         # In C: what a graph holds is told apart from others faster than it is hashed.
-        if outline != vars(graph) or saved != [*saves]:
-            return where, None
+        if where[0] != key or found[0] != vars(graph):
+            where = _where(key, graph)
+            found = self._kept.get(where)
+            if found is None or found[0] != vars(graph):
+                return where, None
+        _, saved, kinds, planned = found
         # `True` equals 1 there, but as an index it is something else.
-        if kinds is not None and kinds != _kinds(rows):
+        if saved != [*saves] or (kinds is not None and kinds != _kinds(graph.rows)):
             return where, None
+        self._last = where, found
         return where, planned
 
     def keep(
-        self, where: Hashable, graph: Graph, saves: Mapping[int, object], planned: Planned
+        self, where: _Where, graph: Graph, saves: Mapping[int, object], planned: Planned
     ) -> None:
         """Keeps what was planned for a graph, unless graphs like it cannot be told from others.
 
@@ -80,8 +78,21 @@ class Plans(Generic[Planned]):
             return
         kinds = _kinds(graph.rows) if graph.flags else None
         self._kept[where] = (outline, [*saves], kinds, planned)
+        self._last = where, self._kept[where]
         while len(self._kept) > _MOST:
             self._kept.pop(next(iter(self._kept)), None)
+
+
+def _where(key: Hashable, graph: Graph) -> _Where:
+    """Where to look for what was planned for a graph."""
+    rows = graph.rows
+    if not rows:
+        return key, 0
+    *_, inputs, _, (code, instruction) = rows[-1]
+    # Not the code object itself: its hash is that of all its instructions.
+    if isinstance(code, CodeType):
+        code = (code.co_filename, code.co_firstlineno)
+    return key, len(rows), code, instruction, inputs
 
 
 class _UnlikeAnyError(Exception):

@@ -204,7 +204,9 @@ class Handle(Call):
         return True
 
     def __iter__(self) -> Iterator[Handle]:
-        return iter([self._child(name) for name in self.module._modules])
+        items = self._items
+        names = self.module._modules
+        return iter([items[name] if name in items else self._child(name) for name in names])
 
     def __dir__(self) -> list[str]:
         names: set[str] = set()

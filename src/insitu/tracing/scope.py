@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 from contextvars import ContextVar
+from sys import _getframe
 from threading import get_ident
 from types import FrameType
 
@@ -63,7 +63,7 @@ def innermost(model: object, depth: int) -> tuple[Scope | None, Mark]:
         model: the model.
         depth: how many frames between are ours at least.
     """
-    frame = sys._getframe(depth)
+    frame = _getframe(depth)
     scopes = _open.get()
     if scopes:
         last = scopes[-1]

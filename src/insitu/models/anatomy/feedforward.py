@@ -96,7 +96,10 @@ def _owner(reading: Reading, leaf: int, path: str, attention: Core | None) -> st
 
 
 def _nonlinearity(reading: Reading, value: int, events: Sequence[int]) -> tuple[Spot, int] | None:
-    """The nearest nonlinearity behind a value: what goes into it, and where that is read."""
+    """The nearest nonlinearity behind a value: what goes into it, and where that is read.
+
+    One that is made of several, such as the square of what a ReLU gives, is one.
+    """
     flow = reading.flow
     seen: set[int] = set()
     waiting = [value]
@@ -105,22 +108,38 @@ def _nonlinearity(reading: Reading, value: int, events: Sequence[int]) -> tuple[
         if now in seen:
             continue
         seen.add(now)
-        calls = [flow.events[r.event] for r in flow.returned.get(now, ())]
-        for event in calls:
-            if reading.is_linear(event.path):
-                break
-            if _is_activation(reading, event, now):
-                return Spot(event.path, "input", event.call, (), flow.shapes[now]), event.inputs[0]
-        else:
-            maker = flow.maker(now)
-            if maker is None or flow.made[now] not in events:
-                continue
-            if maker.function in _NONLINEAR:
-                place = f"{maker.path}{SEPARATOR}{maker.function}"
-                shape = flow.shapes[maker.inputs[0]]
-                return Spot(place, "input", maker.call, (), shape), maker.inputs[0]
-            waiting.extend(maker.inputs)
+        found = _activated(reading, now, events)
+        if found is not None:
+            while (deeper := _activated(reading, found[1], events)) is not None:
+                found = deeper
+            return found
+        maker = flow.maker(now)
+        if maker is None or flow.made[now] not in events or _comes_from_a_layer(reading, now):
+            continue
+        waiting.extend(maker.inputs)
     return None
+
+
+def _activated(reading: Reading, value: int, events: Sequence[int]) -> tuple[Spot, int] | None:
+    """What goes into the nonlinearity that gives a value, None if none gives it."""
+    flow = reading.flow
+    for event in (flow.events[returned.event] for returned in flow.returned.get(value, ())):
+        if reading.is_linear(event.path):
+            return None
+        if _is_activation(reading, event, value):
+            place = Spot(event.path, "input", event.call, (), flow.shapes[value])
+            return place, event.inputs[0]
+    maker = flow.maker(value)
+    if maker is None or flow.made[value] not in events or maker.function not in _NONLINEAR:
+        return None
+    place = f"{maker.path}{SEPARATOR}{maker.function}"
+    return Spot(place, "input", maker.call, (), flow.shapes[maker.inputs[0]]), maker.inputs[0]
+
+
+def _comes_from_a_layer(reading: Reading, value: int) -> bool:
+    flow = reading.flow
+    calls = (flow.events[returned.event] for returned in flow.returned.get(value, ()))
+    return any(reading.is_linear(event.path) for event in calls)
 
 
 def _is_activation(reading: Reading, event: Event, value: int) -> bool:

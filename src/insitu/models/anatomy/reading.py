@@ -66,7 +66,9 @@ class Reading:
         """Returns where a value is to be read and written.
 
         That is the output of the outermost module in a block that returns it, as what is written
-        to modules further inside is then in it; or of the function that makes it.
+        to modules further inside is then in it; or of the function that makes it. A module that
+        has used the value itself before it returns it, as a router does that returns its scores
+        beside its choice, is none of these: what is written to its output would come too late.
 
         Args:
             value: the value.
@@ -75,14 +77,22 @@ class Reading:
         flow = self.flow
         for returned in reversed(flow.returned.get(value, ())):
             event = flow.events[returned.event]
-            if event.path != within and event.is_within(within):
+            if event.path == within or not event.is_within(within):
+                continue
+            if not self._is_used_before(value, returned.event):
                 return Spot(event.path, "output", event.call, returned.item, flow.shapes[value])
         maker = flow.maker(value)
-        if maker is None or not maker.function or value not in maker.outputs:
+        if maker is None or not maker.function or maker.call < 0 or value not in maker.outputs:
             return None
         item = (maker.outputs.index(value),) if len(maker.outputs) > 1 else ()
         place = f"{maker.path}{SEPARATOR}{maker.function}"
         return Spot(place, "output", maker.call, item, flow.shapes[value])
+
+    def _is_used_before(self, value: int, end: int) -> bool:
+        """Whether something is made of a value before a module's call has returned it."""
+        made = self.flow.made[value]
+        between = self.flow.events[0 if made is None else made + 1 : end]
+        return any(e.function and e.outputs and value in e.inputs for e in between)
 
     def cone(self, value: int, stops: Collection[int], first: int) -> Iterator[int]:
         """Yields the events that made a value, and what it is made of, as far as some values.
