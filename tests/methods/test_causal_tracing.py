@@ -192,7 +192,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another subject": ({"subject": "Kremlin"}, PromptError, "no subject"),
     "a subject twice": ({"subject": "i"}, PromptError, "times the"),
     "a longer answer": ({"answer": " Paris Rome"}, PromptError, "2 tokens"),
-    "subjects": ({"prompt": ["The Louvre is in", "Rome is in"], "subject": ["Rome"]}, OptionError,
+    "subjects": ({"prompts": ["The Louvre is in", "Rome is in"], "subject": ["Rome"]}, OptionError,
                  "1 subjects for 2"),
 }  # fmt: skip
 
@@ -200,6 +200,6 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_said(eiffel: LanguageModel, name: str) -> None:
     changed, error, message = WRONG[name]
-    given = {"prompt": "The Louvre is in", "subject": "Louvre", "answer": " Paris", **changed}
+    given = {"prompts": "The Louvre is in", "subject": "Louvre", "answer": " Paris", **changed}
     with pytest.raises(error, match=message):
         causal_tracing(eiffel, **given)

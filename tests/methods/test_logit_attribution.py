@@ -1,5 +1,6 @@
 """Direct logit attribution against plain PyTorch: hooks, and the norms written out."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -211,6 +212,24 @@ def test_half_precision_adds_up_as_far_as_it_goes() -> None:
     module = module_of("gpt2").bfloat16()
     found = direct_logit_attribution(LanguageModel(module), IDS, ANSWER, INSTEAD)
     assert torch.allclose(summed(found), difference(run(module)[-1].float()), atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_half_precision_is_no_matter_where_the_residual_stream_is_large(name: str) -> None:
+    """As it is at some positions of all large models: 300 times as much is no number of float16."""
+    module = module_of(name)
+    with torch.no_grad():
+        if name == "gpt2":
+            module.transformer.h[-1].mlp.c_proj.bias[3] = 2000
+        else:
+            module.get_input_embeddings().weight.mul_(300)
+    found = []
+    for model in (LanguageModel(copy.deepcopy(module).half()), LanguageModel(module)):
+        with model.trace(IDS):
+            end = model.blocks[-1].residual_out.save()
+        assert end.value.abs().max() > 300
+        found.append(direct_logit_attribution(model, IDS, ANSWER, INSTEAD).values)
+    torch.testing.assert_close(*found, rtol=0, atol=0.01 * float(found[1].abs().max()))
 
 
 def test_the_model_is_left_as_it_was(gpt2: LanguageModel) -> None:

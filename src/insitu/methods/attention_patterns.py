@@ -57,7 +57,7 @@ def attention_patterns(
         for ids in read.ids:
             with tracer.invoke(ids):
                 saved.append(
-                    [_pattern(model, stack, layer)[which].save(to="cpu") for layer in numbers]
+                    [_pattern(model, stack, n)[which].float().save(to="cpu") for n in numbers]
                 )
     values = [torch.stack([layer.value for layer in of_prompt]) for of_prompt in saved]
     return Result(

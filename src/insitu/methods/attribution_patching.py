@@ -63,8 +63,11 @@ def attribution_patching(
         neurons: which neurons, likewise.
         direction: "denoising", the corrupted prompt with values of the clean one, or "noising",
             the clean prompt with values of the corrupted one.
-        normalised: whether the change of the metric is given as a share: 1 is all of the difference
-            between the run that would be patched and the other.
+        normalised: whether the change of the metric is given as a share, as by
+            `activation_patching`: 0 is no change, and 1 all of the difference between the run that
+            would be patched and the other. If not it is the change itself, which is a sum of parts;
+            `activation_patching` then gives the metric, of which "corrupted" (or "clean", for
+            noising) of `details` has to be subtracted to compare them.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:

@@ -26,7 +26,7 @@ _CHUNK = 4096  # of the vocabulary
 
 def causal_tracing(
     model: LanguageModel,
-    prompt: Any,
+    prompts: Any,
     subject: Subject | Sequence[Subject],
     answer: Tokens,
     *,
@@ -47,7 +47,7 @@ def causal_tracing(
 
     Args:
         model: the model.
-        prompt: a prompt in any form that `invoke` takes, or several, of any length.
+        prompts: a prompt in any form that `invoke` takes, or several, of any length.
         subject: what is drowned: its text as it stands in the prompt, of one token or several, or
             their positions. Of several prompts a text that all of them have, or one for each.
         answer: the token whose probability is measured at the last position, as text such as
@@ -86,9 +86,9 @@ def causal_tracing(
         >>> causal_tracing(model, prompt, "Louvre", " Paris", samples=2).sizes
         {'site': 3, 'layer': 6, 'position': 7}
     """
-    prompts = read_prompts(model, prompt)
-    drowned = positions_of(model, prompts, subject)
-    answers = token_ids(model, answer, len(prompts))
+    read = read_prompts(model, prompts)
+    drowned = positions_of(model, read, subject)
+    answers = token_ids(model, answer, len(read))
     names = [sites] if isinstance(sites, str) else list(sites)
     found = [_site(name) for name in names]
     widths = _widths(window, found)
@@ -103,7 +103,7 @@ def causal_tracing(
     ends: list[Any] = []
     restored: list[Any] = []
     with bar("Causal tracing", progress), model.trace() as tracer:
-        for ids, places, token in zip(prompts.ids, drowned, answers, strict=True):
+        for ids, places, token in zip(read.ids, drowned, answers, strict=True):
             size = (samples, len(places), model.d_model)
             added = strength * torch.randn(size, generator=torch.Generator().manual_seed(seed))
             rows = ids.expand(samples, -1)
@@ -137,23 +137,23 @@ def causal_tracing(
     shape = ([len(found)] if many else []) + [len(middles)]
     values = [
         scores.value.reshape(*shape, length)
-        for scores, length in zip(restored, prompts.lengths, strict=True)
+        for scores, length in zip(restored, read.lengths, strict=True)
     ]
     measured = both.value.reshape(-1, 2)
-    measured = measured if prompts.many else measured[0]
+    measured = measured if read.many else measured[0]
     axes = [Axis.of("site", (site.name for site in found))] if many else []
     return Result(
         f"Causal tracing of {', '.join(site.name for site in found)}",
         "probability of the answer",
-        prompts.stacked(values, many + 1),
-        (*prompts.axis, *axes, Axis.of("layer", middles), prompts.positions()),
-        prompts.tokens,
+        read.stacked(values, many + 1),
+        (*read.axis, *axes, Axis.of("layer", middles), read.positions()),
+        read.tokens,
         details={
             "clean": measured[..., 0],
             "corrupted": measured[..., 1],
             "noise": torch.tensor(strength),
         },
-        centre=None if prompts.many else float(measured[1]),
+        centre=None if read.many else float(measured[1]),
     )
 
 

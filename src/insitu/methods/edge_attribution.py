@@ -144,13 +144,16 @@ def attributed(
             with tracer.invoke(pairs.corrupted.ids[pair]):
                 corrupted_added = _added(model, wiring)
                 ends.append(measure(model.logits[0].detach(), reference).detach().float().save())
-            changes = [other - one for one, other in zip(clean_added, corrupted_added, strict=True)]
+            changes = [
+                other.float() - one.float()
+                for one, other in zip(clean_added, corrupted_added, strict=True)
+            ]
             runs: list[list[Any]] = []
             for step in range(max(steps, 1)):
                 with tracer.invoke(pairs.clean.ids[pair]):
                     if steps:
                         start = corrupted_added[0] - changes[0] * ((step + 1) / steps)
-                        site_of("residual_in").write(model, 0, start)
+                        site_of("residual_in").write(model, 0, start.type_as(clean_added[0]))
                     runs.append(_scores(model, wiring, changes, measure, reference))
             found.append(runs)
     values = [_arranged(wiring, runs) for runs in found]
@@ -188,7 +191,7 @@ def _scores(
     slopes = [{site: value.grad for site, value in of_part} for of_part in made]
     last = streams[-1].grad
     measure(model.logits[0], reference).backward(retain_graph=True)
-    bank = torch.cat(changes).float()
+    bank = torch.cat(changes)
     scores: list[Any] = []
     for part, stream, of_part, slope in zip(wiring.parts, streams, made, slopes, strict=True):
         values = dict(of_part)

@@ -169,7 +169,8 @@ def _attributed(
     """What each component adds, and the details."""
 
     def asked(logits: torch.Tensor) -> torch.Tensor:
-        return logits[0, right] if wrong is None else logits[0, right] - logits[0, wrong]
+        found = logits[0].float()
+        return found[right] if wrong is None else found[right] - found[wrong]
 
     slope, bias, total = _slope(model, way, run.end, asked)
     shares = {name: part.float() @ slope for name, part in run.parts.items()}

@@ -64,11 +64,13 @@ def _norm(module: nn.Module, path: str, args: tuple[Any, ...]) -> Norm | None:
 
 
 def _is_affine(function: Function, at: torch.Tensor) -> bool:
-    """Whether a function of sums is the sum, tried far from where it was."""
-    one, other = 300 * at, -100 * at.roll(1, -1)
-    none = function(torch.zeros_like(at)).double()
-    parts = function(one).double() - none + function(other).double()
-    whole = function(one + other).double()
-    size = max(float(whole.abs().max()), float(none.abs().max()), 1e-30)
-    limit = 64 * torch.finfo(at.dtype).eps * size
-    return float((parts - whole).abs().max()) <= limit
+    """Whether a function of sums is the sum, tried as far from where it was as the dtype allows."""
+    for far in (300, 30, 3):
+        one, other = far * at, -far / 3 * at.roll(1, -1)
+        values = (torch.zeros_like(at), one, other, one + other)
+        none, *parts, whole = (function(value).double() for value in values)
+        if all(bool(value.isfinite().all()) for value in (none, *parts, whole)):
+            missed = sum(parts) - none - whole
+            size = max(float(whole.abs().max()), float(none.abs().max()), 1e-30)
+            return float(missed.abs().max()) <= 64 * torch.finfo(at.dtype).eps * size
+    return False
