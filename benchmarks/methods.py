@@ -1,7 +1,7 @@
 """What methods take against the same loops with hooks, one run at a time, in one process.
 
-On a random model of the size of GPT-2 small, with the progress bar on. Results are compared before times are taken, and the
-exit status is 1 if a ratio is below what the project holds itself to.
+On a random model of the size of GPT-2 small, with the progress bar on. Results are compared before
+times are taken, and the exit status is 1 if a ratio is below what the project holds itself to.
 """
 
 from __future__ import annotations
