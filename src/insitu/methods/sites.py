@@ -215,5 +215,5 @@ def numbers_of(name: str, given: int | Iterable[int] | None) -> list[int] | None
             here(),
         ) from None
     if not numbers:
-        raise OptionError(f"No {name} was chosen: name at least one, or None for all.", here())
+        raise OptionError(f"No {name} was chosen: name at least one.", here())
     return numbers

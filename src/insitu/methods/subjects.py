@@ -48,10 +48,9 @@ def positions_of(
 
 def _of(model: LanguageModel, prompts: Prompts, number: int, subject: Subject) -> list[int]:
     if not isinstance(subject, str):
-        found = sorted(set(chosen("position", subject, prompts.lengths[number])))
-        if not found:
-            raise OptionError("A subject has no position: name at least one.", here())
-        return found
+        if subject is None:
+            raise OptionError("A subject is given as its text or its positions, not None.", here())
+        return sorted(set(chosen("position", subject, prompts.lengths[number])))
     ids = prompts.ids[number].tolist()
     # Of the beginning, and not of each token: a character may be made of several.
     ends = [len(_text(model, ids[: count + 1])) for count in range(len(ids))]
