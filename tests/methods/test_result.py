@@ -60,9 +60,10 @@ def test_labels_select_too(patching: Result) -> None:
     ("chosen", "said"),
     [
         ({"head": 0}, "no axis 'head'"),
-        ({"layer": 2}, "has 2 entries: there is no 2"),
+        ({"layer": 2}, "There is no layer 2: there are 0, 1"),
+        ({"position": 5}, "has 5 entries: there is no 5"),
         ({"layer": [0, -3]}, r"there is no -3"),
-        ({"layer": 1.5}, "an index, a label, a slice or several of them, not 1.5"),
+        ({"layer": 1.5}, "a number, a label, a slice or several of them, not 1.5"),
         ({"position": " Twer"}, r"no position ' Twer' \(nearest: ' Tower'"),
     ],
 )
@@ -70,6 +71,20 @@ def test_what_there_is_not_is_said(patching: Result, chosen: dict, said: str) ->
     with pytest.raises(OptionError, match=said) as caught:
         patching.select(**chosen)
     assert "test_result.py" in str(caught.value)
+
+
+def test_what_is_counted_goes_by_its_own_numbers() -> None:
+    axes = (Axis("layer", ("embedding", "3", "5")), Axis("position", ("1", "0")))
+    result = Result("a", "b", torch.arange(6.0).reshape(3, 2), axes)
+    assert result.select(layer=5).values.tolist() == [4, 5]
+    assert result.select(layer=[5, "embedding"]).values.tolist() == [[4, 5], [0, 1]]
+    assert result.select(layer=-1).values.tolist() == [4, 5]
+    assert result.select(layer=slice(0, 2)).axes[0].labels == ("embedding", "3")
+    assert result.select(position=0).values.tolist() == [0, 2, 4]  # its token says 1
+    assert result.at(layer=0, position=1).values.item() == 1
+    assert result.at(layer=-1).values.tolist() == [4, 5]
+    with pytest.raises(OptionError, match="There is no layer 0: there are embedding, 3, 5"):
+        result.select(layer=0)
 
 
 def test_a_label_that_is_there_twice_is_no_choice() -> None:
@@ -92,8 +107,8 @@ def test_positions_that_were_chosen_before_a_prompt_keep_their_tokens(ragged: Re
     assert ragged.select(position=[2, 3]).select(prompt=1).axis("position").labels == ("vre",)
     both = ragged.select(prompt=[1])
     assert both.tokens == (LOUVRE,)
-    assert both.select(prompt=0).axis("position").labels == LOUVRE
-    assert both.select(prompt=0).values.tolist() == [[10, 11, 12], [15, 16, 17]]
+    assert both.select(prompt=1).axis("position").labels == LOUVRE
+    assert both.select(prompt=1).values.tolist() == [[10, 11, 12], [15, 16, 17]]
 
 
 def test_positions_that_a_method_was_asked_for_are_labelled_with_their_tokens() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -33,8 +33,8 @@ class Numbers(Protocol):
     @property
     def centre(self) -> float | None: ...  # noqa: D102
 
-    def select(self, **chosen: Any) -> Numbers:
-        """Returns a part of them: an index by the name of an axis, which is then gone."""
+    def at(self, **places: int) -> Numbers:
+        """Returns a part of them: a place by the name of an axis, which is then gone."""
         ...
 
 

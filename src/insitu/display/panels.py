@@ -113,12 +113,12 @@ def _panels(numbers: Numbers, arrangement: Arrangement, state: Sequence[int]) ->
     # Prompts first: with one chosen, the positions are its own.
     order = sorted(zip(arrangement.menu, state, strict=True), key=lambda pair: pair[0] != "prompt")
     for name, index in order:
-        chosen = chosen.select(**{name: index})
+        chosen = chosen.at(**{name: index})
     if arrangement.grid is None:
         return [_panel(chosen, arrangement)]
     axis = of_prompt(chosen, axis_of(chosen, arrangement.grid))
     return [
-        replace(_panel(chosen.select(**{axis.name: index}), arrangement), heading=told(axis, index))
+        replace(_panel(chosen.at(**{axis.name: index}), arrangement), heading=told(axis, index))
         for index in range(len(axis))
     ]
 

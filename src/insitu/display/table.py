@@ -63,7 +63,7 @@ def table(numbers: Numbers, room: int = 80) -> RenderableType:
     if len(numbers.axes) > 2:  # those of one entry need no room
         single = [axis for axis in numbers.axes if len(axis) == 1]
         title = ", ".join([title, *(f"{axis.name} {axis.labels[0]}" for axis in single)])
-        numbers = numbers.select(**{axis.name: 0 for axis in single})
+        numbers = numbers.at(**{axis.name: 0 for axis in single})
     scale = scale_of(numbers.values.float().flatten().tolist(), numbers.centre)
     if not numbers.axes:
         shown, note = Text(number(numbers.values.item())), ""

@@ -102,7 +102,7 @@ def _chosen(numbers: Numbers, menu: Sequence[Axis], state: Sequence[int]) -> Num
     order = sorted(zip(menu, state, strict=True), key=lambda pair: pair[0].name != "prompt")
     for axis, index in order:
         size = next(len(other) for other in numbers.axes if other.name == axis.name)
-        numbers = numbers.select(**{axis.name: min(index, size - 1)})
+        numbers = numbers.at(**{axis.name: min(index, size - 1)})
     return numbers
 
 

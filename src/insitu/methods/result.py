@@ -21,7 +21,7 @@ from insitu.display.table import summary, table
 from insitu.graph.errors import MissingPackageError, OptionError, ShapeError, nearest
 from insitu.graph.location import here
 from insitu.methods import files
-from insitu.methods.selection import Chosen, details_of, of_prompt, selected
+from insitu.methods.selection import Chosen, details_of, is_counted, of_prompt, selected
 
 if TYPE_CHECKING:
     from typing import Self
@@ -106,15 +106,17 @@ class Result:
         Details that begin with the same axes as the result are cut likewise.
 
         Args:
-            chosen: by the name of an axis: an index, which counts the entries of the axis from 0,
-                or a label, which is text, and the axis is gone; a slice or several of them, and it
-                has those.
+            chosen: by the name of an axis: a number or a label, and the axis is gone; a slice or
+                several of them, and it has those. Layers, heads and all else that is counted go by
+                their own numbers, so `layer=3` is layer 3 also where only some are there, or an
+                embedding stands before them; positions are counted from 0. Negative numbers count
+                from the end, and slices are those of the entries.
 
         Raises:
-            OptionError: if there is no such axis, label or index.
+            OptionError: if there is no such axis, label or number.
 
         Example:
-            `result.select(layer=3, head=[0, 2])`
+            `result.select(layer=3, head=[0, 2], position=-1)`
         """
         result = self
         if "prompt" in chosen:
@@ -122,6 +124,23 @@ class Result:
         for name, index in chosen.items():
             result = selected(result, name, index)
         return result
+
+    def at(self, **places: int) -> Result:
+        """Returns a part of it, as `select` does, with entries counted from 0 on every axis.
+
+        Args:
+            places: by the name of an axis, the place of the entry on it.
+
+        Raises:
+            OptionError: if there is no such axis.
+        """
+        axes = {name: self.axis(name) for name in places}
+        return self.select(
+            **{
+                name: axes[name].labels[place] if is_counted(axes[name]) else place
+                for name, place in places.items()
+            }
+        )
 
     def mean(self, name: str) -> Result:
         """Returns the mean over an axis, of the values that are there.

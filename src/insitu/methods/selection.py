@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from insitu.methods.result import Result
 
 Chosen: TypeAlias = int | str | slice | Sequence[int | str]
-"""An index or a label, and the axis is gone; a slice or several of them, and it has those."""
+"""A number or a label, and the axis is gone; a slice or several of them, and it has those."""
 
 
 def selected(result: Result, name: str, index: Chosen) -> Result:
@@ -130,6 +130,17 @@ def _counted(labels: Sequence[str]) -> bool:
     return numbered([label.removeprefix("-") for label in labels])
 
 
+def is_counted(axis: Axis) -> bool:
+    """Returns whether entries of an axis go by numbers of their own, as layers and heads do.
+
+    Positions do not: a token may be a number too.
+
+    Args:
+        axis: the axis.
+    """
+    return axis.name not in POSITIONS and any(label.isdecimal() for label in axis.labels)
+
+
 def indices(axis: Axis, index: Any) -> int | list[int]:
     """Returns what was chosen of an axis, as numbers from 0.
 
@@ -151,6 +162,12 @@ def indices(axis: Axis, index: Any) -> int | list[int]:
 
 def _place(axis: Axis, index: Any) -> int:
     """The number of an entry of an axis, from 0."""
+    if is_counted(axis) and isinstance(index, int) and index >= 0:
+        if str(index) not in axis.labels:
+            raise OptionError(
+                f"There is no {axis.name} {index}: there are {', '.join(axis.labels)}.", here()
+            )
+        return axis.labels.index(str(index))
     if isinstance(index, str):
         if axis.labels.count(index) != 1:
             if index in axis.labels:
@@ -172,7 +189,7 @@ def _place(axis: Axis, index: Any) -> int:
         ) from None
     except TypeError:
         raise OptionError(
-            f"What is chosen of {axis.name!r} is an index, a label, a slice or several of them, "
+            f"What is chosen of {axis.name!r} is a number, a label, a slice or several of them, "
             f"not {index!r}.",
             here(),
         ) from None
