@@ -24,23 +24,27 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS)
 
+NEWEST := $(BIN)/python
+OLDEST := $(VENV)-transformers4/bin/python
+VERSION := -c "from importlib.metadata import version; print(version('transformers'))"
+# What works on which architecture, from the results of tests. One that fails is in the page.
+WRITE_ARCHITECTURES = $(NEWEST) -m tests.fidelity.capabilities docs/architectures.md \
+	$$($(NEWEST) $(VERSION))=build/newest.xml $$($(OLDEST) $(VERSION))=build/oldest.xml
+
 # The suite with the newest Transformers and with the oldest generation that is supported.
 test-matrix: $(VENV)/installed $(VENV)-transformers4/installed
-	$(BIN)/pytest -n $(WORKERS)
-	$(VENV)-transformers4/bin/pytest -n $(WORKERS)
+	$(NEWEST) -m pytest -n $(WORKERS) --junit-xml=build/newest.xml
+	$(OLDEST) -m pytest -n $(WORKERS) --junit-xml=build/oldest.xml
+	$(WRITE_ARCHITECTURES)
 
-# What works on which architecture, from the results of tests. One that fails is in the page.
-ARCHITECTURES = tests/fidelity/test_architectures.py tests/fidelity/test_standard_names.py \
+ARCHITECTURES = tests/fidelity/test_standard_names.py tests/fidelity/test_architectures.py \
 	$(wildcard tests/fidelity/test_named_*.py)
-TRANSFORMERS = python -c "from importlib.metadata import version; print(version('transformers'))"
 
+# The same page from the tests of architectures alone.
 architectures: $(VENV)/installed $(VENV)-transformers4/installed
-	-$(BIN)/pytest -n $(WORKERS) $(ARCHITECTURES) --junit-xml=build/architectures-5.xml
-	-$(VENV)-transformers4/bin/pytest -n $(WORKERS) $(ARCHITECTURES) \
-		--junit-xml=build/architectures-4.xml
-	$(BIN)/python -m tests.fidelity.capabilities docs/architectures.md \
-		$$($(BIN)/$(TRANSFORMERS))=build/architectures-5.xml \
-		$$($(VENV)-transformers4/bin/$(TRANSFORMERS))=build/architectures-4.xml
+	-$(NEWEST) -m pytest -n $(WORKERS) $(ARCHITECTURES) --junit-xml=build/newest.xml
+	-$(OLDEST) -m pytest -n $(WORKERS) $(ARCHITECTURES) --junit-xml=build/oldest.xml
+	$(WRITE_ARCHITECTURES)
 
 # What peers make of the same weights, files and prompts, each in an environment of its own:
 # TransformerLens's hooks, captum's attributions and SAELens's features, beside ours.

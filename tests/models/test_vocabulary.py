@@ -160,3 +160,13 @@ def test_a_nonlinearity_of_two_functions_is_one() -> None:
         key = block.feed_forward.key.output.save()
     assert torch.equal(pre.value, key.value) and float(pre.value.min()) < 0
     torch.testing.assert_close(post.value, pre.value.relu() ** 2)
+
+
+def test_what_a_pattern_was_asked_for_before_changes_no_weights() -> None:
+    """Blocks of DistilBERT return their pattern in front of hidden states, in Transformers 4."""
+    model = LanguageModel(module_of("distilbert"))
+    with model.trace([[5, 6, 7]]):
+        model.blocks[0].attention.pattern.save()
+    attention = model.blocks[0].attention
+    heads, width = model.n_heads, model.d_model
+    assert attention.W_Q.shape == attention.W_V.shape == (heads, width, width // heads)

@@ -279,11 +279,14 @@ class Body:
         sizes: dict[str, tuple[int, int]] = {}
         for path in self._paths:
             index = next(flow.calls(path), None)
-            if index is not None and flow.events[index].outputs:
-                shape = flow.shapes[flow.events[index].outputs[0]]
-                if len(shape) >= 2:
-                    sizes[path] = shape[:2]
-                    lengths.add(shape[1])
+            if index is None:
+                continue
+            # A block may return more than hidden states, also in front of them.
+            returned = [flow.shapes[value] for value in flow.events[index].outputs]
+            shapes = [shape for shape in returned if len(shape) == 3] or returned[:1]
+            if shapes and len(shapes[0]) >= 2:
+                sizes[path] = shapes[0][:2]
+                lengths.add(shapes[0][1])
         self.lengths = frozenset(lengths)
         experts = self._experts()
         found: dict[str, Block] = {}
