@@ -199,6 +199,14 @@ def test_a_patch_is_written_as_json_page_and_picture(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_tables_are_written_to_pages(tmp_path: Path) -> None:
+    for command in ("tree", "check"):
+        page = tmp_path / f"{command}.html"
+        result = run(command, "insitu/eiffel", "--html", str(page))
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert "<html" in page.read_text() and "final_norm" in page.read_text()
+
+
 def test_steering_writes_its_vector(tmp_path: Path) -> None:
     path = tmp_path / "vector.safetensors"
     given = ["--toward", CORRUPTED, "--away", CLEAN, "--layers", "4", "--tokens", "1"]

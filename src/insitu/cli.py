@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
     from insitu.models.model import Model
 
+_PAGE = 140  # how many characters wide a table in a page is
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 _Name = Annotated[str, typer.Argument(help="A repo id, a folder, or a bundled model.")]
 _Prompt = Annotated[str, typer.Argument(help="The text that the model reads.")]
 _Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
 _Html = Annotated[Path | None, typer.Option(help="Write an interactive picture to this file.")]
+_Page = Annotated[Path | None, typer.Option("--html", help="Write the table to this file.")]
 _Png = Annotated[Path | None, typer.Option(help="Write a picture to this file.")]
 _Revision = Annotated[str | None, typer.Option(help="Which revision of a repository.")]
 _Dtype = Annotated[str | None, typer.Option(help="Such as `bfloat16`, or `auto`.")]
@@ -62,6 +66,7 @@ def demo() -> None:
 def tree(
     model: _Name,
     depth: Annotated[int | None, typer.Option(help="How deep, all of it unless given.")] = None,
+    html: _Page = None,
     revision: _Revision = None,
 ) -> None:
     """Shows a model's modules, with the standard names beside their own. No weights are loaded.
@@ -70,13 +75,14 @@ def tree(
     """
     with _failing(model):
         opened = _opened(model, _given(revision=revision), load=False)
-        _print(opened.tree(depth))
+        _print(opened.tree(depth), html)
 
 
 @app.command()
 def check(
     model: _Name,
     as_json: _Json = False,
+    html: _Page = None,
     revision: _Revision = None,
     dtype: _Dtype = None,
     device_map: _DeviceMap = None,
@@ -102,7 +108,7 @@ def check(
     else:
         from insitu.display.report import render
 
-        _print(render(report))
+        _print(render(report), html)
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -324,10 +330,16 @@ def _show(result: Result, as_json: bool, html: Path | None, png: Path | None) ->
         _print(result)
 
 
-def _print(shown: Any) -> None:
+def _print(shown: Any, html: Path | None = None) -> None:
+    """Prints something, or writes it to a page."""
     from rich.console import Console
 
-    Console(soft_wrap=False).print(shown)
+    if html is None:
+        Console(soft_wrap=False).print(shown)
+        return
+    console = Console(file=StringIO(), record=True, width=_PAGE)
+    console.print(shown)
+    console.save_html(str(html))
 
 
 @contextmanager

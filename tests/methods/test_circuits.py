@@ -14,6 +14,7 @@ from insitu.methods import (
     Circuit,
     Edge,
     Result,
+    completeness_curve,
     discover_circuit,
     edge_attribution,
     faithfulness_curve,
@@ -137,6 +138,13 @@ def test_curves_are_of_the_largest_scores_and_prompts_are_apart() -> None:
     torch.testing.assert_close(
         curve.values[0, 1], (expected - start) / (end - start), rtol=1e-2, atol=1e-2
     )
+    lost = completeness_curve(model, *prompts, DIFFERENCE, whole, sizes=[0, 40, len(edges)])
+    without = difference(circuit(module, lambda *edge: edge not in kept))
+    torch.testing.assert_close(lost.details["metric"][0, 1], without, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        lost.values[0, 1], (end - without) / (end - start), rtol=1e-2, atol=1e-2
+    )
+    torch.testing.assert_close(lost.values[:, [0, 2]], torch.tensor([[0.0, 1.0]] * 2))
     with pytest.raises(OptionError, match="the same of both"):
         faithfulness_curve(model, CLEAN, CLEAN, DIFFERENCE, whole)
 

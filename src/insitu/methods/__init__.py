@@ -14,7 +14,7 @@ from insitu.methods.causal_tracing import causal_tracing
 from insitu.methods.circuit import Circuit, Edge
 from insitu.methods.discovery import discover_circuit
 from insitu.methods.edge_attribution import edge_attribution
-from insitu.methods.faithfulness import faithfulness_curve, run_circuit
+from insitu.methods.faithfulness import completeness_curve, faithfulness_curve, run_circuit
 from insitu.methods.lens import logit_lens
 from insitu.methods.logit_attribution import direct_logit_attribution
 from insitu.methods.metrics import (
@@ -56,6 +56,7 @@ __all__ = [
     "attention_patterns",
     "attribution_patching",
     "causal_tracing",
+    "completeness_curve",
     "direct_logit_attribution",
     "discover_circuit",
     "distributed_alignment_search",

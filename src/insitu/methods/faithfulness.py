@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,6 +123,94 @@ def faithfulness_curve(
         PromptError: if prompts do not go together.
         ShapeError: if the metric is not a number.
     """
+    runs = _sized(model, clean, corrupted, metric, circuit, sizes, progress, complement=False)
+    return runs.curve("Faithfulness by size", "recovered", runs.of_corrupted, runs.of_clean)
+
+
+def completeness_curve(
+    model: LanguageModel,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric | Callable[[Any], Any],
+    circuit: Circuit,
+    *,
+    sizes: Iterable[int] | None = None,
+    progress: bool | None = None,
+) -> Result:
+    """Returns how complete circuits of different sizes are: how much is lost without them.
+
+    Args:
+        model: as of `run_circuit`.
+        clean: likewise.
+        corrupted: likewise.
+        metric: likewise.
+        circuit: as of `faithfulness_curve`.
+        sizes: likewise.
+        progress: likewise.
+
+    Returns:
+        The share of the way from clean to corrupted that the complement of each circuit makes: 1
+        where nothing outside of the circuit does the same. Axes and details are those of
+        `faithfulness_curve`; "metric" is that of the complements.
+
+    Raises:
+        OptionError: as of `faithfulness_curve`.
+        PromptError: if prompts do not go together.
+        ShapeError: if the metric is not a number.
+    """
+    runs = _sized(model, clean, corrupted, metric, circuit, sizes, progress, complement=True)
+    return runs.curve("Completeness by size", "lost", runs.of_clean, runs.of_corrupted)
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """A metric of circuits of several sizes, or of their complements.
+
+    Attributes:
+        pairs: the prompts.
+        metric: the metric.
+        counts: how many edges the circuits have.
+        values: of each, `(prompt, size)`.
+        of_clean: of the clean runs, `(prompt, 1)`.
+        of_corrupted: of the corrupted ones, likewise.
+    """
+
+    pairs: Pairs
+    metric: Metric
+    counts: Sequence[int]
+    values: torch.Tensor
+    of_clean: torch.Tensor
+    of_corrupted: torch.Tensor
+
+    def curve(self, title: str, share: str, start: torch.Tensor, end: torch.Tensor) -> Result:
+        """Returns the share of a way that each makes."""
+        made = (self.values - start) / (end - start)
+        at = slice(None) if self.pairs.clean.many else 0
+        return Result(
+            title,
+            f"{self.metric.name}, share {share}",
+            made[at],
+            (*self.pairs.clean.axis, Axis.of("edges", self.counts)),
+            details={
+                "metric": self.values[at],
+                "clean": self.of_clean[at, 0],
+                "corrupted": self.of_corrupted[at, 0],
+            },
+            centre=0.0,
+        )
+
+
+def _sized(
+    model: LanguageModel,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric | Callable[[Any], Any],
+    circuit: Circuit,
+    sizes: Iterable[int] | None,
+    progress: bool | None,
+    complement: bool,
+) -> _Runs:
+    """Measures circuits of the edges that matter most, or what is left without them."""
     pairs = read_equal_pairs(model, clean, corrupted)
     metric = as_metric(metric)
     wiring = wiring_of(model, pairs.clean.ids[0])
@@ -129,25 +218,18 @@ def faithfulness_curve(
     if not counts or min(counts) < 0:
         raise OptionError(f"`sizes` are numbers of edges, not {counts}.", here())
     kept = [kept_of(wiring, circuit.top(count)) for count in counts]
-    with bar("Faithfulness", progress):
+    if complement:
+        kept = [wiring.edges() & ~one for one in kept]
+    with bar("Circuits by size", progress):
         values = measured(model, pairs, metric, wiring, kept)
-    start, end = values[:, 1:2], values[:, :1]
-    if bool((start == end).any()):
+    of_clean, of_corrupted = values[:, :1], values[:, 1:2]
+    if bool((of_clean == of_corrupted).any()):
         raise OptionError(
             "The metric is the same of both prompts of a pair, so there is no way between them "
             "that a circuit could make.",
             here(),
         )
-    made = (values - start) / (end - start)
-    at = slice(None) if pairs.clean.many else 0
-    return Result(
-        "Faithfulness by size",
-        f"{metric.name}, share recovered",
-        made[:, 2:][at],
-        (*pairs.clean.axis, Axis.of("edges", counts)),
-        details={"metric": values[:, 2:][at], "clean": values[at, 0], "corrupted": values[at, 1]},
-        centre=0.0,
-    )
+    return _Runs(pairs, metric, counts, values[:, 2:], of_clean, of_corrupted)
 
 
 def kept_of(wiring: Wiring, circuit: Circuit) -> torch.Tensor:
