@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -124,18 +125,23 @@ def test_seventy_billion_parameters_take_seconds_and_no_memory(tmp_path) -> None
     assert seconds < 5 and gigabytes < 1
 
 
-def test_importing_insitu_takes_little_more_than_importing_torch() -> None:
+def test_importing_insitu_takes_little_more_than_importing_torch(tmp_path: Path) -> None:
     code = (
         "import torch, time; s = time.process_time(); import insitu; print(time.process_time() - s)"
     )
 
+    # Compiled once, as it is wherever Python may write beside a package or to its cache.
+    env = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+
     def seconds() -> float:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
         )
         return float(done.stdout)
 
-    assert min(seconds() for _ in range(3)) < 0.2
+    seconds()
+    assert min(seconds() for _ in range(3)) < 0.15
 
 
 def test_importing_insitu_does_not_import_transformers() -> None:
