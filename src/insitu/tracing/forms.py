@@ -60,6 +60,7 @@ class Computed:
         Args:
             value: the gradient of what stands at the site.
         """
+        # No ABC: `isinstance` of one takes longer, and each read of a name asks for it.
         raise NotImplementedError
 
 

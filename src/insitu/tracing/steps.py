@@ -6,6 +6,7 @@ unless something here says otherwise.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ class StepPicker:
         return AtStep(self._invocations, checked_step(step, self._steps, mark()))
 
 
-class StepValues:
+class StepValues(ABC):
     """One value of each step that is no module's: `invoker.tokens`, `invoker.logits`.
 
     `tokens(2)` and `tokens[2]` read step 2, `tokens()` the step that lines mean here, and
@@ -100,11 +101,11 @@ class StepValues:
             return invocation.current_step
         return checked_step(step, invocation.tracer.procedure.steps, line)
 
-    def _read(self, step: int, line: Mark) -> Proxy:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self, step: int, line: Mark) -> Proxy: ...
 
-    def _write(self, step: int, value: Any, line: Mark) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _write(self, step: int, value: Any, line: Mark) -> None: ...
 
 
 class Tokens(StepValues):
