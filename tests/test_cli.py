@@ -176,6 +176,12 @@ def test_the_demo_prints_the_city_and_a_lens() -> None:
     assert "(1, 8, 128)" in result.stdout and "Logit lens" in result.stdout
 
 
+def test_the_lens_of_the_demo_is_written_to_a_page(tmp_path: Path) -> None:
+    result = run("demo", "--html", str(tmp_path / "demo.html"))
+    assert result.exit_code == 0 and "Logit lens" not in result.stdout
+    assert "Logit lens" in (tmp_path / "demo.html").read_text()
+
+
 def test_a_tree_is_shown_without_weights(tmp_path: Path) -> None:
     tiny_llama().config.save_pretrained(tmp_path)  # there are no weights to load
     result = run("tree", str(tmp_path), "--depth", "2")

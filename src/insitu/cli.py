@@ -44,7 +44,7 @@ def insitu() -> None:
 
 
 @app.command()
-def demo() -> None:
+def demo(html: _Html = None, png: _Png = None) -> None:
     """Runs the demo on the model that comes with the package: a fact, and where it is recalled.
 
     **Example:** `insitu demo`
@@ -59,7 +59,7 @@ def demo() -> None:
             hidden_states = model.transformer.h[-1].output[0].save()
         _print(f"{model.tokenizer.decode(generator.output[0])!r}")
         _print(f"behind the last block: {tuple(hidden_states.value.shape)}\n")
-        _show(logit_lens(model, prompt), False, None, None)
+        _show(logit_lens(model, prompt), False, html, png)
 
 
 @app.command()
