@@ -1,14 +1,17 @@
 """Recorded graphs and circuits as text and as pictures."""
 
 import re
+import shutil
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 
 from insitu import LanguageModel, OptionError
-from insitu.display import circuit_figure, graph_mermaid, graph_svg, graph_text
+from insitu.display import circuit_figure, graph_mermaid, graph_svg, graph_text, write_graph
 from insitu.display.circuit_picture import Edge, Node
 from insitu.display.layered import layers_of, place
 
@@ -148,3 +151,23 @@ def test_edges_that_are_none_of_a_circuit_are_refused(edges, said: str) -> None:
         circuit_figure(NODES, edges)
     with pytest.raises(OptionError, match="a name each"):
         circuit_figure([NODES[0], NODES[0]], [])
+
+
+def test_a_graph_is_written_in_the_form_that_the_name_ends_in(graph, tmp_path: Path) -> None:
+    forms = {".txt": graph_text, ".mmd": graph_mermaid, ".svg": graph_svg}
+    for ending, form in forms.items():
+        write_graph(graph, tmp_path / f"graph{ending}")
+        assert (tmp_path / f"graph{ending}").read_text() == form(graph)
+    write_graph(graph, tmp_path / "graph.html")
+    assert graph_svg(graph) in (tmp_path / "graph.html").read_text()
+    with pytest.raises(OptionError, match=r"ends in '.txt', .* or '.png', not '.gif'"):
+        write_graph(graph, tmp_path / "graph.gif")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="PNGs are drawn by Chromium")
+def test_a_graph_is_written_as_a_png_of_its_size(graph, tmp_path: Path) -> None:
+    write_graph(graph, tmp_path / "graph.png")
+    drawn = ElementTree.fromstring(graph_svg(graph))
+    with Image.open(tmp_path / "graph.png") as image:
+        assert image.size == (2 * int(drawn.attrib["width"]), 2 * int(drawn.attrib["height"]))
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 20  # boxes and text

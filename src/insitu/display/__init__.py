@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from insitu.display.axis import Axis
     from insitu.display.circuit_picture import circuit_figure
     from insitu.display.graph_picture import graph_mermaid, graph_svg, graph_text
+    from insitu.display.page import write_graph
 
 __all__ = [
     "Axis",
@@ -14,6 +15,7 @@ __all__ = [
     "graph_mermaid",
     "graph_svg",
     "graph_text",
+    "write_graph",
 ]
 
 # `import insitu` comes by here for what is printed, and takes no pictures.
@@ -23,6 +25,7 @@ _PLACES = {
     "graph_mermaid": "graph_picture",
     "graph_svg": "graph_picture",
     "graph_text": "graph_picture",
+    "write_graph": "page",
 }
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+from base64 import b64encode
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from insitu.display.canvas import plotly
 from insitu.display.figure import figure
+from insitu.display.graph_picture import graph_mermaid, graph_svg, graph_text
 from insitu.display.numbers import Numbers
 from insitu.display.table import table
-from insitu.graph.errors import InsituError, MissingPackageError
+from insitu.graph.errors import InsituError, MissingPackageError, OptionError
 from insitu.graph.location import here
+from insitu.graph.node import Graph
 
 
 class PictureError(InsituError, RuntimeError):
@@ -58,6 +63,57 @@ def write_png(figure: Any, path: str | os.PathLike[str], scale: float = 2) -> No
             here(),
         ) from error
     Path(path).write_bytes(data)
+
+
+def write_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
+    """Writes a recorded graph to a file, in the form that the file's name ends in.
+
+    Args:
+        graph: such as `tracer.graph`.
+        path: where to: ".txt" for text, ".mmd" for Mermaid's notation, ".svg", ".html", or ".png",
+            which takes Chromium.
+
+    Raises:
+        OptionError: if the name ends in something else.
+        MissingPackageError: of PNGs, if plotly or Kaleido is not installed.
+        PictureError: likewise, if there is no Chromium.
+    """
+    ending = Path(path).suffix
+    if ending == ".png":
+        write_png(_as_figure(graph_svg(graph)), path)
+        return
+    forms = {
+        ".txt": graph_text,
+        ".mmd": graph_mermaid,
+        ".svg": graph_svg,
+        ".html": lambda graph: f"<!DOCTYPE html>\n<title>Graph</title>\n{graph_svg(graph)}",
+    }
+    if ending not in forms:
+        raise OptionError(
+            f"A graph is written to a file that ends in {', '.join(map(repr, forms))} or '.png', "
+            f"not {ending!r}.",
+            here(),
+        )
+    Path(path).write_text(forms[ending](graph), encoding="utf-8")
+
+
+def _as_figure(svg: str) -> Any:
+    """A picture in SVG as a figure of plotly, which Kaleido draws."""
+    found = re.search(r'<svg[^>]* width="([\d.]+)"[^>]* height="([\d.]+)"', svg)
+    assert found is not None
+    wide, high = map(float, found.groups())
+    source = "data:image/svg+xml;base64," + b64encode(svg.encode()).decode()
+    bare = {"visible": False, "range": [0, 1], "fixedrange": True}
+    figure = plotly().Figure()
+    figure.update_layout(
+        width=round(wide),
+        height=round(high),
+        margin={"l": 0, "r": 0, "t": 0, "b": 0},
+        xaxis=bare,
+        yaxis=bare,
+        images=[{"source": source, "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}],
+    )
+    return figure
 
 
 def for_notebook(numbers: Numbers) -> str:
