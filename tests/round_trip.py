@@ -10,7 +10,7 @@ import torch
 from insitu import InsituError, WireError
 from insitu.graph import location
 from insitu.graph.node import Carried, Function, Graph, Subgraph
-from insitu.graph.recording import Cell
+from insitu.graph.recorded import Cell
 from insitu.graph.structure import map_structure
 from insitu.tracing.tracer import Tracer
 

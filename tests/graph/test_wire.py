@@ -22,7 +22,8 @@ from insitu.graph.location import mark
 from insitu.graph.node import Graph, Ref, ref
 from insitu.graph.operations import BY_NAME, FOLD, READ, Operation
 from insitu.graph.proxy import Proxy
-from insitu.graph.recording import Recorded, Recording
+from insitu.graph.recorded import Recorded
+from insitu.graph.recording import Recording
 from insitu.graph.wire_reader import FIELDS, _operation
 from tests.round_trip import same
 

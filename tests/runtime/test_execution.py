@@ -5,9 +5,10 @@ import torch
 
 from insitu import ExecutionError, ShapeError
 from insitu.graph.location import here
+from insitu.graph.node import NO_KWARGS
 from insitu.graph.operations import BY_NAME, READ
 from insitu.graph.proxy import Proxy
-from insitu.graph.recording import NO_KWARGS, Recording
+from insitu.graph.recording import Recording
 from insitu.runtime.execution import Execution
 from insitu.runtime.plan import make_plan
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from insitu import LanguageModel
 from insitu.graph.location import here
+from insitu.graph.node import NO_KWARGS
 from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy
-from insitu.graph.recording import NO_KWARGS, Recording
+from insitu.graph.recording import Recording
 from insitu.runtime.extent import Extents, positions
 
 LENGTH = 6

@@ -3,10 +3,12 @@ from typing import Any
 
 import torch
 
+from insitu.graph.intervention import write
 from insitu.graph.location import here, mark
+from insitu.graph.node import NO_KWARGS
 from insitu.graph.operations import BY_NAME, READ
 from insitu.graph.proxy import Proxy
-from insitu.graph.recording import NO_KWARGS, Recording
+from insitu.graph.recording import Recording
 from insitu.runtime.plan import make_plan
 
 ADD = BY_NAME["operator.add"]
@@ -41,7 +43,7 @@ def test_what_only_the_model_gets_is_not_copied() -> None:
     def unshared(edit: Callable[[Any], Any]) -> int:
         recording = Recording()
         x = Proxy(recording, recording.read((0, "a", "output", 0, 0), mark()))
-        recording.write((0, "a", "output", 0, 0), edit(x), False, mark())
+        write(recording, (0, "a", "output", 0, 0), edit(x), False, mark())
         return len(make_plan(recording.graph, recording.saves).unshared)
 
     assert unshared(lambda x: x * 0.5) == unshared(lambda x: weight - x) == 1
@@ -55,11 +57,11 @@ def test_what_is_used_elsewhere_too_is_copied() -> None:
     address = (0, "a", "output", 0, 0)
     x = Proxy(recording, recording.read(address, mark()))
     y = x * 0.5
-    recording.write(address, y, False, mark())
+    write(recording, address, y, False, mark())
     y.save()
     assert not make_plan(recording.graph, recording.saves).unshared
     recording = Recording()
     x = Proxy(recording, recording.read(address, mark()))
-    recording.write(address, x * 0.5, False, mark())
+    write(recording, address, x * 0.5, False, mark())
     Proxy(recording, recording.read(address, mark())).save()  # what stands there now
     assert not make_plan(recording.graph, recording.saves).unshared

@@ -13,10 +13,11 @@ from typing import Any
 
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark, mark
-from insitu.graph.node import Function, ModuleRef, Subgraph, readable
+from insitu.graph.node import NO_KWARGS, Function, ModuleRef, Subgraph, readable
 from insitu.graph.operations import APPLY, COND, FOLD
 from insitu.graph.proxy import Proxy, StructureProxy
-from insitu.graph.recording import NO_KWARGS, Recorded, Recording, branches
+from insitu.graph.recorded import Recorded
+from insitu.graph.recording import Recording, branches
 from insitu.graph.structure import map_structure
 
 

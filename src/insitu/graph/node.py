@@ -16,6 +16,8 @@ from insitu.graph.operations import READ, Operation
 
 Kind = Literal["output", "input", "inputs", "tokens", "choice"]
 
+NO_KWARGS: Mapping[str, Any] = {}
+
 EVERY = -1
 """The step of a site that is read anew in every step of a generation."""
 

@@ -22,7 +22,9 @@ from insitu.graph.errors import (
     UnknownShapeError,
     nearest,
 )
+from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, here, mark
+from insitu.graph.node import NO_KWARGS
 from insitu.graph.operations import (
     ATTRIBUTE,
     BY_FUNCTION,
@@ -33,7 +35,8 @@ from insitu.graph.operations import (
     TENSOR_METHODS,
     Operation,
 )
-from insitu.graph.recording import NO_KWARGS, Cell, Recorded, Recording, branches
+from insitu.graph.recorded import Cell, Recorded
+from insitu.graph.recording import Recording, branches
 from insitu.graph.shapes import dtype_of, fake_value, length_of, shape_of
 from insitu.graph.structure import map_structure
 
@@ -293,7 +296,7 @@ class Proxy(Recorded):
             return
         if isinstance(key, str) or (isinstance(key, int) and not self._is_tensor(key)):
             block = type(self) is StructureProxy
-            written = recording.write_part(self._ref, key, value, block, line)
+            written = write_part(recording, self._ref, key, value, block, line)
             if written is not None:
                 self._ref = written
                 return

@@ -10,7 +10,7 @@ import torch
 
 from insitu.graph.errors import PromptError, PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.graph.recording import Recorded
+from insitu.graph.recorded import Recorded
 from insitu.graph.structure import map_structure
 from insitu.models.media import MEDIA, is_chat, processed
 

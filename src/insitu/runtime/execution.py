@@ -19,7 +19,7 @@ from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
 from insitu.graph.operations import BACKWARD
-from insitu.graph.recording import Cell
+from insitu.graph.recorded import Cell
 from insitu.graph.shapes import shape_of
 from insitu.graph.structure import map_structure
 from insitu.runtime.gradients import Tape

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from insitu.graph.errors import InsituError
-from insitu.graph.node import Kind, Site
+from insitu.graph.node import NO_KWARGS, Kind, Site
 from insitu.graph.structure import map_structure
 from insitu.runtime.execution import Execution
 from insitu.runtime.plan import Plan
@@ -110,9 +110,6 @@ class View(Protocol):
 
 class Stop(BaseException):
     """Ends a forward early. No `Exception`, so that no model catches it."""
-
-
-NO_KWARGS: Mapping[str, Any] = {}
 
 
 def put_hook(

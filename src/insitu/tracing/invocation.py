@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from insitu.graph.errors import BlockError, NoValueError, UnknownShapeError
+from insitu.graph.intervention import skip, write
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Address, Kind, Ref, Site
 from insitu.graph.proxy import Proxy, StructureProxy
@@ -113,7 +114,7 @@ class Invocation(Scope):
             step: in which step, if not the one that lines mean now.
         """
         address = (self.number, path, kind, call, self.current_step if step is None else step)
-        self._recording.write(address, value, kind == "output" and path in self._views, mark)
+        write(self._recording, address, value, kind == "output" and path in self._views, mark)
 
     def demand(self, options: Mapping[str, Any]) -> None:
         """Lets the block run with options that it takes for a value to be there.
@@ -139,7 +140,7 @@ class Invocation(Scope):
         """
         if path in self._views and not isinstance(value, tuple | StructureProxy):
             value = (value,)
-        self._recording.skip((self.number, path, "output", call, self.current_step), value, mark)
+        skip(self._recording, (self.number, path, "output", call, self.current_step), value, mark)
 
     def stop(self, path: str, mark: Mark, call: int = 0) -> None:
         """Lets the run end after a module.

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from insitu.graph.errors import OperationError, PathError, ShapeError, UnknownShapeError
+from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, Mark, here, mark
-from insitu.graph.node import Kind, Ref
+from insitu.graph.node import NO_KWARGS, Kind, Ref
 from insitu.graph.operations import REPLACE
 from insitu.graph.proxy import Proxy, StructureProxy
-from insitu.graph.recording import NO_KWARGS, Recorded, Recording
+from insitu.graph.recorded import Recorded
+from insitu.graph.recording import Recording
 from insitu.tracing.forms import Computed, Form
 
 if TYPE_CHECKING:
@@ -159,7 +161,7 @@ class Named:
                 container = container[at]
             args = (Recorded(recording, container._ref), self.item[depth], value)
             value = Recorded(recording, recording.apply(REPLACE, args, NO_KWARGS, line))
-        recording.write_part(site._ref, self.item[0], value, block, line)
+        write_part(recording, site._ref, self.item[0], value, block, line)
 
 
 class NamedProxy(Proxy):

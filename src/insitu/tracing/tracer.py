@@ -29,7 +29,9 @@ from insitu.graph.errors import (
 )
 from insitu.graph.location import Location, Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site, readable
-from insitu.graph.recording import Missing, Recording
+from insitu.graph.recorded import Missing
+from insitu.graph.recording import Recording
+from insitu.graph.replaying import replay
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.arrivals import Arrivals
@@ -373,9 +375,8 @@ class Tracer:
         self._invocations.append(invocation)
         self._requests.append(request)
         for graph in self.model.edits:
-            self.recording.replay(
-                graph, invocation.number, EVERY if self.procedure.steps > 1 else 0
-            )
+            step = EVERY if self.procedure.steps > 1 else 0
+            replay(self.recording, graph, invocation.number, step)
             if graph.unfused:
                 self.demand(self.model.vocabulary.unfused())
         return invocation
