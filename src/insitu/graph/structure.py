@@ -83,6 +83,42 @@ def kept(value: Any, to: str | None = None) -> Any:
     return map_structure(leaf, value)
 
 
+def clone(leaf: Any) -> Any:
+    """Returns a copy of a tensor with its history for autograd; anything else as it is.
+
+    Args:
+        leaf: what is no container; `map_structure` brings it to the leaves of one.
+    """
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Returns the tensors in a value, in their order.
+
+    Args:
+        value: any structure.
+    """
+    if type(value) is torch.Tensor:
+        return [value]
+    found: list[torch.Tensor] = []
+
+    def leaf(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+
+    map_structure(leaf, value)
+    return found
+
+
+def memory_of(value: Any) -> set[int]:
+    """Returns where the tensors in a value have their memory.
+
+    Args:
+        value: any structure.
+    """
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors_of(value)}
+
+
 def _moved(leaf: Any, device: torch.device) -> Any:
     if not isinstance(leaf, torch.Tensor) or leaf.device == device:
         return _copied_leaf(leaf)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from insitu.graph.node import Site
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import clone, map_structure
 from insitu.models.prompts import Prompt, Side
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, take_logits
-from insitu.runtime.hooks import Cut, clone
+from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
 
 

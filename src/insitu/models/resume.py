@@ -21,11 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Site
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import clone, map_structure
 from insitu.models.trial import alike, listening, undisturbed
 from insitu.models.unembedding import Unembedded, take_logits
 from insitu.runtime.branches import Chain
-from insitu.runtime.hooks import NO_KWARGS, Place, View, clone, first_argument
+from insitu.runtime.hooks import NO_KWARGS, Place, View, first_argument
 from insitu.runtime.layout import (
     Axis,
     Layouts,

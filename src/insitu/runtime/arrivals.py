@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from insitu.graph.node import EVERY, Kind, Site
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import clone, map_structure
 from insitu.graph.writing import fitted
 from insitu.runtime.execution import Execution
 from insitu.runtime.hooks import (
@@ -30,7 +30,6 @@ from insitu.runtime.hooks import (
     Stop,
     View,
     changed_value,
-    clone,
     handed_over,
     passing_value,
     put_hook,

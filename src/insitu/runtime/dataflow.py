@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import map_structure, tensors_of
 from insitu.runtime.events import Applied, Event, Returned, Value
 from insitu.runtime.inside import keeps_for_later
 from insitu.runtime.probe import Call, fake_run
@@ -188,7 +188,7 @@ class Recorder:
 
         map_structure(leaf, result)
         if self._keeping:  # as they are now: they may be written to
-            seen = (written, *_tensors(result))
+            seen = (written, *tensors_of(result))
             for tensor in seen:
                 if tensor is not None and (value := self._current[id(tensor)][0]) in outputs:
                     self.flow.tensors[value] = tensor.detach().clone()
@@ -259,19 +259,6 @@ def watch(
             with torch.no_grad():
                 module(*call.args, **call.kwargs)
     return flow
-
-
-def _tensors(items: Any) -> list[torch.Tensor]:
-    """The tensors of a structure."""
-    found: list[torch.Tensor] = []
-
-    def leaf(item: Any) -> Any:
-        if isinstance(item, torch.Tensor):
-            found.append(item)
-        return item
-
-    map_structure(leaf, items)
-    return found
 
 
 def _items(

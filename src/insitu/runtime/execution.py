@@ -14,17 +14,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from insitu.graph.errors import CausalityError, ExecutionError, InsituError, ShapeError
+from insitu.graph.errors import CausalityError, InsituError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
-from insitu.graph.operations import BACKWARD
 from insitu.graph.recorded import Cell
-from insitu.graph.shapes import shape_of
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import map_structure, memory_of
+from insitu.runtime.failure import failure
 from insitu.runtime.gradients import Tape
-from insitu.runtime.memory import as_single_views
 from insitu.runtime.order import causality_error
+from insitu.runtime.pasts import Pasts
 from insitu.runtime.plan import Mutations, Plan
 
 NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
@@ -79,8 +78,7 @@ class Execution:
         if plan.mutations is not None or plan.gradients is not None:
             self._careful = plan.mutations is not None and not plan.mutations.plain
             self._mutations = plan.mutations
-            self._pasts: dict[tuple[int, int], Any] = {}
-            self._done: set[int] = set()
+            self._pasts = Pasts(graph, plan, self._values, modules)
             if plan.gradients is not None:
                 self._wanted = plan.gradients.wanted
                 changed = {
@@ -106,7 +104,7 @@ class Execution:
         tape = self.tape
         values[index] = value
         if careful or tape is not None:
-            self._done.add(index)
+            self._pasts.done.add(index)
             if tape is not None and index in self._wanted:
                 tape.followed(index, value)
         bit = self._bits[index]
@@ -120,7 +118,9 @@ class Execution:
                 # Calls without keywords and containers, of up to three arguments, are nearly all
                 # that there are, and a comprehension takes as long as the rest of this loop.
                 if careful:
-                    result = self._in_order(step, index)
+                    self.busy = True
+                    result = self._pasts.run(step, index, tape is not None)
+                    self.busy = False
                 elif nested:
                     args, kwargs = self._resolved(args, kwargs)
                     self.busy = True
@@ -152,9 +152,9 @@ class Execution:
                 self.busy = False
                 if isinstance(error, InsituError) and error.location is not None:
                     raise
-                raise self._failure(step, error) from error
+                raise failure(self._graph, self._plan, values, step, error) from error
             if tape is not None:
-                self._done.add(step)
+                self._pasts.done.add(step)
                 if step in self._wanted and not (
                     type(result) is torch.Tensor and result.requires_grad
                 ):
@@ -258,7 +258,7 @@ class Execution:
             if values[index] is not _PENDING:
                 self._steps[index].append(values[index])
         if self._careful or self.tape is not None:
-            self._done.difference_update(repeated.nodes)
+            self._pasts.done.difference_update(repeated.nodes)
         for index in repeated.nodes:
             values[index] = None
             uses[index] = self._plan.uses[index]
@@ -298,57 +298,6 @@ class Execution:
 
         return cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
 
-    def _in_order(self, index: int, now: int) -> Any:
-        """Runs a node of a graph that writes in place.
-
-        Args:
-            index: the node.
-            now: the node that reads what has just arrived.
-
-        Raises:
-            CausalityError: if it writes to memory that the model has gone on from.
-        """
-        graph, values, done = self._graph, self._values, self._done
-        mutations = cast("Mutations", self._mutations)
-        for node, source in mutations.before.get(index, ()):
-            if node not in done and source in done and (node, source) not in self._pasts:
-                self._pasts[node, source] = map_structure(_clone, values[source])
-        for reads in mutations.deadlines.get(index, ()):
-            here = graph.rows[now][1]
-            if done.issuperset(reads) and all(graph.rows[r][1][1:] != here[1:] for r in reads):
-                raise causality_error(graph, self._plan, min(reads), index, [now])
-        done.add(index)
-        operation = graph.rows[index][0]
-        args, kwargs = self._past_arguments(index)
-        self.busy = True
-        if self.tape is not None and index in mutations.live:
-            result = as_single_views(operation.short, operation.function, args, kwargs)
-            if not operation.in_place and _fresh(result, args):
-                result = map_structure(_clone, result)  # backward may need it as it was
-        else:
-            result = operation.function(*args, **kwargs)
-        self.busy = False
-        if index in mutations.copied:
-            result = map_structure(_clone, result)
-        return result
-
-    def _past_arguments(self, index: int) -> tuple[Any, Any]:
-        """The arguments of a node, as they were at its line."""
-        values = self._values
-        _, args, kwargs, inputs, nested, _ = self._graph.rows[index]
-        if not nested and not self._pasts:
-            args = [values[arg.index] if type(arg) is Ref else arg for arg in args]
-            return args, dict(kwargs)
-        pasts = {source: self._pasts.pop((index, source), _PENDING) for source in inputs}
-
-        def leaf(item: Any) -> Any:
-            if type(item) is not Ref:
-                return meaning(item, values, self._modules.__getitem__)
-            past = pasts[item.index]
-            return values[item.index] if past is _PENDING else past
-
-        return cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
-
     def run_backwards(self, leaves: Sequence[torch.Tensor]) -> None:
         """Runs the backward passes, in the order of their lines.
 
@@ -361,14 +310,14 @@ class Execution:
         if self._plan.gradients is None or self.tape is None:
             return
         for index in self._plan.gradients.bound:
-            missing = [s for s in self._graph.rows[index][3] if s not in self._done]
+            missing = [s for s in self._graph.rows[index][3] if s not in self._pasts.done]
             if missing:
                 raise CausalityError(
                     f"`{expression(self._graph, index)}` depends on what comes after it: a "
                     "gradient of its own, or of a later backward pass.",
                     self._graph[index].location,
                 )
-            (loss,), options = self._past_arguments(index)
+            (loss,), options = self._pasts.arguments(index)
             grad_enabled = torch.is_grad_enabled()
             try:
                 set_grad_enabled(True)
@@ -376,7 +325,7 @@ class Execution:
             except InsituError:
                 raise
             except Exception as error:
-                raise self._failure(index, error) from error
+                raise failure(self._graph, self._plan, self._values, index, error) from error
             finally:
                 set_grad_enabled(grad_enabled)
             for source in self._graph.rows[index][3]:
@@ -404,7 +353,7 @@ class Execution:
         residual stream added up in place). Only memory that came from the model is copied.
         """
         if self._mutations is not None:
-            self._keep_lent(self._mutations.lent)
+            self._pasts.keep_lent()
         held = [index for index in self._plan.held.get(bit, ()) if self._uses[index]]
         if self._plan.gradients is not None:
             wanted = self._plan.gradients.wanted
@@ -413,70 +362,10 @@ class Execution:
             held = [index for index in held if index not in self._mutations.live]
         if not held:
             return
-        memory = set(map(_memory, _tensors(arrived)))
+        memory = memory_of(arrived)
 
         def leaf(item: Any) -> Any:
-            if isinstance(item, torch.Tensor) and _memory(item) in memory:
-                return item.clone()
-            return item
+            return item if memory.isdisjoint(memory_of(item)) else item.clone()
 
         for index in held:
             self._values[index] = map_structure(leaf, self._values[index])
-
-    def _keep_lent(self, lent: Sequence[tuple[int, int, frozenset[int]]]) -> None:
-        """Copies what waits and has been written to, once all is written that is to be seen."""
-        done, pasts = self._done, self._pasts
-        for node, source, writes in lent:
-            waits = node not in done and source in done and (node, source) not in pasts
-            if waits and done.issuperset(writes):
-                pasts[node, source] = map_structure(_clone, self._values[source])
-
-    def _failure(self, index: int, error: Exception) -> InsituError:
-        """The error to raise for an operation that failed, at the line that recorded it."""
-        node = self._graph[index]
-        if isinstance(error, InsituError):  # of an operation of ours, which knows no line
-            mask = self._plan.needs[index]
-            own = {a[0] for a, read in self._plan.reads.items() if mask & self._plan.bits[read]}
-            alien = len(own) > 1 and isinstance(error, ShapeError)
-            why = " (values of another prompt are as long as that prompt)" if alien else ""
-            return located(self._graph, index, error, why)
-        written = expression(self._graph, index)
-        found = [self._values[source] for source in node.inputs]
-        other = isinstance(error, torch.OutOfMemoryError) or node.operation is BACKWARD
-        if isinstance(error, RuntimeError | IndexError | ValueError) and found and not other:
-            shapes = ", ".join(
-                str(tuple(shape)) if isinstance(shape, torch.Size) else str(shape)
-                for shape in map(shape_of, found)
-            )
-            message = f"`{written}` does not work on values of shape {shapes}: {error}"
-            return ShapeError(message, node.location)
-        kinds = ", ".join(type(value).__name__ for value in found)
-        message = f"`{written}` failed on values of type {kinds}: {type(error).__name__}: {error}"
-        return ExecutionError(message, node.location)
-
-
-def _fresh(result: Any, args: Any) -> bool:
-    """Whether a value shares no memory with what it was made of."""
-    before = set(map(_memory, _tensors(args)))
-    return before.isdisjoint(map(_memory, _tensors(result)))
-
-
-def _clone(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if type(value) is torch.Tensor:
-        return [value]
-    found: list[torch.Tensor] = []
-
-    def leaf(item: Any) -> None:
-        if isinstance(item, torch.Tensor):
-            found.append(item)
-
-    map_structure(leaf, value)
-    return found
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -15,7 +15,7 @@ from torch import nn
 
 from insitu.graph.errors import InsituError
 from insitu.graph.node import NO_KWARGS, Kind, Site
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import clone, map_structure
 from insitu.runtime.execution import Execution
 from insitu.runtime.plan import Plan
 
@@ -249,11 +249,6 @@ def _copied_where_new(own: Any, value: Any) -> Any:
     before: set[int] = set()
     map_structure(lambda leaf: before.add(id(leaf)), value)
     return map_structure(lambda leaf: leaf if id(leaf) in before else clone(leaf), own)
-
-
-def clone(leaf: Any) -> Any:
-    """Returns a copy of a tensor; of a structure that is mapped, of each."""
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def handed_over(

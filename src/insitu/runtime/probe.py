@@ -19,10 +19,10 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.graph.errors import UnknownShapeError
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import clone, map_structure
 from insitu.graph.writing import replaced
 from insitu.runtime.contents import Contents, has_contents
-from insitu.runtime.hooks import Place, View, clone, first_argument, handed_over
+from insitu.runtime.hooks import Place, View, first_argument, handed_over
 from insitu.runtime.inside import Called, returns_tensors, watched
 from insitu.runtime.memory import Memory, storage_of
 

@@ -41,7 +41,7 @@ from insitu.runtime.following import following
 from insitu.runtime.gradients import check_gradients, leaves_of
 from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR
-from insitu.runtime.memory import order_mutations
+from insitu.runtime.mutations import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
 from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan, make_plan

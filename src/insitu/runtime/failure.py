@@ -1,0 +1,49 @@
+"""The error to raise for an operation that failed, at the line that recorded it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from insitu.graph.errors import ExecutionError, InsituError, ShapeError
+from insitu.graph.expression import expression, located
+from insitu.graph.node import Graph
+from insitu.graph.operations import BACKWARD
+from insitu.graph.shapes import shape_of
+from insitu.runtime.plan import Plan
+
+
+def failure(
+    graph: Graph, plan: Plan, values: Sequence[Any], index: int, error: Exception
+) -> InsituError:
+    """Returns the error to raise for a node.
+
+    Args:
+        graph: what was being done.
+        plan: its plan.
+        values: the values of the run so far, by node.
+        index: the node that failed.
+        error: what it raised.
+    """
+    node = graph[index]
+    if isinstance(error, InsituError):  # of an operation of ours, which knows no line
+        mask = plan.needs[index]
+        own = {address[0] for address, read in plan.reads.items() if mask & plan.bits[read]}
+        alien = len(own) > 1 and isinstance(error, ShapeError)
+        why = " (values of another prompt are as long as that prompt)" if alien else ""
+        return located(graph, index, error, why)
+    written = expression(graph, index)
+    found = [values[source] for source in node.inputs]
+    other = isinstance(error, torch.OutOfMemoryError) or node.operation is BACKWARD
+    if isinstance(error, RuntimeError | IndexError | ValueError) and found and not other:
+        shapes = ", ".join(
+            str(tuple(shape)) if isinstance(shape, torch.Size) else str(shape)
+            for shape in map(shape_of, found)
+        )
+        message = f"`{written}` does not work on values of shape {shapes}: {error}"
+        return ShapeError(message, node.location)
+    kinds = ", ".join(type(value).__name__ for value in found)
+    message = f"`{written}` failed on values of type {kinds}: {type(error).__name__}: {error}"
+    return ExecutionError(message, node.location)
