@@ -13,7 +13,8 @@ from insitu.models.accounts import Accounts
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.calls import arguments, content, forward
 from insitu.models.prompts import Prompt
-from insitu.models.resume import Entering, Prefix, Resumed, Tail, blocks_of
+from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
+from insitu.models.tail import Tail
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, unembed_only, unembedding
 from insitu.runtime.branches import Given, find_runs, part_of
 from insitu.runtime.extent import Extents

@@ -549,7 +549,7 @@ class LanguageModel(Model):
         )
         key = (implementation, inside)
         if key not in self._chains:
-            from insitu.models.resume import find_chain  # of no use to one prompt
+            from insitu.models.chain import find_chain  # of no use to one prompt
 
             with self.in_use(), attending(module, implementation):
                 self._chains[key] = find_chain(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from insitu import LanguageModel
-from insitu.models.resume import find_chain
+from insitu.models.chain import find_chain
 from insitu.runtime.branches import Chain
 from insitu.runtime.layout import SIZES, find_layouts
 from insitu.runtime.probe import Call
