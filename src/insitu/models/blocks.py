@@ -17,6 +17,9 @@ from torch import nn
 from insitu.graph.errors import ShapeError
 from insitu.graph.writing import fitted
 
+CACHES = frozenset(["transformers.cache_utils"])
+"""The Python modules in which caches of keys and values are written."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockView:

@@ -18,6 +18,7 @@ from insitu.models.anatomy import Reading, block_of
 from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.architectures import DESCRIPTIONS, Description
 from insitu.models.attention import OPTION, attending, implementations
+from insitu.models.blocks import CACHES
 from insitu.models.endings import Endings, find_endings
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
@@ -319,7 +320,7 @@ class Body:
                     assert placed is not None
                     call = Call((), {**placed.kwargs, **options})
                 try:
-                    return watch(module, modules, call, fake)
+                    return watch(module, modules, call, fake, caches=CACHES)
                 except Exception as error:  # whatever a model makes of the call, or of no data
                     failure = error
         raise UnknownShapeError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from insitu.models.blocks import CACHES
 from insitu.models.norms import norm_of
 from insitu.models.parts import Spot
 from insitu.models.ways import Way, find_way
@@ -50,7 +51,7 @@ def find_endings(body: Body) -> Endings:
         why = "it is not known what this model is called with, or it has no list of blocks."
         return Endings(why, why, {}, {})
     with model.in_use():
-        flow = watch(model.module, model.modules, call, fake=False, keeping=True)
+        flow = watch(model.module, model.modules, call, fake=False, keeping=True, caches=CACHES)
         ways = _Ways(flow, model.modules)
         last = next(flow.calls(body.stacks[-1][-1]), None)
         final = None if last is None else flow.events[last].outputs[0]

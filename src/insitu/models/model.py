@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import here
 from insitu.graph.node import Graph
 from insitu.models.attention import OPTION, attending
-from insitu.models.blocks import block_views, find_stacks
+from insitu.models.blocks import CACHES, block_views, find_stacks
 from insitu.models.plain import Forward
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
@@ -51,6 +51,7 @@ class Model(Handle):
         compilable: the parts of it that may be under `torch.compile`.
         edits: what holds in every run.
         views: how the outputs of transformer blocks are shown, by path, if there are any.
+        caches: the Python modules of Transformers' caches of keys and values.
         plans: how blocks were run before.
         vocabulary: the standard names of its values.
 
@@ -105,6 +106,7 @@ class Model(Handle):
     exclusive: Exclusive
     compilable: Sequence[nn.Module]
     edits: Sequence[Graph]
+    caches: Collection[str] = CACHES
     plans: Plans[Any]
     views: Mapping[str, View]
     vocabulary: Vocabulary
@@ -184,7 +186,7 @@ class Model(Handle):
     ) -> Probe | UnknownShapeError:
         if signature not in self._probes:
             module, modules = self.without_data
-            options = (modules, views, inside, copies, contents)
+            options = (modules, views, inside, copies, contents, self.caches)
             found: Probe | UnknownShapeError
             kwargs = dict(call.kwargs)
             implementation = kwargs.pop(OPTION, None)

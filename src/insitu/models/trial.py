@@ -19,6 +19,7 @@ from torch import nn
 
 from insitu.graph.node import Kind
 from insitu.graph.structure import map_structure
+from insitu.models.blocks import CACHES
 from insitu.runtime.hooks import Place, View, first_argument, handed_over
 from insitu.runtime.inside import SEPARATOR, watched
 
@@ -88,7 +89,7 @@ def listening(
 
     with ExitStack() as stack:
         for owner in inside:
-            stack.enter_context(watched(modules[owner], partial(visit, owner)))
+            stack.enter_context(watched(modules[owner], partial(visit, owner), CACHES))
         for path, part in modules.items():
             hook = part.register_forward_pre_hook(partial(before, path), with_kwargs=True)
             stack.callback(hook.remove)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from insitu.models.attention import attending
+from insitu.models.blocks import CACHES
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.runtime.hooks import Stop
 from insitu.runtime.inside import SEPARATOR, watched
@@ -232,7 +233,7 @@ def _seen(
     with ExitStack() as stack:
         stack.callback(modules[path].register_forward_hook(replace).remove)
         if inside:
-            stack.enter_context(watched(modules[owner], visit))
+            stack.enter_context(watched(modules[owner], visit, CACHES))
         elif spot.kind == "input":
             stack.callback(modules[owner].register_forward_pre_hook(before).remove)
         else:

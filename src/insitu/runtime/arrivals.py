@@ -57,6 +57,7 @@ class Arrivals:
         modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
         returned: what modules that are skipped would return, as fake tensors, by path.
+        caches: the Python modules of caches, which forwards leave to themselves.
 
     Attributes:
         clock: tells calls and steps apart.
@@ -73,6 +74,7 @@ class Arrivals:
         modules: Mapping[str, nn.Module],
         views: Mapping[str, View],
         returned: Mapping[str, Any],
+        caches: Collection[str],
     ) -> None:
         self._execution = execution
         self._plan = plan
@@ -87,6 +89,7 @@ class Arrivals:
         self._modules = modules
         self._views = views
         self._returned = returned
+        self._caches = caches
         self._thread = get_ident()
         self._skipping: dict[nn.Module, int] = {}
         self._forwards: dict[nn.Module, Any] = {}
@@ -116,7 +119,7 @@ class Arrivals:
                 self._hooks[first] = put_hook(self._modules[path], first, view, self._arrived)
         for owner in owners:
             visit = partial(self._visit, owner)
-            self._watching.enter_context(watched(self._modules[owner], visit))
+            self._watching.enter_context(watched(self._modules[owner], visit, self._caches))
 
     def end(self) -> None:
         """Takes back what `begin` did, but for the hooks."""

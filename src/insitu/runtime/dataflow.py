@@ -9,7 +9,7 @@ what goes into a softmax, what a linear layer was given. `models/anatomy/` reads
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from insitu.graph.structure import map_structure, tensors_of
 from insitu.runtime.events import Applied, Event, Returned, Value
-from insitu.runtime.inside import keeps_for_later
+from insitu.runtime.inside import in_cache
 from insitu.runtime.probe import Call, fake_run
 
 
@@ -64,9 +64,10 @@ class Dataflow:
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, visit: Callable[..., Any]) -> None:
+    def __init__(self, visit: Callable[..., Any], caches: Collection[str]) -> None:
         super().__init__()
         self.visit = visit
+        self.caches = caches
 
     def __torch_function__(
         self,
@@ -83,7 +84,7 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         written = target is not None and target._version != version
         before = (target if written else None, version)
-        self.visit(name, func, args, kwargs or {}, result, *before, not keeps_for_later())
+        self.visit(name, func, args, kwargs or {}, result, *before, not in_cache(self.caches))
         return result
 
 
@@ -93,9 +94,15 @@ class Recorder:
     Args:
         modules: the tree of the module that will run, by path.
         keeping: whether the dataflow keeps the arguments of events and the tensors themselves.
+        caches: the Python modules of caches: what they call is not a forward's own.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], keeping: bool = False) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        keeping: bool = False,
+        caches: Collection[str] = (),
+    ) -> None:
         self.flow = Dataflow()
         self._keeping = keeping
         self._modules = modules
@@ -105,7 +112,7 @@ class Recorder:
         self._kept: list[torch.Tensor] = []  # so that no identity is given twice
         self._counts: Counter[tuple[str, str]] = Counter()
         self._stack: list[tuple[str, int, Any, Applied]] = []
-        self._mode = _Watch(self._visit)
+        self._mode = _Watch(self._visit, caches)
         self._handles: list[Any] = []
 
     def __enter__(self) -> Dataflow:
@@ -242,6 +249,7 @@ def watch(
     call: Call,
     fake: bool,
     keeping: bool = False,
+    caches: Collection[str] = (),
 ) -> Dataflow:
     """Makes a call of a module and returns its dataflow.
 
@@ -251,8 +259,9 @@ def watch(
         call: what to call it with.
         fake: whether to run on tensors without data, which needs no weights.
         keeping: whether the dataflow keeps the arguments of events and the tensors themselves.
+        caches: the Python modules of caches: what they call is not a forward's own.
     """
-    with Recorder(modules, keeping) as flow:
+    with Recorder(modules, keeping, caches) as flow:
         if fake:
             fake_run(module, call)
         else:

@@ -9,7 +9,7 @@ other, also not in the modules that it calls.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -42,9 +42,10 @@ class Called(NamedTuple):
 class _Inside(TorchFunctionMode):
     """Hands each call of a torch function over."""
 
-    def __init__(self, visit: Visit) -> None:
+    def __init__(self, visit: Visit, caches: Collection[str]) -> None:
         super().__init__()
         self.visit = visit
+        self.caches = caches
         self.depth = 0
 
     def __torch_function__(
@@ -55,33 +56,36 @@ class _Inside(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "").strip("_")
-        if self.depth or name in ("get", "set", "") or keeps_for_later():  # or properties
+        if self.depth or name in ("get", "set", "") or in_cache(self.caches):  # or properties
             return func(*args, **(kwargs or {}))
         return self.visit(name, func, args, kwargs or {})
 
 
-_CACHES = "transformers.cache_utils"
-
-
-def keeps_for_later() -> bool:
+def in_cache(caches: Collection[str]) -> bool:
     """Returns whether it is a cache of keys and values that calls a torch function.
 
     To be called by what is handed the call. What a cache does is not counted among the functions
     that a forward calls, so that these have the same numbers whether there is a cache or not.
+
+    Args:
+        caches: the names of the Python modules that caches are written in.
     """
     frame = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
         frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__") == _CACHES
+    return frame is not None and frame.f_globals.get("__name__") in caches
 
 
 @contextmanager
-def watched(module: nn.Module, visit: Visit) -> Generator[None, None, None]:
+def watched(
+    module: nn.Module, visit: Visit, caches: Collection[str]
+) -> Generator[None, None, None]:
     """Lets the torch functions of a module's own forward be called by somebody else.
 
     Args:
         module: the module. It is changed for the duration.
         visit: makes the calls.
+        caches: as of `in_cache`: the calls of these are left alone.
     """
     changed: list[tuple[nn.Module, str, Any]] = []
 
@@ -89,7 +93,7 @@ def watched(module: nn.Module, visit: Visit) -> Generator[None, None, None]:
         changed.append((part, name, vars(part).get(name, _ABSENT)))
         vars(part)[name] = function
 
-    replace(module, "forward", partial(_observed, visit, module.forward, stack := []))
+    replace(module, "forward", partial(_observed, visit, caches, module.forward, stack := []))
     for child in dict.fromkeys(module.children()):
         call = cast("Callable[..., Any]", child._call_impl)  # pyright: ignore[reportUnknownMemberType]
         replace(child, "_call_impl", partial(_unobserved, call, stack))
@@ -104,9 +108,14 @@ def watched(module: nn.Module, visit: Visit) -> Generator[None, None, None]:
 
 
 def _observed(
-    visit: Visit, forward: Callable[..., Any], stack: list[_Inside], *args: Any, **kwargs: Any
+    visit: Visit,
+    caches: Collection[str],
+    forward: Callable[..., Any],
+    stack: list[_Inside],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    mode = _Inside(visit)
+    mode = _Inside(visit, caches)
     stack.append(mode)
     try:
         with mode:

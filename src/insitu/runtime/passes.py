@@ -109,6 +109,7 @@ def run_pass(
     modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
     returned: Mapping[str, Any] = _NO_RETURNED,
+    caches: Collection[str] = (),
 ) -> tuple[Any, list[int], Arrivals | None]:
     """Runs a pass and gives an execution what arrives at its sites.
 
@@ -119,6 +120,7 @@ def run_pass(
         modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
         returned: what modules that are skipped would return, as fake tensors, by path.
+        caches: the Python modules of caches: what they call is not a forward's own.
 
     Returns:
         What the call returned, None if it was stopped early; the nodes that read a site at which
@@ -181,7 +183,9 @@ def run_pass(
     grad_enabled = torch.is_grad_enabled()
     try:
         if special:
-            arrivals = Arrivals(execution, plan, single, readers, hooks, modules, views, returned)
+            arrivals = Arrivals(
+                execution, plan, single, readers, hooks, modules, views, returned, caches
+            )
             arrivals.begin()
             deliver = arrivals.pass_on
         else:

@@ -84,6 +84,7 @@ def probe(
     inside: str | None = None,
     copies: Copies = _NO_COPIES,
     contents: bool = False,
+    caches: Collection[str] = (),
 ) -> Probe:
     """Runs a module on fake tensors and returns what passed its sites.
 
@@ -96,6 +97,7 @@ def probe(
         inside: the module in whose forward the calls of torch functions are wanted too.
         copies: the places from which the model is to go on with copies.
         contents: whether integers in the call's tensors count too. It takes longer.
+        caches: the Python modules of caches: what they call is not a forward's own.
 
     Raises:
         UnknownShapeError: if the module cannot be run without data.
@@ -179,7 +181,7 @@ def probe(
                 return fake
 
             args, kwargs = map_structure(leaf, tuple(call))
-            watching = nullcontext() if inside is None else watched(modules[inside], visit)
+            watching = nullcontext() if inside is None else watched(modules[inside], visit, caches)
             with watching, _faked(module) as weights:
                 for weight, fake in weights:
                     own.add(storage_of(fake))

@@ -6,7 +6,7 @@ a batch, what a transformer block returns or what `generate` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -138,6 +138,11 @@ class Subject(Protocol):
     @property
     def compilable(self) -> Sequence[nn.Module]:
         """The parts of the module that may be under `torch.compile`."""
+        ...
+
+    @property
+    def caches(self) -> Collection[str]:
+        """The Python modules of caches: what these call are no functions of a forward's own."""
         ...
 
     @property

@@ -540,7 +540,7 @@ class Tracer:
             single, passes[at] = passes[at], None
             assert single is not None
             results[at], missing, went = run_pass(
-                execution, plan, single, model.modules, views, returned
+                execution, plan, single, model.modules, views, returned, model.caches
             )
             del single
             if done is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from insitu.models.attention import attending
+from insitu.models.blocks import CACHES
 from insitu.models.checking.inventory import entries_of
 from insitu.models.checking.reading import read
 from insitu.runtime.dataflow import Dataflow, watch
@@ -78,8 +79,8 @@ def _watched(model: Model, call: Call) -> Dataflow:
     with model.in_use():
         for implementation, fake in (("eager", True), ("eager", False), (None, True)):
             with contextlib.suppress(Exception), attending(model.module, implementation):
-                return watch(model.module, model.modules, call, fake)
-        return watch(model.module, model.modules, call, fake=False)
+                return watch(model.module, model.modules, call, fake, caches=CACHES)
+        return watch(model.module, model.modules, call, fake=False, caches=CACHES)
 
 
 def at(model: Model, path: str) -> Any:
