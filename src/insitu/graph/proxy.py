@@ -2,7 +2,7 @@
 
 A proxy takes operators, indexing, tensor methods, attributes and `torch` functions. While its
 block is open each of them adds a node and returns another proxy. After the run a saved proxy
-does the same things to its value, at once.
+does the same things to its value, at once. How that is done is in `dispatch.py`.
 """
 
 # pyright: reportPrivateUsage=false, reportUnnecessaryComparison=false
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
+from insitu.graph.dispatch import add_operators, at_once, open_recordings, record, refuse
 from insitu.graph.errors import (
     NoValueError,
     OperationError,
@@ -28,17 +29,13 @@ from insitu.graph.node import NO_KWARGS
 from insitu.graph.operations import (
     ATTRIBUTE,
     BY_FUNCTION,
-    BY_NAME,
     KEEP,
     SAVE,
     SETITEM,
     TENSOR_METHODS,
-    Operation,
 )
 from insitu.graph.recorded import Cell, Recorded
-from insitu.graph.recording import Recording, branches
 from insitu.graph.shapes import dtype_of, fake_value, length_of, shape_of
-from insitu.graph.structure import map_structure
 
 
 class Proxy(Recorded):
@@ -222,7 +219,7 @@ class Proxy(Recorded):
             raise AttributeError(name)
         if not self._recording.open:
             return getattr(self.result(here()), name)
-        return _record(ATTRIBUTE, (self, name), NO_KWARGS)
+        return record(Proxy, ATTRIBUTE, (self, name), NO_KWARGS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses a method that is not in the registry; after the run, calls the value's own."""
@@ -248,10 +245,10 @@ class Proxy(Recorded):
         """Records a `torch` function that was called with a proxy among its arguments."""
         operation = BY_FUNCTION.get(func)
         if operation is None:
-            if not _open_recordings(args, kwargs or NO_KWARGS):
-                return _at_once(func, args, kwargs or NO_KWARGS)
-            _refuse(func)
-        return _record(operation, args, kwargs or NO_KWARGS)
+            if not open_recordings(args, kwargs or NO_KWARGS):
+                return at_once(func, args, kwargs or NO_KWARGS)
+            refuse(func)
+        return record(Proxy, operation, args, kwargs or NO_KWARGS)
 
     # What cannot be known while recording
 
@@ -390,6 +387,9 @@ class Proxy(Recorded):
         def __getitem__(self, key: Any) -> Proxy: ...
 
 
+add_operators(Proxy)
+
+
 class StructureProxy(Proxy):
     """Stands for a value that is known to be a tuple: index it before computing with it."""
 
@@ -404,126 +404,3 @@ def _device(device: str | torch.device) -> str:
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"`to` is a device, such as 'cpu': {reason}", here(3)) from error
-
-
-def _record(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Records an operation in the open recording of its arguments, or computes it at once."""
-    first = args[0] if args else None
-    if isinstance(first, Proxy) and first._recording.open and first._recording.session is None:
-        recording = first._recording
-    else:
-        found = branches()[-1:] or _open_recordings(args, kwargs)
-        if not found:
-            return _at_once(operation.function, args, kwargs)
-        recording = max(found, key=lambda recording: recording.order)
-    if operation.in_place:
-        return Proxy(recording, recording.mutate(operation, args, kwargs, mark(3)))
-    return Proxy(recording, recording.apply(operation, args, kwargs, mark(3)))
-
-
-def _open_recordings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Recording]:
-    found: list[Recording] = []
-
-    def leaf(item: Any) -> None:
-        if isinstance(item, Proxy) and item._recording.open:
-            found.append(item._recording)
-
-    map_structure(leaf, (args, dict(kwargs)))
-    return found
-
-
-def _at_once(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Computes with the values of saved proxies, after their run."""
-    location = here(3)
-
-    def leaf(item: Any) -> Any:
-        return item.result(location) if isinstance(item, Proxy) else item
-
-    args, kwargs = map_structure(leaf, (args, dict(kwargs)))
-    return function(*args, **kwargs)
-
-
-def _refuse(func: Callable[..., Any]) -> NoReturn:
-    name = getattr(func, "__name__", str(func))
-    namespace = getattr(func, "__module__", None) or "torch.Tensor"
-    known = {operation.short for operation in BY_NAME.values()}
-    raise OperationError(
-        f"{namespace}.{name} is not an operation that can be recorded{nearest(name, known)}. Save "
-        "what it needs and call it on the saved values after the block.",
-        here(3),
-    )
-
-
-def _method(operation: Operation) -> Callable[..., Any]:
-    def method(self: Proxy, *args: Any, **kwargs: Any) -> Any:
-        return _record(operation, (self, *args), kwargs)
-
-    method.__name__ = operation.short
-    method.__doc__ = f"Records `torch.{operation.name}`."
-    return method
-
-
-def _unary(operation: Operation) -> Callable[[Proxy], Any]:
-    return lambda self: _record(operation, (self,), NO_KWARGS)
-
-
-def _binary(operation: Operation) -> Callable[[Proxy, Any], Any]:
-    def method(self: Proxy, other: Any) -> Any:
-        recording = self._recording
-        if (
-            recording.open and recording.session is None
-        ):  # the most frequent of all: one call less than through `_record`
-            return Proxy(recording, recording.apply(operation, (self, other), NO_KWARGS, mark()))
-        return _record(operation, (self, other), NO_KWARGS)
-
-    return method
-
-
-def _reflected(operation: Operation) -> Callable[[Proxy, Any], Any]:
-    return lambda self, other: _record(operation, (other, self), NO_KWARGS)
-
-
-def _augmented(operation: Operation) -> Callable[[Proxy, Any], Any]:
-    def method(self: Proxy, other: Any) -> Any:
-        if not self._recording.open:
-            return NotImplemented
-        return _record(operation, (self, other), NO_KWARGS)
-
-    return method
-
-
-_BINARY = [
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-]
-
-
-def _add_operators() -> None:
-    """Gives `Proxy` the methods of the registry; they differ in nothing but the operation."""
-    for operation in TENSOR_METHODS:
-        if operation.short not in vars(Proxy):
-            setattr(Proxy, operation.short, _method(operation))
-    for name in _BINARY:
-        operation = BY_NAME[f"operator.{name}_" if name in ("and", "or") else f"operator.{name}"]
-        setattr(Proxy, f"__{name}__", _binary(operation))
-        setattr(Proxy, f"__r{name}__", _reflected(operation))
-        if name != "matmul":  # of which tensors have none in place
-            setattr(Proxy, f"__i{name}__", _augmented(BY_NAME[f"operator.i{name}"]))
-    for name in ("lt", "le", "gt", "ge", "eq", "ne", "getitem"):
-        setattr(Proxy, f"__{name}__", _binary(BY_NAME[f"operator.{name}"]))
-    for name in ("neg", "pos", "invert", "abs"):
-        setattr(Proxy, f"__{name}__", _unary(BY_NAME[f"operator.{name}"]))
-
-
-_add_operators()

@@ -1,0 +1,144 @@
+"""What happens when an operation has proxies among its arguments.
+
+While their block is open it is recorded there; after the run it is computed with their values, at
+once. A proxy's methods and operators differ in nothing but the operation, so that they are made
+of the registry here. What has a meaning of its own, such as `save` or `shape`, is in `proxy.py`.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from insitu.graph.errors import OperationError, nearest
+from insitu.graph.location import here, mark
+from insitu.graph.node import NO_KWARGS
+from insitu.graph.operations import BY_NAME, TENSOR_METHODS, Operation
+from insitu.graph.recorded import Recorded
+from insitu.graph.recording import Recording, branches
+from insitu.graph.structure import map_structure
+
+
+def record(
+    kind: type[Recorded], operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Records an operation in the open recording of its arguments, or computes it at once.
+
+    Args:
+        kind: the class of proxies.
+        operation: the operation.
+        args: its arguments.
+        kwargs: its keyword arguments.
+    """
+    first = args[0] if args else None
+    if isinstance(first, Recorded) and first._recording.open and first._recording.session is None:
+        recording = first._recording
+    else:
+        found = branches()[-1:] or open_recordings(args, kwargs)
+        if not found:
+            return at_once(operation.function, args, kwargs)
+        recording = max(found, key=lambda recording: recording.order)
+    if operation.in_place:
+        return kind(recording, recording.mutate(operation, args, kwargs, mark(3)))
+    return kind(recording, recording.apply(operation, args, kwargs, mark(3)))
+
+
+def open_recordings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Recording]:
+    """Returns the recordings of arguments whose blocks have not ended."""
+    found: list[Recording] = []
+
+    def leaf(item: Any) -> None:
+        if isinstance(item, Recorded) and item._recording.open:
+            found.append(item._recording)
+
+    map_structure(leaf, (args, dict(kwargs)))
+    return found
+
+
+def at_once(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Computes with the values of saved proxies, after their run."""
+    location = here(3)
+
+    def leaf(item: Any) -> Any:
+        return item.result(location) if isinstance(item, Recorded) else item
+
+    args, kwargs = map_structure(leaf, (args, dict(kwargs)))
+    return function(*args, **kwargs)
+
+
+def refuse(func: Callable[..., Any]) -> NoReturn:
+    """Raises for a function of torch that cannot be recorded."""
+    name = getattr(func, "__name__", str(func))
+    namespace = getattr(func, "__module__", None) or "torch.Tensor"
+    known = {operation.short for operation in BY_NAME.values()}
+    raise OperationError(
+        f"{namespace}.{name} is not an operation that can be recorded{nearest(name, known)}. Save "
+        "what it needs and call it on the saved values after the block.",
+        here(3),
+    )
+
+
+def _method(kind: type[Recorded], operation: Operation) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return record(kind, operation, (self, *args), kwargs)
+
+    method.__name__ = operation.short
+    method.__doc__ = f"Records `torch.{operation.name}`."
+    return method
+
+
+def _unary(kind: type[Recorded], operation: Operation) -> Callable[[Any], Any]:
+    return lambda self: record(kind, operation, (self,), NO_KWARGS)
+
+
+def _binary(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        recording = self._recording
+        # The most frequent of all: one call less than through `record`.
+        if recording.open and recording.session is None:
+            return kind(recording, recording.apply(operation, (self, other), NO_KWARGS, mark()))
+        return record(kind, operation, (self, other), NO_KWARGS)
+
+    return method
+
+
+def _reflected(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], Any]:
+    return lambda self, other: record(kind, operation, (other, self), NO_KWARGS)
+
+
+def _augmented(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        if not self._recording.open:
+            return NotImplemented
+        return record(kind, operation, (self, other), NO_KWARGS)
+
+    return method
+
+
+_BINARY = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+
+
+def add_operators(kind: type[Recorded]) -> None:
+    """Gives a class the methods of the registry, but for those that it has.
+
+    Args:
+        kind: the class of proxies.
+    """
+    for operation in TENSOR_METHODS:
+        if operation.short not in vars(kind):
+            setattr(kind, operation.short, _method(kind, operation))
+    for name in _BINARY:
+        operation = BY_NAME[f"operator.{name}_" if name in ("and", "or") else f"operator.{name}"]
+        setattr(kind, f"__{name}__", _binary(kind, operation))
+        setattr(kind, f"__r{name}__", _reflected(kind, operation))
+        if name != "matmul":  # of which tensors have none in place
+            setattr(kind, f"__i{name}__", _augmented(kind, BY_NAME[f"operator.i{name}"]))
+    for name in ("lt", "le", "gt", "ge", "eq", "ne", "getitem"):
+        setattr(kind, f"__{name}__", _binary(kind, BY_NAME[f"operator.{name}"]))
+    for name in ("neg", "pos", "invert", "abs"):
+        setattr(kind, f"__{name}__", _unary(kind, BY_NAME[f"operator.{name}"]))
