@@ -34,9 +34,10 @@ from insitu.graph.wire_message import (
     file_name,
     printable,
 )
+from insitu.graph.wire_parts import Value
 from insitu.graph.wire_reader import FIELDS, Field, Reader, line_column
 from insitu.graph.wire_tensors import stored
-from insitu.graph.wire_values import Value, ValueWriter, text
+from insitu.graph.wire_values import ValueWriter, text
 
 VERSION = 1
 """The version of the format. Another one cannot be read."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from insitu.graph.wire_parts import Index, Part, Value
 from insitu.graph.wire_tensors import StoredTensor
-from insitu.graph.wire_values import Index, Part, Value
 
 Fields = dict[str, list[list[Index]]]
 

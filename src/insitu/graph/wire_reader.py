@@ -38,8 +38,9 @@ from insitu.graph.wire_message import (
     file_name,
     printable,
 )
+from insitu.graph.wire_parts import Index, Value
 from insitu.graph.wire_tensors import restored
-from insitu.graph.wire_values import DEEPEST, Index, Value, ValueReader
+from insitu.graph.wire_values import DEEPEST, ValueReader
 
 _ADDRESS = tuple[Index, str, Kind, Index, Annotated[int, msgspec.Meta(ge=EVERY)]]
 

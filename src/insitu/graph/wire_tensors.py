@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from insitu.graph.errors import WireError
-from insitu.graph.wire_values import Index, Part, device, dtype, is_whole
+from insitu.graph.wire_parts import Index, Part
+from insitu.graph.wire_values import device, dtype, is_whole
 
 
 class StoredTensor(Part):

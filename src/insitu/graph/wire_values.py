@@ -1,140 +1,39 @@
-"""The arguments of nodes in the wire format: constants, containers, references and tensors.
+"""The arguments of nodes turned into what travels, and back.
 
-A part is how an argument looks in the message. What is one number, string, truth value or `None`
-looks like itself; everything else is a small array that begins with its tag.
+Constants, containers, references and tensors travel; what does not is refused, saying why. How
+they look in the message is in `wire_parts.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
-import msgspec
 import torch
 
 from insitu.graph.errors import WireError
 from insitu.graph.node import Function, Ref, ref
+from insitu.graph.wire_parts import (
+    MOST_ENTRIES,
+    BytesPart,
+    ComplexPart,
+    DevicePart,
+    DictPart,
+    EllipsisPart,
+    IntegerPart,
+    ListPart,
+    NamedPart,
+    RefPart,
+    ResultPart,
+    SizePart,
+    SlicePart,
+    TensorPart,
+    TuplePart,
+    Value,
+)
 
 DEEPEST = 32
 """How many containers may stand in each other."""
-
-_MOST_ENTRIES = 1024  # which bounds what a dictionary of colliding keys can cost
-
-Index = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-
-
-class Part(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """Of the message, whatever is more than a number or a string."""
-
-
-class RefPart(Part, tag="ref"):
-    """The value of an earlier node."""
-
-    index: Index
-
-
-class TensorPart(Part, tag="tensor"):
-    """One of the tensors that come with the message."""
-
-    index: Index
-
-
-class TuplePart(Part, tag="tuple"):
-    """A tuple."""
-
-    items: list[Value]
-
-
-class ListPart(Part, tag="list"):
-    """A list."""
-
-    items: list[Value]
-
-
-class DictPart(Part, tag="dict"):
-    """A dictionary."""
-
-    keys: Annotated[list[Value], msgspec.Meta(max_length=_MOST_ENTRIES)]
-    items: list[Value]
-
-
-class SlicePart(Part, tag="slice"):
-    """A slice, whose bounds may be values of the run."""
-
-    start: Value
-    stop: Value
-    step: Value
-
-
-class ResultPart(Part, tag="result"):
-    """What `torch.max` and its like return."""
-
-    name: str
-    items: list[Value]
-
-
-class IntegerPart(Part, tag="int"):
-    """An integer of more than 64 bits, in two's complement, little end first."""
-
-    data: bytes
-
-
-class ComplexPart(Part, tag="complex"):
-    """A complex number."""
-
-    real: float
-    imag: float
-
-
-class BytesPart(Part, tag="bytes"):
-    """Bytes."""
-
-    data: bytes
-
-
-class EllipsisPart(Part, tag="ellipsis"):
-    """`...`."""
-
-
-class SizePart(Part, tag="size"):
-    """A `torch.Size`."""
-
-    sizes: list[Annotated[int, msgspec.Meta(le=2**63 - 1)]]
-
-
-class DevicePart(Part, tag="device"):
-    """A `torch.device`."""
-
-    name: str
-
-
-class NamedPart(Part, tag="named"):
-    """A dtype, a layout or a memory format."""
-
-    name: str
-
-
-Value = (
-    None
-    | bool
-    | int
-    | float
-    | str
-    | RefPart
-    | TensorPart
-    | TuplePart
-    | ListPart
-    | DictPart
-    | SlicePart
-    | ResultPart
-    | IntegerPart
-    | ComplexPart
-    | BytesPart
-    | EllipsisPart
-    | SizePart
-    | DevicePart
-    | NamedPart
-)
 
 _NAMED: Mapping[str, Any] = {
     str(value): value
@@ -211,8 +110,8 @@ class ValueWriter:
             if not all(map(_is_key, value)):
                 raise WireError("the keys of a dictionary have to be numbers, strings and the like")
             keys = [self.part(key, depth) for key in value]
-            if len(keys) > _MOST_ENTRIES:
-                raise WireError(f"a dictionary has more than {_MOST_ENTRIES} entries")
+            if len(keys) > MOST_ENTRIES:
+                raise WireError(f"a dictionary has more than {MOST_ENTRIES} entries")
             return DictPart(keys, [self.part(item, depth) for item in value.values()])
         if kind is tuple or kind is list or _RESULTS.get(kind.__name__) is kind:
             items = [self.part(item, depth) for item in value]
