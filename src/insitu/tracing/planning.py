@@ -1,0 +1,204 @@
+"""How the run of a block is planned: once for all blocks of its shape, each in its own passes.
+
+The parts of a plan are made in `runtime/`. Here they are put together, and what they have to know
+of a block before the model runs is asked of its recording and of its invocations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from insitu.graph.errors import BlockError, InsituError, ShapeError
+from insitu.graph.location import here
+from insitu.graph.node import Graph, Site, readable
+from insitu.graph.recording import Recording
+from insitu.graph.shapes import fake_value
+from insitu.graph.structure import map_structure
+from insitu.runtime.eager import is_compiled
+from insitu.runtime.gradients import check_gradients
+from insitu.runtime.hooks import Place
+from insitu.runtime.memory import order_mutations
+from insitu.runtime.order import check_cuts, check_order, pass_order
+from insitu.runtime.passes import Pass
+from insitu.runtime.plan import Plan, make_plan
+from insitu.runtime.probe import Copies
+from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
+from insitu.tracing.invocation import Invocation
+from insitu.tracing.never_ran import never_ran
+
+_NOTHING_RETURNED: Mapping[str, Any] = {}
+
+
+class Prepared(NamedTuple):
+    """How a graph is run: what is found out once for all graphs of its shape.
+
+    Attributes:
+        plan: which nodes run when.
+        schedule: gives the passes.
+        order: their order.
+        returned: what modules that are skipped would return, as fake tensors, by path.
+        compiled: whether any of the model's parts is under `torch.compile`.
+    """
+
+    plan: Plan
+    schedule: Schedule
+    order: Sequence[int]
+    returned: Mapping[str, Any]
+    compiled: bool
+
+
+def prepare(
+    model: Subject,
+    procedure: Procedure[Any],
+    recording: Recording,
+    invocations: Sequence[Invocation],
+    requests: Sequence[Any],
+    module: nn.Module,
+) -> tuple[Prepared, list[Pass | None]]:
+    """Plans the run of a block, or finds how one like it was planned, and gives its passes too.
+
+    The passes are the caller's to take out of their list: what they hold goes with them.
+
+    Args:
+        model: the model that will run.
+        procedure: how it will run.
+        recording: what was recorded.
+        invocations: the block's invocations.
+        requests: what each of them was given.
+        module: the wrapped module.
+
+    Raises:
+        InsituError: for what is wrong with the run, as far as that is found beforehand.
+    """
+    if not requests:
+        raise BlockError(
+            "The block has no prompt: give it one, or write `with tracer.invoke(prompt):` inside.",
+            here(4),
+        )
+    graph, saves = recording.graph, recording.saves
+    key, plans = procedure.key(module, requests), model.plans
+    prepared: Prepared | None = None
+    if key is not None:
+        key, prepared = plans.find(key, graph, saves)
+    if prepared is None:
+        prepared, passes = _planned(model, procedure, recording, invocations, requests, module)
+        if key is not None:
+            plans.keep(key, graph, saves, prepared)
+    else:
+        if prepared.plan.mutations is not None:
+            requests = _kept(requests, prepared.plan)
+        passes = prepared.schedule(module, requests)
+    return prepared, [*passes]
+
+
+def _planned(
+    model: Subject,
+    procedure: Procedure[Any],
+    recording: Recording,
+    invocations: Sequence[Invocation],
+    requests: Sequence[Any],
+    module: nn.Module,
+) -> tuple[Prepared, Sequence[Pass]]:
+    """Plans a run and returns its passes too."""
+    graph = recording.graph
+    plan = make_plan(graph, recording.saves)
+    if graph.differentiates:
+        check_gradients(graph, plan)
+    if graph.mutations:
+        order_mutations(graph, plan, partial(_arriving, invocations), partial(_is_view, recording))
+    cuts_short = bool(plan.skips or plan.stops)
+    # Of a value that was cut out of a batch the batch's loss does not depend.
+    together = not (cuts_short or graph.differentiates or plan.apart)
+    moments = partial(_moments, model, procedure, requests)
+    schedule = procedure.schedule(module, requests, Work(graph, plan, together, moments))
+    passes = schedule(module, _kept(requests, plan))
+    order: Sequence[int] = range(len(passes))
+    returned = _NOTHING_RETURNED
+    if plan.crosses or plan.skips or plan.mutations is not None:
+        if len(passes) > 1:
+            order = pass_order(graph, plan, passes)
+        check_order(graph, plan, passes, moments)
+    if cuts_short:
+        returned = _returned(model, procedure, graph, invocations)
+        check_cuts(graph, plan, moments)
+    compiled = is_compiled(model.compilable)
+    return Prepared(plan, schedule, order, returned, compiled), passes
+
+
+def _moments(
+    model: Subject, procedure: Procedure[Any], requests: Sequence[Any], invocation: int
+) -> Mapping[Place, int] | None:
+    """When the sites of an invocation come, or None if that is not known without a run."""
+    try:
+        return model.probe(procedure.example(requests[invocation]), procedure.views).moments
+    except ShapeError:
+        return None
+
+
+def _arriving(invocations: Sequence[Invocation], site: Site, copies: Copies | None = None) -> Any:
+    """The memory of what arrives at a site, or None if that is not known without a run."""
+    try:
+        return invocations[site.invocation].memory(site, copies)
+    except InsituError:
+        return None
+
+
+def _is_view(recording: Recording, index: int) -> bool:
+    """Whether a node's value shares memory with those that it is made of, or may do so."""
+
+    def memory(value: Any) -> set[Any]:
+        found: set[Any] = set()
+
+        def leaf(item: Any) -> None:
+            if isinstance(item, torch.Tensor):
+                found.add(item.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
+
+        map_structure(leaf, value)
+        return found
+
+    try:
+        own = memory(fake_value(recording, index))
+        inputs = recording.graph[index].inputs
+        made_of = [fake_value(recording, source) for source in inputs]
+    except InsituError:
+        return True
+    return not own.isdisjoint(memory(made_of))
+
+
+def _returned(
+    model: Subject, procedure: Procedure[Any], graph: Graph, invocations: Sequence[Invocation]
+) -> Mapping[str, Any]:
+    """What the modules that are skipped would return, as fake tensors."""
+    returned: dict[str, Any] = {}
+    for read in graph.skips:
+        node = graph[read]
+        invocation, path, *_ = node.args
+        request = invocations[invocation].request
+        try:
+            probe = model.probe(procedure.example(request), procedure.views)
+        except ShapeError as error:
+            raise ShapeError(
+                f"`{readable(path)}` cannot be skipped, because it is not known what it "
+                f"returns. {error}",
+                node.location,
+            ) from error
+        if path not in probe.returned:
+            raise never_ran(graph, model.modules, Site(*node.args), probe.seen)
+        returned[path] = probe.returned[path]
+    return returned
+
+
+def _kept(requests: Sequence[Any], plan: Plan) -> Sequence[Any]:
+    """What was given to a block, so that it stays as it is whatever is written in place."""
+    if plan.mutations is None or not plan.mutations.lasting:
+        return requests
+    return [map_structure(_clone, request) for request in requests]
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
