@@ -13,7 +13,7 @@ from torch import nn
 
 import insitu
 from insitu import LanguageModel, Model
-from insitu.tracing import tracer as tracing
+from insitu.tracing import planning
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         made.append(1)
         return make_plan(*args)
 
-    make_plan = tracing.make_plan
-    monkeypatch.setattr(tracing, "make_plan", counting)
+    make_plan = planning.make_plan
+    monkeypatch.setattr(planning, "make_plan", counting)
     yield made
 
 

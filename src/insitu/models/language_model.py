@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import nn
 
-from insitu.graph.errors import LoadError, OptionError, ShapeError
+from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import Location, here
 from insitu.graph.node import Graph
 from insitu.graph.structure import map_structure
-from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import block_views
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
@@ -26,9 +24,8 @@ from insitu.models.model import Model
 from insitu.models.prompts import Limits, Prompt, Reader, Side
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
-from insitu.runtime.hooks import Place, View
-from insitu.runtime.inside import SEPARATOR
-from insitu.runtime.layout import SIZES, Layouts, find_layouts
+from insitu.runtime.hooks import View
+from insitu.runtime.layout import SIZES, Layouts
 from insitu.runtime.probe import Call
 from insitu.runtime.reuse import Plans
 from insitu.tracing.tracer import Tracer
@@ -471,56 +468,10 @@ class LanguageModel(Model):
         calls = [sample(*size) for size in SIZES]
         key = f"{side} {calls[0].signature()}"
         if (key, self.loaded) not in self._separations:
-            self._separations[key, self.loaded] = self._separate(calls, run, views, side)
+            from insitu.models.sharing import find_separation  # of no use to one prompt
+
+            self._separations[key, self.loaded] = find_separation(self, calls, run, views, side)
         return self._separations[key, self.loaded]
-
-    def _separate(
-        self,
-        calls: Sequence[Call],
-        run: Callable[[nn.Module, Prompt], Any],
-        views: Mapping[str, View],
-        side: Side,
-    ) -> Separation | None:
-        from insitu.models.separation import Separation, Trial  # of no use to one prompt
-
-        layouts: Layouts | None = None
-        with contextlib.suppress(ShapeError):
-            layouts = find_layouts([self.probe(call, views).seen for call in calls])
-        if not self.loaded:
-            return None if layouts is None else Separation(layouts, lambda _: True, lambda _: {})
-        module, modules, limits = self._module, self.modules, self.reader.limits
-        trial = Trial(
-            partial(run, module),
-            modules,
-            views,
-            side,
-            self._vocabulary,
-            self.pad_id,
-            limits.context,
-            here(),
-        )
-
-        def widens(place: Place) -> bool:
-            with self.in_use():
-                try:
-                    return trial.widens(found, place)
-                except Exception:  # whatever the model makes of it: then it is not to be run so
-                    return False
-
-        def inside(owners: Collection[str]) -> Layouts:
-            with self.in_use():
-                try:
-                    return trial.inside(owners)
-                except Exception:  # as above
-                    return {}
-
-        found: Layouts = {}
-        with self.in_use():
-            try:
-                found = trial.verified(trial.proposed() if layouts is None else layouts)
-            except Exception:  # as above
-                return None
-        return Separation(found, widens, inside)
 
     def chain(
         self, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]
@@ -534,35 +485,9 @@ class LanguageModel(Model):
             layouts: how values are cut.
             options: keyword arguments for the forwards.
         """
-        views = self.block_views[False]
-        plain = {"use_cache": False} if self.takes_use_cache else {}
-        if not self.loaded or not views or "past_key_values" not in self.forward_parameters:
-            return None
-        if self._config.is_encoder_decoder:  # its blocks are not one chain
-            return None
-        implementation = options.get(OPTION)
-        rest = {name: value for name, value in options.items() if name != OPTION}
-        if rest != plain or self.has_hooks:  # these are to see all blocks and positions
-            return None
-        inside = frozenset(
-            path.partition(SEPARATOR)[0] for path, _, _ in layouts if SEPARATOR in path
-        )
-        key = (implementation, inside)
-        if key not in self._chains:
-            from insitu.models.chain import find_chain  # of no use to one prompt
+        from insitu.models.sharing import find_shared_chain  # of no use to one prompt
 
-            with self.in_use(), attending(module, implementation):
-                self._chains[key] = find_chain(
-                    module,
-                    self.modules,
-                    views,
-                    layouts,
-                    rest,
-                    self._vocabulary,
-                    self.device,
-                    inside,
-                )
-        return self._chains[key]
+        return find_shared_chain(self, module, layouts, options)
 
     @property
     def _vocabulary(self) -> int:

@@ -18,6 +18,7 @@ from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR, Called
 from insitu.runtime.memory import Memory
 from insitu.runtime.probe import Copies, Probe
+from insitu.tracing.never_ran import never_ran
 from insitu.tracing.scope import Scope
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
@@ -281,7 +282,7 @@ class Invocation(Scope):
         if inside:
             calls = [called for called in self.called(path) if called.name == function]
             if site.call >= len(calls):
-                raise tracer.never_ran(site, seen)
+                raise never_ran(self._recording.graph, tracer.model.modules, site, seen)
             args, kwargs = calls[site.call].inputs
             if site.kind == "output":
                 return calls[site.call].output
@@ -289,5 +290,5 @@ class Invocation(Scope):
                 return args, dict(kwargs)
             return args[0] if args else next(iter(kwargs.values()))
         if site[1:4] not in seen:
-            raise tracer.never_ran(site, seen)
+            raise never_ran(self._recording.graph, tracer.model.modules, site, seen)
         return seen[site[1:4]]

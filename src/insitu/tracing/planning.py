@@ -22,7 +22,7 @@ from insitu.graph.structure import map_structure
 from insitu.runtime.eager import is_compiled
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
-from insitu.runtime.memory import order_mutations
+from insitu.runtime.mutations import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, make_plan

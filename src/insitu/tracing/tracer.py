@@ -1,74 +1,48 @@
 """Blocks: what `model.trace()` and `model.generate()` give.
 
 A tracer collects invocations and one recording for all of them. When its `with` block ends
-without an error the model runs, once, with the experiment inside.
+without an error the model runs, once, with the experiment inside; how that run is planned is in
+`planning.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
-from operator import attrgetter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
 from insitu.graph.errors import (
     BlockError,
-    InsituError,
     NeverRanError,
     NoValueError,
     OptionError,
-    ShapeError,
     UnknownShapeError,
-    nearest,
 )
 from insitu.graph.location import Location, Mark, here, mark, user_frame
-from insitu.graph.node import EVERY, Graph, Site, readable
+from insitu.graph.node import EVERY, Graph, Site
 from insitu.graph.recorded import Missing
 from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
 from insitu.graph.shapes import fake_value
-from insitu.graph.structure import map_structure
 from insitu.runtime.arrivals import Arrivals
-from insitu.runtime.eager import eager, is_compiled
+from insitu.runtime.eager import eager
 from insitu.runtime.execution import Execution
 from insitu.runtime.following import following
-from insitu.runtime.gradients import check_gradients, leaves_of
-from insitu.runtime.hooks import Place
-from insitu.runtime.inside import SEPARATOR
-from insitu.runtime.mutations import order_mutations
-from insitu.runtime.order import check_cuts, check_order, pass_order, unexcused
+from insitu.runtime.gradients import leaves_of
+from insitu.runtime.order import unexcused
 from insitu.runtime.passes import Pass, run_pass
-from insitu.runtime.plan import Plan, make_plan
-from insitu.runtime.probe import Copies
-from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
+from insitu.runtime.plan import Plan
+from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Planned, Summary
 from insitu.tracing.invocation import Invocation
+from insitu.tracing.never_ran import never_ran
+from insitu.tracing.planning import Prepared, prepare
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
-
-
-class Prepared(NamedTuple):
-    """How a graph is run: what is found out once for all graphs of its shape.
-
-    Attributes:
-        plan: which nodes run when.
-        schedule: gives the passes.
-        order: their order.
-        returned: what modules that are skipped would return, as fake tensors, by path.
-        compiled: whether any of the model's parts is under `torch.compile`.
-    """
-
-    plan: Plan
-    schedule: Schedule
-    order: Sequence[int]
-    returned: Mapping[str, Any]
-    compiled: bool
 
 
 class Tracer:
@@ -306,51 +280,6 @@ class Tracer:
         """The logits for the next token, in a block of one prompt: see `invoker.logits`."""
         return self._only_invocation().logits
 
-    def never_ran(
-        self, site: Site, ran: Collection[Place] | None, went: Arrivals | None = None
-    ) -> NeverRanError:
-        """Returns the error for a site at which nothing arrived.
-
-        Args:
-            site: the site.
-            ran: where something did arrive, if that is known.
-            went: how the pass went, if that is known.
-        """
-        node = next(node for node in self.graph if node.site == site)
-        path = readable(site.path) if site.path else "model"
-        clock = None if went is None else went.clock
-        if clock is not None and clock.step >= 0 and site.step > clock.step:
-            return NeverRanError(
-                f"Step {site.step} never came, so `{site}` has no value: the generation ended "
-                f"after {clock.step + 1} step{'s' * (clock.step > 0)} (an end token, a stopping "
-                "criterion, or `stop`). `save(optional=True)` lets a value be missing.",
-                node.location,
-            )
-        calls = 0 if clock is None else clock.most.get(site.path, 0)
-        if ran is not None:
-            calls = max(calls, sum(place[:2] == site[1:3] for place in ran))
-        if site.call and calls and SEPARATOR not in site.path:
-            return NeverRanError(
-                f"`{path}` was called {calls} time{'s' * (calls > 1)}, so there is no "
-                f"`{path}.call({site.call})`: they count from 0.",
-                node.location,
-            )
-        if SEPARATOR in site.path:
-            owner, _, function = site.path.partition(SEPARATOR)
-            return NeverRanError(
-                f"The forward of `{readable(owner)}` called {function!r} {calls} times in this "
-                f"run, so `{site}` has no value.",
-                node.location,
-            )
-        message = f"`{path}` was not called in this run, so `{site}` has no value."
-        if went is not None and went.stopped and self.graph.stops:
-            message += " The run was ended before, by `stop`."
-        elif isinstance(self.model.modules[site.path], nn.ModuleList | nn.ModuleDict):
-            message += f" It only holds modules and is never called: take one, as in `{path}[0]`."
-        elif ran is not None:
-            message += _relatives(site.path, sorted({path for path, *_ in ran if path}))
-        return NeverRanError(message, node.location)
-
     def _only_request(self) -> Any:
         if self._request is None:
             raise BlockError(
@@ -403,66 +332,12 @@ class Tracer:
         """Returns a module as a function on fake tensors."""
         return self.model.fake_module(path)
 
-    def _prepare(
-        self, module: nn.Module, requests: Sequence[Any]
-    ) -> tuple[Prepared, list[Pass | None]]:
-        """Plans the run, or finds how one like it was planned, and returns its passes too.
-
-        Raises:
-            InsituError: for what is wrong with the run, as far as that is found beforehand.
-        """
-        if not requests:
-            raise BlockError(
-                "The block has no prompt: give it one, or write `with tracer.invoke(prompt):` "
-                "inside.",
-                here(4),
-            )
-        graph, saves = self.recording.graph, self.recording.saves
-        key, plans = self.procedure.key(module, requests), self.model.plans
-        prepared: Prepared | None = None
-        if key is not None:
-            key, prepared = plans.find(key, graph, saves)
-        if prepared is None:
-            prepared, passes = self._plan(module, requests)
-            if key is not None:
-                plans.keep(key, graph, saves, prepared)
-        else:
-            if prepared.plan.mutations is not None:
-                requests = _kept(requests, prepared.plan)
-            passes = prepared.schedule(module, requests)
-        self._told = list(map(_told, passes))
-        return prepared, [*passes]
-
-    def _plan(self, module: nn.Module, requests: Sequence[Any]) -> tuple[Prepared, Sequence[Pass]]:
-        """Plans a run and returns its passes too."""
-        graph = self.recording.graph
-        plan = make_plan(graph, self.recording.saves)
-        if graph.differentiates:
-            check_gradients(graph, plan)
-        if graph.mutations:
-            order_mutations(graph, plan, self._arriving, self._is_view)
-        cuts_short = bool(plan.skips or plan.stops)
-        # Of a value that was cut out of a batch the batch's loss does not depend.
-        together = not (cuts_short or graph.differentiates or plan.apart)
-        moments = partial(_moments, self.model, self.procedure, requests)
-        schedule = self.procedure.schedule(module, requests, Work(graph, plan, together, moments))
-        passes = schedule(module, _kept(requests, plan))
-        order: Sequence[int] = range(len(passes))
-        returned = _NOTHING_RETURNED
-        if plan.crosses or plan.skips or plan.mutations is not None:
-            if len(passes) > 1:
-                order = pass_order(graph, plan, passes)
-            check_order(graph, plan, passes, moments)
-        if cuts_short:
-            returned = self._returned()
-            check_cuts(graph, plan, moments)
-        compiled = is_compiled(self.model.compilable)
-        return Prepared(plan, schedule, order, returned, compiled), passes
-
     def _check(self) -> None:
         """Finds what is wrong with the run, and fills the saved values with fake ones."""
-        self._prepare(self.model.modules[""], self._requests)
-        recording = self.recording
+        model, recording = self.model, self.recording
+        block = (model, self.procedure, recording, self._invocations, self._requests)
+        _, passes = prepare(*block, model.modules[""])
+        self._told = [single.told for single in passes if single is not None]
         for index in range(len(recording.graph)):
             with contextlib.suppress(UnknownShapeError):
                 fake_value(recording, index)
@@ -478,7 +353,10 @@ class Tracer:
         module = model.load()
         if self._demanded is not None:
             self._verify(*self._demanded)
-        prepared, passes = self._prepare(module, self._requests)
+        prepared, passes = prepare(
+            model, self.procedure, recording, self._invocations, self._requests, module
+        )
+        self._told = [single.told for single in passes if single is not None]
         done = following(passes)
         execution = Execution(recording.graph, prepared.plan, model.modules)
         exclusive = model.exclusive
@@ -564,53 +442,6 @@ class Tracer:
                 Location(*line),
             )
 
-    def _arriving(self, site: Site, copies: Copies | None = None) -> Any:
-        """The memory of what arrives at a site, or None if that is not known without a run."""
-        try:
-            return self._invocations[site.invocation].memory(site, copies)
-        except InsituError:
-            return None
-
-    def _is_view(self, index: int) -> bool:
-        """Whether a node's value shares memory with those that it is made of, or may do so."""
-
-        def memory(value: Any) -> set[Any]:
-            found: set[Any] = set()
-
-            def leaf(item: Any) -> None:
-                if isinstance(item, torch.Tensor):
-                    found.add(item.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
-
-            map_structure(leaf, value)
-            return found
-
-        try:
-            own = memory(fake_value(self.recording, index))
-            made_of = [fake_value(self.recording, source) for source in self.graph[index].inputs]
-        except InsituError:
-            return True
-        return not own.isdisjoint(memory(made_of))
-
-    def _returned(self) -> Mapping[str, Any]:
-        """What the modules that are skipped would return, as fake tensors."""
-        returned: dict[str, Any] = {}
-        for read in self.graph.skips:
-            node = self.graph[read]
-            invocation, path, *_ = node.args
-            request = self._invocations[invocation].request
-            try:
-                probe = self.model.probe(self.procedure.example(request), self.procedure.views)
-            except ShapeError as error:
-                raise ShapeError(
-                    f"`{readable(path)}` cannot be skipped, because it is not known what it "
-                    f"returns. {error}",
-                    node.location,
-                ) from error
-            if path not in probe.returned:
-                raise self.never_ran(Site(*node.args), probe.seen)
-            returned[path] = probe.returned[path]
-        return returned
-
     def _missing(self, lacking: int, went: Arrivals | None) -> NeverRanError:
         """Returns the error for a site at which something had to arrive.
 
@@ -626,39 +457,4 @@ class Tracer:
             ran = self.model.probe(call, self.procedure.views).seen
         except Exception:  # the probe only adds to the message
             ran = None
-        return self.never_ran(site, ran, went)
-
-
-def _moments(
-    model: Subject, procedure: Procedure[Any], requests: Sequence[Any], invocation: int
-) -> Mapping[Place, int] | None:
-    """When the sites of an invocation come, or None if that is not known without a run."""
-    try:
-        return model.probe(procedure.example(requests[invocation]), procedure.views).moments
-    except ShapeError:
-        return None
-
-
-_NOTHING_RETURNED: Mapping[str, Any] = {}
-_told: Callable[[Pass], Callable[[], Summary]] = attrgetter("told")
-
-
-def _kept(requests: Sequence[Any], plan: Plan) -> Sequence[Any]:
-    """What was given to a block, so that it stays as it is whatever is written in place."""
-    if plan.mutations is None or not plan.mutations.lasting:
-        return requests
-    return [map_structure(_clone, request) for request in requests]
-
-
-def _clone(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _relatives(path: str, ran: list[str]) -> str:
-    """Which of the modules that ran are near a path, as the end of a message."""
-    parent = path.rpartition(".")[0]
-    near = [other for other in ran if other.startswith(f"{parent}.") or not parent]
-    close = nearest(path, near or ran)
-    if not close and near:
-        close = f" (such as {', '.join(map(repr, near[:3]))})"
-    return f" Near it, these were called{close}." if close else ""
+        return never_ran(self.graph, self.model.modules, site, ran, went)
