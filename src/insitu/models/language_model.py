@@ -21,7 +21,8 @@ from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
 from insitu.models.media import MEDIA
 from insitu.models.model import Model
-from insitu.models.prompts import Limits, Prompt, Reader, Side
+from insitu.models.prompts import Prompt, Reader, Side
+from insitu.models.tokens import decoder_start, limits_of, padding, reads_tokens
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
 from insitu.runtime.hooks import View
@@ -111,7 +112,7 @@ class LanguageModel(Model):
                 location,
             )
         super().__init__(module)
-        if not _reads_tokens(self._module):
+        if not reads_tokens(self._module):
             raise OptionError(
                 f"{type(self._module).__name__} is no language model, because it takes no "
                 "`input_ids` or has no one embedding for them: wrap it as `Model(module)`.",
@@ -521,19 +522,10 @@ class LanguageModel(Model):
     def _describe(self) -> None:
         """Looks up what runs need to know about the module, once."""
         module: Any = self._module
-        text = self._config.get_text_config()
         embedding = module.get_input_embeddings()
         head = module.get_output_embeddings()
-        generation = getattr(module, "generation_config", None)
-        limits = Limits(
-            getattr(embedding, "num_embeddings", None),
-            getattr(text, "max_position_embeddings", None),
-        )
-        pads = (getattr(generation, "pad_token_id", None), text.pad_token_id, text.eos_token_id)
-        pads = [pad[0] if isinstance(pad, list) else pad for pad in pads]
-        known = limits.vocabulary or text.vocab_size
-        pad_id = next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)
-        parameters = parameters_of(module)
+        pad_id = padding(module, self._config)
+        parameters = _parameters_of(module)
         generating = module.get_base_model() if hasattr(module, "get_base_model") else module
         settings = vars(self._config)  # a config looks up its attributes in Python, `__dict__` too
         vars(self).update(
@@ -542,7 +534,7 @@ class LanguageModel(Model):
             _attention=settings.get(_ATTENTION),
             _separations={},
             _chains={},
-            decoder_start=_decoder_start(generation, self._config),
+            decoder_start=decoder_start(module, self._config),
             is_encoder_decoder=self._config.is_encoder_decoder,
             generating=next(path for path, part in self.modules.items() if part is generating),
             _costs=None,
@@ -551,7 +543,7 @@ class LanguageModel(Model):
             },
             reader=Reader(
                 self._tokenizer,
-                limits,
+                limits_of(module, self._config),
                 pad_id,
                 weight_of(embedding).device.type == "cpu",
                 self._processor,
@@ -567,35 +559,11 @@ class LanguageModel(Model):
         vars(self)["_forward"] = LanguageForward(self, {})  # what most traces use
 
 
-def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Returns the parameters of a module's forward, and of what it passes the others on to."""
+def _parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a module's forward, and of what it passes the others on to."""
     own = inspect.signature(module.forward).parameters
     passes_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in own.values())
     inner: Any = getattr(module, "get_base_model", None)  # of a module of PEFT
     if not passes_on or inner is None:
         return own
     return {**inspect.signature(inner().forward).parameters, **own}
-
-
-def _reads_tokens(module: Any) -> bool:
-    """Whether a model takes token ids, and has one embedding for them."""
-    if "input_ids" not in inspect.signature(type(module).forward).parameters:
-        return False
-    try:
-        return module.get_input_embeddings() is not None
-    except NotImplementedError:  # it has more than one, or none
-        return False
-
-
-def _decoder_start(*configs: Any) -> int | None:
-    """The token with which a decoder begins, None where there is none beside an encoder."""
-    if not configs[-1].is_encoder_decoder:
-        return None
-    for name in ("decoder_start_token_id", "bos_token_id"):
-        for config in configs:
-            start = getattr(config, name, None)
-            if isinstance(start, list):
-                start = start[0]
-            if start is not None:
-                return start
-    return None
