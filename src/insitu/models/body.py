@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
-from insitu.graph.structure import map_structure
+from insitu.models.agreement import agree
 from insitu.models.anatomy import Reading, block_of
 from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.architectures import DESCRIPTIONS, Description
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from insitu.models.model import Model
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 
 # Options that let attention compute its softmax where it can be seen; the first that do.
@@ -155,24 +153,8 @@ class Body:
             return True
         key = tuple(options.items())
         if key not in self._agreed:
-            plain, other = self._computed({}), self._computed(dict(options))
-            self._agreed[key] = _alike(plain, other)
+            self._agreed[key] = agree(self._model, self.placed_sample(), options)
         return self._agreed[key]
-
-    def _computed(self, options: dict[str, Any]) -> torch.Tensor | None:
-        """What the model returns for a small call, None if it cannot run so."""
-        model, call = self._model, self.placed_sample()
-        implementation = options.pop(OPTION, None)
-        if call is None:
-            return None
-        kwargs = {**call.kwargs, **options}
-        found: list[torch.Tensor] = []
-        with model.in_use(), attending(model.module, implementation), torch.no_grad():
-            try:
-                map_structure(_floats_into(found), model.module(**kwargs))
-            except Exception:  # whatever a model makes of the options
-                return None
-        return found[0] if found else None
 
     def block_around(self, path: str) -> Block | None:
         """Returns the block that a module is or is in, None if it is in none."""
@@ -362,26 +344,8 @@ class Body:
         return norm, Spot("", "output", 0, ("logits",), flow.shapes[value])
 
 
-def _alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    """Whether two implementations of the same may have made two tensors."""
-    if first is None or second is None or first.shape != second.shape:
-        return False
-    scale = float(first.double().norm())
-    limit = max(1e-3, 3 * torch.finfo(first.dtype).eps)  # of what is rounded many times on the way
-    return float((first.double() - second.double()).norm()) <= limit * max(scale, 1e-3)
-
-
 def _on(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _floats_into(found: list[torch.Tensor]) -> Callable[[Any], Any]:
-    def leaf(item: Any) -> Any:
-        if isinstance(item, torch.Tensor) and item.is_floating_point():
-            found.append(item)
-        return item
-
-    return leaf
 
 
 def _has_softmax(blocks: Mapping[str, Block]) -> bool:
