@@ -18,7 +18,7 @@ from insitu.graph.location import here
 from insitu.graph.node import Graph, Site, readable
 from insitu.graph.recording import Recording
 from insitu.graph.shapes import fake_value
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import clone, map_structure
 from insitu.runtime.eager import is_compiled
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
@@ -197,8 +197,4 @@ def _kept(requests: Sequence[Any], plan: Plan) -> Sequence[Any]:
     """What was given to a block, so that it stays as it is whatever is written in place."""
     if plan.mutations is None or not plan.mutations.lasting:
         return requests
-    return [map_structure(_clone, request) for request in requests]
-
-
-def _clone(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+    return [map_structure(clone, request) for request in requests]
