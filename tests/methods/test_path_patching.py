@@ -172,20 +172,18 @@ def received(
         to = parts.mlp(parts.norm_2(own.middle[receiver[1]] + more))
         return run(module, ids, {parts.mlp: lambda value: to})
     changed = parts.norm(own.given[receiver[1]] + more)
-    names = "qkv" if receiver[0] == "head" else receiver[0]
-    outputs: dict[nn.Module, Change] = {}
-    for owner in {parts.projections[name][0] for name in names}:
-        to = owner(changed)
-        cuts = [slice_of(receiver[2], parts.projections[n][1]) for n in names
-                if parts.projections[n][0] is owner]  # fmt: skip
-
-        def change(value: torch.Tensor, cuts: Any = cuts, to: torch.Tensor = to) -> torch.Tensor:
-            for part in cuts:
-                value = written(value, part, to)
-            return value
-
-        outputs[owner] = change
-    return run(module, ids, outputs)
+    if receiver[0] == "head":  # whatever heads share: what it gives of the changed input
+        made = {owner: owner(changed) for owner, _ in parts.projections.values()}
+        z: list[torch.Tensor] = []
+        outputs: dict[nn.Module, Change] = {
+            owner: lambda value, to=to: to for owner, to in made.items()
+        }
+        run(module, ids, outputs, {parts.out: lambda value: z.append(value.clone())})
+        part = slice_of(receiver[2], 0)
+        return run(module, ids, None, {parts.out: lambda value: written(value, part, z[0])})
+    owner, offset = parts.projections[receiver[0]]
+    part, to = slice_of(receiver[2], offset), owner(changed)
+    return run(module, ids, {owner: lambda value: written(value, part, to)})
 
 
 CASES = [
@@ -200,8 +198,6 @@ def test_heads_send_what_they_add_to_the_stream(
     language_model: LanguageModel, receiver: Any, direction: Any
 ) -> None:
     model, module = language_model, language_model.module
-    if receiver[0] == "head" and model.config.model_type == "llama":
-        pytest.skip("its heads share keys, so that those of one are not apart in the layer")
     layers = model.n_layers
     result = path_patching(
         model,
