@@ -108,15 +108,21 @@ def test_the_layers_of_an_adapter_are_read_and_written(tmp_path: Path, base: Pat
     assert torch.equal(generator.output, run(plain.generate, input_ids=IDS, max_new_tokens=4))
 
 
-@pytest.mark.parametrize("config", [LORA, IA3, PROMPT, PREFIX], ids=lambda c: type(c).__name__)
-@pytest.mark.parametrize("place", ["memory", "folder"])
+# From a folder Transformers itself puts what is no prompt into the layers: that is tested above.
+AS_PEFT_SHOWS = [
+    *[("memory", config) for config in (LORA, IA3, PROMPT, PREFIX)],
+    *[("folder", config) for config in (PROMPT, PREFIX)],
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "config"), AS_PEFT_SHOWS, ids=lambda one: getattr(one, "peft_type", one)
+)
 def test_a_model_of_peft_is_as_peft_shows_it(
     tmp_path: Path, base: Path, config: PeftConfig, place: str
 ) -> None:
     peft = adapted(base, config)
     if place == "folder":
-        if not config.is_prompt_learning:
-            pytest.skip("then Transformers puts it into the layers")
         peft.save_pretrained(tmp_path / "adapter")
         model = LanguageModel(tmp_path / "adapter")
         paths = [path for path, _ in peft.named_modules(remove_duplicate=False)]
@@ -136,11 +142,8 @@ def test_a_model_of_peft_is_as_peft_shows_it(
     plain = run(peft.generate, attention_mask=torch.ones_like(IDS), **kwargs)
     assert torch.equal(generator.output, plain)
     assert torch.equal(torch.stack(tokens.value, 1), plain[:, 5:])
-    head = (
-        outputs_of(peft, "base_model.lm_head", peft.generate, **kwargs)
-        if (config.is_prompt_learning)
-        else outputs_of(peft, "base_model.model.lm_head", peft.generate, **kwargs)
-    )
+    path = "base_model.lm_head" if config.is_prompt_learning else "base_model.model.lm_head"
+    head = outputs_of(peft, path, peft.generate, **kwargs)
     assert all(torch.equal(own, seen[:, -1]) for own, seen in zip(logits.value, head, strict=True))
 
 
