@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from typer.testing import CliRunner
 from insitu.cli import app
 from insitu.methods import SteeringVector
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.display.pages import needs_chromium
 
 pytestmark = pytest.mark.no_wire
 
@@ -189,19 +189,24 @@ def test_a_tree_is_shown_without_weights(tmp_path: Path) -> None:
     assert "LlamaForCausalLM" in result.stdout and "layers: ModuleList" in result.stdout
 
 
-def test_a_patch_is_written_as_json_page_and_picture(tmp_path: Path) -> None:
-    page, picture = tmp_path / "patch.html", tmp_path / "patch.png"
-    given = [*PATCH, CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow"]
-    result = run(*given, "--layers", "3-4", "--json", "--html", str(page))
+PATCHING = [*PATCH, CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow"]
+
+
+def test_a_patch_is_written_as_json_and_page(tmp_path: Path) -> None:
+    page = tmp_path / "patch.html"
+    result = run(*PATCHING, "--layers", "3-4", "--json", "--html", str(page))
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert [name for name, _ in found["axes"]] == ["layer", "position"]
     assert found["axes"][0][1] == ["3", "4"]
     assert found["values"][0][1] == pytest.approx(1.0, abs=0.05)  # the name carries all of it
     assert "Activation patching" in page.read_text()
-    if shutil.which("chromium") is None:
-        pytest.skip("PNGs are drawn by Chromium, and there is none")
-    assert run(*given, "--png", str(picture)).stdout == ""
+
+
+@needs_chromium
+def test_a_patch_is_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "patch.png"
+    assert run(*PATCHING, "--png", str(picture)).stdout == ""
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

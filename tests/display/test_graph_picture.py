@@ -1,7 +1,6 @@
 """Recorded graphs and circuits as text and as pictures."""
 
 import re
-import shutil
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,6 +13,7 @@ from insitu import LanguageModel, OptionError
 from insitu.display import circuit_figure, graph_mermaid, graph_svg, graph_text, write_graph
 from insitu.display.circuit_picture import Edge, Node
 from insitu.display.layered import layers_of, place
+from tests.display.pages import needs_chromium
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_graph_is_written_in_the_form_that_the_name_ends_in(graph, tmp_path: P
         write_graph(graph, tmp_path / "graph.gif")
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="PNGs are drawn by Chromium")
+@needs_chromium
 def test_a_graph_is_written_as_a_png_of_its_size(graph, tmp_path: Path) -> None:
     write_graph(graph, tmp_path / "graph.png")
     drawn = ElementTree.fromstring(graph_svg(graph))
