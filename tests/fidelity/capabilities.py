@@ -2,7 +2,8 @@
 
 `make architectures` runs the tests of all architectures with each version of Transformers and
 gives their results to this, as pytest writes them down: a cell says that something works only
-where all tests of it ran and passed. A test that finds nothing to test skips, and says why.
+where all tests of it ran and passed. What an architecture does not have is written down in
+`zoo/absent.py`: a cell says so only where the test passed that it is said not to be there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from textwrap import wrap
 from xml.etree import ElementTree
 
 from tests.fidelity.zoo import EVERY, Architecture
+from tests.fidelity.zoo.absent import ABSENT
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Capability:
         title: the head of its column.
         meaning: what works where it does.
         tests: those that show it, all of them.
+        absence: that which shows of architectures without it that it is not there.
         otherwise: why there are no tests of it for some architectures.
     """
 
     title: str
     meaning: str
     tests: tuple[str, ...]
+    absence: str = ""
     otherwise: str = ""
 
 
@@ -62,7 +66,7 @@ CAPABILITIES = (
         "noted",
         "the model's own `output_hidden_states` show what was written",
         ("test_what_a_model_notes_of_its_blocks_is_what_was_written",),
-        "it takes something else than text, and this is tested of text",
+        otherwise="it takes something else than text, and this is tested of text",
     ),
     Capability(
         "gradients",
@@ -83,7 +87,7 @@ CAPABILITIES = (
             "test_prompts_of_a_batch_show_by_name_what_they_do_alone",
             "test_what_is_written_by_name_for_a_prompt_of_a_batch_reaches_it_alone",
         ),
-        TEXT_ONLY,
+        otherwise=TEXT_ONLY,
     ),
     Capability(
         "generation",
@@ -96,12 +100,13 @@ CAPABILITIES = (
             "test_what_has_a_name_in_a_step_is_what_it_is_in_one_forward_of_all_steps",
             "test_a_token_that_is_written_into_logits_is_the_next",
         ),
-        NOT_GENERATED,
+        otherwise=NOT_GENERATED,
     ),
     Capability(
         "cache",
         "a block's keys and values in a generation",
         ("test_with_a_cache_a_block_gives_its_keys_and_values",),
+        "test_a_block_with_a_state_gives_no_keys_and_values",
         NOT_GENERATED,
     ),
     Capability(
@@ -112,6 +117,7 @@ CAPABILITIES = (
             "test_writes_to_what_is_added_reach_what_leaves_the_block",
             "test_writes_to_residual_out_are_what_the_next_block_is_given",
         ),
+        "test_where_blocks_normalise_the_sum_there_is_no_residual_stream",
     ),
     Capability(
         "heads",
@@ -122,16 +128,19 @@ CAPABILITIES = (
             "test_writes_to_what_heads_add_leave_the_bias_alone",
             "test_output_projections_make_with_their_weights_what_they_return",
         ),
+        "test_without_attention_nothing_has_a_name_of_its",
     ),
     Capability(
         "W_Q",
         "`W_Q`, `W_K` and `W_V`, with which `q`, `k` and `v` are made",
         ("test_queries_keys_and_values_are_made_with_their_weights",),
+        "test_where_no_matrix_makes_queries_keys_and_values_this_is_said",
     ),
     Capability(
         "patterns",
         "`pattern` is what the model itself returns as its attentions",
         ("test_patterns_are_what_hugging_face_returns",),
+        "test_without_attention_nothing_has_a_name_of_its",
     ),
     Capability(
         "MLP",
@@ -140,16 +149,19 @@ CAPABILITIES = (
             "test_mlps_are_what_stands_around_their_nonlinearity",
             "test_mlps_make_with_their_weights_what_has_a_name_in_them",
         ),
+        "test_without_an_mlp_nothing_has_a_name_in_it",
     ),
     Capability(
         "experts",
         "`router` and `weights`: read and written",
         ("test_experts_are_weighted_with_what_is_said_to_weight_them",),
+        "test_without_experts_nothing_has_a_name_of_theirs",
     ),
     Capability(
         "logits",
         "`logits`: read and written",
         ("test_logits_are_read_and_written",),
+        "test_a_model_that_gives_no_logits_says_so",
     ),
     Capability(
         "W_E",
@@ -158,6 +170,7 @@ CAPABILITIES = (
             "test_the_embedding_is_what_the_prompt_goes_through",
             "test_tokens_are_embedded_and_unembedded_with_these_weights",
         ),
+        "test_without_tokens_there_are_no_weights_of_their_embedding",
     ),
 )
 
@@ -192,22 +205,21 @@ def results(*xmls: str) -> dict[tuple[str, str], Result]:
     Args:
         xmls: what pytest wrote with `--junit-xml`, in one or more runs.
     """
-    seen: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    seen: dict[tuple[str, str], list[bool]] = {}
     cases = [case for xml in xmls for case in ElementTree.fromstring(xml).iter("testcase")]
     for case in cases:
         name, _, given = case.attrib["name"].partition("[")
         architecture = _named(given.rstrip("]"))
         if architecture is not None:
-            seen.setdefault((architecture, name), []).append(_outcome(case))
-    found: dict[tuple[str, str], Result] = {}
+            seen.setdefault((architecture, name), []).append(_passed(case))
     ran = {architecture for architecture, _ in seen}
-    for one in EVERY:
-        for capability in CAPABILITIES:
-            outcomes = [seen.get((one.name, test)) for test in capability.tests]
-            found[one.name, capability.title] = (
-                _result(outcomes, capability) if one.name in ran else Result(False, NOT_THERE)
-            )
-    return found
+    return {
+        (one.name, capability.title): (
+            _result(one.name, capability, seen) if one.name in ran else Result(False, NOT_THERE)
+        )
+        for one in EVERY
+        for capability in CAPABILITIES
+    }
 
 
 def _named(given: str) -> str | None:
@@ -217,23 +229,21 @@ def _named(given: str) -> str | None:
     return next((name for name in names if re.search(around.format(name), given)), None)
 
 
-def _outcome(case: ElementTree.Element) -> tuple[str, str]:
-    for kind in ("failure", "error", "skipped"):
-        found = case.find(kind)
-        if found is not None:
-            return kind, found.attrib.get("message", "")
-    return "passed", ""
+def _passed(case: ElementTree.Element) -> bool:
+    """Whether a test ran to its end and found nothing wrong: not if it skipped either."""
+    return all(case.find(kind) is None for kind in ("failure", "error", "skipped"))
 
 
-def _result(outcomes: Sequence[list[tuple[str, str]] | None], capability: Capability) -> Result:
-    if all(outcome is None for outcome in outcomes):
+def _result(
+    architecture: str, capability: Capability, seen: Mapping[tuple[str, str], list[bool]]
+) -> Result:
+    reason = ABSENT.get(capability.title, {}).get(architecture, "")
+    tests = (capability.absence,) if reason else capability.tests
+    outcomes = [seen.get((architecture, test), []) for test in tests]
+    if not reason and not any(outcomes):
         return Result(False, capability.otherwise)
-    every = [one for outcome in outcomes for one in outcome or [("failure", "")]]
-    if all(kind == "passed" for kind, _ in every):
-        return Result(True)
-    if any(kind in ("failure", "error") for kind, _ in every):
-        return Result(False)
-    return Result(False, next(message for kind, message in every if kind == "skipped"))
+    passed = all(outcome and all(outcome) for outcome in outcomes)
+    return Result(passed and not reason, reason if passed else "")
 
 
 def table(runs: Mapping[str, Mapping[tuple[str, str], Result]]) -> str:

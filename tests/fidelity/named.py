@@ -13,17 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from insitu import LanguageModel, Model
+from insitu import LanguageModel, Model, PathError
 from tests.fidelity.zoo import ZOO, module_of
+from tests.fidelity.zoo.absent import UNNAMED
 from tests.fidelity.zoo.layers import layer
-
-# Blocks of these normalise the sum of the stream and what is added to it.
-POST_NORM = {"bert", "roberta", "distilbert", "bart"}
-ELSEWHERE = "its attention is in no block: the blocks share it"
-NORMALISES = "its blocks normalise the sum of the residual stream and what is added to it"
-# Of these, blocks have something else than one attention and one MLP.
-NO_ATTENTION = {"mamba", "mamba2", "rwkv"}
-
 
 # Their eager attention computes something else, so it is chosen for the whole model.
 EAGER = {"falcon-alibi"}
@@ -56,15 +49,34 @@ def stacks(name: str, model: Any) -> list[list[Any]]:
     return found
 
 
-def last_blocks(name: str, model: Any) -> list[Any]:
-    """A block of each kind in each stack: the last."""
+def named_stacks(name: str, model: Any) -> list[list[Any]]:
+    """The stacks whose blocks have standard names, which are all but those said to have none."""
     found = []
     for stack in stacks(name, model):
+        unnamed = any(part in stack[0].path.split(".") for part in UNNAMED.get(name, ()))
+        assert all(bool(list(block.role)) != unnamed for block in stack), stack[0].path
+        if not unnamed:
+            found.append(stack)
+    assert found
+    return found
+
+
+def last_blocks(name: str, model: Any) -> list[Any]:
+    """A block of each kind in each stack with standard names: the last."""
+    found = []
+    for stack in named_stacks(name, model):
         kinds: dict[Any, Any] = {}
         for block in stack:
             kinds[tuple(block.role)] = block
         found.extend(kinds.values())
-    return [block for block in found if list(block.role)]
+    return found
+
+
+def missing(part: Any, name: str, *, match: str) -> None:
+    """Asserts that a name of a model, a block or a part of it is said not to be there, and why."""
+    assert name not in list(part.role), part.path
+    with pytest.raises(PathError, match=f"has no `{name}`: .*{match}"):
+        part.role[name]
 
 
 def close(
@@ -233,20 +245,20 @@ def without(name: str, part: Any, key: str, *read: str) -> list[torch.Tensor]:
     return [one.value for one in saved]
 
 
+def attention_roles(block: Any) -> list[str]:
+    """Which attention there is in a block: where there is a layer that it ends in."""
+    roles = [r for r in ("attention", "cross_attention") if layer(block.module, f"{r}.out")]
+    assert there(block, "attention", "cross_attention") == roles, block.path
+    return roles
+
+
 def attentions(block: Any) -> list[Any]:
-    return [block.role[key] for key in there(block, "attention", "cross_attention")]
+    return [block.role[role] for role in attention_roles(block)]
 
 
-def attending(name: str) -> None:
-    """Goes on for models with attention in some block only."""
-    if name in NO_ATTENTION:
-        for stack in stacks(name, kept(name)):
-            assert not any(attentions(block) for block in stack)
-        pytest.skip("it has no attention")
-
-
-def attentions_of(module: nn.Module, inputs: Any, path: str) -> Any:
-    """The patterns that the model itself returns with eager attention, of one stack."""
+def attentions_of(name: str, inputs: Any, stack: str) -> dict[str, tuple[torch.Tensor, ...]]:
+    """The patterns that the model itself returns with eager attention, of a stack, by role."""
+    module = kept(name).module
     configs = {id(p.config): p.config for p in module.modules() if hasattr(p, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
@@ -254,21 +266,18 @@ def attentions_of(module: nn.Module, inputs: Any, path: str) -> Any:
             vars(config)["_attn_implementation_internal"] = "eager"
         with torch.no_grad():
             output = module(**inputs, output_attentions=True)
-    except Exception:
-        return None
     finally:
         for key, config in configs.items():
             vars(config)["_attn_implementation_internal"] = before[key]
-    names = ["attentions"]
-    if "encoder" in path.split("."):
-        names = ["encoder_attentions", "attentions"]
-    elif "decoder" in path.split("."):
-        names = ["decoder_attentions", "attentions"]
-    for name in names:
-        value = getattr(output, name, None)
-        if value:
-            return [one for one in value if one is not None] or None
-    return None
+    if ZOO[name].kind == "contrastive":  # a tower each for images and text
+        output = output[f"{stack.partition('.')[0]}_output"]
+    names = {"attention": "attentions"}
+    if "encoder_attentions" in output:
+        side = "decoder" if "decoder" in stack.split(".") else "encoder"
+        names = {"attention": f"{side}_attentions"}
+        if side == "decoder":
+            names["cross_attention"] = "cross_attentions"
+    return {role: output[key] for role, key in names.items()}
 
 
 @pytest.fixture(autouse=True)

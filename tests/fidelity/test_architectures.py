@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from insitu import LanguageModel, Model, UnknownShapeError
+from insitu import LanguageModel, Model, ShapeError, UnknownShapeError
 from tests.fidelity import twin
 from tests.fidelity.twin import Place, tensors
 from tests.fidelity.zoo import VOCABULARY, ZOO
+from tests.fidelity.zoo.absent import WITH_EXPERTS, having, lacking
 
 OLD = version("transformers").startswith("4.")
-LOOPED_OVER = {"mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss", "jamba", "qwen3-next"}
+LOOPED_OVER = WITH_EXPERTS - {"llama4"}
 
 pytestmark = pytest.mark.no_wire  # what is sent does not depend on the architecture
 
@@ -178,25 +179,38 @@ def test_the_blocks_are_found(name: str) -> None:
     assert set(views) == {path for stack in blocks_of(name) for path in stack}
 
 
-@GENERATING
+@pytest.mark.parametrize("name", [name for name in having("cache") if ZOO[name].generates])
 def test_with_a_cache_a_block_gives_its_keys_and_values(name: str) -> None:
-    model, ids, stacks = model_of(name), ZOO[name].inputs()["input_ids"], blocks_of(name)
-    options = {**STEPS, "max_new_tokens": 1, "min_new_tokens": 1}
-    expected = generated(name, ids, read=[], **options, return_dict_in_generate=True).result
-    held = keys_and_values(expected.get("past_key_values", expected.get("cache_params")))
-    with model.generate(ids, **options):
-        saved = {path: at(name, path).output.save() for path in every_block(name)}
-    for stack in stacks:
+    shown, held = cached(name)
+    assert held
+    for stack in blocks_of(name):
         for layer, path in enumerate(stack):
-            _, *more = saved[path].value
-            own = held.get(layer) if stack is stacks[-1] else None  # an encoder has none
+            _, *more = shown[path]
+            own = held.get(layer) if stack is blocks_of(name)[-1] else None  # an encoder has none
             assert len(more) == (own is not None), path
             for pair in more:
-                assert_same(pair, own, path)
+                assert_same(pair, own or [], path)
                 assert all(tensor.ndim == 4 for tensor in pair)
-    assert bool(held) == ZOO[name].cached
-    if not held:
-        pytest.skip("it has a state in the place of keys and values")
+
+
+@pytest.mark.parametrize("name", lacking("cache"))
+def test_a_block_with_a_state_gives_no_keys_and_values(name: str) -> None:
+    shown, held = cached(name)
+    assert not held and all(len(output) == 1 for output in shown.values())
+    with pytest.raises(ShapeError, match="tuple index out of range"):
+        with model_of(name).generate(ZOO[name].inputs()["input_ids"], max_new_tokens=1):
+            at(name, blocks_of(name)[-1][-1]).output[1].save()
+
+
+def cached(name: str) -> tuple[dict[str, Any], dict[int, list[torch.Tensor]]]:
+    """What blocks show in a step with a cache, and what keys and values that holds by layer."""
+    model, ids = model_of(name), ZOO[name].inputs()["input_ids"]
+    options = {**STEPS, "max_new_tokens": 1, "min_new_tokens": 1}
+    expected = generated(name, ids, read=[], **options, return_dict_in_generate=True).result
+    with model.generate(ids, **options):
+        saved = {path: at(name, path).output.save() for path in every_block(name)}
+    held = keys_and_values(expected.get("past_key_values", expected.get("cache_params")))
+    return {path: one.value for path, one in saved.items()}, held
 
 
 def keys_and_values(past: Any) -> dict[int, list[torch.Tensor]]:

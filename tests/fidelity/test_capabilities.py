@@ -16,8 +16,9 @@ from tests.fidelity import (
     test_named_weights,
     test_standard_names,
 )
-from tests.fidelity.capabilities import CAPABILITIES, KINDS, results, table
+from tests.fidelity.capabilities import CAPABILITIES, KINDS, Capability, results, table
 from tests.fidelity.zoo import EVERY
+from tests.fidelity.zoo.absent import ABSENT
 
 MODULES = (
     *(test_architectures, test_standard_names, test_named_weights, test_named_logits),
@@ -36,9 +37,29 @@ def rows() -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_every_test_of_architectures_shows_a_capability() -> None:
+def test_every_test_of_architectures_shows_a_capability_or_that_it_is_not_there() -> None:
     listed = [test for one in CAPABILITIES for test in one.tests]
-    assert sorted(listed) == sorted(name for module in MODULES for name in names_in(module))
+    absences = {one.absence for one in CAPABILITIES if one.absence}
+    assert len(listed) == len(set(listed)) and not absences & set(listed)
+    assert {*listed, *absences} == {name for module in MODULES for name in names_in(module)}
+
+
+def test_what_is_not_there_is_written_down_of_what_there_is() -> None:
+    assert set(ABSENT) == {one.title for one in CAPABILITIES if one.absence}
+    names = {one.name for one in EVERY}
+    for absent in ABSENT.values():
+        assert set(absent) < names and all(absent.values())
+
+
+def test_no_cell_says_that_something_works_which_is_not_there() -> None:
+    cells = {
+        (row[0], title): cell
+        for row in rows()[2:]
+        for title, cell in zip(TITLES, row[1:], strict=True)
+    }
+    for title, absent in ABSENT.items():
+        for name in absent:
+            assert cells[name, title][0] in "—*", (name, title)
 
 
 def test_the_page_has_a_column_for_each_capability_and_a_row_for_each_architecture() -> None:
@@ -65,22 +86,45 @@ SKIPPED = '<skipped message="why not"/>'
 FAILED = '<failure message="it failed"/>'
 
 
-def outcome(**bodies: str) -> dict[str, tuple[bool, str]]:
-    """What comes of some capabilities of gpt2, of which all tests but those given pass."""
+def outcome(name: str = "gpt2", **bodies: str) -> dict[str, tuple[bool, str]]:
+    """What comes of the capabilities of one architecture.
+
+    Args:
+        name: which.
+        bodies: what came of some tests of those that it has, if not that they passed; "none" if
+            they did not run.
+    """
+    tests = [test for one in CAPABILITIES for test in shown_by(one, name)]
     cases = [
-        CASE.format(test, "gpt2", bodies.get(test, ""))
-        for one in CAPABILITIES
-        for test in one.tests
+        CASE.format(test, name, bodies.get(test, ""))
+        for test in dict.fromkeys(tests)
+        if bodies.get(test) != "none"
     ]
     found = results(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
-    return {title: (found["gpt2", title].works, found["gpt2", title].reason) for title in TITLES}
+    return {title: (found[name, title].works, found[name, title].reason) for title in TITLES}
+
+
+def shown_by(one: Capability, name: str) -> tuple[str, ...]:
+    """Which tests are about a capability of an architecture: of it, or that it is not there."""
+    return (one.absence,) if name in ABSENT.get(one.title, {}) else one.tests
 
 
 def test_something_works_only_where_all_tests_of_it_ran_and_passed() -> None:
-    assert set(outcome().values()) == {(True, "")}
-    assert outcome(test_a_vector_steers=FAILED)["write"] == (False, "")
-    assert outcome(test_a_vector_steers=SKIPPED)["write"] == (False, "why not")
-    assert outcome(test_a_vector_steers=SKIPPED)["read"] == (True, "")
+    every = outcome()
+    assert every.pop("experts") == (False, "it has no experts")
+    assert set(every.values()) == {(True, "")}
+    for body in (FAILED, SKIPPED, "none"):
+        found = outcome(test_a_vector_steers=body)
+        assert found["write"] == (False, "")
+        assert found["read"] == (True, "")
+
+
+def test_something_is_not_there_only_where_a_test_of_that_ran_and_passed() -> None:
+    assert outcome("mamba")["heads"] == (False, "it has no attention")
+    for body in (FAILED, SKIPPED, "none"):
+        found = outcome("mamba", test_without_attention_nothing_has_a_name_of_its=body)
+        assert found["heads"] == found["patterns"] == (False, "")
+        assert found["W_Q"] == (False, "it has no attention")
 
 
 def test_what_did_not_run_is_said_not_to_work() -> None:
@@ -103,18 +147,19 @@ def test_architectures_are_told_apart_among_parameters(given: str, name: str) ->
 
 def test_versions_are_told_apart() -> None:
     cases = [
-        CASE.format(test, one.name, "" if one.name != "mamba" else SKIPPED)
+        CASE.format(test, one.name, "")
         for one in EVERY
-        for capability in CAPABILITIES
-        for test in capability.tests
+        for test in dict.fromkeys(t for each in CAPABILITIES for t in shown_by(each, one.name))
     ]
     good = results(f"<testsuites>{''.join(cases)}</testsuites>")
     bad = results(f"<testsuites>{''.join(cases).replace('[gpt2]', '[none]')}</testsuites>")
     lines = table({"5.1.0": good, "4.9.0": bad}).splitlines()
-    (gpt2,) = [line for line in lines if line.startswith("| gpt2 |")]
-    assert gpt2 == f"| gpt2 |{' 5 |' * len(TITLES)}"
-    (llama,) = [line for line in lines if line.startswith("| llama |")]
-    assert llama == f"| llama |{' both |' * len(TITLES)}"
-    (mamba,) = [line for line in lines if line.startswith("| mamba |")]
-    assert mamba == f"| mamba |{' — (a) |' * len(TITLES)}"
-    assert "- (a) why not." in lines
+    cells = {line.split(" ")[1]: line.strip("| ").split(" | ")[1:] for line in lines if "|" in line}
+    at = TITLES.index("experts")
+    assert cells["gpt2"][:at] == ["5"] * at and cells["gpt2"][at] == "— (a)"
+    assert set(cells["llama"]) == {"both", "— (a)"} and cells["llama"][at] == "— (a)"
+    assert cells["mixtral"][at] == "both"
+    assert "- (a) it has no experts." in lines
+    mamba = dict(zip(TITLES, cells["mamba"], strict=True))
+    assert mamba["heads"] == mamba["patterns"] == mamba["W_Q"] != mamba["experts"]
+    assert f"- {mamba['heads'][2:]} it has no attention." in lines

@@ -11,6 +11,7 @@ import torch
 from tests.fidelity.named import (
     ADDED,
     Seen,
+    attention_roles,
     by_heads,
     close,
     eager_is_expected,  # noqa: F401
@@ -67,12 +68,12 @@ def expected_gradients(block: Any, seen: Seen) -> Iterator[tuple[str, torch.Tens
     if there(block, "residual_in"):
         yield "residual_in", seen["block", "input"][0].grad
         yield "residual_out", leaving
-    for role in there(block, "attention", "cross_attention"):
+    for role in attention_roles(block):
         given, made = seen[f"{role}.out", "input"][0], seen[f"{role}.out", "output"][0]
         heads = block.role[role].W_O.shape[0]
         yield f"{role}.z", by_heads(given.grad.view(*made.shape[:2], -1), heads)
         yield f"{role}.result", made.grad.unsqueeze(1).expand(-1, heads, -1, -1)
-    if "mlp" in list(block.role) and seen["mlp.out", "input"]:
+    if seen["mlp.out", "input"]:
         given = seen["mlp.out", "input"][0].grad
         yield "mlp.post", given.view(*leaving.shape[:2], -1)
 

@@ -10,27 +10,16 @@ import torch
 from insitu import PathError
 from tests.fidelity.named import close, kept, opened, plain_forward, tapped
 from tests.fidelity.zoo import VOCABULARY, ZOO
+from tests.fidelity.zoo.absent import having, lacking
 
 pytestmark = pytest.mark.no_wire  # what is sent does not depend on the architecture
 
-# They take or give no tokens, or compare images with texts.
-NO_EMBEDDING, NO_LOGITS = {"vit", "clip"}, {"clip"}
 GENERATING = [name for name, one in ZOO.items() if one.generates]
 
 
-def missing(name: str, *keys: str) -> None:
-    for key in keys:
-        with pytest.raises(PathError, match=f"has no `{key}`"):
-            with opened(kept(name), name, ZOO[name].inputs()):
-                getattr(kept(name), key)
-
-
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", having("W_E"))
 def test_tokens_are_embedded_and_unembedded_with_these_weights(name: str) -> None:
     model, inputs = kept(name), ZOO[name].inputs(4, 7)
-    if name in NO_EMBEDDING:
-        missing(name, "W_E", "W_U")
-        pytest.skip("its ends are no tokens")
     embedding = model.module.get_input_embeddings()
     assert torch.equal(model.W_E, embedding.weight)
     assert model.W_E.shape == (VOCABULARY, 16) and model.W_U.shape == (16, VOCABULARY)
@@ -42,12 +31,23 @@ def test_tokens_are_embedded_and_unembedded_with_these_weights(name: str) -> Non
     close(given @ model.W_U + bias, made, name)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", lacking("W_E"))
+def test_without_tokens_there_are_no_weights_of_their_embedding(name: str) -> None:
+    for key, match in (("W_E", "no embedding of tokens"), ("W_U", "no unembedding")):
+        with pytest.raises(PathError, match=f"has no `{key}`: this model has {match}"):
+            getattr(kept(name), key)
+
+
+@pytest.mark.parametrize("name", lacking("logits"))
+def test_a_model_that_gives_no_logits_says_so(name: str) -> None:
+    with pytest.raises(PathError, match="has no `logits`: this model gives no logits"):
+        with opened(kept(name), name, ZOO[name].inputs()):
+            kept(name).logits.save()
+
+
+@pytest.mark.parametrize("name", having("logits"))
 def test_logits_are_read_and_written(name: str) -> None:
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
-    if name in NO_LOGITS:
-        missing(name, "logits")
-        pytest.skip("it gives no logits")
     with torch.no_grad():
         expected = plain_forward(name, inputs)
     noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.fidelity.named import (
+    attention_roles,
     by_heads,
     changed_place,
     close,
@@ -112,10 +113,10 @@ def hooked_values(
     if there(block, "residual_in"):
         found[".residual_in", "residual_in"] = seen["block", "input"][0]
         found[".residual_out", "residual_out"] = leaving
-    for role in there(block, "attention", "cross_attention"):
+    for role in attention_roles(block):
         given = seen[f"{role}.out", "input"][0].view(*leaving.shape[:2], -1)
         found[f"{role}.z", "z"] = by_heads(given, block.role[role].W_O.shape[0])
-    if "mlp" in list(block.role) and seen["mlp.out", "input"]:
+    if seen["mlp.out", "input"]:
         found["mlp.post", "post"] = seen["mlp.out", "input"][0].view(*leaving.shape[:2], -1)
     assert found
     return found

@@ -15,11 +15,8 @@ import torch
 
 from tests.fidelity.named import (
     ADDED,
-    ELSEWHERE,
-    NO_ATTENTION,
-    NORMALISES,
-    POST_NORM,
-    attending,
+    VALUES,
+    attention_roles,
     attentions,
     attentions_of,
     close,
@@ -27,13 +24,16 @@ from tests.fidelity.named import (
     hooked,
     kept,
     last_blocks,
+    missing,
+    named_stacks,
     opened,
     shape_of,
-    stacks,
     there,
     without,
 )
 from tests.fidelity.zoo import ZOO
+from tests.fidelity.zoo.absent import WITH_EXPERTS, having, lacking
+from tests.fidelity.zoo.layers import layer
 
 # Their scores go through a tanh.
 CAPPED = {"gemma2"}
@@ -41,13 +41,9 @@ CAPPED = {"gemma2"}
 SHIFTED = {"gpt-oss"}
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", having("residual"))
 def test_what_is_added_to_the_residual_stream_makes_what_leaves_the_block(name: str) -> None:
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
-    if name in POST_NORM:
-        for block in last_blocks(name, model):
-            assert not there(block, "residual_in", "residual_mid", "residual_out", *ADDED)
-        pytest.skip(NORMALISES)
     for block in last_blocks(name, model):
         names = there(block, "residual_in", "residual_mid", "residual_out", *ADDED)
         assert names, block.path
@@ -62,10 +58,16 @@ def test_what_is_added_to_the_residual_stream_makes_what_leaves_the_block(name: 
             close(values["residual_mid"] + values["mlp_out"], values["residual_out"], block.path)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", lacking("residual"))
+def test_where_blocks_normalise_the_sum_there_is_no_residual_stream(name: str) -> None:
+    for stack in named_stacks(name, kept(name)):
+        for block in stack:
+            for key in VALUES[""]:
+                missing(block, key, match="no sum of what it is given and what it adds")
+
+
+@pytest.mark.parametrize("name", having("residual"))
 def test_writes_to_what_is_added_reach_what_leaves_the_block(name: str) -> None:
-    if name in POST_NORM:
-        pytest.skip(NORMALISES)
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
     for block in last_blocks(name, model):
         for key in there(block, *ADDED):
@@ -95,9 +97,17 @@ def repeated(heads: torch.Tensor, count: int) -> torch.Tensor:
     return heads.repeat_interleave(count // heads.shape[1], dim=1)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", lacking("heads"))
+def test_without_attention_nothing_has_a_name_of_its(name: str) -> None:
+    for stack in named_stacks(name, kept(name)):
+        for block in stack:
+            assert not attention_roles(block)
+            for key in ("attention", "attention_out"):
+                missing(block, key, match="there is no attention in this block")
+
+
+@pytest.mark.parametrize("name", having("heads"))
 def test_heads_hang_together_as_attention_does(name: str) -> None:
-    attending(name)
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
     found = 0
     for block in last_blocks(name, model):
@@ -140,35 +150,29 @@ def test_heads_hang_together_as_attention_does(name: str) -> None:
             if name not in CAPPED:
                 scale = (added * products).sum() / (products * products).sum()
                 close(added, scale * products, what)
-    if not found:
-        assert name in ("zamba2",)
-        pytest.skip(ELSEWHERE)
+    assert found
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", having("patterns"))
 def test_patterns_are_what_hugging_face_returns(name: str) -> None:
-    attending(name)
-    model, inputs = kept(name), ZOO[name].inputs(2, 7)
-    compared = 0
-    for stack in stacks(name, model):
-        blocks = [block for block in stack if "attention" in list(block.role)]
-        if not blocks:
-            continue
-        with opened(model, name, inputs):
-            saved = [block.role["attention"].pattern.save() for block in blocks]
-        theirs = attentions_of(model.module, inputs, blocks[0].path)
-        if theirs is None:
-            continue
-        for found, expected in zip(saved, theirs, strict=True):
-            compared += 1
-            close(found.value, expected[..., : found.value.shape[-1]].float(), limit=1e-6)
-    if not compared:
-        pytest.skip("it returns no attention patterns to compare with")
+    inputs = ZOO[name].inputs(2, 7)
+    for stack in named_stacks(name, kept(name)):
+        with opened(kept(name), name, inputs):
+            saved = [
+                (role, block.role[role].pattern.save())
+                for block in stack
+                for role in attention_roles(block)
+            ]
+        theirs = attentions_of(name, inputs, stack[0].path)
+        assert {role for role, _ in saved} == theirs.keys()
+        for role, patterns in theirs.items():
+            own = [pattern.value for other, pattern in saved if other == role]
+            for found, expected in zip(own, patterns, strict=True):
+                close(found, expected[..., : found.shape[-1]].float(), limit=1e-6)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", having("heads"))
 def test_writes_to_heads_do_what_attention_makes_of_them(name: str) -> None:
-    attending(name)
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
     found = 0
     for block in last_blocks(name, model):
@@ -191,29 +195,23 @@ def test_writes_to_heads_do_what_attention_makes_of_them(name: str) -> None:
             assert float(scores.abs().max()) == 0
             close(pattern, pattern[..., :1].expand_as(pattern), what)
             found += 1
-    if not found:
-        pytest.skip(ELSEWHERE)
+    assert found
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", having("residual"))
 def test_writes_to_residual_out_are_what_the_next_block_is_given(name: str) -> None:
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
-    compared = 0
-    for stack in stacks(name, model):
+    for stack in named_stacks(name, model):
+        assert len(stack) > 1
         for block, following in itertools.pairwise(stack):
-            if not there(block, "residual_out"):
-                continue
             noise = torch.randn(shape_of(name, block, "residual_out"))
             with hooked(following.module) as seen, opened(model, name, inputs):
                 block.residual_out = noise
                 following.output[0].save()
             assert torch.equal(seen["input"], noise), block.path
-            compared += 1
-    if not compared:
-        pytest.skip(NORMALISES)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in NO_ATTENTION])
+@pytest.mark.parametrize("name", having("heads"))
 def test_writes_to_what_heads_add_leave_the_bias_alone(name: str) -> None:
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
     compared = 0
@@ -230,8 +228,7 @@ def test_writes_to_what_heads_add_leave_the_bias_alone(name: str) -> None:
                 saved.append(out)
             close(saved[1].value - saved[0].value, noise.sum(1), block.path, 1e-4)
             compared += 1
-    if not compared:
-        pytest.skip(ELSEWHERE)
+    assert compared
 
 
 def projection_output(attention: Any) -> Any:
@@ -250,16 +247,15 @@ def projection_output(attention: Any) -> Any:
     raise AssertionError(attention.path)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", having("MLP"))
 def test_mlps_are_what_stands_around_their_nonlinearity(name: str) -> None:
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
     found = 0
     for block in last_blocks(name, model):
-        if "mlp" not in list(block.role):
+        if layer(block.module, "mlp.into") is None:
+            assert "mlp" not in list(block.role) or "experts" in list(block.role), block.path
             continue
         mlp = block.role["mlp"]
-        if "experts" in list(block.role):
-            continue
         found += 1
         assert there(mlp, "pre", "post") == ["pre", "post"], block.path
         with opened(model, name, inputs):
@@ -279,17 +275,27 @@ def test_mlps_are_what_stands_around_their_nonlinearity(name: str) -> None:
             mlp.post[:, 2] = 0
             changed = block.mlp_out.save()
         close(changed.value[:, 2], out.value[:, 2], block.path)
-    if not found:
-        pytest.skip("it has no MLP but experts, or none at all")
+    assert found
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", lacking("MLP"))
+def test_without_an_mlp_nothing_has_a_name_in_it(name: str) -> None:
+    for stack in named_stacks(name, kept(name)):
+        for block in stack:
+            assert layer(block.module, "mlp.into") is None
+            if name in WITH_EXPERTS:
+                for key in ("pre", "post"):
+                    missing(block.role["mlp"], key, match="its MLP consists of experts")
+            else:
+                missing(block, "mlp", match="there is no MLP in this block")
+
+
+@pytest.mark.parametrize("name", having("experts"))
 def test_experts_are_weighted_with_what_is_said_to_weight_them(name: str) -> None:
     """Without weights, what is left is what the model makes with experts that give nothing."""
     model, inputs = kept(name), ZOO[name].inputs(2, 7)
     blocks = [block for block in last_blocks(name, model) if "experts" in list(block.role)]
-    if not blocks:
-        pytest.skip("it has no experts")
+    assert blocks
     for block in blocks:
         experts = block.role["experts"]
         assert there(experts, "router", "weights") == ["router", "weights"]
@@ -320,11 +326,21 @@ def test_experts_are_weighted_with_what_is_said_to_weight_them(name: str) -> Non
         close(found.value, expected.value, block.path)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].takes_text])
+@pytest.mark.parametrize("name", lacking("experts"))
+def test_without_experts_nothing_has_a_name_of_theirs(name: str) -> None:
+    for stack in named_stacks(name, kept(name)):
+        for block in stack:
+            missing(block, "experts", match="there are no experts in this block")
+
+
+@pytest.mark.parametrize("name", having("W_E"))
 def test_the_embedding_is_what_the_prompt_goes_through(name: str) -> None:
     model, inputs = kept(name), ZOO[name].inputs(1, 7)
     with opened(model, name, inputs):
         given = model.embedding.input.save()
         vectors = model.embedding.output.save()
-    assert torch.equal(given.value, inputs["input_ids"])
-    assert vectors.shape[:2] == inputs["input_ids"].shape
+    ids = inputs["decoder_input_ids" if ZOO[name].kind == "audio" else "input_ids"]
+    assert torch.equal(given.value, ids)
+    scale = 4 if name.startswith("gemma") else 1  # the root of `d_model`
+    expected = model.module.get_input_embeddings().weight.detach()[ids] * scale
+    assert torch.equal(vectors.value, expected)
