@@ -260,19 +260,80 @@ def spread(found: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore:.*eager:UserWarning")
 def test_rows_of_patterns(language_model: LanguageModel) -> None:
-    """With all that attention gives at a position, its heads' patterns and values matter."""
-    model = language_model
+    """What a head gives at a position is its row of the other run's pattern, of its own values."""
+    model, module = language_model, language_model.module
     both = activation_patching(
         model, CLEAN[0], CORRUPTED[0], METRIC, sites="pattern", by=("layer", "query", "head")
     )
     assert both.sizes == {"layer": model.n_layers, "query": 5, "head": 4}
     assert both.values[:, 0].abs().max() < 1e-4  # the first token looks at itself
-    assert both.values[0, 1].abs().max() > 1e-6
     assert len(both.tokens[0]) == 5
-    whole = activation_patching(
-        model, CLEAN[0], CORRUPTED[0], METRIC, sites=["pattern"], by=("head", "key"), layers=[1]
-    )
-    assert whole.sizes == {"site": 1, "head": 4, "key": 5}
+    start, end = (difference(logits(module, ids)) for ids in (CORRUPTED[0], CLEAN[0]))
+    for layer in range(model.n_layers):
+        pattern = patterns_of(module, CLEAN[0])[layer]
+        values = values_of(module, CORRUPTED[0], layer)
+        for query, number in ((1, 0), (4, 3)):
+            row, part = pattern[number, query] @ values[number], head(number)[1]
+
+            def put(z: torch.Tensor, at=query, part=part, row=row) -> None:
+                z[0, at, part] = row
+
+            with seeing(module, "z", layer, put):
+                expected = difference(logits(module, CORRUPTED[0]))
+            found = both.values[layer, query, number]
+            torch.testing.assert_close(
+                found, (expected - start) / (end - start), rtol=1e-3, atol=1e-5
+            )
+            assert (found.abs() > 1e-6) == (query == 4 or layer < model.n_layers - 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*eager:UserWarning")
+def test_columns_of_patterns(gpt2: LanguageModel) -> None:
+    module = gpt2.module
+    spread_out(module)
+    columns = activation_patching(
+        gpt2, CLEAN[0], CORRUPTED[0], METRIC, sites=["pattern"], by=("head", "key"), layers=[1],
+        normalised=False,
+    )  # fmt: skip
+    assert columns.sizes == {"site": 1, "head": 4, "key": 5}
+    clean, own = (patterns_of(module, ids)[1] for ids in (CLEAN[0], CORRUPTED[0]))
+    values = values_of(module, CORRUPTED[0], 1)
+    for number, key in ((0, 0), (2, 1)):
+        pattern = own[number].clone()
+        pattern[:, key] = clean[number, :, key]
+        part, made = head(number)[1], pattern @ values[number]
+
+        def put(z: torch.Tensor, part=part, made=made) -> None:
+            z[0, :, part] = made
+
+        with seeing(module, "z", 1, put):
+            expected = difference(logits(module, CORRUPTED[0]))
+        torch.testing.assert_close(columns.values[0, number, key], expected, rtol=1e-4, atol=1e-5)
+
+
+def patterns_of(module: nn.Module, ids: list[int]) -> torch.Tensor:
+    """What Hugging Face returns as attentions, `(layer, head, query, key)`."""
+    config = vars(module.config)
+    before, config["_attn_implementation_internal"] = module.config._attn_implementation, "eager"
+    try:
+        with torch.no_grad():
+            output = module(torch.tensor([ids]), use_cache=False, output_attentions=True)
+    finally:
+        config["_attn_implementation_internal"] = before
+    return torch.cat(output.attentions)
+
+
+def values_of(module: nn.Module, ids: list[int], layer: int) -> torch.Tensor:
+    """The values of a layer's heads, `(head, position, d_head)`, from what projects them."""
+    gpt2, seen = module.config.model_type == "gpt2", []
+    blocks = module.transformer.h if gpt2 else module.model.layers
+    owner = blocks[layer].attn.c_attn if gpt2 else blocks[layer].self_attn.v_proj
+    handle = owner.register_forward_hook(lambda part, args, output: seen.append(output[0]))
+    logits(module, ids)
+    handle.remove()
+    value = seen[0][:, 32:] if gpt2 else seen[0]
+    heads = value.unflatten(-1, (-1, WIDTH)).transpose(0, 1)
+    return heads.repeat_interleave(4 // len(heads), dim=0)
 
 
 def test_pairs_of_different_length_at_the_positions_that_they_share(
