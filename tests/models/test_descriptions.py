@@ -95,8 +95,40 @@ def test_descriptions_say_what_is_wrong_with_them() -> None:
         Model(nn.Linear(2, 2)).describe_blocks(Description())
 
 
+class Normed(nn.Module):
+    """A block that norms what it is given before the residual stream begins."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.before, self.block = nn.LayerNorm(16), block
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
+        return self.block(self.before(hidden_states), *args, **kwargs)
+
+
 def test_the_stream_may_begin_behind_a_module_that_only_some_blocks_have() -> None:
-    model = LanguageModel(tiny_llama())
-    model.describe_blocks(Description(begins="nothing"))
-    with model.trace(torch.tensor([[5, 6, 7]])):
-        assert model.blocks[0].residual_in.shape == (1, 3, 16)
+    module = tiny_llama()
+    module.model.layers[0] = Normed(module.model.layers[0]).eval()
+    model = LanguageModel(module)
+    model.describe_blocks(Description(begins="before"))
+    seen: list[torch.Tensor] = []
+    handles = [
+        module.model.layers[0].before.register_forward_hook(
+            lambda module, args, output: seen.append(output)
+        ),
+        module.model.layers[1].register_forward_pre_hook(
+            lambda module, args: seen.append(args[0]),
+        ),
+    ]
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        module(ids)
+    for handle in handles:
+        handle.remove()
+    with model.trace(ids):
+        found = [model.blocks[layer].residual_in.save() for layer in (0, 1)]
+        first = model.blocks[0]
+        total = (first.residual_in + first.attention_out + first.mlp_out).save()
+    for one, expected in zip(found, seen, strict=True):
+        assert torch.equal(one.value, expected)
+    torch.testing.assert_close(total.value, seen[1])
