@@ -319,8 +319,41 @@ def test_a_run_waits_while_another_threads_probe_has_fake_weights_in(gpt2: Langu
 
 
 def test_two_wrappers_of_one_module_do_not_mix(gpt2: LanguageModel) -> None:
-    other = LanguageModel(gpt2.module)
-    assert other.exclusive is gpt2.exclusive
+    wrappers = [gpt2, LanguageModel(gpt2.module)]
+    assert wrappers[0].exclusive is wrappers[1].exclusive  # one waits for the other
+    with torch.no_grad():
+        expected = [gpt2.module(IDS, use_cache=False).logits]
+    handle = gpt2.module.transformer.h[1].register_forward_hook(doubled)
+    with torch.no_grad():
+        expected.append(gpt2.module(IDS, use_cache=False).logits)
+    handle.remove()
+    found: list[list[torch.Tensor]] = [[], []]
+    ready = threading.Barrier(2)
+
+    def work(number: int) -> None:
+        model = wrappers[number]
+        ready.wait()
+        for _ in range(20):
+            with model.trace(IDS):
+                if number:
+                    model.transformer.h[1].output = model.transformer.h[1].output[0] * 2
+                logits = model.lm_head.output.save()
+            found[number].append(logits.value)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for own, right in zip(found, expected, strict=True):
+        assert len(own) == 20 and all(torch.equal(value, right) for value in own)
+
+
+def doubled(module: nn.Module, args: object, output: object) -> object:
+    if isinstance(output, tuple):
+        return (output[0] * 2, *output[1:])
+    assert isinstance(output, torch.Tensor)
+    return output * 2
 
 
 def test_running_a_model_inside_its_own_run_is_refused(gpt2: LanguageModel) -> None:
@@ -348,11 +381,13 @@ def test_the_graph_is_plain_data(gpt2: LanguageModel) -> None:
 def test_every_error_is_an_insitu_error_and_a_builtin_one() -> None:
     import insitu
 
-    for name in insitu.__all__:
-        found = getattr(insitu, name)
-        if isinstance(found, type) and issubclass(found, Exception) and found is not InsituError:
-            assert issubclass(found, InsituError)
-            assert len([base for base in found.__mro__ if base.__module__ == "builtins"]) > 3
+    named = [getattr(insitu, name) for name in insitu.__all__]
+    errors = [one for one in named if isinstance(one, type) and issubclass(one, Exception)]
+    assert {InsituError, BlockError, NoValueError, ShapeError} < set(errors)
+    for found in set(errors) - {InsituError}:
+        assert issubclass(found, InsituError)
+        builtin = {base for base in found.__mro__ if base.__module__ == "builtins"}
+        assert builtin > {object, BaseException, Exception}, found
 
 
 def test_model_runs_each_invocation_with_its_own_arguments() -> None:
