@@ -290,7 +290,7 @@ def test_what_cannot_travel_is_refused_at_its_line(name: str) -> None:
     assert (
         "cannot be sent to another process" in message and "graph = graph_of([make()])" in message
     )
-    assert isinstance(caught.value, InsituError | ValueError)
+    assert isinstance(caught.value, InsituError) and isinstance(caught.value, ValueError)
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
