@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def test_an_expert_that_looks_like_a_batch_is_found_out_by_value() -> None:
         inside = inside[name]
     _, passes = read(model, lambda: model.model.layers[1].output[0])
     assert passes == 1
-    if len(paths) > len(module.model.layers):
+    if version("transformers").startswith("4."):
+        assert len(paths) > len(module.model.layers)
         return  # there is one for each expert here, which not every prompt comes to
     values, passes = read(model, lambda: inside.output)
     assert passes == len(RAGGED)

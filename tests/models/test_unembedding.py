@@ -48,8 +48,6 @@ def test_only_positions_that_are_read_become_logits(
     model, (count, case) = language_model, CASES[name]
     saved: list[tuple[Proxy, torch.Tensor]] = []
     seen: list[torch.Size] = []
-    for ids, _ in case:  # what is found out once
-        model.trace(ids)
     with model.trace() as tracer:
         for ids, picks in case:
             expected = model.module(ids).logits
