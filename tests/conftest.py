@@ -18,28 +18,18 @@ torch.set_num_threads(1)
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
-        n_embd=16,
-        n_layer=4,
-        n_head=4,
-        vocab_size=100,
-        n_positions=40,
-        bos_token_id=0,
+        n_embd=16, n_layer=4, n_head=4, vocab_size=100, n_positions=40, bos_token_id=0,
         eos_token_id=0,
-    )
+    )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
 
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-        max_position_embeddings=40,
-    )
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=100, max_position_embeddings=40,
+    )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 

@@ -7,18 +7,17 @@ of the suite. The weights are the same, and as they were trained: nothing folded
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from insitu import LanguageModel, OptionError, PathError
 from tests.fidelity.architectures import spread_out
+from tests.oracle.peers import ask, write_models
 
 SIZES = {
     "hidden_size": 16,
@@ -60,7 +59,7 @@ GATED = [f"blocks.{layer}.mlp.hook_pre_linear" for layer in range(3)]
 
 
 @cache
-def made(name: str) -> torch.nn.Module:
+def made(name: str) -> transformers.PreTrainedModel:
     kind, sizes = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(0)
@@ -78,12 +77,8 @@ IDS = torch.randint(4, 100, (2, 7), generator=torch.Generator().manual_seed(0))
 def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what TransformerLens says of each model."""
     folder = tmp_path_factory.mktemp("models")
-    for name in MODELS:
-        made(name).save_pretrained(folder / name)
-        (folder / name / "prompt").mkdir()
-        save_file({"ids": IDS}, folder / name / "prompt" / "ids.safetensors")
-    script = Path(__file__).with_name("hooks_of_transformer_lens.py")
-    subprocess.run([os.environ["INSITU_TRANSFORMER_LENS"], script, folder], check=True)
+    write_models(folder, {name: made(name) for name in MODELS}, IDS)
+    ask("INSITU_TRANSFORMER_LENS", "hooks_of_transformer_lens.py", folder)
     return folder
 
 

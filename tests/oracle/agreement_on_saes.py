@@ -6,8 +6,6 @@ suite. The sparse autoencoders have random weights and are made on the spot.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from insitu.methods import SparseAutoencoder
+from tests.oracle.peers import ask
 
 KINDS = ("standard", "jumprelu", "gated", "topk")
 NAMES = [f"{k}-{o}" for k in KINDS for o in ("plain", "uncentred", "layer_norm")] + ["topk-by_norm"]
@@ -24,8 +23,7 @@ NAMES = [f"{k}-{o}" for k in KINDS for o in ("plain", "uncentred", "layer_norm")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what SAELens has saved, and what it says of it."""
     folder = tmp_path_factory.mktemp("saes")
-    script = Path(__file__).with_name("saes_of_sae_lens.py")
-    subprocess.run([os.environ["INSITU_SAE_LENS"], script, folder], check=True)
+    ask("INSITU_SAE_LENS", "saes_of_sae_lens.py", folder)
     return folder
 
 

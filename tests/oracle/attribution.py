@@ -6,17 +6,16 @@ suite.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from insitu import LanguageModel
 from insitu.methods import gradient_times_input, integrated_gradients, logit_difference
 from tests.oracle.agreement import IDS, MODELS, made
+from tests.oracle.peers import ask, write_models
 
 METRIC = logit_difference(3, 9)
 
@@ -25,12 +24,8 @@ METRIC = logit_difference(3, 9)
 def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what captum says of each model."""
     folder = tmp_path_factory.mktemp("models")
-    for name in MODELS:
-        made(name).save_pretrained(folder / name)
-        (folder / name / "prompt").mkdir()
-        save_file({"ids": IDS}, folder / name / "prompt" / "ids.safetensors")
-    script = Path(__file__).with_name("attributions_of_captum.py")
-    subprocess.run([os.environ["INSITU_CAPTUM"], script, folder], check=True)
+    write_models(folder, {name: made(name) for name in MODELS}, IDS)
+    ask("INSITU_CAPTUM", "attributions_of_captum.py", folder)
     return folder
 
 
