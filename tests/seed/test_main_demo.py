@@ -141,7 +141,6 @@ def test_models_can_be_run_on_a_variety_of_input_formats(model: LanguageModel) -
 
 def test_we_can_access_raw_tensors_and_activations_at_any_point(model: LanguageModel) -> None:
     """'Finally, we can access raw tensors and activations at any point in the model.'"""
-    paths = [path for path in model.load()._modules if path] + ["transformer.h.3.mlp.act"]
     saved = {}
     with model.generate(max_new_tokens=1) as generator, generator.invoke(PROMPT):
         saved["transformer.wte"] = model.transformer.wte.output.save()
@@ -149,7 +148,6 @@ def test_we_can_access_raw_tensors_and_activations_at_any_point(model: LanguageM
         saved["transformer.h.0.attn.c_attn"] = model.transformer.h[0].attn.c_attn.output.save()
         saved["transformer.ln_f"] = model.transformer.ln_f.output.save()
     ids = model.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    assert "transformer" in paths
     for path, value in saved.items():
         expected = hooked_hidden(model.module, path, ids)
         torch.testing.assert_close(value.value, expected, atol=1e-4, rtol=1e-5)
@@ -229,8 +227,10 @@ def test_input_similarly_returns_a_proxy_for_the_inputs(model: LanguageModel) ->
         leaving = model.transformer.h[0].output[0].save()
         args, _ = model.transformer.h[1].inputs
         first = args[0].save()
-    assert torch.equal(entering, leaving)
-    assert torch.equal(first, leaving)
+    ids = model.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    expected = hooked_hidden(model.module, "transformer.h.0", ids)
+    for value in (entering, leaving, first):
+        torch.testing.assert_close(value.value, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_save_informs_the_graph_to_clone_the_value(model: LanguageModel) -> None:
@@ -284,4 +284,5 @@ def test_after_exiting_the_model_is_ran_with_the_arguments_and_graph(model: Lang
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, min_new_tokens=7, pad_token_id=0
     )
     assert torch.equal(generator.output, expected)
-    assert torch.is_tensor(hidden_states.value)
+    hidden = hooked_hidden(model.module, "transformer.h.5", ids)
+    torch.testing.assert_close(hidden_states.value, hidden, atol=1e-4, rtol=1e-5)
