@@ -65,40 +65,15 @@ def write_png(figure: Any, path: str | os.PathLike[str], scale: float = 2) -> No
     Path(path).write_bytes(data)
 
 
-def write_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
-    """Writes a recorded graph to a file, in the form that the file's name ends in.
+def svg_figure(svg: str) -> Any:
+    """Returns a picture in SVG as a figure of plotly, which `write_png` takes.
 
     Args:
-        graph: such as `tracer.graph`.
-        path: where to: ".txt" for text, ".mmd" for Mermaid's notation, ".svg", ".html", or ".png",
-            which takes Chromium.
+        svg: the picture, with its width and height in pixels.
 
     Raises:
-        OptionError: if the name ends in something else.
-        MissingPackageError: of PNGs, if plotly or Kaleido is not installed.
-        PictureError: likewise, if there is no Chromium.
+        MissingPackageError: if plotly is not installed.
     """
-    ending = Path(path).suffix
-    if ending == ".png":
-        write_png(_as_figure(graph_svg(graph)), path)
-        return
-    forms = {
-        ".txt": graph_text,
-        ".mmd": graph_mermaid,
-        ".svg": graph_svg,
-        ".html": lambda graph: f"<!DOCTYPE html>\n<title>Graph</title>\n{graph_svg(graph)}",
-    }
-    if ending not in forms:
-        raise OptionError(
-            f"A graph is written to a file that ends in {', '.join(map(repr, forms))} or '.png', "
-            f"not {ending!r}.",
-            here(),
-        )
-    Path(path).write_text(forms[ending](graph), encoding="utf-8")
-
-
-def _as_figure(svg: str) -> Any:
-    """A picture in SVG as a figure of plotly, which Kaleido draws."""
     found = re.search(r'<svg[^>]* width="([\d.]+)"[^>]* height="([\d.]+)"', svg)
     assert found is not None
     wide, high = map(float, found.groups())
@@ -114,6 +89,38 @@ def _as_figure(svg: str) -> Any:
         images=[{"source": source, "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}],
     )
     return figure
+
+
+def write_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
+    """Writes a recorded graph to a file, in the form that the file's name ends in.
+
+    Args:
+        graph: such as `tracer.graph`.
+        path: where to: ".txt" for text, ".mmd" for Mermaid's notation, ".svg", ".html", or ".png",
+            which takes Chromium.
+
+    Raises:
+        OptionError: if the name ends in something else.
+        MissingPackageError: of PNGs, if plotly or Kaleido is not installed.
+        PictureError: likewise, if there is no Chromium.
+    """
+    ending = Path(path).suffix
+    if ending == ".png":
+        write_png(svg_figure(graph_svg(graph)), path)
+        return
+    forms = {
+        ".txt": graph_text,
+        ".mmd": graph_mermaid,
+        ".svg": graph_svg,
+        ".html": lambda graph: f"<!DOCTYPE html>\n<title>Graph</title>\n{graph_svg(graph)}",
+    }
+    if ending not in forms:
+        raise OptionError(
+            f"A graph is written to a file that ends in {', '.join(map(repr, forms))} or '.png', "
+            f"not {ending!r}.",
+            here(),
+        )
+    Path(path).write_text(forms[ending](graph), encoding="utf-8")
 
 
 def for_notebook(numbers: Numbers) -> str:
