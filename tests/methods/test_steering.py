@@ -1,14 +1,17 @@
 """Steering, against forward hooks and Hugging Face's `generate`."""
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from insitu import BlockError, LanguageModel, LoadError, OptionError, PromptError, ShapeError
 from insitu.methods import SteeringVector, steer, steering_vector
+from insitu.methods.steered import Continuation, Steered
 from tests.conftest import hooked_hidden
 from tests.fidelity.zoo import module_of
 
@@ -289,3 +292,20 @@ def test_mistakes(gpt2: LanguageModel) -> None:
     with pytest.raises(OptionError, match="no layer 9"), gpt2.trace(PROMPTS[0]):
         some_vector(gpt2, (9,)).apply(gpt2)
     assert steer(gpt2, PROMPTS[0], vector, use_cache=False, max_new_tokens=2)[0].ids.shape == (2,)
+
+
+def test_continuations_are_printed_as_a_table() -> None:
+    ids = torch.tensor([1])
+    parts = [Continuation(0, 0.0, ids, " [red]Paris"), Continuation(0, 1.5, ids, "\n")]
+    console = Console(width=40, file=StringIO())
+    with console.capture() as captured:
+        console.print(Steered(tuple(parts), (0.0, 1.5)))
+        console.print(Steered((parts[0], Continuation(1, 0.0, ids, "x")), (0.0,)))
+    assert [line.rstrip().split(maxsplit=2) for line in captured.get().splitlines()] == [
+        ["strength", "text"],
+        ["0", "'", "[red]Paris'"],
+        ["1.5", r"'\n'"],
+        ["prompt", "strength", "text"],
+        ["0", "0", "' [red]Paris'"],
+        ["1", "0", "'x'"],
+    ]

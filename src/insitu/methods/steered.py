@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
@@ -17,6 +17,9 @@ from insitu.methods.prompts import read_prompts
 from insitu.methods.sites import chosen
 from insitu.methods.steering import SteeringVector
 from insitu.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 Positions: TypeAlias = int | Sequence[int] | Literal["all", "last", "generated"]
 """Where a vector is added: everywhere; from the last position of the prompt on; to generated tokens
@@ -83,6 +86,20 @@ class Steered:
             and (strength is None or one.strength == strength)
         )
         return Steered(kept, self.strengths if strength is None else (strength,))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+        from rich.text import Text
+
+        many = len({one.prompt for one in self.continuations}) > 1
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+        for name in (["prompt"] if many else []) + ["strength"]:
+            table.add_column(name, justify="right", style="cyan")
+        table.add_column("text", overflow="fold")
+        for one in self.continuations:
+            first = [str(one.prompt)] if many else []
+            table.add_row(*first, f"{one.strength:g}", Text(repr(one.text)))
+        yield table
 
 
 def steer(
