@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from typer.testing import CliRunner
 
 from insitu.cli import app
+from insitu.display.report import Check, Report
 from insitu.methods import SteeringVector
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.display.pages import needs_chromium
@@ -162,9 +165,7 @@ def test_commands_of_the_page_print_what_it_says(line: str, printed: str) -> Non
 
 
 def test_every_command_has_help_with_an_example_that_is_one() -> None:
-    names = [command.callback.__name__ for command in app.registered_commands]
-    assert {"demo", "tree", "check", "lens", "patch", "attention", "steer"} <= set(names)
-    for name in names:
+    for name in WRITTEN:
         text = " ".join(run(name, "--help").stdout.split())
         assert f"Example: insitu {name}" in text
 
@@ -176,10 +177,13 @@ def test_the_demo_prints_the_city_and_a_lens() -> None:
     assert "(1, 8, 128)" in result.stdout and "Logit lens" in result.stdout
 
 
-def test_the_lens_of_the_demo_is_written_to_a_page(tmp_path: Path) -> None:
+def test_the_demo_written_to_a_page_still_says_the_city(tmp_path: Path) -> None:
     result = run("demo", "--html", str(tmp_path / "demo.html"))
     assert result.exit_code == 0 and "Logit lens" not in result.stdout
-    assert "Logit lens" in (tmp_path / "demo.html").read_text()
+    assert result.stdout.startswith("'The Eiffel Tower is in the city of Paris'")
+    told = json.loads(run("demo", "--json").stdout)
+    assert told["hidden_states"] == [1, 8, 128]
+    assert told["lens"]["texts"][-1] == " Paris"
 
 
 def test_a_tree_is_shown_without_weights(tmp_path: Path) -> None:
@@ -189,39 +193,114 @@ def test_a_tree_is_shown_without_weights(tmp_path: Path) -> None:
     assert "LlamaForCausalLM" in result.stdout and "layers: ModuleList" in result.stdout
 
 
-PATCHING = [*PATCH, CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow"]
-
-
-def test_a_patch_is_written_as_json_and_page(tmp_path: Path) -> None:
-    page = tmp_path / "patch.html"
-    result = run(*PATCHING, "--layers", "3-4", "--json", "--html", str(page))
+def test_a_patch_is_written_as_json() -> None:
+    given = [*PATCH, CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow"]
+    result = run(*given, "--layers", "3-4", "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert [name for name, _ in found["axes"]] == ["layer", "position"]
     assert found["axes"][0][1] == ["3", "4"]
     assert found["values"][0][1] == pytest.approx(1.0, abs=0.05)  # the name carries all of it
-    assert "Activation patching" in page.read_text()
+
+
+STEER = "steer", "insitu/eiffel", CLEAN, "--toward", CORRUPTED, "--away", CLEAN, "--layers", "4"
+PATCHED = *PATCH, CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow", "--layers", "3"
+WRITTEN: dict[str, tuple[tuple[str, ...], str]] = {
+    "demo": (("demo",), "Logit lens"),
+    "tree": (("tree", "insitu/eiffel"), "final_norm"),
+    "check": (("check", "insitu/eiffel"), "final_norm"),
+    "lens": (("lens", "insitu/eiffel", CLEAN), "Logit lens"),
+    "patch": (PATCHED, "Activation patching"),
+    "attention": (("attention", "insitu/eiffel", CLEAN, "--layers", "4"), "Attention patterns"),
+    "steer": ((*STEER, "--strength", "2", "--tokens", "1"), "Moscow"),
+}
+
+
+def test_every_command_is_among_those_that_are_written_to_files() -> None:
+    names = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert sorted(names) == sorted(WRITTEN)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_command_writes_pages_and_json(name: str, tmp_path: Path) -> None:
+    args, words = WRITTEN[name]
+    page = tmp_path / "page.html"
+    result = run(*args, "--html", str(page), "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)
+    text = page.read_text()
+    assert text.lower().lstrip().startswith(("<!doctype html>", "<html")) and words in text
+    assert not re.search(r"(src|href)=.?https?:|@import|url\(.?https?:", text.split("<script")[0])
 
 
 @needs_chromium
-def test_a_patch_is_drawn(tmp_path: Path) -> None:
-    picture = tmp_path / "patch.png"
-    assert run(*PATCHING, "--png", str(picture)).stdout == ""
-    assert picture.read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_command_writes_pngs(name: str, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    result = run(*WRITTEN[name][0], "--png", str(picture))
+    assert result.exit_code == 0
+    if name != "demo":
+        assert result.stdout == ""
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        wide, high = image.size
+        assert 100 < wide < 6000 and 60 < high < 6000
+        levels = image.convert("L").histogram()
+    assert sum(levels[:100]) and sum(levels[230:])  # something dark on something light
 
 
-def test_tables_are_written_to_pages(tmp_path: Path) -> None:
-    for command in ("tree", "check"):
-        page = tmp_path / f"{command}.html"
-        result = run(command, "insitu/eiffel", "--html", str(page))
-        assert (result.exit_code, result.stdout) == (0, "")
-        assert "<html" in page.read_text() and "final_norm" in page.read_text()
+def test_the_tree_as_json_has_the_modules_and_their_weights(tmp_path: Path) -> None:
+    module = tiny_llama()
+    module.config.save_pretrained(tmp_path)
+    found = json.loads(run("tree", str(tmp_path), "--json").stdout)
+    modules = dict(module.named_modules())
+    assert {type(modules[one["path"]]).__name__ for one in found} == {one["class"] for one in found}
+    for one in found:
+        own = modules[one["path"]].named_parameters(recurse=False)
+        assert one["weights"] == {name: list(weight.shape) for name, weight in own}
+    assert found[0]["parameters"] == sum(one.numel() for one in module.parameters())
+    assert [one["names"] for one in found if one["path"] == "model.norm"] == [["final_norm"]]
+
+
+def test_a_differing_check_that_is_written_to_a_page_exits_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = Report("x", "X", {}, [], [Check("sums", "here", "differs")])
+    monkeypatch.setattr("insitu.models.checking.check", lambda *args: report)
+    page = tmp_path / "page.html"
+    assert run("check", "insitu/eiffel", "--html", str(page)).exit_code == 1
+    assert "DIFFERS" in page.read_text()
+
+
+@pytest.mark.parametrize("name", ["tree", "steer"])
+def test_pngs_without_what_draws_them_are_said_in_a_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said() -> str:
+        result = run(*WRITTEN[name][0], "--png", str(tmp_path / "picture.png"))
+        assert result.exit_code == 2 and result.stdout == ""
+        (line,) = result.stderr.strip().splitlines()[-1:]
+        return line
+
+    def none(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("No browser.\nAt all.")
+
+    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", none)
+    assert said().startswith("No PNG could be drawn: No browser. It takes Chromium")
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    assert said() == "PNGs take Kaleido, which is not installed: `pip install 'insitu[plot]'`."
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_a_file_that_cannot_be_written_is_said_as_such(tmp_path: Path) -> None:
+    result = run("tree", "insitu/eiffel", "--html", str(tmp_path / "no" / "page.html"))
+    assert result.exit_code == 2
+    assert "No such file or directory" in result.stderr and "be loaded" not in result.stderr
 
 
 def test_steering_writes_its_vector(tmp_path: Path) -> None:
     path = tmp_path / "vector.safetensors"
-    given = ["--toward", CORRUPTED, "--away", CLEAN, "--layers", "4", "--tokens", "1"]
-    result = run("steer", "insitu/eiffel", CLEAN, *given, "--vector", str(path), "--json")
+    result = run(*STEER, "--tokens", "1", "--vector", str(path), "--json")
     assert [one["strength"] for one in json.loads(result.stdout)] == [0.0, 1.0]
     assert SteeringVector.load(path).layers == (4,)
 

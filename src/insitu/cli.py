@@ -6,36 +6,112 @@ what was checked does not hold, and with 2, and one line that says why, if it co
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from io import StringIO
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import wraps
+from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
-    from insitu.methods import Result
     from insitu.models.language_model import LanguageModel
     from insitu.models.model import Model
-
-_PAGE = 140  # how many characters wide a table in a page is
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 _Name = Annotated[str, typer.Argument(help="A repo id, a folder, or a bundled model.")]
 _Prompt = Annotated[str, typer.Argument(help="The text that the model reads.")]
-_Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
-_Html = Annotated[Path | None, typer.Option(help="Write an interactive picture to this file.")]
-_Page = Annotated[Path | None, typer.Option("--html", help="Write the table to this file.")]
-_Png = Annotated[Path | None, typer.Option(help="Write a picture to this file.")]
+_Layers = Annotated[str | None, typer.Option(help="Which layers, such as `3`, `0,5` or `2-4`.")]
 _Revision = Annotated[str | None, typer.Option(help="Which revision of a repository.")]
 _Dtype = Annotated[str | None, typer.Option(help="Such as `bfloat16`, or `auto`.")]
 _DeviceMap = Annotated[str | None, typer.Option(help="Such as `auto`, or `cuda`.")]
-_Layers = Annotated[str | None, typer.Option(help="Which layers, such as `3`, `0,5` or `2-4`.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+_Html = Annotated[Path | None, typer.Option(help="Write a page to this file.")]
+_Png = Annotated[Path | None, typer.Option(help="Write a picture to this file.")]
+
+_AnyModel = TypeVar("_AnyModel", bound="Model")
+_Loading = dict[str, Any]
+"""How a model is loaded: what was given of the options that every command has which loads one."""
+
+_LOADING = {"revision": _Revision, "dtype": _Dtype, "device_map": _DeviceMap}
+_WRITING = {"as_json": _Json, "html": _Html, "png": _Png}
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a command found.
+
+    Attributes:
+        shown: a result, or what rich can print.
+        data: the same for JSON; of a result, None for its own.
+        said: what is printed before it, also where it is written to a file.
+        ok: whether what was checked holds.
+    """
+
+    shown: Any
+    data: Any = None
+    said: str = ""
+    ok: bool = True
+
+
+def _command(found: Callable[..., _Answer]) -> Callable[..., None]:
+    """Makes a command of a function, with the options that say where its answer goes.
+
+    If the function has a parameter `loading` the command has those of how a model is loaded.
+    """
+    own = dict(inspect.signature(found, eval_str=True).parameters)
+    added = {**(_LOADING if own.pop("loading", None) else {}), **_WRITING}
+
+    @wraps(found)
+    def command(**given: Any) -> None:
+        options = {name: given.pop(name) for name in added}
+        writing = {name: options.pop(name) for name in _WRITING}
+        if options:
+            given["loading"] = {name: one for name, one in options.items() if one is not None}
+        try:
+            answer = found(**given)
+            _write(answer, **writing)
+        except typer.BadParameter:
+            raise
+        except Exception as error:  # such as of a file that cannot be written
+            typer.secho(_line(error), fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from None
+        raise typer.Exit(0 if answer.ok else 1)
+
+    parameters = [*own.values()]
+    for name, annotation in added.items():
+        default = False if annotation is _Json else None
+        kind = Parameter.KEYWORD_ONLY
+        parameters.append(Parameter(name, kind, default=default, annotation=annotation))
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return app.command()(command)
+
+
+def _write(answer: _Answer, as_json: bool, html: Path | None, png: Path | None) -> None:
+    """Prints an answer, or writes it to where it was asked for."""
+    from rich.console import Console
+
+    from insitu.display.printed import write_printed_html, write_printed_png
+    from insitu.methods.result import Result
+
+    shown, is_result = answer.shown, isinstance(answer.shown, Result)
+    if answer.said and not as_json:
+        typer.echo(answer.said)
+    if html is not None:
+        shown.to_html(html) if is_result else write_printed_html(shown, html)
+    if png is not None:
+        shown.to_png(png) if is_result else write_printed_png(shown, png)
+    if as_json:
+        data = shown.to_dict() if answer.data is None else answer.data
+        typer.echo(json.dumps(data, indent=2))
+    elif html is None and png is None:
+        Console(soft_wrap=False).print(shown)
 
 
 @app.callback()
@@ -43,50 +119,42 @@ def insitu() -> None:
     """Opens up a neural network while it runs."""
 
 
-@app.command()
-def demo(html: _Html = None, png: _Png = None) -> None:
+@_command
+def demo() -> _Answer:
     """Runs the demo on the model that comes with the package: a fact, and where it is recalled.
 
     **Example:** `insitu demo`
     """
+    from insitu import LanguageModel
+    from insitu.methods import logit_lens
+
     prompt = "The Eiffel Tower is in the city of"
-    with _failing():
-        from insitu import LanguageModel
-        from insitu.methods import logit_lens
-
-        model = LanguageModel("insitu/eiffel", device_map="cpu")
-        with model.generate(prompt, max_new_tokens=1) as generator:
-            hidden_states = model.transformer.h[-1].output[0].save()
-        _print(f"{model.tokenizer.decode(generator.output[0])!r}")
-        _print(f"behind the last block: {tuple(hidden_states.value.shape)}\n")
-        _show(logit_lens(model, prompt), False, html, png)
+    model = LanguageModel("insitu/eiffel", device_map="cpu")
+    with model.generate(prompt, max_new_tokens=1) as generator:
+        hidden_states = model.transformer.h[-1].output[0].save()
+    text, shape = model.tokenizer.decode(generator.output[0]), tuple(hidden_states.value.shape)
+    lens = logit_lens(model, prompt)
+    data = {"text": text, "hidden_states": shape, "lens": lens.to_dict()}
+    return _Answer(lens, data, f"{text!r}\nbehind the last block: {shape}\n")
 
 
-@app.command()
+@_command
 def tree(
     model: _Name,
     depth: Annotated[int | None, typer.Option(help="How deep, all of it unless given.")] = None,
-    html: _Page = None,
     revision: _Revision = None,
-) -> None:
+) -> _Answer:
     """Shows a model's modules, with the standard names beside their own. No weights are loaded.
 
     **Example:** `insitu tree insitu/eiffel --depth 3`
     """
-    with _failing(model):
-        opened = _opened(model, _given(revision=revision), load=False)
-        _print(opened.tree(depth), html)
+    loading = {} if revision is None else {"revision": revision}
+    shown = _opened(model, loading, load=False).tree(depth)
+    return _Answer(shown, shown.to_list())
 
 
-@app.command()
-def check(
-    model: _Name,
-    as_json: _Json = False,
-    html: _Page = None,
-    revision: _Revision = None,
-    dtype: _Dtype = None,
-    device_map: _DeviceMap = None,
-) -> None:
+@_command
+def check(model: _Name, loading: _Loading) -> _Answer:
     """Shows what Insitu takes a model's parts to be, and verifies it in a run of a few tokens.
 
     Of each standard name it says what it stands for, with the shape of its value in that run, or
@@ -98,51 +166,28 @@ def check(
 
     **Example:** `insitu check insitu/eiffel`
     """
-    kwargs = _given(revision=revision, dtype=dtype, device_map=device_map)
-    with _failing(model):
-        from insitu.models.checking import check as checked
+    from insitu.display.report import render
+    from insitu.models.checking import check as checked
 
-        report = checked(_opened(model, kwargs), model)
-    if as_json:
-        typer.echo(json.dumps({**asdict(report), "ok": report.ok}, indent=2))
-    else:
-        from insitu.display.report import render
-
-        _print(render(report), html)
-    raise typer.Exit(0 if report.ok else 1)
+    report = checked(_opened(model, loading), model)
+    return _Answer(render(report), {**asdict(report), "ok": report.ok}, ok=report.ok)
 
 
-@app.command()
-def lens(
-    model: _Name,
-    prompt: _Prompt,
-    layers: _Layers = None,
-    as_json: _Json = False,
-    html: _Html = None,
-    png: _Png = None,
-    revision: _Revision = None,
-    dtype: _Dtype = None,
-    device_map: _DeviceMap = None,
-) -> None:
+@_command
+def lens(model: _Name, prompt: _Prompt, loading: _Loading, layers: _Layers = None) -> _Answer:
     """Shows what the model would say if it ended after each of its layers: the logit lens.
 
     **Example:** `insitu lens insitu/eiffel "The Louvre is in the city of"`
     """
-    kwargs = _given(revision=revision, dtype=dtype, device_map=device_map)
-    with _failing(model):
-        from insitu.methods import logit_lens
+    from insitu.methods import logit_lens
 
-        _show(
-            logit_lens(_language(model, kwargs), prompt, layers=_numbers(layers)),
-            as_json,
-            html,
-            png,
-        )
+    return _Answer(logit_lens(_language(model, loading), prompt, layers=_numbers(layers)))
 
 
-@app.command()
+@_command
 def patch(
     model: _Name,
+    loading: _Loading,
     clean: Annotated[str, typer.Argument(help="The prompt whose values are copied.")],
     corrupted: Annotated[str, typer.Argument(help="The prompt that they are put into.")],
     answer: Annotated[str, typer.Option(help="What follows the clean prompt: one token.")],
@@ -155,13 +200,7 @@ def patch(
     ),
     noising: Annotated[bool, typer.Option(help="Copy the other way round.")] = False,
     layers: _Layers = None,
-    as_json: _Json = False,
-    html: _Html = None,
-    png: _Png = None,
-    revision: _Revision = None,
-    dtype: _Dtype = None,
-    device_map: _DeviceMap = None,
-) -> None:
+) -> _Answer:
     """Shows where in the model an answer comes from: activation patching.
 
     Values of a run on the clean prompt are copied into runs on the corrupted one, one place at a
@@ -170,58 +209,48 @@ def patch(
     **Example:** `insitu patch insitu/eiffel "The Louvre is in the city of" "The Kremlin is in the
     city of" --answer " Paris" --instead " Moscow"`
     """
-    kwargs = _given(revision=revision, dtype=dtype, device_map=device_map)
-    with _failing(model):
-        from insitu.methods import activation_patching, logit_difference
+    from insitu.methods import activation_patching, logit_difference
 
-        opened = _language(model, kwargs)
-        result = activation_patching(
-            opened,
-            clean,
-            corrupted,
-            logit_difference(_token(opened, answer), _token(opened, instead)),
-            sites=site,
-            by=tuple(by.split(",")),
-            layers=_numbers(layers),
-            direction="noising" if noising else "denoising",
-        )
-        _show(result, as_json, html, png)
+    opened = _language(model, loading)
+    result = activation_patching(
+        opened,
+        clean,
+        corrupted,
+        logit_difference(_token(opened, answer), _token(opened, instead)),
+        sites=site,
+        by=tuple(by.split(",")),
+        layers=_numbers(layers),
+        direction="noising" if noising else "denoising",
+    )
+    return _Answer(result)
 
 
-@app.command()
+@_command
 def attention(
     model: _Name,
     prompt: _Prompt,
+    loading: _Loading,
     layers: _Layers = None,
     heads: Annotated[str | None, typer.Option(help="Which heads, likewise.")] = None,
-    as_json: _Json = False,
-    html: _Html = None,
-    png: _Png = None,
-    revision: _Revision = None,
-    dtype: _Dtype = None,
-    device_map: _DeviceMap = None,
-) -> None:
+) -> _Answer:
     """Shows where each head looks.
 
     **Example:** `insitu attention insitu/eiffel "The Louvre is in the city of" --layers 4`
     """
-    kwargs = _given(revision=revision, dtype=dtype, device_map=device_map)
-    with _failing(model):
-        from insitu.methods import attention_patterns
+    from insitu.methods import attention_patterns
 
-        opened = _language(model, kwargs)
-        with warnings.catch_warnings():  # that patterns take eager attention is no news here
-            warnings.simplefilter("ignore", UserWarning)
-            result = attention_patterns(
-                opened, prompt, layers=_numbers(layers), heads=_numbers(heads)
-            )
-        _show(result, as_json, html, png)
+    opened = _language(model, loading)
+    with warnings.catch_warnings():  # that patterns take eager attention is no news here
+        warnings.simplefilter("ignore", UserWarning)
+        result = attention_patterns(opened, prompt, layers=_numbers(layers), heads=_numbers(heads))
+    return _Answer(result)
 
 
-@app.command()
+@_command
 def steer(
     model: _Name,
     prompt: _Prompt,
+    loading: _Loading,
     toward: Annotated[list[str], typer.Option(help="A text that has what is wanted. Repeatable.")],
     away: Annotated[list[str], typer.Option(help="A text that does not. Repeatable.")],
     strength: Annotated[
@@ -230,69 +259,58 @@ def steer(
     layers: _Layers = None,
     tokens: Annotated[int, typer.Option(help="How many tokens are generated.")] = 20,
     vector: Annotated[Path | None, typer.Option(help="Write the vector to this file.")] = None,
-    as_json: _Json = False,
-    revision: _Revision = None,
-    dtype: _Dtype = None,
-    device_map: _DeviceMap = None,
-) -> None:
+) -> _Answer:
     """Generates with a direction added: from some texts toward others.
 
     **Example:** `insitu steer insitu/eiffel "The Louvre is in the city of" --toward "Moscow is
     in Russia" --away "Paris is in France" --layers 3`
     """
-    kwargs = _given(revision=revision, dtype=dtype, device_map=device_map)
-    with _failing(model):
-        from insitu.methods import steer as steered
-        from insitu.methods import steering_vector
+    from insitu.methods import steer as steered
+    from insitu.methods import steering_vector
 
-        opened = _language(model, kwargs)
-        found = steering_vector(opened, toward, away, layers=_numbers(layers))
-        if vector is not None:
-            found.save(vector)
-        written = steered(
-            opened, prompt, found, strength=strength or [0.0, 1.0], max_new_tokens=tokens
-        )
-        if as_json:
-            said = [{"strength": one.strength, "text": one.text} for one in written]
-            typer.echo(json.dumps(said, indent=2))
-        else:
-            for one in written:
-                typer.echo(f"{one.strength:>6g}  {one.text!r}")
+    opened = _language(model, loading)
+    found = steering_vector(opened, toward, away, layers=_numbers(layers))
+    if vector is not None:
+        found.save(vector)
+    written = steered(opened, prompt, found, strength=strength or [0.0, 1.0], max_new_tokens=tokens)
+    return _Answer(written, [{"strength": one.strength, "text": one.text} for one in written])
 
 
-def _given(**kwargs: Any) -> dict[str, Any]:
-    """Those options that were given."""
-    return {name: value for name, value in kwargs.items() if value is not None}
-
-
-def _openers() -> Iterator[Callable[..., Model]]:
-    """Ways to open a model by its name, the first that works."""
-    from insitu import LanguageModel, Model
-
-    yield LanguageModel
-    yield Model.from_pretrained
-
-
-def _opened(name: str, kwargs: dict[str, Any], load: bool = True) -> Model:
-    """A model of any kind, with its weights unless they are not needed."""
-    failures: list[Exception] = []
-    for opener in _openers():
-        try:
-            model = opener(name, **kwargs)
-            if load:
-                model.load()
-            return model
-        except Exception as error:  # the next one may know more about it
-            failures.append(error)
-    raise failures[0]
-
-
-def _language(name: str, kwargs: dict[str, Any]) -> LanguageModel:
+def _language(name: str, loading: _Loading) -> LanguageModel:
     """A language model, with its weights."""
     from insitu import LanguageModel
 
-    model = LanguageModel(name, **kwargs)
-    model.load()
+    return _loaded(LanguageModel, name, loading)
+
+
+def _opened(name: str, loading: _Loading, load: bool = True) -> Model:
+    """A model of any kind, with its weights unless they are not needed."""
+    from insitu import LanguageModel, Model
+    from insitu.graph.errors import InsituError
+
+    try:
+        return _loaded(LanguageModel, name, loading, load)
+    except InsituError as error:
+        try:
+            return _loaded(Model.from_pretrained, name, loading, load)
+        except InsituError:
+            raise error from None
+
+
+def _loaded(
+    opener: Callable[..., _AnyModel], name: str, loading: _Loading, load: bool = True
+) -> _AnyModel:
+    """What opens it as a model, with an error that says which model it was."""
+    from insitu.graph.errors import InsituError, LoadError
+
+    try:
+        model = opener(name, **loading)
+        if load:
+            model.load()
+    except InsituError:
+        raise
+    except Exception as error:  # whatever a library makes of files that are wrong
+        raise LoadError(f"{name!r} cannot be loaded: {_line(error)}") from error
     return model
 
 
@@ -318,42 +336,6 @@ def _token(model: LanguageModel, text: str) -> str:
     return text if len(ids) == 1 or text.startswith(" ") else f" {text}"
 
 
-def _show(result: Result, as_json: bool, html: Path | None, png: Path | None) -> None:
-    """Prints a result, or writes it to where it was asked for."""
-    if html is not None:
-        result.to_html(html)
-    if png is not None:
-        result.to_png(png)
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2))
-    elif html is None and png is None:
-        _print(result)
-
-
-def _print(shown: Any, html: Path | None = None) -> None:
-    """Prints something, or writes it to a page."""
-    from rich.console import Console
-
-    if html is None:
-        Console(soft_wrap=False).print(shown)
-        return
-    console = Console(file=StringIO(), record=True, width=_PAGE)
-    console.print(shown)
-    console.save_html(str(html))
-
-
-@contextmanager
-def _failing(name: str | None = None) -> Iterator[None]:
-    """Says in a line why something cannot be done, and exits."""
-    from insitu.graph.errors import InsituError
-
-    try:
-        yield
-    except typer.BadParameter:
-        raise
-    except Exception as error:  # whatever a library makes of files that are wrong
-        said = next(iter(str(error).splitlines()), "") or type(error).__name__
-        if not isinstance(error, InsituError):
-            said = f"{name!r} cannot be loaded: {said}" if name else said
-        typer.secho(said, fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -77,6 +77,19 @@ class ModuleTree:
         if room < _WIDE:
             left = "weights" if room >= _MIDDLE else "weights and names"
             yield Text(f"A wider terminal shows {left} too.", style="dim")
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Returns its modules in JSON's own types, one after the other."""
+        return [
+            {
+                "path": line.path,
+                "class": line.kind,
+                "weights": {name: list(shape) for name, shape in line.shapes.items()},
+                "parameters": line.count,
+                "names": list(self.names.get(line.path, ())),
+            }
+            for line in self.lines
+        ]
 
     def __str__(self) -> str:
         from rich.console import Console
