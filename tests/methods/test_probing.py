@@ -126,6 +126,86 @@ def test_the_embedding_tells_the_last_token_and_shuffled_labels_are_at_chance(
     assert control.scores.details["majority"].tolist() == pytest.approx([most] * 4, abs=0.01)
 
 
+@pytest.mark.parametrize("position", [-1, [0, -2]])
+def test_several_sites_in_one_experiment(
+    model: LanguageModel, position: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each against scikit-learn on what hooks see, widths differing."""
+    traces, trace = [], LanguageModel.trace
+    monkeypatch.setattr(
+        LanguageModel, "trace", lambda *a, **kw: traces.append(1) or trace(*a, **kw)
+    )
+    found = probe(model, PROMPTS, LATE, site=["post", "residual_out"], position=position, seed=2)
+    assert len(traces) == 1
+    places = [position] if isinstance(position, int) else position
+    wide = model.n_layers, len(places)
+    sizes = {"site": 2, "layer": wide[0], **({} if position == -1 else {"position": 2})}
+    assert found.scores.sizes == sizes and found.sites == ("post", "residual_out")
+    values = found.scores.values.reshape(2, *wide)
+    train = found.scores.details["train"].reshape(2, *wide)
+    down = {"gpt2": "mlp.c_proj", "llama": "mlp.down_proj", "gpt_neox": "mlp.dense_4h_to_h"}
+    for layer in range(model.n_layers):
+        block = model.module.get_submodule(model.blocks[layer].path)
+        owner = block.get_submodule(down[model.module.config.model_type])
+        for at, place in enumerate(places):
+            for site in (0, 1):
+                inputs = seen(model, layer, PROMPTS, place)
+                if site == 0:
+                    inputs = given_to(model, owner, PROMPTS, place)
+                fitted, scores = expected(inputs, LATE, LogisticRegression(max_iter=10_000), 2)
+                assert values[site, layer, at].item() == pytest.approx(scores[0])
+                assert train[site, layer, at].item() == pytest.approx(scores[1])
+                one = found[("post", "residual_out")[site]]
+                theirs = torch.tensor(fitted[-1].coef_[0] / fitted[0].scale_)
+                ours = one.direction(layer).reshape(len(places), -1)[at].double()
+                torch.testing.assert_close(ours, theirs / theirs.norm(), atol=1e-3, rtol=1e-3)
+
+
+def given_to(
+    model: LanguageModel, owner: torch.nn.Module, prompts: list[list[int]], position: int
+) -> np.ndarray:
+    kept: list[torch.Tensor] = []
+    hook = owner.register_forward_pre_hook(lambda _, args: kept.append(args[0][0, position]))
+    with torch.no_grad():
+        for ids in prompts:
+            model.module(torch.tensor([ids]))
+    hook.remove()
+    return torch.stack(kept).double().numpy()
+
+
+def test_probes_of_sites_are_those_of_each_by_itself(gpt2: LanguageModel) -> None:
+    both = probe(gpt2, PROMPTS, THIRDS, site=("attention_out", "mlp_out"), layers=[2, 0])
+    assert [one.site for one in both] == ["attention_out", "mlp_out"] and len(both) == 2
+    assert both.scores.title == "Logistic probe of attention_out, mlp_out"
+    alone = probe(gpt2, PROMPTS, THIRDS, site="mlp_out", layers=[2, 0])
+    assert torch.equal(both["mlp_out"].weights, alone.weights)
+    part = both.scores.select(site="mlp_out")
+    assert torch.equal(part.values, alone.scores.values) and part.axes == alone.scores.axes
+    assert torch.equal(part.details["majority"], alone.scores.details["majority"])
+    assert probe(gpt2, PROMPTS, THIRDS, site=["mlp_out"]).scores.sizes == {"site": 1, "layer": 4}
+    with pytest.raises(OptionError, match=r"no probe of 'mlp_in' \(nearest: 'mlp_out'\)"):
+        both["mlp_in"]
+    for wrong in ([], ["mlp_out", "mlp_out"], ["post", "mlp.post"]):
+        with pytest.raises(OptionError, match="each named once"):
+            probe(gpt2, PROMPTS, THIRDS, site=wrong)
+
+
+def test_layers_without_a_site_are_left_out() -> None:
+    model = LanguageModel(module_of("jamba"))
+    found = probe(model, PROMPTS, LATE, site="attention_out")
+    assert 0 < found.scores.sizes["layer"] < model.n_layers
+    layer = found.layers[0]
+    path = f"{model.blocks[layer].path}.self_attn"
+    inputs = np.stack(
+        [
+            hooked_hidden(model.module, path, torch.tensor([ids]))[0, -1].double().numpy()
+            for ids in PROMPTS
+        ]
+    )
+    _, scores = expected(inputs, LATE, LogisticRegression(max_iter=10_000))
+    assert found.scores.values[0].item() == pytest.approx(scores[0])
+
+
 def test_directions(gpt2: LanguageModel) -> None:
     two = probe(gpt2, PROMPTS, LATE, layers=2)
     assert two.classes == ("early", "late")

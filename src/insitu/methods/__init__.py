@@ -26,7 +26,7 @@ from insitu.methods.metrics import (
 )
 from insitu.methods.patching import activation_patching
 from insitu.methods.path_patching import path_patching
-from insitu.methods.probes import Probe
+from insitu.methods.probes import Probe, Probes
 from insitu.methods.probing import probe
 from insitu.methods.result import Cell, Result
 from insitu.methods.sae import SparseAutoencoder
@@ -45,6 +45,7 @@ __all__ = [
     "Edge",
     "Metric",
     "Probe",
+    "Probes",
     "Result",
     "SparseAutoencoder",
     "Spliced",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -46,16 +46,30 @@ def gather(
 ) -> torch.Tensor:
     """Returns the activations of prompts at a site, in one trace.
 
+    Args, errors and what is returned are those of `gather_each`, for one site.
+    """
+    return gather_each(model, prompts, [site], layers, position)[0]
+
+
+def gather_each(
+    model: LanguageModel,
+    prompts: Prompts,
+    sites: Sequence[Site],
+    layers: Sequence[int],
+    position: Position,
+) -> list[torch.Tensor]:
+    """Returns the activations of prompts at each of some sites, in one trace.
+
     Args:
         model: the model.
         prompts: the prompts.
-        site: where, as of `stream_site`.
+        sites: where, as of `stream_site`.
         layers: in which blocks.
         position: at which positions.
 
     Returns:
-        `(prompt, layer, width)`, or `(prompt, layer, position, width)` for several positions; on
-        the CPU, float32.
+        Of each site `(prompt, layer, width)`, or `(prompt, layer, position, width)` for several
+        positions; on the CPU, float32.
 
     Raises:
         PromptError: if a prompt has no such position, or all are asked for of prompts of different
@@ -64,16 +78,17 @@ def gather(
     """
     index = _index(prompts, position)
     with model.trace() as tracer:
-        saved = []
+        saved: list[list[list[Any]]] = [[] for _ in sites]
         for ids in prompts.ids:
             with tracer.invoke(ids):
-                values = [site.read(model, layer)[0] for layer in layers]
-                if index is None:
-                    values = [value.mean(0) for value in values]
-                else:
-                    values = [value[index] for value in values]
-                saved.append([value.save(to="cpu") for value in values])
-    return torch.stack([torch.stack([value.value for value in own]) for own in saved]).float()
+                for site, kept in zip(sites, saved, strict=True):
+                    values = [site.read(model, layer)[0] for layer in layers]
+                    taken = [v.mean(0) if index is None else v[index] for v in values]
+                    kept.append([value.save(to="cpu") for value in taken])
+    return [
+        torch.stack([torch.stack([value.value for value in own]) for own in of_site]).float()
+        for of_site in saved
+    ]
 
 
 def positions_of(prompts: Prompts, position: Position) -> tuple[str, ...] | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 from insitu.display.axis import Axis
-from insitu.graph.errors import OptionError
+from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods import files
 from insitu.methods.activations import Position, gather, stream_site
@@ -26,6 +26,40 @@ Kind: TypeAlias = Literal["logistic", "linear"]
 Label: TypeAlias = str | int | float | bool
 
 _KIND = "probe"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Probes:
+    """Probes of several sites, learned from the same prompts.
+
+    Attributes:
+        each: the probe of each site, in the order in which they were named: `probes["mlp_out"]`.
+        scores: what they score on held-out prompts, by site, layer, and position if there are
+            several; details are those of each.
+    """
+
+    each: tuple[Probe, ...]
+    scores: Result
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The standard names of what they read."""
+        return tuple(one.site for one in self.each)
+
+    def __getitem__(self, site: str) -> Probe:
+        if site not in self.sites:
+            raise OptionError(
+                f"There is no probe of {site!r}{nearest(site, self.sites)}, but of "
+                f"{_listed(self.sites)}.",
+                here(),
+            )
+        return self.each[self.sites.index(site)]
+
+    def __iter__(self) -> Iterator[Probe]:
+        return iter(self.each)
+
+    def __len__(self) -> int:
+        return len(self.each)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,6 +245,27 @@ def scored(
     quantity = "accuracy" if kind == "logistic" else "R²"
     title = f"{kind.capitalize()} probe of {site}"
     return Result(title, quantity, values, axes, details=details)
+
+
+def together(probes: Sequence[Probe]) -> Probes:
+    """Returns probes of several sites with their scores as one result.
+
+    Args:
+        probes: those of each site, with the same layers and positions.
+    """
+    results = [one.scores for one in probes]
+    sites = [one.site for one in probes]
+    first = results[0]
+    scores = Result(
+        f"{probes[0].kind.capitalize()} probe of {', '.join(sites)}",
+        first.quantity,
+        torch.stack([one.values for one in results]),
+        (Axis.of("site", sites), *first.axes),
+        details={
+            name: torch.stack([one.details[name] for one in results]) for name in first.details
+        },
+    )
+    return Probes(tuple(probes), scores)
 
 
 def _listed(items: Iterable[object]) -> str:

@@ -8,32 +8,59 @@ The maps are fitted by scikit-learn on activations that one trace gathers. Alain
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 
 from insitu.graph.errors import MissingPackageError, OptionError
 from insitu.graph.location import here
-from insitu.methods.activations import Position, gather, positions_of, stream_site
-from insitu.methods.probes import Kind, Label, Probe, scored
+from insitu.methods.activations import Position, gather_each, positions_of, stream_site
+from insitu.methods.probes import Kind, Label, Probe, Probes, scored, together
 from insitu.methods.prompts import read_prompts
-from insitu.methods.sites import chosen
+from insitu.methods.sites import layers_with
 from insitu.models.language_model import LanguageModel
 
 
+class _Options(TypedDict, total=False):
+    layers: int | Iterable[int] | None
+    position: Position
+    kind: Kind
+    penalty: float
+    held_out: float
+    seed: int
+
+
+@overload
 def probe(
     model: LanguageModel,
     prompts: Any,
     labels: Sequence[Label] | torch.Tensor,
     *,
     site: str = "residual_out",
+    **options: Unpack[_Options],
+) -> Probe: ...
+@overload
+def probe(
+    model: LanguageModel,
+    prompts: Any,
+    labels: Sequence[Label] | torch.Tensor,
+    *,
+    site: Iterable[str],
+    **options: Unpack[_Options],
+) -> Probes: ...
+def probe(
+    model: LanguageModel,
+    prompts: Any,
+    labels: Sequence[Label] | torch.Tensor,
+    *,
+    site: str | Iterable[str] = "residual_out",
     layers: int | Iterable[int] | None = None,
     position: Position = -1,
     kind: Kind = "logistic",
     penalty: float = 1.0,
     held_out: float = 0.25,
     seed: int = 0,
-) -> Probe:
+) -> Probe | Probes:
     """Learns linear maps from activations to labels, and scores them on prompts that are held out.
 
     Each activation is brought to mean 0 and variance 1 over the training prompts, so that one
@@ -44,8 +71,10 @@ def probe(
         prompts: the prompts, of any lengths.
         labels: the label of each: of a logistic probe anything that can be sorted, of a linear one
             numbers.
-        site: the standard name of what is read: a value that is a vector at each position.
-        layers: in which blocks; None for all.
+        site: the standard name of what is read: a value that is a vector at each position, such as
+            "residual_out", "mlp_out" or "post". Of several there is a probe each, all from the same
+            runs and the same training prompts.
+        layers: in which blocks; None for all that have it.
         position: where: at one position; at several, each by itself; as the mean over all
             ("mean"); or at all, each by itself ("all"), of prompts of one length.
         kind: "logistic", a logistic regression, scored by its accuracy; or "linear", a ridge
@@ -55,9 +84,10 @@ def probe(
         seed: which those are.
 
     Returns:
-        The probe. `probe.scores` has the scores on held-out prompts, by layer, and position if
-        there are several; in `details` are those on training prompts ("train"), and for a logistic
-        probe what always saying the most frequent class would score ("majority").
+        The probe; of several sites `Probes`, which has one for each: `probes["mlp_out"]`. In both
+        `scores` has the scores on held-out prompts, by site if several were given, layer, and
+        position if there are several; in `details` are those on training prompts ("train"), and for
+        a logistic probe what always saying the most frequent class would score ("majority").
 
     Raises:
         MissingPackageError: if scikit-learn is not installed.
@@ -66,29 +96,48 @@ def probe(
         PromptError: if a prompt has no such position.
     """
     _needed()
-    read, place = read_prompts(model, prompts), stream_site(site)
+    names = [site] if isinstance(site, str) else list(site)
+    read, places = read_prompts(model, prompts), [stream_site(name) for name in names]
+    if not places or len(set(places)) < len(places):
+        raise OptionError(f"`site` is one or several, each named once, not {names}.", here())
     given = labels.tolist() if isinstance(labels, torch.Tensor) else list(labels)
     _check(given, len(read), kind, held_out)
-    train, test = _split(given, kind, held_out, seed)
-    numbers = chosen("layer", layers, model.n_layers)
-    found = gather(model, read, place, numbers, position)
-    inputs = found.flatten(1, -2).movedim(1, 0)  # (map, prompt, width)
-    fits = [_fit(x, given, train, test, kind, penalty) for x in inputs.double()]
-    shape = found.shape[1:-1]
-    weights, biases, scores, trained = (
-        torch.stack(parts).unflatten(0, shape) for parts in zip(*fits, strict=True)
-    )
-    details = {"train": trained.float()}
-    if kind == "logistic":
-        held = [given[number] for number in test]
-        most = max(set(given), key=[given[number] for number in train].count)
-        details["majority"] = torch.full(shape, held.count(most) / len(held))
+    split = _split(given, kind, held_out, seed)
+    numbers = layers_with(model, places, layers)
+    found = gather_each(model, read, places, numbers, position)
     positions = positions_of(read, position) or ()
-    result = scored(kind, place.name, numbers, positions, scores.float(), details)
-    classes = tuple(sorted(set(given))) if kind == "logistic" else ()
     where = position if isinstance(position, int | str) else tuple(position)
-    maps = (weights.float(), biases.float())
-    return Probe(kind, place.name, tuple(numbers), where, classes, *maps, result)
+    classes = tuple(sorted(set(given))) if kind == "logistic" else ()
+    learned: list[Probe] = []
+    for place, values in zip(places, found, strict=True):
+        weights, biases, scores, details = _learned(values, given, split, kind, penalty)
+        result = scored(kind, place.name, numbers, positions, scores, details)
+        maps = (weights, biases, result)
+        learned.append(Probe(kind, place.name, tuple(numbers), where, classes, *maps))
+    return learned[0] if isinstance(site, str) else together(learned)
+
+
+def _learned(
+    found: torch.Tensor,
+    labels: Sequence[Any],
+    split: tuple[list[int], list[int]],
+    kind: Kind,
+    penalty: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The weights and biases of all maps of a site, their scores, and what else was measured."""
+    train, test = split
+    shape = found.shape[1:-1]
+    inputs = found.flatten(1, -2).movedim(1, 0)  # (map, prompt, width)
+    fits = [_fit(x, labels, train, test, kind, penalty) for x in inputs.double()]
+    weights, biases, scores, trained = (
+        torch.stack(parts).unflatten(0, shape).float() for parts in zip(*fits, strict=True)
+    )
+    details = {"train": trained}
+    if kind == "logistic":
+        held = [labels[number] for number in test]
+        most = max(set(labels), key=[labels[number] for number in train].count)
+        details["majority"] = torch.full(shape, held.count(most) / len(held))
+    return weights, biases, scores, details
 
 
 def _fit(
