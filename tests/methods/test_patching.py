@@ -12,7 +12,13 @@ from torch import nn
 
 from insitu import LanguageModel
 from insitu.graph.errors import OptionError, PromptError, ShapeError
-from insitu.methods import activation_patching, kl_divergence, log_probability, logit_difference
+from insitu.methods import (
+    activation_patching,
+    attribution_patching,
+    kl_divergence,
+    log_probability,
+    logit_difference,
+)
 from tests.fidelity.architectures import spread_out
 
 CLEAN = [[5, 17, 3, 88, 41], [7, 9, 30, 2, 66, 12, 4], [1, 2, 3]]
@@ -413,3 +419,28 @@ def test_queries_and_keys_of_different_numbers_of_heads_are_no_axis(llama: Langu
         llama, CLEAN[0], CORRUPTED[0], METRIC, sites="k", by=("layer", "head")
     )
     assert result.sizes == {"layer": 3, "head": 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*eager:UserWarning")
+@pytest.mark.parametrize("method", [activation_patching, attribution_patching])
+def test_keys_keep_their_names_where_queries_are_chosen(gpt2: LanguageModel, method: Any) -> None:
+    clean, corrupted = [[5, 6, 7, 8, 9], [3, 4, 11]], [[5, 60, 7, 8, 9], [3, 40, 11]]
+    given = {"sites": "pattern", "by": ("layer", "query", "key"), "layers": 0, "positions": -1}
+    result = method(gpt2, clean, corrupted, lambda logits: logits[-1, 1], normalised=False, **given)
+    assert result.sizes == {"prompt": 2, "layer": 1, "query": 1, "key": 5}
+    for number, ids in enumerate(clean):
+        part = result.select(prompt=number)
+        assert part.axis("key").labels == tuple(map(str, ids))
+        assert not part.values.isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:.*eager:UserWarning")
+@pytest.mark.parametrize("method", [activation_patching, attribution_patching])
+def test_patterns_of_prompts_that_differ_in_length_are_refused_as_such(
+    gpt2: LanguageModel, method: Any
+) -> None:
+    with pytest.raises(PromptError, match="between prompts of one length, and the clean prompt"):
+        method(
+            gpt2, [5, 6, 7], [5, 6], lambda logits: logits[-1, 1], sites="pattern", positions=[-1],
+            by=("layer", "query"),
+        )  # fmt: skip

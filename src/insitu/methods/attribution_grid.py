@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from insitu.display.axis import Axis
-from insitu.graph.errors import OptionError, PromptError
+from insitu.display.labels import POSITIONS
+from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.methods.pairs import Pairs
+from insitu.methods.pairs import Choice, Pairs
 from insitu.methods.sites import Site, chosen, layers_with, numbers_of, sites_along
 from insitu.models.language_model import LanguageModel
-
-Choice = int | Iterable[int] | None
-
-_COUNTED = ("position", "query", "key")  # axes that are as long as the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +45,12 @@ class Grid:
     @property
     def ragged(self) -> list[int]:
         """Which of its axes have as many indices as the prompt has positions."""
-        free = _COUNTED if self.positions is None else ("key",)
+        free = POSITIONS if self.positions is None else ("key",)
         return [self.many + at for at, name in enumerate(self.by) if name in free]
 
     def check(self, pairs: Pairs) -> None:
         """Raises a `PromptError` if the prompts of a pair have no parts for each other."""
-        pair = pairs.unequal
-        if pair is None:
-            return
-        if self.positions is None or any("key" in site.axes for site in self.sites):
-            raise PromptError(
-                f"Positions are compared one for one, and {pairs.told(pair)}: make them equally "
-                "long, or choose positions that mean the same in both, such as `positions=[-1]`.",
-                here(),
-            )
+        pairs.check(self.sites, self.positions)
 
     def read(self, model: LanguageModel) -> list[Any]:
         """Returns the proxies of all parts, in an open invocation."""
@@ -120,31 +109,16 @@ class Grid:
         for name in self.by:
             if name == "layer":
                 axes.append(Axis.of(name, self.layers))
-            elif name not in _COUNTED:
+            elif name in POSITIONS:
+                axes.append(pairs.positions(name, self.positions))
+            else:
                 size = found[0].value.shape[1 + self.sites[0].axes.index(name)]
                 axes.append(Axis.of(name, chosen(name, self.given.get(name), size)))
-            else:
-                axes.append(self._counted(name, pairs))
         return axes
-
-    def _counted(self, name: str, pairs: Pairs) -> Axis:
-        axis = pairs.clean.positions(name)
-        if self.positions is None or name == "key":
-            return axis
-        if len(set(pairs.clean.tokens)) == 1:
-            return axis[chosen("position", self.positions, len(axis))]
-        return Axis.of(name, self.positions)
 
     def tokens(self, pairs: Pairs) -> tuple[tuple[str, ...], ...]:
         """The tokens at the positions of the result, of each clean prompt."""
-        if not set(self.by) & set(_COUNTED):
-            return ()
-        if self.positions is None or "key" in self.by:
-            return pairs.clean.tokens
-        return tuple(
-            tuple(tokens[at] for at in chosen("position", self.positions, len(tokens)))
-            for tokens in pairs.clean.tokens
-        )
+        return pairs.tokens(self.by, self.positions)
 
 
 def grid_of(

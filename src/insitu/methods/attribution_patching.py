@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from insitu.display.progress import progress as bar
-from insitu.methods.attribution_grid import Choice, grid_of
+from insitu.methods.attribution_grid import grid_of
 from insitu.methods.metrics import Metric, as_metric
-from insitu.methods.pairs import read_pairs, share
+from insitu.methods.pairs import Choice, read_pairs, share
 from insitu.methods.patching import Direction, check_direction
 from insitu.methods.result import Result
 from insitu.models.language_model import LanguageModel
@@ -130,13 +130,9 @@ def attribution_patching(
                     )
                 ]
             )
-    measured = torch.stack([each.value for each in ends]).float()
-    measured = measured if pairs.clean.many else measured[0]
+    measured = torch.stack([each.value for each in ends])
     values = [grid.arranged([one.value[0] for one in of_pair]) for of_pair in estimates]
-    details = {"clean": measured[..., 0], "corrupted": measured[..., 1]}
-    start, end = details["corrupted"], details["clean"]
-    if direction == "noising":
-        start, end = end, start
+    details, start, end = pairs.ends(measured, direction == "noising")
     stacked = pairs.clean.stacked(values, *grid.ragged)
     quantity = f"change of {metric.name}"
     if normalised:

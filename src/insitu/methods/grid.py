@@ -8,15 +8,12 @@ from itertools import product
 from typing import Any
 
 from insitu.display.axis import Axis
-from insitu.graph.errors import OptionError, PromptError
+from insitu.display.labels import POSITIONS
+from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.methods.pairs import Pairs
+from insitu.methods.pairs import Choice, Pairs
 from insitu.methods.sites import Site, chosen, layers_with, numbers_of, sites_along
 from insitu.models.language_model import LanguageModel
-
-Choice = int | Iterable[int] | None
-
-_POSITIONS = ("position", "query")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +66,7 @@ class Grid:
 
     def check(self, pairs: Pairs) -> None:
         """Raises a `PromptError` if the prompts of a pair have no parts for each other."""
-        number = pairs.unequal
-        if number is None:
-            return
-        if any("key" in site.axes for site in self.sites):
-            raise PromptError(
-                f"Scores and patterns are patched between prompts of one length, and "
-                f"{pairs.told(number)}.",
-                here(),
-            )
-        if self.given["position"] is None:
-            raise PromptError(
-                f"Positions are patched one for one, and {pairs.told(number)}: make them equally "
-                "long, or choose positions that mean the same in both, such as `positions=[-1]`.",
-                here(),
-            )
+        pairs.check(self.sites, self.given["position"])
 
     def read(self, model: LanguageModel) -> dict[tuple[Site, int], Any]:
         """Returns the proxies of what is taken, in an open invocation."""
@@ -99,7 +82,7 @@ class Grid:
         wanted = {*self.by, *(name for name, given in self.given.items() if given is not None)}
         for (site, layer), donor in donors.items():
             for at, name in enumerate(site.axes):
-                if name not in wanted or name in (*_POSITIONS, "key"):
+                if name not in wanted or name in POSITIONS:
                     continue
                 size = donor.shape[1 + at]
                 if sizes.setdefault(name, size) != size:
@@ -152,33 +135,22 @@ class Grid:
         return [
             self.many + at
             for at, name in enumerate(self.by)
-            if name in (*_POSITIONS, "key") and self.given.get(name) is None
+            if name in POSITIONS and self.given.get(name) is None
         ]
 
     def axes(self, pairs: Pairs, sizes: Mapping[str, int]) -> list[Axis]:
         """The axes of the result, but for that of the pairs."""
         axes = [Axis.of("site", (site.name for site in self.sites))] if self.many else []
         for name in self.by:
-            if name not in (*_POSITIONS, "key"):
+            if name in POSITIONS:
+                axes.append(pairs.positions(name, self.given["position"]))
+            else:
                 axes.append(Axis.of(name, self.numbers(name, sizes, 0)))
-                continue
-            axis, given = pairs.clean.positions(name), self.given.get(name)
-            if given is not None and len(set(pairs.clean.tokens)) == 1:
-                axis = axis[self.numbers(name, sizes, len(axis))]
-            elif given is not None:
-                axis = Axis.of(name, _all(given))
-            axes.append(axis)
         return axes
 
     def tokens(self, pairs: Pairs) -> tuple[tuple[str, ...], ...]:
         """The tokens at the positions of the result, of each clean prompt."""
-        name = next((name for name in self.by if name in (*_POSITIONS, "key")), None)
-        if name is None:
-            return ()
-        return tuple(
-            tuple(tokens[number] for number in self.numbers(name, {}, len(tokens)))
-            for tokens in pairs.clean.tokens
-        )
+        return pairs.tokens(self.by, self.given["position"])
 
 
 def grid_of(

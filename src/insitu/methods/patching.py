@@ -13,9 +13,9 @@ import torch
 from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
-from insitu.methods.grid import Choice, Patch, grid_of
+from insitu.methods.grid import Patch, grid_of
 from insitu.methods.metrics import Measure, Metric, as_metric
-from insitu.methods.pairs import read_pairs, share
+from insitu.methods.pairs import Choice, read_pairs, share
 from insitu.methods.result import Result
 from insitu.methods.sites import Site
 from insitu.models.language_model import LanguageModel
@@ -121,14 +121,9 @@ def activation_patching(
             found.append((patched.save(), grid.shape(sizes, lengths[0])))
         unpatched: Any = torch.stack(ends)
         unpatched = unpatched.save()
-    measured = unpatched.value.float().reshape(-1, 2)
-    measured = measured if pairs.clean.many else measured[0]
     values = [scores.value.float().reshape(shape) for scores, shape in found]
     stacked = pairs.clean.stacked(values, *grid.ragged)
-    details = {"clean": measured[..., 0], "corrupted": measured[..., 1]}
-    start, end = details["corrupted"], details["clean"]
-    if direction == "noising":
-        start, end = end, start
+    details, start, end = pairs.ends(unpatched.value.reshape(-1, 2), direction == "noising")
     quantity, centre = metric.name, None if pairs.clean.many else float(start)
     if normalised:
         stacked, centre = share(stacked, start, end, pairs), 0.0
