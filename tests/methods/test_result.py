@@ -176,6 +176,20 @@ def test_tokens_that_are_digits_do_not_mix_with_words_in_a_column() -> None:
     assert found.to_dataframe()["position"].tolist() == list(tokens)
 
 
+def test_a_table_tells_positions_of_the_same_token_apart() -> None:
+    tokens = ("a", "b", "a")
+    axes = (Axis("query", tokens), Axis.of("layer", [3, 5]), Axis("key", tokens))
+    values = torch.arange(18.0).reshape(3, 2, 3)
+    values[1] = math.nan
+    table = Result("", "", values, axes, (tokens,)).to_dataframe()
+    assert [*table.columns] == ["query", "query_number", "layer", "key", "key_number", "value"]
+    assert len(table) == 12
+    for row in table.itertuples():
+        place = row.query_number, [3, 5].index(row.layer), row.key_number
+        assert values[place].item() == row.value
+        assert (row.query, row.key) == (tokens[row.query_number], tokens[row.key_number])
+
+
 def test_a_mean_is_of_the_values_that_are_there(ragged: Result) -> None:
     mean = ragged.mean("prompt")
     assert mean.values.tolist() == [[5, 6, 7, 3, 4], [10, 11, 12, 8, 9]]
@@ -204,7 +218,7 @@ def test_what_is_missing_is_neither_at_the_top_nor_a_cell(ragged: Result) -> Non
 
 def test_a_table_has_a_row_for_each_number(ragged: Result, patching: Result) -> None:
     table = ragged.to_dataframe()
-    assert list(table.columns) == ["prompt", "layer", "position", "value"]
+    assert list(table.columns) == ["prompt", "layer", "position", "position_number", "value"]
     assert table[table.prompt == 1].groupby("layer").value.mean().tolist() == [11, 16]
     table = patching.to_dataframe()
     assert table[table.position == " Tower"].text.tolist() == ["text 4", "text 9"]

@@ -15,7 +15,7 @@ import torch
 
 from insitu.display.axis import Axis
 from insitu.display.figure import Kind, figure
-from insitu.display.labels import numbered
+from insitu.display.labels import POSITIONS, numbered
 from insitu.display.page import for_notebook, write_html, write_png
 from insitu.display.table import summary, table
 from insitu.graph.errors import MissingPackageError, OptionError, ShapeError, nearest
@@ -256,8 +256,9 @@ class Result:
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns a table with a row for each number: a column for each axis, and `value`.
 
-        Layers, heads and all else that is counted are numbers; where there are texts, they are a
-        column `text`.
+        Layers, heads and all else that is counted are numbers. Positions are tokens, which may
+        come again, so beside each axis of these is a column such as `position_number`, which counts
+        its entries from 0, as `select` does. Where there are texts, they are a column `text`.
 
         Raises:
             MissingPackageError: if pandas is not installed.
@@ -270,10 +271,12 @@ class Result:
             ) from None
 
         cells = list(self.cells())
-        columns: dict[str, Any] = {
-            axis.name: _column(axis, [cell.labels[axis.name] for cell in cells])
-            for axis in self.axes
-        }
+        places = self.values.float().isnan().logical_not().nonzero().T.tolist()
+        columns: dict[str, Any] = {}
+        for axis, numbers in zip(self.axes, places, strict=True):
+            columns[axis.name] = _column(axis, [cell.labels[axis.name] for cell in cells])
+            if axis.name in POSITIONS:
+                columns[f"{axis.name}_number"] = numbers
         columns["value"] = [cell.value for cell in cells]
         if self.texts:
             columns["text"] = [cell.text for cell in cells]
