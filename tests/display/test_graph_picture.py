@@ -11,7 +11,7 @@ from PIL import Image
 
 from insitu import LanguageModel, OptionError
 from insitu.display import circuit_figure, graph_mermaid, graph_svg, graph_text, write_graph
-from insitu.display.circuit_picture import Edge, Node
+from insitu.display.circuit_picture import Arrow, Node
 from insitu.display.layered import layers_of, place
 from tests.display.pages import needs_chromium
 
@@ -122,7 +122,7 @@ NODES = [Node("in", 0), Node("head", 1, "head"), Node("mlp", 1, "mlp"), Node("ou
 
 def test_parts_that_lead_to_each_other_in_a_layer_stand_above_each_other() -> None:
     figure = circuit_figure(
-        NODES, [Edge("in", "head"), Edge("head", "mlp"), Edge("mlp", "out", -2)]
+        NODES, [Arrow("in", "head"), Arrow("head", "mlp"), Arrow("mlp", "out", -2)]
     )
     rows = {note.text: note.y for note in figure.layout.annotations if note.yref != "paper"}
     assert rows == {"in": 0, "head": 1, "mlp": 2, "out": 3}
@@ -131,7 +131,7 @@ def test_parts_that_lead_to_each_other_in_a_layer_stand_above_each_other() -> No
 
 
 def test_of_many_edges_the_strongest_are_drawn_and_that_is_said() -> None:
-    edges = [Edge("in", "head", 0.1), Edge("head", "out", -3.0), Edge("in", "out", 1.0)]
+    edges = [Arrow("in", "head", 0.1), Arrow("head", "out", -3.0), Arrow("in", "out", 1.0)]
     figure = circuit_figure(NODES, edges, most=2)
     hovers = figure.data[-3].hovertext
     assert list(hovers) == ["head → out: score -3", "in → out: score 1"]
@@ -141,9 +141,9 @@ def test_of_many_edges_the_strongest_are_drawn_and_that_is_said() -> None:
 @pytest.mark.parametrize(
     ("edges", "said"),
     [
-        ([Edge("in", "nowhere")], "names 'nowhere', which is no part"),
-        ([Edge("out", "in")], "from 'out' to 'in' goes back"),
-        ([Edge("head", "mlp"), Edge("mlp", "head")], "go in a circle"),
+        ([Arrow("in", "nowhere")], "names 'nowhere', which is no part"),
+        ([Arrow("out", "in")], "from 'out' to 'in' goes back"),
+        ([Arrow("head", "mlp"), Arrow("mlp", "head")], "go in a circle"),
     ],
 )
 def test_edges_that_are_none_of_a_circuit_are_refused(edges, said: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from insitu.display import circuit_figure, graph_svg
-from insitu.display.circuit_picture import Edge, Node
+from insitu.display.circuit_picture import Arrow, Node
 from insitu.display.labels import visible
 from tests.display.gallery import LOUVRE, ODD, TOWER, pictures, results
 from tests.display.pages import Drawn, drawn, dumped, needs_chromium
@@ -24,8 +24,8 @@ NODES = (
 )
 PAIRS = [(a, b) for a in NODES for b in NODES if a.layer < b.layer][::4]
 EDGES = (
-    *(Edge(a.name, b.name, (at * 7 % 11 - 5) / 5) for at, (a, b) in enumerate(PAIRS)),
-    Edge("2.head.1", "2.mlp", 1.0),
+    *(Arrow(a.name, b.name, (at * 7 % 11 - 5) / 5) for at, (a, b) in enumerate(PAIRS)),
+    Arrow("2.head.1", "2.mlp", 1.0),
 )
 
 

@@ -37,8 +37,8 @@ class Node(NamedTuple):
     kind: str = ""
 
 
-class Edge(NamedTuple):
-    """What goes from one part to another.
+class Arrow(NamedTuple):
+    """An edge of a circuit as it is drawn: what goes from one part to another.
 
     Attributes:
         source: the name of the part that it comes from.
@@ -53,7 +53,7 @@ class Edge(NamedTuple):
 
 def circuit_figure(
     nodes: Sequence[Node],
-    edges: Sequence[Edge],
+    edges: Sequence[Arrow],
     *,
     title: str = "Circuit",
     quantity: str = "score",
@@ -140,7 +140,7 @@ def circuit_figure(
     return figure
 
 
-def _pairs(edges: Sequence[Edge], at: dict[str, int]) -> Iterator[tuple[int, int]]:
+def _pairs(edges: Sequence[Arrow], at: dict[str, int]) -> Iterator[tuple[int, int]]:
     for edge in edges:
         for name in (edge.source, edge.target):
             if name not in at:
@@ -186,7 +186,7 @@ def _rows(nodes: Sequence[Node], pairs: Sequence[tuple[int, int]]) -> list[int]:
 
 def _lines(
     go: Any,
-    edges: Sequence[Edge],
+    edges: Sequence[Arrow],
     pairs: Sequence[tuple[int, int]],
     routes: Sequence[Sequence[float]],
     rows: Sequence[int],
@@ -238,7 +238,7 @@ def _lines(
     )
 
 
-def _said(node: Node, edges: Sequence[Edge]) -> list[str]:
+def _said(node: Node, edges: Sequence[Arrow]) -> list[str]:
     """What is said of a part that is pointed at: what goes in and out, the strongest first."""
     said = [node.name]
     incoming = [edge for edge in edges if edge.target == node.name][:5]

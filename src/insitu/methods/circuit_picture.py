@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from insitu.display.circuit_picture import Edge, Node, circuit_figure
+from insitu.display.circuit_picture import Arrow, Node, circuit_figure
 
 _KINDS = {"a": "attention", "m": "MLP", "s": "state space"}
 
@@ -31,7 +31,7 @@ def picture(
     names = dict.fromkeys(name for pair in sums for name in pair)
     return circuit_figure(
         [_node(name, names) for name in sorted(names, key=lambda name: _order(name))],
-        [Edge(*pair, score) for pair, score in sums.items()],
+        [Arrow(*pair, score) for pair, score in sums.items()],
         title=title,
         quantity=quantity,
         most=most,
