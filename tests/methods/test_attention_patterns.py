@@ -153,8 +153,28 @@ def test_scores_of_the_bundled_model_are_those_of_its_own_patterns(eiffel: Langu
     for row in repeated_tokens(eiffel, length=12, count=3, seed=4):
         pattern = seen(module, row.tolist())
         totals = totals + pattern.diagonal(-11, -2, -1)[..., 1:].sum(-1)
-    torch.testing.assert_close(found.values[0], totals / 36, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.values, totals / 36, rtol=1e-4, atol=1e-5)
     assert int(found.details["queries"]) == 36
+
+
+def test_one_kind_is_no_axis_and_heads_can_be_chosen() -> None:
+    patterns = [seen(eager("llama"), FIRST), seen(eager("llama"), SECOND)]
+    found = head_scores(kept("llama"), [FIRST, SECOND], kinds="induction", heads=[2, -4], layers=1)
+    assert list(found.sizes.items()) == [("layer", 1), ("head", 2)]
+    assert found.axis("head").labels == ("2", "0")
+    for place, head in enumerate((2, 0)):
+        pairs = [
+            by_hand(pattern[1, head], ids, "induction")
+            for pattern, ids in zip(patterns, [FIRST, SECOND], strict=True)
+        ]
+        total, queries = map(sum, zip(*pairs, strict=True))
+        assert float(found.values[0, place]) == pytest.approx(total / queries, abs=1e-5)
+    several = head_scores(kept("llama"), [FIRST, SECOND], kinds=["induction"], heads=2, layers=1)
+    assert several.sizes == {"kind": 1, "layer": 1, "head": 1}
+    assert several.select(kind="induction").values.item() == pytest.approx(
+        found.values[0, 0].item()
+    )
+    assert several.details["queries"].tolist() == [int(found.details["queries"])]
 
 
 def test_results_are_kept(eiffel: LanguageModel, tmp_path: Path) -> None:
@@ -170,6 +190,8 @@ def test_results_are_kept(eiffel: LanguageModel, tmp_path: Path) -> None:
         (lambda model: attention_patterns(model, FIRST, layers=9), OptionError, "no layer 9"),
         (lambda model: attention_patterns(model, FIRST, heads=4), OptionError, "no head 4"),
         (lambda model: head_scores(model, kinds="indcution"), OptionError, "'induction'"),
+        (lambda model: head_scores(model, kinds=[]), OptionError, "`kinds` is empty"),
+        (lambda model: head_scores(model, heads=99), OptionError, "no head 99"),
         (lambda model: head_scores(model, [1, 2, 3]), PromptError, "'induction'"),
         (lambda model: head_scores(model, [1, 1], kinds="induction"), PromptError, "induction"),
         (lambda model: head_scores(model, length=1), OptionError, "`length`"),

@@ -81,6 +81,7 @@ def head_scores(
     *,
     kinds: str | Sequence[str] = ("induction", "previous token", "duplicate token"),
     layers: int | Iterable[int] | None = None,
+    heads: int | Iterable[int] | None = None,
     length: int = 25,
     count: int = 10,
     seed: int = 0,
@@ -104,22 +105,26 @@ def head_scores(
     Args:
         model: the model.
         prompts: one or several; None for random ones.
-        kinds: one or several.
+        kinds: one; or several, which are an axis of the result.
         layers: which ones, from the end if negative; None for all that have attention.
+        heads: which ones of each layer; None for all.
         length: how many random tokens are repeated.
         count: how many random prompts.
         seed: of the random tokens.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
-        Scores with the axes kind, layer, head. Details: "queries", over how many positions of all
+        Scores with the axes (kind), layer, head. Details: "queries", over how many positions of all
         prompts the mean of each kind is.
 
     Raises:
-        OptionError: if there is no such kind or layer.
+        OptionError: if there is no such kind or layer or head.
         PromptError: if nothing in the prompts is to be looked for by one of the kinds.
     """
+    many = not isinstance(kinds, str)
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    if not kinds:
+        raise OptionError(f"`kinds` is empty: there are {', '.join(map(repr, _KINDS))}.", here())
     for kind in kinds:
         if kind not in _KINDS:
             raise OptionError(
@@ -141,6 +146,7 @@ def head_scores(
             )
     stack = _stack(model)
     numbers = layers_with(model, _PATTERN, layers, stack)
+    which = chosen("head", heads, model.n_heads)
     saved: dict[tuple[str, int], list[Any]] = {(k, n): [] for k in kinds for n in numbers}
     with bar("Head scores", progress), model.trace() as tracer:
         for row, ids in enumerate(read.ids):
@@ -148,25 +154,22 @@ def head_scores(
                 for layer in numbers:
                     pattern = _pattern(model, stack, layer)
                     for kind in kinds:
-                        attention = pattern[(slice(None), *pairs[kind][row])]
-                        saved[kind, layer].append(attention.float().sum(-1).save(to="cpu"))
+                        attention = pattern[(slice(None), *pairs[kind][row])].float().sum(-1)
+                        saved[kind, layer].append(attention[which].save(to="cpu"))
     totals = {
         place: torch.stack([one.value for one in found]).sum(0) for place, found in saved.items()
     }
     values = torch.stack(
         [torch.stack([totals[kind, n] for n in numbers]) / queries[kind] for kind in kinds]
     )
-    return Result(
+    found = Result(
         "Kinds of heads",
         "mean attention",
         values,
-        (
-            Axis.of("kind", kinds),
-            Axis.of("layer", numbers),
-            Axis.of("head", range(values.shape[-1])),
-        ),
+        (Axis.of("kind", kinds), Axis.of("layer", numbers), Axis.of("head", which)),
         details={"queries": torch.tensor([queries[kind] for kind in kinds])},
     )
+    return found if many else found.select(kind=0)
 
 
 def _stack(model: LanguageModel) -> str:
