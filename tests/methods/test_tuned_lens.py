@@ -85,7 +85,7 @@ def test_training_is_the_loop_that_one_would_write(kind: str) -> None:
             adam.step()
     module.zero_grad(set_to_none=True)
     lens = train_tuned_lens(
-        LanguageModel(module), given, epochs=3, batch=2, seed=4,
+        LanguageModel(module), given, epochs=3, batch_size=2, seed=4,
         optimiser=lambda parts: torch.optim.Adam(parts, lr=0.01),
     )  # fmt: skip
     assert torch.allclose(lens.losses, torch.tensor(losses), atol=1e-5)
@@ -171,7 +171,7 @@ def kl(model: LanguageModel, prompts: Any, seen: Result) -> torch.Tensor:
 def test_training_lowers_the_divergence_on_other_prompts(eiffel: LanguageModel) -> None:
     prompts = [text.format(place) for text in TEXTS for place in PLACES[:-3]]
     others = [text.format(place) for text in TEXTS for place in PLACES[-3:]]
-    lens = train_tuned_lens(eiffel, prompts, epochs=3, batch=6)
+    lens = train_tuned_lens(eiffel, prompts, epochs=3, batch_size=6)
     before = kl(eiffel, others, logit_lens(eiffel, others, top=10**6))
     after = kl(eiffel, others, tuned_lens(eiffel, others, lens, top=10**6))
     assert bool((after[:-1] < before[:-1]).all()) and after[1] < before[1] / 2
@@ -188,7 +188,7 @@ def test_it_is_saved_loaded_and_trained_on(gpt2: LanguageModel, tmp_path: Any) -
     loaded = TunedLens.load(tmp_path / "lens.safetensors")
     for name in ("weight", "bias", "losses"):
         assert torch.equal(getattr(loaded, name), getattr(lens, name))
-    more = train_tuned_lens(gpt2, PROMPTS, epochs=2, batch=2, lens=loaded)
+    more = train_tuned_lens(gpt2, PROMPTS, epochs=2, batch_size=2, lens=loaded)
     assert more.losses.shape == (5, 4) and torch.equal(more.losses[:1], lens.losses)
     assert torch.equal(loaded.weight, lens.weight) and not torch.equal(more.weight, lens.weight)
     tuned_lens(gpt2, [5, 6], lens).save(tmp_path / "result.safetensors")

@@ -166,7 +166,7 @@ def train_tuned_lens(
     prompts: Any,
     *,
     epochs: int = 10,
-    batch: int = 8,
+    batch_size: int = 8,
     optimiser: Optimiser | None = None,
     lens: TunedLens | None = None,
     seed: int = 0,
@@ -182,7 +182,7 @@ def train_tuned_lens(
         model: the model.
         prompts: what to train on, in any form that `invoke` takes.
         epochs: how often all prompts are gone through.
-        batch: how many prompts there are in a step.
+        batch_size: how many prompts there are in a step.
         optimiser: from the parameters to a torch optimiser; None for Adam with a rate of 1e-3.
         lens: where to begin; None for a lens that translates nothing.
         seed: of the order of the prompts, which is another one in each epoch.
@@ -196,8 +196,10 @@ def train_tuned_lens(
         lens = train_tuned_lens(model, texts, optimiser=lambda p: torch.optim.SGD(p, lr=1.0))
         ```
     """
-    if epochs < 1 or batch < 1:
-        raise OptionError(f"`epochs` and `batch` are at least 1, not {epochs} and {batch}.", here())
+    if epochs < 1 or batch_size < 1:
+        raise OptionError(
+            f"`epochs` and `batch_size` are at least 1, not {epochs} and {batch_size}.", here()
+        )
     readout = readout_of(model)
     given = read_prompts(model, prompts)
     start = (TunedLens.untrained(model) if lens is None else lens).to(model.device)
@@ -206,9 +208,9 @@ def train_tuned_lens(
     every = [*weights, *biases]
     trained = optimiser(every) if optimiser else torch.optim.Adam(every, lr=1e-3)
     losses: list[torch.Tensor] = []
-    steps = epochs * -(-len(given) // batch)
+    steps = epochs * -(-len(given) // batch_size)
     with bar("Training a lens", progress) as shown:
-        for numbers in shown.each(_batches(len(given), epochs, batch, seed), steps):
+        for numbers in shown.each(_batches(len(given), epochs, batch_size, seed), steps):
             states = _states(model, [given.ids[number] for number in numbers])
             losses.append(_backward(readout, weights, biases, states))
             shown.say(f"loss {float(losses[-1].mean()):.3f}")
