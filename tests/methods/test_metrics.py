@@ -121,5 +121,20 @@ def test_answers_may_be_numbers_of_other_libraries(gpt2: LanguageModel, logits) 
             measured(probability(token), gpt2, logits)
 
 
+def test_a_function_of_two_arguments_is_refused_with_what_to_write() -> None:
+    def apart(logits: Any, answer: int) -> Any:
+        return logits[-1, answer]
+
+    with pytest.raises(OptionError, match=r"one argument.* apart\(logits.*lambda logits: metric"):
+        as_metric(apart)
+    with pytest.raises(OptionError, match="one argument"):
+        as_metric(lambda: 3)
+    with pytest.raises(OptionError, match="one argument"):
+        as_metric(lambda *, logits: logits)
+    for fitting in (lambda logits, answer=2: logits[-1, answer], lambda *all_: all_[0][-1, 2]):
+        (measure,) = as_metric(fitting).of(None, 1)  # pyright: ignore[reportArgumentType]
+        assert measure(torch.eye(3), None).item() == 1
+
+
 def test_a_function_without_a_name_is_a_metric() -> None:
     assert as_metric(lambda logits: logits[-1, 3]).name == "metric"

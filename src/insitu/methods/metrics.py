@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeAlias
 
 from insitu.graph.errors import OptionError, ShapeError, UnknownShapeError
@@ -115,6 +116,18 @@ def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
             here(),
         )
     function = metric
+    try:
+        signature(function).bind(None)
+    except ValueError:  # of a function of C, whose arguments nobody knows
+        pass
+    except TypeError:
+        raise OptionError(
+            "A metric is a function of one argument, logits (position, vocabulary), and "
+            f"{getattr(function, '__name__', 'this one')}{signature(function)} is not: what else "
+            "it needs it can have from where it is made, as in "
+            "`lambda logits: metric(logits, answer)`.",
+            here(),
+        ) from None
     name = getattr(function, "__name__", "metric").replace("_", " ").replace("<lambda>", "metric")
     measure = _checked(lambda logits, _: function(logits))
     return Metric(name, lambda model, count: [measure] * count)
