@@ -173,6 +173,17 @@ def given_to(
     return torch.stack(kept).double().numpy()
 
 
+def test_positions_are_numbers_also_of_numpy(gpt2: LanguageModel) -> None:
+    found = probe(gpt2, EVEN, LATE, position=np.array([0, -2]), layers=1)  # pyright: ignore
+    assert found.scores.axis("position").labels == ("0", "-2") and found.position == (0, -2)
+    expected = probe(gpt2, EVEN, LATE, position=[0, -2], layers=1)
+    assert torch.equal(found.weights, expected.weights)
+    assert probe(gpt2, EVEN, LATE, position=np.int64(1), layers=1).position == 1  # pyright: ignore
+    for wrong in (None, 1.5, [0.5]):
+        with pytest.raises(OptionError, match="position is"):
+            probe(gpt2, EVEN, LATE, position=wrong)  # pyright: ignore
+
+
 def test_probes_of_sites_are_those_of_each_by_itself(gpt2: LanguageModel) -> None:
     both = probe(gpt2, PROMPTS, THIRDS, site=("attention_out", "mlp_out"), layers=[2, 0])
     assert [one.site for one in both] == ["attention_out", "mlp_out"] and len(both) == 2

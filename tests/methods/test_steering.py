@@ -4,6 +4,7 @@ from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -309,3 +310,14 @@ def test_continuations_are_printed_as_a_table() -> None:
         ["0", "0", "' [red]Paris'"],
         ["1", "0", "'x'"],
     ]
+
+
+def test_positions_are_numbers_also_of_numpy(gpt2: LanguageModel) -> None:
+    given = [[5, 6, 7], [9, 3, 4]], [[15, 16, 17], [19, 13, 12]]
+    expected = steering_vector(gpt2, *given, position=1)
+    for number in (np.int64(1), np.array(1), torch.tensor(1)):
+        found = steering_vector(gpt2, *given, position=number)  # pyright: ignore
+        assert torch.equal(found.vectors, expected.vectors) and found.position == 1
+    for wrong in (np.array([1, 2]), [1, 2], None, "last", 1.5):
+        with pytest.raises(OptionError, match=r'position is a number or "mean", not .*one vector'):
+            steering_vector(gpt2, *given, position=wrong)  # pyright: ignore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.prompts import Prompts
-from insitu.methods.sites import Site, site_of
+from insitu.methods.sites import Site, numbers_of, site_of
 from insitu.models.language_model import LanguageModel
 
 Position: TypeAlias = int | Sequence[int] | Literal["mean", "all"]
@@ -76,19 +77,39 @@ def gather_each(
             length.
         OptionError: if the position is of no known kind.
     """
-    index = _index(prompts, position)
+    taken_at = _index(prompts, position)
     with model.trace() as tracer:
         saved: list[list[list[Any]]] = [[] for _ in sites]
         for ids in prompts.ids:
             with tracer.invoke(ids):
                 for site, kept in zip(sites, saved, strict=True):
                     values = [site.read(model, layer)[0] for layer in layers]
-                    taken = [v.mean(0) if index is None else v[index] for v in values]
+                    taken = [v.mean(0) if taken_at is None else v[taken_at] for v in values]
                     kept.append([value.save(to="cpu") for value in taken])
     return [
         torch.stack([torch.stack([value.value for value in own]) for own in of_site]).float()
         for of_site in saved
     ]
+
+
+def position_of(given: Any) -> int | tuple[int, ...] | Literal["mean", "all"]:
+    """Returns a position as it was meant, also of numbers of NumPy or torch.
+
+    Args:
+        given: a number, several, "mean" or "all".
+
+    Raises:
+        OptionError: if it is none of these.
+    """
+    if isinstance(given, str) and given in ("mean", "all"):
+        return given
+    said = f'A position is a number, several numbers, "mean" or "all", not {given!r}.'
+    if given is None or isinstance(given, str):
+        raise OptionError(said, here())
+    try:
+        return index(given)
+    except TypeError:
+        return tuple(numbers_of("position", given) or ())
 
 
 def positions_of(prompts: Prompts, position: Position) -> tuple[str, ...] | None:
@@ -109,7 +130,7 @@ def positions_of(prompts: Prompts, position: Position) -> tuple[str, ...] | None
 
 def _index(prompts: Prompts, position: Position) -> int | list[int] | slice | None:
     """What indexes the positions of a prompt, None for the mean over them."""
-    shortest = min(prompts.lengths)
+    position, shortest = position_of(position), min(prompts.lengths)
     if isinstance(position, str):
         if position == "all":
             if len(set(prompts.lengths)) > 1:
@@ -120,11 +141,7 @@ def _index(prompts: Prompts, position: Position) -> int | list[int] | slice | No
                     here(),
                 )
             return slice(None)
-        if position == "mean":
-            return None
-        raise OptionError(
-            f'A position is a number, several numbers, "mean" or "all", not {position!r}.', here()
-        )
+        return None
     numbers = [position] if isinstance(position, int) else list(position)
     for number in numbers:
         if not -shortest <= number < shortest:

@@ -14,7 +14,7 @@ import torch
 
 from insitu.graph.errors import MissingPackageError, OptionError
 from insitu.graph.location import here
-from insitu.methods.activations import Position, gather_each, positions_of, stream_site
+from insitu.methods.activations import Position, gather_each, position_of, positions_of, stream_site
 from insitu.methods.probes import Kind, Label, Probe, Probes, scored, together
 from insitu.methods.prompts import read_prompts
 from insitu.methods.sites import layers_with
@@ -96,6 +96,7 @@ def probe(
         PromptError: if a prompt has no such position.
     """
     _needed()
+    where = position_of(position)
     names = [site] if isinstance(site, str) else list(site)
     read, places = read_prompts(model, prompts), [stream_site(name) for name in names]
     if not places or len(set(places)) < len(places):
@@ -104,9 +105,8 @@ def probe(
     _check(given, len(read), kind, held_out)
     split = _split(given, kind, held_out, seed)
     numbers = layers_with(model, places, layers)
-    found = gather_each(model, read, places, numbers, position)
-    positions = positions_of(read, position) or ()
-    where = position if isinstance(position, int | str) else tuple(position)
+    found = gather_each(model, read, places, numbers, where)
+    positions = positions_of(read, where) or ()
     classes = tuple(sorted(set(given))) if kind == "logistic" else ()
     learned: list[Probe] = []
     for place, values in zip(places, found, strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -213,8 +214,7 @@ def steering_vector(
             f"A steering vector is made by {' or '.join(map(repr, _METHODS))}, not {method!r}.",
             here(),
         )
-    if not isinstance(position, int) and position != "mean":
-        raise OptionError(f'The position is a number or "mean", not {position!r}.', here())
+    where = _position(position)
     with_it, without = read_prompts(model, positive), read_prompts(model, negative)
     pairs = method == "principal component"
     if pairs and len(with_it) != len(without):
@@ -225,11 +225,25 @@ def steering_vector(
         )
     place, numbers = stream_site(site), chosen("layer", layers, model.n_layers)
     both = replace(with_it, ids=with_it.ids + without.ids, tokens=with_it.tokens + without.tokens)
-    found = gather(model, both, place, numbers, position)
+    found = gather(model, both, place, numbers, where)
     high, low = found[: len(with_it)], found[len(with_it) :]
     means = high.mean(0) - low.mean(0)
     vectors = _principal((high - low).transpose(0, 1), means) if pairs else means
-    return SteeringVector(place.name, tuple(numbers), vectors, method, position, len(both))
+    return SteeringVector(place.name, tuple(numbers), vectors, method, where, len(both))
+
+
+def _position(given: Any) -> int | Literal["mean"]:
+    """A position as it was meant, also as a number of NumPy or torch."""
+    if isinstance(given, str) and given == "mean":
+        return given
+    number: Any = given
+    try:
+        return index(number)
+    except TypeError:
+        raise OptionError(
+            f'The position is a number or "mean", not {given!r}: there is one vector in a layer.',
+            here(),
+        ) from None
 
 
 def _principal(differences: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
