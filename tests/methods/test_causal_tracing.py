@@ -14,6 +14,7 @@ from insitu.graph.errors import OptionError, PromptError
 from insitu.methods import causal_tracing
 from insitu.methods.causal_tracing import embedding_std
 from tests.fidelity.architectures import spread_out
+from tests.fidelity.zoo import module_of
 
 PROMPTS = [[5, 17, 3, 88, 41], [7, 9, 30, 2, 66, 12, 4]]
 SUBJECTS = [[1, 2], [-3]]
@@ -125,6 +126,48 @@ def test_sites_and_windows_by_site(language_model: LanguageModel) -> None:
             expected = traced(module, PROMPTS[0], [1, 2], noise, [(o, 4) for o in window], 11)
             found = result.values[at, where, 4].item()
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_positions_are_chosen(language_model: LanguageModel) -> None:
+    model, module = language_model, language_model.module
+    result = causal_tracing(
+        model, PROMPTS, SUBJECTS, ANSWERS, samples=SAMPLES, noise=0.7, sites="residual_out",
+        layers=0, positions=iter([-1, 1]),
+    )  # fmt: skip
+    assert result.sizes == {"prompt": 2, "layer": 1, "position": 2}
+    assert result.axis("position").labels == ("-1", "1")
+    (owner, *_) = modules_of(module, "residual_out")
+    for number, (ids, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        places = [[1, 2], [4]][number]
+        noise = noise_of(model, len(places), 0.7)
+        for at, position in enumerate((len(ids) - 1, 1)):
+            expected = traced(module, ids, places, noise, [(owner, position)], answer)
+            found = result.values[number, 0, at].item()
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        chosen = result.select(prompt=number)
+        assert chosen.axis("position").labels == (str(ids[-1]), str(ids[1]))
+    with pytest.raises(OptionError, match="no position 5"):
+        causal_tracing(model, PROMPTS[0], 1, 11, positions=5)
+
+
+def test_layers_without_a_site_are_left_out() -> None:
+    """Of the three blocks of this model, the second has attention."""
+    module = module_of("jamba")
+    spread_out(module)
+    model = LanguageModel(module)
+    given: dict[str, Any] = {"samples": SAMPLES, "noise": 0.7}
+    result = causal_tracing(model, PROMPTS[0], [1, 2], 11, sites="attention_out", window=3, **given)
+    assert result.axis("layer").labels == ("1",)
+    noise, owner = noise_of(model, 2, 0.7), module.model.layers[1].self_attn
+    for position in range(5):
+        expected = traced(module, PROMPTS[0], [1, 2], noise, [(owner, position)], 11)
+        assert result.values[0, position].item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    both = causal_tracing(model, PROMPTS[0], [1, 2], 11, **given)
+    assert both.sizes == {"site": 3, "layer": 1, "position": 5}
+    states = causal_tracing(model, PROMPTS[0], [1, 2], 11, sites="residual_out", **given)
+    assert states.sizes == {"layer": 3, "position": 5}
+    with pytest.raises(OptionError, match="Layer 0 has no `attention_out`"):
+        causal_tracing(model, PROMPTS[0], [1, 2], 11, layers=[0, 1], **given)
 
 
 def test_the_last_state_restored_is_the_clean_run(language_model: LanguageModel) -> None:

@@ -5,7 +5,7 @@ The prompts' own clean run is what is put in, where activation patching has anot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from insitu.graph.location import here
 from insitu.methods.metrics import Tokens, token_ids
 from insitu.methods.prompts import read_prompts
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, chosen, site_of
+from insitu.methods.sites import Site, layers_with, site_of
 from insitu.methods.subjects import Subject, positions_of
 from insitu.models.language_model import LanguageModel
 
@@ -34,7 +34,8 @@ def causal_tracing(
     noise: float | None = None,
     window: int | Mapping[str, int] = 1,
     sites: str | Sequence[str] = ("residual_out", "mlp_out", "attention_out"),
-    layers: int | Sequence[int] | None = None,
+    layers: int | Iterable[int] | None = None,
+    positions: int | Iterable[int] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Result:
@@ -63,7 +64,9 @@ def causal_tracing(
             the rest from it on, as far as there are layers. Or that by site: the paper has 1 for
             states and 10 for "mlp_out" and "attention_out".
         sites: what is restored, by standard names. A list is an axis of the result.
-        layers: the layers in the middle of the windows, all if None.
+        layers: the layers in the middle of the windows; None for all that have the sites. Of a
+            window those layers are restored that have them.
+        positions: at which positions values are restored, from the end if negative; all if None.
         seed: of the noise.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
@@ -89,11 +92,16 @@ def causal_tracing(
     read = read_prompts(model, prompts)
     drowned = positions_of(model, read, subject)
     answers = token_ids(model, answer, len(read))
+    kept, restored_at = read.at(positions)
     names = [sites] if isinstance(sites, str) else list(sites)
     found = [_site(name) for name in names]
     widths = _widths(window, found)
-    blocks = len(model.blocks)
-    middles = chosen("layer", layers, blocks)
+    middles = layers_with(model, found, layers)
+    windows = {
+        (site, middle): _around(middle, widths[site], layers_with(model, site, None))
+        for site in found
+        for middle in middles
+    }
     if not isinstance(samples, int) or samples < 1:
         raise OptionError(f"`samples` is a number from 1 on, not {samples!r}.", here())
     if noise is not None and not noise >= 0:
@@ -103,31 +111,30 @@ def causal_tracing(
     ends: list[Any] = []
     restored: list[Any] = []
     with bar("Causal tracing", progress), model.trace() as tracer:
-        for ids, places, token in zip(read.ids, drowned, answers, strict=True):
+        each = zip(read.ids, drowned, answers, restored_at, strict=True)
+        for ids, places, token, restored_here in each:
             size = (samples, len(places), model.d_model)
             added = strength * torch.randn(size, generator=torch.Generator().manual_seed(seed))
             rows = ids.expand(samples, -1)
             with tracer.invoke(ids):
                 clean = {
                     (site, layer): site.read(model, layer)
-                    for site in found
-                    for middle in middles
-                    for layer in _around(middle, widths[site], blocks)
+                    for (site, _), window_layers in windows.items()
+                    for layer in window_layers
                 }
                 ends.append(_probability(model, token))
             with tracer.invoke(rows):
                 _drown(model, places, added)
                 ends.append(_probability(model, token))
             scores: list[Any] = []
-            for site in found:
-                for middle in middles:
-                    for position in range(len(ids)):
-                        with tracer.invoke(rows):
-                            _drown(model, places, added)
-                            for layer in _around(middle, widths[site], blocks):
-                                part = site.index(position=position)
-                                site.read(model, layer)[part] = clean[site, layer][part]
-                            scores.append(_probability(model, token))
+            for (site, _), window_layers in windows.items():
+                for position in restored_here:
+                    with tracer.invoke(rows):
+                        _drown(model, places, added)
+                        for layer in window_layers:
+                            part = site.index(position=position)
+                            site.read(model, layer)[part] = clean[site, layer][part]
+                        scores.append(_probability(model, token))
             whole: Any = torch.stack(scores)
             restored.append(whole.save())
         both: Any = torch.stack(ends)
@@ -137,7 +144,7 @@ def causal_tracing(
     shape = ([len(found)] if many else []) + [len(middles)]
     values = [
         scores.value.reshape(*shape, length)
-        for scores, length in zip(restored, read.lengths, strict=True)
+        for scores, length in zip(restored, kept.lengths, strict=True)
     ]
     measured = both.value.reshape(-1, 2)
     measured = measured if read.many else measured[0]
@@ -145,9 +152,9 @@ def causal_tracing(
     return Result(
         f"Causal tracing of {', '.join(site.name for site in found)}",
         "probability of the answer",
-        read.stacked(values, many + 1),
-        (*read.axis, *axes, Axis.of("layer", middles), read.positions()),
-        read.tokens,
+        kept.stacked(values, many + 1),
+        (*read.axis, *axes, Axis.of("layer", middles), kept.positions()),
+        kept.tokens,
         details={
             "clean": measured[..., 0],
             "corrupted": measured[..., 1],
@@ -190,9 +197,10 @@ def _probability(model: LanguageModel, token: int) -> Any:
     return logits[:, -1].float().softmax(-1)[:, token].mean()
 
 
-def _around(middle: int, width: int, count: int) -> range:
-    """The layers of a window."""
-    return range(max(0, middle - width // 2), min(count, middle - width // 2 + width))
+def _around(middle: int, width: int, there: Sequence[int]) -> list[int]:
+    """The layers of a window that are there."""
+    first = middle - width // 2
+    return [layer for layer in there if first <= layer < first + width]
 
 
 def _site(name: str) -> Site:
