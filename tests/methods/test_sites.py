@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -5,10 +7,19 @@ import pytest
 import torch
 
 from insitu import LanguageModel, OptionError
+from insitu.methods import (
+    activation_patching,
+    attribution_patching,
+    causal_tracing,
+    distributed_alignment_search,
+    probe,
+    steering_vector,
+)
 from insitu.methods.sites import chosen, site_of
 from tests.conftest import hooked
+from tests.fidelity.zoo import module_of
 
-IDS = [3, 1, 4, 1, 5]
+IDS, OTHER = [3, 1, 4, 1, 5], [3, 1, 40, 1, 5]
 
 
 def outputs(model: LanguageModel, path: str) -> torch.Tensor:
@@ -96,3 +107,57 @@ def test_what_is_no_number_is_refused(given: Any) -> None:
 def test_none_at_all_is_refused() -> None:
     with pytest.raises(OptionError, match="No head was chosen"):
         chosen("head", [], 4)
+
+
+OF_POSITIONS: dict[str, Callable[[LanguageModel], object]] = {
+    "activation patching": lambda model: activation_patching(model, IDS, OTHER, _first),
+    "queries": lambda model: activation_patching(
+        model, IDS, OTHER, _first, sites="pattern", by=("layer", "query")
+    ),
+    "chosen positions": lambda model: activation_patching(
+        model, IDS, OTHER, _first, sites="z", by=("layer", "head"), positions=-1
+    ),
+    "attribution patching": lambda model: attribution_patching(model, IDS, OTHER, _first),
+    "causal tracing": lambda model: causal_tracing(model, IDS, 1, 3),
+    "alignment": lambda model: distributed_alignment_search(
+        model, [IDS] * 4, [OTHER] * 4, [3] * 4, layer=0, position=-1, dimensions=1
+    ),
+    "a steering vector": lambda model: steering_vector(model, [IDS], [OTHER], position=1),
+    "probe": lambda model: probe(model, [IDS, OTHER] * 8, [0, 1] * 8, position="all"),
+}
+
+
+@pytest.mark.parametrize("name", OF_POSITIONS)
+def test_positions_of_a_prompt_are_not_those_of_a_decoder(name: str) -> None:
+    model = LanguageModel(module_of("t5"))
+    with pytest.raises(OptionError, match="positions of the prompt are none of theirs"):
+        OF_POSITIONS[name](model)
+
+
+def test_heads_of_a_decoder_are_patched_as_hooks_do() -> None:
+    module = module_of("t5")
+    given: dict[str, Any] = {"sites": "z", "by": ("layer", "head"), "normalised": False}
+    found = activation_patching(LanguageModel(module), IDS, OTHER, _first, **given)
+    assert found.sizes == {"layer": 2, "head": 4}
+    run = partial(module, decoder_input_ids=torch.tensor([[module.config.decoder_start_token_id]]))
+    owner = module.decoder.block[1].layer[0].SelfAttention.o
+    with torch.no_grad():
+        seen: list[torch.Tensor] = []
+        handle = owner.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        run(input_ids=torch.tensor([IDS]))
+        handle.remove()
+
+        def put(_: object, args: Any) -> Any:
+            value = args[0].clone()
+            width = value.shape[-1] // 4
+            value[..., 2 * width : 3 * width] = seen[0][..., 2 * width : 3 * width]
+            return (value,)
+
+        handle = owner.register_forward_pre_hook(put)
+        logits = run(input_ids=torch.tensor([OTHER])).logits[0]
+        handle.remove()
+    assert found.values[1, 2].item() == pytest.approx(_first(logits).item(), rel=1e-4)
+
+
+def _first(logits: Any) -> Any:
+    return logits[-1, 3]

@@ -11,7 +11,7 @@ import torch
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.prompts import Prompts
-from insitu.methods.sites import Site, numbers_of, site_of
+from insitu.methods.sites import Site, check_positions, numbers_of, site_of
 from insitu.models.language_model import LanguageModel
 
 Position: TypeAlias = int | Sequence[int] | Literal["mean", "all"]
@@ -78,6 +78,8 @@ def gather_each(
         OptionError: if the position is of no known kind.
     """
     taken_at = _index(prompts, position)
+    if taken_at not in (-1, None):  # the last one and the mean are something of any values
+        check_positions(model)
     with model.trace() as tracer:
         saved: list[list[list[Any]]] = [[] for _ in sites]
         for ids in prompts.ids:

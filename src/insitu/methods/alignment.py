@@ -24,7 +24,7 @@ from insitu.methods.activations import gather, stream_site
 from insitu.methods.alignments import Alignment, check_position, course, exchanged, read_pairs
 from insitu.methods.metrics import Tokens
 from insitu.methods.prompts import Prompts
-from insitu.methods.sites import chosen
+from insitu.methods.sites import check_positions, chosen
 from insitu.models.language_model import LanguageModel
 
 
@@ -103,6 +103,7 @@ def distributed_alignment_search(
         PromptError: if a prompt has no such position, or an answer is no token.
     """
     place, (block,) = stream_site(site), chosen("layer", layer, model.n_layers)
+    check_positions(model)
     read, given, wanted = read_pairs(model, bases, sources, answers)
     check_position(read, position)
     draw = torch.Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ from insitu.graph.location import here
 from insitu.methods.metrics import Tokens, token_ids
 from insitu.methods.prompts import read_prompts
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, layers_with, site_of
+from insitu.methods.sites import Site, check_positions, layers_with, site_of
 from insitu.methods.subjects import Subject, positions_of
 from insitu.models.language_model import LanguageModel
 
@@ -89,6 +89,7 @@ def causal_tracing(
         >>> causal_tracing(model, prompt, "Louvre", " Paris", samples=2).sizes
         {'site': 3, 'layer': 6, 'position': 7}
     """
+    check_positions(model)
     read = read_prompts(model, prompts)
     drowned = positions_of(model, read, subject)
     answers = token_ids(model, answer, len(read))

@@ -12,7 +12,7 @@ from insitu.display.labels import POSITIONS
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.methods.pairs import Choice, Pairs
-from insitu.methods.sites import Site, chosen, layers_with, numbers_of, sites_along
+from insitu.methods.sites import Site, check_positions, chosen, layers_with, numbers_of, sites_along
 from insitu.models.language_model import LanguageModel
 
 
@@ -180,6 +180,8 @@ def grid_of(
     units = {"head": numbers_of("head", heads), "neuron": numbers_of("neuron", neurons)}
     found, along = sites_along(sites, by, units)
     given = {"position": asked, "query": asked, **units}
+    if positions is not None or set(along) & set(POSITIONS):
+        check_positions(model)
     blocks = layers_with(model, found, layers)
     return Grid(found, not isinstance(sites, str), along, blocks, given)
 

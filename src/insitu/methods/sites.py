@@ -97,6 +97,20 @@ def site_of(name: str) -> Site:
     return Site(key, axes)
 
 
+def check_positions(model: LanguageModel) -> None:
+    """Raises an `OptionError` if positions of a model's blocks are not those of its prompt.
+
+    In a decoder that an encoder's states are given to, they are those of what is generated.
+    """
+    if model.is_encoder_decoder:
+        raise OptionError(
+            "This is for models whose blocks process the prompt itself: in this one they process "
+            "what follows a prompt that an encoder has read, so positions of the prompt are none "
+            "of theirs.",
+            here(),
+        )
+
+
 def layers_with(
     model: LanguageModel,
     sites: Site | Sequence[Site],
