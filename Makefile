@@ -100,7 +100,7 @@ $(VENV)-transformers4/installed: pyproject.toml constraints-transformers4.txt
 	$(VENV)-transformers4/bin/pip install -q --disable-pip-version-check \
 		-c constraints-transformers4.txt torch
 	$(VENV)-transformers4/bin/pip install -q --disable-pip-version-check \
-		-c constraints-transformers4.txt -e ".[test]"
+		-c constraints-transformers4.txt -e ".[test]" torchao
 	@touch $@
 
 OTHERS := $(sort $(PEERS) $(ORACLES))

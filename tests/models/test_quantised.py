@@ -1,8 +1,4 @@
-"""Quantised linear layers, as far as they run on a CPU, against plain Transformers.
-
-torch's own are always tested. Those of bitsandbytes, torchao and Quanto are where these are
-installed: `pip install bitsandbytes torchao optimum-quanto`.
-"""
+"""Quantised linear layers, as far as they run on a CPU, against plain Transformers."""
 
 import copy
 import warnings
@@ -46,12 +42,9 @@ def quanto() -> Any:
     return transformers.QuantoConfig(weights="int8")
 
 
-def needs(package: str) -> pytest.MarkDecorator:
-    try:
-        missing = find_spec(package) is None
-    except ModuleNotFoundError:
-        missing = True
-    return pytest.mark.skipif(missing, reason=f"{package} is not installed")
+# It warns in every program that imports Transformers, so development goes without it: only
+# `make test-matrix` has it, beside the oldest Transformers.
+NEEDS_TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 
 
 def small_llama() -> LlamaForCausalLM:
@@ -64,13 +57,7 @@ def small_llama() -> LlamaForCausalLM:
 
 
 @pytest.fixture(
-    params=[
-        "torch",
-        pytest.param(four_bits, marks=needs("bitsandbytes")),
-        pytest.param(eight_bits, marks=needs("bitsandbytes")),
-        pytest.param(torchao, marks=needs("torchao")),
-        pytest.param(quanto, marks=needs("optimum.quanto")),
-    ],
+    params=["torch", four_bits, eight_bits, pytest.param(torchao, marks=NEEDS_TORCHAO), quanto],
     ids=lambda kind: kind if isinstance(kind, str) else kind.__name__,
 )
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, LanguageModel]:
@@ -183,7 +170,6 @@ def test_gradients_go_through_them(pair: tuple[Any, LanguageModel]) -> None:
         torch.testing.assert_close(gradient.value, expected)
 
 
-@needs("bitsandbytes")
 @pytest.mark.parametrize("config", [four_bits, eight_bits])
 def test_a_folder_may_be_quantised_already(tmp_path: Path, config: Callable[[], Any]) -> None:
     small_llama().save_pretrained(tmp_path / "whole")
