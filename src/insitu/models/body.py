@@ -50,6 +50,7 @@ class Body:
 
     Attributes:
         stacks: the paths of its blocks, a list for each stack, such as encoder and decoder.
+        paths: those of all of them.
         lengths: all numbers of positions that hidden states had in the forward that was watched.
         weights: the weights of its parts.
     """
@@ -68,7 +69,7 @@ class Body:
         # Whether the weights were there, and the options.
         self._showing: tuple[bool, Mapping[str, Any]] | None = None
         self._after: tuple[str | None, Spot | None] | None = None
-        self._paths = {path for stack in self.stacks for path in stack}
+        self.paths = {path for stack in self.stacks for path in stack}
         self._said_eager = False
         self._endings: Endings | None = None
         self.lengths: frozenset[int] = frozenset()
@@ -161,7 +162,7 @@ class Body:
         parts = path.split(".")
         for count in range(len(parts), 0, -1):
             block = ".".join(parts[:count])
-            if block in self._paths:
+            if block in self.paths:
                 return self.blocks().get(block)
         return None
 
@@ -260,7 +261,7 @@ class Body:
         modules = self._model.modules
         lengths = set(sample_lengths(self._config))
         sizes: dict[str, tuple[int, int]] = {}
-        for path in self._paths:
+        for path in self.paths:
             index = next(flow.calls(path), None)
             if index is None:
                 continue
@@ -329,7 +330,7 @@ class Body:
         if head is not None:
             for index in flow.calls(head):
                 norm = _norm_before(flow, flow.events[index].inputs[0], self._model.modules)
-        if norm is not None and any(norm.startswith(f"{path}.") for path in self._paths):
+        if norm is not None and any(norm.startswith(f"{path}.") for path in self.paths):
             norm = None  # it is the last block's own
         if whole is None:
             return norm, None

@@ -34,6 +34,10 @@ _NORMALISED = (
     "what this block returns is no sum of what it is given and what it adds: such as where the sum "
     "is normalised, so that nothing in the block is the residual stream."
 )
+_UNSEEN = Missing(
+    "names are found in a forward of the model, of text if it takes text, and this block has no "
+    "part in that: use the paths of its own modules."
+)
 _NO_ATTENTION = "there is no attention in this block."
 _NO_CROSS_ATTENTION = "nothing in this block attends to states of an encoder."
 
@@ -89,7 +93,8 @@ class Names:
             return self._of_model()
         block = self._body.block_around(path)
         if block is None:
-            return {}
+            unknown = path in self._body.paths
+            return dict.fromkeys((*_STREAM, *_ADDED, *_ROLES), _UNSEEN) if unknown else {}
         if part == "mlp":
             return {**self._of_mlp(block), **self._of_experts(block)}
         if part == "experts":
@@ -131,7 +136,7 @@ class Names:
             found[name] = Missing(none) if heads is None else Role(heads.path, "heads")
         mlp = block.mlp
         if mlp is None:
-            found["mlp"] = Missing("there is no MLP in this block.")
+            found["mlp"] = Missing("no MLP adds to the residual stream in this block.")
         else:
             found["mlp"] = Role(mlp.path or block.path, "mlp", mlp.path is not None)
         if mlp is None or mlp.router is None:
