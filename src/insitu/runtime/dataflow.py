@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -34,8 +34,9 @@ class Dataflow:
         shapes: of each value.
         made: the event that made each value, None for what came from outside.
         returned: the modules that returned each value, innermost first.
-        arguments: what each call of a module was given: its values by position and by keyword.
-        results: what each call of a module returned.
+        arguments: what each call of a module was given, by position and by keyword: the numbers
+            of values in the place of tensors, None in that of whatever else there is.
+        results: what each call of a module returned, likewise.
         applied: what each event was called with; of a forward that was kept.
         tensors: what each value was, likewise.
     """
@@ -88,6 +89,22 @@ class _Watch(TorchFunctionMode):
         return result
 
 
+class _Begun(NamedTuple):
+    """A call of a module that has not returned.
+
+    Attributes:
+        path: the module's path.
+        first: the event with which it began.
+        given: its arguments, with a `Value` in the place of each tensor.
+        inputs: the numbers of these.
+    """
+
+    path: str
+    first: int
+    given: tuple[tuple[Any, ...], Mapping[str, Any]]
+    inputs: tuple[int, ...]
+
+
 class Recorder:
     """Writes down the dataflow of what runs while it is active, as a context manager.
 
@@ -111,7 +128,7 @@ class Recorder:
         self._last_write: int | None = None
         self._kept: list[torch.Tensor] = []  # so that no identity is given twice
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._stack: list[tuple[str, int, Any, Applied]] = []
+        self._stack: list[_Begun] = []
         self._mode = _Watch(self._visit, caches)
         self._handles: list[Any] = []
 
@@ -153,15 +170,15 @@ class Recorder:
             flow.tensors[value] = tensor
         return value
 
-    def _values(self, items: Any, shown: Callable[[int], Any] = int) -> tuple[Any, tuple[int, ...]]:
-        """A structure with values in the place of tensors, and all of these."""
+    def _values(self, items: Any) -> tuple[Any, tuple[int, ...]]:
+        """A structure with a `Value` in the place of each tensor, and the numbers of all."""
         found: list[int] = []
 
         def leaf(item: Any) -> Any:
             if not isinstance(item, torch.Tensor):
                 return item
             found.append(self._value(item))
-            return shown(found[-1])
+            return Value(found[-1])
 
         return map_structure(leaf, items), tuple(found)
 
@@ -176,13 +193,13 @@ class Recorder:
         version: int | None,
         counts: bool,
     ) -> None:
-        path = self._stack[-1][0] if self._stack else ""
+        path = self._stack[-1].path if self._stack else ""
         call = self._counts[path, name] if counts else -1
         self._counts[path, name] += counts
         index = len(self.flow.events)
         outputs: list[int] = []
         if written is None:
-            given, inputs = self._values((args, kwargs), Value)
+            given, inputs = self._values((args, kwargs))
         else:
             given, inputs = self._values_before(args, kwargs, written, version)
             outputs.append(self._new(written, index))
@@ -212,30 +229,28 @@ class Recorder:
         if known is None or known[1] != version:
             known = (self._new(written, None if known is None else self._last_write), -1)
         self._current[id(written)] = (known[0], written._version)
-        return self._values((args, kwargs), Value)
+        return self._values((args, kwargs))
 
     def _entering(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given, _ = self._values((args, dict(kwargs)))
-            again, _ = self._values((args, dict(kwargs)), Value) if self._keeping else (given, ())
-            self._stack.append((path, len(self.flow.events), given, Applied(None, *again)))
+            given, inputs = self._values((args, dict(kwargs)))
+            self._stack.append(_Begun(path, len(self.flow.events), given, inputs))
 
         return hook
 
     def _leaving(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             flow = self.flow
-            _, first, given, applied = self._stack.pop()
+            begun = self._stack.pop()
             call = self._counts[path, ""]
             self._counts[path, ""] += 1
             index = len(flow.events)
-            shown, outputs = self._values(output)
-            inputs: list[int] = []
-            map_structure(lambda item: inputs.append(item) if type(item) is int else item, given)
-            flow.events.append(Event(path, "", call, tuple(inputs), outputs, first))
-            flow.arguments[index] = given
+            returned, outputs = self._values(output)
+            shown = _numbers(returned)
+            flow.events.append(Event(path, "", call, begun.inputs, outputs, begun.first))
+            flow.arguments[index] = _numbers(begun.given)
             if self._keeping:
-                flow.applied[index] = applied
+                flow.applied[index] = Applied(None, *begun.given)
             flow.results[index] = shown
             for value, item in _items(shown):
                 flow.returned.setdefault(value, []).append(Returned(index, item))
@@ -268,6 +283,11 @@ def watch(
             with torch.no_grad():
                 module(*call.args, **call.kwargs)
     return flow
+
+
+def _numbers(items: Any) -> Any:
+    """A structure with the numbers of values, and None in the place of all else."""
+    return map_structure(lambda item: item.number if type(item) is Value else None, items)
 
 
 def _items(
