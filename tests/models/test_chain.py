@@ -17,7 +17,7 @@ def chain_of(module: nn.Module) -> Chain | None:
     views, options = model.block_views[False], {"use_cache": False}
     calls = [Call((), {"input_ids": torch.zeros(*size).long(), **options}) for size in SIZES]
     layouts = find_layouts([model.probe(call, views).seen for call in calls])
-    with model.exclusive.held():
+    with model.exclusive:
         return find_chain(module, model.modules, views, layouts, options, 100, model.device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
@@ -224,9 +224,7 @@ class Model(Handle):
         Raises:
             BlockError: if that is inside another run of it.
         """
-        with self.exclusive.held(), ExitStack() as stack:
-            if is_compiled(self.compilable):
-                stack.enter_context(eager())
+        with self.exclusive, eager(is_compiled(self.compilable)):
             yield
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:

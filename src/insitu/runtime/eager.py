@@ -9,7 +9,7 @@ run goes around what has been compiled; outside of blocks that is used as before
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,9 +21,16 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
     return any(module._compiled_call_impl is not None for module in modules)  # pyright: ignore[reportUnknownMemberType]
 
 
-def eager() -> AbstractContextManager[Any]:
-    """Returns a context in which modules run uncompiled."""
-    return torch.compiler.set_stance("force_eager")
+def eager(compiled: bool) -> AbstractContextManager[Any]:
+    """Returns a context in which modules run uncompiled.
+
+    Args:
+        compiled: whether any of them is compiled: if none is, there is nothing to be done.
+    """
+    return torch.compiler.set_stance("force_eager") if compiled else _AS_THEY_ARE
+
+
+_AS_THEY_ARE = nullcontext()
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

@@ -7,9 +7,6 @@ each other's. Runs of one module therefore wait for each other, also between two
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import NoReturn
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -18,42 +15,34 @@ from insitu.graph.errors import BlockError
 
 
 class Exclusive:
-    """Who may use a module.
+    """Who may use a module: a context manager that waits for it, and has it in use.
+
+    Entering it raises a `BlockError` if the module is in use already by the same thread: a block
+    was run from inside another's run.
 
     Attributes:
         lock: held by the thread that uses the module.
-        running: whether it is in use. A thread that has the lock and finds this set is inside a
-            run of its own.
     """
 
-    __slots__ = ("lock", "running")
+    __slots__ = ("_running", "lock")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.running = False
+        self._running = False
 
-    def refuse(self) -> NoReturn:
-        """Raises, where the thread that has the lock finds the module in use."""
-        raise BlockError(
-            "This model is running already, in this thread: a block cannot run it from inside "
-            "its own run (a hook, a stopping criterion, a streamer)."
-        )
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        if self._running:  # by this thread, which has the lock
+            self.lock.release()
+            raise BlockError(
+                "This model is running already, in this thread: a block cannot run it from inside "
+                "its own run (a hook, a stopping criterion, a streamer)."
+            )
+        self._running = True
 
-    @contextmanager
-    def held(self) -> Generator[None, None, None]:
-        """Waits for the module, and has it in use.
-
-        Raises:
-            BlockError: if it is in use already: a block was run from inside another's run.
-        """
-        with self.lock:
-            if self.running:
-                self.refuse()
-            self.running = True
-            try:
-                yield
-            finally:
-                self.running = False
+    def __exit__(self, *_: object) -> None:
+        self._running = False
+        self.lock.release()
 
 
 _registry_lock = threading.Lock()

@@ -359,19 +359,10 @@ class Tracer:
         self._told = [single.told for single in passes if single is not None]
         done = following(passes)
         execution = Execution(recording.graph, prepared.plan, model.modules)
-        exclusive = model.exclusive
-        with exclusive.lock:
-            if exclusive.running:
-                exclusive.refuse()
-            exclusive.running = True
+        with model.exclusive, eager(prepared.compiled):
             try:
-                if prepared.compiled:
-                    with eager():
-                        results, lacking, went = self._run_passes(execution, prepared, passes, done)
-                else:
-                    results, lacking, went = self._run_passes(execution, prepared, passes, done)
+                results, lacking, went = self._run_passes(execution, prepared, passes, done)
             finally:
-                exclusive.running = False
                 if execution.tape is not None:
                     execution.tape.release()
         if lacking is not None:
