@@ -11,7 +11,8 @@ from torch import nn
 OPTION = "attn_implementation"
 """The option of a run, beside the forward's own, that says with which implementation."""
 
-_SETTING = "_attn_implementation_internal"  # where a config has what it is set to
+SETTING = "_attn_implementation_internal"
+"""Where a config has the implementation that it is set to."""
 
 
 @contextmanager
@@ -29,23 +30,23 @@ def attending(module: nn.Module, implementation: str | None) -> Generator[None, 
     try:
         if implementation is not None:
             for settings in _configs(module):
-                changed.append((settings, settings[_SETTING]))
-                settings[_SETTING] = implementation
+                changed.append((settings, settings[SETTING]))
+                settings[SETTING] = implementation
         yield
     finally:
         for settings, before in changed:
-            settings[_SETTING] = before
+            settings[SETTING] = before
 
 
 def implementations(module: nn.Module) -> tuple[Any, ...]:
     """Returns what a model's attention is set to, in all of its parts."""
-    return tuple(settings[_SETTING] for settings in _configs(module))
+    return tuple(settings[SETTING] for settings in _configs(module))
 
 
 def _configs(module: nn.Module) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for part in module.modules():
         config = vars(part).get("config")
-        if hasattr(config, "__dict__") and _SETTING in vars(config):
+        if hasattr(config, "__dict__") and SETTING in vars(config):
             found[id(config)] = vars(config)
     return list(found.values())

@@ -50,7 +50,7 @@ def cached(
     vocabulary, line = hooks.vocabulary, mark()
     wanted = select(names, vocabulary, hooks)
     with tracer:
-        invocation = tracer._only_invocation()
+        invocation = tracer.only_invocation()
         saved = {}
         for key, named in wanted.items():
             value = named.read(invocation, line)

@@ -1,7 +1,5 @@
 """One forward of a language model: its keyword arguments, and what it costs in memory."""
 
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import os
@@ -78,8 +76,7 @@ def forward(
     """
     # Moved here and not before: until its turn comes, another thread's probe may have put fake
     # weights in, and those do not say where the real ones are.
-    weight = model._embedding._parameters.get("weight")  # most of what `model.device` comes down to
-    if weight is None or weight.device != kwargs["input_ids"].device:
+    if not model.is_beside(kwargs["input_ids"]):
         kwargs = model.placed(kwargs)
     if OPTION in kwargs:
         kwargs = dict(kwargs)

@@ -16,6 +16,7 @@ from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import Location, here
 from insitu.graph.node import Graph
 from insitu.graph.structure import map_structure
+from insitu.models.attention import SETTING
 from insitu.models.blocks import block_views
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from insitu.models.vocabulary import Names
 
 _LIBRARIES = ("accelerate.", "torch.", "transformers.")
-_ATTENTION = "_attn_implementation_internal"  # where a config has what it is set to
 
 
 class LanguageModel(Model):
@@ -197,7 +197,7 @@ class LanguageModel(Model):
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
-        if self._settings.get(_ATTENTION) != self._attention:
+        if self._settings.get(SETTING) != self._attention:
             vars(self).update(_probes={}, plans=Plans())
             vars(self)["vocabulary"] = self._names(self._module)
             self._describe()
@@ -305,8 +305,7 @@ class LanguageModel(Model):
 
         Before that it notices how the model is to run.
         """
-        if self._settings.get(_ATTENTION) != self._attention:
-            self._notice()
+        self._notice()
         if not kwargs:  # nearly always
             return None if prompt is None else ((prompt,), {})
         own = {name: kwargs.pop(name) for name in (*MEDIA, *names) if name in kwargs}
@@ -394,6 +393,15 @@ class LanguageModel(Model):
         if self._lens is None or self._lens.vocabulary is not vocabulary:
             vars(self)["_lens"] = TransformerLens(vocabulary.body, vocabulary)
         return cast("TransformerLens", self._lens)
+
+    def is_beside(self, ids: torch.Tensor) -> bool:
+        """Returns whether token ids are on the model's device, as far as that is seen at once.
+
+        Args:
+            ids: the token ids.
+        """
+        weight = self._embedding._parameters.get("weight")  # most of what `device` comes down to
+        return weight is not None and weight.device == ids.device
 
     def placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns keyword arguments with their tensors on the model's device.
@@ -488,12 +496,7 @@ class LanguageModel(Model):
         """
         from insitu.models.sharing import find_shared_chain  # of no use to one prompt
 
-        return find_shared_chain(self, module, layouts, options)
-
-    @property
-    def _vocabulary(self) -> int:
-        """How many token ids it has."""
-        return self.reader.limits.vocabulary or self._config.get_text_config().vocab_size
+        return find_shared_chain(self, module, layouts, options, self._chains)
 
     @property
     def costs(self) -> Costs:
@@ -531,7 +534,7 @@ class LanguageModel(Model):
         vars(self).update(
             _embedding=embedding,
             _settings=settings,
-            _attention=settings.get(_ATTENTION),
+            _attention=settings.get(SETTING),
             _separations={},
             _chains={},
             decoder_start=decoder_start(module, self._config),

@@ -4,12 +4,10 @@ Both are tried out on the model, if its weights are there; how that is done is i
 and `chain.py`. Here is when it is done, and with what.
 """
 
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from insitu.models.attention import OPTION, attending
 from insitu.models.chain import find_chain
 from insitu.models.prompts import Prompt, Side
 from insitu.models.separation import Separation, Trial
+from insitu.models.tokens import vocabulary_of
 from insitu.runtime.branches import Chain
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.inside import SEPARATOR
@@ -57,7 +56,7 @@ def find_separation(
         model.modules,
         views,
         side,
-        model._vocabulary,
+        vocabulary_of(model.module, model.config),
         model.pad_id,
         model.reader.limits.context,
         here(),
@@ -87,7 +86,11 @@ def find_separation(
 
 
 def find_shared_chain(
-    model: LanguageModel, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]
+    model: LanguageModel,
+    module: nn.Module,
+    layouts: Layouts,
+    options: Mapping[str, Any],
+    known: dict[Hashable, Chain | None],
 ) -> Chain | None:
     """Returns the blocks at which forwards of a model can begin, None if they cannot.
 
@@ -96,6 +99,7 @@ def find_shared_chain(
         module: the wrapped module, with its weights.
         layouts: how values are cut.
         options: keyword arguments for the forwards.
+        known: what was found before, of which this is to be a part.
     """
     views = model.block_views[False]
     plain = {"use_cache": False} if model.takes_use_cache else {}
@@ -109,16 +113,16 @@ def find_shared_chain(
         return None
     inside = frozenset(path.partition(SEPARATOR)[0] for path, _, _ in layouts if SEPARATOR in path)
     key = (implementation, inside)
-    if key not in model._chains:
+    if key not in known:
         with model.in_use(), attending(module, implementation):
-            model._chains[key] = find_chain(
+            known[key] = find_chain(
                 module,
                 model.modules,
                 views,
                 layouts,
                 rest,
-                model._vocabulary,
+                vocabulary_of(model.module, model.config),
                 model.device,
                 inside,
             )
-    return model._chains[key]
+    return known[key]

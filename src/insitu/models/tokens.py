@@ -35,6 +35,16 @@ def limits_of(module: Any, config: Any) -> Limits:
     )
 
 
+def vocabulary_of(module: Any, config: Any) -> int:
+    """Returns how many token ids a model has.
+
+    Args:
+        module: the model.
+        config: its config.
+    """
+    return limits_of(module, config).vocabulary or config.get_text_config().vocab_size
+
+
 def padding(module: Any, config: Any) -> int:
     """Returns the token with which shorter prompts are filled up, whatever it is: it is masked.
 
@@ -43,8 +53,7 @@ def padding(module: Any, config: Any) -> int:
         config: its config.
     """
     generation = getattr(module, "generation_config", None)
-    text = config.get_text_config()
-    known = limits_of(module, config).vocabulary or text.vocab_size
+    text, known = config.get_text_config(), vocabulary_of(module, config)
     pads = (getattr(generation, "pad_token_id", None), text.pad_token_id, text.eos_token_id)
     pads = [pad[0] if isinstance(pad, list) else pad for pad in pads]
     return next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)

@@ -273,12 +273,12 @@ class Tracer:
     @property
     def tokens(self) -> Tokens:
         """The token ids that steps choose, in a block of one prompt: see `invoker.tokens`."""
-        return self._only_invocation().tokens
+        return self.only_invocation().tokens
 
     @property
     def logits(self) -> Logits:
         """The logits for the next token, in a block of one prompt: see `invoker.logits`."""
-        return self._only_invocation().logits
+        return self.only_invocation().logits
 
     def _only_request(self) -> Any:
         if self._request is None:
@@ -289,7 +289,12 @@ class Tracer:
             )
         return self._request
 
-    def _only_invocation(self) -> Invocation:
+    def only_invocation(self) -> Invocation:
+        """Returns the invocation of a block that has one.
+
+        Raises:
+            BlockError: if it has several, or none so far.
+        """
         if len(self._invocations) != 1:
             raise BlockError(
                 "This block has its prompts in invocations: ask the `invoker` of "
