@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.errors import OperationError, ShapeError
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import map_structure, tensors_of
 
 
 def fitted(original: Any, value: Any, block: bool, move: bool = True) -> Any:
@@ -96,19 +96,11 @@ def standing_in(inputs: Any, value: Any) -> Any:
         inputs: what the module was called with: its tensors tell the device.
         value: what is to stand there.
     """
-    devices: list[torch.device] = []
-
-    def leaf(item: Any) -> Any:
-        if isinstance(item, torch.Tensor):
-            devices.append(item.device)
-        return item
+    device = next((tensor.device for tensor in tensors_of(inputs)), None)
 
     def placed(item: Any) -> Any:
-        if isinstance(item, torch.Tensor) and devices and item.device != devices[0]:
-            return item.to(devices[0])
-        return item
+        return item if device is None or not isinstance(item, torch.Tensor) else item.to(device)
 
-    map_structure(leaf, inputs)
     return map_structure(placed, value)
 
 

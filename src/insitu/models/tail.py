@@ -70,7 +70,7 @@ class Tail(NamedTuple):
         own = spread(own, layout, slice(start, self.forward.length), self.forward.length)
         if site[1:4] in self.entry:
             row = self.entering
-            own = map_structure(lambda leaf: leaf.clone(), own)
+            own = map_structure(clone, own)
             hidden = own if isinstance(own, torch.Tensor) else own[0]
             hidden[:, :start] = row.prefix.hidden[row.level][row.origin, :start]
         return own

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from insitu.graph.node import EVERY, Kind, Site
-from insitu.graph.structure import clone, map_structure
+from insitu.graph.structure import clone, map_structure, memory_of
 from insitu.graph.writing import fitted
 from insitu.runtime.execution import Execution
 from insitu.runtime.hooks import (
@@ -214,10 +213,8 @@ class Arrivals:
             return map_structure(clone, value)
         if any(index in self._lasting for index in mutated):
             model = self._modules[""]
-            own = {_memory(tensor) for tensor in chain(model.parameters(), model.buffers())}
-            found: list[int] = []
-            map_structure(lambda leaf: found.append(_memory(leaf)), value)
-            if not own.isdisjoint(found):
+            own = memory_of([*model.parameters(), *model.buffers()])
+            if not own.isdisjoint(memory_of(value)):
                 return map_structure(clone, value)
         return value
 
@@ -339,14 +336,7 @@ class _Clock:
 
 def _shared(part: Any, whole: Any) -> bool:
     """Whether the memory of a part of a value is that of the value."""
-    found: list[set[int]] = [set(), set()]
-    for value, seen in zip((part, whole), found, strict=True):
-        map_structure(lambda leaf, seen=seen: seen.add(_memory(leaf)), value)
-    return found[0] <= found[1]
-
-
-def _memory(leaf: Any) -> int:
-    return leaf.untyped_storage().data_ptr() if isinstance(leaf, torch.Tensor) else 0
+    return memory_of(part) <= memory_of(whole)
 
 
 def _standing_in(view: View | None, returned: Any, value: Any) -> Any:

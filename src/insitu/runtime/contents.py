@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from insitu.runtime.memory import storage_of
+
 _MOST = 1 << 20  # of how many numbers contents are kept
 
 
@@ -69,7 +71,7 @@ class Contents(TorchDispatchMode):
             for written in _written(func, args, kwargs):
                 content = self._content(written)
                 if content is not None:
-                    self._lost.add(content.untyped_storage()._cdata)
+                    self._lost.add(storage_of(content))
             return func(*args, **kwargs)
 
         def content_of(leaf: Any) -> Any:
@@ -122,7 +124,7 @@ class Contents(TorchDispatchMode):
                 return None
             self._known[leaf] = _copied(leaf)  # it is never written to itself
         found = self._known.get(leaf)
-        if found is None or found.untyped_storage()._cdata in self._lost:
+        if found is None or storage_of(found) in self._lost:
             return None
         return found
 

@@ -16,7 +16,7 @@ import torch
 
 from insitu.graph.node import Graph, Node, Ref, Site
 from insitu.graph.operations import ATTRIBUTE, GETITEM, REPLACE, SKIP, WRITE
-from insitu.graph.structure import is_basic, map_structure
+from insitu.graph.structure import is_basic, map_structure, tensors_of
 from insitu.graph.writing import replaced
 
 if TYPE_CHECKING:
@@ -74,6 +74,11 @@ class Memory:
 def storage_of(tensor: torch.Tensor) -> int:
     """Returns the identity of a tensor's storage."""
     return cast(int, tensor.untyped_storage()._cdata)
+
+
+def storages_of(value: Any) -> set[int]:
+    """Returns the identities of the storages of the tensors in a value, with data or without."""
+    return set(map(storage_of, tensors_of(value)))
 
 
 Arriving = Callable[[Site, "Copies | None"], Any]
@@ -177,7 +182,7 @@ def _standing(node: Node, memory: list[Any], own: Piece) -> Any:
     if node.operation is REPLACE:
         try:
             return replaced(*arguments)
-        except Exception:  # the run will say so
+        except (LookupError, TypeError, ValueError):  # the run will say so
             return own
     original, value, block = arguments
     if not block or not isinstance(original, tuple):

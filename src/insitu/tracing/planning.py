@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from insitu.graph.errors import BlockError, InsituError, ShapeError
@@ -22,6 +21,7 @@ from insitu.graph.structure import clone, map_structure
 from insitu.runtime.eager import is_compiled
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
+from insitu.runtime.memory import storages_of
 from insitu.runtime.mutations import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order
 from insitu.runtime.passes import Pass
@@ -150,24 +150,13 @@ def _arriving(invocations: Sequence[Invocation], site: Site, copies: Copies | No
 
 def _is_view(recording: Recording, index: int) -> bool:
     """Whether a node's value shares memory with those that it is made of, or may do so."""
-
-    def memory(value: Any) -> set[Any]:
-        found: set[Any] = set()
-
-        def leaf(item: Any) -> None:
-            if isinstance(item, torch.Tensor):
-                found.add(item.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
-
-        map_structure(leaf, value)
-        return found
-
     try:
-        own = memory(fake_value(recording, index))
+        value = fake_value(recording, index)
         inputs = recording.graph[index].inputs
         made_of = [fake_value(recording, source) for source in inputs]
     except InsituError:
         return True
-    return not own.isdisjoint(memory(made_of))
+    return not storages_of(value).isdisjoint(storages_of(made_of))
 
 
 def _returned(
