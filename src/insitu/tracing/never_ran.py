@@ -35,7 +35,7 @@ def never_ran(
     node = next(node for node in graph if node.site == site)
     path = readable(site.path) if site.path else "model"
     clock = None if went is None else went.clock
-    if clock is not None and clock.step >= 0 and site.step > clock.step:
+    if clock is not None and site.step > clock.step:
         return NeverRanError(
             f"Step {site.step} never came, so `{site}` has no value: the generation ended "
             f"after {clock.step + 1} step{'s' * (clock.step > 0)} (an end token, a stopping "
