@@ -7,7 +7,7 @@ that enter behind every block; how such forwards run is in `resume.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import nn
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Site
 from insitu.graph.structure import clone, map_structure
+from insitu.models.blocks import CACHES
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
-from insitu.models.trial import alike, listening, undisturbed
+from insitu.models.trial import alike, undisturbed
 from insitu.runtime.branches import Chain
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.layout import Axis, Layouts, Part, TensorLayout, cut, leaves, spread
+from insitu.runtime.listening import Listening
 
 
 def find_chain(
@@ -107,7 +109,7 @@ class _Trial:
         def expect(place: Place, value: Any) -> None:
             self._expected[place] = map_structure(clone, value)
 
-        with listening(modules, views, expect, inside):  # without keys and values, as a trace runs
+        with self._listening(expect, inside):  # without keys and values, as a trace runs
             module(input_ids=self._ids[:1], **options)
 
     def looks_back_only(self) -> bool:
@@ -123,7 +125,7 @@ class _Trial:
             if place in ends:
                 agrees.append(alike(value[0][:, :-1], self._expected[place][0][:, :-1]))
 
-        with listening(self._modules, self._views, compare):
+        with self._listening(compare):
             self._module(input_ids=ids, **self._options)
         return all(agrees)
 
@@ -153,11 +155,16 @@ class _Trial:
             if self._agrees(place, value, forward.rows, start):
                 right.add(place)
 
-        listening_to = listening(self._modules, self._views, compare, self._inside)
-        with forward.entered(dict(self._options), _always) as kwargs, listening_to:
+        listening = self._listening(compare, self._inside)
+        with forward.entered(dict(self._options), _always) as kwargs, listening:
             # With the ids of another prompt: what these do to the blocks that run would show.
             self._module(input_ids=self._ids[1:, start:], **kwargs)
         return frozenset(right)
+
+    def _listening(
+        self, tell: Callable[[Place, Any], None], inside: Collection[str] = ()
+    ) -> Listening:
+        return Listening(self._modules, self._views, tell, inside, CACHES)
 
     def _agrees(self, place: Place, value: Any, rows: int, start: int) -> bool:
         layout, expected = self._layouts.get(place), self._expected.get(place)

@@ -19,8 +19,9 @@ from insitu.graph.location import Mark
 from insitu.graph.node import Address, Site
 from insitu.graph.structure import map_structure
 from insitu.models.batching import Batch, join
+from insitu.models.blocks import CACHES
 from insitu.models.prompts import Prompt, Side
-from insitu.models.trial import alike, listening, undisturbed
+from insitu.models.trial import alike, undisturbed
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.layout import (
@@ -35,6 +36,7 @@ from insitu.runtime.layout import (
     leaves,
     widened,
 )
+from insitu.runtime.listening import Listening
 
 # How long the prompts are that are tried: one is padded, one has a single token.
 _LENGTHS = (3, 5, 1)
@@ -217,7 +219,7 @@ class Trial:
                 seen[place] = map_structure(_put_by, value)
             return value if place == widen[0] else None
 
-        with listening(self._modules, self._views, tell, inside):
+        with Listening(self._modules, self._views, tell, inside, CACHES):
             self._run(prompt)
         return seen
 

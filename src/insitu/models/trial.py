@@ -1,107 +1,25 @@
 """Runs of a model on a few tokens, to find out by value what its shapes do not tell.
 
-What a run is for is decided elsewhere. Here is what such runs have in common: what passes every
-place is told, values are compared to rounding, and the model is left as it was.
+What a run is for is decided elsewhere. Here is what such runs have in common: values are compared
+to rounding, and the model is left as it was.
 """
-
-# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from insitu.graph.node import Kind
 from insitu.graph.structure import map_structure
-from insitu.models.blocks import CACHES
-from insitu.runtime.hooks import Place, View, first_argument, handed_over
-from insitu.runtime.inside import SEPARATOR, watched
 
 _ABSENT = object()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What these hang on modules belongs to the model: it fetches weights and collects outputs.
 _OF_THE_MODEL = frozenset(["accelerate", "torch", "transformers", "transformers_modules"])
-
-
-@contextmanager
-def listening(
-    modules: Mapping[str, nn.Module],
-    views: Mapping[str, View],
-    tell: Callable[[Place, Any], Any],
-    inside: Collection[str] = (),
-) -> Iterator[None]:
-    """Tells what passes the places of the runs in it.
-
-    Args:
-        modules: the model's tree, by path.
-        views: how outputs are shown, by path.
-        tell: is given each place and what passes there. What it returns takes its place, unless
-            it is None.
-        inside: the modules in whose forwards there are places too, those of the functions that
-            they call.
-    """
-    calls: Counter[str] = Counter()
-    open_calls: defaultdict[str, list[int]] = defaultdict(list)
-
-    def before(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = calls[path]
-        calls[path] += 1
-        open_calls[path].append(call)
-        changed: Any = None
-        for kind in ("inputs", "input"):
-            if kind == "input" and not (args or kwargs):
-                continue
-            value: Any = (args, dict(kwargs))
-            if kind == "input":
-                value = first_argument(module, args, kwargs)
-            told = tell((path, kind, call), value)
-            if told is not None:
-                args, kwargs = changed = handed_over(kind, None, module, args, (kwargs,), told)
-        return changed
-
-    def after(
-        path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        view = views.get(path)
-        shown = output if view is None else view(output, args, kwargs)
-        told = tell((path, "output", open_calls[path].pop()), shown)
-        return told if told is None or view is None else view.restore(output, told, args, kwargs)
-
-    def visit(owner: str, name: str, function: Any, args: Any, kwargs: Any) -> Any:
-        path = f"{owner}{SEPARATOR}{name}"
-        call = calls[path]
-        calls[path] += 1
-        for kind, value in _given(args, kwargs):
-            told = tell((path, kind, call), value)
-            if told is not None and kind == "input":
-                args = (told, *args[1:])
-            elif told is not None:
-                args, kwargs = told
-        result = function(*args, **kwargs)
-        told = tell((path, "output", call), result)
-        return result if told is None else told
-
-    with ExitStack() as stack:
-        for owner in inside:
-            stack.enter_context(watched(modules[owner], partial(visit, owner), CACHES))
-        for path, part in modules.items():
-            hook = part.register_forward_pre_hook(partial(before, path), with_kwargs=True)
-            stack.callback(hook.remove)
-            hook = part.register_forward_hook(partial(after, path), with_kwargs=True)
-            stack.callback(hook.remove)
-        yield
-
-
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Kind, Any]]:
-    """What a function is given, in both of the ways in which that is shown."""
-    found: list[tuple[Kind, Any]] = [("inputs", (args, dict(kwargs)))]
-    return [*found, ("input", args[0])] if args else found
 
 
 @contextmanager

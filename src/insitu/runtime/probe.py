@@ -9,7 +9,6 @@ call, so nothing is computed, nothing is allocated and a module without weights 
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
@@ -19,11 +18,12 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.graph.errors import UnknownShapeError
-from insitu.graph.structure import clone, map_structure
+from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import replaced
 from insitu.runtime.contents import Contents, has_contents
-from insitu.runtime.hooks import Place, View, first_argument, handed_over
+from insitu.runtime.hooks import Place, View
 from insitu.runtime.inside import Called, returns_tensors, watched
+from insitu.runtime.listening import Listening
 from insitu.runtime.memory import Memory, storage_of
 
 
@@ -102,105 +102,50 @@ def probe(
     Raises:
         UnknownShapeError: if the module cannot be run without data.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, log.disabled = log.disabled, True  # it prints the failures that are raised here
     seen: dict[Place, Any] = {}
     memory: dict[tuple[Place, int], Memory] = {}
-    returned: dict[str, Any] = {}
-    called: list[Called] = []
     own: set[int] = set()
-    calls: Counter[str] = Counter()
-    open_calls: defaultdict[str, list[int]] = defaultdict(list)
+    called: list[Called] = []
+    known = Contents() if contents else None
 
-    def passes(place: Place, value: Any) -> None:
+    def given(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        own.add(storage_of(fake))
+        if known is not None and has_contents(real):
+            known.give(fake, real)
+        return fake
+
+    def leaf(item: Any) -> Any:
+        return given(_fake(item), item) if isinstance(item, torch.Tensor) else item
+
+    def tell(place: Place, value: Any) -> Any:
         seen[place] = value
-
-        def leaf(item: Any) -> None:
-            if isinstance(item, torch.Tensor):
-                memory[place, id(item)] = Memory.of(item, own)
-
-        map_structure(leaf, value)
+        for tensor in tensors_of(value):
+            memory[place, id(tensor)] = Memory.of(tensor, own)
+        return _copied(value, copies[place]) if place in copies else None
 
     def visit(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = function(*args, **kwargs)
         called.append(Called(name, (args, kwargs), result))
         return result
 
-    def listen(path: str) -> Any:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> Any:
-            place: Place = (path, "output", open_calls[path].pop())
-            view = views.get(path)
-            passes(place, output if view is None else view(output, args, kwargs))
-            returned[path] = output
-            if place not in copies:
-                return None
-            copy = _copied(seen[place], copies[place])
-            return copy if view is None else view.restore(output, copy, args, kwargs)
-
-        return hook
-
-    def listen_before(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            call = calls[path]
-            calls[path] += 1
-            open_calls[path].append(call)
-            passes((path, "inputs", call), (args, dict(kwargs)))
-            if args or kwargs:
-                passes((path, "input", call), first_argument(module, args, kwargs))
-            for kind in ("input", "inputs"):
-                place: Place = (path, kind, call)
-                if place in copies:
-                    copy = _copied(seen[place], copies[place])
-                    return handed_over(kind, None, module, args, (kwargs,), copy)
-            return None
-
-        return hook
-
-    handles = [
-        handle
-        for path, part in modules.items()
-        for handle in (
-            part.register_forward_pre_hook(listen_before(path), with_kwargs=True),
-            part.register_forward_hook(listen(path), with_kwargs=True),
-        )
-    ]
+    watching = nullcontext() if inside is None else watched(modules[inside], visit, caches)
+    listening = Listening(modules, views, tell)
     try:
-        known = Contents() if contents else None
-        with mode, torch.no_grad(), known or nullcontext():
-
-            def leaf(item: Any) -> Any:
-                if not isinstance(item, torch.Tensor):
-                    return item
-                fake = _fake(item)
-                own.add(storage_of(fake))
-                if known is not None and has_contents(item):
-                    known.give(fake, item)
-                return fake
-
+        with listening, _without_data(), known or nullcontext():
             args, kwargs = map_structure(leaf, tuple(call))
-            watching = nullcontext() if inside is None else watched(modules[inside], visit, caches)
             with watching, _faked(module) as weights:
                 for weight, fake in weights:
-                    own.add(storage_of(fake))
-                    if known is not None and has_contents(weight):
-                        known.give(fake, weight)
+                    given(fake, weight)
                 module(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # whatever a model makes of tensors without data
         raise UnknownShapeError(
             "Shapes of this model cannot be found without running it "
             f"({type(error).__name__}: {error}). Save the value and look at its shape after the "
             "block."
         ) from error
-    finally:
-        log.disabled = was_disabled
-        for handle in handles:
-            handle.remove()
     shown = [call for call in called if returns_tensors(call.output)]
     moments = {place: moment for moment, place in enumerate(seen)}
-    return Probe(seen, memory, returned, shown, moments)
+    return Probe(seen, memory, listening.returned, shown, moments)
 
 
 def _copied(value: Any, parts: tuple[Any, ...] | None) -> Any:
@@ -231,25 +176,25 @@ def fake_run(module: nn.Module, call: Call) -> None:
         module: the module; it is changed for the duration, as in `probe`.
         call: its arguments; the tensors' shapes and dtypes count.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _quiet(), mode, torch.no_grad(), _faked(module):
-        args, kwargs = map_structure(_fake_leaf, (call.args, call.kwargs))
+
+    def leaf(item: Any) -> Any:
+        return _fake(item) if isinstance(item, torch.Tensor) else item
+
+    with _without_data(), _faked(module):
+        args, kwargs = map_structure(leaf, tuple(call))
         module(*args, **kwargs)
 
 
 @contextmanager
-def _quiet() -> Generator[None, None, None]:
-    """Keeps fake tensors from printing the failures that are raised."""
+def _without_data() -> Generator[None, None, None]:
+    """Makes fake tensors in its block; their failures are raised, and not printed too."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, log.disabled = log.disabled, True
     try:
-        yield
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            yield
     finally:
         log.disabled = was_disabled
-
-
-def _fake_leaf(item: Any) -> Any:
-    return _fake(item) if isinstance(item, torch.Tensor) else item
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
