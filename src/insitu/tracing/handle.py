@@ -30,7 +30,7 @@ from insitu.tracing.inside import Operations
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
 from insitu.tracing.scope import innermost
-from insitu.tracing.sites import SITES, Call, Sites
+from insitu.tracing.sites import SITES, Call
 
 _OF_MODULES = frozenset((*SITES, "skip", "stop", "ops", "module", "call"))
 
@@ -72,7 +72,7 @@ class Handle(Call):
             called = invocation.called(self._path)
         except ShapeError:
             called = None
-        return Operations(self._model, self._path, called, Sites)
+        return Operations(self._model, self._path, called)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Applies the module to values of the run, outside of the model's flow.

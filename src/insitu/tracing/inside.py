@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from insitu.graph.errors import IndexOutOfRangeError, PathError, nearest
 from insitu.graph.location import here
 from insitu.graph.node import readable
 from insitu.graph.shapes import shape_of
 from insitu.runtime.inside import SEPARATOR, Called
-
-if TYPE_CHECKING:
-    from insitu.runtime.procedure import Subject
-    from insitu.tracing.sites import Sites
+from insitu.runtime.procedure import Subject
+from insitu.tracing.sites import Sites
 
 
 class Calls:
@@ -53,13 +50,10 @@ class Operations:
     to read and to write. What they are is found in a run on fake tensors.
     """
 
-    def __init__(
-        self, model: Subject, path: str, called: Sequence[Called] | None, sites: type[Sites]
-    ) -> None:
+    def __init__(self, model: Subject, path: str, called: Sequence[Called] | None) -> None:
         self._model = model
         self._path = path
         self._called = called
-        self._kind = sites
 
     def __getattr__(self, name: str) -> Calls:
         if name.startswith("_"):
@@ -76,7 +70,7 @@ class Operations:
                 )
 
         def sites(number: int) -> Sites:
-            return self._kind(self._model, f"{self._path}{SEPARATOR}{name}", number)
+            return Sites(self._model, f"{self._path}{SEPARATOR}{name}", number)
 
         return Calls(sites, f"{readable(self._path)}.ops.{name}", count)
 
