@@ -109,12 +109,9 @@ def located(graph: Graph, index: int, error: InsituError, why: str = "") -> Insi
     """
     node = graph[index]
     message = f"{error}{why}"
-    if node.operation is SKIP:
-        read = Site(*graph[node.inputs[0]].args)
-        skipped = Site(*read)._replace(kind="output")
-        message = f"`{skipped}` cannot be given this value by `skip`: {message}."
-    if node.operation is WRITE:
-        message = f"`{expression(graph, index)}` cannot be given this value: {message}."
+    if node.operation in (WRITE, SKIP):
+        by = " by `skip`" if node.operation is SKIP else ""
+        message = f"`{expression(graph, index)}` cannot be given this value{by}: {message}."
     return type(error)(message, node.location)
 
 
