@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from insitu.graph.dispatch import recording_of
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark, mark
 from insitu.graph.node import NO_KWARGS, Function, ModuleRef, Subgraph, readable
@@ -91,7 +92,7 @@ def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *op
         tensor([3.])
     """
     line = mark()
-    recording = _recording_of((pred, operands), "cond", line)
+    recording = _open_recording((pred, operands), "cond", line)
     first, captured = _recorded(recording, then, len(operands), [], line)
     second, captured = _recorded(recording, otherwise, len(operands), captured, line)
     args = (pred, first, second, *_whole(operands), *captured)
@@ -122,7 +123,7 @@ def fold(function: Callable[[Any, Any], Any], init: Any, xs: Any) -> Any:
         tensor(11.)
     """
     line = mark()
-    recording = _recording_of((init, xs), "fold", line)
+    recording = _open_recording((init, xs), "fold", line)
     body, captured = _recorded(recording, function, 2, [], line)
     args = (body, *_whole((init, xs)), *captured)
     return Proxy(recording, recording.apply(FOLD, args, NO_KWARGS, line))
@@ -136,28 +137,20 @@ def _called(
     line: Mark,
 ) -> Any:
     args, kwargs = _whole((args, dict(kwargs)))
-    recording = _recording_of((args, kwargs), name, line)
+    recording = _open_recording((args, kwargs), name, line)
     return Proxy(recording, recording.apply(APPLY, (function, *args), kwargs, line))
 
 
-def _recording_of(values: Any, name: str, line: Mark) -> Recording:
-    """The open recording of values: that of the branch that is being recorded, if one is."""
-    if branches():
-        return branches()[-1]
-    found: list[Recording] = []
-
-    def leaf(item: Any) -> None:
-        if isinstance(item, Recorded) and item._recording.open:
-            found.append(item._recording)
-
-    map_structure(leaf, values)
-    if not found:
+def _open_recording(values: Any, name: str, line: Mark) -> Recording:
+    """Where an operation on values is recorded."""
+    recording = recording_of(values)
+    if recording is None:
         raise OperationError(
             f"`{name}` is recorded for values of an open block, and none of its arguments is one: "
             "on values that are there, call the function or the module itself.",
             Location(*line),
         )
-    return max(found, key=lambda recording: recording.order)
+    return recording
 
 
 def _recorded(

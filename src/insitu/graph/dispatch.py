@@ -36,24 +36,40 @@ def record(
     if isinstance(first, Recorded) and first._recording.open and first._recording.session is None:
         recording = first._recording
     else:
-        found = branches()[-1:] or open_recordings(args, kwargs)
-        if not found:
+        recording = recording_of((args, dict(kwargs)))
+        if recording is None:
             return at_once(operation.function, args, kwargs)
-        recording = max(found, key=lambda recording: recording.order)
     if operation.in_place:
         return kind(recording, recording.mutate(operation, args, kwargs, mark(3)))
     return kind(recording, recording.apply(operation, args, kwargs, mark(3)))
 
 
-def open_recordings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Recording]:
-    """Returns the recordings of arguments whose blocks have not ended."""
+def recording_of(values: Any) -> Recording | None:
+    """Returns where an operation on values is recorded, None if no block of theirs is open.
+
+    That is the function of a `cond` or `fold`, if one is being recorded; in a session, the latest
+    of the blocks.
+
+    Args:
+        values: any structure.
+    """
+    found = branches()[-1:] or open_recordings(values)
+    return max(found, key=lambda recording: recording.order, default=None)
+
+
+def open_recordings(values: Any) -> list[Recording]:
+    """Returns the recordings of values whose blocks have not ended.
+
+    Args:
+        values: any structure.
+    """
     found: list[Recording] = []
 
     def leaf(item: Any) -> None:
         if isinstance(item, Recorded) and item._recording.open:
             found.append(item._recording)
 
-    map_structure(leaf, (args, dict(kwargs)))
+    map_structure(leaf, values)
     return found
 
 
@@ -117,10 +133,11 @@ def _augmented(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any
     return method
 
 
-_BINARY = (
-    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+AUGMENTED = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
     *("and", "or", "xor", "lshift", "rshift"),
 )
+"""Operators that can also write into what stands on their left: all of two sides but `@`."""
 
 
 def add_operators(kind: type[Recorded]) -> None:
@@ -132,12 +149,12 @@ def add_operators(kind: type[Recorded]) -> None:
     for operation in TENSOR_METHODS:
         if operation.short not in vars(kind):
             setattr(kind, operation.short, _method(kind, operation))
-    for name in _BINARY:
+    for name in (*AUGMENTED, "matmul"):
         operation = BY_NAME[f"operator.{name}_" if name in ("and", "or") else f"operator.{name}"]
         setattr(kind, f"__{name}__", _binary(kind, operation))
         setattr(kind, f"__r{name}__", _reflected(kind, operation))
-        if name != "matmul":  # of which tensors have none in place
-            setattr(kind, f"__i{name}__", _augmented(kind, BY_NAME[f"operator.i{name}"]))
+    for name in AUGMENTED:
+        setattr(kind, f"__i{name}__", _augmented(kind, BY_NAME[f"operator.i{name}"]))
     for name in ("lt", "le", "gt", "ge", "eq", "ne", "getitem"):
         setattr(kind, f"__{name}__", _binary(kind, BY_NAME[f"operator.{name}"]))
     for name in ("neg", "pos", "invert", "abs"):

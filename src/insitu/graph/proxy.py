@@ -245,7 +245,7 @@ class Proxy(Recorded):
         """Records a `torch` function that was called with a proxy among its arguments."""
         operation = BY_FUNCTION.get(func)
         if operation is None:
-            if not open_recordings(args, kwargs or NO_KWARGS):
+            if not open_recordings((args, dict(kwargs or NO_KWARGS))):
                 return at_once(func, args, kwargs or NO_KWARGS)
             refuse(func)
         return record(Proxy, operation, args, kwargs or NO_KWARGS)

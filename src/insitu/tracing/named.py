@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from insitu.graph.dispatch import AUGMENTED
 from insitu.graph.errors import OperationError, PathError, ShapeError, UnknownShapeError
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, Mark, here, mark
@@ -255,11 +256,7 @@ def _not_in_place(self: Proxy, other: Any) -> Any:
     return NotImplemented
 
 
-_IN_PLACE = (
-    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
-    *("and", "or", "xor", "lshift", "rshift"),
-)
-for _operator in _IN_PLACE:
+for _operator in AUGMENTED:
     setattr(_Part, f"__i{_operator}__", _not_in_place)
     setattr(ComputedProxy, f"__i{_operator}__", _not_in_place)
 
