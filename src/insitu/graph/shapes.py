@@ -7,7 +7,7 @@ here, only those that a question needs, and each once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
-from insitu.graph.node import Carried, Function, ModuleRef, Node, Ref, Subgraph
+from insitu.graph.node import Carried, Function, Graph, ModuleRef, Node, Ref, Subgraph
 from insitu.graph.operations import APPLY, COND, INPUT
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
@@ -142,17 +142,29 @@ def _compute(recording: Recording, index: int) -> Any:
     except InsituError as error:
         raise located(recording.graph, index, error) from None
     except Exception as error:
-        shapes = [shape_of(recording.fakes[i]) for i in node.inputs]
-        written = expression(recording.graph, index)
         if "DataDependent" in type(error).__name__ or "DynamicOutput" in type(error).__name__:
+            written = expression(recording.graph, index)
             raise UnknownShapeError(
                 f"The shape of `{written}` depends on values, so it is not known before the run.",
                 node.location,
             ) from error
-        listed = ", ".join(str(tuple(s)) if isinstance(s, torch.Size) else str(s) for s in shapes)
-        raise ShapeError(
-            f"`{written}` does not work on values of shape {listed}: {error}", node.location
-        ) from error
+        inputs = [recording.fakes[source] for source in node.inputs]
+        raise misfit(recording.graph, index, inputs, error) from error
+
+
+def misfit(graph: Graph, index: int, inputs: Sequence[Any], error: Exception) -> ShapeError:
+    """Returns the error for an operation on values that do not fit together.
+
+    Args:
+        graph: the graph.
+        index: the node of the operation.
+        inputs: the values of its inputs, fake or not.
+        error: what the operation raised.
+    """
+    shapes = map(shape_of, inputs)
+    listed = ", ".join(str(tuple(s)) if isinstance(s, torch.Size) else str(s) for s in shapes)
+    message = f"`{expression(graph, index)}` does not work on values of shape {listed}: {error}"
+    return ShapeError(message, graph[index].location)
 
 
 def _either(pred: Any, then: Any, otherwise: Any, *operands: Any) -> Any:

@@ -11,7 +11,7 @@ from insitu.graph.errors import ExecutionError, InsituError, ShapeError
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph
 from insitu.graph.operations import BACKWARD
-from insitu.graph.shapes import shape_of
+from insitu.graph.shapes import misfit
 from insitu.runtime.plan import Plan
 
 
@@ -38,12 +38,7 @@ def failure(
     found = [values[source] for source in node.inputs]
     other = isinstance(error, torch.OutOfMemoryError) or node.operation is BACKWARD
     if isinstance(error, RuntimeError | IndexError | ValueError) and found and not other:
-        shapes = ", ".join(
-            str(tuple(shape)) if isinstance(shape, torch.Size) else str(shape)
-            for shape in map(shape_of, found)
-        )
-        message = f"`{written}` does not work on values of shape {shapes}: {error}"
-        return ShapeError(message, node.location)
+        return misfit(graph, index, found, error)
     kinds = ", ".join(type(value).__name__ for value in found)
     message = f"`{written}` failed on values of type {kinds}: {type(error).__name__}: {error}"
     return ExecutionError(message, node.location)
