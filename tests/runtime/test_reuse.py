@@ -43,6 +43,16 @@ def repeated(block: Callable[[Any], Any], arguments: list[Any]) -> list[Any]:
     return [block(argument) for argument in arguments]
 
 
+def test_a_tensor_that_is_written_to_a_site_lets_nobody_look_for_truth_values(
+    identity: Model,
+) -> None:
+    with identity.trace(torch.ones(2)) as tracer:
+        identity[0].output = torch.full((2,), 3.0)
+        total = identity.output.sum().save()
+    assert total.value.item() == 6.0
+    assert not tracer.graph.flags  # which would take a look at every argument in each round
+
+
 def test_a_loop_is_planned_once(gpt2: LanguageModel, planned: list[int]) -> None:
     def block(seed: int) -> torch.Tensor:
         ids = torch.randint(100, (1, 5), generator=torch.Generator().manual_seed(seed))

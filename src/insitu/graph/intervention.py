@@ -70,17 +70,16 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
         read = ref(recording.original(standing.index))
         if _is_whole(recording, value) or not (block and _may_be_structure(recording, standing)):
             standing = read  # of what was written before, nothing stays
-    if (
-        isinstance(value, Recorded) and value._recording is recording
-    ):  # a whole tuple may be written
-        source = value._ref
-        pair = (standing.index, source.index)
-        rows.append((WRITE, (standing, source, block), NO_KWARGS, pair, False, mark))
+    inputs = standing.inputs if type(value) is torch.Tensor else None
+    if isinstance(value, Recorded) and value._recording is recording:
+        value = value._ref  # a whole tuple may be written
+        inputs = (standing.index, value.index)
+    if inputs is not None:  # nearly always: without a look at each argument
+        rows.append((WRITE, (standing, value, block), NO_KWARGS, inputs, False, mark))
         written = ref(len(rows) - 1)
     else:
-        written = recording.apply(
-            WRITE, (Recorded(recording, standing), value, block), NO_KWARGS, mark
-        )
+        args = (Recorded(recording, standing), value, block)
+        written = recording.apply(WRITE, args, NO_KWARGS, mark)
     recording.graph.writes[read.index] = written.index
     recording.sites[address] = written
     return written
