@@ -51,6 +51,38 @@ def order_mutations(
         known.clear()
         held = held_memory(graph, of_site, is_view, known)
         memory = list(map(keys_of, held))
+    before, written = _let_wait(graph, plan, memory)
+    if _breaks_aliases(graph, known, of_site, written):
+        plan.apart = True
+    live = {index for index, keys in enumerate(memory) if not keys.isdisjoint(written)}
+    regroup(graph, plan)
+    deadlines = {index: _deadlines(graph, index, memory, held) for index in graph.mutations}
+    lent = _lent(graph, plan, memory)
+    copied = {index for index, node in enumerate(graph) if _holds_constants(node)}
+    lasting = {
+        index
+        for address, index in plan.reads.items()
+        if index in live and _may_last(of_site(Site(*address)))
+    }
+    special = any(before.values()) or lent or copied or lasting or graph.differentiates
+    plain = not special and all(
+        any(plan.bits[read] == plan.needs[index] for read in reads)
+        for index, sets in deadlines.items()
+        for reads in sets
+    )
+    reads = {index for index in live if index in plan.bits}
+    plan.mutations = Mutations(reads, deadlines, live, before, lent, copied, lasting, plain)
+    plan.special = plan.special or not plain
+
+
+def _let_wait(
+    graph: Graph, plan: Plan, memory: list[frozenset[Key]]
+) -> tuple[dict[int, list[tuple[int, int]]], Collection[Key]]:
+    """Lets what looks at memory need what the writes before it need.
+
+    Returns:
+        `Mutations.before`, and the memory that is written.
+    """
     needs = plan.needs
     mutations = set(graph.mutations)
     written: dict[Key, int] = {}  # what the writes so far to a piece of memory need
@@ -81,27 +113,7 @@ def order_mutations(
         for source in node.inputs:
             for key in _looked_at(node, index, source, memory):
                 users.setdefault(key, []).append((index, source))
-    if _breaks_aliases(graph, known, of_site, written):
-        plan.apart = True
-    live = {index for index, keys in enumerate(memory) if not keys.isdisjoint(written)}
-    regroup(graph, plan)
-    deadlines = {index: _deadlines(graph, index, memory, held) for index in graph.mutations}
-    lent = _lent(graph, plan, memory)
-    copied = {index for index, node in enumerate(graph) if _holds_constants(node)}
-    lasting = {
-        index
-        for address, index in plan.reads.items()
-        if index in live and _may_last(of_site(Site(*address)))
-    }
-    special = any(before.values()) or lent or copied or lasting or graph.differentiates
-    plain = not special and all(
-        any(plan.bits[read] == needs[index] for read in reads)
-        for index, sets in deadlines.items()
-        for reads in sets
-    )
-    reads = {index for index in live if index in plan.bits}
-    plan.mutations = Mutations(reads, deadlines, live, before, lent, copied, lasting, plain)
-    plan.special = plan.special or not plain
+    return before, written
 
 
 def _may_last(arriving: Any) -> bool:
