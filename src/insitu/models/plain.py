@@ -37,8 +37,10 @@ class Forward:
         self._options = options
 
     def demanding(self, options: Mapping[str, Any]) -> Forward:
-        """Returns the same with further options."""
-        return self if options.items() <= self._options.items() else Forward(self.views, options)
+        """Returns the same with further options, but for those that it was given."""
+        if options.keys() <= self._options.keys():
+            return self
+        return Forward(self.views, {**options, **self._options})
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
         """Returns the arguments of an invocation."""
