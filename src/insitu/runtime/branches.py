@@ -7,6 +7,7 @@ prompt is processed once, up to there, and each invocation goes on from a block 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 from insitu.graph.node import Address, Graph, Kind
@@ -85,25 +86,21 @@ def find_runs(
     for address in written(graph, plan):
         writes[address[0]].append(address)
     runs: list[Run] = []
-    extents: Extents | None = None
+    extents = cache(partial(Extents, graph))  # made where something may be shared, and once
     for numbers in same.values():
         untouched = [number for number in numbers if not writes[number]]
         touched = [number for number in numbers if writes[number]]
         branches: list[tuple[Run, list[Address]]] = []
-        if touched and len(numbers) > 1:
-            known = chain()
-            order = moments(numbers[0]) if known is not None else None
-            if known is not None and order is not None:
-                extents = extents or Extents(graph)
-                # Where the prompt's run keeps keys and values, functions see to that too.
-                inside = any(SEPARATOR in read[1] for number in numbers for read in reads[number])
-                branching = _Branching(plan, extents, known, order, not inside)
-                for number in touched:
-                    found = branching.branch(number, given[number], reads[number], writes[number])
-                    if found is not None:
-                        branches.append(found)
-                if costs is not None and not _pays(branches, bool(untouched), costs):
-                    branches = []
+        known = chain() if touched and len(numbers) > 1 else None
+        order = moments(numbers[0]) if known is not None else None
+        if known is not None and order is not None:
+            # Where the prompt's run keeps keys and values, functions see to that too.
+            inside = any(SEPARATOR in read[1] for number in numbers for read in reads[number])
+            branching = _Branching(plan, extents(), known, order, not inside)
+            found = (branching.branch(n, given[n], reads[n], writes[n]) for n in touched)
+            branches = [branch for branch in found if branch is not None]
+            if costs is not None and not _pays(branches, bool(untouched), costs):
+                branches = []
         if branches or len(untouched) > 1:
             base = len(runs)
             first = numbers[0]
