@@ -128,13 +128,13 @@ def restore(tracer: Tracer, first: dict[str, Any]) -> None:
     for invocation, result, request in zip(
         tracer._invocations, each, first["requests"], strict=True
     ):
-        invocation._result, invocation.request = result, request
+        invocation.result, invocation.request = result, request
 
 
 def results(tracer: Tracer) -> tuple[Any, ...]:
     """All that a run hands over: what was saved, and what the model returned."""
     saved = {index: cell.content for index, cell in tracer.recording.saves.items()}
-    return saved, tracer._result, [invocation._result for invocation in tracer._invocations]
+    return saved, tracer._result, [invocation.result for invocation in tracer._invocations]
 
 
 def described(failure: BaseException | None) -> tuple[type, str]:

@@ -36,11 +36,12 @@ class Invocation(Scope):
         number: its place among the invocations of the block, from 0.
         request: what the model is called with.
         current_step: which step of a generation lines mean now.
+        result: what the run returned for it, where the block promises an output.
     """
 
     __slots__ = (
-        *("_probe", "_reads", "_recording", "_result", "_views"),
-        *("current_step", "number", "request", "tracer"),
+        *("_probe", "_reads", "_recording", "_views"),
+        *("current_step", "number", "request", "result", "tracer"),
     )
 
     def __init__(
@@ -56,7 +57,7 @@ class Invocation(Scope):
         self._reads: dict[Address, Ref] = tracer.recording.sites
         self.current_step = 0
         self._probe: Probe | None = None
-        self._result: Any = None
+        self.result: Any = None
 
     def __enter__(self) -> Invocation:
         if not self.tracer.is_open:
@@ -213,13 +214,13 @@ class Invocation(Scope):
                     here(),
                 )
             return self.read("", "output", mark())
-        if self._result is None:
+        if self.result is None:
             raise NoValueError(
                 "`invoker.output` has no value yet: the model runs when the outermost `with` block "
                 "ends.",
                 here(),
             )
-        return self._result
+        return self.result
 
     @property
     def ids(self) -> Any:

@@ -31,6 +31,11 @@ class Scope:
     _owner: FrameType | None
     _thread: int
 
+    @property
+    def is_entered(self) -> bool:
+        """Whether it has been opened and not closed."""
+        return self._owner is not None
+
     def enter(self, frame: FrameType) -> None:
         """Opens the scope.
 

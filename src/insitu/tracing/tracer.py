@@ -145,7 +145,7 @@ class Tracer:
         self._done = True
         self.is_open = False
         for invocation in self._invocations:
-            if invocation._owner is not None:
+            if invocation.is_entered:
                 invocation.leave()
         if kind is None and self._session is not None:
             self._session.add(self)
@@ -385,7 +385,7 @@ class Tracer:
         if outputs is not None:
             self._result = outputs.whole
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
-                invocation._result = result
+                invocation.result = result
 
     def _run_passes(
         self,
