@@ -191,6 +191,7 @@ def test_results_are_kept(eiffel: LanguageModel, tmp_path: Path) -> None:
         (lambda model: attention_patterns(model, FIRST, heads=4), OptionError, "no head 4"),
         (lambda model: head_scores(model, kinds="indcution"), OptionError, "'induction'"),
         (lambda model: head_scores(model, kinds=[]), OptionError, "`kinds` is empty"),
+        (lambda model: head_scores(model, kinds=["induction"] * 2), OptionError, "named once"),
         (lambda model: head_scores(model, heads=99), OptionError, "no head 99"),
         (lambda model: head_scores(model, [1, 2, 3]), PromptError, "'induction'"),
         (lambda model: head_scores(model, [1, 1], kinds="induction"), PromptError, "induction"),

@@ -125,6 +125,8 @@ def head_scores(
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     if not kinds:
         raise OptionError(f"`kinds` is empty: there are {', '.join(map(repr, _KINDS))}.", here())
+    if len(set(kinds)) < len(kinds):
+        raise OptionError(f"Each kind is named once, not {kinds}.", here())
     for kind in kinds:
         if kind not in _KINDS:
             raise OptionError(
