@@ -179,7 +179,7 @@ def test_positions_are_numbers_also_of_numpy(gpt2: LanguageModel) -> None:
     expected = probe(gpt2, EVEN, LATE, position=[0, -2], layers=1)
     assert torch.equal(found.weights, expected.weights)
     assert probe(gpt2, EVEN, LATE, position=np.int64(1), layers=1).position == 1  # pyright: ignore
-    for wrong in (None, 1.5, [0.5]):
+    for wrong in (None, 1.5, [0.5], True, torch.tensor(True), torch.tensor([True, False])):
         with pytest.raises(OptionError, match="position is"):
             probe(gpt2, EVEN, LATE, position=wrong)  # pyright: ignore
 

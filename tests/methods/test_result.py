@@ -63,6 +63,8 @@ def test_labels_select_too(patching: Result) -> None:
         ({"layer": 2}, "There is no layer 2: there are 0, 1"),
         ({"position": 5}, "has 5 entries: there is no 5"),
         ({"layer": [0, -3]}, r"there is no -3"),
+        ({"layer": True}, "a number, a label, a slice or several of them, not True"),
+        ({"position": torch.tensor([True, False])}, "or several of them, not True"),
         ({"layer": 1.5}, "a number, a label, a slice or several of them, not 1.5"),
         ({"position": " Twer"}, r"no position ' Twer' \(nearest: ' Tower'"),
     ],

@@ -98,7 +98,15 @@ def test_a_number_of_another_library_is_a_number() -> None:
     assert chosen("layer", np.int64(2), 4) == chosen("layer", torch.tensor(2), 4) == [2]  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("given", ["1", 1.0, slice(0, 2), [0, 1.5], [[0, 1]], True])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("1", 1.0, slice(0, 2), [0, 1.5], [[0, 1]], True),
+        # masks, of which 1 and 0 would be made
+        *([True, False], np.array([True, False]), torch.tensor([True, False])),
+        [torch.tensor(True), torch.tensor(False)],
+    ],
+)
 def test_what_is_no_number_is_refused(given: Any) -> None:
     with pytest.raises(OptionError, match="A layer is given as a number, or several as a list"):
         chosen("layer", given, 4)

@@ -318,6 +318,32 @@ def test_positions_are_numbers_also_of_numpy(gpt2: LanguageModel) -> None:
     for number in (np.int64(1), np.array(1), torch.tensor(1)):
         found = steering_vector(gpt2, *given, position=number)  # pyright: ignore
         assert torch.equal(found.vectors, expected.vectors) and found.position == 1
-    for wrong in (np.array([1, 2]), [1, 2], None, "last", 1.5):
+    for wrong in (np.array([1, 2]), [1, 2], None, "last", 1.5, True, torch.tensor(True)):
         with pytest.raises(OptionError, match=r'position is a number or "mean", not .*one vector'):
             steering_vector(gpt2, *given, position=wrong)  # pyright: ignore
+
+
+def test_generations_are_steered_at_positions_of_other_libraries(gpt2: LanguageModel) -> None:
+    vector = some_vector(gpt2)
+    edits = {n: adding(vector[n], [0, 2]) for n in vector.layers}
+    expected = generated(gpt2, PROMPTS[0], edits)
+    for given in (np.array([0, 2]), torch.tensor([0, 2])):
+        found = steer(gpt2, PROMPTS[0], vector, positions=given, max_new_tokens=5)  # pyright: ignore
+        assert found[0].ids.tolist() == expected.tolist()
+    for wrong in (torch.tensor([True, False, True, False]), [True, False], True, 1.5):
+        with pytest.raises(OptionError, match="A position is given as a number"):
+            steer(gpt2, PROMPTS[0], vector, positions=wrong)  # pyright: ignore
+    with pytest.raises(OptionError, match='Positions are "all", "last", "generated" or numbers'):
+        steer(gpt2, PROMPTS[0], vector, positions=None)  # pyright: ignore
+    for wrong in (torch.tensor([True, False, True, False]), None):
+        with pytest.raises(OptionError, match="osition"), gpt2.trace(PROMPTS[0]):
+            vector.apply(gpt2, positions=wrong)  # pyright: ignore
+
+
+def test_a_strength_that_comes_again_is_drawn_again(gpt2: LanguageModel) -> None:
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 5, "do_sample": True}
+    found = steer(gpt2, PROMPTS[0], some_vector(gpt2), strength=[0, 0, 0, 0], **options)
+    assert (
+        len({tuple(one.ids.tolist()) for one in found}) > 1
+    )  # of 100 tokens, all nearly as likely

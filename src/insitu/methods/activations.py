@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.prompts import Prompts
-from insitu.methods.sites import Site, check_positions, numbers_of, site_of
+from insitu.methods.sites import Site, check_positions, numbers_of, site_of, whole
 from insitu.models.language_model import LanguageModel
 
 Position: TypeAlias = int | Sequence[int] | Literal["mean", "all"]
@@ -109,7 +108,7 @@ def position_of(given: Any) -> int | tuple[int, ...] | Literal["mean", "all"]:
     if given is None or isinstance(given, str):
         raise OptionError(said, here())
     try:
-        return index(given)
+        return whole(given)
     except TypeError:
         return tuple(numbers_of("position", given) or ())
 

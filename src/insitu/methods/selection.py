@@ -162,6 +162,8 @@ def indices(axis: Axis, index: Any) -> int | list[int]:
 
 def _place(axis: Axis, index: Any) -> int:
     """The number of an entry of an axis, from 0."""
+    if isinstance(index, bool):  # of a mask: as numbers they would be entries 0 and 1
+        raise _refused(axis, index)
     if is_counted(axis) and isinstance(index, int) and index >= 0:
         if str(index) not in axis.labels:
             raise OptionError(
@@ -188,8 +190,12 @@ def _place(axis: Axis, index: Any) -> int:
             f"The axis {axis.name!r} has {len(axis)} entries: there is no {index}.", here()
         ) from None
     except TypeError:
-        raise OptionError(
-            f"What is chosen of {axis.name!r} is a number, a label, a slice or several of them, "
-            f"not {index!r}.",
-            here(),
-        ) from None
+        raise _refused(axis, index) from None
+
+
+def _refused(axis: Axis, index: Any) -> OptionError:
+    return OptionError(
+        f"What is chosen of {axis.name!r} is a number, a label, a slice or several of them, not "
+        f"{index!r}.",
+        here(),
+    )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any
 
+import torch
+
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.models.keys import OF_BLOCK, entry_of, spelled
@@ -221,7 +223,7 @@ def numbers_of(name: str, given: int | Iterable[int] | None) -> list[int] | None
     if isinstance(items, str | bytes | bool) or not isinstance(items, int | Iterable):
         items = [None]  # is refused below
     try:
-        numbers = [index(item) for item in ([items] if isinstance(items, int) else items)]
+        numbers = [whole(item) for item in ([items] if isinstance(items, int) else items)]
     except TypeError:
         raise OptionError(
             f"A {name} is given as a number, or several as a list such as `[0, 2]` or "
@@ -231,3 +233,18 @@ def numbers_of(name: str, given: int | Iterable[int] | None) -> list[int] | None
     if not numbers:
         raise OptionError(f"No {name} was chosen: name at least one.", here())
     return numbers
+
+
+def whole(given: Any) -> int:
+    """Returns a whole number, also one of NumPy or torch.
+
+    Args:
+        given: the number.
+
+    Raises:
+        TypeError: if it is none. A truth value is none either: in a list of them it would be of a
+            mask, and `index` would make positions 0 and 1 of it.
+    """
+    if isinstance(given, bool) or getattr(given, "dtype", None) is torch.bool:
+        raise TypeError(given)
+    return index(given)

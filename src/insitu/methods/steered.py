@@ -14,7 +14,7 @@ from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.activations import stream_site
 from insitu.methods.prompts import read_prompts
-from insitu.methods.sites import chosen
+from insitu.methods.sites import chosen, numbers_of
 from insitu.methods.steering import SteeringVector
 from insitu.models.language_model import LanguageModel
 
@@ -145,8 +145,9 @@ def steer(
         raise OptionError("There is no strength: give a number, or several.", here())
     vector = vector if layers is None else vector.select(layers)
     read = read_prompts(model, prompts)
-    _check(model, min(read.lengths), positions, kwargs)
-    cases = [(p, s) for p in range(len(read)) for s in strengths]
+    where = positions if isinstance(positions, str) else numbers_of("position", positions)
+    _check(model, min(read.lengths), where, kwargs)
+    cases = [(p, s) for p in range(len(read)) for s in range(len(strengths))]
     seed = {"seed": kwargs.pop("seed")} if "seed" in kwargs else {}
     kwargs["max_new_tokens"] = max_new_tokens
     # Rows of one length need no padding, so they may share an invocation.
@@ -159,20 +160,20 @@ def steer(
         invoked = []
         for group in groups:
             ids = torch.stack([read.ids[prompt] for prompt, _ in group])
-            factors: Any = torch.tensor([float(s) for _, s in group])
+            factors: Any = torch.tensor([float(strengths[s]) for _, s in group])
             with generator.invoke(ids, **seed) as invoker:
-                factor = factors if together else group[0][1]
-                _add(model, vector, invoker, factor, positions)
+                factor = factors if together else strengths[group[0][1]]
+                _add(model, vector, invoker, factor, where)
             invoked.append(invoker)
     ends = _ends(model, kwargs)
     found: dict[tuple[int, int], Continuation] = {}
     for group, invoker in zip(groups, invoked, strict=True):
-        for row, (prompt, factor) in zip(_rows(invoker.output), group, strict=True):
+        for row, case in zip(_rows(invoker.output), group, strict=True):
+            prompt, number = case
             ids = _until_end(row[_given(model, read.lengths[prompt]) :], ends)
             text = _text(model, ids)
-            found[prompt, strengths.index(factor)] = Continuation(prompt, factor, ids, text)
-    ordered = tuple(found[p, strengths.index(s)] for p, s in cases)
-    return Steered(ordered, tuple(strengths))
+            found[case] = Continuation(prompt, strengths[number], ids, text)
+    return Steered(tuple(found[case] for case in cases), tuple(strengths))
 
 
 def _add(
@@ -180,7 +181,7 @@ def _add(
     vector: SteeringVector,
     invoker: Any,
     factor: Any,
-    positions: Positions,
+    positions: Any,
 ) -> None:
     """Adds a vector in the steps of an open invocation."""
     if positions == "generated":
@@ -197,10 +198,8 @@ def _add(
         vector.apply(model, factor, positions=positions)
 
 
-def _check(
-    model: LanguageModel, shortest: int, positions: Positions, kwargs: dict[str, Any]
-) -> None:
-    if isinstance(positions, str) and positions not in ("all", "last", "generated"):
+def _check(model: LanguageModel, shortest: int, positions: Any, kwargs: dict[str, Any]) -> None:
+    if not isinstance(positions, list) and positions not in ("all", "last", "generated"):
         raise OptionError(
             f'Positions are "all", "last", "generated" or numbers, not {positions!r}.', here()
         )

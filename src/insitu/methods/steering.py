@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -20,7 +19,7 @@ from insitu.graph.location import here
 from insitu.methods import files
 from insitu.methods.activations import gather, stream_site
 from insitu.methods.prompts import read_prompts
-from insitu.methods.sites import chosen
+from insitu.methods.sites import chosen, numbers_of, whole
 from insitu.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ class SteeringVector:
         for layer, vector in zip(layers, self.vectors, strict=True):
             value = site.read(model, layer)
             added = (vector * factor).type_as(value)
-            if positions == "all":
+            if isinstance(positions, str) and positions == "all":
                 site.write(model, layer, value + added)
             else:
                 value[:, _index(positions)] += added
@@ -236,9 +235,8 @@ def _position(given: Any) -> int | Literal["mean"]:
     """A position as it was meant, also as a number of NumPy or torch."""
     if isinstance(given, str) and given == "mean":
         return given
-    number: Any = given
     try:
-        return index(number)
+        return whole(given)
     except TypeError:
         raise OptionError(
             f'The position is a number or "mean", not {given!r}: there is one vector in a layer.',
@@ -255,17 +253,15 @@ def _principal(differences: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
 
 def _index(positions: Any) -> Any:
     """What indexes the positions that are written to."""
-    if positions == "last":
+    if isinstance(positions, str) and positions == "last":
         return slice(-1, None)
-    if isinstance(positions, int):
-        return [positions]
-    if isinstance(positions, str):
+    if positions is None or isinstance(positions, str):
         raise OptionError(
             f'Positions are "all", "last" or numbers here, not {positions!r}; "generated" is of '
             "`steer`.",
             here(),
         )
-    return list(positions)
+    return numbers_of("position", positions)
 
 
 def _listed(layers: Sequence[int]) -> str:
