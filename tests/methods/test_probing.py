@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -196,6 +196,9 @@ def test_probes_of_sites_are_those_of_each_by_itself(gpt2: LanguageModel) -> Non
     assert probe(gpt2, PROMPTS, THIRDS, site=["mlp_out"]).scores.sizes == {"site": 1, "layer": 4}
     with pytest.raises(OptionError, match=r"no probe of 'mlp_in' \(nearest: 'mlp_out'\)"):
         both["mlp_in"]
+    with pytest.raises(OptionError, match="no probe of 0, but of 'attention_out', 'mlp_out'"):
+        both[0]  # pyright: ignore
+    assert "mlp_out" in both and "mlp_in" not in both
     for wrong in ([], ["mlp_out", "mlp_out"], ["post", "mlp.post"]):
         with pytest.raises(OptionError, match="each named once"):
             probe(gpt2, PROMPTS, THIRDS, site=wrong)
@@ -282,3 +285,52 @@ def test_without_scikit_learn(gpt2: LanguageModel, monkeypatch: pytest.MonkeyPat
         probe(gpt2, PROMPTS, LATE)
     with pytest.raises(ImportError):
         probe(gpt2, PROMPTS, LATE)
+
+
+def test_labels_are_plain_values_also_of_numpy_and_torch(
+    gpt2: LanguageModel, tmp_path: Path
+) -> None:
+    """What scikit-learn makes of them is in a file that has no code, so NumPy's are no labels."""
+    numbers = [ids[-1] % 2 for ids in PROMPTS]
+    inputs = seen(gpt2, 1, PROMPTS, -1)
+    _, scores = expected(inputs, numbers, LogisticRegression(max_iter=10_000))
+    given = [np.array(numbers), torch.tensor(numbers), list(np.array(numbers))]
+    for labels in (*given, [torch.tensor(number) for number in numbers]):
+        found = probe(gpt2, PROMPTS, labels, layers=1)  # pyright: ignore
+        assert found.scores.values.item() == pytest.approx(scores[0])
+        found.save(tmp_path / "probe.safetensors")
+        classes = Probe.load(tmp_path / "probe.safetensors").classes
+        assert classes == (0, 1) and [type(label) for label in found.classes] == [int, int]
+    texts = probe(gpt2, PROMPTS, np.array(["ab"[n] for n in numbers]), layers=1)  # pyright: ignore
+    assert texts.classes == ("a", "b") and type(texts.classes[0]) is str
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"labels": torch.randn(60, 2), "kind": "linear"}, "one text, number or truth value"),
+        ({"labels": [(0, 1), (1, 0)] * 30}, r"for a prompt, not \(0, 1\)"),
+        ({"labels": [None, "a"] * 30}, "for a prompt, not None"),
+        ({"labels": [1, "a"] * 30}, "all texts or all numbers"),
+        ({"labels": [0.5, 1.5] * 30}, "see `kind='linear'`"),
+        ({"labels": [float("nan"), 1.0] * 30, "kind": "linear"}, "fitted to a label nan"),
+        ({"penalty": 0}, "`penalty` is a number above 0"),
+        ({"penalty": -1.0, "kind": "linear", "labels": [0, 1] * 30}, "not -1.0"),
+        ({"penalty": "1"}, "not '1'"),
+    ],
+)
+def test_labels_and_penalties_that_nothing_can_be_fitted_to(
+    gpt2: LanguageModel, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(OptionError, match=says):
+        probe(gpt2, PROMPTS, **{"labels": LATE, **options})
+
+
+def test_a_linear_probe_without_a_penalty_is_least_squares(gpt2: LanguageModel) -> None:
+    numbers = [float(ids[-1]) for ids in PROMPTS]
+    found = probe(gpt2, PROMPTS, numbers, kind="linear", penalty=0, layers=2)
+    fitted, _ = expected(seen(gpt2, 2, PROMPTS, -1), numbers, LinearRegression())
+    weights = torch.tensor(fitted[-1].coef_ / fitted[0].scale_)
+    torch.testing.assert_close(
+        found.direction(2).double(), weights / weights.norm(), atol=1e-3, rtol=1e-3
+    )

@@ -48,12 +48,14 @@ class Probes:
 
     def __getitem__(self, site: str) -> Probe:
         if site not in self.sites:
+            near = nearest(site, self.sites) if isinstance(site, str) else ""
             raise OptionError(
-                f"There is no probe of {site!r}{nearest(site, self.sites)}, but of "
-                f"{_listed(self.sites)}.",
-                here(),
+                f"There is no probe of {site!r}{near}, but of {_listed(self.sites)}.", here()
             )
         return self.each[self.sites.index(site)]
+
+    def __contains__(self, site: object) -> bool:
+        return site in self.sites
 
     def __iter__(self) -> Iterator[Probe]:
         return iter(self.each)

@@ -8,6 +8,8 @@ The maps are fitted by scikit-learn on activations that one trace gathers. Alain
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import inf, isfinite
+from numbers import Real
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
@@ -69,8 +71,8 @@ def probe(
     Args:
         model: the model.
         prompts: the prompts, of any lengths.
-        labels: the label of each: of a logistic probe anything that can be sorted, of a linear one
-            numbers.
+        labels: the label of each: of a logistic probe texts, whole numbers or truth values, of a
+            linear one numbers.
         site: the standard name of what is read: a value that is a vector at each position, such as
             "residual_out", "mlp_out" or "post". Of several there is a probe each, all from the same
             runs and the same training prompts.
@@ -91,8 +93,8 @@ def probe(
 
     Raises:
         MissingPackageError: if scikit-learn is not installed.
-        OptionError: if labels and prompts do not go together, or there is no such site, layer or
-            kind.
+        OptionError: if labels and prompts do not go together, labels are not those of a probe of
+            the kind, or there is no such site, layer, kind or penalty.
         PromptError: if a prompt has no such position.
     """
     _needed()
@@ -101,8 +103,9 @@ def probe(
     read, places = read_prompts(model, prompts), [stream_site(name) for name in names]
     if not places or len(set(places)) < len(places):
         raise OptionError(f"`site` is one or several, each named once, not {names}.", here())
-    given = labels.tolist() if isinstance(labels, torch.Tensor) else list(labels)
+    given = _plain(labels)
     _check(given, len(read), kind, held_out)
+    _check_penalty(penalty, kind)
     split = _split(given, kind, held_out, seed)
     numbers = layers_with(model, places, layers)
     found = gather_each(model, read, places, numbers, where)
@@ -196,10 +199,47 @@ def _check(labels: Sequence[Any], count: int, kind: str, held_out: float) -> Non
         raise OptionError(f"There are {len(labels)} labels for {count} prompts.", here())
     if not 0 < held_out < 1:
         raise OptionError(f"`held_out` is a part of the prompts, not {held_out!r}.", here())
-    if kind == "linear" and any(isinstance(label, str) for label in labels):
-        raise OptionError("A linear probe has numbers as labels: see `kind='logistic'`.", here())
+    for label in labels:
+        if not isinstance(label, str | int | float):
+            raise OptionError(
+                f"A label is one text, number or truth value for a prompt, not {label!r}.", here()
+            )
+    texts = sum(isinstance(label, str) for label in labels)
+    if kind == "linear":
+        if texts:
+            raise OptionError(
+                "A linear probe has numbers as labels: see `kind='logistic'`.", here()
+            )
+        for label in labels:
+            if not isfinite(label):
+                raise OptionError(f"A linear probe cannot be fitted to a label {label!r}.", here())
+    elif 0 < texts < count:
+        raise OptionError("Labels are all texts or all numbers, and these are both.", here())
+    elif not all(isinstance(label, str) or float(label).is_integer() for label in labels):
+        raise OptionError(
+            "The labels of a logistic probe are classes, and numbers that are not whole are none: "
+            "see `kind='linear'`.",
+            here(),
+        )
     if kind == "logistic" and len(set(labels)) < 2:
         raise OptionError(f"All prompts have one label, {labels[0]!r}.", here())
+
+
+def _plain(labels: Sequence[Label] | torch.Tensor) -> list[Any]:
+    """Labels as Python's own values, also those of torch, NumPy and pandas."""
+    given: Any = labels
+    if hasattr(given, "tolist"):
+        return given.tolist()
+    return [label.item() if getattr(label, "ndim", None) == 0 else label for label in given]
+
+
+def _check_penalty(penalty: float, kind: Kind) -> None:
+    least_squares = kind == "linear" and penalty == 0
+    if not least_squares and not (isinstance(penalty, Real) and 0 < penalty < inf):
+        raise OptionError(
+            f"`penalty` is a number above 0, or 0 for a linear probe without one, not {penalty!r}.",
+            here(),
+        )
 
 
 def _needed() -> None:
