@@ -248,6 +248,12 @@ def test_mistakes(gpt2: LanguageModel) -> None:
     assert "test_alignment.py" in str(caught.value)
     with pytest.raises(OptionError, match="1 to 16 dimensions, not 17"):
         search(gpt2, bases, sources, answers, layer=1, dimensions=17, held_out=0.5)
+    with pytest.raises(OptionError, match="1 to 16 dimensions, not 1.5"):
+        search(gpt2, bases, sources, answers, layer=1, dimensions=1.5, held_out=0.5)  # pyright: ignore
+    for option in ("epochs", "batch_size"):
+        for wrong in (0, 1.5):
+            with pytest.raises(OptionError, match=f"`{option}` is a whole number from 1 on, not"):
+                search(gpt2, bases, sources, answers, layer=1, held_out=0.5, **{option: wrong})
     with pytest.raises(OptionError, match="no layer 4"):
         search(gpt2, bases, sources, answers, layer=4)
     with pytest.raises(PromptError, match="no position 2 in the shortest prompt"):

@@ -287,6 +287,18 @@ def test_what_is_no_circuit_of_the_model_says_so() -> None:
         discover_circuit(*run, method="acdc", edges=5)
     with pytest.raises(OptionError, match="takes `edges`"):
         discover_circuit(*run, method="eap")
+    for wrong in (0, -5, 2.5):
+        with pytest.raises(OptionError, match="`edges` is a whole number from 1 on, not"):
+            discover_circuit(*run, method="eap", edges=wrong)  # pyright: ignore
+    scores = edge_attribution(*run)
+    for use in (run_circuit, faithfulness_curve, completeness_curve):
+        with pytest.raises(OptionError, match=r"not a Result: .*`Circuit.of\(result\)"):
+            use(*run, scores)  # pyright: ignore
+    for sizes in ([1.5], [True]):
+        with pytest.raises(OptionError, match="A size is given as a number"):
+            faithfulness_curve(*run, Circuit.of(scores), sizes=sizes)  # pyright: ignore
+    with pytest.raises(OptionError, match=r"numbers of edges, not \[-1\]"):
+        faithfulness_curve(*run, Circuit.of(scores), sizes=[-1])
     with pytest.raises(OptionError, match="'sender' and 'receiver'"):
         Circuit.of(Result("", "", torch.zeros(()), ()))
     with pytest.raises(PromptError, match="equally long"):

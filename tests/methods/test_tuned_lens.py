@@ -199,7 +199,9 @@ def test_it_is_saved_loaded_and_trained_on(gpt2: LanguageModel, tmp_path: Any) -
 def test_errors_say_what_is_wrong(gpt2: LanguageModel, llama: LanguageModel) -> None:
     with pytest.raises(ShapeError, match="4 layers of width 16, and the model has 3"):
         tuned_lens(llama, [5, 6], TunedLens.untrained(gpt2))
-    with pytest.raises(OptionError, match="at least 1"):
-        train_tuned_lens(gpt2, PROMPTS, epochs=0)
+    for option in ("epochs", "batch_size"):
+        for wrong in (0, -1, 1.5, None, "2"):
+            with pytest.raises(OptionError, match=f"`{option}` is a whole number from 1 on, not"):
+                train_tuned_lens(gpt2, PROMPTS, **{option: wrong})  # pyright: ignore
     with pytest.raises(ShapeError, match="do not go with biases"):
         TunedLens(torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.zeros(0, 2))

@@ -24,7 +24,7 @@ from insitu.methods.activations import gather, stream_site
 from insitu.methods.alignments import Alignment, check_position, course, exchanged, read_pairs
 from insitu.methods.metrics import Tokens
 from insitu.methods.prompts import Prompts
-from insitu.methods.sites import check_positions, chosen
+from insitu.methods.sites import check_count, check_positions, chosen
 from insitu.models.language_model import LanguageModel
 
 
@@ -99,9 +99,11 @@ def distributed_alignment_search(
 
     Raises:
         OptionError: if there are not as many sources and answers as bases, or no such site, layer
-            or number of dimensions.
+            or number of dimensions, epochs or pairs in a step.
         PromptError: if a prompt has no such position, or an answer is no token.
     """
+    for name, number in (("epochs", epochs), ("batch_size", batch_size)):
+        check_count(name, number)
     place, (block,) = stream_site(site), chosen("layer", layer, model.n_layers)
     check_positions(model)
     read, given, wanted = read_pairs(model, bases, sources, answers)
@@ -115,7 +117,7 @@ def distributed_alignment_search(
         place.name, block, position, where, None, 0.0, 0.0, course(torch.zeros(0))
     )
     if dimensions is not None:
-        if not 0 < dimensions <= width:
+        if not isinstance(dimensions, int) or not 0 < dimensions <= width:
             raise OptionError(f"There are 1 to {width} dimensions, not {dimensions!r}.", here())
         directions = _rotation(dimensions, width, seed).to(model.device)
         batches = [

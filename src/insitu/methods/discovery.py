@@ -17,6 +17,7 @@ from insitu.methods.edge_attribution import attributed, read_equal_pairs
 from insitu.methods.faithfulness import kept_of, measured
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import Pairs
+from insitu.methods.sites import check_count
 from insitu.methods.survey import wiring_of
 from insitu.methods.wiring import Wiring
 from insitu.models.language_model import LanguageModel
@@ -202,5 +203,7 @@ def _check(method: str, edges: int | None, threshold: float | None, steps: int) 
             f"{method!r} takes `edges`, how many are taken, or `threshold`, from which score on.",
             here(),
         )
+    if edges is not None:
+        check_count("edges", edges)
     if method == "eap-ig" and not (isinstance(steps, int) and steps > 0):
         raise OptionError(f"`steps` is a number of runs from 1 on, not {steps!r}.", here())

@@ -18,6 +18,7 @@ from insitu.methods.edge_attribution import read_equal_pairs
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import Pairs
 from insitu.methods.result import Result
+from insitu.methods.sites import numbers_of
 from insitu.methods.survey import wiring_of
 from insitu.methods.wiring import Wiring
 from insitu.models.language_model import LanguageModel
@@ -68,6 +69,7 @@ def run_circuit(
         >>> run_circuit(model, *prompts, metric, circuit).details["faithfulness"].item() > 0.8
         True
     """
+    _check_circuit(circuit)
     pairs = read_equal_pairs(model, clean, corrupted)
     metric = as_metric(metric)
     wiring = wiring_of(model, pairs.clean.ids[0])
@@ -211,12 +213,13 @@ def _sized(
     complement: bool,
 ) -> _Runs:
     """Measures circuits of the edges that matter most, or what is left without them."""
+    _check_circuit(circuit)
+    counts = _sizes(len(circuit)) if sizes is None else numbers_of("size", sizes) or []
+    if not counts or min(counts) < 0:
+        raise OptionError(f"`sizes` are numbers of edges, not {counts}.", here())
     pairs = read_equal_pairs(model, clean, corrupted)
     metric = as_metric(metric)
     wiring = wiring_of(model, pairs.clean.ids[0])
-    counts = _sizes(len(circuit)) if sizes is None else [int(size) for size in sizes]
-    if not counts or min(counts) < 0:
-        raise OptionError(f"`sizes` are numbers of edges, not {counts}.", here())
     kept = [kept_of(wiring, circuit.top(count)) for count in counts]
     if complement:
         kept = [wiring.edges() & ~one for one in kept]
@@ -230,6 +233,15 @@ def _sized(
             here(),
         )
     return _Runs(pairs, metric, counts, values[:, 2:], of_clean, of_corrupted)
+
+
+def _check_circuit(circuit: Any) -> None:
+    if not isinstance(circuit, Circuit):
+        raise OptionError(
+            f"A circuit is needed, not a {type(circuit).__name__}: of what `edge_attribution` "
+            "gives, `Circuit.of(result).top(30)` is one.",
+            here(),
+        )
 
 
 def kept_of(wiring: Wiring, circuit: Circuit) -> torch.Tensor:

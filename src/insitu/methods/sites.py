@@ -248,3 +248,17 @@ def whole(given: Any) -> int:
     if isinstance(given, bool) or getattr(given, "dtype", None) is torch.bool:
         raise TypeError(given)
     return index(given)
+
+
+def check_count(name: str, given: Any) -> None:
+    """Refuses what is no number from 1 on.
+
+    Args:
+        name: of which parameter, such as "batch_size".
+        given: what was given.
+
+    Raises:
+        OptionError: if it is none.
+    """
+    if not isinstance(given, int) or given < 1:
+        raise OptionError(f"`{name}` is a whole number from 1 on, not {given!r}.", here())

@@ -16,7 +16,7 @@ import torch
 
 from insitu.display.axis import Axis
 from insitu.display.progress import progress as bar
-from insitu.graph.errors import OptionError, ShapeError
+from insitu.graph.errors import ShapeError
 from insitu.graph.location import here
 from insitu.methods import files
 from insitu.methods.lens import look, stages_of
@@ -24,6 +24,7 @@ from insitu.methods.metrics import Tokens
 from insitu.methods.prompts import read_prompts
 from insitu.methods.readout import Readout, readout_of
 from insitu.methods.result import Result
+from insitu.methods.sites import check_count
 from insitu.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -189,17 +190,15 @@ def train_tuned_lens(
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Raises:
-        OptionError: if there is nothing to train.
+        OptionError: if `epochs` or `batch_size` is no number from 1 on.
 
     Example:
         ```python
         lens = train_tuned_lens(model, texts, optimiser=lambda p: torch.optim.SGD(p, lr=1.0))
         ```
     """
-    if epochs < 1 or batch_size < 1:
-        raise OptionError(
-            f"`epochs` and `batch_size` are at least 1, not {epochs} and {batch_size}.", here()
-        )
+    for name, number in (("epochs", epochs), ("batch_size", batch_size)):
+        check_count(name, number)
     readout = readout_of(model)
     given = read_prompts(model, prompts)
     start = (TunedLens.untrained(model) if lens is None else lens).to(model.device)
