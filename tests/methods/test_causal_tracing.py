@@ -225,6 +225,8 @@ def test_a_subject_in_several_prompts_is_drowned_in_each(eiffel: LanguageModel) 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no samples": ({"samples": 0}, OptionError, "`samples`"),
+    "a noise in words": ({"noise": "3"}, OptionError, "`noise` .* not '3'"),
+    "no sites": ({"sites": []}, OptionError, "`sites` is empty"),
     "a negative noise": ({"noise": -1.0}, OptionError, "`noise`"),
     "no window": ({"window": 0}, OptionError, "`window`"),
     "a window elsewhere": ({"window": {"mlp": 3}}, OptionError, "mlp_out"),

@@ -87,6 +87,14 @@ def test_what_is_counted_goes_by_its_own_numbers() -> None:
     assert result.at(layer=-1).values.tolist() == [4, 5]
     with pytest.raises(OptionError, match="There is no layer 0: there are embedding, 3, 5"):
         result.select(layer=0)
+    for wrong in (3, -4, "3", [0], slice(0, 1)):
+        with pytest.raises(OptionError, match="axis 'layer' has 3 entries: there is none at"):
+            result.at(layer=wrong)  # pyright: ignore
+
+
+def test_places_tell_layers_apart_that_were_chosen_twice() -> None:
+    result = Result("a", "b", torch.tensor([1.0, 2.0]), (Axis("layer", ("4", "4")),))
+    assert [result.at(layer=place).values.item() for place in (0, 1, -1)] == [1, 2, 2]
 
 
 def test_a_label_that_is_there_twice_is_no_choice() -> None:
@@ -277,6 +285,9 @@ def test_a_picture_of_what_it_cannot_be_is_refused(patching: Result) -> None:
         patching.plot(x="head")
     with pytest.raises(OptionError, match="An axis has one place"):
         patching.plot(x="layer", y="layer")
+    for left in ("layer", "position"):
+        with pytest.raises(OptionError, match=f"beside that of its panels, '{left}'"):
+            patching.plot(grid=left)
     with pytest.raises(OptionError, match="two axes or more"):
         patching.select(layer=0).plot("heat map")
     with pytest.raises(OptionError, match="no numbers to draw"):

@@ -82,4 +82,10 @@ def figure(
         return series(numbers, x, kind == "line", title, (width, height))
     if len(axes) < 2:
         raise OptionError("A heat map has two axes or more: draw 'bars' or a 'line'.", here())
+    if grid is not None and len(axes) < 3:
+        raise OptionError(
+            f"A grid of heat maps has two axes beside that of its panels, {grid!r}: leave `grid` "
+            "out.",
+            here(),
+        )
     return heat_map(numbers, arrange(axes, y, x, grid), title, in_cells, (width, height))

@@ -95,6 +95,8 @@ def causal_tracing(
     answers = token_ids(model, answer, len(read))
     kept, restored_at = read.at(positions)
     names = [sites] if isinstance(sites, str) else list(sites)
+    if not names:
+        raise OptionError("`sites` is empty: name what is to be restored.", here())
     found = [_site(name) for name in names]
     widths = _widths(window, found)
     middles = layers_with(model, found, layers)
@@ -105,7 +107,7 @@ def causal_tracing(
     }
     if not isinstance(samples, int) or samples < 1:
         raise OptionError(f"`samples` is a number from 1 on, not {samples!r}.", here())
-    if noise is not None and not noise >= 0:
+    if noise is not None and (isinstance(noise, str) or not noise >= 0):
         raise OptionError(f"`noise` is a standard deviation, so not {noise!r}.", here())
     strength = 3 * embedding_std(model) if noise is None else float(noise)
 

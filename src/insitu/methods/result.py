@@ -21,7 +21,7 @@ from insitu.display.table import summary, table
 from insitu.graph.errors import MissingPackageError, OptionError, ShapeError, nearest
 from insitu.graph.location import here
 from insitu.methods import files
-from insitu.methods.selection import Chosen, details_of, is_counted, of_prompt, selected
+from insitu.methods.selection import Chosen, counted_from_end, details_of, of_prompt, selected
 
 if TYPE_CHECKING:
     from typing import Self
@@ -132,14 +132,10 @@ class Result:
             places: by the name of an axis, the place of the entry on it.
 
         Raises:
-            OptionError: if there is no such axis.
+            OptionError: if there is no such axis, or no such entry on it.
         """
-        axes = {name: self.axis(name) for name in places}
         return self.select(
-            **{
-                name: axes[name].labels[place] if is_counted(axes[name]) else place
-                for name, place in places.items()
-            }
+            **{name: counted_from_end(self.axis(name), place) for name, place in places.items()}
         )
 
     def mean(self, name: str) -> Result:

@@ -141,6 +141,26 @@ def is_counted(axis: Axis) -> bool:
     return axis.name not in POSITIONS and any(label.isdecimal() for label in axis.labels)
 
 
+def counted_from_end(axis: Axis, place: Any) -> Any:
+    """Returns what chooses the entry at a place of an axis, whatever number the entry has.
+
+    Args:
+        axis: the axis.
+        place: the place, from 0, or from the end if negative.
+
+    Raises:
+        OptionError: if it has no such place.
+    """
+    if not is_counted(axis):
+        return place
+    try:
+        return range(len(axis))[place] - len(axis)
+    except (IndexError, TypeError):
+        raise OptionError(
+            f"The axis {axis.name!r} has {len(axis)} entries: there is none at {place!r}.", here()
+        ) from None
+
+
 def indices(axis: Axis, index: Any) -> int | list[int]:
     """Returns what was chosen of an axis, as numbers from 0.
 
