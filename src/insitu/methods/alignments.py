@@ -54,6 +54,13 @@ class Alignment:
     train_accuracy: float
     losses: Result
 
+    def __repr__(self) -> str:
+        directions = "all" if self.rotation is None else len(self.rotation)
+        return (
+            f"<Alignment of {self.site}, layer {self.layer}: directions {directions}, accuracy "
+            f"{self.accuracy:.3g} held out, {self.train_accuracy:.3g} in training>"
+        )
+
     def read(self, model: LanguageModel) -> Any:
         """Returns what a source has there, in its open invocation: `(rows, width)`.
 

@@ -59,6 +59,9 @@ class Circuit:
     edges: tuple[Edge, ...]
     sharing: int = 1
 
+    def __repr__(self) -> str:
+        return f"<{self.title}: {self.quantity}, {len(self)} edges>"
+
     @classmethod
     def of(cls, result: Result) -> Self:
         """Returns all edges that were attributed, with their mean scores over prompts.

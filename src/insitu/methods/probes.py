@@ -46,6 +46,9 @@ class Probes:
         """The standard names of what they read."""
         return tuple(one.site for one in self.each)
 
+    def __repr__(self) -> str:
+        return repr(self.scores)
+
     def __getitem__(self, site: str) -> Probe:
         if site not in self.sites:
             near = nearest(site, self.sites) if isinstance(site, str) else ""
@@ -90,6 +93,9 @@ class Probe:
     weights: torch.Tensor
     biases: torch.Tensor
     scores: Result
+
+    def __repr__(self) -> str:
+        return repr(self.scores)
 
     def direction(self, layer: int, label: Label | None = None) -> torch.Tensor:
         """Returns the direction in which a label becomes likelier, or larger, of length 1.

@@ -54,6 +54,10 @@ class SparseAutoencoder:
     by_norm: bool
     told: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        size = f"{self.n_features} features of width {self.width}"
+        return f"<Sparse autoencoder of {self.hook_name}: {self.architecture}, {size}>"
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, scale: float | None = None) -> Self:
         """Returns a sparse autoencoder from a folder of SAELens's: a config and weights.

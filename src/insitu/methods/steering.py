@@ -62,6 +62,10 @@ class SteeringVector:
                 here(3),
             )
 
+    def __repr__(self) -> str:
+        where = f"{_listed(self.layers)}, width {self.vectors.shape[1]}"
+        return f"<Steering vector of {self.site}: {self.method}, {where}>"
+
     def __getitem__(self, layer: int) -> torch.Tensor:
         """Returns the vector of a layer, `(width,)`."""
         if layer not in self.layers:

@@ -62,6 +62,11 @@ class TunedLens:
                 here(3),
             )
 
+    def __repr__(self) -> str:
+        (layers, width), steps = self.bias.shape, len(self.losses)
+        trained = f"{steps} steps of training" if steps else "untrained"
+        return f"<Tuned lens: layer {layers} x width {width}, {trained}>"
+
     @classmethod
     def untrained(cls, model: LanguageModel) -> Self:
         """Returns the lens that translates nothing: it sees what the logit lens sees.
