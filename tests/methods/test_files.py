@@ -27,6 +27,12 @@ def test_tensors_that_share_memory_or_lie_otherwise_are_written(tmp_path: Path) 
     assert torch.equal(read(tmp_path / "file", "probe")[0]["turned"], whole.T)
 
 
+def test_others_may_read_a_file_as_the_umask_says(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    write(tmp_path / "file", "probe", TENSORS, None)
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no folder '.*/none'"):
         write(tmp_path / "none" / "file", "probe", TENSORS, None)
@@ -73,11 +79,12 @@ def test_what_cannot_be_written_leaves_the_old_file_and_no_other(tmp_path: Path)
 def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
     write(tmp_path / "file", "probe", TENSORS, "old")
 
-    def broken(tensors: object, path: Path, **kwargs: object) -> None:
-        Path(path).write_bytes(b"half")
+    def broken(path: Path, data: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("safetensors.torch.save_file", broken)
+    monkeypatch.setattr(Path, "write_bytes", broken)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "file", "probe", TENSORS, "new")
     assert read(tmp_path / "file", "probe")[1] == "old"

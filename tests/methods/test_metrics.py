@@ -138,3 +138,10 @@ def test_a_function_of_two_arguments_is_refused_with_what_to_write() -> None:
 
 def test_a_function_without_a_name_is_a_metric() -> None:
     assert as_metric(lambda logits: logits[-1, 3]).name == "metric"
+
+
+def test_what_makes_a_metric_is_to_be_called() -> None:
+    with pytest.raises(OptionError, match=r"write `logit_difference\(answer, instead\)`"):
+        as_metric(logit_difference)
+    with pytest.raises(OptionError, match=r"write `kl_divergence\(\)`"):
+        as_metric(kl_divergence)

@@ -77,6 +77,9 @@ def test_names_may_be_written_in_short_or_in_full() -> None:
         site_of("residual_ot")
     with pytest.raises(OptionError, match="W_Q"):
         site_of("W_Q")
+    with pytest.raises(OptionError) as refused:
+        site_of("mlpout")
+    assert str(refused.value).count("'mlp_out'") == 1
 
 
 def test_layers_are_chosen_by_number_from_either_end() -> None:

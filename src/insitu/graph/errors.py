@@ -105,5 +105,5 @@ class MissingPackageError(InsituError, ImportError):
 
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
     """Returns " (nearest: 'a', 'b')" for the candidates closest to a name, or "" if none is."""
-    close = difflib.get_close_matches(name, list(candidates), n=most, cutoff=0.5)
+    close = difflib.get_close_matches(name, [*dict.fromkeys(candidates)], n=most, cutoff=0.5)
     return f" (nearest: {', '.join(map(repr, close))})" if close else ""

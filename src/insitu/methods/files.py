@@ -35,7 +35,7 @@ def write(
     Raises:
         OptionError: if there is no such folder.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
     if not path.parent.is_dir():
@@ -44,7 +44,8 @@ def write(
     kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     beside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        save_file(kept, beside, metadata={_FORMAT: json.dumps(about)})
+        # Not `save_file`, which lets nobody else read the file, whatever the umask.
+        beside.write_bytes(save(kept, metadata={_FORMAT: json.dumps(about)}))
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -116,6 +116,9 @@ def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
             here(),
         )
     function = metric
+    if function in (logit_difference, probability, log_probability, kl_divergence):
+        call = f"{function.__name__}({', '.join(signature(function).parameters)})"
+        raise OptionError(f"`{function.__name__}` makes a metric: write `{call}`.", here())
     try:
         signature(function).bind(None)
     except ValueError:  # of a function of C, whose arguments nobody knows
