@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from insitu import PathError
 from tests.fidelity.named import (
     ADDED,
     VALUES,
@@ -29,12 +28,11 @@ from tests.fidelity.named import (
     named_stacks,
     opened,
     shape_of,
-    stacks,
     there,
     without,
 )
 from tests.fidelity.zoo import ZOO
-from tests.fidelity.zoo.absent import UNNAMED, WITH_EXPERTS, having, lacking
+from tests.fidelity.zoo.absent import WITH_EXPERTS, having, lacking
 from tests.fidelity.zoo.layers import layer
 
 # Their scores go through a tanh.
@@ -290,18 +288,6 @@ def test_without_an_mlp_nothing_has_a_name_in_it(name: str) -> None:
                     missing(block.role["mlp"], key, match="its MLP consists of experts")
             else:
                 missing(block, "mlp", match="no MLP adds to the residual stream")
-
-
-@pytest.mark.parametrize("name", UNNAMED)
-def test_blocks_that_have_no_part_in_a_forward_of_text_say_so(name: str) -> None:
-    model = kept(name)
-    found = [stack for stack in stacks(name, model) if not list(stack[0].role)]
-    assert found
-    for block in itertools.chain(*found):
-        for key in ("residual_out", "attention", "mlp_out"):
-            missing(block, key, match="this block has no part in that")
-        with pytest.raises(PathError, match="has no `residual_mid`: "):
-            _ = block.residual_mid
 
 
 @pytest.mark.parametrize("name", having("experts"))

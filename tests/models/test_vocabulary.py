@@ -11,10 +11,11 @@ import torch
 import transformers
 from torch import nn
 
-from insitu import LanguageModel
+from insitu import LanguageModel, PathError
 from insitu.models.keys import entry_of, keys
 from insitu.tracing.named import Named
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.fidelity.named import stacks
 from tests.fidelity.zoo import ZOO, module_of, spread_out
 
 IDS = torch.tensor([[5, 17, 42, 8, 23], [9, 3, 77, 30, 12]])
@@ -170,3 +171,15 @@ def test_what_a_pattern_was_asked_for_before_changes_no_weights() -> None:
     attention = model.blocks[0].attention
     heads, width = model.n_heads, model.d_model
     assert attention.W_Q.shape == attention.W_V.shape == (heads, width, width // heads)
+
+
+def test_blocks_that_have_no_part_in_a_forward_of_text_say_so() -> None:
+    model = LanguageModel(module_of("llava"))
+    (tower,) = [stack for stack in stacks("llava", model) if "vision_tower" in stack[0].path]
+    for block in tower:
+        assert not list(block.role)
+        for name in ("residual_out", "attention", "mlp_out"):
+            with pytest.raises(PathError, match=f"has no `{name}`: .* has no part in that"):
+                block.role[name]
+        with pytest.raises(PathError, match="has no `residual_mid`: "):
+            _ = block.residual_mid

@@ -191,7 +191,7 @@ def _drown(model: LanguageModel, places: list[int], added: torch.Tensor) -> None
     """Adds noise to the embeddings at some positions, `(rows, place, d_model)`."""
     embedded: Any = model.embedding.output
     for number, place in enumerate(places):
-        embedded[:, place] += added[:, number].to(embedded.dtype)
+        embedded[:, place] += added[:, number].type_as(embedded)
 
 
 def _probability(model: LanguageModel, token: int) -> Any:
