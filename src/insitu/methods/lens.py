@@ -83,8 +83,8 @@ def logit_lens(
 
     Raises:
         OptionError: if there is no such site, layer, position or token.
-        PathError: if the model's blocks have no such value, as those of BERT have no residual
-            stream.
+        PathError: if the model's blocks have no such value, as those that normalise the sum
+            have no residual stream.
 
     Example:
         >>> from insitu import LanguageModel

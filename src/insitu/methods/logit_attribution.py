@@ -46,7 +46,7 @@ def direct_logit_attribution(
 
     "Directly" is along the residual stream alone, and not by way of later blocks. What norms divide
     by is held at its value in the run, and their weights and biases are applied, so that all parts
-    add up to the logit. Where logits are capped, as in Gemma 2, it is the logit before that.
+    add up to the logit. Where logits are capped, it is the logit before that.
 
     Args:
         model: the model.

@@ -86,7 +86,7 @@ def norm_of(module: nn.Module, path: str, width: int) -> Norm | None:
     """
     names = ("eps", "variance_epsilon", "epsilon")
     eps = next((getattr(module, name) for name in names if hasattr(module, name)), None)
-    if eps is None:  # such as OLMo's, which says it to nobody
+    if eps is None:  # some keep it to themselves
         eps = _measured_eps(module, width)
     if not isinstance(eps, float):
         return None
