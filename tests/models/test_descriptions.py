@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+import insitu
 from insitu import LanguageModel, Model, OptionError, PathError
 from insitu.models.architectures import Description
 from insitu.models.checking import check
 from tests.conftest import tiny_llama
+from tests.fidelity.zoo import ZOO
 
 
 class Halfway(nn.Module):
@@ -132,3 +137,17 @@ def test_the_stream_may_begin_behind_a_module_that_only_some_blocks_have() -> No
     for one, expected in zip(found, seen, strict=True):
         assert torch.equal(one.value, expected)
     torch.testing.assert_close(total.value, seen[1])
+
+
+def test_no_architecture_is_named_outside_of_descriptions() -> None:
+    package = Path(insitu.__file__).parent
+    names = {name.partition("-moe")[0].replace("-", "[-_ ]?") for name in ZOO}
+    words = {"bart", "clip", "mpt", "opt", "phi", "t5", "vit"}  # mean other things in small letters
+    plain = re.compile(rf"(?<![a-z])({'|'.join(names - words)})", re.I)
+    capital = re.compile(rf"\b({'|'.join(name.upper() for name in words)}|ViT|Phi)\b")
+    naming = [
+        path.relative_to(package).parts
+        for path in package.rglob("*.py")
+        if plain.search(path.read_text()) or capital.search(path.read_text())
+    ]
+    assert naming and all("architectures" in parts or parts[0] == "zoo" for parts in naming), naming
