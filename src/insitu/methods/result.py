@@ -237,6 +237,8 @@ class Result:
     def to_png(self, path: str | os.PathLike[str], scale: float = 2, **options: Any) -> None:
         """Writes a picture of it as a PNG. That takes Chromium.
 
+        Of what can be chosen in the picture, the first entry is drawn: `select` another before.
+
         Args:
             path: where to.
             scale: how many pixels of the file one of the picture's is wide.
