@@ -32,15 +32,13 @@ from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.eager import eager
 from insitu.runtime.execution import Execution
 from insitu.runtime.following import following
-from insitu.runtime.gradients import leaves_of
-from insitu.runtime.order import unexcused
-from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Planned, Summary
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.never_ran import never_ran
-from insitu.tracing.planning import Prepared, prepare
+from insitu.tracing.planning import prepare
+from insitu.tracing.running import run_passes
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
@@ -366,7 +364,16 @@ class Tracer:
         execution = Execution(recording.graph, prepared.plan, model.modules)
         with model.exclusive, eager(prepared.compiled):
             try:
-                results, lacking, went = self._run_passes(execution, prepared, passes, done)
+                results, lacking, went = run_passes(
+                    execution,
+                    prepared,
+                    passes,
+                    done,
+                    recording.graph,
+                    model,
+                    self.procedure.views,
+                    self._requests,
+                )
             finally:
                 if execution.tape is not None:
                     execution.tape.release()
@@ -386,47 +393,6 @@ class Tracer:
             self._result = outputs.whole
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
                 invocation.result = result
-
-    def _run_passes(
-        self,
-        execution: Execution,
-        prepared: Prepared,
-        passes: list[Pass | None],
-        done: Callable[[int], None] | None,
-    ) -> tuple[list[Any], int | None, Arrivals | None]:
-        """Runs the passes, forward and backward.
-
-        Args:
-            execution: takes the values.
-            prepared: how it is run.
-            passes: the forward passes. They are taken out: what one leaves for others goes with
-                the last of those.
-            done: is told which pass is done; None if nobody wants to know.
-
-        Returns:
-            What they returned; the node that reads a site where something had to arrive and did
-            not, if there is one; and how the pass went in which it had to.
-        """
-        plan, _, order, returned, _ = prepared
-        graph, model, views = self.recording.graph, self.model, self.procedure.views
-        results: list[Any] = [None] * len(passes)
-        for at in order:
-            single, passes[at] = passes[at], None
-            assert single is not None
-            results[at], missing, went = run_pass(
-                execution, plan, single, model.modules, views, returned, model.caches
-            )
-            del single
-            if done is not None:
-                done(at)
-            if missing:
-                lacking = unexcused(graph, plan, missing)
-                if lacking is not None:
-                    return results, lacking, went
-        if plan.gradients is not None:
-            leaves = leaves_of(graph, plan.gradients, self._requests, model.modules[""])
-            execution.run_backwards(leaves)
-        return results, None, None
 
     def _verify(self, options: Mapping[str, Any], line: Mark) -> None:
         """Raises if the model computes something else with what a value demands."""
