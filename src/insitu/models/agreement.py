@@ -6,12 +6,12 @@ of this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import tensors_of
 from insitu.models.attention import OPTION, attending
 from insitu.runtime.probe import Call
 
@@ -36,22 +36,12 @@ def _computed(model: Model, call: Call, options: Mapping[str, Any]) -> torch.Ten
     """What a model returns for a call, None if it cannot run so."""
     kwargs = {**call.kwargs, **options}
     implementation = kwargs.pop(OPTION, None)
-    found: list[torch.Tensor] = []
     with model.in_use(), attending(model.module, implementation), torch.no_grad():
         try:
-            map_structure(_floats_into(found), model.module(**kwargs))
+            returned = tensors_of(model.module(**kwargs))
         except Exception:  # whatever a model makes of the options
             return None
-    return found[0] if found else None
-
-
-def _floats_into(found: list[torch.Tensor]) -> Callable[[Any], Any]:
-    def leaf(item: Any) -> Any:
-        if isinstance(item, torch.Tensor) and item.is_floating_point():
-            found.append(item)
-        return item
-
-    return leaf
+    return next((tensor for tensor in returned if tensor.is_floating_point()), None)
 
 
 def _alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
