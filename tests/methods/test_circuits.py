@@ -297,8 +297,10 @@ def test_what_is_no_circuit_of_the_model_says_so() -> None:
     for sizes in ([1.5], [True]):
         with pytest.raises(OptionError, match="A size is given as a number"):
             faithfulness_curve(*run, Circuit.of(scores), sizes=sizes)  # pyright: ignore
-    with pytest.raises(OptionError, match=r"numbers of edges, not \[-1\]"):
-        faithfulness_curve(*run, Circuit.of(scores), sizes=[-1])
+    every = Circuit.of(scores)
+    for size in (-1, len(every) + 1):
+        with pytest.raises(OptionError, match=rf"there are {len(every)}, not \[{size}\]"):
+            faithfulness_curve(*run, every, sizes=[size])
     with pytest.raises(OptionError, match="'sender' and 'receiver'"):
         Circuit.of(Result("", "", torch.zeros(()), ()))
     with pytest.raises(PromptError, match="equally long"):

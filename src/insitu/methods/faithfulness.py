@@ -215,8 +215,11 @@ def _sized(
     """Measures circuits of the edges that matter most, or what is left without them."""
     _check_circuit(circuit)
     counts = _sizes(len(circuit)) if sizes is None else numbers_of("size", sizes) or []
-    if not counts or min(counts) < 0:
-        raise OptionError(f"`sizes` are numbers of edges, not {counts}.", here())
+    if not counts or min(counts) < 0 or max(counts) > len(circuit):
+        raise OptionError(
+            f"`sizes` are numbers of edges, of which there are {len(circuit)}, not {counts}.",
+            here(),
+        )
     pairs = read_equal_pairs(model, clean, corrupted)
     metric = as_metric(metric)
     wiring = wiring_of(model, pairs.clean.ids[0])
