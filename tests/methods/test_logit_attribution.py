@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -144,10 +145,12 @@ def test_components_add_what_their_values_say(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("by", ["head", "neuron"])
-def test_heads_and_neurons_add_what_their_weights_say(name: str, by: Any) -> None:
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+def test_heads_and_neurons_add_what_their_weights_say(name: str, by: Any, mode: Any) -> None:
     module = module_of(name)
     expected = Expected(name, module)
-    found = direct_logit_attribution(LanguageModel(module), IDS, ANSWER, INSTEAD, by=by)
+    with mode():
+        found = direct_logit_attribution(LanguageModel(module), IDS, ANSWER, INSTEAD, by=by)
     count = 4 if by == "head" else 40
     assert found.sizes == {"layer": 3, by: count}
     path = expected.out if by == "head" else expected.down

@@ -1,5 +1,6 @@
 """The tuned lens against a training loop in plain PyTorch, and against a closed form."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -52,8 +53,8 @@ def end_of(kind: str, module: Any) -> tuple[Any, nn.Module, nn.Module]:
     return module.model.layers, module.model.norm, module.lm_head
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_training_is_the_loop_that_one_would_write(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "mode"), [("gpt2", nullcontext), ("llama", torch.inference_mode)])
+def test_training_is_the_loop_that_one_would_write(kind: str, mode: Any) -> None:
     module = module_of(kind)
     blocks, norm, head = end_of(kind, module)
     given = PROMPTS[:3]
@@ -84,10 +85,11 @@ def test_training_is_the_loop_that_one_would_write(kind: str) -> None:
             sum(own, torch.zeros(())).backward()
             adam.step()
     module.zero_grad(set_to_none=True)
-    lens = train_tuned_lens(
-        LanguageModel(module), given, epochs=3, batch_size=2, seed=4,
-        optimiser=lambda parts: torch.optim.Adam(parts, lr=0.01),
-    )  # fmt: skip
+    with mode():
+        lens = train_tuned_lens(
+            LanguageModel(module), given, epochs=3, batch_size=2, seed=4,
+            optimiser=lambda parts: torch.optim.Adam(parts, lr=0.01),
+        )  # fmt: skip
     assert torch.allclose(lens.losses, torch.tensor(losses), atol=1e-5)
     # Adam makes a step of full size of a gradient that is but rounding.
     assert torch.allclose(lens.weight, torch.stack([one.weight for one in layers]), atol=1e-4)

@@ -18,6 +18,7 @@ from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Carried, Function, Graph, ModuleRef, Node, Ref, Subgraph
 from insitu.graph.operations import APPLY, COND, INPUT
+from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
 
@@ -135,7 +136,7 @@ def _compute(recording: Recording, index: int) -> Any:
 
     args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))
     try:
-        with mode, torch.no_grad():
+        with ordinary_tensors(), mode, torch.no_grad():
             if node.operation is COND:
                 return _either(*args)
             return node.operation.function(*args, **kwargs)

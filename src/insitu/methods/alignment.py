@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations
 from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
+from insitu.graph.ordinary import ordinary_tensors
 from insitu.methods.activations import gather, stream_site
 from insitu.methods.alignments import Alignment, check_position, course, exchanged, read_pairs
 from insitu.methods.metrics import Tokens
@@ -52,6 +53,7 @@ class _Pairs:
         return _Pairs(bases, self.sources[list(numbers)], self.answers[list(numbers)])
 
 
+@ordinary_tensors()
 def distributed_alignment_search(
     model: LanguageModel,
     bases: Any,

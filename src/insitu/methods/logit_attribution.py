@@ -17,6 +17,7 @@ import torch
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
+from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.structure import map_structure
 from insitu.methods.metrics import Tokens, token_ids
 from insitu.methods.prompts import Prompts, read_prompts
@@ -33,6 +34,7 @@ By = Literal["block", "head", "neuron"]
 _ADDED = ("mixer_out", "attention_out", "cross_attention_out", "mlp_out")
 
 
+@ordinary_tensors()
 def direct_logit_attribution(
     model: LanguageModel,
     prompts: Any,

@@ -18,6 +18,7 @@ from insitu.display.axis import Axis
 from insitu.display.progress import progress as bar
 from insitu.graph.errors import ShapeError
 from insitu.graph.location import here
+from insitu.graph.ordinary import ordinary_tensors
 from insitu.methods import files
 from insitu.methods.lens import look, stages_of
 from insitu.methods.metrics import Tokens
@@ -167,6 +168,7 @@ def tuned_lens(
     return look(model, prompts, "Tuned lens", stages, lens.translate, positions, token, top)
 
 
+@ordinary_tensors()
 def train_tuned_lens(
     model: LanguageModel,
     prompts: Any,

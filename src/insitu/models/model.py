@@ -15,6 +15,7 @@ from torch import nn
 from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import here
 from insitu.graph.node import Graph
+from insitu.graph.ordinary import ordinary_tensors
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import CACHES, block_views, find_stacks
 from insitu.models.plain import Forward
@@ -139,7 +140,7 @@ class Model(Handle):
             LoadError: if the files cannot be read. The model is as before, and can try again.
         """
         if self._source is not None:
-            with self._loading:
+            with self._loading, ordinary_tensors():
                 if self._source is not None and self._base is not None:
                     self._take(self._base.load())
                 elif self._source is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from insitu.graph.ordinary import made_ordinary, ordinary_tensors
 from insitu.graph.structure import map_structure, tensors_of
 from insitu.runtime.events import Applied, Event, Returned, Value
 from insitu.runtime.inside import in_cache
@@ -276,12 +277,14 @@ def watch(
         keeping: whether the dataflow keeps the arguments of events and the tensors themselves.
         caches: the Python modules of caches: what they call is not a forward's own.
     """
-    with Recorder(modules, keeping, caches) as flow:
-        if fake:
-            fake_run(module, call)
-        else:
-            with torch.no_grad():
-                module(*call.args, **call.kwargs)
+    with ordinary_tensors():
+        args, kwargs = made_ordinary(tuple(call))
+        with Recorder(modules, keeping, caches) as flow:
+            if fake:
+                fake_run(module, call)
+            else:
+                with torch.no_grad():
+                    module(*args, **kwargs)
     return flow
 
 

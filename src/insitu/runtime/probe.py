@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.graph.errors import UnknownShapeError
+from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import replaced
 from insitu.runtime.contents import Contents, has_contents
@@ -191,7 +192,7 @@ def _without_data() -> Generator[None, None, None]:
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, log.disabled = log.disabled, True
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with ordinary_tensors(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             yield
     finally:
         log.disabled = was_disabled

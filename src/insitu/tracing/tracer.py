@@ -24,6 +24,7 @@ from insitu.graph.errors import (
 )
 from insitu.graph.location import Location, Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site
+from insitu.graph.ordinary import made_ordinary, ordinary_tensors, row_of_ordinary
 from insitu.graph.recorded import Missing
 from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
@@ -127,6 +128,9 @@ class Tracer:
         """
         if not self._leave(kind):
             return
+        if torch.is_inference_mode_enabled():  # the other thread will be in no mode
+            with ordinary_tensors():
+                self._make_ordinary()
         run = asyncio.ensure_future(asyncio.to_thread(self.run))
         try:
             await asyncio.shield(run)
@@ -154,7 +158,16 @@ class Tracer:
         return kind is None
 
     def run(self) -> None:
-        """Runs what was recorded, and fills the saved values."""
+        """Runs what was recorded, and fills the saved values.
+
+        The user's `torch.inference_mode()` is left for that: passes record autograd or not as they
+        need it, and the saved values are ordinary tensors.
+        """
+        if torch.is_inference_mode_enabled():
+            with ordinary_tensors():
+                self._make_ordinary()
+                self.run()
+            return
         recording = self.recording
         try:
             if self._dry:
@@ -168,6 +181,11 @@ class Tracer:
             recording.forget()
             # They refer to this: without them what nobody keeps is gone at once.
             self._invocations, self._requests, self._implicit = [], [], None
+
+    def _make_ordinary(self) -> None:
+        """Copies prompts and constants that were made in inference mode, for autograd's sake."""
+        self._requests = made_ordinary(self._requests)
+        self.graph.rows = [row_of_ordinary(row) for row in self.graph.rows]
 
     @property
     def plan(self) -> Planned:
