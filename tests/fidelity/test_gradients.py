@@ -531,3 +531,80 @@ def test_what_a_constant_was_computed_of_is_trained_and_no_parameter_of_the_mode
     for value, grad in zip(found, expected_grads, strict=True):
         assert value is not None
         torch.testing.assert_close(value, grad)
+
+
+def rectified(inplace: bool) -> nn.Sequential:
+    """Layers of which the second writes into what the first returned, or does not."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace), nn.Linear(4, 4))
+
+
+def _twice_the_first(hidden: Any) -> Any:
+    hidden[:, 0] *= 2
+    return hidden.mul_(3)
+
+
+@pytest.mark.parametrize("edit", [None, _twice_the_first, lambda hidden: hidden * 0.5])
+@pytest.mark.parametrize(
+    "loss",
+    [lambda hidden, out: out.sum(), lambda hidden, out: (hidden * out).sum() + hidden.sum()],
+    ids=["of the end", "of both"],
+)
+def test_gradients_of_what_the_model_writes_into(
+    edit: Callable[[Any], Any] | None, loss: Callable[[Any, Any], Any]
+) -> None:
+    """They belong to the value that was read, and so does what is computed with it later."""
+    model, given = Model(rectified(True)), torch.randn(2, 3)
+    with model.trace(given):
+        hidden = model[0].output
+        if edit is not None:
+            hidden = edit(hidden)
+            model[0].output = hidden
+        of_input = model[1].input.grad.save()
+        total = loss(hidden, model[2].output)
+        total.backward()
+        grad, value, total = hidden.grad.save(), hidden.save(), total.save()
+
+    first, relu, last = rectified(False)
+    hidden = first(given) if edit is None else edit(first(given).clone())
+    hidden.retain_grad()
+    seen = hidden * 1
+    seen.retain_grad()
+    expected = loss(hidden, last(relu(seen)))
+    expected.backward()
+    assert torch.equal(value.value, hidden) and torch.equal(total.value, expected)
+    torch.testing.assert_close(grad.value, hidden.grad)
+    # What is written to a site the model gets as a copy: its gradient is of that use alone.
+    expected = hidden.grad if edit is None else seen.grad
+    torch.testing.assert_close(of_input.value, expected)
+
+
+def test_gradients_that_cannot_be_had_where_the_model_writes_in_place() -> None:
+    model, given = Model(rectified(True)), torch.randn(2, 3)
+    with pytest.raises(OperationError, match="the model writes in place") as changed:
+        with model.trace(given):
+            hidden = model[0].output
+            hidden.grad = hidden.grad * 2
+            model[2].output.sum().backward()
+    assert "hidden.grad = hidden.grad * 2" in str(changed.value)
+    model.module.requires_grad_(False)
+    with pytest.raises(ExecutionError, match="the model writes in place") as frozen:
+        with model.trace(given):
+            model[0].output.grad.save()
+            model[2].output.sum().backward()
+    assert "model[0].output.grad.save()" in str(frozen.value)
+    with model.trace(given):
+        after = model[1].output.grad.save()
+        model[2].output.sum().backward()
+    assert torch.equal(after.value, model.module[2].weight.sum(0).expand(2, 4))
+
+
+def test_autograd_begins_at_the_first_value_in_a_frozen_model(gpt2: LanguageModel) -> None:
+    gpt2.module.requires_grad_(False)
+    recorded: list[bool] = []
+    for block in gpt2.module.transformer.h:
+        block.register_forward_pre_hook(lambda m, args: recorded.append(args[0].requires_grad))
+    with torch.no_grad(), gpt2.trace(IDS):
+        gpt2.transformer.h[1].output[0].grad.save()
+        loss_of(gpt2.lm_head.output).backward()
+    assert recorded[:2] == [False, False] and all(recorded[2:4])

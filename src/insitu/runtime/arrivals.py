@@ -209,7 +209,7 @@ class Arrivals:
         """What may be written to in place: of what belongs to the model or autograd, a copy."""
         tape = self._execution.tape
         if tape is not None:
-            tape.follow(value)  # a copy of what is followed is no leaf, and can be written to
+            tape.mark(value)  # a copy of what is followed is no leaf, and can be written to
             return map_structure(clone, value)
         if any(index in self._lasting for index in mutated):
             model = self._modules[""]

@@ -85,8 +85,7 @@ class Execution:
                     *plan.writes,
                     *(() if self._mutations is None else self._mutations.reads),
                 }
-                arrive, exchange = self.arrive, self._gradient
-                self.tape = Tape(graph, plan.gradients, self._values, changed, arrive, exchange)
+                self.tape = Tape(graph, plan.gradients, changed, self.arrive, self._gradient)
         if plan.held:
             self._wait()
 
@@ -106,7 +105,7 @@ class Execution:
         if careful or tape is not None:
             self._pasts.done.add(index)
             if tape is not None and index in self._wanted:
-                tape.followed(index, value)
+                tape.follow(index, value)
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
         if self._waiting:
@@ -155,10 +154,13 @@ class Execution:
                 raise failure(self._graph, self._plan, values, step, error) from error
             if tape is not None:
                 self._pasts.done.add(step)
-                if step in self._wanted and not (
-                    type(result) is torch.Tensor and result.requires_grad
-                ):
-                    tape.followed(step, result)
+                if step in self._wanted:
+                    if type(result) is torch.Tensor and result.requires_grad:  # nearly always
+                        tape.followed[step] = result, result.grad_fn, result.output_nr
+                    else:
+                        tape.follow(step, result)
+                if operation.in_place:
+                    tape.rewritten(result)
             for source in inputs:
                 uses[source] -= 1
                 if not uses[source]:
@@ -355,9 +357,6 @@ class Execution:
         if self._mutations is not None:
             self._pasts.keep_lent()
         held = [index for index in self._plan.held.get(bit, ()) if self._uses[index]]
-        if self._plan.gradients is not None:
-            wanted = self._plan.gradients.wanted
-            held = [index for index in held if index not in wanted]
         if self._mutations is not None:  # these must see what is written to their memory
             held = [index for index in held if index not in self._mutations.live]
         if not held:

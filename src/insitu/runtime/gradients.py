@@ -6,18 +6,20 @@ arrive as values do at sites, from the loss towards the inputs, and can be repla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import CodeType
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from insitu.graph.errors import CausalityError, ExecutionError, OperationError, ShapeError
 from insitu.graph.expression import expression
 from insitu.graph.node import EVERY, Function, Graph, Ref, Subgraph
 from insitu.graph.operations import READ
 from insitu.graph.structure import map_structure
+from insitu.runtime.memory import storages_of
 from insitu.runtime.plan import Gradients, Plan
 
 
@@ -56,17 +58,20 @@ class Tape:
     Args:
         graph: what is to be done.
         gradients: which gradients belong to which backward pass.
-        values: the values of the run, by node: those that a gradient is wanted of are kept there.
         changed: the nodes that stand for gradients that are written.
         arrive: takes a gradient, given the node that stands for it.
         exchange: takes a gradient on its way, likewise, and returns what goes on in its place.
+
+    Attributes:
+        followed: the values whose gradients are wanted, by node, each with what made it and which
+            of its outputs it is. The model may go on to write into a value's memory, as an in-place
+            ReLU does: to autograd the tensor is then what was written.
     """
 
     def __init__(
         self,
         graph: Graph,
         gradients: Gradients,
-        values: Sequence[Any],
         changed: Collection[int],
         arrive: Callable[[int, torch.Tensor], None],
         exchange: Callable[[int, torch.Tensor], torch.Tensor | None],
@@ -76,10 +81,11 @@ class Tape:
         self._changed = changed
         self._arrive = arrive
         self._exchange = exchange
-        self._values = values
         self._marked: list[torch.Tensor] = []
+        self._begins: list[int] = []
+        self.followed: dict[int, tuple[torch.Tensor, Any, int]] = {}
 
-    def followed(self, index: int, value: Any) -> None:
+    def follow(self, index: int, value: Any) -> None:
         """Lets autograd follow a value whose gradient is wanted, if it does not so far.
 
         Args:
@@ -98,9 +104,22 @@ class Tape:
                 self._graph[grad].location,
             )
         if not value.requires_grad:
-            self.follow(value)
+            self._begins.append(index)
+            self.mark(value)
+        self.followed[index] = value, value.grad_fn, value.output_nr
 
-    def follow(self, value: Any) -> None:
+    def rewritten(self, target: torch.Tensor) -> None:
+        """Notes that a line of the block has written in place: `.grad` is of what was written.
+
+        Args:
+            target: what it wrote into.
+        """
+        memory = storages_of(target)
+        for index, (value, *_) in self.followed.items():
+            if not memory.isdisjoint(storages_of(value)):
+                self.followed[index] = value, value.grad_fn, value.output_nr
+
+    def mark(self, value: Any) -> None:
         """Lets autograd follow all tensors of a value, until the run is over."""
 
         def leaf(item: Any) -> None:
@@ -109,6 +128,23 @@ class Tape:
                 self._marked.append(item)
 
         map_structure(leaf, value)
+
+    def explained(self, error: Exception) -> ExecutionError | None:
+        """Returns the error to raise for one of the model's, if it comes of what is asked for here.
+
+        Args:
+            error: what a forward has raised.
+        """
+        if not self._begins or "a leaf Variable that requires grad" not in str(error):
+            return None
+        grad = self._gradients.wanted[self._begins[0]][0]
+        return ExecutionError(
+            f"`{expression(self._graph, grad)}` cannot be had: the model writes in place into what "
+            "it is the gradient of, or into a part of it, and torch allows that only where "
+            "something that comes before requires a gradient. Let parameters of the model require "
+            "one, with `model.module.requires_grad_(True)`: they get none.",
+            self._graph[grad].location,
+        )
 
     def backward(
         self, index: int, loss: Any, options: dict[str, Any], leaves: Iterable[torch.Tensor]
@@ -123,6 +159,7 @@ class Tape:
 
         Raises:
             ExecutionError: if a gradient is wanted of what the loss does not depend on.
+            OperationError: if one cannot be changed.
         """
         grads = self._reached(index)
         own = {id(tensor): tensor for tensor in leaves}
@@ -130,7 +167,7 @@ class Tape:
             given = options.pop("inputs")
             given = [given] if isinstance(given, torch.Tensor) else given
             own = {id(tensor): tensor for tensor in given} or own
-        wanting = {id(tensor): tensor for tensor in grads.values()} | own
+        wanting: dict[Any, Any] = {_key(place): place for place in grads.values()} | own
         inputs = list(wanting.values())
         if not inputs and loss.requires_grad:
             raise ExecutionError(
@@ -140,6 +177,8 @@ class Tape:
             )
         outputs = {"grad_outputs": options.pop("gradient", None), "allow_unused": True}
         changed = [grad for grad in grads if grad in self._changed]
+        if changed:
+            self._check_changes(grads)
         came: set[int] = set()
         handles = [self._listen(*pair, came) for pair in grads.items()] if changed else ()
         try:
@@ -147,13 +186,13 @@ class Tape:
         finally:
             for handle in handles:
                 handle.remove()
-        of_input: dict[int, Any] = dict(zip(wanting, found, strict=False))
+        of_input: dict[Any, Any] = dict(zip(wanting, found, strict=False))
         for key, tensor in own.items():
             grad = of_input[key]
             if grad is not None:
                 tensor.grad = grad if tensor.grad is None else tensor.grad + grad
-        for grad, tensor in grads.items():
-            value = of_input[id(tensor)]
+        for grad, place in grads.items():
+            value = of_input[_key(place)]
             if not changed and value is not None:
                 self._arrive(grad, value)
             elif grad not in came:
@@ -164,15 +203,30 @@ class Tape:
                     node.location,
                 )
 
-    def _reached(self, index: int) -> dict[int, torch.Tensor]:
-        """What a backward pass is to give gradients of, as far as the run has come to it."""
-        rows, values = self._graph.rows, self._values
-        found: dict[int, torch.Tensor] = {}
+    def _reached(self, index: int) -> dict[int, torch.Tensor | GradientEdge]:
+        """What a backward pass is to give gradients of, as far as the run has come to it.
+
+        Of a value that the model has written into, that is the place where it was made.
+        """
+        rows = self._graph.rows
+        found: dict[int, torch.Tensor | GradientEdge] = {}
         for grad in self._gradients.bound[index]:
-            value = values[rows[grad][3][0]]
-            if isinstance(value, torch.Tensor):  # and no mark that it is still to come
-                found[grad] = value
+            source = rows[grad][3][0]
+            if source in self.followed:
+                value, step, output = self.followed[source]
+                same = step is None or value.grad_fn is step
+                found[grad] = value if same else GradientEdge(cast(Any, step), output)
         return found
+
+    def _check_changes(self, grads: Mapping[int, torch.Tensor | GradientEdge]) -> None:
+        """Raises if a gradient is to be changed beside one of what the model has written into."""
+        for grad, place in grads.items():
+            if isinstance(place, GradientEdge):
+                raise OperationError(
+                    f"In the backward pass of `{expression(self._graph, grad)}` no gradient can be "
+                    "changed: the model writes in place into what this is the gradient of.",
+                    self._graph[grad].location,
+                )
 
     def _listen(self, grad: int, tensor: Any, came: set[int]) -> Any:
         """Takes a gradient while the backward pass runs, so that it can be changed.
@@ -197,7 +251,7 @@ class Tape:
         for tensor in self._marked:
             if tensor.is_leaf:
                 tensor.requires_grad_(False)
-        self._values = ()
+        self.followed.clear()
         del self._arrive, self._exchange  # they refer to what refers to this
 
 
@@ -281,6 +335,11 @@ def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
 # Made once; and a dictionary is known for one without a look at the abstract class.
 _SEQUENCES, _MAPPINGS = (tuple, list), (dict, Mapping)
 _NO_LEAVES = frozenset([Ref, int, float, bool, str, slice, type(None), type(Ellipsis), CodeType])
+
+
+def _key(place: torch.Tensor | GradientEdge) -> Any:
+    """What tells apart what autograd is asked for."""
+    return id(place) if isinstance(place, torch.Tensor) else (id(place.node), place.output_nr)
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:

@@ -48,9 +48,15 @@ def run_passes(
     for at in order:
         single, passes[at] = passes[at], None
         assert single is not None
-        results[at], missing, went = run_pass(
-            execution, plan, single, model.modules, views, returned, model.caches
-        )
+        try:
+            results[at], missing, went = run_pass(
+                execution, plan, single, model.modules, views, returned, model.caches
+            )
+        except RuntimeError as error:
+            explained = None if execution.tape is None else execution.tape.explained(error)
+            if explained is None:
+                raise
+            raise explained from error
         del single
         if done is not None:
             done(at)
