@@ -75,6 +75,7 @@ docs: $(VENV)/docs
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/caches.py
 	$(BIN)/python benchmarks/methods.py
 
 PEERS = nnsight transformer-lens pyvene

@@ -55,3 +55,17 @@ def test_a_result_that_differs_is_found(experiments: Any) -> None:
     told["measured"]["steering"]["fingerprints"]["plain"] = 5.1
     with pytest.raises(ValueError, match="something else"):
         experiments.compare(measured, told)
+
+
+@pytest.mark.no_wire  # it is about time
+def test_a_forward_without_work_is_one_that_experiments_run_on(experiments: Any) -> None:
+    import caches  # pyright: ignore[reportMissingImports]
+    import overhead  # pyright: ignore[reportMissingImports]
+
+    module, ids = caches.without_work(), torch.zeros(1, 16, dtype=torch.int64)
+    plain, insitu = overhead.Plain(module, ids), overhead.Insitu(module, ids)
+    for name in caches.NAMES:
+        theirs, ours = getattr(plain, name)(), getattr(insitu, name)()
+        assert len(ours) == len(theirs)
+        for expected, found in zip(theirs, ours, strict=True):
+            assert torch.equal(found.value, expected), name
