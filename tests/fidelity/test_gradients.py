@@ -16,6 +16,7 @@ from insitu import (
     Model,
     OperationError,
     ShapeError,
+    apply,
 )
 from tests.conftest import hooked_hidden
 from tests.fidelity.test_writing import IDS, OTHER, SHORT, blocks
@@ -533,10 +534,23 @@ def test_what_a_constant_was_computed_of_is_trained_and_no_parameter_of_the_mode
         torch.testing.assert_close(value, grad)
 
 
-def rectified(inplace: bool) -> nn.Sequential:
+class Given(nn.Module):
+    """Returns what a function makes of its input."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return self.function(value)
+
+
+def rectified(inplace: bool, *shown: Callable[[torch.Tensor], torch.Tensor]) -> nn.Sequential:
     """Layers of which the second writes into what the first returned, or does not."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace), nn.Linear(4, 4))
+    first = nn.Sequential(nn.Linear(3, 4), *map(Given, shown)) if shown else nn.Linear(3, 4)
+    last = Given(lambda value: value.sin() * 2) if shown else nn.Linear(4, 4)
+    return nn.Sequential(first, nn.ReLU(inplace), last)
 
 
 def _twice_the_first(hidden: Any) -> Any:
@@ -544,6 +558,15 @@ def _twice_the_first(hidden: Any) -> Any:
     return hidden.mul_(3)
 
 
+VIEWS = {  # the output of a linear layer is a view too, with more than two axes
+    "matrix": ((2, 3), ()),
+    "view": ((2, 5, 3), ()),
+    "transposed view": ((2, 5, 3), (lambda value: value.transpose(1, 2),)),
+    "view of a view": ((2, 5, 3), (lambda value: value.view(2, 20),)),
+}
+
+
+@pytest.mark.parametrize(("shape", "shown"), VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("edit", [None, _twice_the_first, lambda hidden: hidden * 0.5])
 @pytest.mark.parametrize(
     "loss",
@@ -551,10 +574,10 @@ def _twice_the_first(hidden: Any) -> Any:
     ids=["of the end", "of both"],
 )
 def test_gradients_of_what_the_model_writes_into(
-    edit: Callable[[Any], Any] | None, loss: Callable[[Any, Any], Any]
+    edit: Callable[[Any], Any] | None, loss: Callable[[Any, Any], Any], shape: Any, shown: Any
 ) -> None:
     """They belong to the value that was read, and so does what is computed with it later."""
-    model, given = Model(rectified(True)), torch.randn(2, 3)
+    model, given = Model(rectified(True, *shown)), torch.randn(shape)
     with model.trace(given):
         hidden = model[0].output
         if edit is not None:
@@ -565,7 +588,7 @@ def test_gradients_of_what_the_model_writes_into(
         total.backward()
         grad, value, total = hidden.grad.save(), hidden.save(), total.save()
 
-    first, relu, last = rectified(False)
+    first, relu, last = rectified(False, *shown)
     hidden = first(given) if edit is None else edit(first(given).clone())
     hidden.retain_grad()
     seen = hidden * 1
@@ -597,6 +620,60 @@ def test_gradients_that_cannot_be_had_where_the_model_writes_in_place() -> None:
         after = model[1].output.grad.save()
         model[2].output.sum().backward()
     assert torch.equal(after.value, model.module[2].weight.sum(0).expand(2, 4))
+
+
+class Beside(nn.Module):
+    """Uses a value and a view of it, into which it then writes."""
+
+    def __init__(self, shown: Callable[[torch.Tensor], torch.Tensor], before: bool) -> None:
+        super().__init__()
+        self.shown, self.before = Given(shown), before
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        value = value * 2
+        beside = value.exp().sum() if self.before else 0
+        return self.shown(value).relu_().sum() + beside
+
+
+@pytest.mark.parametrize(
+    ("shown", "before"), [(lambda value: value[:, 1:], False), (lambda value: value.view(6), True)]
+)
+def test_the_gradient_of_a_part_that_is_written_into_is_refused(shown: Any, before: bool) -> None:
+    model = Model(Beside(shown, before))
+    with pytest.raises(ExecutionError, match="writes in place into memory that") as caught:
+        with model.trace(torch.randn(2, 3, requires_grad=True)):
+            model.shown.output.grad.save()
+            model.output.backward()
+    assert "model.shown.output.grad.save()" in str(caught.value)
+
+
+@pytest.mark.no_wire  # functions do not travel
+def test_what_a_function_writes_into_a_value_counts_as_the_blocks_own() -> None:
+    def thrice(hidden: torch.Tensor) -> torch.Tensor:
+        hidden.mul_(3)
+        return hidden.sum()
+
+    model, given = Model(rectified(False)), torch.randn(2, 3)
+    with model.trace(given):
+        hidden = model[0].output
+        total = apply(thrice, hidden)
+        (model[2].output.sum() + total).backward()
+        grad, value = hidden.grad.save(), hidden.save()
+    first, relu, last = rectified(False)
+    expected = first(given) * 3
+    expected.retain_grad()
+    (last(relu(expected)).sum() + expected.sum()).backward()
+    assert torch.equal(value.value, expected)
+    torch.testing.assert_close(grad.value, expected.grad)
+
+    def wrong(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + torch.zeros(4, requires_grad=True).add_(1)
+
+    model.module.requires_grad_(False)
+    with pytest.raises(InsituError, match="a leaf Variable") as caught, model.trace(given):
+        model[0].output.grad.save()
+        (model[2].output.sum() + apply(wrong, model[0].output).sum()).backward()
+    assert "apply(wrong, model[0].output)" in str(caught.value)
 
 
 def test_autograd_begins_at_the_first_value_in_a_frozen_model(gpt2: LanguageModel) -> None:

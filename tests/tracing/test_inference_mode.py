@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from insitu import LanguageModel
+from insitu import LanguageModel, cond, fold
 from tests.conftest import hooked_hidden, tiny_gpt2
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
@@ -122,6 +122,33 @@ def test_a_parameter_of_the_users_is_trained(gpt2: LanguageModel) -> None:
         gpt2.lm_head.output.sum().backward()
     expected = gradient(IDS, torch.ones(100)).sum((0, 1))
     torch.testing.assert_close(vector.grad, expected)
+
+
+def test_functions_in_the_graph(gpt2: LanguageModel) -> None:
+    with torch.inference_mode():
+        weight = torch.linspace(-1, 1, 100)
+        with gpt2.trace(IDS) as tracer:
+            found = gpt2.transformer.h[1].output[0].grad.save()
+            logits = gpt2.lm_head.output
+            either = cond(logits.sum() > 1e9, lambda x: x - weight, lambda x: x * weight, logits)
+            fold(lambda sum, row: sum + (row * weight).sum(), torch.zeros(()), logits[0]).save()
+            either.sum().backward()
+        assert ordinary(tracer.ids)
+    assert torch.equal(found.value, gradient(IDS, torch.linspace(-1, 1, 100)))
+
+
+def test_sessions_and_edits_across_its_border(gpt2: LanguageModel) -> None:
+    with gpt2.session():
+        with torch.inference_mode(), gpt2.trace(IDS + 1):
+            found = gpt2.transformer.h[1].output[0].grad.save()
+            (gpt2.lm_head.output * torch.linspace(-1, 1, 100)).sum().backward()
+    assert torch.equal(found.value, gradient(IDS + 1, torch.linspace(-1, 1, 100)))
+    with torch.inference_mode(), gpt2.edit() as edited:
+        edited.lm_head.output = edited.lm_head.output * torch.linspace(-1, 1, 100)
+    with edited.trace(IDS):
+        found = edited.transformer.h[1].output[0].grad.save()
+        edited.lm_head.output.sum().backward()
+    torch.testing.assert_close(found.value, gradient(IDS, torch.linspace(-1, 1, 100)))
 
 
 @pytest.mark.no_wire  # a task of asyncio is no block that can run twice

@@ -13,13 +13,16 @@ from typing import Any, cast
 
 import torch
 
-from insitu.graph.node import Row
+from insitu.graph.node import Graph, Row, Subgraph
 from insitu.graph.structure import map_structure
 
 
 @contextmanager
 def ordinary_tensors() -> Generator[None, None, None]:
-    """Leaves inference mode for the time of its block; elsewhere it changes nothing."""
+    """Leaves inference mode for the time of its block, with autograd on as outside of any mode.
+
+    Elsewhere it changes nothing.
+    """
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -33,15 +36,20 @@ def made_ordinary(value: Any) -> Any:
     Args:
         value: any structure.
     """
-    return map_structure(_ordinary, value)
+    with ordinary_tensors():
+        return map_structure(_ordinary, value)
 
 
-def row_of_ordinary(row: Row) -> Row:
-    """Returns a row of a graph with such copies in the place of its constants."""
-    operation, args, kwargs, inputs, nested, mark = row
-    args, kwargs = cast("tuple[Any, Any]", made_ordinary((args, dict(kwargs))))
-    return operation, args, kwargs, inputs, nested, mark
+def make_constants_ordinary(graph: Graph) -> None:
+    """Puts such copies into a graph, and into the functions recorded in it."""
+    rows = graph.rows
+    for index, (operation, args, kwargs, *rest) in enumerate(rows):
+        args, kwargs = cast("tuple[Any, Any]", made_ordinary((args, dict(kwargs))))
+        rows[index] = cast(Row, (operation, args, kwargs, *rest))
 
 
 def _ordinary(leaf: Any) -> Any:
+    if isinstance(leaf, Subgraph):
+        make_constants_ordinary(leaf.graph)
+        return Subgraph(leaf.graph, made_ordinary(leaf.output))
     return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_inference() else leaf

@@ -18,6 +18,7 @@ from insitu.graph.errors import CausalityError, InsituError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
+from insitu.graph.operations import APPLY
 from insitu.graph.recorded import Cell
 from insitu.graph.structure import map_structure, memory_of
 from insitu.runtime.failure import failure
@@ -155,12 +156,15 @@ class Execution:
             if tape is not None:
                 self._pasts.done.add(step)
                 if step in self._wanted:
-                    if type(result) is torch.Tensor and result.requires_grad:  # nearly always
-                        tape.followed[step] = result, result.grad_fn, result.output_nr
+                    plain = type(result) is torch.Tensor and result.requires_grad
+                    if plain and result._base is None:  # `follow` in short
+                        tape.followed[step] = result, result.grad_fn, result.output_nr, None
                     else:
                         tape.follow(step, result)
                 if operation.in_place:
                     tape.rewritten(result)
+                elif operation is APPLY:  # of a function that may write into what it is given
+                    tape.rewritten(args)
             for source in inputs:
                 uses[source] -= 1
                 if not uses[source]:

@@ -52,6 +52,19 @@ def check_gradients(graph: Graph, plan: Plan) -> None:
                     )
 
 
+Followed = tuple[torch.Tensor, Any, int, GradientEdge | None]
+"""A value whose gradient is wanted; the step of autograd that made it, None for a leaf, and which
+of its outputs it is; and where the tensor was made that it is a view of, if it is one. When a value
+is written into, it becomes another step's."""
+
+
+def _followed(value: torch.Tensor) -> Followed:
+    base: torch.Tensor | None = value._base
+    made = None if base is None or base.grad_fn is None else base
+    edge = None if made is None else GradientEdge(cast(Any, made.grad_fn), made.output_nr)
+    return value, value.grad_fn, value.output_nr, edge
+
+
 class Tape:
     """What autograd is asked for in one run.
 
@@ -63,9 +76,8 @@ class Tape:
         exchange: takes a gradient on its way, likewise, and returns what goes on in its place.
 
     Attributes:
-        followed: the values whose gradients are wanted, by node, each with what made it and which
-            of its outputs it is. The model may go on to write into a value's memory, as an in-place
-            ReLU does: to autograd the tensor is then what was written.
+        followed: the values whose gradients are wanted, by node, as they were before the model has
+            gone on.
     """
 
     def __init__(
@@ -83,7 +95,7 @@ class Tape:
         self._exchange = exchange
         self._marked: list[torch.Tensor] = []
         self._begins: list[int] = []
-        self.followed: dict[int, tuple[torch.Tensor, Any, int]] = {}
+        self.followed: dict[int, Followed] = {}
 
     def follow(self, index: int, value: Any) -> None:
         """Lets autograd follow a value whose gradient is wanted, if it does not so far.
@@ -106,18 +118,18 @@ class Tape:
         if not value.requires_grad:
             self._begins.append(index)
             self.mark(value)
-        self.followed[index] = value, value.grad_fn, value.output_nr
+        self.followed[index] = _followed(value)
 
-    def rewritten(self, target: torch.Tensor) -> None:
+    def rewritten(self, target: Any) -> None:
         """Notes that a line of the block has written in place: `.grad` is of what was written.
 
         Args:
-            target: what it wrote into.
+            target: what it wrote into, or may have written into.
         """
         memory = storages_of(target)
         for index, (value, *_) in self.followed.items():
             if not memory.isdisjoint(storages_of(value)):
-                self.followed[index] = value, value.grad_fn, value.output_nr
+                self.followed[index] = _followed(value)
 
     def mark(self, value: Any) -> None:
         """Lets autograd follow all tensors of a value, until the run is over."""
@@ -161,7 +173,7 @@ class Tape:
             ExecutionError: if a gradient is wanted of what the loss does not depend on.
             OperationError: if one cannot be changed.
         """
-        grads = self._reached(index)
+        grads, whole = self._reached(index, loss)
         own = {id(tensor): tensor for tensor in leaves}
         if options.get("inputs") is not None:
             given = options.pop("inputs")
@@ -193,6 +205,8 @@ class Tape:
                 tensor.grad = grad if tensor.grad is None else tensor.grad + grad
         for grad, place in grads.items():
             value = of_input[_key(place)]
+            if grad in whole and value is not None:
+                value = _as_view(value, whole[grad])
             if not changed and value is not None:
                 self._arrive(grad, value)
             elif grad not in came:
@@ -203,20 +217,48 @@ class Tape:
                     node.location,
                 )
 
-    def _reached(self, index: int) -> dict[int, torch.Tensor | GradientEdge]:
+    def _reached(
+        self, index: int, loss: Any
+    ) -> tuple[dict[int, torch.Tensor | GradientEdge], dict[int, torch.Tensor]]:
         """What a backward pass is to give gradients of, as far as the run has come to it.
 
-        Of a value that the model has written into, that is the place where it was made.
+        To autograd, a tensor that the model has written into since is what was written. What was
+        there before has a gradient where it was made. A view, such as a linear layer returns, has
+        none there, since what is written goes to the tensor that it shows: of one that shows all
+        of it, the gradient is that tensor's.
+
+        Args:
+            index: the node of the backward pass.
+            loss: where it starts.
+
+        Returns:
+            What to ask autograd for, by the nodes that stand for the gradients, and those views.
+
+        Raises:
+            ExecutionError: if a gradient cannot be had.
         """
         rows = self._graph.rows
         found: dict[int, torch.Tensor | GradientEdge] = {}
+        whole: dict[int, torch.Tensor] = {}
         for grad in self._gradients.bound[index]:
-            source = rows[grad][3][0]
-            if source in self.followed:
-                value, step, output = self.followed[source]
-                same = step is None or value.grad_fn is step
-                found[grad] = value if same else GradientEdge(cast(Any, step), output)
-        return found
+            followed = self.followed.get(rows[grad][3][0])
+            if followed is None:  # still to come
+                continue
+            value, step, output, base = followed
+            if step is None or value.grad_fn is step:
+                found[grad] = value
+            elif value._base is None:
+                found[grad] = GradientEdge(step, output)
+            elif base is not None and _shows_all(value) and _is_only_way(loss, step, base):
+                found[grad], whole[grad] = base, value
+            else:
+                raise ExecutionError(
+                    f"`{expression(self._graph, grad)}` cannot be had: the model writes in place "
+                    "into memory that it uses in other ways too, and torch keeps no gradient of "
+                    "this part of it as it was.",
+                    self._graph[grad].location,
+                )
+        return found, whole
 
     def _check_changes(self, grads: Mapping[int, torch.Tensor | GradientEdge]) -> None:
         """Raises if a gradient is to be changed beside one of what the model has written into."""
@@ -335,6 +377,54 @@ def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
 # Made once; and a dictionary is known for one without a look at the abstract class.
 _SEQUENCES, _MAPPINGS = (tuple, list), (dict, Mapping)
 _NO_LEAVES = frozenset([Ref, int, float, bool, str, slice, type(None), type(Ellipsis), CodeType])
+
+
+def _shows_all(view: torch.Tensor) -> bool:
+    """Whether a view shows every entry of its tensor once, and that lies in memory without gaps."""
+    base = cast(torch.Tensor, view._base)
+    entries = base.untyped_storage().nbytes() // base.element_size()
+    return view.numel() == base.numel() == entries and 0 not in view.stride()
+
+
+def _as_view(grad: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient of such a view, from that of its tensor."""
+    base = cast(torch.Tensor, view._base)
+    laid_out = torch.empty_strided(base.shape, base.stride(), dtype=grad.dtype, device=grad.device)
+    laid_out.copy_(grad)
+    return laid_out.as_strided(view.shape, view.stride(), view.storage_offset())
+
+
+def _is_only_way(loss: Any, view: Any, base: GradientEdge) -> bool:
+    """Whether what was made somewhere reaches a loss only through a view of it.
+
+    What is written in place into the view goes that way too.
+
+    Args:
+        loss: the loss.
+        view: the step of autograd that made the view, maybe of another view.
+        base: where that was made which is viewed.
+    """
+    users: dict[Any, Any] = {}
+    step = view
+    while step is not base.node:
+        if len(step.next_functions) != 1:
+            return False
+        ((below, _),) = step.next_functions
+        users[below] = step
+        step = below
+    seen: set[Any] = set()
+    left: list[Any] = [loss.grad_fn]
+    while left:
+        step = left.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        for before, _ in step.next_functions:
+            left.append(before)
+            written = before is base.node and step.name().endswith("CopySlices")
+            if users.get(before, step) is not step and not written:
+                return False
+    return True
 
 
 def _key(place: torch.Tensor | GradientEdge) -> Any:

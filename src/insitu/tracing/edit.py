@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
+import torch
+
 from insitu.graph.errors import BlockError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import here, user_frame
 from insitu.graph.node import Graph
 from insitu.graph.operations import BACKWARD, KEEP, SAVE
+from insitu.graph.ordinary import make_constants_ordinary
 from insitu.graph.recording import Recording
 from insitu.tracing.invocation import Invocation
 
@@ -85,6 +88,8 @@ class Edit(Generic[Edited]):
         if kind is not None:
             graph.rows.clear()
             return
+        if torch.is_inference_mode_enabled():  # what is kept is used in blocks of any kind
+            make_constants_ordinary(graph)
         for index, node in enumerate(graph):
             if node.operation in (SAVE, KEEP, BACKWARD):
                 written = expression(graph, index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from insitu.graph.errors import InsituError
 from insitu.graph.node import Graph
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.execution import Execution
@@ -53,7 +54,8 @@ def run_passes(
                 execution, plan, single, model.modules, views, returned, model.caches
             )
         except RuntimeError as error:
-            explained = None if execution.tape is None else execution.tape.explained(error)
+            tape, own = execution.tape, isinstance(error, InsituError)
+            explained = None if tape is None or own else tape.explained(error)
             if explained is None:
                 raise
             raise explained from error

@@ -24,7 +24,7 @@ from insitu.graph.errors import (
 )
 from insitu.graph.location import Location, Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site
-from insitu.graph.ordinary import made_ordinary, ordinary_tensors, row_of_ordinary
+from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordinary_tensors
 from insitu.graph.recorded import Missing
 from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
@@ -128,9 +128,6 @@ class Tracer:
         """
         if not self._leave(kind):
             return
-        if torch.is_inference_mode_enabled():  # the other thread will be in no mode
-            with ordinary_tensors():
-                self._make_ordinary()
         run = asyncio.ensure_future(asyncio.to_thread(self.run))
         try:
             await asyncio.shield(run)
@@ -149,6 +146,8 @@ class Tracer:
         for invocation in self._invocations:
             if invocation.is_entered:
                 invocation.leave()
+        if self.graph.differentiates and torch.is_inference_mode_enabled():
+            make_constants_ordinary(self.graph)
         if kind is None and self._session is not None:
             self._session.add(self)
             return False
@@ -165,7 +164,6 @@ class Tracer:
         """
         if torch.is_inference_mode_enabled():
             with ordinary_tensors():
-                self._make_ordinary()
                 self.run()
             return
         recording = self.recording
@@ -181,11 +179,6 @@ class Tracer:
             recording.forget()
             # They refer to this: without them what nobody keeps is gone at once.
             self._invocations, self._requests, self._implicit = [], [], None
-
-    def _make_ordinary(self) -> None:
-        """Copies prompts and constants that were made in inference mode, for autograd's sake."""
-        self._requests = made_ordinary(self._requests)
-        self.graph.rows = [row_of_ordinary(row) for row in self.graph.rows]
 
     @property
     def plan(self) -> Planned:
@@ -321,6 +314,8 @@ class Tracer:
 
     def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Invocation:
         request = self.procedure.request(args, kwargs, mark)
+        if torch.is_inference_mode_enabled():
+            request = made_ordinary(request)
         invocation = Invocation(self, len(self._invocations), request)
         self._invocations.append(invocation)
         self._requests.append(request)
