@@ -146,8 +146,9 @@ class Tracer:
         for invocation in self._invocations:
             if invocation.is_entered:
                 invocation.leave()
-        if self.graph.differentiates and torch.is_inference_mode_enabled():
-            make_constants_ordinary(self.graph)
+        graph = self.recording.graph
+        if graph.differentiates and torch.is_inference_mode_enabled():
+            make_constants_ordinary(graph)
         if kind is None and self._session is not None:
             self._session.add(self)
             return False
