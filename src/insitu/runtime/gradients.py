@@ -19,6 +19,15 @@ from insitu.graph.expression import expression
 from insitu.graph.node import EVERY, Function, Graph, Ref, Subgraph
 from insitu.graph.operations import READ
 from insitu.graph.structure import map_structure
+from insitu.runtime.history import (
+    Followed,
+    as_followed,
+    as_view,
+    computed_of,
+    is_only_way,
+    key_of,
+    shows_all,
+)
 from insitu.runtime.memory import storages_of
 from insitu.runtime.plan import Gradients, Plan
 
@@ -52,19 +61,6 @@ def check_gradients(graph: Graph, plan: Plan) -> None:
                     )
 
 
-Followed = tuple[torch.Tensor, Any, int, GradientEdge | None]
-"""A value whose gradient is wanted; the step of autograd that made it, None for a leaf, and which
-of its outputs it is; and where the tensor was made that it is a view of, if it is one. When a value
-is written into, it becomes another step's."""
-
-
-def _followed(value: torch.Tensor) -> Followed:
-    base: torch.Tensor | None = value._base
-    made = None if base is None or base.grad_fn is None else base
-    edge = None if made is None else GradientEdge(cast(Any, made.grad_fn), made.output_nr)
-    return value, value.grad_fn, value.output_nr, edge
-
-
 class Tape:
     """What autograd is asked for in one run.
 
@@ -94,7 +90,7 @@ class Tape:
         self._arrive = arrive
         self._exchange = exchange
         self._marked: list[torch.Tensor] = []
-        self._begins: list[int] = []
+        self._begins: int | None = None  # the first value that nothing before it gave a gradient
         self.followed: dict[int, Followed] = {}
 
     def follow(self, index: int, value: Any) -> None:
@@ -116,9 +112,9 @@ class Tape:
                 self._graph[grad].location,
             )
         if not value.requires_grad:
-            self._begins.append(index)
+            self._begins = index if self._begins is None else self._begins
             self.mark(value)
-        self.followed[index] = _followed(value)
+        self.followed[index] = as_followed(value)
 
     def rewritten(self, target: Any) -> None:
         """Notes that a line of the block has written in place: `.grad` is of what was written.
@@ -129,7 +125,7 @@ class Tape:
         memory = storages_of(target)
         for index, (value, *_) in self.followed.items():
             if not memory.isdisjoint(storages_of(value)):
-                self.followed[index] = _followed(value)
+                self.followed[index] = as_followed(value)
 
     def mark(self, value: Any) -> None:
         """Lets autograd follow all tensors of a value, until the run is over."""
@@ -147,9 +143,9 @@ class Tape:
         Args:
             error: what a forward has raised.
         """
-        if not self._begins or "a leaf Variable that requires grad" not in str(error):
+        if self._begins is None or "a leaf Variable that requires grad" not in str(error):
             return None
-        grad = self._gradients.wanted[self._begins[0]][0]
+        grad = self._gradients.wanted[self._begins][0]
         return ExecutionError(
             f"`{expression(self._graph, grad)}` cannot be had: the model writes in place into what "
             "it is the gradient of, or into a part of it, and torch allows that only where "
@@ -179,7 +175,7 @@ class Tape:
             given = options.pop("inputs")
             given = [given] if isinstance(given, torch.Tensor) else given
             own = {id(tensor): tensor for tensor in given} or own
-        wanting: dict[Any, Any] = {_key(place): place for place in grads.values()} | own
+        wanting: dict[Any, Any] = {key_of(place): place for place in grads.values()} | own
         inputs = list(wanting.values())
         if not inputs and loss.requires_grad:
             raise ExecutionError(
@@ -204,9 +200,9 @@ class Tape:
             if grad is not None:
                 tensor.grad = grad if tensor.grad is None else tensor.grad + grad
         for grad, place in grads.items():
-            value = of_input[_key(place)]
+            value = of_input[key_of(place)]
             if grad in whole and value is not None:
-                value = _as_view(value, whole[grad])
+                value = as_view(value, whole[grad])
             if not changed and value is not None:
                 self._arrive(grad, value)
             elif grad not in came:
@@ -249,7 +245,7 @@ class Tape:
                 found[grad] = value
             elif value._base is None:
                 found[grad] = GradientEdge(step, output)
-            elif base is not None and _shows_all(value) and _is_only_way(loss, step, base):
+            elif base is not None and shows_all(value) and is_only_way(loss, step, base):
                 found[grad], whole[grad] = base, value
             else:
                 raise ExecutionError(
@@ -317,28 +313,11 @@ def leaves_of(
     _search(requests, found)
     for tensor in [tensor for tensor in found.values() if not tensor.is_leaf]:
         del found[id(tensor)]
-        found |= _computed_of(tensor)
+        found |= computed_of(tensor)
     if found:
         for parameter in model.parameters():
             found.pop(id(parameter), None)
     return list(found.values())
-
-
-def _computed_of(tensor: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Returns the leaves that a tensor was computed of, by identity."""
-    found: dict[int, torch.Tensor] = {}
-    seen: set[Any] = set()
-    left: list[Any] = [tensor.grad_fn]
-    while left:
-        step = left.pop()
-        if step is None or step in seen:
-            continue
-        seen.add(step)
-        left.extend(before for before, _ in step.next_functions)
-        leaf = getattr(step, "variable", None)
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            found[id(leaf)] = leaf
-    return found
 
 
 def _constants(graph: Graph, index: int) -> dict[int, torch.Tensor]:
@@ -377,59 +356,6 @@ def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
 # Made once; and a dictionary is known for one without a look at the abstract class.
 _SEQUENCES, _MAPPINGS = (tuple, list), (dict, Mapping)
 _NO_LEAVES = frozenset([Ref, int, float, bool, str, slice, type(None), type(Ellipsis), CodeType])
-
-
-def _shows_all(view: torch.Tensor) -> bool:
-    """Whether a view shows every entry of its tensor once, and that lies in memory without gaps."""
-    base = cast(torch.Tensor, view._base)
-    entries = base.untyped_storage().nbytes() // base.element_size()
-    return view.numel() == base.numel() == entries and 0 not in view.stride()
-
-
-def _as_view(grad: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-    """Returns the gradient of such a view, from that of its tensor."""
-    base = cast(torch.Tensor, view._base)
-    laid_out = torch.empty_strided(base.shape, base.stride(), dtype=grad.dtype, device=grad.device)
-    laid_out.copy_(grad)
-    return laid_out.as_strided(view.shape, view.stride(), view.storage_offset())
-
-
-def _is_only_way(loss: Any, view: Any, base: GradientEdge) -> bool:
-    """Whether what was made somewhere reaches a loss only through a view of it.
-
-    What is written in place into the view goes that way too.
-
-    Args:
-        loss: the loss.
-        view: the step of autograd that made the view, maybe of another view.
-        base: where that was made which is viewed.
-    """
-    users: dict[Any, Any] = {}
-    step = view
-    while step is not base.node:
-        if len(step.next_functions) != 1:
-            return False
-        ((below, _),) = step.next_functions
-        users[below] = step
-        step = below
-    seen: set[Any] = set()
-    left: list[Any] = [loss.grad_fn]
-    while left:
-        step = left.pop()
-        if step is None or step in seen:
-            continue
-        seen.add(step)
-        for before, _ in step.next_functions:
-            left.append(before)
-            written = before is base.node and step.name().endswith("CopySlices")
-            if users.get(before, step) is not step and not written:
-                return False
-    return True
-
-
-def _key(place: torch.Tensor | GradientEdge) -> Any:
-    """What tells apart what autograd is asked for."""
-    return id(place) if isinstance(place, torch.Tensor) else (id(place.node), place.output_nr)
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:
