@@ -18,6 +18,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from insitu import InsituError, LanguageModel, Model, WireError, apply, cond, fold
+from insitu.graph.context import Context
 from insitu.graph.location import mark
 from insitu.graph.node import Graph, Ref, ref
 from insitu.graph.operations import BY_NAME, FOLD, READ, Operation
@@ -182,6 +183,11 @@ def test_fields_travel() -> None:
     graph.repeats = ((2, 5),)
     graph.after = {next(iter(graph.writes)): next(iter(graph.stops))}
     graph.unfused = frozenset(graph.stops)
+    graph.contexts = {
+        1: Context(grad=False),
+        2: Context(casts=(("cpu", torch.bfloat16), ("cuda", None))),
+        3: Context(False, (("cuda", torch.float16),)),
+    }
     received = sent(graph)
     for field in FIELDS:
         if field not in ("rows", "stops"):

@@ -173,6 +173,7 @@ def _recorded(
         The graph, and the values that are to be given to it after the operands.
     """
     branch = Recording(parent=parent)
+    branch.begin()
     inputs = [Proxy(branch, branch.input(line)) for _ in range(count)]
     for value in captured:
         branch.capture(value, line)

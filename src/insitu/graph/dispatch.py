@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from insitu.graph.context import is_autocast_enabled, is_grad_enabled
+from insitu.graph.encoding import KEYS, PLAIN, is_constant
 from insitu.graph.errors import OperationError, nearest
 from insitu.graph.location import here, mark
-from insitu.graph.node import NO_KWARGS
-from insitu.graph.operations import BY_NAME, TENSOR_METHODS, Operation
+from insitu.graph.node import NO_KWARGS, ref
+from insitu.graph.operations import BY_NAME, GETITEM, TENSOR_METHODS, Operation
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording, branches
 from insitu.graph.structure import map_structure
@@ -97,7 +99,12 @@ def refuse(func: Callable[..., Any]) -> NoReturn:
 
 
 def _method(kind: type[Recorded], operation: Operation) -> Callable[..., Any]:
+    in_place = operation.in_place
+
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recording = self._recording
+        if recording.open and recording.session is None and not in_place:  # as in `record`
+            return kind(recording, recording.apply(operation, (self, *args), kwargs, mark()))
         return record(kind, operation, (self, *args), kwargs)
 
     method.__name__ = operation.short
@@ -110,10 +117,28 @@ def _unary(kind: type[Recorded], operation: Operation) -> Callable[[Any], Any]:
 
 
 def _binary(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], Any]:
+    takes_tuples, never_cast = operation is GETITEM, not operation.casts
+
     def method(self: Any, other: Any) -> Any:
         recording = self._recording
-        # The most frequent of all: one call less than through `record`.
+        # The most frequent of all: without a call of what does it for any arguments.
         if recording.open and recording.session is None:
+            if is_grad_enabled() is recording.grads and (
+                never_cast or not (recording.casts or is_autocast_enabled())
+            ):
+                source, given = self._ref, type(other)
+                inputs = None
+                if given in PLAIN or (given in KEYS and is_constant(other)):
+                    if self._operand or takes_tuples:
+                        inputs = source.inputs
+                elif given is kind and other._recording is recording and self._operand:
+                    other = other._ref
+                    inputs = source.index, other.index
+                if inputs is not None:
+                    rows = recording.graph.rows
+                    index = len(rows)
+                    rows.append((operation, (source, other), NO_KWARGS, inputs, False, mark()))
+                    return kind(recording, ref(index))
             return kind(recording, recording.apply(operation, (self, other), NO_KWARGS, mark()))
         return record(kind, operation, (self, other), NO_KWARGS)
 

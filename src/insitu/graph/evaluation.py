@@ -54,10 +54,10 @@ def evaluate(
     def leaf(item: Any) -> Any:
         return meaning(item, values, module)
 
-    for node in subgraph.graph:
-        if node.operation is INPUT:
-            values.append(inputs[node.args[0]])
+    for operation, args, kwargs, *_ in subgraph.graph.runnable():
+        if operation is INPUT:
+            values.append(inputs[args[0]])
             continue
-        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))
-        values.append(node.operation.function(*args, **kwargs))
+        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+        values.append(operation.function(*args, **kwargs))
     return map_structure(leaf, subgraph.output)

@@ -7,10 +7,11 @@ for the value of an earlier node. Nothing here knows how values are computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
+from insitu.graph.context import Context, within
 from insitu.graph.location import Location, Mark
 from insitu.graph.operations import READ, Operation
 
@@ -191,6 +192,7 @@ class Graph:
             nodes that read it there.
         unfused: the nodes that read what is only there if attention is not one fused function.
         flags: whether an argument given by position may be a bool: it equals a number.
+        contexts: what differs around a node from what the block runs in, by the node.
     """
 
     rows: list[Row]
@@ -206,6 +208,7 @@ class Graph:
     after: Mapping[int, int] = MappingProxyType({})
     unfused: frozenset[int] = frozenset()
     flags: bool = False
+    contexts: Mapping[int, Context] = MappingProxyType({})
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -219,6 +222,17 @@ class Graph:
 
     def __getitem__(self, index: int) -> Node:
         return Node._make(self.rows[index])
+
+    def runnable(self) -> list[Row]:
+        """Returns the nodes with operations that enter the contexts in which they are to run."""
+        if not self.contexts:
+            return self.rows
+        rows = [*self.rows]
+        for index, context in self.contexts.items():
+            operation, *rest = rows[index]
+            function = within(context, operation.function)
+            rows[index] = cast(Row, (replace(operation, function=function), *rest))
+        return rows
 
     def to_bytes(self) -> bytes:
         """Returns the graph as bytes, for `from_bytes` in another process.

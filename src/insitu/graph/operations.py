@@ -29,11 +29,13 @@ class Operation:
         name: such as "torch.softmax", "Tensor.mean" or "operator.add".
         function: what computes it.
         in_place: whether it writes into its first argument, which it also returns.
+        casts: whether `torch.autocast` may have something to do with it.
     """
 
     name: str
     function: Callable[..., Any]
     in_place: bool = False
+    casts: bool = True
 
     @property
     def short(self) -> str:
@@ -72,7 +74,7 @@ def _backward(loss: object, **options: object) -> None:
 
 READ = Operation("read", _read)
 SAVE = Operation("save", copied)
-ATTRIBUTE = Operation("attribute", attribute)
+ATTRIBUTE = Operation("attribute", attribute, casts=False)
 WRITE = Operation("write", fitted)
 REPLACE = Operation("replace", replaced)
 SKIP = Operation("skip", standing_in)
@@ -92,6 +94,15 @@ _SPECIAL = (
 _OPERATORS = """
     abs add and_ eq floordiv ge getitem gt invert le lshift lt matmul mod mul ne neg or_ pos pow
     rshift sub truediv xor
+"""
+
+# What `torch.autocast` leaves alone on every device. That it is told apart saves looking: these are
+# what is recorded most.
+_NEVER_CAST = """
+    abs add and_ argmax argmin chunk clamp clone contiguous detach eq expand flatten flip float
+    floordiv ge getitem gt invert item le lt masked_fill max mean min mod mul ne neg or_
+    permute pos relu repeat reshape rshift lshift select size split squeeze sub to transpose truediv
+    unbind unsqueeze view where xor zeros_like
 """
 
 # Of `torch` and of `torch.Tensor` alike.
@@ -185,7 +196,7 @@ def _set(target: Any, key: Any, value: Any) -> Any:
 def _writing() -> dict[str, Operation]:
     """Operations that write in place."""
     listed = {
-        f"operator.{name}": Operation(f"operator.{name}", getattr(operator, name), True)
+        f"operator.{name}": Operation(f"operator.{name}", getattr(operator, name), True, False)
         for name in _AUGMENTED.split()
     }
     listed["operator.setitem"] = Operation("operator.setitem", _set, True)
@@ -201,8 +212,11 @@ def _writing() -> dict[str, Operation]:
 
 def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
     """Operations of one namespace; a name that the installed torch does not have is left out."""
+    never_cast = _NEVER_CAST.split()
     return {
-        f"{prefix}.{name}": Operation(f"{prefix}.{name}", getattr(namespace, name))
+        f"{prefix}.{name}": Operation(
+            f"{prefix}.{name}", getattr(namespace, name), casts=name not in never_cast
+        )
         for name in names.split()
         if hasattr(namespace, name)
     }

@@ -37,6 +37,8 @@ from insitu.graph.operations import (
 from insitu.graph.recorded import Cell, Recorded
 from insitu.graph.shapes import dtype_of, fake_value, length_of, shape_of
 
+_operation_of = dict(BY_FUNCTION).get  # of a plain dictionary it takes half the time
+
 
 class Proxy(Recorded):
     """Stands for a value of a run to come.
@@ -243,11 +245,17 @@ class Proxy(Recorded):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Records a `torch` function that was called with a proxy among its arguments."""
-        operation = BY_FUNCTION.get(func)
+        operation = _operation_of(func)
         if operation is None:
             if not open_recordings((args, dict(kwargs or NO_KWARGS))):
                 return at_once(func, args, kwargs or NO_KWARGS)
             refuse(func)
+        first = args[0] if args else None
+        if isinstance(first, Proxy) and not operation.in_place:  # as in `record`, but for a call
+            recording = first._recording
+            if recording.open and recording.session is None:
+                line = mark()
+                return Proxy(recording, recording.apply(operation, args, kwargs or NO_KWARGS, line))
         return record(Proxy, operation, args, kwargs or NO_KWARGS)
 
     # What cannot be known while recording

@@ -12,6 +12,14 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
+from insitu.graph.context import (
+    NO_CASTS,
+    Casts,
+    difference,
+    enabled_casts,
+    is_autocast_enabled,
+    is_grad_enabled,
+)
 from insitu.graph.encoding import KEYS, PLAIN, described, encode, is_constant
 from insitu.graph.errors import OperationError
 from insitu.graph.intervention import refuse_unseen
@@ -35,6 +43,7 @@ from insitu.graph.operations import (
     GRAD,
     INPUT,
     READ,
+    REPLACE,
     SAVE,
     SKIP,
     WRITE,
@@ -51,6 +60,7 @@ _VIEWS = frozenset(
     )
 )
 _NAMED = (Function, ModuleRef, Subgraph)
+_NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference to these
 
 
 class _Branches(threading.local):
@@ -97,6 +107,8 @@ class Recording:
         carried: how many values of earlier blocks of the session it has taken.
         shapes: gives the shapes at sites; None where no model is behind the recording.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
+        grads: whether autograd was on where the block began.
+        casts: where autocast was enabled there.
     """
 
     # What most recordings never use is of the class: nothing is made for it until it is needed.
@@ -108,6 +120,8 @@ class Recording:
     order: int = 0
     open: bool = True
     carried: int = 0
+    grads: bool = True
+    casts: Casts = NO_CASTS
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
         self.graph = Graph([])
@@ -120,6 +134,30 @@ class Recording:
             self.captured: list[Recorded] = []
             self._inside: dict[int, Ref] = {}
             self._inputs = 0
+
+    def begin(self) -> None:
+        """Notes in what context the block begins: that one holds for all of its run."""
+        if not is_grad_enabled():
+            self.grads = False
+        if is_autocast_enabled() or self.casts:
+            self.casts = enabled_casts()
+
+    def _note_context(self, operation: Operation, index: int) -> None:
+        """Notes the context of a line, if it is not that of the block."""
+        if operation not in _NOT_COMPUTED:
+            context = difference(self.grads, self.casts)
+            if context is not None:
+                self.graph.contexts = {**self.graph.contexts, index: context}
+
+    def forget_contexts(self, start: int) -> None:
+        """Lets the nodes from one on run in the context of the block, whatever is around them.
+
+        Args:
+            start: the first of them.
+        """
+        if self.graph.contexts:
+            kept = {index: c for index, c in self.graph.contexts.items() if index < start}
+            self.graph.contexts = kept
 
     def apply(
         self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any], mark: Mark
@@ -150,6 +188,10 @@ class Recording:
                 source = value._ref
                 index = len(rows)
                 rows.append((operation, (source, other), kwargs, source.inputs, False, mark))
+                if is_grad_enabled() is not self.grads or (
+                    operation.casts and (is_autocast_enabled() or self.casts)
+                ):
+                    self._note_context(operation, index)
                 return ref(index)
         inputs: list[int] = []
         encoded: list[Any] = []
@@ -187,8 +229,13 @@ class Recording:
                 for key, arg in kwargs.items()
             }
             nested = nested or len(inputs) > before or self.carried > carried
+        index = len(rows)
         rows.append((operation, tuple(encoded), kwargs, tuple(inputs), nested, mark))
-        return ref(len(rows) - 1)
+        if is_grad_enabled() is not self.grads or (
+            operation.casts and (is_autocast_enabled() or self.casts)
+        ):
+            self._note_context(operation, index)
+        return ref(index)
 
     def read(self, address: Address, mark: Mark) -> Ref:
         """Returns what stands at a site for lines that come now.

@@ -47,6 +47,9 @@ def replay(recording: Recording, graph: Graph, number: int, step: int) -> None:
     for read, mark in graph.stops.items():
         recording.stop(moved[read], mark)
     recording.graph.unfused |= {recording.original(moved[index].index) for index in graph.unfused}
+    if graph.contexts:
+        moving = {moved[index].index: context for index, context in graph.contexts.items()}
+        recording.graph.contexts = {**recording.graph.contexts, **moving}
     mutations = [moved[index].index for index in graph.mutations]
     recording.graph.mutations = (*recording.graph.mutations, *mutations)
     if step == EVERY:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from insitu.graph.context import casting, entered
 from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
@@ -34,6 +35,11 @@ def fake_value(recording: Recording, index: int) -> Any:
         ShapeError: pointing at the line of the operation that fails, or whose result has a shape
             that depends on values.
     """
+    with casting(recording.casts):  # the question may stand in another context than the block
+        return _fake_value(recording, index)
+
+
+def _fake_value(recording: Recording, index: int) -> Any:
     fakes = recording.fakes
     for ancestor in _unknown_ancestors(recording, index):
         node = recording.graph[ancestor]
@@ -136,7 +142,8 @@ def _compute(recording: Recording, index: int) -> Any:
 
     args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))
     try:
-        with ordinary_tensors(), mode, torch.no_grad():
+        context = recording.graph.contexts.get(index)
+        with ordinary_tensors(), mode, torch.no_grad(), entered(context):
             if node.operation is COND:
                 return _either(*args)
             return node.operation.function(*args, **kwargs)

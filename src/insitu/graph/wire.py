@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import msgspec
 
+from insitu.graph.context import settings
 from insitu.graph.errors import WireError
 from insitu.graph.expression import expression
 from insitu.graph.location import Location, Mark
@@ -135,7 +136,7 @@ class _Writer:
     def fields(self, graph: Graph) -> Fields:
         """Returns the other fields of a graph."""
         return {
-            name: [self._numbers(entry, field) for entry in _entries(getattr(graph, name))]
+            name: [self._numbers(entry, field) for entry in _entries(name, getattr(graph, name))]
             for name, field in FIELDS.items()
             if getattr(graph, name)
         }
@@ -176,8 +177,10 @@ class _Writer:
         ]
 
 
-def _entries(field: Any) -> list[Sequence[Any]]:
+def _entries(name: str, field: Any) -> list[Sequence[Any]]:
     """The entries of a field, each as a row of things; of a flag that is set, an empty row."""
+    if name == "contexts":
+        return [(at, setting) for at, context in field.items() for setting in settings(context)]
     if isinstance(field, bool):
         return [()] * field
     if isinstance(field, Mapping):

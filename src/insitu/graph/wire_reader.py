@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple, cast
 import msgspec
 import torch
 
+from insitu.graph.context import Context, context_of
 from insitu.graph.errors import WireError
 from insitu.graph.location import Location, Mark, SourceLine
 from insitu.graph.node import EVERY, Graph, Kind, ModuleRef, Ref, Row, Subgraph
@@ -249,6 +250,22 @@ def line_column(reader: Reader, graph: Graph, number: int) -> Mark:
     return reader.marks[number]
 
 
+def _number(reader: Reader, graph: Graph, number: int) -> int:
+    """A column of numbers that are no nodes."""
+    return number
+
+
+def _contexts(rows: list[tuple[int, int]]) -> dict[int, Context]:
+    """The contexts of nodes, from a row for each thing that differs there."""
+    found: dict[int, list[int]] = {}
+    for node, setting in rows:
+        found.setdefault(node, []).append(setting)
+    try:
+        return {node: context_of(numbers) for node, numbers in found.items()}
+    except ValueError as error:
+        raise WireError(f"no context around a line has the numbers {error}") from None
+
+
 # Every field of a graph but its rows: what holds the entries, and what their columns are.
 FIELDS: Mapping[str, Field] = {
     "writes": Field(dict, (_node(READ, GRAD), _node(WRITE))),
@@ -260,6 +277,7 @@ FIELDS: Mapping[str, Field] = {
     "differentiates": Field(bool, ()),
     "after": Field(dict, (_node(READ), _node(READ))),
     "unfused": Field(frozenset, (_node(READ),)),
+    "contexts": Field(_contexts, (_node(), _number)),
 }
 
 # Which of the arguments of an operation are functions, and of what kind they are.

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from insitu.graph.context import entered
 from insitu.graph.errors import CausalityError, InsituError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
@@ -62,6 +63,7 @@ class Execution:
         self, graph: Graph, plan: Plan, modules: Mapping[str, nn.Module] = NO_MODULES
     ) -> None:
         self._graph = graph
+        self._rows = graph.runnable() if graph.contexts else graph.rows
         self._modules = modules
         self._plan = plan
         self._bits = plan.bits
@@ -100,7 +102,7 @@ class Execution:
         Raises:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
-        rows, values, uses, careful = self._graph.rows, self._values, self._uses, self._careful
+        rows, values, uses, careful = self._rows, self._values, self._uses, self._careful
         tape = self.tape
         values[index] = value
         if careful or tape is not None:
@@ -163,7 +165,7 @@ class Execution:
                         tape.follow(step, result)
                 if operation.in_place:
                     tape.rewritten(result)
-                elif operation is APPLY:  # of a function that may write into what it is given
+                elif operation.name == APPLY.name:  # it may write into what it is given
                     tape.rewritten(args)
             for source in inputs:
                 uses[source] -= 1
@@ -327,7 +329,9 @@ class Execution:
             grad_enabled = torch.is_grad_enabled()
             try:
                 set_grad_enabled(True)
-                self.tape.backward(index, loss, options, leaves)
+                context = self._graph.contexts.get(index)
+                with entered(context and context._replace(grad=True)):
+                    self.tape.backward(index, loss, options, leaves)
             except InsituError:
                 raise
             except Exception as error:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from insitu.graph.context import entered
 from insitu.graph.evaluation import meaning
 from insitu.graph.node import Graph, Ref
 from insitu.graph.structure import clone, map_structure, memory_of
@@ -67,11 +68,13 @@ class Pasts:
         operation = graph.rows[index][0]
         args, kwargs = self.arguments(index)
         if differentiates and index in mutations.live:
-            result = _as_single_views(operation.short, operation.function, args, kwargs)
+            with entered(graph.contexts.get(index)):
+                result = _as_single_views(operation.short, operation.function, args, kwargs)
             if not operation.in_place and _is_fresh(result, args):
                 result = map_structure(clone, result)  # backward may need it as it was
         else:
-            result = operation.function(*args, **kwargs)
+            with entered(graph.contexts.get(index)):
+                result = operation.function(*args, **kwargs)
         return map_structure(clone, result) if index in mutations.copied else result
 
     def arguments(self, index: int) -> tuple[Any, Any]:

@@ -66,6 +66,7 @@ class Edit(Generic[Edited]):
         if self._invocations:
             raise BlockError("This edit was entered before: make a new one.", here())
         self.is_open = True
+        self.recording.begin()
         edited = cast("Edited", self.model.edited(self.graph))
         frame = user_frame(2)
         for model in (edited, self.model):  # lines may name either of them

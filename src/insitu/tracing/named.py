@@ -79,10 +79,12 @@ class Named:
         key = (site._ref.index, self)
         found = recording.shown.get(key)
         if found is None:
+            start = len(recording.graph)
             value: Proxy = site
             for at in self.item:
                 value = value[at]
             shown = value if self.form is None else self.form.shown(value, invocation, line)
+            recording.forget_contexts(start)  # a site is read, wherever its name stands
             found = (value._ref, shown._ref)
             if isinstance(self.form, Computed):  # anew by each line: of what has been written since
                 self._refuse_writes(recording, shown._ref)
@@ -133,6 +135,12 @@ class Named:
             line: the user's line.
         """
         current = self.read(invocation, line)
+        recording = current._recording
+        start = len(recording.graph)
+        self._write(current, invocation, value, line)
+        recording.forget_contexts(start)  # as of a site that is assigned
+
+    def _write(self, current: Proxy, invocation: Invocation, value: Any, line: Mark) -> None:
         recording = current._recording
         if not isinstance(self.form, Computed) and recording.holds(current._ref, value):
             return
@@ -197,11 +205,14 @@ class NamedProxy(Proxy):
         recording, form = self._recording, self._name.form
         if not recording.open or form is None:
             return _GRAD.__get__(self)
-        line = mark()
+        line, start = mark(), len(recording.graph)
         gradient = Proxy(recording, recording.gradient(self._base, line))
         if isinstance(form, Computed):
-            return form.gradient(gradient)
-        return form.shown(gradient, self._invocation, line)
+            shown = form.gradient(gradient)
+        else:
+            shown = form.shown(gradient, self._invocation, line)
+        recording.forget_contexts(start)
+        return shown
 
     @grad.setter
     def grad(self, value: Any) -> None:

@@ -128,12 +128,18 @@ class Logits(StepValues):
     __slots__ = ()
 
     def _read(self, step: int, line: Mark) -> Proxy:
-        return self._invocation.read("", "output", line, step=step).logits[:, -1]
+        output = self._invocation.read("", "output", line, step=step)
+        start = len(output._recording.graph)
+        logits = output.logits[:, -1]
+        output._recording.forget_contexts(start)  # a site is read, whatever is around the line
+        return logits
 
     def _write(self, step: int, value: Any, line: Mark) -> None:
         output = self._invocation.read("", "output", line, step=step)
+        start = len(output._recording.graph)
         logits = output.logits
         output["logits"] = torch.cat([logits[:, :-1], value[:, None]], 1)
+        output._recording.forget_contexts(start)
 
 
 def checked_step(step: int, steps: int, line: Mark) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from insitu.graph.context import casting, enabled_casts, is_autocast_enabled
 from insitu.graph.errors import (
     BlockError,
     NeverRanError,
@@ -89,6 +90,7 @@ class Tracer:
     def __enter__(self) -> Tracer:
         if self.is_open or self._done:
             raise BlockError("This block was entered before: make a new one for a new run.", here())
+        self.recording.begin()
         if self._prompt is not None:
             args, kwargs = self._prompt
             frame = user_frame(2)
@@ -147,7 +149,7 @@ class Tracer:
             if invocation.is_entered:
                 invocation.leave()
         graph = self.recording.graph
-        if graph.differentiates and torch.is_inference_mode_enabled():
+        if graph.differentiates and (graph.contexts or torch.is_inference_mode_enabled()):
             make_constants_ordinary(graph)
         if kind is None and self._session is not None:
             self._session.add(self)
@@ -161,8 +163,14 @@ class Tracer:
         """Runs what was recorded, and fills the saved values.
 
         The user's `torch.inference_mode()` is left for that: passes record autograd or not as they
-        need it, and the saved values are ordinary tensors.
+        need it, and the saved values are ordinary tensors. Autocast is what it was where the block
+        began, also for a block of a session and in another thread.
         """
+        casts = self.recording.casts
+        if (casts or is_autocast_enabled()) and enabled_casts() != casts:
+            with casting(casts):
+                self.run()
+            return
         if torch.is_inference_mode_enabled():
             with ordinary_tensors():
                 self.run()
