@@ -126,7 +126,7 @@ def _binary(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], 
             if is_grad_enabled() is recording.grads and (
                 never_cast or not (recording.casts or is_autocast_enabled())
             ):
-                source, given = self._ref, type(other)
+                source, given = self._ref, type(other)  # pyright: ignore[reportUnknownVariableType]
                 inputs = None
                 if given in PLAIN or (given in KEYS and is_constant(other)):
                     if self._operand or takes_tuples:
