@@ -1,0 +1,135 @@
+"""Compares what has a standard name in a block: residual stream, MLP and experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.fidelity.every.case import Case
+from tests.fidelity.every.plain import Layer, changed, layers_with
+from tests.fidelity.every.verdict import close, constant, demand, same
+
+_STREAM = ("residual_in", "residual_mid", "residual_out")
+_ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out")
+
+
+def residual(case: Case, block: Any) -> None:
+    """What is added to what the block is given makes what it returns."""
+    there = case.there("residual", block, *_STREAM, "mlp_out")
+    there += [one for one in _ADDED if one not in there and case.has(block, one)]
+    if not there:
+        return
+    values = dict(zip(there, case.read(*((block, name) for name in there)), strict=True))
+    call = case.plain.calls[block.path][0]
+    if "residual_in" in there:
+        seen = any(same(values["residual_in"], one) for one in call.given)
+        if not seen:  # a first block may normalise what it is given, before anything is added
+            own = (c for p, c in case.plain.calls.items() if p.startswith(f"{block.path}."))
+            seen = any(same(values["residual_in"], one) for c in own for one in c[0].returned)
+        demand(seen, f"{block.path} residual_in is not what the block is given")
+    if "residual_out" in there:
+        seen = any(same(values["residual_out"], one) for one in call.returned)
+        demand(seen, f"{block.path} residual_out is not what the block returns")
+    added = [values[name] for name in _ADDED if name in there]
+    if {"residual_in", "residual_out"} <= values.keys() and added:
+        total = values["residual_in"] + sum(added)
+        close(total, values["residual_out"], f"{block.path}: residual_in and what is added")
+    if {"residual_mid", "residual_out", "mlp_out"} <= values.keys():
+        total = values["residual_mid"] + values["mlp_out"]
+        close(total, values["residual_out"], f"{block.path}: residual_mid and mlp_out")
+
+
+def is_given(case: Case, layer: Layer, value: torch.Tensor) -> bool:
+    """Whether plain hooks see that a layer is given a value, in whatever shape."""
+    calls = case.plain.calls.get(layer.path, ())
+    seen = [one.given[0] for one in calls if one.given]
+    return any(
+        one.numel() == value.numel() and same(one.reshape(value.shape), value) for one in seen
+    )
+
+
+def check_source(case: Case, block: Any, name: str, layer: Layer) -> None:
+    """What is added comes from a layer: without that it is the same at all positions."""
+    if not case.has(block, name):
+        return
+    part = case.module.get_submodule(layer.path)
+    with changed(part, torch.zeros_like):
+        (found,) = case.read((block, name))
+    flat = found.flatten(0, -2)
+    demand(
+        same(flat, flat[:1].expand_as(flat)), f"{block.path} {name} does not come from {layer.path}"
+    )
+
+
+def mlp(case: Case, block: Any) -> None:
+    """`post` goes into the layer with `W_out` and comes from `pre`, which the first one makes."""
+    part = block.role["mlp"]
+    there = case.there("MLP", part, "pre", "post", "W_in", "W_out")
+    there += [name for name in ("W_gate",) if case.has(part, name)]
+    names = [name for name in ("pre", "post") if name in there]
+    values = dict(zip(names, case.read(*((part, name) for name in names)), strict=True))
+    where = f"{block.path} mlp"
+    for name, value in values.items():
+        positions = [one.shape[:2] for one in case.plain.calls[block.path][0].given[:1]]
+        demand(value.shape[:2] in positions, f"{where} {name} is {tuple(value.shape)}")
+    if "post" in values and "W_out" in there:
+        layers = list(layers_with(case.module, block.path, part.role["W_out"].float()))
+        layer = next((one for one in layers if is_given(case, one, values["post"])), None)
+        demand(layer is not None, f"{where} post is not what a layer with W_out is given")
+        if not case.has(block, "experts"):  # which would add to `mlp_out` too
+            check_source(case, block, "mlp_out", layer)
+    if "pre" in values and "post" in values:
+        with case.opened():
+            part.role["pre"][:] = 0
+            post = part.role["post"].save()
+        flat = post.value.float().flatten(0, -2)
+        demand(same(flat, flat[:1].expand_as(flat)), f"{where} post does not come from pre")
+    first = "W_gate" if "W_gate" in there else "W_in"
+    if "pre" in values and first in there:
+        matrix = part.role[first].float()
+        layers = list(layers_with(case.module, block.path, matrix))
+        demand(bool(layers), f"{where} {first} is the matrix of no layer")
+        given = [
+            one.given[0]
+            for layer in layers
+            for one in case.plain.calls.get(layer.path, ())
+            if one.given
+            and one.given[0].numel() * matrix.shape[1] == values["pre"].numel() * matrix.shape[0]
+        ]
+        made = [one.reshape(*values["pre"].shape[:2], -1) @ matrix for one in given]
+        right = any(constant(values["pre"] - one) for one in made)
+        demand(right, f"{where} {first} does not make pre")
+
+
+def experts(case: Case, block: Any) -> None:
+    """Without weights the block adds what it adds with experts that give nothing."""
+    part = block.role["experts"]
+    there = case.there("experts", part, "router", "weights")
+    where = f"{block.path} experts"
+    if "router" in there:
+        (router,) = case.read((part, "router"))
+        positions = case.plain.calls[block.path][0].given[0].shape[:2]
+        demand(router.shape[:2] == positions, f"{where} router is {tuple(router.shape)}")
+    if "weights" not in there or not case.has(block, "mlp_out"):
+        return
+    with case.opened():
+        part.role["weights"][:] = 0
+        found = block.role["mlp_out"].save()
+    own = [
+        parameter
+        for path, parameter in block.module.named_parameters()
+        if "expert" in path and "shared" not in path
+    ]
+    demand(bool(own), f"{where} have no weights of their own")
+    before = [parameter.detach().clone() for parameter in own]
+    try:
+        with torch.no_grad():
+            for parameter in own:
+                parameter.zero_()
+        (expected,) = case.read((block, "mlp_out"))
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(own, before, strict=True):
+                parameter.copy_(values)
+    close(found.value.float(), expected, f"{where} weights")

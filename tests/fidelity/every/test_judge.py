@@ -1,0 +1,95 @@
+"""That the judge of standard names finds names that stand for something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from insitu import LanguageModel
+from tests.fidelity.every.judge import judge
+from tests.fidelity.every.verdict import Verdict
+from tests.fidelity.named import eager_is_expected  # noqa: F401
+from tests.fidelity.zoo import ZOO, module_of
+
+SWAPS: Mapping[str, tuple[Mapping[str, str], str]] = {
+    "keys for queries": ({"q": "k"}, "W_Q"),
+    "values for what heads give": ({"z": "v"}, "heads"),
+    "scores for the pattern": ({"pattern": "scores"}, "pattern"),
+    "what goes in for what comes out": ({"post": "pre"}, "MLP"),
+    "the other layer's weights": ({"W_in": "W_gate", "W_gate": "W_in"}, "MLP"),
+    "the middle for the end": ({"residual_out": "residual_mid"}, "residual"),
+    "attention for the MLP": ({"mlp_out": "attention_out", "attention_out": "mlp_out"}, "heads"),
+    "the unembedding": ({"W_E": "W_U"}, "embedding"),
+    "queries made by keys' weights": ({"W_Q": "W_K"}, "W_Q"),
+}
+
+
+def judged(name: str) -> Mapping[str, Verdict]:
+    return judge(module_of(name), ZOO[name].inputs(12, 6))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bart"])
+def test_what_is_right_is_found_right(name: str) -> None:
+    found = judged(name)
+    assert {one.state for one in found.values()} <= {"right", "refused"}, found
+    assert found["heads"].state == found["pattern"].state == found["MLP"].state == "right"
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_name_that_stands_for_something_else_is_found(
+    swap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others, column = SWAPS[swap]
+    planted(monkeypatch, lambda path, name: (path, others.get(name, name)))
+    assert judged("llama")[column].state == "wrong"
+
+
+@pytest.mark.parametrize(("name", "column"), [("pattern", "pattern"), ("z", "heads")])
+def test_another_layers_value_is_found(
+    name: str, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def next_layer(path: str, asked: str) -> tuple[str, str]:
+        return (path.replace("layers.0", "layers.1") if asked == name else path), asked
+
+    planted(monkeypatch, next_layer)
+    assert judged("llama")[column].state == "wrong"
+
+
+def test_heads_in_another_order_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = module_of("gpt2")
+    names = type(LanguageModel(module).vocabulary)
+    given = names.entry
+
+    def permuted(self: Any, path: str, part: str, name: str) -> Any:
+        found = given(self, path, part, name)
+        if name == "W_O":
+            return type(found)(torch.roll(found.value, 1, 0))
+        return found
+
+    monkeypatch.setattr(names, "entry", permuted)
+    assert judged("gpt2")["heads"].state == "wrong"
+
+
+def test_an_error_that_is_no_refusal_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str, name: str) -> tuple[str, str]:
+        if name == "pattern":
+            raise RuntimeError("no")
+        return path, name
+
+    planted(monkeypatch, broken)
+    assert judged("llama")["pattern"].state == "crash"
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, str], tuple[str, str]]) -> None:
+    """Has names looked up at another module, or by another name."""
+    names = type(LanguageModel(module_of("llama")).vocabulary)
+    given = names.entry
+
+    def entry(self: Any, path: str, part: str, name: str) -> Any:
+        other, asked = change(path, name)
+        return given(self, other, part, asked)
+
+    monkeypatch.setattr(names, "entry", entry)
