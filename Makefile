@@ -38,7 +38,7 @@ test-matrix: $(VENV)/installed $(VENV)-transformers4/installed
 	$(WRITE_ARCHITECTURES)
 
 ARCHITECTURES = tests/fidelity/test_standard_names.py tests/fidelity/test_architectures.py \
-	$(wildcard tests/fidelity/test_named_*.py)
+	tests/fidelity/test_every_architecture.py $(wildcard tests/fidelity/test_named_*.py)
 
 # The same page from the tests of architectures alone.
 architectures: $(VENV)/installed $(VENV)-transformers4/installed

@@ -16,6 +16,7 @@ from pathlib import Path
 from textwrap import wrap
 from xml.etree import ElementTree
 
+from tests.fidelity.every.page import Row, section, verdicts
 from tests.fidelity.zoo import EVERY, Architecture
 from tests.fidelity.zoo.absent import ABSENT
 
@@ -246,8 +247,41 @@ def _result(
     return Result(passed and not reason, reason if passed else "")
 
 
+def page(
+    runs: Mapping[str, Mapping[tuple[str, str], Result]],
+    types: Mapping[str, Mapping[tuple[str, str], Row]],
+) -> str:
+    """Returns the page: every type of model first, then those that are tested in depth.
+
+    Args:
+        runs: results by the version of Transformers, the newest first.
+        types: what came of the standard names of every type, likewise.
+    """
+    totals, lines = section(types)
+    said = (
+        "Made by `make architectures` on small models with random weights, each compared with "
+        "plain PyTorch hooks. *yes*: right on all layers that have it; a number in parentheses: "
+        "refused before the run, for the reason below; [5], [4]: with that generation of "
+        "Transformers. Where a group has several names, some may be refused and the rest right. "
+        "`insitu check` tells of any other model (see [names](names.md))."
+    )
+    return "\n".join(
+        [
+            "# Architectures: what works on which",
+            "",
+            *wrap(totals, 120, break_on_hyphens=False),
+            "",
+            *wrap(said, 120, break_on_hyphens=False),
+            "",
+            *lines,
+            "",
+            table(runs),
+        ]
+    )
+
+
 def table(runs: Mapping[str, Mapping[tuple[str, str], Result]]) -> str:
-    """Returns the page.
+    """Returns the part of the page on what is tested in depth.
 
     Args:
         runs: results by the version of Transformers, the newest first.
@@ -265,14 +299,13 @@ def table(runs: Mapping[str, Mapping[tuple[str, str], Result]]) -> str:
 
 def _head(versions: Sequence[str]) -> list[str]:
     said = (
-        "Made by `make architectures` from the results of tests on small models with random "
-        f"weights, with Transformers {' and '.join(versions)}. *both*: all tests passed with both; "
-        "a number: only with that generation of it, as the other fails a test or does not have it; "
-        "**no**: a test fails with both. What is not here is not tested, and may well work: "
-        "`insitu check` tells of any model (see [names](names.md))."
+        "All tests of what may be done with a model, beyond names, on small models of these "
+        f"architectures with Transformers {' and '.join(versions)}. *both*: all tests passed with "
+        "both; a number: only with that generation of it, as the other fails a test or does not "
+        "have it; **no**: a test fails with both."
     )
     return [
-        "# Architectures: what works on which",
+        "## Tested in depth",
         "",
         *wrap(said, 120, break_on_hyphens=False),
         "",
@@ -328,7 +361,9 @@ def main() -> None:
     for run in given.runs:
         version, _, path = run.partition("=")
         written.setdefault(version, []).append(Path(path).read_text())
-    given.page.write_text(table({version: results(*xmls) for version, xmls in written.items()}))
+    found = {version: results(*xmls) for version, xmls in written.items()}
+    types = {version: verdicts(*xmls) for version, xmls in written.items()}
+    given.page.write_text(page(found, types))
 
 
 if __name__ == "__main__":

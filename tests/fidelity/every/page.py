@@ -33,7 +33,6 @@ TASKS = {
     "masked": "Masked language models",
     "image-text": "Images and text",
 }
-NOT_THERE = "this version of Transformers does not have it"
 _RIGHT, _REFUSED, _WRONG, _CRASH = "right", "refused", "wrong", "crash"
 _SIGNS = {_WRONG: "**no**", _CRASH: "**error**"}
 
