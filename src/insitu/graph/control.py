@@ -20,6 +20,9 @@ from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording, branches
 from insitu.graph.structure import map_structure
+from insitu.graph.whole_calls import record_call, stand_before_torch
+
+stand_before_torch()
 
 
 def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -136,8 +139,10 @@ def _called(
     name: str,
     line: Mark,
 ) -> Any:
+    recording = _open_recording((args, dict(kwargs)), name, line)
+    if isinstance(function, Function):
+        return record_call(recording, function, args, kwargs, line)
     args, kwargs = _whole((args, dict(kwargs)))
-    recording = _open_recording((args, kwargs), name, line)
     return Proxy(recording, recording.apply(APPLY, (function, *args), kwargs, line))
 
 

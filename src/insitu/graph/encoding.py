@@ -16,6 +16,7 @@ import torch
 
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
+from insitu.graph.node import Function
 from insitu.graph.recorded import Recorded, refuse_structure
 from insitu.graph.structure import map_structure
 
@@ -75,7 +76,7 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
                 recording.carried += 1
                 return item._recording.carry(item, mark)
             return item.result(Location(*mark))
-        if type(item) in PLAIN or isinstance(item, torch.Tensor):
+        if type(item) in PLAIN or isinstance(item, torch.Tensor | Function):
             return item
         if type(item) is bool:
             recording.graph.flags = True

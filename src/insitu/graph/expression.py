@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.errors import InsituError
-from insitu.graph.node import Graph, ModuleRef, Node, Ref, Site, Subgraph, readable
+from insitu.graph.node import Function, Graph, ModuleRef, Node, Ref, Site, Subgraph, readable
 from insitu.graph.operations import APPLY, COND, FOLD, GRAD, SETITEM, SKIP, WRITE
 
 _INFIX = {
@@ -122,6 +122,8 @@ def _written(value: Any, graph: Graph, depth: int, other: Written | None) -> str
         return other(value.index) if other else expression(graph, value.index, depth)
     if isinstance(value, torch.Tensor):
         return f"<{kind.__name__} {tuple(value.shape)}>"
+    if kind is Function:
+        return _named(value)
     if value is Ellipsis or kind is Subgraph:
         return "..."
     if kind in (tuple, list, torch.Size):
@@ -149,7 +151,8 @@ def _given(node: Node, graph: Graph, other: Written) -> str:
 
 
 def _named(function: Any) -> str:
-    return getattr(function.function, "__name__", type(function.function).__name__)
+    own = function.function
+    return getattr(own, "__name__", type(own).__name__)
 
 
 def _subscript(node: Node, graph: Graph, depth: int, other: Written | None) -> str:

@@ -90,13 +90,15 @@ class ModuleRef:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Function:
-    """Holds, among the arguments of a node, a Python function of the user's.
+    """Holds, among the arguments of a node, a function or another Python object of the user's.
 
     Attributes:
         function: the function.
+        on_fakes: whether it can be called with fake tensors, to find out what it returns.
     """
 
     function: Callable[..., Any]
+    on_fakes: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

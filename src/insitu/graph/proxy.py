@@ -249,6 +249,10 @@ class Proxy(Recorded):
         if operation is None:
             if not open_recordings((args, dict(kwargs or NO_KWARGS))):
                 return at_once(func, args, kwargs or NO_KWARGS)
+            from insitu.graph.whole_calls import call_operator, is_custom_operator
+
+            if is_custom_operator(func):
+                return call_operator(func, args, kwargs or NO_KWARGS)
             refuse(func)
         first = args[0] if args else None
         if isinstance(first, Proxy) and not operation.in_place:  # as in `record`, but for a call

@@ -147,6 +147,10 @@ class Recording:
         if operation not in _NOT_COMPUTED:
             context = difference(self.grads, self.casts)
             if context is not None:
+                if not context.grad:
+                    from insitu.graph.whole_calls import refuse_inside_forward
+
+                    refuse_inside_forward(self.graph.rows[index][-1])
                 self.graph.contexts = {**self.graph.contexts, index: context}
 
     def forget_contexts(self, start: int) -> None:

@@ -112,7 +112,9 @@ def _unknown_ancestors(recording: Recording, index: int) -> list[int]:
 
 def _compute(recording: Recording, index: int) -> Any:
     node = recording.graph[index]
-    if node.operation is INPUT or (node.operation is APPLY and type(node.args[0]) is Function):
+    if node.operation is INPUT or (
+        node.operation is APPLY and type(node.args[0]) is Function and not node.args[0].on_fakes
+    ):
         raise UnknownShapeError(
             "The shapes of what a Python function returns, and inside `cond` and `fold`, are not "
             "known before the run.",
@@ -131,7 +133,7 @@ def _compute(recording: Recording, index: int) -> Any:
             return torch.empty(item.shape, dtype=item.dtype)
 
     def leaf(item: Any) -> Any:
-        if type(item) in (Ref, ModuleRef, Subgraph):
+        if type(item) in (Ref, ModuleRef, Subgraph, Function):
             return meaning(item, recording.fakes, module)
         if type(item) is Carried:
             return map_structure(other, item.fake())
@@ -157,6 +159,12 @@ def _compute(recording: Recording, index: int) -> Any:
                 node.location,
             ) from error
         inputs = [recording.fakes[source] for source in node.inputs]
+        if node.operation is APPLY and type(node.args[0]) is Function:  # it may want data
+            raise UnknownShapeError(
+                f"The shape of `{expression(recording.graph, index)}` is not known before the run: "
+                f"on tensors without data it raises {type(error).__name__}: {error}",
+                node.location,
+            ) from error
         raise misfit(recording.graph, index, inputs, error) from error
 
 

@@ -88,7 +88,8 @@ class Execution:
                     *plan.writes,
                     *(() if self._mutations is None else self._mutations.reads),
                 }
-                self.tape = Tape(graph, plan.gradients, changed, self.arrive, self._gradient)
+                root = modules.get("")
+                self.tape = Tape(graph, plan.gradients, changed, self.arrive, self._gradient, root)
         if plan.held:
             self._wait()
 

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 from insitu.graph.errors import CausalityError, ExecutionError, OperationError, ShapeError
 from insitu.graph.expression import expression
 from insitu.graph.node import EVERY, Function, Graph, Ref, Subgraph
-from insitu.graph.operations import READ
+from insitu.graph.operations import APPLY, READ
 from insitu.graph.structure import map_structure
 from insitu.runtime.history import (
     Followed,
@@ -41,6 +41,9 @@ def check_gradients(graph: Graph, plan: Plan) -> None:
     """
     assert plan.gradients is not None
     plan.gradients.constants = [at for at in range(len(graph)) if _constants(graph, at)]
+    plan.gradients.opaque = any(
+        row[0] is APPLY and isinstance(row[1][0], Function) for row in graph.rows
+    )
     backwards, bound = list(plan.gradients.bound), plan.gradients.bound
     gradients = sum(plan.bits[grad] for found in bound.values() for grad in found)
     for read, write in (*graph.writes.items(), *graph.skips.items()):
@@ -70,6 +73,7 @@ class Tape:
         changed: the nodes that stand for gradients that are written.
         arrive: takes a gradient, given the node that stands for it.
         exchange: takes a gradient on its way, likewise, and returns what goes on in its place.
+        model: the wrapped module.
 
     Attributes:
         followed: the values whose gradients are wanted, by node, as they were before the model has
@@ -83,12 +87,14 @@ class Tape:
         changed: Collection[int],
         arrive: Callable[[int, torch.Tensor], None],
         exchange: Callable[[int, torch.Tensor], torch.Tensor | None],
+        model: nn.Module | None,
     ) -> None:
         self._graph = graph
         self._gradients = gradients
         self._changed = changed
         self._arrive = arrive
         self._exchange = exchange
+        self._model = nn.Module() if model is None else model
         self._marked: list[torch.Tensor] = []
         self._begins: int | None = None  # the first value that nothing before it gave a gradient
         self.followed: dict[int, Followed] = {}
@@ -171,6 +177,8 @@ class Tape:
         """
         grads, whole = self._reached(index, loss)
         own = {id(tensor): tensor for tensor in leaves}
+        if self._gradients.opaque:  # a function may use tensors that the graph does not show
+            own |= self._leaves_behind(loss)
         if options.get("inputs") is not None:
             given = options.pop("inputs")
             given = [given] if isinstance(given, torch.Tensor) else given
@@ -212,6 +220,13 @@ class Tape:
                     "on it. The gradient of a part of a site is that part of the site's gradient.",
                     node.location,
                 )
+
+    def _leaves_behind(self, loss: Any) -> dict[int, torch.Tensor]:
+        """The leaves of a loss that are neither the model's nor values of the run, by identity."""
+        found = computed_of(loss)
+        for tensor in (*self._model.parameters(), *self._marked):
+            found.pop(id(tensor), None)
+        return found
 
     def _reached(
         self, index: int, loss: Any

@@ -78,11 +78,13 @@ class Gradients:
         bound: the nodes that stand for gradients of each backward pass, by its node.
         wanted: the nodes that stand for gradients of each value, by its node.
         constants: the nodes among whose constants are tensors that require a gradient.
+        opaque: whether a Python function is called, which may use such tensors too.
     """
 
     bound: dict[int, list[int]]
     wanted: dict[int, list[int]]
     constants: Sequence[int] = ()
+    opaque: bool = False
 
 
 @dataclass(slots=True, eq=False)
