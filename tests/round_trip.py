@@ -26,7 +26,8 @@ def round_trip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     run = Tracer._run
     monkeypatch.setattr(Tracer, "_run", lambda tracer: run_twice(run, tracer))
     # Its frames stand between the user's and ours, and are not the user's.
-    monkeypatch.setattr(location, "_LIBRARIES", (*location._LIBRARIES, __file__))
+    monkeypatch.setattr(location, "_CALLING_BACK", (*location._CALLING_BACK, __file__))
+    monkeypatch.setitem(location._known, __file__, True)
 
 
 def run_twice(run: Callable[[Tracer], None], tracer: Tracer) -> None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from insitu.graph.errors import InsituError
+from insitu.graph.errors import InsituError, ShapeError
 from insitu.graph.node import Function, Graph, ModuleRef, Node, Ref, Site, Subgraph, readable
 from insitu.graph.operations import APPLY, COND, FOLD, GRAD, SETITEM, SKIP, WRITE
 
@@ -98,21 +98,38 @@ def expression(graph: Graph, index: int, depth: int = 0, other: Written | None =
     return f"{node.operation.name}({', '.join(args + keywords)})"
 
 
-def located(graph: Graph, index: int, error: InsituError, why: str = "") -> InsituError:
+def located(graph: Graph, index: int, error: InsituError) -> InsituError:
     """Returns an error of one of our operations with the line that recorded it.
 
     Args:
         graph: the graph.
         index: the node whose operation raised it.
         error: what it raised.
-        why: what else to say of it.
     """
     node = graph[index]
+    alien = isinstance(error, ShapeError) and len(_invocations(graph, index)) > 1
+    why = " (values of another prompt are as long as that prompt)" if alien else ""
     message = f"{error}{why}"
     if node.operation in (WRITE, SKIP):
         by = " by `skip`" if node.operation is SKIP else ""
         message = f"`{expression(graph, index)}` cannot be given this value{by}: {message}."
     return type(error)(message, node.location)
+
+
+def _invocations(graph: Graph, index: int) -> set[int]:
+    """The invocations whose values a node is made of."""
+    found: set[int] = set()
+    seen: set[int] = set()
+    pending = [index]
+    while pending:
+        current = pending.pop()
+        if current not in seen:
+            seen.add(current)
+            node = graph[current]
+            pending.extend(node.inputs)
+            if node.site is not None:
+                found.add(node.site.invocation)
+    return found
 
 
 def _written(value: Any, graph: Graph, depth: int, other: Written | None) -> str:

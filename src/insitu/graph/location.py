@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import linecache
+import site
+import sys
+import sysconfig
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -76,13 +79,43 @@ def _folder(package: str) -> str:
 
 
 _OURS = f"{Path(__file__).parents[1]}/"
-# Frames of these are never the user's: functions of torch and einops that call back into a proxy,
-# and the context managers that a block may be wrapped in.
-_LIBRARIES = (_OURS, _folder("torch"), _folder("einops"), contextlib.__file__)
+_CALLING_BACK = (_OURS, _folder("torch"), _folder("einops"), contextlib.__file__)
+"""Files of functions that call back into a proxy, and of context managers around a block."""
+
+# What is installed is nobody's experiment: NumPy, tokenizers, sklearn, test runners, notebooks.
+_INSTALLED = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    *(site.getsitepackages() if hasattr(site, "getsitepackages") else ()),
+    site.getusersitepackages(),
+    *(path for path in sys.path if path.endswith(("site-packages", "dist-packages"))),
+)
+_LIBRARIES = (
+    *_CALLING_BACK,
+    *dict.fromkeys(f"{folder}/" for folder in _INSTALLED),
+    "<frozen ",
+)
+
+_known: dict[str, bool] = {}
+"""Whether a file is a library's, by its name: looking that up takes less than comparing paths."""
+
+
+def is_library(file: str) -> bool:
+    """Returns whether a source file belongs to Insitu, to Python or to an installed package.
+
+    Args:
+        file: its name, as a code object has it.
+    """
+    found = _known.get(file)
+    if found is None:
+        found = _known[file] = file.startswith(_LIBRARIES)
+    return found
 
 
 def user_frame(depth: int = 1) -> FrameType:
-    """Returns the innermost frame on the stack that belongs to the user's code.
+    """Returns the innermost frame on the stack that is not Insitu's own.
+
+    It is the frame that a `with` statement stands in, also in an installed package that is built
+    on Insitu.
 
     Args:
         depth: how many frames to leave out at once, known to be ours.
@@ -90,7 +123,7 @@ def user_frame(depth: int = 1) -> FrameType:
     frame = _getframe(depth)
     if frame.f_code is _last:
         return frame
-    while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
+    while frame.f_code.co_filename.startswith(_CALLING_BACK) and frame.f_back is not None:
         frame = frame.f_back
     return frame
 
@@ -101,15 +134,20 @@ def here(depth: int = 2) -> Location:
 
 
 def mark(depth: int = 2) -> Mark:
-    """Returns the user's current line in its cheapest form, for `Location(*mark)`."""
+    """Returns the user's current line in its cheapest form, for `Location(*mark)`.
+
+    It is the innermost line outside of installed packages; where there is none, such as in a
+    program that is itself installed, it is the innermost outside of Insitu.
+    """
     global _last
     frame = _getframe(depth)
     code = frame.f_code
     if code is _last:
         return code, frame.f_lasti
-    while code.co_filename.startswith(_LIBRARIES):
+    while is_library(code.co_filename):
         if frame.f_back is None:
-            return code, frame.f_lasti
+            frame = user_frame(depth + 1)
+            return frame.f_code, frame.f_lasti
         frame = frame.f_back
         code = frame.f_code
     _last = code

@@ -7,7 +7,9 @@ here, only those that a question needs, and each once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -110,7 +112,23 @@ def _unknown_ancestors(recording: Recording, index: int) -> list[int]:
     return sorted(needed)
 
 
-def _compute(recording: Recording, index: int) -> Any:
+def works_in_one_dtype(recording: Recording, index: int) -> bool:
+    """Returns whether an operation works on fake tensors whose floating ones are all float32.
+
+    Where it fails otherwise, the dtypes are to blame and not the shapes.
+
+    Args:
+        recording: the recording that the operation is in. Its inputs have fake values.
+        index: its node.
+    """
+    try:
+        _compute(recording, index, one_dtype=True)
+    except ShapeError:
+        return False
+    return True
+
+
+def _compute(recording: Recording, index: int, one_dtype: bool = False) -> Any:
     node = recording.graph[index]
     if node.operation is INPUT or (
         node.operation is APPLY and type(node.args[0]) is Function and not node.args[0].on_fakes
@@ -145,7 +163,9 @@ def _compute(recording: Recording, index: int) -> Any:
     args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))
     try:
         context = recording.graph.contexts.get(index)
-        with ordinary_tensors(), mode, torch.no_grad(), entered(context):
+        with unlogged_failures(), ordinary_tensors(), mode, torch.no_grad(), entered(context):
+            if one_dtype:
+                args, kwargs = map_structure(_float, (args, kwargs))
             if node.operation is COND:
                 return _either(*args)
             return node.operation.function(*args, **kwargs)
@@ -168,6 +188,17 @@ def _compute(recording: Recording, index: int) -> Any:
         raise misfit(recording.graph, index, inputs, error) from error
 
 
+@contextmanager
+def unlogged_failures() -> Generator[None, None, None]:
+    """Keeps torch from printing failures on fake tensors, which are raised too."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
+
+
 def misfit(graph: Graph, index: int, inputs: Sequence[Any], error: Exception) -> ShapeError:
     """Returns the error for an operation on values that do not fit together.
 
@@ -181,6 +212,11 @@ def misfit(graph: Graph, index: int, inputs: Sequence[Any], error: Exception) ->
     listed = ", ".join(str(tuple(s)) if isinstance(s, torch.Size) else str(s) for s in shapes)
     message = f"`{expression(graph, index)}` does not work on values of shape {listed}: {error}"
     return ShapeError(message, graph[index].location)
+
+
+def _float(item: Any) -> Any:
+    floats = isinstance(item, torch.Tensor) and item.is_floating_point()
+    return item.float() if floats else item
 
 
 def _either(pred: Any, then: Any, otherwise: Any, *operands: Any) -> Any:

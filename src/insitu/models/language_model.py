@@ -16,6 +16,7 @@ from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import Location, here
 from insitu.graph.node import Graph
 from insitu.graph.structure import map_structure
+from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.attention import SETTING
 from insitu.models.blocks import block_views
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
@@ -75,6 +76,7 @@ class LanguageModel(Model):
         ' Paris'
     """
 
+    @short_tracebacks
     def __init__(
         self,
         model: str | os.PathLike[str] | nn.Module,
@@ -320,6 +322,7 @@ class LanguageModel(Model):
                 )
         return None if prompt is None else ((prompt,), own)
 
+    @short_tracebacks
     def run_with_cache(
         self,
         prompt: Any,

@@ -113,6 +113,25 @@ class Source:
             ) from error
         return module
 
+    def knows_dtypes(self, tree: nn.Module) -> bool:
+        """Returns whether the weights will certainly have the dtypes that they have in a tree.
+
+        Not where they are quantised, where the class keeps some of them in float32, or where
+        their dtype stands in their files alone.
+
+        Args:
+            tree: the tree without weights.
+        """
+        kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        if any(getattr(tree, name, None) for name in kept):
+            return False
+        given = self._kwargs.get("quantization_config")
+        if given is not None or getattr(self.config, "quantization_config", None) is not None:
+            return False
+        asked = self._kwargs.get("dtype", self._kwargs.get("torch_dtype"))
+        names = ("dtype", "torch_dtype")
+        return isinstance(asked, torch.dtype) or any(getattr(self.config, n, None) for n in names)
+
     def _config(self, location: Location) -> Any:
         """The model's config."""
         from transformers import AutoConfig

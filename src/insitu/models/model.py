@@ -16,6 +16,7 @@ from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import here
 from insitu.graph.node import Graph
 from insitu.graph.ordinary import ordinary_tensors
+from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import CACHES, block_views, find_stacks
 from insitu.models.plain import Forward
@@ -73,6 +74,7 @@ class Model(Handle):
         self._adopt(module)
 
     @classmethod
+    @short_tracebacks
     def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Returns a model of Transformers of any kind, such as of images or of speech.
 
@@ -132,6 +134,11 @@ class Model(Handle):
     def loaded(self) -> bool:
         """Whether the weights are in memory."""
         return self._source is None
+
+    @property
+    def knows_dtypes(self) -> bool:
+        """Whether the dtypes of weights that are not loaded yet are certain."""
+        return self._source is None or self._source.knows_dtypes(self._module)
 
     def load(self) -> nn.Module:
         """Loads the weights, if they are not there yet, and returns the module.
@@ -303,6 +310,7 @@ class Model(Handle):
             names = names_by_module(self, [branch.path for branch in found])
         return ModuleTree(found, names)
 
+    @short_tracebacks
     def save_edits(self, path: str | os.PathLike[str]) -> None:
         """Writes the edits of the model to a file.
 
@@ -316,6 +324,7 @@ class Model(Handle):
         data = b"".join(len(part).to_bytes(8, "little") + part for part in graphs)
         Path(path).write_bytes(data)
 
+    @short_tracebacks
     def load_edits(self, path: str | os.PathLike[str]) -> Self:
         """Returns the model with the edits of a file, over those that it has.
 
@@ -365,6 +374,7 @@ class Model(Handle):
 
         return Names(Body(self, find_stacks(module, module.config), self._description))
 
+    @short_tracebacks
     def describe_blocks(self, description: Description) -> None:
         """Says what the parts of its blocks are, where the dataflow of a forward does not tell.
 

@@ -155,7 +155,8 @@ class Execution:
                 self.busy = False
                 if isinstance(error, InsituError) and error.location is not None:
                     raise
-                raise failure(self._graph, self._plan, values, step, error) from error
+                cause = None if isinstance(error, InsituError) else error  # it is said once
+                raise failure(self._graph, values, step, error) from cause
             if tape is not None:
                 self._pasts.done.add(step)
                 if step in self._wanted:
@@ -336,7 +337,7 @@ class Execution:
             except InsituError:
                 raise
             except Exception as error:
-                raise failure(self._graph, self._plan, self._values, index, error) from error
+                raise failure(self._graph, self._values, index, error) from error
             finally:
                 set_grad_enabled(grad_enabled)
             for source in self._graph.rows[index][3]:

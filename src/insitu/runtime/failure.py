@@ -7,33 +7,25 @@ from typing import Any
 
 import torch
 
-from insitu.graph.errors import ExecutionError, InsituError, ShapeError
+from insitu.graph.errors import ExecutionError, InsituError
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph
 from insitu.graph.operations import BACKWARD
 from insitu.graph.shapes import misfit
-from insitu.runtime.plan import Plan
 
 
-def failure(
-    graph: Graph, plan: Plan, values: Sequence[Any], index: int, error: Exception
-) -> InsituError:
+def failure(graph: Graph, values: Sequence[Any], index: int, error: Exception) -> InsituError:
     """Returns the error to raise for a node.
 
     Args:
         graph: what was being done.
-        plan: its plan.
         values: the values of the run so far, by node.
         index: the node that failed.
         error: what it raised.
     """
     node = graph[index]
     if isinstance(error, InsituError):  # of an operation of ours, which knows no line
-        mask = plan.needs[index]
-        own = {address[0] for address, read in plan.reads.items() if mask & plan.bits[read]}
-        alien = len(own) > 1 and isinstance(error, ShapeError)
-        why = " (values of another prompt are as long as that prompt)" if alien else ""
-        return located(graph, index, error, why)
+        return located(graph, index, error)
     written = expression(graph, index)
     found = [values[source] for source in node.inputs]
     other = isinstance(error, torch.OutOfMemoryError) or node.operation is BACKWARD

@@ -8,7 +8,6 @@ call, so nothing is computed, nothing is allocated and a module without weights 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
@@ -19,6 +18,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
+from insitu.graph.shapes import unlogged_failures
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import replaced
 from insitu.runtime.contents import Contents, has_contents
@@ -189,13 +189,9 @@ def fake_run(module: nn.Module, call: Call) -> None:
 @contextmanager
 def _without_data() -> Generator[None, None, None]:
     """Makes fake tensors in its block; their failures are raised, and not printed too."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, log.disabled = log.disabled, True
-    try:
-        with ordinary_tensors(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with unlogged_failures(), ordinary_tensors(), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.no_grad():
             yield
-    finally:
-        log.disabled = was_disabled
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:

@@ -155,6 +155,16 @@ class Subject(Protocol):
         """The standard names of its values: a `tracing.named.Vocabulary`."""
         ...
 
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        ...
+
+    @property
+    def knows_dtypes(self) -> bool:
+        """Whether the dtypes of weights that are not loaded yet are certain."""
+        ...
+
     def load(self) -> nn.Module:
         """Returns the wrapped module with its weights."""
         ...

@@ -15,6 +15,7 @@ from insitu.graph.node import Graph
 from insitu.graph.operations import BACKWARD, KEEP, SAVE
 from insitu.graph.ordinary import make_constants_ordinary
 from insitu.graph.recording import Recording
+from insitu.graph.tracebacks import shortened
 from insitu.tracing.invocation import Invocation
 
 if TYPE_CHECKING:
@@ -86,8 +87,9 @@ class Edit(Generic[Edited]):
             invocation.leave()
         graph = self.graph
         self.recording.forget()
-        if kind is not None:
+        if error is not None:
             graph.rows.clear()
+            shortened(error)
             return
         if torch.is_inference_mode_enabled():  # what is kept is used in blocks of any kind
             make_constants_ordinary(graph)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from insitu.graph.errors import BlockError
 from insitu.graph.location import here
+from insitu.graph.tracebacks import shortened
 
 if TYPE_CHECKING:
     from insitu.tracing.tracer import Tracer
@@ -48,6 +49,8 @@ class Session:
         if kind is not None:
             for tracer in waiting:
                 tracer.give_up(f"its session raised {kind.__name__}, so the model did not run.")
+            if error is not None:
+                shortened(error)
             return
         while waiting:
             try:

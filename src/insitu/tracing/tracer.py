@@ -18,6 +18,7 @@ import torch
 from insitu.graph.context import casting, enabled_casts, is_autocast_enabled
 from insitu.graph.errors import (
     BlockError,
+    InsituError,
     NeverRanError,
     NoValueError,
     OptionError,
@@ -30,6 +31,7 @@ from insitu.graph.recorded import Missing
 from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
 from insitu.graph.shapes import fake_value
+from insitu.graph.tracebacks import shortened
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.eager import eager
 from insitu.runtime.execution import Execution
@@ -37,6 +39,7 @@ from insitu.runtime.following import following
 from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Planned, Summary
+from insitu.tracing.beforehand import check_fit
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.planning import prepare
@@ -94,7 +97,11 @@ class Tracer:
         if self._prompt is not None:
             args, kwargs = self._prompt
             frame = user_frame(2)
-            self._implicit = self._add(args, kwargs, (frame.f_code, frame.f_lasti))
+            try:
+                self._implicit = self._add(args, kwargs, (frame.f_code, frame.f_lasti))
+            except InsituError as error:
+                shortened(error)
+                raise
             self._request = self._implicit.request
             self._implicit.enter(frame)
         if open_sessions.get():
@@ -113,6 +120,8 @@ class Tracer:
     ) -> None:
         if self._leave(kind):
             self.run()
+        elif error is not None:
+            shortened(error)
 
     async def __aenter__(self) -> Tracer:
         return self.__enter__()
@@ -129,6 +138,8 @@ class Tracer:
         the model has run, and nothing is saved.
         """
         if not self._leave(kind):
+            if error is not None:
+                shortened(error)
             return
         run = asyncio.ensure_future(asyncio.to_thread(self.run))
         try:
@@ -139,6 +150,9 @@ class Tracer:
                 await run
             for cell in cells:
                 cell.content = Missing("its task was cancelled.")
+            raise
+        except InsituError as failure:  # with the frames of the thread that it ran in
+            shortened(failure)
             raise
 
     def _leave(self, kind: type[BaseException] | None) -> bool:
@@ -183,6 +197,7 @@ class Tracer:
                 self._run()
         except BaseException as failure:
             recording.fail(f"its run raised {type(failure).__name__}.")
+            shortened(failure)
             raise
         finally:
             recording.forget()
@@ -229,7 +244,11 @@ class Tracer:
             )
         # The model runs later, and what is given here may be filled anew for the next prompt.
         args = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
-        return self._add(args, kwargs, mark())
+        try:
+            return self._add(args, kwargs, mark())
+        except InsituError as error:
+            shortened(error)
+            raise
 
     @property
     def output(self) -> Any:
@@ -373,8 +392,14 @@ class Tracer:
             else:
                 cell.content = Missing("a scan runs nothing, and its shape depends on the run.")
 
+    def _form(self, invocation: int) -> str:
+        """What an invocation is called with, equal for arguments of equal shapes and dtypes."""
+        return self.procedure.example(self._invocations[invocation].request).signature()
+
     def _run(self) -> None:
         model, recording = self.model, self.recording
+        if not model.loaded:
+            check_fit(recording, model.knows_dtypes, self._form)
         module = model.load()
         if self._demanded is not None:
             self._verify(*self._demanded)

@@ -1,0 +1,134 @@
+"""What a block would fail at, found on fake tensors before the weights of its model are loaded.
+
+A run on fake tensors takes about as long as loading a tiny model, so it is made only for lines
+that can fail, and not for every length of prompt. A model that is loaded is not looked at: its run
+fails at the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import EllipsisType
+from typing import Any
+
+import torch
+
+from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
+from insitu.graph.node import Ref, Row
+from insitu.graph.operations import (
+    APPLY,
+    ARITHMETIC,
+    ATTRIBUTE,
+    COND,
+    FOLD,
+    GETITEM,
+    GRAD,
+    KEEP,
+    READ,
+    SAVE,
+    SETITEM,
+    WRITE,
+)
+from insitu.graph.recording import Recording
+from insitu.graph.shapes import fake_value, works_in_one_dtype
+
+_NEVER_FAIL = (READ, SAVE, KEEP, GRAD, ATTRIBUTE)
+_BY_VALUE = (APPLY, COND, FOLD)  # what of them runs depends on values, or on there being values
+_DEVICES = ("found two different devices", "on the same device")
+_MOST = 4  # fake runs: one for each form of prompt
+
+
+def check_fit(recording: Recording, knows_dtypes: bool, form_of: Callable[[int], str]) -> None:
+    """Raises at the first line whose values do not fit together, as far as that can be known.
+
+    Args:
+        recording: what is about to run.
+        knows_dtypes: whether the fake weights certainly have the dtypes of the real ones.
+        form_of: gives the shapes and dtypes of an invocation's prompt, equal for equal ones.
+
+    Raises:
+        InsituError: pointing at that line.
+    """
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        knows_dtypes = False
+    for index in _fallible(recording, form_of):
+        operation = recording.graph.rows[index][0]
+        try:
+            fake_value(recording, index)
+        except UnknownShapeError:
+            continue
+        except ShapeError as error:
+            # Fake tensors are on the CPU, and the user's constants where the model will be.
+            elsewhere = any(said in str(error) for said in _DEVICES)
+            if elsewhere or operation in _BY_VALUE:
+                continue
+            if knows_dtypes or not works_in_one_dtype(recording, index):
+                raise
+        except InsituError:  # such as of a module that may be called in a run with data
+            continue
+        except Exception:  # a tensor that has no fake one, such as of a class of the user's
+            continue
+
+
+def _fallible(recording: Recording, form_of: Callable[[int], str]) -> list[int]:
+    """The nodes whose values may not fit together, of a few forms of prompt."""
+    rows = recording.graph.rows
+    found: list[int] = []
+    needs: list[frozenset[int]] = []  # of which invocations
+    forms: set[str] = set()
+    for index, row in enumerate(rows):
+        operation, args, _, inputs, _, _ = row
+        if operation is READ:
+            needs.append(frozenset([args[0]]))
+            continue
+        needs.append(frozenset().union(*(needs[source] for source in inputs)))
+        if operation in _NEVER_FAIL or _is_safe(rows, row):
+            continue
+        now = forms.union(map(form_of, needs[-1]))
+        if len(now) <= _MOST:
+            forms = now
+            found.append(index)
+    return found
+
+
+def _is_safe(rows: list[Row], row: Row) -> bool:
+    """Whether an operation goes well with tensors of any shape, or nearly so.
+
+    That is said of what most blocks consist of: `logits[0, -1].argmax()`, `hidden * 2`,
+    `hidden[:, -1] = 0`, and writing such a value where its first operand was read.
+    """
+    operation, args, kwargs, inputs, _, _ = row
+    if kwargs:
+        return False
+    if operation is WRITE:
+        value = args[1]
+        return type(value) is Ref and _origin(rows, value.index, args[2]) == args[0].index
+    if len(inputs) != 1 or type(args[0]) is not Ref:
+        return False
+    if operation.short in _WITH_NUMBERS:
+        return isinstance(args[1], int | float)
+    if operation is SETITEM:
+        return isinstance(args[2], int | float) and _is_plain_key(args[1])
+    return all(map(_is_plain_key, args[1:]))
+
+
+_WITH_NUMBERS = {operation.short for operation in ARITHMETIC}
+_WITH_NUMBERS |= {f"i{name}" for name in _WITH_NUMBERS}
+
+
+def _is_plain_key(key: Any) -> bool:
+    """Whether something is an index, or an axis, that tensors of nearly every shape have."""
+    if isinstance(key, tuple):
+        return all(map(_is_plain_key, key))
+    return key in (0, -1) if type(key) is int else isinstance(key, slice | EllipsisType)
+
+
+def _origin(rows: list[Row], index: int, block: bool) -> int:
+    """The site's node whose shape a value has, or its hidden states if it is that of a block."""
+    operation, args, _, inputs, _, _ = rows[index]
+    while len(inputs) == 1 and operation.short in _WITH_NUMBERS and _is_safe(rows, rows[index]):
+        index = inputs[0]
+        operation, args, _, inputs, _, _ = rows[index]
+    if block and operation is GETITEM and args[1] == 0 and type(args[1]) is int:
+        return inputs[0]
+    return index
