@@ -56,7 +56,7 @@ def _judge_names(case: Case) -> None:
         _guarded(case, column, partial(compare, case))
     for stack in ("encoder_blocks", "blocks"):
         if case.has(case.model, stack):
-            for block in case.model.role[stack]:
+            for block in of_model.passed(case, case.model.role[stack]):
                 _guarded(case, "blocks", partial(_judge_block, case, block))
 
 

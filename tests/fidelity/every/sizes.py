@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _BY_SIZE: Mapping[int, tuple[str, ...]] = {
+    128: ("mamba_d_ssm",),
     131: ("vocab_size", "vocab_size_per_layer_input", "entity_vocab_size", "decoder_vocab_size"),
     64: (
         *("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "model_dim"),
@@ -23,9 +24,15 @@ _BY_SIZE: Mapping[int, tuple[str, ...]] = {
     16: (
         *("head_dim", "d_kv", "attention_head_dim", "kv_channels", "global_head_dim"),
         *("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "hidden_size_per_layer_input"),
-        *("linear_key_head_dim", "linear_value_head_dim"),
+        *(
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "mamba_d_head",
+            "mamba_d_state",
+            "linear_head_dim",
+        ),
     ),
-    8: ("rotary_dim",),
+    8: ("rotary_dim", "chunk_size", "mamba_chunk_size", "mamba_n_heads", "linear_num_heads"),
     4: (
         *("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"),
         *("decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"),
@@ -55,30 +62,18 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         (
             *("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"),
             *("glm_moe_dsa", "minicpm3", "youtu", "hy_v4"),
-            *("bailing_hybrid", "kimi_linear", "glm5_next", "kimi_k25", "mistral_large4"),
+            *("bailing_hybrid", "glm5_next", "kimi_k25", "mistral_large4"),
         ),
         _LATENT,
     ),
     "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2},
     "longcat_flash": {**_LATENT, "qk_head_dim": 32},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "zamba2": {
-        "num_hidden_layers": 4, "attention_hidden_size": 128, "attention_head_dim": 32,
-        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1,
-        "mamba_expand": 2, "n_mamba_heads": 8, "mamba_ngroups": 1, "mamba_headdim": 16,
-        "use_mem_rope": False,
-    },
-    "xlstm": {"embedding_dim": 64, "hidden_size": 64, "num_heads": 4},
-    "reformer": {
-        "is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8],
-        "attn_layers": ["local", "lsh"],
-    },
-    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
-    "granitemoehybrid": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "mamba_n_heads": 8, "mamba_d_head": 16,
-    },
+    "bamba": {"attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_n_groups": 1},
+    "kimi_linear": {**_LATENT, "linear_num_heads": 4, "linear_head_dim": 16},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1, "use_mamba_kernels": False,
@@ -123,6 +118,10 @@ NOT_BUILT: Mapping[str, str] = {
         ("encoder-decoder", "vision-encoder-decoder", "speech-encoder-decoder", "musicgen",
          "musicgen_melody"),
         "it is put together from other types",
+    ),
+    **dict.fromkeys(
+        ("blt", "janus", "reformer", "vibevoice_asr", "xlstm", "zamba", "zamba2", "perceiver"),
+        "no small config of it was found",
     ),
     "qdqbert": "it needs a library for quantisation",
 }  # fmt: skip
