@@ -9,9 +9,10 @@ import torch
 
 from insitu import InsituError, WireError
 from insitu.graph import location
-from insitu.graph.node import Carried, Function, Graph, Subgraph
+from insitu.graph.node import Carried, Function, Graph, Node, Subgraph
 from insitu.graph.recorded import Cell
 from insitu.graph.structure import map_structure
+from insitu.graph.wire import keeps_statistics
 from insitu.tracing.tracer import Tracer
 
 
@@ -76,7 +77,7 @@ def attempt(run: Callable[[Tracer], None], tracer: Tracer) -> BaseException | No
 
 def sent(graph: Graph) -> Graph | None:
     """The graph after a trip through bytes, or None where something in it stays at home."""
-    if any(map(stays, arguments(graph))):
+    if any(map(stays, arguments(graph))) or any(map(keeps_own_statistics, graph)):
         with pytest.raises(WireError, match="cannot be sent"):
             graph.to_bytes()
         return None
@@ -91,9 +92,15 @@ def arguments(graph: Graph) -> list[Any]:
     return [argument for node in graph for argument in (*node.args, *node.kwargs.values())]
 
 
+def keeps_own_statistics(node: Node) -> bool:
+    """Whether a node is a normalisation that is being trained."""
+    normalises = node.operation.short in ("batch_norm", "instance_norm")
+    return normalises and keeps_statistics(node.args, node.kwargs)
+
+
 def stays(value: Any) -> bool:
     """Whether an argument is more than data."""
-    if isinstance(value, Carried | Function):
+    if isinstance(value, Carried | Function | torch.Generator):
         return True
     if isinstance(value, Subgraph):
         return any(map(stays, arguments(value.graph))) or stays(value.output)

@@ -9,8 +9,11 @@ of the registry here. What has a meaning of its own, such as `save` or `shape`, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
+
+from torch import nn
 
 from insitu.graph.context import is_autocast_enabled, is_grad_enabled
 from insitu.graph.encoding import KEYS, PLAIN, is_constant
@@ -93,9 +96,28 @@ def refuse(func: Callable[..., Any]) -> NoReturn:
     known = {operation.short for operation in BY_NAME.values()}
     raise OperationError(
         f"{namespace}.{name} is not an operation that can be recorded{nearest(name, known)}. Save "
-        "what it needs and call it on the saved values after the block.",
+        f"what it needs and call it on the saved values after the block.{within_module()}",
         here(3),
     )
+
+
+def within_module() -> str:
+    """Returns what else can be written where the running line stands in a module's forward."""
+    frame = sys._getframe(2)
+    found: nn.Module | None = None
+    while frame is not None:
+        if frame.f_code is _CALL:
+            found = frame.f_locals["self"]
+        frame = frame.f_back
+    if found is None:
+        return ""
+    return (
+        f" Or call the {type(found).__name__} in whose forward this stands as a whole, with "
+        "`insitu.apply(module, value)`: gradients flow through it."
+    )
+
+
+_CALL = cast(Any, nn.Module)._call_impl.__code__
 
 
 def _method(kind: type[Recorded], operation: Operation) -> Callable[..., Any]:

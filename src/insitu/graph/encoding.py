@@ -28,6 +28,7 @@ PLAIN = frozenset(
     (
         *(bytes, complex, float, int, str, type(None), type(Ellipsis)),
         *(torch.Size, torch.Tensor, torch.device, torch.dtype, torch.layout, torch.memory_format),
+        torch.Generator,
     )
 )
 # What tensors are indexed with: nearly always constants, so they get a short way of their own.

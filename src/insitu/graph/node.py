@@ -94,11 +94,11 @@ class Function:
 
     Attributes:
         function: the function.
-        on_fakes: whether it can be called with fake tensors, to find out what it returns.
+        on_fakes: what can be called with fake tensors to find out what the function returns.
     """
 
     function: Callable[..., Any]
-    on_fakes: bool = False
+    on_fakes: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

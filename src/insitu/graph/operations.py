@@ -1,7 +1,8 @@
 """The registry: the explicit list of operations that can be recorded.
 
-Every operation here reads its arguments and returns a value, or writes into the first of them.
-What draws random numbers, touches files or global state, looks at storage or strides, or returns
+Every operation here reads its arguments and returns a value, or writes into the first of them. Some
+draw random numbers, from the generator of the process in which they run and in the order in which
+they run. What touches files or other global state, looks at storage or strides, or returns
 uninitialised memory is not in the list, because what is recorded is what may later travel to a
 process that trusts nothing but this list.
 """
@@ -135,6 +136,7 @@ _SHARED = """
 
 _TORCH = """
     atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors bucketize cartesian_prod cat
+    channel_shuffle
     cdist celu column_stack combinations complex concat concatenate constant_pad_nd
     cosine_similarity cumulative_trapezoid dstack einsum full_like gradient hstack isin meshgrid
     narrow_copy ones_like pairwise_distance polar row_stack searchsorted selu stack std_mean
@@ -158,6 +160,27 @@ _FUNCTIONAL = """
     pairwise_distance pixel_shuffle pixel_unshuffle poisson_nll_loss prelu relu relu6 rms_norm
     scaled_dot_product_attention selu sigmoid silu smooth_l1_loss soft_margin_loss softmax softmin
     softplus softshrink softsign tanh tanhshrink threshold triplet_margin_loss unfold
+"""
+
+# What draws random numbers, of `torch` and of `torch.Tensor` alike, of one of them, and in place.
+_RANDOM_SHARED = "bernoulli multinomial"
+_RANDOM_TORCH = """
+    alpha_dropout binomial dropout feature_alpha_dropout feature_dropout normal poisson rand_like
+    randint_like randn_like rrelu
+"""
+_RANDOM_FUNCTIONAL = """
+    alpha_dropout dropout dropout1d dropout2d dropout3d feature_alpha_dropout
+    fractional_max_pool2d fractional_max_pool3d gumbel_softmax rrelu
+"""
+_RANDOM_IN_PLACE = "bernoulli cauchy exponential geometric log_normal normal random uniform"
+
+# What the modules of `torch.nn` call; some draw random numbers in training mode.
+_LAYERS = """
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d affine_grid
+    avg_pool3d batch_norm bilinear conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    cosine_embedding_loss ctc_loss embedding embedding_bag fold grid_sample instance_norm lp_pool1d
+    lp_pool2d lp_pool3d max_pool3d max_unpool1d max_unpool2d max_unpool3d
+    multi_head_attention_forward multilabel_soft_margin_loss pdist upsample
 """
 
 _LINALG = """
@@ -200,7 +223,7 @@ def _writing() -> dict[str, Operation]:
         for name in _AUGMENTED.split()
     }
     listed["operator.setitem"] = Operation("operator.setitem", _set, True)
-    for name in _IN_PLACE.split():
+    for name in (_IN_PLACE + _RANDOM_IN_PLACE).split():
         if hasattr(torch.Tensor, f"{name}_"):
             full = f"Tensor.{name}_"
             listed[full] = Operation(full, getattr(torch.Tensor, f"{name}_"), True)
@@ -225,9 +248,9 @@ def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
 BY_NAME: Mapping[str, Operation] = MappingProxyType(
     {operation.name: operation for operation in _SPECIAL}
     | _listed("operator", operator, _OPERATORS)
-    | _listed("torch", torch, _SHARED + _TORCH)
-    | _listed("Tensor", torch.Tensor, _SHARED + _TENSOR)
-    | _listed("functional", torch.nn.functional, _FUNCTIONAL)
+    | _listed("torch", torch, _SHARED + _TORCH + _RANDOM_SHARED + " " + _RANDOM_TORCH)
+    | _listed("Tensor", torch.Tensor, _SHARED + _TENSOR + _RANDOM_SHARED)
+    | _listed("functional", torch.nn.functional, _FUNCTIONAL + _RANDOM_FUNCTIONAL + _LAYERS)
     | _listed("linalg", torch.linalg, _LINALG)
     | _writing()
 )
@@ -252,6 +275,7 @@ ARITHMETIC: frozenset[Operation] = frozenset(
 
 GETITEM = BY_NAME["operator.getitem"]
 SETITEM = BY_NAME["operator.setitem"]
+COPY = BY_NAME["Tensor.copy_"]
 
 BY_FUNCTION: Mapping[Callable[..., Any], Operation] = MappingProxyType(
     _OPERATOR_METHODS | {operation.function: operation for operation in BY_NAME.values()}

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
-from insitu.graph.dispatch import add_operators, at_once, open_recordings, record, refuse
+from insitu.graph.dispatch import (
+    add_operators,
+    at_once,
+    open_recordings,
+    record,
+    refuse,
+    within_module,
+)
 from insitu.graph.errors import (
     NoValueError,
     OperationError,
@@ -29,13 +36,15 @@ from insitu.graph.node import NO_KWARGS
 from insitu.graph.operations import (
     ATTRIBUTE,
     BY_FUNCTION,
+    COPY,
     KEEP,
     SAVE,
     SETITEM,
     TENSOR_METHODS,
+    Operation,
 )
 from insitu.graph.recorded import Cell, Recorded
-from insitu.graph.shapes import dtype_of, fake_value, length_of, shape_of
+from insitu.graph.shapes import dtype_of, fake_value, length_of, outlined, shape_of
 
 _operation_of = dict(BY_FUNCTION).get  # of a plain dictionary it takes half the time
 
@@ -180,16 +189,25 @@ class Proxy(Recorded):
     @property
     def dtype(self) -> Any:
         """The `torch.dtype` of the tensor, or dtypes nested as `shape` is."""
-        return dtype_of(self._known())
+        return dtype_of(self._outlined())
 
     @property
     def ndim(self) -> int:
         """The number of axes."""
-        return self._known().ndim
+        return self._outlined().ndim
 
     def dim(self) -> int:
         """The number of axes."""
-        return self._known().dim()
+        return self._outlined().dim()
+
+    def _outlined(self) -> Any:
+        """As `_known`, but sizes may be those of the first step of a generation."""
+        if self._recording.open:
+            return outlined(self._recording, self._ref.index)
+        return self.result(here(3))
+
+    is_nested = is_quantized = is_sparse = False
+    """What modules of `torch.nn` ask: values of a run are plain tensors."""
 
     def size(self, dim: int | None = None) -> Any:
         """The shape, or the length of one axis."""
@@ -203,7 +221,9 @@ class Proxy(Recorded):
         return length_of(self._known(), self._recording, self._ref)
 
     def __iter__(self) -> Iterator[Any]:
-        known = self._known()
+        known = self._outlined()
+        if isinstance(known, torch.Tensor):  # how long it is may differ from step to step
+            known = self._known()
         if not self._recording.open or isinstance(known, Mapping):
             return iter(cast("Iterable[Any]", known))
         return iter([self[i] for i in range(length_of(known, self._recording, self._ref))])
@@ -255,12 +275,25 @@ class Proxy(Recorded):
                 return call_operator(func, args, kwargs or NO_KWARGS)
             refuse(func)
         first = args[0] if args else None
+        if kwargs and kwargs.get("inplace") is True and isinstance(first, Proxy):
+            return first._written_with(operation, args, kwargs)
         if isinstance(first, Proxy) and not operation.in_place:  # as in `record`, but for a call
             recording = first._recording
             if recording.open and recording.session is None:
                 line = mark()
                 return Proxy(recording, recording.apply(operation, args, kwargs or NO_KWARGS, line))
         return record(Proxy, operation, args, kwargs or NO_KWARGS)
+
+    def _written_with(
+        self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Records a function with `inplace=True`: its result is written into this value."""
+        kwargs = {**kwargs, "inplace": False}
+        if not self._recording.open or kwargs.get("training") is False:  # then dropout does nothing
+            return record(Proxy, operation, args, kwargs)
+        # Of a copy: autograd may need what the function was given.
+        made = record(Proxy, operation, (self.clone(), *args[1:]), kwargs)
+        return record(Proxy, COPY, (self, made), NO_KWARGS)
 
     # What cannot be known while recording
 
@@ -292,7 +325,7 @@ class Proxy(Recorded):
             return self.result(here(3))
         raise OperationError(
             f"`{self.written()}` has no value while the block is open, so {use} cannot be decided "
-            f"by it: use {instead}, or save it and decide after the block.",
+            f"by it: use {instead}, or save it and decide after the block.{within_module()}",
             here(3),
         )
 

@@ -109,6 +109,8 @@ class Recording:
         fakes: fake values of nodes, as far as anybody has asked, by node index.
         grads: whether autograd was on where the block began.
         casts: where autocast was enabled there.
+        as_first_step: whether sites of later steps count as those of the first, while a question
+            is answered to which that makes no difference.
     """
 
     # What most recordings never use is of the class: nothing is made for it until it is needed.
@@ -122,6 +124,7 @@ class Recording:
     carried: int = 0
     grads: bool = True
     casts: Casts = NO_CASTS
+    as_first_step: bool = False
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
         self.graph = Graph([])

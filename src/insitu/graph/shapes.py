@@ -41,11 +41,36 @@ def fake_value(recording: Recording, index: int) -> Any:
         return _fake_value(recording, index)
 
 
+def outlined(recording: Recording, index: int) -> Any:
+    """Returns a fake value with the number of axes and the structure of a node's value.
+
+    In later steps of a generation sizes may differ from those of the first, but no more.
+
+    Args:
+        recording: the recording that the node is in.
+        index: the node.
+
+    Raises:
+        ShapeError: as `fake_value`.
+    """
+    try:
+        return fake_value(recording, index)
+    except UnknownShapeError:
+        kept, recording.fakes = recording.fakes, {}
+        recording.as_first_step = True
+        try:
+            return fake_value(recording, index)
+        finally:
+            recording.fakes, recording.as_first_step = kept, False
+
+
 def _fake_value(recording: Recording, index: int) -> Any:
     fakes = recording.fakes
     for ancestor in _unknown_ancestors(recording, index):
         node = recording.graph[ancestor]
         site = node.site
+        if site is not None and recording.as_first_step:
+            site = site._replace(step=0)
         if site is None:
             fakes[ancestor] = _compute(recording, ancestor)
         elif recording.shapes is None:
@@ -151,7 +176,9 @@ def _compute(recording: Recording, index: int, one_dtype: bool = False) -> Any:
             return torch.empty(item.shape, dtype=item.dtype)
 
     def leaf(item: Any) -> Any:
-        if type(item) in (Ref, ModuleRef, Subgraph, Function):
+        if type(item) is Function:
+            return item.on_fakes or item.function
+        if type(item) in (Ref, ModuleRef, Subgraph):
             return meaning(item, recording.fakes, module)
         if type(item) is Carried:
             return map_structure(other, item.fake())
@@ -160,7 +187,8 @@ def _compute(recording: Recording, index: int, one_dtype: bool = False) -> Any:
             return mode.from_tensor(item if item.is_leaf else item.detach())
         return item
 
-    args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, dict(node.kwargs))))
+    given = {key: arg for key, arg in node.kwargs.items() if not isinstance(arg, torch.Generator)}
+    args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, given)))
     try:
         context = recording.graph.contexts.get(index)
         with unlogged_failures(), ordinary_tensors(), mode, torch.no_grad(), entered(context):

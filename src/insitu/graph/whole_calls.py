@@ -3,7 +3,8 @@
 A `torch.autograd.Function` has a backward of its own, which the operations in its forward do not
 have. PyTorch asks nobody before it runs such a forward, so this file stands before
 `torch.autograd.Function.apply`: with a recorded value among the arguments the call becomes one
-node. An operator of `torch.library.custom_op` is such a call too.
+node. An operator of `torch.library.custom_op` is such a call too. So is a recurrent layer, whose
+forward makes tensors of sizes that a recorded value does not have yet.
 """
 
 # pyright: reportPrivateUsage=false
@@ -13,9 +14,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.autograd.function import Function as AutogradFunction
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -70,16 +73,23 @@ _CONSTANTS = (
 )
 
 
-def call_whole(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+def call_whole(
+    name: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    on_fakes: Callable[..., Any] | None = None,
+) -> Any:
     """Records a call of something of the user's that torch runs as a whole.
 
     After the run it is called with the values at once.
 
     Args:
         name: what it is called in messages.
-        function: what is called; it is also called on fake tensors, if a shape is asked for.
+        function: what is called.
         args: its arguments, a recorded value among them.
         kwargs: its keyword arguments.
+        on_fakes: what is called with fake tensors if a shape is asked for, if not the function.
     """
     recording = recording_of((args, dict(kwargs)))
     if recording is None:
@@ -89,7 +99,7 @@ def call_whole(name: str, function: Callable[..., Any], args: tuple[Any, ...], k
         return function(*args, **kwargs)
 
     called.__name__ = called.__qualname__ = name
-    return record_call(recording, Function(called, on_fakes=True), args, kwargs, mark(3))
+    return record_call(recording, Function(called, on_fakes or function), args, kwargs, mark(3))
 
 
 _apply_in_torch: Callable[..., Any] = cast(Any, AutogradFunction).apply.__func__
@@ -107,14 +117,12 @@ def _apply(cls: type[AutogradFunction], *args: Any, **kwargs: Any) -> Any:
 
 
 def _holds_recorded(value: Any) -> bool:
-    found: list[bool] = []
-
-    def leaf(item: Any) -> None:
-        if isinstance(item, Recorded):
-            found.append(True)
-
-    map_structure(leaf, value)
-    return bool(found)
+    """Whether a value of a run is in a structure, of which nothing is built anew."""
+    if isinstance(value, dict):
+        value = list(cast("dict[Any, Any]", value).values())
+    if isinstance(value, tuple | list):
+        return any(map(_holds_recorded, cast("list[Any]", value)))
+    return isinstance(value, Recorded)
 
 
 def refuse_inside_forward(line: Mark) -> None:
@@ -163,6 +171,54 @@ def call_operator(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return call_whole(name, operator, args, kwargs)
 
 
+_RECURRENT = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+
+
+def _recurrent(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a recurrent layer, recorded as a whole for recorded values."""
+    holds_recorded, call = _holds_recorded, _call_layer
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if holds_recorded((args, kwargs)):
+            return call(self, forward, args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    # With the names of the original's file: `torch.jit.script` compiles that by its source.
+    made = FunctionType(wrapped.__code__, forward.__globals__, closure=wrapped.__closure__)
+    return functools.wraps(forward)(made)
+
+
+def _call_layer(layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Records a call of a layer without parts, in the mode that it is in now."""
+    training = layer.training
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        now, layer.training = layer.training, training
+        try:
+            return forward(layer, *args, **kwargs)
+        finally:
+            layer.training = now
+
+    def on_fakes(*args: Any, **kwargs: Any) -> Any:
+        weights = {name: _fake(weight) for name, weight in layer.named_parameters()}
+        twin = object.__new__(type(layer))
+        own: dict[str, Any] = {**vars(layer), "_parameters": weights}
+        if isinstance(layer, nn.RNNBase):
+            names = cast("list[str]", cast(Any, layer)._flat_weights_names)
+            own["_flat_weights"] = [weights[name] for name in names]
+            own["_flat_weight_refs"] = [None for _ in own["_flat_weights"]]
+        vars(twin).update(own)
+        return forward(twin, *args, **kwargs)
+
+    return call_whole(type(layer).__name__, called, args, kwargs, on_fakes)
+
+
+def _fake(weight: torch.Tensor) -> torch.Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype)
+
+
 def stand_before_torch() -> None:
-    """Lets `torch.autograd.Function.apply` be recorded where it is given recorded values."""
+    """Lets what PyTorch runs as a whole be recorded where it is given recorded values."""
     cast(Any, AutogradFunction).apply = classmethod(_apply)
+    for kind in _RECURRENT:
+        cast(Any, kind).forward = _recurrent(kind.forward)

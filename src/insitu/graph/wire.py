@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
+import torch
 
 from insitu.graph.context import settings
 from insitu.graph.errors import WireError
@@ -145,6 +146,11 @@ class _Writer:
         operation, args, kwargs, _, _, mark = row
         if BY_NAME.get(operation.name) is not operation:
             raise WireError(f"{operation.name} is not in the registry of operations")
+        if operation.short in _KEEPING_STATISTICS and keeps_statistics(args, kwargs):
+            raise WireError(
+                f"{operation.short} in training mode updates the running statistics of its module, "
+                "which stay in this process: call `.eval()` of the module first"
+            )
         number = self.operations.setdefault(operation.name, len(self.operations))
         positional = [self._argument(arg) for arg in args]
         keywords = {text(key): self.values.part(arg) for key, arg in kwargs.items()}
@@ -175,6 +181,16 @@ class _Writer:
             self.line(item) if column is line_column else item
             for item, column in zip(entry, field.columns, strict=True)
         ]
+
+
+_KEEPING_STATISTICS = ("batch_norm", "instance_norm")
+
+
+def keeps_statistics(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a normalisation writes into running statistics that it is given."""
+    given = [*args[1:2], kwargs.get("running_mean")]
+    training = kwargs.get("training", kwargs.get("use_input_stats", len(args) > 5 and args[5]))
+    return bool(training) and any(isinstance(item, torch.Tensor) for item in given)
 
 
 def _entries(name: str, field: Any) -> list[Sequence[Any]]:

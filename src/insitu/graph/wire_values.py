@@ -222,6 +222,11 @@ def _refused(value: Any, kind: Any) -> str:
             f"a Python function ({getattr(value, '__qualname__', name)}) stays in the process that "
             "it was written in: record its operations instead"
         )
+    if isinstance(value, torch.Generator):
+        return (
+            "a torch.Generator stays in the process that it is seeded in: leave it out, and the "
+            "numbers are drawn from the generator of the process that runs"
+        )
     if isinstance(value, tuple):
         return f"{name} is a class that the other process may not have: give it as a plain tuple"
     if isinstance(value, Mapping):

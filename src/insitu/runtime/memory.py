@@ -36,6 +36,8 @@ _VIEWS = frozenset(
 _SOMETIMES_VIEWS = frozenset(
     (
         *("apply", "bfloat16", "bool", "byte", "char", "cond", "contiguous", "cpu", "cuda", "fold"),
+        *("alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d"),  # in eval mode
+        *("feature_alpha_dropout", "feature_dropout"),
         *("double", "flatten", "float", "half", "int", "long", "ravel", "reshape", "reshape_as"),
         *("short", "to", "type_as"),
     )

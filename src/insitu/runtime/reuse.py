@@ -112,6 +112,19 @@ class _Like:
         return isinstance(other, torch.Tensor) and self.form == _form(other)
 
 
+class _AnyGenerator:
+    """Stands for a generator, and equals all of its device."""
+
+    __slots__ = ("device",)
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, torch.Generator) and self.device == other.device
+
+
 def _form(tensor: torch.Tensor) -> tuple[object, ...]:
     strides = tensor.stride() if tensor.layout is torch.strided else None
     device, dtype = tensor.device, tensor.dtype
@@ -130,6 +143,8 @@ def _outlined(row: Row) -> Row:
     def leaf(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
             return _Like(item)
+        if isinstance(item, torch.Generator):
+            return _AnyGenerator(item.device)
         if isinstance(item, Function | Carried | Subgraph):
             raise _UnlikeAnyError
         return item
