@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from typer.testing import CliRunner
 
+import insitu
 from insitu.cli import app
 from insitu.display.report import Check, Report
 from insitu.methods import SteeringVector
@@ -288,14 +290,115 @@ def test_pngs_without_what_draws_them_are_said_in_a_line(
     monkeypatch.setattr("plotly.graph_objects.Figure.to_image", none)
     assert said().startswith("No PNG could be drawn: No browser. It takes Chromium")
     monkeypatch.setitem(sys.modules, "kaleido", None)
-    assert said() == "PNGs take Kaleido, which is not installed: `pip install 'insitu[plot]'`."
+    assert said() == "Pictures take Kaleido, which is not installed: `pip install 'insitu[plot]'`."
     assert not (tmp_path / "picture.png").exists()
 
 
 def test_a_file_that_cannot_be_written_is_said_as_such(tmp_path: Path) -> None:
     result = run("tree", "insitu/eiffel", "--html", str(tmp_path / "no" / "page.html"))
     assert result.exit_code == 2
-    assert "No such file or directory" in result.stderr and "be loaded" not in result.stderr
+    assert "There is no folder" in result.stderr and "Loading" not in result.stderr
+
+
+FILES = [(name, option) for name in WRITTEN for option in ("--html", "--picture", "--png")]
+
+
+@pytest.mark.parametrize(("name", "option"), [*FILES, ("steer", "--vector")])
+def test_files_are_checked_before_the_model_is_loaded(
+    name: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("insitu.LanguageModel", loaded)
+    for path in (tmp_path / "none" / "file.png", tmp_path):
+        result = run(*WRITTEN[name][0], option, str(path))
+        assert result.exit_code == 2 and result.stdout == ""
+        assert str(path) in result.stderr.replace("\n", "") and "folder" in result.stderr
+    if option in ("--picture", "--png"):
+        for ending in (".jpg", ".html", ""):
+            result = run(*WRITTEN[name][0], option, str(tmp_path / f"file{ending}"))
+            assert result.exit_code == 2 and ".png, .svg or .pdf" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tree", "check", "steer"])
+def test_tables_are_written_as_svg_without_a_browser(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    args, words = WRITTEN[name]
+    result = run(*args, "--picture", str(tmp_path / "table.svg"))
+    assert result.exit_code == 0
+    assert f"Wrote {tmp_path / 'table.svg'}." in result.stderr
+    text = (tmp_path / "table.svg").read_text()
+    assert text.startswith("<svg") and words.split()[0] in text
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", ["lens", "steer"])
+def test_pictures_for_papers(name: str, tmp_path: Path) -> None:
+    for ending, begins in ((".svg", b"<svg"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")):
+        path = tmp_path / f"picture{ending}"
+        result = run(*WRITTEN[name][0], "--png", str(path))
+        assert result.exit_code == 0 and f"Wrote {path}." in result.stderr
+        assert path.read_bytes()[:400].lstrip().startswith(begins)
+
+
+def test_what_was_written_is_said_beside_json(tmp_path: Path) -> None:
+    page, vector = tmp_path / "page.html", tmp_path / "vector"
+    result = run(*STEER, "--tokens", "1", "--html", str(page), "--vector", str(vector), "--json")
+    assert json.loads(result.stdout)
+    assert f"Wrote {page}." in result.stderr and f"Wrote {vector}." in result.stderr
+    assert SteeringVector.load(vector).layers == (4,)
+
+
+def test_positions_of_prompts_of_unlike_lengths() -> None:
+    given = [*PATCH, CLEAN, "In Turkey. " + CORRUPTED, "--answer", "Paris", "--instead", "Moscow"]
+    refused = run(*given, "--layers", "5")
+    assert refused.exit_code == 2 and "such as `--positions -1`" in refused.stderr
+    result = run(*given, "--layers", "5", "--positions", "-1", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["values"][0][0] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("written", "layers"),
+    [("-1", ["5"]), ("0,-1", ["0", "5"]), ("-2--1", ["4", "5"]), ("1 - 2", ["1", "2"])],
+)
+def test_layers_from_the_end(written: str, layers: list[str]) -> None:
+    result = run("lens", "insitu/eiffel", CLEAN, "--layers", written, "--json")
+    assert result.exit_code == 0
+    assert dict(json.loads(result.stdout)["axes"])["layer"] == layers
+
+
+@pytest.mark.parametrize("written", ["", "x", "4-2", "1,,2", "0-999999999", "1.5", "--3"])
+def test_what_is_no_list_of_numbers_is_refused(written: str) -> None:
+    result = run("lens", "insitu/eiffel", CLEAN, "--layers", written)
+    assert result.exit_code == 2 and "Traceback" not in result.stderr
+
+
+def test_the_first_query_of_attention_is_not_printed_but_written() -> None:
+    result = run("attention", "insitu/eiffel", CLEAN, "--layers", "4", "--heads", "0")
+    queries = [line.split()[0] for line in result.stdout.splitlines()[3:]]
+    assert queries == ["·Louvre", "·is", "·in", "·the", "·city", "·of"]
+    written = run("attention", "insitu/eiffel", CLEAN, "--layers", "4", "--heads", "0", "--json")
+    assert len(dict(json.loads(written.stdout)["axes"])["query"]) == 7
+    assert run("attention", "insitu/eiffel", "The", "--layers", "4").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["lens", "check", "steer"])
+def test_a_dtype_that_is_not_there_is_named(name: str) -> None:
+    result = run(*WRITTEN[name][0], "--dtype", "float99")
+    assert result.exit_code == 2 and "Loading" not in result.stderr
+    assert "'float99'" in result.stderr and "float" in result.stderr.partition("nearest")[2]
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"insitu {insitu.__version__}\n"
+    assert insitu.__version__ == version("insitu")
 
 
 def test_steering_writes_its_vector(tmp_path: Path) -> None:

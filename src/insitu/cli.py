@@ -1,15 +1,17 @@
 """The command line: `insitu lens`, `insitu patch` and the rest, each a call of a function.
 
-A command prints a table, or writes a picture or JSON. It exits with 0 if all went well, with 1 if
-what was checked does not hold, and with 2, and one line that says why, if it could not be done.
+A command prints a table or JSON, or writes a page or a picture and says where. It exits with 0 if
+all went well, with 1 if what was checked does not hold, and with 2, and one line that says why, if
+it could not be done.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import wraps
 from inspect import Parameter
@@ -26,20 +28,33 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exce
 
 _Name = Annotated[str, typer.Argument(help="A repo id, a folder, or a bundled model.")]
 _Prompt = Annotated[str, typer.Argument(help="The text that the model reads.")]
-_Layers = Annotated[str | None, typer.Option(help="Which layers, such as `3`, `0,5` or `2-4`.")]
+_Layers = Annotated[
+    str | None, typer.Option(help="Which layers, such as `3`, `0,5`, `2-4`, or `-1` for the last.")
+]
+_Positions = Annotated[
+    str | None,
+    typer.Option(help="Which positions, such as `3`, `0,5`, `2-4`, or `-1` for the last."),
+]
 _Revision = Annotated[str | None, typer.Option(help="Which revision of a repository.")]
 _Dtype = Annotated[str | None, typer.Option(help="Such as `bfloat16`, or `auto`.")]
 _DeviceMap = Annotated[str | None, typer.Option(help="Such as `auto`, or `cuda`.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 _Html = Annotated[Path | None, typer.Option(help="Write a page to this file.")]
-_Png = Annotated[Path | None, typer.Option(help="Write a picture to this file.")]
+_Picture = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture", "--png", help="Write a picture to this file: `.png`, `.svg` or `.pdf`."
+    ),
+]
 
 _AnyModel = TypeVar("_AnyModel", bound="Model")
 _Loading = dict[str, Any]
 """How a model is loaded: what was given of the options that every command has which loads one."""
 
+_MOST_NUMBERS = 100_000  # what is more than any model has is a slip
+
 _LOADING = {"revision": _Revision, "dtype": _Dtype, "device_map": _DeviceMap}
-_WRITING = {"as_json": _Json, "html": _Html, "png": _Png}
+_WRITING = {"as_json": _Json, "html": _Html, "picture": _Picture}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +65,16 @@ class _Answer:
         shown: a result, or what rich can print.
         data: the same for JSON; of a result, None for its own.
         said: what is printed before it, also where it is written to a file.
+        printed: what rich prints in a terminal, if it is not all of it.
+        written: files that the command itself has written.
         ok: whether what was checked holds.
     """
 
     shown: Any
     data: Any = None
     said: str = ""
+    printed: Any = None
+    written: tuple[Path, ...] = ()
     ok: bool = True
 
 
@@ -74,12 +93,14 @@ def _command(found: Callable[..., _Answer]) -> Callable[..., None]:
         if options:
             given["loading"] = {name: one for name, one in options.items() if one is not None}
         try:
+            _check_files({**given, **writing})
             answer = found(**given)
             _write(answer, **writing)
         except typer.BadParameter:
             raise
         except Exception as error:  # such as of a file that cannot be written
-            typer.secho(_line(error), fg=typer.colors.RED, err=True)
+            said = _as_options(_line(error), [*own, *added])
+            typer.secho(said, fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from None
         raise typer.Exit(0 if answer.ok else 1)
 
@@ -93,11 +114,27 @@ def _command(found: Callable[..., _Answer]) -> Callable[..., None]:
     return app.command()(command)
 
 
-def _write(answer: _Answer, as_json: bool, html: Path | None, png: Path | None) -> None:
+def _check_files(given: Mapping[str, Any]) -> None:
+    """Raises if a file cannot be written, before a model is loaded for what is in it.
+
+    All options that name a file are those of files that are written.
+    """
+    from insitu.display.page import check_drawing, picture_form
+    from insitu.graph.disk import check_target
+
+    for name, path in given.items():
+        if isinstance(path, Path):
+            check_target(path)
+            # Of what is printed, an SVG takes nothing that draws.
+            if name == "picture" and picture_form(path) != "svg":
+                check_drawing()
+
+
+def _write(answer: _Answer, as_json: bool, html: Path | None, picture: Path | None) -> None:
     """Prints an answer, or writes it to where it was asked for."""
     from rich.console import Console
 
-    from insitu.display.printed import write_printed_html, write_printed_png
+    from insitu.display.printed import write_printed_html, write_printed_picture
     from insitu.methods.result import Result
 
     shown, is_result = answer.shown, isinstance(answer.shown, Result)
@@ -105,17 +142,32 @@ def _write(answer: _Answer, as_json: bool, html: Path | None, png: Path | None) 
         typer.echo(answer.said)
     if html is not None:
         shown.to_html(html) if is_result else write_printed_html(shown, html)
-    if png is not None:
-        shown.to_png(png) if is_result else write_printed_png(shown, png)
+    if picture is not None:
+        shown.to_picture(picture) if is_result else write_printed_picture(shown, picture)
     if as_json:
         data = shown.to_dict() if answer.data is None else answer.data
         typer.echo(json.dumps(data, indent=2))
-    elif html is None and png is None:
-        Console(soft_wrap=False).print(shown)
+    elif html is None and picture is None:
+        Console(soft_wrap=False).print(shown if answer.printed is None else answer.printed)
+    for path in (*answer.written, html, picture):
+        if path is not None:  # not to where JSON is read from
+            typer.echo(f"Wrote {path}.", err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from insitu import __version__
+
+        typer.echo(f"insitu {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def insitu() -> None:
+def insitu(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which it is.")
+    ] = False,
+) -> None:
     """Opens up a neural network while it runs."""
 
 
@@ -200,6 +252,7 @@ def patch(
     ),
     noising: Annotated[bool, typer.Option(help="Copy the other way round.")] = False,
     layers: _Layers = None,
+    positions: _Positions = None,
 ) -> _Answer:
     """Shows where in the model an answer comes from: activation patching.
 
@@ -220,6 +273,7 @@ def patch(
         sites=site,
         by=tuple(by.split(",")),
         layers=_numbers(layers),
+        positions=_numbers(positions),
         direction="noising" if noising else "denoising",
     )
     return _Answer(result)
@@ -231,7 +285,7 @@ def attention(
     prompt: _Prompt,
     loading: _Loading,
     layers: _Layers = None,
-    heads: Annotated[str | None, typer.Option(help="Which heads, likewise.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Which heads, written like layers.")] = None,
 ) -> _Answer:
     """Shows where each head looks.
 
@@ -243,7 +297,9 @@ def attention(
     with warnings.catch_warnings():  # that patterns take eager attention is no news here
         warnings.simplefilter("ignore", UserWarning)
         result = attention_patterns(opened, prompt, layers=_numbers(layers), heads=_numbers(heads))
-    return _Answer(result)
+    queries = len(result.axis("query"))
+    # The first token can only look at itself.
+    return _Answer(result, printed=result.select(query=slice(1, None)) if queries > 1 else None)
 
 
 @_command
@@ -273,7 +329,8 @@ def steer(
     if vector is not None:
         found.save(vector)
     written = steered(opened, prompt, found, strength=strength or [0.0, 1.0], max_new_tokens=tokens)
-    return _Answer(written, [{"strength": one.strength, "text": one.text} for one in written])
+    data = [{"strength": one.strength, "text": one.text} for one in written]
+    return _Answer(written, data, written=() if vector is None else (vector,))
 
 
 def _language(name: str, loading: _Loading) -> LanguageModel:
@@ -303,6 +360,7 @@ def _loaded(
     """What opens it as a model, with an error that says which model it was."""
     from insitu.graph.errors import InsituError, LoadError
 
+    _check_dtype(loading.get("dtype"))
     try:
         model = opener(name, **loading)
         if load:
@@ -314,19 +372,33 @@ def _loaded(
     return model
 
 
+def _check_dtype(name: str | None) -> None:
+    """Raises if there is no such dtype of weights."""
+    import torch
+
+    from insitu.graph.errors import OptionError, nearest
+
+    known = [one for one in dir(torch) if isinstance(getattr(torch, one), torch.dtype)]
+    floating = [one for one in known if getattr(torch, one).is_floating_point]
+    if name is not None and name.removeprefix("torch.") not in ("auto", *floating):
+        raise OptionError(
+            f"There is no dtype {name!r} of weights{nearest(name, floating)}: write "
+            "`--dtype` with auto, float32, bfloat16 or float16."
+        )
+
+
 def _numbers(given: str | None) -> list[int] | None:
-    """The numbers in "0,5" or "2-4"."""
+    """The numbers in "0,5", "2-4" or "-1"."""
     if given is None:
         return None
     numbers: list[int] = []
-    try:
-        for part in given.split(","):
-            first, _, last = part.partition("-")
-            numbers += range(int(first), int(last or first) + 1)
-    except ValueError:
-        raise typer.BadParameter(
-            f"{given!r} is no list of numbers, such as 3, 0,5 or 2-4."
-        ) from None
+    for part in given.split(","):
+        found = re.fullmatch(r"\s*(-?\d{1,9})(?:\s*-\s*(-?\d{1,9}))?\s*", part)
+        first, last = (found[1], found[2] or found[1]) if found else ("0", "-1")
+        several = range(int(first), int(last) + 1)
+        if not 0 < len(several) <= _MOST_NUMBERS:
+            raise typer.BadParameter(f"{given!r} is no list of numbers, such as 3, 0,5, 2-4 or -1.")
+        numbers += several
     return numbers
 
 
@@ -334,6 +406,15 @@ def _token(model: LanguageModel, text: str) -> str:
     """A token as it is written in the middle of a sentence, if it is none as it is given."""
     ids = model.tokenizer.encode(text, add_special_tokens=False)
     return text if len(ids) == 1 or text.startswith(" ") else f" {text}"
+
+
+def _as_options(said: str, names: Collection[str]) -> str:
+    """An error with the arguments that it names, `positions=[-1]`, as options of a command."""
+
+    def option(found: re.Match[str]) -> str:
+        return f"`--{found[1]} {found[2]}`" if found[1] in names else found[0]
+
+    return re.sub(r"`(\w+)=\[?([^`\]]+)\]?`", option, said)
 
 
 def _line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from insitu.display.printed import write_printed_html, write_printed_png
+from insitu.display.printed import write_printed_html, write_printed_picture
 from tests.display.pages import needs_chromium
 
 LINES = ["├── a <b>: [bold]", "│   └── é 城", "", "end"]
@@ -33,7 +33,7 @@ def test_a_page_has_what_was_printed_character_by_character(tmp_path: Path) -> N
 @needs_chromium
 @pytest.mark.parametrize(("high", "wide"), [(3, 20), (20, 100), (2500, 10)])
 def test_a_png_is_as_large_as_what_was_printed(tmp_path: Path, high: int, wide: int) -> None:
-    write_printed_png(Text("\n".join(["█" * wide] * high)), tmp_path / "picture.png")
+    write_printed_picture(Text("\n".join(["█" * wide] * high)), tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as image:
         width, height = image.size
         dark = image.convert("L").point(lambda level: 255 * (level < 128)).getbbox()

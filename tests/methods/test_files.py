@@ -1,13 +1,20 @@
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from insitu import LoadError, OptionError
-from insitu.methods.files import read, write
+from insitu.methods import files
+from insitu.methods.files import Tensors, write
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
+
+
+def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Any]:
+    return files.read(path, kind, Any, lambda told, tensors: (tensors.rest(""), told))
 
 
 def test_tensors_and_what_is_told_come_back(tmp_path: Path) -> None:
@@ -79,13 +86,39 @@ def test_what_cannot_be_written_leaves_the_old_file_and_no_other(tmp_path: Path)
 def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
     write(tmp_path / "file", "probe", TENSORS, "old")
 
-    def broken(path: Path, data: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(data[: len(data) // 2])
+    def broken(number: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_bytes", broken)
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "file", "probe", TENSORS, "new")
     assert read(tmp_path / "file", "probe")[1] == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_axes_of_one_name_have_one_length() -> None:
+    tensors = Tensors({"a": torch.zeros(2, 3), "b": torch.zeros(4), "c": torch.zeros(3, 3)})
+    assert tensors.take("a", "layer width").shape == (2, 3)
+    with pytest.raises(LoadError, match=r"'b' of shape \(4,\) .* \(width\) with width 3"):
+        tensors.take("b", "width")
+    assert tensors.take("c", "width width").shape == (3, 3)
+    with pytest.raises(LoadError, match="no tensor 'd'"):
+        tensors.take("d", "...")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.int64])
+def test_dtypes_that_cannot_be_used_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(LoadError, match=str(dtype)):
+        Tensors({"a": torch.zeros(2).to(dtype)}).take("a", "width")
+
+
+def test_headers_that_are_too_long_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(LoadError, match="header"):
+        read(tmp_path / "file", "probe")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LoadError, match="pipe"):
+        read(tmp_path / "pipe", "probe")

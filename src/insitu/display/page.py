@@ -1,10 +1,11 @@
-"""Pictures as files: pages that need no network, and PNGs."""
+"""Pictures as files: pages that need no network, and PNG, SVG and PDF."""
 
 from __future__ import annotations
 
 import os
 import re
 from base64 import b64encode
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from insitu.display.figure import figure
 from insitu.display.graph_picture import graph_mermaid, graph_svg, graph_text
 from insitu.display.numbers import Numbers
 from insitu.display.table import table
+from insitu.graph import disk
 from insitu.graph.errors import InsituError, MissingPackageError, OptionError
 from insitu.graph.location import here
 from insitu.graph.node import Graph
+
+_FORMS = ("png", "svg", "pdf")
 
 
 class PictureError(InsituError, RuntimeError):
@@ -31,7 +35,7 @@ def write_html(figure: Any, path: str | os.PathLike[str]) -> None:
         path: where to.
     """
     options = {"displaylogo": False, "responsive": False}
-    figure.write_html(os.fspath(path), include_plotlyjs=True, config=options)
+    disk.write(path, figure.to_html(include_plotlyjs=True, config=options))
 
 
 def write_png(figure: Any, path: str | os.PathLike[str], scale: float = 2) -> None:
@@ -43,26 +47,82 @@ def write_png(figure: Any, path: str | os.PathLike[str], scale: float = 2) -> No
         scale: how many of the file's pixels one of the figure's is wide.
 
     Raises:
+        OptionError: if the file's name ends as that of another kind of picture.
         MissingPackageError: if Kaleido is not installed.
         PictureError: if it finds no Chromium.
     """
-    try:
-        import kaleido  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    if Path(path).suffix.lower() in (".svg", ".pdf"):
+        raise OptionError(
+            f"{os.fspath(path)!r} is no name for a PNG: write other pictures with `to_picture`.",
+            here(),
+        )
+    _write_drawn(figure, path, "png", scale)
+
+
+def write_picture(figure: Any, path: str | os.PathLike[str], scale: float = 2) -> None:
+    """Writes a figure as a picture, drawn by Chromium, in the form that the file's name ends in.
+
+    Args:
+        figure: a figure of plotly.
+        path: where to: ".png", or ".svg" or ".pdf", which are made of lines and letters and can
+            be scaled.
+        scale: how many pixels of a PNG one of the figure's is wide.
+
+    Raises:
+        OptionError: if the name ends in something else.
+        MissingPackageError: if Kaleido is not installed.
+        PictureError: if it finds no Chromium.
+    """
+    form = picture_form(path)
+    _write_drawn(figure, path, form, scale if form == "png" else 1)
+
+
+def picture_form(path: str | os.PathLike[str]) -> str:
+    """Returns the form of a picture by the ending of its file's name: "png", "svg" or "pdf".
+
+    Args:
+        path: the file.
+
+    Raises:
+        OptionError: if the name ends in something else.
+    """
+    form = Path(path).suffix.lower().removeprefix(".")
+    if form not in _FORMS:
+        raise OptionError(
+            f"A picture is written to a file whose name ends in .png, .svg or .pdf, not to "
+            f"{os.fspath(path)!r}.",
+            here(),
+        )
+    return form
+
+
+def check_drawing() -> None:
+    """Raises if what draws pictures is not installed. Whether there is a Chromium is seen later.
+
+    Raises:
+        MissingPackageError: in that case.
+    """
+    if find_spec("kaleido") is None:
         raise MissingPackageError(
-            "PNGs take Kaleido, which is not installed: `pip install 'insitu[plot]'`.", here()
-        ) from None
+            "Pictures take Kaleido, which is not installed: `pip install 'insitu[plot]'`.", here()
+        )
+
+
+def _write_drawn(figure: Any, path: str | os.PathLike[str], form: str, scale: float) -> None:
+    disk.check_target(path)  # before the time that drawing takes
+    check_drawing()
     try:
         size = {"width": figure.layout.width, "height": figure.layout.height}
-        data = figure.to_image(format="png", scale=scale, **size)
+        data = figure.to_image(format=form, scale=scale, **size)
     except Exception as error:  # Kaleido's own, or plotly's, or that of a process which ended
         said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise PictureError(
-            f"No PNG could be drawn: {said} It takes Chromium or Chrome: install one, say where it "
-            "is with the environment variable BROWSER_PATH, or write a page with `to_html`.",
+            f"No {form.upper()} could be drawn: {said} It takes Chromium or Chrome: install "
+            "one, say where it is with the environment variable BROWSER_PATH, or write a page with "
+            "`to_html`.",
             here(),
         ) from error
-    Path(path).write_bytes(data)
+    disk.write(path, data)
 
 
 def svg_figure(svg: str) -> Any:
@@ -120,7 +180,7 @@ def write_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
             f"not {ending!r}.",
             here(),
         )
-    Path(path).write_text(forms[ending](graph), encoding="utf-8")
+    disk.write(path, forms[ending](graph))
 
 
 def for_notebook(numbers: Numbers) -> str:

@@ -1,4 +1,4 @@
-"""What is printed in a terminal as a file: tables, trees and text as a page, or as a PNG.
+"""What is printed in a terminal as a file: tables, trees and text as a page or a picture.
 
 Numbers with axes have pictures of their own: see `insitu.display.page`.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from insitu.display.canvas import INK, MONOSPACE
-from insitu.display.page import svg_figure, write_png
+from insitu.display.page import picture_form, svg_figure, write_picture
+from insitu.graph import disk
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -54,22 +54,26 @@ def write_printed_html(shown: RenderableType, path: str | os.PathLike[str]) -> N
         path: where to.
     """
     page = _recorded(shown).export_html(theme=_theme(), inline_styles=True, code_format=_PAGE)
-    Path(path).write_text(page, encoding="utf-8")
+    disk.write(path, page)
 
 
-def write_printed_png(shown: RenderableType, path: str | os.PathLike[str]) -> None:
-    """Writes something as a PNG, drawn by Chromium.
+def write_printed_picture(shown: RenderableType, path: str | os.PathLike[str]) -> None:
+    """Writes something as a picture, in the form that the file's name ends in.
+
+    An SVG needs nothing else. PNG and PDF are drawn by Chromium.
 
     Args:
         shown: what rich can print.
-        path: where to.
+        path: where to: ".png", ".svg" or ".pdf".
 
     Raises:
+        OptionError: if the name ends in something else.
         MissingPackageError: if plotly or Kaleido is not installed.
         PictureError: if there is no Chromium.
     """
     from rich.cells import cell_len
 
+    form = picture_form(path)
     console = _recorded(shown)
     lines = console.export_text(clear=False).splitlines()
     widest = max((cell_len(line.rstrip()) for line in lines), default=0)
@@ -77,7 +81,10 @@ def write_printed_png(shown: RenderableType, path: str | os.PathLike[str]) -> No
     high = len(lines) * 20 * 1.22 * _LETTER + 2 * _MARGIN
     size = _SVG.replace("WIDTH", f"{wide:.0f}").replace("HEIGHT", f"{high:.0f}")
     svg = console.export_svg(theme=_theme(), code_format=size, unique_id="printed")
-    write_png(svg_figure(svg), path, min(_SCALE, _TALLEST / high))
+    if form == "svg":
+        disk.write(path, svg)
+        return
+    write_picture(svg_figure(svg), path, min(_SCALE, _TALLEST / high))
 
 
 def _recorded(shown: RenderableType) -> Console:

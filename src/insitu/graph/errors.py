@@ -96,7 +96,11 @@ class WireError(InsituError, ValueError):
 
 
 class LoadError(InsituError, OSError):
-    """A model that cannot be found or read."""
+    """A model or a file that cannot be found or read."""
+
+
+class SaveError(InsituError, OSError):
+    """A file that cannot be written."""
 
 
 class MissingPackageError(InsituError, ImportError):

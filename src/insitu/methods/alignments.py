@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import nan
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from insitu.display.axis import Axis
@@ -25,6 +27,20 @@ if TYPE_CHECKING:
     from typing import Self
 
 _KIND = "alignment"
+
+
+class _Told(msgspec.Struct):
+    """What a file keeps of an alignment beside its tensors: fields as of `Alignment`.
+
+    JSON has no NaN: the accuracy of no pairs is null.
+    """
+
+    site: str
+    layer: int
+    position: int
+    source_position: int
+    accuracy: float | None
+    train_accuracy: float | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,11 +151,11 @@ class Alignment:
         Args:
             path: where to.
         """
-        names = ("site", "layer", "position", "source_position", "accuracy", "train_accuracy")
+        told = _Told(*(getattr(self, name) for name in _Told.__struct_fields__))
         tensors = {"losses": self.losses.values}
         if self.rotation is not None:
             tensors["rotation"] = self.rotation
-        files.write(path, _KIND, tensors, {name: getattr(self, name) for name in names})
+        files.write(path, _KIND, tensors, told)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -151,9 +167,21 @@ class Alignment:
         Raises:
             LoadError: if it is no such file.
         """
-        tensors, told = files.read(path, _KIND)
-        losses = course(tensors["losses"])
-        return cls(rotation=tensors.get("rotation"), losses=losses, **told)
+        return files.read(path, _KIND, _Told, cls._read)
+
+    @classmethod
+    def _read(cls, told: _Told, tensors: files.Tensors) -> Self:
+        stream_site(told.site)  # that there is such a site
+        return cls(
+            told.site,
+            told.layer,
+            told.position,
+            told.source_position,
+            tensors.take("rotation", "dimension width") if "rotation" in tensors else None,
+            nan if told.accuracy is None else told.accuracy,
+            nan if told.train_accuracy is None else told.train_accuracy,
+            course(tensors.take("losses", "step")),
+        )
 
 
 def exchanged(base: Any, source: Any, rotation: Any) -> Any:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import msgspec
 import torch
 
-from insitu.display.page import write_html, write_png
-from insitu.graph.errors import OptionError
+from insitu.display.page import write_html, write_picture, write_png
+from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.methods import files
 from insitu.methods.circuit_picture import picture
@@ -26,6 +27,19 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _KIND = "circuit"
+
+_Part = Annotated[
+    str, msgspec.Meta(pattern=r"^(input|logits|[asm][0-9]{1,6}(\.[hqkv][0-9]{1,6})?)$")
+]
+
+
+class _Told(msgspec.Struct):
+    """What a file keeps of a circuit beside its scores: fields as of `Circuit`."""
+
+    title: str
+    quantity: str
+    edges: list[tuple[_Part, _Part]]
+    sharing: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Edge(NamedTuple):
@@ -149,6 +163,20 @@ class Circuit:
         """
         write_png(self.plot(**options), path, scale)
 
+    def to_picture(self, path: str | os.PathLike[str], scale: float = 2, **options: Any) -> None:
+        """Writes a picture of it, in the form that the file's name ends in. That takes Chromium.
+
+        Args:
+            path: where to: ".png", or ".svg" or ".pdf" for papers.
+            scale: how many pixels of a PNG one of the picture's is wide.
+            options: those of `plot`.
+
+        Raises:
+            OptionError: if the name ends in something else.
+            PictureError: if there is no Chromium, or no Kaleido, which speaks to it.
+        """
+        write_picture(self.plot(**options), path, scale)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it in JSON's own types."""
         return {
@@ -166,12 +194,8 @@ class Circuit:
             path: where to.
         """
         scores = torch.tensor([edge.score for edge in self.edges], dtype=torch.float64)
-        told = {
-            "title": self.title,
-            "quantity": self.quantity,
-            "edges": [[edge.sender, edge.receiver] for edge in self.edges],
-            "sharing": self.sharing,
-        }
+        edges = [(edge.sender, edge.receiver) for edge in self.edges]
+        told = _Told(self.title, self.quantity, edges, self.sharing)
         files.write(path, _KIND, {"scores": scores}, told)
 
     @classmethod
@@ -184,11 +208,16 @@ class Circuit:
         Raises:
             LoadError: if it is no such file.
         """
-        tensors, told = files.read(path, _KIND)
-        scores = tensors["scores"].tolist()
-        named = zip(told["edges"], scores, strict=True)
-        edges = [Edge(sender, receiver, score) for (sender, receiver), score in named]
-        return cls(told["title"], told["quantity"], tuple(edges), told["sharing"])
+        return files.read(path, _KIND, _Told, cls._read)
+
+    @classmethod
+    def _read(cls, told: _Told, tensors: files.Tensors) -> Self:
+        scores = tensors.take("scores", "edge").double().tolist()
+        if len(scores) != len(told.edges):
+            raise ShapeError(f"there are {len(scores)} scores of {len(told.edges)} edges.")
+        named = zip(told.edges, scores, strict=True)
+        edges = tuple(Edge(sender, receiver, score) for (sender, receiver), score in named)
+        return cls(told.title, told.quantity, edges, told.sharing)
 
 
 def heads_sharing(receivers: Iterable[str]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import msgspec
 import torch
 
 from insitu.display.axis import Axis
@@ -24,6 +25,22 @@ if TYPE_CHECKING:
 
 Kind: TypeAlias = Literal["logistic", "linear"]
 Label: TypeAlias = str | int | float | bool
+
+
+class _Told(msgspec.Struct):
+    """What a file keeps of a probe beside its tensors: fields as of `Probe`.
+
+    Attributes:
+        positions: the labels of several positions; empty for one or the mean.
+    """
+
+    kind: Kind
+    site: str
+    layers: tuple[int, ...]
+    position: int | Literal["mean", "all"] | tuple[int, ...]
+    classes: tuple[Label, ...]
+    positions: tuple[str, ...]
+
 
 _KIND = "probe"
 
@@ -178,14 +195,14 @@ class Probe:
             path: where to.
         """
         position = self.position
-        told = {
-            "kind": self.kind,
-            "site": self.site,
-            "layers": list(self.layers),
-            "position": position if isinstance(position, int | str) else list(position),
-            "classes": list(self.classes),
-            "positions": list(self._positions()),
-        }
+        told = _Told(
+            self.kind,
+            self.site,
+            self.layers,
+            position if isinstance(position, int | str) else tuple(position),
+            self.classes,
+            self._positions(),
+        )
         tensors = {
             "weights": self.weights,
             "biases": self.biases,
@@ -204,13 +221,32 @@ class Probe:
         Raises:
             LoadError: if it is no such file.
         """
-        tensors, told = files.read(path, _KIND)
-        kind, site, layers = told["kind"], told["site"], tuple(told["layers"])
-        weights, biases, scores = (tensors.pop(name) for name in ("weights", "biases", "scores"))
-        details = {name.removeprefix("scores."): value for name, value in tensors.items()}
-        result = scored(kind, site, layers, told["positions"], scores, details)
-        classes = tuple(told["classes"])
-        return cls(kind, site, layers, told["position"], classes, weights, biases, result)
+        return files.read(path, _KIND, _Told, cls._read)
+
+    @classmethod
+    def _read(cls, told: _Told, tensors: files.Tensors) -> Self:
+        stream_site(told.site)  # that there is such a site
+        axes = "layer position" if told.positions else "layer"
+        scores = scored(
+            told.kind,
+            told.site,
+            told.layers,
+            told.positions,
+            tensors.take("scores", axes),
+            tensors.rest("scores."),
+        )
+        weights = tensors.take("weights", f"{axes} output width")
+        biases = tensors.take("biases", f"{axes} output")
+        outputs = 1 if told.kind == "linear" or len(told.classes) == 2 else len(told.classes)
+        if (told.kind == "logistic" and len(told.classes) < 2) or biases.shape[-1] != outputs:
+            raise OptionError(
+                f"a {told.kind} probe of {len(told.classes)} classes has not "
+                f"{biases.shape[-1]} outputs."
+            )
+        position = told.position if isinstance(told.position, int | str) else list(told.position)
+        return cls(
+            told.kind, told.site, told.layers, position, told.classes, weights, biases, scores
+        )
 
     def _positions(self) -> tuple[str, ...]:
         axes = self.scores.axes

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import torch
 
 from insitu.display.axis import Axis
 from insitu.display.figure import Kind, figure
 from insitu.display.labels import POSITIONS, numbered
-from insitu.display.page import for_notebook, write_html, write_png
+from insitu.display.page import for_notebook, write_html, write_picture, write_png
 from insitu.display.table import summary, table
 from insitu.graph.errors import MissingPackageError, OptionError, ShapeError, nearest
 from insitu.graph.location import here
@@ -31,6 +32,17 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 _KIND = "result"
+
+
+class _Told(msgspec.Struct):
+    """What a file keeps of a result beside its tensors: fields as of `Result`."""
+
+    title: str
+    quantity: str
+    axes: list[tuple[str, list[str]]]
+    tokens: list[list[str]]
+    texts: list[str]
+    centre: float | None = None
 
 
 class Cell(NamedTuple):
@@ -251,6 +263,20 @@ class Result:
         """
         write_png(self.plot(**options), path, scale)
 
+    def to_picture(self, path: str | os.PathLike[str], scale: float = 2, **options: Any) -> None:
+        """Writes a picture of it, in the form that the file's name ends in. That takes Chromium.
+
+        Args:
+            path: where to: ".png", or ".svg" or ".pdf" for papers.
+            scale: how many pixels of a PNG one of the picture's is wide.
+            options: those of `plot`.
+
+        Raises:
+            OptionError: if the name ends in something else.
+            PictureError: if there is no Chromium, or no Kaleido, which speaks to it.
+        """
+        write_picture(self.plot(**options), path, scale)
+
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns a table with a row for each number: a column for each axis, and `value`.
 
@@ -294,7 +320,10 @@ class Result:
             path: where to.
         """
         tensors = {f"details.{name}": value for name, value in self.details.items()}
-        files.write(path, _KIND, {"values": self.values, **tensors}, self._told())
+        axes = [(axis.name, list(axis.labels)) for axis in self.axes]
+        tokens = [list(one) for one in self.tokens]
+        told = _Told(self.title, self.quantity, axes, tokens, list(self.texts), self.centre)
+        files.write(path, _KIND, {"values": self.values, **tensors}, told)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -306,17 +335,22 @@ class Result:
         Raises:
             LoadError: if it is no such file.
         """
-        tensors, told = files.read(path, _KIND)
-        values = tensors.pop("values")
+        return files.read(path, _KIND, _Told, cls._read)
+
+    @classmethod
+    def _read(cls, told: _Told, tensors: files.Tensors) -> Self:
+        names = [name for name, _ in told.axes]
+        if len(set(names)) < len(names):
+            raise ShapeError(f"two of its axes have one name: {', '.join(names)}.")
         return cls(
-            told["title"],
-            told["quantity"],
-            values,
-            tuple(Axis.of(name, labels) for name, labels in told["axes"]),
-            tuple(map(tuple, told["tokens"])),
-            tuple(told["texts"]),
-            {name.removeprefix("details."): value for name, value in tensors.items()},
-            told["centre"],
+            told.title,
+            told.quantity,
+            tensors.take("values", "...", floating=False),
+            tuple(Axis.of(name, labels) for name, labels in told.axes),
+            tuple(map(tuple, told.tokens)),
+            tuple(told.texts),
+            tensors.rest("details."),
+            told.centre,
         )
 
     def __repr__(self) -> str:

@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
+from insitu.graph import disk
 from insitu.graph.errors import LoadError
 from insitu.graph.location import here
+from insitu.methods.files import Tensors, read_tensors
 
 _NEEDED = {
     "standard": ("b_enc",),
@@ -22,6 +25,36 @@ _NEEDED = {
 """What there is of each architecture besides `W_enc`, `W_dec` and `b_dec`."""
 
 _NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
+_SCALED = ("expected_average_only_in", True)
+_LARGEST = 16 * 2**20
+"""How many bytes a config may have."""
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _Kept(msgspec.Struct):
+    """Options of an activation function."""
+
+    k: _Count | None = None
+
+
+class _Config(msgspec.Struct):
+    """The fields of a config that say what is computed, by SAELens's names.
+
+    Before version 6 all of them stood on one level, and some had other names.
+    """
+
+    hook_name: str | None = None
+    hook_point: str | None = None
+    architecture: str = "standard"
+    k: _Count | None = None
+    activation_fn_str: str | None = None
+    activation_fn: str | None = None
+    activation_fn_kwargs: _Kept | None = None
+    normalize_activations: str | bool | None = None
+    apply_b_dec_to_input: bool = True
+    rescale_acts_by_decoder_norm: bool | None = None
+    finetuning_scaling_factor: bool | None = None
 
 
 def read(folder: str | os.PathLike[str], scale: float | None) -> dict[str, Any]:
@@ -34,75 +67,93 @@ def read(folder: str | os.PathLike[str], scale: float | None) -> dict[str, Any]:
     Raises:
         LoadError: if there is no such file, or one of a kind that is not known.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
     try:
-        told = json.loads((folder / "cfg.json").read_text())
-        weights = load_file(folder / "sae_weights.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        told, config = _config(Path(folder) / "cfg.json")
+        found, _ = read_tensors(Path(folder) / "sae_weights.safetensors")
+        return _made(told, config, found, scale)
+    except LoadError as error:
+        said = str(error).splitlines()[0]
         raise LoadError(
-            f"{os.fspath(folder)!r} holds no sparse autoencoder of SAELens's: {error}", here()
+            f"{os.fspath(folder)!r} holds no sparse autoencoder of SAELens's that can be used: "
+            f"{said}",
+            here(),
         ) from None
-    # Before version 6 everything stood on one level, and some of it had other names.
-    flat = {**told, **told.get("metadata", {})}
-    hook_name = flat.get("hook_name", flat.get("hook_point"))
+
+
+def _config(path: Path) -> tuple[dict[str, Any], _Config]:
+    """A config as it stands in its file, and what is used of it."""
+    try:
+        # Not msgspec: SAELens writes with `json`, whose NaN and Infinity are no JSON.
+        told = json.loads(disk.read(path, _LARGEST))
+        own = msgspec.convert(told, dict[str, Any])
+        nested = msgspec.convert(own.get("metadata") or {}, dict[str, Any])
+        given = {name: one for name, one in {**own, **nested}.items() if one is not None}
+        return own, msgspec.convert(given, _Config)
+    except (ValueError, RecursionError) as error:  # msgspec's own is a `ValueError` too
+        raise LoadError(f"its config is wrong: {error}") from None
+
+
+def _made(
+    told: dict[str, Any],
+    config: _Config,
+    found: dict[str, torch.Tensor],
+    scale: float | None,
+) -> dict[str, Any]:
+    hook_name = config.hook_name or config.hook_point
     if not hook_name:
-        raise LoadError(f"The config in {os.fspath(folder)!r} has no `hook_name`.", here())
-    architecture, k = flat.get("architecture", "standard"), flat.get("k")
-    if flat.get("activation_fn_str", flat.get("activation_fn")) == "topk":
+        raise LoadError("its config has no `hook_name`.")
+    architecture, k = config.architecture, config.k
+    activation = config.activation_fn_str or config.activation_fn or "relu"
+    if activation == "topk":
         architecture = "topk"
-        k = k or (flat.get("activation_fn_kwargs") or {}).get("k")
-    if "log_threshold" in weights:
-        weights["threshold"] = weights.pop("log_threshold").exp()
-    _check(architecture, flat, weights, k)
-    scaled = flat.get("normalize_activations") in ("expected_average_only_in", True)
+        k = k or (config.activation_fn_kwargs or _Kept()).k
+    if architecture not in _NEEDED:
+        raise LoadError(
+            f"the architecture {architecture!r} is not known, but {', '.join(_NEEDED)}."
+        )
+    normalisation = config.normalize_activations or "none"
+    if normalisation not in (*_NORMALISATIONS, *_SCALED):
+        raise LoadError(f"the normalisation {normalisation!r} is not known.")
+    if activation not in ("relu", "topk"):
+        raise LoadError(f"the activation function {activation!r} is not known.")
+    if config.finetuning_scaling_factor or "scaling_factor" in found:
+        raise LoadError("its features have scales of their own, which is not known.")
+    weights = _weights(architecture, found)
+    if architecture == "topk" and not k:
+        raise LoadError("its config does not say how many features are kept (`k`).")
+    if k and k > len(weights["W_dec"]):
+        raise LoadError(f"it keeps {k} features (`k`) of {len(weights['W_dec'])}.")
+    scaled = normalisation in _SCALED
     if scaled and scale is None:
         raise LoadError(
-            "It was trained on scaled activations, and the scale is not in its files: give what "
-            "activations are multiplied with, `scale=`, or 1 if its weights have that already.",
-            here(),
+            "it was trained on scaled activations, and the scale is not in its files: give what "
+            "activations are multiplied with, `scale=`, or 1 if its weights have that already."
         )
     if scale is not None:
         weights["W_enc"] = weights["W_enc"] * scale
         weights["W_dec"] = weights["W_dec"] / scale
         weights["b_dec"] = weights["b_dec"] / scale
-    normalisation = "none" if scaled else (flat.get("normalize_activations") or "none")
     return {
         "architecture": architecture,
         "weights": weights,
         "hook_name": hook_name,
-        "centred": bool(flat.get("apply_b_dec_to_input", True)),
-        "normalisation": normalisation,
-        "k": int(k or 0),
-        "by_norm": architecture == "topk" and bool(flat.get("rescale_acts_by_decoder_norm")),
+        "centred": config.apply_b_dec_to_input,
+        "normalisation": "none" if scaled else normalisation,
+        "k": k or 0,
+        "by_norm": architecture == "topk" and bool(config.rescale_acts_by_decoder_norm),
         "told": told,
     }
 
 
-def _check(
-    architecture: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], k: Any
-) -> None:
-    """Raises if something is not known, or missing.
-
-    Raises:
-        LoadError: in that case.
-    """
-    if architecture not in _NEEDED:
-        raise LoadError(
-            f"The architecture {architecture!r} is not known, but {', '.join(_NEEDED)}.", here()
-        )
-    normalisation = config.get("normalize_activations") or "none"
-    if normalisation not in (*_NORMALISATIONS, "expected_average_only_in", True):
-        raise LoadError(f"The normalisation {normalisation!r} is not known.", here())
-    activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
-    if activation not in ("relu", "topk"):
-        raise LoadError(f"The activation function {activation!r} is not known.", here())
-    lacking = [n for n in ("W_enc", "W_dec", "b_dec", *_NEEDED[architecture]) if n not in weights]
-    if lacking:
-        raise LoadError(f"Its file has no {', '.join(lacking)}.", here())
-    if config.get("finetuning_scaling_factor") or "scaling_factor" in weights:
-        raise LoadError("Its features have scales of their own, which is not known.", here())
-    if architecture == "topk" and not k:
-        raise LoadError("Its config does not say how many features are kept (`k`).", here())
+def _weights(architecture: str, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of an architecture, with SAELens's older names replaced."""
+    tensors = Tensors(found)
+    weights = {"W_enc": tensors.take("W_enc", "width feature")}
+    weights["W_dec"] = tensors.take("W_dec", "feature width")
+    weights["b_dec"] = tensors.take("b_dec", "width")
+    for name in _NEEDED[architecture]:
+        if name == "threshold" and "log_threshold" in tensors:
+            weights[name] = tensors.take("log_threshold", "feature").exp()
+        else:
+            weights[name] = tensors.take(name, "feature")
+    return weights

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import msgspec
 import torch
 
 from insitu.graph.errors import OptionError, ShapeError
@@ -29,6 +30,16 @@ Method: TypeAlias = Literal["difference of means", "principal component"]
 
 _KIND = "steering vector"
 _METHODS = ("difference of means", "principal component")
+
+
+class _Told(msgspec.Struct):
+    """What a file keeps of a vector beside its tensor: fields as of `SteeringVector`."""
+
+    site: str
+    layers: tuple[int, ...]
+    method: str
+    position: int | str
+    count: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,13 +165,7 @@ class SteeringVector:
         Args:
             path: where to.
         """
-        told = {
-            "site": self.site,
-            "layers": list(self.layers),
-            "method": self.method,
-            "position": self.position,
-            "count": self.count,
-        }
+        told = _Told(self.site, self.layers, self.method, self.position, self.count)
         files.write(path, _KIND, {"vectors": self.vectors}, told)
 
     @classmethod
@@ -173,9 +178,12 @@ class SteeringVector:
         Raises:
             LoadError: if it is no such file.
         """
-        tensors, told = files.read(path, _KIND)
-        told["layers"] = tuple(told["layers"])
-        return cls(vectors=tensors["vectors"], **told)
+        return files.read(path, _KIND, _Told, cls._read)
+
+    @classmethod
+    def _read(cls, told: _Told, tensors: files.Tensors) -> Self:
+        vectors = tensors.take("vectors", "layer width")
+        return cls(told.site, told.layers, vectors, told.method, told.position, told.count)
 
 
 def steering_vector(

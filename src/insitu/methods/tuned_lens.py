@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from insitu.display.axis import Axis
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from typing import Self
 
 _KIND = "tuned lens"
+
+
+class _Told(msgspec.Struct):
+    """What a file keeps of a lens beside its tensors: nothing."""
+
+
 _SITE = "residual_out"
 
 Optimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -112,7 +119,7 @@ class TunedLens:
             path: where to.
         """
         tensors = {"weight": self.weight, "bias": self.bias, "losses": self.losses}
-        files.write(path, _KIND, tensors, {})
+        files.write(path, _KIND, tensors, _Told())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -124,8 +131,15 @@ class TunedLens:
         Raises:
             LoadError: if it is no such file.
         """
-        tensors, _ = files.read(path, _KIND)
-        return cls(tensors["weight"], tensors["bias"], tensors["losses"])
+        return files.read(path, _KIND, _Told, cls._read)
+
+    @classmethod
+    def _read(cls, told: _Told, tensors: files.Tensors) -> Self:
+        return cls(
+            tensors.take("weight", "layer width width"),
+            tensors.take("bias", "layer width"),
+            tensors.take("losses", "step layer"),
+        )
 
 
 def tuned_lens(

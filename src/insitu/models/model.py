@@ -6,12 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
+from insitu.graph import disk
 from insitu.graph.errors import OptionError, UnknownShapeError
 from insitu.graph.location import here
 from insitu.graph.node import Graph
@@ -26,6 +26,7 @@ from insitu.runtime.hooks import View
 from insitu.runtime.probe import Call, Copies, Probe, fake_call, probe
 from insitu.runtime.reuse import Plans
 from insitu.tracing.edit import Edit, described
+from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
 from insitu.tracing.handle import Handle
 from insitu.tracing.named import NoVocabulary, Vocabulary
 from insitu.tracing.session import Session
@@ -312,17 +313,17 @@ class Model(Handle):
 
     @short_tracebacks
     def save_edits(self, path: str | os.PathLike[str]) -> None:
-        """Writes the edits of the model to a file.
+        """Writes the edits of the model to a file, whole or not at all.
 
         Args:
             path: the file. It holds data and no code, and can be read by anybody.
 
         Raises:
             WireError: if an edit holds what is no data: a function, or a tensor that is trained.
+            OptionError: if there is no such folder.
+            SaveError: if the file cannot be written.
         """
-        graphs = [graph.to_bytes() for graph in self.edits]
-        data = b"".join(len(part).to_bytes(8, "little") + part for part in graphs)
-        Path(path).write_bytes(data)
+        disk.write(path, edits_to_bytes(self.edits))
 
     @short_tracebacks
     def load_edits(self, path: str | os.PathLike[str]) -> Self:
@@ -332,14 +333,13 @@ class Model(Handle):
             path: a file that `save_edits` has written.
 
         Raises:
-            WireError: if it is no such file.
+            LoadError: if the file cannot be read.
+            WireError: if it is no such file, if it names modules that the model does not have, or
+                if it holds what `edit` refuses.
         """
-        data = Path(path).read_bytes()
         edited = self
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            part, data = data[8 : 8 + size], data[8 + size :]
-            edited = edited.edited(Graph.from_bytes(part))
+        for graph in edits_from_bytes(disk.read(path), path, self.modules):
+            edited = edited.edited(graph)
         return edited
 
     def __repr__(self) -> str:

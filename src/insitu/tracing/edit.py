@@ -12,7 +12,7 @@ from insitu.graph.errors import BlockError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import here, user_frame
 from insitu.graph.node import Graph
-from insitu.graph.operations import BACKWARD, KEEP, SAVE
+from insitu.graph.operations import BACKWARD, GRAD, KEEP, SAVE
 from insitu.graph.ordinary import make_constants_ordinary
 from insitu.graph.recording import Recording
 from insitu.graph.tracebacks import shortened
@@ -21,6 +21,9 @@ from insitu.tracing.invocation import Invocation
 if TYPE_CHECKING:
     from insitu.runtime.procedure import Subject
     from insitu.tracing.tracer import Tracer
+
+
+_OF_ONE_RUN = (SAVE, KEEP, BACKWARD, GRAD)
 
 
 class Editable(Protocol):
@@ -93,15 +96,39 @@ class Edit(Generic[Edited]):
             return
         if torch.is_inference_mode_enabled():  # what is kept is used in blocks of any kind
             make_constants_ordinary(graph)
-        for index, node in enumerate(graph):
-            if node.operation in (SAVE, KEEP, BACKWARD):
-                written = expression(graph, index)
-                graph.rows.clear()
-                raise OperationError(
-                    f"`{written}` has no place in an edit, which is in force in every run: do it "
-                    "in a trace of the edited model.",
-                    node.location,
-                )
+        try:
+            check_edit(graph)
+        except OperationError:
+            graph.rows.clear()
+            raise
+
+
+def check_edit(graph: Graph) -> None:
+    """Raises if lines cannot be an edit, which holds in every run.
+
+    Args:
+        graph: the lines.
+
+    Raises:
+        OperationError: if it saves, differentiates, or means certain prompts or steps.
+    """
+    for index, node in enumerate(graph):
+        site = node.site
+        elsewhere = site is not None and (
+            site.invocation or site.step or site.kind in ("tokens", "choice")
+        )
+        if node.operation in _OF_ONE_RUN or elsewhere:
+            raise OperationError(
+                f"`{expression(graph, index)}` has no place in an edit, which is in force in every "
+                "run: do it in a trace of the edited model.",
+                node.location,
+            )
+    if graph.differentiates or graph.repeats or graph.after or graph.optional:
+        raise OperationError(
+            "Gradients, steps and saves have no place in an edit, which is in force in every run: "
+            "do it in a trace of the edited model.",
+            graph[0].location if len(graph) else None,
+        )
 
 
 def described(model: Subject) -> list[str]:

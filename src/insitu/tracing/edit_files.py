@@ -1,0 +1,96 @@
+"""Edits as bytes: what `model.save_edits` writes and `model.load_edits` reads.
+
+A header with the number of edits, then each as the bytes of its graph behind their length. What
+is read is checked as if it had been written in `with model.edit()`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Collection, Iterator, Sequence
+
+from insitu.graph.errors import InsituError, WireError, nearest
+from insitu.graph.location import here
+from insitu.graph.node import Graph, ModuleRef, Subgraph, readable
+from insitu.tracing.edit import check_edit
+
+_HEADER = struct.Struct("<12sI")
+_LENGTH = struct.Struct("<Q")
+_MAGIC = b"insitu edits"
+
+
+def edits_to_bytes(edits: Sequence[Graph]) -> bytes:
+    """Returns edits as bytes.
+
+    Args:
+        edits: the edits, in the order in which they hold.
+
+    Raises:
+        WireError: if one holds what is no data.
+    """
+    parts = [_HEADER.pack(_MAGIC, len(edits))]
+    for graph in edits:
+        data = graph.to_bytes()
+        parts += [_LENGTH.pack(len(data)), data]
+    return b"".join(parts)
+
+
+def edits_from_bytes(
+    data: bytes, path: str | os.PathLike[str], modules: Collection[str]
+) -> list[Graph]:
+    """Returns the edits that bytes stand for.
+
+    Args:
+        data: the bytes.
+        path: the file that they are from, for errors.
+        modules: the paths of the model's modules.
+
+    Raises:
+        WireError: if they are no edits, or not those of such a model.
+    """
+    name = os.fspath(path)
+    count, start = None, 0
+    if data[: len(_MAGIC)] == _MAGIC and len(data) >= _HEADER.size:
+        count, start = _HEADER.unpack_from(data)[1], _HEADER.size
+    elif not data:  # a file of the first format has no header, but at least one edit
+        raise WireError(f"{name!r} holds no edits: it is empty.", here())
+    graphs: list[Graph] = []
+    try:
+        for part in _parts(data, start):
+            graph = Graph.from_bytes(part)
+            check_edit(graph)
+            _check_modules(graph, modules)
+            graphs.append(graph)
+    except InsituError as error:
+        first = str(error).splitlines()[0]
+        raise WireError(f"{name!r} holds no edits of this model: {first}", here()) from None
+    if count not in (None, len(graphs)):
+        raise WireError(f"{name!r} holds {len(graphs)} of its {count} edits.", here())
+    return graphs
+
+
+def _parts(data: bytes, start: int) -> Iterator[bytes]:
+    while start < len(data):
+        begin = start + _LENGTH.size
+        size = _LENGTH.unpack_from(data, start)[0] if begin <= len(data) else 0
+        if not 0 < size <= len(data) - begin:
+            raise WireError("It ends too early, or is no file of edits.")
+        yield data[begin : begin + size]
+        start = begin + size
+
+
+def _check_modules(graph: Graph, modules: Collection[str]) -> None:
+    for node in graph:
+        named = [arg.path for arg in node.args if isinstance(arg, ModuleRef)]
+        if node.site is not None:
+            named.append(node.site.path.partition(">")[0])
+        for path in named:
+            if path not in modules:
+                raise WireError(
+                    f"the model has no module `{readable(path)}`{nearest(path, modules)}.",
+                    node.location,
+                )
+        for arg in node.args:
+            if isinstance(arg, Subgraph):
+                _check_modules(arg.graph, modules)
