@@ -153,11 +153,11 @@ def test_they_are_kept_in_another_dtype_and_elsewhere(model: LanguageModel) -> N
 
 def test_prompts_of_different_length_are_rows_with_padding(model: LanguageModel) -> None:
     cache = model.run_with_cache([[5, 17, 42], [8, 23, 9, 11, 6]], ["residual_out", "logits"])
-    assert cache.mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert cache.mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert cache.ids.shape == (2, 5)
     alone = outputs(model, torch.tensor([[5, 17, 42]]))
-    torch.testing.assert_close(cache.logits[:1, :3], alone.logits)
-    torch.testing.assert_close(cache["residual_out", 0][:1, :3], alone.hidden_states[1])
+    torch.testing.assert_close(cache.logits[:1, 2:], alone.logits)
+    torch.testing.assert_close(cache["residual_out", 0][:1, 2:], alone.hidden_states[1])
 
 
 def test_edits_hold_in_it(model: LanguageModel) -> None:

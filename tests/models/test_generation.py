@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from insitu import InsituError, LanguageModel, OptionError, PromptTypeError
+from insitu import InsituError, LanguageModel, OptionError
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
 RAGGED = [[3, 14, 15, 92, 65], [7, 8], [9, 10, 11]]
@@ -138,10 +138,14 @@ def test_a_number_of_tokens_that_is_none_is_refused_at_once(gpt2, steps) -> None
 
 
 def test_options_belong_to_generate(gpt2: LanguageModel) -> None:
-    with pytest.raises(PromptTypeError), gpt2.generate(max_new_tokens=1) as generator:
-        generator.invoke(IDS, temperature=2)
-    with pytest.raises(PromptTypeError), gpt2.trace() as tracer:
-        tracer.invoke(IDS, seed=2)
+    with gpt2.generate(max_new_tokens=1) as generator:
+        with pytest.raises(OptionError, match="give it to `generate`"):
+            generator.invoke(IDS, temperature=2)
+        generator.invoke(IDS)
+    with gpt2.trace() as tracer:
+        with pytest.raises(OptionError, match="`seed`: it is an option of `generate`"):
+            tracer.invoke(IDS, seed=2)
+        tracer.invoke(IDS)
 
 
 def test_beams_and_dictionaries_come_through(gpt2: LanguageModel) -> None:

@@ -55,7 +55,7 @@ def test_prompts_of_different_length_in_one_invocation_are_padded_in_sight(
     rows = [[1, 2, 3], [4]]
     with gpt2.trace(rows) as tracer:
         hidden = gpt2.transformer.h[3].output[0].save()
-    assert tracer.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert tracer.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     with gpt2.generate(rows, max_new_tokens=1) as generator:
         pass
     assert generator.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
@@ -64,7 +64,7 @@ def test_prompts_of_different_length_in_one_invocation_are_padded_in_sight(
     with gpt2.trace(rows) as tracer:
         logits = tracer.output.logits.save()
     assert hidden.shape == (2, 3, 16)
-    torch.testing.assert_close(logits.value[1, :1], whole[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits.value[1, -1:], whole[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["trace", "generate"])

@@ -164,13 +164,14 @@ def _train(
         lengths = torch.tensor(batch.bases.lengths)
         rows = torch.arange(len(lengths))
         at = alignment.position
-        positions = torch.full_like(lengths, at) if at >= 0 else lengths + at
-        # One invocation with a row for each pair: shorter ones have padding behind them.
-        with model.trace([ids.tolist() for ids in batch.bases.ids]):
+        # One invocation with a row for each pair, of which shorter ones are padded.
+        with model.trace([ids.tolist() for ids in batch.bases.ids]) as tracer:
+            starts = tracer.mask.argmax(1)
+            positions = starts + (at if at >= 0 else lengths + at)
             value = site.read(model, alignment.layer)
             source = batch.sources.to(model.device)
             value[rows, positions] = exchanged(value[rows, positions], source, rotation.weight)
-            logits = model.logits[rows, lengths - 1].float()
+            logits = model.logits[rows, starts + lengths - 1].float()
             loss: Any = F.cross_entropy(logits, batch.answers.to(model.device))
             loss.backward()
             losses.append(loss.save(to="cpu"))

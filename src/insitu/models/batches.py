@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +12,7 @@ from insitu.graph.node import Address, Kind
 from insitu.models.accounts import Accounts
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.calls import arguments, content, forward
-from insitu.models.prompts import Prompt
+from insitu.models.prompts import Prompt, Side, counted
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
 from insitu.models.tail import Tail
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, unembed_only, unembedding
@@ -73,6 +73,8 @@ class Batches:
         budget: how many tokens a pass may have, where it has several invocations.
         share: whether invocations of one prompt share what they have in common; None for where
             that is faster.
+        side: where shorter prompts are padded. On the left, because some are padded there
+            themselves, none is shared and no position left out.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class Batches:
         work: Work,
         budget: int,
         share: bool | None,
+        side: Side = "right",
     ) -> None:
         self._model, self._options, self._layouts = model, options, layouts
+        self._side: Side = side
         views = model.block_views[False]
         self._blocks = blocks_of(model.modules, views)
         heads = model.unembedding_paths
@@ -100,10 +104,14 @@ class Batches:
             runs, edges = find_runs(work.graph, work.plan, given, chain, work.moments, costs)
             return runs, arrange(runs, edges, model.costs, budget)
 
-        runs, groups = runs_and_groups(lambda: model.chain(module, layouts, options))
+        alike = side == "right"  # whose positions begin at the beginning of each row
+        runs, groups = runs_and_groups(
+            lambda: model.chain(module, layouts, options) if alike else None
+        )
         if groups is None:  # invocations need each other in both directions
             runs, groups = runs_and_groups(lambda: None)
         assert groups is not None
+        groups = [part for group in groups for part in self._of_like_lengths(runs, group)]
         if work.graph.mutations:
             groups = [part for group in groups for part in self._writable(runs, group)]
         self._runs = runs
@@ -160,6 +168,15 @@ class Batches:
             return [group]
         return [Group([number]) for number in group.runs]
 
+    def _of_like_lengths(self, runs: Sequence[Run], group: Group) -> list[Group]:
+        """Divides runs so that none's rotary embeddings depend on a longer one."""
+        parts: dict[Hashable, list[int]] = {}
+        for number in group.runs:
+            parts.setdefault(self._model.lengths.sharing(runs[number].length), []).append(number)
+        if len(parts) == 1:
+            return [group]
+        return [Group(part) for part in parts.values()]
+
     def _whole(
         self,
         stretch: _Stretch,
@@ -170,8 +187,8 @@ class Batches:
         """The pass of runs from the model's beginning."""
         runs = [self._runs[number] for number in stretch.runs]
         prompts = [requests[run.invocation] for run in runs]
-        batch = join(prompts, "right", self._model.pad_id)
-        whole = Prompt(batch.ids, prompts[0].mark, batch.mask)
+        batch = join(prompts, self._side, self._model.pad_id)
+        whole = counted(Prompt(batch.ids, prompts[0].mark, batch.mask), self._side)
         own: dict[int, Cut | None] = {}
         for run, share in zip(runs, cuts(batch, self._layouts, stretch.unembedded), strict=True):
             own[run.invocation] = share
@@ -268,6 +285,8 @@ class Batches:
     ) -> Unembedded:
         """Which positions of each row of a batch have to become logits."""
         model = self._model
+        if self._side == "left":
+            return ALL_UNEMBEDDED
         if "logits_to_keep" not in model.forward_parameters or len(model.unembedding_paths) != 1:
             return ALL_UNEMBEDDED
         head = model.unembedding_paths[0]

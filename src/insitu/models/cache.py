@@ -30,14 +30,14 @@ class ActivationCache(Mapping[str, torch.Tensor]):
 
     Args:
         values: the values by key.
-        ids: the token ids of the prompt, `(batch, position)`.
+        ids: the token ids of the prompt, `(batch, position)`, None if it was given as embeddings.
         mask: 1 where these hold tokens and 0 where padding, likewise.
         layers: how many blocks the model has.
         aliases: what else the keys are called, with whether the axes of heads and positions are
             the other way round.
 
     Attributes:
-        ids: the token ids of the prompt, `(batch, position)`.
+        ids: the token ids of the prompt, `(batch, position)`, None if it was given as embeddings.
         mask: 1 where these hold tokens and 0 where padding, likewise. There is padding only where
             prompts of different length were given together.
     """
@@ -45,7 +45,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
     def __init__(
         self,
         values: Mapping[str, torch.Tensor],
-        ids: torch.Tensor,
+        ids: torch.Tensor | None,
         mask: torch.Tensor,
         layers: int,
         aliases: Mapping[str, tuple[str, bool]],
@@ -122,7 +122,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        rows, length = self.ids.shape
+        rows, length = self.mask.shape
         size = sum(value.nbytes for value in self._values.values())
         lines = [f"ActivationCache of {rows} x {length} tokens: {len(self)} values, {_bytes(size)}"]
         groups: dict[tuple[str, str], list[int]] = {}

@@ -57,9 +57,10 @@ def cached(
             kept = value if dtype is None else value.to(dtype)
             saved[key] = kept.save(optional=True, to=to)
     values = {key: proxy.value for key, proxy in saved.items()}
+    embedded = "inputs_embeds" in invocation.request.extras
     return ActivationCache(
         {key: value for key, value in values.items() if value is not None},
-        invocation.ids,
+        None if embedded else invocation.ids,
         invocation.mask,
         layers(vocabulary),
         hooks.aliases,

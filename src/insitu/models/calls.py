@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.graph.errors import OptionError, PromptTypeError
+from insitu.graph.location import Location, Mark
+from insitu.graph.recorded import Recorded
 from insitu.models.attention import OPTION, attending
-from insitu.models.prompts import Prompt
+from insitu.models.media import MEDIA
+from insitu.models.prompts import PROMPTS, WITH_PROMPTS, Prompt
+from insitu.models.rotary import forgetting_lengths
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
@@ -48,11 +53,61 @@ def content(number: int, prompt: Prompt) -> Hashable:
     return (prompt.ids.shape[0], prompt.ids.numpy().tobytes())
 
 
+def beside(
+    model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any], method: str, mark: Mark
+) -> dict[str, Any]:
+    """Returns what an invocation was given with its prompt, or as its prompt, by keyword.
+
+    Args:
+        model: the model.
+        args: what it was given by place.
+        kwargs: what it was given by keyword.
+        method: the one that opened the block, such as "trace".
+        mark: the user's line.
+
+    Raises:
+        PromptTypeError: if it was given no prompt, or several.
+        OptionError: if something does not belong there.
+    """
+    if len(args) + (not kwargs.keys().isdisjoint(PROMPTS)) != 1:
+        raise PromptTypeError(
+            "An invocation takes one prompt, as `invoke(prompt)`, `invoke(input_ids=...)` or "
+            "`invoke(inputs_embeds=...)`. Options of the run are given to "
+            f"`{method}`.",
+            Location(*mark),
+        )
+    for name, value in kwargs.items():
+        if name in MEDIA and name not in model.reader.media:
+            raise OptionError(lacks_media(model, name), Location(*mark))
+        if name in WITH_PROMPTS or name in PROMPTS:
+            continue
+        model.options.check([name], method, lambda: Location(*mark))
+        if not isinstance(value, torch.Tensor | Recorded):
+            raise OptionError(
+                f"`{name}` is an option of the whole run: give it to `{method}`.", Location(*mark)
+            )
+    return kwargs
+
+
+def lacks_media(model: LanguageModel, name: str) -> str:
+    """Returns what to say where a model of text is given images, videos or audio.
+
+    Args:
+        model: the model.
+        name: which of them.
+    """
+    return f"A {type(model).__name__} takes no `{name}`: load it as a `VisionLanguageModel`."
+
+
 def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keyword arguments of a prompt's forward."""
     kwargs: dict[str, Any] = {"input_ids": prompt.ids, **prompt.extras, **options}
+    if "inputs_embeds" in prompt.extras:
+        del kwargs["input_ids"]
     if prompt.mask is not None:
         kwargs["attention_mask"] = prompt.mask
+    if prompt.positions is not None:
+        kwargs["position_ids"] = prompt.positions
     if model.is_encoder_decoder and kwargs.keys().isdisjoint(_GIVEN_TO_A_DECODER):
         start = model.decoder_start
         if start is not None:
@@ -76,13 +131,16 @@ def forward(
     """
     # Moved here and not before: until its turn comes, another thread's probe may have put fake
     # weights in, and those do not say where the real ones are.
-    if not model.is_beside(kwargs["input_ids"]):
+    if "input_ids" not in kwargs or not model.is_beside(kwargs["input_ids"]):
         kwargs = model.placed(kwargs)
     if OPTION in kwargs:
         kwargs = dict(kwargs)
         with attending(module, kwargs.pop(OPTION)):
             return forward(model, module, kwargs, requests)
     try:
+        if model.growing:
+            with forgetting_lengths(model.growing):
+                return module(**kwargs)
         return module(**kwargs)
     except IndexError:
         model.explain(requests)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from insitu.graph.errors import OptionError, PromptTypeError
+from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Site
 from insitu.models.accounts import Accounts
 from insitu.models.attention import OPTION
-from insitu.models.calls import arguments, content, default_budget, forward
-from insitu.models.prompts import Prompt
+from insitu.models.calls import arguments, beside, content, default_budget, forward
+from insitu.models.padding import padding_of, positioned
+from insitu.models.prompts import Prompt, Side, counted
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
@@ -41,6 +42,7 @@ class LanguageForward:
             fits into memory.
         share: whether invocations of one prompt share what they have in common; None for where
             that is faster.
+        dry: whether the weights are not to be loaded.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class LanguageForward:
         options: dict[str, Any],
         budget: int | None = None,
         share: bool | None = None,
+        dry: bool = False,
     ) -> None:
         self._model = model
+        self._dry = dry
         self._budget = budget
         self._share = share
         if model.takes_use_cache:
@@ -58,7 +62,7 @@ class LanguageForward:
         self._options = options
         self.views = model.block_views[bool(options.get("use_cache"))]
         self.steps = 1
-        self._separation: tuple[bool, Separation | None] | None = None
+        self._separations: dict[tuple[bool, Side], Separation | None] = {}
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
         self._fixed = (budget, share, *options.items()) if plain else None
 
@@ -66,21 +70,22 @@ class LanguageForward:
         """Returns the same with further options, but for those that it was given."""
         if options.keys() <= self._options.keys():
             return self
-        return LanguageForward(self._model, {**options, **self._options}, self._budget, self._share)
+        options = {**options, **self._options}
+        return LanguageForward(self._model, options, self._budget, self._share, self._dry)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""
-        reader = self._model.reader
-        if len(args) != 1 or (kwargs and not kwargs.keys() <= set(reader.media)):
-            more = f"{', '.join(f'`{name}=`' for name in reader.media)} with it" * bool(
-                reader.media
-            )
-            raise PromptTypeError(
-                f"An invocation of a trace takes one prompt and {more or 'nothing else'}; options "
-                "of the forward are given to `trace`.",
-                Location(*mark),
-            )
-        return reader.read(args[0], "right", mark, kwargs)
+        model = self._model
+        if len(args) != 1 or kwargs:
+            kwargs = beside(model, args, kwargs, "trace", mark)
+        prompt = model.reader.read(args[0] if args else None, self._side, mark, kwargs)
+        if prompt.extras:
+            model.options.check(prompt.extras, "trace", lambda: Location(*mark))
+        return prompt if prompt.mask is None else positioned(model, prompt, self._dry)
+
+    def _side(self) -> Side:
+        """Where a list of prompts is padded."""
+        return padding_of(self._model, self._dry).side
 
     def example(self, request: Prompt) -> Call:
         """Returns the forward of a prompt alone."""
@@ -92,7 +97,10 @@ class LanguageForward:
             return None
         if len(requests) == 1:
             prompt = requests[0]
-            return None if prompt.extras else (prompt.ids.shape, module.training, self._fixed)
+            if prompt.extras:
+                return None
+            shifted = prompt.positions is not None
+            return (prompt.ids.shape, shifted, module.training, self._fixed)
         seen: dict[Hashable, int] = {}
         form: list[Hashable] = []
         tokens = 0
@@ -101,7 +109,7 @@ class LanguageForward:
                 return None
             tokens += prompt.ids.numel()
             first = seen.setdefault(content(number, prompt), number)
-            form.append((prompt.ids.shape, prompt.mask is None, first))
+            form.append((prompt.ids.shape, prompt.mask is None, prompt.positions is None, first))
         budget = self._budget or default_budget(self._model, tokens)
         return (tuple(form), budget, self._model.is_training, self._model.has_hooks, self._fixed)
 
@@ -113,8 +121,9 @@ class LanguageForward:
             return self._alone(accounts, "one prompt", 1)
         if not work.together:
             return self._alone(accounts, _why_apart(work), len(requests))
-        layouts = self._shared(module, requests, work)
-        if layouts is None:
+        side = _side_of_batch(requests)
+        layouts = None if side is None else self._shared(module, requests, work, side)
+        if side is None or layouts is None:
             why = "in this mode, or with these options, no batch"
             return self._alone(accounts, why, len(requests))
         if isinstance(layouts, Site):
@@ -125,7 +134,7 @@ class LanguageForward:
         from insitu.models.batches import Batches  # takes a while, and one prompt needs none
 
         options = (self._model, self._options, layouts, module)
-        return Batches(*options, requests, work, budget, self._share).passes
+        return Batches(*options, requests, work, budget, self._share, side).passes
 
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""
@@ -136,7 +145,7 @@ class LanguageForward:
         return None
 
     def _shared(
-        self, module: nn.Module, requests: Sequence[Prompt], work: Work
+        self, module: nn.Module, requests: Sequence[Prompt], work: Work, side: Side
     ) -> Layouts | Site | None:
         """How to cut what is read out of one pass for all; None, or a site, if one does not do."""
         if self._model.trains() or not self._options.keys() <= _BATCHABLE:
@@ -144,21 +153,20 @@ class LanguageForward:
         for prompt in requests:
             if prompt.extras:
                 return None
-        loaded = self._model.loaded
-        if self._separation is None or self._separation[0] is not loaded:
+        key = (self._model.loaded, side)
+        if key not in self._separations:
             mark = requests[0].mark
 
             def sample(batch: int, length: int) -> Call:
                 ids = torch.zeros(batch, length, dtype=torch.int64)
-                return self.example(Prompt(ids, mark))
+                return self.example(counted(Prompt(ids, mark), side))
 
             def run(module: nn.Module, prompt: Prompt) -> None:
-                kwargs = arguments(self._model, prompt, self._options)
+                kwargs = arguments(self._model, counted(prompt, side), self._options)
                 forward(self._model, module, kwargs, [prompt])
 
-            found = self._model.separation(sample, run, self.views, "right")
-            self._separation = (loaded, found)
-        separation = self._separation[1]
+            self._separations[key] = self._model.separation(sample, run, self.views, side)
+        separation = self._separations[key]
         if separation is None:
             return None
         obstacle = separation.obstacle(work.plan.reads, work.written)
@@ -183,6 +191,18 @@ class LanguageForward:
             return passes
 
         return schedule
+
+
+def _side_of_batch(requests: Sequence[Prompt]) -> Side | None:
+    """Where the prompts of a batch are padded, None if they cannot be together.
+
+    Prompts with padding before them need position ids, and then all have some. Several rows
+    without padding share theirs when they are alone.
+    """
+    if all(prompt.positions is None for prompt in requests):
+        return "right"
+    apart = any(prompt.positions is None and prompt.ids.shape[0] > 1 for prompt in requests)
+    return None if apart else "left"
 
 
 def _why_apart(work: Work) -> str:

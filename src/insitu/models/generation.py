@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,10 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Site
 from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, join, lie_apart
+from insitu.models.calls import beside
+from insitu.models.padding import positioned
 from insitu.models.prompts import Prompt, Side
+from insitu.models.rotary import forgetting_lengths
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Own, Pass
@@ -85,16 +88,19 @@ class Generation:
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with its seed."""
         seed = kwargs.pop("seed", None)
-        reader = self._model.reader
-        strange = not kwargs.keys() <= set(reader.media)
-        if len(args) != 1 or strange or not (seed is None or isinstance(seed, int)):
-            more = "".join(f"`{name}=`, " for name in reader.media)
+        if not (seed is None or isinstance(seed, int)):
             raise PromptTypeError(
-                f"An invocation of a generation takes one prompt, {more}and `seed=` with an "
-                "integer for its sampling; options are given to `generate`.",
+                f"`seed` is an integer, from which the sampling of a prompt starts, not {seed!r}.",
                 Location(*mark),
             )
-        prompt = reader.read(args[0], self._side, mark, kwargs)
+        model = self._model
+        if "inputs" in kwargs:  # as `generate` calls token ids
+            kwargs["input_ids"] = kwargs.pop("inputs")
+        if len(args) != 1 or kwargs:
+            kwargs = beside(model, args, kwargs, "generate", mark)
+        prompt = model.reader.read(args[0] if args else None, self._side, mark, kwargs)
+        if prompt.extras:
+            model.options.check(prompt.extras, "generate", lambda: Location(*mark))
         return prompt._replace(seed=seed)
 
     def example(self, request: Prompt) -> Call:
@@ -118,6 +124,9 @@ class Generation:
 
     def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
         """Returns what gives one pass for all prompts if each goes on in it as alone, else more."""
+        for prompt in requests:
+            if prompt.mask is not None:
+                positioned(self._model, prompt, not self._model.loaded, self.steps)
         apart: Site | None = None
         sites = work.plan.reads
         tokens = any(address[2] in ("tokens", "choice") for address in sites)
@@ -196,7 +205,11 @@ class Generation:
             if tokens:
                 placed |= _listening(deliver, placed)
             try:
-                with _seeded(prompt.seed), attending(module, implementation):
+                with (
+                    _seeded(prompt.seed),
+                    attending(module, implementation),
+                    forgetting_lengths(self._model.growing),
+                ):
                     return module.generate(**placed)  # pyright: ignore[reportCallIssue]
             except IndexError:
                 self._model.explain(requests, self._following)
@@ -214,16 +227,21 @@ class Generation:
 
     def _arguments(self, prompt: Prompt) -> dict[str, Any]:
         """The keyword arguments of a prompt's `generate`."""
-        return {
+        kwargs = {
             "input_ids": prompt.ids,
             "attention_mask": prompt.visible_mask,
             "pad_token_id": self._model.pad_id,
             **prompt.extras,
             **self._options,
         }
+        if "inputs_embeds" in prompt.extras:
+            del kwargs["input_ids"]
+        return kwargs
 
     def _first_forward(self, ids: torch.Tensor, extras: Mapping[str, Any] = _NO_EXTRAS) -> Call:
         kwargs: dict[str, Any] = {"input_ids": ids, **extras}
+        if "inputs_embeds" in extras:
+            del kwargs["input_ids"]
         parameters = self._model.forward_parameters
         if "position_ids" in parameters:  # `generate` makes them from the mask
             kwargs["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape)
@@ -253,8 +271,13 @@ class Generation:
             and self._options.keys() <= _BATCHABLE
             and "max_new_tokens" in self._options  # else padding counts towards a total length
             and not any(prompt.extras for prompt in requests)
+            and len({self._sharing(prompt) for prompt in requests}) == 1
             and all(self._setting(module, k) in off for k, off in _UNBATCHABLE_UNLESS.items())
         )
+
+    def _sharing(self, prompt: Prompt) -> Hashable:
+        """What is equal for prompts whose rotary embeddings do not depend on each other."""
+        return self._model.lengths.sharing(prompt.ids.shape[1], self.steps)
 
     @property
     def _following(self) -> int:
@@ -301,7 +324,9 @@ class Generation:
 
     def _given(self, prompt: Prompt) -> int:
         """How many of the tokens that a generation of a prompt returns were not generated."""
-        return 1 if self._model.config.is_encoder_decoder else prompt.ids.shape[1]
+        if self._model.config.is_encoder_decoder:
+            return 1
+        return 0 if "inputs_embeds" in prompt.extras else prompt.ids.shape[1]
 
     def _together(self, each: list[torch.Tensor], requests: Sequence[Prompt]) -> torch.Tensor:
         """Rows generated one by one, as a batch would have padded them."""

@@ -19,11 +19,16 @@ from insitu.graph.structure import map_structure
 from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.attention import SETTING
 from insitu.models.blocks import block_views
+from insitu.models.calls import lacks_media
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
 from insitu.models.media import MEDIA
 from insitu.models.model import Model
-from insitu.models.prompts import Prompt, Reader, Side
+from insitu.models.options import Options
+from insitu.models.padding_trial import Padding
+from insitu.models.prompts import PROMPTS, WITH_PROMPTS, Prompt, Side
+from insitu.models.reader import Reader
+from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
 from insitu.models.tokens import decoder_start, limits_of, padding, reads_tokens
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
@@ -143,6 +148,10 @@ class LanguageModel(Model):
     _tokenizer: Any
     _processor: Any = None
     _separations: dict[tuple[str, bool], Separation | None]
+    paddings: dict[Any, Padding]
+    lengths: LengthDependence
+    growing: Sequence[nn.Module]
+    options: Options
     _forward: LanguageForward
     _chains: dict[Any, Any]
     _costs: Costs | None
@@ -212,7 +221,8 @@ class LanguageModel(Model):
         """
         other = super().edited(graph)
         other._describe()
-        vars(other)["_separations"] = self._separations  # edits are no part of the module
+        # Edits are no part of the module.
+        vars(other).update(_separations=self._separations, paddings=self.paddings)
         return other
 
     def trace(
@@ -234,12 +244,17 @@ class LanguageModel(Model):
             share_prefixes: whether invocations of one prompt share what comes before their first
                 write. Unless given, where that is faster.
             kwargs: keyword arguments of the model's forward. `use_cache` is False unless given.
+                A prompt may be among them, as `input_ids=` or `inputs_embeds=`, and what goes with
+                it, such as `attention_mask=`; with a chat, `add_generation_prompt=`.
 
         Returns:
             A context manager, in whose block sites can be read and written. `tracer.output` is
             a proxy.
+
+        Raises:
+            OptionError: if an option means nothing to the model.
         """
-        given = self._given(prompt, kwargs)
+        given = self._given(prompt, kwargs, "trace") if kwargs else self._given_alone(prompt)
         forward = self._forward
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
             if max_tokens_per_pass is not None and max_tokens_per_pass < 1:
@@ -269,8 +284,8 @@ class LanguageModel(Model):
                 known.
             kwargs: as of `trace`.
         """
-        given = self._given(prompt, kwargs)
-        forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
+        given = self._given(prompt, kwargs, "scan") if kwargs else self._given_alone(prompt)
+        forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes, dry=True)
         return Tracer(self, forward, given, dry=True)
 
     def generate(self, prompt: Any = None, **kwargs: Any) -> Tracer:
@@ -282,14 +297,15 @@ class LanguageModel(Model):
             prompt: text or token ids, in any form that `invoke` takes. Without one, each
                 `generator.invoke(prompt, seed=None)` in the block gives its own.
             kwargs: keyword arguments of `generate`, such as `max_new_tokens` and `do_sample`;
-                with a prompt, `seed` too.
+                with a prompt, `seed` too, and a prompt by keyword as in `trace`.
 
         Returns:
             A context manager, in whose block sites can be read and written. `generator.output`
             is what `generate` returned, once the block has ended.
 
         Raises:
-            OptionError: if `max_new_tokens` is no positive number, or the model generates nothing.
+            OptionError: if `max_new_tokens` is no positive number, an option means nothing, or the
+                model generates nothing.
         """
         if not getattr(self._module, "can_generate", lambda: False)():
             raise OptionError(
@@ -297,35 +313,42 @@ class LanguageModel(Model):
             )
         from insitu.models.generation import Generation
 
-        given = self._given(prompt, kwargs, "seed")
+        if "inputs" in kwargs:  # as `generate` calls token ids
+            kwargs["input_ids"] = kwargs.pop("inputs")
+        given = self._given(prompt, kwargs, "generate") if kwargs else self._given_alone(prompt)
         return Tracer(self, Generation(self, kwargs, here()), given, promises_output=True)
 
-    def _given(
-        self, prompt: Any, kwargs: dict[str, Any], *names: str
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What a block gives to its one invocation, taken out of its options; None if nothing.
+    def _given_alone(self, prompt: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What a block without options gives to its one invocation, None if nothing.
 
         Before that it notices how the model is to run.
         """
         self._notice()
-        if not kwargs:  # nearly always
-            return None if prompt is None else ((prompt,), {})
-        own = {name: kwargs.pop(name) for name in (*MEDIA, *names) if name in kwargs}
-        for name in own:
-            if prompt is None:
+        return None if prompt is None else ((prompt,), {})
+
+    def _given(
+        self, prompt: Any, kwargs: dict[str, Any], method: str
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What a block gives to its one invocation, taken out of its options; None if nothing."""
+        self._notice()
+        keyword = not kwargs.keys().isdisjoint(PROMPTS)
+        own: dict[str, Any] = {}
+        for name in [*kwargs]:
+            goes_with = name in WITH_PROMPTS or (name == "seed" and method == "generate")
+            if goes_with and prompt is None and not keyword:
                 raise OptionError(f"Each prompt has its own `{name}`: give it to `invoke`.", here())
             if name in MEDIA and name not in self.reader.media:
-                raise OptionError(
-                    f"A {type(self).__name__} takes no `{name}`: load it as a "
-                    "`VisionLanguageModel`.",
-                    here(),
-                )
-        return None if prompt is None else ((prompt,), own)
+                raise OptionError(lacks_media(self, name), here())
+            if goes_with or name in PROMPTS:
+                own[name] = kwargs.pop(name)
+        if kwargs:
+            self.options.check(kwargs, method, here)
+        return None if prompt is None and not keyword else ((prompt,) * (prompt is not None), own)
 
     @short_tracebacks
     def run_with_cache(
         self,
-        prompt: Any,
+        prompt: Any = None,
         names: Filters = None,
         *,
         to: str | torch.device | None = None,
@@ -339,7 +362,8 @@ class LanguageModel(Model):
 
         Args:
             prompt: text or token ids, in any form that `invoke` takes. Several prompts are the
-                rows of one batch: those that are shorter are padded, as `cache.mask` says.
+                rows of one batch: those that are shorter are padded, as `cache.mask` says. None if
+                it is among `kwargs`, as `input_ids=` or `inputs_embeds=`.
             names: which values: a name, a glob such as "blocks.*.attention.z", a compiled regular
                 expression (searched for), a function from names to whether they are meant, or a
                 list of these. A name in short, "residual_out", is meant of all blocks. They are
@@ -539,6 +563,10 @@ class LanguageModel(Model):
             _settings=settings,
             _attention=settings.get(SETTING),
             _separations={},
+            paddings={},
+            lengths=length_dependence(module),
+            growing=growing_parts(module),
+            options=Options(module),
             _chains={},
             decoder_start=decoder_start(module, self._config),
             is_encoder_decoder=self._config.is_encoder_decoder,

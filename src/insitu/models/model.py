@@ -248,7 +248,7 @@ class Model(Handle):
             A context manager, in whose block sites can be read and written.
         """
         given = (args, kwargs) if args or kwargs else None
-        return Tracer(self, Forward(self.views), given)
+        return Tracer(self, Forward(self.views, self._module), given)
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.
@@ -256,7 +256,7 @@ class Model(Handle):
         What is saved in it is then a fake tensor: it has a shape and a dtype, and no content.
         """
         given = (args, kwargs) if args or kwargs else None
-        return Tracer(self, Forward(self.views), given, dry=True)
+        return Tracer(self, Forward(self.views, self._module), given, dry=True)
 
     def session(self) -> Session:
         """Opens a context for several blocks, which run one after the other when it ends.

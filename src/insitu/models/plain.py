@@ -13,6 +13,7 @@ from torch import nn
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
 from insitu.models.attention import OPTION, attending
+from insitu.models.options import check_call
 from insitu.runtime.hooks import View
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
@@ -25,25 +26,36 @@ class Forward:
 
     Args:
         views: how outputs are shown, by path.
+        module: the wrapped module.
         options: what all of them are given beside their arguments.
     """
 
     steps = 1
 
     def __init__(
-        self, views: Mapping[str, View], options: Mapping[str, Any] = MappingProxyType({})
+        self,
+        views: Mapping[str, View],
+        module: nn.Module,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.views = views
+        self._module = module
         self._options = options
 
     def demanding(self, options: Mapping[str, Any]) -> Forward:
         """Returns the same with further options, but for those that it was given."""
         if options.keys() <= self._options.keys():
             return self
-        return Forward(self.views, {**options, **self._options})
+        return Forward(self.views, self._module, {**options, **self._options})
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
-        """Returns the arguments of an invocation."""
+        """Returns the arguments of an invocation.
+
+        Raises:
+            OptionError: if the module takes none of some name.
+        """
+        if kwargs:
+            check_call(self._module, kwargs, lambda: Location(*mark))
         return Call(args, kwargs)
 
     def example(self, request: Call) -> Call:

@@ -32,6 +32,7 @@ def limits_of(module: Any, config: Any) -> Limits:
     return Limits(
         getattr(module.get_input_embeddings(), "num_embeddings", None),
         getattr(config.get_text_config(), "max_position_embeddings", None),
+        getattr(module.get_input_embeddings(), "embedding_dim", None),
     )
 
 

@@ -224,14 +224,20 @@ class Invocation(Scope):
 
     @property
     def ids(self) -> Any:
-        """The token ids that the prompt became, `(rows, position)`."""
-        return self.request.ids
+        """The token ids that the prompt became, `(rows, position)`.
+
+        Raises:
+            PromptError: if it was given as embeddings.
+        """
+        return self.request.token_ids
 
     @property
     def mask(self) -> Any:
         """Which positions of `ids` hold tokens (1) and which padding (0), `(rows, position)`.
 
-        There is padding only where several prompts of different length were given as one.
+        There is padding only where several prompts of different length were given as one: before
+        them where the model looks back only, so that the last position is a token in every row,
+        else behind them.
         """
         return self.request.visible_mask
 

@@ -244,6 +244,9 @@ class Tracer:
             )
         # The model runs later, and what is given here may be filled anew for the next prompt.
         args = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        for name, value in kwargs.items():
+            if isinstance(value, torch.Tensor):
+                kwargs[name] = value.clone()
         try:
             return self._add(args, kwargs, mark())
         except InsituError as error:
@@ -278,8 +281,12 @@ class Tracer:
 
     @property
     def ids(self) -> Any:
-        """The token ids of a block's one prompt, `(rows, position)`."""
-        return self._only_request().ids
+        """The token ids of a block's one prompt, `(rows, position)`.
+
+        Raises:
+            PromptError: if it was given as embeddings.
+        """
+        return self._only_request().token_ids
 
     @property
     def mask(self) -> Any:

@@ -1,0 +1,255 @@
+"""Rows of one prompt are what they are alone, wherever the padding is."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import BatchEncoding, BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
+
+from insitu import LanguageModel
+from tests.conftest import tiny_gpt2, tiny_llama
+from tests.fidelity.zoo import ZOO, module_of, spread_out
+
+ROWS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [21, 22, 23], [31]]
+TEXTS = [name for name, one in ZOO.items() if one.takes_text and one.kind != "encoder-decoder"]
+RIGHT = {"rwkv"}  # which has no mask
+# With Transformers 4 padding changes its chunks, on either side.
+RIGHT |= {"zamba2"} if transformers.__version__.startswith("4.") else set()
+
+
+def alone(module: Any, row: list[int]) -> torch.Tensor:
+    """The oracle: what a plain forward of one row gives."""
+    with torch.no_grad():
+        return module(torch.tensor([row])).logits[0]
+
+
+def at(model: LanguageModel, path: str) -> Any:
+    """The handle of a module."""
+    handle: Any = model
+    for part in path.split("."):
+        handle = handle[int(part)] if part.isdigit() else getattr(handle, part)
+    return handle
+
+
+def at_blocks(module: Any, paths: list[str], **inputs: Any) -> list[torch.Tensor]:
+    """The oracle: what plain hooks see leave some modules."""
+    seen: list[torch.Tensor] = []
+    handles = [
+        module.get_submodule(path).register_forward_hook(
+            lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for path in paths
+    ]
+    try:
+        with torch.no_grad():
+            module(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:.*does not hide padding")
+@pytest.mark.parametrize("name", TEXTS)
+def test_each_row_of_a_list_is_what_it_is_alone(name: str) -> None:
+    module, one = module_of(name), ZOO[name]
+    model = LanguageModel(module)
+    paths = one.stacks_in(module)
+    last = f"{paths[-1]}.{len(module.get_submodule(paths[-1])) - 1}"
+    rows = [one.inputs(1, length, length)["input_ids"][0].tolist() for length in (9, 3, 1)]
+    with model.trace(rows) as tracer:
+        hidden = at(model, last).output[0].save()
+        logits = model.output["logits"].save()
+        final = model.output["logits"][:, -1].save()
+    for number, row in enumerate(rows):
+        own = tracer.mask[number].bool()
+        inputs = {"input_ids": torch.tensor([row])}
+        expected = at_blocks(module, [last], **inputs)[0][0]
+        scale = float(expected.abs().max())
+        limit = 1e-3 if name == "zamba2" else 2e-5
+        assert (hidden.value[number][own] - expected).abs().max() <= limit * scale, number
+        with torch.no_grad():
+            expected = module(**inputs).logits[0]
+        scale = float(expected.abs().max())
+        assert (logits.value[number][own] - expected).abs().max() <= limit * scale, number
+        if one.kind == "decoder" and tracer.mask[1, 0] == 0:
+            assert (final.value[number] - expected[-1]).abs().max() <= limit * scale, number
+    left = tracer.mask[1].tolist() == [0] * 6 + [1] * 3
+    assert left == (one.kind == "decoder" and name not in RIGHT)
+
+
+def test_a_model_that_cannot_be_padded_on_the_left_says_so_once() -> None:
+    model = LanguageModel(module_of("rwkv"))
+    with pytest.warns(UserWarning, match="does not hide padding before a prompt"):
+        with model.trace(ROWS) as tracer:
+            model.output["logits"].save()
+    assert tracer.mask[1].tolist() == [1, 1, 1] + [0] * 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with model.trace(ROWS):
+            model.output["logits"].save()
+
+
+def test_trace_and_generate_agree_whatever_the_tokenizer_says() -> None:
+    source = LanguageModel("insitu/eiffel")
+    texts = ["The Louvre is in the city of", "To see the Hagia Sophia, you must visit"]
+    for side in ("left", "right"):
+        tokenizer = copy.deepcopy(source.tokenizer)
+        tokenizer.padding_side = side
+        model = LanguageModel(source.load(), tokenizer=tokenizer)
+        expected = torch.stack([alone(model.module, tokenizer(t)["input_ids"])[-1] for t in texts])
+        with model.trace(texts) as tracer:
+            traced = model.lm_head.output[:, -1].save()
+        with model.generate(texts, max_new_tokens=1) as generator:
+            generated = model.lm_head.output[:, -1].save()
+        cache = model.run_with_cache(texts, "logits")
+        for found in (traced.value, generated.value, cache.logits[:, -1]):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert torch.equal(tracer.mask, generator.mask) and torch.equal(tracer.mask, cache.mask)
+        assert tokenizer.padding_side == side
+
+
+def encoded(side: str) -> BatchEncoding:
+    length = max(map(len, ROWS))
+    pads = [[0] * (length - len(row)) for row in ROWS]
+    ids, mask = [], []
+    for row, pad in zip(ROWS, pads, strict=True):
+        ones = [1] * len(row)
+        ids.append(pad + row if side == "left" else row + pad)
+        mask.append(pad + ones if side == "left" else ones + pad)
+    return BatchEncoding(
+        {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    )
+
+
+def opt() -> Any:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=100, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=40, word_embed_proj_dim=16,
+    )  # fmt: skip
+    module = OPTForCausalLM(config).eval()
+    spread_out(module)
+    return module
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=40,
+    )  # fmt: skip
+    module = BertForMaskedLM(config).eval()
+    spread_out(module)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.int32])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama, opt, bert])
+def test_an_encoding_keeps_its_padding_and_gets_its_positions(
+    make: Any, side: str, dtype: torch.dtype
+) -> None:
+    module, encoding = make(), encoded(side)
+    model = LanguageModel(module)
+    encoding["attention_mask"] = encoding["attention_mask"].to(dtype)
+    mask = encoding["attention_mask"].bool()
+    with model.trace(encoding) as tracer:
+        whole = model.output["logits"].save()
+    with model.trace(**encoding):
+        by_keyword = model.output["logits"].save()
+    with model.trace() as several:
+        with several.invoke(**encoding):
+            invoked = model.output["logits"].save()
+        with several.invoke(encoding["input_ids"], attention_mask=encoding["attention_mask"]):
+            beside = model.output["logits"].save()
+    assert torch.equal(tracer.mask, mask.long())
+    for found in (whole, by_keyword, invoked, beside):
+        for number, row in enumerate(ROWS):
+            expected = alone(module, row)
+            torch.testing.assert_close(
+                found.value[number][mask[number]], expected, atol=2e-5, rtol=1e-4
+            )
+
+
+def test_positions_of_the_user_stay() -> None:
+    module, encoding = tiny_gpt2(), encoded("left")
+    model = LanguageModel(module)
+    positions = torch.arange(9).expand(3, 9) + 3
+    with torch.no_grad():
+        expected = module(**encoding, position_ids=positions).logits
+    with model.trace(encoding, position_ids=positions):
+        beside = model.lm_head.output.save()
+    with model.trace(**encoding, position_ids=positions):
+        keyword = model.lm_head.output.save()
+    with model.trace({**encoding, "position_ids": positions}):
+        inside = model.lm_head.output.save()
+    for found in (beside, keyword, inside):
+        torch.testing.assert_close(found.value, expected)
+
+
+def test_what_a_mask_hides_between_tokens_shifts_nothing() -> None:
+    module = tiny_gpt2()
+    model = LanguageModel(module)
+    ids, mask = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[1, 0, 1, 1]])
+    with torch.no_grad():
+        expected = module(ids, attention_mask=mask).logits
+    with model.trace(ids, attention_mask=mask):
+        found = model.lm_head.output.save()
+    torch.testing.assert_close(found.value, expected)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_lists_in_several_invocations_share_a_pass_and_see_no_neighbour(make: Any) -> None:
+    module = make()
+    model = LanguageModel(module)
+    lists = [[[3, 4, 5], [6]], [[7, 8], [9, 10, 11, 12, 13, 14]], [[15, 16, 17, 18]]]
+    saved, invokers = [], []
+    with model.trace() as tracer:
+        for rows in lists:
+            with tracer.invoke(rows) as invoker:
+                invokers.append(invoker)
+                saved.append(model.lm_head.output.save())
+    assert len(tracer.plan.passes) == 1
+    for rows, invoker, logits in zip(lists, invokers, saved, strict=True):
+        assert logits.value.shape[1] == max(map(len, rows))
+        for number, row in enumerate(rows):
+            own = logits.value[number][invoker.mask[number].bool()]
+            torch.testing.assert_close(own, alone(module, row), atol=1e-5, rtol=1e-4)
+
+
+def test_a_scan_pads_as_a_trace_does_and_loads_nothing() -> None:
+    model = LanguageModel("insitu/eiffel")
+    texts = ["The Louvre is in the city of", "Rome"]
+    with model.scan(texts) as scanned:
+        logits = model.lm_head.output[:, -1].save()
+    assert not model.loaded and logits.value.shape[0] == 2
+    with model.trace(texts) as tracer:
+        model.lm_head.output.save()
+    assert torch.equal(scanned.mask, tracer.mask) and tracer.mask[1, 0] == 0
+
+
+def test_padding_is_found_out_of_a_model_in_training_mode_too() -> None:
+    module = tiny_gpt2().train()
+    model = LanguageModel(module)
+    with model.trace(ROWS) as tracer:
+        model.lm_head.output.save()
+    assert tracer.mask[2].tolist() == [0] * 8 + [1]
+    assert all(part.training for part in module.modules())
+
+
+def test_masks_that_say_something_else_are_errors() -> None:
+    model = LanguageModel(tiny_gpt2())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for mask, reason in (
+        (torch.tensor([[1, 1, 1]]), r"shape \(1, 3\), but the prompt has \(1, 4\)"),
+        (torch.tensor([[0.0, 0.0, -1e9, 0.0]]), "1 for tokens and 0 for padding"),
+    ):
+        with pytest.raises(ValueError, match=reason), model.trace(ids, attention_mask=mask):
+            pass
+    with pytest.raises(ValueError, match="padded here"):
+        with model.trace([[1, 2], [3]], attention_mask=torch.ones(2, 2)):
+            pass
