@@ -120,9 +120,7 @@ def encoded(side: str) -> BatchEncoding:
         ones = [1] * len(row)
         ids.append(pad + row if side == "left" else row + pad)
         mask.append(pad + ones if side == "left" else ones + pad)
-    return BatchEncoding(
-        {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    )
+    return BatchEncoding({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
 
 
 def opt() -> Any:

@@ -69,7 +69,7 @@ def beside(
         PromptTypeError: if it was given no prompt, or several.
         OptionError: if something does not belong there.
     """
-    if len(args) + (not kwargs.keys().isdisjoint(PROMPTS)) != 1:
+    if len(args) > 1 or (not args and kwargs.keys().isdisjoint(PROMPTS)):
         raise PromptTypeError(
             "An invocation takes one prompt, as `invoke(prompt)`, `invoke(input_ids=...)` or "
             "`invoke(inputs_embeds=...)`. Options of the run are given to "
