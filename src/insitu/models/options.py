@@ -148,8 +148,12 @@ class Options:
         if name in _LOADING:
             return f"{what}: give it where the model is made, `LanguageModel(..., {name}=...)`."
         known = {*(self.forward or ()), *_OWN["trace"], *_PROMPT, OPTION}
-        known |= {*self.generation, *_OWN["generate"]}
+        elsewhere = {*self.generation, *_OWN["generate"]}
+        if generates:
+            known |= elsewhere
         close = nearest(name, sorted(known))
+        if not close and (close := nearest(name, sorted(elsewhere))):
+            close += ", an option of `generate`"
         return (
             f"{what}, and `{type(self._module).__name__}."
             f"{'generate' if generates else 'forward'}` uses none of this name{close}."

@@ -51,6 +51,7 @@ def length_dependence(module: nn.Module) -> LengthDependence:
     """
     switches: set[int] = set()
     grows: list[int] = []
+    part: Any
     for part in _rotary(module):
         for kind, prefix in _kinds(part):
             if kind == "longrope":
