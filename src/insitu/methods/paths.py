@@ -10,6 +10,7 @@ from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.metrics import Measure
 from insitu.methods.sites import Site, chosen, site_of
+from insitu.models.configuration import said, text_config
 from insitu.models.keys import entry_of
 from insitu.models.language_model import LanguageModel
 from insitu.tracing.named import Named
@@ -191,9 +192,7 @@ def receivers_of(model: LanguageModel, given: Any) -> tuple[tuple[str, int, int 
         if name != "mlp":
             heads = model.n_heads
             if name in ("k", "v"):
-                heads = (
-                    getattr(model.config.get_text_config(), "num_key_value_heads", None) or heads
-                )
+                heads = said(text_config(model.config), "num_key_value_heads") or heads
             (head,) = chosen("head", int(entry[2]), heads)
         found.append((name, layer, head))
     return tuple(found)

@@ -14,6 +14,7 @@ from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here, mark
 from insitu.methods.sites import chosen, numbers_of
 from insitu.models.language_model import LanguageModel
+from insitu.models.tokens import vocabulary_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ def token_id(model: LanguageModel, token: str | int) -> int:
     """
     if not isinstance(token, str | bool) and hasattr(token, "__index__"):
         token = index(token)
-        if not 0 <= token < model.config.get_text_config().vocab_size:
+        if not 0 <= token < vocabulary_of(model.module, model.config):
             raise PromptError(f"The model has no token {token}.", here())
         return token
     if not isinstance(token, str):

@@ -10,6 +10,7 @@ import torch
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.models.language_model import LanguageModel
+from insitu.models.tokens import vocabulary_of
 
 
 def repeated_tokens(
@@ -40,7 +41,7 @@ def repeated_tokens(
     ):
         if number < least:
             raise OptionError(f"`{name}` is at least {least}, not {number!r}.", here())
-    size, special, start = model.config.get_text_config().vocab_size, set(), []
+    size, special, start = vocabulary_of(model.module, model.config), set(), []
     tokenizer = model._tokenizer
     if tokenizer is not None and not isinstance(tokenizer, Exception):
         size = min(size, len(tokenizer))

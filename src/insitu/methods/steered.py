@@ -242,7 +242,7 @@ def _rows(output: Any) -> torch.Tensor:
 
 def _given(model: LanguageModel, length: int) -> int:
     """How many of the tokens that a generation returns were there before it."""
-    return 1 if model.config.is_encoder_decoder else length
+    return 1 if model.is_encoder_decoder else length
 
 
 def _text(model: LanguageModel, ids: torch.Tensor) -> str:

@@ -17,6 +17,7 @@ from insitu.graph.location import here
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.prompts import Prompts, read_prompts, token_id
 from insitu.methods.result import Result
+from insitu.models.configuration import said, text_config
 from insitu.models.language_model import LanguageModel
 
 Baseline: TypeAlias = Literal["zero", "pad token"] | int | torch.Tensor
@@ -189,7 +190,7 @@ def _pad_token(model: LanguageModel) -> int:
     tokenizer = model._tokenizer
     found = getattr(tokenizer, "pad_token_id", None)
     if found is None:
-        found = getattr(model.config.get_text_config(), "pad_token_id", None)
+        found = said(text_config(model.config), "pad_token_id")
     if found is None:
         raise OptionError(
             "The model has no padding token: give the id of a token as `baseline`, such as "

@@ -19,6 +19,7 @@ from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.architectures import DESCRIPTIONS, Description
 from insitu.models.attention import OPTION, attending, implementations
 from insitu.models.blocks import CACHES
+from insitu.models.configuration import text_config
 from insitu.models.endings import Endings, find_endings
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
@@ -314,7 +315,7 @@ class Body:
 
     def _experts(self) -> tuple[int, int]:
         """How many experts there are, and how many of them a token passes, 0 if none."""
-        text = self._config.get_text_config()
+        text = text_config(self._config)
 
         def number(names: Sequence[str]) -> int:
             counts = (getattr(text, name, None) for name in names)

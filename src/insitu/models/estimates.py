@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.models.configuration import text_config
 from insitu.runtime.costs import Costs
 
 # A forward reads every weight, however few tokens it has. As many tokens take as long to compute:
@@ -37,7 +38,7 @@ def estimated_costs(
     unembedding = 2.0 * weight_of(head).numel() if head is not None else 0.0
     ends = (module.get_input_embeddings(), head)
     embeddings = {id(weight_of(part)) for part in ends if part}
-    text = module.config.get_text_config()
+    text = text_config(module.config)
     width = getattr(text, "hidden_size", 0)
     heads = getattr(text, "num_attention_heads", 0)
     attending = heads * (getattr(text, "head_dim", None) or 0) or width
@@ -81,7 +82,7 @@ def _chosen_experts(text: Any) -> float:
 
 def bytes_per_token(module: Any) -> int:
     """Returns how much memory a forward needs for a token, about: its logits and hidden states."""
-    text = module.config.get_text_config()
+    text = text_config(module.config)
     width = getattr(text, "hidden_size", 0) or 1024
     inner = getattr(text, "intermediate_size", None) or 4 * width
     size = next(module.parameters()).element_size()

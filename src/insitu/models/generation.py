@@ -16,6 +16,7 @@ from insitu.graph.node import Address, Site
 from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.calls import beside
+from insitu.models.configuration import text_config
 from insitu.models.padding import positioned
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
@@ -75,7 +76,7 @@ class Generation:
         self.steps = steps
         # Who goes on behind the last token has padding before the first. An encoder counts its
         # positions, so there it stands behind, and the decoder has a beginning of its own.
-        self._side: Side = "right" if model.config.is_encoder_decoder else "left"
+        self._side: Side = "right" if model.is_encoder_decoder else "left"
         self._cached = bool(self._setting(model.module, "use_cache"))
         self.views = model.block_views[self._cached]
 
@@ -249,7 +250,7 @@ class Generation:
             kwargs["use_cache"] = self._cached
         if "logits_to_keep" in parameters:  # `generate` wants the last position's only
             kwargs["logits_to_keep"] = 1
-        if self._model.config.is_encoder_decoder:
+        if self._model.is_encoder_decoder:
             given = extras.get("decoder_input_ids", self._options.get("decoder_input_ids"))
             kwargs["decoder_input_ids"] = self._decoder_prompt(ids.shape[0], given)
         if OPTION in self._options:
@@ -282,7 +283,7 @@ class Generation:
     @property
     def _following(self) -> int:
         """How many tokens come where the prompt is."""
-        decodes = self._model.config.is_encoder_decoder
+        decodes = self._model.is_encoder_decoder
         return 1 if decodes else self._options.get("max_new_tokens", 1)
 
     def _outgrows_windows(self, requests: Sequence[Prompt]) -> bool:
@@ -290,7 +291,7 @@ class Generation:
 
         It holds the last, with the padding of the shorter prompts among them.
         """
-        text = self._model.config.get_text_config()
+        text = text_config(self._model.config)
         windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
         longest = max(prompt.ids.shape[1] for prompt in requests)
         return any(isinstance(window, int) and longest >= window for window in windows)
@@ -324,7 +325,7 @@ class Generation:
 
     def _given(self, prompt: Prompt) -> int:
         """How many of the tokens that a generation of a prompt returns were not generated."""
-        if self._model.config.is_encoder_decoder:
+        if self._model.is_encoder_decoder:
             return 1
         return 0 if "inputs_embeds" in prompt.extras else prompt.ids.shape[1]
 

@@ -29,7 +29,7 @@ from insitu.models.padding_trial import Padding
 from insitu.models.prompts import PROMPTS, WITH_PROMPTS, Prompt, Side
 from insitu.models.reader import Reader
 from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
-from insitu.models.tokens import decoder_start, limits_of, padding, reads_tokens
+from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
 from insitu.runtime.hooks import View
@@ -569,7 +569,7 @@ class LanguageModel(Model):
             options=Options(module),
             _chains={},
             decoder_start=decoder_start(module, self._config),
-            is_encoder_decoder=self._config.is_encoder_decoder,
+            is_encoder_decoder=decodes(module, self._config),
             generating=next(path for path, part in self.modules.items() if part is generating),
             _costs=None,
             block_views={

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.models.tokens import decodes
 from insitu.runtime.probe import Call
 
 _LENGTHS = (7, 11, 13, 17, 19, 23, 29, 31, 37)
@@ -52,7 +53,7 @@ def sample_call(module: nn.Module, config: Any) -> Call | None:
             kwargs["decoder_input_ids"] = _ids(2, length)
     elif "input_ids" in takes:
         kwargs["input_ids"] = _ids(2, length)
-        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+        if decodes(module, config):
             kwargs["decoder_input_ids"] = _ids(2, other)
         # Where images have tokens of their own among the text's, text alone will do.
         if images is not None and not any(hasattr(config, name) for name in _IMAGE_TOKENS):

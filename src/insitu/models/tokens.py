@@ -9,6 +9,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+
+from insitu.models.configuration import first_id, said, text_config
+from insitu.models.estimates import weight_of
 from insitu.models.prompts import Limits
 
 
@@ -17,9 +21,12 @@ def reads_tokens(module: Any) -> bool:
     if "input_ids" not in inspect.signature(type(module).forward).parameters:
         return False
     try:
-        return module.get_input_embeddings() is not None
-    except NotImplementedError:  # it has more than one, or none
+        embedding = module.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # it has more than one, or none
         return False
+    # A method gives the weight where torch has quantised it. A list of embeddings has none.
+    weight = getattr(embedding, "weight", None)
+    return isinstance(weight, torch.Tensor) or callable(weight)
 
 
 def limits_of(module: Any, config: Any) -> Limits:
@@ -29,9 +36,12 @@ def limits_of(module: Any, config: Any) -> Limits:
         module: the model.
         config: its config.
     """
+    context = said(text_config(config), "max_position_embeddings")
+    # A model without a limit says so with a number below 1.
+    limited = isinstance(context, int) and context > 0
     return Limits(
         getattr(module.get_input_embeddings(), "num_embeddings", None),
-        getattr(config.get_text_config(), "max_position_embeddings", None),
+        context if limited else None,
         getattr(module.get_input_embeddings(), "embedding_dim", None),
     )
 
@@ -43,7 +53,8 @@ def vocabulary_of(module: Any, config: Any) -> int:
         module: the model.
         config: its config.
     """
-    return limits_of(module, config).vocabulary or config.get_text_config().vocab_size
+    size = limits_of(module, config).vocabulary or said(text_config(config), "vocab_size")
+    return size or weight_of(module.get_input_embeddings()).shape[0]
 
 
 def padding(module: Any, config: Any) -> int:
@@ -54,10 +65,28 @@ def padding(module: Any, config: Any) -> int:
         config: its config.
     """
     generation = getattr(module, "generation_config", None)
-    text, known = config.get_text_config(), vocabulary_of(module, config)
-    pads = (getattr(generation, "pad_token_id", None), text.pad_token_id, text.eos_token_id)
-    pads = [pad[0] if isinstance(pad, list) else pad for pad in pads]
+    text, known = text_config(config), vocabulary_of(module, config)
+    given = (
+        said(generation, "pad_token_id"),
+        said(text, "pad_token_id"),
+        said(text, "eos_token_id"),
+    )
+    pads = (first_id(each) for each in given)
     return next((pad for pad in pads if pad is not None and 0 <= pad < known), 0)
+
+
+def decodes(module: Any, config: Any) -> bool:
+    """Returns whether a model is an encoder and a decoder.
+
+    A part of such a model that stands alone is none, although it may have the same config.
+
+    Args:
+        module: the model.
+        config: its config.
+    """
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # of PEFT
+    takes = "decoder_input_ids" in inspect.signature(inner.forward).parameters
+    return takes and bool(said(config, "is_encoder_decoder", default=True))
 
 
 def decoder_start(module: Any, config: Any) -> int | None:
@@ -67,14 +96,8 @@ def decoder_start(module: Any, config: Any) -> int | None:
         module: the model.
         config: its config.
     """
-    if not config.is_encoder_decoder:
+    if not decodes(module, config):
         return None
     configs = (getattr(module, "generation_config", None), config)
-    for name in ("decoder_start_token_id", "bos_token_id"):
-        for each in configs:
-            start = getattr(each, name, None)
-            if isinstance(start, list):
-                start = start[0]
-            if start is not None:
-                return start
-    return None
+    names = ("decoder_start_token_id", "bos_token_id")
+    return first_id(*(said(each, name) for name in names for each in configs))

@@ -1,0 +1,54 @@
+"""What the config of a Transformers model says, where any part of it may be missing.
+
+Which attributes a config has depends on its class, on the version of Transformers and on the
+file that it was read from. The rest of the package reads attributes that it needs with `said`,
+and the config of the text with `text_config`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def said(config: Any, *names: str, default: Any = None) -> Any:
+    """Returns the first attribute that a config has and that is not None.
+
+    Args:
+        config: a config, a generation config, or None.
+        names: the attributes, the preferred ones first.
+        default: what is returned if it has none of them.
+    """
+    for name in names:
+        # A config that computes an attribute from others may lack those.
+        try:
+            value = getattr(config, name, None)
+        except Exception:
+            continue
+        if value is not None:
+            return value
+    return default
+
+
+def text_config(config: Any) -> Any:
+    """Returns the part of a config that is about text, which may be the config itself.
+
+    Args:
+        config: the config of a model.
+    """
+    try:
+        return config.get_text_config()
+    except Exception:  # there are several such parts, or one that it names is missing
+        return config
+
+
+def first_id(*given: Any) -> int | None:
+    """Returns the first token id among what configs say, None if there is none.
+
+    Args:
+        given: ids, lists of ids, or what a config has in their place, such as None.
+    """
+    for each in given:
+        found = each[0] if isinstance(each, list | tuple) and each else each
+        if isinstance(found, int) and not isinstance(found, bool):
+            return found
+    return None
