@@ -1,7 +1,9 @@
 """Which class a language model is loaded with, by its config or by the user's word."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +11,20 @@ from torch import nn
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
+    BertForPreTraining,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
+    ElectraModel,
     GPT2Model,
     T5Config,
+    T5EncoderModel,
 )
 
-from insitu import LanguageModel, Model, OptionError, VisionLanguageModel
+from insitu import LanguageModel, Model, OptionError, PathError, VisionLanguageModel
 from tests.conftest import tiny_gpt2
 from tests.models.kinds import bart, bert, clip, llava, t5, vit, whisper
 
@@ -23,6 +32,8 @@ IDS = torch.tensor([[3, 14, 15, 92, 65]])
 BERT = BertConfig(
     vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
 )
+ELECTRA = ElectraConfig(**{**BERT.to_dict(), "embedding_size": 16, "model_type": "electra"})
+T5 = T5Config(vocab_size=100, d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=2)
 
 
 @pytest.mark.parametrize(
@@ -32,11 +43,16 @@ BERT = BertConfig(
         (bert, "BertForMaskedLM"),
         (t5, "T5ForConditionalGeneration"),
         (bart, "BartForConditionalGeneration"),
-        (lambda: BertModel(BERT), "BertForMaskedLM"),
-        (lambda: GPT2Model(tiny_gpt2().config), "GPT2LMHeadModel"),
+        (lambda: BertModel(BERT), "BertModel"),
+        (lambda: GPT2Model(tiny_gpt2().config), "GPT2Model"),
+        (lambda: T5EncoderModel(T5), "T5EncoderModel"),
+        (lambda: BertForSequenceClassification(BERT), "BertForSequenceClassification"),
+        (lambda: BertForTokenClassification(BERT), "BertForTokenClassification"),
+        (lambda: ElectraForPreTraining(ELECTRA), "ElectraForPreTraining"),
+        (lambda: BertForPreTraining(BERT), "BertForMaskedLM"),  # it has this head among others
     ],
 )
-def test_the_class_is_that_of_the_weights_or_has_a_head_for_them(
+def test_the_class_is_that_of_the_weights(
     tmp_path: Path, make: Callable[[], nn.Module], expected: str
 ) -> None:
     make().save_pretrained(tmp_path)
@@ -45,10 +61,36 @@ def test_the_class_is_that_of_the_weights_or_has_a_head_for_them(
     assert type(model.load()).__name__ == expected
 
 
+@pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: BertModel(BERT), "BertModel"),
+        (bert, "BertForMaskedLM"),
+        (lambda: ElectraModel(ELECTRA), "ElectraModel"),
+        (lambda: ElectraForMaskedLM(ELECTRA), "ElectraForMaskedLM"),
+    ],
+)
+def test_the_class_is_known_from_the_names_of_weights_where_a_config_names_none(
+    tmp_path: Path, make: Callable[[], nn.Module], expected: str, form: str
+) -> None:
+    module: Any = make()
+    module.save_pretrained(tmp_path, max_shard_size="8KB" if form == "shards" else "1GB")
+    if form == "bin":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = LanguageModel(tmp_path)
+    assert not model.loaded and type(model.module).__name__ == expected
+    assert type(model.load()).__name__ == expected
+
+
 def test_a_config_without_weights_is_of_the_likeliest_class(tmp_path: Path) -> None:
     T5Config(d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=1).save_pretrained(tmp_path)
     assert type(LanguageModel(tmp_path).module).__name__ == "T5ForConditionalGeneration"
-    BERT.save_pretrained(tmp_path)
+    BertConfig().save_pretrained(tmp_path)
     assert type(LanguageModel(tmp_path).module).__name__ == "BertForMaskedLM"
 
 
@@ -114,11 +156,20 @@ def test_a_model_with_images_is_an_error_that_says_what_to_write(tmp_path: Path)
         LanguageModel(tmp_path)
 
 
-def test_a_head_of_another_kind_is_not_replaced_in_silence(tmp_path: Path) -> None:
-    BertForSequenceClassification(BERT).save_pretrained(tmp_path)
-    with pytest.raises(OptionError, match="`task='causal'` or `task='masked'`"):
-        LanguageModel(tmp_path)
-    assert type(LanguageModel(tmp_path, task="masked").module).__name__ == "BertForMaskedLM"
+def test_what_has_no_head_says_that_it_has_no_logits(tmp_path: Path) -> None:
+    plain = BertModel(BERT).eval()
+    plain.save_pretrained(tmp_path)
+    model = LanguageModel(tmp_path)
+    model.load()
+    with model.trace(IDS) as tracer:
+        with pytest.raises(PathError, match=r"BertModel .*logits"):
+            model.logits.save()
+        hidden = tracer.output.last_hidden_state.save()
+        last = model.encoder.layer[-1].output[0].save()
+    with torch.no_grad():
+        expected = plain(IDS).last_hidden_state
+    torch.testing.assert_close(hidden.value, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(last.value, expected, atol=1e-5, rtol=0)
 
 
 def test_a_masked_model_is_read_and_written_as_by_hooks(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from insitu.graph.errors import LoadError
 from insitu.graph.location import Location
+from insitu.models.new_weights import new_adapter_weights
 
 _NAME = "default"  # of an adapter that Transformers loads
 
@@ -41,17 +42,19 @@ class Adapter(NamedTuple):
         tree.add_adapter(config, adapter_name=_NAME)
         return tree
 
-    def load_into(self, module: Any) -> Any:
-        """Returns a model with the adapter's layers in it, with their weights."""
+    def load_into(self, module: Any) -> tuple[Any, list[str]]:
+        """Returns a model with the adapter's layers in it, and which of their weights are new."""
         from peft import PeftConfig, PeftModel
 
         config = PeftConfig.from_pretrained(self.place, **self.where)
         if config.is_prompt_learning:
             module = PeftModel.from_pretrained(module, self.place, **self.where)
+            anew: list[str] = []  # a prompt that its file lacks is an error already
         else:
             kwargs = dict(self.where)
             module.load_adapter(self.place, adapter_name=_NAME, adapter_kwargs=kwargs)
-        return module.eval()
+            anew = new_adapter_weights(module, self.place, self.where, _NAME)
+        return module.eval(), anew
 
 
 def find_adapter(place: str, where: Mapping[str, Any], location: Location) -> Adapter | None:

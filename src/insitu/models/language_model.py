@@ -64,12 +64,16 @@ class LanguageModel(Model):
         tokenizer: a tokenizer to use in place of the model's own.
         task: what it is loaded for: "causal", "masked" or "encoder-decoder", or a name that
             Hugging Face has for one of them, such as "text-generation", "fill-mask" or
-            "text2text-generation". Unless given, what its weights were saved for.
+            "text2text-generation". Unless given, the model is of the class that its weights were
+            saved from: what was saved without a head has no logits.
+        allow_new_weights: whether weights that the files lack may be drawn at random, others at
+            each load. Unless given, that is an error.
         kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision`,
             `quantization_config` and whatever else it takes.
 
     Raises:
-        LoadError: if there is no such model.
+        LoadError: if there is no such model. `load()` and the first run raise it if the files lack
+            weights.
         OptionError: if it is no language model, or there is none of its type for the task.
 
     Example:
@@ -88,17 +92,22 @@ class LanguageModel(Model):
         tokenizer: Any = None,
         *,
         task: str | None = None,
+        allow_new_weights: bool = False,
         **kwargs: Any,
     ) -> None:
         location = here()
         if isinstance(model, nn.Module):
             given = dict(kwargs) if task is None else {"task": task, **kwargs}
+            if allow_new_weights:
+                given["allow_new_weights"] = True
             self._wrap(model, given, location)
         else:
             from insitu.models.tasks import language_class
 
             choose = partial(language_class, asked=task)
-            source = self._open(model, kwargs, choose, location)
+            source = self._open(
+                model, kwargs, choose, location, allow_new_weights, task is not None
+            )
             if tokenizer is None:
                 tokenizer = source.tokenizer()
         vars(self)["_tokenizer"] = tokenizer
@@ -131,15 +140,20 @@ class LanguageModel(Model):
         self,
         name: str | os.PathLike[str],
         kwargs: dict[str, Any],
-        choose: Callable[[Any, Location], Any],
+        choose: Callable[[Any, Location, str], Any],
         location: Location,
+        allow_new_weights: bool,
+        asked: bool,
     ) -> Source:
         """Takes a model in files, and returns where it comes from."""
         from insitu.models.loading import Source
+        from insitu.models.tasks import no_language_model
 
-        source = Source(os.fspath(name), kwargs, choose, location)
+        source = Source(os.fspath(name), kwargs, choose, location, allow_new_weights, asked)
         tree = source.tree()
         super().__init__(source.weights(location) if tree is None else tree)
+        if not reads_tokens(self._module):
+            raise OptionError(no_language_model(source.config), location)
         vars(self).update(_config=source.config, _source=None if tree is None else source)
         return source
 

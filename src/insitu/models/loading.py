@@ -18,6 +18,8 @@ from insitu import zoo
 from insitu.graph.errors import LoadError
 from insitu.graph.location import Location
 from insitu.models.adapters import find_adapter
+from insitu.models.new_weights import new_weights, refusal
+from insitu.models.reachability import without_server
 
 # Arguments of `from_pretrained` that say where files are, so config and tokenizer need them too.
 _WHERE = frozenset(
@@ -35,8 +37,10 @@ class Source:
         name: a repo id, a folder, or the name of a bundled model. It may have an adapter of PEFT
             in place of a model.
         kwargs: keyword arguments for `from_pretrained`.
-        choose: gives the class to load it with, for its config.
+        choose: gives the class to load it with, for its config and its place.
         location: the user's line.
+        allow_new_weights: whether weights that no file has may be drawn at random.
+        asked: whether the user chose the class, and not the config.
 
     Raises:
         LoadError: if there is no such model.
@@ -46,18 +50,23 @@ class Source:
         self,
         name: str,
         kwargs: dict[str, Any],
-        choose: Callable[[Any, Location], Any],
+        choose: Callable[[Any, Location, str], Any],
         location: Location,
+        allow_new_weights: bool = False,
+        asked: bool = False,
     ) -> None:
         self.name = name
         self._place = zoo.folder(name) or name
         self._kwargs = kwargs
         self._where = {key: kwargs[key] for key in kwargs.keys() & _WHERE}
+        self._allow_new_weights, self._asked = allow_new_weights, asked
+        self._silence = self._ask()
         self._adapter = find_adapter(self._place, self._where, location)
         if self._adapter is not None:
             self._place = zoo.folder(self._adapter.base) or self._adapter.base
+            self._silence = self._silence or self._ask()
         self.config = self._config(location)
-        self._class = choose(self.config, location)
+        self._class = choose(self.config, location, self._place)
 
     def tokenizer(self) -> Any:
         """Returns the tokenizer, or the error with which loading it failed."""
@@ -102,15 +111,25 @@ class Source:
             LoadError: if the files cannot be read.
         """
         try:
-            module = self._class.from_pretrained(self._place, **self._kwargs)
+            kwargs = {**self._kwargs, "output_loading_info": True}
+            if without_server(self._place, self._where) is not None:
+                kwargs["local_files_only"] = True
+            loaded = self._class.from_pretrained(self._place, **kwargs)
+            # A class of a repository's own code may not know the option.
+            module, report = loaded if isinstance(loaded, tuple) else (loaded, {})
+            anew = new_weights(module, report)
             if self._adapter is not None and self._adapter.base != self._adapter.place:
-                module = self._adapter.load_into(module)
+                module, more = self._adapter.load_into(module)
+                anew += more
         except Exception as error:
             raise LoadError(
                 f"The weights of {self.name!r} cannot be loaded: {type(error).__name__}: "
                 f"{_first_line(error)}",
                 location,
             ) from error
+        if anew and not self._allow_new_weights:
+            kind = type(module).__name__
+            raise LoadError(refusal(self.name, kind, anew, self._asked), location)
         return module
 
     def knows_dtypes(self, tree: nn.Module) -> bool:
@@ -132,6 +151,13 @@ class Source:
         names = ("dtype", "torch_dtype")
         return isinstance(asked, torch.dtype) or any(getattr(self.config, n, None) for n in names)
 
+    def _ask(self) -> str | None:
+        """Why the server does not answer, None if it does; then only local files are used."""
+        silence = without_server(self._place, self._where)
+        if silence is not None:
+            self._where["local_files_only"] = True
+        return silence
+
     def _config(self, location: Location) -> Any:
         """The model's config."""
         from transformers import AutoConfig
@@ -148,7 +174,7 @@ class Source:
             raise LoadError(
                 f"{name!r} cannot be loaded: {model} is no folder with a model, no bundled model "
                 f"({', '.join(map(repr, zoo.names()))}), and no repository that can be reached. "
-                f"{_first_line(error)}",
+                f"{self._silence or _first_line(error)}",
                 location,
             ) from error
 

@@ -76,7 +76,9 @@ class Model(Handle):
 
     @classmethod
     @short_tracebacks
-    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, allow_new_weights: bool = False, **kwargs: Any
+    ) -> Self:
         """Returns a model of Transformers of any kind, such as of images or of speech.
 
         It is of the class that its weights were saved from. Its config is read at once; the
@@ -85,6 +87,8 @@ class Model(Handle):
 
         Args:
             name: a repo id or a folder. It may have an adapter of PEFT in place of a model.
+            allow_new_weights: whether weights that the files lack may be drawn at random, others
+                at each load. Unless given, that is an error.
             kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision`
                 and whatever else it takes.
 
@@ -93,13 +97,13 @@ class Model(Handle):
             or a feature extractor returns, as in `model.trace(**inputs)`.
 
         Raises:
-            LoadError: if there is no such model.
+            LoadError: if there is no such model. `load()` raises it if files lack weights.
         """
         from insitu.models.loading import Source
         from insitu.models.tasks import saved_class
 
         location = here()
-        source = Source(os.fspath(name), kwargs, saved_class, location)
+        source = Source(os.fspath(name), kwargs, saved_class, location, allow_new_weights)
         tree = source.tree()
         model = cls(source.weights(location) if tree is None else tree)
         if tree is not None:

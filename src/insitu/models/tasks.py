@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location
+from insitu.models.weight_names import fullest, parameters_of
 
 
 class Task(NamedTuple):
@@ -53,16 +54,15 @@ _SEEING = (  # tables of models that take images or sound with their text
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
     ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING"),
 )
-# Of classes without a head, or with more than one: what they say about the task is nothing.
-_OF_NO_TASK = ("MODEL_MAPPING", "MODEL_FOR_PRETRAINING_MAPPING")
 
 
-def language_class(config: Any, location: Location, asked: str | None = None) -> Any:
-    """Returns the class that a language model is loaded with.
+def language_class(config: Any, location: Location, place: str, asked: str | None = None) -> Any:
+    """Returns the class that a language model is loaded with: the one that it was saved from.
 
     Args:
         config: the model's config.
         location: the user's line.
+        place: the folder or repository of its weights.
         asked: the name of a task, None for the one that the weights were saved for.
 
     Raises:
@@ -72,25 +72,34 @@ def language_class(config: Any, location: Location, asked: str | None = None) ->
 
     if asked is not None:
         return getattr(transformers, _asked(config, asked, location).auto)
-    possible = [task for task in TASKS if type(config) in getattr(transformers, task.table)]
     for task in TASKS:
         if _named(config, task.auto, task.table):
             return getattr(transformers, task.auto)
-    if not _says_nothing(config):
-        raise OptionError(_no_language_model(config, possible), location)
-    for name in _likely(config):
-        for task in possible:
-            if task.name == name:
-                return getattr(transformers, task.auto)
-    raise OptionError(_no_language_model(config, possible), location)
+    if any(_named(config, *seeing) for seeing in _SEEING):
+        raise OptionError(no_language_model(config), location)
+    possible = {
+        task.name: task for task in TASKS if type(config) in getattr(transformers, task.table)
+    }
+    likely = [possible[name] for name in _likely(config) if name in possible]
+    if _is_known(config):
+        saved = saved_class(config, location)
+        heads = [task for task in likely if _has_head(config, saved, task)]
+        return getattr(transformers, heads[0].auto) if heads else saved
+    if not likely:
+        raise OptionError(no_language_model(config), location)
+    classes = [
+        getattr(transformers, name) for name in (*(task.auto for task in likely), "AutoModel")
+    ]
+    return fullest(classes, config, place)
 
 
-def vision_language_class(config: Any, location: Location) -> Any:
+def vision_language_class(config: Any, location: Location, place: str) -> Any:
     """Returns the class that a language model with eyes, or ears, is loaded with.
 
     Args:
         config: the model's config.
         location: the user's line.
+        place: the folder or repository of its weights.
 
     Raises:
         OptionError: if it is no such model.
@@ -108,12 +117,13 @@ def vision_language_class(config: Any, location: Location) -> Any:
     )
 
 
-def saved_class(config: Any, location: Location) -> Any:
+def saved_class(config: Any, location: Location, place: str = "") -> Any:
     """Returns the class that a model's weights were saved from.
 
     Args:
         config: the model's config.
         location: the user's line.
+        place: the folder or repository of its weights.
     """
     import transformers
 
@@ -170,29 +180,41 @@ def _classes(table: Any, config: Any) -> Iterator[str]:
             yield kind.__name__
 
 
-def _says_nothing(config: Any) -> bool:
-    """Whether the classes that a config names leave its task open."""
+def _is_known(config: Any) -> bool:
+    """Whether a config names a class that there is."""
     import transformers
 
     names = _architectures(config)
-    open_names = {
-        name for table in _OF_NO_TASK for name in _classes(getattr(transformers, table), config)
-    }
-    return all(name in open_names or not hasattr(transformers, name) for name in names)
+    remote = (getattr(config, "auto_map", None) or {}).values()
+    known = {name for name in names if hasattr(transformers, name)}
+    return bool(known) or any(one.rpartition(".")[2] in names for one in remote)
 
 
-def _no_language_model(config: Any, possible: Sequence[Task]) -> str:
+def _has_head(config: Any, saved: Any, task: Task) -> bool:
+    """Whether a class with several heads, for pretraining, has the head for a task among them."""
+    import transformers
+
+    table = transformers.MODEL_FOR_PRETRAINING_MAPPING
+    if _architectures(config).isdisjoint(_classes(table, config)):
+        return False
+    wanted = parameters_of(getattr(transformers, task.auto), config)
+    return wanted is not None and wanted <= (parameters_of(saved, config) or set())
+
+
+def no_language_model(config: Any) -> str:
+    """Returns the message of an error about a model that is none of language.
+
+    Args:
+        config: the model's config.
+    """
     import transformers
 
     message = f"{_described(config)} is no language model."
     if any(type(config) in getattr(transformers, table, ()) for _, table in _SEEING):
-        message += " It takes images or sound with its text: load it with `VisionLanguageModel`."
-    else:
-        message += " Load it with `Model.from_pretrained`."
-    if possible:
-        names = " or ".join(f"`task={task.name!r}`" for task in possible)
-        message += f" To load its weights as a language model nevertheless, pass {names}."
-    return message
+        return (
+            message + " It takes images or sound with its text: load it with `VisionLanguageModel`."
+        )
+    return message + " Load it with `Model.from_pretrained`."
 
 
 def _described(config: Any) -> str:

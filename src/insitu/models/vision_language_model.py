@@ -24,24 +24,34 @@ class VisionLanguageModel(LanguageModel):
     Args:
         model: a repo id, a folder, or a Transformers model in memory.
         processor: a processor to use in place of the model's own.
+        allow_new_weights: as of `LanguageModel`.
         kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision`,
             `quantization_config` and whatever else it takes.
 
     Raises:
-        LoadError: if there is no such model.
+        LoadError: if there is no such model. `load()` and the first run raise it if the files lack
+            weights.
         OptionError: if it takes nothing but text, or has no language.
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | nn.Module, processor: Any = None, **kwargs: Any
+        self,
+        model: str | os.PathLike[str] | nn.Module,
+        processor: Any = None,
+        *,
+        allow_new_weights: bool = False,
+        **kwargs: Any,
     ) -> None:
         location = here()
         if isinstance(model, nn.Module):
-            self._wrap(model, kwargs, location)
+            given = {"allow_new_weights": True} if allow_new_weights else {}
+            self._wrap(model, {**given, **kwargs}, location)
         else:
             from insitu.models.tasks import vision_language_class
 
-            source = self._open(model, kwargs, vision_language_class, location)
+            source = self._open(
+                model, kwargs, vision_language_class, location, allow_new_weights, False
+            )
             if processor is None:
                 processor = source.processor()
         tokenizer = getattr(processor, "tokenizer", None)

@@ -290,7 +290,11 @@ class Names:
     def _logits(self) -> Entry:
         spot = self._body.logits()
         if spot is None:
-            return Missing("this model gives no logits.")
+            kind = type(self._body.model.module).__name__
+            return Missing(
+                f"a {kind} gives no logits: its values are read where they are, as "
+                "`residual_out` or `block_out` of a block, or in `model.output`."
+            )
         return Named(spot.path, spot.kind, spot.call, spot.item)
 
     def _number(self, name: str) -> Entry:
