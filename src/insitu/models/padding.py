@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu.models.attention import SETTING
 from insitu.models.calls import arguments
+from insitu.models.configuration import said
 from insitu.models.padding_trial import Padding, find_padding
 from insitu.models.prompts import Prompt, Side, positions_of
 from insitu.models.rotary import warn_of_lengths
@@ -34,7 +36,7 @@ def padding_of(model: LanguageModel, dry: bool = False) -> Padding:
     if not model.loaded and dry:
         return _supposed(model)
     model.load()
-    known, implementation = model.paddings, model.config._attn_implementation
+    known, implementation = model.paddings, said(model.config, SETTING)
     if implementation not in known:
         known[implementation] = _tried(model)
     return known[implementation]
@@ -80,7 +82,7 @@ def _sees_media(model: LanguageModel, prompt: Prompt) -> bool:
 def _supposed(model: LanguageModel) -> Padding:
     """The padding of a model as far as its structure tells."""
     module: Any = model.module
-    causal = not model.config.is_encoder_decoder and (
+    causal = not model.is_encoder_decoder and (
         getattr(module, "can_generate", lambda: False)()
         or any(getattr(part, "is_causal", False) is True for part in module.modules())
     )

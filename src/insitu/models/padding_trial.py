@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from insitu.models.configuration import said, text_config
 from insitu.models.prompts import Prompt, Side, positions_of
 from insitu.models.trial import alike, undisturbed
 
@@ -77,14 +78,16 @@ def find_padding(
         if takes_positions:
             ways.append({"position_ids": positions_of(mask)})
         right = [_agrees(run, padded, way, alone) for way in ways]
-        causal = not config.is_encoder_decoder and _looks_back(run, rows, alone, vocabulary, pad_id)
+        causal = not said(config, "is_encoder_decoder") and _looks_back(
+            run, rows, alone, vocabulary, pad_id
+        )
     exact, positions = any(right), len(right) > 1 and right[-1]
     return Padding("left" if causal and exact else "right", exact, positions, right[0])
 
 
 def _lengths(config: Any, context: int | None) -> list[int]:
     """Lengths of prompts, one of which a small window does not hold."""
-    text = config.get_text_config()
+    text = text_config(config)
     windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
     small = [w for w in windows if isinstance(w, int) and 0 < w <= _LONGEST_WINDOW]
     lengths = [_LENGTHS[0], max(_LENGTHS[1], *(w + 3 for w in small), 0), _LENGTHS[2]]
