@@ -109,5 +109,6 @@ class MissingPackageError(InsituError, ImportError):
 
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
     """Returns " (nearest: 'a', 'b')" for the candidates closest to a name, or "" if none is."""
-    close = difflib.get_close_matches(name, [*dict.fromkeys(candidates)], n=most, cutoff=0.5)
+    others = [other for other in dict.fromkeys(candidates) if other != name]  # that is refused
+    close = difflib.get_close_matches(name, others, n=most, cutoff=0.5)
     return f" (nearest: {', '.join(map(repr, close))})" if close else ""

@@ -66,7 +66,13 @@ class Location(NamedTuple):
         """The source of the line, or "" where it cannot be had."""
         if isinstance(self.code, SourceLine):
             return self.code.text
-        return linecache.getline(self.file, self.line).strip()
+        text = linecache.getline(self.file, self.line)
+        if len(text) > _LONGEST:  # the expression of it that was running
+            positions = islice(self.code.co_positions(), self.instruction // 2, None)
+            start, end, first, last = next(positions, (None,) * 4)
+            if start == end and first is not None and last is not None:
+                return text.encode()[first:last].decode(errors="replace").strip()
+        return text.strip()
 
     def __str__(self) -> str:
         place = f'  File "{self.file}", line {self.line}'
@@ -78,6 +84,7 @@ def _folder(package: str) -> str:
     return f"{Path(spec.origin).parent}/" if spec and spec.origin else f"<no {package}>"
 
 
+_LONGEST = 110  # characters of a line that is shown whole
 _OURS = f"{Path(__file__).parents[1]}/"
 _CALLING_BACK = (_OURS, _folder("torch"), _folder("einops"), contextlib.__file__)
 """Files of functions that call back into a proxy, and of context managers around a block."""

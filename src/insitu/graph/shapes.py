@@ -109,7 +109,8 @@ def length_of(value: Any, recording: Recording, ref: Ref) -> int:
         return len(value)
     node = recording.graph[ref.index]
     raise ShapeError(
-        f"`{expression(recording.graph, ref.index)}` has no length: it is one number.",
+        f"`{expression(recording.graph, ref.index)}` is one number and no sequence, and it has "
+        "no value while the block is open: save it, and use its value after the block.",
         node.location,
     )
 

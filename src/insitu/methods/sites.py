@@ -40,6 +40,9 @@ _AXES = {
 """The axes of each name's value, behind that of the rows of the prompt."""
 
 
+_NORMS = ("norm_1.output", "norm_2.output")
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """A value that every block has, by its standard name.
@@ -54,8 +57,8 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The last word of its key, such as "z"."""
-        return self.key.rpartition(".")[2]
+        """The last word of its key, such as "z"; of the output of a norm, all of it."""
+        return self.key if self.key in _NORMS else self.key.rpartition(".")[2]
 
     def read(self, model: LanguageModel, layer: int) -> Any:
         """Returns the proxy of its value in a block, `(1, *axes)`, in an open invocation."""
@@ -91,11 +94,10 @@ def site_of(name: str) -> Site:
         OptionError: if there is none of that name.
     """
     key = spelled(name)
-    axes = _AXES.get(key.rpartition(".")[2]) if key is not None else None
+    axes = None if key is None else _STREAM if key in _NORMS else _AXES.get(key.split(".")[-1])
     if key is None or axes is None:
-        raise OptionError(
-            f"No value of a block is called {name!r}{nearest(name, [*_AXES, *OF_BLOCK])}.", here()
-        )
+        there = [*_AXES, *OF_BLOCK]
+        raise OptionError(f"No value of a block is called {name!r}{nearest(name, there)}.", here())
     return Site(key, axes)
 
 

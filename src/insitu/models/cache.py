@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from insitu.graph.location import here
 from insitu.models.keys import spelled
 
 _PLACES = ("", "hook_", "attn.hook_", "mlp.hook_")  # of TransformerLens's short names
+_PARTS = {"a": "attn", "m": "mlp"}  # TransformerLens's short forms
 
 
 class ActivationCache(Mapping[str, torch.Tensor]):
@@ -91,13 +92,9 @@ class ActivationCache(Mapping[str, torch.Tensor]):
             )
         return torch.stack(values)
 
-    def __getitem__(self, key: str | tuple[str, int]) -> torch.Tensor:
+    def __getitem__(self, key: str | tuple[str, int] | tuple[str, int, str]) -> torch.Tensor:
         if isinstance(key, tuple):
-            name, layer = key
-            found = self._found(name, layer + self._layers if layer < 0 else layer)
-            if found is None:
-                raise self._lacking(f"blocks.{layer}.{spelled(name) or name}", name)
-            key = found
+            key = self._key(key)
         value = self._values.get(key)
         if value is not None:
             return value
@@ -109,8 +106,10 @@ class ActivationCache(Mapping[str, torch.Tensor]):
 
     def __contains__(self, key: object) -> bool:
         if isinstance(key, tuple):
-            name, layer = key
-            return self._found(name, layer + self._layers if layer < 0 else layer) is not None
+            try:
+                key = self._key(cast("tuple[Any, ...]", key))
+            except NotCachedError:
+                return False
         if not isinstance(key, str):
             return False
         return key in self._values or self._aliases.get(key, ("", False))[0] in self._values
@@ -136,6 +135,30 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         for name, (_, what) in zip(names, groups, strict=True):
             lines.append(f"  {name:<{width}}  {what}")
         return "\n".join(lines)
+
+    def _key(self, key: tuple[Any, ...]) -> str:
+        """The key that a name and the number of a block are short for.
+
+        As in TransformerLens, the part of the block may follow: `("scale", 0, "ln1")`.
+        """
+        name, layer, *part = key if len(key) > 1 else (*key, None)
+        if not isinstance(name, str) or type(layer) is not int or len(part) > 1:
+            raise NotCachedError(
+                f"{key!r} is no name with the number of a block, as in `cache['z', 3]`.", here(3)
+            )
+        if not -self._layers <= layer < self._layers:
+            raise NotCachedError(
+                f"There is no block {layer}: the model has {self._layers}, 0 to "
+                f"{self._layers - 1}.",
+                here(3),
+            )
+        layer %= self._layers
+        if part:
+            return f"blocks.{layer}.{_PARTS.get(part[0], part[0])}.hook_{name}"
+        found = self._found(name, layer)
+        if found is None:
+            raise self._lacking(f"blocks.{layer}.{spelled(name) or name}", name)
+        return found
 
     def _found(self, name: str, layer: int) -> str | None:
         """The key of a value of a block, by its name in short."""

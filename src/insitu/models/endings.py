@@ -63,8 +63,12 @@ def find_endings(body: Body) -> Endings:
             post = None if block.mlp is None else block.mlp.post
             heads[path] = ways.between(ways.value(z), block.added.get("attention_out"))
             neurons[path] = ways.between(ways.value(post), block.added.get("mlp_out"))
+        spot = body.logits()
         return Endings(
-            ways.between(final, body.logits()), ways.between(final, made), heads, neurons
+            "it gives no logits." if spot is None else ways.between(final, spot),
+            ways.between(final, made),
+            heads,
+            neurons,
         )
 
 

@@ -29,12 +29,13 @@ class Hook:
     """
 
     def __init__(self, model: LanguageModel, hooks: TransformerLens, name: str) -> None:
-        entry = hooks.entry(name)
+        entry = hooks.entry(name) if isinstance(name, str) else None
         if isinstance(entry, Missing):
             raise PathError(f"The model has no `{name}`: {entry.reason}", here())
         if not isinstance(entry, Named):
             raise PathError(
-                f"TransformerLens has no hook {name!r} in this model{hooks.near(name)}.", here()
+                f"TransformerLens has no hook {name!r} in this model{hooks.near(str(name))}.",
+                here(),
             )
         self._model = model
         self._name = name

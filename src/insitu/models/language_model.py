@@ -96,6 +96,12 @@ class LanguageModel(Model):
         **kwargs: Any,
     ) -> None:
         location = here()
+        if not isinstance(model, str | os.PathLike | nn.Module):
+            raise OptionError(
+                "A model is given as a repo id, a folder, or a module of Transformers, not as "
+                f"{model!r:.80}.",
+                location,
+            )
         if isinstance(model, nn.Module):
             given = dict(kwargs) if task is None else {"task": task, **kwargs}
             if allow_new_weights:
@@ -271,9 +277,10 @@ class LanguageModel(Model):
         given = self._given(prompt, kwargs, "trace") if kwargs else self._given_alone(prompt)
         forward = self._forward
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
-            if max_tokens_per_pass is not None and max_tokens_per_pass < 1:
+            most = max_tokens_per_pass
+            if most is not None and (type(most) is not int or most < 1):
                 raise OptionError(
-                    f"`max_tokens_per_pass` is at least 1, not {max_tokens_per_pass!r}.", here()
+                    f"`max_tokens_per_pass` is a whole number from 1, not {most!r}.", here()
                 )
             forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
         return Tracer(self, forward, given)

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from insitu import zoo
-from insitu.graph.errors import LoadError
+from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import Location
 from insitu.models.adapters import find_adapter
 from insitu.models.new_weights import new_weights, refusal
 from insitu.models.reachability import without_server
+from insitu.tracing.habits import OF_LOADING, habit
 
 # Arguments of `from_pretrained` that say where files are, so config and tokenizer need them too.
 _WHERE = frozenset(
@@ -55,6 +56,11 @@ class Source:
         allow_new_weights: bool = False,
         asked: bool = False,
     ) -> None:
+        for option in kwargs:
+            if option in OF_LOADING:
+                raise OptionError(
+                    f"There is no option `{option}` here{habit(option, OF_LOADING)}.", location
+                )
         self.name = name
         self._place = zoo.folder(name) or name
         self._kwargs = kwargs

@@ -308,8 +308,8 @@ class Model(Handle):
         from insitu.display.module_tree import ModuleTree, branches
         from insitu.models.checking.inventory import names_by_module
 
-        if depth is not None and depth < 1:
-            raise OptionError(f"A tree is at least 1 deep, and not {depth}.", here())
+        if depth is not None and (type(depth) is not int or depth < 1):
+            raise OptionError(f"A tree is at least 1 deep, and not {depth!r}.", here())
         found = branches(self._module, depth)
         with self.vocabulary.quiet():
             names = names_by_module(self, [branch.path for branch in found])

@@ -34,7 +34,8 @@ def select(filters: Filters, vocabulary: Vocabulary, hooks: TransformerLens) -> 
         return _there(wanted, lambda key: entry_of(vocabulary, key))
     chosen: dict[str, Named] = {}
     single = isinstance(filters, str | re.Pattern) or callable(filters)
-    for one in cast("Iterable[Filter]", [filters] if single else filters):
+    listed = single or isinstance(filters, Iterable)
+    for one in cast("Iterable[Filter]", filters if listed and not single else [filters]):
         if isinstance(one, str) and not set(one) & set("*?["):
             within = spelled(one)
             if within is None:

@@ -188,7 +188,8 @@ class Tape:
         if not inputs and loss.requires_grad:
             raise ExecutionError(
                 "Nothing wants a gradient of this backward pass: no `.grad` is used in the block, "
-                "and no tensor of yours that requires one.",
+                "and no tensor of yours that requires one. The model's own weights get theirs "
+                "where they are named: `loss.backward(inputs=[...])`, of `model.module`.",
                 self._graph[index].location,
             )
         outputs = {"grad_outputs": options.pop("gradient", None), "allow_unused": True}

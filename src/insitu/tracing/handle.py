@@ -26,6 +26,7 @@ from insitu.graph.errors import (
 from insitu.graph.location import Location, here, mark
 from insitu.graph.node import readable
 from insitu.runtime.procedure import Subject
+from insitu.tracing.habits import OF_MODULES, habit
 from insitu.tracing.inside import Operations
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
@@ -146,7 +147,7 @@ class Handle(Call):
         if isinstance(entry, Given):
             return entry.value
         if isinstance(entry, Roles):
-            return [self._at(path) for path in entry.paths]
+            return Handles(name, [self._at(path) for path in entry.paths])
         if isinstance(entry, Role):
             return Part(self._model, entry) if entry.part else self._at(entry.path)
         raise PathError(f"`{self._written()}` has no `{name}`: {entry.reason}", here(3))
@@ -190,6 +191,12 @@ class Handle(Call):
         try:
             child = self._items[key] = self._child(names[key])
             return child
+        except TypeError:
+            raise PathError(
+                f"Modules are reached by number, name or slice, so there is no "
+                f"`{self._written()}[{key!r}]`.",
+                here(),
+            ) from None
         except IndexError:
             raise IndexOutOfRangeError(
                 f"`{self._written()}` holds {len(names)} modules, so there is no "
@@ -232,6 +239,8 @@ class Handle(Call):
                 f"`{self._written()}.{name}` is a parameter or buffer, not a module: reach it as "
                 f"`{self._written()}.module.{name}`."
             )
+        if name in OF_MODULES:
+            return f"`{self._written()}` has no `{name}`{habit(name, OF_MODULES)}."
         children = list(module._modules)
         found = nearest(name, children)
         elsewhere = [
@@ -245,6 +254,28 @@ class Handle(Call):
             listed = ", ".join(map(repr, children[:6])) + (", ..." if len(children) > 6 else "")
             found = f" (it has: {listed})"
         return f"`{self._written()}` has no module {name!r}{found}."
+
+
+class Handles(list[Handle]):
+    """Handles of modules of one kind, such as `model.blocks`.
+
+    Args:
+        name: their standard name.
+        handles: the handles.
+    """
+
+    def __init__(self, name: str, handles: list[Handle]) -> None:
+        super().__init__(handles)
+        self._name = name
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return list.__getitem__(self, key)
+        except IndexError:
+            raise IndexOutOfRangeError(
+                f"`{self._name}` has {len(self)} entries, so there is no `{self._name}[{key}]`.",
+                here(),
+            ) from None
 
 
 class Part(Handle):

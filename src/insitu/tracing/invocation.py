@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from insitu.graph.errors import BlockError, NoValueError, UnknownShapeError
+from insitu.graph.errors import BlockError, NoValueError, PathError, UnknownShapeError
 from insitu.graph.intervention import skip, write
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Address, Kind, Ref, Site
@@ -18,6 +18,7 @@ from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR, Called
 from insitu.runtime.memory import Memory
 from insitu.runtime.probe import Copies, Probe
+from insitu.tracing.habits import OF_BLOCKS, habit
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.scope import Scope
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
@@ -58,6 +59,12 @@ class Invocation(Scope):
         self.current_step = 0
         self._probe: Probe | None = None
         self.result: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        there = [own for own in dir(type(self)) if not own.startswith("_")]
+        raise PathError(f"An invocation has no `{name}`{habit(name, OF_BLOCKS, there)}.", here())
 
     def __enter__(self) -> Invocation:
         if not self.tracer.is_open:

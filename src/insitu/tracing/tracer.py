@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,6 +22,7 @@ from insitu.graph.errors import (
     NeverRanError,
     NoValueError,
     OptionError,
+    PathError,
     UnknownShapeError,
 )
 from insitu.graph.location import Location, Mark, here, mark, user_frame
@@ -40,6 +41,7 @@ from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Planned, Summary
 from insitu.tracing.beforehand import check_fit
+from insitu.tracing.habits import OF_BLOCKS, habit
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.planning import prepare
@@ -84,6 +86,19 @@ class Tracer:
         self._dry = dry
         self._done = self.is_open = False
         self._session: Session | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        there = [own for own in dir(type(self)) if not own.startswith("_")]
+        raise PathError(f"A block has no `{name}`{habit(name, OF_BLOCKS, there)}.", here())
+
+    def __getitem__(self, key: object) -> NoReturn:
+        raise BlockError(
+            "A block is no output: write `with model.generate(prompt) as generator:`, and after it "
+            "`generator.output`.",
+            here(),
+        )
 
     @property
     def graph(self) -> Graph:
@@ -274,6 +289,10 @@ class Tracer:
             return self._implicit.output
         if self._result is None:
             reason = "its run failed" if self._done else "the model runs when the block ends"
+            if not (self._done or self.is_open):
+                reason = (
+                    "its block was never entered: write `with model.generate(...) as generator:`"
+                )
             if self._ended:
                 reason = "`stop` ended the run"
             raise NoValueError(f"`generator.output` has no value: {reason}.", here())
@@ -339,6 +358,10 @@ class Tracer:
         Raises:
             BlockError: if it has several, or none so far.
         """
+        if not (self._done or self.is_open):
+            raise BlockError(
+                "The block was never entered: write `with model.trace(prompt) as tracer:`.", here(3)
+            )
         if len(self._invocations) != 1:
             raise BlockError(
                 "This block has its prompts in invocations: ask the `invoker` of "

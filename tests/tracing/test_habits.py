@@ -1,0 +1,208 @@
+"""What people type by habit of other libraries: an error with the line to write here."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertModel
+
+from insitu import (
+    BlockError,
+    IndexOutOfRangeError,
+    InsituError,
+    LanguageModel,
+    NotCachedError,
+    NoValueError,
+    OptionError,
+    PathError,
+    ShapeError,
+)
+from insitu.graph.errors import nearest
+from insitu.methods import Probe, logit_lens, probe
+
+TEXT = "The Louvre is in the city of"
+BERT = BertConfig(
+    vocab_size=131,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel("insitu/eiffel")
+
+
+OF_MODELS = {
+    "run_with_hooks": "model.hook(name)",
+    "add_hook": "model.hook(name)",
+    "add_perma_hook": "model.edit()",
+    "to_tokens": "model.tokenizer(prompt)",
+    "to_str_tokens": "model.tokenizer.tokenize(prompt)",
+    "to_string": "model.tokenizer.decode(ids)",
+    "cfg": "model.n_layers",
+    "hook_points": "model.hook(name)",
+    "invoke": "with tracer.invoke(prompt):",
+    "forward": "model.module(...)",
+    "next": "generator.step",
+    "source": "module.ops",
+    "dispatched": "model.loaded",
+}
+
+
+@pytest.mark.parametrize(("name", "line"), OF_MODELS.items())
+def test_a_method_of_another_library_names_the_line_to_write(
+    model: LanguageModel, name: str, line: str
+) -> None:
+    assert not hasattr(model, name)
+    for handle in (model, model.transformer.h[1]):
+        with pytest.raises(PathError) as caught:
+            getattr(handle, name)
+        assert line in str(caught.value)
+        assert os.path.basename(__file__) in str(caught.value)
+
+
+OF_BLOCKS = {
+    "all": "every_step",
+    "iter": "generator.steps",
+    "result": "tracer.output",
+    "cache": "run_with_cache",
+    "stop": "module.stop()",
+    "barrier": "one invocation in another",
+    "apply": "insitu.apply",
+    "outptu": "nearest: 'output'",
+}
+
+
+@pytest.mark.parametrize(("name", "line"), OF_BLOCKS.items())
+def test_a_method_that_blocks_do_not_have_names_the_line_to_write(
+    model: LanguageModel, name: str, line: str
+) -> None:
+    with model.trace() as tracer, tracer.invoke(TEXT) as invoker:
+        model.lm_head.output.save()
+        for one in (tracer,) if name in ("result", "stop") else (tracer, invoker):
+            assert not hasattr(one, name)
+            with pytest.raises(PathError) as caught:
+                getattr(one, name)
+            assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("use", "line"),
+    [
+        (lambda block: block.output, "never entered"),
+        (lambda block: block.logits, "never entered"),
+        (lambda block: block[0], "generator.output"),
+        (lambda block: list(block), "generator.output"),
+    ],
+)
+def test_a_block_that_was_not_entered_says_so(
+    model: LanguageModel, use: Callable[[Any], Any], line: str
+) -> None:
+    with pytest.raises((NoValueError, BlockError)) as caught:
+        use(model.generate(TEXT, max_new_tokens=2))
+    assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "option", ["dispatch", "fold_ln", "center_unembed", "default_prepend_bos", "n_devices"]
+)
+def test_options_of_loading_elsewhere_are_named_where_the_model_is_made(option: str) -> None:
+    with pytest.raises(OptionError, match=f"no option `{option}` here"):
+        LanguageModel("insitu/eiffel", **{option: True})
+    with pytest.raises(OptionError, match=f"no option `{option}` here"):
+        LanguageModel.from_pretrained("insitu/eiffel", **{option: False})
+
+
+def test_a_cache_tells_how_many_blocks_there_are(model: LanguageModel) -> None:
+    cache = model.run_with_cache(TEXT, ["z", "blocks.*.ln1.hook_scale"])
+    for layer in (6, 9, -7):
+        with pytest.raises(NotCachedError, match=f"no block {layer}: the model has 6, 0 to 5"):
+            cache["z", layer]
+        assert ("z", layer) not in cache
+    assert torch.equal(cache["z", -1], cache["z", 5])
+    assert torch.equal(cache["scale", 0, "ln1"], cache["blocks.0.ln1.hook_scale"])
+    assert torch.equal(cache["z", 2, "a"], cache["blocks.2.attn.hook_z"])
+    for key in (("z",), ("z", "3"), (3, "z"), ("z", 1.0), ("z", 0, "a", "b")):
+        with pytest.raises(NotCachedError, match=r"no name with the number"):
+            cache[key]
+
+
+def test_a_model_without_logits_says_that_it_has_none() -> None:
+    with pytest.raises(OptionError, match="it gives no logits"):
+        logit_lens(LanguageModel(BertModel(BERT).eval()), [11, 22, 33])
+
+
+def test_what_is_refused_is_not_offered() -> None:
+    assert nearest("norm_2.output", ["norm_2.output", "norm_1.output"]) == (
+        " (nearest: 'norm_1.output')"
+    )
+    assert nearest("logits", ["logits"]) == ""
+
+
+def test_a_norm_is_a_site_of_methods() -> None:
+    bert = LanguageModel(BertForMaskedLM(BERT).eval())
+    found = probe(bert, [[11, 22, 33], [44, 55, 66]] * 8, ["x", "y"] * 8, site="norm_2.output")
+    assert isinstance(found, Probe)
+    assert found.site == "norm_2.output"
+
+
+def test_a_backward_for_the_models_own_weights_names_inputs(model: LanguageModel) -> None:
+    with pytest.raises(InsituError, match=r"loss\.backward\(inputs="), model.trace(TEXT):
+        model.logits[0, -1].logsumexp(-1).backward()
+    weight = model.module.lm_head.weight
+    with model.trace(TEXT):
+        model.logits[0, -1].logsumexp(-1).backward(inputs=[weight])
+    logits = model.module(**model.tokenizer(TEXT, return_tensors="pt")).logits
+    (expected,) = torch.autograd.grad(logits[0, -1].logsumexp(-1), weight)
+    assert torch.allclose(weight.grad, expected, atol=1e-6)
+    weight.grad = None
+
+
+@pytest.mark.parametrize("function", [np.mean, np.sum, np.argmax])
+def test_the_line_is_the_users_where_numpy_calls(
+    model: LanguageModel, function: Callable[[Any], Any]
+) -> None:
+    with pytest.raises(InsituError) as caught, model.trace(TEXT):
+        function(model.lm_head.output)
+    assert caught.value.location is not None
+    assert caught.value.location.file == __file__
+
+
+def test_a_tokenizer_in_a_block_is_told_that_there_is_no_value_yet(model: LanguageModel) -> None:
+    with pytest.raises(ShapeError, match="no value while the block is open: save it"):
+        with model.trace(TEXT):
+            model.tokenizer.decode(model.logits[0, -1].argmax())
+
+
+@pytest.mark.parametrize(
+    ("use", "kind"),
+    [
+        (lambda m: LanguageModel(None), OptionError),
+        (lambda m: LanguageModel(3), OptionError),
+        (lambda m: LanguageModel(["insitu/eiffel"]), OptionError),
+        (lambda m: m.trace(TEXT, max_tokens_per_pass="3"), OptionError),
+        (lambda m: m.trace(TEXT, max_tokens_per_pass=2.5), OptionError),
+        (lambda m: m.tree("deep"), OptionError),
+        (lambda m: m.hook(3), PathError),
+        (lambda m: m.hook(None), PathError),
+        (lambda m: m.run_with_cache(TEXT, 7), OptionError),
+        (lambda m: m.run_with_cache(TEXT, [None]), OptionError),
+        (lambda m: m.blocks[6], IndexOutOfRangeError),
+        (lambda m: m.blocks[-7], IndexOutOfRangeError),
+        (lambda m: m.transformer.h[1.5], PathError),
+        (lambda m: m.transformer.h[None], PathError),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_errors_of_ours(
+    model: LanguageModel, use: Callable[[LanguageModel], Any], kind: type[Exception]
+) -> None:
+    with pytest.raises(kind) as caught:
+        use(model)
+    assert isinstance(caught.value, InsituError)
+    assert os.path.basename(__file__) in str(caught.value)
