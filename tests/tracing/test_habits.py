@@ -128,7 +128,7 @@ def test_a_cache_tells_how_many_blocks_there_are(model: LanguageModel) -> None:
     assert torch.equal(cache["z", -1], cache["z", 5])
     assert torch.equal(cache["scale", 0, "ln1"], cache["blocks.0.ln1.hook_scale"])
     assert torch.equal(cache["z", 2, "a"], cache["blocks.2.attn.hook_z"])
-    for key in (("z",), ("z", "3"), (3, "z"), ("z", 1.0), ("z", 0, "a", "b")):
+    for key in ((), ("z",), ("z", "3"), (3, "z"), ("z", 1.0), ("z", 0, "a", "b")):
         with pytest.raises(NotCachedError, match=r"no name with the number"):
             cache[key]
 

@@ -141,7 +141,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
 
         As in TransformerLens, the part of the block may follow: `("scale", 0, "ln1")`.
         """
-        name, layer, *part = key if len(key) > 1 else (*key, None)
+        name, layer, *part = (*key, None, None)[: max(2, len(key))]
         if not isinstance(name, str) or type(layer) is not int or len(part) > 1:
             raise NotCachedError(
                 f"{key!r} is no name with the number of a block, as in `cache['z', 3]`.", here(3)
@@ -154,7 +154,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
             )
         layer %= self._layers
         if part:
-            return f"blocks.{layer}.{_PARTS.get(part[0], part[0])}.hook_{name}"
+            return f"blocks.{layer}.{_PARTS.get(str(part[0]), part[0])}.hook_{name}"
         found = self._found(name, layer)
         if found is None:
             raise self._lacking(f"blocks.{layer}.{spelled(name) or name}", name)
