@@ -1,7 +1,9 @@
 """Runs what a test traces once more, from the bytes of its graph, and compares the two runs."""
 
+import dataclasses
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -141,7 +143,7 @@ def restore(tracer: Tracer, first: dict[str, Any]) -> None:
 
 def results(tracer: Tracer) -> tuple[Any, ...]:
     """All that a run hands over: what was saved, and what the model returned."""
-    saved = {index: cell.content for index, cell in tracer.recording.saves.items()}
+    saved = {index: cell._content for index, cell in tracer.recording.saves.items()}
     return saved, tracer._result, [invocation.result for invocation in tracer._invocations]
 
 
@@ -163,11 +165,15 @@ def same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, slice):
         return same((one.start, one.stop, one.step), (other.start, other.stop, other.step))
+    if dataclasses.is_dataclass(one) and not isinstance(one, type):
+        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
     if type(one).__eq__ is object.__eq__ and hasattr(one, "__dict__"):
         return same(vars(one), vars(other))
     return one == other or one != one
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
     plain = tensor.detach().resolve_conj().clone(memory_format=torch.contiguous_format)
     return plain.reshape(-1).view(torch.uint8)

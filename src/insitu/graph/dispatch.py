@@ -21,9 +21,13 @@ from insitu.graph.errors import OperationError, nearest
 from insitu.graph.location import here, mark
 from insitu.graph.node import NO_KWARGS, ref
 from insitu.graph.operations import BY_NAME, GETITEM, TENSOR_METHODS, Operation
-from insitu.graph.recorded import Recorded
+from insitu.graph.recorded import AnyRecorded, Recorded
 from insitu.graph.recording import Recording, branches
 from insitu.graph.structure import map_structure
+
+ENDED = Recording()
+"""Stands for the recording of a value that needs its own no more."""
+ENDED.open = False
 
 
 def record(
@@ -38,7 +42,11 @@ def record(
         kwargs: its keyword arguments.
     """
     first = args[0] if args else None
-    if isinstance(first, Recorded) and first._recording.open and first._recording.session is None:
+    if (
+        isinstance(first, AnyRecorded)
+        and first._recording.open
+        and first._recording.session is None
+    ):
         recording = first._recording
     else:
         recording = recording_of((args, dict(kwargs)))
@@ -71,7 +79,7 @@ def open_recordings(values: Any) -> list[Recording]:
     found: list[Recording] = []
 
     def leaf(item: Any) -> None:
-        if isinstance(item, Recorded) and item._recording.open:
+        if isinstance(item, AnyRecorded) and item._recording.open:
             found.append(item._recording)
 
     map_structure(leaf, values)
@@ -83,7 +91,7 @@ def at_once(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     location = here(3)
 
     def leaf(item: Any) -> Any:
-        return item.result(location) if isinstance(item, Recorded) else item
+        return item.result(location) if isinstance(item, AnyRecorded) else item
 
     args, kwargs = map_structure(leaf, (args, dict(kwargs)))
     return function(*args, **kwargs)
@@ -186,23 +194,33 @@ AUGMENTED = (
 )
 """Operators that can also write into what stands on their left: all of two sides but `@`."""
 
+OF_NUMPY = {
+    **{"subtract": "sub", "multiply": "mul", "divide": "truediv", "floor_divide": "floordiv"},
+    **{"remainder": "mod", "power": "pow", "less": "lt", "less_equal": "le", "greater": "gt"},
+    **{"greater_equal": "ge", "equal": "eq", "not_equal": "ne", "bitwise_and": "and_"},
+    **{"bitwise_or": "or_", "bitwise_xor": "xor", "left_shift": "lshift", "negative": "neg"},
+    **{"right_shift": "rshift", "absolute": "abs"},
+}
+"""NumPy's names for operators, where they are not those of Python's `operator`."""
 
-def add_operators(kind: type[Recorded]) -> None:
+
+def add_operators(target: type[AnyRecorded], kind: type[Recorded]) -> None:
     """Gives a class the methods of the registry, but for those that it has.
 
     Args:
-        kind: the class of proxies.
+        target: the class.
+        kind: the class of proxies that they return.
     """
     for operation in TENSOR_METHODS:
-        if operation.short not in vars(kind):
-            setattr(kind, operation.short, _method(kind, operation))
+        if not hasattr(target, operation.short):
+            setattr(target, operation.short, _method(kind, operation))
     for name in (*AUGMENTED, "matmul"):
         operation = BY_NAME[f"operator.{name}_" if name in ("and", "or") else f"operator.{name}"]
-        setattr(kind, f"__{name}__", _binary(kind, operation))
-        setattr(kind, f"__r{name}__", _reflected(kind, operation))
+        setattr(target, f"__{name}__", _binary(kind, operation))
+        setattr(target, f"__r{name}__", _reflected(kind, operation))
     for name in AUGMENTED:
-        setattr(kind, f"__i{name}__", _augmented(kind, BY_NAME[f"operator.i{name}"]))
+        setattr(target, f"__i{name}__", _augmented(kind, BY_NAME[f"operator.i{name}"]))
     for name in ("lt", "le", "gt", "ge", "eq", "ne", "getitem"):
-        setattr(kind, f"__{name}__", _binary(kind, BY_NAME[f"operator.{name}"]))
+        setattr(target, f"__{name}__", _binary(kind, BY_NAME[f"operator.{name}"]))
     for name in ("neg", "pos", "invert", "abs"):
-        setattr(kind, f"__{name}__", _unary(kind, BY_NAME[f"operator.{name}"]))
+        setattr(target, f"__{name}__", _unary(kind, BY_NAME[f"operator.{name}"]))

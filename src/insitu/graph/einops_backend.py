@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from einops._backends import AbstractBackend
 
-from insitu.graph.proxy import Proxy
+from insitu.graph.proxy import AnyProxy, Proxy
 
 
 class ProxyBackend(AbstractBackend):
@@ -24,7 +24,7 @@ class ProxyBackend(AbstractBackend):
     framework_name = "insitu"
 
     def is_appropriate_type(self, tensor: object) -> bool:  # noqa: D102
-        return isinstance(tensor, Proxy)
+        return isinstance(tensor, AnyProxy)
 
     def reduce(self, x: Proxy, operation: str, axes: Sequence[int]) -> Proxy:  # noqa: D102
         axes = sorted(axes, reverse=True)

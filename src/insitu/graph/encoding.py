@@ -17,7 +17,8 @@ import torch
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Function
-from insitu.graph.recorded import Recorded, refuse_structure
+from insitu.graph.recorded import AnyRecorded, refuse_structure
+from insitu.graph.saved import SavedTensor
 from insitu.graph.structure import map_structure
 
 if TYPE_CHECKING:
@@ -59,11 +60,13 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
         OperationError: if it holds anything that cannot be recorded.
         NoValueError: if it holds a value of another block that has none.
     """
-    if isinstance(value, torch.Tensor):
+    if type(value) is SavedTensor:
+        return value.constant()
+    if isinstance(value, torch.Tensor) and not isinstance(value, AnyRecorded):
         return value
 
     def leaf(item: Any) -> Any:
-        if isinstance(item, Recorded):
+        if isinstance(item, AnyRecorded):
             if item._recording is recording:
                 if not item._operand:
                     refuse_structure(item, Location(*mark))
@@ -77,6 +80,8 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
                 recording.carried += 1
                 return item._recording.carry(item, mark)
             return item.result(Location(*mark))
+        if type(item) is SavedTensor:
+            return item.constant()
         if type(item) in PLAIN or isinstance(item, torch.Tensor | Function):
             return item
         if type(item) is bool:
@@ -86,6 +91,12 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
             return cast(Any, item).item()
         if isinstance(item, int | float):
             return item
+        if hasattr(item, "__array_interface__"):
+            raise OperationError(
+                "An array of NumPy cannot be part of a recorded operation: write "
+                "`torch.as_tensor(array)` for it.",
+                Location(*mark),
+            )
         raise OperationError(
             f"{described(item)} cannot be part of a recorded operation: it may use values of "
             "this block, tensors, numbers, strings, dtypes and devices, and tuples, lists, "

@@ -21,7 +21,7 @@ from insitu.graph.operations import (
     SKIP,
     WRITE,
 )
-from insitu.graph.recorded import Recorded
+from insitu.graph.recorded import AnyRecorded, Recorded
 
 if TYPE_CHECKING:
     from insitu.graph.recording import Recording
@@ -71,7 +71,7 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
         if _is_whole(recording, value) or not (block and _may_be_structure(recording, standing)):
             standing = read  # of what was written before, nothing stays
     inputs = standing.inputs if type(value) is torch.Tensor else None
-    if isinstance(value, Recorded) and value._recording is recording:
+    if isinstance(value, AnyRecorded) and value._recording is recording:
         value = value._ref  # a whole tuple may be written
         inputs = (standing.index, value.index)
     if inputs is not None:  # nearly always: without a look at each argument
@@ -111,7 +111,7 @@ def write_part(
 
 def _is_whole(recording: Recording, value: Any) -> bool:
     """Whether a value has all parts of what is to stand at a site: see `write_part`."""
-    return isinstance(value, Recorded) and recording.graph.rows[value._ref.index][0] is REPLACE
+    return isinstance(value, AnyRecorded) and recording.graph.rows[value._ref.index][0] is REPLACE
 
 
 def _may_be_structure(recording: Recording, written: Ref) -> bool:
@@ -170,7 +170,7 @@ def skip(recording: Recording, address: Address, value: Any, mark: Mark) -> None
         )
     invocation, path, _, call, step = address
     inputs = recording.read((invocation, path, "inputs", call, step), mark)
-    if isinstance(value, Recorded) and value._recording is recording:
+    if isinstance(value, AnyRecorded) and value._recording is recording:
         value = Recorded(recording, value._ref)  # a whole tuple may stand there
     inputs = ref(recording.original(inputs.index))
     skipped = recording.apply(SKIP, (Recorded(recording, inputs), value), NO_KWARGS, mark)

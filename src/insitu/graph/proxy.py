@@ -9,33 +9,34 @@ does the same things to its value, at once. How that is done is in `dispatch.py`
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
+from insitu.graph.answers import Answers
 from insitu.graph.dispatch import (
+    ENDED,
+    OF_NUMPY,
     add_operators,
     at_once,
     open_recordings,
     record,
     refuse,
-    within_module,
 )
 from insitu.graph.errors import (
     NoValueError,
     OperationError,
-    OptionError,
     UnknownShapeError,
     nearest,
 )
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, here, mark
-from insitu.graph.node import NO_KWARGS
+from insitu.graph.node import NO_KWARGS, Ref, ref
 from insitu.graph.operations import (
     ATTRIBUTE,
     BY_FUNCTION,
+    BY_NAME,
     COPY,
     KEEP,
     SAVE,
@@ -43,21 +44,20 @@ from insitu.graph.operations import (
     TENSOR_METHODS,
     Operation,
 )
-from insitu.graph.recorded import Cell, Recorded
-from insitu.graph.shapes import dtype_of, fake_value, length_of, outlined, shape_of
+from insitu.graph.operators import Operators
+from insitu.graph.recorded import WAITING, Cell, Missing, Recorded, unassignable
+from insitu.graph.recording import Recording
+from insitu.graph.saved import become, blank, device_name, empty, fill, hold
+from insitu.graph.shapes import shape_of
+from insitu.graph.structured import is_structure
 
 _operation_of = dict(BY_FUNCTION).get  # of a plain dictionary it takes half the time
 
 
-class Proxy(Recorded):
-    """Stands for a value of a run to come.
-
-    Proxies come from sites (`model.transformer.h[3].output`) and from operations on other
-    proxies; nobody makes them by hand.
-    """
+class AnyProxy(Operators, Answers):
+    """What all proxies do: those that are tensors, because they were saved, and all others."""
 
     __slots__ = ()
-    __array_ufunc__ = None  # makes a NumPy number on the left of an operator hand over to us
 
     def save(
         self,
@@ -76,7 +76,9 @@ class Proxy(Recorded):
                 model goes on while what is on a GPU is copied to the CPU.
 
         Returns:
-            A proxy for the same value, whose `.value` is the copy once the model has run.
+            A proxy for the same value. Once the model has run, it is that copy: a tensor, with
+            the plain `torch.Tensor` as its `.value`. Where the value is no tensor, `.value` is
+            what it is.
 
         Raises:
             NoValueError: if the block has ended.
@@ -88,15 +90,23 @@ class Proxy(Recorded):
                 f"`{self.written()}` cannot be saved any more: its block has ended.", here()
             )
         rows = recording.graph.rows
-        cell = self._cell = recording.saves[len(rows)] = Cell()
+        index = len(rows)
         if optional:
-            recording.graph.optional |= {len(rows)}
+            recording.graph.optional |= {index}
         if keep_graph:
             recording.graph.differentiates = True
         kind = KEEP if keep_graph else SAVE
-        args = (source,) if to is None else (source, _device(to))
+        args = (source,) if to is None else (source, device_name(to))
         rows.append((kind, args, NO_KWARGS, source.inputs, False, mark()))
-        return type(self)(recording, source, cell)
+        if not self._operand or recording.repeating or is_structure(recording, source.index):
+            cell = self._cell = recording.saves[index] = Cell()
+            kind = Proxy if isinstance(self, torch.Tensor) else type(self)
+            return cast(Any, kind)(recording, source, cell)
+        saved = blank(SavedProxy)
+        entries = saved.__dict__
+        entries["_recording"], entries["_ref"] = recording, source
+        self._cell = recording.saves[index] = saved
+        return saved
 
     @property
     def value(self) -> Any:
@@ -171,69 +181,6 @@ class Proxy(Recorded):
             f"`{written}` is a tuple and has no gradient: write `{written}[0].grad`.", location
         )
 
-    # What answers while recording
-
-    @property
-    def shape(self) -> Any:
-        """The `torch.Size` of the tensor, or a tuple or dictionary of sizes for nested values.
-
-        While the block is open, the answer comes from one run of the model on fake tensors, done
-        when first asked for.
-
-        Raises:
-            ShapeError: if the recorded operations do not fit together, or the shape depends on
-                the values.
-        """
-        return shape_of(self._known())
-
-    @property
-    def dtype(self) -> Any:
-        """The `torch.dtype` of the tensor, or dtypes nested as `shape` is."""
-        return dtype_of(self._outlined())
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes."""
-        return self._outlined().ndim
-
-    def dim(self) -> int:
-        """The number of axes."""
-        return self._outlined().dim()
-
-    def _outlined(self) -> Any:
-        """As `_known`, but sizes may be those of the first step of a generation."""
-        if self._recording.open:
-            return outlined(self._recording, self._ref.index)
-        return self.result(here(3))
-
-    is_nested = is_quantized = is_sparse = False
-    """What modules of `torch.nn` ask: values of a run are plain tensors."""
-
-    def size(self, dim: int | None = None) -> Any:
-        """The shape, or the length of one axis."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        """The number of elements."""
-        return self._known().numel()
-
-    def __len__(self) -> int:
-        return length_of(self._known(), self._recording, self._ref)
-
-    def __iter__(self) -> Iterator[Any]:
-        known = self._outlined()
-        if isinstance(known, torch.Tensor):  # how long it is may differ from step to step
-            known = self._known()
-        if not self._recording.open or isinstance(known, Mapping):
-            return iter(cast("Iterable[Any]", known))
-        return iter([self[i] for i in range(length_of(known, self._recording, self._ref))])
-
-    def _known(self) -> Any:
-        """The value after the run, or before it a fake one of the same shape."""
-        if self._recording.open:
-            return fake_value(self._recording, self._ref.index)
-        return self.result(here(3))
-
     # What is recorded
 
     def __getattr__(self, name: str) -> Any:
@@ -275,9 +222,9 @@ class Proxy(Recorded):
                 return call_operator(func, args, kwargs or NO_KWARGS)
             refuse(func)
         first = args[0] if args else None
-        if kwargs and kwargs.get("inplace") is True and isinstance(first, Proxy):
+        if kwargs and kwargs.get("inplace") is True and isinstance(first, AnyProxy):
             return first._written_with(operation, args, kwargs)
-        if isinstance(first, Proxy) and not operation.in_place:  # as in `record`, but for a call
+        if isinstance(first, AnyProxy) and not operation.in_place:  # as in `record`, but for a call
             recording = first._recording
             if recording.open and recording.session is None:
                 line = mark()
@@ -295,39 +242,15 @@ class Proxy(Recorded):
         made = record(Proxy, operation, (self.clone(), *args[1:]), kwargs)
         return record(Proxy, COPY, (self, made), NO_KWARGS)
 
-    # What cannot be known while recording
-
-    def __bool__(self) -> bool:
-        use = "`if`, `and`, `or`, `not` and `while`"
-        return bool(self._python_value(use, "insitu.cond or torch.where"))
-
-    def __float__(self) -> float:
-        return float(self._python_value("float()", ".item(), which is recorded"))
-
-    def __int__(self) -> int:
-        return int(self._python_value("int()", ".item(), which is recorded"))
-
-    def __index__(self) -> int:
-        return operator.index(self._python_value("a Python index", "it as a tensor index"))
-
-    def __complex__(self) -> complex:
-        return complex(self._python_value("complex()", ".item(), which is recorded"))
-
-    def __contains__(self, item: object) -> bool:
-        return item in self._python_value("`in`", "(value == item).any()")
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        value = self._python_value("a NumPy array", "torch's own functions")
-        return value.__array__() if dtype is None else value.__array__(dtype)
-
-    def _python_value(self, use: str, instead: str) -> Any:
-        if not self._recording.open:
-            return self.result(here(3))
-        raise OperationError(
-            f"`{self.written()}` has no value while the block is open, so {use} cannot be decided "
-            f"by it: use {instead}, or save it and decide after the block.{within_module()}",
-            here(3),
-        )
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """Records an operator that has a NumPy number on its left, or the function of its name."""
+        name = ufunc.__name__
+        operation = BY_NAME.get(f"operator.{OF_NUMPY.get(name, name)}")
+        if operation is not None and method == "__call__" and not kwargs:
+            return record(Proxy, operation, inputs, NO_KWARGS)
+        if open_recordings((inputs, kwargs)):
+            self._refuse_numpy(f"`np.{name}`")
+        return at_once(getattr(ufunc, method), inputs, kwargs)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not self._recording.open:
@@ -379,60 +302,129 @@ class Proxy(Recorded):
     def __hash__(self) -> int:
         return id(self)
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         cell = self._cell
-        if cell is not None and cell.filled:
-            return repr(cell.content)
+        if cell is not None and type(cell._content) is not Missing:
+            return repr(cell._content)
         fake = self._recording.fakes.get(self._ref.index)
         return self.written() + ("" if fake is None else f": {shape_of(fake)}")
 
     def __format__(self, spec: str) -> str:
         cell = self._cell
-        return format(cell.content if cell is not None and cell.filled else str(self), spec)
+        content = None if cell is None else cell._content
+        return format(str(self) if cell is None or type(content) is Missing else content, spec)
 
     def __dir__(self) -> list[str]:
         return sorted(set(super().__dir__()) | {operation.short for operation in TENSOR_METHODS})
 
+
+class Proxy(AnyProxy, Recorded):
+    """Stands for a value of a run to come.
+
+    Proxies come from sites (`model.transformer.h[3].output`) and from operations on other
+    proxies; nobody makes them by hand.
+    """
+
+    __slots__ = ()
+
+
+add_operators(AnyProxy, Proxy)
+
+
+class SavedProxy(AnyProxy, torch.Tensor):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Stands for a value that was saved and may be a tensor, until the run makes it one."""
+
+    _missing: Any = WAITING
     if TYPE_CHECKING:
+        _recording: Recording  # pyright: ignore[reportIncompatibleVariableOverride]
+        _ref: Ref  # pyright: ignore[reportIncompatibleVariableOverride]
 
-        def __add__(self, other: Any) -> Proxy: ...
-        def __radd__(self, other: Any) -> Proxy: ...
-        def __sub__(self, other: Any) -> Proxy: ...
-        def __rsub__(self, other: Any) -> Proxy: ...
-        def __mul__(self, other: Any) -> Proxy: ...
-        def __rmul__(self, other: Any) -> Proxy: ...
-        def __truediv__(self, other: Any) -> Proxy: ...
-        def __rtruediv__(self, other: Any) -> Proxy: ...
-        def __floordiv__(self, other: Any) -> Proxy: ...
-        def __rfloordiv__(self, other: Any) -> Proxy: ...
-        def __mod__(self, other: Any) -> Proxy: ...
-        def __rmod__(self, other: Any) -> Proxy: ...
-        def __pow__(self, other: Any) -> Proxy: ...
-        def __rpow__(self, other: Any) -> Proxy: ...
-        def __matmul__(self, other: Any) -> Proxy: ...
-        def __rmatmul__(self, other: Any) -> Proxy: ...
-        def __and__(self, other: Any) -> Proxy: ...
-        def __rand__(self, other: Any) -> Proxy: ...
-        def __or__(self, other: Any) -> Proxy: ...
-        def __ror__(self, other: Any) -> Proxy: ...
-        def __xor__(self, other: Any) -> Proxy: ...
-        def __rxor__(self, other: Any) -> Proxy: ...
-        def __lshift__(self, other: Any) -> Proxy: ...
-        def __rshift__(self, other: Any) -> Proxy: ...
-        def __lt__(self, other: Any) -> Proxy: ...
-        def __le__(self, other: Any) -> Proxy: ...
-        def __gt__(self, other: Any) -> Proxy: ...
-        def __ge__(self, other: Any) -> Proxy: ...
-        def __eq__(self, other: object) -> Any: ...
-        def __ne__(self, other: object) -> Any: ...
-        def __neg__(self) -> Proxy: ...
-        def __pos__(self) -> Proxy: ...
-        def __invert__(self) -> Proxy: ...
-        def __abs__(self) -> Proxy: ...
-        def __getitem__(self, key: Any) -> Proxy: ...
+    @property
+    def _cell(self) -> SavedProxy:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self
+
+    @_cell.setter
+    def _cell(self, cell: Any) -> None:
+        """Leaves what an earlier `.save()` has returned to that one."""
+
+    @property
+    def _content(self) -> Any:
+        return self._missing
+
+    def _put(self, content: Any) -> None:
+        """Makes this what the run has saved."""
+        if type(content) is _TENSOR:
+            fill(self, content)
+        elif type(content) is Missing:
+            vars(self)["_missing"] = content
+        else:
+            hold(self, content)
+            become(self, SavedObject)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name == "grad":
+            super().__setattr__(name, value)
+            return
+        if not self._recording.open:
+            self._known()  # raises: it has no value
+        raise unassignable(name, here())
 
 
-add_operators(Proxy)
+class SavedObject(AnyProxy, torch.Tensor):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What was saved and turned out to be no tensor, such as a tuple: it hands on to that.
+
+    That is not known where `.save()` is called, and what that returns is of a class of tensors for
+    good. To Python this is of the value's class: `isinstance(x, tuple)` holds.
+    """
+
+    _recording = ENDED  # pyright: ignore[reportAssignmentType]
+    _ref = ref(0)  # pyright: ignore[reportAssignmentType]
+    _held: Any
+
+    @property
+    def __class__(self) -> Any:  # pyright: ignore
+        return cast(Any, type(self._held))
+
+    @property
+    def _cell(self) -> SavedObject:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self
+
+    @property
+    def _content(self) -> Any:
+        return self._held
+
+    def _put(self, content: object) -> None:
+        """Does nothing: see `SavedTensor`."""
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def withdraw(holder: Any, recording: Recording, index: int, missing: Missing) -> None:
+    """Takes a value back from where a run has put it.
+
+    Args:
+        holder: where it was put.
+        recording: what it was saved in.
+        index: the node that saves it.
+        missing: why there is none.
+    """
+    if isinstance(holder, torch.Tensor):
+        source = ref(recording.graph.rows[index][3][0])
+        empty(holder, {"_recording": recording, "_ref": source})
+        become(holder, SavedProxy)
+    cast(Any, holder)._put(missing)
+
+
+def _handing_on(name: str) -> Any:
+    """What a tensor has, and a proxy only hands on to its value or records as an attribute."""
+    return property(lambda self: AnyProxy.__getattr__(self, name))
+
+
+for _name in dir(torch.Tensor):
+    if (_name[0] != "_" and not hasattr(AnyProxy, _name)) or _name == "__cuda_array_interface__":
+        setattr(SavedProxy, _name, _handing_on(_name))
+        setattr(SavedObject, _name, _handing_on(_name))
 
 
 class StructureProxy(Proxy):
@@ -442,10 +434,4 @@ class StructureProxy(Proxy):
     _operand = False
 
 
-def _device(device: str | torch.device) -> str:
-    """The name of a device, checked at the user's line."""
-    try:
-        return str(torch.device(device))
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"`to` is a device, such as 'cpu': {reason}", here(3)) from error
+_TENSOR = torch.Tensor

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, cast
+
+import torch
 
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import Location, here
@@ -23,7 +25,7 @@ class Missing:
         self.reason = reason
 
 
-_WAITING = Missing("its run failed.")
+WAITING = Missing("its run failed.")
 
 
 class Cell:
@@ -34,31 +36,43 @@ class Cell:
             a `Missing`.
     """
 
-    content: Any = _WAITING  # of the class: a cell without an `__init__` is made much faster
+    content: Any = WAITING  # of the class: a cell without an `__init__` is made much faster
 
     @property
-    def filled(self) -> bool:
-        """Whether there is a value."""
-        return type(self.content) is not Missing
+    def _content(self) -> Any:
+        return self.content
+
+    def _put(self, content: Any) -> None:
+        self.content = content
 
 
-class Recorded:
+class Holder(Protocol):
+    """Where a run puts a saved value: a `Cell`, or what `.save()` returned."""
+
+    @property
+    def _content(self) -> Any: ...
+
+    def _put(self, content: Any) -> None: ...
+
+
+class AnyRecorded:
     """A value that a recording knows: the part of a proxy that recordings need.
+
+    It has no slots, so that a tensor can be one too.
 
     Attributes:
         _recording: where it was recorded.
         _ref: the node that makes it.
-        _cell: the cell that it was last saved to, if it was saved.
+        _cell: where its value was last saved to, if it was saved.
         _operand: whether operations other than indexing make sense on it.
     """
 
     _operand: ClassVar[bool] = True
-    __slots__ = ("_cell", "_recording", "_ref")
-
-    def __init__(self, recording: Recording, ref: Ref, cell: Cell | None = None) -> None:
-        self._recording = recording
-        self._ref = ref
-        self._cell = cell
+    __slots__ = ()
+    if TYPE_CHECKING:
+        _recording: Recording
+        _ref: Ref
+        _cell: Holder | None
 
     def result(self, location: Location | None = None) -> Any:
         """Returns what the run saved for this value.
@@ -67,8 +81,9 @@ class Recorded:
             NoValueError: before the run, after a failed one, or if the value was not saved.
         """
         cell = self._cell
-        if cell is not None and cell.filled:
-            return cell.content
+        content = None if cell is None else cell._content
+        if cell is not None and type(content) is not Missing:
+            return content
         location = location or here(3)
         what = f"`{self.written()}`"
         if self._recording.open:
@@ -83,7 +98,7 @@ class Recorded:
                 f"block, at\n{self._recording.graph[self._ref.index].location}",
                 location,
             )
-        raise NoValueError(f"{what} has no value: {cell.content.reason}", location)
+        raise NoValueError(f"{what} has no value: {cast(Missing, content).reason}", location)
 
     def written(self) -> str:
         """Returns the expression that this value stands for."""
@@ -92,7 +107,18 @@ class Recorded:
         return expression(self._recording.graph, self._ref.index)
 
 
-def refuse_structure(recorded: Recorded, location: Location) -> NoReturn:
+class Recorded(AnyRecorded):
+    """A value that a recording knows, and nothing else."""
+
+    __slots__ = ("_cell", "_recording", "_ref")
+
+    def __init__(self, recording: Recording, ref: Ref, cell: Holder | None = None) -> None:
+        self._recording = recording
+        self._ref = ref
+        self._cell = cell
+
+
+def refuse_structure(recorded: AnyRecorded, location: Location) -> NoReturn:
     """Raises: an operation on tensors was given a tuple."""
     written = recorded.written()
     raise OperationError(
@@ -100,3 +126,16 @@ def refuse_structure(recorded: Recorded, location: Location) -> NoReturn:
         "transformer block, the hidden states).",
         location,
     )
+
+
+def unassignable(name: str, location: Location) -> OperationError:
+    """Returns the error for an attribute of a recorded value that is assigned.
+
+    Args:
+        name: the attribute.
+        location: the user's line.
+    """
+    instead = "`value[...] = new` writes into a tensor"
+    if not hasattr(torch.Tensor, name):
+        instead = f'write `value["{name}"] = new` for a field of a value, such as of an output'
+    return OperationError(f"`.{name}` of a recorded value cannot be assigned: {instead}.", location)

@@ -49,7 +49,7 @@ from insitu.graph.operations import (
     WRITE,
     Operation,
 )
-from insitu.graph.recorded import Cell, Missing, Recorded, refuse_structure
+from insitu.graph.recorded import AnyRecorded, Cell, Holder, Missing, Recorded, refuse_structure
 from insitu.graph.structure import is_basic
 
 _WHOLE = object()
@@ -93,7 +93,7 @@ class Recording:
 
     Attributes:
         graph: the nodes so far.
-        saves: the cells that the run has to fill, by the index of the node that makes the value.
+        saves: where the run has to put what is saved, by the index of the node that saves it.
         sites: what lines that come now read at a site: what arrives, or what was last written.
         gradients: what lines that come now mean by the gradient of a node's value.
         shown: what lines that come now read by standard names.
@@ -104,6 +104,7 @@ class Recording:
         parent: of the function of a `cond` or `fold`: what it is used in.
         captured: the parent's values that such a function uses.
         open: whether lines still add to it.
+        repeating: whether lines are recorded for every step, so that what they save is a list.
         carried: how many values of earlier blocks of the session it has taken.
         shapes: gives the shapes at sites; None where no model is behind the recording.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
@@ -125,10 +126,11 @@ class Recording:
     grads: bool = True
     casts: Casts = NO_CASTS
     as_first_step: bool = False
+    repeating: bool = False
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
         self.graph = Graph([])
-        self.saves: dict[int, Cell] = {}
+        self.saves: dict[int, Holder] = {}
         self.sites: dict[Address, Ref] = {}
         self.shapes = shapes
         self.fakes: dict[int, Any] = {}
@@ -188,7 +190,7 @@ class Recording:
             kind = type(other)  # pyright: ignore[reportUnknownVariableType]
             if (
                 (kind in PLAIN or (kind in KEYS and is_constant(other)))
-                and isinstance(value, Recorded)
+                and isinstance(value, AnyRecorded)
                 and value._recording is self
                 and (value._operand or operation is GETITEM)
             ):
@@ -210,7 +212,7 @@ class Recording:
             elif kind in _NAMED:
                 encoded.append(arg)
                 nested = True
-            elif issubclass(kind, Recorded) and arg._recording is self:
+            elif issubclass(kind, AnyRecorded) and arg._recording is self:
                 if not arg._operand and operation is not GETITEM:
                     refuse_structure(arg, Location(*mark))
                 source = arg._ref
@@ -288,7 +290,7 @@ class Recording:
             OperationError: if what it would write into is no value of the run.
         """
         target = args[0] if args else None
-        if not isinstance(target, Recorded) or target._recording is not self:
+        if not isinstance(target, AnyRecorded) or target._recording is not self:
             raise OperationError(
                 f"`{operation.short}` would write into {described(target)} that is not a value of "
                 "this run: use the operation without the underscore, or write into `.clone()` of "
@@ -301,7 +303,7 @@ class Recording:
         self.graph.mutations = (*self.graph.mutations, written.index)
         return written
 
-    def _refuse_computed(self, target: Recorded, location: Location) -> None:
+    def _refuse_computed(self, target: AnyRecorded, location: Location) -> None:
         """Raises if a write in place would be to a part of something that was only computed."""
         index = target._ref.index
         while index not in self.computed:
@@ -343,7 +345,7 @@ class Recording:
         self.graph.writes[original] = written.index
         cast("dict[int, Ref]", self.gradients)[source.index] = written
 
-    def backward(self, loss: Recorded, options: Mapping[str, Any], mark: Mark) -> None:
+    def backward(self, loss: AnyRecorded, options: Mapping[str, Any], mark: Mark) -> None:
         """Records a backward pass.
 
         Args:
@@ -365,7 +367,7 @@ class Recording:
             value: what is assigned.
             key: which part.
         """
-        if not isinstance(value, Recorded) or value._recording is not self:
+        if not isinstance(value, AnyRecorded) or value._recording is not self:
             return False
         rows = self.graph.rows
         index = value._ref.index
@@ -392,7 +394,7 @@ class Recording:
         """Says of every saved value why it will have none, and forgets the rest."""
         missing = Missing(reason)
         for cell in self.saves.values():
-            cell.content = missing
+            cell._put(missing)
         self.forget()
 
     def forget(self) -> None:
@@ -411,7 +413,7 @@ class Recording:
         self._inputs += 1
         return self.apply(INPUT, (self._inputs - 1,), NO_KWARGS, mark)
 
-    def capture(self, value: Recorded, mark: Mark) -> Ref:
+    def capture(self, value: AnyRecorded, mark: Mark) -> Ref:
         """Returns the input through which such a function gets a value from around it.
 
         Args:
@@ -431,7 +433,7 @@ class Recording:
         """Returns a value with references in the place of recorded values."""
         return encode(self, value, [], mark)
 
-    def carry(self, value: Recorded, mark: Mark) -> Carried:
+    def carry(self, value: AnyRecorded, mark: Mark) -> Carried:
         """Returns what stands for a value of this block in a later one of its session.
 
         Args:
@@ -439,7 +441,8 @@ class Recording:
             mark: the user's line.
         """
         source, rows = value._ref, self.graph.rows
-        cell = self.saves[len(rows)] = Cell()
+        cell = Cell()
+        self.saves[len(rows)] = cell
         rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark))
 
         def fake() -> Any:

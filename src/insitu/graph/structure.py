@@ -7,6 +7,7 @@ leaves here. For what this does, `torch.utils._pytree` takes several times as lo
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -135,6 +136,19 @@ def _copied_leaf(leaf: Any) -> Any:
     return copy.deepcopy(leaf)
 
 
+def fields_of(value: Any) -> tuple[str, ...]:
+    """Returns the names of the fields of a dataclass or a named tuple; none of anything else.
+
+    Args:
+        value: an instance.
+    """
+    if isinstance(value, tuple):
+        return tuple(getattr(cast(Any, value), "_fields", ()))
+    if dataclasses.is_dataclass(value):
+        return tuple(field.name for field in dataclasses.fields(value))
+    return ()
+
+
 def attribute(value: Any, name: str) -> Any:
     """Returns an entry of a mapping, a field of a named tuple or a plain attribute.
 
@@ -155,7 +169,7 @@ def attribute(value: Any, name: str) -> Any:
     elif isinstance(value, tuple):
         names = _tuple_fields(kind)
     else:
-        names = frozenset(cast("dict[str, Any]", getattr(value, "__dict__", {})))
+        names = {*cast("dict[str, Any]", getattr(value, "__dict__", {})), *fields_of(value)}
     if name not in names or name.startswith("_"):
         raise AttributeError(f"{kind.__name__} has no {name!r} that can be read")
     return getattr(cast(Any, value), name)

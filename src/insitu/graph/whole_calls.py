@@ -28,7 +28,7 @@ from insitu.graph.location import Location, Mark, mark
 from insitu.graph.node import Function
 from insitu.graph.operations import APPLY
 from insitu.graph.proxy import Proxy, StructureProxy
-from insitu.graph.recorded import Recorded
+from insitu.graph.recorded import AnyRecorded, Recorded
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
 
@@ -55,7 +55,7 @@ def record_call(
     def leaf(item: Any) -> Any:
         if isinstance(item, StructureProxy):  # a tuple may be given as what it is
             return Recorded(item._recording, item._ref)
-        is_plain = isinstance(item, Recorded | torch.Tensor) or not _is_opaque(item)
+        is_plain = isinstance(item, AnyRecorded | torch.Tensor) or not _is_opaque(item)
         return item if is_plain else Function(cast(Any, item))
 
     args, kwargs = map_structure(leaf, (args, dict(kwargs)))
@@ -108,7 +108,7 @@ _apply_in_torch: Callable[..., Any] = cast(Any, AutogradFunction).apply.__func__
 @functools.wraps(_apply_in_torch)
 def _apply(cls: type[AutogradFunction], *args: Any, **kwargs: Any) -> Any:
     for arg in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(arg, Recorded) or (isinstance(arg, _CONTAINERS) and _holds_recorded(arg)):
+        if isinstance(arg, AnyRecorded) or (isinstance(arg, _CONTAINERS) and _holds_recorded(arg)):
             if cls is CheckpointFunction:  # it saves memory, and changes no result
                 return args[0](*args[2:])
             function = functools.partial(_apply_in_torch, cls)
@@ -122,7 +122,7 @@ def _holds_recorded(value: Any) -> bool:
         value = list(cast("dict[Any, Any]", value).values())
     if isinstance(value, tuple | list):
         return any(map(_holds_recorded, cast("list[Any]", value)))
-    return isinstance(value, Recorded)
+    return isinstance(value, AnyRecorded)
 
 
 def refuse_inside_forward(line: Mark) -> None:

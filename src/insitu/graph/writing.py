@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 
 from insitu.graph.errors import OperationError, ShapeError
-from insitu.graph.structure import map_structure, tensors_of
+from insitu.graph.structure import fields_of, map_structure, tensors_of
 
 
 def fitted(original: Any, value: Any, block: bool, move: bool = True) -> Any:
@@ -65,11 +66,20 @@ def fitted(original: Any, value: Any, block: bool, move: bool = True) -> Any:
             )
         pairs = zip(items, cast("list[Any]", value), strict=True)
         return _of_kind(items, [fitted(item, other, False, move) for item, other in pairs])
+    names = fields_of(original)
+    if names:
+        if type(value) is not type(original):
+            raise ShapeError(f"{_described(original)} stands there, not {_described(value)}")
+        new = {
+            name: fitted(getattr(original, name), getattr(value, name), False, move)
+            for name in names
+        }
+        return _with_fields(value, new)
     return value
 
 
 def replaced(value: Any, key: Any, part: Any) -> Any:
-    """Returns a tuple, list or dictionary with one of its entries replaced.
+    """Returns a tuple, list, dictionary or dataclass with one of its entries replaced.
 
     Raises:
         OperationError: if the value is a tensor: that would be a write in place.
@@ -82,6 +92,13 @@ def replaced(value: Any, key: Any, part: Any) -> Any:
         entries[key] = part
         kind = cast(Any, type(cast(Any, value)))
         return kind(entries)
+    names = fields_of(value)
+    if names and isinstance(key, str):
+        if key not in names:
+            raise KeyError(f"{type(value).__name__} has the fields {', '.join(names)}")
+        if isinstance(value, tuple):
+            return cast(Any, value)._replace(**{key: part})
+        return _with_fields(value, {key: part})
     if isinstance(value, tuple | list):
         items = list(cast("list[Any]", value))
         items[key] = part
@@ -102,6 +119,14 @@ def standing_in(inputs: Any, value: Any) -> Any:
         return item if device is None or not isinstance(item, torch.Tensor) else item.to(device)
 
     return map_structure(placed, value)
+
+
+def _with_fields(value: Any, new: Mapping[str, Any]) -> Any:
+    """A copy of a dataclass with other fields; its `__init__` may want or do anything."""
+    made = copy.copy(value)
+    for name, part in new.items():
+        object.__setattr__(made, name, part)  # also of a frozen one
+    return made
 
 
 def _of_kind(example: Any, items: list[Any]) -> Any:

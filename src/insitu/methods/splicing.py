@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref as weakref
 
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Mark, here, mark
-from insitu.graph.proxy import Proxy
+from insitu.graph.proxy import AnyProxy, Proxy
 from insitu.methods.prompts import read_prompts
 from insitu.methods.result import Result
 from insitu.methods.sae import SparseAutoencoder
@@ -61,7 +62,7 @@ class Spliced:
 
     @features.setter
     def features(self, value: Any) -> None:
-        if not isinstance(value, Proxy):
+        if not isinstance(value, AnyProxy):
             whole = self._features.clone()
             Proxy.__setitem__(whole, ..., value)
             value = whole
@@ -91,7 +92,7 @@ class Spliced:
         recording = features._recording
         recording.computed = {**recording.computed, features._ref.index: _INSTEAD}
         shown: Any = ComputedProxy(recording, features._ref)
-        shown._name, shown._base, shown._invocation = self, features._ref, invocation
+        shown._name, shown._base, shown._reading = self, features._ref, weakref(invocation)
         shown._step = invocation.current_step
         self._features = shown
 

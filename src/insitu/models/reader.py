@@ -9,7 +9,7 @@ import torch
 
 from insitu.graph.errors import OptionError, PromptError, PromptTypeError
 from insitu.graph.location import Location, Mark
-from insitu.graph.recorded import Recorded
+from insitu.graph.recorded import AnyRecorded
 from insitu.graph.structure import map_structure
 from insitu.models.chats import CHOICE, are_chats, is_chat, rendered
 from insitu.models.media import MEDIA, processed
@@ -86,7 +86,7 @@ class Reader:
                 text and there is no tokenizer.
             OptionError: if what goes with it does not belong to such a prompt.
         """
-        if isinstance(prompt, Recorded):
+        if isinstance(prompt, AnyRecorded):
             prompt = prompt.result(Location(*mark))
         if beside:
             read = self._read_with(prompt, side, mark, beside)
@@ -140,7 +140,7 @@ class Reader:
         """A prompt with what goes with it by keyword."""
         location = Location(*mark)
         given = {
-            name: value.result(location) if isinstance(value, Recorded) else value
+            name: value.result(location) if isinstance(value, AnyRecorded) else value
             for name, value in beside.items()
             if value is not None
         }

@@ -4,6 +4,8 @@ An execution holds the values of one run. It knows nothing of modules or hooks: 
 what arrived, and it runs whatever has become possible and drops what is used up.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,7 @@ from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
 from insitu.graph.operations import APPLY
-from insitu.graph.recorded import Cell
+from insitu.graph.recorded import Holder
 from insitu.graph.structure import map_structure, memory_of
 from insitu.runtime.failure import failure
 from insitu.runtime.gradients import Tape
@@ -287,13 +289,11 @@ class Execution:
             if missing and need & (need - 1):
                 self._waiting.setdefault(missing & -missing, []).append(need)
 
-    def fill(self, cells: Mapping[int, Cell]) -> None:
-        """Puts the saved values into their cells."""
+    def fill(self, saves: Mapping[int, Holder]) -> None:
+        """Hands the saved values over."""
         values = self._values
-        for index, cell in cells.items():
-            cell.content = values[index]
-        for index, found in self._steps.items():
-            cells[index].content = found
+        for index, holder in saves.items():
+            holder._put(self._steps[index] if index in self._steps else values[index])
         if (
             self._plan.moves and torch.cuda.is_initialized()
         ):  # copies to the CPU may still be on their way

@@ -17,6 +17,7 @@ from insitu.graph.ordinary import make_constants_ordinary
 from insitu.graph.recording import Recording
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.invocation import Invocation
+from insitu.tracing.raw_errors import raise_explained
 
 if TYPE_CHECKING:
     from insitu.runtime.procedure import Subject
@@ -92,6 +93,7 @@ class Edit(Generic[Edited]):
         self.recording.forget()
         if error is not None:
             graph.rows.clear()
+            raise_explained(error)
             shortened(error)
             return
         if torch.is_inference_mode_enabled():  # what is kept is used in blocks of any kind

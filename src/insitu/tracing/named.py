@@ -12,7 +12,8 @@ import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
+from weakref import ref as weakref
 
 import torch
 
@@ -22,9 +23,10 @@ from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, Mark, here, mark
 from insitu.graph.node import NO_KWARGS, Kind, Ref
 from insitu.graph.operations import REPLACE
-from insitu.graph.proxy import Proxy, StructureProxy
+from insitu.graph.proxy import AnyProxy, Proxy, SavedProxy, StructureProxy
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording
+from insitu.graph.saved import become
 from insitu.tracing.forms import Computed, Form
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ class Named:
         base, source = found
         kind = ComputedProxy if isinstance(self.form, Computed) else NamedProxy
         proxy = kind(recording, source)
-        proxy._name, proxy._base, proxy._invocation = self, base, invocation
+        proxy._name, proxy._base, proxy._reading = self, base, weakref(invocation)
         proxy._step = invocation.current_step
         return proxy
 
@@ -109,7 +111,7 @@ class Named:
             OperationError: if it is no tensor.
             ShapeError: if it has another shape, as far as shapes are known.
         """
-        if not isinstance(value, Proxy | torch.Tensor):
+        if not isinstance(value, AnyProxy | torch.Tensor):
             kind = type(value).__name__
             raise OperationError(
                 f"`{current.written()}` is written with a tensor of its shape, not with a value of "
@@ -117,7 +119,8 @@ class Named:
                 Location(*line),
             )
         expected = found = None
-        if isinstance(value, torch.Tensor) or isinstance(self.form, Computed):
+        constant = isinstance(value, torch.Tensor) and not isinstance(value, AnyProxy)
+        if constant or isinstance(self.form, Computed):
             with contextlib.suppress(UnknownShapeError):
                 expected, found = current.shape, value.shape
         if expected is not None and expected != found:
@@ -148,7 +151,7 @@ class Named:
         if self.form is not None:
             self._checked(current, value, line)
         shown = value
-        if isinstance(self.form, Computed) and not isinstance(value, Proxy):
+        if isinstance(self.form, Computed) and not isinstance(value, AnyProxy):
             shown = current.clone()  # so that there is something for later lines to read
             shown[...] = value
         if self.form is not None:
@@ -180,11 +183,16 @@ class NamedProxy(Proxy):
     in.
     """
 
-    __slots__ = ("_base", "_invocation", "_name", "_step")
+    __slots__ = ("_base", "_name", "_reading", "_step")
     _name: Named
     _step: int
     _base: Ref
-    _invocation: Invocation
+    _reading: weakref[Invocation]  # weak: it holds the model, and a proxy may be kept for long
+
+    @property
+    def _invocation(self) -> Invocation:
+        """The invocation that it belongs to, while its block is open."""
+        return cast("Invocation", self._reading())
 
     def save(
         self,
@@ -193,11 +201,7 @@ class NamedProxy(Proxy):
         to: str | torch.device | None = None,
     ) -> Proxy:
         """Keeps a copy of the value: see `Proxy.save`."""
-        saved = Proxy.save(self, optional, keep_graph, to)
-        if isinstance(saved, NamedProxy):
-            saved._name, saved._base, saved._invocation = self._name, self._base, self._invocation
-            saved._step = self._step
-        return saved
+        return _as(self, Proxy.save(self, optional, keep_graph, to))
 
     @property
     def grad(self) -> Any:
@@ -236,6 +240,47 @@ class _Part(Proxy):
 
     __slots__ = ()
 
+    def save(
+        self,
+        optional: bool = False,
+        keep_graph: bool = False,
+        to: str | torch.device | None = None,
+    ) -> Proxy:
+        """Keeps a copy of the value: see `Proxy.save`."""
+        return _as(self, Proxy.save(self, optional, keep_graph, to))
+
+
+class _SavedAs(SavedProxy):
+    """What `.save()` of a proxy of these gives: while the block is open it is what that one is."""
+
+    _saved: Any
+
+    @property
+    def grad(self) -> Any:
+        """The gradient of the value: see `Proxy.grad`."""
+        return self._saved.grad
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        self._saved.grad = value
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._saved[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._saved[key] = value
+
+
+def _as(source: Proxy, saved: Any) -> Any:
+    """Returns what `.save()` gave, with the meaning that its source has while the block is open."""
+    if isinstance(saved, SavedProxy):
+        vars(saved)["_saved"] = source
+        return become(saved, _SavedAs)
+    if isinstance(source, NamedProxy):
+        saved._name, saved._base, saved._reading = source._name, source._base, source._reading
+        saved._step = source._step
+    return saved
+
 
 class ComputedProxy(NamedProxy):
     """Stands for a value by a standard name that is computed, and is no part of the model.
@@ -267,12 +312,17 @@ def _not_in_place(self: Proxy, other: Any) -> Any:
     return NotImplemented
 
 
+def _as_source(operator: str) -> Any:
+    return lambda self, other: getattr(self._saved, operator)(other)
+
+
 for _operator in AUGMENTED:
+    setattr(_SavedAs, f"__i{_operator}__", _as_source(f"__i{_operator}__"))
     setattr(_Part, f"__i{_operator}__", _not_in_place)
     setattr(ComputedProxy, f"__i{_operator}__", _not_in_place)
 
 
-_GRAD: Any = vars(Proxy)["grad"]
+_GRAD: Any = vars(AnyProxy)["grad"]
 
 
 @dataclass(frozen=True, slots=True)

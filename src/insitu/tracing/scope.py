@@ -25,7 +25,7 @@ class Scope:
         model: that model.
     """
 
-    __slots__ = ("_owner", "_thread", "model")
+    __slots__ = ("__weakref__", "_owner", "_thread", "model")
 
     model: object
     _owner: FrameType | None

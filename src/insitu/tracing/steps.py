@@ -38,6 +38,7 @@ class AtStep:
         self._start = self._recorded()
         for invocation in self._invocations:
             invocation.current_step = self._step
+        self._repeat(self._step == EVERY)
         return self
 
     def __exit__(
@@ -48,9 +49,15 @@ class AtStep:
     ) -> None:
         for invocation, step in zip(self._invocations, self._before, strict=True):
             invocation.current_step = step
+        self._repeat(self._before[:1] == [EVERY])
         if self._step == EVERY and self._invocations:
             graph = self._invocations[0].tracer.graph
             graph.repeats = (*graph.repeats, (self._start, self._recorded()))
+
+    def _repeat(self, repeating: bool) -> None:
+        """Says whether what is saved now becomes a list."""
+        for invocation in self._invocations[:1]:
+            invocation.tracer.recording.repeating = repeating
 
     def _recorded(self) -> int:
         return len(self._invocations[0].tracer.graph) if self._invocations else 0

@@ -28,6 +28,7 @@ from insitu.graph.errors import (
 from insitu.graph.location import Location, Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site
 from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordinary_tensors
+from insitu.graph.proxy import withdraw
 from insitu.graph.recorded import Missing
 from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
@@ -45,6 +46,7 @@ from insitu.tracing.habits import OF_BLOCKS, habit
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.planning import prepare
+from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.running import run_passes
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
@@ -136,6 +138,7 @@ class Tracer:
         if self._leave(kind):
             self.run()
         elif error is not None:
+            raise_explained(error)
             shortened(error)
 
     async def __aenter__(self) -> Tracer:
@@ -154,17 +157,19 @@ class Tracer:
         """
         if not self._leave(kind):
             if error is not None:
+                raise_explained(error)
                 shortened(error)
             return
         run = asyncio.ensure_future(asyncio.to_thread(self.run))
         try:
             await asyncio.shield(run)
         except asyncio.CancelledError:
-            cells = list(self.recording.saves.values())
+            saves = dict(self.recording.saves)
             with contextlib.suppress(BaseException):
                 await run
-            for cell in cells:
-                cell.content = Missing("its task was cancelled.")
+            missing = Missing("its task was cancelled.")
+            for index, holder in saves.items():
+                withdraw(holder, self.recording, index, missing)
             raise
         except InsituError as failure:  # with the frames of the thread that it ran in
             shortened(failure)
@@ -415,12 +420,12 @@ class Tracer:
         for index in range(len(recording.graph)):
             with contextlib.suppress(UnknownShapeError):
                 fake_value(recording, index)
-        for index, cell in recording.saves.items():
+        for index, holder in recording.saves.items():
             repeated = any(start <= index < end for start, end in self.graph.repeats)
             if index in recording.fakes and not repeated:
-                cell.content = recording.fakes[index]
+                holder._put(recording.fakes[index])
             else:
-                cell.content = Missing("a scan runs nothing, and its shape depends on the run.")
+                holder._put(Missing("a scan runs nothing, and its shape depends on the run."))
 
     def _form(self, invocation: int) -> str:
         """What an invocation is called with, equal for arguments of equal shapes and dtypes."""

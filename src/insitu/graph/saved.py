@@ -1,0 +1,191 @@
+"""What a saved tensor is after the run: a tensor.
+
+Torch's C code, NumPy and tokenizers ask for a tensor itself, and not for something that behaves
+as one: `table[x]` of anything else with a length is an index for each axis. So what `.save()`
+returns is a tensor from the start. While its block is open there is nothing in it, and it records
+as any other proxy does (`SavedProxy`); the run then gives it the memory of the value.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Self, cast
+
+import torch
+from torch import nn
+
+from insitu.graph.errors import OptionError
+from insitu.graph.location import here
+
+
+class SavedTensor(torch.Tensor):
+    """A tensor that was saved. What is computed with it is a plain `torch.Tensor`.
+
+    It keeps nothing of the run but its memory. It is pickled as a plain tensor, so that what reads
+    the file needs no Insitu.
+    """
+
+    # Operations do not come by Python, and what they return is no `SavedTensor`.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The value as a plain `torch.Tensor`, in the same memory: the same object each time."""
+        kept: Any = _entries(self).get("_kept")
+        if self.requires_grad:
+            # Gradients have to arrive here: where the value came with its history, they do.
+            if kept is None or not kept.requires_grad:
+                return self.as_subclass(torch.Tensor)
+        elif kept is None or not _same_memory(self, kept):
+            # No view: that would refer to this from within torch, where no garbage is collected.
+            kept = _entries(self)["_kept"] = torch.Tensor.detach(self)
+        return cast(torch.Tensor, kept)
+
+    def constant(self) -> torch.Tensor:
+        """Returns what a later block records: a leaf that gradients go to has to stay itself."""
+        return self if self.requires_grad else self.value
+
+    @property
+    def _content(self) -> torch.Tensor:
+        return self.value
+
+    def _put(self, content: object) -> None:
+        """Does nothing: what a run has saved stays, also if it fails after that."""
+
+    def detach(self) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the value without its history, in the same memory."""
+        # `nn.Parameter(x)` and `nn.Buffer(x)` require that it is of the same class.
+        return become(torch.Tensor.detach(self), type(self))
+
+    @property  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _is_param(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # How `nn.Parameter(x)` marks tensors of other classes. Such a parameter would be left
+        # alone by code that asks for its type, and it is nothing but a parameter.
+        _entries(self).clear()
+        become(self, nn.Parameter)
+
+    @property
+    def _is_buffer(self) -> bool:
+        return False
+
+    @_is_buffer.setter
+    def _is_buffer(self, value: bool) -> None:
+        _entries(self).pop("_kept", None)
+        become(self, torch.Tensor)._is_buffer = value
+
+    def __copy__(self) -> SavedTensor:
+        return become(copy.copy(self._plain()), SavedTensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavedTensor:
+        if id(self) not in memo:
+            memo[id(self)] = become(copy.deepcopy(self._plain(), memo), SavedTensor)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return cast(Any, self._plain()).__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return repr(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(torch.Tensor), "value"})
+
+    def _plain(self) -> torch.Tensor:
+        """The tensor as a plain one: a leaf where this is one."""
+        if not self.requires_grad or not self.is_leaf:
+            return self.value
+        return torch.Tensor.detach(self).requires_grad_()
+
+
+def _entries(thing: object) -> dict[str, Any]:
+    return thing.__dict__
+
+
+def become(thing: Any, kind: type[Any]) -> Any:
+    """Gives an object another class, also where setting attributes means something else there."""
+    _set_class(thing, kind)
+    return thing
+
+
+def blank(kind: type[Any]) -> Any:
+    """Returns a tensor of a class without any content.
+
+    Args:
+        kind: a class of tensors.
+    """
+    try:
+        made = _EMPTY.data  # a third of the time that the other way takes
+        made.__class__ = kind
+        return made
+    except Exception:  # under a mode of torch's that wants no ordinary tensors
+        return cast(Any, torch.Tensor)._make_subclass(kind, _EMPTY)
+
+
+def fill(holder: Any, value: torch.Tensor) -> None:
+    """Makes what `blank` gave a `SavedTensor`.
+
+    Args:
+        holder: what `blank` gave.
+        value: an ordinary tensor, that nobody else has.
+    """
+    _entries(holder).clear()
+    if value.requires_grad:
+        # Whoever differentiates a loss by `x.value` has to get the tensor that the loss is of.
+        _entries(holder)["_kept"] = value
+        value = value.as_subclass(torch.Tensor)
+    # Not `holder.data = value`, which keeps device and layout, and knows no history.
+    _swap(holder, value)
+    _set_class(holder, SavedTensor)
+
+
+def hold(holder: Any, value: object) -> None:
+    """Notes in what `blank` gave a value that is no ordinary tensor."""
+    _entries(holder).clear()
+    _entries(holder)["_held"] = value
+
+
+def empty(holder: Any, entries: dict[str, Any]) -> None:
+    """Makes a tensor one without any content again, with other attributes."""
+    _entries(holder).clear()
+    _entries(holder).update(entries)
+    _swap(holder, _EMPTY.data)
+
+
+def device_name(device: str | torch.device) -> str:
+    """Returns the name of the device that a copy is saved to.
+
+    Args:
+        device: the device.
+
+    Raises:
+        OptionError: if there is no such device.
+    """
+    try:
+        return str(torch.device(device))
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"`to` is a device, such as 'cpu': {reason}", here(3)) from error
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor has not been given other memory since; where nobody can tell, True."""
+    try:
+        return one.is_set_to(other) and one.dtype == other.dtype
+    except (RuntimeError, NotImplementedError):  # such as a sparse one
+        return True
+
+
+_set_class: Callable[[Any, type[Any]], None] = vars(object)["__class__"].__set__
+_swap: Callable[[torch.Tensor, torch.Tensor], None] = torch._C._swap_tensor_impl  # pyright: ignore
+# Of a dtype that nothing is computed in: where torch looks at it all the same, it raises.
+_EMPTY = torch.empty(0, dtype=torch.bits8)
