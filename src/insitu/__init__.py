@@ -25,7 +25,7 @@ from insitu.graph.errors import (
     UnknownShapeError,
     WireError,
 )
-from insitu.graph.proxy import Proxy
+from insitu.graph.proxy import AnyProxy as Proxy
 from insitu.models.cache import ActivationCache
 from insitu.models.language_model import LanguageModel
 from insitu.models.model import Model

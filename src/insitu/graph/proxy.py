@@ -55,7 +55,11 @@ _operation_of = dict(BY_FUNCTION).get  # of a plain dictionary it takes half the
 
 
 class AnyProxy(Operators, Answers):
-    """What all proxies do: those that are tensors, because they were saved, and all others."""
+    """Stands for a value of a run to come: `insitu.Proxy`.
+
+    Proxies come from sites (`model.transformer.h[3].output`) and from operations on other
+    proxies; nobody makes them by hand.
+    """
 
     __slots__ = ()
 
@@ -319,11 +323,7 @@ class AnyProxy(Operators, Answers):
 
 
 class Proxy(AnyProxy, Recorded):
-    """Stands for a value of a run to come.
-
-    Proxies come from sites (`model.transformer.h[3].output`) and from operations on other
-    proxies; nobody makes them by hand.
-    """
+    """A proxy that is no tensor: any but what `.save()` returned."""
 
     __slots__ = ()
 
