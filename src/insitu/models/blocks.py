@@ -7,7 +7,7 @@ the layer's `(key, value)`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,22 +71,41 @@ class BlockView:
         return (hidden, *returned[1:])
 
 
-def block_views(module: nn.Module, config: Any, cached: bool) -> dict[str, BlockView]:
+def block_views(
+    module: nn.Module, config: Any, cached: bool, known: Collection[str] = ()
+) -> dict[str, BlockView]:
     """Returns the view of each transformer block of a model, by path.
 
     Args:
         module: the model.
         config: its config, which may hold others: of a decoder, of what looks at images.
         cached: whether it is run with a key-value cache.
+        known: as of `find_stacks`.
     """
-    return {
-        f"{stack}.{layer}": BlockView(layer, cached)
-        for stack, count in find_stacks(module, config).items()
-        for layer in range(count)
-    }
+    views: dict[str, BlockView] = {}
+    for stack in find_stacks(module, config, known):
+        blocks: Any = module.get_submodule(stack)
+        for layer, place in enumerate(_places(blocks)):
+            views[f"{stack}.{layer}"] = BlockView(place, cached)
+    return views
 
 
-def find_stacks(module: nn.Module, config: Any) -> dict[str, int]:
+def _places(blocks: Sequence[nn.Module]) -> Sequence[int]:
+    """Where each block has its keys and values in the cache.
+
+    Its attention says so, and goes on to say the same when the block is moved.
+    """
+    told = [
+        next(
+            (vars(part)["layer_idx"] for part in block.modules() if "layer_idx" in vars(part)), None
+        )
+        for block in blocks
+    ]
+    places = [place for place in told if isinstance(place, int)]
+    return places if len(set(places)) == len(blocks) else range(len(blocks))
+
+
+def find_stacks(module: nn.Module, config: Any, known: Collection[str] = ()) -> dict[str, int]:
     """Returns the lists of transformer blocks of a model, by path, with their lengths.
 
     They are found by structure: lists as long as some part of the model is deep, of modules that
@@ -96,11 +115,15 @@ def find_stacks(module: nn.Module, config: Any) -> dict[str, int]:
     Args:
         module: the model.
         config: its config.
+        known: the paths of lists that were found before: they are it still, if they have been
+            made shorter or longer since.
     """
     depths = _depths(config)
     found: dict[str, int] = {}
     for path, part in module.named_modules():
-        if not isinstance(part, nn.ModuleList) or len(part) not in depths:
+        if not isinstance(part, nn.ModuleList) or not len(part):
+            continue
+        if path not in known and len(part) not in depths:
             continue
         nested = any(path.startswith(f"{stack}.") for stack in found)
         if not nested and all(map(_has_composite_parts, part)):

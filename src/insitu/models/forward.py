@@ -62,7 +62,7 @@ class LanguageForward:
         self._options = options
         self.views = model.block_views[bool(options.get("use_cache"))]
         self.steps = 1
-        self._separations: dict[tuple[bool, Side], Separation | None] = {}
+        self._separations: dict[tuple[bool, Side, object], Separation | None] = {}
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
         self._fixed = (budget, share, *options.items()) if plain else None
 
@@ -153,7 +153,7 @@ class LanguageForward:
         for prompt in requests:
             if prompt.extras:
                 return None
-        key = (self._model.loaded, side)
+        key = (self._model.loaded, side, self._model.tree)
         if key not in self._separations:
             mark = requests[0].mark
 

@@ -183,7 +183,7 @@ class LanguageModel(Model):
     decoder_start: int | None
     generating: str
     unembedding_paths: Sequence[str]
-    block_views: Mapping[bool, Mapping[str, View]]
+    block_views: Mapping[bool, dict[str, Any]]
     forward_parameters: Mapping[str, inspect.Parameter]
     takes_use_cache: bool
 
@@ -228,9 +228,12 @@ class LanguageModel(Model):
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
+        spine = self.tree.spine
+        if spine.now != spine.then:
+            self._renew()
         if self._settings.get(SETTING) != self._attention:
             vars(self).update(_probes={}, plans=Plans())
-            vars(self)["vocabulary"] = self._names(self._module)
+            vars(self)["_vocabulary"] = self._names(self._module)
             self._describe()
 
     def edited(self, graph: Graph) -> Self:
@@ -466,12 +469,12 @@ class LanguageModel(Model):
     @property
     def is_training(self) -> bool:
         """Whether any of its modules is in training mode: dropout may be, apart from the rest."""
-        return any(part.training for part in self.modules.values())
+        return any(part.training for part in self.tree.modules.values())
 
     @property
     def has_hooks(self) -> bool:
         """Whether hooks of the user's own hang on its modules."""
-        for part in self.modules.values():
+        for part in self.tree.modules.values():
             if part._forward_hooks or part._forward_pre_hooks:
                 hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
                 if not all(hook.__module__.startswith(_LIBRARIES) for hook in hooks):
@@ -551,7 +554,7 @@ class LanguageModel(Model):
         """What its passes cost."""
         if self._costs is None:
             found = estimated_costs(
-                self._module, self.modules, tuple(self.block_views[False]), self.device
+                self._module, self.tree.modules, tuple(self.block_views[False]), self.device
             )
             vars(self)["_costs"] = found
         return self._costs  # pyright: ignore[reportReturnType]
@@ -569,6 +572,14 @@ class LanguageModel(Model):
     def _take(self, module: nn.Module) -> None:
         super()._take(module)
         self._describe()
+
+    def _renew(self) -> None:
+        super()._renew()
+        before = self.block_views
+        self._describe()
+        for cached, views in before.items():  # blocks that are open have these
+            views.clear()
+            views.update(self.block_views[cached])
 
     def _describe(self) -> None:
         """Looks up what runs need to know about the module, once."""
@@ -591,10 +602,11 @@ class LanguageModel(Model):
             _chains={},
             decoder_start=decoder_start(module, self._config),
             is_encoder_decoder=decodes(module, self._config),
-            generating=next(path for path, part in self.modules.items() if part is generating),
+            generating=next(path for path, part in self.tree.modules.items() if part is generating),
             _costs=None,
             block_views={
-                cached: block_views(module, self._config, cached) for cached in (True, False)
+                cached: block_views(module, self._config, cached, self._stacks)
+                for cached in (True, False)
             },
             reader=Reader(
                 self._tokenizer,
@@ -605,7 +617,7 @@ class LanguageModel(Model):
                 None if self._processor is None else module.dtype,
             ),
             pad_id=pad_id,
-            unembedding_paths=[path for path, part in self.modules.items() if part is head]
+            unembedding_paths=[path for path, part in self.tree.modules.items() if part is head]
             if head
             else [],
             forward_parameters=parameters,

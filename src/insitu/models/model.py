@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import nn
 
 from insitu.graph import disk
@@ -20,11 +21,13 @@ from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import CACHES, block_views, find_stacks
 from insitu.models.plain import Forward
+from insitu.runtime.ambient import ambient
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.probe import Call, Copies, Probe, fake_call, probe
 from insitu.runtime.reuse import Plans
+from insitu.runtime.tree import Tree
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
 from insitu.tracing.handle import Handle
@@ -49,14 +52,13 @@ class Model(Handle):
         module: any module. It is used as it is and never changed.
 
     Attributes:
-        modules: all modules by path, shared ones under each of their paths.
+        tree: all modules, as they were when they were last looked at.
         exclusive: who may use the module: runs of it wait for each other.
         compilable: the parts of it that may be under `torch.compile`.
         edits: what holds in every run.
         views: how the outputs of transformer blocks are shown, by path, if there are any.
         caches: the Python modules of Transformers' caches of keys and values.
         plans: how blocks were run before.
-        vocabulary: the standard names of its values.
 
     Example:
         >>> import torch
@@ -110,16 +112,20 @@ class Model(Handle):
             vars(model)["_source"] = source
         return model
 
-    modules: Mapping[str, nn.Module]
+    tree: Tree
     exclusive: Exclusive
     compilable: Sequence[nn.Module]
     edits: Sequence[Graph]
     caches: Collection[str] = CACHES
     plans: Plans[Any]
-    views: Mapping[str, View]
-    vocabulary: Vocabulary
+    views: dict[str, View]
+    _vocabulary: Vocabulary
     _description: Description | None = None
     _module: nn.Module
+    _stacks: Collection[str] = ()  # the lists of blocks that were ever found
+    _looked: bool | None = False  # None in a block that has not looked at the tree yet
+    _weighed = False  # whether an open block has looked at the dtypes of the weights
+    _dtypes: tuple[torch.dtype, ...]
     _probes: dict[str, Probe | UnknownShapeError]
     _source: Source | None
     _base: Model | None
@@ -159,6 +165,58 @@ class Model(Handle):
                     self._take(self._source.weights(here()))
         return self._module
 
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """All modules by path, as they are now; shared ones under each of their paths."""
+        if not self._looked:
+            self.look()
+        return self.tree.modules
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The standard names of its values."""
+        if not self._looked:
+            self.look()
+        return self._vocabulary
+
+    def open_block(self, is_open: bool) -> None:
+        """Is told that a block begins to be recorded, in which one look will do, or that it ends.
+
+        Args:
+            is_open: whether it begins.
+        """
+        vars(self).update(_looked=None if is_open else False, _weighed=False)
+
+    def look(self, closely: bool = False) -> bool:
+        """Takes the module's tree as it is now; returns whether it had changed.
+
+        Modules may have been added, replaced, moved or taken out since the model was wrapped, or
+        last used. What was known of the tree is then forgotten.
+
+        Args:
+            closely: whether to look also in an open block in which that was done before, and
+                for what is seldom done to a module.
+        """
+        if self._looked and not closely:
+            return False
+        changed = self.tree.differs() if closely else self.tree.has_changed()
+        if changed:
+            self._renew()
+        if self._looked is None:
+            vars(self)["_looked"] = True
+        return changed
+
+    def look_at_dtypes(self) -> bool:
+        """Takes the dtypes of the weights as they are now; returns whether they had changed."""
+        if self._weighed:
+            return False
+        dtypes = self.tree.dtypes()
+        changed = dtypes != self._dtypes
+        if changed:
+            vars(self).update(_probes={}, plans=Plans(), _dtypes=dtypes)
+        vars(self)["_weighed"] = self._looked is not False  # once in a block
+        return changed
+
     def probe(
         self,
         call: Call,
@@ -177,7 +235,10 @@ class Model(Handle):
         Raises:
             ShapeError: if the module cannot be run on fake tensors.
         """
-        signature = call.signature() if inside is None else f"{inside}: {call.signature()}"
+        if not self._looked:
+            self.look()
+        self.look_at_dtypes()
+        signature = f"{inside or ''} {ambient()} {call.signature()}"
         if copies:
             signature += repr(sorted(copies.items(), key=repr))
         found = self._probed(signature, call, views, inside, copies, False)
@@ -199,7 +260,7 @@ class Model(Handle):
     ) -> Probe | UnknownShapeError:
         if signature not in self._probes:
             module, modules = self.without_data
-            options = (modules, views, inside, copies, contents, self.caches)
+            options = (modules, views, inside, copies, contents, self.caches, self._kind)
             found: Probe | UnknownShapeError
             kwargs = dict(call.kwargs)
             implementation = kwargs.pop(OPTION, None)
@@ -214,10 +275,16 @@ class Model(Handle):
         return self._probes[signature]
 
     @property
+    def _kind(self) -> str:
+        """The kind of device that it is on, "meta" before it is loaded."""
+        weight = next(self._module.parameters(), None)
+        return "cpu" if weight is None else weight.device.type
+
+    @property
     def without_data(self) -> tuple[nn.Module, Mapping[str, nn.Module]]:
         """The module that runs on tensors without data, of the same shapes, and its tree."""
         if self._unquantised is None:
-            return self._module, self.modules
+            return self._module, self.tree.modules
         module = self._unquantised
         return module, dict(module.named_modules(remove_duplicate=False))
 
@@ -240,6 +307,16 @@ class Model(Handle):
         with self.exclusive, eager(is_compiled(self.compilable)):
             yield
 
+    def _notice(self) -> None:
+        """Takes the tree anew before a block, if its blocks or its head are others than before.
+
+        Changes further inside are noticed when a name or a shape is asked for, or when the block
+        is planned, by the parts of the tree that the block is about.
+        """
+        spine = self.tree.spine
+        if spine.now != spine.then:
+            self._renew()
+
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block that runs one forward of the module when it ends.
 
@@ -251,6 +328,7 @@ class Model(Handle):
         Returns:
             A context manager, in whose block sites can be read and written.
         """
+        self._notice()
         given = (args, kwargs) if args or kwargs else None
         return Tracer(self, Forward(self.views, self._module), given)
 
@@ -259,6 +337,7 @@ class Model(Handle):
 
         What is saved in it is then a fake tensor: it has a shape and a dtype, and no content.
         """
+        self._notice()
         given = (args, kwargs) if args or kwargs else None
         return Tracer(self, Forward(self.views, self._module), given, dry=True)
 
@@ -351,32 +430,48 @@ class Model(Handle):
 
     def _take(self, module: nn.Module) -> None:
         """Takes a loaded module in the place of the tree without weights."""
-        tree, paths = self._module, self.modules.keys()
+        tree, paths = self._module, self.tree.modules.keys()
         self._adopt(module)
-        quantised = getattr(module, "is_quantized", False) and self.modules.keys() == paths
+        quantised = getattr(module, "is_quantized", False) and self.tree.modules.keys() == paths
         vars(self).update(_source=None, _unquantised=tree if quantised else None)
 
     def _adopt(self, module: nn.Module) -> None:
         """Takes a module as the wrapped one."""
         module = uncompiled(module)
-        modules = dict(module.named_modules(remove_duplicate=False))
+        tree = Tree(module)
         compilable = [module]  # as a whole, or block by block
-        for part in modules.values():
+        for part in tree.modules.values():
             if isinstance(part, nn.ModuleList | nn.Sequential):
                 compilable.extend(part)
         config = getattr(module, "config", None)
         named = hasattr(config, "get_text_config")  # a Transformers model
-        views = block_views(module, config, True) if named else {}
-        vars(self).update(_module=module, modules=modules, exclusive=exclusive(module))
+        if named:
+            known = find_stacks(module, config, self._stacks)
+            vars(self)["_stacks"] = frozenset([*self._stacks, *known])
+        views = block_views(module, config, True, self._stacks) if named else {}
+        vars(self).update(_module=module, tree=tree, exclusive=exclusive(module))
         vars(self).update(_probes={}, plans=Plans(), compilable=compilable, views=views)
-        vars(self)["vocabulary"] = self._names(module) if named else NoVocabulary()
+        vars(self)["_dtypes"] = tree.dtypes()
+        vars(self)["_vocabulary"] = self._names(module) if named else NoVocabulary()
+
+    def _renew(self) -> None:
+        """Takes the wrapped module again, whose tree has changed."""
+        views, paths = self.views, self.tree.modules.keys()
+        self._adopt(self._module)
+        views.clear()  # blocks that are open have these
+        views.update(self.views)
+        vars(self)["views"] = views
+        if self.tree.modules.keys() != paths:
+            vars(self)["_unquantised"] = None
 
     def _names(self, module: nn.Module) -> Names:
         """The standard names of a Transformers model, of which nothing is found out yet."""
         from insitu.models.body import Body
         from insitu.models.vocabulary import Names
 
-        return Names(Body(self, find_stacks(module, module.config), self._description))
+        return Names(
+            Body(self, find_stacks(module, module.config, self._stacks), self._description)
+        )
 
     @short_tracebacks
     def describe_blocks(self, description: Description) -> None:
@@ -388,7 +483,7 @@ class Model(Handle):
         Raises:
             OptionError: if it is no model of Transformers.
         """
-        if isinstance(self.vocabulary, NoVocabulary):
+        if isinstance(self._vocabulary, NoVocabulary):
             raise OptionError("Only models of Transformers have blocks to describe.", here())
         vars(self)["_description"] = description
-        vars(self)["vocabulary"] = self._names(self._module)
+        vars(self)["_vocabulary"] = self._names(self._module)

@@ -9,7 +9,7 @@ call, so nothing is computed, nothing is allocated and a module without weights 
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +21,7 @@ from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import unlogged_failures
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import replaced
+from insitu.runtime.ambient import autocast_dtype
 from insitu.runtime.contents import Contents, has_contents
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.inside import Called, returns_tensors, watched
@@ -86,6 +87,7 @@ def probe(
     copies: Copies = _NO_COPIES,
     contents: bool = False,
     caches: Collection[str] = (),
+    kind: str = "cpu",
 ) -> Probe:
     """Runs a module on fake tensors and returns what passed its sites.
 
@@ -99,6 +101,7 @@ def probe(
         copies: the places from which the model is to go on with copies.
         contents: whether integers in the call's tensors count too. It takes longer.
         caches: the Python modules of caches: what they call is not a forward's own.
+        kind: the kind of device that the module is on.
 
     Raises:
         UnknownShapeError: if the module cannot be run without data.
@@ -108,6 +111,7 @@ def probe(
     own: set[int] = set()
     called: list[Called] = []
     known = Contents() if contents else None
+    device, casting = _autocast(kind)
 
     def given(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         own.add(storage_of(fake))
@@ -116,7 +120,7 @@ def probe(
         return fake
 
     def leaf(item: Any) -> Any:
-        return given(_fake(item), item) if isinstance(item, torch.Tensor) else item
+        return given(_fake(item, device), item) if isinstance(item, torch.Tensor) else item
 
     def tell(place: Place, value: Any) -> Any:
         seen[place] = value
@@ -132,9 +136,9 @@ def probe(
     watching = nullcontext() if inside is None else watched(modules[inside], visit, caches)
     listening = Listening(modules, views, tell)
     try:
-        with listening, _without_data(), known or nullcontext():
+        with listening, _without_data(), casting, known or nullcontext():
             args, kwargs = map_structure(leaf, tuple(call))
-            with watching, _faked(module) as weights:
+            with watching, _faked(module, device) as weights:
                 for weight, fake in weights:
                     given(fake, weight)
                 module(*args, **kwargs)
@@ -194,14 +198,26 @@ def _without_data() -> Generator[None, None, None]:
             yield
 
 
-def _fake(tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor on the CPU like another, in the fake mode that is active."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+def _fake(tensor: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    """A fake tensor like another, in the fake mode that is active."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+def _autocast(kind: str) -> tuple[str, AbstractContextManager[Any]]:
+    """On which kind of device to run without data, and in which context.
+
+    Autocast does other things on each. What a model is told of it is that of its own kind.
+    """
+    if kind in ("cpu", "meta") or not torch.is_autocast_available(kind):
+        return "cpu", nullcontext()
+    if autocast_dtype(kind) is None:
+        return "cpu", torch.autocast("cpu", enabled=False)
+    return kind, nullcontext()
 
 
 @contextmanager
 def _faked(
-    module: nn.Module,
+    module: nn.Module, device: str = "cpu"
 ) -> Generator[Collection[tuple[torch.Tensor, torch.Tensor]], None, None]:
     """Puts fake parameters and buffers into a module; gives each with the one that stands for it.
 
@@ -225,7 +241,7 @@ def _faked(
             for name, tensor in own.items():
                 if tensor is not None:
                     if id(tensor) not in fakes:
-                        fakes[id(tensor)] = (tensor, _fake(tensor))
+                        fakes[id(tensor)] = (tensor, _fake(tensor, device))
                     table[name] = fakes[id(tensor)][1]
         yield fakes.values()
     finally:

@@ -21,6 +21,7 @@ from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, written
 from insitu.runtime.probe import Call, Copies, Probe
 from insitu.runtime.reuse import Plans
+from insitu.runtime.tree import Tree
 
 Request = TypeVar("Request")
 
@@ -123,6 +124,32 @@ class Subject(Protocol):
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         """All modules by path, with or without weights."""
+        ...
+
+    @property
+    def tree(self) -> Tree:
+        """Its modules when they were last looked at."""
+        ...
+
+    def look(self, closely: bool = False) -> bool:
+        """Takes the module's tree as it is now; returns whether it had changed.
+
+        Args:
+            closely: whether to look also in an open block in which that was done before, and
+                for what is seldom done to a module.
+        """
+        ...
+
+    def look_at_dtypes(self) -> bool:
+        """Takes the dtypes of the weights as they are now; returns whether they had changed."""
+        ...
+
+    def open_block(self, is_open: bool) -> None:
+        """Is told that a block begins to be recorded, in which one look will do, or that it ends.
+
+        Args:
+            is_open: whether it begins.
+        """
         ...
 
     @property

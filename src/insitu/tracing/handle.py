@@ -56,8 +56,20 @@ class Handle(Call):
 
     @property
     def module(self) -> nn.Module:
-        """The module itself: on the meta device until the weights are loaded."""
-        return self._model.modules[self._path]
+        """The module itself: on the meta device until the weights are loaded.
+
+        Raises:
+            PathError: if it has been taken out of the model.
+        """
+        module: nn.Module | None = self._model.tree.root
+        if self._path:  # from the root, and not by what was there before
+            for name in self._path.split("."):
+                module = module._modules.get(name)
+                if module is None:
+                    raise PathError(
+                        f"The model has no module {readable(self._path)!r} now.", here()
+                    )
+        return module
 
     @property
     def ops(self) -> Operations:
@@ -189,7 +201,10 @@ class Handle(Call):
                 raise PathError(self._unknown(key), here())
             return self._child(key)
         try:
-            child = self._items[key] = self._child(names[key])
+            name = names[key]
+            child = self._child(name)
+            if name == str(key):  # others, such as the last, may be another after a change
+                self._items[key] = child
             return child
         except TypeError:
             raise PathError(

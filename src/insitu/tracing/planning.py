@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from insitu.graph.errors import BlockError, InsituError, ShapeError
+from insitu.graph.errors import BlockError, InsituError, PathError, ShapeError
 from insitu.graph.location import here
-from insitu.graph.node import Graph, Site, readable
+from insitu.graph.node import Graph, ModuleRef, Site, readable
 from insitu.graph.recording import Recording
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import clone, map_structure
+from insitu.runtime.ambient import Ambient, ambient
 from insitu.runtime.eager import is_compiled
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
+from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.memory import storages_of
 from insitu.runtime.mutations import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order
@@ -28,6 +30,7 @@ from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.probe import Copies
 from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
+from insitu.runtime.tree import Watched
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.never_ran import never_ran
 
@@ -43,6 +46,8 @@ class Prepared(NamedTuple):
         order: their order.
         returned: what modules that are skipped would return, as fake tensors, by path.
         compiled: whether any of the model's parts is under `torch.compile`.
+        watched: the part of the tree that the block is about.
+        ambient: what settings of torch the dtypes in `returned` depend on.
     """
 
     plan: Plan
@@ -50,6 +55,8 @@ class Prepared(NamedTuple):
     order: Sequence[int]
     returned: Mapping[str, Any]
     compiled: bool
+    watched: Watched
+    ambient: Ambient
 
 
 def prepare(
@@ -85,7 +92,14 @@ def prepare(
     prepared: Prepared | None = None
     if key is not None:
         key, prepared = plans.find(key, graph, saves)
+        if prepared is not None and not _still_holds(prepared, model, len(requests)):
+            prepared = None
     if prepared is None:
+        model.look_at_dtypes()
+        if model.look(closely=True) or model.plans is not plans:
+            key, plans = procedure.key(module, requests), model.plans
+            if key is not None:
+                key, _ = plans.find(key, graph, saves)
         prepared, passes = _planned(model, procedure, recording, invocations, requests, module)
         if key is not None:
             plans.keep(key, graph, saves, prepared)
@@ -94,6 +108,40 @@ def prepare(
             requests = _kept(requests, prepared.plan)
         passes = prepared.schedule(module, requests)
     return prepared, [*passes]
+
+
+def _still_holds(prepared: Prepared, model: Subject, invocations: int) -> bool:
+    """Whether the tree is as it was planned for, as far as the block is about it.
+
+    What may be shared by several invocations depends on all of the tree, and so does what a module
+    that is skipped would return.
+    """
+    watched = prepared.watched
+    if watched.now != watched.then:
+        return False
+    if invocations == 1 and not prepared.returned:
+        return True
+    if prepared.returned and (model.look_at_dtypes() or prepared.ambient != ambient()):
+        return False
+    return not (model.tree.has_changed() or model.tree.runs_otherwise())
+
+
+def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
+    """The part of the tree that a block is about, all of which has to be there."""
+    modules = model.tree.modules
+    paths: dict[str, int] = {}
+    for (_, path, kind, *_), index in plan.reads.items():
+        if kind in ("output", "input", "inputs"):
+            paths.setdefault(path.partition(SEPARATOR)[0], index)
+    for index, (_, args, *_) in enumerate(graph.rows):
+        if args and type(args[0]) is ModuleRef:
+            paths.setdefault(args[0].path, index)
+    for path, index in paths.items():
+        if path not in modules:
+            raise PathError(
+                f"The model has no module {readable(path)!r} now.", graph[index].location
+            )
+    return model.tree.on_the_way(paths)
 
 
 def _planned(
@@ -107,6 +155,7 @@ def _planned(
     """Plans a run and returns its passes too."""
     graph = recording.graph
     plan = make_plan(graph, recording.saves)
+    watched = _watched(model, graph, plan)
     if graph.differentiates:
         check_gradients(graph, plan)
     if graph.mutations:
@@ -127,7 +176,7 @@ def _planned(
         returned = _returned(model, procedure, graph, invocations)
         check_cuts(graph, plan, moments)
     compiled = is_compiled(model.compilable)
-    return Prepared(plan, schedule, order, returned, compiled), passes
+    return Prepared(plan, schedule, order, returned, compiled, watched, ambient()), passes
 
 
 def _moments(

@@ -44,14 +44,14 @@ def run_passes(
         What they returned; the node that reads a site where something had to arrive and did
         not, if there is one; and how the pass went in which it had to.
     """
-    plan, _, order, returned, _ = prepared
+    plan, order, returned = prepared.plan, prepared.order, prepared.returned
     results: list[Any] = [None] * len(passes)
     for at in order:
         single, passes[at] = passes[at], None
         assert single is not None
         try:
             results[at], missing, went = run_pass(
-                execution, plan, single, model.modules, views, returned, model.caches
+                execution, plan, single, model.tree.modules, views, returned, model.caches
             )
         except RuntimeError as error:
             tape, own = execution.tape, isinstance(error, InsituError)
@@ -67,6 +67,6 @@ def run_passes(
             if lacking is not None:
                 return results, lacking, went
     if plan.gradients is not None:
-        leaves = leaves_of(graph, plan.gradients, requests, model.modules[""])
+        leaves = leaves_of(graph, plan.gradients, requests, model.tree.modules[""])
         execution.run_backwards(leaves)
     return results, None, None

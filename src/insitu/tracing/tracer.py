@@ -126,6 +126,7 @@ class Tracer:
             if session is not None:
                 self.recording.session = session
                 self.recording.order = session.begin()
+        self.model.open_block(True)
         self.is_open = True
         return self
 
@@ -179,6 +180,7 @@ class Tracer:
         """Ends the recording, and returns whether it is to be run now."""
         self._done = True
         self.is_open = False
+        self.model.open_block(False)
         for invocation in self._invocations:
             if invocation.is_entered:
                 invocation.leave()
@@ -415,7 +417,7 @@ class Tracer:
         """Finds what is wrong with the run, and fills the saved values with fake ones."""
         model, recording = self.model, self.recording
         block = (model, self.procedure, recording, self._invocations, self._requests)
-        _, passes = prepare(*block, model.modules[""])
+        _, passes = prepare(*block, model.tree.root)
         self._told = [single.told for single in passes if single is not None]
         for index in range(len(recording.graph)):
             with contextlib.suppress(UnknownShapeError):
@@ -443,7 +445,7 @@ class Tracer:
         )
         self._told = [single.told for single in passes if single is not None]
         done = following(passes)
-        execution = Execution(recording.graph, prepared.plan, model.modules)
+        execution = Execution(recording.graph, prepared.plan, model.tree.modules)
         with model.exclusive, eager(prepared.compiled):
             try:
                 results, lacking, went = run_passes(

@@ -1,0 +1,116 @@
+"""The tree of a module as it was when it was last looked at, and whether it has changed since.
+
+Users add adapters to a module that is wrapped, and replace, append, move and remove its parts.
+What is known of the module holds for one tree, so each block begins by comparing. The module itself
+is untouched: it has no hook that tells of changes.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+Tables = list[dict[str, nn.Module | None]]
+
+
+class Watched(NamedTuple):
+    """Tables of children, compared with what they held: `watched.now != watched.then`.
+
+    Python compares both lists in C, each child by its identity: 15 ns a child.
+
+    Attributes:
+        now: the modules' own tables.
+        then: copies of them.
+    """
+
+    now: Tables
+    then: Tables
+
+
+class Tree:
+    """The tree of a module when it was last looked at.
+
+    Args:
+        root: the module.
+
+    Attributes:
+        root: the module.
+        modules: all modules of the tree by path, shared ones under each of their paths.
+        spine: the children of the root, and what is on the way to its lists of modules: it
+            differs if a head or a list is replaced, or an item of a list.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self._parts = list(dict.fromkeys(self.modules.values()))
+        self._all = _watched(self._parts)
+        self._make = _make(self._parts)
+        self._states = [vars(part) for part in self._parts]
+        self._forwards = self._own_forwards()
+        self.spine = self._spine()
+
+    def has_changed(self) -> bool:
+        """Returns whether any module has other children than it had."""
+        return self._all.now != self._all.then
+
+    def differs(self) -> bool:
+        """Returns the same, and whether any has become another in itself.
+
+        That is its class, the `forward` of the instance, or a table of children that was
+        exchanged as a whole. It takes ten times as long.
+        """
+        return self.has_changed() or self._make != _make(self._parts)
+
+    def runs_otherwise(self) -> bool:
+        """Returns whether an instance's own `forward` has been set, exchanged or taken away."""
+        return self._forwards != self._own_forwards()
+
+    def _own_forwards(self) -> list[Any]:
+        return [state["forward"] for state in self._states if "forward" in state]
+
+    def on_the_way(self, paths: Iterable[str]) -> Watched:
+        """Returns the tables of children through which some paths lead, to be compared later.
+
+        Args:
+            paths: paths of modules in the tree.
+        """
+        found = {"": self.root}
+        for path in paths:
+            while path:
+                path = path.rpartition(".")[0]
+                if path in found:
+                    break
+                found[path] = self.modules[path]
+        return _watched(found.values())
+
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Returns the dtypes of all parameters and buffers, in the order of the tree."""
+        tables = [table for part in self._parts for table in (part._parameters, part._buffers)]
+        tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
+        return tuple(map(attrgetter("dtype"), tensors))
+
+    def _spine(self) -> Watched:
+        lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+        paths: list[str] = []
+        for path, part in self.modules.items():
+            inside = any(not outer or path.startswith(f"{outer}.") for outer in paths)
+            if isinstance(part, lists) and not inside:
+                paths.append(path)
+        return self.on_the_way([f"{path}." for path in paths])
+
+
+def _watched(parts: Iterable[nn.Module]) -> Watched:
+    now = [part._modules for part in parts]
+    return Watched(now, [dict(table) for table in now])
+
+
+def _make(parts: Iterable[nn.Module]) -> list[Any]:
+    """What each module is apart from its children, to be compared by identity or equality."""
+    return [(type(part), id(part._modules), vars(part).get("forward")) for part in parts]
