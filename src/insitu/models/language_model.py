@@ -34,6 +34,7 @@ from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
 from insitu.runtime.hooks import View
 from insitu.runtime.layout import SIZES, Layouts
+from insitu.runtime.own_hooks import is_the_models
 from insitu.runtime.probe import Call
 from insitu.runtime.reuse import Plans
 from insitu.tracing.tracer import Tracer
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from insitu.models.separation import Separation
     from insitu.models.transformer_lens import TransformerLens
     from insitu.models.vocabulary import Names
-
-_LIBRARIES = ("accelerate.", "torch.", "transformers.")
 
 
 class LanguageModel(Model):
@@ -477,7 +476,7 @@ class LanguageModel(Model):
         for part in self.tree.modules.values():
             if part._forward_hooks or part._forward_pre_hooks:
                 hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-                if not all(hook.__module__.startswith(_LIBRARIES) for hook in hooks):
+                if not all(is_the_models(hook, part) for hook in hooks):
                     return True
         return False
 

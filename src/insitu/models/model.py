@@ -25,6 +25,7 @@ from insitu.runtime.ambient import ambient
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
+from insitu.runtime.own_hooks import set_aside
 from insitu.runtime.probe import Call, Copies, Probe, fake_call, probe
 from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Tree
@@ -54,7 +55,6 @@ class Model(Handle):
     Attributes:
         tree: all modules, as they were when they were last looked at.
         exclusive: who may use the module: runs of it wait for each other.
-        compilable: the parts of it that may be under `torch.compile`.
         edits: what holds in every run.
         views: how the outputs of transformer blocks are shown, by path, if there are any.
         caches: the Python modules of Transformers' caches of keys and values.
@@ -114,7 +114,6 @@ class Model(Handle):
 
     tree: Tree
     exclusive: Exclusive
-    compilable: Sequence[nn.Module]
     edits: Sequence[Graph]
     caches: Collection[str] = CACHES
     plans: Plans[Any]
@@ -301,10 +300,13 @@ class Model(Handle):
     def in_use(self) -> Generator[None, None, None]:
         """Waits for the wrapped module, and has it for a run of the library's own.
 
+        The user's hooks on it sit that out.
+
         Raises:
             BlockError: if that is inside another run of it.
         """
-        with self.exclusive, eager(is_compiled(self.compilable)):
+        parts = self.tree.parts
+        with self.exclusive, set_aside(parts), eager(is_compiled(parts)):
             yield
 
     def _notice(self) -> None:
@@ -439,10 +441,6 @@ class Model(Handle):
         """Takes a module as the wrapped one."""
         module = uncompiled(module)
         tree = Tree(module)
-        compilable = [module]  # as a whole, or block by block
-        for part in tree.modules.values():
-            if isinstance(part, nn.ModuleList | nn.Sequential):
-                compilable.extend(part)
         config = getattr(module, "config", None)
         named = hasattr(config, "get_text_config")  # a Transformers model
         if named:
@@ -450,7 +448,7 @@ class Model(Handle):
             vars(self)["_stacks"] = frozenset([*self._stacks, *known])
         views = block_views(module, config, True, self._stacks) if named else {}
         vars(self).update(_module=module, tree=tree, exclusive=exclusive(module))
-        vars(self).update(_probes={}, plans=Plans(), compilable=compilable, views=views)
+        vars(self).update(_probes={}, plans=Plans(), views=views)
         vars(self)["_dtypes"] = tree.dtypes()
         vars(self)["_vocabulary"] = self._names(module) if named else NoVocabulary()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +16,13 @@ from torch import nn
 from insitu.graph.structure import map_structure
 
 _ABSENT = object()
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# What these hang on modules belongs to the model: it fetches weights and collects outputs.
-_OF_THE_MODEL = frozenset(["accelerate", "torch", "transformers", "transformers_modules"])
 
 
 @contextmanager
 def undisturbed(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Lets the runs in it leave no trace: not in the model, in hooks of the user's, or in dice.
+    """Lets the runs in it leave no trace: not in the model, and not in the random state.
 
-    The user's hooks sit them out, and no graph for autograd is recorded.
+    No graph for autograd is recorded. The user's hooks are set aside by who has the model in use.
 
     Args:
         modules: the model's tree, by path. The caller holds it (see `exclusive`).
@@ -39,10 +35,6 @@ def undisturbed(modules: Mapping[str, nn.Module]) -> Iterator[None]:
         tables.extend(table for table in vars(part).values() if isinstance(table, dict))
     states = [(table, dict(table)) for table in tables]
     try:
-        for part in parts:
-            for table in (getattr(part, name) for name in _HOOKS):
-                for key in [key for key, hook in table.items() if not _of_the_model(hook)]:
-                    del table[key]
         with torch.random.fork_rng(list(devices)), torch.no_grad():
             yield
     finally:
@@ -83,13 +75,6 @@ def _alike(mine: Any, other: Any) -> bool:
     scale = other[plain].abs().amax().clamp_min(1e-6) if bool(plain.any()) else 0.0
     limit = 1e-4 if other.dtype in (torch.float32, torch.float64) else 3e-2
     return bool((same | ((mine - other).abs() <= limit * scale)).all())
-
-
-def _of_the_model(hook: Any) -> bool:
-    """Whether a hook is one without which the model would not be itself."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).partition(".")[0] in _OF_THE_MODEL
 
 
 def _restore(now: dict[Any, Any], before: dict[Any, Any]) -> None:

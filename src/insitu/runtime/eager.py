@@ -15,10 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
+_ORIGINAL = "_torchdynamo_orig_callable"  # where what `torch.compile` gives has what it was given
+
 
 def is_compiled(modules: Iterable[nn.Module]) -> bool:
-    """Returns whether any of these modules is under `torch.compile`."""
-    return any(module._compiled_call_impl is not None for module in modules)  # pyright: ignore[reportUnknownMemberType]
+    """Returns whether any of these modules is under `torch.compile`, or its `forward` alone."""
+    for module in modules:
+        if module._compiled_call_impl is not None:  # pyright: ignore[reportUnknownMemberType]
+            return True
+        # A method that was compiled with its class has what it was written as, too.
+        if hasattr(module.forward, _ORIGINAL):
+            return True
+    return False
 
 
 def eager(compiled: bool) -> AbstractContextManager[Any]:

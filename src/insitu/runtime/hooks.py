@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Protocol, cast
@@ -17,6 +16,7 @@ from insitu.graph.errors import InsituError
 from insitu.graph.node import NO_KWARGS, Kind, Site
 from insitu.graph.structure import clone, map_structure
 from insitu.runtime.execution import Execution
+from insitu.runtime.own_hooks import is_the_models
 from insitu.runtime.plan import Plan
 
 Place = tuple[str, Kind, int]
@@ -154,9 +154,8 @@ def _put_own_last(module: nn.Module, hooks: dict[Any, Any]) -> Collection[Any] |
     A library's hook on its own module notes what the module returns, which the model may go on
     with: it has to note what was written. The user's hooks come before ours, as they stand.
     """
-    library = _library(type(module).__module__)
-    own = [key for key, hook in hooks.items() if _library(_written_in(hook)) == library]
-    if not own or not _is_installed(library):
+    own = [key for key, hook in hooks.items() if is_the_models(hook, module)]
+    if not own:
         return None
     before = tuple(hooks)
     reorder(hooks, own)
@@ -173,21 +172,6 @@ def reorder(table: dict[Any, Any], order: Collection[Any]) -> None:
     for key in order:
         if key in table:
             table[key] = table.pop(key)
-
-
-def _written_in(hook: Any) -> str:
-    return getattr(hook, "__module__", None) or ""
-
-
-def _library(name: str) -> str:
-    return name.partition(".")[0]
-
-
-@lru_cache(maxsize=64)
-def _is_installed(library: str) -> bool:
-    """Whether a package is somebody else's, and no code of the user's."""
-    file = getattr(sys.modules.get(library), "__file__", None)
-    return file is not None and "site-packages" in file
 
 
 def passing_value(

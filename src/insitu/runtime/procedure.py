@@ -163,11 +163,6 @@ class Subject(Protocol):
         ...
 
     @property
-    def compilable(self) -> Sequence[nn.Module]:
-        """The parts of the module that may be under `torch.compile`."""
-        ...
-
-    @property
     def caches(self) -> Collection[str]:
         """The Python modules of caches: what these call are no functions of a forward's own."""
         ...

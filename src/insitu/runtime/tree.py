@@ -42,6 +42,7 @@ class Tree:
     Attributes:
         root: the module.
         modules: all modules of the tree by path, shared ones under each of their paths.
+        parts: all modules, each once.
         spine: the children of the root, and what is on the way to its lists of modules: it
             differs if a head or a list is replaced, or an item of a list.
     """
@@ -49,10 +50,10 @@ class Tree:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.modules = dict(root.named_modules(remove_duplicate=False))
-        self._parts = list(dict.fromkeys(self.modules.values()))
-        self._all = _watched(self._parts)
-        self._make = _make(self._parts)
-        self._states = [vars(part) for part in self._parts]
+        self.parts = list(dict.fromkeys(self.modules.values()))
+        self._all = _watched(self.parts)
+        self._make = _make(self.parts)
+        self._states = [vars(part) for part in self.parts]
         self._forwards = self._own_forwards()
         self.spine = self._spine()
 
@@ -66,7 +67,7 @@ class Tree:
         That is its class, the `forward` of the instance, or a table of children that was
         exchanged as a whole. It takes ten times as long.
         """
-        return self.has_changed() or self._make != _make(self._parts)
+        return self.has_changed() or self._make != _make(self.parts)
 
     def runs_otherwise(self) -> bool:
         """Returns whether an instance's own `forward` has been set, exchanged or taken away."""
@@ -92,7 +93,7 @@ class Tree:
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Returns the dtypes of all parameters and buffers, in the order of the tree."""
-        tables = [table for part in self._parts for table in (part._parameters, part._buffers)]
+        tables = [table for part in self.parts for table in (part._parameters, part._buffers)]
         tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
         return tuple(map(attrgetter("dtype"), tensors))
 

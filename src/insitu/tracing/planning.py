@@ -119,6 +119,8 @@ def _still_holds(prepared: Prepared, model: Subject, invocations: int) -> bool:
     watched = prepared.watched
     if watched.now != watched.then:
         return False
+    if not prepared.compiled and is_compiled((model.tree.root,)):
+        return False
     if invocations == 1 and not prepared.returned:
         return True
     if prepared.returned and (model.look_at_dtypes() or prepared.ambient != ambient()):
@@ -175,7 +177,7 @@ def _planned(
     if cuts_short:
         returned = _returned(model, procedure, graph, invocations)
         check_cuts(graph, plan, moments)
-    compiled = is_compiled(model.compilable)
+    compiled = is_compiled(model.tree.parts)
     return Prepared(plan, schedule, order, returned, compiled, watched, ambient()), passes
 
 

@@ -1,0 +1,95 @@
+"""Whose a hook on a module is: the model's, which it needs, or the user's, who wants to see runs.
+
+The library's own runs, which find something out, leave the user's hooks alone: these see the runs
+of blocks, once each, and never a tensor without data. Hooks without which a model would not be
+itself stay: they fetch weights, apply parametrisations and collect outputs.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from threading import get_ident
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as everywhere
+
+# What these hang on modules belongs to the model.
+_LIBRARIES = frozenset(
+    [
+        *("accelerate", "bitsandbytes", "deepspeed", "optimum", "peft", "torch", "torchao"),
+        *("transformers", "transformers_modules"),
+    ]
+)
+
+
+def is_the_models(hook: Any, module: nn.Module) -> bool:
+    """Returns whether a hook is one without which the model would not be itself.
+
+    It is if a library that makes models wrote it, or the installed package that wrote the module,
+    or if it is a method of a module.
+
+    Args:
+        hook: the hook.
+        module: the module that it hangs on.
+    """
+    while isinstance(hook, partial):
+        hook = hook.func  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(getattr(hook, "__self__", None), nn.Module):
+        return True
+    library = _library(getattr(hook, "__module__", None))
+    if library in _LIBRARIES:
+        return True
+    return library == _library(type(module).__module__) and _is_installed(library)
+
+
+@contextmanager
+def set_aside(parts: Iterable[nn.Module]) -> Generator[None, None, None]:
+    """Lets the user's hooks sit out the runs of this thread.
+
+    Those of other threads see them as before, also the hooks that hold for all modules.
+
+    Args:
+        parts: the modules of the model.
+    """
+    thread = get_ident()
+    changed: list[tuple[dict[Any, Any], Any, Any, Any]] = []
+
+    for part in parts:
+        for table in (part._forward_pre_hooks, part._forward_hooks):
+            for key, hook in [*table.items()] if table else ():
+                if not is_the_models(hook, part):
+                    changed.append((table, key, hook, partial(_unless_in, thread, hook)))
+    for table in (everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks):
+        for key, hook in [*table.items()]:
+            if _library(getattr(hook, "__module__", None)) not in _LIBRARIES:
+                changed.append((table, key, hook, partial(_unless_in, thread, hook)))
+    try:
+        for table, key, _, quiet in changed:
+            table[key] = quiet
+        yield
+    finally:
+        for table, key, hook, quiet in changed:
+            if table.get(key) is quiet:
+                table[key] = hook
+
+
+def _unless_in(thread: int, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a hook, but in one thread."""
+    return None if get_ident() == thread else hook(*args, **kwargs)
+
+
+def _library(name: Any) -> str:
+    return name.partition(".")[0] if isinstance(name, str) else ""
+
+
+@lru_cache(maxsize=64)
+def _is_installed(library: str) -> bool:
+    """Whether a package is somebody else's, and no code of the user's."""
+    file = getattr(sys.modules.get(library), "__file__", None)
+    return file is not None and "site-packages" in file
