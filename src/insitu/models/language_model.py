@@ -20,6 +20,7 @@ from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.attention import SETTING
 from insitu.models.blocks import block_views
 from insitu.models.calls import lacks_media
+from insitu.models.dropout import INDIFFERENT
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
 from insitu.models.media import MEDIA
@@ -468,12 +469,12 @@ class LanguageModel(Model):
     @property
     def is_training(self) -> bool:
         """Whether any of its modules is in training mode: dropout may be, apart from the rest."""
-        return any(part.training for part in self.tree.modules.values())
+        return any(part.training and type(part) not in INDIFFERENT for part in self.tree.parts)
 
     @property
     def has_hooks(self) -> bool:
         """Whether hooks of the user's own hang on its modules."""
-        for part in self.tree.modules.values():
+        for part in self.tree.parts:
             if part._forward_hooks or part._forward_pre_hooks:
                 hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
                 if not all(is_the_models(hook, part) for hook in hooks):
@@ -483,10 +484,11 @@ class LanguageModel(Model):
     def trains(self) -> bool:
         """Returns whether it is in training mode, and says once what follows from it."""
         trains = self.is_training
-        if trains:
+        if trains and "training" not in self._said:
+            self._said.add("training")
             warnings.warn(
-                "The model, or a part of it, is in training mode, where dropout makes every row of "
-                "a batch depend on all: its invocations run one by one. `model.module.eval()` lets "
+                "The model, or a part of it, is in training mode, where the rows of a batch may "
+                "depend on each other: its invocations run one by one. `model.module.eval()` lets "
                 "them run together.",
                 stacklevel=2,
             )

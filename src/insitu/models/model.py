@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import CACHES, block_views, find_stacks
+from insitu.models.dropout import drops_out
 from insitu.models.plain import Forward
 from insitu.runtime.ambient import ambient
 from insitu.runtime.eager import eager, is_compiled, uncompiled
@@ -73,7 +75,7 @@ class Model(Handle):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(self, "")
         vars(self).update(edits=(), _source=None, _base=None, _loading=threading.RLock())
-        vars(self)["_unquantised"] = None
+        vars(self).update(_unquantised=None, _said=set())
         self._adopt(module)
 
     @classmethod
@@ -123,13 +125,14 @@ class Model(Handle):
     _module: nn.Module
     _stacks: Collection[str] = ()  # the lists of blocks that were ever found
     _looked: bool | None = False  # None in a block that has not looked at the tree yet
-    _weighed = False  # whether an open block has looked at the dtypes of the weights
-    _dtypes: tuple[torch.dtype, ...]
+    _weighed = False  # whether an open block has looked at the weights
+    _weights: tuple[list[torch.dtype], list[torch.Size]]
     _probes: dict[str, Probe | UnknownShapeError]
     _source: Source | None
     _base: Model | None
     _unquantised: nn.Module | None  # of the same shapes; kernels for quantised weights need data
     _loading: threading.RLock
+    _said: set[str]  # what was said once, also of models with edits
 
     @property
     def config(self) -> Any:
@@ -205,14 +208,23 @@ class Model(Handle):
             vars(self)["_looked"] = True
         return changed
 
-    def look_at_dtypes(self) -> bool:
-        """Takes the dtypes of the weights as they are now; returns whether they had changed."""
+    def warn_of_noise(self) -> None:
+        """Says once that its values are random, if dropout is on."""
+        if "dropout" not in self._said and drops_out(self.tree.parts):
+            self._said.update(("dropout", "training"))
+            warnings.warn(
+                "The model is in training mode, so dropout makes its values random: each run "
+                "gives others, and invocations run one by one. `model.module.eval()` turns it off.",
+                stacklevel=2,
+            )
+
+    def look_at_weights(self) -> bool:
+        """Takes dtypes and shapes of weights as they are now; returns whether they had changed."""
         if self._weighed:
             return False
-        dtypes = self.tree.dtypes()
-        changed = dtypes != self._dtypes
+        changed = self.tree.weights() != self._weights
         if changed:
-            vars(self).update(_probes={}, plans=Plans(), _dtypes=dtypes)
+            self._renew()
         vars(self)["_weighed"] = self._looked is not False  # once in a block
         return changed
 
@@ -236,7 +248,7 @@ class Model(Handle):
         """
         if not self._looked:
             self.look()
-        self.look_at_dtypes()
+        self.look_at_weights()
         signature = f"{inside or ''} {ambient()} {call.signature()}"
         if copies:
             signature += repr(sorted(copies.items(), key=repr))
@@ -449,7 +461,7 @@ class Model(Handle):
         views = block_views(module, config, True, self._stacks) if named else {}
         vars(self).update(_module=module, tree=tree, exclusive=exclusive(module))
         vars(self).update(_probes={}, plans=Plans(), views=views)
-        vars(self)["_dtypes"] = tree.dtypes()
+        vars(self)["_weights"] = tree.weights()
         vars(self)["_vocabulary"] = self._names(module) if named else NoVocabulary()
 
     def _renew(self) -> None:

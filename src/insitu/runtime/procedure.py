@@ -140,8 +140,12 @@ class Subject(Protocol):
         """
         ...
 
-    def look_at_dtypes(self) -> bool:
-        """Takes the dtypes of the weights as they are now; returns whether they had changed."""
+    def look_at_weights(self) -> bool:
+        """Takes dtypes and shapes of weights as they are now; returns whether they had changed."""
+        ...
+
+    def warn_of_noise(self) -> None:
+        """Says once that its values are random, if they are."""
         ...
 
     def open_block(self, is_open: bool) -> None:

@@ -10,7 +10,6 @@ is untouched: it has no hook that tells of changes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -91,11 +90,11 @@ class Tree:
                 found[path] = self.modules[path]
         return _watched(found.values())
 
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Returns the dtypes of all parameters and buffers, in the order of the tree."""
+    def weights(self) -> tuple[list[torch.dtype], list[torch.Size]]:
+        """Returns the dtypes and shapes of all parameters and buffers, in the order of the tree."""
         tables = [table for part in self.parts for table in (part._parameters, part._buffers)]
         tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
-        return tuple(map(attrgetter("dtype"), tensors))
+        return [tensor.dtype for tensor in tensors], [tensor.shape for tensor in tensors]
 
     def _spine(self) -> Watched:
         lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)

@@ -126,6 +126,8 @@ class Handle(Call):
         return Names(self)
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("module", "_model"):  # not found by a property, or not there yet in a copy
+            return object.__getattribute__(self, name)
         children = self.module._modules
         if children.get(name) is not None:
             child = vars(self)[name] = self._child(name)

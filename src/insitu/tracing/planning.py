@@ -66,6 +66,7 @@ def prepare(
     invocations: Sequence[Invocation],
     requests: Sequence[Any],
     module: nn.Module,
+    dry: bool = False,
 ) -> tuple[Prepared, list[Pass | None]]:
     """Plans the run of a block, or finds how one like it was planned, and gives its passes too.
 
@@ -78,6 +79,7 @@ def prepare(
         invocations: the block's invocations.
         requests: what each of them was given.
         module: the wrapped module.
+        dry: whether it will not run.
 
     Raises:
         InsituError: for what is wrong with the run, as far as that is found beforehand.
@@ -95,7 +97,9 @@ def prepare(
         if prepared is not None and not _still_holds(prepared, model, len(requests)):
             prepared = None
     if prepared is None:
-        model.look_at_dtypes()
+        if not dry:
+            model.warn_of_noise()
+        model.look_at_weights()
         if model.look(closely=True) or model.plans is not plans:
             key, plans = procedure.key(module, requests), model.plans
             if key is not None:
@@ -123,7 +127,7 @@ def _still_holds(prepared: Prepared, model: Subject, invocations: int) -> bool:
         return False
     if invocations == 1 and not prepared.returned:
         return True
-    if prepared.returned and (model.look_at_dtypes() or prepared.ambient != ambient()):
+    if prepared.returned and (model.look_at_weights() or prepared.ambient != ambient()):
         return False
     return not (model.tree.has_changed() or model.tree.runs_otherwise())
 

@@ -417,7 +417,7 @@ class Tracer:
         """Finds what is wrong with the run, and fills the saved values with fake ones."""
         model, recording = self.model, self.recording
         block = (model, self.procedure, recording, self._invocations, self._requests)
-        _, passes = prepare(*block, model.tree.root)
+        _, passes = prepare(*block, model.tree.root, dry=True)
         self._told = [single.told for single in passes if single is not None]
         for index in range(len(recording.graph)):
             with contextlib.suppress(UnknownShapeError):

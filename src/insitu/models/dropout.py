@@ -1,0 +1,38 @@
+"""Whether dropout is on in a module: then its values are random.
+
+Dropout that is no module, but a function that a forward calls, is known by a number that the module
+keeps under a name with "drop" in it: `attention_dropout`, `attn_pdrop`, `layerdrop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+INDIFFERENT = frozenset(
+    [
+        *(nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict),
+        *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Identity),
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
+    ]
+)
+"""Kinds of modules for which it makes no difference whether they are in training mode."""
+
+
+def drops_out(parts: Iterable[nn.Module]) -> bool:
+    """Returns whether any of these modules is in training mode and has dropout.
+
+    Args:
+        parts: the modules of a model.
+    """
+    return any(part.training and _has_dropout(part) for part in parts)
+
+
+def _has_dropout(part: nn.Module) -> bool:
+    if type(part) in INDIFFERENT:
+        return False
+    if isinstance(part, nn.modules.dropout._DropoutNd):  # pyright: ignore[reportPrivateUsage]
+        return part.p > 0
+    numbers = [value for name, value in vars(part).items() if "drop" in name]
+    return any(isinstance(value, float) and 0 < value <= 1 for value in numbers)
