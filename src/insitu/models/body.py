@@ -22,6 +22,8 @@ from insitu.models.blocks import CACHES
 from insitu.models.configuration import text_config
 from insitu.models.endings import Endings, find_endings
 from insitu.models.parts import Block, Spot
+from insitu.models.proof.given import Proofs
+from insitu.models.proof.signature import signatures
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
 from insitu.runtime.dataflow import Dataflow, watch
@@ -48,23 +50,32 @@ class Body:
         model: the model.
         stacks: the lists of its blocks, by path, and how long they are.
         description: what is said of its blocks; None for what is said of its architecture.
+        proves: whether its parts are to be proven, and not just found.
 
     Attributes:
         stacks: the paths of its blocks, a list for each stack, such as encoder and decoder.
         paths: those of all of them.
         lengths: all numbers of positions that hidden states had in the forward that was watched.
         weights: the weights of its parts.
+        description: what is said of its blocks.
+        proofs: what was proven of its parts; None where all that was found counts.
     """
 
     def __init__(
-        self, model: Model, stacks: Mapping[str, int], description: Description | None
+        self,
+        model: Model,
+        stacks: Mapping[str, int],
+        description: Description | None,
+        proves: bool = True,
     ) -> None:
         self._model = model
         self.stacks: Sequence[Sequence[str]] = [
             [f"{path}.{layer}" for layer in range(count)] for path, count in stacks.items()
         ]
         known = DESCRIPTIONS.get(getattr(model.module.config, "model_type", ""))
-        self._description = description or known or Description()
+        self.description = description or known or Description()
+        self._found: dict[tuple[tuple[str, Any], ...], Mapping[str, Block]] = {}
+        self._kinds: dict[tuple[tuple[str, Any], ...], Mapping[str, str]] = {}
         self._blocks: dict[tuple[tuple[str, Any], ...], Mapping[str, Block]] = {}
         self._agreed: dict[tuple[tuple[str, Any], ...], bool] = {}
         # Whether the weights were there, and the options.
@@ -75,6 +86,7 @@ class Body:
         self._endings: Endings | None = None
         self.lengths: frozenset[int] = frozenset()
         self.weights = Weights(self)
+        self.proofs = Proofs(self) if proves else None
 
     @property
     def model(self) -> Model:
@@ -123,8 +135,31 @@ class Body:
         """
         key = tuple(options.items())
         if key not in self._blocks:
-            self._blocks[key] = self._watch(options)
+            found, proofs = self._seen(options), self.proofs
+            if proofs is not None:
+                kinds = self._kinds[key]
+                found = {path: proofs.applied(b, kinds[path]) for path, b in found.items()}
+            self._blocks[key] = found
         return self._blocks[key]
+
+    def kinds(self, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """Returns the kind of each block by its path: see `proof/signature.py`.
+
+        Args:
+            options: as of `blocks_of_a_run`.
+
+        Raises:
+            UnknownShapeError: as of `blocks`.
+        """
+        self._seen(options)
+        return self._kinds[tuple(options.items())]
+
+    def _seen(self, options: Mapping[str, Any]) -> Mapping[str, Block]:
+        """What was found of the blocks, proven or not."""
+        key = tuple(options.items())
+        if key not in self._found:
+            self._found[key] = self._watch(options)
+        return self._found[key]
 
     @property
     def showing_softmax(self) -> Mapping[str, Any]:
@@ -137,9 +172,10 @@ class Body:
         loaded = self._model.loaded
         if self._showing is None or (loaded and not self._showing[0]):
             found: Mapping[str, Any] | None = None
-            for options in _SHOWING:
+            proven = None if self.proofs is None else self.proofs.showing()
+            for options in _SHOWING if proven is None else (proven, *_SHOWING):
                 with contextlib.suppress(UnknownShapeError):  # not all models can run so
-                    if _has_softmax(self.blocks_of_a_run(options)) and self.agrees(options):
+                    if _has_softmax(self._seen(options)) and self.agrees(options):
                         found = options
                         break
             self._showing = (loaded, found or {})
@@ -202,11 +238,24 @@ class Body:
             self._endings = find_endings(self)
         return self._endings
 
-    def number(self, name: str) -> int | None:
-        """Returns a size of the model: "n_heads" and so on; None if it has none."""
-        blocks = [self.blocks()[path] for path in self.stacks[-1]] if self.stacks else []
-        if name == "n_layers":
-            return len(blocks)
+    def stack(self, name: str) -> Sequence[str] | str | None:
+        """Returns the blocks that have a name; or why none have it, None if there are none.
+
+        Args:
+            name: "blocks" or "encoder_blocks".
+        """
+        if not self.stacks:
+            return None
+        if self.proofs is None:
+            return self.stacks[-1 if name == "blocks" else 0]
+        found = self.proofs.stack(name)
+        return self.stacks[found] if isinstance(found, int) else found
+
+    def number(self, name: str) -> int | str | None:
+        """Returns a size of the model: "n_heads" and so on; or why it has none, or None."""
+        paths = self.stack("blocks") or []
+        if name == "n_layers" or isinstance(paths, str):
+            return paths if isinstance(paths, str) else len(paths)
         if name == "vocab_size":
             logits = self.logits()
             if logits is not None:
@@ -214,17 +263,11 @@ class Body:
             embedding = self.embedding
             module = self._model.modules[embedding] if embedding is not None else None
             return getattr(module, "num_embeddings", None)
-        for block in blocks:
-            heads, mlp = block.attention, block.mlp
-            if name == "d_model":
-                return block.width
-            if name == "n_heads" and heads is not None:
-                return heads.count
-            if name == "d_head" and heads is not None:
-                return heads.q.shape[-1] if heads.q is not None else heads.size
-            if name == "d_mlp" and mlp is not None and mlp.post is not None:
-                return mlp.post.shape[-1]
-        return None
+        found = {_size(self.blocks()[path], name) for path in paths if path in self.blocks()}
+        sizes = sorted(size for size in found if size is not None)
+        if len(sizes) > 1:
+            return f"its blocks differ in it: {', '.join(map(str, sizes))}."
+        return sizes[0] if sizes else None
 
     def say_eager(self) -> None:
         """Says once that runs will be with eager attention."""
@@ -277,11 +320,12 @@ class Body:
         found: dict[str, Block] = {}
         for path, size in sizes.items():
             reading = Reading(flow, modules, size, lengths, *experts)
-            block = block_of(reading, path, self._description.begins)
+            block = block_of(reading, path, self.description.begins)
             if block is not None:
-                found[path] = self._description.applied(block, flow)
+                found[path] = self.description.applied(block, flow)
         if self._after is None:
             self._after = self._ending(flow)
+        self._kinds[tuple(options.items())] = signatures(found, flow, modules)
         return found
 
     def _flow(self, options: dict[str, Any]) -> Dataflow:
@@ -344,6 +388,20 @@ class Body:
             if event.path == head and not returned.item:
                 return norm, Spot(event.path, "output", event.call, (), flow.shapes[value])
         return norm, Spot("", "output", 0, ("logits",), flow.shapes[value])
+
+
+def _size(block: Block, name: str) -> int | None:
+    """A size of a block, None if it has none."""
+    heads, mlp = block.attention, block.mlp
+    if name == "d_model":
+        return block.width
+    if name == "n_heads" and heads is not None:
+        return heads.count
+    if name == "d_head" and heads is not None:
+        return heads.q.shape[-1] if heads.q is not None else heads.size
+    if name == "d_mlp" and mlp is not None and mlp.post is not None:
+        return mlp.post.shape[-1]
+    return None
 
 
 def _on(device: torch.device, value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from insitu.graph.node import Kind
 
@@ -101,6 +101,7 @@ class Block:
         attention: its attention.
         cross_attention: its attention to an encoder's states.
         mlp: its MLP.
+        refused: why names are not given, though something was found for them: "attention.z".
     """
 
     path: str
@@ -111,3 +112,38 @@ class Block:
     attention: Heads | None = None
     cross_attention: Heads | None = None
     mlp: Feedforward | None = None
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def without(self, refused: Mapping[str, str]) -> Block:
+        """Returns the block without what some names were found for.
+
+        Args:
+            refused: why each of them is refused, by name: "residual_in", "attention", "mlp.pre".
+        """
+        return replace(
+            self,
+            stream={name: spot for name, spot in self.stream.items() if name not in refused},
+            added={name: spot for name, spot in self.added.items() if name not in refused},
+            attention=_heads_without(self.attention, "attention", refused),
+            cross_attention=_heads_without(self.cross_attention, "cross_attention", refused),
+            mlp=_mlp_without(self.mlp, refused),
+            refused=refused,
+        )
+
+
+def _heads_without(heads: Heads | None, role: str, refused: Mapping[str, str]) -> Heads | None:
+    if heads is None or role in refused:
+        return None
+    names = [name for name in _OF_HEADS if f"{role}.{name}" in refused]
+    return replace(heads, **dict.fromkeys(names, None))
+
+
+def _mlp_without(mlp: Feedforward | None, refused: Mapping[str, str]) -> Feedforward | None:
+    if mlp is None or "mlp" in refused:
+        return None
+    changes = {name: None for name in ("pre", "post") if f"mlp.{name}" in refused}
+    changes |= {name: None for name in ("router", "weights") if f"experts.{name}" in refused}
+    return replace(mlp, **changes)
+
+
+_OF_HEADS = ("q", "k", "v", "scores", "pattern", "z")

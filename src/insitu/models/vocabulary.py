@@ -38,6 +38,8 @@ _UNSEEN = Missing(
     "names are found in a forward of the model, of text if it takes text, and this block has no "
     "part in that: use the paths of its own modules."
 )
+_NO_BLOCKS = "this model has no list of blocks."
+_NO_ENCODER = "this model has no encoder of its own."
 _NO_ATTENTION = "there is no attention in this block."
 _NO_CROSS_ATTENTION = "nothing in this block attends to states of an encoder."
 
@@ -117,6 +119,8 @@ class Names:
             spot = block.stream.get(name)
             if spot is not None:
                 found[name] = self._site(block, spot)
+            elif name in block.refused:
+                found[name] = Missing(block.refused[name])
             elif block.stream:
                 found[name] = Missing(
                     "nothing is added to the residual stream between two parts of this block."
@@ -133,14 +137,17 @@ class Names:
             ("attention", block.attention, _NO_ATTENTION),
             ("cross_attention", block.cross_attention, _NO_CROSS_ATTENTION),
         ):
+            none = block.refused.get(name, none)
             found[name] = Missing(none) if heads is None else Role(heads.path, "heads")
         mlp = block.mlp
         if mlp is None:
-            found["mlp"] = Missing("no MLP adds to the residual stream in this block.")
+            none = "no MLP adds to the residual stream in this block."
+            found["mlp"] = Missing(block.refused.get("mlp", none))
         else:
             found["mlp"] = Role(mlp.path or block.path, "mlp", mlp.path is not None)
         if mlp is None or mlp.router is None:
-            found["experts"] = Missing("there are no experts in this block.")
+            none = "there are no experts in this block."
+            found["experts"] = Missing(block.refused.get("experts.router", none))
         else:
             found["experts"] = Role(mlp.path or block.path, "experts", mlp.path is not None)
         norms = block.norms
@@ -150,6 +157,8 @@ class Names:
         return found
 
     def _why_not_added(self, block: Block, name: str) -> str:
+        if name in block.refused:
+            return block.refused[name]
         if not block.stream:
             return _NORMALISED
         if name == "attention_out" and block.attention is None:
@@ -168,6 +177,11 @@ class Names:
     # Of attention
 
     def _of_heads(self, block: Block, heads: Heads) -> Mapping[str, Entry | Later]:
+        role = "attention" if heads is block.attention else "cross_attention"
+        found = self._found_of_heads(block, heads)
+        return {**found, **_refused(block, role, found)}
+
+    def _found_of_heads(self, block: Block, heads: Heads) -> Mapping[str, Entry | Later]:
         found: dict[str, Entry | Later] = {}
         for name in ("q", "k", "v"):
             spot: Spot | None = getattr(heads, name)
@@ -234,6 +248,10 @@ class Names:
     # Of an MLP
 
     def _of_mlp(self, block: Block) -> Mapping[str, Entry | Later]:
+        found = self._found_of_mlp(block)
+        return {**found, **_refused(block, "mlp", found)}
+
+    def _found_of_mlp(self, block: Block) -> Mapping[str, Entry | Later]:
         mlp = block.mlp
         assert mlp is not None
         found: dict[str, Entry | Later] = {}
@@ -259,19 +277,20 @@ class Names:
                 found[name] = Missing("there are no experts in it.")
             else:
                 found[name] = self._site(block, spot)
-        return found
+        return {**found, **_refused(block, "experts", found)}
 
     # Of the model
 
     def _of_model(self) -> Mapping[str, Entry | Later]:
         body = self._body
-        none = Missing("this model has no list of blocks.")
-        found: dict[str, Entry | Later] = {"blocks": none, "encoder_blocks": none}
-        if body.stacks:
-            found["blocks"] = Roles(tuple(body.stacks[-1]))
-            found["encoder_blocks"] = Missing("this model has no encoder of its own.")
-        if len(body.stacks) > 1:
-            found["encoder_blocks"] = Roles(tuple(body.stacks[0]))
+        refused = {} if body.proofs is None else body.proofs.of_whole()
+        found: dict[str, Entry | Later] = {}
+        for name, none in (("blocks", _NO_BLOCKS), ("encoder_blocks", _NO_ENCODER)):
+            paths = body.stack(name) if name == "blocks" or len(body.stacks) > 1 else None
+            if paths is None or isinstance(paths, str):
+                found[name] = Missing(paths or none)
+            else:
+                found[name] = Roles(tuple(paths))
         for name in ("embedding", "unembedding"):
             path = getattr(body, name)
             found[name] = Role(path) if path else Missing(f"this model has no {name}.")
@@ -281,7 +300,10 @@ class Names:
             found[name] = Later(partial(self._number, name))
         found["W_E"] = Later(lambda: _given(body.weights.embedding()))
         found["W_U"] = Later(lambda: _given(body.weights.unembedding()))
-        return found
+        if isinstance(refused, str):
+            return dict.fromkeys(found, Missing(refused))
+        others = refused.keys() & found.keys() - {"blocks", "encoder_blocks"}
+        return {**found, **{name: Missing(refused[name]) for name in others}}
 
     def _final_norm(self) -> Entry:
         path = self._body.final_norm()
@@ -299,7 +321,15 @@ class Names:
 
     def _number(self, name: str) -> Entry:
         number = self._body.number(name)
+        if isinstance(number, str):
+            return Missing(number)
         return Missing("its config does not say.") if number is None else Given(number)
+
+
+def _refused(block: Block, role: str, found: Mapping[str, Any]) -> Mapping[str, Missing]:
+    """Those of some names that were refused, and why."""
+    reasons = {name: block.refused.get(f"{role}.{name}") for name in found}
+    return {name: Missing(why) for name, why in reasons.items() if why is not None}
 
 
 def _weight(find: Callable[..., Any], block: Block, part: Heads | Feedforward, name: str) -> Entry:

@@ -10,11 +10,11 @@ import torch
 from insitu.display.report import Check
 from insitu.graph.node import readable
 from insitu.models.anatomy.between import between
-from insitu.models.checking import identities
-from insitu.models.checking.identities import Tensor
 from insitu.models.checking.outcomes import listed, not_checked, said, unread, why_not
 from insitu.models.checking.reading import read
 from insitu.models.checking.run import Run, applied, named
+from insitu.models.proof import identities
+from insitu.models.proof.identities import Tensor
 from insitu.tracing.forms import WithoutLast
 from insitu.tracing.named import Named, Role
 

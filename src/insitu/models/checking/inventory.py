@@ -10,7 +10,7 @@ import torch
 from insitu.display.report import Found, Part
 from insitu.graph.node import Site, readable
 from insitu.tracing.forms import PerHead
-from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
+from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles, Vocabulary
 
 if TYPE_CHECKING:
     from insitu.models.model import Model
@@ -31,7 +31,9 @@ def sizes_of(model: Model) -> dict[str, int]:
     return {name: entry.value for name, entry in entries.items() if isinstance(entry, Given)}
 
 
-def entries_of(model: Model, path: str) -> Iterator[tuple[str, Entry]]:
+def entries_of(
+    model: Model, path: str, vocabulary: Vocabulary | None = None
+) -> Iterator[tuple[str, Entry]]:
     """Yields the standard names on a block, "attention.q" too, and what they stand for.
 
     Weights are left out: see `weights_of`.
@@ -39,13 +41,15 @@ def entries_of(model: Model, path: str) -> Iterator[tuple[str, Entry]]:
     Args:
         model: the model.
         path: the block's path, "" for the model as a whole.
+        vocabulary: what knows the names; the model's own unless given.
     """
-    for owner, part, prefix in _owners(model, path):
-        for name in model.vocabulary.listed(owner, part):
+    known = vocabulary or model.vocabulary
+    for owner, part, prefix in _owners(known, path):
+        for name in known.listed(owner, part):
             of_experts = prefix == "mlp." and name in ("router", "weights")
             if name.startswith("W_") or name in SIZES or of_experts:
                 continue
-            entry = _entry(model, owner, part, name)
+            entry = _entry(known, owner, part, name)
             if entry is not None:
                 yield prefix + name, entry
 
@@ -57,12 +61,14 @@ def weights_of(model: Model, path: str) -> Iterator[Found]:
         model: the model, with its weights.
         path: the block's path, "" for the model as a whole.
     """
-    for owner, part, prefix in _owners(model, path):
+    for owner, part, prefix in _owners(model.vocabulary, path):
         for name in model.vocabulary.listed(owner, part):
             if not name.startswith("W_"):
                 continue
             layer = model.vocabulary.entry(owner, part, _LAYERS.get(name, ""))
-            entry = layer if isinstance(layer, Missing) else _entry(model, owner, part, name)
+            entry = (
+                layer if isinstance(layer, Missing) else _entry(model.vocabulary, owner, part, name)
+            )
             if isinstance(entry, Given) and isinstance(entry.value, torch.Tensor):
                 yield Found(prefix + name, "weights", tuple(entry.value.shape))
             elif isinstance(entry, Missing):
@@ -135,19 +141,19 @@ def written(entry: Named) -> str:
     return site + "".join(f"[{at!r}]" for at in entry.item)
 
 
-def _owners(model: Model, path: str) -> Iterator[tuple[str, str, str]]:
+def _owners(vocabulary: Vocabulary, path: str) -> Iterator[tuple[str, str, str]]:
     """A block and those of its parts that have names: path, part and what they begin with."""
     yield path, "", ""
     for role in ROLES if path else ():
-        entry = model.vocabulary.entry(path, "", role)
+        entry = vocabulary.entry(path, "", role)
         if isinstance(entry, Role):
             yield entry.path, entry.part, f"{role}."
 
 
-def _entry(model: Model, path: str, part: str, name: str) -> Entry | None:
+def _entry(vocabulary: Vocabulary, path: str, part: str, name: str) -> Entry | None:
     """What a name stands for; of a model of which that cannot be found out, why."""
     try:
-        return model.vocabulary.entry(path, part, name)
+        return vocabulary.entry(path, part, name)
     except Exception as error:  # with eager attention, a model may not run
         said = next(iter(str(error).splitlines()), type(error).__name__)
         return Missing(f"it cannot be found out ({type(error).__name__}: {said}).")

@@ -8,9 +8,9 @@ import torch
 
 from insitu.display.report import Check
 from insitu.models.anatomy.between import SCALES, between
-from insitu.models.checking import identities
 from insitu.models.checking.outcomes import listed, not_checked, said, unread
 from insitu.models.checking.run import Run, applied
+from insitu.models.proof import identities
 from insitu.tracing.named import Entry, Missing, Named, Role
 
 LOGITS = "the last residual gives the logits"

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from insitu.display.report import Check
 from insitu.graph.node import readable
-from insitu.models.checking.identities import Difference
 from insitu.models.checking.run import Run
+from insitu.models.proof.identities import Difference
 from insitu.tracing.named import Entry, Missing
 
 

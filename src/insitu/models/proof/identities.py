@@ -98,6 +98,63 @@ def normalised(pattern: Tensor, sinks: bool) -> Difference:
     return compared(sums, one.expand_as(sums), one, (pattern,))
 
 
+def softmaxed(scores: Tensor, pattern: Tensor) -> Difference:
+    """Returns how far weights are from the softmax of scores.
+
+    Args:
+        scores: `(..., query, key)`.
+        pattern: of that shape.
+    """
+    if scores.shape != pattern.shape:
+        shapes = f"{tuple(scores.shape)} is not {tuple(pattern.shape)}"
+        return Difference(math.inf, note=shapes)
+    made = scores.double().softmax(-1)
+    return compared(made, pattern, torch.ones_like(made), (scores, pattern))
+
+
+def projected(given: Tensor, weight: Tensor, made: Tensor) -> Difference:
+    """Returns how far heads are from what weights make of a value, but for a bias.
+
+    Args:
+        given: `(batch, position, d_in)`.
+        weight: `(head, d_in, d_head)`.
+        made: `(batch, head, position, d_head)`.
+    """
+    if given.shape[-1] != weight.shape[1]:
+        return Difference(math.inf, note=f"{tuple(weight.shape)} is not for {tuple(given.shape)}")
+    own = torch.einsum("btm,hmd->bhtd", given.double(), weight.double())
+    if own.shape != made.shape:
+        return Difference(math.inf, note=f"{tuple(own.shape)} is not {tuple(made.shape)}")
+    size = torch.einsum("btm,hmd->bhtd", given.double().abs(), weight.double().abs())
+    left = made.double() - own
+    bias = left[:1, :, :1].expand_as(left)
+    return compared(left, bias, size + bias.abs(), (given, weight, made))
+
+
+def scored(added: Tensor, products: Tensor, visible: Tensor, cap: float | None) -> Difference:
+    """Returns how far scores are from a multiple of products, but for a shift of each query's.
+
+    Args:
+        added: `(batch, head, query, key)`, what queries make of the scores.
+        products: of that form, those of queries and keys.
+        visible: which of them are not masked.
+        cap: what a tanh keeps the scores below, None if none does.
+    """
+    if added.shape != products.shape:
+        return Difference(math.inf, note=f"{tuple(added.shape)} is not {tuple(products.shape)}")
+    count = visible.sum(-1, keepdim=True).clamp_min(1)
+    wide = added.double() if cap is None else cap * (added.double() / cap).atanh()
+
+    def centred(value: Tensor) -> Tensor:
+        value = value.double().masked_fill(~visible, 0)
+        return (value - value.sum(-1, keepdim=True) / count).masked_fill(~visible, 0)
+
+    found, expected = centred(wide), centred(products)
+    scale = (found * expected).sum() / (expected * expected).sum().clamp_min(_SINGLE.tiny)
+    size = wide.masked_fill(~visible, 0).abs().amax()
+    return compared(found, scale * expected, size, (added, products))
+
+
 def rising(logits: Tensor, made: Tensor) -> Difference:
     """Returns how far numbers are from rising with others: what a scale or a cap makes of them.
 

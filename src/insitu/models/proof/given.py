@@ -1,0 +1,146 @@
+"""Which names a model is given: those that a proof holds for, on whatever model it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from insitu.models.proof.proof import Proof, prove
+from insitu.models.proof.small import SmallModelError, quiet, small_model
+
+if TYPE_CHECKING:
+    from insitu.models.body import Body
+    from insitu.models.parts import Block
+
+NAMES = (
+    *("residual_in", "residual_mid", "residual_out", "attention_out", "cross_attention_out"),
+    *("mixer_out", "mlp_out", "attention", "cross_attention", "mlp", "experts"),
+)
+"""All names on a block that others hang on."""
+
+_UNPROVEN = (
+    "it could not be proven on a small model of this kind ({why}), and the weights are not there "
+    "yet: call `model.load()` first."
+)
+_FAILED = "it could not be proven, because a small run of the model fails ({why})."
+
+
+class Proofs:
+    """The proofs of a model's names, made when they are first asked for.
+
+    Args:
+        body: what was found of the model's parts.
+    """
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._blocks: dict[str, Mapping[str, str]] = {}
+        self._whole: Mapping[str, str] | None = None
+        self._stacks: Mapping[str, int] = {}
+        self._showing: Mapping[str, Any] | None = None
+        self._failure = ""
+        self._attempts: Iterator[Proof] | None = None
+
+    def of_block(self, kind: str) -> Mapping[str, str] | str:
+        """Returns why names of a block are refused, by name; or why none could be proven.
+
+        Args:
+            kind: the kind of the block: see `signature.py`.
+        """
+        while kind not in self._blocks and self._further():
+            pass
+        return self._blocks[kind] if kind in self._blocks else self._why_not()
+
+    def applied(self, block: Block, kind: str) -> Block:
+        """Returns a block without what is refused of it.
+
+        Args:
+            block: what was found of it.
+            kind: as of `of_block`.
+        """
+        refused = self.of_block(kind)
+        return block.without(dict.fromkeys(NAMES, refused) if isinstance(refused, str) else refused)
+
+    def of_whole(self) -> Mapping[str, str] | str:
+        """Returns the same of the names of the model itself."""
+        while self._whole is None and self._further():
+            pass
+        return self._why_not() if self._whole is None else self._whole
+
+    def stack(self, name: str) -> int | str | None:
+        """Returns which list of blocks has a name; why none has, None if there is none.
+
+        Args:
+            name: "blocks" or "encoder_blocks".
+        """
+        refused = self.of_whole()
+        if isinstance(refused, str):
+            return refused
+        return self._stacks.get(name, refused.get(name))
+
+    def showing(self) -> Mapping[str, Any] | None:
+        """Returns with which options the model was proven, None if it was not."""
+        self.of_whole()
+        return self._showing
+
+    def _why_not(self) -> str:
+        loaded = self._body.model.loaded
+        return (_FAILED if loaded else _UNPROVEN).format(why=self._failure)
+
+    def _further(self) -> bool:
+        """Makes one more proof, and returns whether there was one more to make."""
+        if self._attempts is None:
+            self._attempts = self._made()
+        proof = next(self._attempts, None)
+        if proof is None:
+            return False
+        self._blocks = {**proof.blocks, **self._blocks}
+        if self._whole is None:
+            self._whole, self._stacks, self._showing = proof.whole, proof.stacks, proof.showing
+        return True
+
+    def _made(self) -> Iterator[Proof]:
+        """Proofs on ever larger models, and on the model itself where its weights are there."""
+        model = self._body.model
+        for depth, narrow in ((self._depth(), True), (None, True), (self._depth(), False)):
+            try:
+                yield self._small(depth, narrow)
+            except Exception as error:  # whatever a class makes of a config, or of a run
+                self._fail(error)
+        if model.loaded:
+            try:
+                with quiet():
+                    yield prove(model, self._body.description)
+            except Exception as error:
+                self._fail(error)
+
+    def _small(self, depth: int | None, narrow: bool) -> Proof:
+        from insitu.models.model import Model
+
+        if not hasattr(type(self._body.model.module), "config_class"):
+            raise SmallModelError("it has no config")
+        with quiet():
+            small = Model(small_model(self._body.model.module, depth, narrow))
+            return prove(small, self._body.description)
+
+    def _depth(self) -> int:
+        """How many blocks it takes to have one of each kind."""
+        kinds = self._body.kinds({})
+        depth = 2
+        for stack in self._body.stacks:
+            seen: set[str] = set()
+            for number, path in enumerate(stack):
+                kind = kinds.get(path, "")
+                if kind not in seen:
+                    seen.add(kind)
+                    depth = max(depth, number + 1)
+        return depth
+
+    def _fail(self, error: Exception) -> None:
+        import os
+        import traceback
+
+        if os.environ.get("DEBUGPROOF"):
+            traceback.print_exception(error)
+        said = next(iter(str(error).splitlines()), "")
+        self._failure = f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -1,0 +1,215 @@
+"""Proves the names of a model: which of them hold, by value, in blocks of each kind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from insitu.models.blocks import find_stacks
+from insitu.models.proof import identities
+from insitu.models.proof.attention import reasons_of_heads
+from insitu.models.proof.evidence import Evidence, Reasons
+from insitu.models.proof.feedforward import reasons_of_mlp
+from insitu.models.proof.runs import Runs
+from insitu.models.proof.stream import reasons_of_stream
+from insitu.models.proof.whole import reasons_of_ends, stacks_of_model
+from insitu.runtime.hooks import Place
+from insitu.runtime.probe import Call
+from insitu.tracing.named import Entry, Given, Named, Role
+
+if TYPE_CHECKING:
+    from insitu.models.architectures import Description
+    from insitu.models.body import Body
+    from insitu.models.model import Model
+
+ROLES = ("attention", "cross_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Which names hold in a model.
+
+    Attributes:
+        blocks: why names are refused, by the kind of a block: see `signature.py`. A kind that is
+            not in it was not proven.
+        whole: why names of the model itself are.
+        stacks: which list of blocks has which name, by its number.
+        showing: how the model has to run for its softmaxes to be seen.
+    """
+
+    blocks: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Reasons])
+    whole: Mapping[str, str] = field(default_factory=dict[str, str])
+    stacks: Mapping[str, int] = field(default_factory=dict[str, int])
+    showing: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def prove(model: Model, description: Description) -> Proof:
+    """Proves the names of a model in runs of its own.
+
+    Args:
+        model: the model, with its weights.
+        description: what is said of its blocks.
+
+    Raises:
+        Exception: whatever the model raises if it cannot be run.
+    """
+    from insitu.models.body import Body
+    from insitu.models.checking.inventory import entries_of
+    from insitu.models.vocabulary import Names
+
+    stacks = find_stacks(model.module, model.module.config)
+    body = Body(model, stacks, description, proves=False)
+    names = Names(body)
+    call = sample_with_content(body)
+    kinds = body.kinds({})
+    showing = body.showing_softmax
+    shown = body.kinds(showing) if showing else {}
+    chosen: dict[Any, str] = {}
+    for stack in body.stacks:
+        for path in stack:
+            if path in kinds:
+                chosen.setdefault((kinds[path], shown.get(path)), path)
+    with body.quiet():
+        entries: dict[str, dict[str, Entry]] = {}
+        for path in ("", *chosen.values()):
+            entries[path] = dict(entries_of(model, path, names))
+            for key, value in weights_of_block(body, path):
+                entries[path][key] = value if not isinstance(value, torch.Tensor) else Given(value)
+    with model.in_use(), evaluating(model.module):
+        runs = Runs(model, call, showing)
+        reads, places = wanted(body, entries)
+        base = runs.run([*reads, *places])
+        plain = runs.run([one for one in reads if not one.options], options={}) if showing else base
+        rows = next(v.shape[0] for v in call.kwargs.values() if isinstance(v, torch.Tensor))
+        evidence = Evidence(runs, names, body, entries, base, plain, rows)
+        found: dict[str, Reasons] = {}
+        for (kind, eager), path in chosen.items():
+            reasons = reasons_of_block(evidence, path)
+            for key in (kind, eager):
+                if key is not None:
+                    found[key] = {**found.get(key, {}), **reasons}
+        numbers, refused = stacks_of_model(evidence)
+        return Proof(found, {**refused, **reasons_of_ends(evidence)}, numbers, dict(showing))
+
+
+def reasons_of_block(evidence: Evidence, path: str) -> Reasons:
+    """Returns which names on a block are refused, and why.
+
+    Args:
+        evidence: what was read of the model.
+        path: the block's path.
+    """
+    block = evidence.block(path)
+    found = moved(evidence, path)
+    returned = evidence.base.places.get((path, "output", 0))
+    hidden = returned[0] if isinstance(returned, tuple) else returned
+    if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or hidden.shape[0] != evidence.rows:
+        why = "what the block returns is not (batch, position, d_model)."
+        return dict.fromkeys([*evidence.entries[path], *ROLES, "mlp", "experts"], why)
+    found.update(reasons_of_stream(evidence, path))
+    for role in ROLES:
+        if getattr(block, role) is not None:
+            found.update(reasons_of_heads(evidence, path, role))
+    if block.mlp is not None:
+        found.update(reasons_of_mlp(evidence, path))
+    return found
+
+
+def moved(evidence: Evidence, path: str) -> Reasons:
+    """Names that stand for something else where softmaxes can be seen: there both must be one."""
+    found: Reasons = {}
+    if evidence.plain is evidence.base:
+        return found
+    for key, entry in evidence.entries[path].items():
+        if not isinstance(entry, Named) or entry.options:
+            continue
+        one, other = evidence.plain.raw(entry), evidence.base.raw(entry)
+        if one is None and other is None:
+            continue
+        same = one is not None and other is not None and one.shape == other.shape
+        if same and one is not None and other is not None:
+            if key.endswith("scores"):  # masked with other large numbers
+                one, other = one.clamp_min(-1e4), other.clamp_min(-1e4)
+            size = one[one > -1e4].abs().amax().clamp_min(1e-6)
+            difference = identities.compared(other, one, size, (one,))
+            same = difference.largest <= 8 * difference.allowed
+        if not same:
+            found[key] = "with eager attention something else stands in its place."
+    return found
+
+
+def wanted(body: Body, entries: Mapping[str, Mapping[str, Any]]) -> tuple[list[Named], list[Place]]:
+    """What is read to begin with: all that has a name, and what stands around it."""
+    reads = [one for found in entries.values() for one in found.values() if isinstance(one, Named)]
+    places: list[Place] = [("", "output", 0)]
+    for entry in entries[""].values():
+        if isinstance(entry, Role):
+            places += [(entry.path, "input", 0), (entry.path, "output", 0)]
+    for stack in body.stacks:
+        for path in stack:
+            places += [(path, "output", 0), (path, "output", 1), (path, "input", 0)]
+    for path in entries:
+        block = body.blocks().get(path)
+        if block is None:
+            continue
+        for heads in (block.attention, block.cross_attention):
+            if heads is None:
+                continue
+            places += [(layer, "input", 0) for layer in heads.projections.values()]
+            places += [(spot.path, spot.kind, spot.call) for spot in heads.raw.values()]
+            if heads.out is not None:
+                places.append((heads.out, "output", heads.z.call if heads.z else 0))
+        mlp = block.mlp
+        if mlp is not None:
+            if mlp.path is not None:
+                places.append((mlp.path, "output", 0))
+            if mlp.into is not None:
+                places.append((mlp.into, "input", 0))
+            if mlp.out is not None:
+                places.append((mlp.out, "output", mlp.post.call if mlp.post else 0))
+    return reads, places
+
+
+def weights_of_block(body: Body, path: str) -> Iterator[tuple[str, Any]]:
+    """The weights that have names on a block, by these."""
+    block = body.blocks().get(path)
+    if block is None:
+        return
+    for role in ROLES:
+        heads = getattr(block, role)
+        for name in ("W_Q", "W_K", "W_V", "W_O") if heads is not None else ():
+            yield f"{role}.{name}", body.weights.of_heads(block, heads, name)
+    for name in ("W_in", "W_out", "W_gate") if block.mlp is not None else ():
+        yield f"mlp.{name}", body.weights.of_mlp(block, block.mlp, name)
+
+
+def sample_with_content(body: Body) -> Call:
+    """Returns a small call in which no two values are the same."""
+    call = body.placed_sample()
+    if call is None:
+        raise ValueError("it is not known what the model is called with")
+    draw = torch.Generator().manual_seed(0)
+    kwargs: dict[str, Any] = {}
+    for name, value in call.kwargs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = torch.randn(value.shape, generator=draw).to(value)
+        kwargs[name] = value
+    return Call((), kwargs)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Lets a model run without dropout, whatever mode its modules are in."""
+    training: Sequence[nn.Module] = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
