@@ -1,8 +1,11 @@
 """Models that the tests share. All are made on the spot or shipped; nothing is downloaded."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Proofs of names are of today's code, and are no business of whoever runs the tests.
+os.environ.setdefault("INSITU_PROOFS", tempfile.mkdtemp(prefix="insitu-proofs-"))
 
 import pytest
 import torch

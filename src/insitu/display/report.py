@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-Outcome = Literal["ok", "differs", "not checked"]
+Outcome = Literal["ok", "differs", "refused", "not checked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Check:
     Attributes:
         name: what has to hold.
         where: the module in which.
-        outcome: whether it does.
+        outcome: whether it does; "refused" where names are not given because it does not.
         difference: the largest difference between both sides, relative to what they are summed up
             of; None if none was found, or if it is no number.
         allowed: up to which difference both sides are the same but for rounding.
@@ -123,7 +123,12 @@ def _names(part: Part) -> Table:
     return table
 
 
-_STYLES = {"ok": ("OK", "green"), "differs": ("DIFFERS", "bold red"), "not checked": ("—", "dim")}
+_STYLES = {
+    "ok": ("OK", "green"),
+    "differs": ("DIFFERS", "bold red"),
+    "refused": ("REFUSED", "yellow"),
+    "not checked": ("—", "dim"),
+}
 
 
 def _checks(checks: Sequence[Check]) -> Table:
@@ -137,7 +142,7 @@ def _checks(checks: Sequence[Check]) -> Table:
 def _alike(checks: Sequence[Check]) -> Iterator[tuple[str, Outcome, list[Check]]]:
     """Checks of one name that went alike; each that differs by itself."""
     names = list(dict.fromkeys(check.name for check in checks))
-    order = ("differs", "ok", "not checked")
+    order = ("differs", "refused", "ok", "not checked")
 
     def place(check: Check) -> tuple[int, int, str]:
         return names.index(check.name), order.index(check.outcome), check.note

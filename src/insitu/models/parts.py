@@ -142,7 +142,8 @@ def _mlp_without(mlp: Feedforward | None, refused: Mapping[str, str]) -> Feedfor
     if mlp is None or "mlp" in refused:
         return None
     changes = {name: None for name in ("pre", "post") if f"mlp.{name}" in refused}
-    changes |= {name: None for name in ("router", "weights") if f"experts.{name}" in refused}
+    experts = ("router", "weights")
+    changes |= {n: None for n in experts if "experts" in refused or f"experts.{n}" in refused}
     return replace(mlp, **changes)
 
 

@@ -290,7 +290,7 @@ class TransformerLens:
         if path is None:
             return Missing("there is no such norm.")
         width = self._body.number("d_model") if block is None else block.width
-        norm = norm_of(self._body.model.modules[path], path, width or 0)
+        norm = norm_of(self._body.model.modules[path], path, width if type(width) is int else 0)
         if norm is None:
             return Missing(f"what the norm at {path!r} computes inside is not known.")
         return Named(path, "output", form=meaning.form(norm))

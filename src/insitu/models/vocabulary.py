@@ -147,7 +147,7 @@ class Names:
             found["mlp"] = Role(mlp.path or block.path, "mlp", mlp.path is not None)
         if mlp is None or mlp.router is None:
             none = "there are no experts in this block."
-            found["experts"] = Missing(block.refused.get("experts.router", none))
+            found["experts"] = Missing(block.refused.get("experts", none))
         else:
             found["experts"] = Role(mlp.path or block.path, "experts", mlp.path is not None)
         norms = block.norms

@@ -15,9 +15,11 @@ from insitu.models.checking.reading import read
 from insitu.models.checking.run import Run, applied, named
 from insitu.models.proof import identities
 from insitu.models.proof.identities import Tensor
+from insitu.models.vocabulary import Names
 from insitu.tracing.forms import WithoutLast
 from insitu.tracing.named import Named, Role
 
+PROVEN = "names are proven"
 READ = "every value can be read"
 SUMS = "residuals add up"
 MIDDLE = "residual_mid and the MLP add up"
@@ -40,6 +42,10 @@ def checks_of_blocks(run: Run) -> Iterator[Check]:
         if found is not None:
             yield found
     for path in (path for stack in run.blocks for path in stack):
+        proven = _proven(run, path)
+        if proven is not None:
+            yield proven
+    for path in (path for stack in run.blocks for path in stack):
         yield _sum_of(run, path)
         if isinstance(run.entries[path].get("residual_mid"), Named):
             yield _middle_of(run, path)
@@ -48,6 +54,19 @@ def checks_of_blocks(run: Run) -> Iterator[Check]:
                 yield _pattern_of(run, path, attention)
                 yield _weighted_of(run, path, attention)
                 yield _heads_of(run, path, attention)
+
+
+def _proven(run: Run, path: str) -> Check | None:
+    """Whether all that was found of a block was proven: see `models/proof/`."""
+    vocabulary = run.model.vocabulary
+    block = vocabulary.body.blocks().get(path) if isinstance(vocabulary, Names) else None
+    if block is None:
+        return None
+    reasons: dict[str, list[str]] = {}
+    for name, why in block.refused.items():
+        reasons.setdefault(why, []).append(f"`{name}`")
+    note = " ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+    return Check(PROVEN, readable(path), "refused" if note else "ok", note=note)
 
 
 def _sum_of(run: Run, path: str) -> Check:

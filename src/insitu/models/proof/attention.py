@@ -59,6 +59,9 @@ class _Attention:
         self._values()
         self._output()
         self._queries()
+        if self.value("z") is None and self.value("q") is None:
+            why = "neither are its scores made of `q` and `k`, nor is `z` what it weights."
+            self.refuse(why, "scores", "pattern")
         for name in _LETTERS:
             self._projection(name)
         if all(name in self.refused for name in self._names("pattern", "z")):

@@ -15,7 +15,7 @@ from insitu.models.proof.evidence import (
     sizes,
 )
 from insitu.models.proof.runs import Tensor
-from insitu.tracing.named import Named
+from insitu.tracing.named import Entry, Named
 
 _ALL = ("pre", "post", "W_in", "W_out", "W_gate")
 
@@ -49,13 +49,13 @@ class _Mlp:
             self.refused["mlp"] = self.refused[f"mlp.{named[0]}"]
         return self.refused
 
-    def _entry(self, name: str) -> object:
+    def _entry(self, name: str) -> Entry | None:
         return self.evidence.entries[self.path].get(f"mlp.{name}")
 
     def refuse(self, why: str, *names: str) -> None:
         """Refuses some names, if they are there and not refused before."""
         for name in names:
-            if is_there(self._entry(name)):  # pyright: ignore[reportArgumentType]
+            if is_there(self._entry(name)):
                 self.refused.setdefault(f"mlp.{name}", why)
 
     def value(self, name: str) -> Tensor | None:
@@ -133,7 +133,7 @@ class _Mlp:
         if into is None or pre is None or post is None:
             self.refuse("what makes `pre` is not known.", "W_in", "W_gate")
             return
-        gated = is_there(self._entry("W_gate"))  # pyright: ignore[reportArgumentType]
+        gated = is_there(self._entry("W_gate"))
         names = ("W_gate", "W_in") if gated else ("W_in",)
         weights = [evidence.weight(self.path, f"mlp.{name}") for name in names]
         given = evidence.base.places.get((into, "input", 0))
@@ -225,4 +225,5 @@ def _is_multiple(made: Tensor, found: Tensor) -> bool:
 
 
 def _alike(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
-    return identities.compared(found, expected, scale.abs().amax(), (found, scale)).is_rounding
+    size = scale.abs().amax()
+    return identities.compared(found, expected, size, (found, scale)).is_rounding

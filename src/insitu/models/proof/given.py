@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from insitu.models.proof.proof import Proof, prove
+from insitu.models.proof.remembered import key_of, merged, recall, remember
 from insitu.models.proof.small import SmallModelError, quiet, small_model
 
 if TYPE_CHECKING:
@@ -102,11 +103,21 @@ class Proofs:
     def _made(self) -> Iterator[Proof]:
         """Proofs on ever larger models, and on the model itself where its weights are there."""
         model = self._body.model
-        for depth, narrow in ((self._depth(), True), (None, True), (self._depth(), False)):
+        key = key_of(model.module, model.modules, self._body.description)
+        known = None if key is None else recall(key)
+        if known is not None:
+            yield known
+        least = self._depth()
+        for depth, narrow in ((least, True), (None, True), (least, False)):
             try:
-                yield self._small(depth, narrow)
+                proof = self._small(depth, narrow)
             except Exception as error:  # whatever a class makes of a config, or of a run
                 self._fail(error)
+                continue
+            known = proof if known is None else merged(known, proof)
+            if key is not None:
+                remember(key, known)
+            yield proof
         if model.loaded:
             try:
                 with quiet():
@@ -137,10 +148,5 @@ class Proofs:
         return depth
 
     def _fail(self, error: Exception) -> None:
-        import os
-        import traceback
-
-        if os.environ.get("DEBUGPROOF"):
-            traceback.print_exception(error)
         said = next(iter(str(error).splitlines()), "")
         self._failure = f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -191,10 +191,12 @@ def compared(found: Tensor, expected: Tensor, size: Tensor, stored: Sequence[Ten
     if found.shape != expected.shape:
         shapes = f"{tuple(found.shape)} is not {tuple(expected.shape)}"
         return Difference(math.inf, note=shapes)
+    if not found.numel():
+        return Difference(math.inf, note=f"there is nothing in {tuple(found.shape)}")
     kinds = [value.dtype for value in stored if value.is_floating_point()]
     rounding = max((torch.finfo(kind).eps for kind in kinds), default=0.0)
     apart = (found.double() - expected.double()).abs() / size.double().clamp_min(_SINGLE.tiny)
-    largest = float(apart.max()) if apart.numel() else 0.0
+    largest = float(apart.max())
     # Matrix products add up in single precision at best, whatever they return.
     allowed = 4 * rounding + 64 * _SINGLE.eps
     return Difference(math.inf if math.isnan(largest) else largest, allowed)

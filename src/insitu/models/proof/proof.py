@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from insitu.models.blocks import find_stacks
+from insitu.models.parts import Heads
 from insitu.models.proof import identities
 from insitu.models.proof.attention import reasons_of_heads
 from insitu.models.proof.evidence import Evidence, Reasons
 from insitu.models.proof.feedforward import reasons_of_mlp
 from insitu.models.proof.runs import Runs
-from insitu.models.proof.stream import reasons_of_stream
+from insitu.models.proof.stream import ADDED, STREAM, reasons_of_stream
 from insitu.models.proof.whole import reasons_of_ends, stacks_of_model
 from insitu.runtime.hooks import Place
 from insitu.runtime.probe import Call
-from insitu.tracing.named import Entry, Given, Named, Role
+from insitu.tracing.named import Entry, Given, Missing, Named, Role
 
 if TYPE_CHECKING:
     from insitu.models.architectures import Description
@@ -78,8 +80,7 @@ def prove(model: Model, description: Description) -> Proof:
         entries: dict[str, dict[str, Entry]] = {}
         for path in ("", *chosen.values()):
             entries[path] = dict(entries_of(model, path, names))
-            for key, value in weights_of_block(body, path):
-                entries[path][key] = value if not isinstance(value, torch.Tensor) else Given(value)
+            entries[path].update(weights_of_block(body, path))
     with model.in_use(), evaluating(model.module):
         runs = Runs(model, call, showing)
         reads, places = wanted(body, entries)
@@ -111,13 +112,23 @@ def reasons_of_block(evidence: Evidence, path: str) -> Reasons:
     if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or hidden.shape[0] != evidence.rows:
         why = "what the block returns is not (batch, position, d_model)."
         return dict.fromkeys([*evidence.entries[path], *ROLES, "mlp", "experts"], why)
-    found.update(reasons_of_stream(evidence, path))
+    found.update(_tried(partial(reasons_of_stream, evidence, path), [*STREAM, *ADDED]))
     for role in ROLES:
         if getattr(block, role) is not None:
-            found.update(reasons_of_heads(evidence, path, role))
+            found.update(_tried(partial(reasons_of_heads, evidence, path, role), [role]))
     if block.mlp is not None:
-        found.update(reasons_of_mlp(evidence, path))
+        found.update(_tried(partial(reasons_of_mlp, evidence, path), ["mlp", "experts"]))
     return found
+
+
+def _tried(reasons: Callable[[], Reasons], names: Sequence[str]) -> Reasons:
+    """Reasons, and where they cannot be found out, one for all names that they are about."""
+    try:
+        return reasons()
+    except Exception as error:  # values of forms that nobody has thought of
+        said = next(iter(str(error).splitlines()), "")
+        why = f"it could not be proven ({type(error).__name__}: {said})."
+        return dict.fromkeys(names, why)
 
 
 def moved(evidence: Evidence, path: str) -> Reasons:
@@ -132,7 +143,7 @@ def moved(evidence: Evidence, path: str) -> Reasons:
         if one is None and other is None:
             continue
         same = one is not None and other is not None and one.shape == other.shape
-        if same and one is not None and other is not None:
+        if same and one is not None and other is not None and one.numel():
             if key.endswith("scores"):  # masked with other large numbers
                 one, other = one.clamp_min(-1e4), other.clamp_min(-1e4)
             size = one[one > -1e4].abs().amax().clamp_min(1e-6)
@@ -147,45 +158,58 @@ def wanted(body: Body, entries: Mapping[str, Mapping[str, Any]]) -> tuple[list[N
     """What is read to begin with: all that has a name, and what stands around it."""
     reads = [one for found in entries.values() for one in found.values() if isinstance(one, Named)]
     places: list[Place] = [("", "output", 0)]
+
+    def both(path: str | None, call: int = 0) -> None:
+        if path is not None:
+            places.extend(((path, "input", call), (path, "output", call)))
+
     for entry in entries[""].values():
         if isinstance(entry, Role):
-            places += [(entry.path, "input", 0), (entry.path, "output", 0)]
+            both(entry.path)
     for stack in body.stacks:
         for path in stack:
-            places += [(path, "output", 0), (path, "output", 1), (path, "input", 0)]
+            both(path)
+            places.append((path, "output", 1))
     for path in entries:
         block = body.blocks().get(path)
-        if block is None:
-            continue
-        for heads in (block.attention, block.cross_attention):
+        for heads in (block.attention, block.cross_attention) if block else ():
             if heads is None:
                 continue
-            places += [(layer, "input", 0) for layer in heads.projections.values()]
             places += [(spot.path, spot.kind, spot.call) for spot in heads.raw.values()]
-            if heads.out is not None:
-                places.append((heads.out, "output", heads.z.call if heads.z else 0))
-        mlp = block.mlp
+            for layer in heads.projections.values():
+                both(layer)
+            both(heads.out, heads.z.call if heads.z else 0)
+        mlp = block.mlp if block else None
         if mlp is not None:
-            if mlp.path is not None:
-                places.append((mlp.path, "output", 0))
-            if mlp.into is not None:
-                places.append((mlp.into, "input", 0))
-            if mlp.out is not None:
-                places.append((mlp.out, "output", mlp.post.call if mlp.post else 0))
+            both(mlp.path)
+            both(mlp.into)
+            both(mlp.out, mlp.post.call if mlp.post else 0)
     return reads, places
 
 
-def weights_of_block(body: Body, path: str) -> Iterator[tuple[str, Any]]:
+def weights_of_block(body: Body, path: str) -> Iterator[tuple[str, Entry]]:
     """The weights that have names on a block, by these."""
     block = body.blocks().get(path)
     if block is None:
         return
+    finding: dict[str, Callable[[], Any]] = {}
     for role in ROLES:
-        heads = getattr(block, role)
-        for name in ("W_Q", "W_K", "W_V", "W_O") if heads is not None else ():
-            yield f"{role}.{name}", body.weights.of_heads(block, heads, name)
-    for name in ("W_in", "W_out", "W_gate") if block.mlp is not None else ():
-        yield f"mlp.{name}", body.weights.of_mlp(block, block.mlp, name)
+        heads: Heads | None = getattr(block, role)
+        if heads is None:
+            continue
+        for name in ("W_Q", "W_K", "W_V", "W_O"):
+            finding[f"{role}.{name}"] = partial(body.weights.of_heads, block, heads, name)
+    mlp = block.mlp
+    if mlp is not None:
+        for name in ("W_in", "W_out", "W_gate"):
+            finding[f"mlp.{name}"] = partial(body.weights.of_mlp, block, mlp, name)
+    for key, find in finding.items():
+        try:
+            found = find()
+        except Exception as error:  # weights of forms that nobody has thought of
+            yield key, Missing(f"it cannot be found out ({type(error).__name__}: {error}).")
+            continue
+        yield key, found if isinstance(found, Missing) else Given(found)
 
 
 def sample_with_content(body: Body) -> Call:

@@ -48,7 +48,10 @@ class Seen:
         value = self.raw(named)
         if value is None or named.form is None or isinstance(named.form, PerHead):
             return value
-        return cast("Any", named.form).shown(value, self, None)
+        try:
+            return cast("Any", named.form).shown(value, self, None)
+        except (IndexError, KeyError, RuntimeError):  # it is not of the form that it is taken for
+            return None
 
     def raw(self, named: Named) -> Tensor | None:
         """Returns a value as it stands in the model, None if nothing came there."""

@@ -1,0 +1,204 @@
+"""Wrong structure that is planted into what is found is refused: each name is proven by value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from insitu import LanguageModel
+from insitu.models import body as bodies
+from insitu.models.parts import Block, Feedforward, Heads, Spot
+from insitu.tracing.forms import Split, Swapped
+from insitu.tracing.named import Missing
+from tests.fidelity.zoo import module_of
+
+pytestmark = pytest.mark.no_wire  # what is sent does not depend on it
+
+Plant = Callable[[Block], Block]
+
+
+def of_heads(change: Callable[[Heads, str], dict[str, Any]]) -> Plant:
+    def plant(block: Block) -> Block:
+        heads = block.attention
+        assert heads is not None
+        return replace(block, attention=replace(heads, **change(heads, block.path)))
+
+    return plant
+
+
+def of_mlp(change: Callable[[Feedforward, str], dict[str, Any]]) -> Plant:
+    def plant(block: Block) -> Block:
+        mlp = block.mlp
+        assert mlp is not None
+        return replace(block, mlp=replace(mlp, **change(mlp, block.path)))
+
+    return plant
+
+
+def of_stream(**names: str) -> Plant:
+    """Gives names of the residual stream the spots of others."""
+
+    def plant(block: Block) -> Block:
+        spots = {**block.stream, **block.added}
+        stream = {name: spots[names.get(name, name)] for name in block.stream}
+        added = {name: spots[names.get(name, name)] for name in block.added}
+        return replace(block, stream=stream, added=added)
+
+    return plant
+
+
+def before_the_gate(mlp: Feedforward, path: str) -> dict[str, Any]:
+    post = mlp.post
+    assert post is not None
+    return {"post": Spot(f"{path}.mlp.act_fn", "output", 0, (), post.shape)}
+
+
+def of_another_layer(heads: Heads, path: str) -> dict[str, Any]:
+    """The pattern of the first layer, in all of them."""
+    stack = path.rpartition(".")[0]
+
+    def first(spot: Spot | None) -> Spot | None:
+        return spot and replace(spot, path=spot.path.replace(path, f"{stack}.0"))
+
+    return {"scores": first(heads.scores), "pattern": first(heads.pattern)}
+
+
+PLANTED: dict[str, tuple[str, Plant, tuple[str, ...]]] = {
+    "half as many heads": (
+        "llama", of_heads(lambda heads, _: {"count": 2, "size": 8}), ("attention",),
+    ),
+    "twice as many heads": (
+        "llama", of_heads(lambda heads, _: {"count": 8, "size": 2}), ("attention",),
+    ),
+    "queries for keys": (
+        "gpt2", of_heads(lambda heads, _: {"q": heads.k, "k": heads.q}), ("attention.q",),
+    ),
+    "keys for values": ("llama", of_heads(lambda heads, _: {"v": heads.k}), ("attention.v",)),
+    "queries before rotary embeddings": (
+        "llama", of_heads(lambda heads, _: {"q": heads.raw["q"]}), ("attention.q", "attention.k"),
+    ),
+    "values for heads": (
+        "gpt2",
+        of_heads(
+            lambda heads, path: {"z": Spot(f"{path}.mlp.c_fc", "input", 0, (), heads.z.shape)}
+        ),
+        ("attention.z", "attention.result"),
+    ),
+    "scores for the pattern": (
+        "gpt2",
+        of_heads(lambda heads, _: {"pattern": heads.scores}),
+        ("attention.pattern", "attention.scores"),
+    ),
+    "another layer's pattern": (
+        "gpt2", of_heads(of_another_layer), ("attention.pattern", "attention.z"),
+    ),
+    "another output projection": (
+        "llama",
+        of_heads(lambda heads, path: {"out": f"{path}.self_attn.q_proj"}),
+        ("attention.result", "attention.W_O"),
+    ),
+    "the matrix of keys for that of queries": (
+        "phi",
+        of_heads(
+            lambda heads, _: {
+                "projections": {**heads.projections, "q": heads.projections["k"]},
+            }
+        ),
+        ("attention.W_Q",),
+    ),
+    "attention for the MLP": (
+        "gpt2", of_stream(attention_out="mlp_out", mlp_out="attention_out"),
+        ("attention_out", "mlp.post"),
+    ),
+    "what enters for what is in between": (
+        "gpt2", of_stream(residual_mid="residual_in"), ("residual_mid",),
+    ),
+    "what leaves for what enters": (
+        "gpt2", of_stream(residual_in="residual_out"), ("residual_in", "residual_out"),
+    ),
+    "what is added, once too often": (
+        "llama", of_stream(attention_out="mlp_out"), ("residual_out", "mlp_out"),
+    ),
+    "post before the gate": ("llama", of_mlp(before_the_gate), ("mlp.post", "mlp.W_out")),
+    "the gate for what it is multiplied with": (
+        "llama",
+        of_mlp(lambda mlp, _: {"into": mlp.gate, "gate": mlp.into}),
+        ("mlp.W_in", "mlp.W_gate"),
+    ),
+    "pre of what is no nonlinearity": (
+        "gpt2",
+        of_mlp(lambda mlp, path: {"pre": Spot(f"{path}.mlp.c_fc", "input", 0, (), (2, 7, 16))}),
+        ("mlp.pre",),
+    ),
+    "another last layer": (
+        "llama",
+        of_mlp(lambda mlp, path: {"out": f"{path}.self_attn.o_proj"}),
+        ("mlp.post", "mlp.W_out"),
+    ),
+    "the router's scores for its weights": (
+        "mixtral", of_mlp(lambda mlp, _: {"weights": mlp.router}), ("experts.weights",),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INSITU_PROOFS", "off")
+    monkeypatch.setattr("insitu.models.proof.given.recall", lambda key: None)
+
+
+def entry_of(model: LanguageModel, block: str, key: str) -> Any:
+    role, _, name = key.rpartition(".")
+    if not role:
+        return model.vocabulary.entry(block, "", name)
+    owner = model.vocabulary.entry(block, "", role)
+    if isinstance(owner, Missing):
+        return owner
+    with model.vocabulary.quiet():
+        return model.vocabulary.entry(owner.path, owner.part, name)
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_what_is_planted_is_refused(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, plant, keys = PLANTED[planted]
+    plain = LanguageModel(module_of(name))
+    last = plain.blocks[-1].path
+    for key in keys:
+        assert not isinstance(entry_of(plain, last, key), Missing), key
+    find = bodies.block_of
+    monkeypatch.setattr(bodies, "block_of", lambda *args: plant(find(*args)))
+    model = LanguageModel(module_of(name))
+    for key in keys:
+        found = entry_of(model, last, key)
+        assert isinstance(found, Missing) and found.reason.endswith("."), key
+
+
+@pytest.mark.parametrize("form", [Split, Swapped])
+def test_heads_in_another_order_are_refused(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, restored = form.shown, form.restored
+    monkeypatch.setattr(form, "shown", lambda *args: shown(*args).flip(1))
+    monkeypatch.setattr(
+        form, "restored", lambda self, value, *rest: restored(self, value.flip(1), *rest)
+    )
+    model = LanguageModel(module_of("bert"))
+    found = entry_of(model, "bert.encoder.layer.1", "attention.z")
+    assert isinstance(found, Missing) is (form is Split)
+
+
+def test_weights_in_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from insitu.models.weights import Weights
+
+    found = Weights.of_heads
+
+    def flipped(self: Any, *args: Any) -> Any:
+        weight = found(self, *args)
+        return weight.flip(0) if isinstance(weight, torch.Tensor) else weight
+
+    monkeypatch.setattr(Weights, "of_heads", flipped)
+    model = LanguageModel(module_of("llama"))
+    for name in ("W_Q", "W_K", "W_V", "W_O"):
+        assert isinstance(entry_of(model, "model.layers.1", f"attention.{name}"), Missing), name
