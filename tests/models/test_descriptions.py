@@ -83,12 +83,15 @@ def test_what_the_dataflow_does_not_tell_is_missing_until_it_is_said() -> None:
     assert check(model).ok
 
 
-def test_a_wrong_description_does_not_pass_the_check() -> None:
+def test_what_a_wrong_description_says_is_refused() -> None:
     model = LanguageModel(odd())
     names = {**DESCRIPTION.names, "mlp_out": "norm_b.output"}
     model.describe_blocks(Description(names=names))
-    report = check(model)
-    assert not report.ok
+    refused = [one for one in check(model).checks if one.outcome == "refused"]
+    assert refused and all("`mlp_out`" in one.note for one in refused)
+    with pytest.raises(PathError, match=r"no `mlp_out`: .* is not residual_out"):
+        with model.trace(torch.tensor([[5, 6, 7]])):
+            model.blocks[1].mlp_out  # noqa: B018
 
 
 def test_descriptions_say_what_is_wrong_with_them() -> None:

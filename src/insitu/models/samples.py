@@ -50,11 +50,11 @@ def sample_call(module: nn.Module, config: Any) -> Call | None:
         frames = 2 * getattr(config, "max_source_positions", 1500)
         kwargs["input_features"] = torch.zeros(2, config.num_mel_bins, frames)
         if "decoder_input_ids" in takes:
-            kwargs["decoder_input_ids"] = _ids(2, length)
+            kwargs["decoder_input_ids"] = _ids(2, length, config)
     elif "input_ids" in takes:
-        kwargs["input_ids"] = _ids(2, length)
+        kwargs["input_ids"] = _ids(2, length, config)
         if decodes(module, config):
-            kwargs["decoder_input_ids"] = _ids(2, other)
+            kwargs["decoder_input_ids"] = _ids(2, other, config)
         # Where images have tokens of their own among the text's, text alone will do.
         if images is not None and not any(hasattr(config, name) for name in _IMAGE_TOKENS):
             kwargs["pixel_values"] = images
@@ -85,5 +85,8 @@ def _images(config: Any) -> torch.Tensor | None:
     return torch.zeros(2, getattr(vision, "num_channels", 3), height, width)
 
 
-def _ids(rows: int, length: int) -> torch.Tensor:
-    return torch.arange(4, 4 + rows * length).reshape(rows, length) % 50
+def _ids(rows: int, length: int, config: Any) -> torch.Tensor:
+    """Token ids, all different where the vocabulary has as many."""
+    known = getattr(config.get_text_config(), "vocab_size", None)
+    count = min(known, 50) if isinstance(known, int) and known > 0 else 50
+    return torch.arange(4, 4 + rows * length).reshape(rows, length) % count

@@ -150,6 +150,8 @@ def scored(added: Tensor, products: Tensor, visible: Tensor, cap: float | None) 
         return (value - value.sum(-1, keepdim=True) / count).masked_fill(~visible, 0)
 
     found, expected = centred(wide), centred(products)
+    if not bool(found.any()):
+        return Difference(math.inf, note="scores do not depend on queries")
     scale = (found * expected).sum() / (expected * expected).sum().clamp_min(_SINGLE.tiny)
     size = wide.masked_fill(~visible, 0).abs().amax()
     return compared(found, scale * expected, size, (added, products))

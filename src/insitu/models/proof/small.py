@@ -18,23 +18,17 @@ from torch import nn
 from insitu.models.attention import SETTING
 
 _VOCABULARY = 160  # sample prompts have no token from 50 on
-_WIDE = 64
 _LARGEST = 40_000_000  # numbers, which take a second to draw
 _LAYERS = (
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"),
     *("decoder_layers", "num_encoder_layers", "num_decoder_layers", "depth"),
 )
+# The ends of what configs call a width of something.
 _WIDTHS = (
-    *("hidden_size", "d_model", "n_embd", "intermediate_size", "ffn_dim", "d_ff", "n_inner"),
-    *("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "moe_intermediate_size"),
-    *("shared_expert_intermediate_size", "intermediate_size_mlp", "head_dim", "d_kv"),
-    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-    *("qk_head_dim", "embedding_size", "word_embed_proj_dim", "dim", "hidden_dim", "ff_dim"),
-    *("global_head_dim", "kv_channels", "d_inner", "d_embed", "emb_dim", "head_size"),
-    *("attention_head_dim", "hidden_size_per_layer_input", "rotary_dim", "projection_dim"),
-    *("attention_hidden_size", "lm_head_hidden_size", "linear_key_head_dim"),
-    *("linear_value_head_dim", "mamba_d_head", "mamba_headdim", "mamba_head_dim"),
-    *("out_hidden_size", "index_head_dim", "encoder_hidden_size", "mlp_hidden_size"),
+    *("hidden_size", "d_model", "n_embd", "intermediate_size", "intermediate_size_mlp", "d_ff"),
+    *("ffn_dim", "ff_dim", "hidden_dim", "n_inner", "d_inner", "head_dim", "headdim", "d_head"),
+    *("head_size", "d_kv", "lora_rank", "kv_channels", "embedding_size", "proj_dim", "d_embed"),
+    *("emb_dim", "rotary_dim", "projection_dim", "per_layer_input", "mlp_size"),
 )
 _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "vocabulary_size")
 
@@ -91,8 +85,9 @@ def small_config(module: nn.Module, depth: int | None, narrow: bool) -> Any:
         layers = {name: table[name] for name in _LAYERS if isinstance(table.get(name), int)}
         if depth is not None:
             _truncate(table, layers, depth)
-        for name in _WIDTHS:
-            value = table.get(name)
+        for name, value in list(table.items()):
+            if not _is_width(name):
+                continue
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 table[name] = max(value // factor, 1)
             elif isinstance(value, list):
@@ -136,8 +131,8 @@ def _factor(parts: list[Any]) -> int:
     widths = [
         value
         for part in parts
-        for name in _WIDTHS
-        if isinstance(value := vars(part).get(name), int) and value >= 8
+        for name, value in vars(part).items()
+        if _is_width(name) and isinstance(value, int) and value >= 8
     ]
     heads = [_head(part) for part in parts]
     smallest = min([head for head in heads if head] + widths, default=1)
@@ -147,6 +142,10 @@ def _factor(parts: list[Any]) -> int:
     ):
         factor *= 2
     return factor
+
+
+def _is_width(name: str) -> bool:
+    return name == "dim" or (name.endswith(_WIDTHS) and not name.startswith(("num_", "vocab")))
 
 
 def _head(part: Any) -> int:
