@@ -16,7 +16,6 @@ from insitu import (
     CausalityError,
     LanguageModel,
     OperationError,
-    OptionError,
     PathError,
     ShapeError,
 )
@@ -332,10 +331,12 @@ def test_an_edit_runs_as_it_was_recorded_also_from_bytes(tmp_path: Path) -> None
     assert not torch.allclose(plain.value, expected.value)
 
 
-def test_a_model_that_is_not_loaded_is_verified_when_it_is(tmp_path: Path) -> None:
+def test_a_pattern_that_eager_attention_would_change_is_refused_before_weights_are_there(
+    tmp_path: Path,
+) -> None:
     module_of("falcon-alibi").save_pretrained(tmp_path)
     model = LanguageModel(str(tmp_path))
-    with pytest.raises(OptionError, match="attn_implementation='eager'"):
+    with pytest.raises(PathError, match="attn_implementation='eager'"):
         with model.trace(ids("falcon-alibi")):
             model.blocks[1].attention.pattern.save()
 

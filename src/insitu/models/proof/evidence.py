@@ -68,7 +68,7 @@ class Evidence:
 
     def positions(self, path: str) -> int:
         """Returns how many positions the hidden states of a block have."""
-        hidden = self.base.places[path, "output", 0][0]
+        hidden = self.plain.places[path, "output", 0][0]
         return int(hidden.shape[1])
 
     def changed(self, path: str, changes: Mapping[str, Change], *keys: str) -> Seen:
