@@ -176,7 +176,7 @@ def wanted(body: Body, entries: Mapping[str, Mapping[str, Any]]) -> tuple[list[N
         for heads in (block.attention, block.cross_attention) if block else ():
             if heads is None:
                 continue
-            places += [(spot.path, spot.kind, spot.call) for spot in heads.raw.values()]
+            places.extend((spot.path, spot.kind, spot.call) for spot in heads.raw.values())
             for layer in heads.projections.values():
                 both(layer)
             both(heads.out, heads.z.call if heads.z else 0)
