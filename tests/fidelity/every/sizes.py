@@ -60,14 +60,14 @@ _HEADS = {"head_dim": 16, "text_config.head_dim": 16}
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(
         (
-            *("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"),
+            *("axk1", "axk2", "deepseek_v32", "glm4_moe_lite"),
             *("glm_moe_dsa", "minicpm3", "youtu", "hy_v4"),
             *("bailing_hybrid", "glm5_next", "kimi_k25", "mistral_large4"),
         ),
         _LATENT,
     ),
     "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2},
-    "longcat_flash": {**_LATENT, "qk_head_dim": 32},
+    **{name: {**_LATENT, "qk_head_dim": 32} for name in ("longcat_flash", "deepseek_v3")},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "bamba": {"attn_layer_indices": [1]},
@@ -86,8 +86,13 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "hunyuan_vl"),
         _HEADS,
     ),
+    "led": {"attention_window": [4, 4]},
     "nemotron": {"num_key_value_heads": 2},
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
+        "intermediate_size": [96, 96], "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 8,
+    },
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "esm": {"vocab_size": 131},
     "t5gemma": {
         "decoder.cross_attention_hidden_size": 64, "encoder.num_hidden_layers": 2,
@@ -123,6 +128,23 @@ NOT_BUILT: Mapping[str, str] = {
         ("blt", "janus", "reformer", "vibevoice_asr", "xlstm", "zamba", "zamba2", "perceiver"),
         "no small config of it was found",
     ),
+    **dict.fromkeys(
+        (
+            *("cohere_compass", "cohere_compass_text", "hrm_text", "qwen4_exp", "qwen4_exp_text"),
+            *("gemma4_assistant", "gemma4_unified_assistant", "dots3_note", "dots3_note_text"),
+            *("esmc", "chameleon", "deepseek_ocr2", "diffusion_gemma", "step3p7", "mistral4"),
+            *("ernie4_5_vl_moe", "granite4_vision"),
+        ),
+        "its default config cannot be built, or not without another model",
+    ),
+    "image-text emu3": "its default config cannot be built, or not without another model",
+    **dict.fromkeys(
+        (
+            *("mllama in 4", "phi4_multimodal in 4", "speech_to_text_2 in 4", "transfo-xl in 4"),
+            *("fsmt in 4", "glm4v_moe in 4", "pixtral in 4"),
+        ),
+        "its default config cannot be built with this version of Transformers",
+    ),
     "qdqbert": "it needs a library for quantisation",
 }  # fmt: skip
-"""Types that no small model of is made, and why."""
+"""Types of which no small model is made, and why: of any task or version, or of one."""
