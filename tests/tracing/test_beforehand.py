@@ -159,6 +159,26 @@ def test_a_dtype_is_left_to_the_run_where_autocast_decides_it(model: LanguageMod
     assert hidden.value.dtype is torch.bfloat16
 
 
+@pytest.mark.no_wire
+def test_functions_of_the_users_own_are_called_by_the_run_alone(model: LanguageModel) -> None:
+    calls = []
+
+    class Mine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            calls.append(type(x))
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad
+
+    with model.trace(TEXT):
+        doubled = Mine.apply(model.blocks[1].residual_out)
+        (doubled @ torch.ones(128, 3)).save()
+    assert calls == [torch.Tensor]
+
+
 def test_a_module_that_is_called_only_with_data_is_no_mistake(model: LanguageModel) -> None:
     with model.trace(TEXT):
         missing = (model.transformer.ln_f.call(1).output @ torch.zeros(128, 2)).save(optional=True)

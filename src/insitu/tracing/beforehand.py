@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
-from insitu.graph.node import Ref, Row
+from insitu.graph.node import Function, Ref, Row
 from insitu.graph.operations import (
     APPLY,
     ARITHMETIC,
@@ -76,12 +76,17 @@ def _fallible(recording: Recording, form_of: Callable[[int], str]) -> list[int]:
     found: list[int] = []
     needs: list[frozenset[int]] = []  # of which invocations
     forms: set[str] = set()
+    users: set[int] = set()
     for index, row in enumerate(rows):
         operation, args, _, inputs, _, _ = row
         if operation is READ:
             needs.append(frozenset([args[0]]))
             continue
         needs.append(frozenset().union(*(needs[source] for source in inputs)))
+        called = operation is APPLY and type(args[0]) is Function
+        if called or not users.isdisjoint(inputs):
+            users.add(index)  # the user's own code is called by the run alone
+            continue
         if operation in _NEVER_FAIL or _is_safe(rows, row):
             continue
         now = forms.union(map(form_of, needs[-1]))
