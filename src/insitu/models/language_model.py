@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import warnings
@@ -573,6 +574,13 @@ class LanguageModel(Model):
     def _take(self, module: nn.Module) -> None:
         super()._take(module)
         self._describe()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Returns a wrapper of a copy of the module, with the same tokenizer and edits."""
+        other = super().__deepcopy__(memo)
+        vars(other).update(_config=copy.deepcopy(self._config, memo), _lens=None)
+        other._describe()
+        return other
 
     def _renew(self) -> None:
         super()._renew()

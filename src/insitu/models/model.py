@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import warnings
@@ -14,13 +15,14 @@ import torch
 from torch import nn
 
 from insitu.graph import disk
-from insitu.graph.errors import OptionError, UnknownShapeError
+from insitu.graph.errors import OptionError, UnknownShapeError, WireError
 from insitu.graph.location import here
 from insitu.graph.node import Graph
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import CACHES, block_views, find_stacks
+from insitu.models.delegation import DELEGATED, delegated
 from insitu.models.dropout import drops_out
 from insitu.models.plain import Forward
 from insitu.runtime.ambient import ambient
@@ -438,6 +440,41 @@ class Model(Handle):
         for graph in edits_from_bytes(disk.read(path), path, self.modules):
             edited = edited.edited(graph)
         return edited
+
+    def __getattr__(self, name: str) -> Any:
+        own = name in DELEGATED and "_module" in vars(self) and name not in self._module._modules
+        return delegated(self, name) if own else super().__getattr__(name)
+
+    def _unknown(self, name: str) -> str:
+        if isinstance(name, str) and hasattr(self._module, name):
+            way = "module" if self.loaded else "load()"
+            return (
+                f"{name!r} is no module of the model, but an attribute or a method of the module "
+                f"itself: write `model.{way}.{name}`."
+            )
+        return super()._unknown(name)
+
+    def __copy__(self) -> Self:
+        """Returns another wrapper of the same module."""
+        other = object.__new__(type(self))
+        own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
+        vars(other).update(own, _model=other, _items={}, plans=Plans())
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Returns a wrapper of a copy of the module, with the same edits."""
+        other = memo[id(self)] = copy.copy(self)
+        vars(other).update(_base=None, _loading=threading.RLock(), _said=set(), _unquantised=None)
+        other._adopt(copy.deepcopy(self._module, memo))
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises: what is pickled is the module."""
+        raise WireError(
+            "A wrapped model cannot be pickled: pickle the module, `model.load()`, and wrap it "
+            "again where it arrives; or send its name and load it there.",
+            here(),
+        )
 
     def __repr__(self) -> str:
         return "\n".join([super().__repr__(), *(f"edit: {line}" for line in described(self))])

@@ -42,7 +42,9 @@ def sample_call(module: nn.Module, config: Any) -> Call | None:
         module: the model, with weights or without.
         config: its config.
     """
-    takes: Collection[str] = inspect.signature(module.forward).parameters
+    base: Any = getattr(module, "get_base_model", None)  # PEFT's own forward may take anything
+    inner = module if base is None else base()
+    takes: Collection[str] = inspect.signature(inner.forward).parameters
     length, other = sample_lengths(config)
     kwargs: dict[str, Any] = {}
     images = _images(config) if "pixel_values" in takes else None

@@ -18,7 +18,9 @@ from insitu.models.prompts import Limits
 
 def reads_tokens(module: Any) -> bool:
     """Returns whether a model takes token ids, and has one embedding for them."""
-    if "input_ids" not in inspect.signature(type(module).forward).parameters:
+    base = getattr(module, "get_base_model", None)  # PEFT's own forward may take anything
+    inner = module if base is None else base()
+    if "input_ids" not in inspect.signature(type(inner).forward).parameters:
         return False
     try:
         embedding = module.get_input_embeddings()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,26 @@ from insitu.tracing.named import Missing
 
 if TYPE_CHECKING:
     from insitu.models.body import Body
+
+
+@contextmanager
+def in_memory(module: nn.Module) -> Generator[None, None, None]:
+    """Has the weights of a module where Accelerate computes with them, and not on disk or away.
+
+    Args:
+        module: the module, of which Accelerate's hook fetches the weights for each call.
+    """
+    away = any(weight.is_meta for weight in module.parameters())
+    if not away or not any("_hf_hook" in vars(part) for part in module.modules()):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with ExitStack() as stack:
+        for part in module.modules():
+            stack.enter_context(align_module_device(part))
+        yield
+
 
 _LETTERS = {"W_Q": "q", "W_K": "k", "W_V": "v"}
 
@@ -39,7 +59,9 @@ class Weights:
         path = self._body.embedding
         weight: object = None
         if path is not None:
-            weight = getattr(self._body.model.modules[path], "weight", None)
+            module = self._body.model.modules[path]
+            with in_memory(module):
+                weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
             return Missing("this model has no embedding of tokens.")
         return weight.detach()
@@ -114,6 +136,10 @@ class Weights:
         """
         self._body.model.load()
         module = self._body.model.modules[path]
+        with in_memory(module):
+            return self._matrix(module, path)
+
+    def _matrix(self, module: nn.Module, path: str) -> torch.Tensor:
         weight: object = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and next(module.children(), None) is None:
             if type(module) is nn.Linear:
@@ -124,7 +150,9 @@ class Weights:
         unit = torch.eye(width)
         floats = [part for part in module.parameters() if part.is_floating_point()]
         if floats:
-            unit = unit.to(floats[0])
+            unit = unit.to(floats[0].dtype).to(
+                next((p for p in floats if not p.is_meta), unit).device
+            )
         with torch.no_grad(), self._body.model.in_use():
             return module(unit) - module(torch.zeros_like(unit[:1]))
 

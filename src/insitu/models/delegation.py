@@ -1,0 +1,59 @@
+"""What a wrapper does as its module does: `model.to("cuda")`, `model.eval()`, `model.parameters()`.
+
+What needs the weights loads them first, so that it holds for what runs later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from insitu.models.model import Model
+
+_CHANGING = frozenset(
+    [
+        *("to", "cuda", "cpu", "half", "float", "double", "bfloat16", "eval", "train"),
+        *("requires_grad_", "zero_grad"),
+    ]
+)
+_READING = frozenset(
+    [
+        *("parameters", "named_parameters", "buffers", "named_buffers", "state_dict"),
+        *("named_modules", "named_children", "children", "get_submodule", "get_parameter"),
+        *("load_state_dict",),
+    ]
+)
+_ASKED = frozenset(["dtype", "device"])
+DELEGATED = _CHANGING | _READING | _ASKED
+
+
+def delegated(model: Model, name: str) -> Any:
+    """Returns what a wrapper has of its module.
+
+    Args:
+        model: the wrapper.
+        name: one of `DELEGATED`.
+    """
+    if name in _ASKED:
+        module = model.module
+        weights = [weight for weight in module.parameters() if weight.is_floating_point()]
+        weight = weights[0] if weights else torch.empty(0)
+        return getattr(weight, name)
+    if name in _READING:
+        return getattr(model.load(), name)
+    if name == "eval" and not model.loaded:  # as it will be loaded
+        return lambda: model
+    return _changing(model, name)
+
+
+def _changing(model: Model, name: str) -> Callable[..., Any]:
+    """A method of the module that changes it in place; it returns the wrapper."""
+
+    def change(*args: Any, **kwargs: Any) -> Model:
+        getattr(model.load(), name)(*args, **kwargs)
+        return model
+
+    return change

@@ -1,0 +1,115 @@
+"""What a wrapper has of its module, and copies of it, against the module itself."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import nn
+
+from insitu import InsituError, LanguageModel, Model, PathError
+from tests.conftest import tiny_gpt2
+
+IDS = torch.tensor([[3, 14, 15, 92, 65]])
+
+
+def logits(model: LanguageModel) -> torch.Tensor:
+    with model.trace(IDS):
+        found = model.lm_head.output.save()
+    return found.value
+
+
+def test_methods_of_the_module_are_the_wrappers(gpt2: LanguageModel) -> None:
+    assert gpt2.double() is gpt2
+    assert gpt2.dtype == next(gpt2.module.parameters()).dtype == torch.float64
+    assert next(gpt2.parameters()) is next(gpt2.module.parameters())
+    assert gpt2.train().module.training and not gpt2.eval().module.training
+    gpt2.requires_grad_(False)
+    assert not gpt2.module.lm_head.weight.requires_grad
+    with pytest.raises(PathError, match=r"model\.module\.resize_token_embeddings"):
+        gpt2.resize_token_embeddings(120)
+
+
+def test_a_model_that_is_not_loaded_is_as_it_was_asked_to_be(eiffel: LanguageModel) -> None:
+    eiffel.eval()
+    assert not eiffel.loaded
+    assert not eiffel.load().training
+    other = LanguageModel("insitu/eiffel").half()
+    assert other.load().lm_head.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_copy_wraps_a_copied_module(gpt2: LanguageModel, edited: bool) -> None:
+    if edited:
+        with gpt2.edit() as gpt2:
+            gpt2.transformer.h[1].mlp.output = gpt2.transformer.h[1].mlp.output * 0
+    before = logits(gpt2)
+    other = copy.deepcopy(gpt2)
+    torch.testing.assert_close(logits(other), before)
+    nn.init.zeros_(other.module.transformer.wte.weight)
+    torch.testing.assert_close(logits(gpt2), before)
+    assert not torch.allclose(logits(other), before)
+    assert copy.copy(gpt2).module is gpt2.module
+    with pytest.raises(InsituError, match="pickle the module"):
+        pickle.dumps(gpt2)
+
+
+def test_a_copy_of_a_model_that_is_not_loaded_loads_for_itself(eiffel: LanguageModel) -> None:
+    other = copy.deepcopy(eiffel)
+    assert not other.loaded
+    assert other.load() is not eiffel.load()
+
+
+def test_weights_that_are_offloaded_are_fetched() -> None:
+    module = tiny_gpt2()
+    right = module.transformer.h[1].attn.c_attn.weight[:, :16].detach().clone()
+    head = module.lm_head.weight.detach().clone()
+    cpu_offload(module, execution_device=torch.device("cpu"))
+    model = LanguageModel(module)
+    found = model.blocks[1].attention.W_Q
+    torch.testing.assert_close(found, right.view(16, 4, 4).permute(1, 0, 2))
+    torch.testing.assert_close(model.W_U, head.T)
+    torch.testing.assert_close(model.W_E, head)
+
+
+def test_dropout_is_said_once_and_the_mode_is_left() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = LanguageModel(tiny_gpt2().train())
+        for _ in range(2):
+            logits(model)
+    assert sum("eval()" in str(one.message) for one in caught) == 1
+    assert model.module.training
+
+
+def test_hooks_of_the_user_see_real_runs_once_each(gpt2: LanguageModel) -> None:
+    seen: list[str] = []
+
+    def count(module: nn.Module, args: object, output: object) -> None:
+        if module is gpt2.module.lm_head:
+            seen.append(type(output).__name__)
+
+    everywhere = torch.nn.modules.module.register_module_forward_hook(count)
+    own = gpt2.module.lm_head.register_forward_hook(count)
+    try:
+        with gpt2.trace(IDS):
+            assert gpt2.lm_head.output.shape == (1, 5, 100)
+            gpt2.lm_head.output.save()
+    finally:
+        everywhere.remove()
+        own.remove()
+    assert seen == ["Tensor", "Tensor"]
+
+
+def test_a_part_whose_forward_is_compiled_runs_as_written(gpt2: LanguageModel) -> None:
+    before = logits(gpt2)
+    mlp = gpt2.module.transformer.h[1].mlp
+    mlp.forward = torch.compile(mlp.forward, backend="eager")
+    model = Model(gpt2.module)
+    with model.trace(input_ids=IDS, use_cache=False):
+        inner = model.transformer.h[1].mlp.c_fc.output.save()
+        after = model.lm_head.output.save()
+    assert inner.value.shape == (1, 5, 64)
+    torch.testing.assert_close(after.value, before)
