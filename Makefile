@@ -15,7 +15,7 @@ ORACLES := transformer-lens captum sae-lens
 .PHONY: demo test test-all test-matrix architectures oracle fuzz check format docs bench \
 	bench-peers clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/runtime
 	@$(BIN)/python examples/main_demo.py
 
 test: $(VENV)/installed
@@ -85,10 +85,16 @@ bench-peers: $(VENV)/installed $(PEERS:%=$(VENV)-%/installed)
 	$(BIN)/python benchmarks/experiments.py --write benchmarks/RESULTS.md --peers \
 		$(foreach peer,$(PEERS),$(subst -,_,$(peer))=$(VENV)-$(peer)/bin/python)
 
+# What runs experiments and nothing else. What tests, checks and documentation take is added by the
+# targets that need it.
 # torch goes first: without a pin, whatever needs it would pull the newest build.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed: $(VENV)/runtime
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
