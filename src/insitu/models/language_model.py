@@ -164,6 +164,9 @@ class LanguageModel(Model):
         vars(self).update(_config=source.config, _source=None if tree is None else source)
         return source
 
+    _internal = Model._internal | frozenset(
+        ["block_views", "bytes_per_token", "chain", "costs", "decoder_start", "explain", "forward_parameters", "generating", "is_beside", "is_encoder_decoder", "is_training", "knows_dtypes", "pad_id", "placed", "reader", "separation", "takes_use_cache", "trains", "unembedding_paths", "without_data"]
+    )
     _lens: TransformerLens | None = None
     _config: Any
     _tokenizer: Any

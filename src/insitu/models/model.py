@@ -123,6 +123,9 @@ class Model(Handle):
     plans: Plans[Any]
     views: dict[str, View]
     _vocabulary: Vocabulary
+    _internal = frozenset(
+        ["caches", "compilable", "edited", "exclusive", "fake_module", "has_hooks", "in_use", "plans", "probe", "views", "vocabulary"]
+    )
     _description: Description | None = None
     _module: nn.Module
     _stacks: Collection[str] = ()  # the lists of blocks that were ever found

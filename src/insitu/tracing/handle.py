@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import nn
@@ -47,6 +47,7 @@ class Handle(Call):
 
     _call = 0
     _part = ""
+    _internal: ClassVar[frozenset[str]] = frozenset()  # other parts of Insitu use it; not in `dir`
     _items: dict[str | int, Handle]  # children by name, and by index as far as asked for
 
     @property
@@ -236,7 +237,8 @@ class Handle(Call):
         names: set[str] = set()
         with contextlib.suppress(InsituError):  # where it takes the weights to know them
             names.update(self._model.vocabulary.listed(self._path, self._part))
-        return sorted({*super().__dir__(), *self.module._modules, *names})
+        own = {*super().__dir__()} - self._internal
+        return sorted({*own, *self.module._modules, *names})
 
     def __repr__(self) -> str:
         return render(summarise(self._path.rpartition(".")[2] or "model", self.module))

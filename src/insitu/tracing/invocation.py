@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from insitu.tracing.tracer import Tracer
 
 
+_INTERNAL = frozenset(
+    ["called", "current_step", "demand", "enter", "fake", "forget_shapes", "is_entered", "leave", "memory", "number", "read", "request", "result", "skip", "stop", "write"]
+)
+"""What other parts of Insitu use of an invocation; not in `dir`."""
+
+
 class Invocation(Scope):
     """What `tracer.invoke(prompt)` gives: a context in which sites mean this prompt's values.
 
@@ -65,6 +71,9 @@ class Invocation(Scope):
             raise AttributeError(name)
         there = [own for own in dir(type(self)) if not own.startswith("_")]
         raise PathError(f"An invocation has no `{name}`{habit(name, OF_BLOCKS, there)}.", here())
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__()} - _INTERNAL)
 
     def __enter__(self) -> Invocation:
         if not self.tracer.is_open:

@@ -51,6 +51,11 @@ from insitu.tracing.running import run_passes
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
+_INTERNAL = frozenset(
+    ["arriving", "demand", "fake_module", "give_up", "is_open", "only_invocation", "procedure", "promises_output", "recording"]
+)
+"""What other parts of Insitu use of a block; not in `dir`."""
+
 
 class Tracer:
     """A block of recorded lines.
@@ -106,6 +111,9 @@ class Tracer:
     def graph(self) -> Graph:
         """The recorded graph."""
         return self.recording.graph
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__()} - _INTERNAL)
 
     def __enter__(self) -> Tracer:
         if self.is_open or self._done:
