@@ -51,6 +51,14 @@ if TYPE_CHECKING:
     from insitu.models.vocabulary import Names
 
 
+_USED_INSIDE = """
+    block_views bytes_per_token chain costs decoder_start explain forward_parameters
+    generating growing is_beside is_encoder_decoder is_training lengths options
+    pad_id paddings placed reader separation takes_use_cache trains unembedding_paths
+"""
+"""What other parts of Insitu use of a model; not in `dir`."""
+
+
 class LanguageModel(Model):
     """A language model of Hugging Face, whose inside can be read while it runs.
 
@@ -164,9 +172,7 @@ class LanguageModel(Model):
         vars(self).update(_config=source.config, _source=None if tree is None else source)
         return source
 
-    _internal = Model._internal | frozenset(
-        ["block_views", "bytes_per_token", "chain", "costs", "decoder_start", "explain", "forward_parameters", "generating", "is_beside", "is_encoder_decoder", "is_training", "knows_dtypes", "pad_id", "placed", "reader", "separation", "takes_use_cache", "trains", "unembedding_paths", "without_data"]
-    )
+    _internal = Model._internal | frozenset(_USED_INSIDE.split())
     _lens: TransformerLens | None = None
     _config: Any
     _tokenizer: Any

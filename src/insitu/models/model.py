@@ -47,6 +47,13 @@ if TYPE_CHECKING:
     from insitu.models.vocabulary import Names
 
 
+_USED_INSIDE = """
+    caches edited exclusive fake_module has_hooks in_use knows_dtypes look look_at_weights
+    open_block plans probe views vocabulary warn_of_noise without_data
+"""
+"""What other parts of Insitu use of a model; not in `dir`."""
+
+
 class Model(Handle):
     """A module whose inside can be read while it runs.
 
@@ -123,9 +130,7 @@ class Model(Handle):
     plans: Plans[Any]
     views: dict[str, View]
     _vocabulary: Vocabulary
-    _internal = frozenset(
-        ["caches", "compilable", "edited", "exclusive", "fake_module", "has_hooks", "in_use", "plans", "probe", "views", "vocabulary"]
-    )
+    _internal = frozenset(_USED_INSIDE.split())
     _description: Description | None = None
     _module: nn.Module
     _stacks: Collection[str] = ()  # the lists of blocks that were ever found

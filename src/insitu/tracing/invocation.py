@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from insitu.tracing.tracer import Tracer
 
 
-_INTERNAL = frozenset(
-    ["called", "current_step", "demand", "enter", "fake", "forget_shapes", "is_entered", "leave", "memory", "number", "read", "request", "result", "skip", "stop", "write"]
-)
+_USED_INSIDE = """
+    called current_step demand enter fake forget_shapes is_entered leave memory number read
+    request result skip stop write
+"""
+_INTERNAL = frozenset(_USED_INSIDE.split())
 """What other parts of Insitu use of an invocation; not in `dir`."""
 
 

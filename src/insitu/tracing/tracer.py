@@ -51,9 +51,11 @@ from insitu.tracing.running import run_passes
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
-_INTERNAL = frozenset(
-    ["arriving", "demand", "fake_module", "give_up", "is_open", "only_invocation", "procedure", "promises_output", "recording"]
-)
+_USED_INSIDE = """
+    arriving demand fake_module give_up is_open only_invocation procedure promises_output
+    recording
+"""
+_INTERNAL = frozenset(_USED_INSIDE.split())
 """What other parts of Insitu use of a block; not in `dir`."""
 
 
