@@ -1,11 +1,13 @@
 """A user's own `torch.autograd.Function` keeps its backward, as it does in a hook."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +21,7 @@ from insitu import (
     cond,
     fold,
 )
+from tests.conftest import tiny_gpt2
 
 PROMPT = [1, 2, 3, 4]
 Function = torch.autograd.Function
@@ -293,3 +296,30 @@ def test_one_that_draws_leaves_the_random_state_to_the_run() -> None:
         noise = noise.save()
     torch.manual_seed(0)
     assert torch.equal(noise.value, torch.randn(3))
+
+
+def test_its_forward_sees_real_runs_only_unless_a_shape_is_asked_for(tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path)
+    seen: list[bool] = []
+
+    class Counts(Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            seen.append(isinstance(x, FakeTensor))
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return grads[0] * 2
+
+    model = LanguageModel(str(tmp_path))  # its weights are loaded by the run
+    with model.trace(PROMPT):
+        x = model.transformer.h[2].output[0]
+        made = (Counts.apply(x) @ torch.ones(16, 2)).save()
+        cond(x.isfinite().all(), lambda y: Counts.apply(y) @ torch.ones(16, 2), lambda y: y, x)
+    assert made.value.shape == (1, 4, 2)
+    assert seen == [False, False]
+    with pytest.raises(UnknownShapeError, match="Python function"), model.trace(PROMPT):
+        x = model.transformer.h[2].output[0]
+        print(cond(x.isfinite().all(), Counts.apply, lambda y: y, x).shape)
+    assert seen == [False, False]

@@ -20,7 +20,7 @@ from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Carried, Function, Graph, ModuleRef, Node, Ref, Subgraph
-from insitu.graph.operations import APPLY, COND, INPUT
+from insitu.graph.operations import APPLY, COND, FOLD, INPUT
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
@@ -164,6 +164,12 @@ def _compute(recording: Recording, index: int, one_dtype: bool = False) -> Any:
             "known before the run.",
             node.location,
         )
+    if node.operation in (COND, FOLD) and calls_function(node.args):
+        raise UnknownShapeError(
+            "The shapes of what `cond` and `fold` return are not known before the run where a "
+            "Python function is called in them.",
+            node.location,
+        )
     mode = _mode(recording, node)
 
     def module(path: str) -> Any:
@@ -226,6 +232,20 @@ def unlogged_failures() -> Generator[None, None, None]:
         yield
     finally:
         log.disabled = was_disabled
+
+
+def calls_function(args: tuple[Any, ...]) -> bool:
+    """Returns whether a node calls a Python function of the user's, by itself or in what it runs.
+
+    Args:
+        args: the arguments of the node.
+    """
+    for arg in args:
+        if isinstance(arg, Function):
+            return True
+        if isinstance(arg, Subgraph) and any(calls_function(row[1]) for row in arg.graph.rows):
+            return True
+    return False
 
 
 def misfit(graph: Graph, index: int, inputs: Sequence[Any], error: Exception) -> ShapeError:

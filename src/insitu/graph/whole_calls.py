@@ -140,8 +140,9 @@ def refuse_inside_forward(line: Mark) -> None:
             name = frame.f_locals["cls"].__qualname__
             raise OperationError(
                 f"The forward of {name} uses a value of the run that it is not given as an "
-                f"argument, so that its own backward would be lost: call `{name}.apply(...)` with "
-                "all values of the run that it needs.",
+                f"argument, or its `apply` was taken before insitu was imported, so that its own "
+                f"backward would be lost: call `{name}.apply(...)`, by that name, with all values "
+                "of the run that it needs.",
                 Location(*line),
             )
         frame = frame.f_back

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
-from insitu.graph.node import Function, Ref, Row
+from insitu.graph.node import Ref, Row
 from insitu.graph.operations import (
     APPLY,
     ARITHMETIC,
@@ -30,7 +30,7 @@ from insitu.graph.operations import (
     WRITE,
 )
 from insitu.graph.recording import Recording
-from insitu.graph.shapes import fake_value, works_in_one_dtype
+from insitu.graph.shapes import calls_function, fake_value, works_in_one_dtype
 
 _NEVER_FAIL = (READ, SAVE, KEEP, GRAD, ATTRIBUTE)
 _BY_VALUE = (APPLY, COND, FOLD)  # what of them runs depends on values, or on there being values
@@ -51,6 +51,9 @@ def check_fit(recording: Recording, knows_dtypes: bool, form_of: Callable[[int],
     """
     if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
         knows_dtypes = False
+    contexts = recording.graph.contexts.values()
+    if any(device != "cpu" for context in contexts for device, _ in context.casts):
+        knows_dtypes = False  # fake tensors are on the CPU
     for index in _fallible(recording, form_of):
         operation = recording.graph.rows[index][0]
         try:
@@ -76,16 +79,15 @@ def _fallible(recording: Recording, form_of: Callable[[int], str]) -> list[int]:
     found: list[int] = []
     needs: list[frozenset[int]] = []  # of which invocations
     forms: set[str] = set()
-    users: set[int] = set()
+    opaque: set[int] = set()  # what functions of the user's make: those are called in the run only
     for index, row in enumerate(rows):
         operation, args, _, inputs, _, _ = row
         if operation is READ:
             needs.append(frozenset([args[0]]))
             continue
         needs.append(frozenset().union(*(needs[source] for source in inputs)))
-        called = operation is APPLY and type(args[0]) is Function
-        if called or not users.isdisjoint(inputs):
-            users.add(index)  # the user's own code is called by the run alone
+        if calls_function(args) or not opaque.isdisjoint(inputs):
+            opaque.add(index)
             continue
         if operation in _NEVER_FAIL or _is_safe(rows, row):
             continue
