@@ -12,7 +12,7 @@ test test-all test-matrix architectures fuzz: export OMP_NUM_THREADS := 1
 
 ORACLES := transformer-lens captum sae-lens
 
-.PHONY: demo test test-all test-matrix architectures oracle fuzz check format docs bench \
+.PHONY: demo test test-all test-matrix architectures proofs oracle fuzz check format docs bench \
 	bench-peers clean
 
 demo: $(VENV)/runtime
@@ -45,6 +45,11 @@ architectures: $(VENV)/installed $(VENV)-transformers4/installed
 	-$(NEWEST) -m pytest -n $(WORKERS) $(ARCHITECTURES) --junit-xml=build/newest.xml
 	-$(OLDEST) -m pytest -n $(WORKERS) $(ARCHITECTURES) --junit-xml=build/oldest.xml
 	$(WRITE_ARCHITECTURES)
+
+# The proofs of standard names that the package ships: see src/insitu/models/proof/remembered.py.
+proofs: $(VENV)/installed $(VENV)-transformers4/installed
+	$(NEWEST) -m tests.fidelity.proofs src/insitu/models/proof/shipped
+	$(OLDEST) -m tests.fidelity.proofs src/insitu/models/proof/shipped
 
 # What peers make of the same weights, files and prompts, each in an environment of its own:
 # TransformerLens's hooks, captum's attributions and SAELens's features, beside ours.

@@ -55,7 +55,7 @@ def test_the_bundled_model_is_checked() -> None:
     )
     assert "final_norm transformer.ln_f: LayerNorm" in lines
     holds = lines[lines.index("In a run of the model") + 1 :]
-    assert len(holds) == 7 and all(" OK " in line for line in holds)
+    assert len(holds) == 8 and all(" OK " in line for line in holds)
 
 
 def test_a_folder_is_checked_and_written_as_json(folder: Path) -> None:

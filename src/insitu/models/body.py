@@ -313,8 +313,11 @@ class Body:
             returned = [flow.shapes[value] for value in flow.events[index].outputs]
             shapes = [shape for shape in returned if len(shape) == 3] or returned[:1]
             if shapes and len(shapes[0]) >= 2:
-                sizes[path] = shapes[0][:2]
-                lengths.add(shapes[0][1])
+                # Some keep several streams, one behind the other.
+                several = len(shapes[0]) == 4 and shapes[0][2] in lengths
+                rows, positions = shapes[0][1:3] if several else shapes[0][:2]
+                sizes[path] = (rows, positions)
+                lengths.add(positions)
         self.lengths = frozenset(lengths)
         experts = self._experts()
         found: dict[str, Block] = {}

@@ -9,6 +9,7 @@ from insitu.models.anatomy.reading import RESHAPES, Reading
 from insitu.models.parts import Spot
 
 _SUMS = frozenset(["add", "iadd", "radd"])
+_FOR_SHAPE = frozenset(["expand_as", "reshape_as", "type_as", "view_as"])  # of the second argument
 _MIXES = frozenset(["conv1d"])  # positions: a state-space layer
 
 
@@ -41,6 +42,9 @@ def find_stream(
         if maker is None or maker.function not in _SUMS or maker.path != within:
             return [value]
         parts = [part for part in maker.inputs if flow.shapes[part] == flow.shapes[value]]
+        # A bias that is added to a part belongs to it.
+        if not all(_is_made_of(reading, part, entry) for part in parts):
+            return [value]
         return [leaf for part in parts for leaf in leaves_of(part)]
 
     if exit == entry or not reaches(exit):
@@ -60,6 +64,21 @@ def find_stream(
         else:
             value = maker.inputs[0]
     return chain[::-1], [leaf for leaves in reversed(added) for leaf in leaves]
+
+
+def _is_made_of(reading: Reading, value: int, entry: int) -> bool:
+    """Whether numbers of a value come from those of another, and not just its shape."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        now = waiting.pop()
+        if now == entry:
+            return True
+        maker = reading.flow.maker(now)
+        if now in seen or maker is None:
+            continue
+        seen.add(now)
+        waiting.extend(maker.inputs[:1] if maker.function in _FOR_SHAPE else maker.inputs)
+    return False
 
 
 def named(

@@ -66,10 +66,19 @@ class Evidence:
         entry = self.entries[path].get(key)
         return entry.value if isinstance(entry, Given) else None
 
-    def positions(self, path: str) -> int:
-        """Returns how many positions the hidden states of a block have."""
-        hidden = self.plain.places[path, "output", 0][0]
-        return int(hidden.shape[1])
+    def positions(self, path: str) -> int | None:
+        """Returns how many positions the hidden states of a block have, None if they have none.
+
+        That is where they are `(batch, position, d_model)`, or several of these in one.
+        """
+        returned = self.plain.places.get((path, "output", 0))
+        hidden = returned[0] if isinstance(returned, tuple) and returned else returned
+        if not isinstance(hidden, torch.Tensor) or hidden.ndim not in (3, 4):
+            return None
+        lengths = self.body.lengths
+        if hidden.ndim == 4 and hidden.shape[1] == self.rows and hidden.shape[2] in lengths:
+            return hidden.shape[2]
+        return hidden.shape[1] if hidden.shape[0] == self.rows else None
 
     def changed(self, path: str, changes: Mapping[str, Change], *keys: str) -> Seen:
         """Makes a run in which some values of a block are others.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from insitu.graph.errors import UnknownShapeError
 from insitu.models.proof.proof import Proof, prove
 from insitu.models.proof.remembered import key_of, merged, recall, remember
 from insitu.models.proof.small import SmallModelError, quiet, small_model
@@ -31,10 +32,13 @@ class Proofs:
 
     Args:
         body: what was found of the model's parts.
+        recalling: whether what was proven before counts.
     """
 
-    def __init__(self, body: Body) -> None:
+    def __init__(self, body: Body, recalling: bool = True) -> None:
         self._body = body
+        self._recalling = recalling
+        self._known: Proof | None = None
         self._blocks: dict[str, Mapping[str, str]] = {}
         self._whole: Mapping[str, str] | None = None
         self._stacks: Mapping[str, int] = {}
@@ -84,6 +88,10 @@ class Proofs:
         self.of_whole()
         return self._showing
 
+    def made(self) -> Proof | None:
+        """Returns what was proven on small models, None if nothing was."""
+        return self._known
+
     def _why_not(self) -> str:
         loaded = self._body.model.loaded
         return (_FAILED if loaded else _UNPROVEN).format(why=self._failure)
@@ -104,7 +112,7 @@ class Proofs:
         """Proofs on ever larger models, and on the model itself where its weights are there."""
         model = self._body.model
         key = key_of(model.module, model.modules, self._body.description)
-        known = None if key is None else recall(key)
+        known = recall(key) if key is not None and self._recalling else None
         if known is not None:
             yield known
         least = self._depth()
@@ -114,7 +122,7 @@ class Proofs:
             except Exception as error:  # whatever a class makes of a config, or of a run
                 self._fail(error)
                 continue
-            known = proof if known is None else merged(known, proof)
+            known = self._known = proof if known is None else merged(known, proof)
             if key is not None:
                 remember(key, known)
             yield proof
@@ -136,8 +144,11 @@ class Proofs:
 
     def _depth(self) -> int:
         """How many blocks it takes to have one of each kind."""
-        kinds = self._body.kinds({})
         depth = 2
+        try:
+            kinds = self._body.kinds({})
+        except UnknownShapeError:  # it runs with data only, and so does the small one
+            return depth
         for stack in self._body.stacks:
             seen: set[str] = set()
             for number, path in enumerate(stack):

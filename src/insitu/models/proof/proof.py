@@ -109,9 +109,7 @@ def reasons_of_block(evidence: Evidence, path: str) -> Reasons:
     """
     block = evidence.block(path)
     found = moved(evidence, path)
-    returned = evidence.plain.places.get((path, "output", 0))
-    hidden = returned[0] if isinstance(returned, tuple) else returned
-    if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or hidden.shape[0] != evidence.rows:
+    if evidence.positions(path) is None:
         why = "what the block returns is not (batch, position, d_model)."
         return dict.fromkeys([*evidence.entries[path], *ROLES, "mlp", "experts"], why)
     found.update(_tried(partial(reasons_of_stream, evidence, path), [*STREAM, *ADDED]))

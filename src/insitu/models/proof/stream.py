@@ -30,6 +30,8 @@ def reasons_of_stream(evidence: Evidence, path: str) -> Reasons:
     there = {name: value for name, value in values.items() if value is not None}
     if not {"residual_in", "residual_out"} <= there.keys():
         return {}
+    if not any(name in there for name in ADDED):
+        return {}  # what is added has no names, and a block's ends are what hooks see of it
     terms = [there[name] for name in ("residual_in", *ADDED) if name in there]
     if not identities.summed(terms, there["residual_out"]).is_rounding:
         added = " + ".join(name for name in ADDED if name in there)

@@ -59,10 +59,21 @@ def _why_not_passed(evidence: Evidence, paths: Sequence[str]) -> str | None:
         return f"what the model is given does not pass `{missed[0]}`."
     if order != list(paths) or any((path, "output", 1) in places for path in paths):
         return "what the model is given does not pass them once and in their order."
+    depths = _depths(evidence.config)
+    if depths and len(paths) not in depths:
+        return f"they are {len(paths)}, where its config has {' or '.join(map(str, depths))}."
     seen = evidence.runs.run([], {Named(paths[-1], "output", 0, (0,)): lambda x: x + noise(x)})
     if all(map(_equal, seen.results, evidence.base.results)):
         return "what leaves the last of them has no part in what the model returns."
     return None
+
+
+def _depths(config: Any) -> list[int]:
+    """How many blocks a model has by its config; none of one that consists of several."""
+    if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
+        return []
+    depth = getattr(config, "num_hidden_layers", None)
+    return [depth] if type(depth) is int and depth > 0 else []
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,148 @@
+"""Proofs that are kept: on disk, and in the package."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from insitu import LanguageModel, Model
+from insitu.models.proof import given
+from insitu.models.proof.remembered import as_data, from_data, key_of, recall
+from tests.conftest import tiny_gpt2, tiny_llama
+from tests.fidelity.proofs import proof_of
+from tests.fidelity.zoo import module_of
+
+pytestmark = pytest.mark.no_wire  # what is sent does not depend on it
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("INSITU_PROOFS", str(tmp_path / "proofs"))
+    monkeypatch.setattr("insitu.models.proof.remembered._shipped", lambda version: {})
+    return tmp_path / "proofs"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that proofs were made on."""
+    found: list[Any] = []
+    prove = given.prove
+
+    def noted(model: Any, description: Any) -> Any:
+        found.append(model)
+        return prove(model, description)
+
+    monkeypatch.setattr(given, "prove", noted)
+    return found
+
+
+def test_a_proof_is_made_once_for_all_sizes(folder: Path, made: list[Any]) -> None:
+    assert len(LanguageModel(tiny_gpt2()).blocks) == 4
+    assert len(made) == 1 and len(list(folder.iterdir())) == 1
+    model = LanguageModel(tiny_gpt2())
+    assert model.n_heads == 4 and "pattern" in list(model.blocks[3].attention.role)
+    assert len(made) == 1
+    assert LanguageModel(tiny_llama()).n_heads == 4
+    assert len(made) == 2
+
+
+def test_models_that_use_no_names_prove_nothing(folder: Path, made: list[Any]) -> None:
+    model = LanguageModel(tiny_gpt2())
+    with model.trace([5, 6, 7]):
+        model.transformer.h[1].output[0].save()
+    assert not made and not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"code": 1}',
+        b'{"blocks": {"x": {"z": 1}}, "whole": {}, "stacks": {}, "showing": {}}',
+    ],
+)  # fmt: skip
+def test_files_that_are_no_proofs_are_as_if_they_were_not_there(
+    content: bytes, folder: Path, made: list[Any]
+) -> None:
+    assert LanguageModel(tiny_gpt2()).n_heads == 4
+    (file,) = folder.iterdir()
+    file.write_bytes(content)
+    assert LanguageModel(tiny_gpt2()).n_heads == 4
+    assert len(made) == 2 and json.loads(file.read_bytes())["blocks"]
+
+
+def test_what_a_file_may_say_is_checked() -> None:
+    good: dict[str, Any] = {"blocks": {}, "whole": {}, "stacks": {}, "showing": {}}
+    assert from_data(good) is not None
+    bad = [
+        {**good, "showing": {"labels": True}}, {**good, "showing": {"attn_implementation": "x"}},
+        {**good, "stacks": {"blocks": -1}}, {**good, "stacks": {"blocks": True}},
+        {**good, "whole": {"blocks": 1}}, {**good, "blocks": []},
+    ]  # fmt: skip
+    assert [from_data(one) for one in bad] == [None] * len(bad)
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("INSITU_PROOFS", str(tmp_path / "file" / "proofs"))
+    assert LanguageModel(tiny_gpt2()).n_heads == 4
+
+
+def test_no_other_user_can_write_what_is_kept(folder: Path) -> None:
+    assert LanguageModel(tiny_gpt2()).n_heads == 4
+    (file,) = folder.iterdir()
+    if os.name == "posix":
+        assert not stat.S_IMODE(file.stat().st_mode) & 0o022
+
+
+def test_proofs_of_another_code_do_not_count(folder: Path, made: list[Any]) -> None:
+    assert LanguageModel(tiny_gpt2()).n_heads == 4
+    (file,) = folder.iterdir()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "code": "older"}))
+    assert LanguageModel(tiny_gpt2()).n_heads == 4
+    assert len(made) == 2
+
+
+def test_a_module_that_was_changed_is_proven_by_itself(folder: Path, made: list[Any]) -> None:
+    """Another MLP is none that the config speaks of."""
+
+    class Doubled(type(tiny_gpt2().transformer.h[0].mlp)):  # type: ignore[misc]
+        def forward(self, hidden_states: Any) -> Any:
+            return 2 * super().forward(hidden_states)
+
+    module = tiny_gpt2()
+    module.transformer.h[1].mlp.__class__ = Doubled
+    model = LanguageModel(module)
+    block = model.blocks[1]
+    with model.trace([5, 6, 7]):
+        total = (block.residual_in + block.attention_out + block.mlp_out).save()
+        leaving = block.residual_out.save()
+    assert float((total.value - leaving.value).abs().max()) < 1e-5
+    assert made[-1].module is module
+
+
+# Of each kind of architecture one: all of them take a minute.
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "mamba", "bert", "t5", "gemma2"])
+def test_what_the_package_ships_is_what_is_proven_today(name: str) -> None:
+    key, data = proof_of(Model(module_of(name)))
+    shipped = recall(key)
+    assert shipped is not None, "run `make proofs`"
+    assert {**as_data(shipped)["blocks"], **data["blocks"]} == as_data(shipped)["blocks"]
+    assert (shipped.whole, dict(shipped.stacks)) == (data["whole"], data["stacks"])
+
+
+def test_keys_know_classes_and_configs_and_no_sizes() -> None:
+    def key(module: Any) -> str | None:
+        model = LanguageModel(module)
+        return key_of(module, model.modules, model.vocabulary.body.description)  # type: ignore
+
+    wide = tiny_llama()
+    wide.config.hidden_size = 999
+    other = tiny_llama()
+    other.config.attention_bias = True
+    assert key(tiny_llama()) == key(wide) != key(other)
+    assert key(tiny_gpt2()) != key(tiny_llama())
