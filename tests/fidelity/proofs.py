@@ -66,6 +66,8 @@ def models() -> Iterator[tuple[str, Model]]:
 def main(folder: str) -> None:
     """Writes the file of the installed version of Transformers."""
     found: dict[str, Any] = {}
+    path = Path(folder) / f"{version('transformers')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     for name, model in models():
         try:
             key, data = proof_of(model)
@@ -74,9 +76,7 @@ def main(folder: str) -> None:
             continue
         found.setdefault(key, data)
         print(name, key, len(data["blocks"]), flush=True)
-    path = Path(folder) / f"{version('transformers')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"proofs": found}, indent=0, sort_keys=True) + "\n")
+        path.write_text(json.dumps({"proofs": found}, indent=0, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
