@@ -208,7 +208,7 @@ def _autocast(kind: str) -> tuple[str, AbstractContextManager[Any]]:
 
     Autocast does other things on each. What a model is told of it is that of its own kind.
     """
-    if kind in ("cpu", "meta") or not torch.is_autocast_available(kind):
+    if kind in ("cpu", "meta") or not torch.amp.is_autocast_available(kind):
         return "cpu", nullcontext()
     if autocast_dtype(kind) is None:
         return "cpu", torch.autocast("cpu", enabled=False)
