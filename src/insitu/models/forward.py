@@ -153,7 +153,7 @@ class LanguageForward:
         for prompt in requests:
             if prompt.extras:
                 return None
-        key = (self._model.loaded, side, self._model.tree)
+        key = (self._model.loaded, side, self._model.snapshot)
         if key not in self._separations:
             mark = requests[0].mark
 

@@ -238,7 +238,7 @@ class LanguageModel(Model):
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
-        spine = self.tree.spine
+        spine = self.snapshot.spine
         if spine.now != spine.then:
             self._renew()
         if self._settings.get(SETTING) != self._attention:
@@ -479,12 +479,12 @@ class LanguageModel(Model):
     @property
     def is_training(self) -> bool:
         """Whether any of its modules is in training mode: dropout may be, apart from the rest."""
-        return any(part.training and type(part) not in INDIFFERENT for part in self.tree.parts)
+        return any(part.training and type(part) not in INDIFFERENT for part in self.snapshot.parts)
 
     @property
     def has_hooks(self) -> bool:
         """Whether hooks of the user's own hang on its modules."""
-        for part in self.tree.parts:
+        for part in self.snapshot.parts:
             if part._forward_hooks or part._forward_pre_hooks:
                 hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
                 if not all(is_the_models(hook, part) for hook in hooks):
@@ -565,7 +565,7 @@ class LanguageModel(Model):
         """What its passes cost."""
         if self._costs is None:
             found = estimated_costs(
-                self._module, self.tree.modules, tuple(self.block_views[False]), self.device
+                self._module, self.snapshot.modules, tuple(self.block_views[False]), self.device
             )
             vars(self)["_costs"] = found
         return self._costs  # pyright: ignore[reportReturnType]
@@ -620,7 +620,9 @@ class LanguageModel(Model):
             _chains={},
             decoder_start=decoder_start(module, self._config),
             is_encoder_decoder=decodes(module, self._config),
-            generating=next(path for path, part in self.tree.modules.items() if part is generating),
+            generating=next(
+                path for path, part in self.snapshot.modules.items() if part is generating
+            ),
             _costs=None,
             block_views={
                 cached: block_views(module, self._config, cached, self._stacks)
@@ -635,7 +637,7 @@ class LanguageModel(Model):
                 None if self._processor is None else module.dtype,
             ),
             pad_id=pad_id,
-            unembedding_paths=[path for path, part in self.tree.modules.items() if part is head]
+            unembedding_paths=[path for path, part in self.snapshot.modules.items() if part is head]
             if head
             else [],
             forward_parameters=parameters,

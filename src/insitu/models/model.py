@@ -64,7 +64,7 @@ class Model(Handle):
         module: any module. It is used as it is and never changed.
 
     Attributes:
-        tree: all modules, as they were when they were last looked at.
+        snapshot: all modules, as they were when they were last looked at.
         exclusive: who may use the module: runs of it wait for each other.
         edits: what holds in every run.
         views: how the outputs of transformer blocks are shown, by path, if there are any.
@@ -123,7 +123,7 @@ class Model(Handle):
             vars(model)["_source"] = source
         return model
 
-    tree: Tree
+    snapshot: Tree
     exclusive: Exclusive
     edits: Sequence[Graph]
     caches: Collection[str] = CACHES
@@ -182,7 +182,7 @@ class Model(Handle):
         """All modules by path, as they are now; shared ones under each of their paths."""
         if not self._looked:
             self.look()
-        return self.tree.modules
+        return self.snapshot.modules
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -211,7 +211,7 @@ class Model(Handle):
         """
         if self._looked and not closely:
             return False
-        changed = self.tree.differs() if closely else self.tree.has_changed()
+        changed = self.snapshot.differs() if closely else self.snapshot.has_changed()
         if changed:
             self._renew()
         if self._looked is None:
@@ -220,7 +220,7 @@ class Model(Handle):
 
     def warn_of_noise(self) -> None:
         """Says once that its values are random, if dropout is on."""
-        if "dropout" not in self._said and drops_out(self.tree.parts):
+        if "dropout" not in self._said and drops_out(self.snapshot.parts):
             self._said.update(("dropout", "training"))
             warnings.warn(
                 "The model is in training mode, so dropout makes its values random: each run "
@@ -232,7 +232,7 @@ class Model(Handle):
         """Takes dtypes and shapes of weights as they are now; returns whether they had changed."""
         if self._weighed:
             return False
-        changed = self.tree.weights() != self._weights
+        changed = self.snapshot.weights() != self._weights
         if changed:
             self._renew()
         vars(self)["_weighed"] = self._looked is not False  # once in a block
@@ -305,7 +305,7 @@ class Model(Handle):
     def without_data(self) -> tuple[nn.Module, Mapping[str, nn.Module]]:
         """The module that runs on tensors without data, of the same shapes, and its tree."""
         if self._unquantised is None:
-            return self._module, self.tree.modules
+            return self._module, self.snapshot.modules
         module = self._unquantised
         return module, dict(module.named_modules(remove_duplicate=False))
 
@@ -327,7 +327,7 @@ class Model(Handle):
         Raises:
             BlockError: if that is inside another run of it.
         """
-        parts = self.tree.parts
+        parts = self.snapshot.parts
         with self.exclusive, set_aside(parts), eager(is_compiled(parts)):
             yield
 
@@ -337,7 +337,7 @@ class Model(Handle):
         Changes further inside are noticed when a name or a shape is asked for, or when the block
         is planned, by the parts of the tree that the block is about.
         """
-        spine = self.tree.spine
+        spine = self.snapshot.spine
         if spine.now != spine.then:
             self._renew()
 
@@ -489,9 +489,9 @@ class Model(Handle):
 
     def _take(self, module: nn.Module) -> None:
         """Takes a loaded module in the place of the tree without weights."""
-        tree, paths = self._module, self.tree.modules.keys()
+        tree, paths = self._module, self.snapshot.modules.keys()
         self._adopt(module)
-        quantised = getattr(module, "is_quantized", False) and self.tree.modules.keys() == paths
+        quantised = getattr(module, "is_quantized", False) and self.snapshot.modules.keys() == paths
         vars(self).update(_source=None, _unquantised=tree if quantised else None)
 
     def _adopt(self, module: nn.Module) -> None:
@@ -504,19 +504,19 @@ class Model(Handle):
             known = find_stacks(module, config, self._stacks)
             vars(self)["_stacks"] = frozenset([*self._stacks, *known])
         views = block_views(module, config, True, self._stacks) if named else {}
-        vars(self).update(_module=module, tree=tree, exclusive=exclusive(module))
+        vars(self).update(_module=module, snapshot=tree, exclusive=exclusive(module))
         vars(self).update(_probes={}, plans=Plans(), views=views)
         vars(self)["_weights"] = tree.weights()
         vars(self)["_vocabulary"] = self._names(module) if named else NoVocabulary()
 
     def _renew(self) -> None:
         """Takes the wrapped module again, whose tree has changed."""
-        views, paths = self.views, self.tree.modules.keys()
+        views, paths = self.views, self.snapshot.modules.keys()
         self._adopt(self._module)
         views.clear()  # blocks that are open have these
         views.update(self.views)
         vars(self)["views"] = views
-        if self.tree.modules.keys() != paths:
+        if self.snapshot.modules.keys() != paths:
             vars(self)["_unquantised"] = None
 
     def _names(self, module: nn.Module) -> Names:

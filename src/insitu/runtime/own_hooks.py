@@ -10,16 +10,19 @@ itself stay: they fetch weights, apply parametrisations and collect outputs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 from torch.nn.modules import module as everywhere
 
 # What these hang on modules belongs to the model.
+_Tables: TypeAlias = Sequence[dict[Any, Any]]
+"""Tables of hooks, as torch keeps them on a module and for all modules."""
+
 _LIBRARIES = frozenset(
     [
         *("accelerate", "bitsandbytes", "deepspeed", "optimum", "peft", "torch", "torchao"),
@@ -61,11 +64,12 @@ def set_aside(parts: Iterable[nn.Module]) -> Generator[None, None, None]:
     changed: list[tuple[dict[Any, Any], Any, Any, Any]] = []
 
     for part in parts:
-        for table in (part._forward_pre_hooks, part._forward_hooks):
+        for table in cast("_Tables", (part._forward_pre_hooks, part._forward_hooks)):
             for key, hook in [*table.items()] if table else ():
                 if not is_the_models(hook, part):
                     changed.append((table, key, hook, partial(_unless_in, thread, hook)))
-    for table in (everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks):
+    everybodys = (everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
+    for table in cast("_Tables", everybodys):
         for key, hook in [*table.items()]:
             if _library(getattr(hook, "__module__", None)) not in _LIBRARIES:
                 changed.append((table, key, hook, partial(_unless_in, thread, hook)))

@@ -127,7 +127,7 @@ class Subject(Protocol):
         ...
 
     @property
-    def tree(self) -> Tree:
+    def snapshot(self) -> Tree:
         """Its modules when they were last looked at."""
         ...
 

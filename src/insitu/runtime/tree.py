@@ -48,7 +48,8 @@ class Tree:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.modules = dict(root.named_modules(remove_duplicate=False))
+        modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))  # pyright: ignore[reportUnknownArgumentType]
+        self.modules = modules
         self.parts = list(dict.fromkeys(self.modules.values()))
         self._all = _watched(self.parts)
         self._make = _make(self.parts)

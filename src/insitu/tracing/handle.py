@@ -62,7 +62,7 @@ class Handle(Call):
         Raises:
             PathError: if it has been taken out of the model.
         """
-        module: nn.Module | None = self._model.tree.root
+        module: nn.Module | None = self._model.snapshot.root
         if self._path:  # from the root, and not by what was there before
             for name in self._path.split("."):
                 module = module._modules.get(name)

@@ -123,18 +123,18 @@ def _still_holds(prepared: Prepared, model: Subject, invocations: int) -> bool:
     watched = prepared.watched
     if watched.now != watched.then:
         return False
-    if not prepared.compiled and is_compiled((model.tree.root,)):
+    if not prepared.compiled and is_compiled((model.snapshot.root,)):
         return False
     if invocations == 1 and not prepared.returned:
         return True
     if prepared.returned and (model.look_at_weights() or prepared.ambient != ambient()):
         return False
-    return not (model.tree.has_changed() or model.tree.runs_otherwise())
+    return not (model.snapshot.has_changed() or model.snapshot.runs_otherwise())
 
 
 def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
     """The part of the tree that a block is about, all of which has to be there."""
-    modules = model.tree.modules
+    modules = model.snapshot.modules
     paths: dict[str, int] = {}
     for (_, path, kind, *_), index in plan.reads.items():
         if kind in ("output", "input", "inputs"):
@@ -147,7 +147,7 @@ def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
             raise PathError(
                 f"The model has no module {readable(path)!r} now.", graph[index].location
             )
-    return model.tree.on_the_way(paths)
+    return model.snapshot.on_the_way(paths)
 
 
 def _planned(
@@ -181,7 +181,7 @@ def _planned(
     if cuts_short:
         returned = _returned(model, procedure, graph, invocations)
         check_cuts(graph, plan, moments)
-    compiled = is_compiled(model.tree.parts)
+    compiled = is_compiled(model.snapshot.parts)
     return Prepared(plan, schedule, order, returned, compiled, watched, ambient()), passes
 
 

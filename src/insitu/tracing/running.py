@@ -51,7 +51,7 @@ def run_passes(
         assert single is not None
         try:
             results[at], missing, went = run_pass(
-                execution, plan, single, model.tree.modules, views, returned, model.caches
+                execution, plan, single, model.snapshot.modules, views, returned, model.caches
             )
         except RuntimeError as error:
             tape, own = execution.tape, isinstance(error, InsituError)
@@ -67,6 +67,6 @@ def run_passes(
             if lacking is not None:
                 return results, lacking, went
     if plan.gradients is not None:
-        leaves = leaves_of(graph, plan.gradients, requests, model.tree.modules[""])
+        leaves = leaves_of(graph, plan.gradients, requests, model.snapshot.modules[""])
         execution.run_backwards(leaves)
     return results, None, None

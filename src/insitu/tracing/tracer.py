@@ -427,7 +427,7 @@ class Tracer:
         """Finds what is wrong with the run, and fills the saved values with fake ones."""
         model, recording = self.model, self.recording
         block = (model, self.procedure, recording, self._invocations, self._requests)
-        _, passes = prepare(*block, model.tree.root, dry=True)
+        _, passes = prepare(*block, model.snapshot.root, dry=True)
         self._told = [single.told for single in passes if single is not None]
         for index in range(len(recording.graph)):
             with contextlib.suppress(UnknownShapeError):
@@ -455,7 +455,7 @@ class Tracer:
         )
         self._told = [single.told for single in passes if single is not None]
         done = following(passes)
-        execution = Execution(recording.graph, prepared.plan, model.tree.modules)
+        execution = Execution(recording.graph, prepared.plan, model.snapshot.modules)
         with model.exclusive, eager(prepared.compiled):
             try:
                 results, lacking, went = run_passes(

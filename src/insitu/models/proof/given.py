@@ -129,9 +129,11 @@ class Proofs:
         if model.loaded:
             try:
                 with quiet():
-                    yield prove(model, self._body.description)
+                    proof = prove(model, self._body.description)
             except Exception as error:
                 self._fail(error)
+            else:
+                yield proof  # not within `quiet`, which would silence the caller's warnings
 
     def _small(self, depth: int | None, narrow: bool) -> Proof:
         from insitu.models.model import Model
