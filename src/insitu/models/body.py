@@ -28,12 +28,21 @@ from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
 from insitu.runtime.dataflow import Dataflow, watch
 from insitu.runtime.probe import Call
+from insitu.tracing.invocation import Invocation
+from insitu.tracing.scope import innermost
 
 if TYPE_CHECKING:
     from insitu.models.model import Model
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
+
+_RESTLESS = (
+    "The model exchanges modules of its own in a forward of a few tokens, and has not done so yet, "
+    "so what its parts are is not known. Names are there once it has: in the block of such a "
+    "prompt, and after it (`with model.trace(prompt): pass`). From then on it computes with those "
+    "modules, as it does outside of blocks. Until then read its values by path."
+)
 
 # Options that let attention compute its softmax where it can be seen; the first that do.
 _SHOWING: Sequence[Mapping[str, Any]] = (
@@ -302,6 +311,11 @@ class Body:
     def _watch(self, options: Mapping[str, Any]) -> Mapping[str, Block]:
         """Makes a forward and reads the anatomy of every block out of it."""
         flow = self._flow(dict(options))
+        if flow is None:
+            self._settle()
+            flow = self._flow(dict(options))
+        if flow is None:
+            raise UnknownShapeError(_RESTLESS, here())
         modules = self._model.modules
         lengths = set(sample_lengths(self._config))
         sizes: dict[str, tuple[int, int]] = {}
@@ -331,7 +345,14 @@ class Body:
         self._kinds[tuple(options.items())] = signatures(found, flow, modules)
         return found
 
-    def _flow(self, options: dict[str, Any]) -> Dataflow:
+    def _settle(self) -> None:
+        """Lets the model exchange modules of its own, as the prompt of an open block makes it."""
+        scope, _ = innermost(self._model, 2)
+        if isinstance(scope, Invocation) and self._model.settle(scope.call):
+            self.proofs = None if self.proofs is None else Proofs(self)
+
+    def _flow(self, options: dict[str, Any]) -> Dataflow | None:
+        """The dataflow of a small forward; None if the model exchanges modules of its own in it."""
         model = self._model
         call = self.sample()
         if call is None:
@@ -351,7 +372,8 @@ class Body:
                     assert placed is not None
                     call = Call((), {**placed.kwargs, **options})
                 try:
-                    return watch(module, modules, call, fake, caches=CACHES)
+                    flow = watch(module, modules, call, fake, caches=CACHES)
+                    return None if model.snapshot.has_changed() else flow
                 except Exception as error:  # whatever a model makes of the call, or of no data
                     failure = error
         raise UnknownShapeError(

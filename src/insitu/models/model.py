@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
@@ -30,7 +31,7 @@ from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.own_hooks import set_aside
-from insitu.runtime.probe import Call, Copies, Probe, fake_call, probe
+from insitu.runtime.probe import Call, Copies, Probe, fake_call, fake_run, probe
 from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Tree
 from insitu.tracing.edit import Edit, described
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 _USED_INSIDE = """
     caches edited exclusive fake_module has_hooks in_use knows_dtypes look look_at_weights
-    open_block plans probe views vocabulary warn_of_noise without_data
+    open_block plans probe settle views vocabulary warn_of_noise without_data
 """
 """What other parts of Insitu use of a model; not in `dir`."""
 
@@ -289,6 +290,9 @@ class Model(Handle):
             with self.in_use(), attending(self._module, implementation):
                 try:
                     found = probe(module, plain, *options)
+                    if module is self._module and self.snapshot.has_changed():
+                        modules = dict(module.named_modules(remove_duplicate=False))
+                        found = probe(module, plain, modules, *options[1:])
                 except UnknownShapeError as error:
                     # Not the error itself: it holds every frame of the forward.
                     found = UnknownShapeError(*error.args)
@@ -322,14 +326,37 @@ class Model(Handle):
     def in_use(self) -> Generator[None, None, None]:
         """Waits for the wrapped module, and has it for a run of the library's own.
 
-        The user's hooks on it sit that out.
+        The user's hooks on it sit that out, and if the module changes its tree in it, it is set
+        back.
 
         Raises:
             BlockError: if that is inside another run of it.
         """
-        parts = self.snapshot.parts
-        with self.exclusive, set_aside(parts), eager(is_compiled(parts)):
+        tree = self.snapshot
+        with self.exclusive, set_aside(tree.parts), eager(is_compiled(tree.parts)), tree.kept():
             yield
+
+    def settle(self, call: Call) -> bool:
+        """Lets the module change its own tree, as a call of it does; returns whether it did.
+
+        Args:
+            call: the call, which any run of the user's may make.
+        """
+        parts = self.snapshot.parts
+        with (
+            self.exclusive,
+            set_aside(parts),
+            eager(is_compiled(parts)),
+            ordinary_tensors(),
+            torch.random.fork_rng(),
+            torch.no_grad(),
+            contextlib.suppress(Exception),  # the user's own run will raise it
+        ):
+            if self.loaded:
+                self._module(*call.args, **call.kwargs)
+            else:
+                fake_run(self._module, call)
+        return self.look(closely=True)
 
     def _notice(self) -> None:
         """Takes the tree anew before a block, if its blocks or its head are others than before.

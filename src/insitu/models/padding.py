@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -113,21 +113,28 @@ def _tried(model: LanguageModel) -> Padding:
             )
         except Exception:  # whatever the model makes of such runs: then nothing is known
             found = Padding("right", False, False)
+    if model.snapshot.exchanges:  # short prompts, as these are, pass other modules than long ones
+        _warn(type(model.module).__name__, "")
+        return Padding("right", False, False, False)
     if _supposed(model).side == "left" and found.side == "right" and not found.exact:
         _warn(type(model.module).__name__, "right")
     return found
 
 
-def _warn(name: str, side: Side) -> None:
-    """Says that rows which are padded on the left are not what they are alone."""
+def _warn(name: str, side: Side | Literal[""]) -> None:
+    """Says that rows which are padded are not what they are alone: on a side, or on any."""
     what = (
         "A list of prompts is padded on the right, where `[:, -1]` is padding for the shorter "
         "ones: `mask` says where"
         if side == "right"
         else "The shorter rows of this prompt have other values than they have alone"
     )
+    why = (
+        "does not hide padding before a prompt"
+        if side
+        else "computes in other ways for short prompts than for long ones"
+    )
     warnings.warn(
-        f"{name} does not hide padding before a prompt. {what}. An `invoke` for each prompt gives "
-        "each what it has alone.",
+        f"{name} {why}. {what}. An `invoke` for each prompt gives each what it has alone.",
         stacklevel=2,
     )

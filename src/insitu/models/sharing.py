@@ -50,7 +50,9 @@ def find_separation(
     with contextlib.suppress(ShapeError):
         layouts = find_layouts([model.probe(call, views).seen for call in calls])
     if not model.loaded:
-        return None if layouts is None else Separation(layouts, lambda _: True, lambda _: {})
+        if layouts is None or model.snapshot.exchanges:
+            return None
+        return Separation(layouts, lambda _: True, lambda _: {})
     trial = Trial(
         partial(run, model.module),
         model.modules,
@@ -82,7 +84,8 @@ def find_separation(
             found = trial.verified(trial.proposed() if layouts is None else layouts)
         except Exception:  # as above
             return None
-    return Separation(found, widens, inside)
+    # The trial was of short prompts, which pass other modules than long ones.
+    return None if model.snapshot.exchanges else Separation(found, widens, inside)
 
 
 def find_shared_chain(

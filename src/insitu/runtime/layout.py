@@ -9,7 +9,7 @@ right is found out elsewhere, by value.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, cast
 
@@ -36,9 +36,16 @@ class Axis(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
-    """The axes of one tensor."""
+    """The axes of one tensor.
+
+    Attributes:
+        axes: what each of them counts.
+        sizes: how long they were when that was found. Those that are fixed must be as long in
+            every run: some models pad a prompt to blocks of a size of their own.
+    """
 
     axes: tuple[Axis, ...]
+    sizes: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def writable(self) -> bool:
@@ -51,6 +58,10 @@ _WITH_ROWS = frozenset([Axis.ROWS, Axis.BOTH, Axis.SHARED])
 
 class _InseparableError(Exception):
     """No layout: the value cannot be cut into the parts of its invocations."""
+
+
+class UnexpectedShapeError(InsituError):
+    """A value does not have the layout that values of its site had."""
 
 
 class Part(NamedTuple):
@@ -105,7 +116,7 @@ def cut(site: Site, value: Any, layout: Any, part: Part) -> Any:
         part: where the invocation lies.
 
     Raises:
-        InsituError: if the value does not have the layout.
+        UnexpectedShapeError: if the value does not have the layout.
     """
     if isinstance(layout, TensorLayout) and isinstance(value, torch.Tensor):
         return _cut_tensor(site, value, layout, part)
@@ -240,7 +251,7 @@ def _layout(first: Any, more_rows: Any, longer: Any) -> Any:
         has_rows = Axis.ROWS in axes or Axis.BOTH in axes
         if not has_rows and len(axes) > 1 and first.shape[0] == 1 and axes[0] is Axis.FIXED:
             axes = (Axis.SHARED, *axes[1:])
-        return TensorLayout(axes)
+        return TensorLayout(axes, tuple(first.shape))
     if type(first) is tuple:
         values = cast("tuple[Any, ...]", first)
         return tuple(_layout(*items) for items in zip(values, more_rows, longer, strict=True))
@@ -277,6 +288,8 @@ def _cut_tensor(
     flat: int | None = None
     for at, axis in enumerate(axes):
         if axis is Axis.FIXED:
+            if shape[at] != layout.sizes[at]:
+                raise _unexpected(site, value)
             key.append(_ALL)
             continue
         if axis is Axis.SHARED and shape[at] == 1:
@@ -304,9 +317,9 @@ def _cut_tensor(
 _ALL = slice(None)
 
 
-def _unexpected(site: Site, value: Any) -> InsituError:
+def _unexpected(site: Site, value: Any) -> UnexpectedShapeError:
     shapes = map_structure(lambda x: tuple(getattr(x, "shape", ())), value)
-    return InsituError(
+    return UnexpectedShapeError(
         f"What arrived at `{site}` (shapes {shapes}) cannot be cut into the parts of the "
         "invocations. Give each prompt a block of its own."
     )

@@ -9,7 +9,8 @@ is untouched: it has no hook that tells of changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,10 @@ class Tree:
         parts: all modules, each once.
         spine: the children of the root, and what is on the way to its lists of modules: it
             differs if a head or a list is replaced, or an item of a list.
+        exchanges: whether a forward is known to exchange some of the modules.
     """
+
+    exchanges = False
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -96,6 +100,28 @@ class Tree:
         tables = [table for part in self.parts for table in (part._parameters, part._buffers)]
         tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
         return [tensor.dtype for tensor in tensors], [tensor.shape for tensor in tensors]
+
+    @contextmanager
+    def kept(self) -> Generator[None, None, None]:
+        """Undoes, after its block, what a forward in it has changed of the tree.
+
+        Some modules exchange their own children in a forward, and from then on compute something
+        else. Attributes by which they remember that are set back too.
+        """
+        states = [dict(state) for state in self._states]
+        try:
+            yield
+        finally:
+            if self.has_changed():
+                self.exchanges = True
+                for now, then in zip(self._all.now, self._all.then, strict=True):
+                    if now != then:
+                        now.clear()
+                        now.update(then)
+                for state, before in zip(self._states, states, strict=True):
+                    for name in [name for name in state if name not in before]:
+                        del state[name]
+                    state.update(before)
 
     def _spine(self) -> Watched:
         lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)

@@ -17,7 +17,7 @@ from insitu.graph.structure import map_structure
 from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR, Called
 from insitu.runtime.memory import Memory
-from insitu.runtime.probe import Copies, Probe
+from insitu.runtime.probe import Call, Copies, Probe
 from insitu.tracing.habits import OF_BLOCKS, habit
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.scope import Scope
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 _USED_INSIDE = """
-    called current_step demand enter fake forget_shapes is_entered leave memory number read
+    call called current_step demand enter fake forget_shapes is_entered leave memory number read
     request result skip stop write
 """
 _INTERNAL = frozenset(_USED_INSIDE.split())
@@ -144,6 +144,11 @@ class Invocation(Scope):
         """
         if options:
             self.tracer.demand(options)
+
+    @property
+    def call(self) -> Call:
+        """The first call of the module that it would lead to alone."""
+        return self.tracer.procedure.example(self.request)
 
     def forget_shapes(self) -> None:
         """Forgets what is known of the run's shapes, since it will run otherwise."""

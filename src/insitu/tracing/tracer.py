@@ -38,6 +38,7 @@ from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.eager import eager
 from insitu.runtime.execution import Execution
 from insitu.runtime.following import following
+from insitu.runtime.layout import UnexpectedShapeError
 from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Planned, Summary
@@ -450,32 +451,55 @@ class Tracer:
         module = model.load()
         if self._demanded is not None:
             self._verify(*self._demanded)
-        prepared, passes = prepare(
-            model, self.procedure, recording, self._invocations, self._requests, module
-        )
-        self._told = [single.told for single in passes if single is not None]
-        done = following(passes)
-        execution = Execution(recording.graph, prepared.plan, model.snapshot.modules)
-        with model.exclusive, eager(prepared.compiled):
-            try:
-                results, lacking, went = run_passes(
-                    execution,
-                    prepared,
-                    passes,
-                    done,
-                    recording.graph,
-                    model,
-                    self.procedure.views,
-                    self._requests,
-                )
-            finally:
-                if execution.tape is not None:
-                    execution.tape.release()
+        for again in (True, False):
+            prepared, passes = prepare(
+                model, self.procedure, recording, self._invocations, self._requests, module
+            )
+            self._told = [single.told for single in passes if single is not None]
+            done = following(passes)
+            execution = Execution(recording.graph, prepared.plan, model.snapshot.modules)
+            with model.exclusive, eager(prepared.compiled):
+                try:
+                    results, lacking, went = run_passes(
+                        execution,
+                        prepared,
+                        passes,
+                        done,
+                        recording.graph,
+                        model,
+                        self.procedure.views,
+                        self._requests,
+                    )
+                except UnexpectedShapeError:
+                    if again and model.look_at_weights():  # a weight was resized in its module
+                        continue
+                    raise
+                finally:
+                    if execution.tape is not None:
+                        execution.tape.release()
+            now, then = prepared.watched
+            if now == then:
+                if model.snapshot.exchanges and model.snapshot.has_changed():
+                    self._check_alike()
+                break
+            if again:  # the model exchanged modules of its own while hooks were on the old ones
+                self._check_alike()
         if lacking is not None:
             raise self._missing(lacking, went)
         execution.fill(recording.saves)
         if self.promises_output:
             self._take_outputs(prepared.plan, results)
+
+    def _check_alike(self) -> None:
+        """Raises if a run in which the model changed itself was of prompts of several lengths."""
+        calls = {self._form(invocation.number) for invocation in self._invocations}
+        if len(calls) > 1:
+            raise BlockError(
+                "The model exchanged modules of its own in this run, as it does for some lengths "
+                "of prompts, so these prompts did not all pass the same modules. Give each a block "
+                "of its own, in the order that you want; the model stays as the last has left it.",
+                here(),
+            )
 
     def _take_outputs(self, plan: Plan, results: Sequence[Any]) -> None:
         """Makes what the passes returned into what the block and its invocations give."""

@@ -9,6 +9,7 @@ from insitu.graph.errors import UnknownShapeError
 from insitu.models.proof.proof import Proof, prove
 from insitu.models.proof.remembered import key_of, merged, recall, remember
 from insitu.models.proof.small import SmallModelError, quiet, small_model
+from insitu.models.samples import sample_call
 
 if TYPE_CHECKING:
     from insitu.models.body import Body
@@ -100,7 +101,11 @@ class Proofs:
         """Makes one more proof, and returns whether there was one more to make."""
         if self._attempts is None:
             self._attempts = self._made()
-        proof = next(self._attempts, None)
+        try:
+            proof = next(self._attempts, None)
+        except BaseException:
+            self._attempts = None  # it may be known later
+            raise
         if proof is None:
             return False
         self._blocks = {**proof.blocks, **self._blocks}
@@ -142,6 +147,9 @@ class Proofs:
             raise SmallModelError("it has no config")
         with quiet():
             small = Model(small_model(self._body.model.module, depth, narrow))
+            call = sample_call(small.module, small.config)
+            if call is not None:
+                small.settle(call)
             return prove(small, self._body.description)
 
     def _depth(self) -> int:
