@@ -68,8 +68,7 @@ def set_aside(parts: Iterable[nn.Module]) -> Generator[None, None, None]:
             for key, hook in [*table.items()] if table else ():
                 if not is_the_models(hook, part):
                     changed.append((table, key, hook, partial(_unless_in, thread, hook)))
-    everybodys = (everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
-    for table in cast("_Tables", everybodys):
+    for table in _global_tables():
         for key, hook in [*table.items()]:
             if _library(getattr(hook, "__module__", None)) not in _LIBRARIES:
                 changed.append((table, key, hook, partial(_unless_in, thread, hook)))
@@ -81,6 +80,12 @@ def set_aside(parts: Iterable[nn.Module]) -> Generator[None, None, None]:
         for table, key, hook, quiet in changed:
             if table.get(key) is quiet:
                 table[key] = hook
+
+
+def _global_tables() -> _Tables:
+    """The tables of the hooks that hold for all modules."""
+    found: Any = (everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
+    return found
 
 
 def _unless_in(thread: int, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
