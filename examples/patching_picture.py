@@ -11,5 +11,6 @@ result = activation_patching(
     "The Louvre is in the city of",
     "The Kremlin is in the city of",
     logit_difference(" Paris", " Moscow"),
+    sites="residual_in",
 )
 result.to_picture(Path(__file__).parents[1] / "docs" / "patching.svg")

@@ -244,9 +244,10 @@ def patch(
     corrupted: Annotated[str, typer.Argument(help="The prompt that they are put into.")],
     answer: Annotated[str, typer.Option(help="What follows the clean prompt: one token.")],
     instead: Annotated[str, typer.Option(help="What follows the corrupted one: one token.")],
-    site: Annotated[str, typer.Option(help="What is copied, by its standard name.")] = (
-        "residual_in"
-    ),
+    site: Annotated[
+        str | None,
+        typer.Option(help="What is copied, by its standard name: residual_out unless given."),
+    ] = None,
     by: Annotated[str, typer.Option(help="The grid, such as `layer,position` or `layer,head`.")] = (
         "layer,position"
     ),

@@ -74,11 +74,16 @@ def test_estimates_are_those_of_plain_hooks(name: str, direction: Any) -> None:
     change, way = by_hand(module, "residual_in", direction)
     assert change.abs().max() > 1e-4
     run_of = (model, CLEAN, CORRUPTED, METRIC)
-    found = attribution_patching(*run_of, direction=direction)
+    found = attribution_patching(*run_of, sites="residual_in", direction=direction)
     torch.testing.assert_close(found.values, change.sum(-1) / way, rtol=1e-4, atol=1e-5)
     assert [axis.name for axis in found.axes] == ["layer", "position"]
     found = attribution_patching(
-        *run_of, by="layer", direction=direction, normalised=False, positions=[-1, 1]
+        *run_of,
+        sites="residual_in",
+        by="layer",
+        direction=direction,
+        normalised=False,
+        positions=[-1, 1],
     )
     torch.testing.assert_close(found.values, change[:, [-1, 1]].sum((-1, -2)), atol=1e-6, rtol=1e-4)
 
@@ -138,7 +143,10 @@ def test_in_a_linear_model_an_estimate_is_the_effect_of_the_patch() -> None:
             with torch.no_grad():
                 effects[layer, position] = difference(module(CORRUPTED[None]).logits[0]) - start
             handle.remove()
-    found = attribution_patching(LanguageModel(module), CLEAN, CORRUPTED, METRIC, normalised=False)
+    model = LanguageModel(module)
+    found = attribution_patching(
+        model, CLEAN, CORRUPTED, METRIC, sites="residual_in", normalised=False
+    )
     assert effects.abs().max() > 0.05
     torch.testing.assert_close(found.values, effects, rtol=1e-4, atol=1e-5)
 
@@ -147,14 +155,18 @@ def test_prompts_of_different_length_are_apart() -> None:
     module = tiny_llama()
     model = LanguageModel(module)
     clean, corrupted = [CLEAN.tolist(), [4, 8]], [CORRUPTED.tolist(), [4, 9]]
-    found = attribution_patching(model, clean, corrupted, METRIC, normalised=False)
+    found = attribution_patching(
+        model, clean, corrupted, METRIC, sites="residual_in", normalised=False
+    )
     change, _ = by_hand(module, "residual_in", "denoising")
     torch.testing.assert_close(found.values[0], change.sum(-1), rtol=1e-4, atol=1e-6)
     assert found.values[1, :, 2:].isnan().all()
     assert not found.values[1, :, :2].isnan().any()
     assert found.select(prompt=1).sizes == {"layer": 3, "position": 2}
     # Positions may mean the same in prompts of different length.
-    last = attribution_patching(model, CLEAN, CORRUPTED[:4], METRIC, positions=-1, normalised=False)
+    last = attribution_patching(
+        model, CLEAN, CORRUPTED[:4], METRIC, sites="residual_in", positions=-1, normalised=False
+    )
     values, _, _ = run(module, "residual_in", CLEAN)
     others, slopes, _ = run(module, "residual_in", CORRUPTED[:4])
     expected = [
@@ -184,6 +196,7 @@ def test_a_divergence_is_estimated_from_the_corrupted_run() -> None:
         CLEAN,
         CORRUPTED,
         kl_divergence(),
+        sites="residual_in",
         by="layer",
         layers=1,
         normalised=False,
@@ -196,7 +209,7 @@ def test_what_cannot_be_estimated_says_why() -> None:
     run_of = (model, CLEAN, CORRUPTED, METRIC)
     with pytest.raises(OptionError, match="no 'layer'"):
         attribution_patching(*run_of, by="position")
-    with pytest.raises(OptionError, match="no axis.* of 'residual_in'"):
+    with pytest.raises(OptionError, match="no axis.* of 'residual_out'"):
         attribution_patching(*run_of, by=("layer", "head"))
     with pytest.raises(OptionError, match="nearest: 'denoising'"):
         attribution_patching(*run_of, direction="denoise")  # type: ignore[arg-type]

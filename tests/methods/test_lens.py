@@ -212,6 +212,6 @@ def test_errors_say_what_is_wrong_and_leave_the_model_usable(
 
 def test_models_without_a_residual_stream_or_a_decoder_say_so() -> None:
     with pytest.raises(PathError, match="residual"):
-        logit_lens(LanguageModel(module_of("bert")), [5, 6])
+        logit_lens(LanguageModel(module_of("bert")), [5, 6], site="residual_out")
     with pytest.raises(OptionError, match="encoder"):
         logit_lens(LanguageModel(module_of("t5")), [5, 6])

@@ -241,7 +241,7 @@ def test_other_metrics(language_model: LanguageModel) -> None:
     part = (slice(None), 1)
 
     def expected(measure: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        parts = [("residual_in", 1, part, part)]
+        parts = [("residual_out", 1, part, part)]
         return patched(module, CORRUPTED[0], CLEAN[0], parts, measure)
 
     def divergence(found: torch.Tensor) -> torch.Tensor:

@@ -190,12 +190,15 @@ def test_in_a_session_it_is_refused(model: LanguageModel) -> None:
             model.run_with_cache(IDS)
 
 
-def test_eager_attention_is_used_where_it_has_to_be_and_it_is_said(gpt2: LanguageModel) -> None:
+def test_eager_attention_is_used_where_it_has_to_be_and_said_to_who_names_it(
+    gpt2: LanguageModel,
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain = gpt2.run_with_cache(IDS, "*.z")
+        cache = gpt2.run_with_cache(IDS)  # who asks for all need not be told
     with pytest.warns(UserWarning, match="eager attention only"):
-        cache = gpt2.run_with_cache(IDS)
+        gpt2.run_with_cache(IDS, "*.pattern")
     torch.testing.assert_close(cache["pattern", 0].sum(-1), torch.ones(1, 4, 5))
     torch.testing.assert_close(cache["z", 0], plain["z", 0])
     with warnings.catch_warnings():

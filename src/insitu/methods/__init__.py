@@ -17,6 +17,7 @@ from insitu.methods.edge_attribution import edge_attribution
 from insitu.methods.faithfulness import completeness_curve, faithfulness_curve, run_circuit
 from insitu.methods.lens import logit_lens
 from insitu.methods.logit_attribution import direct_logit_attribution
+from insitu.methods.measured_run import Run
 from insitu.methods.metrics import (
     Metric,
     kl_divergence,
@@ -47,6 +48,7 @@ __all__ = [
     "Probe",
     "Probes",
     "Result",
+    "Run",
     "SparseAutoencoder",
     "Spliced",
     "Steered",

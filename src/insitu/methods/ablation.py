@@ -11,6 +11,7 @@ from insitu.display.axis import Axis
 from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
+from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.prompts import read_prompts
 from insitu.methods.replacements import Mode, replacement
@@ -60,8 +61,8 @@ def ablate(
     Args:
         model: the model.
         prompts: one or several, of any length.
-        metric: what is measured: a metric, or a function from logits `(position, vocabulary)` to
-            a number.
+        metric: what is measured: a metric, or a function of the run to a number, such as
+            `lambda run: run.logits[0, -1, 5]`: see `insitu.methods.Run`.
         what: which parts. "heads": what a head gives, before the output projection; "neurons":
             what goes into the last layer of an MLP; "attention", "mlps" and "mixers": what these
             add to the residual stream.
@@ -117,8 +118,8 @@ def ablate(
         put.read(model, sources, sorted({layer for group in groups for layer, _ in group}))
         for row, (ids, measure) in enumerate(zip(read.ids, measures, strict=True)):
             with runs[row]:
-                clean = model.logits[0]
-                clean_scores.append(measure(clean, clean).save(to="cpu"))
+                clean = measured.reference(model)
+                clean_scores.append(measure(Run(model), clean).save(to="cpu"))
             at: Any = where[row] if where[row] is not None else slice(len(ids))
             ablated = []
             for group in groups:
@@ -127,7 +128,7 @@ def ablate(
                         part = {} if unit is None else {unit: number}
                         value = put.value(row, layer, at, **part)
                         site.read(model, layer)[site.index(position=at, **part)] = value
-                    ablated.append(measure(model.logits[0], clean).save(to="cpu"))
+                    ablated.append(measure(Run(model), clean).save(to="cpu"))
             scores.append(ablated)
     clean_values = read.stacked([one.value.float() for one in clean_scores])
     values = [torch.stack([one.value.float() for one in ablated]) for ablated in scores]

@@ -25,7 +25,7 @@ from insitu.methods.activations import gather, stream_site
 from insitu.methods.alignments import Alignment, check_position, course, exchanged, read_pairs
 from insitu.methods.metrics import Tokens
 from insitu.methods.prompts import Prompts
-from insitu.methods.sites import check_count, check_positions, chosen
+from insitu.methods.sites import check_count, check_positions, chosen, stream_of
 from insitu.models.language_model import LanguageModel
 
 
@@ -62,7 +62,7 @@ def distributed_alignment_search(
     *,
     layer: int,
     dimensions: int | None = 1,
-    site: str = "residual_out",
+    site: str | None = None,
     position: int = -1,
     source_position: int | None = None,
     epochs: int = 10,
@@ -86,7 +86,8 @@ def distributed_alignment_search(
         layer: in which block.
         dimensions: how many directions there are. None for no search: the whole vector is
             exchanged, which is the baseline.
-        site: the standard name of where: a value that is a vector at each position.
+        site: the standard name of where: a value that is a vector at each position. None for
+            "residual_out", or "block_out" of blocks that normalise the sum.
         position: at which position of a base, from its end if negative.
         source_position: at which position of a source; None for the same.
         epochs: how often all pairs are gone through.
@@ -106,7 +107,8 @@ def distributed_alignment_search(
     """
     for name, number in (("epochs", epochs), ("batch_size", batch_size)):
         check_count(name, number)
-    place, (block,) = stream_site(site), chosen("layer", layer, model.n_layers)
+    place = stream_site(stream_of(model) if site is None else site)
+    (block,) = chosen("layer", layer, model.n_layers)
     check_positions(model)
     read, given, wanted = read_pairs(model, bases, sources, answers)
     check_position(read, position)

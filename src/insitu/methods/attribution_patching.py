@@ -12,10 +12,12 @@ import torch
 
 from insitu.display.progress import progress as bar
 from insitu.methods.attribution_grid import grid_of
+from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import Choice, read_pairs, share
 from insitu.methods.patching import Direction, check_direction
 from insitu.methods.result import Result
+from insitu.methods.sites import stream_of
 from insitu.models.language_model import LanguageModel
 
 
@@ -25,7 +27,7 @@ def attribution_patching(
     corrupted: Any,
     metric: Metric | Callable[[Any], Any],
     *,
-    sites: str | Sequence[str] = "residual_in",
+    sites: str | Sequence[str] | None = None,
     by: str | Sequence[str] = ("layer", "position"),
     layers: Choice = None,
     positions: Choice = None,
@@ -50,10 +52,10 @@ def attribution_patching(
             several, which may differ in length.
         corrupted: the prompt without it, or one for each. The two of a pair have the same length,
             unless positions are chosen that mean something in both, such as -1.
-        metric: what is measured of the logits, and can be differentiated. A KL divergence has no
-            gradient in the clean run.
-        sites: what would be patched, by its standard name, such as "residual_in", "z" or "pattern".
-            Several are an axis "site" of the result.
+        metric: what is measured, as of `activation_patching`, and can be differentiated. A KL
+            divergence has no gradient in the clean run.
+        sites: what would be patched, by its standard name, such as "z" or "pattern"; None as of
+            `activation_patching`. Several are an axis "site" of the result.
         by: along which axes it would be patched: "layer", and those of the site: "position",
             "head", "neuron", "query", "key". What is not among them is patched whole.
         layers: which layers, all if None.
@@ -97,7 +99,9 @@ def attribution_patching(
     """
     check_direction(direction)
     pairs = read_pairs(model, clean, corrupted)
-    grid = grid_of(model, sites, by, layers, positions, heads, neurons)
+    grid = grid_of(
+        model, stream_of(model) if sites is None else sites, by, layers, positions, heads, neurons
+    )
     grid.check(pairs)
     metric = as_metric(metric)
     ends: list[Any] = []
@@ -105,14 +109,16 @@ def attribution_patching(
     with bar("Attribution patching", progress), model.trace() as tracer:
         for pair, measure in enumerate(metric.of(model, len(pairs))):
             with tracer.invoke(pairs.clean.ids[pair]):
-                reference = model.logits[0]
-                of_clean = measure(reference, reference.detach())
+                reference = metric.reference(model)
+                if reference is not None:
+                    reference = reference.detach()
+                of_clean = measure(Run(model), reference)
                 clean_values = grid.read(model)
                 if direction == "noising":
                     slopes = [value.grad for value in clean_values]
                     of_clean.backward()
             with tracer.invoke(pairs.corrupted.ids[pair]):
-                of_corrupted = measure(model.logits[0], reference.detach())
+                of_corrupted = measure(Run(model), reference)
                 corrupted_values = grid.read(model)
                 if direction == "denoising":
                     slopes = [value.grad for value in corrupted_values]

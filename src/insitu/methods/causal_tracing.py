@@ -5,7 +5,8 @@ The prompts' own clean run is what is put in, where activation patching has anot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from insitu.display.axis import Axis
 from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
-from insitu.methods.metrics import Tokens, token_ids
+from insitu.methods.measured_run import Run
+from insitu.methods.metrics import Measure, Metric, Tokens, as_metric, token_ids
 from insitu.methods.prompts import read_prompts
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, check_positions, layers_with, site_of
+from insitu.methods.sites import Site, check_positions, layers_with, site_of, stream_of
 from insitu.methods.subjects import Subject, positions_of
 from insitu.models.language_model import LanguageModel
+from insitu.tracing.tracer import Tracer
 
 _CHUNK = 4096  # of the vocabulary
 
@@ -28,12 +31,13 @@ def causal_tracing(
     model: LanguageModel,
     prompts: Any,
     subject: Subject | Sequence[Subject],
-    answer: Tokens,
+    answer: Tokens | None = None,
     *,
+    metric: Metric | Callable[[Any], Any] | None = None,
     samples: int = 10,
     noise: float | None = None,
     window: int | Mapping[str, int] = 1,
-    sites: str | Sequence[str] = ("residual_out", "mlp_out", "attention_out"),
+    sites: str | Sequence[str] | None = None,
     layers: int | Iterable[int] | None = None,
     positions: int | Iterable[int] | None = None,
     seed: int = 0,
@@ -53,6 +57,8 @@ def causal_tracing(
             their positions. Of several prompts a text that all of them have, or one for each.
         answer: the token whose probability is measured at the last position, as text such as
             " Paris" or as its id; or one for each prompt.
+        metric: what is measured in the place of that probability, as of `activation_patching`: of
+            each noise by itself, and then as a mean.
         samples: how many noises there are. Each prompt, and each restored state, has the same ones:
             `torch.randn(samples, tokens of the subject, d_model)` times `noise`, of a generator
             with the seed.
@@ -63,7 +69,9 @@ def causal_tracing(
         window: in how many layers at once values are restored: `window // 2` before the layer, and
             the rest from it on, as far as there are layers. Or that by site: the paper has 1 for
             states and 10 for "mlp_out" and "attention_out".
-        sites: what is restored, by standard names. A list is an axis of the result.
+        sites: what is restored, by standard names. A list is an axis of the result. None for
+            "residual_out", "mlp_out" and "attention_out"; in a model whose blocks normalise the
+            sum, for "block_out", since nothing else that they make is added to a stream.
         layers: the layers in the middle of the windows; None for all that have the sites. Of a
             window those layers are restored that have them.
         positions: at which positions values are restored, from the end if negative; all if None.
@@ -71,9 +79,9 @@ def causal_tracing(
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
-        The probability of the answer, as a mean over the samples, with the axes "prompt" (if
-        several were given), "site" (likewise), "layer" and "position". `details` has "clean" and
-        "corrupted", the probabilities in the clean run and in the noised ones with nothing
+        The probability of the answer, or the metric, as a mean over the samples, with the axes
+        "prompt" (if several were given), "site" (likewise), "layer" and "position". `details` has
+        "clean" and "corrupted", the same in the clean run and in the noised ones with nothing
         restored, `(prompt,)`, and "noise", its standard deviation.
 
     Raises:
@@ -92,8 +100,20 @@ def causal_tracing(
     check_positions(model)
     read = read_prompts(model, prompts)
     drowned = positions_of(model, read, subject)
-    answers = token_ids(model, answer, len(read))
+    if (answer is None) is (metric is None):
+        raise OptionError(
+            "Give `answer`, the token whose probability is measured, or `metric`, such as "
+            "`metric=lambda run: run.logits[0, -1, 5]`.",
+            here(),
+        )
+    # The probability is measured in all rows of a run at once.
+    answers = [None] * len(read) if answer is None else token_ids(model, answer, len(read))
+    measured_by = None if metric is None else as_metric(metric)
+    measures = [None] * len(read) if measured_by is None else measured_by.of(model, len(read))
     kept, restored_at = read.at(positions)
+    if sites is None:
+        stream = stream_of(model)
+        sites = [stream, *(("mlp_out", "attention_out") if stream == "residual_out" else ())]
     names = [sites] if isinstance(sites, str) else list(sites)
     if not names:
         raise OptionError("`sites` is empty: name what is to be restored.", here())
@@ -114,30 +134,28 @@ def causal_tracing(
     ends: list[Any] = []
     restored: list[Any] = []
     with bar("Causal tracing", progress), model.trace() as tracer:
-        each = zip(read.ids, drowned, answers, restored_at, strict=True)
-        for ids, places, token, restored_here in each:
+        each = zip(read.ids, drowned, answers, measures, restored_at, strict=True)
+        for ids, places, token, measure, restored_here in each:
             size = (samples, len(places), model.d_model)
             added = strength * torch.randn(size, generator=torch.Generator().manual_seed(seed))
-            rows = ids.expand(samples, -1)
+            noises = [added] if measure is None else added.split(1)
+            reference: Any = None
             with tracer.invoke(ids):
                 clean = {
                     (site, layer): site.read(model, layer)
                     for (site, _), window_layers in windows.items()
                     for layer in window_layers
                 }
-                ends.append(_probability(model, token))
-            with tracer.invoke(rows):
-                _drown(model, places, added)
-                ends.append(_probability(model, token))
+                if measured_by is not None:
+                    reference = measured_by.reference(model)
+                ends.append(_scored(model, token, measure, reference))
+
+            noised = _Noised(model, tracer, ids, places, noises, token, measure, reference)
+            ends.append(noised.score({}, 0))
             scores: list[Any] = []
             for (site, _), window_layers in windows.items():
-                for position in restored_here:
-                    with tracer.invoke(rows):
-                        _drown(model, places, added)
-                        for layer in window_layers:
-                            part = site.index(position=position)
-                            site.read(model, layer)[part] = clean[site, layer][part]
-                        scores.append(_probability(model, token))
+                values = {(site, layer): clean[site, layer] for layer in window_layers}
+                scores.extend(noised.score(values, position) for position in restored_here)
             whole: Any = torch.stack(scores)
             restored.append(whole.save())
         both: Any = torch.stack(ends)
@@ -154,7 +172,7 @@ def causal_tracing(
     axes = [Axis.of("site", (site.name for site in found))] if many else []
     return Result(
         f"Causal tracing of {', '.join(site.name for site in found)}",
-        "probability of the answer",
+        "probability of the answer" if measured_by is None else measured_by.name,
         kept.stacked(values, many + 1),
         (*read.axis, *axes, Axis.of("layer", middles), kept.positions()),
         kept.tokens,
@@ -187,6 +205,51 @@ def embedding_std(model: LanguageModel) -> float:
     return ((squares - total**2 / count) / (count - 1)) ** 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class _Noised:
+    """Runs of a prompt whose subject is drowned in noise.
+
+    Attributes:
+        model: the model.
+        tracer: the open block.
+        ids: the prompt, `(position,)`.
+        places: the subject's positions.
+        noises: what is added there, `(rows, place, d_model)`; each in a run of its own.
+        token: as of `_scored`.
+        measure: likewise.
+        reference: likewise.
+    """
+
+    model: LanguageModel
+    tracer: Tracer
+    ids: torch.Tensor
+    places: list[int]
+    noises: Sequence[torch.Tensor]
+    token: int | None
+    measure: Measure | None
+    reference: Any
+
+    def score(self, restored: Mapping[tuple[Site, int], Any], position: int) -> Any:
+        """Returns what is measured, as a mean over noises.
+
+        Args:
+            restored: the values of the clean run that are put back, by site and layer.
+            position: at which position.
+        """
+        found: list[Any] = []
+        for noise in self.noises:
+            with self.tracer.invoke(self.ids.expand(len(noise), -1)):
+                _drown(self.model, self.places, noise)
+                for (site, layer), value in restored.items():
+                    part = site.index(position=position)
+                    site.read(self.model, layer)[part] = value[part]
+                found.append(_scored(self.model, self.token, self.measure, self.reference))
+        if len(found) == 1:
+            return found[0]
+        together: Any = torch.stack(found)
+        return together.mean()
+
+
 def _drown(model: LanguageModel, places: list[int], added: torch.Tensor) -> None:
     """Adds noise to the embeddings at some positions, `(rows, place, d_model)`."""
     embedded: Any = model.embedding.output
@@ -194,8 +257,12 @@ def _drown(model: LanguageModel, places: list[int], added: torch.Tensor) -> None
         embedded[:, place] += added[:, number].type_as(embedded)
 
 
-def _probability(model: LanguageModel, token: int) -> Any:
-    """The probability of a token at the last position, as a mean over the rows."""
+def _scored(
+    model: LanguageModel, token: int | None, measure: Measure | None, reference: Any
+) -> Any:
+    """What is measured: the probability of a token at the last position, as a mean over rows."""
+    if measure is not None:
+        return measure(Run(model), reference).float()
     logits: Any = model.logits
     return logits[:, -1].float().softmax(-1)[:, token].mean()
 

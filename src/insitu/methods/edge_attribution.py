@@ -15,6 +15,7 @@ from insitu.display.axis import Axis
 from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
+from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Measure, Metric, as_metric
 from insitu.methods.pairs import Pairs, read_pairs
 from insitu.methods.result import Result
@@ -138,12 +139,13 @@ def attributed(
     with model.trace() as tracer:
         for pair, measure in enumerate(metric.of(model, len(pairs))):
             with tracer.invoke(pairs.clean.ids[pair]):
-                reference = model.logits[0].detach()
+                reference = metric.reference(model)
+                reference = None if reference is None else reference.detach()
                 clean_added = _added(model, wiring)
-                ends.append(measure(reference, reference).detach().float().save())
+                ends.append(measure(Run(model), reference).detach().float().save())
             with tracer.invoke(pairs.corrupted.ids[pair]):
                 corrupted_added = _added(model, wiring)
-                ends.append(measure(model.logits[0].detach(), reference).detach().float().save())
+                ends.append(measure(Run(model), reference).detach().float().save())
             changes = [
                 other.float() - one.float()
                 for one, other in zip(clean_added, corrupted_added, strict=True)
@@ -190,7 +192,7 @@ def _scores(
         made.append([(site, site.read(model, part.layer)) for site in sites])
     slopes = [{site: value.grad for site, value in of_part} for of_part in made]
     last = streams[-1].grad
-    measure(model.logits[0], reference).backward(retain_graph=True)
+    measure(Run(model), reference).backward(retain_graph=True)
     bank = torch.cat(changes)
     scores: list[Any] = []
     for part, stream, of_part, slope in zip(wiring.parts, streams, made, slopes, strict=True):

@@ -15,6 +15,7 @@ from insitu.graph.location import here
 from insitu.methods.circuit import Circuit
 from insitu.methods.circuit_runs import plain, with_edges
 from insitu.methods.edge_attribution import read_equal_pairs
+from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import Pairs
 from insitu.methods.result import Result
@@ -44,7 +45,7 @@ def run_circuit(
             several, which may differ in length.
         corrupted: the prompt without it, of the same length; or one for each.
         metric: what is measured of the logits of each run: see `insitu.methods.logit_difference`
-            and those beside it; or a function from logits `(position, vocabulary)` to a number.
+            and those beside it; or a function of `run.logits`, `(1, position, vocabulary)`.
         circuit: the circuit.
 
     Returns:
@@ -307,7 +308,7 @@ def measured(
             other = plain(model, tracer, pairs.corrupted.ids[pair], wiring)
             logits = with_edges(model, tracer, wiring, one, other, kept)
             runs = (one.logits, other.logits, *logits)
-            values = [measure(each, one.logits) for each in runs]
+            values = [measure(Run(model, each), one.logits) for each in runs]
             stacked: Any = torch.stack(values)
             found.append(stacked.float().save())
     return torch.stack([values.value for values in found]).cpu()

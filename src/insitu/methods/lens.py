@@ -20,7 +20,7 @@ from insitu.methods.metrics import Tokens, token_ids
 from insitu.methods.prompts import read_prompts, words
 from insitu.methods.readout import Readout, readout_of
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, chosen, site_of
+from insitu.methods.sites import Site, chosen, site_of, stream_of
 from insitu.models.language_model import LanguageModel
 
 Translate = Callable[[int, Any], Any]
@@ -55,7 +55,7 @@ def logit_lens(
     model: LanguageModel,
     prompts: Any,
     *,
-    site: str = "residual_out",
+    site: str | None = None,
     layers: int | Iterable[int] | None = None,
     positions: int | Iterable[int] | None = None,
     token: Tokens | None = None,
@@ -67,9 +67,10 @@ def logit_lens(
         model: the model.
         prompts: one prompt or several, in any form that `invoke` takes.
         site: what is read in each block: a value of the width of the residual stream, such as
-            "residual_mid", or "mlp_out" for what one MLP alone speaks for.
+            "residual_mid", or "mlp_out" for what one MLP alone speaks for; None for "residual_out",
+            or "block_out" of blocks that normalise the sum.
         layers: which blocks; None for all, and before them the embedding: what the first block is
-            given.
+            given, where that is the residual stream.
         positions: which positions, from the end if negative; None for all.
         token: the token whose probability is the value of a cell, as text or id, or one for each
             prompt; None for the most likely token of each cell.
@@ -84,7 +85,7 @@ def logit_lens(
     Raises:
         OptionError: if there is no such site, layer, position or token.
         PathError: if the model's blocks have no such value, as those that normalise the sum
-            have no residual stream.
+            have no `residual_mid`.
 
     Example:
         >>> from insitu import LanguageModel
@@ -94,6 +95,7 @@ def logit_lens(
         >>> lens.sizes, lens.select(layer=-1, position=-1).texts
         ({'layer': 7, 'position': 8}, (' Paris',))
     """
+    site = stream_of(model) if site is None else site
     return look(
         model,
         prompts,

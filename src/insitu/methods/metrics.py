@@ -1,24 +1,25 @@
-"""Metrics: what is measured of the logits that a prompt ends in.
+"""Metrics: what is measured of the run of a prompt, mostly of the logits that it ends in.
 
-Each is a function of logits that is recorded in the run itself, so that of a forward of the
-model no more than a number is kept.
+Each is a function that is recorded in the run itself, so that of a forward of the model no more
+than a number is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, TypeAlias
 
-from insitu.graph.errors import OptionError, ShapeError, UnknownShapeError
+from insitu.graph.errors import OptionError, PathError, ShapeError, UnknownShapeError
 from insitu.graph.location import here
+from insitu.methods.measured_run import Run
 from insitu.methods.prompts import token_id
 from insitu.models.language_model import LanguageModel
 
 Measure: TypeAlias = Callable[[Any, Any], Any]
 """From the logits of a run, `(position, vocabulary)`, and those of the run that it is compared with
-(the clean one), to a number. Both may be proxies."""
+(the clean one), to a number. Both may be proxies, and the first is a `Run`."""
 
 Tokens: TypeAlias = str | int | Sequence[str | int]
 """A token, as text or id, or one for each prompt."""
@@ -31,10 +32,24 @@ class Metric:
     Attributes:
         name: what the number is, such as "logit difference".
         of: from a model and the number of prompts to the measure of each of them.
+        compares: whether measures look at the logits of the clean run. What does not need them is
+            measured in models without logits too.
+        of_logits: whether measures look at nothing but logits, so that rows of one run can be
+            measured each by itself.
     """
 
     name: str
     of: Callable[[LanguageModel, int], Sequence[Measure]]
+    compares: bool = True
+    of_logits: bool = True
+
+    def reference(self, model: LanguageModel) -> Any:
+        """Returns the logits that other runs are compared with, in the clean run's invocation.
+
+        Args:
+            model: the model.
+        """
+        return model.logits[0] if self.compares else None
 
 
 def logit_difference(answer: Tokens, instead: Tokens) -> Metric:
@@ -98,21 +113,21 @@ def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
     """Returns a metric, also of a plain function, which says so if it gives no number.
 
     Args:
-        metric: a metric, or a function from logits `(position, vocabulary)` to a number.
+        metric: a metric, or a function of the run to a number: see `Run`.
 
     Raises:
         OptionError: if it is neither.
     """
     if isinstance(metric, Metric):
         made = metric.of
-        return Metric(
-            metric.name, lambda model, count: [_checked(each) for each in made(model, count)]
+        return replace(
+            metric, of=lambda model, count: [_checked(each) for each in made(model, count)]
         )
     if not callable(metric):
         raise OptionError(
             "A metric is one of `insitu.methods.logit_difference`, `probability`, "
-            "`log_probability` and `kl_divergence`, or a function from logits (position, "
-            f"vocabulary) to a number, not {metric!r}.",
+            "`log_probability` and `kl_divergence`, or a function of the run to a number, such as "
+            f"`lambda run: run.logits[0, -1, 5]`, not {metric!r}.",
             here(),
         )
     function = metric
@@ -125,7 +140,8 @@ def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
         pass
     except TypeError:
         raise OptionError(
-            "A metric is a function of one argument, logits (position, vocabulary), and "
+            "A metric is a function of one argument, the run or in short its logits (position, "
+            "vocabulary), and "
             f"{getattr(function, '__name__', 'this one')}{signature(function)} is not: what else "
             "it needs it can have from where it is made, as in "
             "`lambda logits: metric(logits, answer)`.",
@@ -133,14 +149,14 @@ def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
         ) from None
     name = getattr(function, "__name__", "metric").replace("_", " ").replace("<lambda>", "metric")
     measure = _checked(lambda logits, _: function(logits))
-    return Metric(name, lambda model, count: [measure] * count)
+    return Metric(name, lambda model, count: [measure] * count, compares=False, of_logits=False)
 
 
 def _checked(measure: Measure) -> Measure:
     """A measure that raises a `ShapeError` if it gives something else than a number."""
     asked = (
-        "A metric is one number for a prompt: a tensor without axes, made of the logits (position, "
-        "vocabulary). This one gives "
+        "A metric is one number for a prompt: a tensor without axes, such as "
+        "`run.logits[0, -1, 5]` of the logits (1, position, vocabulary). This one gives "
     )
 
     def number(logits: Any, clean: Any) -> Any:
@@ -155,6 +171,10 @@ def _checked(measure: Measure) -> Measure:
                 "these out.",
                 here(),
             ) from None
+        # The axis of the one prompt, which values of a run have: `run.output[0][:, 0] @ v`.
+        whole = isinstance(logits, Run) and not logits.is_short
+        if whole and shape is not None and len(shape) and set(shape) == {1}:
+            return found.reshape(())
         if shape is None or len(shape):
             kind = f"a {type(found).__name__}" if shape is None else f"shape {tuple(shape)}"
             raise ShapeError(f"{asked}{kind}.", here())
@@ -168,6 +188,8 @@ def _has_known_shape(value: Any) -> bool:
         return value.shape is not None
     except UnknownShapeError:
         return False
+    except PathError:  # of a model without logits
+        return True
 
 
 def _difference(right: int, wrong: int) -> Measure:

@@ -14,10 +14,11 @@ from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.grid import Patch, grid_of
+from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Measure, Metric, as_metric
 from insitu.methods.pairs import Choice, read_pairs, share
 from insitu.methods.result import Result
-from insitu.methods.sites import Site
+from insitu.methods.sites import Site, stream_of
 from insitu.models.language_model import LanguageModel
 
 Direction = Literal["denoising", "noising"]
@@ -29,7 +30,7 @@ def activation_patching(
     corrupted: Any,
     metric: Metric | Callable[[Any], Any],
     *,
-    sites: str | Sequence[str] = "residual_in",
+    sites: str | Sequence[str] | None = None,
     by: str | Sequence[str] = ("layer", "position"),
     layers: Choice = None,
     positions: Choice = None,
@@ -52,10 +53,12 @@ def activation_patching(
             several, which may differ in length.
         corrupted: the prompt without it, or one for each. The two of a pair have the same length,
             unless positions are chosen that mean something in both, such as -1.
-        metric: what is measured of the logits of each run: see `insitu.methods.logit_difference`
-            and those beside it; or a function from logits `(position, vocabulary)` to a number.
-        sites: what is patched, by its standard name, such as "residual_in", "attention_out",
-            "mlp_out", "z", "q" or "pattern". Several are an axis "site" of the result.
+        metric: what is measured in each run: see `insitu.methods.logit_difference` and those
+            beside it; or any function of the run to a number, such as
+            `lambda run: run.output.last_hidden_state[0, 0] @ direction`: see `insitu.methods.Run`.
+        sites: what is patched, by its standard name, such as "attention_out", "mlp_out", "z",
+            "q" or "pattern"; None for "residual_out", or "block_out" of blocks that normalise the
+            sum. Several are an axis "site" of the result.
         by: along which axes it is patched, each index in a run of its own: "layer", and those of
             the site: "position", "head", "neuron", "query", "key". What is not among them is
             patched whole.
@@ -94,7 +97,9 @@ def activation_patching(
     """
     check_direction(direction)
     pairs = read_pairs(model, clean, corrupted)
-    grid = grid_of(model, sites, by, layers, positions, heads, neurons)
+    grid = grid_of(
+        model, stream_of(model) if sites is None else sites, by, layers, positions, heads, neurons
+    )
     grid.check(pairs)
     metric = as_metric(metric)
     run, other = pairs.corrupted, pairs.clean
@@ -105,12 +110,12 @@ def activation_patching(
     with bar("Activation patching", progress), model.trace() as tracer:
         for at, measure in enumerate(metric.of(model, len(pairs))):
             with tracer.invoke(pairs.clean.ids[at]):
-                reference = model.logits[0]
+                reference = metric.reference(model)
                 donors = grid.read(model) if direction == "denoising" else {}
-                ends.append(measure(reference, reference))
+                ends.append(measure(Run(model), reference))
             with tracer.invoke(pairs.corrupted.ids[at]):
                 donors = donors or grid.read(model)
-                ends.append(measure(model.logits[0], reference))
+                ends.append(measure(Run(model), reference))
             sizes = grid.sizes(model, donors)
             lengths = run.lengths[at], other.lengths[at]
             scores: list[Any] = []
@@ -151,7 +156,7 @@ def _patched(
         donor = donors[patch.site, patch.layer]
         for into, out_of in patch.parts():
             patch.site.read(model, patch.layer)[into] = donor[out_of]
-    return measure(model.logits[0], reference)
+    return measure(Run(model), reference)
 
 
 def check_direction(direction: object) -> None:

@@ -16,6 +16,7 @@ from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.grid import Choice
+from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import read_pairs, share
 from insitu.methods.patching import Direction, check_direction
@@ -123,12 +124,12 @@ def path_patching(
         for at, measure in enumerate(metric.of(model, len(pairs))):
             values: dict[bool, Mapping[tuple[Site, int], Any]] = {}
             with tracer.invoke(pairs.clean.ids[at]):
-                reference = model.logits[0]
+                reference = metric.reference(model)
                 values[direction == "noising"] = paths.read(model)
-                start = measure(reference, reference)
+                start = measure(Run(model), reference)
             with tracer.invoke(pairs.corrupted.ids[at]):
                 values[direction != "noising"] = paths.read(model)
-                end = measure(model.logits[0], reference)
+                end = measure(Run(model), reference)
             ends.extend((start, end))
             own = start if direction == "noising" else end
             places = None if asked is None else chosen("position", asked, run.lengths[at])
@@ -141,7 +142,7 @@ def path_patching(
                     with tracer.invoke(run.ids[at]):
                         heard = paths.send(model, sender, values[True], values[False])
                         if not paths.receivers:
-                            found.append(measure(model.logits[0], reference))
+                            found.append(measure(Run(model), reference))
                     if paths.receivers:
                         with tracer.invoke(run.ids[at]):
                             found.append(paths.hear(model, heard, measure, reference))

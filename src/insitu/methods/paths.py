@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
+from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Measure
 from insitu.methods.sites import Site, chosen, site_of
 from insitu.models.configuration import said, text_config
@@ -134,7 +135,7 @@ class Paths:
         for (name, layer, head), value in zip(self.receivers, heard, strict=True):
             site = site_of(_RECEIVERS[name])
             site.read(model, layer)[site.index(**_head(head))] = value
-        return measure(model.logits[0], reference)
+        return measure(Run(model), reference)
 
 
 def _frozen(model: LanguageModel, layer: int) -> list[Site]:

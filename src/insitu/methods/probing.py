@@ -19,7 +19,7 @@ from insitu.graph.location import here
 from insitu.methods.activations import Position, gather_each, position_of, positions_of, stream_site
 from insitu.methods.probes import Kind, Label, Probe, Probes, scored, together
 from insitu.methods.prompts import read_prompts
-from insitu.methods.sites import layers_with
+from insitu.methods.sites import layers_with, stream_of
 from insitu.models.language_model import LanguageModel
 
 
@@ -38,7 +38,7 @@ def probe(
     prompts: Any,
     labels: Sequence[Label] | torch.Tensor,
     *,
-    site: str = "residual_out",
+    site: str | None = None,
     **options: Unpack[_Options],
 ) -> Probe: ...
 @overload
@@ -55,7 +55,7 @@ def probe(
     prompts: Any,
     labels: Sequence[Label] | torch.Tensor,
     *,
-    site: str | Iterable[str] = "residual_out",
+    site: str | Iterable[str] | None = None,
     layers: int | Iterable[int] | None = None,
     position: Position = -1,
     kind: Kind = "logistic",
@@ -74,7 +74,8 @@ def probe(
         labels: the label of each: of a logistic probe texts, whole numbers or truth values, of a
             linear one numbers.
         site: the standard name of what is read: a value that is a vector at each position, such as
-            "residual_out", "mlp_out" or "post". Of several there is a probe each, all from the same
+            "mlp_out" or "post"; None for "residual_out", or "block_out" of blocks that normalise
+            the sum. Of several there is a probe each, all from the same
             runs and the same training prompts.
         layers: in which blocks; None for all that have it.
         position: where: at one position; at several, each by itself; as the mean over all
@@ -98,6 +99,7 @@ def probe(
         PromptError: if a prompt has no such position.
     """
     _needed()
+    site = stream_of(model) if site is None else site
     where = position_of(position)
     names = [site] if isinstance(site, str) else list(site)
     read, places = read_prompts(model, prompts), [stream_site(name) for name in names]

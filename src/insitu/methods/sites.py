@@ -21,6 +21,7 @@ _AXES = {
     "residual_in": _STREAM,
     "residual_mid": _STREAM,
     "residual_out": _STREAM,
+    "block_out": _STREAM,
     "attention_out": _STREAM,
     "cross_attention_out": _STREAM,
     "mixer_out": _STREAM,
@@ -99,6 +100,24 @@ def site_of(name: str) -> Site:
         there = [*_AXES, *OF_BLOCK]
         raise OptionError(f"No value of a block is called {name!r}{nearest(name, there)}.", here())
     return Site(key, axes)
+
+
+def stream_of(model: LanguageModel) -> str:
+    """Returns the standard name of what leaves a block, as methods take it if no site is named.
+
+    That is "residual_out"; where a block normalises the sum, so that nothing in it is the residual
+    stream, it is "block_out", the hidden states that a block returns.
+
+    Args:
+        model: the model.
+    """
+    names = ("residual_out", "block_out")
+    found: dict[str, int] = {}
+    for name in names:
+        keys = (f"blocks.{layer}.{name}" for layer in range(len(model.blocks)))
+        entries = (entry_of(model.vocabulary, key) for key in keys)
+        found[name] = sum(entry is not None and not isinstance(entry, Missing) for entry in entries)
+    return "block_out" if found["block_out"] > found["residual_out"] else "residual_out"
 
 
 def check_positions(model: LanguageModel) -> None:

@@ -20,7 +20,7 @@ from insitu.graph.location import here
 from insitu.methods import files
 from insitu.methods.activations import gather, stream_site
 from insitu.methods.prompts import read_prompts
-from insitu.methods.sites import chosen, numbers_of, whole
+from insitu.methods.sites import chosen, numbers_of, stream_of, whole
 from insitu.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def steering_vector(
     positive: Any,
     negative: Any,
     *,
-    site: str = "residual_out",
+    site: str | None = None,
     layers: int | Iterable[int] | None = None,
     position: int | Literal["mean"] = -1,
     method: Method = "difference of means",
@@ -202,7 +202,8 @@ def steering_vector(
         model: the model.
         positive: prompts that have what is looked for, of any lengths.
         negative: prompts that do not.
-        site: the standard name of where to look: a value that is a vector at each position.
+        site: the standard name of where to look: a value that is a vector at each position. None
+            for "residual_out", or "block_out" of blocks that normalise the sum.
         layers: in which blocks; None for all.
         position: at which position of each prompt, from its end if negative; or the mean over its
             positions.
@@ -234,7 +235,8 @@ def steering_vector(
             f"{len(without)} negative ones.",
             here(),
         )
-    place, numbers = stream_site(site), chosen("layer", layers, model.n_layers)
+    place = stream_site(stream_of(model) if site is None else site)
+    numbers = chosen("layer", layers, model.n_layers)
     both = replace(with_it, ids=with_it.ids + without.ids, tokens=with_it.tokens + without.tokens)
     found = gather(model, both, place, numbers, where)
     high, low = found[: len(with_it)], found[len(with_it) :]

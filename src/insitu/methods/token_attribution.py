@@ -14,6 +14,7 @@ import torch
 from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
+from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.prompts import Prompts, read_prompts, token_id
 from insitu.methods.result import Result
@@ -48,8 +49,8 @@ def integrated_gradients(
     Args:
         model: the model.
         prompts: one or several, of any length.
-        metric: what is attributed: a metric, or a function from logits `(position, vocabulary)` to
-            a number.
+        metric: what is attributed: a metric, or a function of the run to a number: see
+            `insitu.methods.Run`.
         baseline: where the path begins. "zero": embeddings of zeros; "pad token": each token is
             the model's padding token, which is seen like any other; an id: each token is that
             one; a tensor: the embeddings themselves, `(d_model,)` for all positions or
@@ -85,13 +86,15 @@ def integrated_gradients(
             with tracer.invoke(ids):
                 embeddings = model.embedding.output.detach()
                 begin = start(embeddings)
-                clean = model.logits[0].detach()
-                inputs.append(measure(clean, clean).save(to="cpu"))
+                clean = measured.reference(model)
+                clean = None if clean is None else clean.detach()
+                inputs.append(measure(Run(model), clean).detach().save(to="cpu"))
             with tracer.invoke(ids):
                 model.embedding.output = begin
-                baselines.append(measure(model.logits[0], clean).save(to="cpu"))
+                baselines.append(measure(Run(model), clean).save(to="cpu"))
             path, total = embeddings - begin, None
-            rows = max(1, max_tokens_per_pass // len(ids))
+            # What looks at more than logits does not know of rows: a run for each point.
+            rows = max(1, max_tokens_per_pass // len(ids)) if measured.of_logits else 1
             for first in range(0, steps, rows):
                 alphas = points[first : first + rows, None, None]
                 weight = weights[first : first + rows, None, None]
@@ -99,9 +102,12 @@ def integrated_gradients(
                 with tracer.invoke(ids.repeat(len(alphas), 1)):
                     model.embedding.output = begin + path * alphas.to(path)
                     gradients = model.embedding.output.grad.float()
-                    logits = model.logits
-                    scores = [measure(logits[row], clean) for row in range(len(alphas))]
-                    torch.stack(scores).sum().backward()
+                    if measured.of_logits:
+                        logits = model.logits
+                        scores = [measure(logits[row], clean) for row in range(len(alphas))]
+                        torch.stack(scores).sum().backward()
+                    else:
+                        measure(Run(model), clean).backward()
                     part = (gradients * weight.to(gradients)).sum(0)
                 total = part if total is None else total + part
             attributions.append((path[0].float() * total).sum(-1).save(to="cpu"))
@@ -128,8 +134,8 @@ def gradient_times_input(
     Args:
         model: the model.
         prompts: one or several, of any length.
-        metric: what is attributed: a metric, or a function from logits `(position, vocabulary)` to
-            a number.
+        metric: what is attributed: a metric, or a function of the run to a number: see
+            `insitu.methods.Run`.
 
     Returns:
         Attributions with the axes (prompt), position, in the metric's unit. Details, of each
@@ -142,8 +148,8 @@ def gradient_times_input(
         for ids, measure in zip(read.ids, measures, strict=True):
             with tracer.invoke(ids):
                 embeddings = model.embedding.output
-                logits = model.logits[0]
-                number = measure(logits, logits.detach())
+                clean = measured.reference(model)
+                number = measure(Run(model), None if clean is None else clean.detach())
                 gradient = embeddings.grad[0].float()
                 number.backward()
                 inputs.append(number.save(to="cpu"))

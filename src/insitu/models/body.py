@@ -267,7 +267,7 @@ class Body:
             return paths if isinstance(paths, str) else len(paths)
         if name == "vocab_size":
             logits = self.logits()
-            if logits is not None:
+            if logits is not None and self.unembedding is not None:  # else they are of labels
                 return logits.shape[-1]
             embedding = self.embedding
             module = self._model.modules[embedding] if embedding is not None else None

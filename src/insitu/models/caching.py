@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from insitu.graph.errors import BlockError
 from insitu.graph.location import here, mark
 from insitu.models.cache import ActivationCache
-from insitu.models.keys import layers
+from insitu.models.keys import doubles, layers
 from insitu.models.selection import Filters, select
 from insitu.models.transformer_lens import TransformerLens
 from insitu.tracing.session import open_sessions, session_of
@@ -48,7 +49,9 @@ def cached(
             here(),
         )
     vocabulary, line = hooks.vocabulary, mark()
-    wanted = select(names, vocabulary, hooks)
+    # Who asks for all asks for patterns too, and needs no warning of what they take.
+    with vocabulary.quiet() if names is None else contextlib.nullcontext():
+        wanted = select(names, vocabulary, hooks)
     with tracer:
         invocation = tracer.only_invocation()
         saved = {}
@@ -63,5 +66,5 @@ def cached(
         None if embedded else invocation.ids,
         invocation.mask,
         layers(vocabulary),
-        hooks.aliases,
+        {**hooks.aliases, **{key: (other, False) for key, other in doubles(vocabulary).items()}},
     )

@@ -16,7 +16,7 @@ OF_BLOCK = (
     *("attention_out", "mixer_out"),
     *(f"cross_attention.{name}" for name in ("q", "k", "v", "scores", "pattern", "z", "result")),
     *("cross_attention_out", "residual_mid", "norm_2.output", "mlp.pre", "mlp.post"),
-    *("experts.router", "experts.weights", "mlp_out", "residual_out"),
+    *("experts.router", "experts.weights", "mlp_out", "residual_out", "block_out"),
 )
 """The keys of a block's values, in the order in which most blocks compute them."""
 
@@ -39,6 +39,23 @@ def keys(vocabulary: Vocabulary) -> Iterator[str]:
                 yield f"{stack}.{layer}.{name}"
     yield "final_norm.output"
     yield "logits"
+
+
+def doubles(vocabulary: Vocabulary) -> dict[str, str]:
+    """Returns the keys of values that have another key too, and that key.
+
+    `block_out` is `residual_out` where there is one: a cache needs no two copies of it.
+
+    Args:
+        vocabulary: the model's standard names.
+    """
+    found: dict[str, str] = {}
+    for stack in _STACKS:
+        for layer in range(layers(vocabulary, stack)):
+            first, second = (f"{stack}.{layer}.{name}" for name in ("residual_out", "block_out"))
+            if all(isinstance(entry_of(vocabulary, key), Named) for key in (first, second)):
+                found[second] = first
+    return found
 
 
 def layers(vocabulary: Vocabulary, stack: str = "blocks") -> int:

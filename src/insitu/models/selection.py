@@ -9,7 +9,7 @@ from typing import TypeAlias, cast
 
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
-from insitu.models.keys import COMPUTED, entry_of, keys, spelled
+from insitu.models.keys import COMPUTED, doubles, entry_of, keys, spelled
 from insitu.models.transformer_lens import TransformerLens
 from insitu.tracing.named import Entry, Missing, Named, Vocabulary
 
@@ -29,8 +29,9 @@ def select(filters: Filters, vocabulary: Vocabulary, hooks: TransformerLens) -> 
         OptionError: if a name is none of the model, or a pattern is of no name at all.
     """
     known = list(keys(vocabulary))
+    double = doubles(vocabulary)
     if filters is None:
-        wanted = [key for key in known if not key.endswith(COMPUTED)]
+        wanted = [key for key in known if key not in double and not key.endswith(COMPUTED)]
         return _there(wanted, lambda key: entry_of(vocabulary, key))
     chosen: dict[str, Named] = {}
     single = isinstance(filters, str | re.Pattern) or callable(filters)
@@ -43,7 +44,8 @@ def select(filters: Filters, vocabulary: Vocabulary, hooks: TransformerLens) -> 
                 continue
             one = f"blocks.*.{within}"
         matches = _matcher(one)
-        found = [key for key in known if matches(key)]
+        asked = "block_out" in str(getattr(one, "pattern", one))
+        found = [key for key in known if matches(key) and (asked or key not in double)]
         chosen |= _there(found, lambda key: entry_of(vocabulary, key))
         if not found:
             found = [name for name in hooks.names() if matches(name)]

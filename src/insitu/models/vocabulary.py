@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from insitu.models.body import Body
 
 _STREAM = ("residual_in", "residual_mid", "residual_out")
+_RETURNED = "block_out"
 _ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out")
 _ROLES = ("attention", "cross_attention", "mlp", "experts", "norm_1", "norm_2")
 _HEADS = ("q", "k", "v", "scores", "pattern", "z", "result", "W_Q", "W_K", "W_V", "W_O")
@@ -32,7 +33,8 @@ _MODEL = (
 
 _NORMALISED = (
     "what this block returns is no sum of what it is given and what it adds: such as where the sum "
-    "is normalised, so that nothing in the block is the residual stream."
+    "is normalised, so that nothing in the block is the residual stream. The hidden states that it "
+    "returns are `block_out`."
 )
 _UNSEEN = Missing(
     "names are found in a forward of the model, of text if it takes text, and this block has no "
@@ -51,7 +53,7 @@ class Names:
         body: what is known of the model's parts.
     """
 
-    names = frozenset((*_STREAM, *_ADDED, *_ROLES, *_HEADS, *_MLP, *_EXPERTS, *_MODEL))
+    names = frozenset((*_STREAM, _RETURNED, *_ADDED, *_ROLES, *_HEADS, *_MLP, *_EXPERTS, *_MODEL))
 
     def __init__(self, body: Body) -> None:
         self._body = body
@@ -96,7 +98,8 @@ class Names:
         block = self._body.block_around(path)
         if block is None:
             unknown = path in self._body.paths
-            return dict.fromkeys((*_STREAM, *_ADDED, *_ROLES), _UNSEEN) if unknown else {}
+            named = (*_STREAM, _RETURNED, *_ADDED, *_ROLES)
+            return dict.fromkeys(named, _UNSEEN) if unknown else {}
         if part == "mlp":
             return {**self._of_mlp(block), **self._of_experts(block)}
         if part == "experts":
@@ -127,6 +130,10 @@ class Names:
                 )
             else:
                 found[name] = Missing(_NORMALISED)
+        if _RETURNED in block.refused:
+            found[_RETURNED] = Missing(block.refused[_RETURNED])
+        else:
+            found[_RETURNED] = Named(block.path, "output", 0, (0,))
         for name in _ADDED:
             spot = block.added.get(name)
             if spot is not None:

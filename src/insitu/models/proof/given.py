@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from insitu.models.parts import Block
 
 NAMES = (
-    *("residual_in", "residual_mid", "residual_out", "attention_out", "cross_attention_out"),
-    *("mixer_out", "mlp_out", "attention", "cross_attention", "mlp", "experts"),
+    *("residual_in", "residual_mid", "residual_out", "block_out", "attention_out"),
+    *(
+        "cross_attention_out",
+        "mixer_out",
+        "mlp_out",
+        "attention",
+        "cross_attention",
+        "mlp",
+        "experts",
+    ),
 )
 """All names on a block that others hang on."""
 

@@ -17,7 +17,7 @@ from insitu.models.proof.attention import reasons_of_heads
 from insitu.models.proof.evidence import Evidence, Reasons
 from insitu.models.proof.feedforward import reasons_of_mlp
 from insitu.models.proof.runs import Runs
-from insitu.models.proof.stream import ADDED, STREAM, reasons_of_stream
+from insitu.models.proof.stream import ADDED, STREAM, reasons_of_returned, reasons_of_stream
 from insitu.models.proof.whole import reasons_of_ends, stacks_of_model
 from insitu.runtime.hooks import Place
 from insitu.runtime.probe import Call
@@ -84,10 +84,13 @@ def prove(model: Model, description: Description) -> Proof:
     with model.in_use(), evaluating(model.module):
         runs = Runs(model, call, showing)
         reads, places = wanted(body, entries)
-        base = runs.run([*reads, *places])
+        hooked = set(chosen.values())
+        base = runs.run([*reads, *places], hooked=hooked)
         blocks: list[Place] = [(path, "output", 0) for path in chosen.values()]
         unfused = [one for one in reads if not one.options]
-        plain = runs.run([*unfused, *blocks], options={}) if showing else base
+        plain = base
+        if showing:
+            plain = runs.run([*unfused, *blocks], options={}, hooked=hooked)
         rows = next(v.shape[0] for v in call.kwargs.values() if isinstance(v, torch.Tensor))
         evidence = Evidence(runs, names, body, entries, base, plain, rows)
         found: dict[str, Reasons] = {}
@@ -112,6 +115,7 @@ def reasons_of_block(evidence: Evidence, path: str) -> Reasons:
     if evidence.positions(path) is None:
         why = "what the block returns is not (batch, position, d_model)."
         return dict.fromkeys([*evidence.entries[path], *ROLES, "mlp", "experts"], why)
+    found.update(_tried(partial(reasons_of_returned, evidence, path), ["block_out"]))
     found.update(_tried(partial(reasons_of_stream, evidence, path), [*STREAM, *ADDED]))
     for role in ROLES:
         if getattr(block, role) is not None:

@@ -6,11 +6,13 @@ where its name says that it stands, and brought into the form in which it is sho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import replaced
@@ -38,10 +40,12 @@ class Seen:
     Attributes:
         places: what passed each place.
         results: the tensors of floating point that the model returned.
+        returned: the first tensor that some modules returned, as a plain hook on them sees it.
     """
 
     places: Mapping[Place, Any] = field(default_factory=dict[Place, Any])
     results: tuple[Tensor, ...] = ()
+    returned: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def at(self, named: Named) -> Tensor | None:
         """Returns a value in the form in which its name shows it, None if nothing came there."""
@@ -87,6 +91,7 @@ class Runs:
         reads: Collection[Named | Place],
         changes: Mapping[Named, Change] | None = None,
         options: Mapping[str, Any] | None = None,
+        hooked: Collection[str] = (),
     ) -> Seen:
         """Runs the model once.
 
@@ -94,6 +99,7 @@ class Runs:
             reads: what to read, by name or by place.
             changes: what is made of some values, in the form in which they are shown.
             options: how the model is to run in place of `self.options`.
+            hooked: the paths of modules on which there are plain hooks too.
         """
         model = self.model
         changed = {place_of(named): (named, change) for named, change in (changes or {}).items()}
@@ -121,9 +127,9 @@ class Runs:
         implementation = kwargs.pop(OPTION, None)
         with undisturbed(model.modules), attending(model.module, implementation):
             listening = Listening(model.modules, model.views, tell, inside, CACHES)
-            with listening:
+            with listening, _hooked(model.modules, hooked) as first:
                 returned = model.module(*self.call.args, **kwargs)
-        return Seen(seen, _floats(returned))
+        return Seen(seen, _floats(returned), first)
 
 
 def place_of(named: Named) -> Place:
@@ -148,6 +154,29 @@ def _changed(seen: Seen, value: Any, named: Named, change: Change) -> Any:
         container = containers.pop()
         new = replaced(container, at, new)
     return new
+
+
+@contextlib.contextmanager
+def _hooked(
+    modules: Mapping[str, nn.Module], paths: Collection[str]
+) -> Iterator[dict[str, Tensor]]:
+    """Puts plain hooks on modules, and gives the first tensor that each of them returns."""
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str, returned: Any) -> None:
+        tensors = tensors_of(returned)
+        if tensors and path not in found:
+            found[path] = tensors[0].detach().clone()
+
+    hooks = [
+        modules[path].register_forward_hook(lambda _, __, out, path=path: keep(path, out))
+        for path in paths
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _floats(returned: Any) -> tuple[Tensor, ...]:

@@ -49,3 +49,19 @@ def reasons_of_stream(evidence: Evidence, path: str) -> Reasons:
     if not isinstance(returned, torch.Tensor) or not torch.equal(returned, there["residual_out"]):
         found["residual_out"] = "it is not what the block returns."
     return found
+
+
+def reasons_of_returned(evidence: Evidence, path: str) -> Reasons:
+    """Returns why `block_out` of a block is refused, if it is.
+
+    Args:
+        evidence: what was read of the model.
+        path: the block's path.
+    """
+    value = evidence.value(path, "block_out", evidence.plain)
+    hooked = evidence.plain.returned.get(path)
+    if value is None or hooked is None or not torch.equal(value, hooked):
+        return {"block_out": "it is not what the block returns first."}
+    if value.shape[-1] != evidence.block(path).width:
+        return {"block_out": f"it is {sizes(value)}, and not (batch, position, d_model)."}
+    return {}

@@ -1,0 +1,103 @@
+"""What a metric is given: the run of one prompt, with all values that can be read in it.
+
+A metric may be any function of any value of the run. That it may also be written as a function of
+the logits of the prompt is the same thing in short: what is done with the run itself is done with
+these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from insitu.graph.errors import OptionError, PathError
+from insitu.graph.location import here
+from insitu.graph.node import Ref
+from insitu.graph.proxy import Proxy
+from insitu.models.language_model import LanguageModel
+from insitu.tracing.invocation import Invocation
+from insitu.tracing.scope import innermost
+
+
+class Run(Proxy):
+    """The run of one prompt, as a metric is given it.
+
+    `run.logits` are its logits, `(1, position, vocabulary)`; `run.output` is what the model
+    returns, with its fields; `run.blocks[3].block_out` and all other sites are as of the model.
+    Itself it stands for the logits of the prompt alone, `(position, vocabulary)`, so that
+    `run[-1, 5]` is the logit of token 5 at the last position. They are read only if asked for.
+
+    Args:
+        model: the model, in an open invocation.
+        logits: the logits of the prompt, `(position, vocabulary)`, where nothing else of the run
+            can be read; None for the run of the invocation.
+
+    Raises:
+        OptionError: outside of an invocation.
+    """
+
+    __slots__ = ("_invocation", "_node", "_subject")
+
+    def __init__(self, model: LanguageModel, logits: Any = None) -> None:
+        self._subject = model
+        self._node = None if logits is None else logits._ref
+        self._invocation: Any = None
+        self._cell = None
+        if logits is None:
+            found, _ = innermost(model, 2)
+            assert type(found) is Invocation  # methods measure in invocations of their own
+            self._invocation = found
+            self._recording = found._recording
+        else:
+            self._recording = logits._recording
+
+    @property
+    def _ref(self) -> Ref:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The node of the logits, which are read when they are first used."""
+        if self._node is None:
+            try:
+                self._node = self._subject.logits[0]._ref
+            except PathError as error:  # an `AttributeError`, which would be looked for elsewhere
+                said = str(error).splitlines()[0]
+                raise OptionError(
+                    f"This metric is of logits, and there are none: {said} A metric of something "
+                    "else reads it in the run, such as "
+                    "`lambda run: run.output.last_hidden_state[0, 0] @ direction`.",
+                    here(3),
+                ) from None
+        return self._node
+
+    @_ref.setter
+    def _ref(self, ref: Ref) -> None:
+        self._node = ref
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it was used in the place of the prompt's logits, which have no axis of rows."""
+        return self._node is not None
+
+    @property
+    def logits(self) -> Any:
+        """The logits, `(1, position, vocabulary)`; of a classifier `(1, label)`."""
+        return self[None] if self._invocation is None else self._subject.logits
+
+    @property
+    def output(self) -> Any:
+        """What the model returns: `run.output.last_hidden_state`, `run.output.logits`."""
+        return self._of_run("output").output
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or hasattr(torch.Tensor, name):
+            return super().__getattr__(name)
+        self._of_run(name)
+        return getattr(self._subject, name)
+
+    def _of_run(self, name: str) -> Any:
+        if self._invocation is None:
+            raise OptionError(
+                f"`run.{name}` cannot be read here: what circuits are measured by is a function of "
+                "their logits, `run.logits`, because their edges lead to these.",
+                here(3),
+            )
+        return self._invocation
