@@ -36,6 +36,7 @@ from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Tree
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
+from insitu.tracing.habits import OF_MODULES
 from insitu.tracing.handle import Handle
 from insitu.tracing.named import NoVocabulary, Vocabulary
 from insitu.tracing.session import Session
@@ -481,7 +482,8 @@ class Model(Handle):
         return delegated(self, name) if own else super().__getattr__(name)
 
     def _unknown(self, name: str) -> str:
-        if isinstance(name, str) and hasattr(self._module, name):
+        # What other libraries call so has a line of its own to write.
+        if isinstance(name, str) and name not in OF_MODULES and hasattr(self._module, name):
             way = "module" if self.loaded else "load()"
             return (
                 f"{name!r} is no module of the model, but an attribute or a method of the module "
