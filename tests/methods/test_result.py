@@ -169,7 +169,7 @@ def test_a_mean_over_layers_leaves_each_prompt_its_tokens(ragged: Result) -> Non
 def test_whole_numbers_have_a_mean_and_a_top() -> None:
     counts = Result("Counts", "n", torch.tensor([1, 4]), (counted("layer", 2),))
     assert counts.mean("layer").values.item() == 2.5
-    assert [cell.value for cell in counts.top(1)] == [4] and counts.top(-1) == []
+    assert [cell.value for cell in counts.top(1)] == [4] and counts.top(0) == []
 
 
 def test_cells_of_many_numbers_take_no_time_for_each_other() -> None:

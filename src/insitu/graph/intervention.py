@@ -22,6 +22,7 @@ from insitu.graph.operations import (
     WRITE,
 )
 from insitu.graph.recorded import AnyRecorded, Recorded
+from insitu.graph.structure import map_structure
 
 if TYPE_CHECKING:
     from insitu.graph.recording import Recording
@@ -168,6 +169,12 @@ def skip(recording: Recording, address: Address, value: Any, mark: Mark) -> None
             "output of its own: what stands for it can be read after this line.",
             Location(*mark),
         )
+    if not any(isinstance(leaf, torch.Tensor | AnyRecorded) for leaf in _leaves(value)):
+        raise OperationError(
+            f"What stands for `{Site(*address)}` is a tensor or a value of the run, or a tuple of "
+            f"them, and not {value!r}: `skip(module.input)` hands on what the module is given.",
+            Location(*mark),
+        )
     invocation, path, _, call, step = address
     inputs = recording.read((invocation, path, "inputs", call, step), mark)
     if isinstance(value, AnyRecorded) and value._recording is recording:
@@ -206,3 +213,10 @@ def refuse_mixed(recording: Recording, address: Address, mark: Mark) -> None:
                 "them is written: what holds in every step comes before what holds in one.",
                 Location(*mark),
             )
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What is in a value, however deep."""
+    found: list[Any] = []
+    map_structure(found.append, value)
+    return found

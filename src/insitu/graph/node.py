@@ -216,6 +216,11 @@ class Graph:
         self.rows = rows
         self.writes = {}
 
+    def _repr_html_(self) -> str:
+        from insitu.display.graph_picture import graph_svg  # display stands on graphs, not under
+
+        return graph_svg(self)
+
     def __len__(self) -> int:
         return len(self.rows)
 

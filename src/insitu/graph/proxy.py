@@ -315,8 +315,21 @@ class AnyProxy(Operators, Answers):
 
     def __format__(self, spec: str) -> str:
         cell = self._cell
-        content = None if cell is None else cell._content
-        return format(str(self) if cell is None or type(content) is Missing else content, spec)
+        if cell is not None and type(cell._content) is not Missing:
+            return format(cell._content, spec)
+        try:
+            return format(str(self), spec)
+        except ValueError:  # of a number
+            raise OperationError(
+                f"`{self.written()}` has no value while the block is open, so it cannot be written "
+                f"as {spec!r}: save it, and format the saved value after the block.",
+                here(),
+            ) from None
+
+    def __round__(self, ndigits: int | None = None) -> Any:
+        if not self._recording.open:
+            return round(self.result(here()), ndigits)
+        return self.round() if ndigits is None else self.round(decimals=ndigits)
 
     def __dir__(self) -> list[str]:
         return sorted(set(super().__dir__()) | {operation.short for operation in TENSOR_METHODS})

@@ -10,6 +10,7 @@ from insitu.methods.alignment import distributed_alignment_search
 from insitu.methods.alignments import Alignment
 from insitu.methods.attention_patterns import attention_patterns, head_scores
 from insitu.methods.attribution_patching import attribution_patching
+from insitu.methods.boundary import guard
 from insitu.methods.causal_tracing import causal_tracing
 from insitu.methods.circuit import Circuit, Edge
 from insitu.methods.discovery import discover_circuit
@@ -83,3 +84,5 @@ __all__ = [
     "tuned_lens",
     "use_sae",
 ]
+
+guard(globals(), __all__)

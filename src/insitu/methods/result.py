@@ -185,11 +185,16 @@ class Result:
         Args:
             count: how many.
             by_size: whether those far below zero count as large too.
+
+        Raises:
+            OptionError: if there is no such count.
         """
+        if count < 0:
+            raise OptionError(f"`count` is a whole number from 0 on, not {count!r}.", here())
         flat = self.values.flatten().float()
         there = flat.isnan().logical_not().nonzero().flatten()
         order = flat[there].abs() if by_size else flat[there]
-        best = there[order.topk(min(max(count, 0), len(order))).indices].tolist()
+        best = there[order.topk(min(count, len(order))).indices].tolist()
         return [self._cell(number, float(flat[number])) for number in best]
 
     def cells(self) -> Iterable[Cell]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 
 from insitu.display.progress import progress as bar
+from insitu.display.rows import rows_html
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.activations import stream_site
@@ -91,15 +92,27 @@ class Steered:
         from rich.table import Table
         from rich.text import Text
 
-        many = len({one.prompt for one in self.continuations}) > 1
+        head, *rows = self._lines()
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-        for name in (["prompt"] if many else []) + ["strength"]:
+        for name in head[:-1]:
             table.add_column(name, justify="right", style="cyan")
         table.add_column("text", overflow="fold")
-        for one in self.continuations:
-            first = [str(one.prompt)] if many else []
-            table.add_row(*first, f"{one.strength:g}", Text(repr(one.text)))
+        for row in rows:
+            table.add_row(*row[:-1], Text(row[-1]))
         yield table
+
+    def _repr_html_(self) -> str:
+        head, *rows = self._lines()
+        return rows_html(head, rows, {"text"})
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        """The names of the columns, and the cells of each continuation."""
+        many = len({one.prompt for one in self.continuations}) > 1
+        lines = [("prompt", "strength", "text")]
+        lines += [
+            (str(one.prompt), f"{one.strength:g}", repr(one.text)) for one in self.continuations
+        ]
+        return lines if many else [line[1:] for line in lines]
 
 
 def steer(
@@ -143,6 +156,8 @@ def steer(
     strengths = [strength] if isinstance(strength, int | float) else list(strength)
     if not strengths:
         raise OptionError("There is no strength: give a number, or several.", here())
+    if any(one != one for one in strengths):
+        raise OptionError("A strength is a number, not nan.", here())
     vector = vector if layers is None else vector.select(layers)
     read = read_prompts(model, prompts)
     where = positions if isinstance(positions, str) else numbers_of("position", positions)

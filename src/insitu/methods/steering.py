@@ -125,6 +125,8 @@ class SteeringVector:
             OptionError: if it has no such layer.
         """
         numbers = [layers] if isinstance(layers, int) else list(layers)
+        if not numbers:
+            raise OptionError("No layer was chosen: name at least one.", here())
         return replace(
             self, layers=tuple(numbers), vectors=torch.stack([self[layer] for layer in numbers])
         )

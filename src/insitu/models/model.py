@@ -400,12 +400,22 @@ class Model(Handle):
         """
         return Session(self)
 
-    def edit(self) -> Edit[Self]:
+    def edit(self, **unknown: Any) -> Edit[Self]:
         """Opens a block whose lines hold in every later run of the model that it gives.
 
         `with model.edit() as edited:` leaves `model` as it was. Edits stack: `edited.edit()`.
         In a generation they hold in every step. `print(edited)` shows them.
+
+        Raises:
+            OptionError: if it is given an option: it has none.
         """
+        if unknown:
+            raise OptionError(
+                f"`edit` has no option `{next(iter(unknown))}`: `with model.edit() as edited:` "
+                "gives a model with the edits, and leaves `model` as it is. Write "
+                "`with model.edit() as model:` to go on with that one.",
+                here(),
+            )
         return Edit(self)
 
     def edited(self, graph: Graph) -> Self:

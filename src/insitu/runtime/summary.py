@@ -70,6 +70,26 @@ class Planned:
 
     def explain(self) -> str:
         """Returns a table of the passes, with what each leaves out and why."""
+        lines = self._lines()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = [
+            "  ".join(
+                cell.ljust(width) if at in (1, 7) else cell.rjust(width)
+                for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*table, *self._total()])
+
+    def _repr_html_(self) -> str:
+        from insitu.display.rows import rows_html  # display stands on this, not under it
+
+        head, *lines = self._lines()
+        left = {"invocations", "why"}
+        return rows_html(head, lines, left, "".join(self._total()))
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        """The names of the columns, and the cells of each pass."""
         head = (
             "pass",
             "invocations",
@@ -92,20 +112,16 @@ class Planned:
                     single.reason,
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(
-                cell.ljust(width) if at in (1, 7) else cell.rjust(width)
-                for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
+        return lines
+
+    def _total(self) -> list[str]:
+        """What all passes cost, in a line; none if that is not known."""
+        if not (self.flops and self.naive_flops):
+            return []
+        return [
+            f"{self.flops / 1e9:,.4g} GFLOP; each invocation alone, in full: "
+            f"{self.naive_flops / 1e9:,.4g} ({self.naive_flops / self.flops:.1f} times as much)"
         ]
-        if self.flops and self.naive_flops:
-            table.append(
-                f"{self.flops / 1e9:,.4g} GFLOP; each invocation alone, in full: "
-                f"{self.naive_flops / 1e9:,.4g} ({self.naive_flops / self.flops:.1f} times as much)"
-            )
-        return "\n".join(table)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -1,0 +1,191 @@
+"""Where the user's code enters the methods: arguments of a wrong kind are refused there.
+
+All public functions, and public methods of public classes, are wrapped once, when the package is
+imported. Where a call fails with an error of Python's or torch's, its arguments are compared with
+their annotations, as far as these say plainly what they are: what methods say themselves comes
+first. Errors of Insitu's leave with a short traceback. Inside of the package nothing is wrapped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import sys
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache, wraps
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+
+from insitu.graph.errors import InsituError, OptionError, nearest
+from insitu.graph.location import here
+from insitu.graph.recorded import AnyRecorded
+from insitu.graph.tracebacks import shortened
+from insitu.models.language_model import LanguageModel
+
+_OPERATORS = (
+    *("__getitem__", "__mul__", "__rmul__", "__truediv__", "__add__", "__radd__", "__sub__"),
+    *("__neg__", "__call__", "__enter__"),
+)
+_RAW = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
+
+
+def guard(namespace: dict[str, Any], names: Collection[str]) -> None:
+    """Wraps public functions of a package, and methods of its public classes.
+
+    Args:
+        namespace: of the package. The functions in it, and in the modules that they come from,
+            are replaced.
+        names: their names, and those of the classes.
+    """
+    for name in names:
+        item = namespace[name]
+        if inspect.isfunction(item):
+            namespace[name] = wrapped = _guarded(item)
+            setattr(sys.modules[item.__module__], name, wrapped)  # pickle looks it up there
+        elif inspect.isclass(item):
+            for own, method in [*vars(item).items()]:
+                if own.startswith("_") and own not in _OPERATORS:
+                    continue
+                if isinstance(method, classmethod | staticmethod):
+                    setattr(item, own, type(method)(_guarded(method.__func__)))
+                elif inspect.isfunction(method):
+                    setattr(item, own, _guarded(method))
+
+
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose arguments are checked, and whose errors have a short traceback."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            if any(map(_is_nan, (*args, *kwargs.values()))):
+                _check(function, args, kwargs)
+            return function(*args, **kwargs)
+        except InsituError as error:
+            failed = error
+        except _RAW as error:
+            try:
+                _check(function, args, kwargs)
+            except InsituError as wrong:
+                failed = wrong
+            else:
+                raise error  # of the user's own functions, or a fault of ours
+        try:
+            raise shortened(failed)
+        finally:
+            del failed  # else the error and this frame would keep each other
+
+    return call
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether a value is a NaN, which nothing stumbles over."""
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _check(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises an `OptionError` if an argument is of a wrong kind."""
+    signature, kinds = _known(function)
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        wrong = str(error).rpartition("'")[0].rpartition("'")[2]
+        hint = nearest(wrong, kinds) if "unexpected" in str(error) else ""
+        raise OptionError(
+            f"`{function.__qualname__}{signature}` is called with other arguments: {error}{hint}.",
+            here(),
+        ) from None
+    for name, value in given.items():
+        kind = kinds.get(name)
+        if kind is not None and not _fits(value, kind):
+            shown = repr(value) if len(repr(value)) < 80 else f"a {type(value).__name__}"
+            raise OptionError(
+                f"`{name}` of `{function.__qualname__}` is {_told(kind)}, not {shown}.", here()
+            )
+
+
+@cache
+def _known(function: Callable[..., Any]) -> tuple[inspect.Signature, Mapping[str, Any]]:
+    """A function's signature, and what is known of its parameters' kinds."""
+    signature = inspect.signature(function)
+    kinds: dict[str, Any] = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        kind = parameter.annotation
+        if isinstance(kind, str):
+            try:
+                kind = eval(kind, {**function.__globals__, "LanguageModel": LanguageModel})
+            except Exception:  # of a name that only type checkers import
+                continue
+        if kind is not inspect.Parameter.empty and kind is not Any:
+            kinds[name] = kind
+    return signature, kinds
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind, or may be for all that is known of it."""
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if isinstance(value, AnyRecorded):
+        return True  # recorded, or a saved value: what it is counts where it is used
+    if kind is None or kind is type(None):
+        return value is None
+    if origin is Literal:
+        return isinstance(value, str) or value in get_args(kind)  # names are checked with a hint
+    if kind is str:
+        return isinstance(value, str)
+    if kind is bool:
+        return isinstance(value, bool) or hasattr(value, "dtype")
+    if kind is int:
+        return hasattr(value, "__index__")
+    if kind is float:
+        number = hasattr(value, "__float__") or hasattr(value, "__index__")
+        return number and not (isinstance(value, float) and math.isnan(value))
+    if origin is os.PathLike:
+        return isinstance(value, os.PathLike)
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Iterable):
+        return _iterates(value, origin, get_args(kind))
+    if kind is torch.Tensor:
+        return hasattr(value, "dtype")
+    if isinstance(kind, type) and kind.__module__.startswith("insitu."):
+        return isinstance(value, kind)
+    return True
+
+
+def _iterates(value: Any, origin: type, kinds: Sequence[Any]) -> bool:
+    """Whether a value may be a container of such a kind."""
+    if isinstance(value, str | bytes):
+        return str in kinds and not issubclass(origin, Mapping)
+    if isinstance(value, list | tuple) and len(kinds) == 1:
+        return all(_fits(item, kinds[0]) for item in value)
+    if issubclass(origin, Mapping) or isinstance(value, Mapping):
+        return issubclass(origin, Mapping) and isinstance(value, Mapping)
+    return hasattr(value, "__iter__")
+
+
+def _told(kind: Any) -> str:
+    """A kind in words."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        words = list(dict.fromkeys(_told(one) for one in inner))
+        return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+    if kind is None or kind is type(None):
+        return "None"
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin is os.PathLike:
+        return "a path"
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Iterable):
+        if issubclass(origin, Mapping):
+            return "a dictionary"
+        return f"several of them ({_told(inner[0])} each)" if inner else "several"
+    if kind in _NAMES:
+        return _NAMES[kind]
+    name = getattr(kind, "__name__", str(kind))
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} `{name}`"
