@@ -39,7 +39,7 @@ class BlockView:
         Hidden states are `(batch, position, d_model)`, keys and values
         `(batch, head, position, d_head)`.
         """
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        hidden = output if isinstance(output, torch.Tensor) else output[_hidden_at(output)]
         if not self.takes_arguments:
             return (hidden,)
         cached = _keys_and_values((*args, *kwargs.values()), self.layer)
@@ -54,7 +54,10 @@ class BlockView:
             for old, new in zip(cached or (), shown[1], strict=False):
                 if new is not old:
                     old.copy_(new)
-        return shown[0] if isinstance(output, torch.Tensor) else (shown[0], *output[1:])
+        if isinstance(output, torch.Tensor):
+            return shown[0]
+        at = _hidden_at(output)
+        return (*output[:at], shown[0], *output[at + 1 :])
 
     def stand_in(self, returned: Any, shown: Any) -> Any:
         """Returns what the block must return for hidden states that it did not make.
@@ -69,6 +72,18 @@ class BlockView:
         if any(isinstance(item, torch.Tensor) for item in returned[1:]):
             raise ShapeError("the block returns more than hidden states with these options")
         return (hidden, *returned[1:])
+
+
+def _hidden_at(output: Any) -> int:
+    """Where hidden states stand in what a block returns.
+
+    They come first, but a block that is asked for its attention may put that in front of them, as
+    DistilBERT does with Transformers 4.
+    """
+    if len(output) > 1 and isinstance(output[0], torch.Tensor) and output[0].ndim == 4:
+        places = (at for at, item in enumerate(output) if getattr(item, "ndim", None) == 3)
+        return next(places, 0)
+    return 0
 
 
 def block_views(
