@@ -20,8 +20,9 @@ def test_a_layer_is_read_and_kept_on_disk(eiffel: LanguageModel, tmp_path: Path)
         hidden = eiffel.transformer.h[3].output[0].save()
     torch.save(hidden, tmp_path / "hidden.pt")
     kept = torch.load(tmp_path / "hidden.pt")
+    module: Any = eiffel.module
     ids = eiffel.tokenizer(PROMPT, return_tensors="pt")
-    expected = eiffel.module(**ids, output_hidden_states=True).hidden_states[4]
+    expected = module(**ids, output_hidden_states=True).hidden_states[4]
     torch.testing.assert_close(kept, expected)
 
 
@@ -35,8 +36,9 @@ def test_a_head_is_ablated(eiffel: LanguageModel) -> None:
         z[..., 32:48] = 0
         return (z,)
 
-    hook = eiffel.module.transformer.h[1].attn.c_proj.register_forward_pre_hook(off)
-    expected = eiffel.module(**eiffel.tokenizer(PROMPT, return_tensors="pt")).logits
+    module: Any = eiffel.module
+    hook = module.transformer.h[1].attn.c_proj.register_forward_pre_hook(off)
+    expected = module(**eiffel.tokenizer(PROMPT, return_tensors="pt")).logits
     hook.remove()
     torch.testing.assert_close(logits.value, expected)
 
@@ -45,8 +47,9 @@ def test_text_is_generated_and_steered(eiffel: LanguageModel) -> None:
     with eiffel.generate(PROMPT, max_new_tokens=3) as generator:
         with generator.every_step():
             eiffel.blocks[2].residual_out[:] += 0
+    module: Any = eiffel.module
     ids = eiffel.tokenizer(PROMPT, return_tensors="pt")
-    expected = eiffel.module.generate(**ids, max_new_tokens=3, do_sample=False)
+    expected = module.generate(**ids, max_new_tokens=3, do_sample=False)
     assert torch.equal(generator.output, expected)
     assert steering_vector(eiffel, [PROMPT], [OTHER]).site == "residual_out"
 
