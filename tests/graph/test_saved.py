@@ -260,7 +260,7 @@ def test_every_step_gives_a_list_and_no_tensor() -> None:
         with generator.every_step():
             steps = model.lm_head.output.save()
         once = model.lm_head.output.save()
-    assert not isinstance(steps, torch.Tensor) and len(steps) == 2
+    assert isinstance(steps, list) and len(steps) == 2
     assert torch.equal(steps[0], once) and isinstance(once, torch.Tensor)
 
 
@@ -536,3 +536,89 @@ def test_what_was_saved_is_written_to_other_sites_of_the_block() -> None:
     assert torch.equal(logits, right)
     with pytest.raises(InsituError), model.trace(ids) as tracer:
         tracer.invoke(model.logits.save())
+
+
+def test_every_step_gives_a_list_that_is_one_to_torch() -> None:
+    model = LanguageModel(tiny_gpt2())
+    prompt = torch.tensor([[1, 2, 3]])
+    with model.generate(prompt, max_new_tokens=2) as generator, generator.every_step():
+        ids = model.lm_head.output[0, -1].argmax().save()
+        tops = model.lm_head.output[0, -1].topk(2).save()
+        named = model.blocks[0].residual_out.save()
+    plain = ids.value
+    row = torch.arange(100.0)
+    assert type(plain) is list and ids.value is plain and isinstance(ids, list)
+    assert ids == plain and len(tops) == len(named) == 2
+    assert torch.equal(row[torch.stack(ids)], row[torch.stack(plain)])
+    assert torch.equal(torch.tensor(ids), torch.tensor(plain))
+    assert type(pickle.loads(pickle.dumps(ids))) is list and type(copy.deepcopy(ids)) is list
+    assert isinstance(tops[0], tuple) and list(reversed(ids)) == plain[::-1]
+    with model.trace(prompt):
+        again = insitu.apply(lambda x, ids: torch.stack(ids), model.lm_head.output, ids).save()
+    assert torch.equal(again, torch.stack(plain))
+
+
+def test_a_saved_output_is_read_by_key_and_unpacked() -> None:
+    model = LanguageModel(tiny_gpt2())
+    ids = torch.tensor([[1, 2, 3]])
+    with model.trace(ids):
+        output: Any = model.output.save()
+        entries: Any = insitu.apply(lambda x: {"a": x, "b": [1]}, model.lm_head.output).save()
+    logits = model.module(ids).logits
+    for found in (output["logits"], output[0], output.logits, dict(**output)["logits"]):
+        assert torch.equal(found, logits)
+    assert torch.equal(entries["a"], logits) and entries["b"] == [1] and {**entries}.keys()
+
+
+def test_known_tuples_say_that_they_are_tuples() -> None:
+    model = linear()
+    with model.trace(X):
+        top: Any = model[0].output.topk(2).save()
+        inputs: Any = model[0].inputs.save()
+        assert not isinstance(top, tuple)  # of which nothing is known yet but that it is none
+    assert isinstance(top, tuple) and isinstance(inputs, tuple)
+    assert torch.equal(top[0], hooked(model.module, "0", X).topk(2).values)
+
+
+NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "full": lambda n: torch.ones(2).new_full((2,), 0.0).add_(n),
+    "round": lambda n: round(n, 2),
+    "round to an integer": round,
+    "arithmetic": lambda n: (n + 1, 2 - n, n / 2, 3 * n, -n, n**2),
+    "with tensors": lambda n: torch.ones(2) * n + n,
+    "hash": lambda n: {n: 1},
+    "format": lambda n: f"{n:.2f} {n}",
+    "array": lambda n: np.array([n, n]),
+    "isinstance": lambda n: isinstance(n, float),
+    "clamp": lambda n: torch.ones(2).clamp(max=n),
+    "fill": lambda n: _assigned(torch.ones(2), 0).fill_(n),
+}
+
+
+@pytest.mark.parametrize("use", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize(
+    "read",
+    [lambda h: h.max().item(), lambda h: insitu.apply(lambda x: float(x.max()), h)],
+    ids=["item", "apply"],
+)
+def test_a_saved_number_is_used_as_a_number(
+    read: Callable[[Any], Any], use: Callable[[Any], Any]
+) -> None:
+    model = linear()
+    with model.trace(X):
+        number = read(model[0].output).save()
+    found, right = use(number), use(hooked(model.module, "0", X).max().item())
+    assert np.array_equal(np.asarray(found), np.asarray(right)) and type(found) is type(right)
+
+
+def test_arrays_and_strings_keep_their_own_methods() -> None:
+    model = linear()
+    with model.trace(X):
+        array = insitu.apply(lambda x: x.detach().numpy(), model[0].output).save()
+        text = insitu.apply(lambda x: "a b", model[0].output).save()
+        rows = model[0].output.tolist().save()
+    plain = hooked(model.module, "0", X).detach().numpy()
+    assert array.mean() == plain.mean() and np.array_equal(array.sum(0), plain.sum(0))
+    assert text.split() == ["a", "b"]
+    rows.sort()
+    assert rows.value == sorted(plain.tolist())

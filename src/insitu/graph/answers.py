@@ -116,6 +116,10 @@ class Answers(AnyRecorded):
     def __complex__(self) -> complex:
         return complex(self._python_value("complex()", ".item(), which is recorded"))
 
+    def __round__(self, digits: int | None = None) -> Any:
+        value = self._python_value("round()", ".round(decimals=...), which is recorded")
+        return round(value) if digits is None else round(value, digits)
+
     def __contains__(self, item: object) -> bool:
         return item in self._python_value("`in`", "(value == item).any()")
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from insitu.graph.context import is_autocast_enabled, is_grad_enabled
 from insitu.graph.encoding import KEYS, PLAIN, is_constant
@@ -51,6 +51,10 @@ def record(
     else:
         recording = recording_of((args, dict(kwargs)))
         if recording is None:
+            if isinstance(first, AnyRecorded) and operation.name.startswith("Tensor."):
+                value = first.result(here(3))
+                if not isinstance(value, Tensor):  # of an array or a string: what it has itself
+                    return at_once(getattr(value, operation.short), args[1:], kwargs)
             return at_once(operation.function, args, kwargs)
     if operation.in_place:
         return kind(recording, recording.mutate(operation, args, kwargs, mark(3)))

@@ -18,7 +18,7 @@ from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Function
 from insitu.graph.recorded import AnyRecorded, refuse_structure
-from insitu.graph.saved import SavedTensor
+from insitu.graph.saved import SavedList, SavedTensor
 from insitu.graph.structure import map_structure
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
             return item.result(Location(*mark))
         if type(item) is SavedTensor:
             return item.constant()
+        if type(item) is SavedList:
+            return map_structure(leaf, item.value)
         if type(item) in PLAIN or isinstance(item, torch.Tensor | Function):
             return item
         if type(item) is bool:

@@ -47,7 +47,17 @@ from insitu.graph.operations import (
 from insitu.graph.operators import Operators
 from insitu.graph.recorded import WAITING, Cell, Missing, Recorded, unassignable
 from insitu.graph.recording import Recording
-from insitu.graph.saved import become, blank, device_name, empty, fill, hold
+from insitu.graph.saved import (
+    SavedList,
+    become,
+    blank,
+    device_name,
+    empty,
+    empty_list,
+    fill,
+    fill_list,
+    hold,
+)
 from insitu.graph.shapes import shape_of
 from insitu.graph.structured import is_structure
 
@@ -102,11 +112,15 @@ class AnyProxy(Operators, Answers):
         kind = KEEP if keep_graph else SAVE
         args = (source,) if to is None else (source, device_name(to))
         rows.append((kind, args, NO_KWARGS, source.inputs, False, mark()))
-        if not self._operand or recording.repeating or is_structure(recording, source.index):
+        saved: Any
+        if recording.repeating:
+            saved = SavedSteps()
+        elif not self._operand or is_structure(recording, source.index):
             cell = self._cell = recording.saves[index] = Cell()
             kind = Proxy if isinstance(self, torch.Tensor) else type(self)
-            return cast(Any, kind)(recording, source, cell)
-        saved = blank(SavedProxy)
+            return _SAVED.get(kind, kind)(recording, source, cell)
+        else:
+            saved = blank(SavedProxy)
         entries = saved.__dict__
         entries["_recording"], entries["_ref"] = recording, source
         self._cell = recording.saves[index] = saved
@@ -264,7 +278,7 @@ class AnyProxy(Operators, Answers):
         if recording.holds(self._ref, value, key):
             return
         if isinstance(key, str) or (isinstance(key, int) and not self._is_tensor(key)):
-            block = type(self) is StructureProxy
+            block = isinstance(self, StructureProxy)
             written = write_part(recording, self._ref, key, value, block, line)
             if written is not None:
                 self._ref = written
@@ -398,6 +412,9 @@ class SavedObject(AnyProxy, torch.Tensor):  # pyright: ignore[reportIncompatible
     def __class__(self) -> Any:  # pyright: ignore
         return cast(Any, type(self._held))
 
+    def __hash__(self) -> int:
+        return hash(self._held)
+
     @property
     def _cell(self) -> SavedObject:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self
@@ -413,6 +430,45 @@ class SavedObject(AnyProxy, torch.Tensor):  # pyright: ignore[reportIncompatible
         return len(self._held)
 
 
+class SavedSteps(AnyProxy, list[Any]):  # pyright: ignore
+    """Stands for what every step saves, until the run makes it a list.
+
+    Torch's C code takes a list for one, and any other sequence for indices of one axis each.
+    """
+
+    _missing: Any = WAITING
+    if TYPE_CHECKING:
+        _recording: Recording
+        _ref: Ref
+
+    @property
+    def _cell(self) -> SavedSteps:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self
+
+    @_cell.setter
+    def _cell(self, cell: Any) -> None:
+        """Leaves what an earlier `.save()` has returned to that one."""
+
+    @property
+    def _content(self) -> Any:
+        return self._missing
+
+    def _put(self, content: Any) -> None:
+        """Makes this what the run has saved."""
+        if type(content) is list:
+            fill_list(self, cast("list[Any]", content))
+        else:
+            vars(self)["_missing"] = content
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name != "grad":
+            raise unassignable(name, here())
+        super().__setattr__(name, value)
+
+    def __reversed__(self) -> Any:
+        return reversed(list(iter(self)))
+
+
 def withdraw(holder: Any, recording: Recording, index: int, missing: Missing) -> None:
     """Takes a value back from where a run has put it.
 
@@ -426,6 +482,10 @@ def withdraw(holder: Any, recording: Recording, index: int, missing: Missing) ->
         source = ref(recording.graph.rows[index][3][0])
         empty(holder, {"_recording": recording, "_ref": source})
         become(holder, SavedProxy)
+    elif isinstance(holder, SavedList):
+        source = ref(recording.graph.rows[index][3][0])
+        empty_list(holder, {"_recording": recording, "_ref": source})
+        become(holder, SavedSteps)
     cast(Any, holder)._put(missing)
 
 
@@ -439,6 +499,10 @@ for _name in dir(torch.Tensor):
         setattr(SavedProxy, _name, _handing_on(_name))
         setattr(SavedObject, _name, _handing_on(_name))
 
+for _name in dir(list):
+    if _name[0] != "_" and not hasattr(AnyProxy, _name):
+        setattr(SavedSteps, _name, _handing_on(_name))
+
 
 class StructureProxy(Proxy):
     """Stands for a value that is known to be a tuple: index it before computing with it."""
@@ -446,5 +510,27 @@ class StructureProxy(Proxy):
     __slots__ = ()
     _operand = False
 
+
+def _class_of_content(self: Any) -> Any:
+    """The class of the value once there is one, so that `isinstance(x, tuple)` holds."""
+    content = None if self._cell is None else self._cell._content
+    return cast(Any, type)(self if content is None or type(content) is Missing else content)
+
+
+class _SavedStructure(Proxy):
+    """What `.save()` of a value gives that is known to be no tensor."""
+
+    __slots__ = ()
+    __class__ = cast(Any, property(_class_of_content))  # pyright: ignore
+
+
+class _SavedTuple(StructureProxy):
+    """What `.save()` of a `StructureProxy` gives."""
+
+    __slots__ = ()
+    __class__ = cast(Any, property(_class_of_content))  # pyright: ignore
+
+
+_SAVED: dict[Any, Any] = {Proxy: _SavedStructure, StructureProxy: _SavedTuple}
 
 _TENSOR = torch.Tensor

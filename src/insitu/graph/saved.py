@@ -10,7 +10,9 @@ as any other proxy does (`SavedProxy`); the run then gives it the memory of the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -107,6 +109,34 @@ class SavedTensor(torch.Tensor):
         return torch.Tensor.detach(self).requires_grad_()
 
 
+class SavedList(list[Any]):
+    """What was saved in every step: the list of its values, and pickled as a plain one."""
+
+    @property
+    def value(self) -> list[Any]:
+        """The values as a plain list: the same object each time, unless the list has changed."""
+        kept = _entries(self).get("_kept")
+        if kept is None or len(kept) != len(self) or not all(map(operator.is_, kept, self)):
+            kept = _entries(self)["_kept"] = list(self)
+        return kept
+
+    @property
+    def _content(self) -> list[Any]:
+        return self.value
+
+    def _put(self, content: object) -> None:
+        """Does nothing: see `SavedTensor`."""
+
+    def __copy__(self) -> list[Any]:
+        return list(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
+        return copy.deepcopy(list(self), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return list, (list(self),)
+
+
 def _entries(thing: object) -> dict[str, Any]:
     return thing.__dict__
 
@@ -152,6 +182,28 @@ def hold(holder: Any, value: object) -> None:
     """Notes in what `blank` gave a value that is no ordinary tensor."""
     _entries(holder).clear()
     _entries(holder)["_held"] = value
+    if isinstance(value, bool | int | float | complex):
+        # Torch's C code looks into the memory: `torch.tensor(x)` is then of that number.
+        with contextlib.suppress(RuntimeError, OverflowError):  # an integer of more than 64 bits
+            _swap(holder, torch.tensor(value, device="cpu"))
+
+
+def fill_list(holder: Any, values: list[Any]) -> None:
+    """Makes a list that stands for the values of every step a `SavedList` of them.
+
+    Args:
+        holder: an empty list, of a class of proxies.
+        values: the values.
+    """
+    _entries(holder).clear()
+    become(holder, SavedList).extend(values)
+
+
+def empty_list(holder: SavedList, entries: dict[str, Any]) -> None:
+    """Empties such a list again, and gives it other attributes."""
+    holder.clear()
+    _entries(holder).clear()
+    _entries(holder).update(entries)
 
 
 def empty(holder: Any, entries: dict[str, Any]) -> None:

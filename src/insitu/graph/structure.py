@@ -22,7 +22,7 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
         value: a leaf or containers of leaves. Dictionaries of other classes (such as
             `transformers.utils.ModelOutput`) keep their class.
     """
-    kind = cast(Any, type(value))
+    kind: Any = cast(Any, type)(value)
     if kind is torch.Tensor:
         return function(value)
     if kind is tuple or kind is list:
@@ -30,17 +30,22 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
         return items if kind is list else tuple(items)
     if kind is slice:
         return slice(*(map_structure(function, x) for x in (value.start, value.stop, value.step)))
-    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+    # `value` is of this class, whatever it says: a saved dictionary says that it is one, and is a
+    # leaf here.
+    if _is_kind_of(kind, tuple) and hasattr(kind, "_fields"):
         fields = cast("tuple[Any, ...]", value)
         return kind(*(map_structure(function, x) for x in fields))
-    if isinstance(value, tuple) and kind.__module__ == "torch.return_types":
+    if _is_kind_of(kind, tuple) and kind.__module__ == "torch.return_types":
         results = cast("tuple[Any, ...]", value)
         return kind([map_structure(function, x) for x in results])
-    if isinstance(value, dict):
+    if _is_kind_of(kind, dict):
         entries = cast("dict[Any, Any]", value)
         mapped = {key: map_structure(function, item) for key, item in entries.items()}
         return mapped if kind is dict else kind(mapped)
     return function(value)
+
+
+_is_kind_of: Callable[[Any, Any], bool] = issubclass
 
 
 def is_basic(key: Any) -> bool:

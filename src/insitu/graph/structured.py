@@ -1,4 +1,4 @@
-"""Which nodes are known to give something other than a tensor, such as a tuple or a number.
+"""Which nodes are known to give something other than a tensor or a number, such as a tuple.
 
 Not all that do are: what a module returns, or a function of the user's, is seen in the run only.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def is_structure(recording: Recording, index: int) -> bool:
-    """Returns whether a node is known to give no tensor.
+    """Returns whether a node is known to give neither a tensor nor a number, which passes for one.
 
     Args:
         recording: where the node is.
@@ -33,7 +33,7 @@ def is_structure(recording: Recording, index: int) -> bool:
     if not recording.fakes:
         return False
     known = recording.fakes.get(index)
-    return known is not None and not isinstance(known, torch.Tensor)
+    return known is not None and not isinstance(known, torch.Tensor | bool | int | float | complex)
 
 
 def _of_names(names: str) -> frozenset[Operation]:
@@ -43,10 +43,9 @@ def _of_names(names: str) -> frozenset[Operation]:
 
 _ALWAYS = _of_names(
     """
-    aminmax broadcast_tensors chunk cummax cummin dsplit eigh frexp histogram hsplit is_complex
-    is_floating_point is_nonzero is_signed item kthvalue lstsq meshgrid mode qr slogdet sort split
-    split_with_sizes std_mean svd tensor_split tolist topk unbind unravel_index unsafe_chunk
-    unsafe_split var_mean vsplit
+    aminmax broadcast_tensors chunk cummax cummin dsplit eigh frexp histogram hsplit kthvalue lstsq
+    meshgrid mode qr slogdet sort split split_with_sizes std_mean svd tensor_split tolist topk
+    unbind unravel_index unsafe_chunk unsafe_split var_mean vsplit
     """
 )
 # A pair along an axis, and else one tensor: of all of a tensor, or of two (`torch.max(x, y)`).

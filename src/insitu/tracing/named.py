@@ -23,7 +23,7 @@ from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, Mark, here, mark
 from insitu.graph.node import NO_KWARGS, Kind, Ref
 from insitu.graph.operations import REPLACE
-from insitu.graph.proxy import AnyProxy, Proxy, SavedProxy, StructureProxy
+from insitu.graph.proxy import AnyProxy, Proxy, SavedProxy, SavedSteps, StructureProxy
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording
 from insitu.graph.saved import become
@@ -165,7 +165,7 @@ class Named:
                 recording.shown[written._ref.index, self] = (written._ref, shown._ref)
                 self._refuse_writes(recording, shown._ref)
             return
-        block = type(site) is StructureProxy
+        block = isinstance(site, StructureProxy)
         # From the inside out: the entry of the innermost container, that container, and so on.
         for depth in range(len(self.item) - 1, 0, -1):
             container: Proxy = site
@@ -271,11 +271,20 @@ class _SavedAs(SavedProxy):
         self._saved[key] = value
 
 
+class _StepsAs(SavedSteps):
+    """The same in every step."""
+
+    _saved: Any
+    grad = _SavedAs.grad
+    __getitem__ = cast(Any, _SavedAs.__getitem__)
+    __setitem__ = cast(Any, _SavedAs.__setitem__)
+
+
 def _as(source: Proxy, saved: Any) -> Any:
     """Returns what `.save()` gave, with the meaning that its source has while the block is open."""
-    if isinstance(saved, SavedProxy):
+    if isinstance(saved, SavedProxy | SavedSteps):
         vars(saved)["_saved"] = source
-        return become(saved, _SavedAs)
+        return become(saved, _SavedAs if isinstance(saved, SavedProxy) else _StepsAs)
     if isinstance(source, NamedProxy):
         saved._name, saved._base, saved._reading = source._name, source._base, source._reading
         saved._step = source._step
