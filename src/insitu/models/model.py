@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 _USED_INSIDE = """
     caches edited exclusive fake_module has_hooks in_use knows_dtypes look look_at_weights
-    open_block plans probe settle views vocabulary warn_of_noise without_data
+    open_block plans probe settle snapshot views vocabulary warn_of_noise without_data
 """
 """What other parts of Insitu use of a model; not in `dir`."""
 
