@@ -49,6 +49,7 @@ from insitu.graph.recorded import WAITING, Cell, Missing, Recorded, unassignable
 from insitu.graph.recording import Recording
 from insitu.graph.saved import (
     SavedList,
+    SavedTensor,
     become,
     blank,
     device_name,
@@ -57,6 +58,8 @@ from insitu.graph.saved import (
     fill,
     fill_list,
     hold,
+    set_class,
+    swap,
 )
 from insitu.graph.shapes import shape_of
 from insitu.graph.structured import is_structure
@@ -380,7 +383,12 @@ class SavedProxy(AnyProxy, torch.Tensor):  # pyright: ignore[reportIncompatibleV
 
     def _put(self, content: Any) -> None:
         """Makes this what the run has saved."""
-        if type(content) is _TENSOR:
+        if type(content) is _TENSOR and not content.requires_grad:
+            # As `fill` does, but for a call.
+            self.__dict__.clear()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
+            swap(self, content)
+            set_class(self, SavedTensor)
+        elif type(content) is _TENSOR:
             fill(self, content)
         elif type(content) is Missing:
             vars(self)["_missing"] = content

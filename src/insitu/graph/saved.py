@@ -143,7 +143,7 @@ def _entries(thing: object) -> dict[str, Any]:
 
 def become(thing: Any, kind: type[Any]) -> Any:
     """Gives an object another class, also where setting attributes means something else there."""
-    _set_class(thing, kind)
+    set_class(thing, kind)
     return thing
 
 
@@ -168,14 +168,15 @@ def fill(holder: Any, value: torch.Tensor) -> None:
         holder: what `blank` gave.
         value: an ordinary tensor, that nobody else has.
     """
-    _entries(holder).clear()
+    entries = holder.__dict__
+    entries.clear()
     if value.requires_grad:
         # Whoever differentiates a loss by `x.value` has to get the tensor that the loss is of.
-        _entries(holder)["_kept"] = value
+        entries["_kept"] = value
         value = value.as_subclass(torch.Tensor)
     # Not `holder.data = value`, which keeps device and layout, and knows no history.
-    _swap(holder, value)
-    _set_class(holder, SavedTensor)
+    swap(holder, value)
+    set_class(holder, SavedTensor)
 
 
 def hold(holder: Any, value: object) -> None:
@@ -185,7 +186,7 @@ def hold(holder: Any, value: object) -> None:
     if isinstance(value, bool | int | float | complex):
         # Torch's C code looks into the memory: `torch.tensor(x)` is then of that number.
         with contextlib.suppress(RuntimeError, OverflowError):  # an integer of more than 64 bits
-            _swap(holder, torch.tensor(value, device="cpu"))
+            swap(holder, torch.tensor(value, device="cpu"))
 
 
 def fill_list(holder: Any, values: list[Any]) -> None:
@@ -210,7 +211,7 @@ def empty(holder: Any, entries: dict[str, Any]) -> None:
     """Makes a tensor one without any content again, with other attributes."""
     _entries(holder).clear()
     _entries(holder).update(entries)
-    _swap(holder, _EMPTY.data)
+    swap(holder, _EMPTY.data)
 
 
 def device_name(device: str | torch.device) -> str:
@@ -237,7 +238,7 @@ def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
         return True
 
 
-_set_class: Callable[[Any, type[Any]], None] = vars(object)["__class__"].__set__
-_swap: Callable[[torch.Tensor, torch.Tensor], None] = torch._C._swap_tensor_impl  # pyright: ignore
+set_class: Callable[[Any, type[Any]], None] = vars(object)["__class__"].__set__
+swap: Callable[[torch.Tensor, torch.Tensor], None] = torch._C._swap_tensor_impl  # pyright: ignore
 # Of a dtype that nothing is computed in: where torch looks at it all the same, it raises.
 _EMPTY = torch.empty(0, dtype=torch.bits8)

@@ -26,7 +26,8 @@ def drops_out(parts: Iterable[nn.Module]) -> bool:
     Args:
         parts: the modules of a model.
     """
-    return any(part.training and _has_dropout(part) for part in parts)
+    training = [part for part in parts if part.training]
+    return any(_has_dropout(part) for part in training)
 
 
 def _has_dropout(part: nn.Module) -> bool:

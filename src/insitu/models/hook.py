@@ -67,7 +67,7 @@ class Hook:
         return f"<hook {self._name}>"
 
     def _inside(self, invocation: Any, line: Mark) -> Invocation:
-        if type(invocation) is Invocation:
+        if isinstance(invocation, Invocation):
             return invocation
         raise BlockError(
             f"`{self._name}` is a value of a run, so it belongs inside a block: "

@@ -199,7 +199,8 @@ class Model(Handle):
         Args:
             is_open: whether it begins.
         """
-        vars(self).update(_looked=None if is_open else False, _weighed=False)
+        state = vars(self)
+        state["_looked"], state["_weighed"] = None if is_open else False, False
 
     def look(self, closely: bool = False) -> bool:
         """Takes the module's tree as it is now; returns whether it had changed.

@@ -88,7 +88,9 @@ class Reader:
         """
         if isinstance(prompt, AnyRecorded):
             prompt = prompt.result(Location(*mark))
-        if beside:
+        if type(prompt) is torch.Tensor and self.lookups_check and not beside and _is_plain(prompt):
+            read = Prompt(prompt, mark)  # as below, but for a call: what loops give most often
+        elif beside:
             read = self._read_with(prompt, side, mark, beside)
         else:
             read = self._read(prompt, side, mark, _NOTHING, None)
@@ -114,8 +116,7 @@ class Reader:
         if isinstance(prompt, torch.Tensor):
             if prompt.is_floating_point() and self._is_embedding(prompt):
                 return self._embedded(prompt, mark)
-            plain = prompt.dtype is torch.int64 and prompt.ndim == 2
-            read = Prompt(prompt if plain else as_ids(prompt, mark), mark)
+            read = Prompt(prompt if _is_plain(prompt) else as_ids(prompt, mark), mark)
             if not self.lookups_check:
                 self.check_ids(read)
         elif isinstance(prompt, Mapping) and "input_ids" in prompt:
@@ -332,3 +333,8 @@ class Reader:
         encoding = processed(self._processor, prompt, media, side, mark, choice)
         read = self._encoding(encoding, side, mark)
         return read._replace(extras=map_structure(leaf, dict(read.extras)))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is token ids as a model takes them, `(rows, position)`."""
+    return tensor.dtype is torch.int64 and tensor.ndim == 2

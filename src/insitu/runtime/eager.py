@@ -20,13 +20,24 @@ _ORIGINAL = "_torchdynamo_orig_callable"  # where what `torch.compile` gives has
 
 def is_compiled(modules: Iterable[nn.Module]) -> bool:
     """Returns whether any of these modules is under `torch.compile`, or its `forward` alone."""
+    kinds: set[type[nn.Module]] = set()
     for module in modules:
-        if module._compiled_call_impl is not None:  # pyright: ignore[reportUnknownMemberType]
+        compiled, own, _ = entry(module)
+        if compiled is not None or (own is not None and hasattr(own, _ORIGINAL)):
             return True
-        # A method that was compiled with its class has what it was written as, too.
-        if hasattr(module.forward, _ORIGINAL):
-            return True
-    return False
+        kinds.add(type(module))
+    # A method that was compiled with its class has what it was written as, too.
+    return any(hasattr(kind.forward, _ORIGINAL) for kind in kinds)
+
+
+def entry(module: nn.Module) -> tuple[object, ...]:
+    """Returns what a call of a module enters: it is another if the module has been compiled.
+
+    Args:
+        module: the module.
+    """
+    state = vars(module)
+    return state.get("_compiled_call_impl"), state.get("forward"), type(module).forward
 
 
 def eager(compiled: bool) -> AbstractContextManager[Any]:

@@ -291,9 +291,9 @@ class Execution:
 
     def fill(self, saves: Mapping[int, Holder]) -> None:
         """Hands the saved values over."""
-        values = self._values
+        values, steps = self._values, self._steps
         for index, holder in saves.items():
-            holder._put(self._steps[index] if index in self._steps else values[index])
+            holder._put(steps[index] if index in steps else values[index])
         if (
             self._plan.moves and torch.cuda.is_initialized()
         ):  # copies to the CPU may still be on their way

@@ -127,10 +127,17 @@ class Handle(Call):
         return Names(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("module", "_model"):  # not found by a property, or not there yet in a copy
+        if name in (
+            "module",
+            "modules",
+            "_model",
+        ):  # not found by a property, or not there yet in a copy
             return object.__getattribute__(self, name)
-        children = self.module._modules
-        if children.get(name) is not None:
+        # In a block what is there was looked at once; from the root it takes several times as long.
+        module = self._model.modules.get(self._path)
+        if module is None:
+            module = self.module  # raises
+        if module._modules.get(name) is not None:
             child = vars(self)[name] = self._child(name)
             return child
         if name.startswith("__"):
@@ -156,7 +163,7 @@ class Handle(Call):
         """What a standard name stands for."""
         if isinstance(entry, Named):
             invocation, line = innermost(self._model, 3)
-            if type(invocation) is not Invocation:
+            if not isinstance(invocation, Invocation):
                 raise self._outside(name, line)
             return entry.read(invocation, line)
         if isinstance(entry, Given):
@@ -178,7 +185,7 @@ class Handle(Call):
                 "the `.output` of a module, or a value by its name.",
                 Location(*line),
             )
-        if type(invocation) is not Invocation:
+        if not isinstance(invocation, Invocation):
             raise self._outside(name, line)
         entry.write(invocation, value, line)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 _USED_INSIDE = """
-    call called current_step demand enter fake forget_shapes is_entered leave memory number read
+    call called current_step demand enter fake forget_shapes leave memory number read
     request result skip stop write
 """
 _INTERNAL = frozenset(_USED_INSIDE.split())
@@ -67,15 +67,6 @@ class Invocation(Scope):
         self.current_step = 0
         self._probe: Probe | None = None
         self.result: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        there = [own for own in dir(type(self)) if not own.startswith("_")]
-        raise PathError(f"An invocation has no `{name}`{habit(name, OF_BLOCKS, there)}.", here())
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__()} - _INTERNAL)
 
     def __enter__(self) -> Invocation:
         if not self.tracer.is_open:
@@ -322,3 +313,22 @@ class Invocation(Scope):
         if site[1:4] not in seen:
             raise never_ran(self._recording.graph, tracer.model.modules, site, seen)
         return seen[site[1:4]]
+
+
+class Invoked(Invocation):
+    """An invocation that the user has, by its name: it says what it has not.
+
+    With a `__getattr__`, Python takes several times as long to find any attribute, also those that
+    each site asks for. The invocation of a block with one prompt has no name, and does without.
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        there = [own for own in dir(type(self)) if not own.startswith("_")]
+        raise PathError(f"An invocation has no `{name}`{habit(name, OF_BLOCKS, there)}.", here())
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__()} - _INTERNAL)

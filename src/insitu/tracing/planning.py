@@ -19,7 +19,7 @@ from insitu.graph.recording import Recording
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import clone, map_structure
 from insitu.runtime.ambient import Ambient, ambient
-from insitu.runtime.eager import is_compiled
+from insitu.runtime.eager import entry, is_compiled
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR
@@ -47,6 +47,7 @@ class Prepared(NamedTuple):
         returned: what modules that are skipped would return, as fake tensors, by path.
         compiled: whether any of the model's parts is under `torch.compile`.
         watched: the part of the tree that the block is about.
+        entry: what a call of the model entered.
         ambient: what settings of torch the dtypes in `returned` depend on.
     """
 
@@ -56,6 +57,7 @@ class Prepared(NamedTuple):
     returned: Mapping[str, Any]
     compiled: bool
     watched: Watched
+    entry: object
     ambient: Ambient
 
 
@@ -121,9 +123,7 @@ def _still_holds(prepared: Prepared, model: Subject, invocations: int) -> bool:
     that is skipped would return.
     """
     watched = prepared.watched
-    if watched.now != watched.then:
-        return False
-    if not prepared.compiled and is_compiled((model.snapshot.root,)):
+    if watched.now != watched.then or prepared.entry != entry(model.snapshot.root):
         return False
     if invocations == 1 and not prepared.returned:
         return True
@@ -182,7 +182,8 @@ def _planned(
         returned = _returned(model, procedure, graph, invocations)
         check_cuts(graph, plan, moments)
     compiled = is_compiled(model.snapshot.parts)
-    return Prepared(plan, schedule, order, returned, compiled, watched, ambient()), passes
+    found = (compiled, watched, entry(model.snapshot.root), ambient())
+    return Prepared(plan, schedule, order, returned, *found), passes
 
 
 def _moments(

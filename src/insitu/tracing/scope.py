@@ -31,11 +31,6 @@ class Scope:
     _owner: FrameType | None
     _thread: int
 
-    @property
-    def is_entered(self) -> bool:
-        """Whether it has been opened and not closed."""
-        return self._owner is not None
-
     def enter(self, frame: FrameType) -> None:
         """Opens the scope.
 
@@ -49,7 +44,9 @@ class Scope:
         _open.set((*_open.get(), self))
 
     def leave(self) -> None:
-        """Closes it, also from another frame, thread or context than the one that opened it."""
+        """Closes it if it is open, from whatever frame, thread or context."""
+        if self._owner is None:
+            return
         self._owner = None
         scopes = _open.get()
         if len(scopes) == 1 and scopes[0] is self:

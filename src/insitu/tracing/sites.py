@@ -37,7 +37,7 @@ class Sites:
         """
         # `_read` in place: this is what blocks do most.
         invocation, mark = innermost(self._model, 2)
-        if type(invocation) is not Invocation:
+        if not isinstance(invocation, Invocation):
             raise self._outside("output", mark)
         return invocation.read(self._path, "output", mark, self._call)
 
@@ -73,7 +73,7 @@ class Sites:
             self._assign(name, value)
             return
         invocation, mark = innermost(self._model, 2)
-        if type(invocation) is not Invocation:
+        if not isinstance(invocation, Invocation):
             raise self._outside(name, mark)
         invocation.write(self._path, name, value, mark, self._call)
 
@@ -90,7 +90,7 @@ class Sites:
 
     def _read(self, kind: Kind) -> Proxy:
         invocation, mark = innermost(self._model, 3)
-        if type(invocation) is not Invocation:
+        if not isinstance(invocation, Invocation):
             raise self._outside(kind, mark)
         return invocation.read(self._path, kind, mark, self._call)
 
@@ -134,6 +134,6 @@ class Call(Sites):
 
     def _invocation(self, use: str) -> tuple[Invocation, Mark]:
         invocation, mark = innermost(self._model, 3)
-        if type(invocation) is not Invocation:
+        if not isinstance(invocation, Invocation):
             raise self._outside(use, mark)
         return invocation, mark

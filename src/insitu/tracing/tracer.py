@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from insitu.graph.context import casting, enabled_casts, is_autocast_enabled
+from insitu.graph.context import casting, enabled_casts, is_autocast_enabled, is_grad_enabled
 from insitu.graph.errors import (
     BlockError,
     InsituError,
@@ -44,7 +44,7 @@ from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Planned, Summary
 from insitu.tracing.beforehand import check_fit
 from insitu.tracing.habits import OF_BLOCKS, habit
-from insitu.tracing.invocation import Invocation
+from insitu.tracing.invocation import Invocation, Invoked
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.planning import prepare
 from insitu.tracing.raw_errors import raise_explained
@@ -121,7 +121,8 @@ class Tracer:
     def __enter__(self) -> Tracer:
         if self.is_open or self._done:
             raise BlockError("This block was entered before: make a new one for a new run.", here())
-        self.recording.begin()
+        if is_autocast_enabled() or not is_grad_enabled():
+            self.recording.begin()
         if self._prompt is not None:
             args, kwargs = self._prompt
             frame = user_frame(2)
@@ -193,8 +194,7 @@ class Tracer:
         self.is_open = False
         self.model.open_block(False)
         for invocation in self._invocations:
-            if invocation.is_entered:
-                invocation.leave()
+            invocation.leave()
         graph = self.recording.graph
         if graph.differentiates and (graph.contexts or torch.is_inference_mode_enabled()):
             make_constants_ordinary(graph)
@@ -392,7 +392,8 @@ class Tracer:
         request = self.procedure.request(args, kwargs, mark)
         if torch.is_inference_mode_enabled():
             request = made_ordinary(request)
-        invocation = Invocation(self, len(self._invocations), request)
+        kind = Invoked if self._prompt is None else Invocation
+        invocation = kind(self, len(self._invocations), request)
         self._invocations.append(invocation)
         self._requests.append(request)
         for graph in self.model.edits:
@@ -446,9 +447,11 @@ class Tracer:
 
     def _run(self) -> None:
         model, recording = self.model, self.recording
-        if not model.loaded:
+        if model.loaded:
+            module = model.snapshot.root
+        else:
             check_fit(recording, model.knows_dtypes, self._form)
-        module = model.load()
+            module = model.load()
         if self._demanded is not None:
             self._verify(*self._demanded)
         for again in (True, False):
