@@ -293,7 +293,7 @@ def test_mistakes(gpt2: LanguageModel, tmp_path: Path) -> None:
     for change, message in (
         ({"architecture": "temporal"}, "'temporal' is not known"),
         ({"normalize_activations": "covariance_whitening"}, "'covariance_whitening'"),
-        ({"architecture": "gated"}, "no b_gate, b_mag, r_mag"),
+        ({"architecture": "gated"}, "no tensor 'b_gate'"),
         ({"metadata": {}}, "no `hook_name`"),
         ({"architecture": "topk"}, "how many features"),
         ({"activation_fn_str": "tanh-relu"}, "'tanh-relu' is not known"),

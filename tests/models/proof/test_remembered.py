@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from insitu import LanguageModel, Model
 from insitu.models.proof import given
@@ -122,7 +123,25 @@ def test_a_module_that_was_changed_is_proven_by_itself(folder: Path, made: list[
         total = (block.residual_in + block.attention_out + block.mlp_out).save()
         leaving = block.residual_out.save()
     assert float((total.value - leaving.value).abs().max()) < 1e-5
-    assert made[-1].module is module
+    # On a copy with random weights: those that are there may be nothing.
+    proven = made[-1].module
+    assert type(proven.transformer.h[1].mlp) is Doubled and proven is not module
+
+
+def test_weights_that_are_nothing_hide_no_name(folder: Path) -> None:
+    """Of a model of somebody's own making, whose queries are 0, as much has a name."""
+    module = tiny_gpt2()
+    for block in module.transformer.h:
+        block.ln_1 = torch.nn.Identity()
+        with torch.no_grad():
+            block.attn.c_attn.weight[:, :16] = 0
+            block.attn.c_attn.bias[:16] = 0
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    model = LanguageModel(module)
+    with model.trace([5, 6, 7]):
+        q = model.blocks[0].attention.q.save()
+    assert q.value.shape == (1, 4, 3, 4) and not q.value.any()
+    assert all(torch.equal(before[name], weight) for name, weight in module.state_dict().items())
 
 
 # Of each kind of architecture one: all of them take a minute.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from insitu.graph.errors import UnknownShapeError
 from insitu.models.proof.proof import Proof, prove
 from insitu.models.proof.remembered import key_of, merged, recall, remember
-from insitu.models.proof.small import SmallModelError, quiet, small_model
+from insitu.models.proof.small import SmallModelError, quiet, random_copy, small_model
 from insitu.models.samples import sample_call
 
 if TYPE_CHECKING:
@@ -139,14 +139,22 @@ class Proofs:
             if key is not None:
                 remember(key, known)
             yield proof
-        if model.loaded:
+        if not model.loaded:
+            return
+        for itself in (False, True):
             try:
                 with quiet():
-                    proof = prove(model, self._body.description)
+                    proof = prove(model, self._body.description) if itself else self._copied()
             except Exception as error:
                 self._fail(error)
             else:
                 yield proof  # not within `quiet`, which would silence the caller's warnings
+
+    def _copied(self) -> Proof:
+        """The proof on a copy of the model with random weights, whatever it has been made into."""
+        from insitu.models.model import Model
+
+        return prove(Model(random_copy(self._body.model.module)), self._body.description)
 
     def _small(self, depth: int | None, narrow: bool) -> Proof:
         from insitu.models.model import Model

@@ -69,6 +69,29 @@ def small_model(module: nn.Module, depth: int | None, narrow: bool) -> nn.Module
     return made
 
 
+def random_copy(module: nn.Module) -> nn.Module:
+    """Returns a copy of a model that is small as it is, with random weights.
+
+    Weights that somebody has set to nothing would make identities hold, or hide that they do.
+
+    Args:
+        module: the model, with its weights in memory.
+
+    Raises:
+        SmallModelError: if it is large, or its weights are elsewhere.
+    """
+    parameters = [*module.parameters()]
+    size = sum(parameter.numel() for parameter in parameters)
+    if size > _LARGEST:
+        raise SmallModelError(f"it has {size} weights")
+    if not all(one.is_floating_point() and one.device.type == "cpu" for one in parameters):
+        raise SmallModelError("its weights are not on the CPU, or quantised")
+    with quiet():
+        made = copy.deepcopy(module).float().eval()
+        randomise(made)
+    return made
+
+
 def small_config(module: nn.Module, depth: int | None, narrow: bool) -> Any:
     """Returns a config like a model's own, for fewer blocks, and narrower ones.
 
