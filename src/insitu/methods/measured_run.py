@@ -46,7 +46,7 @@ class Run(Proxy):
         self._cell = None
         if logits is None:
             found, _ = innermost(model, 2)
-            assert type(found) is Invocation  # methods measure in invocations of their own
+            assert isinstance(found, Invocation)  # methods measure in invocations of their own
             self._invocation = found
             self._recording = found._recording
         else:

@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import UnknownShapeError
-from insitu.models.proof.proof import Proof, prove
+from insitu.models.proof.outcome import Proof
 from insitu.models.proof.remembered import key_of, merged, recall, remember
 from insitu.models.proof.small import SmallModelError, quiet, random_copy, small_model
 from insitu.models.samples import sample_call
 
 if TYPE_CHECKING:
+    from insitu.models.architectures import Description
     from insitu.models.body import Body
+    from insitu.models.model import Model
     from insitu.models.parts import Block
 
 NAMES = (
@@ -34,6 +36,13 @@ _UNPROVEN = (
     "yet: call `model.load()` first."
 )
 _FAILED = "it could not be proven, because a small run of the model fails ({why})."
+
+
+def prove(model: Model, description: Description) -> Proof:
+    """Proves the names of a model: see `proof.py`, which is loaded only where a proof is made."""
+    from insitu.models.proof import proof
+
+    return proof.prove(model, description)
 
 
 class Proofs:

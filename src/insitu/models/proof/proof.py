@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from insitu.models.parts import Heads
 from insitu.models.proof.attention import reasons_of_heads
 from insitu.models.proof.evidence import Evidence, Reasons
 from insitu.models.proof.feedforward import reasons_of_mlp
+from insitu.models.proof.outcome import Proof
 from insitu.models.proof.runs import Runs
 from insitu.models.proof.stream import ADDED, STREAM, reasons_of_returned, reasons_of_stream
 from insitu.models.proof.whole import reasons_of_ends, stacks_of_model
@@ -30,24 +30,6 @@ if TYPE_CHECKING:
 
 ROLES = ("attention", "cross_attention")
 _MOVED = 0.05  # some kinds of attention leave out a cap on scores, which a few tokens hardly show
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """Which names hold in a model.
-
-    Attributes:
-        blocks: why names are refused, by the kind of a block: see `signature.py`. A kind that is
-            not in it was not proven.
-        whole: why names of the model itself are.
-        stacks: which list of blocks has which name, by its number.
-        showing: how the model has to run for its softmaxes to be seen.
-    """
-
-    blocks: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Reasons])
-    whole: Mapping[str, str] = field(default_factory=dict[str, str])
-    stacks: Mapping[str, int] = field(default_factory=dict[str, int])
-    showing: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def prove(model: Model, description: Description) -> Proof:

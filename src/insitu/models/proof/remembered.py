@@ -23,7 +23,7 @@ from torch import nn
 
 from insitu.models.architectures import Description
 from insitu.models.attention import OPTION, SETTING
-from insitu.models.proof.proof import Proof
+from insitu.models.proof.outcome import Proof
 from insitu.models.proof.signature import tree_signature
 
 VARIABLE = "INSITU_PROOFS"

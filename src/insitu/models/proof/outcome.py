@@ -1,0 +1,28 @@
+"""What a proof has shown: plain data, which says nothing of how it was made.
+
+It stands apart from the making, so that a model whose proofs ship loads no more than this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Which names hold in a model.
+
+    Attributes:
+        blocks: why names are refused, by the kind of a block: see `signature.py`. A kind that is
+            not in it was not proven.
+        whole: why names of the model itself are.
+        stacks: which list of blocks has which name, by its number.
+        showing: how the model has to run for its softmaxes to be seen.
+    """
+
+    blocks: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    whole: Mapping[str, str] = field(default_factory=dict[str, str])
+    stacks: Mapping[str, int] = field(default_factory=dict[str, int])
+    showing: Mapping[str, Any] = field(default_factory=dict[str, Any])
