@@ -83,7 +83,8 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
         if type(item) is SavedTensor:
             return item.constant()
         if type(item) is SavedList:
-            return map_structure(leaf, item.value)
+            # Not by `leaf`, which would then refer to itself: a cycle that only the collector ends.
+            return encode(recording, item.value, inputs, mark)
         if type(item) in PLAIN or isinstance(item, torch.Tensor | Function):
             return item
         if type(item) is bool:

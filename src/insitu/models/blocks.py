@@ -77,8 +77,7 @@ class BlockView:
 def _hidden_at(output: Any) -> int:
     """Where hidden states stand in what a block returns.
 
-    They come first, but a block that is asked for its attention may put that in front of them, as
-    DistilBERT does with Transformers 4.
+    They come first, but a block that is asked for its attention may put that in front of them.
     """
     if len(output) > 1 and isinstance(output[0], torch.Tensor) and output[0].ndim == 4:
         places = (at for at, item in enumerate(output) if getattr(item, "ndim", None) == 3)
