@@ -11,9 +11,10 @@ _LIMIT = 2e-3
 def makes(made: Tensor, value: Tensor, name: str) -> bool:
     """Returns whether a projection leads to queries, keys or values.
 
-    Values are the projection and a bias. Of queries and keys the first position is compared, which
-    rotary embeddings leave as it is: they are the projection, scaled, with a bias or normalised,
-    element by element; or numbers of the same size, where the rotation moves the first position.
+    Values are the projection and a bias, or this normalised head by head. Of queries and keys the
+    first position is compared, which rotary embeddings leave as it is: they are the projection,
+    scaled, with a bias or normalised, element by element; or numbers of the same size, where the
+    rotation moves the first position.
 
     Args:
         made: `(batch, head, position, d_head)`, what the matrix makes.
@@ -21,7 +22,10 @@ def makes(made: Tensor, value: Tensor, name: str) -> bool:
         name: "q", "k" or "v".
     """
     if name == "v":
-        return _is_affine(made.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1))
+        whole, all_found = (one.transpose(1, 2).flatten(0, 1) for one in (made, value))
+        return _is_affine(whole, all_found) or any(
+            _is_affine(_normalised(whole, False, epsilon), all_found) for epsilon in (1e-5, 1e-6)
+        )
     first, found = made[:, :, 0], value[:, :, 0]
     if _is_affine(first, found) or _sizes(first, found):
         return True
