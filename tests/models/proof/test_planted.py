@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import XmodConfig, XmodForMaskedLM
 
-from insitu import LanguageModel
+from insitu import LanguageModel, PathError
 from insitu.models import body as bodies
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.tracing.forms import Split, Swapped
@@ -202,3 +203,15 @@ def test_weights_in_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -
     model = LanguageModel(module_of("llama"))
     for name in ("W_Q", "W_K", "W_V", "W_O"):
         assert isinstance(entry_of(model, "model.layers.1", f"attention.{name}"), Missing), name
+
+
+def test_an_adapter_behind_an_mlp_is_not_taken_for_it() -> None:
+    """It is a small MLP itself, of a width that the config does not speak of."""
+    config = XmodConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=40, languages=["en_XX", "de_DE"],
+        default_language="en_XX",
+    )  # fmt: skip
+    model = LanguageModel(XmodForMaskedLM(config).eval())
+    with pytest.raises(PathError, match=r"no `mlp`: it is .*"):
+        model.blocks[0].role["mlp"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from insitu.models.parts import Feedforward
 from insitu.models.proof import identities
+from insitu.models.proof.attention import numbers
 from insitu.models.proof.evidence import (
     Evidence,
     Reasons,
@@ -18,6 +21,8 @@ from insitu.models.proof.runs import Tensor
 from insitu.tracing.named import Entry, Named
 
 _ALL = ("pre", "post", "W_in", "W_out", "W_gate")
+_OF_WIDTHS = ("inter", "inner", "ff", "feed", "mlp", "hidden_dim")
+"""What names of configs have in them that say how wide an MLP is."""
 
 
 def reasons_of_mlp(evidence: Evidence, path: str) -> Reasons:
@@ -74,6 +79,19 @@ class _Mlp:
                 continue
             if value.ndim != 3 or tuple(value.shape[:2]) != expected:
                 self.refuse(f"it is {sizes(value)}, and not (batch, position, d_mlp).", *_ALL)
+            elif not self._is_width(value.shape[-1]):
+                why = f"it is {value.shape[-1]} wide, which its config does not speak of."
+                self.refuse(why, *_ALL)
+
+    def _is_width(self, width: int) -> bool:
+        """Whether a config speaks of MLPs of a width; where it does not, they may be of any.
+
+        What stands behind the MLP of a block, such as an adapter, is a small MLP itself.
+        """
+        config = self.evidence.config
+        said = _said_widths(config)
+        wide = numbers(config, ("hidden_size", "d_model", "n_embd"))
+        return not said or width in said or any(width % one == 0 for one in wide if one)
 
     def _output(self) -> None:
         """`post` through `W_out` is what the MLP gives."""
@@ -227,3 +245,13 @@ def _is_multiple(made: Tensor, found: Tensor) -> bool:
 def _alike(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
     size = scale.abs().amax()
     return identities.compared(found, expected, size, (found, scale)).is_rounding
+
+
+def _said_widths(config: Any) -> set[Any]:
+    """All widths of MLPs that a config, and those in it, speak of."""
+    named = tuple(name for name in vars(config) if any(part in name for part in _OF_WIDTHS))
+    found = numbers(config, named)
+    for part in vars(config).values():
+        if hasattr(part, "get_text_config"):
+            found |= _said_widths(part)
+    return {one for one in found if one > 1}
