@@ -322,3 +322,55 @@ def test_what_holds_in_every_step_comes_before_what_holds_in_one(gpt2: LanguageM
             gpt2.lm_head.output.save()
             with generator.every_step():
                 gpt2.lm_head.output = gpt2.lm_head.output * 2
+
+
+WRITES: dict[str, Any] = {
+    "a part": lambda value: value.__setitem__((slice(None), -1), 0.0),
+    "all of it": lambda value: value.mul_(0),
+    "a view": lambda value: value[:, -1].zero_(),
+}
+
+
+@pytest.mark.parametrize("way", WRITES)
+@pytest.mark.parametrize(("write", "read"), [(None, 0), (None, 2), (2, None)])
+def test_lines_that_would_miss_a_write_in_place_are_refused(
+    gpt2: LanguageModel, way: str, write: int | None, read: int | None
+) -> None:
+    """`None` is every step. A read in one step before a write in all, or the other way round."""
+
+    def at(generator: Any, step: int | None) -> Any:
+        return generator.every_step() if step is None else generator.step(step)
+
+    for site in (lambda: gpt2.transformer.h[1].output[0], lambda: gpt2.transformer.ln_f.output):
+        with pytest.raises(OperationError, match="every step") as caught:
+            with gpt2.generate(OTHER, max_new_tokens=3, eos_token_id=None) as generator:
+                if write is None:
+                    with at(generator, read):
+                        site().save()
+                with at(generator, write):
+                    WRITES[way](site())
+                if write is not None:
+                    with at(generator, read):
+                        site().save()
+        assert "`every_step` block first" in str(caught.value)
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_writes_in_place_are_seen_in_the_steps_that_they_hold_in(
+    gpt2: LanguageModel, way: str
+) -> None:
+    def ends(value: Any) -> bool:
+        return bool(value[:, -1].any())
+
+    with gpt2.generate(OTHER, max_new_tokens=3, eos_token_id=None) as generator:
+        behind = gpt2.transformer.ln_f.input.save()  # where another site's write arrives
+        WRITES[way](gpt2.transformer.h[0].output[0])  # in step 0
+        with generator.every_step():
+            first = gpt2.transformer.h[0].output[0].save()
+            WRITES[way](gpt2.transformer.h[-1].output[0])
+            last = gpt2.transformer.h[-1].output[0].save()
+        with generator.step(2):
+            alone = gpt2.transformer.h[-1].output[0].save()
+    assert list(map(ends, first)) == [False, True, True]
+    assert list(map(ends, last)) == [False, False, False]
+    assert not ends(behind) and not ends(alone)

@@ -14,6 +14,7 @@ from insitu.graph.node import EVERY, Graph, Node, Ref, Site
 from insitu.graph.operations import GETITEM, GRAD, READ, REPLACE, WRITE
 from insitu.graph.structure import map_structure, tensors_of
 from insitu.runtime.memory import HANDING_OVER, Arriving, Key, Memory, held_memory, keys_of, pieces
+from insitu.runtime.mixed_steps import refuse_mixed_steps
 from insitu.runtime.plan import Mutations, Plan, regroup
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def order_mutations(
         held = held_memory(graph, of_site, is_view, known)
         memory = list(map(keys_of, held))
     before, written = _let_wait(graph, plan, memory)
+    refuse_mixed_steps(graph, plan, memory)
     if _breaks_aliases(graph, known, of_site, written):
         plan.apart = True
     live = {index for index, keys in enumerate(memory) if not keys.isdisjoint(written)}
