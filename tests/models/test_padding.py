@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import BatchEncoding, BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from insitu import LanguageModel
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -251,4 +260,78 @@ def test_masks_that_say_something_else_are_errors() -> None:
             pass
     with pytest.raises(ValueError, match="padded here"):
         with model.trace([[1, 2], [3]], attention_mask=torch.ones(2, 2)):
+            pass
+
+
+def roberta() -> Any:
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    module = RobertaForMaskedLM(config).eval()
+    spread_out(module)
+    return module
+
+
+@pytest.mark.parametrize("filler", [0, 1, 5])
+def test_padding_is_hidden_whatever_id_a_tokenizer_fills_it_with(filler: int) -> None:
+    """RoBERTa counts positions by what is its own padding id, 1."""
+    module = roberta()
+    model, row = LanguageModel(module), [21, 22, 23]
+    ids = torch.tensor([ROWS[0], [filler] * 6 + row])
+    mask = torch.tensor([[1] * 9, [0] * 6 + [1] * 3])
+    with model.trace({"input_ids": ids, "attention_mask": mask}):
+        found = model.output["logits"].save()
+    assert torch.allclose(found[1, 6:], alone(module, row), atol=1e-5)
+    assert ids[1, 0] == filler
+
+
+class Uncounted(GPT2LMHeadModel):
+    """Its `generate` gives no position ids, as that of some models gives none."""
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("position_ids", None)
+        return inputs
+
+
+def test_a_generation_that_shifts_padded_rows_says_so() -> None:
+    config: Any = tiny_gpt2().config
+    module: Any = Uncounted(config).eval()
+    spread_out(module)
+    model = LanguageModel(module)
+    options: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None}
+    with pytest.warns(UserWarning, match="An `invoke` for each prompt gives each"):
+        with model.generate(ROWS, **options):
+            pass
+    found = []
+    with model.generate(**options) as generator:
+        for row in ROWS:
+            with generator.invoke(row) as invoker:
+                found.append(invoker)
+    for row, invoker in zip(ROWS, found, strict=True):
+        ids = torch.tensor([row])
+        mask = torch.ones_like(ids)
+        expected = module.generate(ids, attention_mask=mask, pad_token_id=0, **options)
+        assert torch.equal(invoker.output, expected)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama, opt])
+def test_a_generation_that_hides_padding_says_nothing(make: Any) -> None:
+    model = LanguageModel(make())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with model.generate(ROWS, max_new_tokens=2):
+            pass
+
+
+def test_a_generation_behind_padding_says_so() -> None:
+    model = LanguageModel(tiny_llama())
+    with pytest.warns(UserWarning, match="goes on behind the padding"):
+        with model.generate(encoded("right"), max_new_tokens=2):
             pass

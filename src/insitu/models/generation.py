@@ -17,7 +17,7 @@ from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.calls import beside
 from insitu.models.configuration import text_config
-from insitu.models.padding import positioned
+from insitu.models.padding import generates_alike, positioned
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
 from insitu.runtime.hooks import Cut
@@ -274,6 +274,7 @@ class Generation:
             and not any(prompt.extras for prompt in requests)
             and len({self._sharing(prompt) for prompt in requests}) == 1
             and all(self._setting(module, k) in off for k, off in _UNBATCHABLE_UNLESS.items())
+            and (not _is_ragged(requests) or generates_alike(self._model))
         )
 
     def _sharing(self, prompt: Prompt) -> Hashable:
@@ -342,6 +343,11 @@ class Generation:
             right = before + after - left - own.shape[1]
             rows.append(torch.nn.functional.pad(own, (left, right), value=pad_id))
         return torch.cat(rows)
+
+
+def _is_ragged(requests: Sequence[Prompt]) -> bool:
+    """Whether a batch of these would be padded."""
+    return len({prompt.ids.shape[1] for prompt in requests}) > 1
 
 
 def _sequences(result: Any) -> torch.Tensor:

@@ -15,9 +15,9 @@ import torch
 from insitu.models.attention import SETTING
 from insitu.models.calls import arguments
 from insitu.models.configuration import said
-from insitu.models.padding_trial import Padding, find_padding
+from insitu.models.padding_trial import Padding, find_padding, goes_on_as_alone
 from insitu.models.prompts import Prompt, Side, positions_of
-from insitu.models.rotary import warn_of_lengths
+from insitu.models.rotary import forgetting_lengths, warn_of_lengths
 from insitu.models.tokens import vocabulary_of
 
 if TYPE_CHECKING:
@@ -55,19 +55,62 @@ def positioned(
             forward.
     """
     mask = prompt.mask
-    by_itself = steps is not None
+    generates = steps is not None
     if mask is not None and (model.lengths.switches or model.growing):
         warn_of_lengths(model.lengths, mask.sum(1).tolist(), steps or 1)
-    if mask is None or bool(mask[:, 0].all()) or "position_ids" in prompt.extras:
+    if mask is None:
+        return prompt
+    if generates and not model.is_encoder_decoder and not bool(mask[:, -1].all()):
+        _warn_of_padding_behind()
+    if bool(mask[:, 0].all()) or "position_ids" in prompt.extras:
         return prompt
     padding = padding_of(model, dry)
     media = _sees_media(model, prompt)
-    right = padding.hides if media and not by_itself else padding.exact
+    if generates:
+        right = padding.hides if model.is_encoder_decoder else padding.exact
+        right = right and generates_alike(model)
+    else:
+        right = padding.hides if media else padding.exact
     if not right:
         _warn(type(model.module).__name__, "left")
-    if media or by_itself or not padding.positions:
+    if padding.by_id:
+        prompt = prompt._replace(ids=prompt.ids.masked_fill(mask == 0, model.pad_id))
+    if media or generates or not padding.positions:
         return prompt
     return prompt._replace(positions=positions_of(mask))
+
+
+def generates_alike(model: LanguageModel) -> bool:
+    """Returns whether a generation gives rows that are padded what they have alone: tried once.
+
+    Args:
+        model: the model. Without weights nothing is tried, and it is supposed to.
+    """
+    if not model.loaded:
+        return True
+    known, key = model.paddings, (said(model.config, SETTING), "generate")
+    if key in known:
+        return known[key].exact
+    module: Any = model.module
+    side: Side = "right" if model.is_encoder_decoder else "left"
+
+    def generate(prompt: Prompt, options: Mapping[str, Any]) -> Any:
+        kwargs = {"input_ids": prompt.ids, "attention_mask": prompt.visible_mask, **options}
+        with forgetting_lengths(model.growing):
+            return module.generate(**model.placed({**kwargs, "pad_token_id": model.pad_id}))
+
+    given = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    ends = [given] if isinstance(given, int) else list(given or ())
+    vocabulary, longest = vocabulary_of(module, model.config), _longest(model)
+    with model.in_use():
+        try:
+            right = goes_on_as_alone(
+                generate, model.modules, model.config, vocabulary, model.pad_id, side, ends, longest
+            )
+        except Exception:  # whatever the model makes of it: then nothing is known
+            right = False
+    known[key] = Padding(side, right, right)
+    return right
 
 
 def _sees_media(model: LanguageModel, prompt: Prompt) -> bool:
@@ -98,8 +141,6 @@ def _tried(model: LanguageModel) -> Padding:
         kwargs = {**arguments(model, prompt, options), **further}
         return model.module(**model.placed(kwargs))
 
-    lengths = model.lengths
-    longest = [model.reader.limits.context, lengths.grows, *lengths.switches]
     with model.in_use():
         try:
             found = find_padding(
@@ -109,7 +150,7 @@ def _tried(model: LanguageModel) -> Padding:
                 "position_ids" in model.forward_parameters,
                 vocabulary_of(model.module, model.config),
                 model.pad_id,
-                min((length for length in longest if length is not None), default=None),
+                _longest(model),
             )
         except Exception:  # whatever the model makes of such runs: then nothing is known
             found = Padding("right", False, False)
@@ -119,6 +160,23 @@ def _tried(model: LanguageModel) -> Padding:
     if _supposed(model).side == "left" and found.side == "right" and not found.exact:
         _warn(type(model.module).__name__, "right")
     return found
+
+
+def _longest(model: LanguageModel) -> int | None:
+    """The most tokens of a prompt that a model treats as it does short ones, if there is a most."""
+    lengths = model.lengths
+    longest = [model.reader.limits.context, lengths.grows, *lengths.switches]
+    return min((length for length in longest if length is not None), default=None)
+
+
+def _warn_of_padding_behind() -> None:
+    """Says that a generation goes on behind padding."""
+    warnings.warn(
+        "The prompt is padded on the right, and `generate` goes on behind the padding: the shorter "
+        "rows get other tokens than alone. Pad it on the left (`tokenizer.padding_side = 'left'`), "
+        "or give the list of prompts itself.",
+        stacklevel=2,
+    )
 
 
 def _warn(name: str, side: Side | Literal[""]) -> None:

@@ -6,7 +6,7 @@ and what follows from it, is in `padding.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from insitu.models.prompts import Prompt, Side, positions_of
 from insitu.models.trial import alike, undisturbed
 
 _LENGTHS = (6, 9, 1)
+_STEPS = 2  # of a generation: what is wrong with a cache shows in the second
 _LONGEST_WINDOW = 64  # beyond it, a row longer than the window takes too long to be tried
 _NOWHERE: Any = None  # a trial is of no line of the user's
 
@@ -29,12 +30,14 @@ class Padding(NamedTuple):
         exact: whether rows that are padded on the left are what they are alone.
         positions: whether they are if the forward is given position ids.
         hides: whether they are without.
+        by_id: whether that is so only if padding has the model's own id, by which it is told apart.
     """
 
     side: Side
     exact: bool
     positions: bool
     hides: bool = True
+    by_id: bool = False
 
 
 def find_padding(
@@ -57,19 +60,8 @@ def find_padding(
         pad_id: what padding is filled with.
         context: the most positions, or None if there is no such number.
     """
-    draw = torch.Generator().manual_seed(0)
-    rows: list[torch.Tensor] = []
-    for length in _lengths(config, context):
-        ids = torch.randint(vocabulary, (length,), generator=draw)
-        ids[ids == pad_id] = (pad_id + 1) % vocabulary
-        rows.append(ids)
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad_id)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, length - len(row) :] = row
-        mask[number, length - len(row) :] = 1
-    padded = Prompt(ids, _NOWHERE, mask)
+    rows = _rows(_lengths(config, context), vocabulary, pad_id)
+    padded, mask = _padded(rows, pad_id)
     with undisturbed(modules):
         for part in modules.values():  # `undisturbed` puts this back
             part.training = False
@@ -78,11 +70,87 @@ def find_padding(
         if takes_positions:
             ways.append({"position_ids": positions_of(mask)})
         right = [_agrees(run, padded, way, alone) for way in ways]
+        other, _ = _padded(rows, (pad_id + 1) % vocabulary)
+        by_id = right[0] and not right[-1] and not _agrees(run, other, {}, alone)
         causal = not said(config, "is_encoder_decoder") and _looks_back(
             run, rows, alone, vocabulary, pad_id
         )
     exact, positions = any(right), len(right) > 1 and right[-1]
-    return Padding("left" if causal and exact else "right", exact, positions, right[0])
+    side: Side = "left" if causal and exact else "right"
+    return Padding(side, exact, positions, right[0], by_id)
+
+
+def goes_on_as_alone(
+    generate: Callable[[Prompt, Mapping[str, Any]], Any],
+    modules: Mapping[str, nn.Module],
+    config: Any,
+    vocabulary: int,
+    pad_id: int,
+    side: Side,
+    ends: Collection[int],
+    context: int | None,
+) -> bool:
+    """Returns whether a generation gives rows that are padded what they have alone.
+
+    Args:
+        generate: runs the model's `generate` on a prompt, with options.
+        modules: its tree, by path. The caller holds it (see `exclusive`).
+        config: its config.
+        vocabulary: how many token ids it has.
+        pad_id: what padding is filled with.
+        side: where it is.
+        ends: the ids that end a generation.
+        context: the most positions, or None if there is no such number.
+    """
+    chosen = next(number for number in range(vocabulary) if number not in {pad_id, *ends})
+
+    def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Near ties would be rounded to another token, and what comes then be compared with it.
+        return torch.full_like(scores, -torch.inf).index_fill(
+            1, torch.tensor([chosen], device=scores.device), 0.0
+        )
+
+    options: dict[str, Any] = {
+        **{"max_new_tokens": _STEPS, "do_sample": False, "num_beams": 1},
+        **{"return_dict_in_generate": True, "output_logits": True, "logits_processor": [choose]},
+    }
+
+    def logits(prompt: Prompt) -> torch.Tensor:
+        return torch.stack(generate(prompt, options).logits, 1)
+
+    room = None if context is None else max(context - _STEPS, 1)
+    rows = _rows(_lengths(config, room), vocabulary, pad_id)
+    padded, _ = _padded(rows, pad_id, side)
+    with undisturbed(modules):
+        for part in modules.values():  # `undisturbed` puts this back
+            part.training = False
+        alone = [logits(Prompt(row[None], _NOWHERE))[0] for row in rows]
+        return all(map(alike, logits(padded), alone))
+
+
+def _rows(lengths: Sequence[int], vocabulary: int, pad_id: int) -> list[torch.Tensor]:
+    """Prompts of some lengths, without padding."""
+    draw = torch.Generator().manual_seed(0)
+    rows: list[torch.Tensor] = []
+    for length in lengths:
+        ids = torch.randint(vocabulary, (length,), generator=draw)
+        ids[ids == pad_id] = (pad_id + 1) % vocabulary
+        rows.append(ids)
+    return rows
+
+
+def _padded(
+    rows: Sequence[torch.Tensor], filler: int, side: Side = "left"
+) -> tuple[Prompt, torch.Tensor]:
+    """Prompts with padding before the shorter ones, or behind them, and their mask."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), filler)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        first = length - len(row) if side == "left" else 0
+        ids[number, first : first + len(row)] = row
+        mask[number, first : first + len(row)] = 1
+    return Prompt(ids, _NOWHERE, mask), mask
 
 
 def _lengths(config: Any, context: int | None) -> list[int]:
