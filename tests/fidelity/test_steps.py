@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from insitu import (
     BlockError,
@@ -374,3 +375,58 @@ def test_writes_in_place_are_seen_in_the_steps_that_they_hold_in(
     assert list(map(ends, first)) == [False, True, True]
     assert list(map(ends, last)) == [False, False, False]
     assert not ends(behind) and not ends(alone)
+
+
+LENGTHS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "a length in all": {"max_length": 7},
+    "a config": {"generation_config": GenerationConfig(max_new_tokens=3, pad_token_id=0)},
+    "a config with a length in all": {"generation_config": GenerationConfig(max_length=7)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+@pytest.mark.parametrize("way", LENGTHS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_edits_hold_in_every_step_whatever_says_how_many(
+    gpt2: LanguageModel, way: str, in_place: bool
+) -> None:
+    options = {"eos_token_id": None, "pad_token_id": 0, **LENGTHS[way]}
+    with gpt2.edit() as edited:
+        if in_place:
+            gpt2.transformer.h[1].output[0][:] *= -3
+        else:
+            gpt2.transformer.h[1].output[0] = gpt2.transformer.h[1].output[0] * -3
+    with edited.generate(OTHER, **options) as generator, generator.every_step():
+        kept = edited.transformer.h[1].output[0].save()
+
+    def change(module: nn.Module, args: Any, output: Any) -> Any:
+        changed = hidden(output) * -3
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = gpt2.module.transformer.h[1].register_forward_hook(change)
+    mask = torch.ones_like(OTHER)
+    expected = gpt2.module.generate(OTHER, attention_mask=mask, **options)
+    handle.remove()
+    assert torch.equal(generator.output, expected)
+    assert len(kept) == expected.shape[1] - OTHER.shape[1]
+
+
+def test_a_loop_over_steps_asks_how_many_there_are(gpt2: LanguageModel) -> None:
+    with pytest.raises(OptionError, match="give `max_new_tokens=`") as caught:
+        with gpt2.generate(OTHER, max_length=7) as generator:
+            for _ in generator.steps:
+                gpt2.lm_head.output.save()
+    assert "test_steps.py" in str(caught.value)
+    with pytest.raises(OptionError, match="counted from 0"):
+        with gpt2.generate(OTHER, max_length=7) as generator, generator.step(-1):
+            gpt2.lm_head.output.save()
+    config = GenerationConfig(max_new_tokens=3, eos_token_id=None, pad_token_id=0)
+    with gpt2.generate(OTHER, generation_config=config) as generator:
+        found = [gpt2.lm_head.output.save() for _ in generator.steps]
+    ids = recorded(gpt2, "lm_head", input_ids=OTHER, max_new_tokens=3)
+    assert len(found) == 3 and all(map(torch.equal, found, ids))
+    with gpt2.generate(OTHER, max_length=OTHER.shape[1] + 3, eos_token_id=None) as generator:
+        with generator.step(2):
+            last = gpt2.lm_head.output.save()
+    assert torch.equal(last, ids[2])

@@ -30,6 +30,7 @@ from insitu.runtime.summary import unknown
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
 
+_DEFAULT_STEPS = 20  # of Transformers, where nothing says how many
 _NO_EXTRAS: Mapping[str, Any] = {}
 # Options with which a row of a batch continues as it would alone.
 _BATCHABLE = frozenset(
@@ -63,17 +64,18 @@ class Generation:
     """
 
     def __init__(self, model: LanguageModel, options: dict[str, Any], location: Location) -> None:
-        steps = options.get("max_new_tokens", 1)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        self._model = model
+        self._location = location
+        self._options = options
+        steps = options.get("max_new_tokens", self._setting(model.module, "max_new_tokens"))
+        unknown = steps is None and "max_new_tokens" not in options  # a length in all, or no limit
+        if not unknown and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise OptionError(
                 f"`max_new_tokens` is the number of tokens to generate, at least 1, not {steps!r}. "
                 "To run the prompt alone, use `trace`.",
                 location,
             )
-        self._model = model
-        self._location = location
-        self._options = options
-        self.steps = steps
+        self.steps: int | None = steps
         # Who goes on behind the last token has padding before the first. An encoder counts its
         # positions, so there it stands behind, and the decoder has a beginning of its own.
         self._side: Side = "right" if model.is_encoder_decoder else "left"
@@ -127,7 +129,7 @@ class Generation:
         """Returns what gives one pass for all prompts if each goes on in it as alone, else more."""
         for prompt in requests:
             if prompt.mask is not None:
-                positioned(self._model, prompt, not self._model.loaded, self.steps)
+                positioned(self._model, prompt, not self._model.loaded, self._most_steps)
         apart: Site | None = None
         sites = work.plan.reads
         tokens = any(address[2] in ("tokens", "choice") for address in sites)
@@ -279,13 +281,18 @@ class Generation:
 
     def _sharing(self, prompt: Prompt) -> Hashable:
         """What is equal for prompts whose rotary embeddings do not depend on each other."""
-        return self._model.lengths.sharing(prompt.ids.shape[1], self.steps)
+        return self._model.lengths.sharing(prompt.ids.shape[1], self._most_steps)
+
+    @property
+    def _most_steps(self) -> int:
+        """How many steps there are, at most."""
+        return self.steps or self._setting(self._model.module, "max_length") or _DEFAULT_STEPS
 
     @property
     def _following(self) -> int:
         """How many tokens come where the prompt is."""
         decodes = self._model.is_encoder_decoder
-        return 1 if decodes else self._options.get("max_new_tokens", 1)
+        return 1 if decodes else self.steps or 1
 
     def _outgrows_windows(self, requests: Sequence[Prompt]) -> bool:
         """Whether a cache may hold fewer positions than the longest prompt has.

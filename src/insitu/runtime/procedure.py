@@ -82,8 +82,8 @@ class Procedure(Protocol, Generic[Request]):
         ...
 
     @property
-    def steps(self) -> int:
-        """How many steps a run may have: one, if it is a forward."""
+    def steps(self) -> int | None:
+        """How many steps a run may have: one, if it is a forward. None if nothing says so."""
         ...
 
     def demanding(self, options: Mapping[str, Any]) -> Procedure[Request]:

@@ -181,7 +181,7 @@ class Invocation(Scope):
     @property
     def steps(self) -> Iterator[int]:
         """The numbers of all steps, for a loop in whose rounds lines mean that step."""
-        return each_step([self], self.tracer.procedure.steps)
+        return each_step([self], self.tracer.procedure.steps, mark())
 
     def every_step(self) -> AtStep:
         """Returns a context whose lines are recorded once and run in every step.

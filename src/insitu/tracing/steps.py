@@ -68,7 +68,7 @@ class StepPicker:
 
     __slots__ = ("_invocations", "_steps")
 
-    def __init__(self, invocations: list[Invocation], steps: int) -> None:
+    def __init__(self, invocations: list[Invocation], steps: int | None) -> None:
         self._invocations = invocations
         self._steps = steps
 
@@ -149,13 +149,22 @@ class Logits(StepValues):
         output._recording.forget_contexts(start)
 
 
-def checked_step(step: int, steps: int, line: Mark) -> int:
+def checked_step(step: int, steps: int | None, line: Mark) -> int:
     """Returns the number of a step.
 
     Raises:
-        OptionError: in a forward, which has no steps.
+        OptionError: in a forward, which has no steps; or if it is counted from an end that is not
+            known.
         IndexOutOfRangeError: if there will be no such step.
     """
+    if steps is None:
+        if isinstance(step, int) and not isinstance(step, bool) and step >= 0:
+            return step
+        raise OptionError(
+            f"There is no step {step!r} in a generation without `max_new_tokens`: its steps are "
+            "counted from 0, and how many there are is not known before it runs.",
+            Location(*line),
+        )
     if steps == 1 and step:
         raise OptionError(
             f"There is no step {step}: this run has one step, step 0. A generation has as many as "
@@ -170,14 +179,28 @@ def checked_step(step: int, steps: int, line: Mark) -> int:
     return step % steps
 
 
-def each_step(invocations: list[Invocation], steps: int) -> Iterator[int]:
-    """Yields the numbers of all steps; while one is out, lines mean that step."""
+def each_step(invocations: list[Invocation], steps: int | None, line: Mark) -> Iterator[int]:
+    """Returns the numbers of all steps; while one is out, lines mean that step.
+
+    Raises:
+        OptionError: if it is not known how many there are.
+    """
+    if steps is None:
+        raise OptionError(
+            "How many steps there are is not known before the run: give `max_new_tokens=` to "
+            "`generate`, or write `with generator.every_step():`.",
+            Location(*line),
+        )
+    return _rounds(invocations, steps)
+
+
+def _rounds(invocations: list[Invocation], steps: int) -> Iterator[int]:
     for step in range(steps):
         with AtStep(invocations, step):
             yield step
 
 
-def next_step(invocations: list[Invocation], steps: int, line: Mark) -> int:
+def next_step(invocations: list[Invocation], steps: int | None, line: Mark) -> int:
     """Lets the lines that come now mean the step after the one that they mean, and returns it."""
     for invocation in invocations:
         if invocation.current_step == EVERY:

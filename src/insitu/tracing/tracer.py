@@ -341,7 +341,7 @@ class Tracer:
     @property
     def steps(self) -> Iterator[int]:
         """The numbers of all steps, for a loop in whose rounds lines mean that step."""
-        return each_step(self._invocations, self.procedure.steps)
+        return each_step(self._invocations, self.procedure.steps, mark())
 
     def every_step(self) -> AtStep:
         """Returns a context whose lines are recorded once and run in every step."""
@@ -397,7 +397,7 @@ class Tracer:
         self._invocations.append(invocation)
         self._requests.append(request)
         for graph in self.model.edits:
-            step = EVERY if self.procedure.steps > 1 else 0
+            step = 0 if self.procedure.steps == 1 else EVERY
             replay(self.recording, graph, invocation.number, step)
             if graph.unfused:
                 self.demand(self.model.vocabulary.unfused())
