@@ -19,7 +19,7 @@ from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.architectures import DESCRIPTIONS, Description
 from insitu.models.attention import OPTION, attending, implementations
 from insitu.models.blocks import CACHES
-from insitu.models.configuration import text_config
+from insitu.models.configuration import said, text_config
 from insitu.models.endings import Endings, find_endings
 from insitu.models.parts import Block, Spot
 from insitu.models.proof.given import Proofs
@@ -264,7 +264,7 @@ class Body:
         """Returns a size of the model: "n_heads" and so on; or why it has none, or None."""
         paths = self.stack("blocks") or []
         if name == "n_layers" or isinstance(paths, str):
-            return paths if isinstance(paths, str) else len(paths)
+            return paths if isinstance(paths, str) else len(paths) or None
         if name == "vocab_size":
             logits = self.logits()
             if logits is not None and self.unembedding is not None:  # else they are of labels
@@ -276,6 +276,10 @@ class Body:
         sizes = sorted(size for size in found if size is not None)
         if len(sizes) > 1:
             return f"its blocks differ in it: {', '.join(map(str, sizes))}."
+        if not sizes and name == "n_heads":
+            config = text_config(getattr(self._model.module, "config", None))
+            said_count = said(config, "decoder_attention_heads", "num_attention_heads")
+            return said_count if type(said_count) is int else None
         return sizes[0] if sizes else None
 
     def say_eager(self) -> None:

@@ -330,7 +330,9 @@ class Names:
         number = self._body.number(name)
         if isinstance(number, str):
             return Missing(number)
-        return Missing("its config does not say.") if number is None else Given(number)
+        if number is None:
+            return Missing(_NO_BLOCKS if name == "n_layers" else "its config does not say.")
+        return Given(number)
 
 
 def _refused(block: Block, role: str, found: Mapping[str, Any]) -> Mapping[str, Missing]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,18 @@ def in_memory(module: nn.Module) -> Generator[None, None, None]:
 _LETTERS = {"W_Q": "q", "W_K": "k", "W_V": "v"}
 
 
+class NoMatrixError(Exception):
+    """What a module does is no multiplication with a matrix."""
+
+
+def _of_matrices(find: Callable[[], torch.Tensor | Missing]) -> torch.Tensor | Missing:
+    """Weights; or why there are none, where a module has no matrix."""
+    try:
+        return find()
+    except NoMatrixError as error:
+        return Missing(str(error))
+
+
 class Weights:
     """Finds the weights of a model's parts.
 
@@ -69,7 +81,9 @@ class Weights:
     def unembedding(self) -> torch.Tensor | Missing:
         """Returns what makes logits, `(d_model, vocabulary)`."""
         path = self._body.unembedding
-        return Missing("this model has no unembedding.") if path is None else self.matrix(path)
+        if path is None:
+            return Missing("this model has no unembedding.")
+        return _of_matrices(lambda: self.matrix(path))
 
     def of_heads(self, block: Block, heads: Heads, name: str) -> torch.Tensor | Missing:
         """Returns the weights of an attention: `(head, d_model, d_head)`, of W_O its transpose.
@@ -79,6 +93,9 @@ class Weights:
             heads: its attention.
             name: which.
         """
+        return _of_matrices(lambda: self._of_heads(block, heads, name))
+
+    def _of_heads(self, block: Block, heads: Heads, name: str) -> torch.Tensor | Missing:
         if name == "W_O":
             if heads.out is None or not heads.count:
                 return Missing("it has no output projection.")
@@ -107,6 +124,9 @@ class Weights:
             mlp: its MLP.
             name: which.
         """
+        return _of_matrices(lambda: self._of_mlp(mlp, name))
+
+    def _of_mlp(self, mlp: Feedforward, name: str) -> torch.Tensor | Missing:
         if mlp.router is not None:
             return Missing("its MLP consists of experts, each with its own.")
         if name == "W_out":
@@ -133,6 +153,9 @@ class Weights:
 
         Args:
             path: the layer's path.
+
+        Raises:
+            NoMatrixError: if the module gives no tensor.
         """
         self._body.model.load()
         module = self._body.model.modules[path]
@@ -154,7 +177,10 @@ class Weights:
                 next((p for p in floats if not p.is_meta), unit).device
             )
         with torch.no_grad(), self._body.model.in_use():
-            return module(unit) - module(torch.zeros_like(unit[:1]))
+            made, none = module(unit), module(torch.zeros_like(unit[:1]))
+        if not isinstance(made, torch.Tensor) or not isinstance(none, torch.Tensor):
+            raise NoMatrixError(f"`{path}` gives no tensor, so no single matrix makes it.")
+        return made - none
 
     def _width_of(self, path: str) -> int:
         block = self._body.block_around(path)

@@ -130,7 +130,8 @@ class Rows:
     def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
         """Returns the value as it is shown."""
         stream = invocation.read(self.block, "input", line)
-        return value.view_as(stream[..., :1].expand(-1, -1, self.size))
+        # Some models carry several streams: `(batch, position, stream, d_model)`.
+        return value.view_as(stream.flatten(2)[..., :1].expand(-1, -1, self.size))
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
         """Returns what is to stand at the site."""

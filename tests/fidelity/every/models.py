@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.fidelity.every.sizes import IDS, NOT_BUILT, OVERRIDES, SEVERAL_AXES, SIZES
+from tests.fidelity.every.sizes import IDS, NOT_BUILT, OVERRIDES, SEVERAL_AXES, SIZES, WITH_IMAGES
 from tests.fidelity.zoo import spread_out
 
 _MAPPINGS: Mapping[str, Mapping[str, Any]] = {
@@ -71,6 +71,9 @@ def inputs_for(module: nn.Module) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(1)
     config: Any = module.config
     ids = torch.randint(_FIRST, _LAST, (12, 6), generator=draw)
+    if config.model_type in WITH_IMAGES:
+        size = config.vision_config.image_size
+        return {"input_ids": ids, "pixel_values": torch.randn(12, 3, size, size, generator=draw)}
     if not config.is_encoder_decoder:
         return {"input_ids": ids}
     return {

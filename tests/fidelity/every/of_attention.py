@@ -23,6 +23,8 @@ def _count(case: Case, block: Any) -> int | None:
         decoder = block.path not in [b.path for b in case.model.role["encoder_blocks"]]
         side = "decoder" if decoder else "encoder"
         return getattr(config, f"{side}_attention_heads", None)
+    if "decoder" in block.path.split(".") and hasattr(config, "decoder_attention_heads"):
+        return config.decoder_attention_heads  # a decoder without its encoder
     said = getattr(config.get_text_config(), "num_attention_heads", None)
     return said if isinstance(said, int) else None
 
@@ -100,7 +102,9 @@ def pattern(case: Case, block: Any, part: Any, role: str) -> None:
     elif "z" in values:
         _only_own(case, part, "pattern", "z", values, where)
     _products(case, part, values, where)
-    _as_returned(case, weights, role, where)
+    others = case.model.role["encoder_blocks"] if case.has(case.model, "encoder_blocks") else ()
+    if case.module.config.is_encoder_decoder or block.path not in [one.path for one in others]:
+        _as_returned(case, weights, role, where)  # a tower's are not returned with those of text
 
 
 def _products(case: Case, part: Any, values: Mapping[str, Tensor], where: str) -> None:
@@ -134,7 +138,8 @@ def _as_returned(case: Case, weights: Tensor, role: str, where: str) -> None:
     if not theirs:
         return
     demand(bool(alike), f"{where} pattern: the model returns {tuple(theirs[0].shape)}")
-    seen = any(same(one[..., : weights.shape[-1]], weights, 1e-3) for one in alike)
+    shown = [one if bool((one >= 0).all()) else one.softmax(-1) for one in alike]  # or its scores
+    seen = any(same(one[..., : weights.shape[-1]], weights, 1e-3) for one in shown)
     demand(seen, f"{where} pattern is none of the model's attentions")
 
 
@@ -162,6 +167,14 @@ def projections(case: Case, part: Any) -> None:
             if one.numel() == len(value) * value.shape[2] * matrix.shape[1]
         ]
         demand(bool(made), f"{where}: no layer with it is called")
+        for layer in layers:  # with the bias, which a norm behind the layer sees too
+            columns = layer.columns(flat)
+            for one in case.plain.calls.get(layer.path, ()):
+                full = one.returned[0] if one.returned else columns
+                if full.shape[-1] != layer.matrix.shape[1] or full.ndim < 2:
+                    continue
+                heads = full[..., columns].reshape(len(value), -1, *matrix.shape[::2])
+                made.append(heads.transpose(1, 2))
         right = any(one.shape == value.shape and makes(one, value, name) for one in made)
         demand(right, f"{where} does not make {name}")
 

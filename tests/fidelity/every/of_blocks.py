@@ -118,8 +118,10 @@ def experts(case: Case, block: Any) -> None:
         found = block.role["mlp_out"].save()
     own = [
         parameter
-        for path, parameter in block.module.named_parameters()
-        if "expert" in path and "shared" not in path
+        for path, module in block.module.named_modules()
+        if "expert" in f"{path} {type(module).__name__}".lower()
+        if not any(word in path for word in ("shared", "attention", "attn"))
+        for parameter in module.parameters(recurse=False)
     ]
     demand(bool(own), f"{where} have no weights of their own")
     before = [parameter.detach().clone() for parameter in own]

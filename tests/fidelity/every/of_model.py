@@ -13,7 +13,7 @@ from tests.fidelity.every.verdict import close, demand, same
 Tensor = torch.Tensor
 _FIELDS: Mapping[str, tuple[str, ...]] = {
     "n_layers": ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers"),
-    "n_heads": ("num_attention_heads", "n_head", "decoder_attention_heads"),
+    "n_heads": ("num_attention_heads", "n_head"),
     "d_model": ("hidden_size", "d_model", "n_embd"),
     "vocab_size": ("vocab_size",),
 }
@@ -103,6 +103,8 @@ def numbers(case: Case) -> None:
         if not case.has(model, name):
             continue
         said = next((getattr(config, one) for one in fields if hasattr(config, one)), None)
+        if name == "n_heads":  # of a decoder, which may have another number than its encoder
+            said = getattr(case.module.config, "decoder_attention_heads", said)
         found = getattr(model, name)
         if isinstance(said, int) and said > 0:
             demand(found == said, f"{name} is {found}, and in the config {said}")

@@ -124,6 +124,16 @@ class Layer:
     path: str
     matrix: Tensor
 
+    def columns(self, matrix: Tensor) -> Tensor:
+        """Returns which of its columns are those of another matrix."""
+        return _apart(matrix, self.matrix).argmin(1)
+
+
+def _apart(matrix: Tensor, wide: Tensor) -> Tensor:
+    """How far each column of a matrix is from each of another."""
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(matrix.float().T, wide.float().T, compute_mode=exact)
+
 
 def layers_in(module: nn.Module, within: str = "") -> Iterator[Layer]:
     """The modules that multiply with a matrix of their own, one each way round.
@@ -153,9 +163,7 @@ def layers_with(module: nn.Module, within: str, matrix: Tensor) -> Iterator[Laye
         wide = layer.matrix
         if wide.shape[0] != matrix.shape[0] or wide.shape[1] < matrix.shape[1]:
             continue
-        exact = "donot_use_mm_for_euclid_dist"
-        distances = torch.cdist(matrix.float().T, wide.float().T, compute_mode=exact)
-        if float(distances.min(1).values.max()) < 1e-4:
+        if float(_apart(matrix, wide).min(1).values.max()) < 1e-4:
             yield layer
 
 

@@ -14,7 +14,7 @@ def makes(made: Tensor, value: Tensor, name: str) -> bool:
     Values are the projection and a bias, or this normalised head by head. Of queries and keys the
     first position is compared, which rotary embeddings leave as it is: they are the projection,
     scaled, with a bias or normalised, element by element; or numbers of the same size, where the
-    rotation moves the first position.
+    rotation moves the first position, or a scale of its own for each head.
 
     Args:
         made: `(batch, head, position, d_head)`, what the matrix makes.
@@ -78,6 +78,6 @@ def _is_affine(made: Tensor, value: Tensor) -> bool:
 
 
 def _sizes(made: Tensor, value: Tensor) -> bool:
-    """Whether heads have the same length up to one factor, as rotations and scales leave it."""
+    """Whether each head has the same length up to a factor, as rotations and scales leave it."""
     ratio = value.double().norm(dim=-1) / made.double().norm(dim=-1)
-    return float((ratio / ratio.mean() - 1).abs().max()) <= _LIMIT
+    return float((ratio / ratio.mean(0) - 1).abs().max()) <= _LIMIT

@@ -49,6 +49,9 @@ _BY_SIZE: Mapping[int, tuple[str, ...]] = {
 SIZES: Mapping[str, int] = {name: size for size, names in _BY_SIZE.items() for name in names}
 """The largest that a number of a config may be, by its name."""
 
+WITH_IMAGES = frozenset(["git"])
+"""Types whose text is read behind an image, without tokens for it among the ids."""
+
 IDS: Mapping[str, int] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 """Ids of tokens, which have to be in the small vocabulary."""
 

@@ -58,19 +58,25 @@ def test_another_layers_value_is_found(
     assert judged("llama")[column].state == "wrong"
 
 
-def test_heads_in_another_order_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = module_of("gpt2")
+@pytest.mark.parametrize(
+    ("name", "weight", "column"),
+    [("gpt2", "W_O", "heads"), ("llama", "W_Q", "W_Q"), ("llama", "W_V", "W_Q")],
+)
+def test_heads_in_another_order_are_found(
+    name: str, weight: str, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = module_of(name)
     names = type(LanguageModel(module).vocabulary)
     given = names.entry
 
-    def permuted(self: Any, path: str, part: str, name: str) -> Any:
-        found = given(self, path, part, name)
-        if name == "W_O":
+    def permuted(self: Any, path: str, part: str, asked: str) -> Any:
+        found = given(self, path, part, asked)
+        if asked == weight:
             return type(found)(torch.roll(found.value, 1, 0))
         return found
 
     monkeypatch.setattr(names, "entry", permuted)
-    assert judged("gpt2")["heads"].state == "wrong"
+    assert judged(name)[column].state == "wrong"
 
 
 def test_an_error_that_is_no_refusal_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:

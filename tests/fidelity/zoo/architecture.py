@@ -83,7 +83,8 @@ def spread_out(module: nn.Module) -> None:
     """Makes what is initialised to nothing, such as biases, something that shows."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+            if parameter.requires_grad:  # others are no weights, such as fixed sinusoids
+                parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def ids(rows: int, length: int, seed: int) -> torch.Tensor:

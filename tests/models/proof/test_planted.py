@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import XmodConfig, XmodForMaskedLM
+from transformers import IBertConfig, IBertForMaskedLM, XmodConfig, XmodForMaskedLM
 
 from insitu import LanguageModel, PathError
 from insitu.models import body as bodies
@@ -203,6 +203,46 @@ def test_weights_in_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -
     model = LanguageModel(module_of("llama"))
     for name in ("W_Q", "W_K", "W_V", "W_O"):
         assert isinstance(entry_of(model, "model.layers.1", f"attention.{name}"), Missing), name
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda q, k: q + q.roll(1, 2),
+        lambda q, k: q + k.repeat_interleave(q.shape[1] // k.shape[1], 1),
+    ],
+    ids=["other positions", "keys"],
+)
+def test_a_projection_that_only_goes_into_queries_has_no_name(
+    mixed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama as llama
+
+    rotated = llama.apply_rotary_pos_emb
+
+    def apply(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return rotated(mixed(q, k), k, *args, **kwargs)
+
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", apply)
+    model = LanguageModel(module_of("llama"))
+    refused = entry_of(model, "model.layers.1", "attention.W_Q")
+    assert isinstance(refused, Missing)
+    assert "is made of other positions, or of other layers, too" in refused.reason
+    for name in ("W_K", "W_V", "W_O"):
+        found = entry_of(model, "model.layers.1", f"attention.{name}")
+        assert not isinstance(found, Missing), name
+
+
+def test_a_module_that_gives_no_tensor_has_no_matrix() -> None:
+    """I-BERT's layers give what they make, and its scale."""
+    config = IBertConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=40,
+    )  # fmt: skip
+    model = LanguageModel(IBertForMaskedLM(config).eval())
+    for name in ("W_in", "W_out"):
+        with pytest.raises(PathError, match="gives no tensor|no nonlinearity|no linear layer"):
+            model.blocks[0].role["mlp"].role[name]
 
 
 def test_an_adapter_behind_an_mlp_is_not_taken_for_it() -> None:

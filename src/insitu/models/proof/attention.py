@@ -264,6 +264,35 @@ class _Attention:
         found = identities.projected(given, weight, raw)
         if not found.is_rounding:
             self.refuse(f"what is multiplied with it is not its `{letter}`.", name)
+        elif spot is not None and self._is_mixed(letter, layer):
+            self.refuse(
+                f"its `{letter}` is made of other positions, or of other layers, too.", name
+            )
+
+    def _is_mixed(self, letter: str, layer: str) -> bool:
+        """Whether what a layer makes at other positions, or another layer, goes into a letter."""
+        evidence = self.evidence
+        named = evidence.named(self.path, f"{self.role}.{letter}")
+        before = self.value(letter)
+        if named is None or before is None:
+            return False
+
+        def elsewhere(value: Tensor) -> Tensor:
+            changed = value.clone()
+            changed[:, :1] = noise(value[:, :1])
+            return changed
+
+        made = evidence.base.places.get((layer, "output", 0))
+        changes: list[tuple[dict[Named, Any], Tensor | slice]] = []
+        if isinstance(made, torch.Tensor) and made.ndim == 3 and made.shape[1] == before.shape[2]:
+            changes.append(({Named(layer, "output"): elsewhere}, slice(1, None)))
+        others = {path for path in self.heads.projections.values() if path != layer}
+        changes.extend(({Named(path, "output"): noise}, slice(None)) for path in sorted(others))
+        for change, positions in changes:
+            after = evidence.runs.run([named], change).at(named)
+            if after is None or not _alike(after[:, :, positions], before[:, :, positions], before):
+                return True
+        return False
 
     def _head_by_head(self, name: str, letter: str, layer: str) -> None:
         """Where its layer gives nothing for some heads, these have nothing, and only these."""
