@@ -1,7 +1,9 @@
 """Models that the tests share. All are made on the spot or shipped; nothing is downloaded."""
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Proofs of names are of today's code, and are no business of whoever runs the tests.
@@ -16,6 +18,29 @@ from insitu import LanguageModel, Model
 from tests.round_trip import round_trip  # noqa: F401
 
 torch.set_num_threads(1)
+
+
+class _Faults(logging.Handler):
+    """Keeps what Insitu logs as an error: exceptions of its own, which a trial survives."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture(autouse=True)
+def no_fault_is_survived() -> Iterator[_Faults]:
+    """Fails a test in which a trial of the model met an exception of Insitu's own."""
+    faults = _Faults()
+    logger = logging.getLogger("insitu")
+    logger.addHandler(faults)
+    yield faults
+    logger.removeHandler(faults)
+    for record in faults.records:
+        raise AssertionError(record.getMessage()) from (record.exc_info or (None, None))[1]
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:

@@ -7,12 +7,13 @@ from torch import nn
 from insitu import LanguageModel
 from insitu.models.chain import find_chain
 from insitu.runtime.branches import Chain
+from insitu.runtime.fallback import Fallback
 from insitu.runtime.layout import SIZES, find_layouts
 from insitu.runtime.probe import Call
 from tests.fidelity.architectures import MAKERS, spread_out
 
 
-def chain_of(module: nn.Module) -> Chain | None:
+def chain_of(module: nn.Module) -> Chain | Fallback:
     model = LanguageModel(module)
     views, options = model.block_views[False], {"use_cache": False}
     calls = [Call((), {"input_ids": torch.zeros(*size).long(), **options}) for size in SIZES]
@@ -32,7 +33,7 @@ def made(name: str) -> nn.Module:
 def test_forwards_begin_at_blocks_where_each_row_is_as_it_is_alone(name: str) -> None:
     module = made(name)
     chain = chain_of(module)
-    assert chain is not None
+    assert isinstance(chain, Chain)
     assert list(chain.paths) == list(LanguageModel(module).block_views[False])
     for path in chain.paths:
         assert (path, "output", 0) in chain.whole & chain.tails
@@ -41,13 +42,13 @@ def test_forwards_begin_at_blocks_where_each_row_is_as_it_is_alone(name: str) ->
             assert (path, "output", 0) in chain.whole, path
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("layers", [1, 2])
 def test_they_do_not_where_a_mask_is_made_for_each_row_of_the_ids(layers: int) -> None:
     """BLOOM's position biases have as many rows as there are prompts."""
     module = made("bloom")
     module.transformer.h = module.transformer.h[:layers]
     module.config.n_layer = layers
-    assert (chain_of(module) is None) == (layers > 1)  # with one, there is no later block
+    assert isinstance(chain_of(module), Chain) == (layers == 1)  # there is no later block then
 
 
 class LooksAhead(nn.Module):
@@ -76,7 +77,7 @@ def test_positions_are_not_left_out_where_the_others_would_be_other_ones(
     module = made("gpt2")
     module.transformer.h = nn.ModuleList([kind(block) for block in module.transformer.h])
     chain = chain_of(module)
-    assert chain is not None
+    assert isinstance(chain, Chain)
     assert chain.whole
     assert not chain.tails
 
@@ -91,7 +92,7 @@ def test_trying_leaves_nothing_behind() -> None:
         if isinstance(value, dict)
     }
     state = torch.get_rng_state()
-    assert chain_of(module) is not None
+    assert isinstance(chain_of(module), Chain)
     assert torch.equal(torch.get_rng_state(), state)
     for path, part in module.named_modules():
         assert vars(part).keys() == before[path].keys()

@@ -2,6 +2,7 @@ import pytest
 
 from insitu.graph.node import Site
 from insitu.runtime.costs import Costs
+from insitu.runtime.fallback import uncut
 from insitu.runtime.summary import Planned, Summary, unknown
 
 SHARED = Summary([0, 1], 1, 12, 4, 0, 2e9, "what they share", {0: 3e9, 1: 3e9})
@@ -35,7 +36,7 @@ def test_invocations_are_shown_shortly(numbers: list[int], shown: str) -> None:
 
 
 def test_what_is_not_known_of_a_pass_is_not_shown() -> None:
-    table = Planned([unknown([0], Site(0, "h.2", "output"))]).explain()
+    table = Planned([unknown([0], uncut(Site(0, "h.2", "output")))]).explain()
     assert "?" in table
     assert "`h[2].output` cannot be cut out of a batch" in table
     assert len(table.splitlines()) == 2

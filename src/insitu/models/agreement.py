@@ -13,6 +13,7 @@ import torch
 
 from insitu.graph.structure import tensors_of
 from insitu.models.attention import OPTION, attending
+from insitu.runtime.fallback import Fallback, tried
 from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:
@@ -37,10 +38,9 @@ def _computed(model: Model, call: Call, options: Mapping[str, Any]) -> torch.Ten
     kwargs = {**call.kwargs, **options}
     implementation = kwargs.pop(OPTION, None)
     with model.in_use(), attending(model.module, implementation), torch.no_grad():
-        try:
-            returned = tensors_of(model.module(**kwargs))
-        except Exception:  # whatever a model makes of the options
-            return None
+        returned = tried(lambda: tensors_of(model.module(**kwargs)), "another implementation")
+    if isinstance(returned, Fallback):
+        return None
     return next((tensor for tensor in returned if tensor.is_floating_point()), None)
 
 

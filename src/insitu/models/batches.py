@@ -16,8 +16,9 @@ from insitu.models.prompts import Prompt, Side, counted
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
 from insitu.models.tail import Tail
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, unembed_only, unembedding
-from insitu.runtime.branches import Given, find_runs, part_of
+from insitu.runtime.branches import Chain, Given, find_runs, part_of
 from insitu.runtime.extent import Extents
+from insitu.runtime.fallback import Fallback, logger
 from insitu.runtime.hooks import Cut, Place
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Own, Pass
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
 
 
+_SHIFTED = Fallback("positions begin behind the padding of each row")
 _PASSED_ON: tuple[Kind, ...] = ("output", "input")  # where what a block returned stands
 
 
@@ -104,10 +106,18 @@ class Batches:
             runs, edges = find_runs(work.graph, work.plan, given, chain, work.moments, costs)
             return runs, arrange(runs, edges, model.costs, budget)
 
-        alike = side == "right"  # whose positions begin at the beginning of each row
-        runs, groups = runs_and_groups(
-            lambda: model.chain(module, layouts, options) if alike else None
-        )
+        def shared_blocks() -> Chain | None:
+            found: Chain | Fallback = _SHIFTED
+            if side == "right":
+                found = model.chain(module, layouts, options)
+            if isinstance(found, Fallback):
+                logger.info("Prompts that are equal share no blocks: %s", found.why)
+                self._unshared = f"; equal prompts share no blocks: {found.why}"
+                return None
+            return found
+
+        self._unshared = ""
+        runs, groups = runs_and_groups(shared_blocks)
         if groups is None:  # invocations need each other in both directions
             runs, groups = runs_and_groups(lambda: None)
         assert groups is not None
@@ -268,6 +278,7 @@ class Batches:
         why = "one prompt" if len(invocations) == 1 else "prompts of like length"
         if stretch.leaves:
             why = "what invocations of one prompt share"
+        why += self._unshared
         size = rows, stretch.positions
         return self._accounts.whole(
             invocations, *size, stretch.reads, through, stretch.unembedded.count or None, why

@@ -21,6 +21,7 @@ from insitu.models.blocks import CACHES
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
 from insitu.models.trial import alike, undisturbed
 from insitu.runtime.branches import Chain
+from insitu.runtime.fallback import Fallback, tried
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.layout import Axis, Layouts, Part, TensorLayout, cut, leaves, spread
 from insitu.runtime.listening import Listening
@@ -35,7 +36,7 @@ def find_chain(
     vocabulary: int,
     device: torch.device,
     inside: Collection[str] = (),
-) -> Chain | None:
+) -> Chain | Fallback:
     """Returns the blocks at which a model's forwards can begin, found out by running it.
 
     Args:
@@ -49,23 +50,25 @@ def find_chain(
         inside: the modules in whose forwards there are functions among the places.
 
     Returns:
-        The blocks and the places at which values are right then; None if they are not behind
-        some block.
+        The blocks and the places at which values are right then; or why no forward can begin at
+        them.
     """
-    try:
+
+    def found() -> Chain | Fallback:
         with undisturbed(modules):
             given = (module, modules, views, layouts, options, vocabulary, device)
             trial = _Trial(*given, inside)
             whole = trial.right_places(0)
             tails = trial.right_places(2) if trial.looks_back_only() else frozenset[Place]()
-    except Exception:  # whatever the model makes of it: then it is not to be run so
-        return None
-    paths = tuple(views)
-    if any((path, "output", 0) not in whole for path in paths):
-        return None
-    if any((path, "output", 0) not in tails for path in paths):
-        tails = frozenset[Place]()
-    return Chain(paths, whole, tails, trial.handed() & tails)
+        paths = tuple(views)
+        for path in paths:
+            if (path, "output", 0) not in whole:
+                return Fallback(f"values behind `{path}` differ when a forward begins at a block")
+        if any((path, "output", 0) not in tails for path in paths):
+            tails = frozenset[Place]()
+        return Chain(paths, whole, tails, trial.handed() & tails)
+
+    return tried(found, "a forward that begins at a block")
 
 
 def _has_positions_second(layout: TensorLayout) -> bool:

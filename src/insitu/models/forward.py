@@ -17,6 +17,7 @@ from insitu.models.attention import OPTION
 from insitu.models.calls import arguments, beside, content, default_budget, forward
 from insitu.models.padding import padding_of, positioned
 from insitu.models.prompts import Prompt, Side, counted
+from insitu.runtime.fallback import Fallback, logger, uncut
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
@@ -62,7 +63,7 @@ class LanguageForward:
         self._options = options
         self.views = model.block_views[bool(options.get("use_cache"))]
         self.steps = 1
-        self._separations: dict[tuple[bool, Side, object], Separation | None] = {}
+        self._separations: dict[tuple[bool, Side, object], Separation | Fallback] = {}
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
         self._fixed = (budget, share, *options.items()) if plain else None
 
@@ -118,17 +119,12 @@ class LanguageForward:
         sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
         accounts = Accounts(self._model, work, sizes)
         if len(requests) == 1:
-            return self._alone(accounts, "one prompt", 1)
-        if not work.together:
-            return self._alone(accounts, _why_apart(work), len(requests))
-        side = _side_of_batch(requests)
-        layouts = None if side is None else self._shared(module, requests, work, side)
-        if side is None or layouts is None:
-            why = "in this mode, or with these options, no batch"
-            return self._alone(accounts, why, len(requests))
-        if isinstance(layouts, Site):
-            why = f"`{layouts}` cannot be cut out of a batch"
-            return self._alone(accounts, why, len(requests), layouts)
+            return self._alone(accounts, 1, None)
+        shared = self._shared(module, requests, work)
+        if isinstance(shared, Fallback):
+            logger.info("%d prompts run one by one: %s", len(requests), shared.why)
+            return self._alone(accounts, len(requests), shared)
+        layouts, side = shared
         tokens = sum(prompt.ids.numel() for prompt in requests)
         budget = self._budget or default_budget(self._model, tokens)
         from insitu.models.batches import Batches  # takes a while, and one prompt needs none
@@ -145,14 +141,20 @@ class LanguageForward:
         return None
 
     def _shared(
-        self, module: nn.Module, requests: Sequence[Prompt], work: Work, side: Side
-    ) -> Layouts | Site | None:
-        """How to cut what is read out of one pass for all; None, or a site, if one does not do."""
-        if self._model.trains() or not self._options.keys() <= _BATCHABLE:
-            return None
-        for prompt in requests:
-            if prompt.extras:
-                return None
+        self, module: nn.Module, requests: Sequence[Prompt], work: Work
+    ) -> tuple[Layouts, Side] | Fallback:
+        """How to cut what is read out of one pass for all, and where that is padded."""
+        side = _side_of_batch(requests)
+        if work.apart is not None:
+            return work.apart
+        if self._model.trains():
+            return Fallback("in training mode each prompt has its own random numbers")
+        if further := sorted(self._options.keys() - _BATCHABLE):
+            return Fallback(f"`{further[0]}` may mean something else for a batch")
+        if extra := next((name for prompt in requests for name in prompt.extras), None):
+            return Fallback(f"`{extra}` is of one prompt at a time")
+        if side is None:
+            return Fallback("one has several rows without padding, and another has padding")
         key = (self._model.loaded, side, self._model.snapshot)
         if key not in self._separations:
             mark = requests[0].mark
@@ -167,16 +169,15 @@ class LanguageForward:
 
             self._separations[key] = self._model.separation(sample, run, self.views, side)
         separation = self._separations[key]
-        if separation is None:
-            return None
+        if isinstance(separation, Fallback):
+            return separation
         obstacle = separation.obstacle(work.plan.reads, work.written)
-        return separation.layouts if obstacle is None else Site(*obstacle)
+        return (separation.layouts, side) if obstacle is None else uncut(Site(*obstacle))
 
-    def _alone(
-        self, accounts: Accounts, why: str, count: int, apart: Site | None = None
-    ) -> Schedule:
-        """Gives a pass to each prompt; `apart` is what cannot be cut out of a batch."""
+    def _alone(self, accounts: Accounts, count: int, apart: Fallback | None) -> Schedule:
+        """Gives a pass to each prompt; `apart` is why several have no pass together."""
         model, options = self._model, self._options
+        why = "one prompt" if apart is None else apart.why
         told = [partial(accounts.alone, number, why) for number in range(count)]
         cuts = [{number: None} for number in range(count)]
 
@@ -203,12 +204,3 @@ def _side_of_batch(requests: Sequence[Prompt]) -> Side | None:
         return "right"
     apart = any(prompt.positions is None and prompt.ids.shape[0] > 1 for prompt in requests)
     return None if apart else "left"
-
-
-def _why_apart(work: Work) -> str:
-    """Why the invocations of a run have a pass each."""
-    if work.graph.differentiates:
-        return "gradients are of one prompt at a time"
-    if work.graph.skips or work.graph.stops:
-        return "what skips or stops is of one prompt at a time"
-    return "a write in place would be undone by a neighbour's"

@@ -20,6 +20,7 @@ from insitu.models.configuration import text_config
 from insitu.models.padding import generates_alike, positioned
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
+from insitu.runtime.fallback import UNDONE, Fallback, logger, uncut
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Own, Pass
@@ -130,31 +131,44 @@ class Generation:
         for prompt in requests:
             if prompt.mask is not None:
                 positioned(self._model, prompt, not self._model.loaded, self._most_steps)
-        apart: Site | None = None
-        sites = work.plan.reads
-        tokens = any(address[2] in ("tokens", "choice") for address in sites)
-        sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
-        together = work.together and not (work.graph.mutations and lie_apart(sizes))
-        if together and len(requests) > 1 and self._batchable(module, requests):
-            separation = self._model.separation(
-                lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
-                self._begin,
-                self.views,
-                self._side,
-            )
-            if separation is not None:
-                obstacle = separation.obstacle(sites, work.written)
-                if obstacle is None and self._outgrows_windows(requests):
-                    obstacle = next((site for site in sites if self._has_cache(site)), None)
-                if obstacle is None:
-                    return partial(self._as_one, separation.layouts)
-                apart = Site(*obstacle)
-        if len(requests) > 1 and self._setting(module, "return_dict_in_generate"):
+        tokens = any(address[2] in ("tokens", "choice") for address in work.plan.reads)
+        if len(requests) == 1:
+            return partial(self._one_by_one, tokens, None)
+        shared = self._shared(module, requests, work)
+        if not isinstance(shared, Fallback):
+            return partial(self._as_one, shared)
+        if self._setting(module, "return_dict_in_generate"):
             raise OptionError(
                 "`return_dict_in_generate` takes one invocation in a block, because these "
                 "have to be generated one by one."
             )
-        return partial(self._one_by_one, tokens, apart)
+        logger.info("%d prompts are generated one by one: %s", len(requests), shared.why)
+        return partial(self._one_by_one, tokens, shared)
+
+    def _shared(
+        self, module: nn.Module, requests: Sequence[Prompt], work: Work
+    ) -> Layouts | Fallback:
+        """How to cut what is read out of one generation for all."""
+        sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
+        if work.apart is not None:
+            return work.apart
+        if work.graph.mutations and lie_apart(sizes):
+            return UNDONE
+        if (why := self._unbatchable(module, requests)) is not None:
+            return Fallback(why)
+        separation = self._model.separation(
+            lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
+            self._begin,
+            self.views,
+            self._side,
+        )
+        if isinstance(separation, Fallback):
+            return separation
+        sites = work.plan.reads
+        obstacle = separation.obstacle(sites, work.written)
+        if obstacle is None and self._outgrows_windows(requests):
+            obstacle = next((site for site in sites if self._has_cache(site)), None)
+        return separation.layouts if obstacle is None else uncut(Site(*obstacle))
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""
@@ -177,7 +191,7 @@ class Generation:
     def _one_by_one(
         self,
         tokens: bool,
-        apart: Site | None,
+        apart: Fallback | None,
         module: nn.Module,
         requests: Sequence[Prompt],
     ) -> list[Pass]:
@@ -194,7 +208,7 @@ class Generation:
         cuts: Mapping[int, Cut | None],
         requests: Sequence[Prompt],
         tokens: bool = False,
-        apart: Site | None = None,
+        apart: Fallback | None = None,
     ) -> Pass:
         """The pass of a prompt, which may be a batch of several requests."""
         if not self._model.reader.lookups_check:
@@ -267,17 +281,25 @@ class Generation:
         begun = not bool((given[:, 0] != start[0, 0].to(given.device)).all())
         return given if begun else torch.cat([start.to(given.device), given], 1)
 
-    def _batchable(self, module: nn.Module, requests: Sequence[Prompt]) -> bool:
-        """Whether each prompt goes on in a batch as it would alone."""
-        return (
-            not self._model.trains()
-            and self._options.keys() <= _BATCHABLE
-            and "max_new_tokens" in self._options  # else padding counts towards a total length
-            and not any(prompt.extras for prompt in requests)
-            and len({self._sharing(prompt) for prompt in requests}) == 1
-            and all(self._setting(module, k) in off for k, off in _UNBATCHABLE_UNLESS.items())
-            and (not _is_ragged(requests) or generates_alike(self._model))
-        )
+    def _unbatchable(self, module: nn.Module, requests: Sequence[Prompt]) -> str | None:
+        """Why a prompt does not go on in a batch as it would alone, None if each does."""
+        if self._model.trains():
+            return "in training mode each prompt has its own random numbers"
+        further = sorted(self._options.keys() - _BATCHABLE)
+        extras = [name for prompt in requests for name in prompt.extras]
+        settings = _UNBATCHABLE_UNLESS.items()
+        further += [name for name, off in settings if self._setting(module, name) not in off]
+        if further:
+            return f"with `{further[0]}` a prompt may go on otherwise in a batch"
+        if extras:
+            return f"`{extras[0]}` is of one prompt at a time"
+        if "max_new_tokens" not in self._options:
+            return "without `max_new_tokens` padding counts towards the total length"
+        if len({self._sharing(prompt) for prompt in requests}) > 1:
+            return "rotary embeddings of the shorter prompts depend on the longest"
+        if _is_ragged(requests) and not generates_alike(self._model):
+            return "in a generation padding changes what a prompt is alone"
+        return None
 
     def _sharing(self, prompt: Prompt) -> Hashable:
         """What is equal for prompts whose rotary embeddings do not depend on each other."""

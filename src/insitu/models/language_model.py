@@ -34,6 +34,7 @@ from insitu.models.rotary import LengthDependence, growing_parts, length_depende
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
 from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
+from insitu.runtime.fallback import Fallback
 from insitu.runtime.hooks import View
 from insitu.runtime.layout import SIZES, Layouts
 from insitu.runtime.own_hooks import is_the_models
@@ -177,7 +178,7 @@ class LanguageModel(Model):
     _config: Any
     _tokenizer: Any
     _processor: Any = None
-    _separations: dict[tuple[str, bool], Separation | None]
+    _separations: dict[tuple[str, bool], Separation | Fallback]
     paddings: dict[Any, Padding]
     lengths: LengthDependence
     growing: Sequence[nn.Module]
@@ -524,8 +525,8 @@ class LanguageModel(Model):
         run: Callable[[nn.Module, Prompt], Any],
         views: Mapping[str, View],
         side: Side,
-    ) -> Separation | None:
-        """Returns how values at sites are cut into rows and positions, or None if none can be.
+    ) -> Separation | Fallback:
+        """Returns how values at sites are cut into rows and positions, or why none can be.
 
         Found out once, with the weights if they are there: else by shapes alone, which will do
         for what is not run.
@@ -546,8 +547,8 @@ class LanguageModel(Model):
 
     def chain(
         self, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]
-    ) -> Chain | None:
-        """Returns the blocks at which forwards can begin, None if they cannot.
+    ) -> Chain | Fallback:
+        """Returns the blocks at which forwards can begin, or why they cannot.
 
         It is tried out once, and again where functions are looked at in more forwards.
 

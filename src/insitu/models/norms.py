@@ -18,6 +18,7 @@ from insitu.graph.control import call_module
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Mark, here, mark
 from insitu.graph.proxy import Proxy
+from insitu.runtime.fallback import Fallback, tried
 from insitu.tracing.forms import Computed
 from insitu.tracing.invocation import Invocation
 
@@ -98,9 +99,8 @@ def _measured_eps(module: nn.Module, width: int) -> float | None:
     """What a norm adds to the mean of the squares, to two digits; None if it is none."""
     size = 1e-3
     turns = 1.0 - 2.0 * (torch.arange(width) % 2)
-    try:
-        made = float(_on_ones(module)(size * turns[None])[0, 0])
-    except Exception:  # whatever a module does that is no norm
+    made = tried(lambda: float(_on_ones(module)(size * turns[None])[0, 0]), "a norm")
+    if isinstance(made, Fallback):
         return None
     return float(f"{size**2 * (1 / made**2 - 1):.1e}") if 0 < made < 1 else None
 
@@ -123,9 +123,8 @@ def _does(module: nn.Module, norm: Norm, width: int) -> bool:
     turns = 1.0 - 2.0 * (torch.arange(width) % 2)
     rows = torch.tensor([[0.1, 0.0], [1.0, 0.3], [5.0, -2.0]])  # of different size and mean
     given = rows[:, :1] * turns + rows[:, 1:]
-    try:
-        made = _on_ones(module)(given)
-    except Exception:  # whatever a module does that is no norm
+    made = tried(lambda: _on_ones(module)(given), "a norm")
+    if isinstance(made, Fallback):
         return False
     centred = norm.centre(given)
     weight = made / (centred / norm.scale(centred))

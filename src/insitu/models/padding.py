@@ -19,6 +19,7 @@ from insitu.models.padding_trial import Padding, find_padding, goes_on_as_alone
 from insitu.models.prompts import Prompt, Side, positions_of
 from insitu.models.rotary import forgetting_lengths, warn_of_lengths
 from insitu.models.tokens import vocabulary_of
+from insitu.runtime.fallback import Fallback, tried
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
@@ -103,12 +104,11 @@ def generates_alike(model: LanguageModel) -> bool:
     ends = [given] if isinstance(given, int) else list(given or ())
     vocabulary, longest = vocabulary_of(module, model.config), _longest(model)
     with model.in_use():
-        try:
-            right = goes_on_as_alone(
-                generate, model.modules, model.config, vocabulary, model.pad_id, side, ends, longest
-            )
-        except Exception:  # whatever the model makes of it: then nothing is known
-            right = False
+        tokens = vocabulary, model.pad_id, side, ends, longest
+        found = tried(
+            lambda: goes_on_as_alone(generate, model.modules, model.config, *tokens), "padding"
+        )
+    right = found is True
     known[key] = Padding(side, right, right)
     return right
 
@@ -142,8 +142,8 @@ def _tried(model: LanguageModel) -> Padding:
         return model.module(**model.placed(kwargs))
 
     with model.in_use():
-        try:
-            found = find_padding(
+        found = tried(
+            lambda: find_padding(
                 run,
                 model.modules,
                 model.config,
@@ -151,9 +151,11 @@ def _tried(model: LanguageModel) -> Padding:
                 vocabulary_of(model.module, model.config),
                 model.pad_id,
                 _longest(model),
-            )
-        except Exception:  # whatever the model makes of such runs: then nothing is known
-            found = Padding("right", False, False)
+            ),
+            "padding",
+        )
+    if isinstance(found, Fallback):  # nothing is known then
+        found = Padding("right", False, False)
     if model.snapshot.exchanges:  # short prompts, as these are, pass other modules than long ones
         _warn(type(model.module).__name__, "")
         return Padding("right", False, False, False)

@@ -15,6 +15,7 @@ from torch import nn
 from insitu.models.configuration import said, text_config
 from insitu.models.prompts import Prompt, Side, positions_of
 from insitu.models.trial import alike, undisturbed
+from insitu.runtime.fallback import Fallback, tried
 
 _LENGTHS = (6, 9, 1)
 _STEPS = 2  # of a generation: what is wrong with a cache shows in the second
@@ -187,9 +188,8 @@ def _agrees(
     alone: list[torch.Tensor],
 ) -> bool:
     """Whether each row of a batch, run in some way, is what it is alone."""
-    try:
-        together = _outputs(run(padded, further))
-    except Exception:  # whatever the model makes of it: then it is not to be run so
+    together = tried(lambda: _outputs(run(padded, further)), "padding")
+    if isinstance(together, Fallback):
         return False
     return all(_alike(row, own[0]) for row, own in zip(together, alone, strict=True))
 

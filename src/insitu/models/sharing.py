@@ -21,6 +21,7 @@ from insitu.models.prompts import Prompt, Side
 from insitu.models.separation import Separation, Trial
 from insitu.models.tokens import vocabulary_of
 from insitu.runtime.branches import Chain
+from insitu.runtime.fallback import Fallback, tried
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.layout import Layouts, find_layouts
@@ -29,6 +30,9 @@ from insitu.runtime.probe import Call
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
 
+_BATCH = "a batch of prompts"
+_EXCHANGES = Fallback("short prompts pass other modules than long ones")
+
 
 def find_separation(
     model: LanguageModel,
@@ -36,8 +40,8 @@ def find_separation(
     run: Callable[[nn.Module, Prompt], Any],
     views: Mapping[str, View],
     side: Side,
-) -> Separation | None:
-    """Returns how values at sites are cut into rows and positions, or None if none can be.
+) -> Separation | Fallback:
+    """Returns how values at sites are cut into rows and positions, or why none can be.
 
     Args:
         model: the model.
@@ -50,8 +54,10 @@ def find_separation(
     with contextlib.suppress(ShapeError):
         layouts = find_layouts([model.probe(call, views).seen for call in calls])
     if not model.loaded:
-        if layouts is None or model.snapshot.exchanges:
-            return None
+        if layouts is None:
+            return Fallback("the shapes of a batch are known only with the weights")
+        if model.snapshot.exchanges:
+            return _EXCHANGES
         return Separation(layouts, lambda _: True, lambda _: {})
     trial = Trial(
         partial(run, model.module),
@@ -66,26 +72,23 @@ def find_separation(
 
     def widens(place: Place) -> bool:
         with model.in_use():
-            try:
-                return trial.widens(found, place)
-            except Exception:  # whatever the model makes of it: then it is not to be run so
-                return False
+            return tried(lambda: trial.widens(verified, place), _BATCH) is True
 
     def inside(owners: Collection[str]) -> Layouts:
         with model.in_use():
-            try:
-                return trial.inside(owners)
-            except Exception:  # as above
-                return {}
+            inner = tried(lambda: trial.inside(owners), _BATCH)
+        return {} if isinstance(inner, Fallback) else inner
 
-    found: Layouts = {}
     with model.in_use():
-        try:
-            found = trial.verified(trial.proposed() if layouts is None else layouts)
-        except Exception:  # as above
-            return None
-    # The trial was of short prompts, which pass other modules than long ones.
-    return None if model.snapshot.exchanges else Separation(found, widens, inside)
+        found = tried(
+            lambda: trial.verified(trial.proposed() if layouts is None else layouts), _BATCH
+        )
+    if isinstance(found, Fallback):
+        return found
+    verified = found
+    if model.snapshot.exchanges:  # by the trial, which was of short prompts
+        return _EXCHANGES
+    return Separation(verified, widens, inside)
 
 
 def find_shared_chain(
@@ -93,9 +96,9 @@ def find_shared_chain(
     module: nn.Module,
     layouts: Layouts,
     options: Mapping[str, Any],
-    known: dict[Hashable, Chain | None],
-) -> Chain | None:
-    """Returns the blocks at which forwards of a model can begin, None if they cannot.
+    known: dict[Hashable, Chain | Fallback],
+) -> Chain | Fallback:
+    """Returns the blocks at which forwards of a model can begin, or why they cannot.
 
     Args:
         model: the model.
@@ -106,14 +109,20 @@ def find_shared_chain(
     """
     views = model.block_views[False]
     plain = {"use_cache": False} if model.takes_use_cache else {}
-    if not model.loaded or not views or "past_key_values" not in model.forward_parameters:
-        return None
-    if model.is_encoder_decoder:  # its blocks are not one chain
-        return None
+    if not model.loaded:
+        return Fallback("the weights are not loaded")
+    if not views:
+        return Fallback("its blocks are not known")
+    if model.is_encoder_decoder:
+        return Fallback("the blocks of an encoder and a decoder are not one chain")
+    if "past_key_values" not in model.forward_parameters:
+        return Fallback("its forward takes no keys and values")
     implementation = options.get(OPTION)
     rest = {name: value for name, value in options.items() if name != OPTION}
-    if rest != plain or model.has_hooks:  # these are to see all blocks and positions
-        return None
+    if rest != plain:
+        return Fallback(f"with {_listed(rest, plain)} every block runs for each prompt")
+    if model.has_hooks:
+        return Fallback("your own hooks see all blocks and positions")
     inside = frozenset(path.partition(SEPARATOR)[0] for path, _, _ in layouts if SEPARATOR in path)
     key = (implementation, inside)
     if key not in known:
@@ -129,3 +138,9 @@ def find_shared_chain(
                 inside,
             )
     return known[key]
+
+
+def _listed(options: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """The names of the options that are not the usual ones."""
+    names = sorted(name for name in {*options, *usual} if options.get(name) != usual.get(name))
+    return ", ".join(f"`{name}`" for name in names)

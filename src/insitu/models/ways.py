@@ -20,6 +20,7 @@ from insitu.graph.structure import map_structure
 from insitu.models.anatomy.reading import RESHAPES
 from insitu.runtime.dataflow import Dataflow
 from insitu.runtime.events import Applied, Value
+from insitu.runtime.fallback import Fallback, tried
 
 Call = Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any]
 """Calls a module, given its path and its arguments."""
@@ -224,10 +225,13 @@ class _Search:
 def _is_right(way: Way, flow: Dataflow, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a way makes, of the value at its beginning, the one at its end; by its last axis."""
     given, expected = flow.tensors[way.start], flow.tensors[way.end]
-    try:
+
+    def applied() -> torch.Tensor:
         with torch.no_grad():
-            made = way.apply(given.flatten(0, -2)[:, None], partial(called, modules))
-    except Exception:  # whatever a function makes of another number of positions
+            return way.apply(given.flatten(0, -2)[:, None], partial(called, modules))
+
+    made = tried(applied, "another number of positions")
+    if isinstance(made, Fallback):
         return False
     expected = expected.flatten(0, -2)[:, None]
     if made.shape != expected.shape or made.dtype != expected.dtype:

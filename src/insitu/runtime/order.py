@@ -52,8 +52,10 @@ def pass_order(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> list[int]:
         )
         apart = next((single.apart for single in passes if single.apart is not None), None)
         why = "with this model and these options they cannot run as one batch"
-        if apart is not None:
-            why = f"what arrives at `{apart}` cannot be cut out of a batch"
+        if apart is not None and apart.site is not None:
+            why = f"what arrives at `{apart.site}` cannot be cut out of a batch"
+        elif apart is not None:
+            why = f"they cannot run as one batch ({apart.why})"
         raise CausalityError(
             f"Invocations of this block need values of each other, but {why}, so one of them "
             "would have to run first.",

@@ -18,6 +18,7 @@ from torch import nn
 from insitu.graph.node import Address, Kind, Site
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.execution import Execution, set_grad_enabled
+from insitu.runtime.fallback import Fallback
 from insitu.runtime.hooks import (
     NO_KWARGS,
     Cut,
@@ -70,8 +71,7 @@ class Pass(NamedTuple):
             no steps. That is the wrapped one, or what it wraps, which then stands for it.
         reads: the sites whose values it gives, if not all of its invocations' are of this pass.
         through: where it may not have ended before, though nobody waits for anything there.
-        apart: the site for whose sake its invocation has it for itself, if there is one: what
-            arrives there cannot be cut out of a batch.
+        apart: why its invocation has it for itself, where several invocations could share it.
     """
 
     call: Callable[[Deliver, Own], Any]
@@ -81,7 +81,7 @@ class Pass(NamedTuple):
     stepped: str | None = None
     reads: Collection[Address] | None = None
     through: Place | None = None
-    apart: Site | None = None
+    apart: Fallback | None = None
 
 
 _NO_RETURNED: Mapping[str, Any] = {}

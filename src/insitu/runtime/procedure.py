@@ -16,6 +16,7 @@ from torch import nn
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Graph
 from insitu.runtime.exclusive import Exclusive
+from insitu.runtime.fallback import Fallback
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, written
@@ -45,13 +46,13 @@ class Work(NamedTuple):
     Attributes:
         graph: what is to be done.
         plan: its plan.
-        together: whether one pass may process several invocations.
+        apart: why no pass may process several invocations, None if one may.
         moments: when the sites of an invocation come, None if that is not known without a run.
     """
 
     graph: Graph
     plan: Plan
-    together: bool
+    apart: Fallback | None
     moments: Callable[[int], Mapping[Place, int] | None]
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from insitu.graph.node import Site
+from insitu.runtime.fallback import Fallback
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,15 @@ class Summary:
     alone: Mapping[int, float]
 
 
-def unknown(invocations: Sequence[int], apart: Site | None) -> Summary:
+def unknown(invocations: Sequence[int], apart: Fallback | None) -> Summary:
     """Returns the summary of a pass of which only its invocations are known.
 
     Args:
         invocations: their numbers.
-        apart: what cannot be cut out of a batch, if that is why it is a pass of its own.
+        apart: why it is a pass of its own, if several invocations could share it.
     """
-    reason = "one call of the model"
-    if apart is not None:
-        reason = f"`{apart}` cannot be cut out of a batch"
-    return Summary(invocations, 0, 0, 0, 0, 0.0, reason, {})
+    why = "one call of the model" if apart is None else apart.why
+    return Summary(invocations, 0, 0, 0, 0, 0.0, why, {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from insitu.graph.shapes import fake_value
 from insitu.graph.structure import clone, map_structure
 from insitu.runtime.ambient import Ambient, ambient
 from insitu.runtime.eager import entry, is_compiled
+from insitu.runtime.fallback import UNDONE, Fallback
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR
@@ -167,10 +168,10 @@ def _planned(
     if graph.mutations:
         order_mutations(graph, plan, partial(_arriving, invocations), partial(_is_view, recording))
     cuts_short = bool(plan.skips or plan.stops)
-    # Of a value that was cut out of a batch the batch's loss does not depend.
-    together = not (cuts_short or graph.differentiates or plan.apart)
     moments = partial(_moments, model, procedure, requests)
-    schedule = procedure.schedule(module, requests, Work(graph, plan, together, moments))
+    schedule = procedure.schedule(
+        module, requests, Work(graph, plan, _why_apart(graph, plan), moments)
+    )
     passes = schedule(module, _kept(requests, plan))
     order: Sequence[int] = range(len(passes))
     returned = _NOTHING_RETURNED
@@ -243,3 +244,14 @@ def _kept(requests: Sequence[Any], plan: Plan) -> Sequence[Any]:
     if plan.mutations is None or not plan.mutations.lasting:
         return requests
     return [map_structure(clone, request) for request in requests]
+
+
+def _why_apart(graph: Graph, plan: Plan) -> Fallback | None:
+    """Why no pass may process several invocations, None if one may."""
+    if graph.differentiates:  # of a value that was cut out of a batch its loss does not depend
+        return Fallback("gradients are of one prompt at a time")
+    if plan.skips or plan.stops:
+        return Fallback("what skips or stops is of one prompt at a time")
+    if plan.apart:
+        return UNDONE
+    return None
