@@ -132,3 +132,23 @@ def test_how_a_chat_ends_is_no_option_of_anything_else(source: LanguageModel) ->
         model.trace(add_generation_prompt=False)
     with pytest.raises(PromptError, match="no chat template"), source.trace([[USER], [USER]]):
         pass
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "reason"),
+    [
+        ("{{ raise_exception('No system messages.') }}", [USER], "No system messages."),
+        ("{{ messages[0]['content'] + 1 }}", [USER], "str"),
+        ("{{ raise_exception('Users begin.') }}", [USER, ANSWER], "Users begin."),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_what_a_template_refuses_is_an_error_at_the_line(
+    source: LanguageModel, template: str, chat: Any, reason: str, several: bool
+) -> None:
+    model = chatting(source, template)
+    for method in (model.trace, model.generate):
+        with pytest.raises(PromptError, match="refuses this chat") as caught:
+            with method([chat, chat] if several else chat):
+                pass
+        assert reason in str(caught.value) and "test_chats.py" in str(caught.value)

@@ -275,7 +275,14 @@ class Reader:
                 "text itself.",
                 Location(*mark),
             )
-        text = rendered(tokenizer.apply_chat_template, messages, choice)
+        try:
+            text = rendered(tokenizer.apply_chat_template, messages, choice)
+        except Exception as error:  # templates raise what they like, of Jinja's or of Python's
+            raise PromptError(
+                "The chat template of the model's tokenizer refuses this chat: "
+                f"{str(error) or type(error).__name__}",
+                Location(*mark),
+            ) from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _needed(self, mark: Mark) -> Any:
