@@ -7,6 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    BartForQuestionAnswering,
+    BartForSequenceClassification,
+    T5ForQuestionAnswering,
+    T5ForSequenceClassification,
+)
 
 from insitu import LanguageModel
 from tests.models.kinds import bart, outputs_of, t5
@@ -183,3 +189,29 @@ def test_the_length_of_a_prompt_and_of_what_is_generated_are_two_things() -> Non
         pass
     expected = run(module.generate, input_ids=ids, max_new_tokens=10, do_sample=False)
     assert torch.equal(generator.output, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (BartForSequenceClassification, bart().config),
+        (BartForQuestionAnswering, bart().config),
+        (T5ForSequenceClassification, t5().config),
+        (T5ForQuestionAnswering, t5().config),
+    ],
+)
+def test_the_decoder_of_a_classifier_reads_the_prompt(kind: Any, config: Any) -> None:
+    torch.manual_seed(0)
+    module = kind(config).eval()
+    model = LanguageModel(module)
+    end = module.config.eos_token_id
+    name = "start_logits" if "Question" in kind.__name__ else "logits"
+    prompts = [torch.tensor([[14, 15, 65, end]]), torch.tensor([[7, 8, 9, 10, 11, end]])]
+    found = []
+    with model.trace() as tracer:
+        for prompt in prompts:
+            with tracer.invoke(prompt):
+                found.append(model.output[name].save())
+    for prompt, logits in zip(prompts, found, strict=True):
+        expected = run(module, input_ids=prompt)[name]
+        assert torch.allclose(logits.value, expected, atol=1e-5)

@@ -94,11 +94,16 @@ def decodes(module: Any, config: Any) -> bool:
 def decoder_start(module: Any, config: Any) -> int | None:
     """Returns the token with which a decoder begins, None where there is none beside an encoder.
 
+    A classifier's decoder reads the prompt, which the model hands on to it itself.
+
     Args:
         module: the model.
         config: its config.
     """
     if not decodes(module, config):
+        return None
+    is_bare = getattr(module, "base_model", module) is module
+    if not (is_bare or getattr(module, "can_generate", lambda: True)()):
         return None
     configs = (getattr(module, "generation_config", None), config)
     names = ("decoder_start_token_id", "bos_token_id")
