@@ -369,14 +369,16 @@ class Body:
         call = Call(call.args, {**call.kwargs, **options})
         failure: Exception | None = None
         with model.in_use(), attending(model.module, implementation):
-            for fake in (True, False) if model.loaded else (True,):
+            # Without weights, some models still want to know what their tokens or masks say.
+            attempts = [(True, False), (False, False) if model.loaded else (True, True)]
+            for fake, contents in attempts:
                 module, modules = model.without_data if fake else (model.module, model.modules)
                 if not fake:
                     placed = self.placed_sample()
                     assert placed is not None
                     call = Call((), {**placed.kwargs, **options})
                 try:
-                    flow = watch(module, modules, call, fake, caches=CACHES)
+                    flow = watch(module, modules, call, fake, caches=CACHES, contents=contents)
                     return None if model.snapshot.has_changed() else flow
                 except Exception as error:  # whatever a model makes of the call, or of no data
                     failure = error

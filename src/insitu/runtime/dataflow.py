@@ -266,6 +266,7 @@ def watch(
     fake: bool,
     keeping: bool = False,
     caches: Collection[str] = (),
+    contents: bool = False,
 ) -> Dataflow:
     """Makes a call of a module and returns its dataflow.
 
@@ -276,12 +277,13 @@ def watch(
         fake: whether to run on tensors without data, which needs no weights.
         keeping: whether the dataflow keeps the arguments of events and the tensors themselves.
         caches: the Python modules of caches: what they call is not a forward's own.
+        contents: whether on tensors without data integers in the call count too.
     """
     with ordinary_tensors():
         args, kwargs = made_ordinary(tuple(call))
         with Recorder(modules, keeping, caches) as flow:
             if fake:
-                fake_run(module, call)
+                fake_run(module, call, contents)
             else:
                 with torch.no_grad():
                     module(*args, **kwargs)

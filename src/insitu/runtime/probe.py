@@ -174,18 +174,25 @@ def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         return module(*args, **kwargs)
 
 
-def fake_run(module: nn.Module, call: Call) -> None:
+def fake_run(module: nn.Module, call: Call, contents: bool = False) -> None:
     """Calls a module on fake tensors, in a fake mode of its own; its output is lost.
 
     Args:
         module: the module; it is changed for the duration, as in `probe`.
         call: its arguments; the tensors' shapes and dtypes count.
+        contents: whether integers in the call's tensors count too. It takes longer.
     """
+    known = Contents() if contents else None
 
     def leaf(item: Any) -> Any:
-        return _fake(item) if isinstance(item, torch.Tensor) else item
+        if not isinstance(item, torch.Tensor):
+            return item
+        fake = _fake(item)
+        if known is not None and has_contents(item):
+            known.give(fake, item)
+        return fake
 
-    with _without_data(), _faked(module):
+    with _without_data(), known or nullcontext(), _faked(module):
         args, kwargs = map_structure(leaf, tuple(call))
         module(*args, **kwargs)
 

@@ -106,6 +106,9 @@ def numbers(case: Case) -> None:
         if name == "n_heads":  # of a decoder, which may have another number than its encoder
             said = getattr(case.module.config, "decoder_attention_heads", said)
         found = getattr(model, name)
+        logits = _logits_of(case.plain.output)
+        if name == "vocab_size" and logits is not None:  # a model may have further tokens
+            said = logits.shape[-1]
         if isinstance(said, int) and said > 0:
             demand(found == said, f"{name} is {found}, and in the config {said}")
 

@@ -149,5 +149,6 @@ NOT_BUILT: Mapping[str, str] = {
         "its default config cannot be built with this version of Transformers",
     ),
     "qdqbert": "it needs a library for quantisation",
+    "recurrent_gemma in 4": "without a cache it takes no other batch size than the one before",
 }  # fmt: skip
 """Types of which no small model is made, and why: of any task or version, or of one."""
