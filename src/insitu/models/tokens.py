@@ -10,6 +10,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch import nn
 
 from insitu.models.configuration import first_id, said, text_config
 from insitu.models.estimates import weight_of
@@ -102,9 +103,19 @@ def decoder_start(module: Any, config: Any) -> int | None:
     """
     if not decodes(module, config):
         return None
-    is_bare = getattr(module, "base_model", module) is module
-    if not (is_bare or getattr(module, "can_generate", lambda: True)()):
+    if not getattr(module, "can_generate", lambda: True)() and _has_head(module):
         return None
     configs = (getattr(module, "generation_config", None), config)
     names = ("decoder_start_token_id", "bos_token_id")
     return first_id(*(said(each, name) for name in names for each in configs))
+
+
+def _has_head(module: Any) -> bool:
+    """Whether a model has parameters beside those of an encoder, a decoder and embeddings."""
+    parts = [getattr(module, name, lambda: None)() for name in ("get_encoder", "get_decoder")]
+    return any(
+        child not in parts
+        and not isinstance(child, nn.Embedding)
+        and next(child.parameters(), None) is not None
+        for child in module.children()
+    )
