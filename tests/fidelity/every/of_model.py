@@ -17,6 +17,10 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "d_model": ("hidden_size", "d_model", "n_embd"),
     "vocab_size": ("vocab_size",),
 }
+_OF_A_DECODER: Mapping[str, tuple[str, ...]] = {
+    "n_heads": ("decoder_attention_heads", "num_decoder_attention_heads"),
+    "n_layers": ("decoder_layers", "num_decoder_layers"),
+}
 
 
 def paths(case: Case) -> None:
@@ -103,8 +107,8 @@ def numbers(case: Case) -> None:
         if not case.has(model, name):
             continue
         said = next((getattr(config, one) for one in fields if hasattr(config, one)), None)
-        if name == "n_heads":  # of a decoder, which may have another number than its encoder
-            said = getattr(case.module.config, "decoder_attention_heads", said)
+        for own in _OF_A_DECODER.get(name, ()):  # which may have another number than its encoder
+            said = getattr(case.module.config, own, said)
         found = getattr(model, name)
         logits = _logits_of(case.plain.output)
         if name == "vocab_size" and logits is not None:  # a model may have further tokens

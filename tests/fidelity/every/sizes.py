@@ -149,6 +149,7 @@ NOT_BUILT: Mapping[str, str] = {
         "its default config cannot be built with this version of Transformers",
     ),
     "qdqbert": "it needs a library for quantisation",
+    "glm4v in 4": "without a cache its forward of text fails",
     "recurrent_gemma in 4": "without a cache it takes no other batch size than the one before",
 }  # fmt: skip
 """Types of which no small model is made, and why: of any task or version, or of one."""
