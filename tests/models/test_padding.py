@@ -335,3 +335,28 @@ def test_a_generation_behind_padding_says_so() -> None:
     with pytest.warns(UserWarning, match="goes on behind the padding"):
         with model.generate(encoded("right"), max_new_tokens=2):
             pass
+
+
+@pytest.mark.parametrize(
+    "options", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"min_length": 5}]
+)
+def test_a_generation_that_counts_padding_says_so(options: dict[str, Any]) -> None:
+    module = tiny_llama()
+    model = LanguageModel(module)
+    options = {**options, "max_new_tokens": 3, "eos_token_id": 5}
+    with pytest.warns(UserWarning, match="counts padding as tokens"):
+        with model.generate(ROWS, **options):
+            pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with model.generate(ROWS[:1], **options):
+            pass
+        with model.generate(**options) as generator:
+            with generator.invoke(ROWS[0]):
+                pass
+            with generator.invoke(ROWS[1]) as short:
+                pass
+    ids = torch.tensor(ROWS[1:2])
+    options["pad_token_id"] = 0
+    expected = module.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(short.output, expected)

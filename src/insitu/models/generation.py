@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,9 @@ from insitu.graph.node import Address, Site
 from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.calls import beside
+from insitu.models.choosing import listening, seeded
 from insitu.models.configuration import text_config
-from insitu.models.padding import generates_alike, positioned
+from insitu.models.padding import generates_alike, positioned, warn_of_counting
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
 from insitu.runtime.fallback import UNDONE, Fallback, logger, uncut
@@ -50,6 +50,8 @@ _UNBATCHABLE_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "stop_strings": (None,),
     "prompt_lookup_num_tokens": (None,),
 }
+# Those of them that count padding among the tokens of a row.
+_COUNTING = ("repetition_penalty", "no_repeat_ngram_size", "min_length")
 
 
 class Generation:
@@ -131,6 +133,7 @@ class Generation:
         for prompt in requests:
             if prompt.mask is not None:
                 positioned(self._model, prompt, not self._model.loaded, self._most_steps)
+                self._warn_of_counting(module, prompt.mask)
         tokens = any(address[2] in ("tokens", "choice") for address in work.plan.reads)
         if len(requests) == 1:
             return partial(self._one_by_one, tokens, None)
@@ -220,10 +223,10 @@ class Generation:
         def call(deliver: Deliver, _: Own) -> Any:
             placed = self._model.placed(kwargs)  # in the run, not before: see `LanguageForward`
             if tokens:
-                placed |= _listening(deliver, placed)
+                placed |= listening(deliver, placed)
             try:
                 with (
-                    _seeded(prompt.seed),
+                    seeded(prompt.seed),
                     attending(module, implementation),
                     forgetting_lengths(self._model.growing),
                 ):
@@ -300,6 +303,18 @@ class Generation:
         if _is_ragged(requests) and not generates_alike(self._model):
             return "in a generation padding changes what a prompt is alone"
         return None
+
+    def _warn_of_counting(self, module: nn.Module, mask: torch.Tensor) -> None:
+        """Says which settings of this generation take padding for tokens of the shorter rows."""
+        if self._model.is_encoder_decoder or bool(mask.all()):
+            return
+        counting = [
+            name
+            for name in _COUNTING
+            if self._setting(module, name) not in _UNBATCHABLE_UNLESS[name]
+        ]
+        if counting:
+            warn_of_counting(counting[0])
 
     def _sharing(self, prompt: Prompt) -> Hashable:
         """What is equal for prompts whose rotary embeddings do not depend on each other."""
@@ -382,38 +397,3 @@ def _is_ragged(requests: Sequence[Prompt]) -> bool:
 def _sequences(result: Any) -> torch.Tensor:
     """The token ids in what `generate` returned."""
     return result if isinstance(result, torch.Tensor) else result.sequences
-
-
-def _listening(deliver: Deliver, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for `generate` with which the tokens of each step are handed over.
-
-    What a step chooses is replaced by leaving it one choice, so that streamers and stopping
-    criteria see nothing else.
-    """
-
-    def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        greedy = scores.argmax(-1)
-        chosen = deliver("choice", greedy)
-        if chosen is greedy:
-            return scores
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
-
-    def chose(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        deliver("tokens", ids[:, -1])
-        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-
-    return {
-        "logits_processor": [*(kwargs.get("logits_processor") or ()), choose],
-        "stopping_criteria": [*(kwargs.get("stopping_criteria") or ()), chose],
-    }
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Draws random numbers from a seed, and leaves the generators as they were."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -171,6 +171,19 @@ def _longest(model: LanguageModel) -> int | None:
     return min((length for length in longest if length is not None), default=None)
 
 
+def warn_of_counting(setting: str) -> None:
+    """Says that a setting of a generation takes padding for tokens of the shorter rows.
+
+    Args:
+        setting: its name.
+    """
+    warnings.warn(
+        f"`{setting}` counts padding as tokens of the shorter rows of this prompt, which may get "
+        "other tokens than alone. An `invoke` for each prompt gives each what it has alone.",
+        stacklevel=2,
+    )
+
+
 def _warn_of_padding_behind() -> None:
     """Says that a generation goes on behind padding."""
     warnings.warn(

@@ -1,0 +1,54 @@
+"""How the tokens of a generation are chosen: handed over, replaced, and drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from insitu.runtime.passes import Deliver
+
+
+def listening(deliver: Deliver, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options for `generate` with which the tokens of each step are handed over.
+
+    What a step chooses is replaced by leaving it one choice, so that streamers and stopping
+    criteria see nothing else.
+
+    Args:
+        deliver: is given the tokens of each step, and returns those that are to be chosen.
+        kwargs: the options that `generate` has without these.
+    """
+
+    def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        greedy = scores.argmax(-1)
+        chosen = deliver("choice", greedy)
+        if chosen is greedy:
+            return scores
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+    def chose(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        deliver("tokens", ids[:, -1])
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+    return {
+        "logits_processor": [*(kwargs.get("logits_processor") or ()), choose],
+        "stopping_criteria": [*(kwargs.get("stopping_criteria") or ()), chose],
+    }
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draws random numbers from a seed, and leaves the generators as they were.
+
+    Args:
+        seed: the seed, or None for what comes next.
+    """
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
