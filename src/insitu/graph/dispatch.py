@@ -9,12 +9,13 @@ of the registry here. What has a meaning of its own, such as `save` or `shape`, 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
+from sys import _getframe
 from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
 
+from insitu.graph import location
 from insitu.graph.context import is_autocast_enabled, is_grad_enabled
 from insitu.graph.encoding import KEYS, PLAIN, is_constant
 from insitu.graph.errors import OperationError, nearest
@@ -115,7 +116,7 @@ def refuse(func: Callable[..., Any]) -> NoReturn:
 
 def within_module() -> str:
     """Returns what else can be written where the running line stands in a module's forward."""
-    frame = sys._getframe(2)
+    frame = _getframe(2)
     found: nn.Module | None = None
     while frame is not None:
         if frame.f_code is _CALL:
@@ -171,7 +172,10 @@ def _binary(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], 
                 if inputs is not None:
                     rows = recording.graph.rows
                     index = len(rows)
-                    rows.append((operation, (source, other), NO_KWARGS, inputs, False, mark()))
+                    frame = _getframe(1)
+                    code = frame.f_code
+                    line = (code, frame.f_lasti) if code is location.users_code else mark()
+                    rows.append((operation, (source, other), NO_KWARGS, inputs, False, line))
                     return kind(recording, ref(index))
             return kind(recording, recording.apply(operation, (self, other), NO_KWARGS, mark()))
         return record(kind, operation, (self, other), NO_KWARGS)

@@ -128,7 +128,7 @@ def user_frame(depth: int = 1) -> FrameType:
         depth: how many frames to leave out at once, known to be ours.
     """
     frame = _getframe(depth)
-    if frame.f_code is _last:
+    if frame.f_code is users_code:
         return frame
     while frame.f_code.co_filename.startswith(_CALLING_BACK) and frame.f_back is not None:
         frame = frame.f_back
@@ -146,10 +146,10 @@ def mark(depth: int = 2) -> Mark:
     It is the innermost line outside of installed packages; where there is none, such as in a
     program that is itself installed, it is the innermost outside of Insitu.
     """
-    global _last
+    global users_code
     frame = _getframe(depth)
     code = frame.f_code
-    if code is _last:
+    if code is users_code:
         return code, frame.f_lasti
     while is_library(code.co_filename):
         if frame.f_back is None:
@@ -157,9 +157,12 @@ def mark(depth: int = 2) -> Mark:
             return frame.f_code, frame.f_lasti
         frame = frame.f_back
         code = frame.f_code
-    _last = code
+    users_code = code
     return code, frame.f_lasti
 
 
-_last: CodeType | None = None
-"""A code object that is known to be the user's: looking at names takes most of the time."""
+users_code: CodeType | None = None
+"""A code object that is known to be the user's: looking at names takes most of the time.
+
+What records most often compares it itself, and calls `mark` where it is another.
+"""

@@ -10,10 +10,12 @@ does the same things to its value, at once. How that is done is in `dispatch.py`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from sys import _getframe
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
+from insitu.graph import location
 from insitu.graph.answers import Answers
 from insitu.graph.dispatch import (
     ENDED,
@@ -38,7 +40,9 @@ from insitu.graph.operations import (
     BY_FUNCTION,
     BY_NAME,
     COPY,
+    GETITEM,
     KEEP,
+    READ,
     SAVE,
     SETITEM,
     TENSOR_METHODS,
@@ -114,11 +118,19 @@ class AnyProxy(Operators, Answers):
             recording.graph.differentiates = True
         kind = KEEP if keep_graph else SAVE
         args = (source,) if to is None else (source, device_name(to))
-        rows.append((kind, args, NO_KWARGS, source.inputs, False, mark()))
+        frame = _getframe(1)
+        code = frame.f_code
+        line = (code, frame.f_lasti) if code is location.users_code else mark()
+        rows.append((kind, args, NO_KWARGS, source.inputs, False, line))
+        # Parts, and what passes most sites, may be tensors: that is seen without a call.
+        operation, given, *_ = rows[source.index]
+        plain = operation is GETITEM or (operation is READ and given[2] != "inputs")
         saved: Any
         if recording.repeating:
             saved = SavedSteps()
-        elif not self._operand or is_structure(recording, source.index):
+        elif not self._operand or (
+            (recording.fakes or not plain) and is_structure(recording, source.index)
+        ):
             cell = self._cell = recording.saves[index] = Cell()
             kind = Proxy if isinstance(self, torch.Tensor) else type(self)
             return _SAVED.get(kind, kind)(recording, source, cell)

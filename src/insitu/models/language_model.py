@@ -239,8 +239,8 @@ class LanguageModel(Model):
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
-        spine = self.snapshot.spine
-        if spine.now != spine.then:
+        now, then = self.snapshot.spine
+        if now != then:
             self._renew()
         if self._settings.get(SETTING) != self._attention:
             vars(self).update(_probes={}, plans=Plans())

@@ -33,7 +33,7 @@ from insitu.runtime.hooks import View
 from insitu.runtime.own_hooks import set_aside
 from insitu.runtime.probe import Call, Copies, Probe, fake_call, fake_run, probe
 from insitu.runtime.reuse import Plans
-from insitu.runtime.tree import Tree
+from insitu.runtime.tree import Looks, Tree
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
 from insitu.tracing.habits import OF_MODULES
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 _USED_INSIDE = """
     caches edited exclusive fake_module has_hooks in_use knows_dtypes look look_at_weights
-    open_block plans probe settle snapshot views vocabulary warn_of_noise without_data
+    looks plans probe settle snapshot views vocabulary warn_of_noise without_data
 """
 """What other parts of Insitu use of a model; not in `dir`."""
 
@@ -67,6 +67,7 @@ class Model(Handle):
 
     Attributes:
         snapshot: all modules, as they were when they were last looked at.
+        looks: what a block of it that is open has looked at.
         exclusive: who may use the module: runs of it wait for each other.
         edits: what holds in every run.
         views: how the outputs of transformer blocks are shown, by path, if there are any.
@@ -86,7 +87,7 @@ class Model(Handle):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(self, "")
         vars(self).update(edits=(), _source=None, _base=None, _loading=threading.RLock())
-        vars(self).update(_unquantised=None, _said=set())
+        vars(self).update(_unquantised=None, _said=set(), looks=Looks())
         self._adopt(module)
 
     @classmethod
@@ -126,6 +127,7 @@ class Model(Handle):
         return model
 
     snapshot: Tree
+    looks: Looks
     exclusive: Exclusive
     edits: Sequence[Graph]
     caches: Collection[str] = CACHES
@@ -136,8 +138,6 @@ class Model(Handle):
     _description: Description | None = None
     _module: nn.Module
     _stacks: Collection[str] = ()  # the lists of blocks that were ever found
-    _looked: bool | None = False  # None in a block that has not looked at the tree yet
-    _weighed = False  # whether an open block has looked at the weights
     _weights: tuple[list[torch.dtype], list[torch.Size]]
     _probes: dict[str, Probe | UnknownShapeError]
     _source: Source | None
@@ -182,25 +182,16 @@ class Model(Handle):
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         """All modules by path, as they are now; shared ones under each of their paths."""
-        if not self._looked:
+        if not self.looks.tree:
             self.look()
         return self.snapshot.modules
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The standard names of its values."""
-        if not self._looked:
+        if not self.looks.tree:
             self.look()
         return self._vocabulary
-
-    def open_block(self, is_open: bool) -> None:
-        """Is told that a block begins to be recorded, in which one look will do, or that it ends.
-
-        Args:
-            is_open: whether it begins.
-        """
-        state = vars(self)
-        state["_looked"], state["_weighed"] = None if is_open else False, False
 
     def look(self, closely: bool = False) -> bool:
         """Takes the module's tree as it is now; returns whether it had changed.
@@ -212,13 +203,14 @@ class Model(Handle):
             closely: whether to look also in an open block in which that was done before, and
                 for what is seldom done to a module.
         """
-        if self._looked and not closely:
+        looks = self.looks
+        if looks.tree and not closely:
             return False
         changed = self.snapshot.differs() if closely else self.snapshot.has_changed()
         if changed:
             self._renew()
-        if self._looked is None:
-            vars(self)["_looked"] = True
+        if looks.tree is None:
+            looks.tree = True
         return changed
 
     def warn_of_noise(self) -> None:
@@ -233,12 +225,13 @@ class Model(Handle):
 
     def look_at_weights(self) -> bool:
         """Takes dtypes and shapes of weights as they are now; returns whether they had changed."""
-        if self._weighed:
+        looks = self.looks
+        if looks.weights:
             return False
         changed = self.snapshot.weights() != self._weights
         if changed:
             self._renew()
-        vars(self)["_weighed"] = self._looked is not False  # once in a block
+        looks.weights = looks.tree is not False  # once in a block
         return changed
 
     def probe(
@@ -259,7 +252,7 @@ class Model(Handle):
         Raises:
             ShapeError: if the module cannot be run on fake tensors.
         """
-        if not self._looked:
+        if not self.looks.tree:
             self.look()
         self.look_at_weights()
         signature = f"{inside or ''} {ambient()} {call.signature()}"
@@ -366,8 +359,8 @@ class Model(Handle):
         Changes further inside are noticed when a name or a shape is asked for, or when the block
         is planned, by the parts of the tree that the block is about.
         """
-        spine = self.snapshot.spine
-        if spine.now != spine.then:
+        now, then = self.snapshot.spine
+        if now != then:
             self._renew()
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -427,8 +420,8 @@ class Model(Handle):
         """
         other = object.__new__(type(self))
         own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
-        vars(other).update(own, _model=other, _items={}, edits=(*self.edits, graph), plans=Plans())
-        vars(other)["_base"] = self
+        vars(other).update(own, _model=other, _items={}, plans=Plans(), looks=Looks())
+        vars(other).update(_base=self, edits=(*self.edits, graph))
         return other
 
     def tree(self, depth: int | None = None) -> ModuleTree:
@@ -506,7 +499,7 @@ class Model(Handle):
         """Returns another wrapper of the same module."""
         other = object.__new__(type(self))
         own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
-        vars(other).update(own, _model=other, _items={}, plans=Plans())
+        vars(other).update(own, _model=other, _items={}, plans=Plans(), looks=Looks())
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -86,10 +86,17 @@ class Reader:
                 text and there is no tokenizer.
             OptionError: if what goes with it does not belong to such a prompt.
         """
-        if isinstance(prompt, AnyRecorded):
-            prompt = prompt.result(Location(*mark))
-        if type(prompt) is torch.Tensor and self.lookups_check and not beside and _is_plain(prompt):
-            read = Prompt(prompt, mark)  # as below, but for a call: what loops give most often
+        if (
+            type(prompt) is torch.Tensor
+            and self.lookups_check
+            and not beside
+            and prompt.dtype is torch.int64
+            and prompt.ndim == 2
+        ):
+            # What loops give most often: as below, but for a call, and `Prompt(prompt, mark)`.
+            read = tuple.__new__(Prompt, (prompt, mark, None, _NOTHING, None, None))
+        elif isinstance(prompt, AnyRecorded):
+            return self.read(prompt.result(Location(*mark)), side, mark, beside)
         elif beside:
             read = self._read_with(prompt, side, mark, beside)
         else:

@@ -8,8 +8,8 @@ run goes around what has been compiled; outside of blocks that is used as before
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,13 +30,13 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
     return any(hasattr(kind.forward, _ORIGINAL) for kind in kinds)
 
 
-def entry(module: nn.Module) -> tuple[object, ...]:
+def entry(module: nn.Module) -> tuple[object, object, object]:
     """Returns what a call of a module enters: it is another if the module has been compiled.
 
     Args:
         module: the module.
     """
-    state = vars(module)
+    state = module.__dict__
     return state.get("_compiled_call_impl"), state.get("forward"), type(module).forward
 
 
@@ -50,6 +50,17 @@ def eager(compiled: bool) -> AbstractContextManager[Any]:
 
 
 _AS_THEY_ARE = nullcontext()
+
+
+@contextmanager
+def eagerly(held: AbstractContextManager[Any]) -> Generator[None, None, None]:
+    """Enters another context, and one in which modules run uncompiled.
+
+    Args:
+        held: the other: where nothing is compiled, it alone will do.
+    """
+    with held, eager(True):
+        yield
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

@@ -293,7 +293,7 @@ class Execution:
         """Hands the saved values over."""
         values, steps = self._values, self._steps
         for index, holder in saves.items():
-            holder._put(steps[index] if index in steps else values[index])
+            holder._put(steps[index] if steps and index in steps else values[index])
         if (
             self._plan.moves and torch.cuda.is_initialized()
         ):  # copies to the CPU may still be on their way

@@ -126,18 +126,19 @@ def run_pass(
         What the call returned, None if it was stopped early; the nodes that read a site at which
         nothing arrived; and how the pass went, where it was more than reads and writes.
     """
-    cuts, may_stop, writes = single.cuts, single.may_stop, plan.writes
-    found = plan.readers.get((*cuts,)) if single.reads is None else None
+    call, cuts, may_stop, _, stepped, reads, through, _ = single  # by name each takes longer
+    writes = plan.writes
+    found = plan.readers.get((*cuts,)) if reads is None else None
     kept, special = _readers(plan, single) if found is None else found
     readers = kept.copy()
-    if single.stepped is not None or plan.special:
+    if stepped is not None or plan.special:
         special = True
     elif plan.mutations is not None and not special:  # in a batch, parts are to be put back
         special = any(cut is not None for cut in cuts.values())
-    if single.stepped:
-        modules = {**modules, "": modules[single.stepped]}
-    if single.through is not None:
-        readers.setdefault((*single.through, 0), [])
+    if stepped:
+        modules = {**modules, "": modules[stepped]}
+    if through is not None:
+        readers.setdefault((*through, 0), [])
     hooks: dict[Moment, Hook] = {}
     thread = get_ident()
 
@@ -193,7 +194,7 @@ def run_pass(
                 path = moment[0]
                 hooks[moment] = put_hook(modules[path], moment, views.get(path), arrived)
         set_grad_enabled(execution.differentiates)
-        result = single.call(deliver, own_call)
+        result = call(deliver, own_call)
     except Stop as stop:
         stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
         if arrivals is not None:
@@ -211,7 +212,7 @@ def run_pass(
                 reorder(table, order)
         hooks.clear()  # they refer to `arrived`, which refers to them and to every value
     if arrivals is not None:
-        if single.stepped is not None:
+        if stepped is not None:
             execution.next_step()
         return result, arrivals.missing(), arrivals
     missing = [index for found in readers.values() for index, _ in found] if readers else []

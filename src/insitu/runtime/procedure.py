@@ -22,7 +22,7 @@ from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, written
 from insitu.runtime.probe import Call, Copies, Probe
 from insitu.runtime.reuse import Plans
-from insitu.runtime.tree import Tree
+from insitu.runtime.tree import Looks, Tree
 
 Request = TypeVar("Request")
 
@@ -149,12 +149,9 @@ class Subject(Protocol):
         """Says once that its values are random, if they are."""
         ...
 
-    def open_block(self, is_open: bool) -> None:
-        """Is told that a block begins to be recorded, in which one look will do, or that it ends.
-
-        Args:
-            is_open: whether it begins.
-        """
+    @property
+    def looks(self) -> Looks:
+        """What a block of it that is open has looked at: blocks reset it."""
         ...
 
     @property

@@ -33,6 +33,21 @@ class Watched(NamedTuple):
     then: Tables
 
 
+class Looks:
+    """What a block that is open has looked at: once in a block will do.
+
+    Attributes:
+        tree: whether it has looked at the tree: None if not yet, False if no block is open.
+        weights: whether it has looked at dtypes and shapes of weights.
+    """
+
+    __slots__ = ("tree", "weights")
+
+    def __init__(self) -> None:
+        self.tree: bool | None = False
+        self.weights = False
+
+
 class Tree:
     """The tree of a module when it was last looked at.
 

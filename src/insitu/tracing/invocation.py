@@ -11,7 +11,8 @@ import torch
 from insitu.graph.errors import BlockError, NoValueError, PathError, UnknownShapeError
 from insitu.graph.intervention import skip, write
 from insitu.graph.location import Mark, here, mark, user_frame
-from insitu.graph.node import EVERY, Address, Kind, Ref, Site
+from insitu.graph.node import EVERY, NO_KWARGS, Address, Kind, Ref, Site, ref
+from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.graph.structure import map_structure
 from insitu.runtime.hooks import Place
@@ -100,7 +101,15 @@ class Invocation(Scope):
         """
         recording = self._recording
         address = (self.number, path, kind, call, self.current_step if step is None else step)
-        source = self._reads.get(address) or recording.first_read(address, mark)
+        source = self._reads.get(address)
+        if source is None:
+            graph = recording.graph
+            if graph.writes:
+                source = recording.first_read(address, mark)
+            else:  # what that does, without the call: most sites are read once
+                rows = graph.rows
+                source = self._reads[address] = ref(len(rows))
+                rows.append((READ, address, NO_KWARGS, (), False, mark))
         if kind == "output" and path in self._views:
             return StructureProxy(recording, source)
         return Proxy(recording, source)

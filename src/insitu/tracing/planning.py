@@ -7,8 +7,9 @@ of a block before the model runs is asked of its recording and of its invocation
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,8 @@ from insitu.tracing.never_ran import never_ran
 _NOTHING_RETURNED: Mapping[str, Any] = {}
 
 
-class Prepared(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Prepared:
     """How a graph is run: what is found out once for all graphs of its shape.
 
     Attributes:
@@ -97,7 +99,7 @@ def prepare(
     prepared: Prepared | None = None
     if key is not None:
         key, prepared = plans.find(key, graph, saves)
-        if prepared is not None and not _still_holds(prepared, model, len(requests)):
+        if prepared is not None and not _still_holds(prepared, model, module, len(requests)):
             prepared = None
     if prepared is None:
         if not dry:
@@ -117,14 +119,14 @@ def prepare(
     return prepared, [*passes]
 
 
-def _still_holds(prepared: Prepared, model: Subject, invocations: int) -> bool:
+def _still_holds(prepared: Prepared, model: Subject, module: nn.Module, invocations: int) -> bool:
     """Whether the tree is as it was planned for, as far as the block is about it.
 
     What may be shared by several invocations depends on all of the tree, and so does what a module
     that is skipped would return.
     """
-    watched = prepared.watched
-    if watched.now != watched.then or prepared.entry != entry(model.snapshot.root):
+    now, then = prepared.watched
+    if now != then or prepared.entry != entry(module):
         return False
     if invocations == 1 and not prepared.returned:
         return True

@@ -35,7 +35,7 @@ from insitu.graph.replaying import replay
 from insitu.graph.shapes import fake_value
 from insitu.graph.tracebacks import shortened
 from insitu.runtime.arrivals import Arrivals
-from insitu.runtime.eager import eager
+from insitu.runtime.eager import eagerly
 from insitu.runtime.execution import Execution
 from insitu.runtime.following import following
 from insitu.runtime.layout import UnexpectedShapeError
@@ -138,7 +138,8 @@ class Tracer:
             if session is not None:
                 self.recording.session = session
                 self.recording.order = session.begin()
-        self.model.open_block(True)
+        looks = self.model.looks
+        looks.tree, looks.weights = None, False
         self.is_open = True
         return self
 
@@ -192,7 +193,8 @@ class Tracer:
         """Ends the recording, and returns whether it is to be run now."""
         self._done = True
         self.is_open = False
-        self.model.open_block(False)
+        looks = self.model.looks
+        looks.tree = looks.weights = False
         for invocation in self._invocations:
             invocation.leave()
         graph = self.recording.graph
@@ -461,7 +463,8 @@ class Tracer:
             self._told = [single.told for single in passes if single is not None]
             done = following(passes)
             execution = Execution(recording.graph, prepared.plan, model.snapshot.modules)
-            with model.exclusive, eager(prepared.compiled):
+            held = model.exclusive
+            with eagerly(held) if prepared.compiled else held:
                 try:
                     results, lacking, went = run_passes(
                         execution,
