@@ -591,8 +591,30 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
     "array": lambda n: np.array([n, n]),
     "isinstance": lambda n: isinstance(n, float),
     "clamp": lambda n: torch.ones(2).clamp(max=n),
+    "tensor of a list": lambda n: torch.tensor([n, n, 1.0]),
+    "tensor of lists": lambda n: torch.tensor([[n, n], [n, 2]]),
+    "as_tensor of a list": lambda n: torch.as_tensor([n, n], dtype=torch.float64),
+    "FloatTensor": lambda n: torch.FloatTensor([n, n]),
+    "real": lambda n: n.real + n.imag,
+    "own method": lambda n: n.is_integer(),
+    "divmod": lambda n: divmod(n, 0.25) + divmod(2.0, n),
+    "powers": lambda n: n**2 + 2**n,
+    "linspace": lambda n: np.linspace(0, n, 3),
+    "numpy on the left": lambda n: np.ones(2) * n + np.float64(2) / n,
+    "sum and max": lambda n: max(sum([n, n]), n),
+    "a sum that grows": lambda n: _grown(n),
+    "double": lambda n: torch.ones(1, dtype=torch.float64) * n,
+    "key": lambda n: {n: 1}[float(n)],
     "fill": lambda n: _assigned(torch.ones(2), 0).fill_(n),
 }
+
+
+def _grown(number: Any) -> Any:
+    total = 0
+    for _ in range(2):
+        total += number
+    number += 1
+    return total + number
 
 
 @pytest.mark.parametrize("use", NUMBERS.values(), ids=NUMBERS)
@@ -622,3 +644,19 @@ def test_arrays_and_strings_keep_their_own_methods() -> None:
     assert text.split() == ["a", "b"]
     rows.sort()
     assert rows.value == sorted(plain.tolist())
+
+
+def test_saved_integers_and_truths_are_what_they_are() -> None:
+    model = linear()
+    with model.trace(X):
+        row = model[0].output.sum(1).argmax().item().save()
+        positive = (model[0].output.max() > -100).item().save()
+    assert isinstance(row, int) and isinstance(positive, bool)
+    assert torch.equal(torch.tensor([row, row]), torch.tensor([row.value] * 2))
+    assert torch.equal(torch.tensor([positive, False]), torch.tensor([True, False]))
+    assert list(range(row)) == list(range(row.value)) and [1, 2, 3, 4][row] == row + 1
+    assert row.bit_length() == row.value.bit_length() and "a" * row == "a" * row.value
+    assert positive and (positive & False) is False and int(positive) == 1
+    for wrong in (len, iter, lambda number: number[0]):
+        with pytest.raises(TypeError):
+            wrong(row)

@@ -65,6 +65,7 @@ from insitu.graph.saved import (
     set_class,
     swap,
 )
+from insitu.graph.saved_number import SavedNumber
 from insitu.graph.shapes import shape_of
 from insitu.graph.structured import is_structure
 
@@ -406,7 +407,8 @@ class SavedProxy(AnyProxy, torch.Tensor):  # pyright: ignore[reportIncompatibleV
             vars(self)["_missing"] = content
         else:
             hold(self, content)
-            become(self, SavedObject)
+            number = isinstance(content, bool | int | float | complex)
+            become(self, SavedNumber if number else SavedObject)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or name == "grad":
