@@ -207,3 +207,12 @@ def test_a_wrapped_transformers_module_takes_what_it_documents() -> None:
 def test_nothing_is_known_of_a_module_that_may_do_anything_with_its_arguments() -> None:
     assert forward_options(Passing()) is None
     assert forward_options(Ignoring()) == {"x", "scale"}
+
+
+@pytest.mark.parametrize("option", ["remote", "share_prefixes", "max_new_tokens", "foo"])
+def test_a_session_and_an_edit_take_no_options(option: str) -> None:
+    model = LanguageModel(tiny_gpt2())
+    for method in (model.session, model.edit):
+        with pytest.raises(OptionError, match=f"has no option `{option}`") as caught:
+            method(**{option: True})
+        assert "test_options.py" in str(caught.value)

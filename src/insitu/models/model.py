@@ -387,11 +387,20 @@ class Model(Handle):
         given = (args, kwargs) if args or kwargs else None
         return Tracer(self, Forward(self.views, self._module), given, dry=True)
 
-    def session(self) -> Session:
+    def session(self, **unknown: Any) -> Session:
         """Opens a context for several blocks, which run one after the other when it ends.
 
         In a block, values of the blocks before it can be used without having been saved.
+
+        Raises:
+            OptionError: if it is given an option: it has none.
         """
+        if unknown:
+            raise OptionError(
+                f"`session` has no option `{next(iter(unknown))}`: options belong to the blocks in "
+                "it, `with model.trace(prompt, ...):`.",
+                here(),
+            )
         return Session(self)
 
     def edit(self, **unknown: Any) -> Edit[Self]:
