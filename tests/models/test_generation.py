@@ -1,7 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from insitu import InsituError, LanguageModel, OptionError
+from tests.conftest import tiny_gpt2
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
 RAGGED = [[3, 14, 15, 92, 65], [7, 8], [9, 10, 11]]
@@ -202,3 +206,28 @@ def test_a_total_length_counts_no_padding(gpt2: LanguageModel) -> None:
                 invokers.append(invoker)
     for row, invoker in zip(RAGGED, invokers, strict=True):
         assert torch.equal(invoker.output, generated(gpt2, [row], **options))
+
+
+@pytest.mark.parametrize("way", ["option", "config", "the model's own config"])
+def test_what_ended_is_padded_with_the_id_that_is_set(way: str) -> None:
+    model = LanguageModel(tiny_gpt2())
+    module: Any = model.module
+    rows = [*RAGGED, [9, 8]]
+    alone = [generated(model, [row], max_new_tokens=6, eos_token_id=None)[0] for row in rows]
+    options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": int(alone[1][3])}
+    if way == "option":
+        options["pad_token_id"] = 7
+    elif way == "config":
+        options["generation_config"] = GenerationConfig(pad_token_id=7)
+    else:
+        module.generation_config.pad_token_id = 7
+    length = max(map(len, rows))
+    ids = torch.tensor([[7] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    expected = module.generate(ids, attention_mask=mask, **options)
+    assert (expected[1, length:] == 7).any()
+    with model.generate(**options) as generator:
+        for row in rows:
+            with generator.invoke(row):
+                pass
+    assert torch.equal(generator.output, expected)

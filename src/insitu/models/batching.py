@@ -67,6 +67,15 @@ def _parts(prompts: Sequence[Prompt], side: Side, batch: int, length: int) -> li
     return parts
 
 
+def is_ragged(requests: Sequence[Prompt]) -> bool:
+    """Returns whether a batch of some prompts is padded.
+
+    Args:
+        requests: the prompts.
+    """
+    return len({prompt.ids.shape[1] for prompt in requests}) > 1
+
+
 def lie_apart(sizes: Collection[tuple[int, int]]) -> bool:
     """Returns whether the rows of some prompt would have padding between them in a batch.
 

@@ -13,7 +13,7 @@ from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Site
 from insitu.models.attention import OPTION, attending
-from insitu.models.batching import cuts, join, lie_apart
+from insitu.models.batching import cuts, is_ragged, join, lie_apart
 from insitu.models.calls import beside
 from insitu.models.choosing import listening, seeded
 from insitu.models.configuration import text_config
@@ -50,8 +50,7 @@ _UNBATCHABLE_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "stop_strings": (None,),
     "prompt_lookup_num_tokens": (None,),
 }
-# Those of them that count padding among the tokens of a row.
-_COUNTING = ("repetition_penalty", "no_repeat_ngram_size", "min_length")
+_COUNTING = ("repetition_penalty", "no_repeat_ngram_size", "min_length")  # padding, as tokens
 
 
 class Generation:
@@ -187,7 +186,7 @@ class Generation:
         self, layouts: Layouts, module: nn.Module, requests: Sequence[Prompt]
     ) -> list[Pass]:
         """One pass for all prompts."""
-        batch = join(requests, self._side, self._model.pad_id)
+        batch = join(requests, self._side, self._pad_id)
         whole = Prompt(batch.ids, requests[0].mark, batch.mask)
         return [self._pass(module, whole, dict(enumerate(cuts(batch, layouts))), requests)]
 
@@ -250,7 +249,7 @@ class Generation:
         kwargs = {
             "input_ids": prompt.ids,
             "attention_mask": prompt.visible_mask,
-            "pad_token_id": self._model.pad_id,
+            "pad_token_id": self._pad_id,
             **prompt.extras,
             **self._options,
         }
@@ -300,7 +299,7 @@ class Generation:
             return "without `max_new_tokens` padding counts towards the total length"
         if len({self._sharing(prompt) for prompt in requests}) > 1:
             return "rotary embeddings of the shorter prompts depend on the longest"
-        if _is_ragged(requests) and not generates_alike(self._model):
+        if is_ragged(requests) and not generates_alike(self._model):
             return "in a generation padding changes what a prompt is alone"
         return None
 
@@ -319,6 +318,14 @@ class Generation:
     def _sharing(self, prompt: Prompt) -> Hashable:
         """What is equal for prompts whose rotary embeddings do not depend on each other."""
         return self._model.lengths.sharing(prompt.ids.shape[1], self._most_steps)
+
+    @property
+    def _pad_id(self) -> int:
+        """The id that fills padding: the user's, or the model's own."""
+        given, known = self._setting(self._model.module, "pad_token_id"), self._model.reader.limits
+        if not isinstance(given, int) or not 0 <= given < (known.vocabulary or given + 1):
+            return self._model.pad_id
+        return given
 
     @property
     def _most_steps(self) -> int:
@@ -376,7 +383,6 @@ class Generation:
 
     def _together(self, each: list[torch.Tensor], requests: Sequence[Prompt]) -> torch.Tensor:
         """Rows generated one by one, as a batch would have padded them."""
-        pad_id = self._options.get("pad_token_id", self._model.pad_id)
         given = [self._given(prompt) for prompt in requests]
         before = max(given)
         pairs = list(zip(each, given, strict=True))
@@ -385,13 +391,8 @@ class Generation:
         for own, length in pairs:
             left = before - length
             right = before + after - left - own.shape[1]
-            rows.append(torch.nn.functional.pad(own, (left, right), value=pad_id))
+            rows.append(torch.nn.functional.pad(own, (left, right), value=self._pad_id))
         return torch.cat(rows)
-
-
-def _is_ragged(requests: Sequence[Prompt]) -> bool:
-    """Whether a batch of these would be padded."""
-    return len({prompt.ids.shape[1] for prompt in requests}) > 1
 
 
 def _sequences(result: Any) -> torch.Tensor:
