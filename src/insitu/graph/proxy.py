@@ -124,8 +124,8 @@ class AnyProxy(Operators, Answers):
         line = (code, frame.f_lasti) if code is location.users_code else mark()
         rows.append((kind, args, NO_KWARGS, source.inputs, False, line))
         # Parts, and what passes most sites, may be tensors: that is seen without a call.
-        operation, given, *_ = rows[source.index]
-        plain = operation is GETITEM or (operation is READ and given[2] != "inputs")
+        made = rows[source.index]
+        plain = made[0] is GETITEM or (made[0] is READ and made[1][2] != "inputs")
         saved: Any
         if recording.repeating:
             saved = SavedSteps()

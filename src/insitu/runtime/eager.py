@@ -20,13 +20,15 @@ _ORIGINAL = "_torchdynamo_orig_callable"  # where what `torch.compile` gives has
 
 def is_compiled(modules: Iterable[nn.Module]) -> bool:
     """Returns whether any of these modules is under `torch.compile`, or its `forward` alone."""
-    kinds: set[type[nn.Module]] = set()
-    for module in modules:
-        compiled, own, _ = entry(module)
-        if compiled is not None or (own is not None and hasattr(own, _ORIGINAL)):
+    modules = [*modules]
+    states: Iterable[dict[str, Any]] = map(vars, modules)
+    for state in states:  # few have either
+        if state.get("_compiled_call_impl") is not None or (
+            "forward" in state and hasattr(state["forward"], _ORIGINAL)
+        ):
             return True
-        kinds.add(type(module))
     # A method that was compiled with its class has what it was written as, too.
+    kinds: set[type[nn.Module]] = {*map(type, modules)}
     return any(hasattr(kind.forward, _ORIGINAL) for kind in kinds)
 
 

@@ -112,7 +112,8 @@ class Tree:
 
     def weights(self) -> tuple[list[torch.dtype], list[torch.Size]]:
         """Returns the dtypes and shapes of all parameters and buffers, in the order of the tree."""
-        tables = [table for part in self.parts for table in (part._parameters, part._buffers)]
+        both = [(state["_parameters"], state["_buffers"]) for state in self._states]
+        tables = [table for pair in both for table in pair if table]  # most are empty
         tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
         return [tensor.dtype for tensor in tensors], [tensor.shape for tensor in tensors]
 
