@@ -32,6 +32,10 @@ _WIDTHS = (
 )
 _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "vocabulary_size")
 
+# State-space models pad prompts to whole chunks, and may need memory for all pairs of positions.
+_CHUNKS = ("chunk_size", "mamba_chunk_size")
+_CHUNK = 16
+
 
 class SmallModelError(Exception):
     """No small model of a class can be made."""
@@ -115,6 +119,9 @@ def small_config(module: nn.Module, depth: int | None, narrow: bool) -> Any:
                 table[name] = max(value // factor, 1)
             elif isinstance(value, list):
                 table[name] = [one // factor if isinstance(one, int) else one for one in value]
+        for name in _CHUNKS:
+            if isinstance(table.get(name), int):
+                table[name] = min(table[name], _CHUNK)
         _shrink_vocabulary(table)
         table.pop("quantization_config", None)
     vars(config)[SETTING] = _implementation(module)
