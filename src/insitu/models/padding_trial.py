@@ -120,7 +120,7 @@ def goes_on_as_alone(
         return torch.stack(generate(prompt, options).logits, 1)
 
     room = None if context is None else max(context - _STEPS, 1)
-    rows = _rows(_lengths(config, room), vocabulary, pad_id)
+    rows = _rows(_lengths(config, room)[1:], vocabulary, pad_id)  # the longest and the shortest
     padded, _ = _padded(rows, pad_id, side)
     with undisturbed(modules):
         for part in modules.values():  # `undisturbed` puts this back
