@@ -103,7 +103,7 @@ def test_what_people_type_first_is_at_the_top() -> None:
         assert name in dir(insitu)
     assert insitu.Result is sys.modules["insitu.methods"].Result
     assert insitu.__version__ == version("insitu")
-    with pytest.raises(AttributeError, match="no attribute 'Grahp'"):
+    with pytest.raises(AttributeError, match="nearest: 'Graph'"):
         insitu.Grahp  # noqa: B018
 
 

@@ -1,6 +1,9 @@
 """Insitu opens up a neural network while it runs."""
 
 import contextlib
+import sys
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from insitu.graph.control import apply, cond, fold
@@ -22,9 +25,12 @@ from insitu.graph.errors import (
     PromptTypeError,
     SaveError,
     ShapeError,
+    UnknownNameError,
     UnknownShapeError,
     WireError,
 )
+from insitu.graph.habits import OF_PACKAGE, habit
+from insitu.graph.location import here
 from insitu.graph.proxy import AnyProxy as Proxy
 from insitu.models.cache import ActivationCache
 from insitu.models.language_model import LanguageModel
@@ -76,6 +82,7 @@ __all__ = [
     "SaveError",
     "ShapeError",
     "Tracer",
+    "UnknownNameError",
     "UnknownShapeError",
     "VisionLanguageModel",
     "WireError",
@@ -88,8 +95,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        from importlib import import_module
-
         found = getattr(import_module(_LATER[name]), name)
     elif name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
@@ -98,10 +103,26 @@ def __getattr__(name: str) -> Any:
             found = version("insitu")
         except PackageNotFoundError:  # its source alone is on the path
             found = "0+unknown"
+    elif name == "methods":  # a subpackage, which nothing has imported yet
+        found = import_module("insitu.methods")
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise _unknown(name)
     globals()[name] = found
     return found
+
+
+def _unknown(name: str) -> Exception:
+    """What is raised for a name that is not here, with the line to write if it is known."""
+    if name.startswith("_") or find_spec(f"insitu.{name}"):  # a question of Python's
+        return AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    instead = habit(name, OF_PACKAGE, __all__)
+    if name not in OF_PACKAGE and name in getattr(import_module("insitu.methods"), "__all__", ()):
+        instead = f": write `from insitu.methods import {name}`"
+    message = f"`insitu` has no `{name}`{instead}."
+    # `from insitu import name` asks by `hasattr` first, and would put an error of its own in the
+    # place of an `AttributeError`.
+    imported = sys._getframe(2).f_globals.get("__name__") == "importlib._bootstrap"
+    return UnknownNameError(message, here()) if imported else PathError(message, here())
 
 
 def __dir__() -> list[str]:

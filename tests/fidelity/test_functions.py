@@ -123,9 +123,9 @@ def test_a_function_that_fails_is_reported_at_its_line(gpt2: LanguageModel) -> N
     assert "the line to find" in str(caught.value)
     with pytest.raises(ShapeError, match="Python function"), gpt2.trace(IDS):
         print(apply(fails, gpt2.lm_head.output).shape)
-    with pytest.raises(OperationError, match="none of its arguments"):
+    with pytest.raises(OperationError, match="No argument of"):
         apply(len, [1])
-    with pytest.raises(OperationError, match="none of its arguments"), gpt2.trace(IDS):
+    with pytest.raises(OperationError, match="No argument of"), gpt2.trace(IDS):
         gpt2.lm_head(torch.zeros(1, 6, 16))
 
 

@@ -151,8 +151,8 @@ def _open_recording(values: Any, name: str, line: Mark) -> Recording:
     recording = recording_of(values)
     if recording is None:
         raise OperationError(
-            f"`{name}` is recorded for values of an open block, and none of its arguments is one: "
-            "on values that are there, call the function or the module itself.",
+            f"No argument of `{name}` is a value of an open block: call the function itself, or "
+            "the module as `handle.module(...)`.",
             Location(*line),
         )
     return recording

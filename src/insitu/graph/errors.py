@@ -8,6 +8,7 @@ what to write instead, and ends with the file, the line and the source of the li
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from insitu.graph.location import Location
@@ -107,8 +108,26 @@ class MissingPackageError(InsituError, ImportError):
     """A package that a method or a picture takes, and that is not installed."""
 
 
+class UnknownNameError(InsituError, ImportError):
+    """A name that is imported from `insitu`, and that is called something else there."""
+
+
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
-    """Returns " (nearest: 'a', 'b')" for the candidates closest to a name, or "" if none is."""
+    """Returns " (nearest: 'a', 'b')" for the candidates closest to a name, or "" if none is.
+
+    Close are a slip of the keys, and a name that shares a word with it. Others that merely have
+    letters in common would mislead.
+    """
     others = [other for other in dict.fromkeys(candidates) if other != name]  # that is refused
-    close = difflib.get_close_matches(name, others, n=most, cutoff=0.5)
+    close = difflib.get_close_matches(name, others, n=3 * most, cutoff=0.5)
+    close = [other for other in close if _resembles(name.lower(), other.lower())][:most]
     return f" (nearest: {', '.join(map(repr, close))})" if close else ""
+
+
+def _resembles(name: str, other: str) -> bool:
+    likeness = difflib.SequenceMatcher(None, name, other).ratio()
+    if likeness >= (0.7 if name[:1] == other[:1] else 0.85) or sorted(name) == sorted(other):
+        return True
+    words, others = set(re.findall(r"[a-z]+", name)), set(re.findall(r"[a-z]+", other))
+    shared = sum(len(word) for word in words & others if len(word) > 2)
+    return 2 * shared >= sum(map(len, words)) > 0

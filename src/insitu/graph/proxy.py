@@ -32,6 +32,7 @@ from insitu.graph.errors import (
     UnknownShapeError,
     nearest,
 )
+from insitu.graph.habits import OF_VALUES, habit
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, here, mark
 from insitu.graph.node import NO_KWARGS, Ref, ref
@@ -231,9 +232,12 @@ class AnyProxy(Operators, Answers):
         node = self._recording.graph[self._ref.index]
         name = str(node.args[1]) if node.operation is ATTRIBUTE else self.written()
         methods = [operation.short for operation in TENSOR_METHODS]
+        what = f"`.{name}()` is not an operation that can be recorded"
+        if name in OF_VALUES:
+            raise OperationError(f"{what}{habit(name, OF_VALUES)}.", here())
         raise OperationError(
-            f"`.{name}()` is not an operation that can be recorded{nearest(name, methods)}. Save "
-            "what it needs and call it on the saved value after the block.",
+            f"{what}{nearest(name, methods)}. Save what it needs and call it on the saved value "
+            "after the block.",
             here(),
         )
 
@@ -340,6 +344,8 @@ class AnyProxy(Operators, Answers):
         cell = self._cell
         if cell is not None and type(cell._content) is not Missing:
             return repr(cell._content)
+        if not self._recording.open:
+            return f"<{self.written()}: no value, since it was not saved>"
         fake = self._recording.fakes.get(self._ref.index)
         return self.written() + ("" if fake is None else f": {shape_of(fake)}")
 

@@ -6,17 +6,21 @@ It holds tensors and nothing of the model. Which values there are is chosen in
 
 from __future__ import annotations
 
+import dis
 import re
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
-from insitu.graph.errors import NotCachedError, ShapeError, nearest
+from insitu.graph.errors import NotCachedError, OperationError, PathError, ShapeError, nearest
+from insitu.graph.habits import OF_CACHES, habit
 from insitu.graph.location import here
 from insitu.models.keys import spelled
 
 _PLACES = ("", "hook_", "attn.hook_", "mlp.hook_")  # of TransformerLens's short names
+_UNPACKING = ("UNPACK_SEQUENCE", "UNPACK_EX")  # what Python does in `logits, cache = ...`
 _PARTS = {"a": "attn", "m": "mlp"}  # TransformerLens's short forms
 
 
@@ -115,7 +119,20 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         return key in self._values or self._aliases.get(key, ("", False))[0] in self._values
 
     def __iter__(self) -> Iterator[str]:
+        frame = sys._getframe(1)
+        if dis.opname[frame.f_code.co_code[frame.f_lasti]] in _UNPACKING:  # else two keys would do
+            raise OperationError(
+                "A cache is one value, and not the logits and a cache: write "
+                "`cache = model.run_with_cache(prompt)`, and `logits = cache.logits`.",
+                here(),
+            )
         return iter(self._values)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):  # a question of Python's, not of the user's
+            raise AttributeError(name)
+        own = [each for each in dir(type(self)) if not each.startswith("_")]
+        raise PathError(f"A cache has no `{name}`{habit(name, OF_CACHES, own)}.", here())
 
     def __len__(self) -> int:
         return len(self._values)
@@ -167,12 +184,20 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         return next((key for key in keys if key in self), None)
 
     def _lacking(self, key: str, name: str | None = None) -> NotCachedError:
-        near = nearest(key, dict.fromkeys([*self._values, *self._aliases]))
+        there = [*self._values, *(one for one, (of, _) in self._aliases.items() if of in self)]
+        if name is None:
+            near = nearest(key, there)
+        else:  # by the last word, as it was asked for
+            from insitu.models.spellings import meant
+
+            words = dict.fromkeys(one.rpartition(".")[2].removeprefix("hook_") for one in there)
+            other = next((one for one in meant(name) if one.rpartition(".")[2] in words), None)
+            near = nearest(name, words) if other is None else f": write {other!r}"
         if key in self._aliases:
             near = f" (it is {self._aliases[key][0]!r})"
         return NotCachedError(
-            f"{name or key!r} is not in the cache{near}: it holds what `names` asked for, as far "
-            "as the model has it. `print(cache)` lists it.",
+            f"{name or key!r} is not in the cache{near}. It holds what `names` asked for, as far "
+            "as the model has it: `print(cache)` lists it.",
             here(3),
         )
 

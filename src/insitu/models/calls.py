@@ -32,7 +32,7 @@ def default_budget(model: LanguageModel, tokens: int) -> int:
     """
     if tokens <= _SMALL:
         return _SMALL
-    device = model.device
+    device = model.ids_device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:

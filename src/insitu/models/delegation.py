@@ -38,7 +38,8 @@ def delegated(model: Model, name: str) -> Any:
         name: one of `DELEGATED`.
     """
     if name in _ASKED:
-        module = model.module
+        # Where the weights will be is known when they are there; inputs are moved to that.
+        module = model.load() if name == "device" else model.module
         weights = [weight for weight in module.parameters() if weight.is_floating_point()]
         weight = weights[0] if weights else torch.empty(0)
         return getattr(weight, name)

@@ -26,7 +26,7 @@ from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
 from insitu.models.media import MEDIA
 from insitu.models.model import Model
-from insitu.models.options import Options
+from insitu.models.options import Options, more_prompts
 from insitu.models.padding_trial import Padding
 from insitu.models.prompts import PROMPTS, WITH_PROMPTS, Prompt, Side
 from insitu.models.reader import Reader
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 _USED_INSIDE = """
     block_views bytes_per_token chain costs decoder_start explain forward_parameters
-    generating growing is_beside is_encoder_decoder is_training lengths options
+    generating growing ids_device is_beside is_encoder_decoder is_training lengths options
     pad_id paddings placed reader separation takes_use_cache trains unembedding_paths
 """
 """What other parts of Insitu use of a model; not in `dir`."""
@@ -110,6 +110,12 @@ class LanguageModel(Model):
             raise OptionError(
                 "A model is given as a repo id, a folder, or a module of Transformers, not as "
                 f"{model!r:.80}.",
+                location,
+            )
+        if isinstance(tokenizer, str):
+            raise OptionError(
+                f"`tokenizer` is a tokenizer, and not {tokenizer!r}: write "
+                f"`tokenizer=AutoTokenizer.from_pretrained(...)`, or `device_map=` for a device.",
                 location,
             )
         if isinstance(model, nn.Module):
@@ -227,7 +233,16 @@ class LanguageModel(Model):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids have to be: the device of the input embedding."""
+        """Where token ids have to be: the device of the input embedding.
+
+        It is known when the weights are there, so this loads them.
+        """
+        self.load()
+        return self.ids_device
+
+    @property
+    def ids_device(self) -> torch.device:
+        """The device of the input embedding as it is now, "meta" before the weights are there."""
         embedding = self._embedding  # whose `__getattr__` takes a microsecond
         weight = embedding._parameters.get("weight")
         if weight is None:
@@ -262,7 +277,7 @@ class LanguageModel(Model):
     def trace(
         self,
         prompt: Any = None,
-        *,
+        *others: Any,
         max_tokens_per_pass: int | None = None,
         share_prefixes: bool | None = None,
         **kwargs: Any,
@@ -273,6 +288,7 @@ class LanguageModel(Model):
             prompt: text or token ids, in any form that `invoke` takes. Without one, each
                 `tracer.invoke(prompt)` in the block gives its own; they run in as few passes, and
                 with as little work, as it takes to give each what it would have alone.
+            others: nothing. Several prompts are a list, or each its own `tracer.invoke(prompt)`.
             max_tokens_per_pass: how many tokens, with padding, several invocations may have in one
                 pass. Unless given, what fits into a quarter of the free memory.
             share_prefixes: whether invocations of one prompt share what comes before their first
@@ -286,8 +302,10 @@ class LanguageModel(Model):
             a proxy.
 
         Raises:
-            OptionError: if an option means nothing to the model.
+            OptionError: if an option means nothing to the model, or if there are `others`.
         """
+        if others:
+            raise more_prompts("trace", others)
         given = self._given(prompt, kwargs, "trace") if kwargs else self._given_alone(prompt)
         forward = self._forward
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
@@ -302,7 +320,7 @@ class LanguageModel(Model):
     def scan(
         self,
         prompt: Any = None,
-        *,
+        *others: Any,
         max_tokens_per_pass: int | None = None,
         share_prefixes: bool | None = None,
         **kwargs: Any,
@@ -314,16 +332,19 @@ class LanguageModel(Model):
 
         Args:
             prompt: as of `trace`.
+            others: nothing, as of `trace`.
             max_tokens_per_pass: as of `trace`.
             share_prefixes: as of `trace`. Whether a model that is not loaded can do so is not
                 known.
             kwargs: as of `trace`.
         """
+        if others:
+            raise more_prompts("scan", others)
         given = self._given(prompt, kwargs, "scan") if kwargs else self._given_alone(prompt)
         forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes, dry=True)
         return Tracer(self, forward, given, dry=True)
 
-    def generate(self, prompt: Any = None, **kwargs: Any) -> Tracer:
+    def generate(self, prompt: Any = None, *others: Any, **kwargs: Any) -> Tracer:
         """Opens a block that generates when it ends, with the model's own `generate`.
 
         Sites mean the first forward, which processes the prompt.
@@ -331,6 +352,7 @@ class LanguageModel(Model):
         Args:
             prompt: text or token ids, in any form that `invoke` takes. Without one, each
                 `generator.invoke(prompt, seed=None)` in the block gives its own.
+            others: nothing. Several prompts are a list, or each its own `generator.invoke(prompt)`.
             kwargs: keyword arguments of `generate`, such as `max_new_tokens` and `do_sample`;
                 with a prompt, `seed` too, and a prompt by keyword as in `trace`.
 
@@ -346,6 +368,8 @@ class LanguageModel(Model):
             raise OptionError(
                 f"{type(self._module).__name__} does not generate: use `trace`.", here()
             )
+        if others:
+            raise more_prompts("generate", others)
         from insitu.models.generation import Generation
 
         if "inputs" in kwargs:  # as `generate` calls token ids
@@ -470,7 +494,7 @@ class LanguageModel(Model):
 
         To be called by the thread whose turn it is to run the model.
         """
-        device = self.device
+        device = self.ids_device
 
         def leaf(item: Any) -> Any:
             return item.to(device) if isinstance(item, torch.Tensor) else item
@@ -566,7 +590,7 @@ class LanguageModel(Model):
         """What its passes cost."""
         if self._costs is None:
             found = estimated_costs(
-                self._module, self.snapshot.modules, tuple(self.block_views[False]), self.device
+                self._module, self.snapshot.modules, tuple(self.block_views[False]), self.ids_device
             )
             vars(self)["_costs"] = found
         return self._costs  # pyright: ignore[reportReturnType]

@@ -17,6 +17,7 @@ from torch import nn
 
 from insitu.graph import disk
 from insitu.graph.errors import OptionError, UnknownShapeError, WireError
+from insitu.graph.habits import OF_MODULES
 from insitu.graph.location import here
 from insitu.graph.node import Graph
 from insitu.graph.ordinary import ordinary_tensors
@@ -36,7 +37,6 @@ from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
-from insitu.tracing.habits import OF_MODULES
 from insitu.tracing.handle import Handle
 from insitu.tracing.named import NoVocabulary, Vocabulary
 from insitu.tracing.session import Session

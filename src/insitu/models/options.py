@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from insitu.graph.errors import OptionError, nearest
-from insitu.graph.location import Location
+from insitu.graph.habits import OF_RUNS, habit
+from insitu.graph.location import Location, here
 from insitu.models.attention import OPTION
 
 # Decorators of Transformers take these out of `**kwargs`, in no signature.
@@ -140,6 +141,8 @@ class Options:
         """Says what is wrong with an option, and what was meant or where it belongs."""
         generates = method == "generate"
         what = f"`{method}` takes no option `{name}`"
+        if name in OF_RUNS:
+            return f"{what}{habit(name, OF_RUNS)}."
         owners = [owner for owner, own in _OWN.items() if name in own and owner != method]
         if owners and not (name in _LOADING and method in ("trace", "scan", "generate")):
             return f"{what}: it is an option of `{owners[0]}`."
@@ -158,6 +161,19 @@ class Options:
             f"{what}, and `{type(self._module).__name__}."
             f"{'generate' if generates else 'forward'}` uses none of this name{close}."
         )
+
+
+def more_prompts(method: str, others: Sequence[Any]) -> OptionError:
+    """Returns the error for arguments that stand behind the one prompt of a block.
+
+    Args:
+        method: of the model, such as "trace".
+        others: the arguments.
+    """
+    instead = f"write `model.{method}([first, second])`, or a `tracer.invoke(prompt)` for each"
+    if method == "generate" and isinstance(others[0], int):
+        instead = f"write `model.generate(prompt, max_new_tokens={others[0]})`"
+    return OptionError(f"`{method}` takes one prompt, and options by name: {instead}.", here())
 
 
 def check_call(

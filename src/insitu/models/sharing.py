@@ -134,7 +134,7 @@ def find_shared_chain(
                 layouts,
                 rest,
                 vocabulary_of(model.module, model.config),
-                model.device,
+                model.ids_device,
                 inside,
             )
     return known[key]

@@ -6,12 +6,14 @@ which it is shown.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from insitu.graph.errors import InsituError
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.tracing.forms import Batched, Form, PerHead, Rows, Split, Swapped, WithoutLast
 from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
@@ -79,6 +81,22 @@ class Names:
         if key not in self._listed:
             self._listed[key] = self._list(path, part)
         return self._listed[key]
+
+    def line_instead(self, path: str, name: str) -> str:
+        """Returns the line to write for another library's word, as the end of a message."""
+        from insitu.models.spellings import line_instead  # only errors ask for it
+
+        with contextlib.suppress(InsituError), self.quiet():
+            return line_instead(self, path, name)
+        return ""  # its parts cannot be found out
+
+    def whereabouts(self) -> str:
+        """Returns where the model's blocks are, as the end of a message."""
+        from insitu.models.spellings import whereabouts
+
+        with contextlib.suppress(InsituError), self.quiet():
+            return whereabouts(self)
+        return ""
 
     def unfused(self) -> Mapping[str, Any]:
         """Returns how the model has to run for its attention to be no one fused function."""

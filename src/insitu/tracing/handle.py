@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, ClassVar, cast, overload
+from typing import Any, ClassVar, NoReturn, cast, overload
 
 import torch
 from torch import nn
 
 from insitu.display.tree import render, summarise
 from insitu.graph.control import call_module
+from insitu.graph.dispatch import recording_of
 from insitu.graph.errors import (
     IndexOutOfRangeError,
     InsituError,
+    OperationError,
     PathError,
     ShapeError,
     nearest,
 )
+from insitu.graph.habits import OF_MODULES, habit
 from insitu.graph.location import Location, here, mark
 from insitu.graph.node import readable
 from insitu.runtime.procedure import Subject
-from insitu.tracing.habits import OF_MODULES, habit
 from insitu.tracing.inside import Operations
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
@@ -103,6 +105,14 @@ class Handle(Call):
         Raises:
             OperationError: if none of the arguments is a value of an open block.
         """
+        if not self._path and recording_of((args, kwargs)) is None:
+            raise OperationError(
+                "A model runs when a block ends, and a call of it outside of one runs nothing: "
+                "write `with model.trace(prompt):`, `with model.generate(prompt, "
+                "max_new_tokens=5) as generator:`, or `cache = model.run_with_cache(prompt)`; the "
+                "module's own forward is `model.load()(**inputs)`.",
+                here(),
+            )
         return call_module(self._path, args, kwargs, mark())
 
     def call(self, number: int) -> Call:
@@ -169,7 +179,7 @@ class Handle(Call):
         if isinstance(entry, Given):
             return entry.value
         if isinstance(entry, Roles):
-            return Handles(name, [self._at(path) for path in entry.paths])
+            return Handles(f"model.{name}", [self._at(path) for path in entry.paths])
         if isinstance(entry, Role):
             return Part(self._model, entry) if entry.part else self._at(entry.path)
         raise PathError(f"`{self._written()}` has no `{name}`: {entry.reason}", here(3))
@@ -205,7 +215,8 @@ class Handle(Call):
             return self._items[key]
         names = list(self.module._modules)
         if isinstance(key, slice):
-            return [self._child(name) for name in names[key]]
+            found = [self._child(name) for name in names[key]]
+            return Handles(self._written(), found)
         if isinstance(key, str):
             if key not in names:
                 raise PathError(self._unknown(key), here())
@@ -228,6 +239,15 @@ class Handle(Call):
                 f"`{self._written()}[{key}]`.",
                 here(),
             ) from None
+
+    def __setitem__(self, key: object, value: object) -> NoReturn:
+        written = f"{self._written()}[{key!r}]"
+        raise PathError(
+            f"`{written}` cannot be assigned to: a handle only stands for its module. Write "
+            f"`{written}.output = value` in a block for what it returns, or change the module "
+            "itself through `.module`.",
+            here(),
+        )
 
     def __len__(self) -> int:
         return len(self.module._modules)
@@ -268,18 +288,23 @@ class Handle(Call):
         if name in OF_MODULES:
             return f"`{self._written()}` has no `{name}`{habit(name, OF_MODULES)}."
         children = list(module._modules)
-        found = nearest(name, children)
         elsewhere = [
             readable(path)
             for path in self._model.modules
             if path.rpartition(".")[2] == name and not any(map(str.isdigit, path))
         ]
+        what = f"`{self._written()}` has no module {name!r}"
         if elsewhere:
-            found = f" (there is {', '.join(map(repr, elsewhere[:3]))})"
-        elif not found and children:
+            return f"{what}: write {', '.join(f'`model.{path}`' for path in elsewhere[:3])}."
+        vocabulary = self._model.vocabulary
+        asked = isinstance(name, str) and not name.startswith("_")  # by the user, not by Python
+        instead = vocabulary.line_instead(self._path, name) if asked else ""
+        found = instead or nearest(name, children)
+        if not found and children:
             listed = ", ".join(map(repr, children[:6])) + (", ..." if len(children) > 6 else "")
-            found = f" (it has: {listed})"
-        return f"`{self._written()}` has no module {name!r}{found}."
+            blocks = vocabulary.whereabouts() if asked and not self._path else ""
+            found = f" (it has: {listed}{blocks})"
+        return f"{what}{found}."
 
 
 class Handles(list[Handle]):
@@ -296,12 +321,23 @@ class Handles(list[Handle]):
 
     def __getitem__(self, key: Any) -> Any:
         try:
-            return list.__getitem__(self, key)
+            found = list.__getitem__(self, key)
+            return Handles(self._name, found) if isinstance(key, slice) else found
         except IndexError:
             raise IndexOutOfRangeError(
                 f"`{self._name}` has {len(self)} entries, so there is no `{self._name}[{key}]`.",
                 here(),
             ) from None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):  # a question of Python's or of a notebook's
+            raise AttributeError(name)
+        raise PathError(
+            f"`{self._name}` is a list of modules and has no `{name}`: write "
+            f"`{self._name}[0].{name}` for one of them, or "
+            f"`[block.{name} for block in {self._name}]`.",
+            here(),
+        )
 
 
 class Part(Handle):
@@ -346,6 +382,9 @@ class Part(Handle):
     def _unknown(self, name: str) -> str:
         if self._is_module:
             return super()._unknown(name)
+        instead = self._model.vocabulary.line_instead(self._path, name)
+        if instead:
+            return f"`{self._written()}.{self._part}` has no {name!r}{instead}."
         return (
             f"The {self._part} of `{self._written()}` is no module of its own, so it has no "
             f"{name!r}: its layers are the block's. It has values by name: "

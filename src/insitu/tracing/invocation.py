@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from insitu.graph.errors import BlockError, NoValueError, PathError, UnknownShapeError
+from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.intervention import skip, write
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Kind, Ref, Site, ref
@@ -19,7 +20,6 @@ from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR, Called
 from insitu.runtime.memory import Memory
 from insitu.runtime.probe import Call, Copies, Probe
-from insitu.tracing.habits import OF_BLOCKS, habit
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.scope import Scope
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step

@@ -408,6 +408,19 @@ class Vocabulary(Protocol):
         """Returns what there is by its name at a module: see `entry`."""
         ...
 
+    def line_instead(self, path: str, name: str) -> str:
+        """Returns the line to write for another library's word, as the end of a message.
+
+        Args:
+            path: the module that was asked for it.
+            name: the word.
+        """
+        ...
+
+    def whereabouts(self) -> str:
+        """Returns where the model's blocks are, as the end of a message."""
+        ...
+
     def unfused(self) -> Mapping[str, Any]:
         """Returns how the model has to run for its attention to be no one fused function."""
         ...
@@ -437,6 +450,14 @@ class NoVocabulary:
     def listed(self, path: str, part: str) -> Mapping[str, Any]:
         """Returns nothing."""
         return {}
+
+    def line_instead(self, path: str, name: str) -> str:
+        """Returns "": it knows no names."""
+        return ""
+
+    def whereabouts(self) -> str:
+        """Returns "": it knows no blocks."""
+        return ""
 
     def unfused(self) -> Mapping[str, Any]:
         """Returns nothing."""

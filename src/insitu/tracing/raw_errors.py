@@ -12,7 +12,7 @@ import re
 from types import TracebackType
 from typing import Any
 
-from insitu.graph.errors import InsituError, OperationError
+from insitu.graph.errors import InsituError, OperationError, PathError
 from insitu.graph.location import Location
 from insitu.graph.proxy import AnyProxy
 from insitu.graph.recorded import unassignable
@@ -28,7 +28,7 @@ def raise_explained(error: BaseException) -> None:
     if isinstance(error, InsituError) or error.__traceback__ is None:
         return
     steps = _steps(error.__traceback__)
-    instead = _assigned(error, steps[-1]) or _transformed(error, steps)
+    instead = _assigned(error, steps[-1]) or _saved(error, steps[-1]) or _transformed(error, steps)
     if instead is not None:
         raise instead from error
 
@@ -46,6 +46,20 @@ def _assigned(error: BaseException, last: TracebackType) -> InsituError | None:
     """The error for `proxy.name = value`."""
     found = _NO_ATTRIBUTE.match(str(error)) if isinstance(error, AttributeError) else None
     return None if found is None else unassignable(found[1], _location(last))
+
+
+def _saved(error: BaseException, last: TracebackType) -> InsituError | None:
+    """The error for `[].save()` and the like."""
+    found = _NOT_SAVED.match(str(error)) if isinstance(error, AttributeError) else None
+    if found is None:
+        return None
+    filled = "values[name] = x.save()" if found[1] == "dict" else "values.append(x.save())"
+    empty = {"list": "[]", "dict": "{}"}.get(found[1])
+    return PathError(
+        f"A {found[1]} of Python's has no `.save()`: save what is put into it. "
+        + (f"Write `values = {empty}`, and `{filled}`." if empty else "Write `x.save()`."),
+        _location(last),
+    )
 
 
 def _transformed(error: BaseException, steps: list[TracebackType]) -> InsituError | None:
@@ -78,5 +92,6 @@ def _location(step: TracebackType) -> Location:
     return Location(step.tb_frame.f_code, step.tb_lasti)
 
 
+_NOT_SAVED = re.compile(r"'(list|dict|tuple|set)' object has no attribute 'save'")
 _TRANSFORMS = "_functorch"
 _NO_ATTRIBUTE = re.compile(r"'(?:\w*Proxy|_Part)' object has no attribute '(\w+)'")

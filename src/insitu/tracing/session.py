@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from insitu.graph.errors import BlockError
 from insitu.graph.location import here
 from insitu.graph.tracebacks import shortened
+from insitu.tracing.raw_errors import raise_explained
 
 if TYPE_CHECKING:
     from insitu.tracing.tracer import Tracer
@@ -50,6 +51,7 @@ class Session:
             for tracer in waiting:
                 tracer.give_up(f"its session raised {kind.__name__}, so the model did not run.")
             if error is not None:
+                raise_explained(error)
                 shortened(error)
             return
         while waiting:

@@ -25,6 +25,7 @@ from insitu.graph.errors import (
     PathError,
     UnknownShapeError,
 )
+from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.location import Location, Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site
 from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordinary_tensors
@@ -43,7 +44,6 @@ from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Planned, Summary
 from insitu.tracing.beforehand import check_fit
-from insitu.tracing.habits import OF_BLOCKS, habit
 from insitu.tracing.invocation import Invocation, Invoked
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.planning import prepare
@@ -114,6 +114,18 @@ class Tracer:
     def graph(self) -> Graph:
         """The recorded graph."""
         return self.recording.graph
+
+    def __repr__(self) -> str:
+        if self._told is not None:
+            return f"<Block that ran: {len(self.graph)} nodes, {len(self._told)} passes>"
+        if self.is_open or self._done:
+            state = "is open" if self.is_open else "did not run"
+            return f"<Block that {state}: {len(self.graph)} nodes>"
+        name, block = ("generate", "generator") if self.promises_output else ("trace", "tracer")
+        return (
+            f"<Block that was not entered, so nothing has run: write "
+            f"`with model.{name}(prompt) as {block}:`, and lines in it>"
+        )
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__()} - _INTERNAL)

@@ -1,0 +1,243 @@
+"""Words of other libraries that are typed by habit, and what is written here instead.
+
+nnsight, TransformerLens, pyvene and baukit have methods that this library does not have. An error
+for one of their names says the line to write. Here are the words of methods and options; what
+they call values and modules is in `insitu.models.spellings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from insitu.graph.errors import nearest
+
+_BIAS = "write it by its path, such as `model.transformer.h[0].attn.c_proj.module.bias`"
+_CACHED = "write `model.run_with_cache(prompt, names)`"
+_HOOKED = (
+    "write `with model.trace(prompt):`, and in it `hook = model.hook(name)` and "
+    "`hook.output = f(hook.output)`"
+)
+_EDITED = "write `with model.edit() as edited:` and the lines that hold in every run of `edited`"
+_STEPS = (
+    "write `with generator.every_step():`, or `for step in generator.steps:`; one step is "
+    "`generator.step[2]`"
+)
+_TOKENS = "write `model.tokenizer(prompt).input_ids`"
+_HUGGING_FACE = "write `model.load()(**inputs)`"
+_LENS = "write `logit_lens` or `direct_logit_attribution` of `insitu.methods`"
+_SAE = "write `SparseAutoencoder.load(folder)` and `use_sae` of `insitu.methods`"
+_SITE = "write `with model.trace(prompt):`, and in it `model.blocks[3].output.save()`"
+_SWEEP = "write `activation_patching` of `insitu.methods`"
+_MODEL = 'write `LanguageModel("gpt2")`, from `insitu`'
+_UNHOOKED = "blocks leave no hooks behind: leave it out"
+_ON_DEMAND = "what a block reads is computed, as `block.attention.result`: leave it out"
+_UNTRAINED = "weights are as they were trained: leave it out"
+
+OF_BLOCKS: Mapping[str, str] = {
+    "all": "write `with generator.every_step():`",
+    "apply": "write `insitu.apply(function, value)`",
+    "backend": "a block runs when it ends: leave it out",
+    "barrier": "use a value of one invocation in another, without a barrier",
+    "cache": _CACHED,
+    "iter": _STEPS,
+    "local": "a block runs here: leave it out",
+    "log": "save the value, and print it after the block",
+    "pull": "save the value with `.save()`, and read it after the block",
+    "push": "assign to the site, such as `module.output = value`",
+    "result": "write `tracer.output`",
+    "results": "write `tracer.output`",
+    "save": "save the value itself: `module.output.save()`",
+    "stop": "write `module.stop()`, at the module after which the run ends",
+    "text": "write `model.tokenizer.batch_decode(generator.output)`",
+    "tokens": "write `tracer.output`, of a generation, or `invoker.ids`",
+    "value": "save a value in the block, and read that after it",
+    "values": "save a value in the block, and read that after it",
+}
+"""Names asked of a tracer or an invocation."""
+
+OF_MODULES: Mapping[str, str] = {
+    **dict.fromkeys(("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U"), _BIAS),
+    "OV": "write `block.attention.W_V @ block.attention.W_O`",
+    "QK": "write `block.attention.W_Q @ block.attention.W_K.mT`",
+    "W_pos": "write it by its path, such as `model.transformer.wpe.module.weight`",
+    "add_hook": _HOOKED,
+    "add_perma_hook": _EDITED,
+    "add_sae": _SAE,
+    "all": "write `with generator.every_step():`",
+    "blocks_output": "write `model.blocks[3].residual_out`",
+    "cfg": "write `model.config`, or `model.n_layers`, `model.d_model`, `model.n_heads`",
+    "dispatch": "write `model.load()`",
+    "dispatched": "write `model.loaded`",
+    "forward": "write `model.module(...)` for a plain forward, or `with model.trace(prompt):`",
+    "generator": (
+        "write `with model.generate(prompt, max_new_tokens=5) as generator:`, and after it "
+        "`generator.output`"
+    ),
+    "get": "write the path itself, as in `model.transformer.h[3]`",
+    "get_caching_hooks": _CACHED,
+    "get_token_position": _TOKENS,
+    "hook_dict": _HOOKED,
+    "hook_points": _HOOKED,
+    "hooks": _HOOKED,
+    "input_ids": _TOKENS,
+    "invoke": "write `with model.trace() as tracer:`, and `with tracer.invoke(prompt):` in it",
+    "iter": _STEPS,
+    "logit_lens": "write `logit_lens(model, prompt)`, from `insitu.methods`",
+    "loss": "compute it of `model.logits`, with `torch.nn.functional.cross_entropy`",
+    "loss_fn": "compute it of `model.logits`, with `torch.nn.functional.cross_entropy`",
+    "n_ctx": "write `model.config.max_position_embeddings`",
+    "next": "write `with generator.step(1):`, or `for step in generator.steps:`",
+    "next_token_probs": "write `model.logits[:, -1].softmax(-1)`",
+    "nns_input": "write `module.input`",
+    "nns_output": "write `module.output`",
+    "out": "write `module.output`",
+    "outputs": "write `module.output`",
+    "patch": _SWEEP,
+    "probs": "write `model.logits.softmax(-1)`",
+    "project_on_vocab": _LENS,
+    "register_forward_hook": f"{_HOOKED}; a hook of torch's own goes to `.module`",
+    "register_forward_pre_hook": f"{_HOOKED}; a hook of torch's own goes to `.module`",
+    "remove_all_hook_fns": _UNHOOKED,
+    "reset_hooks": _UNHOOKED,
+    "reset_saes": "`use_sae` gives a model with it, and leaves this one as it is: leave it out",
+    "retain_output": "save it in a block: `module.output.save()`",
+    "run_with_cache_with_saes": _SAE,
+    "run_with_hooks": _HOOKED,
+    "run_with_hooks_with_saes": _SAE,
+    "run_with_saes": _SAE,
+    "save": "save a value of it in a block: `module.output.save()`",
+    "set_tokenizer": "write `LanguageModel(name, tokenizer=tokenizer)`",
+    "set_use_attn_in": _ON_DEMAND,
+    "set_use_attn_result": _ON_DEMAND,
+    "set_use_hook_mlp_in": _ON_DEMAND,
+    "set_use_split_qkv_input": _ON_DEMAND,
+    "skip_layers": "write `block.skip(value)`",
+    "source": "write `module.ops.softmax[0].output`, by the name of the function",
+    "steer": "write `steer` of `insitu.methods`",
+    "to_single_str_token": "write `model.tokenizer.decode(ids)`",
+    "to_single_token": _TOKENS,
+    "to_str_tokens": "write `model.tokenizer.tokenize(prompt)`",
+    "to_string": "write `model.tokenizer.decode(ids)`",
+    "to_tokens": _TOKENS,
+    "tokens_to_residual_directions": "write `model.W_U[:, id]`",
+}
+"""Names asked of a model or of a handle."""
+
+OF_LOADING: Mapping[str, str] = {
+    "center_unembed": _UNTRAINED,
+    "center_writing_weights": _UNTRAINED,
+    "default_padding_side": "each prompt is padded as the model reads: leave it out",
+    "default_prepend_bos": "the tokenizer decides what is put before a prompt: leave it out",
+    "dispatch": (
+        "weights are loaded by the first run: leave it out, or write `model.load()` after the "
+        "model is made"
+    ),
+    "fold_ln": _UNTRAINED,
+    "fold_value_biases": _UNTRAINED,
+    "device": "write `device_map=`",
+    "hf_model": "give the module itself: `LanguageModel(module)`",
+    "move_to_device": "write `device_map=`",
+    "n_devices": "write `device_map=`",
+    "refactor_factored_attn_matrices": _UNTRAINED,
+}
+"""Options given where a model is made."""
+
+
+OF_RUNS: Mapping[str, str] = {
+    "fwd_hooks": _HOOKED,
+    "incl_bwd": "gradients are read in a block, `with model.trace(prompt):`: `module.output.grad`",
+    "loss_per_token": _HUGGING_FACE,
+    "names_filter": "write `names=`, of `run_with_cache`",
+    "padding_side": "each prompt is padded as the model reads: leave it out",
+    "prepend_bos": "the tokenizer decides what is put before a prompt: leave it out",
+    "remote": "a block runs here: leave it out",
+    "remove_batch_dim": "write `value[0]`",
+    "return_cache_object": "it returns a cache that is a mapping: leave it out",
+    "return_type": (
+        "write `model.logits` in a block, and save what you need of it; text is "
+        "`model.tokenizer.batch_decode(generator.output)`"
+    ),
+    "scan": "write `with model.scan(prompt):`; `trace` checks a block anyway: leave it out",
+    "stop_at_layer": "a run ends by itself where all is read, or at `model.blocks[3].stop()`",
+    "trace": "write `model.load()(**inputs)` for a plain forward",
+    "validate": "a block is checked before it runs: leave it out",
+    "verbose": "it prints nothing: leave it out",
+}
+"""Options given where a block begins."""
+
+OF_CACHES: Mapping[str, str] = {
+    "accumulated_resid": "write `cache.stack('residual_in')`, or `logit_lens` of `insitu.methods`",
+    "apply_ln_to_stack": _LENS,
+    "cache_dict": "a cache is a mapping: `dict(cache)`",
+    "compute_head_results": "write `cache.stack('attention.result')`",
+    "decompose_resid": "write `cache.stack('attention_out')` and `cache.stack('mlp_out')`",
+    "get_full_resid_decomposition": _LENS,
+    "get_neuron_results": "write `cache.stack('mlp.post')`, which `W_out` of an MLP multiplies",
+    "has_batch_dim": "the first axis is always that of the prompts: leave it out",
+    "logit_attrs": "write `direct_logit_attribution` of `insitu.methods`",
+    "remove_batch_dim": "write `cache['z', 3][0]`",
+    "stack_activation": "write `cache.stack('z')`",
+    "stack_head_results": "write `cache.stack('attention.result')`",
+    "stack_neuron_results": "write `cache.stack('mlp.post')`, which `W_out` of an MLP multiplies",
+    "to": "write `model.run_with_cache(prompt, to='cpu')`",
+    "toggle_autodiff": "gradients are read in a block: `module.output.grad`",
+}
+"""Names asked of a cache."""
+
+OF_VALUES: Mapping[str, str] = {
+    "retain_grad": "write `value.grad`, which needs nothing before it",
+    "requires_grad_": "write `value.grad`, which needs nothing before it",
+    "set": "assign to the site: `module.output = value`",
+    "stop": "write `module.stop()`, at the module after which the run ends",
+    "update": "assign to the site: `module.output = value`",
+}
+"""Methods called on a recorded value."""
+
+OF_PACKAGE: Mapping[str, str] = {
+    "AutoModel": _MODEL,
+    "AutoModelForCausalLM": _MODEL,
+    "AutoTokenizer": "a model has one: `model.tokenizer`",
+    "CONFIG": "blocks run here, and need no settings: leave it out",
+    "Envoy": "write `Model(module)`",
+    "HookedEncoder": _MODEL,
+    "HookedSAETransformer": _SAE,
+    "HookedTransformer": _MODEL,
+    "HookPoint": _HOOKED,
+    "IntervenableConfig": "an intervention is a line: `model.blocks[3].output[0][:, -1] = value`",
+    "IntervenableModel": "an intervention is a line: `model.blocks[3].output[0][:, -1] = value`",
+    "NNsight": "write `Model(module)`",
+    "RepresentationConfig": "write the site itself: `model.blocks[3].output[0]`",
+    "SAE": _SAE,
+    "StandardizedTransformer": _MODEL,
+    "Trace": _SITE,
+    "TraceDict": _SITE,
+    "TransformerBridge": _MODEL,
+    "from_pretrained": _MODEL,
+    "generate": "write `with model.generate(prompt, max_new_tokens=5) as generator:`",
+    "list": "write a plain list, and save what is put in it: `values.append(x.save())`",
+    "load": _MODEL,
+    "local": "a block runs here: leave it out",
+    "log": "save the value, and print it after the block",
+    "nethook": _SITE,
+    "patching": "write `from insitu.methods import activation_patching`",
+    "save": "write `value.save()`",
+    "session": "write `with model.session():`",
+    "trace": "write `with model.trace(prompt):`",
+    "utils": (
+        "write `model.hook(name)` for a hook by its name, or `model.blocks[3].residual_out` for a "
+        "value by ours"
+    ),
+}
+"""Names asked of the package."""
+
+
+def habit(name: str, known: Mapping[str, str], there: Collection[str] = ()) -> str:
+    """Returns the end of a message about a name that there is not: what is written instead.
+
+    Args:
+        name: what was asked for.
+        known: what is written instead of some names.
+        there: the names that there are, of which the nearest is named otherwise.
+    """
+    instead = known.get(name)
+    return f": {instead}" if instead is not None else nearest(name, there)
