@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,6 @@ from insitu.models.blocks import CACHES
 from insitu.models.configuration import said, text_config
 from insitu.models.endings import Endings, find_endings
 from insitu.models.parts import Block, Spot
-from insitu.models.proof.given import Proofs
-from insitu.models.proof.signature import signatures
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.weights import Weights
 from insitu.runtime.dataflow import Dataflow, watch
@@ -33,6 +32,7 @@ from insitu.tracing.scope import innermost
 
 if TYPE_CHECKING:
     from insitu.models.model import Model
+    from insitu.models.proof.given import Proofs
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
@@ -67,7 +67,6 @@ class Body:
         lengths: all numbers of positions that hidden states had in the forward that was watched.
         weights: the weights of its parts.
         description: what is said of its blocks.
-        proofs: what was proven of its parts; None where all that was found counts.
     """
 
     def __init__(
@@ -95,7 +94,15 @@ class Body:
         self._endings: Endings | None = None
         self.lengths: frozenset[int] = frozenset()
         self.weights = Weights(self)
-        self.proofs = Proofs(self) if proves else None
+        self._proves = proves
+
+    @cached_property
+    def proofs(self) -> Proofs | None:
+        """What was proven of its parts; None where all that was found counts."""
+        # Loaded here: it takes a fourth of the time that a first block without names does.
+        from insitu.models.proof.given import Proofs
+
+        return Proofs(self) if self._proves else None
 
     @property
     def model(self) -> Model:
@@ -346,6 +353,8 @@ class Body:
                 found[path] = self.description.applied(block, flow)
         if self._after is None:
             self._after = self._ending(flow)
+        from insitu.models.proof.signature import signatures
+
         self._kinds[tuple(options.items())] = signatures(found, flow, modules)
         return found
 
@@ -353,7 +362,7 @@ class Body:
         """Lets the model exchange modules of its own, as the prompt of an open block makes it."""
         scope, _ = innermost(self._model, 2)
         if isinstance(scope, Invocation) and self._model.settle(scope.call):
-            self.proofs = None if self.proofs is None else Proofs(self)
+            vars(self).pop("proofs", None)  # they are made anew
 
     def _flow(self, options: dict[str, Any]) -> Dataflow | None:
         """The dataflow of a small forward; None if the model exchanges modules of its own in it."""
