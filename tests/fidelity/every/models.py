@@ -6,6 +6,7 @@ that have to fit together, stands in `sizes.py`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,9 @@ def small_model(task: str, kind: str) -> nn.Module:
     if kind in SEVERAL_AXES:
         _set_sections(config.get_text_config())
     torch.manual_seed(0)
-    module = made._from_config(config).float().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as that a layer without weights is not initialised
+        module = made._from_config(config).float().eval()
     size = sum(parameter.numel() for parameter in module.parameters())
     assert size < _MOST, f"{kind} has {size / 1e6:.0f} million parameters: see `sizes.py`"
     spread_out(module)
