@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional
 
+from insitu.graph.put import put
 from insitu.graph.structure import attribute, copied, kept
 from insitu.graph.writing import fitted, replaced, standing_in
 
@@ -73,7 +74,29 @@ def _backward(loss: object, **options: object) -> None:
     """Stands for a backward pass while shapes are looked up."""
 
 
+def _put(base: Any, steps: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Returns a value with one part of it written in place; the value itself stays as it is.
+
+    Args:
+        base: a tensor, or a tuple, list or dictionary with tensors in it.
+        steps: the views that lead to the part: `insitu.graph.views.Step`.
+        name: the operation that writes in place.
+        *args: its arguments behind the first one.
+        **kwargs: its keyword arguments.
+    """
+    return put(base, steps, _taken(name, True), args, kwargs, _taken)
+
+
+def _taken(name: str, in_place: bool = False) -> Callable[..., Any]:
+    """Returns what computes an operation; bytes from anybody name no other function."""
+    operation = BY_NAME.get(name)
+    if operation is None or operation.in_place is not in_place:
+        raise ValueError(f"{name!r} is no operation of a write")
+    return operation.function
+
+
 READ = Operation("read", _read)
+PUT = Operation("put", _put)
 SAVE = Operation("save", copied)
 ATTRIBUTE = Operation("attribute", attribute, casts=False)
 WRITE = Operation("write", fitted)
@@ -89,7 +112,7 @@ FOLD = Operation("fold", _fold)
 
 _SPECIAL = (
     *(READ, SAVE, ATTRIBUTE, WRITE, REPLACE, SKIP, GRAD, BACKWARD, KEEP),
-    *(INPUT, APPLY, COND, FOLD),
+    *(INPUT, APPLY, COND, FOLD, PUT),
 )
 
 _OPERATORS = """

@@ -1,0 +1,77 @@
+"""One write in place as a pure function: a changed copy of the value that holds the part.
+
+A step leads from a value to a part of it: an operation that returns a view, or an entry of a tuple.
+All steps are carried out on the copy, and the operation then writes into what they end in. So a
+write means what it means in torch, with its casts, its broadcasting and its errors, through any
+chain of views, and no view needs an inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from insitu.graph.errors import OperationError
+from insitu.graph.writing import replaced
+
+Step = tuple[str, int | str, tuple[Any, ...], Mapping[str, Any]]
+"""An operation's name, which argument the value is (a position or a keyword), and the others."""
+
+
+def put(
+    base: Any,
+    steps: Sequence[Step],
+    write: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    function: Callable[[str], Callable[..., Any]],
+) -> Any:
+    """Returns a value with a part of it written; nothing else changes.
+
+    Args:
+        base: a tensor, or a tuple, list or dictionary. Only the tensor on the way is copied.
+        steps: what leads from it to the part.
+        write: writes into its first argument.
+        args: its arguments behind the first one.
+        kwargs: its keyword arguments.
+        function: gives the function of an operation by its name.
+
+    Raises:
+        OperationError: if a step gives memory of its own, so that the write would be lost.
+    """
+    if not isinstance(base, torch.Tensor):
+        if not steps:
+            raise OperationError(
+                f"a {type(base).__name__} is not written in place: assign a whole new one"
+            )
+        name, place, others, _ = steps[0]
+        taken = step_taken(base, steps[0], function)
+        entry = put(taken, steps[1:], write, args, kwargs, function)
+        if name not in ("operator.getitem", "attribute") or place != 0:
+            raise OperationError(f"what `{name}` makes of a structure is not written in place")
+        return replaced(base, others[0], entry)
+    copy = base.clone()
+    part: Any = copy
+    for step in steps:
+        part = step_taken(part, step, function)
+    if not isinstance(part, torch.Tensor) or not _shares(part, copy):
+        raise OperationError(
+            "this is no view of the value where it runs, so the write would be lost: write into "
+            "the value itself"
+        )
+    write(part, *args, **kwargs)
+    return copy
+
+
+def step_taken(value: Any, step: Step, function: Callable[[str], Callable[..., Any]]) -> Any:
+    """Returns the part of a value to which a step leads."""
+    name, place, others, kwargs = step
+    if isinstance(place, str):
+        return function(name)(*others, **{**kwargs, place: value})
+    return function(name)(*others[:place], value, *others[place:], **kwargs)
+
+
+def _shares(part: torch.Tensor, copy: torch.Tensor) -> bool:
+    return cast(Any, part).untyped_storage()._cdata == cast(Any, copy).untyped_storage()._cdata

@@ -1,0 +1,281 @@
+"""Writes in place while recording: each becomes a pure operation that makes its value anew.
+
+A *base* is a value with memory of its own: what arrives at a site, or what an operation computed.
+Its *views* are what was recorded from it by operations that return views. A write through a view
+records one `put` of the base (`insitu.graph.put`), and the result is what the base stands for in
+the lines that follow. A view from before is recorded again when a line uses it, from what the base
+stands for then. Nodes from before keep what they had.
+
+One write, step by step:
+
+    x = h[3].ln_1.input    # node 0: read
+    last = x[:, -1]        # node 1: getitem of 0; a view, so its base is 0
+    before = last.save()   # node 2: save of 1
+    last.mul_(2)           # node 3: put(0, steps=[getitem (:, -1)], "Tensor.mul_", 2)
+    after = last.save()    # node 4: getitem of 3; node 5: save of 4
+
+`written()` says at the end that the site that node 0 reads is given node 3. Nothing here knows of a
+model. Torch's `functionalize` and JAX's `.at[].set` do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from insitu.graph.errors import OperationError
+from insitu.graph.location import Location, Mark
+from insitu.graph.node import NO_KWARGS, Ref, Row, ref
+from insitu.graph.operations import (
+    ATTRIBUTE,
+    GETITEM,
+    PUT,
+    READ,
+    REPLACE,
+    SKIP,
+    WRITE,
+    Operation,
+)
+from insitu.graph.put import Step
+from insitu.graph.structure import is_basic, map_structure
+
+_VIEWS = frozenset(
+    (
+        *("adjoint", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_to", "chunk", "detach"),
+        *("diagonal", "dsplit", "expand", "expand_as", "hsplit", "imag", "moveaxis", "movedim"),
+        *("narrow", "permute", "pos", "positive", "real", "select", "split", "split_with_sizes"),
+        *("squeeze", "swapaxes", "swapdims", "t", "tensor_split", "transpose", "unbind"),
+        *("unflatten", "unfold", "unsqueeze", "view", "view_as", "view_as_complex"),
+        *("view_as_real", "vsplit"),
+    )
+)
+# Strides or the dtype decide whether these return a view or a copy.
+_SOMETIMES_VIEWS = frozenset(
+    (
+        *("apply", "bfloat16", "bool", "byte", "char", "cond", "contiguous", "cpu", "cuda", "fold"),
+        *("alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d"),  # in eval mode
+        *("feature_alpha_dropout", "feature_dropout", "broadcast_tensors", "meshgrid"),
+        *("double", "flatten", "float", "half", "int", "long", "ravel", "reshape", "reshape_as"),
+        *("short", "to", "type_as"),
+    )
+)
+_VIEW_ATTRIBUTES = frozenset(["H", "T", "imag", "mH", "mT", "real"])
+# `Tensor.unfold` returns a view, `torch.nn.functional.unfold` and `fold` do not.
+_NEVER_VIEWS = frozenset(["functional.unfold"])
+
+_HANDING_ON = (ATTRIBUTE, GETITEM, REPLACE, SKIP, WRITE)
+
+
+class Views:
+    """The bases and views of one recording, and what each base stands for now.
+
+    Without a write, nobody makes one: `resolved` and the walk to a base are for recordings in which
+    something was written in place.
+    """
+
+    def __init__(self, rows: list[Row], shares: Callable[[int], bool]) -> None:
+        """Begins with what was recorded so far.
+
+        Args:
+            rows: the nodes of the recording, to which writes and renewed views are added.
+            shares: whether the value of a node shares memory with what it was made of, where
+                strides or dtypes decide: those of one invocation alone, never of a batch.
+        """
+        self._rows = rows
+        self._shares = shares
+        self._first: dict[int, int] = {}  # the base that a `put` has changed
+        self._standing: dict[int, int] = {}  # what a base stands for now
+        self._parents: dict[int, int] = {}  # of a node that is a view: what of; else -1
+        self._renewed: dict[int, int] = {}  # a view from before, as it was last recorded again
+
+    def written(self) -> Mapping[int, int]:
+        """Returns the node that each site is given in the end, by the node that reads the site."""
+        reads = {base: now for base, now in self._standing.items() if self._rows[base][0] is READ}
+        return reads
+
+    def put(
+        self,
+        target: Ref,
+        operation: Operation,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        mark: Mark,
+    ) -> Ref:
+        """Records a write in place.
+
+        Args:
+            target: what is written into.
+            operation: what writes.
+            args: its encoded arguments behind the first one.
+            kwargs: its encoded keyword arguments.
+            mark: the user's line.
+
+        Returns:
+            What the target stands for now.
+
+        Raises:
+            OperationError: if the target is a view of several values at once.
+        """
+        current = self.resolved(target).index
+        steps: list[Step] = []
+        inputs: list[int] = []
+        base = current
+        while (parent := self._parent(base, mark)) >= 0:
+            step, others = self._step(base, parent)
+            steps.append(step)
+            inputs.extend(others)
+            base = parent
+        steps.reverse()
+        map_structure(lambda leaf: inputs.append(leaf.index) if type(leaf) is Ref else None, args)
+        map_structure(
+            lambda leaf: inputs.append(leaf.index) if type(leaf) is Ref else None, dict(kwargs)
+        )
+        index = len(self._rows)
+        encoded = (ref(base), tuple(steps), operation.name, *args)
+        self._rows.append((PUT, encoded, kwargs, (base, *inputs), True, mark))
+        first = self._first.get(base, base)
+        self._first[index] = first
+        self._standing[first] = index
+        return self.resolved(target)
+
+    def resolved(self, value: Ref) -> Ref:
+        """Returns what a value stands for in a line that comes now.
+
+        Args:
+            value: the value, as it was when it was recorded or last used.
+        """
+        chain: list[int] = []
+        index = value.index
+        while True:
+            first = self._first.get(index, index)
+            now = self._standing.get(first)
+            if now is not None:
+                break
+            parent = self._parent(index)
+            if parent < 0:
+                return value  # nothing that it is a view of was written
+            chain.append(index)
+            index = parent
+        if now == index:
+            return value
+        made = now
+        for view in reversed(chain):
+            made = self._again(view, made)
+        return ref(made)
+
+    def is_same(self, value: Ref, other: Ref) -> bool:
+        """Returns whether two values are the same part of the same base, so that assigning is idle.
+
+        `x[0] += 1` writes `x[0]` in place and then assigns `x[0]` to itself.
+        """
+        one, two = self.resolved(value).index, self.resolved(other).index
+        while one != two:
+            parents = self._parent(one), self._parent(two)
+            if min(parents) < 0 or self._step(one, parents[0]) != self._step(two, parents[1]):
+                return False
+            one, two = parents
+        return True
+
+    def _again(self, view: int, parent: int) -> int:
+        """Records a view again, of what its parent stands for now, unless that was done."""
+        before = self._renewed.get(view)
+        if before is not None and self._parents[before] == parent:
+            return before
+        operation, args, kwargs, inputs, nested, mark = self._rows[view]
+        old = self._parents[view]
+
+        def leaf(item: Any) -> Any:
+            return ref(parent) if type(item) is Ref and item.index == old else item
+
+        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+        inputs = tuple(parent if source == old else source for source in inputs)
+        index = len(self._rows)
+        self._rows.append((operation, args, kwargs or NO_KWARGS, inputs, nested, mark))
+        self._parents[index] = parent
+        self._renewed[view] = index
+        return index
+
+    def _parent(self, index: int, mark: Mark | None = None) -> int:
+        """The node that a node is a view of, -1 if it has memory of its own."""
+        known = self._parents.get(index)
+        if known is None:
+            known = self._parents[index] = self._found_parent(index, mark)
+        return known
+
+    def _found_parent(self, index: int, mark: Mark | None) -> int:
+        operation, args, kwargs, inputs, _, _ = self._rows[index]
+        if not inputs or operation.in_place or not self._is_view(index, operation, args):
+            return -1
+        held = [*args, *kwargs.values()]
+        parents = [item.index for item in held if type(item) is Ref]
+        if not parents or len(inputs) > 1 and operation.short in ("broadcast_tensors", "meshgrid"):
+            if mark is None:
+                return -1
+            raise OperationError(
+                f"`{operation.short}` gives views of several values at once, which are not "
+                "written in place: write into the values themselves.",
+                Location(*mark),
+            )
+        return parents[0]
+
+    def _is_view(self, index: int, operation: Operation, args: tuple[Any, ...]) -> bool:
+        if operation is ATTRIBUTE:
+            return args[1] in _VIEW_ATTRIBUTES or self._shares(index)
+        if operation is GETITEM:
+            return is_basic(args[1])
+        name = operation.short
+        if operation.name in _NEVER_VIEWS:
+            return False
+        return name in _VIEWS or (name in _SOMETIMES_VIEWS and self._shares(index))
+
+    def _step(self, index: int, parent: int) -> tuple[Step, list[int]]:
+        """A view as a step from its parent, and the other nodes that its geometry comes from."""
+        operation, args, kwargs, inputs, _, _ = self._rows[index]
+        place: int | str = next(
+            (at for at, arg in enumerate(args) if type(arg) is Ref and arg.index == parent), -1
+        )
+        if place == -1:
+            place = next(key for key, arg in kwargs.items() if type(arg) is Ref)
+            kwargs = {key: arg for key, arg in kwargs.items() if key != place}
+        else:
+            args = (*args[: cast(int, place)], *args[cast(int, place) + 1 :])
+        others = [*inputs]
+        others.remove(parent)
+        return (operation.name, place, args, kwargs), others
+
+
+def reusable(rows: Sequence[Row], needs: Sequence[int]) -> frozenset[int]:
+    """Returns the `put` nodes that may write into the copy that an earlier `put` has made.
+
+    That is so where nothing that runs later uses the earlier value or a view of it. Without it,
+    1,024 writes at one site would copy 1,024 times. Where autograd records, a run copies anyway.
+
+    Args:
+        rows: the nodes.
+        needs: the sites that each node waits for, as bits.
+    """
+    last = [-1] * len(rows)  # the last node that uses a value or what may be a view of it
+    late = [0] * len(rows)  # all sites that the users wait for
+    for index in range(len(rows) - 1, -1, -1):
+        operation, _, _, inputs, _, _ = rows[index]
+        for place, source in enumerate(inputs):
+            if operation is PUT and not place:
+                continue  # the write itself, which may be the one that goes on with the copy
+            last[source] = max(last[source], index)
+            late[source] |= needs[index]
+            if operation is not PUT and _may_be_view(operation):
+                last[source] = max(last[source], last[index])
+                late[source] |= late[index]
+    return frozenset(
+        index
+        for index, (operation, _, _, inputs, _, _) in enumerate(rows)
+        if operation is PUT
+        and rows[inputs[0]][0] is PUT
+        and last[inputs[0]] < index
+        and not late[inputs[0]] & ~needs[index]
+    )
+
+
+def _may_be_view(operation: Operation) -> bool:
+    """Whether an operation may hand on the memory of its inputs, whatever the strides."""
+    return operation in _HANDING_ON or operation.short in _VIEWS | _SOMETIMES_VIEWS
