@@ -1,4 +1,4 @@
-"""Writes in place as pure operations, against torch's own writes into copies. No model is needed."""
+"""Writes in place as pure operations, against torch's own writes into copies."""
 
 # pyright: reportPrivateUsage=false
 
@@ -11,7 +11,8 @@ import torch
 
 from insitu.graph.errors import OperationError
 from insitu.graph.evaluation import meaning
-from insitu.graph.node import NO_KWARGS, Address, Ref
+from insitu.graph.location import mark
+from insitu.graph.node import NO_KWARGS, Address, Graph, Ref
 from insitu.graph.operations import BY_NAME, GETITEM, READ, SETITEM, Operation
 from insitu.graph.put import put
 from insitu.graph.recorded import Recorded
@@ -19,7 +20,7 @@ from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure, tensors_of
 from insitu.graph.views import Views, reusable
 
-MARK: Any = (__file__, 1)
+MARK = mark()
 _MULTIPLY, _ADD = BY_NAME["Tensor.mul_"], BY_NAME["operator.add"]
 
 
@@ -177,6 +178,55 @@ def test_an_augmented_assignment_to_a_part_is_one_write() -> None:
     part = lines.do("operator.iadd", lines.do(GETITEM, site, 0), 1.0)
     assert lines.views.is_same(part, lines.do(GETITEM, site, 0))
     assert not lines.views.is_same(part, lines.do(GETITEM, site, 1))
+
+
+@pytest.mark.parametrize("name", ["unbind", "split", "chunk", "tensor_split", "vsplit"])
+def test_one_of_several_views_is_written_while_autograd_records(name: str) -> None:
+    x = torch.arange(6.0).view(2, 3).requires_grad_()
+    factor = torch.tensor(3.0, requires_grad=True)
+    lines = Lines(x=x, f=factor)
+    args = () if name == "unbind" else (1,) if name == "split" else (2,)
+    parts = lines.do(f"Tensor.{name}", lines.site("x"), *args)
+    lines.do(_MULTIPLY, lines.do(GETITEM, parts, 1), lines.site("f"))
+    written = lines.run()[lines.views.written()[lines.site("x").index]]
+    gradients = torch.autograd.grad(written.sum(), (x, factor))
+    assert torch.equal(gradients[0], torch.tensor([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]]))
+    assert gradients[1].item() == 3 + 4 + 5
+
+
+def test_views_of_several_values_are_seen_and_not_written() -> None:
+    lines = Lines(x=torch.ones(3), y=torch.ones(1))
+    both = Recorded(lines.recording, lines.site("x")), Recorded(lines.recording, lines.site("y"))
+    apply = lines.recording.apply
+    views = apply(BY_NAME["torch.broadcast_tensors"], both, NO_KWARGS, MARK)
+    with pytest.raises(OperationError, match="views of several values at once"):
+        lines.do(_MULTIPLY, lines.do(GETITEM, views, 1), 2.0)
+    part = lines.do(GETITEM, views, 1)
+    lines.do("Tensor.fill_", lines.site("y"), 7.0)
+    seen, again = lines.do(_ADD, part, 0), lines.do(_ADD, part, 1)
+    values = lines.run()
+    assert values[part.index].tolist() == [1, 1, 1]
+    assert values[seen.index].tolist() == [7, 7, 7]
+    assert values[again.index].tolist() == [8, 8, 8]
+
+
+def test_a_write_names_only_operations_of_the_registry() -> None:
+    for steps, name in (
+        ((), "Tensor.mul"),
+        ((), "eval"),
+        ([("Tensor.mul_", 0, (2,), {})], "Tensor.mul_"),
+    ):
+        with pytest.raises(ValueError, match="is no operation of a write"):
+            BY_NAME["put"].function(torch.ones(2), steps, name, 2)
+
+
+def test_a_write_travels_as_bytes() -> None:
+    lines = Lines(x=torch.ones(2, 3))
+    part = lines.do(GETITEM, lines.site("x"), (slice(None), -1))
+    lines.do(_MULTIPLY, part, 2.0)
+    graph = lines.recording.graph
+    received = Graph.from_bytes(graph.to_bytes())
+    assert [row[:4] for row in received.rows] == [row[:4] for row in graph.rows]
 
 
 def test_a_thousand_writes_copy_once() -> None:

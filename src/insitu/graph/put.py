@@ -19,6 +19,11 @@ from insitu.graph.writing import replaced
 Step = tuple[str, int | str, tuple[Any, ...], Mapping[str, Any]]
 """An operation's name, which argument the value is (a position or a keyword), and the others."""
 
+# Operations that return several views at once.
+_SEVERAL = frozenset(
+    ("chunk", "dsplit", "hsplit", "split", "split_with_sizes", "tensor_split", "unbind", "vsplit")
+)
+
 
 def put(
     base: Any,
@@ -61,6 +66,9 @@ def put(
             "this is no view of the value where it runs, so the write would be lost: write into "
             "the value itself"
         )
+    if torch.is_grad_enabled() and _is_one_of_several(steps) and part.dtype == copy.dtype:
+        # Autograd refuses writes into one of several views; the same memory as one view is fine.
+        part = copy.as_strided(part.size(), part.stride(), part.storage_offset())
     write(part, *args, **kwargs)
     return copy
 
@@ -71,6 +79,11 @@ def step_taken(value: Any, step: Step, function: Callable[[str], Callable[..., A
     if isinstance(place, str):
         return function(name)(*others, **{**kwargs, place: value})
     return function(name)(*others[:place], value, *others[place:], **kwargs)
+
+
+def _is_one_of_several(steps: Sequence[Step]) -> bool:
+    names = {step[0].rpartition(".")[2] for step in steps}
+    return "detach" not in names and not names.isdisjoint(_SEVERAL)
 
 
 def _shares(part: torch.Tensor, copy: torch.Tensor) -> bool:

@@ -63,6 +63,8 @@ _VIEW_ATTRIBUTES = frozenset(["H", "T", "imag", "mH", "mT", "real"])
 # `Tensor.unfold` returns a view, `torch.nn.functional.unfold` and `fold` do not.
 _NEVER_VIEWS = frozenset(["functional.unfold"])
 
+_OWN, _OF_SEVERAL = -1, -2  # in the place of the node that a node is a view of
+
 _HANDING_ON = (ATTRIBUTE, GETITEM, REPLACE, SKIP, WRITE)
 
 
@@ -120,11 +122,17 @@ class Views:
         steps: list[Step] = []
         inputs: list[int] = []
         base = current
-        while (parent := self._parent(base, mark)) >= 0:
+        while (parent := self._parent(base)) >= 0:
             step, others = self._step(base, parent)
             steps.append(step)
             inputs.extend(others)
             base = parent
+        if parent == _OF_SEVERAL:
+            raise OperationError(
+                f"`{self._rows[base][0].short}` gives views of several values at once, which are "
+                "not written in place: write into the values themselves.",
+                Location(*mark),
+            )
         steps.reverse()
         map_structure(lambda leaf: inputs.append(leaf.index) if type(leaf) is Ref else None, args)
         map_structure(
@@ -144,21 +152,22 @@ class Views:
         Args:
             value: the value, as it was when it was recorded or last used.
         """
-        chain: list[int] = []
+        chain: list[int] = []  # the views on the way to a base, innermost first
         index = value.index
         while True:
-            first = self._first.get(index, index)
-            now = self._standing.get(first)
-            if now is not None:
+            made = self._standing.get(self._first.get(index, index))
+            if made is not None:
                 break
             parent = self._parent(index)
+            if parent == _OF_SEVERAL:
+                made = self._again_of_several(index)
+                break
             if parent < 0:
                 return value  # nothing that it is a view of was written
             chain.append(index)
             index = parent
-        if now == index:
+        if made == index:
             return value
-        made = now
         for view in reversed(chain):
             made = self._again(view, made)
         return ref(made)
@@ -181,42 +190,48 @@ class Views:
         before = self._renewed.get(view)
         if before is not None and self._parents[before] == parent:
             return before
-        operation, args, kwargs, inputs, nested, mark = self._rows[view]
-        old = self._parents[view]
-
-        def leaf(item: Any) -> Any:
-            return ref(parent) if type(item) is Ref and item.index == old else item
-
-        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
-        inputs = tuple(parent if source == old else source for source in inputs)
-        index = len(self._rows)
-        self._rows.append((operation, args, kwargs or NO_KWARGS, inputs, nested, mark))
+        index = self._renewed[view] = self._moved(view, {self._parents[view]: parent})
         self._parents[index] = parent
-        self._renewed[view] = index
         return index
 
-    def _parent(self, index: int, mark: Mark | None = None) -> int:
-        """The node that a node is a view of, -1 if it has memory of its own."""
+    def _again_of_several(self, view: int) -> int:
+        """Records views of several values again, if one of those was written."""
+        latest = self._renewed.get(view, view)
+        inputs = self._rows[view][3]
+        moved = {source: self.resolved(ref(source)).index for source in inputs}
+        if self._rows[latest][3] == tuple(map(moved.__getitem__, inputs)):
+            return latest
+        index = self._renewed[view] = self._moved(view, moved)
+        self._parents[index] = _OF_SEVERAL
+        return index
+
+    def _moved(self, view: int, moved: Mapping[int, int]) -> int:
+        """Records a node again with other inputs."""
+        operation, args, kwargs, inputs, nested, mark = self._rows[view]
+
+        def leaf(item: Any) -> Any:
+            return ref(moved.get(item.index, item.index)) if type(item) is Ref else item
+
+        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+        inputs = tuple(moved.get(source, source) for source in inputs)
+        self._rows.append((operation, args, kwargs or NO_KWARGS, inputs, nested, mark))
+        return len(self._rows) - 1
+
+    def _parent(self, index: int) -> int:
+        """The node that a node is a view of; negative if it has memory of its own or of several."""
         known = self._parents.get(index)
         if known is None:
-            known = self._parents[index] = self._found_parent(index, mark)
+            known = self._parents[index] = self._found_parent(index)
         return known
 
-    def _found_parent(self, index: int, mark: Mark | None) -> int:
+    def _found_parent(self, index: int) -> int:
         operation, args, kwargs, inputs, _, _ = self._rows[index]
         if not inputs or operation.in_place or not self._is_view(index, operation, args):
-            return -1
-        held = [*args, *kwargs.values()]
-        parents = [item.index for item in held if type(item) is Ref]
-        if not parents or len(inputs) > 1 and operation.short in ("broadcast_tensors", "meshgrid"):
-            if mark is None:
-                return -1
-            raise OperationError(
-                f"`{operation.short}` gives views of several values at once, which are not "
-                "written in place: write into the values themselves.",
-                Location(*mark),
-            )
-        return parents[0]
+            return _OWN
+        if operation.short in ("broadcast_tensors", "meshgrid"):
+            return _OF_SEVERAL
+        held = (*args, *kwargs.values())
+        return next((item.index for item in held if type(item) is Ref), _OF_SEVERAL)
 
     def _is_view(self, index: int, operation: Operation, args: tuple[Any, ...]) -> bool:
         if operation is ATTRIBUTE:
@@ -231,17 +246,14 @@ class Views:
     def _step(self, index: int, parent: int) -> tuple[Step, list[int]]:
         """A view as a step from its parent, and the other nodes that its geometry comes from."""
         operation, args, kwargs, inputs, _, _ = self._rows[index]
-        place: int | str = next(
-            (at for at, arg in enumerate(args) if type(arg) is Ref and arg.index == parent), -1
-        )
-        if place == -1:
-            place = next(key for key, arg in kwargs.items() if type(arg) is Ref)
-            kwargs = {key: arg for key, arg in kwargs.items() if key != place}
-        else:
-            args = (*args[: cast(int, place)], *args[cast(int, place) + 1 :])
         others = [*inputs]
         others.remove(parent)
-        return (operation.name, place, args, kwargs), others
+        for at, arg in enumerate(args):
+            if type(arg) is Ref and arg.index == parent:
+                return (operation.name, at, (*args[:at], *args[at + 1 :]), kwargs), others
+        name = next(key for key, arg in kwargs.items() if type(arg) is Ref and arg.index == parent)
+        kwargs = {key: arg for key, arg in kwargs.items() if key != name}
+        return (operation.name, name, args, kwargs), others
 
 
 def reusable(rows: Sequence[Row], needs: Sequence[int]) -> frozenset[int]:
