@@ -37,7 +37,7 @@ class Lines:
 
     def do(self, name: str | Operation, value: Ref, *args: Any, **kwargs: Any) -> Ref:
         operation = BY_NAME[name] if isinstance(name, str) else name
-        given = [self._now(arg) for arg in args]
+        given = [map_structure(self._now, arg) for arg in args]
         if operation.in_place:
             encoded = tuple(arg._ref if isinstance(arg, Recorded) else arg for arg in given)
             return self.views.put(value, operation, encoded, kwargs, MARK)
@@ -170,6 +170,21 @@ def test_an_index_counts_as_it_was_where_the_view_was_recorded() -> None:
     assert torch.equal(values[seen.index], torch.zeros(3))
     written = values[lines.views.written()[lines.site("x").index]]
     assert torch.equal(written, torch.tensor([4.0, 4.0, 9.0]))
+
+
+def test_a_computed_number_as_an_index_gives_a_view() -> None:
+    lines = Lines(x=torch.ones(3, 2), i=torch.tensor(1))
+    part = lines.do(GETITEM, lines.site("x"), (lines.site("i"), slice(None)))
+    number = lines.do(GETITEM, lines.site("x"), lines.site("i"))
+    assert not lines.views.written()
+    key = lines.recording.graph.rows[number.index][1][1]
+    assert key == lines.site("i")
+    lines.do(_MULTIPLY, number, 4.0)
+    seen = lines.do(_ADD, lines.site("x"), 0)
+    again = lines.do(_ADD, part, 0)
+    values = lines.run()
+    assert values[seen.index].tolist() == [[1, 1], [4, 4], [1, 1]]
+    assert values[again.index].tolist() == [4, 4]
 
 
 def test_an_augmented_assignment_to_a_part_is_one_write() -> None:

@@ -113,7 +113,7 @@ class Views:
             mark: the user's line.
 
         Returns:
-            What the target stands for now.
+            The target, which `resolved` gives as it is now.
 
         Raises:
             OperationError: if the target is a view of several values at once.
@@ -144,7 +144,7 @@ class Views:
         first = self._first.get(base, base)
         self._first[index] = first
         self._standing[first] = index
-        return self.resolved(target)
+        return ref(current)  # recorded again only if a line uses it
 
     def resolved(self, value: Ref) -> Ref:
         """Returns what a value stands for in a line that comes now.
@@ -237,7 +237,8 @@ class Views:
         if operation is ATTRIBUTE:
             return args[1] in _VIEW_ATTRIBUTES or self._shares(index)
         if operation is GETITEM:
-            return is_basic(args[1])
+            # A whole number that the run computes takes an entry, which is a view.
+            return is_basic(args[1]) or (_is_computed(args[1]) and self._shares(index))
         name = operation.short
         if operation.name in _NEVER_VIEWS:
             return False
@@ -254,6 +255,12 @@ class Views:
         name = next(key for key, arg in kwargs.items() if type(arg) is Ref and arg.index == parent)
         kwargs = {key: arg for key, arg in kwargs.items() if key != name}
         return (operation.name, name, args, kwargs), others
+
+
+def _is_computed(key: Any) -> bool:
+    """Whether a key has values of the run in it, and nothing else that makes a copy."""
+    parts = cast("tuple[Any, ...]", key) if isinstance(key, tuple) else (key,)
+    return all(type(part) is Ref or is_basic(part) for part in parts)
 
 
 def reusable(rows: Sequence[Row], needs: Sequence[int]) -> frozenset[int]:
