@@ -307,7 +307,7 @@ def test_methods_of_a_cache_elsewhere_name_lines_that_run(
     [
         ("from insitu import Trace", "with model.trace(prompt):"),
         ("from insitu import TraceDict, LanguageModel", "with model.trace(prompt):"),
-        ("from insitu import HookedTransformer", 'LanguageModel("gpt2")'),
+        ("from insitu import HookedTransformer", "LanguageModel(name)"),
         ("from insitu import NNsight", "Model(module)"),
         ("from insitu import IntervenableModel", "an intervention is a line"),
         ("from insitu import SAE", "SparseAutoencoder.load(folder)"),

@@ -128,8 +128,9 @@ def test_what_is_nowhere_is_a_clear_error(tmp_path: Path) -> None:
 def test_every_class_of_models_can_be_made_so(tmp_path: Path) -> None:
     tiny_gpt2().save_pretrained(tmp_path / "gpt2")
     llava().save_pretrained(tmp_path / "llava")
-    model = LanguageModel.from_pretrained(tmp_path / "gpt2", tokenizer="mine")
-    assert type(model) is LanguageModel and model.tokenizer == "mine" and not model.loaded
+    mine = object()
+    model = LanguageModel.from_pretrained(tmp_path / "gpt2", tokenizer=mine)
+    assert type(model) is LanguageModel and model.tokenizer is mine and not model.loaded
     assert type(VisionLanguageModel.from_pretrained(tmp_path / "llava")) is VisionLanguageModel
     assert type(Model.from_pretrained(tmp_path / "gpt2").module).__name__ == "GPT2LMHeadModel"
 
