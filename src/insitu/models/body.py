@@ -265,7 +265,11 @@ class Body:
         if self.proofs is None:
             return self.stacks[-1 if name == "blocks" else 0]
         found = self.proofs.stack(name)
-        return self.stacks[found] if isinstance(found, int) else found
+        if not isinstance(found, int):
+            return found
+        if found >= len(self.stacks):  # a config that lacks an attribute may hide a list
+            return "its lists of blocks are others than those of the small model that was proven."
+        return self.stacks[found]
 
     def number(self, name: str) -> int | str | None:
         """Returns a size of the model: "n_heads" and so on; or why it has none, or None."""

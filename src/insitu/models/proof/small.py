@@ -33,7 +33,7 @@ _WIDTHS = (
 _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "vocabulary_size")
 
 # State-space models pad prompts to whole chunks, and may need memory for all pairs of positions.
-_CHUNKS = ("chunk_size", "mamba_chunk_size")
+_CHUNKS = "chunk_size"
 _CHUNK = 16
 
 
@@ -119,8 +119,8 @@ def small_config(module: nn.Module, depth: int | None, narrow: bool) -> Any:
                 table[name] = max(value // factor, 1)
             elif isinstance(value, list):
                 table[name] = [one // factor if isinstance(one, int) else one for one in value]
-        for name in _CHUNKS:
-            if isinstance(table.get(name), int):
+        for name in [name for name in table if name.endswith(_CHUNKS)]:
+            if isinstance(table[name], int):
                 table[name] = min(table[name], _CHUNK)
         _shrink_vocabulary(table)
         table.pop("quantization_config", None)
