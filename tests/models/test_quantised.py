@@ -186,3 +186,27 @@ def test_a_folder_may_be_quantised_already(tmp_path: Path, config: Callable[[], 
         expected = run(plain, input_ids=IDS, use_cache=False).logits
         assert torch.equal(logits.value, expected)
         assert shape == (1, 5, 128) and dtype == expected.dtype
+
+
+def test_a_weight_that_is_a_method_leaves_the_names_of_its_block() -> None:
+    """torch's own dynamic quantisation gives layers whose `weight` is called."""
+    module = small_llama()
+    layer = module.get_submodule("model.layers.0")
+    torch.ao.quantization.quantize_dynamic(
+        layer.get_submodule("mlp"),
+        {"up_proj": torch.ao.quantization.default_dynamic_qconfig},
+        inplace=True,
+    )
+    kept: list[torch.Tensor] = []
+    handle = layer.get_submodule("self_attn.o_proj").register_forward_pre_hook(
+        lambda _, args: kept.append(args[0])
+    )
+    with torch.no_grad():
+        logits = module(IDS, use_cache=False).logits
+    handle.remove()
+    model = LanguageModel(module)
+    with model.trace(IDS):
+        z = model.blocks[0].attention.z.save()
+        ours = model.logits.save()
+    torch.testing.assert_close(z.value.transpose(1, 2).flatten(2), kept[0])
+    torch.testing.assert_close(ours.value, logits)

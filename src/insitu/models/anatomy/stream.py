@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
+
 from insitu.models.anatomy.heads import Core
 from insitu.models.anatomy.reading import RESHAPES, Reading
 from insitu.models.parts import Spot
@@ -161,7 +163,7 @@ def norms(
             continue
         module = reading.modules[event.path]
         weight = getattr(module, "weight", None)
-        vector = weight is not None and tuple(weight.shape) == (width,)
+        vector = isinstance(weight, torch.Tensor) and tuple(weight.shape) == (width,)
         named = "norm" in type(module).__name__.lower()
         if not (vector or named) or flow.shapes[event.inputs[0]][-1] != width:
             continue
