@@ -15,7 +15,7 @@ from insitu.models.endings import Endings
 from insitu.models.language_model import LanguageModel
 from insitu.models.vocabulary import Names
 from insitu.models.ways import Way, called
-from insitu.tracing.named import Roles
+from insitu.tracing.vocabulary import Roles
 
 
 @dataclass(frozen=True, slots=True)

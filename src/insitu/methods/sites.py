@@ -13,7 +13,7 @@ from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.models.keys import OF_BLOCK, entry_of, spelled
 from insitu.models.language_model import LanguageModel
-from insitu.tracing.named import Missing
+from insitu.tracing.vocabulary import Missing
 
 _STREAM = ("position", "d_model")
 _HEADS = ("head", "position", "d_head")

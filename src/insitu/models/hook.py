@@ -9,8 +9,9 @@ from insitu.graph.location import Location, Mark, here
 from insitu.graph.proxy import Proxy
 from insitu.models.transformer_lens import TransformerLens
 from insitu.tracing.invocation import Invocation
-from insitu.tracing.named import Missing, Named
+from insitu.tracing.named import Named
 from insitu.tracing.scope import innermost
+from insitu.tracing.vocabulary import Missing
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from insitu.tracing.named import Entry, Named, Role, Roles, Vocabulary
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Entry, Role, Roles, Vocabulary
 
 OF_BLOCK = (
     *("residual_in", "norm_1.output"),

@@ -38,9 +38,9 @@ from insitu.runtime.tree import Looks, Tree
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
 from insitu.tracing.handle import Handle
-from insitu.tracing.named import NoVocabulary, Vocabulary
 from insitu.tracing.session import Session
 from insitu.tracing.tracer import Tracer
+from insitu.tracing.vocabulary import NoVocabulary, Vocabulary
 
 if TYPE_CHECKING:
     from insitu.display.module_tree import ModuleTree

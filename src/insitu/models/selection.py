@@ -11,7 +11,8 @@ from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.models.keys import COMPUTED, doubles, entry_of, keys, spelled
 from insitu.models.transformer_lens import TransformerLens
-from insitu.tracing.named import Entry, Missing, Named, Vocabulary
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Entry, Missing, Vocabulary
 
 Filter: TypeAlias = str | re.Pattern[str] | Callable[[str], bool]
 Filters: TypeAlias = Filter | Iterable[Filter] | None

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from insitu.models import transformer_lens
 from insitu.models.keys import spelled
-from insitu.tracing.named import Entry, Missing, Role, Roles, Vocabulary
+from insitu.tracing.vocabulary import Entry, Missing, Role, Roles, Vocabulary
 
 _OUT = ("residual_out", "block_out")  # in the order in which they are offered
 _MANY: Mapping[tuple[str, ...], Sequence[str]] = {

@@ -18,7 +18,8 @@ from insitu.models.keys import entry_of, layers
 from insitu.models.norms import Normalised, Scale, norm_of
 from insitu.models.parts import Block, Heads, Spot
 from insitu.tracing.forms import Apart, Form, PerHead, Rows, Split, Swapped
-from insitu.tracing.named import Entry, Missing, Named, Role, Vocabulary
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Entry, Missing, Role, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)

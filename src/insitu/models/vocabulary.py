@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from insitu.graph.errors import InsituError
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.tracing.forms import Batched, Form, PerHead, Rows, Split, Swapped, WithoutLast
-from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles
 
 if TYPE_CHECKING:
     from insitu.models.body import Body

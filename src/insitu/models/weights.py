@@ -14,7 +14,7 @@ from insitu.models.blocks import CACHES
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.runtime.hooks import Stop
 from insitu.runtime.inside import SEPARATOR, watched
-from insitu.tracing.named import Missing
+from insitu.tracing.vocabulary import Missing
 
 if TYPE_CHECKING:
     from insitu.models.body import Body

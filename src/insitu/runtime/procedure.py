@@ -176,7 +176,7 @@ class Subject(Protocol):
 
     @property
     def vocabulary(self) -> Any:
-        """The standard names of its values: a `tracing.named.Vocabulary`."""
+        """The standard names of its values: a `tracing.vocabulary.Vocabulary`."""
         ...
 
     @property

@@ -31,9 +31,10 @@ from insitu.graph.node import readable
 from insitu.runtime.procedure import Subject
 from insitu.tracing.inside import Operations
 from insitu.tracing.invocation import Invocation
-from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles
+from insitu.tracing.named import Named
 from insitu.tracing.scope import innermost
 from insitu.tracing.sites import SITES, Call
+from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles
 
 _OF_MODULES = frozenset((*SITES, "skip", "stop", "ops", "module", "call"))
 

@@ -14,7 +14,7 @@ from insitu import LanguageModel, PathError
 from insitu.models import body as bodies
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.tracing.forms import Split, Swapped
-from insitu.tracing.named import Missing
+from insitu.tracing.vocabulary import Missing
 from tests.fidelity.zoo import module_of
 
 pytestmark = pytest.mark.no_wire  # what is sent does not depend on it

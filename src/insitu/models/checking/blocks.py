@@ -17,7 +17,8 @@ from insitu.models.proof import identities
 from insitu.models.proof.identities import Tensor
 from insitu.models.vocabulary import Names
 from insitu.tracing.forms import WithoutLast
-from insitu.tracing.named import Named, Role
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Role
 
 PROVEN = "names are proven"
 READ = "every value can be read"

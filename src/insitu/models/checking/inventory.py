@@ -10,7 +10,8 @@ import torch
 from insitu.display.report import Found, Part
 from insitu.graph.node import Site, readable
 from insitu.tracing.forms import PerHead
-from insitu.tracing.named import Entry, Given, Missing, Named, Role, Roles, Vocabulary
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles, Vocabulary
 
 if TYPE_CHECKING:
     from insitu.models.model import Model

@@ -11,7 +11,8 @@ from insitu.models.anatomy.between import SCALES, between
 from insitu.models.checking.outcomes import listed, not_checked, said, unread
 from insitu.models.checking.run import Run, applied
 from insitu.models.proof import identities
-from insitu.tracing.named import Entry, Missing, Named, Role
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Entry, Missing, Role
 
 LOGITS = "the last residual gives the logits"
 

@@ -9,7 +9,7 @@ from insitu.display.report import Check
 from insitu.graph.node import readable
 from insitu.models.checking.run import Run
 from insitu.models.proof.identities import Difference
-from insitu.tracing.named import Entry, Missing
+from insitu.tracing.vocabulary import Entry, Missing
 
 
 def said(name: str, where: str, found: Difference, note: str = "") -> Check:

@@ -16,7 +16,8 @@ from insitu.models.checking.inventory import entries_of
 from insitu.models.checking.reading import read
 from insitu.runtime.dataflow import Dataflow, watch
 from insitu.runtime.probe import Call
-from insitu.tracing.named import Entry, Named, Role
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Entry, Role
 
 if TYPE_CHECKING:
     from insitu.models.model import Model

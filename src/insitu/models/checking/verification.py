@@ -18,7 +18,7 @@ from insitu.models.checking.inventory import parts_of, sizes_of
 from insitu.models.checking.logits import check_of_logits
 from insitu.models.checking.reading import small_call
 from insitu.models.checking.run import run_of
-from insitu.tracing.named import NoVocabulary
+from insitu.tracing.vocabulary import NoVocabulary
 
 if TYPE_CHECKING:
     from insitu.models.model import Model

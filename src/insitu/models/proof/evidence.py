@@ -10,7 +10,8 @@ import torch
 
 from insitu.models.parts import Block
 from insitu.models.proof.runs import Change, Runs, Seen, Tensor
-from insitu.tracing.named import Entry, Given, Missing, Named
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Entry, Given, Missing
 
 if TYPE_CHECKING:
     from insitu.models.body import Body

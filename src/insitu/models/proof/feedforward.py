@@ -18,7 +18,8 @@ from insitu.models.proof.evidence import (
     sizes,
 )
 from insitu.models.proof.runs import Tensor
-from insitu.tracing.named import Entry, Named
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Entry
 
 _ALL = ("pre", "post", "W_in", "W_out", "W_gate")
 _OF_WIDTHS = ("inter", "inner", "ff", "feed", "mlp", "hidden_dim")

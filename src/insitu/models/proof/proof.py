@@ -21,7 +21,8 @@ from insitu.models.proof.stream import ADDED, STREAM, reasons_of_returned, reaso
 from insitu.models.proof.whole import reasons_of_ends, stacks_of_model
 from insitu.runtime.hooks import Place
 from insitu.runtime.probe import Call
-from insitu.tracing.named import Entry, Given, Missing, Named, Role
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Entry, Given, Missing, Role
 
 if TYPE_CHECKING:
     from insitu.models.architectures import Description

@@ -12,7 +12,8 @@ from insitu.models.proof.evidence import Evidence, Reasons, noise
 from insitu.models.proof.runs import Runs, Tensor
 from insitu.runtime.hooks import Place
 from insitu.runtime.probe import Call
-from insitu.tracing.named import Named, Role
+from insitu.tracing.named import Named
+from insitu.tracing.vocabulary import Role
 
 _TOKENS = ("input_ids", "decoder_input_ids")
 _NO_TEXT = "what passes them does not depend on the text that the model is given."
