@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -113,3 +114,55 @@ def test_a_part_whose_forward_is_compiled_runs_as_written(gpt2: LanguageModel) -
         after = model.lm_head.output.save()
     assert inner.value.shape == (1, 5, 64)
     torch.testing.assert_close(after.value, before)
+
+
+def compile_block(module: nn.Module) -> None:
+    module.get_submodule("transformer.h.1").compile(backend="eager")
+
+
+def compile_forward(module: nn.Module) -> None:
+    block = module.get_submodule("transformer.h.1")
+    block.forward = torch.compile(block.forward, backend="eager")
+
+
+def compile_own_forward(module: nn.Module) -> None:
+    mlp = module.get_submodule("transformer.h.1.mlp")
+    mlp.forward = torch.compile(mlp.forward, backend="eager")
+
+
+def compile_hooked(module: nn.Module) -> None:
+    module.get_submodule("transformer.h.1.mlp.c_fc").compile(backend="eager")
+
+
+@pytest.mark.parametrize(
+    "change", [compile_block, compile_forward, compile_own_forward, compile_hooked]
+)
+def test_a_part_that_is_compiled_after_a_block_was_planned_runs_as_written(
+    change: Callable[[nn.Module], None],
+) -> None:
+    """A block that is planned already must not have its hooks traced by `torch.compile`."""
+    torch._dynamo.reset()
+    module = tiny_gpt2()
+    mlp = module.transformer.h[1].mlp
+    if change is compile_own_forward:  # which the part has before it is compiled
+        written = mlp.forward
+        mlp.forward = lambda hidden: written(hidden)
+    hook = mlp.c_fc.register_forward_hook(lambda _, args, out: out * 0.5)
+    with torch.no_grad():
+        halved = module(IDS, use_cache=False).logits
+    hook.remove()
+    model = LanguageModel(module)
+
+    def written_logits() -> torch.Tensor:
+        with model.trace(IDS):
+            fc = model.transformer.h[1].mlp.c_fc
+            fc.output = fc.output * 0.5
+            return model.lm_head.output.save()
+
+    torch.testing.assert_close(written_logits().value, halved)
+    change(module)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for _ in range(2):
+        torch.testing.assert_close(written_logits().value, halved)
+    assert not counters["frames"]  # nothing was compiled

@@ -254,7 +254,7 @@ class LanguageModel(Model):
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
-        now, then = self.snapshot.spine
+        now, then, _ = self.snapshot.spine
         if now != then:
             self._renew()
         if self._settings.get(SETTING) != self._attention:

@@ -359,7 +359,7 @@ class Model(Handle):
         Changes further inside are noticed when a name or a shape is asked for, or when the block
         is planned, by the parts of the tree that the block is about.
         """
-        now, then = self.snapshot.spine
+        now, then, _ = self.snapshot.spine
         if now != then:
             self._renew()
 

@@ -27,10 +27,12 @@ class Watched(NamedTuple):
     Attributes:
         now: the modules' own tables.
         then: copies of them.
+        called: the modules whose calls lead on, those at the end of a way included.
     """
 
     now: Tables
     then: Tables
+    called: list[nn.Module]
 
 
 class Looks:
@@ -101,14 +103,16 @@ class Tree:
         Args:
             paths: paths of modules in the tree.
         """
-        found = {"": self.root}
+        found, ends = {"": self.root}, list[nn.Module]()
         for path in paths:
+            if path in self.modules:
+                ends.append(self.modules[path])
             while path:
                 path = path.rpartition(".")[0]
                 if path in found:
                     break
                 found[path] = self.modules[path]
-        return _watched(found.values())
+        return _watched(found.values(), ends)
 
     def weights(self) -> tuple[list[torch.dtype], list[torch.Size]]:
         """Returns the dtypes and shapes of all parameters and buffers, in the order of the tree."""
@@ -149,9 +153,10 @@ class Tree:
         return self.on_the_way([f"{path}." for path in paths])
 
 
-def _watched(parts: Iterable[nn.Module]) -> Watched:
+def _watched(parts: Iterable[nn.Module], ends: Iterable[nn.Module] = ()) -> Watched:
     now = [part._modules for part in parts]
-    return Watched(now, [dict(table) for table in now])
+    called = list(dict.fromkeys([*parts, *ends]))
+    return Watched(now, [dict(table) for table in now], called)
 
 
 def _make(parts: Iterable[nn.Module]) -> list[Any]:

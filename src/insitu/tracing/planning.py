@@ -20,7 +20,7 @@ from insitu.graph.recording import Recording
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import clone, map_structure
 from insitu.runtime.ambient import Ambient, ambient
-from insitu.runtime.eager import entry, is_compiled
+from insitu.runtime.eager import Entered, is_compiled
 from insitu.runtime.fallback import UNDONE, Fallback
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
@@ -50,7 +50,7 @@ class Prepared:
         returned: what modules that are skipped would return, as fake tensors, by path.
         compiled: whether any of the model's parts is under `torch.compile`.
         watched: the part of the tree that the block is about.
-        entry: what a call of the model entered.
+        entered: what the calls entered that lead to what is watched.
         ambient: what settings of torch the dtypes in `returned` depend on.
     """
 
@@ -60,7 +60,7 @@ class Prepared:
     returned: Mapping[str, Any]
     compiled: bool
     watched: Watched
-    entry: object
+    entered: Entered
     ambient: Ambient
 
 
@@ -99,7 +99,7 @@ def prepare(
     prepared: Prepared | None = None
     if key is not None:
         key, prepared = plans.find(key, graph, saves)
-        if prepared is not None and not _still_holds(prepared, model, module, len(requests)):
+        if prepared is not None and not _still_holds(prepared, model, len(requests)):
             prepared = None
     if prepared is None:
         if not dry:
@@ -119,14 +119,14 @@ def prepare(
     return prepared, [*passes]
 
 
-def _still_holds(prepared: Prepared, model: Subject, module: nn.Module, invocations: int) -> bool:
+def _still_holds(prepared: Prepared, model: Subject, invocations: int) -> bool:
     """Whether the tree is as it was planned for, as far as the block is about it.
 
     What may be shared by several invocations depends on all of the tree, and so does what a module
     that is skipped would return.
     """
-    now, then = prepared.watched
-    if now != then or prepared.entry != entry(module):
+    now, then, _ = prepared.watched
+    if now != then or not prepared.entered.still_holds():
         return False
     if invocations == 1 and not prepared.returned:
         return True
@@ -185,7 +185,7 @@ def _planned(
         returned = _returned(model, procedure, graph, invocations)
         check_cuts(graph, plan, moments)
     compiled = is_compiled(model.snapshot.parts)
-    found = (compiled, watched, entry(model.snapshot.root), ambient())
+    found = (compiled, watched, Entered(watched.called), ambient())
     return Prepared(plan, schedule, order, returned, *found), passes
 
 

@@ -495,7 +495,7 @@ class Tracer:
                 finally:
                     if execution.tape is not None:
                         execution.tape.release()
-            now, then = prepared.watched
+            now, then, _ = prepared.watched
             if now == then:
                 if model.snapshot.exchanges and model.snapshot.has_changed():
                     self._check_alike()
