@@ -287,11 +287,14 @@ class Body:
         sizes = sorted(size for size in found if size is not None)
         if len(sizes) > 1:
             return f"its blocks differ in it: {', '.join(map(str, sizes))}."
-        if not sizes and name == "n_heads":
-            config = text_config(getattr(self._model.module, "config", None))
-            said_count = said(config, "decoder_attention_heads", "num_attention_heads")
-            return said_count if type(said_count) is int else None
-        return sizes[0] if sizes else None
+        if sizes or name != "n_heads":
+            return sizes[0] if sizes else None
+        for path in paths:
+            if path in self.blocks() and (why := self.blocks()[path].refused.get(name)):
+                return why
+        config = text_config(getattr(self._model.module, "config", None))
+        count = said(config, "decoder_attention_heads", "num_attention_heads")
+        return count if type(count) is int else None
 
     def say_eager(self) -> None:
         """Says once that runs will be with eager attention."""

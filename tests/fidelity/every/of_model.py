@@ -115,6 +115,11 @@ def numbers(case: Case) -> None:
             said = logits.shape[-1]
         if isinstance(said, int) and said > 0:
             demand(found == said, f"{name} is {found}, and in the config {said}")
+        if name == "n_heads":  # a config may say one thing, and be overruled by what else it says
+            kind = "decoder_attentions" if case.module.config.is_encoder_decoder else "attentions"
+            returned = {one.shape[1] for key, one in case.attentions if key == kind}
+            right = returned <= {found}
+            demand(right, f"n_heads is {found}, and the model's attentions have {returned}")
 
 
 def _logits_of(output: Any) -> Tensor | None:

@@ -190,6 +190,19 @@ def test_heads_in_another_order_are_refused(form: Any, monkeypatch: pytest.Monke
     assert isinstance(found, Missing) is (form is Split)
 
 
+@pytest.mark.parametrize("planted", ["half as many heads", "twice as many heads"])
+def test_a_number_of_heads_that_contradicts_the_config_is_not_replaced_by_it(
+    planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, plant, _ = PLANTED[planted]
+    assert LanguageModel(module_of(name)).n_heads == 4
+    find = bodies.block_of
+    monkeypatch.setattr(bodies, "block_of", lambda *args: plant(find(*args)))
+    model = LanguageModel(module_of(name))
+    with pytest.raises(PathError, match="heads are seen in it, where its config has 4"):
+        _ = model.n_heads
+
+
 def test_weights_in_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from insitu.models.weights import Weights
 

@@ -53,7 +53,10 @@ class _Attention:
         count, known = self.heads.count, numbers(self.evidence.config, _COUNTS)
         if known and count not in known:
             listed = " or ".join(map(str, sorted(known)))
-            self.all(f"{count} heads are seen in it, where its config has {listed}.")
+            why = f"{count} heads are seen in it, where its config has {listed}."
+            self.all(why)
+            if self.role == "attention":
+                self.refused["n_heads"] = why
             return self.refused
         self._pattern()
         self._values()
