@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -45,23 +46,18 @@ class Form(Protocol):
 
 
 class Computed:
-    """A form in which something is shown that is no part of the model, but computed beside it.
+    """Marks a form in which something is shown that is computed beside the model.
+
+    It is no ABC and no protocol: each read of a name asks `isinstance`, which takes longer there.
 
     Attributes:
         unwritable: why its gradient cannot be written, and what to write instead.
+        gradient: gives the gradient of what is shown for that of what stands at the site.
     """
 
     __slots__ = ()
-    unwritable = ""
-
-    def gradient(self, value: Proxy) -> Proxy:
-        """Returns the gradient of what is shown.
-
-        Args:
-            value: the gradient of what stands at the site.
-        """
-        # No ABC: `isinstance` of one takes longer, and each read of a name asks for it.
-        raise NotImplementedError
+    unwritable: ClassVar[str]
+    gradient: Callable[[Proxy], Proxy]
 
 
 @dataclass(frozen=True, slots=True)
