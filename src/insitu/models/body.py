@@ -16,14 +16,16 @@ from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
 from insitu.models.agreement import agree
 from insitu.models.anatomy import Reading, block_of
-from insitu.models.anatomy.between import MOVES, SCALES
+from insitu.models.anatomy.hidden_states import hidden_sizes
+from insitu.models.anatomy.logits import final_norm_of, logits_of
 from insitu.models.architectures import DESCRIPTIONS, Description
 from insitu.models.attention import OPTION, attending, implementations
 from insitu.models.blocks import CACHES
-from insitu.models.configuration import said, text_config
+from insitu.models.configuration import expert_counts, said, text_config
 from insitu.models.endings import Endings, find_endings
 from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
+from insitu.models.visible_softmax import showing_options
 from insitu.models.weights import Weights
 from insitu.runtime.dataflow import Dataflow, watch
 from insitu.runtime.probe import Call
@@ -34,21 +36,11 @@ if TYPE_CHECKING:
     from insitu.models.model import Model
     from insitu.models.proof.given import Proofs
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
-
 _RESTLESS = (
     "The model exchanges modules of its own in a forward of a few tokens, and has not done so yet, "
     "so what its parts are is not known. Names are there once it has: in the block of such a "
     "prompt, and after it (`with model.trace(prompt): pass`). From then on it computes with those "
     "modules, as it does outside of blocks. Until then read its values by path."
-)
-
-# Options that let attention compute its softmax where it can be seen; the first that do.
-_SHOWING: Sequence[Mapping[str, Any]] = (
-    {OPTION: "eager"},
-    {OPTION: "eager", "output_attentions": True},
-    {"output_attentions": True},
 )
 
 
@@ -181,20 +173,12 @@ class Body:
     def showing_softmax(self) -> Mapping[str, Any]:
         """The options of a run in which attention computes its softmax where it can be seen.
 
-        With some versions of Transformers a model's attention is chosen when it is made, and eager
-        only where it is asked for its weights. What the model then computes must be the same; that
-        is found out once the weights are there.
+        What the model then computes must be the same; that is tried once the weights are there.
         """
         loaded = self._model.loaded
         if self._showing is None or (loaded and not self._showing[0]):
-            found: Mapping[str, Any] | None = None
             proven = None if self.proofs is None else self.proofs.showing()
-            for options in _SHOWING if proven is None else (proven, *_SHOWING):
-                with contextlib.suppress(UnknownShapeError):  # not all models can run so
-                    if _has_softmax(self._seen(options)) and self.agrees(options):
-                        found = options
-                        break
-            self._showing = (loaded, found or {})
+            self._showing = (loaded, showing_options(self._seen, self.agrees, proven))
         return self._showing[1]
 
     def agrees(self, options: Mapping[str, Any]) -> bool:
@@ -335,31 +319,18 @@ class Body:
         if flow is None:
             raise UnknownShapeError(_RESTLESS, here())
         modules = self._model.modules
-        lengths = set(sample_lengths(self._config))
-        sizes: dict[str, tuple[int, int]] = {}
-        for path in self.paths:
-            index = next(flow.calls(path), None)
-            if index is None:
-                continue
-            # A block may return more than hidden states, also in front of them.
-            returned = [flow.shapes[value] for value in flow.events[index].outputs]
-            shapes = [shape for shape in returned if len(shape) == 3] or returned[:1]
-            if shapes and len(shapes[0]) >= 2:
-                # Some keep several streams, one behind the other.
-                several = len(shapes[0]) == 4 and shapes[0][2] in lengths
-                rows, positions = shapes[0][1:3] if several else shapes[0][:2]
-                sizes[path] = (rows, positions)
-                lengths.add(positions)
-        self.lengths = frozenset(lengths)
-        experts = self._experts()
+        sizes, self.lengths = hidden_sizes(flow, self.paths, sample_lengths(self._config))
+        experts = expert_counts(self._config)
         found: dict[str, Block] = {}
         for path, size in sizes.items():
-            reading = Reading(flow, modules, size, lengths, *experts)
+            reading = Reading(flow, modules, size, self.lengths, *experts)
             block = block_of(reading, path, self.description.begins)
             if block is not None:
                 found[path] = self.description.applied(block, flow)
         if self._after is None:
-            self._after = self._ending(flow)
+            head = self.unembedding
+            norm = final_norm_of(flow, modules, self.paths, head)
+            self._after = (norm, logits_of(flow, head))
         from insitu.models.proof.signature import signatures
 
         self._kinds[tuple(options.items())] = signatures(found, flow, modules)
@@ -404,38 +375,6 @@ class Body:
             here(),
         ) from failure
 
-    def _experts(self) -> tuple[int, int]:
-        """How many experts there are, and how many of them a token passes, 0 if none."""
-        text = text_config(self._config)
-
-        def number(names: Sequence[str]) -> int:
-            counts = (getattr(text, name, None) for name in names)
-            return next((count for count in counts if isinstance(count, int)), 0)
-
-        return number(_EXPERTS), number(_CHOSEN)
-
-    def _ending(self, flow: Dataflow) -> tuple[str | None, Spot | None]:
-        """The last norm, and the logits."""
-        whole = next(flow.calls(""), None)
-        head = self.unembedding
-        norm: str | None = None
-        if head is not None:
-            for index in flow.calls(head):
-                norm = _norm_before(flow, flow.events[index].inputs[0], self._model.modules)
-        if norm is not None and any(norm.startswith(f"{path}.") for path in self.paths):
-            norm = None  # it is the last block's own
-        if whole is None:
-            return norm, None
-        results = flow.results[whole]
-        value = results.get("logits") if isinstance(results, Mapping) else None
-        if type(value) is not int:
-            return norm, None
-        for returned in flow.returned[value]:
-            event = flow.events[returned.event]
-            if event.path == head and not returned.item:
-                return norm, Spot(event.path, "output", event.call, (), flow.shapes[value])
-        return norm, Spot("", "output", 0, ("logits",), flow.shapes[value])
-
 
 def _size(block: Block, name: str) -> int | None:
     """A size of a block, None if it has none."""
@@ -453,22 +392,3 @@ def _size(block: Block, name: str) -> int | None:
 
 def _on(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _has_softmax(blocks: Mapping[str, Block]) -> bool:
-    """Whether all attention in blocks shows its patterns."""
-    heads = [part for b in blocks.values() for part in (b.attention, b.cross_attention) if part]
-    return bool(heads) and all(part.pattern is not None for part in heads)
-
-
-def _norm_before(flow: Dataflow, value: int, modules: Mapping[str, nn.Module]) -> str | None:
-    """The norm that a value comes from, through what only moves or scales it."""
-    while True:
-        for returned in flow.returned.get(value, ()):
-            path = flow.events[returned.event].path
-            if "norm" in type(modules[path]).__name__.lower():
-                return path
-        maker = flow.maker(value)
-        if maker is None or not maker.inputs or maker.function not in MOVES | SCALES:
-            return None
-        value = maker.inputs[0]

@@ -7,7 +7,11 @@ and the config of the text with `text_config`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 
 
 def said(config: Any, *names: str, default: Any = None) -> Any:
@@ -52,3 +56,18 @@ def first_id(*given: Any) -> int | None:
         if isinstance(found, int) and not isinstance(found, bool):
             return found
     return None
+
+
+def expert_counts(config: Any) -> tuple[int, int]:
+    """Returns how many experts there are, and how many of them a token passes, 0 if none.
+
+    Args:
+        config: the config of a model.
+    """
+    text = text_config(config)
+
+    def number(names: Sequence[str]) -> int:
+        counts = (getattr(text, name, None) for name in names)
+        return next((count for count in counts if isinstance(count, int)), 0)
+
+    return number(_EXPERTS), number(_CHOSEN)

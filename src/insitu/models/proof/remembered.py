@@ -41,6 +41,11 @@ _IGNORED = frozenset(
         "_experts_implementation_internal",
     )
 )
+# Files beside `anatomy/` and `proof/` that decide what is found and proven.
+_FINDING = (
+    *("body.py", "configuration.py", "parts.py", "samples.py", "visible_softmax.py"),
+    *("vocabulary.py", "weights.py"),
+)
 _IGNORED_ENDINGS = ("token_id", "token_ids", "token_index", "dropout", "_range", "_theta", "pdrop")
 
 
@@ -202,7 +207,7 @@ def _code() -> str:
         for file in sorted(folder.iterdir(), key=lambda file: file.name):
             if file.name.endswith(".py"):
                 found.update(file.read_bytes())
-    for name in ("body.py", "vocabulary.py", "parts.py", "weights.py", "samples.py"):
+    for name in _FINDING:
         found.update((models / name).read_bytes())
     return found.hexdigest()[:16]
 
