@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, NoReturn, cast, overload
 
-import torch
 from torch import nn
 
 from insitu.display.tree import render, summarise
@@ -25,7 +24,6 @@ from insitu.graph.errors import (
     ShapeError,
     nearest,
 )
-from insitu.graph.habits import OF_MODULES, habit
 from insitu.graph.location import Location, here, mark
 from insitu.graph.node import readable
 from insitu.runtime.procedure import Subject
@@ -34,6 +32,7 @@ from insitu.tracing.invocation import Invocation
 from insitu.tracing.named import Named
 from insitu.tracing.scope import innermost
 from insitu.tracing.sites import SITES, Call
+from insitu.tracing.unknown_names import no_child, not_in_part
 from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles
 
 _OF_MODULES = frozenset((*SITES, "skip", "stop", "ops", "module", "call"))
@@ -279,33 +278,7 @@ class Handle(Call):
         return child
 
     def _unknown(self, name: str) -> str:
-        module = self.module
-        own = getattr(module, name, None) if isinstance(name, str) else None
-        if isinstance(own, torch.Tensor):
-            return (
-                f"`{self._written()}.{name}` is a parameter or buffer, not a module: reach it as "
-                f"`{self._written()}.module.{name}`."
-            )
-        if name in OF_MODULES:
-            return f"`{self._written()}` has no `{name}`{habit(name, OF_MODULES)}."
-        children = list(module._modules)
-        elsewhere = [
-            readable(path)
-            for path in self._model.modules
-            if path.rpartition(".")[2] == name and not any(map(str.isdigit, path))
-        ]
-        what = f"`{self._written()}` has no module {name!r}"
-        if elsewhere:
-            return f"{what}: write {', '.join(f'`model.{path}`' for path in elsewhere[:3])}."
-        vocabulary = self._model.vocabulary
-        asked = isinstance(name, str) and not name.startswith("_")  # by the user, not by Python
-        instead = vocabulary.line_instead(self._path, name) if asked else ""
-        found = instead or nearest(name, children)
-        if not found and children:
-            listed = ", ".join(map(repr, children[:6])) + (", ..." if len(children) > 6 else "")
-            blocks = vocabulary.whereabouts() if asked and not self._path else ""
-            found = f" (it has: {listed}{blocks})"
-        return f"{what}{found}."
+        return no_child(self._model, self._path, self.module, name)
 
 
 class Handles(list[Handle]):
@@ -383,14 +356,7 @@ class Part(Handle):
     def _unknown(self, name: str) -> str:
         if self._is_module:
             return super()._unknown(name)
-        instead = self._model.vocabulary.line_instead(self._path, name)
-        if instead:
-            return f"`{self._written()}.{self._part}` has no {name!r}{instead}."
-        return (
-            f"The {self._part} of `{self._written()}` is no module of its own, so it has no "
-            f"{name!r}: its layers are the block's. It has values by name: "
-            f"{', '.join(map(repr, self.role))}."
-        )
+        return not_in_part(self._model, self._path, self._part, name, self.role)
 
 
 class Names:
