@@ -2,16 +2,15 @@
 
 A command prints a table or JSON, or writes a page or a picture and says where. It exits with 0 if
 all went well, with 1 if what was checked does not hold, and with 2, and one line that says why, if
-it could not be done.
+it could not be done. How options are read is in `command_options.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import wraps
 from inspect import Parameter
@@ -20,41 +19,35 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from insitu.command_options import (
+    DeviceMap,
+    Dtype,
+    Html,
+    Json,
+    Layers,
+    Name,
+    Picture,
+    Positions,
+    Prompt,
+    Revision,
+    as_options,
+    check_dtype,
+    check_files,
+    numbers_in,
+)
+
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
     from insitu.models.model import Model
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
-_Name = Annotated[str, typer.Argument(help="A repo id, a folder, or a bundled model.")]
-_Prompt = Annotated[str, typer.Argument(help="The text that the model reads.")]
-_Layers = Annotated[
-    str | None, typer.Option(help="Which layers, such as `3`, `0,5`, `2-4`, or `-1` for the last.")
-]
-_Positions = Annotated[
-    str | None,
-    typer.Option(help="Which positions, such as `3`, `0,5`, `2-4`, or `-1` for the last."),
-]
-_Revision = Annotated[str | None, typer.Option(help="Which revision of a repository.")]
-_Dtype = Annotated[str | None, typer.Option(help="Such as `bfloat16`, or `auto`.")]
-_DeviceMap = Annotated[str | None, typer.Option(help="Such as `auto`, or `cuda`.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
-_Html = Annotated[Path | None, typer.Option(help="Write a page to this file.")]
-_Picture = Annotated[
-    Path | None,
-    typer.Option(
-        "--picture", "--png", help="Write a picture to this file: `.png`, `.svg` or `.pdf`."
-    ),
-]
-
 _AnyModel = TypeVar("_AnyModel", bound="Model")
 _Loading = dict[str, Any]
 """How a model is loaded: what was given of the options that every command has which loads one."""
 
-_MOST_NUMBERS = 100_000  # what is more than any model has is a slip
-
-_LOADING = {"revision": _Revision, "dtype": _Dtype, "device_map": _DeviceMap}
-_WRITING = {"as_json": _Json, "html": _Html, "picture": _Picture}
+_LOADING = {"revision": Revision, "dtype": Dtype, "device_map": DeviceMap}
+_WRITING = {"as_json": Json, "html": Html, "picture": Picture}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,41 +86,25 @@ def _command(found: Callable[..., _Answer]) -> Callable[..., None]:
         if options:
             given["loading"] = {name: one for name, one in options.items() if one is not None}
         try:
-            _check_files({**given, **writing})
+            check_files({**given, **writing})
             answer = found(**given)
             _write(answer, **writing)
         except typer.BadParameter:
             raise
         except Exception as error:  # such as of a file that cannot be written
-            said = _as_options(_line(error), [*own, *added])
+            said = as_options(_line(error), [*own, *added])
             typer.secho(said, fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from None
         raise typer.Exit(0 if answer.ok else 1)
 
     parameters = [*own.values()]
     for name, annotation in added.items():
-        default = False if annotation is _Json else None
+        default = False if annotation is Json else None
         kind = Parameter.KEYWORD_ONLY
         parameters.append(Parameter(name, kind, default=default, annotation=annotation))
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return app.command()(command)
-
-
-def _check_files(given: Mapping[str, Any]) -> None:
-    """Raises if a file cannot be written, before a model is loaded for what is in it.
-
-    All options that name a file are those of files that are written.
-    """
-    from insitu.display.page import check_drawing, picture_form
-    from insitu.graph.disk import check_target
-
-    for name, path in given.items():
-        if isinstance(path, Path):
-            check_target(path)
-            # Of what is printed, an SVG takes nothing that draws.
-            if name == "picture" and picture_form(path) != "svg":
-                check_drawing()
 
 
 def _write(answer: _Answer, as_json: bool, html: Path | None, picture: Path | None) -> None:
@@ -192,9 +169,9 @@ def demo() -> _Answer:
 
 @_command
 def tree(
-    model: _Name,
+    model: Name,
     depth: Annotated[int | None, typer.Option(help="How deep, all of it unless given.")] = None,
-    revision: _Revision = None,
+    revision: Revision = None,
 ) -> _Answer:
     """Shows a model's modules, with the standard names beside their own. No weights are loaded.
 
@@ -206,7 +183,7 @@ def tree(
 
 
 @_command
-def check(model: _Name, loading: _Loading) -> _Answer:
+def check(model: Name, loading: _Loading) -> _Answer:
     """Shows what Insitu takes a model's parts to be, and verifies it in a run of a few tokens.
 
     Of each standard name it says what it stands for, with the shape of its value in that run, or
@@ -226,19 +203,19 @@ def check(model: _Name, loading: _Loading) -> _Answer:
 
 
 @_command
-def lens(model: _Name, prompt: _Prompt, loading: _Loading, layers: _Layers = None) -> _Answer:
+def lens(model: Name, prompt: Prompt, loading: _Loading, layers: Layers = None) -> _Answer:
     """Shows what the model would say if it ended after each of its layers: the logit lens.
 
     **Example:** `insitu lens insitu/eiffel "The Louvre is in the city of"`
     """
     from insitu.methods import logit_lens
 
-    return _Answer(logit_lens(_language(model, loading), prompt, layers=_numbers(layers)))
+    return _Answer(logit_lens(_language(model, loading), prompt, layers=numbers_in(layers)))
 
 
 @_command
 def patch(
-    model: _Name,
+    model: Name,
     loading: _Loading,
     clean: Annotated[str, typer.Argument(help="The prompt whose values are copied.")],
     corrupted: Annotated[str, typer.Argument(help="The prompt that they are put into.")],
@@ -252,8 +229,8 @@ def patch(
         "layer,position"
     ),
     noising: Annotated[bool, typer.Option(help="Copy the other way round.")] = False,
-    layers: _Layers = None,
-    positions: _Positions = None,
+    layers: Layers = None,
+    positions: Positions = None,
 ) -> _Answer:
     """Shows where in the model an answer comes from: activation patching.
 
@@ -273,8 +250,8 @@ def patch(
         logit_difference(_token(opened, answer), _token(opened, instead)),
         sites=site,
         by=tuple(by.split(",")),
-        layers=_numbers(layers),
-        positions=_numbers(positions),
+        layers=numbers_in(layers),
+        positions=numbers_in(positions),
         direction="noising" if noising else "denoising",
     )
     return _Answer(result)
@@ -282,10 +259,10 @@ def patch(
 
 @_command
 def attention(
-    model: _Name,
-    prompt: _Prompt,
+    model: Name,
+    prompt: Prompt,
     loading: _Loading,
-    layers: _Layers = None,
+    layers: Layers = None,
     heads: Annotated[str | None, typer.Option(help="Which heads, written like layers.")] = None,
 ) -> _Answer:
     """Shows where each head looks.
@@ -297,7 +274,9 @@ def attention(
     opened = _language(model, loading)
     with warnings.catch_warnings():  # that patterns take eager attention is no news here
         warnings.simplefilter("ignore", UserWarning)
-        result = attention_patterns(opened, prompt, layers=_numbers(layers), heads=_numbers(heads))
+        result = attention_patterns(
+            opened, prompt, layers=numbers_in(layers), heads=numbers_in(heads)
+        )
     queries = len(result.axis("query"))
     # The first token can only look at itself.
     return _Answer(result, printed=result.select(query=slice(1, None)) if queries > 1 else None)
@@ -305,15 +284,15 @@ def attention(
 
 @_command
 def steer(
-    model: _Name,
-    prompt: _Prompt,
+    model: Name,
+    prompt: Prompt,
     loading: _Loading,
     toward: Annotated[list[str], typer.Option(help="A text that has what is wanted. Repeatable.")],
     away: Annotated[list[str], typer.Option(help="A text that does not. Repeatable.")],
     strength: Annotated[
         list[float] | None, typer.Option(help="How strongly. Repeatable; 0 and 1 unless given.")
     ] = None,
-    layers: _Layers = None,
+    layers: Layers = None,
     tokens: Annotated[int, typer.Option(help="How many tokens are generated.")] = 20,
     vector: Annotated[Path | None, typer.Option(help="Write the vector to this file.")] = None,
 ) -> _Answer:
@@ -326,7 +305,7 @@ def steer(
     from insitu.methods import steering_vector
 
     opened = _language(model, loading)
-    found = steering_vector(opened, toward, away, layers=_numbers(layers))
+    found = steering_vector(opened, toward, away, layers=numbers_in(layers))
     if vector is not None:
         found.save(vector)
     written = steered(opened, prompt, found, strength=strength or [0.0, 1.0], max_new_tokens=tokens)
@@ -361,7 +340,7 @@ def _loaded(
     """What opens it as a model, with an error that says which model it was."""
     from insitu.graph.errors import InsituError, LoadError
 
-    _check_dtype(loading.get("dtype"))
+    check_dtype(loading.get("dtype"))
     try:
         model = opener(name, **loading)
         if load:
@@ -373,49 +352,10 @@ def _loaded(
     return model
 
 
-def _check_dtype(name: str | None) -> None:
-    """Raises if there is no such dtype of weights."""
-    import torch
-
-    from insitu.graph.errors import OptionError, nearest
-
-    known = [one for one in dir(torch) if isinstance(getattr(torch, one), torch.dtype)]
-    floating = [one for one in known if getattr(torch, one).is_floating_point]
-    if name is not None and name.removeprefix("torch.") not in ("auto", *floating):
-        raise OptionError(
-            f"There is no dtype {name!r} of weights{nearest(name, floating)}: write "
-            "`--dtype` with auto, float32, bfloat16 or float16."
-        )
-
-
-def _numbers(given: str | None) -> list[int] | None:
-    """The numbers in "0,5", "2-4" or "-1"."""
-    if given is None:
-        return None
-    numbers: list[int] = []
-    for part in given.split(","):
-        found = re.fullmatch(r"\s*(-?\d{1,9})(?:\s*-\s*(-?\d{1,9}))?\s*", part)
-        first, last = (found[1], found[2] or found[1]) if found else ("0", "-1")
-        several = range(int(first), int(last) + 1)
-        if not 0 < len(several) <= _MOST_NUMBERS:
-            raise typer.BadParameter(f"{given!r} is no list of numbers, such as 3, 0,5, 2-4 or -1.")
-        numbers += several
-    return numbers
-
-
 def _token(model: LanguageModel, text: str) -> str:
     """A token as it is written in the middle of a sentence, if it is none as it is given."""
     ids = model.tokenizer.encode(text, add_special_tokens=False)
     return text if len(ids) == 1 or text.startswith(" ") else f" {text}"
-
-
-def _as_options(said: str, names: Collection[str]) -> str:
-    """An error with the arguments that it names, `positions=[-1]`, as options of a command."""
-
-    def option(found: re.Match[str]) -> str:
-        return f"`--{found[1]} {found[2]}`" if found[1] in names else found[0]
-
-    return re.sub(r"`(\w+)=\[?([^`\]]+)\]?`", option, said)
 
 
 def _line(error: Exception) -> str:
