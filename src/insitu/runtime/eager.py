@@ -43,23 +43,25 @@ class Entered:
         modules: the modules. The first is the root, which is compared closely.
     """
 
-    __slots__ = ("_compiled", "_modules", "_own", "_root", "_sizes", "_states")
+    __slots__ = ("_compiled", "_forward", "_modules", "_own", "_root", "_sizes", "_states")
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._states = [vars(module) for module in modules]
-        self._root = _entry(modules[0])
+        self._forward = type(modules[0]).forward
+        self._root = self._entry()
         self._compiled = is_compiled(modules)
         self._remember()
 
     def still_holds(self) -> bool:
         """Returns whether the calls still enter what they entered."""
-        if self._root != _entry(self._modules[0]):
-            return False
-        same = self._sizes == [*map(len, self._states)]
-        if same and (not self._own or self._own == self._forwards()):
+        if (
+            self._sizes == [*map(len, self._states)]
+            and type(self._modules[0]).forward is self._forward
+            and (not self._own or self._own == self._forwards())
+        ):
             return True
-        if self._compiled != is_compiled(self._modules):
+        if self._root != self._entry() or self._compiled != is_compiled(self._modules):
             return False
         self._remember()
         return True
@@ -71,10 +73,14 @@ class Entered:
     def _forwards(self) -> list[Any]:
         return [state["forward"] for state in self._states if "forward" in state]
 
-
-def _entry(module: nn.Module) -> tuple[object, object, object]:
-    state = module.__dict__
-    return state.get("_compiled_call_impl"), state.get("forward"), type(module).forward
+    def _entry(self) -> tuple[object, ...]:
+        """What a call of the root enters."""
+        state = self._states[0]
+        return (
+            state.get("_compiled_call_impl"),
+            state.get("forward"),
+            type(self._modules[0]).forward,
+        )
 
 
 def eager(compiled: bool) -> AbstractContextManager[Any]:
