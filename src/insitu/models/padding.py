@@ -15,7 +15,7 @@ import torch
 from insitu.models.attention import SETTING
 from insitu.models.calls import arguments
 from insitu.models.configuration import said
-from insitu.models.padding_trial import Padding, find_padding, goes_on_as_alone
+from insitu.models.padding_trial import Padding, TriedModel, find_padding, goes_on_as_alone
 from insitu.models.prompts import Prompt, Side, positions_of
 from insitu.models.rotary import forgetting_lengths, warn_of_lengths
 from insitu.models.tokens import vocabulary_of
@@ -102,11 +102,9 @@ def generates_alike(model: LanguageModel) -> bool:
 
     given = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     ends = [given] if isinstance(given, int) else list(given or ())
-    vocabulary, longest = vocabulary_of(module, model.config), _longest(model)
     with model.in_use():
-        tokens = vocabulary, model.pad_id, side, ends, longest
         found = tried(
-            lambda: goes_on_as_alone(generate, model.modules, model.config, *tokens), "padding"
+            lambda: goes_on_as_alone(generate, _to_be_tried(model), side, ends), "padding"
         )
     right = found is True
     known[key] = Padding(side, right, right)
@@ -144,13 +142,7 @@ def _tried(model: LanguageModel) -> Padding:
     with model.in_use():
         found = tried(
             lambda: find_padding(
-                run,
-                model.modules,
-                model.config,
-                "position_ids" in model.forward_parameters,
-                vocabulary_of(model.module, model.config),
-                model.pad_id,
-                _longest(model),
+                run, _to_be_tried(model), "position_ids" in model.forward_parameters
             ),
             "padding",
         )
@@ -162,6 +154,12 @@ def _tried(model: LanguageModel) -> Padding:
     if _supposed(model).side == "left" and found.side == "right" and not found.exact:
         _warn(type(model.module).__name__, "right")
     return found
+
+
+def _to_be_tried(model: LanguageModel) -> TriedModel:
+    """What a trial needs to know of a model with its weights."""
+    vocabulary = vocabulary_of(model.module, model.config)
+    return TriedModel(model.modules, model.config, vocabulary, model.pad_id, _longest(model))
 
 
 def _longest(model: LanguageModel) -> int | None:

@@ -6,7 +6,9 @@ and what follows from it, is in `padding.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -41,31 +43,55 @@ class Padding(NamedTuple):
     by_id: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class TriedModel:
+    """A model on which padding is tried.
+
+    Attributes:
+        modules: its tree, by path. The caller holds it (see `exclusive`).
+        config: its config.
+        vocabulary: how many token ids it has.
+        pad_id: what padding is filled with.
+        context: the most positions, or None if there is no such number.
+    """
+
+    modules: Mapping[str, nn.Module]
+    config: Any
+    vocabulary: int
+    pad_id: int
+    context: int | None
+
+    def rows(self, steps: int = 0) -> list[torch.Tensor]:
+        """Returns prompts of different length, without padding.
+
+        Args:
+            steps: how many tokens there has to be room for behind them.
+        """
+        context = None if self.context is None else max(self.context - steps, 1)
+        return _rows(_lengths(self.config, context), self.vocabulary, self.pad_id)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Runs its block without dropout, and leaves the model as it was."""
+        with undisturbed(self.modules):
+            for part in self.modules.values():  # `undisturbed` puts this back
+                part.training = False
+            yield
+
+
 def find_padding(
-    run: Callable[[Prompt, Mapping[str, Any]], Any],
-    modules: Mapping[str, nn.Module],
-    config: Any,
-    takes_positions: bool,
-    vocabulary: int,
-    pad_id: int,
-    context: int | None,
+    run: Callable[[Prompt, Mapping[str, Any]], Any], model: TriedModel, takes_positions: bool
 ) -> Padding:
     """Returns how a model is padded.
 
     Args:
         run: runs the model on a prompt, with further keyword arguments.
-        modules: its tree, by path. The caller holds it (see `exclusive`).
-        config: its config.
+        model: the model.
         takes_positions: whether its forward takes position ids.
-        vocabulary: how many token ids it has.
-        pad_id: what padding is filled with.
-        context: the most positions, or None if there is no such number.
     """
-    rows = _rows(_lengths(config, context), vocabulary, pad_id)
+    rows, vocabulary, pad_id = model.rows(), model.vocabulary, model.pad_id
     padded, mask = _padded(rows, pad_id)
-    with undisturbed(modules):
-        for part in modules.values():  # `undisturbed` puts this back
-            part.training = False
+    with model.undisturbed():
         alone = [_outputs(run(Prompt(row[None], _NOWHERE), {})) for row in rows]
         ways: list[Mapping[str, Any]] = [{}]
         if takes_positions:
@@ -73,7 +99,7 @@ def find_padding(
         right = [_agrees(run, padded, way, alone) for way in ways]
         other, _ = _padded(rows, (pad_id + 1) % vocabulary)
         by_id = right[0] and not right[-1] and not _agrees(run, other, {}, alone)
-        causal = not said(config, "is_encoder_decoder") and _looks_back(
+        causal = not said(model.config, "is_encoder_decoder") and _looks_back(
             run, rows, alone, vocabulary, pad_id
         )
     exact, positions = any(right), len(right) > 1 and right[-1]
@@ -83,27 +109,20 @@ def find_padding(
 
 def goes_on_as_alone(
     generate: Callable[[Prompt, Mapping[str, Any]], Any],
-    modules: Mapping[str, nn.Module],
-    config: Any,
-    vocabulary: int,
-    pad_id: int,
+    model: TriedModel,
     side: Side,
     ends: Collection[int],
-    context: int | None,
 ) -> bool:
     """Returns whether a generation gives rows that are padded what they have alone.
 
     Args:
         generate: runs the model's `generate` on a prompt, with options.
-        modules: its tree, by path. The caller holds it (see `exclusive`).
-        config: its config.
-        vocabulary: how many token ids it has.
-        pad_id: what padding is filled with.
-        side: where it is.
+        model: the model.
+        side: where padding is.
         ends: the ids that end a generation.
-        context: the most positions, or None if there is no such number.
     """
-    chosen = next(number for number in range(vocabulary) if number not in {pad_id, *ends})
+    tokens = range(model.vocabulary)
+    chosen = next(number for number in tokens if number not in {model.pad_id, *ends})
 
     def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         # Near ties would be rounded to another token, and what comes then be compared with it.
@@ -119,12 +138,9 @@ def goes_on_as_alone(
     def logits(prompt: Prompt) -> torch.Tensor:
         return torch.stack(generate(prompt, options).logits, 1)
 
-    room = None if context is None else max(context - _STEPS, 1)
-    rows = _rows(_lengths(config, room)[1:], vocabulary, pad_id)  # the longest and the shortest
-    padded, _ = _padded(rows, pad_id, side)
-    with undisturbed(modules):
-        for part in modules.values():  # `undisturbed` puts this back
-            part.training = False
+    rows = model.rows(_STEPS)[1:]  # the longest and the shortest
+    padded, _ = _padded(rows, model.pad_id, side)
+    with model.undisturbed():
         alone = [logits(Prompt(row[None], _NOWHERE))[0] for row in rows]
         return all(map(alike, logits(padded), alone))
 
