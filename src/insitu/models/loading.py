@@ -106,7 +106,10 @@ class Source:
                 tree = make(copy.deepcopy(self.config), **kwargs)
                 if self._adapter is not None:
                     tree = self._adapter.put_into(tree)
-        except (NotImplementedError, RuntimeError):  # it looks at its weights while it is made
+        except (NotImplementedError, RuntimeError):
+            # Some classes read or copy weights while they are made. On the meta device torch
+            # raises NotImplementedError for a copy of data that is not there, and RuntimeError
+            # for its `.item()`. The model is then loaded with its weights at once.
             return None
         return tree.eval()
 

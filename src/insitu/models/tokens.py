@@ -25,7 +25,11 @@ def reads_tokens(module: Any) -> bool:
         return False
     try:
         embedding = module.get_input_embeddings()
-    except (NotImplementedError, AttributeError):  # it has more than one, or none
+    except (NotImplementedError, AttributeError):
+        # Transformers raises NotImplementedError for a class whose input embedding it does not
+        # find, because there is none or more than one. AttributeError comes from a class whose
+        # own method asks for a part that this model lacks. Without one embedding, tokens cannot
+        # be placed or padded: the caller refuses the model as a language model, with a reason.
         return False
     # A method gives the weight where torch has quantised it. A list of embeddings has none.
     weight = getattr(embedding, "weight", None)
