@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import msgspec
 import torch
 
-from insitu.display.page import write_html, write_picture, write_png
+from insitu.display.drawable import Drawable
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.methods import files
@@ -58,7 +58,7 @@ class Edge(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Circuit:
+class Circuit(Drawable):
     """The edges of a model that a behaviour is made of.
 
     Attributes:
@@ -140,42 +140,6 @@ class Circuit:
             raise OptionError("The circuit has no edges to draw.", here())
         title = self.title if title is None else title
         return picture(self.edges, self.sharing, title, self.quantity, most)
-
-    def to_html(self, path: str | os.PathLike[str], **options: Any) -> None:
-        """Writes a picture of it as a page that can be opened without a network.
-
-        Args:
-            path: where to.
-            options: those of `plot`.
-        """
-        write_html(self.plot(**options), path)
-
-    def to_png(self, path: str | os.PathLike[str], scale: float = 2, **options: Any) -> None:
-        """Writes a picture of it as a PNG. That takes Chromium.
-
-        Args:
-            path: where to.
-            scale: how many pixels of the file one of the picture's is wide.
-            options: those of `plot`.
-
-        Raises:
-            PictureError: if there is no Chromium, or no Kaleido, which speaks to it.
-        """
-        write_png(self.plot(**options), path, scale)
-
-    def to_picture(self, path: str | os.PathLike[str], scale: float = 2, **options: Any) -> None:
-        """Writes a picture of it, in the form that the file's name ends in. That takes Chromium.
-
-        Args:
-            path: where to: ".png", or ".svg" or ".pdf" for papers.
-            scale: how many pixels of a PNG one of the picture's is wide.
-            options: those of `plot`.
-
-        Raises:
-            OptionError: if the name ends in something else.
-            PictureError: if there is no Chromium, or no Kaleido, which speaks to it.
-        """
-        write_picture(self.plot(**options), path, scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it in JSON's own types."""

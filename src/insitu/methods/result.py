@@ -15,9 +15,10 @@ import msgspec
 import torch
 
 from insitu.display.axis import Axis
+from insitu.display.drawable import Drawable
 from insitu.display.figure import Kind, figure
 from insitu.display.labels import POSITIONS, numbered
-from insitu.display.page import for_notebook, write_html, write_picture, write_png
+from insitu.display.page import for_notebook
 from insitu.display.table import summary, table
 from insitu.graph.errors import MissingPackageError, OptionError, ShapeError, nearest
 from insitu.graph.location import here
@@ -60,7 +61,7 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Result:
+class Result(Drawable):
     """What a method found: numbers with named axes.
 
     Attributes:
@@ -237,50 +238,6 @@ class Result:
         """
         options = {"x": x, "y": y, "grid": grid, "in_cells": in_cells, "title": title}
         return figure(self, kind, **options, width=width, height=height)
-
-    def to_html(self, path: str | os.PathLike[str], **options: Any) -> None:
-        """Writes a picture of it as a page that can be opened without a network.
-
-        Args:
-            path: where to.
-            options: those of `plot`.
-
-        Raises:
-            OptionError: as `plot`.
-            MissingPackageError: if plotly is not installed.
-        """
-        write_html(self.plot(**options), path)
-
-    def to_png(self, path: str | os.PathLike[str], scale: float = 2, **options: Any) -> None:
-        """Writes a picture of it as a PNG. That takes Chromium.
-
-        Of what can be chosen in the picture, the first entry is drawn: `select` another before.
-
-        Args:
-            path: where to.
-            scale: how many pixels of the file one of the picture's is wide.
-            options: those of `plot`.
-
-        Raises:
-            OptionError: as `plot`.
-            PictureError: if there is no Chromium.
-            MissingPackageError: if plotly is not installed, or Kaleido, which speaks to Chromium.
-        """
-        write_png(self.plot(**options), path, scale)
-
-    def to_picture(self, path: str | os.PathLike[str], scale: float = 2, **options: Any) -> None:
-        """Writes a picture of it, in the form that the file's name ends in. That takes Chromium.
-
-        Args:
-            path: where to: ".png", or ".svg" or ".pdf" for papers.
-            scale: how many pixels of a PNG one of the picture's is wide.
-            options: those of `plot`.
-
-        Raises:
-            OptionError: if the name ends in something else.
-            PictureError: if there is no Chromium, or no Kaleido, which speaks to it.
-        """
-        write_picture(self.plot(**options), path, scale)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns a table with a row for each number: a column for each axis, and `value`.
