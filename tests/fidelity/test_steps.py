@@ -377,6 +377,36 @@ def test_writes_in_place_are_seen_in_the_steps_that_they_hold_in(
     assert not ends(behind) and not ends(alone)
 
 
+@pytest.mark.parametrize("every", [False, True])
+def test_a_value_that_a_write_in_place_only_looks_at_is_no_write_to_its_site(
+    gpt2: LanguageModel, every: bool
+) -> None:
+    first: Any = gpt2.module.transformer.h[0]
+    second: Any = gpt2.module.transformer.h[1]
+    seen: list[torch.Tensor] = []
+
+    def write(module: nn.Module, args: Any, output: Any) -> None:
+        if every or len(seen) == 1:
+            hidden(output).add_(seen[0][:, -1:], alpha=50)
+
+    hooks = [
+        first.register_forward_hook(lambda *args: seen.append(hidden(args[2]).clone())),
+        second.register_forward_hook(write),
+    ]
+    options: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
+    expected = gpt2.module.generate(OTHER, attention_mask=torch.ones_like(OTHER), **options)
+    for hook in hooks:
+        hook.remove()
+    with gpt2.generate(OTHER, **options) as generator:
+        looked_at = gpt2.transformer.h[0].output[0][:, -1:]
+        with generator.every_step() if every else generator.step(0):
+            gpt2.transformer.h[1].output[0].add_(looked_at, alpha=50)
+        with generator.every_step():
+            found = gpt2.transformer.h[0].output[0].save()
+    assert torch.equal(generator.output, expected)
+    assert all(map(torch.equal, found, seen))
+
+
 LENGTHS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "a length in all": {"max_length": 7},

@@ -32,8 +32,13 @@ def refuse_mixed_steps(graph: Graph, plan: Plan, memory: Sequence[frozenset[Key]
         return
     needs, nodes = plan.needs, plan.repeated.nodes
     repeated, saved = set(nodes), set(plan.repeated.saves)
-    used = _used(graph, memory)
+    viewed = _viewed(graph, memory)
+    used = [
+        viewed[index].union(*(viewed[source] for source in row[3]))
+        for index, row in enumerate(graph.rows)
+    ]
     for write in graph.mutations:
+        written = viewed[graph.rows[write][3][0]]  # what else it is given is only looked at
         if write in repeated:
             others = (index for index in range(write) if index not in repeated)
         else:
@@ -45,11 +50,11 @@ def refuse_mixed_steps(graph: Graph, plan: Plan, memory: Sequence[frozenset[Key]
                 and needs[write] & ~needs[index]
                 and (graph.rows[index][0] is not READ or index in saved)
             )
-        other = next((index for index in others if not used[index].isdisjoint(used[write])), None)
+        other = next((index for index in others if not used[index].isdisjoint(written)), None)
         if other is None:
             continue
         early, late = sorted((write, other))
-        place = next(iter(used[write] & used[other]))
+        place = next(iter(written & used[other]))
         raise OperationError(
             f"`{expression(graph, late)}` is of {_which(late, repeated)}, and "
             f"`{expression(graph, early)}` before it is of {_which(early, repeated)}, at\n"
@@ -64,14 +69,12 @@ def _which(index: int, repeated: Collection[int]) -> str:
     return "every step" if index in repeated else "one step"
 
 
-def _used(graph: Graph, memory: Sequence[frozenset[Key]]) -> Sequence[frozenset[Site]]:
-    """The places whose memory each node looks at, whatever the step."""
-    of_value: list[frozenset[Site]] = []
-    used: list[frozenset[Site]] = []
+def _viewed(graph: Graph, memory: Sequence[frozenset[Key]]) -> Sequence[frozenset[Site]]:
+    """The places whose memory the value of each node has, whatever the step."""
+    viewed: list[frozenset[Site]] = []
     for index, (_, _, _, inputs, _, _) in enumerate(graph.rows):
         site = graph[index].site
         own = frozenset[Site]() if site is None else frozenset([site._replace(step=0)])
-        views = (of_value[source] for source in inputs if memory[source] & memory[index])
-        of_value.append(own.union(*views))
-        used.append(of_value[index].union(*(of_value[source] for source in inputs)))
-    return used
+        views = (viewed[source] for source in inputs if memory[source] & memory[index])
+        viewed.append(own.union(*views))
+    return viewed
