@@ -55,7 +55,10 @@ def put(
         taken = step_taken(base, steps[0], function)
         entry = put(taken, steps[1:], write, args, kwargs, function)
         if name not in ("operator.getitem", "attribute") or place != 0:
-            raise OperationError(f"what `{name}` makes of a structure is not written in place")
+            raise OperationError(
+                f"what `{name}` makes of a structure is not written in place: write into an entry "
+                "of it, such as `value[0]`"
+            )
         return replaced(base, others[0], entry)
     copy = base.clone()
     part: Any = copy
@@ -63,8 +66,8 @@ def put(
         part = step_taken(part, step, function)
     if not isinstance(part, torch.Tensor) or not _shares(part, copy):
         raise OperationError(
-            "this is no view of the value where it runs, so the write would be lost: write into "
-            "the value itself"
+            "the write would be lost, because this part has memory of its own in the run: write "
+            "into the value itself"
         )
     if torch.is_grad_enabled() and _is_one_of_several(steps) and part.dtype == copy.dtype:
         # Autograd refuses writes into one of several views; the same memory as one view is fine.

@@ -55,8 +55,8 @@ _SOMETIMES_VIEWS = frozenset(
         *("apply", "bfloat16", "bool", "byte", "char", "cond", "contiguous", "cpu", "cuda", "fold"),
         *("alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d"),  # in eval mode
         *("feature_alpha_dropout", "feature_dropout", "broadcast_tensors", "meshgrid"),
-        *("double", "flatten", "float", "half", "int", "long", "ravel", "reshape", "reshape_as"),
-        *("short", "to", "type_as"),
+        *("conj", "conj_physical", "double", "einsum", "flatten", "float", "half", "int", "long"),
+        *("ravel", "reshape", "reshape_as", "short", "sum_to_size", "to", "type_as"),
     )
 )
 _VIEW_ATTRIBUTES = frozenset(["H", "T", "imag", "mH", "mT", "real"])
@@ -71,8 +71,8 @@ _HANDING_ON = (ATTRIBUTE, GETITEM, REPLACE, SKIP, WRITE)
 class Views:
     """The bases and views of one recording, and what each base stands for now.
 
-    Without a write, nobody makes one: `resolved` and the walk to a base are for recordings in which
-    something was written in place.
+    A recording makes one at its first write in place. Before that, a value is what it was recorded
+    as, and nothing has to be looked up.
     """
 
     def __init__(self, rows: list[Row], shares: Callable[[int], bool]) -> None:
@@ -92,8 +92,7 @@ class Views:
 
     def written(self) -> Mapping[int, int]:
         """Returns the node that each site is given in the end, by the node that reads the site."""
-        reads = {base: now for base, now in self._standing.items() if self._rows[base][0] is READ}
-        return reads
+        return {base: now for base, now in self._standing.items() if self._rows[base][0] is READ}
 
     def put(
         self,
