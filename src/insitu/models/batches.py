@@ -14,6 +14,7 @@ from insitu.models.batching import cuts, join, lie_apart
 from insitu.models.calls import arguments, content, forward
 from insitu.models.prompts import Prompt, Side, counted
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
+from insitu.models.sharing import chain_of
 from insitu.models.tail import Tail
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, unembed_only, unembedding
 from insitu.runtime.branches import Chain, Given, find_runs, part_of
@@ -109,7 +110,7 @@ class Batches:
         def shared_blocks() -> Chain | None:
             found: Chain | Fallback = _SHIFTED
             if side == "right":
-                found = model.chain(module, layouts, options)
+                found = chain_of(model, module, layouts, options)
             if isinstance(found, Fallback):
                 logger.info("Prompts that are equal share no blocks: %s", found.why)
                 self._unshared = f"; equal prompts share no blocks: {found.why}"

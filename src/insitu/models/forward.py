@@ -167,7 +167,10 @@ class LanguageForward:
                 kwargs = arguments(self._model, counted(prompt, side), self._options)
                 forward(self._model, module, kwargs, [prompt])
 
-            self._separations[key] = self._model.separation(sample, run, self.views, side)
+            from insitu.models.sharing import separation_of  # of no use to one prompt
+
+            given = (sample, run, self.views, side)
+            self._separations[key] = separation_of(self._model, *given)
         separation = self._separations[key]
         if isinstance(separation, Fallback):
             return separation

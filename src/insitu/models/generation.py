@@ -17,6 +17,7 @@ from insitu.models.batching import cuts, is_ragged, join, lie_apart
 from insitu.models.calls import beside
 from insitu.models.choosing import listening, seeded
 from insitu.models.configuration import text_config
+from insitu.models.generated_rows import rows_apart, rows_together
 from insitu.models.padding import generates_alike, positioned, warn_of_counting
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
@@ -158,7 +159,10 @@ class Generation:
             return UNDONE
         if (why := self._unbatchable(module, requests)) is not None:
             return Fallback(why)
-        separation = self._model.separation(
+        from insitu.models.sharing import separation_of  # of no use to one prompt
+
+        separation = separation_of(
+            self._model,
             lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
             self._begin,
             self.views,
@@ -180,7 +184,8 @@ class Generation:
             each = self._apart(_sequences(results[0]), requests)
             return Outputs(results[0], each)
         each = [_sequences(result) for result in results]
-        return Outputs(self._together(each, requests), each)
+        given = [self._given(prompt) for prompt in requests]
+        return Outputs(rows_together(each, given, self._pad_id), each)
 
     def _as_one(
         self, layouts: Layouts, module: nn.Module, requests: Sequence[Prompt]
@@ -359,40 +364,15 @@ class Generation:
 
     def _apart(self, sequences: torch.Tensor, requests: Sequence[Prompt]) -> list[torch.Tensor]:
         """Each prompt's rows of a batch, without the padding of its neighbours."""
-        length = max(map(self._given, requests))
-        module = self._model.load()
-        ends = self._setting(module, "eos_token_id")
-        ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []))
-        each: list[torch.Tensor] = []
-        first = 0
-        for prompt in requests:
-            rows, own = prompt.ids.shape[0], self._given(prompt)
-            mine = sequences[first : first + rows, length - own :]
-            ended = torch.isin(mine[:, own:], ends.to(mine.device))
-            # Alone, it would have stopped when the last of its rows had ended.
-            steps = torch.where(ended.any(1), ended.int().argmax(1) + 1, ended.shape[1])
-            each.append(mine[:, : own + int(steps.max())])
-            first += rows
-        return each
+        ends = self._setting(self._model.load(), "eos_token_id")
+        sizes = [(prompt.ids.shape[0], self._given(prompt)) for prompt in requests]
+        return rows_apart(sequences, sizes, [ends] if isinstance(ends, int) else ends or ())
 
     def _given(self, prompt: Prompt) -> int:
         """How many of the tokens that a generation of a prompt returns were not generated."""
         if self._model.is_encoder_decoder:
             return 1
         return 0 if "inputs_embeds" in prompt.extras else prompt.ids.shape[1]
-
-    def _together(self, each: list[torch.Tensor], requests: Sequence[Prompt]) -> torch.Tensor:
-        """Rows generated one by one, as a batch would have padded them."""
-        given = [self._given(prompt) for prompt in requests]
-        before = max(given)
-        pairs = list(zip(each, given, strict=True))
-        after = max(own.shape[1] - length for own, length in pairs)
-        rows: list[torch.Tensor] = []
-        for own, length in pairs:
-            left = before - length
-            right = before + after - left - own.shape[1]
-            rows.append(torch.nn.functional.pad(own, (left, right), value=self._pad_id))
-        return torch.cat(rows)
 
 
 def _sequences(result: Any) -> torch.Tensor:

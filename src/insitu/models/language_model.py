@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -28,17 +28,12 @@ from insitu.models.media import MEDIA
 from insitu.models.model import Model
 from insitu.models.options import Options, more_prompts
 from insitu.models.padding_trial import Padding
-from insitu.models.prompts import PROMPTS, WITH_PROMPTS, Prompt, Side
+from insitu.models.prompts import PROMPTS, WITH_PROMPTS, Prompt
 from insitu.models.reader import Reader
 from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
-from insitu.runtime.branches import Chain
 from insitu.runtime.costs import Costs
-from insitu.runtime.fallback import Fallback
-from insitu.runtime.hooks import View
-from insitu.runtime.layout import SIZES, Layouts
 from insitu.runtime.own_hooks import is_the_models
-from insitu.runtime.probe import Call
 from insitu.runtime.reuse import Plans
 from insitu.tracing.tracer import Tracer
 
@@ -50,12 +45,14 @@ if TYPE_CHECKING:
     from insitu.models.separation import Separation
     from insitu.models.transformer_lens import TransformerLens
     from insitu.models.vocabulary import Names
+    from insitu.runtime.branches import Chain
+    from insitu.runtime.fallback import Fallback
 
 
 _USED_INSIDE = """
-    block_views bytes_per_token chain costs decoder_start explain forward_parameters
+    block_views bytes_per_token chains costs decoder_start explain forward_parameters
     generating growing ids_device is_beside is_encoder_decoder is_training lengths options
-    pad_id paddings placed reader separation takes_use_cache trains unembedding_paths
+    pad_id paddings placed reader separations takes_use_cache trains unembedding_paths
 """
 """What other parts of Insitu use of a model; not in `dir`."""
 
@@ -184,13 +181,13 @@ class LanguageModel(Model):
     _config: Any
     _tokenizer: Any
     _processor: Any = None
-    _separations: dict[tuple[str, bool], Separation | Fallback]
+    separations: dict[tuple[str, bool], Separation | Fallback]
+    chains: dict[Hashable, Chain | Fallback]
     paddings: dict[Any, Padding]
     lengths: LengthDependence
     growing: Sequence[nn.Module]
     options: Options
     _forward: LanguageForward
-    _chains: dict[Any, Any]
     _costs: Costs | None
     _settings: Mapping[str, Any]
     _attention: str | None
@@ -271,7 +268,7 @@ class LanguageModel(Model):
         other = super().edited(graph)
         other._describe()
         # Edits are no part of the module.
-        vars(other).update(_separations=self._separations, paddings=self.paddings)
+        vars(other).update(separations=self.separations, paddings=self.paddings)
         return other
 
     def trace(
@@ -543,48 +540,6 @@ class LanguageModel(Model):
             self.reader.check_ids(prompt)
             self.reader.check_length(prompt, steps)
 
-    def separation(
-        self,
-        sample: Callable[[int, int], Call],
-        run: Callable[[nn.Module, Prompt], Any],
-        views: Mapping[str, View],
-        side: Side,
-    ) -> Separation | Fallback:
-        """Returns how values at sites are cut into rows and positions, or why none can be.
-
-        Found out once, with the weights if they are there: else by shapes alone, which will do
-        for what is not run.
-
-        Args:
-            sample: gives a call with a batch size and a length.
-            run: makes such a call.
-            views: how outputs are shown in it.
-            side: where shorter prompts are padded.
-        """
-        calls = [sample(*size) for size in SIZES]
-        key = f"{side} {calls[0].signature()}"
-        if (key, self.loaded) not in self._separations:
-            from insitu.models.sharing import find_separation  # of no use to one prompt
-
-            self._separations[key, self.loaded] = find_separation(self, calls, run, views, side)
-        return self._separations[key, self.loaded]
-
-    def chain(
-        self, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]
-    ) -> Chain | Fallback:
-        """Returns the blocks at which forwards can begin, or why they cannot.
-
-        It is tried out once, and again where functions are looked at in more forwards.
-
-        Args:
-            module: the wrapped module, with its weights.
-            layouts: how values are cut.
-            options: keyword arguments for the forwards.
-        """
-        from insitu.models.sharing import find_shared_chain  # of no use to one prompt
-
-        return find_shared_chain(self, module, layouts, options, self._chains)
-
     @property
     def costs(self) -> Costs:
         """What its passes cost."""
@@ -637,12 +592,12 @@ class LanguageModel(Model):
             _embedding=embedding,
             _settings=settings,
             _attention=settings.get(SETTING),
-            _separations={},
+            separations={},
+            chains={},
             paddings={},
             lengths=length_dependence(module),
             growing=growing_parts(module),
             options=Options(module),
-            _chains={},
             decoder_start=decoder_start(module, self._config),
             is_encoder_decoder=decodes(module, self._config),
             generating=next(

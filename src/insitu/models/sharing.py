@@ -7,7 +7,7 @@ and `chain.py`. Here is when it is done, and with what.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from insitu.runtime.branches import Chain
 from insitu.runtime.fallback import Fallback, tried
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.inside import SEPARATOR
-from insitu.runtime.layout import Layouts, find_layouts
+from insitu.runtime.layout import SIZES, Layouts, find_layouts
 from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:
@@ -34,22 +34,40 @@ _BATCH = "a batch of prompts"
 _EXCHANGES = Fallback("short prompts pass other modules than long ones")
 
 
-def find_separation(
+def separation_of(
     model: LanguageModel,
-    calls: Sequence[Call],
+    sample: Callable[[int, int], Call],
     run: Callable[[nn.Module, Prompt], Any],
     views: Mapping[str, View],
     side: Side,
 ) -> Separation | Fallback:
     """Returns how values at sites are cut into rows and positions, or why none can be.
 
+    It is tried once, with the weights if they are there. Without them it is read from shapes
+    alone, which is enough for what is not run.
+
     Args:
         model: the model.
-        calls: of the different sizes of `SIZES`.
-        run: makes a call.
+        sample: gives a call with a batch size and a length.
+        run: makes such a call.
         views: how outputs are shown in it.
         side: where shorter prompts are padded.
     """
+    calls = [sample(*size) for size in SIZES]
+    key = (f"{side} {calls[0].signature()}", model.loaded)
+    if key not in model.separations:
+        model.separations[key] = _find_separation(model, calls, run, views, side)
+    return model.separations[key]
+
+
+def _find_separation(
+    model: LanguageModel,
+    calls: Sequence[Call],
+    run: Callable[[nn.Module, Prompt], Any],
+    views: Mapping[str, View],
+    side: Side,
+) -> Separation | Fallback:
+    """The separation, which is not known yet, from calls of the sizes of `SIZES`."""
     layouts: Layouts | None = None
     with contextlib.suppress(ShapeError):
         layouts = find_layouts([model.probe(call, views).seen for call in calls])
@@ -91,21 +109,18 @@ def find_separation(
     return Separation(verified, widens, inside)
 
 
-def find_shared_chain(
-    model: LanguageModel,
-    module: nn.Module,
-    layouts: Layouts,
-    options: Mapping[str, Any],
-    known: dict[Hashable, Chain | Fallback],
+def chain_of(
+    model: LanguageModel, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]
 ) -> Chain | Fallback:
     """Returns the blocks at which forwards of a model can begin, or why they cannot.
+
+    It is tried once, and again where functions are looked at in more forwards.
 
     Args:
         model: the model.
         module: the wrapped module, with its weights.
         layouts: how values are cut.
         options: keyword arguments for the forwards.
-        known: what was found before, of which this is to be a part.
     """
     views = model.block_views[False]
     plain = {"use_cache": False} if model.takes_use_cache else {}
@@ -124,7 +139,7 @@ def find_shared_chain(
     if model.has_hooks:
         return Fallback("your own hooks see all blocks and positions")
     inside = frozenset(path.partition(SEPARATOR)[0] for path, _, _ in layouts if SEPARATOR in path)
-    key = (implementation, inside)
+    key, known = (implementation, inside), model.chains
     if key not in known:
         with model.in_use(), attending(module, implementation):
             known[key] = find_chain(
