@@ -19,6 +19,7 @@ from insitu.graph import location
 from insitu.graph.context import is_autocast_enabled, is_grad_enabled
 from insitu.graph.encoding import KEYS, PLAIN, is_constant
 from insitu.graph.errors import OperationError, nearest
+from insitu.graph.in_place import mutate
 from insitu.graph.location import here, mark
 from insitu.graph.node import NO_KWARGS, ref
 from insitu.graph.operations import BY_NAME, GETITEM, TENSOR_METHODS, Operation
@@ -58,7 +59,7 @@ def record(
                     return at_once(getattr(value, operation.short), args[1:], kwargs)
             return at_once(operation.function, args, kwargs)
     if operation.in_place:
-        return kind(recording, recording.mutate(operation, args, kwargs, mark(3)))
+        return kind(recording, mutate(recording, operation, args, kwargs, mark(3)))
     return kind(recording, recording.apply(operation, args, kwargs, mark(3)))
 
 

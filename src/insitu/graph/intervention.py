@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from insitu.graph.errors import OperationError
+from insitu.graph.in_place import holds
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Ref, Site, ref
 from insitu.graph.operations import (
@@ -57,7 +58,7 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
     standing = recording.sites.get(address)
     if standing is None:
         standing = recording.read(address, mark)
-    elif recording.graph.mutations and recording.holds(standing, value):
+    elif recording.graph.mutations and holds(recording, standing, value):
         return standing
     operation = rows[standing.index][0]
     if operation is SKIP:

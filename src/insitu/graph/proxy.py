@@ -17,6 +17,7 @@ import torch
 
 from insitu.graph import location
 from insitu.graph.answers import Answers
+from insitu.graph.differentiation import read_gradient, record_backward, write_gradient
 from insitu.graph.dispatch import (
     ENDED,
     OF_NUMPY,
@@ -33,6 +34,7 @@ from insitu.graph.errors import (
     nearest,
 )
 from insitu.graph.habits import OF_VALUES, habit
+from insitu.graph.in_place import holds, mutate
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, here, mark
 from insitu.graph.node import NO_KWARGS, Ref, ref
@@ -167,7 +169,7 @@ class AnyProxy(Operators, Answers):
             return self.result(here()).grad
         if not self._operand:
             self._refuse_grad(here())
-        return Proxy(recording, recording.gradient(self._ref, mark()))
+        return Proxy(recording, read_gradient(recording, self._ref, mark()))
 
     @grad.setter
     def grad(self, value: Any) -> None:
@@ -177,7 +179,7 @@ class AnyProxy(Operators, Answers):
             return
         if not self._operand:
             self._refuse_grad(here())
-        recording.write_gradient(self._ref, value, mark())
+        write_gradient(recording, self._ref, value, mark())
 
     def backward(
         self,
@@ -208,7 +210,7 @@ class AnyProxy(Operators, Answers):
             "inputs": inputs,
         }
         given = {key: value for key, value in options.items() if value is not None}
-        recording.backward(self, given, mark())
+        record_backward(recording, self, given, mark())
 
     def _refuse_grad(self, location: Location) -> NoReturn:
         written = self.written()
@@ -295,7 +297,7 @@ class AnyProxy(Operators, Answers):
             self.result(here())[key] = value
             return
         recording, line = self._recording, mark()
-        if recording.holds(self._ref, value, key):
+        if holds(recording, self._ref, value, key):
             return
         if isinstance(key, str) or (isinstance(key, int) and not self._is_tensor(key)):
             block = isinstance(self, StructureProxy)
@@ -303,7 +305,7 @@ class AnyProxy(Operators, Answers):
             if written is not None:
                 self._ref = written
                 return
-        recording.mutate(SETITEM, (self, key, value), NO_KWARGS, line)
+        mutate(recording, SETITEM, (self, key, value), NO_KWARGS, line)
 
     def __delitem__(self, key: Any) -> None:
         if not self._recording.open:

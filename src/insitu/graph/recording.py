@@ -2,6 +2,8 @@
 
 A recording owns the graph that a block writes, the cells that its saved values will be put into,
 and what is known of shapes. It is open until the block ends.
+What takes the place of a value is recorded by `intervention.py` and `in_place.py`, and gradients
+by `differentiation.py`.
 """
 
 # pyright: reportPrivateUsage=false
@@ -20,7 +22,7 @@ from insitu.graph.context import (
     is_autocast_enabled,
     is_grad_enabled,
 )
-from insitu.graph.encoding import KEYS, PLAIN, described, encode, is_constant
+from insitu.graph.encoding import KEYS, PLAIN, encode, is_constant
 from insitu.graph.errors import OperationError
 from insitu.graph.intervention import refuse_unseen
 from insitu.graph.location import Location, Mark
@@ -38,9 +40,7 @@ from insitu.graph.node import (
     ref,
 )
 from insitu.graph.operations import (
-    BACKWARD,
     GETITEM,
-    GRAD,
     INPUT,
     READ,
     REPLACE,
@@ -50,15 +50,7 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.recorded import AnyRecorded, Cell, Holder, Missing, Recorded, refuse_structure
-from insitu.graph.structure import is_basic
 
-_WHOLE = object()
-_VIEWS = frozenset(
-    (
-        *("flatten", "getitem", "permute", "reshape", "select", "squeeze", "transpose"),
-        *("unflatten", "view"),
-    )
-)
 _NAMED = (Function, ModuleRef, Subgraph)
 _NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference to these
 
@@ -280,106 +272,6 @@ class Recording:
         while self.graph.rows[index][0] in (WRITE, SKIP):
             index = self.graph.rows[index][3][0]
         return index
-
-    def mutate(
-        self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any], mark: Mark
-    ) -> Ref:
-        """Records an operation that writes into its first argument. Args and errors as `apply`.
-
-        Raises:
-            OperationError: if what it would write into is no value of the run.
-        """
-        target = args[0] if args else None
-        if not isinstance(target, AnyRecorded) or target._recording is not self:
-            raise OperationError(
-                f"`{operation.short}` would write into {described(target)} that is not a value of "
-                "this run: use the operation without the underscore, or write into `.clone()` of "
-                "a value of the run.",
-                Location(*mark),
-            )
-        if self.computed:
-            self._refuse_computed(target, Location(*mark))
-        written = self.apply(operation, args, kwargs, mark)
-        self.graph.mutations = (*self.graph.mutations, written.index)
-        return written
-
-    def _refuse_computed(self, target: AnyRecorded, location: Location) -> None:
-        """Raises if a write in place would be to a part of something that was only computed."""
-        index = target._ref.index
-        while index not in self.computed:
-            operation, _, _, inputs, _, _ = self.graph.rows[index]
-            if not inputs or operation.short not in _VIEWS:
-                return
-            index = inputs[0]
-        raise OperationError(
-            f"`{target.written()}` is computed and no part of the model, which would not see what "
-            f"is written into it: {self.computed[index]}",
-            location,
-        )
-
-    def gradient(self, source: Ref, mark: Mark) -> Ref:
-        """Returns what stands for the gradient of a value for lines that come now.
-
-        Args:
-            source: the value.
-            mark: the user's line.
-        """
-        if self.gradients is None:
-            self.gradients = {}
-        standing = self.gradients.get(source.index)
-        if standing is None:
-            rows = self.graph.rows
-            standing = self.gradients[source.index] = ref(len(rows))
-            rows.append((GRAD, (source,), NO_KWARGS, source.inputs, False, mark))
-            self.graph.differentiates = True
-        return standing
-
-    def write_gradient(self, source: Ref, value: Any, mark: Mark) -> None:
-        """Records that a value takes the place of a gradient on its way. Args as `write`."""
-        standing = self.gradient(source, mark)
-        if self.holds(standing, value):
-            return
-        original = self.original(standing.index)
-        args = (Recorded(self, ref(original)), value, False)
-        written = self.apply(WRITE, args, NO_KWARGS, mark)
-        self.graph.writes[original] = written.index
-        cast("dict[int, Ref]", self.gradients)[source.index] = written
-
-    def backward(self, loss: AnyRecorded, options: Mapping[str, Any], mark: Mark) -> None:
-        """Records a backward pass.
-
-        Args:
-            loss: where it starts.
-            options: keyword arguments of `torch.Tensor.backward`.
-            mark: the user's line.
-        """
-        self.apply(BACKWARD, (loss,), options, mark)
-        self.gradients = None  # lines that come now mean the next one
-        self.graph.differentiates = True
-
-    def holds(self, source: Ref, value: Any, key: Any = _WHOLE) -> bool:
-        """Returns whether a value is what stands there already, written in place.
-
-        `x[0] += 1` is a write in place to `x[0]`, and then an assignment of `x[0]` to itself.
-
-        Args:
-            source: what stands there, or what it is a part of.
-            value: what is assigned.
-            key: which part.
-        """
-        if not isinstance(value, AnyRecorded) or value._recording is not self:
-            return False
-        rows = self.graph.rows
-        index = value._ref.index
-        if not rows[index][0].in_place:
-            return False
-        while rows[index][0].in_place:
-            index = rows[index][3][0]
-        if key is _WHOLE:
-            return index == source.index
-        operation, args, _, inputs, _, _ = rows[index]
-        same = operation is GETITEM and inputs == source.inputs and args[1] is key
-        return same and is_basic(key)
 
     def stop(self, output: Ref, mark: Mark) -> None:
         """Records that the run ends where a module has returned.

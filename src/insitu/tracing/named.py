@@ -15,8 +15,10 @@ from weakref import ref as weakref
 
 import torch
 
+from insitu.graph.differentiation import read_gradient, write_gradient
 from insitu.graph.dispatch import AUGMENTED
 from insitu.graph.errors import OperationError, PathError, ShapeError, UnknownShapeError
+from insitu.graph.in_place import holds
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, Mark, here, mark
 from insitu.graph.node import NO_KWARGS, Kind, Ref
@@ -143,7 +145,7 @@ class Named:
 
     def _write(self, current: Proxy, invocation: Invocation, value: Any, line: Mark) -> None:
         recording = current._recording
-        if not isinstance(self.form, Computed) and recording.holds(current._ref, value):
+        if not isinstance(self.form, Computed) and holds(recording, current._ref, value):
             return
         site = invocation.read(self.path, self.kind, line, self.call)
         if self.form is not None:
@@ -208,7 +210,7 @@ class NamedProxy(Proxy):
         if not recording.open or form is None:
             return _GRAD.__get__(self)
         line, start = mark(), len(recording.graph)
-        gradient = Proxy(recording, recording.gradient(self._base, line))
+        gradient = Proxy(recording, read_gradient(recording, self._base, line))
         if isinstance(form, Computed):
             shown = form.gradient(gradient)
         else:
@@ -230,7 +232,7 @@ class NamedProxy(Proxy):
         line = mark()
         base = Proxy(recording, self._base)
         value = form.restored(value, base, self._invocation, line)
-        recording.write_gradient(self._base, value, line)
+        write_gradient(recording, self._base, value, line)
 
 
 class _Part(Proxy):
