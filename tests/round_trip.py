@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,9 +13,15 @@ from insitu import InsituError, WireError
 from insitu.graph import location
 from insitu.graph.node import Carried, Function, Graph, Node, Subgraph
 from insitu.graph.recorded import Cell
+from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
 from insitu.graph.wire import keeps_statistics
-from insitu.tracing.tracer import Tracer
+from insitu.runtime.plan import Plan
+from insitu.runtime.procedure import Outputs, Procedure, Subject
+from insitu.tracing import tracer
+from insitu.tracing.invocation import Invocation
+
+Run = Callable[..., tuple[Plan, list[Any]]]
 
 
 @pytest.fixture(autouse=True)
@@ -26,40 +32,53 @@ def round_trip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """
     if request.node.get_closest_marker("no_wire"):
         return
-    run = Tracer._run
-    monkeypatch.setattr(Tracer, "_run", lambda tracer: run_twice(run, tracer))
+    run = tracer.run_block
+    monkeypatch.setattr(tracer, "run_block", lambda *block: run_twice(run, *block))
     # Its frames stand between the user's and ours, and are not the user's.
     monkeypatch.setattr(location, "_CALLING_BACK", (*location._CALLING_BACK, __file__))
     monkeypatch.setitem(location._known, __file__, True)
 
 
-def run_twice(run: Callable[[Tracer], None], tracer: Tracer) -> None:
+def run_twice(
+    run: Run,
+    model: Subject,
+    procedure: Procedure[Any],
+    recording: Recording,
+    invocations: Sequence[Invocation],
+    requests: Sequence[Any],
+    *rest: Any,
+) -> tuple[Plan, list[Any]]:
     """Runs a block, and then its graph as another process would get it, and compares."""
     before = torch.get_rng_state()
-    requests = [map_structure(copied, request) for request in tracer._requests]
-    failure = attempt(run, tracer)
+    copies = [map_structure(copied, request) for request in requests]
+    failure, ran = attempt(run, model, procedure, recording, invocations, requests, *rest)
     after = torch.get_rng_state()
-    wired = sent(tracer.graph)
+    wired = sent(recording.graph)
     if wired is not None and (failure is None or isinstance(failure, InsituError)):
-        recording = tracer.recording
-        first = state(tracer)
+        graph, saves, fakes = recording.graph, recording.saves, recording.fakes
         recording.graph = wired
-        recording.saves = {index: Cell() for index in recording.saves}
+        recording.saves = {index: Cell() for index in saves}
         recording.fakes = {}
-        for invocation, request in zip(tracer._invocations, requests, strict=True):
+        for invocation, request in zip(invocations, copies, strict=True):
             invocation.request = request
-        tracer._requests = requests
         torch.set_rng_state(before)
-        again = attempt(run, tracer)
+        again, ran_again = attempt(run, model, procedure, recording, invocations, copies, *rest)
         torch.set_rng_state(after)
         try:
             assert described(again) == described(failure)
-            if failure is None:
-                assert same(results(tracer), first["results"])
+            if ran is not None and ran_again is not None:
+                assert same(contents(recording.saves), contents(saves))
+                assert same(
+                    outputs(procedure, copies, ran_again), outputs(procedure, requests, ran)
+                )
         finally:
-            restore(tracer, first)
-    if failure is not None:
+            recording.graph, recording.saves, recording.fakes = graph, saves, fakes
+            for invocation, request in zip(invocations, requests, strict=True):
+                invocation.request = request
+    if ran is None:
+        assert failure is not None
         raise failure
+    return ran
 
 
 def copied(leaf: Any) -> Any:
@@ -69,12 +88,11 @@ def copied(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
-def attempt(run: Callable[[Tracer], None], tracer: Tracer) -> BaseException | None:
+def attempt(run: Run, *block: Any) -> tuple[BaseException | None, tuple[Plan, list[Any]] | None]:
     try:
-        run(tracer)
+        return None, run(*block)
     except BaseException as failure:
-        return failure
-    return None
+        return failure, None
 
 
 def sent(graph: Graph) -> Graph | None:
@@ -117,34 +135,17 @@ def stays(value: Any) -> bool:
     return callable(value)
 
 
-def state(tracer: Tracer) -> dict[str, Any]:
-    recording = tracer.recording
-    return {
-        "graph": recording.graph,
-        "saves": recording.saves,
-        "fakes": recording.fakes,
-        "ended": tracer._ended,
-        "results": results(tracer),
-        "requests": tracer._requests,
-    }
+def contents(saves: Mapping[int, Any]) -> dict[int, Any]:
+    """What was saved."""
+    return {index: cell._content for index, cell in saves.items()}
 
 
-def restore(tracer: Tracer, first: dict[str, Any]) -> None:
-    recording = tracer.recording
-    recording.graph, recording.saves = first["graph"], first["saves"]
-    recording.fakes, tracer._ended = first["fakes"], first["ended"]
-    tracer._requests = first["requests"]
-    _, tracer._result, each = first["results"]
-    for invocation, result, request in zip(
-        tracer._invocations, each, first["requests"], strict=True
-    ):
-        invocation.result, invocation.request = result, request
-
-
-def results(tracer: Tracer) -> tuple[Any, ...]:
-    """All that a run hands over: what was saved, and what the model returned."""
-    saved = {index: cell._content for index, cell in tracer.recording.saves.items()}
-    return saved, tracer._result, [invocation.result for invocation in tracer._invocations]
+def outputs(
+    procedure: Procedure[Any], requests: Sequence[Any], ran: tuple[Plan, list[Any]]
+) -> Outputs | None:
+    """What the model returned, where a block hands that over."""
+    plan, results = ran
+    return None if plan.stops else procedure.outputs(results, requests)
 
 
 def described(failure: BaseException | None) -> tuple[type, str]:

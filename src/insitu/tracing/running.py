@@ -1,20 +1,103 @@
-"""Running a block that is planned: its passes in their order, and then its backward passes."""
+"""Running a block: it is planned, its passes run in their order, and then its backward passes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from insitu.graph.errors import InsituError
+from insitu.graph.errors import BlockError, InsituError, NeverRanError, OptionError
+from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
+from insitu.graph.recording import Recording
 from insitu.runtime.arrivals import Arrivals
+from insitu.runtime.eager import eagerly
 from insitu.runtime.execution import Execution
+from insitu.runtime.following import following
 from insitu.runtime.gradients import leaves_of
 from insitu.runtime.hooks import View
+from insitu.runtime.layout import UnexpectedShapeError
 from insitu.runtime.order import unexcused
 from insitu.runtime.passes import Pass, run_pass
-from insitu.runtime.procedure import Subject
-from insitu.tracing.planning import Prepared
+from insitu.runtime.plan import Plan
+from insitu.runtime.procedure import Procedure, Subject
+from insitu.runtime.summary import Summary
+from insitu.tracing.beforehand import check_fit
+from insitu.tracing.invocation import Invocation
+from insitu.tracing.never_ran import never_ran
+from insitu.tracing.planning import Prepared, prepare
+
+
+def run_block(
+    model: Subject,
+    procedure: Procedure[Any],
+    recording: Recording,
+    invocations: Sequence[Invocation],
+    requests: Sequence[Any],
+    demanded: tuple[Mapping[str, Any], Mark] | None,
+    told: list[Callable[[], Summary]],
+) -> tuple[Plan, list[Any]]:
+    """Runs a block and fills its saved values.
+
+    Args:
+        model: the model. Its weights are loaded if they are not there.
+        procedure: how it runs.
+        recording: what was recorded.
+        invocations: the block's invocations.
+        requests: what each of them was given.
+        demanded: options that a value of the block takes, and the line that reads it; None if
+            there are none.
+        told: gets, for each pass, the function that summarises it.
+
+    Returns:
+        How it was run, and what its passes returned.
+
+    Raises:
+        InsituError: for what is wrong with the run.
+    """
+    if model.loaded:
+        module = model.snapshot.root
+    else:
+        check_fit(recording, model.knows_dtypes, partial(_form, procedure, invocations))
+        module = model.load()
+    if demanded is not None:
+        _verify(model, *demanded)
+    for again in (True, False):
+        prepared, passes = prepare(model, procedure, recording, invocations, requests, module)
+        told[:] = [single.told for single in passes if single is not None]
+        done = following(passes)
+        execution = Execution(recording.graph, prepared.plan, model.snapshot.modules)
+        held = model.exclusive
+        with eagerly(held) if prepared.compiled else held:
+            try:
+                results, lacking, went = run_passes(
+                    execution,
+                    prepared,
+                    passes,
+                    done,
+                    recording.graph,
+                    model,
+                    procedure.views,
+                    requests,
+                )
+            except UnexpectedShapeError:
+                if again and model.look_at_weights():  # a weight was resized in its module
+                    continue
+                raise
+            finally:
+                if execution.tape is not None:
+                    execution.tape.release()
+        now, then, _ = prepared.watched
+        if now == then:
+            if model.snapshot.exchanges and model.snapshot.has_changed():
+                _check_alike(procedure, invocations)
+            break
+        if again:  # the model exchanged modules of its own while hooks were on the old ones
+            _check_alike(procedure, invocations)
+    if lacking is not None:
+        raise _missing(model, procedure, recording.graph, invocations, lacking, went)
+    execution.fill(recording.saves)
+    return prepared.plan, results
 
 
 def run_passes(
@@ -70,3 +153,50 @@ def run_passes(
         leaves = leaves_of(graph, plan.gradients, requests, model.snapshot.modules[""])
         execution.run_backwards(leaves)
     return results, None, None
+
+
+def _form(procedure: Procedure[Any], invocations: Sequence[Invocation], number: int) -> str:
+    """What an invocation is called with, equal for arguments of equal shapes and dtypes."""
+    return procedure.example(invocations[number].request).signature()
+
+
+def _check_alike(procedure: Procedure[Any], invocations: Sequence[Invocation]) -> None:
+    """Raises if a run in which the model changed itself was of prompts of several lengths."""
+    calls = {_form(procedure, invocations, number) for number in range(len(invocations))}
+    if len(calls) > 1:
+        raise BlockError(
+            "The model exchanged modules of its own in this run, as it does for some lengths "
+            "of prompts, so these prompts did not all pass the same modules. Give each a block "
+            "of its own, in the order that you want; the model stays as the last has left it.",
+            here(),
+        )
+
+
+def _verify(model: Subject, options: Mapping[str, Any], line: Mark) -> None:
+    """Raises if the model computes something else with what a value demands."""
+    if not model.vocabulary.verify(options):
+        raise OptionError(
+            "The attention of this model computes something else where its softmax can be "
+            "seen, which is known now that its weights are there: give "
+            "`attn_implementation='eager'` where the model is made.",
+            Location(*line),
+        )
+
+
+def _missing(
+    model: Subject,
+    procedure: Procedure[Any],
+    graph: Graph,
+    invocations: Sequence[Invocation],
+    lacking: int,
+    went: Arrivals | None,
+) -> NeverRanError:
+    """The error for the node that reads a site at which something had to arrive."""
+    site = graph[lacking].site
+    assert site is not None
+    try:
+        call = procedure.example(invocations[site.invocation].request)
+        ran = model.probe(call, procedure.views).seen
+    except Exception:  # the probe only adds to the message
+        ran = None
+    return never_ran(graph, model.modules, site, ran, went)

@@ -2,13 +2,11 @@
 
 A tracer collects invocations and one recording for all of them. When its `with` block ends
 without an error the model runs, once, with the experiment inside; how that run is planned is in
-`planning.py`.
+`planning.py`, and how it is done in `running.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
@@ -16,39 +14,23 @@ from typing import Any, NoReturn
 import torch
 
 from insitu.graph.context import casting, enabled_casts, is_autocast_enabled, is_grad_enabled
-from insitu.graph.errors import (
-    BlockError,
-    InsituError,
-    NeverRanError,
-    NoValueError,
-    OptionError,
-    PathError,
-    UnknownShapeError,
-)
+from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
-from insitu.graph.location import Location, Mark, here, mark, user_frame
+from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Graph, Site
 from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordinary_tensors
-from insitu.graph.proxy import withdraw
-from insitu.graph.recorded import Missing
 from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
-from insitu.graph.shapes import fake_value
 from insitu.graph.tracebacks import shortened
-from insitu.runtime.arrivals import Arrivals
-from insitu.runtime.eager import eagerly
-from insitu.runtime.execution import Execution
-from insitu.runtime.following import following
-from insitu.runtime.layout import UnexpectedShapeError
 from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Planned, Summary
-from insitu.tracing.beforehand import check_fit
+from insitu.tracing.block_messages import no_invoke, no_output, not_one_invocation, state_of_block
+from insitu.tracing.in_thread import run_in_thread
 from insitu.tracing.invocation import Invocation, Invoked
-from insitu.tracing.never_ran import never_ran
-from insitu.tracing.planning import prepare
 from insitu.tracing.raw_errors import raise_explained
-from insitu.tracing.running import run_passes
+from insitu.tracing.running import run_block
+from insitu.tracing.scanning import scan_block
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
@@ -75,7 +57,7 @@ class Tracer:
     _request: Any = None
     _result: Any = None
     _ended = False
-    _told: Sequence[Callable[[], Summary]] | None = None
+    _told: Sequence[Callable[[], Summary]] = ()  # there once it is planned
     _demanded: tuple[Mapping[str, Any], Mark] | None = None
 
     def __init__(
@@ -116,15 +98,8 @@ class Tracer:
         return self.recording.graph
 
     def __repr__(self) -> str:
-        if self._told is not None:
-            return f"<Block that ran: {len(self.graph)} nodes, {len(self._told)} passes>"
-        if self.is_open or self._done:
-            state = "is open" if self.is_open else "did not run"
-            return f"<Block that {state}: {len(self.graph)} nodes>"
-        name, block = ("generate", "generator") if self.promises_output else ("trace", "tracer")
-        return (
-            f"<Block that was not entered, so nothing has run: write "
-            f"`with model.{name}(prompt) as {block}:`, and lines in it>"
+        return state_of_block(
+            len(self.graph), len(self._told), self.is_open, self._done, self.promises_output
         )
 
     def __dir__(self) -> list[str]:
@@ -176,27 +151,14 @@ class Tracer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Runs the model in another thread, so that the event loop goes on.
-
-        A run that has begun is not broken off: if the task is cancelled, that takes effect when
-        the model has run, and nothing is saved.
-        """
+        """Runs the model in another thread, so that the event loop goes on: see `run_in_thread`."""
         if not self._leave(kind):
             if error is not None:
                 raise_explained(error)
                 shortened(error)
             return
-        run = asyncio.ensure_future(asyncio.to_thread(self.run))
         try:
-            await asyncio.shield(run)
-        except asyncio.CancelledError:
-            saves = dict(self.recording.saves)
-            with contextlib.suppress(BaseException):
-                await run
-            missing = Missing("its task was cancelled.")
-            for index, holder in saves.items():
-                withdraw(holder, self.recording, index, missing)
-            raise
+            await run_in_thread(self.run, self.recording)
         except InsituError as failure:  # with the frames of the thread that it ran in
             shortened(failure)
             raise
@@ -237,11 +199,16 @@ class Tracer:
                 self.run()
             return
         recording = self.recording
+        told: list[Callable[[], Summary]] = []
+        self._told = told
+        block = (self.model, self.procedure, recording, self._invocations, self._requests)
         try:
             if self._dry:
-                self._check()
+                scan_block(*block, told)
             else:
-                self._run()
+                plan, results = run_block(*block, self._demanded, told)
+                if self.promises_output:
+                    self._take_outputs(plan, results)
         except BaseException as failure:
             recording.fail(f"its run raised {type(failure).__name__}.")
             shortened(failure)
@@ -258,7 +225,7 @@ class Tracer:
         Raises:
             NoValueError: before the block has ended.
         """
-        if self._told is None:
+        if not self._told:
             raise NoValueError("`tracer.plan` is made when the block ends.", here())
         return Planned([tell() for tell in self._told])
 
@@ -278,17 +245,8 @@ class Tracer:
             PromptTypeError: if it is no prompt.
             BlockError: outside of the block, or where the block was given a prompt itself.
         """
-        if self._prompt is not None:
-            raise BlockError(
-                "This block was given its prompt already: give it none, and each prompt to an "
-                "`invoke`.",
-                here(),
-            )
-        if not self.is_open:
-            raise BlockError(
-                "`invoke` belongs inside its block: write `with model.trace() as tracer:` first.",
-                here(),
-            )
+        if self._prompt is not None or not self.is_open:
+            raise BlockError(no_invoke(self._prompt is not None), here())
         # The model runs later, and what is given here may be filled anew for the next prompt.
         args = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
         for name, value in kwargs.items():
@@ -320,14 +278,7 @@ class Tracer:
                 )
             return self._implicit.output
         if self._result is None:
-            reason = "its run failed" if self._done else "the model runs when the block ends"
-            if not (self._done or self.is_open):
-                reason = (
-                    "its block was never entered: write `with model.generate(...) as generator:`"
-                )
-            if self._ended:
-                reason = "`stop` ended the run"
-            raise NoValueError(f"`generator.output` has no value: {reason}.", here())
+            raise NoValueError(no_output(self.is_open, self._done, self._ended), here())
         return self._result
 
     @property
@@ -390,16 +341,9 @@ class Tracer:
         Raises:
             BlockError: if it has several, or none so far.
         """
-        if not (self._done or self.is_open):
-            raise BlockError(
-                "The block was never entered: write `with model.trace(prompt) as tracer:`.", here(3)
-            )
-        if len(self._invocations) != 1:
-            raise BlockError(
-                "This block has its prompts in invocations: ask the `invoker` of "
-                "`with generator.invoke(prompt) as invoker:`.",
-                here(3),
-            )
+        entered = self._done or self.is_open
+        if len(self._invocations) != 1 or not entered:
+            raise BlockError(not_one_invocation(entered), here(3))
         return self._invocations[0]
 
     def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Invocation:
@@ -439,86 +383,6 @@ class Tracer:
         """Returns a module as a function on fake tensors."""
         return self.model.fake_module(path)
 
-    def _check(self) -> None:
-        """Finds what is wrong with the run, and fills the saved values with fake ones."""
-        model, recording = self.model, self.recording
-        block = (model, self.procedure, recording, self._invocations, self._requests)
-        _, passes = prepare(*block, model.snapshot.root, dry=True)
-        self._told = [single.told for single in passes if single is not None]
-        for index in range(len(recording.graph)):
-            with contextlib.suppress(UnknownShapeError):
-                fake_value(recording, index)
-        for index, holder in recording.saves.items():
-            repeated = any(start <= index < end for start, end in self.graph.repeats)
-            if index in recording.fakes and not repeated:
-                holder._put(recording.fakes[index])
-            else:
-                holder._put(Missing("a scan runs nothing, and its shape depends on the run."))
-
-    def _form(self, invocation: int) -> str:
-        """What an invocation is called with, equal for arguments of equal shapes and dtypes."""
-        return self.procedure.example(self._invocations[invocation].request).signature()
-
-    def _run(self) -> None:
-        model, recording = self.model, self.recording
-        if model.loaded:
-            module = model.snapshot.root
-        else:
-            check_fit(recording, model.knows_dtypes, self._form)
-            module = model.load()
-        if self._demanded is not None:
-            self._verify(*self._demanded)
-        for again in (True, False):
-            prepared, passes = prepare(
-                model, self.procedure, recording, self._invocations, self._requests, module
-            )
-            self._told = [single.told for single in passes if single is not None]
-            done = following(passes)
-            execution = Execution(recording.graph, prepared.plan, model.snapshot.modules)
-            held = model.exclusive
-            with eagerly(held) if prepared.compiled else held:
-                try:
-                    results, lacking, went = run_passes(
-                        execution,
-                        prepared,
-                        passes,
-                        done,
-                        recording.graph,
-                        model,
-                        self.procedure.views,
-                        self._requests,
-                    )
-                except UnexpectedShapeError:
-                    if again and model.look_at_weights():  # a weight was resized in its module
-                        continue
-                    raise
-                finally:
-                    if execution.tape is not None:
-                        execution.tape.release()
-            now, then, _ = prepared.watched
-            if now == then:
-                if model.snapshot.exchanges and model.snapshot.has_changed():
-                    self._check_alike()
-                break
-            if again:  # the model exchanged modules of its own while hooks were on the old ones
-                self._check_alike()
-        if lacking is not None:
-            raise self._missing(lacking, went)
-        execution.fill(recording.saves)
-        if self.promises_output:
-            self._take_outputs(prepared.plan, results)
-
-    def _check_alike(self) -> None:
-        """Raises if a run in which the model changed itself was of prompts of several lengths."""
-        calls = {self._form(invocation.number) for invocation in self._invocations}
-        if len(calls) > 1:
-            raise BlockError(
-                "The model exchanged modules of its own in this run, as it does for some lengths "
-                "of prompts, so these prompts did not all pass the same modules. Give each a block "
-                "of its own, in the order that you want; the model stays as the last has left it.",
-                here(),
-            )
-
     def _take_outputs(self, plan: Plan, results: Sequence[Any]) -> None:
         """Makes what the passes returned into what the block and its invocations give."""
         if plan.stops:
@@ -529,30 +393,3 @@ class Tracer:
             self._result = outputs.whole
             for invocation, result in zip(self._invocations, outputs.each, strict=True):
                 invocation.result = result
-
-    def _verify(self, options: Mapping[str, Any], line: Mark) -> None:
-        """Raises if the model computes something else with what a value demands."""
-        if not self.model.vocabulary.verify(options):
-            raise OptionError(
-                "The attention of this model computes something else where its softmax can be "
-                "seen, which is known now that its weights are there: give "
-                "`attn_implementation='eager'` where the model is made.",
-                Location(*line),
-            )
-
-    def _missing(self, lacking: int, went: Arrivals | None) -> NeverRanError:
-        """Returns the error for a site at which something had to arrive.
-
-        Args:
-            lacking: the node that reads the site.
-            went: how the pass went, if that is known.
-        """
-        site = self.graph[lacking].site
-        assert site is not None
-        try:
-            invocation = self._invocations[site.invocation]
-            call = self.procedure.example(invocation.request)
-            ran = self.model.probe(call, self.procedure.views).seen
-        except Exception:  # the probe only adds to the message
-            ran = None
-        return never_ran(self.graph, self.model.modules, site, ran, went)

@@ -1,0 +1,52 @@
+"""Scanning a block: it is planned and its shapes are inferred, and nothing runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from insitu.graph.errors import UnknownShapeError
+from insitu.graph.recorded import Missing
+from insitu.graph.recording import Recording
+from insitu.graph.shapes import fake_value
+from insitu.runtime.procedure import Procedure, Subject
+from insitu.runtime.summary import Summary
+from insitu.tracing.invocation import Invocation
+from insitu.tracing.planning import prepare
+
+
+def scan_block(
+    model: Subject,
+    procedure: Procedure[Any],
+    recording: Recording,
+    invocations: Sequence[Invocation],
+    requests: Sequence[Any],
+    told: list[Callable[[], Summary]],
+) -> None:
+    """Finds what is wrong with a run, and fills the saved values with fake ones.
+
+    Args:
+        model: the model.
+        procedure: how it would run.
+        recording: what was recorded.
+        invocations: the block's invocations.
+        requests: what each of them was given.
+        told: gets, for each pass, the function that summarises it.
+
+    Raises:
+        InsituError: for what is wrong, at its line.
+    """
+    _, passes = prepare(
+        model, procedure, recording, invocations, requests, model.snapshot.root, dry=True
+    )
+    told[:] = [single.told for single in passes if single is not None]
+    for index in range(len(recording.graph)):
+        with contextlib.suppress(UnknownShapeError):
+            fake_value(recording, index)
+    for index, holder in recording.saves.items():
+        repeated = any(start <= index < end for start, end in recording.graph.repeats)
+        if index in recording.fakes and not repeated:
+            holder._put(recording.fakes[index])
+        else:
+            holder._put(Missing("a scan runs nothing, and its shape depends on the run."))
