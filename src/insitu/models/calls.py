@@ -32,7 +32,7 @@ def default_budget(model: LanguageModel, tokens: int) -> int:
     """
     if tokens <= _SMALL:
         return _SMALL
-    device = model.ids_device
+    device = model.placement.device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
@@ -131,8 +131,8 @@ def forward(
     """
     # Moved here and not before: until its turn comes, another thread's probe may have put fake
     # weights in, and those do not say where the real ones are.
-    if "input_ids" not in kwargs or not model.is_beside(kwargs["input_ids"]):
-        kwargs = model.placed(kwargs)
+    if "input_ids" not in kwargs or not model.placement.has(kwargs["input_ids"]):
+        kwargs = model.placement.moved(kwargs)
     if OPTION in kwargs:
         kwargs = dict(kwargs)
         with attending(module, kwargs.pop(OPTION)):

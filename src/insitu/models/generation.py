@@ -225,7 +225,8 @@ class Generation:
         implementation = kwargs.pop(OPTION, None)
 
         def call(deliver: Deliver, _: Own) -> Any:
-            placed = self._model.placed(kwargs)  # in the run, not before: see `LanguageForward`
+            # In the run, not before: see `forward` in `calls.py`.
+            placed = self._model.placement.moved(kwargs)
             if tokens:
                 placed |= listening(deliver, placed)
             try:
@@ -247,7 +248,8 @@ class Generation:
         """Generates one token, with nobody looking."""
         kwargs = {**self._arguments(prompt), "max_new_tokens": 1, "min_new_tokens": None}
         with attending(module, kwargs.pop(OPTION, None)):
-            module.generate(**self._model.placed(kwargs))  # pyright: ignore[reportCallIssue]
+            placed = self._model.placement.moved(kwargs)
+            module.generate(**placed)  # pyright: ignore[reportCallIssue]
 
     def _arguments(self, prompt: Prompt) -> dict[str, Any]:
         """The keyword arguments of a prompt's `generate`."""

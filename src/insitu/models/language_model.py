@@ -16,7 +16,6 @@ from torch import nn
 from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import Location, here
 from insitu.graph.node import Graph
-from insitu.graph.structure import map_structure
 from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.attention import SETTING
 from insitu.models.blocks import block_views
@@ -28,6 +27,7 @@ from insitu.models.media import MEDIA
 from insitu.models.model import Model
 from insitu.models.options import Options, more_prompts
 from insitu.models.padding_trial import Padding
+from insitu.models.placement import Placement
 from insitu.models.prompts import PROMPTS, WITH_PROMPTS, Prompt
 from insitu.models.reader import Reader
 from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 _USED_INSIDE = """
     block_views bytes_per_token chains costs decoder_start explain forward_parameters
-    generating growing ids_device is_beside is_encoder_decoder is_training lengths options
-    pad_id paddings placed reader separations takes_use_cache trains unembedding_paths
+    generating growing is_encoder_decoder is_training lengths options
+    pad_id paddings placement reader separations takes_use_cache trains unembedding_paths
 """
 """What other parts of Insitu use of a model; not in `dir`."""
 
@@ -186,6 +186,7 @@ class LanguageModel(Model):
     paddings: dict[Any, Padding]
     lengths: LengthDependence
     growing: Sequence[nn.Module]
+    placement: Placement
     options: Options
     _forward: LanguageForward
     _costs: Costs | None
@@ -235,19 +236,7 @@ class LanguageModel(Model):
         It is known when the weights are there, so this loads them.
         """
         self.load()
-        return self.ids_device
-
-    @property
-    def ids_device(self) -> torch.device:
-        """The device of the input embedding as it is now, "meta" before the weights are there."""
-        embedding = self._embedding  # whose `__getattr__` takes a microsecond
-        weight = embedding._parameters.get("weight")
-        if weight is None:
-            weight = weight_of(embedding)
-        if weight.is_meta and self.loaded:  # Accelerate keeps the weights elsewhere
-            hook = getattr(embedding, "_hf_hook", None)
-            return torch.device(getattr(hook, "execution_device", None) or "cpu")
-        return weight.device
+        return self.placement.device
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
@@ -477,27 +466,6 @@ class LanguageModel(Model):
             vars(self)["_lens"] = TransformerLens(vocabulary.body, vocabulary)
         return cast("TransformerLens", self._lens)
 
-    def is_beside(self, ids: torch.Tensor) -> bool:
-        """Returns whether token ids are on the model's device, as far as that is seen at once.
-
-        Args:
-            ids: the token ids.
-        """
-        weight = self._embedding._parameters.get("weight")  # most of what `device` comes down to
-        return weight is not None and weight.device == ids.device
-
-    def placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Returns keyword arguments with their tensors on the model's device.
-
-        To be called by the thread whose turn it is to run the model.
-        """
-        device = self.ids_device
-
-        def leaf(item: Any) -> Any:
-            return item.to(device) if isinstance(item, torch.Tensor) else item
-
-        return map_structure(leaf, kwargs)
-
     @property
     def is_training(self) -> bool:
         """Whether any of its modules is in training mode: dropout may be, apart from the rest."""
@@ -545,7 +513,10 @@ class LanguageModel(Model):
         """What its passes cost."""
         if self._costs is None:
             found = estimated_costs(
-                self._module, self.snapshot.modules, tuple(self.block_views[False]), self.ids_device
+                self._module,
+                self.snapshot.modules,
+                tuple(self.block_views[False]),
+                self.placement.device,
             )
             vars(self)["_costs"] = found
         return self._costs  # pyright: ignore[reportReturnType]
@@ -589,7 +560,7 @@ class LanguageModel(Model):
         generating = module.get_base_model() if hasattr(module, "get_base_model") else module
         settings = vars(self._config)  # a config looks up its attributes in Python, `__dict__` too
         vars(self).update(
-            _embedding=embedding,
+            placement=Placement(embedding, self.loaded),
             _settings=settings,
             _attention=settings.get(SETTING),
             separations={},

@@ -98,7 +98,9 @@ def generates_alike(model: LanguageModel) -> bool:
     def generate(prompt: Prompt, options: Mapping[str, Any]) -> Any:
         kwargs = {"input_ids": prompt.ids, "attention_mask": prompt.visible_mask, **options}
         with forgetting_lengths(model.growing):
-            return module.generate(**model.placed({**kwargs, "pad_token_id": model.pad_id}))
+            return module.generate(
+                **model.placement.moved({**kwargs, "pad_token_id": model.pad_id})
+            )
 
     given = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     ends = [given] if isinstance(given, int) else list(given or ())
@@ -137,7 +139,7 @@ def _tried(model: LanguageModel) -> Padding:
     def run(prompt: Prompt, further: Mapping[str, Any]) -> Any:
         options = {"use_cache": False} if model.takes_use_cache else {}
         kwargs = {**arguments(model, prompt, options), **further}
-        return model.module(**model.placed(kwargs))
+        return model.module(**model.placement.moved(kwargs))
 
     with model.in_use():
         found = tried(

@@ -149,7 +149,7 @@ def chain_of(
                 layouts,
                 rest,
                 vocabulary_of(model.module, model.config),
-                model.ids_device,
+                model.placement.device,
                 inside,
             )
     return known[key]
