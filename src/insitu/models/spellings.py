@@ -108,8 +108,8 @@ def line_instead(vocabulary: Vocabulary, path: str, name: str) -> str:
     Returns:
         The end of a message, "" if the word means nothing known.
     """
-    number = _block_of(vocabulary, path)
-    block = "blocks.0" if number is None else f"blocks.{number}"
+    own = _block_of(vocabulary, path)
+    block = own or "blocks.0"
     for part, words in _WEIGHTS.items():
         if name in words:  # without looking it up, which takes the weights
             return _of_weight(block, part, name) if part else f": write `model.{name}`"
@@ -119,7 +119,7 @@ def line_instead(vocabulary: Vocabulary, path: str, name: str) -> str:
         if key.partition(".")[0] not in vocabulary.names:
             continue
         places = [key, f"{block}.{key}"]
-        for place in places if number is None else reversed(places):
+        for place in places if own is None else reversed(places):
             entry = _entry(vocabulary, place)
             if isinstance(entry, Missing):
                 missing = missing or f": `{_line(place)}` would be it, but {entry.reason[:-1]}"
@@ -166,7 +166,8 @@ def _entry(vocabulary: Vocabulary, key: str) -> Entry | None:
 
 
 def _of_weight(block: str, part: str, name: str) -> str:
-    every = f"torch.stack([block.{part}.{name} for block in model.blocks])"
+    stack = block.partition(".")[0]
+    every = f"torch.stack([block.{part}.{name} for block in model.{stack}])"
     return f": write `{_line(f'{block}.{part}.{name}')}`, or of all blocks `{every}`"
 
 
@@ -188,10 +189,11 @@ def _line(key: str) -> str:
     return "model" + "".join(f"[{name}]" if name.isdecimal() else f".{name}" for name in names)
 
 
-def _block_of(vocabulary: Vocabulary, path: str) -> int | None:
-    """The number of the block that a module is or is in, None if it is in none."""
-    entry = vocabulary.entry("", "", "blocks")
-    for number, block in enumerate(entry.paths if isinstance(entry, Roles) else ()):
-        if f"{path}.".startswith(f"{block}."):
-            return number
+def _block_of(vocabulary: Vocabulary, path: str) -> str | None:
+    """The block that a module is or is in, such as "blocks.3", None if it is in none."""
+    for stack in ("blocks", "encoder_blocks"):
+        entry = vocabulary.entry("", "", stack)
+        for number, block in enumerate(entry.paths if isinstance(entry, Roles) else ()):
+            if f"{path}.".startswith(f"{block}."):
+                return f"{stack}.{number}"
     return None
