@@ -428,6 +428,19 @@ def test_an_option_of_another_library_is_told_what_to_write(
         typed(eiffel)
 
 
+@pytest.mark.parametrize("written", ["transformer.h[1:3]", "transformer.h[::-2]", "blocks[-2:]"])
+def test_a_slice_of_modules_is_named_as_it_is_written(eiffel: LanguageModel, written: str) -> None:
+    scope: dict[str, Any] = {"model": eiffel}
+    found: Any = eval(f"model.{written}", scope)
+    with pytest.raises(IndexError, match=re.escape(f"no `model.{written}[9]`")):
+        found[9]
+    with pytest.raises(PathError) as caught:
+        found.mlp  # noqa: B018
+    one, every = (eval(line, scope) for line in lines(caught.value))
+    paths = [f"{block.path}.mlp" for block in found]
+    assert [mlp.path for mlp in every] == paths and one.path == paths[0]
+
+
 @pytest.mark.parametrize(
     ("name", "candidates", "close"),
     [

@@ -216,7 +216,7 @@ class Handle(Call):
         names = list(self.module._modules)
         if isinstance(key, slice):
             found = [self._child(name) for name in names[key]]
-            return Handles(self._written(), found)
+            return Handles(_sliced(self._line(), key), found)
         if isinstance(key, str):
             if key not in names:
                 raise PathError(self._unknown(key), here())
@@ -241,7 +241,7 @@ class Handle(Call):
             ) from None
 
     def __setitem__(self, key: object, value: object) -> NoReturn:
-        written = f"{self._written()}[{key!r}]"
+        written = f"{self._line()}[{key!r}]"
         raise PathError(
             f"`{written}` cannot be assigned to: a handle only stands for its module. Write "
             f"`{written}.output = value` in a block for what it returns, or change the module "
@@ -277,6 +277,9 @@ class Handle(Call):
             self._items[name] = child
         return child
 
+    def _line(self) -> str:
+        return f"model.{self._written()}" if self._path else "model"
+
     def _unknown(self, name: str) -> str:
         return no_child(self._model, self._path, self.module, name)
 
@@ -285,7 +288,7 @@ class Handles(list[Handle]):
     """Handles of modules of one kind, such as `model.blocks`.
 
     Args:
-        name: their standard name.
+        name: how they are written, such as `model.blocks[1:3]`.
         handles: the handles.
     """
 
@@ -296,7 +299,7 @@ class Handles(list[Handle]):
     def __getitem__(self, key: Any) -> Any:
         try:
             found = list.__getitem__(self, key)
-            return Handles(self._name, found) if isinstance(key, slice) else found
+            return Handles(_sliced(self._name, key), found) if isinstance(key, slice) else found
         except IndexError:
             raise IndexOutOfRangeError(
                 f"`{self._name}` has {len(self)} entries, so there is no `{self._name}[{key}]`.",
@@ -382,3 +385,9 @@ class Names:
 
     def __repr__(self) -> str:
         return f"<standard names of {self._handle._written()}: {', '.join(self)}>"
+
+
+def _sliced(name: str, key: slice) -> str:
+    """A slice of a list as it is written."""
+    bounds = (key.start, key.stop) if key.step is None else (key.start, key.stop, key.step)
+    return f"{name}[{':'.join('' if bound is None else str(bound) for bound in bounds)}]"
