@@ -1,37 +1,58 @@
-"""What norms are found to do, also those that do not say what they add to the squares."""
+"""What a norm does, found out by trying it."""
+
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from insitu.models.norms import norm_of
-from tests.fidelity.zoo import module_of
+from insitu.models.norms import Norm, norm_of
+
+WIDTH = 8
 
 
-class Silent(nn.Module):
-    """A norm that keeps what it adds to the squares to itself."""
+class WithScale(nn.Module):
+    """Gives what it makes, and what it divides by."""
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        return nn.functional.layer_norm(value, value.shape[-1:], eps=3e-6)
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
 
-
-@pytest.mark.parametrize(
-    ("module", "centred", "eps"),
-    [
-        (nn.LayerNorm(16, eps=1e-4), True, 1e-4),
-        (nn.RMSNorm(16, eps=1e-3), False, 1e-3),
-        (Silent(), True, 3e-6),
-        (module_of("olmo").get_submodule("model.norm"), True, 1e-5),
-    ],
-)
-def test_a_norm_is_known_by_what_it_does(module: nn.Module, centred: bool, eps: float) -> None:
-    norm = norm_of(module, "norm", 16)
-    assert norm is not None and norm.centred is centred and norm.eps == pytest.approx(eps)
-    given = 1e-3 * torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
-    centre = norm.centre(given)
-    assert torch.allclose(centre / norm.scale(centre), module(given), rtol=1e-4)
+    def forward(self, value: torch.Tensor) -> Any:
+        return value * self.weight, value.norm()
 
 
-@pytest.mark.parametrize("module", [nn.Identity(), nn.Tanh(), nn.Linear(16, 16), nn.GELU()])
-def test_what_does_something_else_is_no_norm(module: nn.Module) -> None:
-    assert norm_of(module, "norm", 16) is None
+class Pooled(WithScale):
+    def forward(self, value: torch.Tensor) -> Any:
+        return (value * self.weight).sum()
+
+
+class Refusing(WithScale):
+    def forward(self, value: torch.Tensor) -> Any:
+        raise ValueError("not this")
+
+
+@pytest.mark.parametrize("kind", [WithScale, Pooled, Refusing, nn.Identity])
+@pytest.mark.parametrize("eps", [None, 1e-5])
+def test_what_divides_by_nothing_is_no_norm_and_no_fault_of_ours(kind: Any, eps: Any) -> None:
+    module: Any = kind()
+    if eps is not None:
+        module.eps = eps
+    assert norm_of(module, "norm", WIDTH) is None  # a fault that is logged fails the test
+
+
+def test_norms_are_found_with_what_they_add_to_the_variance() -> None:
+    hidden = nn.LayerNorm(WIDTH, 1e-6)
+    nn.init.normal_(hidden.weight)
+
+    class Hiding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = hidden
+
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            return self.inner(value)
+
+    assert norm_of(nn.LayerNorm(WIDTH, 1e-5), "a", WIDTH) == Norm("a", True, 1e-5)
+    assert norm_of(nn.RMSNorm(WIDTH, 1e-4), "b", WIDTH) == Norm("b", False, 1e-4)
+    assert norm_of(Hiding(), "c", WIDTH) == Norm("c", True, 1e-6)

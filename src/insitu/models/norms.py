@@ -99,23 +99,29 @@ def _measured_eps(module: nn.Module, width: int) -> float | None:
     """What a norm adds to the mean of the squares, to two digits; None if it is none."""
     size = 1e-3
     turns = 1.0 - 2.0 * (torch.arange(width) % 2)
-    made = tried(lambda: float(_on_ones(module)(size * turns[None])[0, 0]), "a norm")
-    if isinstance(made, Fallback):
+    found = _on_ones(module, size * turns[None])
+    if found is None:
         return None
+    made = float(found[0, 0])
     return float(f"{size**2 * (1 / made**2 - 1):.1e}") if 0 < made < 1 else None
 
 
-def _on_ones(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A copy of a module whose weights are ones, without gradients."""
-    copied = copy.deepcopy(module).to_empty(device="cpu").float()
-    for parameter in copied.parameters():
-        nn.init.ones_(parameter)
+def _on_ones(module: nn.Module, value: torch.Tensor) -> torch.Tensor | None:
+    """What a module makes of a value with weights of ones; None if that has another shape."""
 
-    def applied(value: torch.Tensor) -> torch.Tensor:
+    def made() -> list[Any]:
+        copied = copy.deepcopy(module).to_empty(device="cpu").float()
+        for parameter in copied.parameters():
+            nn.init.ones_(parameter)
         with torch.no_grad():
-            return copied(value) - copied(torch.zeros_like(value[:1]))
+            return [copied(value), copied(torch.zeros_like(value))]
 
-    return applied
+    found = tried(made, "a norm")
+    if isinstance(found, Fallback):
+        return None
+    if any(not isinstance(one, torch.Tensor) or one.shape != value.shape for one in found):
+        return None  # it gives more than one tensor, or is no norm
+    return found[0] - found[1]
 
 
 def _does(module: nn.Module, norm: Norm, width: int) -> bool:
@@ -123,8 +129,8 @@ def _does(module: nn.Module, norm: Norm, width: int) -> bool:
     turns = 1.0 - 2.0 * (torch.arange(width) % 2)
     rows = torch.tensor([[0.1, 0.0], [1.0, 0.3], [5.0, -2.0]])  # of different size and mean
     given = rows[:, :1] * turns + rows[:, 1:]
-    made = tried(lambda: _on_ones(module)(given), "a norm")
-    if isinstance(made, Fallback):
+    made = _on_ones(module, given)
+    if made is None:
         return False
     centred = norm.centre(given)
     weight = made / (centred / norm.scale(centred))
