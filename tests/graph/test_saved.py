@@ -656,6 +656,7 @@ def test_saved_integers_and_truths_are_what_they_are() -> None:
     assert torch.equal(torch.tensor([positive, False]), torch.tensor([True, False]))
     assert list(range(row)) == list(range(row.value)) and [1, 2, 3, 4][row] == row + 1
     assert row.bit_length() == row.value.bit_length() and "a" * row == "a" * row.value
+    assert pow(row, 2, 3) == row.value**2 % 3 and pow(5, row) == 5**row.value
     assert positive and (positive & False) is False and int(positive) == 1
     for wrong in (len, iter, lambda number: number[0]):
         with pytest.raises(TypeError):

@@ -321,6 +321,33 @@ def test_a_generation_that_shifts_padded_rows_says_so() -> None:
         assert torch.equal(invoker.output, expected)
 
 
+class Unpadded(GPT2LMHeadModel):
+    """Its `generate` refuses masks that hide something."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs["attention_mask"].all():
+            raise ValueError("no padding, please")
+        return super().generate(*args, **kwargs)
+
+
+def test_the_reason_why_prompts_are_generated_one_by_one_is_what_the_model_raised() -> None:
+    config: Any = tiny_gpt2().config
+    module: Any = Unpadded(config).eval()
+    model = LanguageModel(module)
+    for _ in range(2):  # it is found out once
+        with model.generate(max_new_tokens=3, eos_token_id=None) as generator:
+            invokers = [generator.invoke(row) for row in ROWS]
+            for invoker in invokers:
+                with invoker:
+                    pass
+        assert "raised ValueError: no padding, please" in generator.plan.explain()
+    for row, invoker in zip(ROWS, invokers, strict=True):
+        ids = torch.tensor([row])
+        options: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
+        expected = module.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert torch.equal(invoker.output, expected)
+
+
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama, opt])
 def test_a_generation_that_hides_padding_says_nothing(make: Any) -> None:
     model = LanguageModel(make())
@@ -338,13 +365,19 @@ def test_a_generation_behind_padding_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"min_length": 5}]
+    "options",
+    [
+        {"repetition_penalty": 1.5, "max_new_tokens": 3},
+        {"no_repeat_ngram_size": 2, "max_new_tokens": 3},
+        {"min_length": 5, "max_new_tokens": 3},
+        {"max_length": 12},
+    ],
 )
 def test_a_generation_that_counts_padding_says_so(options: dict[str, Any]) -> None:
     module = tiny_llama()
     model = LanguageModel(module)
-    options = {**options, "max_new_tokens": 3, "eos_token_id": 5}
-    with pytest.warns(UserWarning, match="counts padding as tokens"):
+    options = {**options, "eos_token_id": 5}
+    with pytest.warns(UserWarning, match=f"`{next(iter(options))}` counts padding as tokens"):
         with model.generate(ROWS, **options):
             pass
     with warnings.catch_warnings():

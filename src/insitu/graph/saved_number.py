@@ -142,7 +142,8 @@ for _name in _BY_NAME:
     setattr(_own, f"__{_name}__", _handed_on(getattr(operator, _name)))
 _binary: Any
 for _name in (*_REFLECTED, "and_", "or_", "divmod"):
-    _binary = divmod if _name == "divmod" else getattr(operator, _name)
+    # `pow` takes a third number, and there is no `divmod` among the operators.
+    _binary = {"divmod": divmod, "pow": pow}.get(_name) or getattr(operator, _name)
     _name = _name.rstrip("_")
     setattr(_own, f"__{_name}__", _handed_on(_binary))
     setattr(_own, f"__r{_name}__", _reflected(_binary))

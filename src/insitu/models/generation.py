@@ -18,7 +18,7 @@ from insitu.models.calls import beside
 from insitu.models.choosing import listening, seeded
 from insitu.models.configuration import text_config
 from insitu.models.generated_rows import rows_apart, rows_together
-from insitu.models.padding import generates_alike, positioned, warn_of_counting
+from insitu.models.padding import padding_shows, positioned, warn_of_counting
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
 from insitu.runtime.fallback import UNDONE, Fallback, logger, uncut
@@ -306,9 +306,7 @@ class Generation:
             return "without `max_new_tokens` padding counts towards the total length"
         if len({self._sharing(prompt) for prompt in requests}) > 1:
             return "rotary embeddings of the shorter prompts depend on the longest"
-        if is_ragged(requests) and not generates_alike(self._model):
-            return "in a generation padding changes what a prompt is alone"
-        return None
+        return padding_shows(self._model) if is_ragged(requests) else None
 
     def _warn_of_counting(self, module: nn.Module, mask: torch.Tensor) -> None:
         """Says which settings of this generation take padding for tokens of the shorter rows."""
@@ -319,6 +317,8 @@ class Generation:
             for name in _COUNTING
             if self._setting(module, name) not in _UNBATCHABLE_UNLESS[name]
         ]
+        if self.steps is None:
+            counting.append("max_length")
         if counting:
             warn_of_counting(counting[0])
 

@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 
 _USED_INSIDE = """
     block_views bytes_per_token chains costs decoder_start explain forward_parameters
-    generating growing is_encoder_decoder is_training lengths options
-    pad_id paddings placement reader separations takes_use_cache trains unembedding_paths
+    generating growing is_encoder_decoder is_training lengths options pad_id
+    padded_generations paddings placement reader separations takes_use_cache trains
+    unembedding_paths
 """
 """What other parts of Insitu use of a model; not in `dir`."""
 
@@ -184,6 +185,7 @@ class LanguageModel(Model):
     separations: dict[tuple[str, bool], Separation | Fallback]
     chains: dict[Hashable, Chain | Fallback]
     paddings: dict[Any, Padding]
+    padded_generations: dict[Any, str | None]
     lengths: LengthDependence
     growing: Sequence[nn.Module]
     placement: Placement
@@ -258,6 +260,7 @@ class LanguageModel(Model):
         other._describe()
         # Edits are no part of the module.
         vars(other).update(separations=self.separations, paddings=self.paddings)
+        vars(other).update(padded_generations=self.padded_generations)
         return other
 
     def trace(
@@ -566,6 +569,7 @@ class LanguageModel(Model):
             separations={},
             chains={},
             paddings={},
+            padded_generations={},
             lengths=length_dependence(module),
             growing=growing_parts(module),
             options=Options(module),

@@ -69,7 +69,7 @@ def positioned(
     media = _sees_media(model, prompt)
     if generates:
         right = padding.hides if model.is_encoder_decoder else padding.exact
-        right = right and generates_alike(model)
+        right = right and padding_shows(model) is None
     else:
         right = padding.hides if media else padding.exact
     if not right:
@@ -81,17 +81,24 @@ def positioned(
     return prompt._replace(positions=positions_of(mask))
 
 
-def generates_alike(model: LanguageModel) -> bool:
-    """Returns whether a generation gives rows that are padded what they have alone: tried once.
+def padding_shows(model: LanguageModel) -> str | None:
+    """Returns why rows that are padded do not generate what they do alone, None if they do.
+
+    It is tried once.
 
     Args:
-        model: the model. Without weights nothing is tried, and it is supposed to.
+        model: the model. Without weights nothing is tried, and they are supposed to.
     """
     if not model.loaded:
-        return True
-    known, key = model.paddings, (said(model.config, SETTING), "generate")
-    if key in known:
-        return known[key].exact
+        return None
+    known, implementation = model.padded_generations, said(model.config, SETTING)
+    if implementation not in known:
+        known[implementation] = _tried_generation(model)
+    return known[implementation]
+
+
+def _tried_generation(model: LanguageModel) -> str | None:
+    """Why padding shows in a generation, as a few short ones tell."""
     module: Any = model.module
     side: Side = "right" if model.is_encoder_decoder else "left"
 
@@ -105,12 +112,13 @@ def generates_alike(model: LanguageModel) -> bool:
     given = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     ends = [given] if isinstance(given, int) else list(given or ())
     with model.in_use():
-        found = tried(
-            lambda: goes_on_as_alone(generate, _to_be_tried(model), side, ends), "padding"
+        alike = tried(
+            lambda: goes_on_as_alone(generate, _to_be_tried(model), side, ends),
+            "a generation with padding",
         )
-    right = found is True
-    known[key] = Padding(side, right, right)
-    return right
+    if isinstance(alike, Fallback):
+        return alike.why
+    return None if alike else "in a generation padding changes what a prompt is alone"
 
 
 def _sees_media(model: LanguageModel, prompt: Prompt) -> bool:
