@@ -2,7 +2,8 @@
 
 A proxy takes operators, indexing, tensor methods, attributes and `torch` functions. While its
 block is open each of them adds a node and returns another proxy. After the run a saved proxy
-does the same things to its value, at once. How that is done is in `dispatch.py`.
+does the same things to its value, at once. How that is done is in `dispatch.py`. What
+`.save()` returns is in `saved_proxy.py`.
 """
 
 # pyright: reportPrivateUsage=false, reportUnnecessaryComparison=false
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from sys import _getframe
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,7 +20,6 @@ from insitu.graph import location
 from insitu.graph.answers import Answers
 from insitu.graph.differentiation import read_gradient, record_backward, write_gradient
 from insitu.graph.dispatch import (
-    ENDED,
     OF_NUMPY,
     add_operators,
     at_once,
@@ -27,17 +27,12 @@ from insitu.graph.dispatch import (
     record,
     refuse,
 )
-from insitu.graph.errors import (
-    NoValueError,
-    OperationError,
-    UnknownShapeError,
-    nearest,
-)
+from insitu.graph.errors import NoValueError, OperationError, UnknownShapeError, nearest
 from insitu.graph.habits import OF_VALUES, habit
 from insitu.graph.in_place import holds, mutate
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, here, mark
-from insitu.graph.node import NO_KWARGS, Ref, ref
+from insitu.graph.node import NO_KWARGS
 from insitu.graph.operations import (
     ATTRIBUTE,
     BY_FUNCTION,
@@ -52,23 +47,8 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.operators import Operators
-from insitu.graph.recorded import WAITING, Cell, Missing, Recorded, unassignable
-from insitu.graph.recording import Recording
-from insitu.graph.saved import (
-    SavedList,
-    SavedTensor,
-    become,
-    blank,
-    device_name,
-    empty,
-    empty_list,
-    fill,
-    fill_list,
-    hold,
-    set_class,
-    swap,
-)
-from insitu.graph.saved_number import SavedNumber
+from insitu.graph.recorded import Cell, Missing, Recorded
+from insitu.graph.saved import blank, device_name
 from insitu.graph.shapes import shape_of
 from insitu.graph.structured import is_structure
 
@@ -131,15 +111,15 @@ class AnyProxy(Operators, Answers):
         plain = made[0] is GETITEM or (made[0] is READ and made[1][2] != "inputs")
         saved: Any
         if recording.repeating:
-            saved = SavedSteps()
+            saved = SAVED[list]()
         elif not self._operand or (
             (recording.fakes or not plain) and is_structure(recording, source.index)
         ):
             cell = self._cell = recording.saves[index] = Cell()
             kind = Proxy if isinstance(self, torch.Tensor) else type(self)
-            return _SAVED.get(kind, kind)(recording, source, cell)
+            return SAVED.get(kind, kind)(recording, source, cell)
         else:
-            saved = blank(SavedProxy)
+            saved = blank(SAVED[_TENSOR])
         entries = saved.__dict__
         entries["_recording"], entries["_ref"] = recording, source
         self._cell = recording.saves[index] = saved
@@ -382,158 +362,6 @@ class Proxy(AnyProxy, Recorded):
 add_operators(AnyProxy, Proxy)
 
 
-class SavedProxy(AnyProxy, torch.Tensor):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Stands for a value that was saved and may be a tensor, until the run makes it one."""
-
-    _missing: Any = WAITING
-    if TYPE_CHECKING:
-        _recording: Recording  # pyright: ignore[reportIncompatibleVariableOverride]
-        _ref: Ref  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    @property
-    def _cell(self) -> SavedProxy:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self
-
-    @_cell.setter
-    def _cell(self, cell: Any) -> None:
-        """Leaves what an earlier `.save()` has returned to that one."""
-
-    @property
-    def _content(self) -> Any:
-        return self._missing
-
-    def _put(self, content: Any) -> None:
-        """Makes this what the run has saved."""
-        if type(content) is _TENSOR and not content.requires_grad:
-            # As `fill` does, but for a call.
-            self.__dict__.clear()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
-            swap(self, content)
-            set_class(self, SavedTensor)
-        elif type(content) is _TENSOR:
-            fill(self, content)
-        elif type(content) is Missing:
-            vars(self)["_missing"] = content
-        else:
-            hold(self, content)
-            number = isinstance(content, bool | int | float | complex)
-            become(self, SavedNumber if number else SavedObject)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_") or name == "grad":
-            super().__setattr__(name, value)
-            return
-        if not self._recording.open:
-            self._known()  # raises: it has no value
-        raise unassignable(name, here())
-
-
-class SavedObject(AnyProxy, torch.Tensor):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What was saved and turned out to be no tensor, such as a tuple: it hands on to that.
-
-    That is not known where `.save()` is called, and what that returns is of a class of tensors for
-    good. To Python this is of the value's class: `isinstance(x, tuple)` holds.
-    """
-
-    _recording = ENDED  # pyright: ignore[reportAssignmentType]
-    _ref = ref(0)  # pyright: ignore[reportAssignmentType]
-    _held: Any
-
-    @property
-    def __class__(self) -> Any:  # pyright: ignore
-        return cast(Any, type(self._held))
-
-    def __hash__(self) -> int:
-        return hash(self._held)
-
-    @property
-    def _cell(self) -> SavedObject:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self
-
-    @property
-    def _content(self) -> Any:
-        return self._held
-
-    def _put(self, content: object) -> None:
-        """Does nothing: see `SavedTensor`."""
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-
-class SavedSteps(AnyProxy, list[Any]):  # pyright: ignore
-    """Stands for what every step saves, until the run makes it a list.
-
-    Torch's C code takes a list for one, and any other sequence for indices of one axis each.
-    """
-
-    _missing: Any = WAITING
-    if TYPE_CHECKING:
-        _recording: Recording
-        _ref: Ref
-
-    @property
-    def _cell(self) -> SavedSteps:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self
-
-    @_cell.setter
-    def _cell(self, cell: Any) -> None:
-        """Leaves what an earlier `.save()` has returned to that one."""
-
-    @property
-    def _content(self) -> Any:
-        return self._missing
-
-    def _put(self, content: Any) -> None:
-        """Makes this what the run has saved."""
-        if type(content) is list:
-            fill_list(self, cast("list[Any]", content))
-        else:
-            vars(self)["_missing"] = content
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_") and name != "grad":
-            raise unassignable(name, here())
-        super().__setattr__(name, value)
-
-    def __reversed__(self) -> Any:
-        return reversed(list(iter(self)))
-
-
-def withdraw(holder: Any, recording: Recording, index: int, missing: Missing) -> None:
-    """Takes a value back from where a run has put it.
-
-    Args:
-        holder: where it was put.
-        recording: what it was saved in.
-        index: the node that saves it.
-        missing: why there is none.
-    """
-    if isinstance(holder, torch.Tensor):
-        source = ref(recording.graph.rows[index][3][0])
-        empty(holder, {"_recording": recording, "_ref": source})
-        become(holder, SavedProxy)
-    elif isinstance(holder, SavedList):
-        source = ref(recording.graph.rows[index][3][0])
-        empty_list(holder, {"_recording": recording, "_ref": source})
-        become(holder, SavedSteps)
-    cast(Any, holder)._put(missing)
-
-
-def _handing_on(name: str) -> Any:
-    """What a tensor has, and a proxy only hands on to its value or records as an attribute."""
-    return property(lambda self: AnyProxy.__getattr__(self, name))
-
-
-for _name in dir(torch.Tensor):
-    if (_name[0] != "_" and not hasattr(AnyProxy, _name)) or _name == "__cuda_array_interface__":
-        setattr(SavedProxy, _name, _handing_on(_name))
-        setattr(SavedObject, _name, _handing_on(_name))
-
-for _name in dir(list):
-    if _name[0] != "_" and not hasattr(AnyProxy, _name):
-        setattr(SavedSteps, _name, _handing_on(_name))
-
-
 class StructureProxy(Proxy):
     """Stands for a value that is known to be a tuple: index it before computing with it."""
 
@@ -541,26 +369,11 @@ class StructureProxy(Proxy):
     _operand = False
 
 
-def _class_of_content(self: Any) -> Any:
-    """The class of the value once there is one, so that `isinstance(x, tuple)` holds."""
-    content = None if self._cell is None else self._cell._content
-    return cast(Any, type)(self if content is None or type(content) is Missing else content)
+SAVED: dict[type[Any], Any] = {}
+"""The classes that `.save()` makes, which `saved_proxy.py` enters: they inherit from those here.
 
-
-class _SavedStructure(Proxy):
-    """What `.save()` of a value gives that is known to be no tensor."""
-
-    __slots__ = ()
-    __class__ = cast(Any, property(_class_of_content))  # pyright: ignore
-
-
-class _SavedTuple(StructureProxy):
-    """What `.save()` of a `StructureProxy` gives."""
-
-    __slots__ = ()
-    __class__ = cast(Any, property(_class_of_content))  # pyright: ignore
-
-
-_SAVED: dict[Any, Any] = {Proxy: _SavedStructure, StructureProxy: _SavedTuple}
+They are there by `torch.Tensor` of what may be a tensor, by `list` of what every step saves, and
+by the class of the proxy of what is known to be no tensor.
+"""
 
 _TENSOR = torch.Tensor

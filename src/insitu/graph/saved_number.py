@@ -12,37 +12,22 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from insitu.graph.dispatch import ENDED, at_once
-from insitu.graph.node import NO_KWARGS, ref
-from insitu.graph.recorded import AnyRecorded
+from insitu.graph.dispatch import at_once
+from insitu.graph.held_value import HeldValue
+from insitu.graph.node import NO_KWARGS
 
 _OWN = frozenset(["result", "written"])
 
 
-class SavedNumber(AnyRecorded, torch.Tensor):  # pyright: ignore[reportIncompatibleVariableOverride]
+class SavedNumber(HeldValue, torch.Tensor):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A number that was saved. `x.value` is the plain one, and so is all that is computed with it.
 
     `isinstance(x, int)` holds where it is one.
     """
-
-    _recording = ENDED  # pyright: ignore[reportAssignmentType]
-    _ref = ref(0)  # pyright: ignore[reportAssignmentType]
-    _held: Any
-
-    @property
-    def _cell(self) -> SavedNumber:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self
-
-    @property
-    def _content(self) -> Any:
-        return self._held
-
-    def _put(self, content: object) -> None:
-        """Does nothing: see `SavedTensor`."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "value":
@@ -50,10 +35,6 @@ class SavedNumber(AnyRecorded, torch.Tensor):  # pyright: ignore[reportIncompati
         if name[0] == "_" or name in _OWN:
             return object.__getattribute__(self, name)
         return getattr(object.__getattribute__(self, "_held"), name)
-
-    @property
-    def __class__(self) -> Any:  # pyright: ignore
-        return cast(Any, type(self._held))
 
     @classmethod
     def __torch_function__(

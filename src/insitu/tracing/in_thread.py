@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from insitu.graph.proxy import withdraw
 from insitu.graph.recorded import Missing
 from insitu.graph.recording import Recording
+from insitu.graph.saved_proxy import withdraw
 
 
 async def run_in_thread(run: Callable[[], None], recording: Recording) -> None:

@@ -23,10 +23,11 @@ from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, Mark, here, mark
 from insitu.graph.node import NO_KWARGS, Kind, Ref
 from insitu.graph.operations import REPLACE
-from insitu.graph.proxy import AnyProxy, Proxy, SavedProxy, SavedSteps, StructureProxy
+from insitu.graph.proxy import AnyProxy, Proxy, StructureProxy
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording
 from insitu.graph.saved import become
+from insitu.graph.saved_proxy import SavedProxy, SavedSteps
 from insitu.tracing.forms import Computed, Form
 
 if TYPE_CHECKING:
