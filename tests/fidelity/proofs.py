@@ -1,16 +1,17 @@
 """Writes the proofs of names that the package ships: `python -m tests.fidelity.proofs FOLDER`.
 
-There is one of each documented architecture, small as in the tests and as its config is by
-default, for the version of Transformers that is installed.
+There is one of each documented architecture, small as in the tests, as its config is by default,
+and as those of well-known published models are, for the version of Transformers that is installed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,45 @@ from insitu.models.proof.given import Proofs
 from insitu.models.proof.remembered import as_data, key_of
 from tests.fidelity.zoo import ZOO, module_of
 
+_SCALED = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_OF_LLAMA_3: Mapping[str, Any] = (
+    {"rope_scaling": _SCALED, "rope_theta": 5e5}
+    if version("transformers").startswith("4.")
+    else {"rope_parameters": {**_SCALED, "rope_theta": 5e5}}
+)
+_TIED = {"tie_word_embeddings": True}
+PUBLISHED: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "llama": (
+        {"num_key_value_heads": 8},
+        {"num_key_value_heads": 8, **_TIED},
+        {"num_key_value_heads": 8, **_OF_LLAMA_3},
+        {"num_key_value_heads": 8, **_OF_LLAMA_3, **_TIED},
+        {"num_key_value_heads": 1},
+        _TIED,
+    ),
+    "mistral": ({"sliding_window": None},),
+    "qwen2": ({"num_key_value_heads": 4}, {"num_key_value_heads": 4, **_TIED}, _TIED),
+    "qwen3": ({"num_key_value_heads": 8}, {"num_key_value_heads": 8, **_TIED}),
+    "gemma": ({"num_key_value_heads": 1},),
+    "gemma3": ({"num_key_value_heads": 1},),
+    "phi3": ({"sliding_window": 2047},),
+    "roberta": ({"type_vocab_size": 1},),
+}
+"""Settings of published models, by architecture, in which they differ from the default."""
+
 
 def proof_of(model: Model) -> tuple[str, dict[str, Any]]:
     """The key of a model's proof, and the proof as it is made now."""
     before = os.environ.get("INSITU_PROOFS")
     os.environ["INSITU_PROOFS"] = "off"
     try:
-        body: Any = model.vocabulary.body  # type: ignore[attr-defined]
+        body = body_of(model)
         proofs = Proofs(body, recalling=False)
         proofs.of_whole()
         with contextlib.suppress(UnknownShapeError):  # some cannot run without data
@@ -48,19 +81,36 @@ def proof_of(model: Model) -> tuple[str, dict[str, Any]]:
     return key, as_data(found)
 
 
+def body_of(model: Model) -> Any:
+    """What is found of a model's parts."""
+    return model.vocabulary.body  # type: ignore[attr-defined]
+
+
 def models() -> Iterator[tuple[str, Model]]:
     """Models of the documented architectures, and the bundled one."""
     yield "insitu/eiffel", LanguageModel("insitu/eiffel")
     for name in ZOO:
         yield name, Model(module_of(name))
     for name, one in ZOO.items():
-        kind = getattr(transformers, one.model)
-        try:
-            with torch.device("meta"):
-                module: nn.Module = kind(kind.config_class()).eval()
-            yield f"{name} by default", Model(module)
-        except Exception as error:  # a config that is none without arguments
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+        for settings in ({}, *PUBLISHED.get(name, ())):
+            try:
+                module = large(one.model, settings)
+            except Exception as error:  # a config that is none without arguments
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+                continue
+            yield f"{name} with {settings}" if settings else f"{name} by default", Model(module)
+
+
+def large(model: str, settings: Mapping[str, Any]) -> nn.Module:
+    """Returns a model of the size that is the default, without weights.
+
+    Args:
+        model: the name of its class.
+        settings: what its config says beside the default.
+    """
+    kind = getattr(transformers, model)
+    with torch.device("meta"):
+        return kind(kind.config_class(**copy.deepcopy(dict(settings)))).eval()
 
 
 def main(folder: str) -> None:
@@ -70,11 +120,14 @@ def main(folder: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, model in models():
         try:
+            key = key_of(model.module, model.modules, body_of(model).description)
+            if key in found:
+                continue
             key, data = proof_of(model)
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             continue
-        found.setdefault(key, data)
+        found[key] = data
         print(name, key, len(data["blocks"]), flush=True)
         path.write_text(json.dumps({"proofs": found}, indent=0, sort_keys=True) + "\n")
 

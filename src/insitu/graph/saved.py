@@ -234,7 +234,7 @@ def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether a tensor has not been given other memory since; where nobody can tell, True."""
     try:
         return one.is_set_to(other) and one.dtype == other.dtype
-    except (RuntimeError, NotImplementedError):  # such as a sparse one
+    except (RuntimeError, NotImplementedError):  # torch cannot ask sparse and quantised ones
         return True
 
 

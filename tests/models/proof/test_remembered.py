@@ -15,8 +15,8 @@ from insitu import LanguageModel, Model
 from insitu.models.proof import given
 from insitu.models.proof.remembered import as_data, from_data, key_of, recall
 from tests.conftest import tiny_gpt2, tiny_llama
-from tests.fidelity.proofs import proof_of
-from tests.fidelity.zoo import module_of
+from tests.fidelity.proofs import PUBLISHED, body_of, large, proof_of
+from tests.fidelity.zoo import ZOO, module_of
 
 pytestmark = pytest.mark.no_wire  # what is sent does not depend on it
 
@@ -152,6 +152,19 @@ def test_what_the_package_ships_is_what_is_proven_today(name: str) -> None:
     assert shipped is not None, "run `make proofs`"
     assert {**as_data(shipped)["blocks"], **data["blocks"]} == as_data(shipped)["blocks"]
     assert (shipped.whole, dict(shipped.stacks)) == (data["whole"], data["stacks"])
+
+
+PUBLISHED_ONES = [(name, {**one}) for name, every in PUBLISHED.items() for one in every]
+
+
+@pytest.mark.parametrize(("name", "settings"), PUBLISHED_ONES, ids=str)
+def test_names_of_well_known_models_are_proven_beforehand(
+    name: str, settings: dict[str, Any]
+) -> None:
+    module = large(ZOO[name].model, settings)
+    model = Model(module)
+    key = key_of(module, model.modules, body_of(model).description)
+    assert key is not None and recall(key) is not None, "run `make proofs`"
 
 
 def test_keys_know_classes_and_configs_and_no_sizes() -> None:
