@@ -9,12 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from insitu.graph.errors import OptionError, PromptTypeError
-from insitu.graph.location import Location, Mark
-from insitu.graph.recorded import Recorded
 from insitu.models.attention import OPTION, attending
-from insitu.models.media import MEDIA
-from insitu.models.prompts import PROMPTS, WITH_PROMPTS, Prompt
+from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
 
 if TYPE_CHECKING:
@@ -51,52 +47,6 @@ def content(number: int, prompt: Prompt) -> Hashable:
     if prompt.mask is not None or prompt.ids.device.type != "cpu":
         return number
     return (prompt.ids.shape[0], prompt.ids.numpy().tobytes())
-
-
-def beside(
-    model: LanguageModel, args: tuple[Any, ...], kwargs: dict[str, Any], method: str, mark: Mark
-) -> dict[str, Any]:
-    """Returns what an invocation was given with its prompt, or as its prompt, by keyword.
-
-    Args:
-        model: the model.
-        args: what it was given by place.
-        kwargs: what it was given by keyword.
-        method: the one that opened the block, such as "trace".
-        mark: the user's line.
-
-    Raises:
-        PromptTypeError: if it was given no prompt, or several.
-        OptionError: if something does not belong there.
-    """
-    if len(args) > 1 or (not args and kwargs.keys().isdisjoint(PROMPTS)):
-        raise PromptTypeError(
-            "An invocation takes one prompt, as `invoke(prompt)`, `invoke(input_ids=...)` or "
-            "`invoke(inputs_embeds=...)`. Options of the run are given to "
-            f"`{method}`.",
-            Location(*mark),
-        )
-    for name, value in kwargs.items():
-        if name in MEDIA and name not in model.reader.media:
-            raise OptionError(lacks_media(model, name), Location(*mark))
-        if name in WITH_PROMPTS or name in PROMPTS:
-            continue
-        model.options.check([name], method, lambda: Location(*mark))
-        if not isinstance(value, torch.Tensor | Recorded):
-            raise OptionError(
-                f"`{name}` is an option of the whole run: give it to `{method}`.", Location(*mark)
-            )
-    return kwargs
-
-
-def lacks_media(model: LanguageModel, name: str) -> str:
-    """Returns what to say where a model of text is given images, videos or audio.
-
-    Args:
-        model: the model.
-        name: which of them.
-    """
-    return f"A {type(model).__name__} takes no `{name}`: load it as a `VisionLanguageModel`."
 
 
 def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,5 +93,5 @@ def forward(
                 return module(**kwargs)
         return module(**kwargs)
     except IndexError:
-        model.explain(requests)
+        model.reader.check(requests)
         raise

@@ -14,8 +14,9 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import Site
 from insitu.models.accounts import Accounts
 from insitu.models.attention import OPTION
-from insitu.models.calls import arguments, beside, content, default_budget, forward
+from insitu.models.calls import arguments, content, default_budget, forward
 from insitu.models.padding import padding_of, positioned
+from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt, Side, counted
 from insitu.runtime.fallback import Fallback, logger, uncut
 from insitu.runtime.layout import Layouts
@@ -78,7 +79,7 @@ class LanguageForward:
         """Returns the prompt of an invocation as token ids."""
         model = self._model
         if len(args) != 1 or kwargs:
-            kwargs = beside(model, args, kwargs, "trace", mark)
+            kwargs = given_to_invocation(model, args, kwargs, "trace", mark)
         prompt = model.reader.read(args[0] if args else None, self._side, mark, kwargs)
         if prompt.extras:
             model.options.check(prompt.extras, "trace", lambda: Location(*mark))

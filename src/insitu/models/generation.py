@@ -14,11 +14,11 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Site
 from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, is_ragged, join, lie_apart
-from insitu.models.calls import beside
 from insitu.models.choosing import listening, seeded
 from insitu.models.configuration import text_config
 from insitu.models.generated_rows import rows_apart, rows_together
 from insitu.models.padding import padding_shows, positioned, warn_of_counting
+from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
 from insitu.runtime.fallback import UNDONE, Fallback, logger, uncut
@@ -103,7 +103,7 @@ class Generation:
         if "inputs" in kwargs:  # as `generate` calls token ids
             kwargs["input_ids"] = kwargs.pop("inputs")
         if len(args) != 1 or kwargs:
-            kwargs = beside(model, args, kwargs, "generate", mark)
+            kwargs = given_to_invocation(model, args, kwargs, "generate", mark)
         prompt = model.reader.read(args[0] if args else None, self._side, mark, kwargs)
         if prompt.extras:
             model.options.check(prompt.extras, "generate", lambda: Location(*mark))
@@ -237,7 +237,7 @@ class Generation:
                 ):
                     return module.generate(**placed)  # pyright: ignore[reportCallIssue]
             except IndexError:
-                self._model.explain(requests, self._following)
+                self._model.reader.check(requests, self._following)
                 raise
 
         told = partial(unknown, sorted(cuts), apart)

@@ -19,16 +19,14 @@ from insitu.graph.node import Graph
 from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.attention import SETTING
 from insitu.models.blocks import block_views
-from insitu.models.calls import lacks_media
 from insitu.models.dropout import INDIFFERENT
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
-from insitu.models.media import MEDIA
 from insitu.models.model import Model
 from insitu.models.options import Options, more_prompts
 from insitu.models.padding_trial import Padding
 from insitu.models.placement import Placement
-from insitu.models.prompts import PROMPTS, WITH_PROMPTS, Prompt
+from insitu.models.prompt_arguments import given_to_block
 from insitu.models.reader import Reader
 from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
@@ -50,10 +48,9 @@ if TYPE_CHECKING:
 
 
 _USED_INSIDE = """
-    block_views bytes_per_token chains costs decoder_start explain forward_parameters
-    generating growing is_encoder_decoder is_training lengths options pad_id
-    padded_generations paddings placement reader separations takes_use_cache trains
-    unembedding_paths
+    block_views bytes_per_token chains costs decoder_start forward_parameters generating growing
+    is_encoder_decoder is_training lengths options pad_id padded_generations paddings placement
+    reader separations takes_use_cache trains unembedding_paths
 """
 """What other parts of Insitu use of a model; not in `dir`."""
 
@@ -295,7 +292,10 @@ class LanguageModel(Model):
         """
         if others:
             raise more_prompts("trace", others)
-        given = self._given(prompt, kwargs, "trace") if kwargs else self._given_alone(prompt)
+        self._notice()
+        given = None if prompt is None else ((prompt,), {})
+        if kwargs:
+            given = given_to_block(self, prompt, kwargs, "trace")
         forward = self._forward
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
             most = max_tokens_per_pass
@@ -329,7 +329,10 @@ class LanguageModel(Model):
         """
         if others:
             raise more_prompts("scan", others)
-        given = self._given(prompt, kwargs, "scan") if kwargs else self._given_alone(prompt)
+        self._notice()
+        given = None if prompt is None else ((prompt,), {})
+        if kwargs:
+            given = given_to_block(self, prompt, kwargs, "scan")
         forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes, dry=True)
         return Tracer(self, forward, given, dry=True)
 
@@ -363,35 +366,11 @@ class LanguageModel(Model):
 
         if "inputs" in kwargs:  # as `generate` calls token ids
             kwargs["input_ids"] = kwargs.pop("inputs")
-        given = self._given(prompt, kwargs, "generate") if kwargs else self._given_alone(prompt)
-        return Tracer(self, Generation(self, kwargs, here()), given, promises_output=True)
-
-    def _given_alone(self, prompt: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What a block without options gives to its one invocation, None if nothing.
-
-        Before that it notices how the model is to run.
-        """
         self._notice()
-        return None if prompt is None else ((prompt,), {})
-
-    def _given(
-        self, prompt: Any, kwargs: dict[str, Any], method: str
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What a block gives to its one invocation, taken out of its options; None if nothing."""
-        self._notice()
-        keyword = not kwargs.keys().isdisjoint(PROMPTS)
-        own: dict[str, Any] = {}
-        for name in [*kwargs]:
-            goes_with = name in WITH_PROMPTS or (name == "seed" and method == "generate")
-            if goes_with and prompt is None and not keyword:
-                raise OptionError(f"Each prompt has its own `{name}`: give it to `invoke`.", here())
-            if name in MEDIA and name not in self.reader.media:
-                raise OptionError(lacks_media(self, name), here())
-            if goes_with or name in PROMPTS:
-                own[name] = kwargs.pop(name)
+        given = None if prompt is None else ((prompt,), {})
         if kwargs:
-            self.options.check(kwargs, method, here)
-        return None if prompt is None and not keyword else ((prompt,) * (prompt is not None), own)
+            given = given_to_block(self, prompt, kwargs, "generate")
+        return Tracer(self, Generation(self, kwargs, here()), given, promises_output=True)
 
     @short_tracebacks
     def run_with_cache(
@@ -496,20 +475,6 @@ class LanguageModel(Model):
                 stacklevel=2,
             )
         return trains
-
-    def explain(self, prompts: Sequence[Prompt], steps: int = 1) -> None:
-        """Raises the error behind an `IndexError` of the model, if the prompts are to blame.
-
-        Args:
-            prompts: what the model was called with.
-            steps: how many tokens it was to generate.
-
-        Raises:
-            PromptError: if an id is unknown, or the model's context too short.
-        """
-        for prompt in prompts:
-            self.reader.check_ids(prompt)
-            self.reader.check_length(prompt, steps)
 
     @property
     def costs(self) -> Costs:

@@ -206,6 +206,20 @@ class Reader:
         ids = torch.full(whole.shape[:2], self._pad_id, device=whole.device)
         return Prompt(ids, mark, None, {"inputs_embeds": whole})
 
+    def check(self, prompts: Sequence[Prompt], steps: int = 1) -> None:
+        """Raises the error behind an `IndexError` of the model, if the prompts are to blame.
+
+        Args:
+            prompts: what the model was called with.
+            steps: how many tokens it was to generate.
+
+        Raises:
+            PromptError: if an id is unknown, or the model's context too short.
+        """
+        for prompt in prompts:
+            self.check_ids(prompt)
+            self.check_length(prompt, steps)
+
     def check_length(self, prompt: Prompt, steps: int = 1) -> None:
         """Checks that the model's context holds a prompt.
 

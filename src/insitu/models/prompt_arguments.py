@@ -1,0 +1,95 @@
+"""Which arguments of a block or an invocation are of its prompt, and which are of the whole run.
+
+How a prompt becomes token ids is in `reader.py`, and which options a run takes in `options.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from insitu.graph.errors import OptionError, PromptTypeError
+from insitu.graph.location import Location, Mark, here
+from insitu.graph.recorded import Recorded
+from insitu.models.media import MEDIA
+from insitu.models.options import Options
+from insitu.models.prompts import PROMPTS, WITH_PROMPTS
+from insitu.models.reader import Reader
+
+
+class TakesPrompts(Protocol):
+    """A language model, as far as it takes prompts."""
+
+    reader: Reader
+    options: Options
+
+
+def given_to_block(
+    model: TakesPrompts, prompt: Any, kwargs: dict[str, Any], method: str
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Returns what a block gives to its one invocation, None if nothing.
+
+    Args:
+        model: the model.
+        prompt: the block's prompt, None if it is among `kwargs` or there is none.
+        kwargs: the block's arguments by keyword. What goes with the prompt is taken out of them.
+        method: the one that opens the block, such as "trace".
+
+    Raises:
+        OptionError: if an argument belongs to `invoke`, or means nothing to the model.
+    """
+    keyword = not kwargs.keys().isdisjoint(PROMPTS)
+    own: dict[str, Any] = {}
+    for name in [*kwargs]:
+        goes_with = name in WITH_PROMPTS or (name == "seed" and method == "generate")
+        if goes_with and prompt is None and not keyword:
+            raise OptionError(f"Each prompt has its own `{name}`: give it to `invoke`.", here())
+        if name in MEDIA and name not in model.reader.media:
+            raise OptionError(_lacks_media(model, name), here())
+        if goes_with or name in PROMPTS:
+            own[name] = kwargs.pop(name)
+    if kwargs:
+        model.options.check(kwargs, method, here)
+    return None if prompt is None and not keyword else ((prompt,) * (prompt is not None), own)
+
+
+def given_to_invocation(
+    model: TakesPrompts, args: tuple[Any, ...], kwargs: dict[str, Any], method: str, mark: Mark
+) -> dict[str, Any]:
+    """Returns what an invocation was given with its prompt, or as its prompt, by keyword.
+
+    Args:
+        model: the model.
+        args: what it was given by place.
+        kwargs: what it was given by keyword.
+        method: the one that opened the block, such as "trace".
+        mark: the user's line.
+
+    Raises:
+        PromptTypeError: if it was given no prompt, or several.
+        OptionError: if something does not belong there.
+    """
+    if len(args) > 1 or (not args and kwargs.keys().isdisjoint(PROMPTS)):
+        raise PromptTypeError(
+            "An invocation takes one prompt, as `invoke(prompt)`, `invoke(input_ids=...)` or "
+            "`invoke(inputs_embeds=...)`. Options of the run are given to "
+            f"`{method}`.",
+            Location(*mark),
+        )
+    for name, value in kwargs.items():
+        if name in MEDIA and name not in model.reader.media:
+            raise OptionError(_lacks_media(model, name), Location(*mark))
+        if name in WITH_PROMPTS or name in PROMPTS:
+            continue
+        model.options.check([name], method, lambda: Location(*mark))
+        if not isinstance(value, torch.Tensor | Recorded):
+            raise OptionError(
+                f"`{name}` is an option of the whole run: give it to `{method}`.", Location(*mark)
+            )
+    return kwargs
+
+
+def _lacks_media(model: TakesPrompts, name: str) -> str:
+    """What to say where a model of text is given images, videos or audio."""
+    return f"A {type(model).__name__} takes no `{name}`: load it as a `VisionLanguageModel`."
