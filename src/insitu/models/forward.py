@@ -18,7 +18,7 @@ from insitu.models.calls import arguments, content, default_budget, forward
 from insitu.models.padding import padding_of, positioned
 from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt, Side, counted
-from insitu.runtime.fallback import Fallback, logger, uncut
+from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, uncut
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
@@ -150,6 +150,8 @@ class LanguageForward:
             return work.apart
         if self._model.trains():
             return Fallback("in training mode each prompt has its own random numbers")
+        if self._model.has_hooks:
+            return SEEN_ALONE
         if further := sorted(self._options.keys() - _BATCHABLE):
             return Fallback(f"`{further[0]}` may mean something else for a batch")
         if extra := next((name for prompt in requests for name in prompt.extras), None):

@@ -21,7 +21,7 @@ from insitu.models.padding import padding_shows, positioned, warn_of_counting
 from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
-from insitu.runtime.fallback import UNDONE, Fallback, logger, uncut
+from insitu.runtime.fallback import SEEN_ALONE, UNDONE, Fallback, logger, uncut
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Own, Pass
@@ -155,6 +155,8 @@ class Generation:
         sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
         if work.apart is not None:
             return work.apart
+        if self._model.has_hooks:
+            return SEEN_ALONE
         if work.graph.mutations and lie_apart(sizes):
             return UNDONE
         if (why := self._unbatchable(module, requests)) is not None:

@@ -31,7 +31,7 @@ from insitu.models.reader import Reader
 from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
 from insitu.runtime.costs import Costs
-from insitu.runtime.own_hooks import is_the_models
+from insitu.runtime.own_hooks import users_hooks_hang_on
 from insitu.runtime.reuse import Plans
 from insitu.tracing.tracer import Tracer
 
@@ -456,12 +456,7 @@ class LanguageModel(Model):
     @property
     def has_hooks(self) -> bool:
         """Whether hooks of the user's own hang on its modules."""
-        for part in self.snapshot.parts:
-            if part._forward_hooks or part._forward_pre_hooks:
-                hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-                if not all(is_the_models(hook, part) for hook in hooks):
-                    return True
-        return False
+        return users_hooks_hang_on(self.snapshot.parts)
 
     def trains(self) -> bool:
         """Returns whether it is in training mode, and says once what follows from it."""

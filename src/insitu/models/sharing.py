@@ -136,8 +136,6 @@ def chain_of(
     rest = {name: value for name, value in options.items() if name != OPTION}
     if rest != plain:
         return Fallback(f"with {_listed(rest, plain)} every block runs for each prompt")
-    if model.has_hooks:
-        return Fallback("your own hooks see all blocks and positions")
     inside = frozenset(path.partition(SEPARATOR)[0] for path, _, _ in layouts if SEPARATOR in path)
     key, known = (implementation, inside), model.chains
     if key not in known:

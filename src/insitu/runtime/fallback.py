@@ -39,6 +39,7 @@ class Fallback:
 
 
 UNDONE = Fallback("a write in place would be undone by a neighbour's")
+SEEN_ALONE = Fallback("your own hooks on its modules see each prompt alone")
 
 
 def uncut(site: Site) -> Fallback:

@@ -3,6 +3,9 @@
 The library's own runs, which find something out, leave the user's hooks alone: these see the runs
 of blocks, once each, and never a tensor without data. Hooks without which a model would not be
 itself stay: they fetch weights, apply parametrisations and collect outputs.
+
+A user's hook may change what passes, by rows and positions that a batch has elsewhere than a prompt
+alone. So prompts share nothing where there is one.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false
@@ -51,6 +54,21 @@ def is_the_models(hook: Any, module: nn.Module) -> bool:
     return library == _library(type(module).__module__) and _is_installed(library)
 
 
+def users_hooks_hang_on(parts: Iterable[nn.Module]) -> bool:
+    """Returns whether hooks of the user's see the forwards of a model.
+
+    Args:
+        parts: the modules of the model.
+    """
+    if any(map(_is_the_users, (hook for table in _global_tables() for hook in table.values()))):
+        return True
+    for part in parts:
+        for table in cast("_Tables", (part._forward_hooks, part._forward_pre_hooks)):
+            if table and not all(is_the_models(hook, part) for hook in table.values()):
+                return True
+    return False
+
+
 @contextmanager
 def set_aside(parts: Iterable[nn.Module]) -> Generator[None, None, None]:
     """Lets the user's hooks sit out the runs of this thread.
@@ -70,7 +88,7 @@ def set_aside(parts: Iterable[nn.Module]) -> Generator[None, None, None]:
                     changed.append((table, key, hook, partial(_unless_in, thread, hook)))
     for table in _global_tables():
         for key, hook in [*table.items()]:
-            if _library(getattr(hook, "__module__", None)) not in _LIBRARIES:
+            if _is_the_users(hook):
                 changed.append((table, key, hook, partial(_unless_in, thread, hook)))
     try:
         for table, key, _, quiet in changed:
@@ -86,6 +104,11 @@ def _global_tables() -> _Tables:
     """The tables of the hooks that hold for all modules."""
     found: Any = (everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
     return found
+
+
+def _is_the_users(hook: Any) -> bool:
+    """Whether a hook that holds for all modules is none of a library that makes models."""
+    return _library(getattr(hook, "__module__", None)) not in _LIBRARIES
 
 
 def _unless_in(thread: int, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
