@@ -9,8 +9,9 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from torch import nn
 
-from insitu import LanguageModel, Model, OptionError
+from insitu import ExecutionError, LanguageModel, Model, OptionError
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.fidelity.architectures import tiny_mixtral
 
 PROMPTS = [torch.tensor([[3, 14, 15, 92, 65, 35, 89]]), torch.tensor([[7, 8, 9]])]
 CPU = torch.device("cpu")
@@ -141,3 +142,31 @@ def test_a_device_that_there_is_not_is_an_error_at_its_line(gpt2: LanguageModel)
     with pytest.raises(OptionError, match=r"(?s)`to` is a device.*test_placement"):
         with gpt2.trace(PROMPTS[0]):
             gpt2.lm_head.output.save(to="nowhere")
+
+
+@pytest.mark.parametrize("make", [offloaded, on_disk])
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, tiny_mixtral])
+def test_names_of_an_offloaded_model_are_those_of_its_class(
+    build: Callable[[], Any], make: Callable[..., LanguageModel], tmp_path: Path
+) -> None:
+    """Moves that Accelerate makes around a module's forward do not make another kind of block."""
+    model, plain = make(build, tmp_path), LanguageModel(build())
+
+    def read(of: LanguageModel) -> list[torch.Tensor]:
+        with of.trace(PROMPTS[0]):
+            block = of.blocks[1]
+            found = [
+                *(block.residual_in.save(), block.residual_mid.save(), block.mlp_out.save()),
+                *(block.attention.z.save(), of.logits.save()),
+            ]
+        return [*(one.value for one in found), block.attention.W_O, of.W_E]
+
+    for found, expected in zip(read(model), read(plain), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_gradient_of_an_offloaded_weight_is_refused(tmp_path: Path) -> None:
+    model = offloaded(tiny_gpt2, tmp_path)
+    weight = model.module.transformer.h[1].mlp.c_fc.weight
+    with pytest.raises(ExecutionError, match="without offloading"), model.trace(PROMPTS[0]):
+        model.logits.sum().backward(inputs=[weight])

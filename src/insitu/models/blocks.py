@@ -17,8 +17,11 @@ from torch import nn
 from insitu.graph.errors import ShapeError
 from insitu.graph.writing import fitted
 
-CACHES = frozenset(["transformers.cache_utils"])
-"""The Python modules in which caches of keys and values are written."""
+CACHES = frozenset(
+    ["transformers.cache_utils", "accelerate.utils.modeling", "accelerate.utils.operations"]
+)
+"""The Python modules whose calls of torch are no part of a forward: caches of keys and values are
+written in them, and what moves offloaded weights and arguments to where they are used."""
 
 
 @dataclass(frozen=True, slots=True)

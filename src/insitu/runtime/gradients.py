@@ -182,6 +182,13 @@ class Tape:
         if options.get("inputs") is not None:
             given = options.pop("inputs")
             given = [given] if isinstance(given, torch.Tensor) else given
+            if any(tensor.is_meta for tensor in given):
+                raise ExecutionError(
+                    "A tensor of `inputs=` has no data, so the loss does not depend on it: "
+                    "Accelerate keeps this weight on the CPU or on disk, and the model computes "
+                    "with copies. Load the model without offloading for its gradient.",
+                    self._graph[index].location,
+                )
             own = {id(tensor): tensor for tensor in given} or own
         wanting: dict[Any, Any] = {key_of(place): place for place in grads.values()} | own
         inputs = list(wanting.values())

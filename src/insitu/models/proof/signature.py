@@ -34,7 +34,7 @@ def signatures(
     traits: dict[str, set[str]] = {path: set() for path in blocks}
     for event in flow.events:
         path = _block_around(event.path, blocks)
-        if path is not None:
+        if path is not None and not (event.function == "to" and event.call < 0):
             traits[path].add(f"{_within(event.path, path)}>{event.function}")
     for place, module in modules.items():
         path = _block_around(place, blocks)

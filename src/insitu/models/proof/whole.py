@@ -10,6 +10,7 @@ import torch
 from insitu.models.proof import identities
 from insitu.models.proof.evidence import Evidence, Reasons, noise
 from insitu.models.proof.runs import Runs, Tensor
+from insitu.models.weights import in_memory
 from insitu.runtime.hooks import Place
 from insitu.runtime.probe import Call
 from insitu.tracing.named import Named
@@ -146,7 +147,9 @@ def reasons_of_ends(evidence: Evidence) -> Reasons:
 def _looks_up(evidence: Evidence, path: str) -> bool:
     """Whether an embedding gives its weights' rows, scaled perhaps, for the tokens of a prompt."""
     made = evidence.base.places.get((path, "output", 0))
-    weight = getattr(evidence.runs.model.modules[path], "weight", None)
+    module = evidence.runs.model.modules[path]
+    with in_memory(module):
+        weight = getattr(module, "weight", None)
     if not isinstance(made, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return False
     kwargs = evidence.runs.call.kwargs
