@@ -12,9 +12,14 @@ from torch import nn
 from insitu import ExecutionError, LanguageModel, Model, OptionError
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.architectures import tiny_mixtral
+from tests.models.kinds import ready
 
 PROMPTS = [torch.tensor([[3, 14, 15, 92, 65, 35, 89]]), torch.tensor([[7, 8, 9]])]
 CPU = torch.device("cpu")
+
+
+def mixtral() -> nn.Module:
+    return ready(tiny_mixtral)
 
 
 def offloaded(build: Callable[[], Any], folder: Path) -> LanguageModel:
@@ -145,7 +150,7 @@ def test_a_device_that_there_is_not_is_an_error_at_its_line(gpt2: LanguageModel)
 
 
 @pytest.mark.parametrize("make", [offloaded, on_disk])
-@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, tiny_mixtral])
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, mixtral])
 def test_names_of_an_offloaded_model_are_those_of_its_class(
     build: Callable[[], Any], make: Callable[..., LanguageModel], tmp_path: Path
 ) -> None:
