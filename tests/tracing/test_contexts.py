@@ -1,7 +1,7 @@
 """Contexts around lines of a block hold for what is recorded there, as they do in a hook."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -386,3 +386,98 @@ def test_own_modules_under_no_grad_get_no_gradients() -> None:
     value = model.module(torch.ones(2, 3)).detach()
     (probe(value).detach() * plain(value)).sum().backward()
     torch.testing.assert_close(other.weight.grad, plain.weight.grad)
+
+
+@contextmanager
+def by_default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def divided(x: Any) -> Any:
+    return x.argmax(-1) / 3
+
+
+def scaled(x: Any) -> Any:
+    return x.argmax(-1) * 0.5
+
+
+def root(x: Any) -> Any:
+    return x.argmax(-1).sqrt()
+
+
+def chosen(x: Any) -> Any:
+    return torch.where(x > 0, 1.0, 0.5)
+
+
+def counted(x: Any) -> Any:
+    return F.one_hot(x.argmax(-1), 16).mul(0.25)
+
+
+def plain_float(x: Any) -> Any:
+    return x * 2
+
+
+def in_a_branch(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return x.argmax(-1) / 3
+    return cond(x.isfinite().all(), lambda y: y.argmax(-1) / 3, lambda y: y.argmax(-1) / 5, x)
+
+
+def nested_defaults(x: Any) -> Any:
+    with by_default(torch.bfloat16):
+        y = x.argmax(-1) / 3
+        with by_default(torch.float32):
+            return y, x.argmax(-1) / 7
+
+
+DIVISIONS = [divided, scaled, root, chosen, counted, plain_float, in_a_branch, nested_defaults]
+
+
+@pytest.mark.parametrize("function", DIVISIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("around", [False, True])
+def test_a_default_dtype_holds_for_the_lines_in_it(
+    gpt2: LanguageModel, function: Callable[[Any], Any], dtype: torch.dtype, around: bool
+) -> None:
+    outer, inner = (by_default(dtype), nullcontext()) if around else (nullcontext(), None)
+    with outer, gpt2.trace(PROMPT) as tracer:
+        with inner or by_default(dtype):
+            proxy = function(gpt2.transformer.h[2].output[0])
+        parts = proxy if isinstance(proxy, tuple) else (proxy,)
+        dtypes = [part.dtype for part in parts]
+        saved = [part.save() for part in parts]
+    plain = hidden_states(gpt2)["made"].detach()
+    with by_default(dtype):
+        expected = function(plain)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for ours, theirs, told in zip(saved, expected, dtypes, strict=True):
+        assert ours.value.dtype == theirs.dtype == told
+        torch.testing.assert_close(ours.value, theirs)
+    assert torch.get_default_dtype() == torch.float32
+    assert Graph.from_bytes(tracer.graph.to_bytes()).contexts == tracer.graph.contexts
+
+
+def test_blocks_of_a_session_keep_their_default_dtypes(gpt2: LanguageModel) -> None:
+    with gpt2.session():
+        with gpt2.trace(PROMPT):
+            first = (gpt2.transformer.h[2].output[0].argmax(-1) / 3).save()
+        with by_default(torch.float64), gpt2.trace(PROMPT):
+            second = (gpt2.transformer.h[2].output[0].argmax(-1) / 3).save()
+    assert (first.value.dtype, second.value.dtype) == (torch.float32, torch.float64)
+
+
+def test_a_default_dtype_that_is_left_behind_is_not_that_of_the_run(gpt2: LanguageModel) -> None:
+    try:
+        with gpt2.trace(PROMPT):
+            first = (gpt2.transformer.h[2].output[0].argmax(-1) / 3).save()
+            torch.set_default_dtype(torch.float64)
+            second = (gpt2.transformer.h[2].output[0].argmax(-1) / 3).save()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (first.value.dtype, second.value.dtype) == (torch.float32, torch.float64)

@@ -1,4 +1,4 @@
-"""Contexts around recorded lines: `torch.no_grad()`, `torch.autocast(...)` and their like.
+"""Contexts around recorded lines: `torch.no_grad()`, `torch.autocast(...)`, a default dtype.
 
 A block as a whole runs in the context that it stands in. A context around some of its lines holds
 for the operations that were recorded there, whenever they run: the graph keeps it by the node.
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+default_dtype: Callable[[], torch.dtype] = torch.get_default_dtype
 # One question for all kinds of devices.
 is_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue, reportUnknownVariableType]
 
@@ -33,10 +34,12 @@ class Context(NamedTuple):
     Attributes:
         grad: whether autograd records the operation where it records the run.
         casts: the dtype of autocast by the kind of device, None where it is disabled.
+        dtype: the default dtype, None if it is that of the block.
     """
 
     grad: bool = True
     casts: tuple[tuple[str, torch.dtype | None], ...] = ()
+    dtype: torch.dtype | None = None
 
 
 _NO_GRAD = Context(grad=False)
@@ -53,7 +56,7 @@ def enabled_casts() -> Casts:
     }
 
 
-def difference(grad: bool, casts: Casts) -> Context | None:
+def difference(grad: bool, casts: Casts, dtype: torch.dtype) -> Context | None:
     """Returns how the context of the running line differs from that of its block.
 
     Inside of `torch.no_grad()` as a whole, a block's lines are differentiated all the same if it
@@ -62,18 +65,20 @@ def difference(grad: bool, casts: Casts) -> Context | None:
     Args:
         grad: whether autograd was on where the block began.
         casts: where autocast was enabled there.
+        dtype: the default dtype there.
 
     Returns:
         The difference, None if there is none.
     """
     now = enabled_casts()
     off = grad and not is_grad_enabled()
-    if now == casts:
+    other = None if default_dtype() is dtype else default_dtype()
+    if now == casts and other is None:
         return _NO_GRAD if off else None
     changed = [
         (device, now.get(device)) for device in DEVICES if now.get(device) is not casts.get(device)
     ]
-    return Context(not off, tuple(changed))
+    return Context(not off, tuple(changed), other)
 
 
 @contextmanager
@@ -90,22 +95,27 @@ def entered(context: Context | None) -> Generator[None, None, None]:
         if not context.grad:
             stack.enter_context(torch.no_grad())
         _cast(stack, dict(context.casts))
+        if context.dtype is not None:
+            stack.callback(torch.set_default_dtype, default_dtype())
+            torch.set_default_dtype(context.dtype)
         yield
 
 
 @contextmanager
-def casting(casts: Casts) -> Generator[None, None, None]:
-    """Enables autocast just where it was enabled once, for the time of its block.
+def as_begun(casts: Casts, dtype: torch.dtype) -> Generator[None, None, None]:
+    """Sets autocast and the default dtype to what they were once, for the time of its block.
 
     Args:
         casts: as `enabled_casts` has found them.
+        dtype: the default dtype.
     """
     now = enabled_casts()
-    if now == casts:
+    other = None if default_dtype() is dtype else dtype
+    if now == casts and other is None:
         yield
         return
-    with ExitStack() as stack:
-        _cast(stack, {device: casts.get(device) for device in {**now, **casts}})
+    changed = {device: casts.get(device) for device in {**now, **casts}} if now != casts else {}
+    with entered(Context(casts=tuple(changed.items()), dtype=other)):
         yield
 
 
@@ -136,6 +146,7 @@ _SETTINGS: tuple[tuple[str, torch.dtype | None] | None, ...] = (
     None,
     *((device, dtype) for device in DEVICES for dtype in _DTYPES),
 )
+_DEFAULTS = _DTYPES[1:]
 
 
 def settings(context: Context) -> list[int]:
@@ -144,8 +155,11 @@ def settings(context: Context) -> list[int]:
     Args:
         context: the context.
     """
-    off = [] if context.grad else [0]
-    return off + [_SETTINGS.index(cast) for cast in context.casts]
+    found = [] if context.grad else [0]
+    found += [_SETTINGS.index(cast) for cast in context.casts]
+    if context.dtype is not None:
+        found.append(len(_SETTINGS) + _DEFAULTS.index(context.dtype))
+    return found
 
 
 def context_of(numbers: list[int]) -> Context:
@@ -157,9 +171,13 @@ def context_of(numbers: list[int]) -> Context:
     Raises:
         ValueError: if one of them stands for nothing, or is there twice.
     """
-    if len(set(numbers)) < len(numbers) or max(numbers) >= len(_SETTINGS):
+    first = len(_SETTINGS)
+    settings = [_SETTINGS[number] for number in numbers if number < first]
+    defaults = [number - first for number in numbers if number >= first]
+    casts = tuple(cast for cast in settings if cast is not None)
+    if len(set(numbers)) < len(numbers) or len(dict(casts)) < len(casts) or min(numbers) < 0:
         raise ValueError(numbers)
-    casts = tuple(cast for cast in map(_SETTINGS.__getitem__, numbers) if cast is not None)
-    if len(dict(casts)) < len(casts):
+    if len(defaults) > 1 or max(defaults, default=0) >= len(_DEFAULTS):
         raise ValueError(numbers)
-    return Context(0 not in numbers, casts)
+    dtype = _DEFAULTS[defaults[0]] if defaults else None
+    return Context(0 not in numbers, casts, dtype)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, cast
 from torch import Tensor, nn
 
 from insitu.graph import location
-from insitu.graph.context import is_autocast_enabled, is_grad_enabled
+from insitu.graph.context import default_dtype, is_autocast_enabled, is_grad_enabled
 from insitu.graph.encoding import KEYS, PLAIN, is_constant
 from insitu.graph.errors import OperationError, nearest
 from insitu.graph.in_place import mutate
@@ -159,8 +159,10 @@ def _binary(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], 
         recording = self._recording
         # The most frequent of all: without a call of what does it for any arguments.
         if recording.open and recording.session is None:
-            if is_grad_enabled() is recording.grads and (
-                never_cast or not (recording.casts or is_autocast_enabled())
+            if (
+                is_grad_enabled() is recording.grads
+                and default_dtype() is recording.dtype
+                and (never_cast or not (recording.casts or is_autocast_enabled()))
             ):
                 source, given = self._ref, type(other)  # pyright: ignore[reportUnknownVariableType]
                 inputs = None

@@ -14,9 +14,12 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
+import torch
+
 from insitu.graph.context import (
     NO_CASTS,
     Casts,
+    default_dtype,
     difference,
     enabled_casts,
     is_autocast_enabled,
@@ -102,6 +105,7 @@ class Recording:
         fakes: fake values of nodes, as far as anybody has asked, by node index.
         grads: whether autograd was on where the block began.
         casts: where autocast was enabled there.
+        dtype: the default dtype there.
         as_first_step: whether sites of later steps count as those of the first, while a question
             is answered to which that makes no difference.
     """
@@ -117,6 +121,7 @@ class Recording:
     carried: int = 0
     grads: bool = True
     casts: Casts = NO_CASTS
+    dtype: torch.dtype = torch.float32
     as_first_step: bool = False
     repeating: bool = False
 
@@ -134,6 +139,7 @@ class Recording:
 
     def begin(self) -> None:
         """Notes in what context the block begins: that one holds for all of its run."""
+        self.dtype = default_dtype()
         if not is_grad_enabled():
             self.grads = False
         if is_autocast_enabled() or self.casts:
@@ -142,7 +148,7 @@ class Recording:
     def _note_context(self, operation: Operation, index: int) -> None:
         """Notes the context of a line, if it is not that of the block."""
         if operation not in _NOT_COMPUTED:
-            context = difference(self.grads, self.casts)
+            context = difference(self.grads, self.casts, self.dtype)
             if context is not None:
                 if not context.grad:
                     from insitu.graph.whole_calls import refuse_inside_forward
@@ -189,8 +195,10 @@ class Recording:
                 source = value._ref
                 index = len(rows)
                 rows.append((operation, (source, other), kwargs, source.inputs, False, mark))
-                if is_grad_enabled() is not self.grads or (
-                    operation.casts and (is_autocast_enabled() or self.casts)
+                if (
+                    is_grad_enabled() is not self.grads
+                    or default_dtype() is not self.dtype
+                    or (operation.casts and (is_autocast_enabled() or self.casts))
                 ):
                     self._note_context(operation, index)
                 return ref(index)
@@ -232,8 +240,10 @@ class Recording:
             nested = nested or len(inputs) > before or self.carried > carried
         index = len(rows)
         rows.append((operation, tuple(encoded), kwargs, tuple(inputs), nested, mark))
-        if is_grad_enabled() is not self.grads or (
-            operation.casts and (is_autocast_enabled() or self.casts)
+        if (
+            is_grad_enabled() is not self.grads
+            or default_dtype() is not self.dtype
+            or (operation.casts and (is_autocast_enabled() or self.casts))
         ):
             self._note_context(operation, index)
         return ref(index)

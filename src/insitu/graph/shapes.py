@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from insitu.graph.context import casting, entered
+from insitu.graph.context import as_begun, entered
 from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
@@ -37,7 +37,9 @@ def fake_value(recording: Recording, index: int) -> Any:
         ShapeError: pointing at the line of the operation that fails, or whose result has a shape
             that depends on values.
     """
-    with casting(recording.casts):  # the question may stand in another context than the block
+    with as_begun(
+        recording.casts, recording.dtype
+    ):  # the question may stand in another context than the block
         return _fake_value(recording, index)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from insitu.graph.context import casting, enabled_casts, is_autocast_enabled, is_grad_enabled
+from insitu.graph.context import as_begun, default_dtype, enabled_casts
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.location import Mark, here, mark, user_frame
@@ -108,8 +108,7 @@ class Tracer:
     def __enter__(self) -> Tracer:
         if self.is_open or self._done:
             raise BlockError("This block was entered before: make a new one for a new run.", here())
-        if is_autocast_enabled() or not is_grad_enabled():
-            self.recording.begin()
+        self.recording.begin()
         if self._prompt is not None:
             args, kwargs = self._prompt
             frame = user_frame(2)
@@ -186,12 +185,12 @@ class Tracer:
         """Runs what was recorded, and fills the saved values.
 
         The user's `torch.inference_mode()` is left for that: passes record autograd or not as they
-        need it, and the saved values are ordinary tensors. Autocast is what it was where the block
-        began, also for a block of a session and in another thread.
+        need it, and the saved values are ordinary tensors. Autocast and the default dtype are what
+        they were where the block began, also for a block of a session and in another thread.
         """
-        casts = self.recording.casts
-        if (casts or is_autocast_enabled()) and enabled_casts() != casts:
-            with casting(casts):
+        casts, dtype = self.recording.casts, self.recording.dtype
+        if default_dtype() is not dtype or enabled_casts() != casts:
+            with as_begun(casts, dtype):
                 self.run()
             return
         if torch.is_inference_mode_enabled():
