@@ -31,6 +31,21 @@ class Scaled(nn.Module):
         return (output[0] * 3, *output[1:]) if isinstance(output, tuple) else output * 3
 
 
+class Bypass(nn.Module):
+    """In the place of a block: nothing is added."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.returns_tuple = isinstance(like, tuple)
+
+    def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if self.returns_tuple else hidden
+
+
+def bypass(module: Any) -> None:
+    module.transformer.h[1] = Bypass(hooked(module, "transformer.h.1", IDS, use_cache=False))
+
+
 def add_adapter(module: Any) -> None:
     torch.manual_seed(1)
     config = LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **LORA)
@@ -407,3 +422,25 @@ def test_a_dtype_depends_on_the_default() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert said() == torch.float32
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_other_blocks_than_the_one_that_was_replaced_stay_blocks(used_before: bool) -> None:
+    module = tiny_gpt2()
+    if not used_before:
+        bypass(module)
+    model = LanguageModel(module)
+    if used_before:
+        used(model)
+        bypass(module)
+    with model.trace(IDS):
+        found = [block.output[0].save() for block in model.transformer.h]
+        mid = model.blocks[2].residual_mid.save()
+    for layer, hidden in enumerate(found):
+        torch.testing.assert_close(
+            hidden.value, first(hooked(module, f"transformer.h.{layer}", IDS))
+        )
+    attention = first(hooked(module, "transformer.h.2.attn", IDS))
+    torch.testing.assert_close(mid.value, found[1].value + attention)
+    with pytest.raises(PathError, match="no attention in this block"), model.trace(IDS):
+        model.blocks[1].attention.z.save()

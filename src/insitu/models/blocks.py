@@ -143,7 +143,9 @@ def find_stacks(module: nn.Module, config: Any, known: Collection[str] = ()) -> 
         if path not in known and len(part) not in depths:
             continue
         nested = any(path.startswith(f"{stack}.") for stack in found)
-        if not nested and all(map(_has_composite_parts, part)):
+        blocks = sum(map(_has_composite_parts, part))
+        # A user may have put something else in the place of some blocks, such as `nn.Identity`.
+        if not nested and blocks * 2 > len(part):
             found[path] = len(part)
     return found
 
