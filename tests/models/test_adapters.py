@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from insitu import LanguageModel, LoadError, Model
 from tests.conftest import tiny_gpt2, tiny_llama
-from tests.models.kinds import outputs_of, vit
+from tests.fidelity.architectures import tiny_mixtral, tiny_opt
+from tests.models.kinds import outputs_of, ready, vit
 
 # PEFT's own: of a name that Transformers has changed, of what a learnt prompt makes of positions,
 # and of a model that PEFT cannot look up.
@@ -278,3 +279,35 @@ def test_an_adapter_of_a_model_that_is_nowhere_is_a_clear_error(tmp_path: Path) 
     module.save_pretrained(tmp_path)
     with pytest.raises(LoadError, match="no-such/model"):
         LanguageModel(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("build", [tiny_opt, tiny_llama, tiny_mixtral])
+@pytest.mark.parametrize("targets", [["q_proj", "o_proj", "out_proj"], ["q_proj", "lm_head"]])
+def test_names_are_proven_where_a_weight_is_known_by_a_call_only(
+    build: Callable[[], nn.Module], targets: list[str]
+) -> None:
+    """A proof runs the model, and a layer with an adapter is run for its weight within that."""
+    module = ready(build)
+    present = [one for one in targets if any(n.endswith(one) for n, _ in module.named_modules())]
+    model = LanguageModel(
+        get_peft_model(
+            cast(Any, module), LoraConfig(r=2, target_modules=present, init_lora_weights=False)
+        ).eval()
+    )
+    layer = next(
+        part
+        for name, part in model.module.named_modules()
+        if name.endswith("layers.1.self_attn.q_proj")
+    )
+    with torch.no_grad():
+        expected = layer(torch.eye(16)) - layer(torch.zeros(1, 16))
+    found = model.blocks[1].attention.W_Q
+    torch.testing.assert_close(found, expected.view(16, 4, 4).permute(1, 0, 2))
+    head = model.module.get_output_embeddings()
+    with torch.no_grad():
+        expected = head(torch.eye(16))
+    torch.testing.assert_close(model.W_U, expected)
+    with model.trace(IDS):
+        z = model.blocks[1].attention.z.save()
+    assert z.value.shape == (1, 4, IDS.shape[-1], 4)

@@ -322,14 +322,22 @@ class Model(Handle):
         """Waits for the wrapped module, and has it for a run of the library's own.
 
         The user's hooks on it sit that out, and if the module changes its tree in it, it is set
-        back.
+        back. One such run may lead to another: a proof of names asks for weights.
 
         Raises:
-            BlockError: if that is inside another run of it.
+            BlockError: if that is inside a run of the user's.
         """
-        tree = self.snapshot
-        with self.exclusive, set_aside(tree.parts), eager(is_compiled(tree.parts)), tree.kept():
-            yield
+        use, tree = self.exclusive, self.snapshot
+        with use.lock:
+            if use.finding_out:
+                yield
+                return
+            with use, set_aside(tree.parts), eager(is_compiled(tree.parts)), tree.kept():
+                use.finding_out = True
+                try:
+                    yield
+                finally:
+                    use.finding_out = False
 
     def settle(self, call: Call) -> bool:
         """Lets the module change its own tree, as a call of it does; returns whether it did.

@@ -22,12 +22,14 @@ class Exclusive:
 
     Attributes:
         lock: held by the thread that uses the module.
+        finding_out: whether the run is one of the library's own, which may lead to others.
     """
 
-    __slots__ = ("_running", "lock")
+    __slots__ = ("_running", "finding_out", "lock")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.finding_out = False
         self._running = False
 
     def __enter__(self) -> None:
