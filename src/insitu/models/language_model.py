@@ -451,12 +451,12 @@ class LanguageModel(Model):
     @property
     def is_training(self) -> bool:
         """Whether any of its modules is in training mode: dropout may be, apart from the rest."""
-        return any(part.training and type(part) not in INDIFFERENT for part in self.snapshot.parts)
+        return any(type(part) not in INDIFFERENT for part in self.snapshot.in_training())
 
     @property
     def has_hooks(self) -> bool:
         """Whether hooks of the user's own hang on its modules."""
-        return users_hooks_hang_on(self.snapshot.parts)
+        return users_hooks_hang_on(self.snapshot.hooked())
 
     def trains(self) -> bool:
         """Returns whether it is in training mode, and says once what follows from it."""

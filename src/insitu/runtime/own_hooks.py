@@ -58,7 +58,7 @@ def users_hooks_hang_on(parts: Iterable[nn.Module]) -> bool:
     """Returns whether hooks of the user's see the forwards of a model.
 
     Args:
-        parts: the modules of the model.
+        parts: the modules of the model. Those without hooks may be left out.
     """
     if any(map(_is_the_users, (hook for table in _global_tables() for hook in table.values()))):
         return True

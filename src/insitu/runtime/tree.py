@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 Tables = list[dict[str, nn.Module | None]]
+
+_TRAINING = itemgetter("training")
 
 
 class Watched(NamedTuple):
@@ -93,6 +96,23 @@ class Tree:
     def runs_otherwise(self) -> bool:
         """Returns whether an instance's own `forward` has been set, exchanged or taken away."""
         return self._forwards != self._own_forwards()
+
+    def in_training(self) -> list[nn.Module]:
+        """Returns the modules in training mode."""
+        try:
+            if not any(map(_TRAINING, self._states)):  # in C: each block of several prompts asks
+                return []
+        except KeyError:  # a scripted module keeps it elsewhere
+            pass
+        return [part for part in self.parts if part.training]
+
+    def hooked(self) -> list[nn.Module]:
+        """Returns the modules on whose forwards hooks hang."""
+        return [
+            part
+            for part, state in zip(self.parts, self._states, strict=True)
+            if state["_forward_hooks"] or state["_forward_pre_hooks"]
+        ]
 
     def _own_forwards(self) -> list[Any]:
         return [state["forward"] for state in self._states if "forward" in state]
