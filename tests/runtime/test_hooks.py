@@ -96,3 +96,63 @@ def test_a_module_is_as_before_when_its_run_ends_or_fails() -> None:
         model[0].output.save()
         model[1].output.save()
     assert [dict(vars(part)) for part in module.modules()] == before
+
+
+class Patched(nn.Identity):
+    def _call_impl(self, value: torch.Tensor) -> torch.Tensor:
+        return super()._call_impl(value) + 1
+
+
+def test_calls_that_are_replaced_inside_are_kept() -> None:
+    model = Model(nn.Sequential(Patched(), nn.Identity()))
+    last = model[1].module
+    vars(last)["_call_impl"] = lambda value: type(last)._call_impl(last, value) * 7
+    with model.trace(torch.ones(2)):
+        arrived = [model[0].output.save(), model[1].output.save()]
+        end = model.output.save()
+    assert arrived[0].tolist() == [1, 1] and end.tolist() == [14, 14]
+    assert arrived[1].tolist() == [2, 2]
+
+
+class Counting(nn.Module):
+    """Calls a function after a child, in its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Identity()
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.exp(self.child(value))
+
+
+def test_what_lines_do_to_a_childs_output_is_no_function_of_the_forward() -> None:
+    model = Model(Counting())
+    with model.trace(torch.zeros(2)):
+        shifted = torch.exp(model.child.output).save()
+        model.child.output = torch.exp(model.child.output) + 1
+        found = model.ops.exp[0].output.save()
+    assert shifted.tolist() == [1, 1]
+    assert torch.equal(found.value, torch.full((2,), 2.0).exp())
+
+
+class Named(nn.Module):
+    """Takes arguments by names that a hook might have for its own."""
+
+    def forward(self, value: torch.Tensor, **named: int) -> torch.Tensor:
+        return value * sum(named.values())
+
+
+def test_arguments_of_a_forward_may_have_any_name() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Named()
+
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            names = ("arrived", "first", "view", "module", "state", "args", "kwargs", "key")
+            return self.part(value, **dict.fromkeys(names, 1))
+
+    model = Model(Whole())
+    with model.trace(torch.ones(2)):
+        kept = model.part.output.save()
+    assert kept.tolist() == [8, 8]

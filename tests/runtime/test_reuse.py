@@ -123,6 +123,62 @@ def test_invocations_are_planned_once(gpt2: LanguageModel, planned: list[int]) -
     assert len(planned) == count
 
 
+def test_generations_are_planned_once_for_each_form(
+    gpt2: LanguageModel, planned: list[int]
+) -> None:
+    def block(seed: int, length: int, tokens: int, **options: Any) -> tuple[Any, ...]:
+        ids = torch.randint(1, 100, (1, length), generator=torch.Generator().manual_seed(seed))
+        with gpt2.generate(ids, max_new_tokens=tokens, **options) as generator:
+            with generator.step[1]:
+                gpt2.transformer.h[0].output[0][:] *= 2.0
+            with generator.every_step():
+                logits = gpt2.lm_head.output[:, -1].save()
+        return ids, generator.output, logits
+
+    def plain(
+        ids: torch.Tensor, tokens: int, **options: Any
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        kept: list[torch.Tensor] = []
+        part = gpt2.module.transformer.h[0]
+
+        def steer(module: nn.Module, args: object, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if len(kept) == 1:
+                hidden.mul_(2.0)
+
+        def keep(module: nn.Module, args: object, output: torch.Tensor) -> None:
+            kept.append(output[:, -1].clone())
+
+        with part.register_forward_hook(steer), gpt2.module.lm_head.register_forward_hook(keep):
+            found = gpt2.module.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                pad_token_id=0,
+                **options,
+            )
+        return found, kept
+
+    forms = [
+        {"length": 5, "tokens": 4},
+        {"length": 6, "tokens": 4},
+        {"length": 5, "tokens": 3},
+        {"length": 5, "tokens": 4, "use_cache": False},
+        {"length": 5, "tokens": 4, "min_new_tokens": 4},
+    ]
+    counts: list[int] = []
+    for seed in range(5):
+        for form in forms:
+            ids, output, logits = block(seed, **form)
+            options = {name: value for name, value in form.items() if name != "length"}
+            expected, kept = plain(ids, **options)
+            assert torch.equal(output, expected)
+            for one, other in zip(logits, kept, strict=True):
+                torch.testing.assert_close(one, other)
+        counts.append(len(planned))
+    assert counts[-1] == counts[-2]  # the first rounds let Python settle on its instructions
+
+
 def test_prompts_that_are_equal_now_and_not_later(gpt2: LanguageModel) -> None:
     """What invocations share is found anew where other prompts are equal."""
     one, other = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5, 6, 7, 8]])

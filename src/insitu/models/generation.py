@@ -84,6 +84,8 @@ class Generation:
         self._side: Side = "right" if model.is_encoder_decoder else "left"
         self._cached = bool(self._setting(model.module, "use_cache"))
         self.views = model.block_views[self._cached]
+        plain = all(type(value) in (bool, int, float, str) for value in options.values())
+        self._fixed = (steps, self._cached, *options.items()) if plain else None
 
     def demanding(self, options: Mapping[str, Any]) -> Generation:
         """Returns the same with further options, but for those that it was given."""
@@ -125,8 +127,12 @@ class Generation:
                 location,
             )
 
-    def key(self, module: nn.Module, requests: Sequence[Prompt]) -> None:
-        """Returns nothing: beside a generation, planning it takes no time."""
+    def key(self, module: nn.Module, requests: Sequence[Prompt]) -> Hashable | None:
+        """Returns the form of a prompt that is alone and has no padding, with the options."""
+        prompt = requests[0]
+        if self._fixed is None or len(requests) > 1 or prompt.extras or prompt.mask is not None:
+            return None
+        return ("generate", prompt.ids.shape, module.training, self._fixed)
 
     def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
         """Returns what gives one pass for all prompts if each goes on in it as alone, else more."""

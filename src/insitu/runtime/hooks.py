@@ -114,6 +114,8 @@ class Stop(BaseException):
 
 
 _CALL = "_compiled_call_impl"  # what `Module.__call__` enters, if a module has it
+_INNER = "_call_impl"  # what it enters else: of the class, unless somebody stands around the call
+_PLAIN: object = vars(nn.Module)[_INNER]
 
 
 def put_hook(
@@ -130,8 +132,9 @@ def put_hook(
     state = vars(module)
     output = first[1] == "output"
     asks = view is not None and view.takes_arguments  # as the user's hooks have left them
-    if output and not asks and not module._forward_hooks and _CALL not in state:
-        state[_CALL] = partial(_called, arrived, first, view, module)
+    plain = type(module)._call_impl is _PLAIN and not state["_forward_hooks"]
+    if output and plain and not asks and _CALL not in state:
+        state[_CALL] = partial(_called, arrived, first, view, module, state)
         return state, None, _CALL, None
     # A function is its own key: no number that torch hands out for its hooks equals it.
     key = partial(arrived, first, view)
@@ -153,20 +156,23 @@ def _called(
     first: Moment,
     view: View | None,
     module: Any,  # a module, of whose `forward` nothing is known
+    state: Mapping[str, Any],
+    /,  # the module's own arguments may have any name
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """Calls a module and hands its output over."""
     if (
-        module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        state["_forward_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or _INNER in state
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
     ):
         return _called_among_others(arrived, first, view, module, args, kwargs)
     if (
-        module._forward_pre_hooks
+        state["_forward_pre_hooks"]
         or everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
     ):
