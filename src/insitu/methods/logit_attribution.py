@@ -31,7 +31,7 @@ from insitu.models.ways import Way
 
 By = Literal["block", "head", "neuron"]
 
-_ADDED = ("mixer_out", "attention_out", "cross_attention_out", "mlp_out")
+_ADDED = ("mixer_out", "attention_out", "cross_attention_out", "mlp_out", "extra_out")
 
 
 @ordinary_tensors()

@@ -20,7 +20,7 @@ Receiver = tuple[str, int] | tuple[str, int, int]
 """An input of a later component: ("q", layer, head), and likewise "k", "v" and "head", which is all
 three of them; or ("mlp", layer)."""
 
-_ADDED = ("mixer_out", "attention_out", "cross_attention_out", "mlp_out")
+_ADDED = ("mixer_out", "attention_out", "cross_attention_out", "mlp_out", "extra_out")
 _RECEIVERS = {"q": "q", "k": "k", "v": "v", "head": "z", "mlp": "mlp_out"}
 
 

@@ -26,6 +26,7 @@ _AXES = {
     "cross_attention_out": _STREAM,
     "mixer_out": _STREAM,
     "mlp_out": _STREAM,
+    "extra_out": _STREAM,
     "q": _HEADS,
     "k": _HEADS,
     "v": _HEADS,

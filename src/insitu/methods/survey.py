@@ -89,6 +89,12 @@ def _places(model: LanguageModel, layer: int) -> dict[str, str]:
             f"Block {layer} has no residual stream: `model.blocks[{layer}].residual_in` says why.",
             here(),
         )
+    if _has(model, layer, "extra_out"):
+        raise OptionError(
+            f"Block {layer} adds more to the residual stream behind its MLP, `extra_out`, and what "
+            "that reads has no name, so this model has no edges between its parts.",
+            here(),
+        )
     names = [name for name in _LETTERS if _has(model, layer, name)]
     middle = "residual_mid" if _has(model, layer, "residual_mid") else "residual_in"
     return {name: middle if name == "mlp_out" else "residual_in" for name in names}

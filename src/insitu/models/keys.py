@@ -17,7 +17,7 @@ OF_BLOCK = (
     *("attention_out", "mixer_out"),
     *(f"cross_attention.{name}" for name in ("q", "k", "v", "scores", "pattern", "z", "result")),
     *("cross_attention_out", "residual_mid", "norm_2.output", "mlp.pre", "mlp.post"),
-    *("experts.router", "experts.weights", "mlp_out", "residual_out", "block_out"),
+    *("experts.router", "experts.weights", "mlp_out", "extra_out", "residual_out", "block_out"),
 )
 """The keys of a block's values, in the order in which most blocks compute them."""
 

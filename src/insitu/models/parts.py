@@ -88,6 +88,22 @@ class Feedforward:
 
 
 @dataclass(frozen=True, slots=True)
+class Summed:
+    """A sum in a block that normalises what it adds up.
+
+    Attributes:
+        added: the names of what is added to what the block is given, or to what the norm before
+            has returned.
+        norm: the norm that the sum goes into; None if the block returns it.
+        call: which of its calls.
+    """
+
+    added: tuple[str, ...]
+    norm: str | None = None
+    call: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """What a transformer block consists of.
 
@@ -95,13 +111,14 @@ class Block:
         path: its path.
         width: the length of the last axis of its hidden states.
         stream: the residual stream by name: `residual_in`, `residual_mid` and `residual_out`.
-        added: what is added to it by name: `attention_out`, `cross_attention_out`, `mlp_out` and,
-            of a state-space block, `mixer_out`.
+        added: what is added to it by name: `attention_out`, `cross_attention_out`, `mlp_out`, of a
+            state-space block `mixer_out`, and what is added behind these as `extra_out`.
         norms: the norms, in the order of their outputs' use.
         attention: its attention.
         cross_attention: its attention to an encoder's states.
         mlp: its MLP.
         refused: why names are not given, though something was found for them: "attention.z".
+        summed: of a block that normalises its sums these, in order; none of others.
     """
 
     path: str
@@ -113,6 +130,7 @@ class Block:
     cross_attention: Heads | None = None
     mlp: Feedforward | None = None
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    summed: Sequence[Summed] = ()
 
     def without(self, refused: Mapping[str, str]) -> Block:
         """Returns the block without what some names were found for.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _STREAM = ("residual_in", "residual_mid", "residual_out")
 _RETURNED = "block_out"
-_ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out")
+_ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out", "extra_out")
 _ROLES = ("attention", "cross_attention", "mlp", "experts", "norm_1", "norm_2")
 _HEADS = ("q", "k", "v", "scores", "pattern", "z", "result", "W_Q", "W_K", "W_V", "W_O")
 _MLP = ("pre", "post", "W_in", "W_out", "W_gate")
@@ -185,14 +185,14 @@ class Names:
     def _why_not_added(self, block: Block, name: str) -> str:
         if name in block.refused:
             return block.refused[name]
-        if not block.stream:
+        if not block.stream and not block.added:
             return _NORMALISED
         if name == "attention_out" and block.attention is None:
             return _NO_ATTENTION
         if name == "cross_attention_out" and block.cross_attention is None:
             return _NO_CROSS_ATTENTION
         there = ", ".join(f"`{other}`" for other in block.added) or "nothing that has a name"
-        return f"what this block adds to the residual stream is {there}."
+        return f"what this block adds to what it is given is {there}."
 
     def _site(self, block: Block, spot: Spot) -> Named:
         form: Form | None = None

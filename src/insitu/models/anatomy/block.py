@@ -6,11 +6,14 @@ products; the residual stream is what a block adds to; what it adds is what is n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from insitu.models.anatomy.feedforward import mlp_of
 from insitu.models.anatomy.heads import cores_of, heads_of
 from insitu.models.anatomy.reading import Reading
-from insitu.models.anatomy.stream import find_stream, middle, named, norms
-from insitu.models.parts import Block, Spot
+from insitu.models.anatomy.stream import Stream, find_stream, middle, named, norms
+from insitu.models.parts import Block, Spot, Summed
+from insitu.runtime.dataflow import Dataflow
 from insitu.runtime.hooks import first_argument
 
 
@@ -39,7 +42,12 @@ def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | 
     if first is not None:
         entry = flow.events[first].outputs[0]
         start = Spot(f"{path}.{begins}", "output", 0, (), flow.shapes[entry])
-    chain, leaves = find_stream(reading, exit, entry, path)
+    way = find_stream(reading, exit, entry, path)
+    if not way.chain:
+        way = find_stream(reading, exit, entry, path, "factors")
+    if not way.chain:
+        way = find_stream(reading, exit, entry, path, "norms")
+    chain, leaves = way.chain, way.leaves
 
     own = {entry, *chain}
     cores = cores_of(reading, events)
@@ -48,24 +56,43 @@ def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | 
     # What attends to something from outside of the block does so to an encoder's states.
     cross = next((core for core in cores if core not in attending), None)
 
+    def width_inside(leaf: int) -> int:
+        found = mlp_of(reading, leaf, path, events, attention)
+        return found.post.shape[-1] if found is not None and found.post is not None else 0
+
+    added = named(reading, leaves, own, attention, cross, call.first, width_inside)
+    spots = {name: reading.spot(value, path) for name, value in added.items()}
     stream: dict[str, Spot] = {}
-    added: dict[str, int] = {}
-    if chain:
-        added = named(reading, leaves, own, attention, cross, call.first)
+    if chain and not way.norms:
         stream["residual_in"] = start
         between = middle(reading, chain, leaves, added, path, call.first)
         if between is not None:
             stream["residual_mid"] = between
         stream["residual_out"] = Spot(path, "output", 0, (0,), flow.shapes[exit])
-    spots = {name: reading.spot(value, path) for name, value in added.items()}
-    last = added.get("mlp_out") if chain else exit
+    # Where sums are normalised, the whole of the block shows which MLP it has.
+    last = added.get("mlp_out") if stream else exit
     return Block(
         path,
         flow.shapes[exit][-1],
         stream,
         {name: spot for name, spot in spots.items() if spot is not None},
-        norms(reading, path, events, [entry, *chain], leaves),
+        norms(reading, path, events, [entry, *(chain if stream else ())], leaves if stream else ()),
         None if attention is None else heads_of(reading, attention, path, index),
         None if cross is None else heads_of(reading, cross, path, index),
         None if last is None else mlp_of(reading, last, path, events, attention),
+        summed=_summed(way, added, flow) if added else (),
     )
+
+
+def _summed(way: Stream, added: Mapping[str, int], flow: Dataflow) -> list[Summed]:
+    """What is added before each norm on the way, and behind the last of them."""
+    names = {value: name for name, value in added.items()}
+    found: list[Summed] = []
+    first = 0
+    for norm, count in way.norms:
+        event = flow.events[norm]
+        before = tuple(names[leaf] for leaf in way.leaves[first:count])
+        found.append(Summed(before, event.path, event.call))
+        first = count
+    behind = tuple(names[leaf] for leaf in way.leaves[first:])
+    return [*found, Summed(behind)] if behind and found else found

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import torch
 
@@ -11,31 +15,71 @@ from insitu.models.anatomy.reading import RESHAPES, Reading
 from insitu.models.parts import Spot
 
 _SUMS = frozenset(["add", "iadd", "radd"])
+_SCALES = frozenset(["div", "imul", "itruediv", "mul", "multiply", "rmul", "truediv"])
+Through = Literal["sums", "factors", "norms"]
 _FOR_SHAPE = frozenset(["expand_as", "reshape_as", "type_as", "view_as"])  # of the second argument
 _MIXES = frozenset(["conv1d"])  # positions: a state-space layer
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The way of the residual stream through a block.
+
+    Attributes:
+        chain: its values from first to last, without the input; none if the output is not reached.
+        leaves: what is added, in the order in which it is.
+        norms: the calls of norms on the way, and how many leaves are added before each.
+    """
+
+    chain: Sequence[int] = ()
+    leaves: Sequence[int] = ()
+    norms: Sequence[tuple[int, int]] = ()
+
+
 def find_stream(
-    reading: Reading, exit: int, entry: int, within: str
-) -> tuple[list[int], list[int]]:
+    reading: Reading, exit: int, entry: int, within: str, through: Through = "sums"
+) -> Stream:
     """The residual stream from a block's input to its output, and what is added to it.
 
-    Returns:
-        The values of the stream, from first to last, without the input, none if the output is
-        no sum with it; and what is added, in the order in which it is.
+    Args:
+        reading: the forward.
+        exit: what the block returns.
+        entry: what it is given.
+        within: the block's path.
+        through: what may stand on the way: nothing but sums; factors too, which are the same at all
+            positions; or norms of the sum besides.
     """
     flow = reading.flow
     reached: dict[int, bool] = {entry: True}
+    width = flow.shapes[exit][-1]
+
+    def is_small(value: int) -> bool:
+        """Whether a value is of one number or of one a channel, and not made of the input."""
+        shape = flow.shapes[value]
+        single = math.prod(shape) in (1, width) and math.prod(shape[:-1]) == 1
+        return single and not _is_made_of(reading, value, entry)
+
+    def onwards(value: int) -> Sequence[int]:
+        """The values along which the stream may have come to one."""
+        norm = _norm_behind(reading, value, within) if through == "norms" else None
+        if norm is not None:
+            return [flow.events[norm].inputs[0]]
+        maker = flow.maker(value)
+        if maker is None or not maker.is_within(within):
+            return ()
+        if maker.function in _SUMS:
+            return maker.inputs
+        if maker.function in (*RESHAPES, "clamp"):
+            return maker.inputs[:1]
+        if through != "sums" and maker.function in _SCALES:
+            large = [part for part in maker.inputs if not is_small(part)]
+            return large if len(large) == 1 else ()
+        return ()
 
     def reaches(value: int) -> bool:
         if value not in reached:
             reached[value] = False
-            maker = flow.maker(value)
-            if maker is not None and maker.is_within(within):
-                if maker.function in _SUMS:
-                    reached[value] = any(map(reaches, maker.inputs))
-                elif maker.function in (*RESHAPES, "clamp") and maker.inputs:
-                    reached[value] = reaches(maker.inputs[0])
+            reached[value] = any(map(reaches, onwards(value)))
         return reached[value]
 
     def leaves_of(value: int) -> list[int]:
@@ -50,22 +94,52 @@ def find_stream(
         return [leaf for part in parts for leaf in leaves_of(part)]
 
     if exit == entry or not reaches(exit):
-        return [], []
+        return Stream()
     chain: list[int] = []
     added: list[list[int]] = []
+    norms: list[tuple[int, int]] = []
     value = exit
     while value != entry:
-        maker = flow.maker(value)
-        assert maker is not None
         chain.append(value)
-        if maker.function in _SUMS:
-            onward = next(part for part in maker.inputs if reaches(part))
-            others = [part for part in maker.inputs if part != onward]
+        parts = onwards(value)
+        onward = next(part for part in parts if reaches(part))
+        norm = _norm_behind(reading, value, within) if through == "norms" else None
+        if norm is not None:
+            norms.append((norm, len(added)))
+        elif (maker := flow.maker(value)) is not None and maker.function in _SUMS:
+            others = [part for part in parts if part != onward]
+            if through != "sums":  # a bias of the stream is no part of what is added
+                others = [part for part in others if not is_small(part)]
             added.append([leaf for part in others for leaf in leaves_of(part)])
-            value = onward
-        else:
-            value = maker.inputs[0]
-    return chain[::-1], [leaf for leaves in reversed(added) for leaf in leaves]
+        value = onward
+    behind = [len(leaves) for leaves in added]
+    return Stream(
+        chain[::-1],
+        [leaf for leaves in reversed(added) for leaf in leaves],
+        [(norm, sum(behind[count:])) for norm, count in reversed(norms)],
+    )
+
+
+def _norm_behind(reading: Reading, value: int, within: str) -> int | None:
+    """The call of the norm in a block that has returned a value, None if none has."""
+    flow = reading.flow
+    for returned in flow.returned.get(value, ()):
+        event = flow.events[returned.event]
+        if event.path == within or not event.is_within(within) or len(event.inputs) != 1:
+            continue
+        if flow.shapes[event.inputs[0]] != flow.shapes[value] or event.inputs[0] == value:
+            continue
+        if _is_norm(reading, event.path, flow.shapes[value][-1]):
+            return returned.event
+    return None
+
+
+def _is_norm(reading: Reading, path: str, width: int) -> bool:
+    """Whether a module looks like a norm of values of a width."""
+    module = reading.modules[path]
+    weight = getattr(module, "weight", None)
+    vector = isinstance(weight, torch.Tensor) and tuple(weight.shape) == (width,)
+    return vector or "norm" in type(module).__name__.lower()
 
 
 def _is_made_of(reading: Reading, value: int, entry: int) -> bool:
@@ -90,6 +164,7 @@ def named(
     attention: Core | None,
     cross: Core | None,
     first: int,
+    width_inside: Callable[[int], int],
 ) -> dict[str, int]:
     """Which of the values that are added is what, by name.
 
@@ -100,6 +175,7 @@ def named(
         attention: the block's attention.
         cross: its attention to an encoder's states.
         first: the block's first event.
+        width_inside: how wide the layers are that make a value.
     """
     found: dict[str, int] = {}
     rest: list[int] = []
@@ -115,11 +191,17 @@ def named(
             found.setdefault("attention_out", leaf)
         else:
             rest.append(leaf)
-    for leaf in rest:
-        # Of two that do not attend, the first mixes positions in some other way.
-        is_first_of_two = attention is None and len(rest) > 1
-        is_mixer = leaf == rest[0] and (leaf in mixing or is_first_of_two)
-        found.setdefault("mixer_out" if is_mixer else "mlp_out", leaf)
+    # Of two that do not attend, the first mixes positions in some other way.
+    if rest and (rest[0] in mixing or (attention is None and len(rest) > 1)):
+        found["mixer_out"] = rest.pop(0)
+    if len(rest) == 2:
+        # Behind the MLP there may be one more, narrower: an adapter, an embedding of each layer's.
+        mlp, behind = rest
+        if width_inside(mlp) <= width_inside(behind) or not reading.leads_to({mlp}, behind, first):
+            return {}
+        found["extra_out"] = rest.pop()
+    if rest:
+        found["mlp_out"] = rest[0]
     return found if len(found) == len(leaves) else {}
 
 
@@ -133,18 +215,19 @@ def middle(
 ) -> Spot | None:
     """The residual stream between attention and MLP, where one comes after the other."""
     last = added.get("mlp_out")
-    if last is None or len(leaves) < 2 or leaves[-1] != last:
+    if last is None or last not in leaves[1:]:
         return None
+    before = {value: previous for previous, value in pairwise(chain)}
     for value in reversed(chain):
         maker = reading.flow.maker(value)
         if maker is not None and maker.function in _SUMS and last in maker.inputs:
-            (onward,) = [part for part in maker.inputs if part != last] or [value]
-            while onward in chain:
+            onward = before.get(value)
+            while onward is not None and onward in chain:
                 maker = reading.flow.maker(onward)
                 if maker is None or maker.function in _SUMS:
                     one_by_one = reading.leads_to({onward}, last, first)
                     return reading.spot(onward, within) if one_by_one else None
-                onward = maker.inputs[0]
+                onward = before.get(onward)
     return None
 
 
@@ -161,11 +244,7 @@ def norms(
         event = flow.events[at]
         if event.function or not event.path.startswith(f"{path}.") or not event.inputs:
             continue
-        module = reading.modules[event.path]
-        weight = getattr(module, "weight", None)
-        vector = isinstance(weight, torch.Tensor) and tuple(weight.shape) == (width,)
-        named = "norm" in type(module).__name__.lower()
-        if not (vector or named) or flow.shapes[event.inputs[0]][-1] != width:
+        if not _is_norm(reading, event.path, width) or flow.shapes[event.inputs[0]][-1] != width:
             continue
         others.append(event.path)
         if event.inputs[0] in stream:

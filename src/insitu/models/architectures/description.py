@@ -16,7 +16,7 @@ from insitu.models.parts import Block, Spot
 from insitu.runtime.dataflow import Dataflow
 from insitu.runtime.inside import SEPARATOR
 
-_ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out")
+_ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out", "extra_out")
 _STREAM = ("residual_in", "residual_mid", "residual_out")
 _PLACE = re.compile(
     r"(?P<path>[\w.]*?)\.?(?:ops\.(?P<function>\w+)\[(?P<call>\d+)\]\.)?"

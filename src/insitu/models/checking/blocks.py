@@ -28,7 +28,7 @@ PATTERNS = "patterns sum to one"
 WEIGHTED = "pattern @ v is z"
 HEADS = "heads reassemble"
 
-_ADDED = ("attention_out", "cross_attention_out", "mixer_out", "mlp_out")
+_ADDED = ("attention_out", "cross_attention_out", "mixer_out", "mlp_out", "extra_out")
 _ATTENTIONS = ("attention", "cross_attention")
 
 
@@ -86,18 +86,26 @@ def _sum_of(run: Run, path: str) -> Check:
         return missing
     terms = [run.values[path, name] for name in ("residual_in", *added)]
     found = identities.summed(terms, run.values[path, "residual_out"])
+    factors = identities.combined(terms, run.values[path, "residual_out"])
+    if not found.is_rounding and factors.is_rounding:
+        return said(SUMS, path, factors, "with factors")
     if not found.is_rounding and not found.note:
         found = found._replace(note=f"residual_in + {' + '.join(added)} is not residual_out")
     return said(SUMS, path, found)
 
 
 def _middle_of(run: Run, path: str) -> Check:
-    names = ("residual_mid", "mlp_out", "residual_out")
+    more = isinstance(run.entries[path].get("extra_out"), Named)
+    names = ("residual_mid", "mlp_out", *(("extra_out",) if more else ()), "residual_out")
     missing = unread(run, MIDDLE, path, *names)
     if missing:
         return missing
-    middle, added, total = (run.values[path, name] for name in names)
-    return said(MIDDLE, path, identities.summed([middle, added], total))
+    *terms, total = (run.values[path, name] for name in names)
+    found = identities.summed(terms, total)
+    factors = identities.combined(terms, total)
+    if not found.is_rounding and factors.is_rounding:
+        return said(MIDDLE, path, factors, "with factors")
+    return said(MIDDLE, path, found)
 
 
 def _all_read(run: Run, path: str) -> Check | None:

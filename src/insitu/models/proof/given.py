@@ -22,6 +22,7 @@ NAMES = (
     *(
         "cross_attention_out",
         "mixer_out",
+        "extra_out",
         "mlp_out",
         "attention",
         "cross_attention",

@@ -50,6 +50,35 @@ def summed(terms: Sequence[Tensor], total: Tensor) -> Difference:
     return compared(wide.sum(0), total, wide.abs().sum(0), (*terms, total))
 
 
+def combined(terms: Sequence[Tensor], total: Tensor) -> Difference:
+    """Returns how far a value is from a sum of others with factors, channel by channel.
+
+    The factors, and a bias beside them, are those that fit best. They are the same at all
+    positions, of which there are many more than factors, so that only a true sum fits.
+
+    Args:
+        terms: `(batch, position, d_model)` each.
+        total: what they make together.
+    """
+    if any(term.shape != total.shape for term in terms):
+        shapes = " + ".join(str(tuple(term.shape)) for term in terms)
+        return Difference(math.inf, note=f"{shapes} cannot be {tuple(total.shape)}")
+    channels = [_by_channel(term) for term in (*terms, torch.ones_like(total))]
+    given, made = torch.stack(channels, -1), _by_channel(total)[..., None]
+    if given.shape[1] < 2 * given.shape[2]:
+        return Difference(math.inf, note=f"{given.shape[1]} positions are too few to tell")
+    factors = torch.linalg.lstsq(given, made, driver="gelsd").solution
+    parts = given * factors.mT
+    for term in (parts[..., number] for number in range(len(terms))):
+        if not float((term - term[:, :1]).abs().max()) > 1e-4 * float(made.abs().max()):
+            return Difference(math.inf, note="one of them has no part in it")
+    return compared(parts.sum(-1), made[..., 0], parts.abs().sum(-1), (*terms, total))
+
+
+def _by_channel(value: Tensor) -> Tensor:
+    return value.detach().cpu().double().flatten(0, -2).T
+
+
 def reassembled(result: Tensor, bias: Tensor, output: Tensor) -> Difference:
     """Returns how far what all heads make together is from what the layer behind them returns.
 

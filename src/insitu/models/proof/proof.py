@@ -165,6 +165,8 @@ def wanted(body: Body, entries: Mapping[str, Mapping[str, Any]]) -> tuple[list[N
             for layer in heads.projections.values():
                 both(layer)
             both(heads.out, heads.z.call if heads.z else 0)
+        for summed in block.summed if block else ():
+            both(summed.norm, summed.call)
         mlp = block.mlp if block else None
         if mlp is not None:
             both(mlp.path)

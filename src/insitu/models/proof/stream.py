@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from insitu.models.proof import identities
 from insitu.models.proof.evidence import Evidence, Reasons, sizes
+from insitu.models.proof.runs import Tensor
+from insitu.runtime.hooks import Place
 
 STREAM = ("residual_in", "residual_mid", "residual_out")
-ADDED = ("attention_out", "cross_attention_out", "mixer_out", "mlp_out")
+ADDED = ("attention_out", "cross_attention_out", "mixer_out", "mlp_out", "extra_out")
 
 
 def reasons_of_stream(evidence: Evidence, path: str) -> Reasons:
@@ -20,7 +25,7 @@ def reasons_of_stream(evidence: Evidence, path: str) -> Reasons:
     """
     names = [name for name in (*STREAM, *ADDED) if evidence.named(path, name) is not None]
     values = {name: evidence.value(path, name) for name in names}
-    expected = (evidence.rows, evidence.positions(path), evidence.block(path).width)
+    expected = (evidence.rows, evidence.positions(path) or 0, evidence.block(path).width)
     for name, value in values.items():
         if value is None:
             return dict.fromkeys(names, f"its `{name}` does not come to pass.")
@@ -28,27 +33,72 @@ def reasons_of_stream(evidence: Evidence, path: str) -> Reasons:
             why = f"its `{name}` is {sizes(value)}, and not (batch, position, d_model)."
             return dict.fromkeys(names, why)
     there = {name: value for name, value in values.items() if value is not None}
+    if evidence.block(path).summed and there:
+        return _reasons_of_normalised(evidence, path, there, expected)
     if not {"residual_in", "residual_out"} <= there.keys():
         return {}
     if not any(name in there for name in ADDED):
         return {}  # what is added has no names, and a block's ends are what hooks see of it
-    terms = [there[name] for name in ("residual_in", *ADDED) if name in there]
-    if not identities.summed(terms, there["residual_out"]).is_rounding:
-        added = " + ".join(name for name in ADDED if name in there)
-        return dict.fromkeys(names, f"residual_in + {added} is not residual_out in it.")
+    added = [name for name in ADDED if name in there]
+    terms = [there[name] for name in ("residual_in", *added)]
+    if not _adds_up(terms, there["residual_out"]):
+        why = f"residual_in + {' + '.join(added)} is not residual_out in it, with factors or none."
+        return dict.fromkeys(names, why)
     found: Reasons = {}
     middle = there.get("residual_mid")
     if middle is not None and "mlp_out" in there:
-        before = [there[name] for name in ("residual_in", *ADDED[:-1]) if name in there]
-        first = identities.summed(before, middle)
-        second = identities.summed([middle, there["mlp_out"]], there["residual_out"])
-        if not (first.is_rounding and second.is_rounding):
+        later = added.index("mlp_out")
+        before = [there[name] for name in ("residual_in", *added[:later])]
+        behind = [middle, *(there[name] for name in added[later:])]
+        if not (_adds_up(before, middle) and _adds_up(behind, there["residual_out"])):
             found["residual_mid"] = "it does not stand between what its two parts add."
-    returned = evidence.base.places.get((path, "output", 0))
-    returned = returned[0] if isinstance(returned, tuple) else returned
-    if not isinstance(returned, torch.Tensor) or not torch.equal(returned, there["residual_out"]):
+    returned = _first(evidence, (path, "output", 0))
+    if returned is None or not torch.equal(returned, there["residual_out"]):
         found["residual_out"] = "it is not what the block returns."
     return found
+
+
+def _adds_up(terms: Sequence[Tensor], total: Tensor) -> bool:
+    """Whether a value is the sum of others, which may be multiplied with factors before."""
+    if identities.summed(terms, total).is_rounding:
+        return True
+    return identities.combined(terms, total).is_rounding
+
+
+def _reasons_of_normalised(
+    evidence: Evidence, path: str, there: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> Reasons:
+    """What a block adds, where norms stand between its sums: each goes into its norm."""
+    whole = _first(evidence, (path, "input", 0), shape)
+    named: set[str] = set()
+    for summed in evidence.block(path).summed:
+        where: Place = (summed.norm or path, "input" if summed.norm else "output", summed.call)
+        total = _first(evidence, where, shape)
+        terms = [there[name] for name in summed.added if name in there]
+        named.update(summed.added)
+        into = f"`{summed.norm.removeprefix(f'{path}.')}`" if summed.norm else "what it returns"
+        if whole is None or total is None or not _adds_up([whole, *terms], total):
+            said = " + ".join(("what is given", *summed.added))
+            return dict.fromkeys(there, f"{said} is not what goes into {into} in it.")
+        whole = total
+        if summed.norm is not None:
+            whole = _first(evidence, (summed.norm, "output", summed.call), shape)
+    returned = _first(evidence, (path, "output", 0), shape)
+    if whole is None or returned is None or not torch.equal(whole, returned):
+        return dict.fromkeys(there, "what its last norm returns is not what the block does.")
+    why = "it is added to nothing that is normalised."
+    return {name: why for name in there if name not in named}
+
+
+def _first(evidence: Evidence, place: Place, shape: tuple[int, ...] | None = None) -> Tensor | None:
+    """What passed a place, of a tuple the first, in a shape; None if that is no such tensor."""
+    value = evidence.base.places.get(place)
+    value = value[0] if isinstance(value, tuple) and value else value
+    if not isinstance(value, torch.Tensor):
+        return None
+    if shape is None:
+        return value
+    return value.reshape(shape) if value.numel() == math.prod(shape) else None
 
 
 def reasons_of_returned(evidence: Evidence, path: str) -> Reasons:
