@@ -11,7 +11,7 @@ from tests.fidelity.every.plain import Layer, changed, layers_with
 from tests.fidelity.every.verdict import close, constant, demand, same
 
 _STREAM = ("residual_in", "residual_mid", "residual_out")
-_ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out")
+_ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out", "extra_out")
 
 
 def residual(case: Case, block: Any) -> None:
@@ -33,11 +33,59 @@ def residual(case: Case, block: Any) -> None:
         demand(seen, f"{block.path} residual_out is not what the block returns")
     added = [values[name] for name in _ADDED if name in there]
     if {"residual_in", "residual_out"} <= values.keys() and added:
-        total = values["residual_in"] + sum(added)
-        close(total, values["residual_out"], f"{block.path}: residual_in and what is added")
+        right = adds_up([values["residual_in"], *added], values["residual_out"])
+        demand(right, f"{block.path}: residual_in and what is added")
     if {"residual_mid", "residual_out", "mlp_out"} <= values.keys():
-        total = values["residual_mid"] + values["mlp_out"]
-        close(total, values["residual_out"], f"{block.path}: residual_mid and mlp_out")
+        names = [name for name in ("residual_mid", "mlp_out", "extra_out") if name in values]
+        right = adds_up([values[name] for name in names], values["residual_out"])
+        demand(right, f"{block.path}: residual_mid and mlp_out")
+    if "residual_in" not in values:
+        for name in _ADDED:
+            if name in values:
+                demand(is_normalised(case, block, values[name]), f"{block.path} {name}")
+
+
+def adds_up(terms: list[torch.Tensor], total: torch.Tensor) -> bool:
+    """Whether values make another in sum, or with a factor for each channel and a bias."""
+    if same(total, torch.stack(terms).sum(0)):
+        return True
+    for channel in range(total.shape[-1]):
+        columns = [term[..., channel].flatten().double() for term in terms]
+        given = torch.stack([*columns, torch.ones_like(columns[0])], 1)
+        made = total[..., channel].flatten().double()
+        factors = torch.linalg.pinv(given) @ made
+        scale = float((given * factors).abs().max())
+        if float((given @ factors - made).abs().max()) > 1e-4 * max(scale, 1e-3):
+            return False
+        if float((factors[:-1] * given[:, :-1].std(0)).abs().min()) < 1e-4 * float(made.std()):
+            return False  # one of them is not in it
+    return True
+
+
+def is_normalised(case: Case, block: Any, added: torch.Tensor) -> bool:
+    """Whether a value and the one before make what a module in the block is given, or it returns.
+
+    The one before is what the block is given, or what another module in it has returned.
+    """
+    shape = added.shape
+    calls = [(p, c) for p, c in case.plain.calls.items() if p.startswith(f"{block.path}.")]
+    own = case.plain.calls[block.path][0]
+    norms = [c for p, (c, *_) in calls if "norm" in f"{p} {_kind(case, p)}".lower()]
+    before = [one for call in norms for one in call.returned] + own.given[:1]
+    sums = [one for call in norms for one in call.given[:1]] + own.returned[:1]
+    found = [
+        (first.reshape(shape), second.reshape(shape))
+        for first in before
+        for second in sums
+        if first.numel() == second.numel() == added.numel()
+    ]
+    return any(same(one + added, total) for one, total in found) or any(
+        adds_up([one, added], total) for one, total in found
+    )
+
+
+def _kind(case: Case, path: str) -> str:
+    return type(case.module.get_submodule(path)).__name__
 
 
 def is_given(case: Case, layer: Layer, value: torch.Tensor) -> bool:

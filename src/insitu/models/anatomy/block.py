@@ -65,7 +65,7 @@ def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | 
     stream: dict[str, Spot] = {}
     if chain and not way.norms:
         stream["residual_in"] = start
-        between = middle(reading, chain, leaves, added, path, call.first)
+        between = middle(reading, way, added, path, call.first)
         if between is not None:
             stream["residual_mid"] = between
         stream["residual_out"] = Spot(path, "output", 0, (0,), flow.shapes[exit])

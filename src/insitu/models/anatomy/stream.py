@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -28,11 +27,13 @@ class Stream:
     Attributes:
         chain: its values from first to last, without the input; none if the output is not reached.
         leaves: what is added, in the order in which it is.
+        sums: those values of the chain that something is added in.
         norms: the calls of norms on the way, and how many leaves are added before each.
     """
 
     chain: Sequence[int] = ()
     leaves: Sequence[int] = ()
+    sums: Sequence[int] = ()
     norms: Sequence[tuple[int, int]] = ()
 
 
@@ -96,6 +97,7 @@ def find_stream(
     if exit == entry or not reaches(exit):
         return Stream()
     chain: list[int] = []
+    sums: list[int] = []
     added: list[list[int]] = []
     norms: list[tuple[int, int]] = []
     value = exit
@@ -110,12 +112,17 @@ def find_stream(
             others = [part for part in parts if part != onward]
             if through != "sums":  # a bias of the stream is no part of what is added
                 others = [part for part in others if not is_small(part)]
+                if not others:
+                    value = onward
+                    continue
+            sums.append(value)
             added.append([leaf for part in others for leaf in leaves_of(part)])
         value = onward
     behind = [len(leaves) for leaves in added]
     return Stream(
         chain[::-1],
         [leaf for leaves in reversed(added) for leaf in leaves],
+        sums[::-1],
         [(norm, sum(behind[count:])) for norm, count in reversed(norms)],
     )
 
@@ -207,27 +214,22 @@ def named(
 
 def middle(
     reading: Reading,
-    chain: Sequence[int],
-    leaves: Sequence[int],
+    way: Stream,
     added: Mapping[str, int],
     within: str,
     first: int,
 ) -> Spot | None:
     """The residual stream between attention and MLP, where one comes after the other."""
     last = added.get("mlp_out")
-    if last is None or last not in leaves[1:]:
+    if last is None or last not in way.leaves[1:]:
         return None
-    before = {value: previous for previous, value in pairwise(chain)}
-    for value in reversed(chain):
+    before = None
+    for value in way.sums:
         maker = reading.flow.maker(value)
-        if maker is not None and maker.function in _SUMS and last in maker.inputs:
-            onward = before.get(value)
-            while onward is not None and onward in chain:
-                maker = reading.flow.maker(onward)
-                if maker is None or maker.function in _SUMS:
-                    one_by_one = reading.leads_to({onward}, last, first)
-                    return reading.spot(onward, within) if one_by_one else None
-                onward = before.get(onward)
+        if before is not None and maker is not None and last in maker.inputs:
+            one_by_one = reading.leads_to({before}, last, first)
+            return reading.spot(before, within) if one_by_one else None
+        before = value
     return None
 
 
