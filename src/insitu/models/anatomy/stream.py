@@ -187,9 +187,14 @@ def named(
     found: dict[str, int] = {}
     rest: list[int] = []
     mixing: set[int] = set()
+    # A convolution of queries, keys or values is a part of attention.
+    own: set[int] = set()
+    for core in (attention, cross):
+        if core is not None:
+            own.update(reading.cone(reading.flow.events[core.event].outputs[0], stream, first))
     for leaf in leaves:
         cone = set(reading.cone(leaf, stream, first))
-        if any(reading.flow.events[at].function in _MIXES for at in cone):
+        if any(reading.flow.events[at].function in _MIXES for at in cone - own):
             mixing.add(leaf)
             rest.append(leaf)
         elif cross is not None and cross.event in cone:
