@@ -119,6 +119,7 @@ class Block:
         mlp: its MLP.
         refused: why names are not given, though something was found for them: "attention.z".
         summed: of a block that normalises its sums these, in order; none of others.
+        scaled: whether the residual stream is multiplied with factors on its way.
     """
 
     path: str
@@ -131,6 +132,7 @@ class Block:
     mlp: Feedforward | None = None
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     summed: Sequence[Summed] = ()
+    scaled: bool = False
 
     def without(self, refused: Mapping[str, str]) -> Block:
         """Returns the block without what some names were found for.

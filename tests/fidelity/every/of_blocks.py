@@ -46,9 +46,22 @@ def residual(case: Case, block: Any) -> None:
 
 
 def adds_up(terms: list[torch.Tensor], total: torch.Tensor) -> bool:
-    """Whether values make another in sum, or with a factor for each channel and a bias."""
-    if same(total, torch.stack(terms).sum(0)):
+    """Whether the stream and what is added to it make a value.
+
+    With a factor for each channel and a bias it may be the stream that has these, or the sum; of
+    several that are added one after the other, each may have its own.
+    """
+    stream, *added = terms
+    whole = torch.stack(added).sum(0)
+    if same(total, stream + whole):
         return True
+    if fits([stream], total - whole) or fits([stream + whole], total):
+        return True
+    return len(added) > 1 and fits(terms, total)
+
+
+def fits(terms: list[torch.Tensor], total: torch.Tensor) -> bool:
+    """Whether values make another one with a factor for each channel, and a bias."""
     for channel in range(total.shape[-1]):
         columns = [term[..., channel].flatten().double() for term in terms]
         given = torch.stack([*columns, torch.ones_like(columns[0])], 1)

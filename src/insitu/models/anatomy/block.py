@@ -43,8 +43,10 @@ def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | 
         entry = flow.events[first].outputs[0]
         start = Spot(f"{path}.{begins}", "output", 0, (), flow.shapes[entry])
     way = find_stream(reading, exit, entry, path)
+    scaled = False
     if not way.chain:
         way = find_stream(reading, exit, entry, path, "factors")
+        scaled = bool(way.chain)
     if not way.chain:
         way = find_stream(reading, exit, entry, path, "norms")
     chain, leaves = way.chain, way.leaves
@@ -81,6 +83,7 @@ def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | 
         None if cross is None else heads_of(reading, cross, path, index),
         None if last is None else mlp_of(reading, last, path, events, attention),
         summed=_summed(way, added, flow) if added else (),
+        scaled=scaled,
     )
 
 

@@ -50,7 +50,7 @@ def summed(terms: Sequence[Tensor], total: Tensor) -> Difference:
     return compared(wide.sum(0), total, wide.abs().sum(0), (*terms, total))
 
 
-def combined(terms: Sequence[Tensor], total: Tensor) -> Difference:
+def combined(terms: Sequence[Tensor], total: Tensor, beside: Tensor | None = None) -> Difference:
     """Returns how far a value is from a sum of others with factors, channel by channel.
 
     The factors, and a bias beside them, are those that fit best. They are the same at all
@@ -59,12 +59,15 @@ def combined(terms: Sequence[Tensor], total: Tensor) -> Difference:
     Args:
         terms: `(batch, position, d_model)` each.
         total: what they make together.
+        beside: what is in it besides, as it is; None for nothing.
     """
     if any(term.shape != total.shape for term in terms):
         shapes = " + ".join(str(tuple(term.shape)) for term in terms)
         return Difference(math.inf, note=f"{shapes} cannot be {tuple(total.shape)}")
     channels = [_by_channel(term) for term in (*terms, torch.ones_like(total))]
     given, made = torch.stack(channels, -1), _by_channel(total)[..., None]
+    rest = torch.zeros_like(made[..., 0]) if beside is None else _by_channel(beside)
+    made = made - rest[..., None]
     if given.shape[1] < 2 * given.shape[2]:
         return Difference(math.inf, note=f"{given.shape[1]} positions are too few to tell")
     factors = torch.linalg.lstsq(given, made, driver="gelsd").solution
@@ -72,7 +75,9 @@ def combined(terms: Sequence[Tensor], total: Tensor) -> Difference:
     for term in (parts[..., number] for number in range(len(terms))):
         if not float((term - term[:, :1]).abs().max()) > 1e-4 * float(made.abs().max()):
             return Difference(math.inf, note="one of them has no part in it")
-    return compared(parts.sum(-1), made[..., 0], parts.abs().sum(-1), (*terms, total))
+    size = parts.abs().sum(-1) + rest.abs()
+    # In double precision there may be sums of what the model has in its own: `total` says which.
+    return compared(parts.sum(-1), made[..., 0], size, (total,))
 
 
 def _by_channel(value: Tensor) -> Tensor:

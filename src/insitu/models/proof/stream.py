@@ -40,17 +40,17 @@ def reasons_of_stream(evidence: Evidence, path: str) -> Reasons:
     if not any(name in there for name in ADDED):
         return {}  # what is added has no names, and a block's ends are what hooks see of it
     added = [name for name in ADDED if name in there]
-    terms = [there[name] for name in ("residual_in", *added)]
-    if not _adds_up(terms, there["residual_out"]):
-        why = f"residual_in + {' + '.join(added)} is not residual_out in it, with factors or none."
+    parts, scaled = [there[name] for name in added], evidence.block(path).scaled
+    if not _adds_up(there["residual_in"], parts, there["residual_out"], scaled):
+        with_factors = ", with factors or none" if scaled else ""
+        why = f"residual_in + {' + '.join(added)} is not residual_out in it{with_factors}."
         return dict.fromkeys(names, why)
     found: Reasons = {}
     middle = there.get("residual_mid")
     if middle is not None and "mlp_out" in there:
         later = added.index("mlp_out")
-        before = [there[name] for name in ("residual_in", *added[:later])]
-        behind = [middle, *(there[name] for name in added[later:])]
-        if not (_adds_up(before, middle) and _adds_up(behind, there["residual_out"])):
+        first = _adds_up(there["residual_in"], parts[:later], middle, scaled)
+        if not (first and _adds_up(middle, parts[later:], there["residual_out"], scaled)):
             found["residual_mid"] = "it does not stand between what its two parts add."
     returned = _first(evidence, (path, "output", 0))
     if returned is None or not torch.equal(returned, there["residual_out"]):
@@ -58,11 +58,22 @@ def reasons_of_stream(evidence: Evidence, path: str) -> Reasons:
     return found
 
 
-def _adds_up(terms: Sequence[Tensor], total: Tensor) -> bool:
-    """Whether a value is the sum of others, which may be multiplied with factors before."""
-    if identities.summed(terms, total).is_rounding:
+def _adds_up(stream: Tensor, added: Sequence[Tensor], total: Tensor, scaled: bool) -> bool:
+    """Whether a value is the stream with what is added to it.
+
+    Where there are factors, either the stream has one before something is added, or the sum has
+    one. Of several that are added one after the other, each may have its own.
+    """
+    if identities.summed([stream, *added], total).is_rounding:
         return True
-    return identities.combined(terms, total).is_rounding
+    if not scaled or not added:
+        return scaled and identities.combined([stream], total).is_rounding
+    whole = torch.stack([one.double() for one in added]).sum(0)
+    if identities.combined([stream], total, beside=whole).is_rounding:
+        return True
+    if identities.combined([stream.double() + whole], total).is_rounding:
+        return True
+    return len(added) > 1 and identities.combined([stream, *added], total).is_rounding
 
 
 def _reasons_of_normalised(
@@ -77,7 +88,7 @@ def _reasons_of_normalised(
         terms = [there[name] for name in summed.added if name in there]
         named.update(summed.added)
         into = f"`{summed.norm.removeprefix(f'{path}.')}`" if summed.norm else "what it returns"
-        if whole is None or total is None or not _adds_up([whole, *terms], total):
+        if whole is None or total is None or not _adds_up(whole, terms, total, True):
             said = " + ".join(("what is given", *summed.added))
             return dict.fromkeys(there, f"{said} is not what goes into {into} in it.")
         whole = total
