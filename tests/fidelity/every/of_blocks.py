@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from tests.fidelity.every.plain import Layer, changed, layers_with
 from tests.fidelity.every.verdict import close, constant, demand, same
 
 _STREAM = ("residual_in", "residual_mid", "residual_out")
-_ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out", "extra_out")
+_ADDED = ("attention_out", "cross_attention_out", "mixer_out", "mlp_out", "extra_out")
 
 
 def residual(case: Case, block: Any) -> None:
@@ -40,9 +41,7 @@ def residual(case: Case, block: Any) -> None:
         right = adds_up([values[name] for name in names], values["residual_out"])
         demand(right, f"{block.path}: residual_mid and mlp_out")
     if "residual_in" not in values:
-        for name in _ADDED:
-            if name in values:
-                demand(is_normalised(case, block, values[name]), f"{block.path} {name}")
+        normalised(case, block, {name: values[name] for name in _ADDED if name in values})
 
 
 def adds_up(terms: list[torch.Tensor], total: torch.Tensor) -> bool:
@@ -55,13 +54,20 @@ def adds_up(terms: list[torch.Tensor], total: torch.Tensor) -> bool:
     whole = torch.stack(added).sum(0)
     if same(total, stream + whole):
         return True
-    if fits([stream], total - whole) or fits([stream + whole], total):
+    size = float(total.std())
+    if fits([stream], total - whole, size) or fits([stream + whole], total, size):
         return True
-    return len(added) > 1 and fits(terms, total)
+    return len(added) > 1 and fits(terms, total, size)
 
 
-def fits(terms: list[torch.Tensor], total: torch.Tensor) -> bool:
-    """Whether values make another one with a factor for each channel, and a bias."""
+def fits(terms: list[torch.Tensor], total: torch.Tensor, size: float) -> bool:
+    """Whether values make another one with a factor for each channel, and a bias.
+
+    Args:
+        terms: these.
+        total: the other one.
+        size: how much each of them has to make of it, by a large factor at least.
+    """
     for channel in range(total.shape[-1]):
         columns = [term[..., channel].flatten().double() for term in terms]
         given = torch.stack([*columns, torch.ones_like(columns[0])], 1)
@@ -70,31 +76,33 @@ def fits(terms: list[torch.Tensor], total: torch.Tensor) -> bool:
         scale = float((given * factors).abs().max())
         if float((given @ factors - made).abs().max()) > 1e-4 * max(scale, 1e-3):
             return False
-        if float((factors[:-1] * given[:, :-1].std(0)).abs().min()) < 1e-4 * float(made.std()):
+        if float((factors[:-1] * given[:, :-1].std(0)).abs().min()) < 1e-5 * size:
             return False  # one of them is not in it
     return True
 
 
-def is_normalised(case: Case, block: Any, added: torch.Tensor) -> bool:
-    """Whether a value and the one before make what a module in the block is given, or it returns.
+def normalised(case: Case, block: Any, added: Mapping[str, torch.Tensor]) -> None:
+    """Each value that is added makes what a norm is given, with what the norm before returned.
 
-    The one before is what the block is given, or what another module in it has returned.
+    It begins with what the block is given, or with a norm of that, and ends with what it returns.
     """
-    shape = added.shape
-    calls = [(p, c) for p, c in case.plain.calls.items() if p.startswith(f"{block.path}.")]
     own = case.plain.calls[block.path][0]
-    norms = [c for p, (c, *_) in calls if "norm" in f"{p} {_kind(case, p)}".lower()]
-    before = [one for call in norms for one in call.returned] + own.given[:1]
-    sums = [one for call in norms for one in call.given[:1]] + own.returned[:1]
-    found = [
-        (first.reshape(shape), second.reshape(shape))
-        for first in before
-        for second in sums
-        if first.numel() == second.numel() == added.numel()
-    ]
-    return any(same(one + added, total) for one, total in found) or any(
-        adds_up([one, added], total) for one, total in found
-    )
+    inside = [(p, c) for p, c in case.plain.calls.items() if p.startswith(f"{block.path}.")]
+    norms = [c for p, made in inside for c in made if "norm" in f"{p} {_kind(case, p)}".lower()]
+    norms = [call for call in norms if call.given and call.returned]
+    last = own.returned[0]
+    steps = [*((call.given[0], call.returned[0]) for call in norms), (last, last)]
+    steps = [(one, made) for one, made in steps if one.numel() == last.numel()]
+    whole = [own.given[0], *(made for one, made in steps if same(one, own.given[0]))]
+    for name, value in added.items():
+        before = [one.reshape(value.shape) for one in whole if one.numel() == value.numel()]
+        sums = [(one.reshape(value.shape), made) for one, made in steps]
+        whole = [
+            made for total, made in sums if any(adds_up([one, value], total) for one in before)
+        ]
+        demand(bool(whole), f"{block.path} {name} is not in what a norm is given")
+    if added:
+        demand(any(same(one, last) for one in whole), f"{block.path}: something else is added")
 
 
 def _kind(case: Case, path: str) -> str:

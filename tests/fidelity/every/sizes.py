@@ -96,6 +96,10 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size": [96, 96], "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 8,
     },
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "minimax": {
+        "full_attn_alpha_factor": 1.5, "full_attn_beta_factor": 0.5, "mlp_alpha_factor": 0.75,
+        "linear_attn_alpha_factor": 0.5, "linear_attn_beta_factor": 1.5, "mlp_beta_factor": 1.25,
+    },
     "esm": {"vocab_size": 131},
     "t5gemma": {
         "decoder.cross_attention_hidden_size": 64, "encoder.num_hidden_layers": 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from insitu import LanguageModel
 from tests.fidelity.every.judge import judge
+from tests.fidelity.every.models import inputs_for, small_model
 from tests.fidelity.every.verdict import Verdict
 from tests.fidelity.named import eager_is_expected  # noqa: F401
 from tests.fidelity.zoo import ZOO, module_of
@@ -45,6 +47,40 @@ def test_a_name_that_stands_for_something_else_is_found(
     others, column = SWAPS[swap]
     planted(monkeypatch, lambda path, name: (path, others.get(name, name)))
     assert judged("llama")[column].state == "wrong"
+
+
+SCALED: Mapping[str, tuple[str, Mapping[str, str], str]] = {
+    "what leaves a block of normalised sums": ("bert", {"attention_out": "block_out"}, "residual"),
+    "what another part adds": ("bert", {"mlp_out": "attention_out"}, "residual"),
+    "attention for the MLP": (
+        "bert", {"mlp_out": "attention_out", "attention_out": "mlp_out"}, "residual",
+    ),
+    "what is added twice, with factors": ("minimax", {"mlp_out": "mixer_out"}, "residual"),
+    "the stream for what is added": ("doge", {"attention_out": "residual_mid"}, "residual"),
+    "what enters for the middle": ("doge", {"residual_mid": "residual_in"}, "residual"),
+    "attention for the MLP, with factors": (
+        "doge", {"mlp_out": "attention_out", "attention_out": "mlp_out"}, "residual",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["doge", "minimax"])
+def test_what_is_right_with_factors_is_found_right(name: str) -> None:
+    module = small_model("causal", name)
+    assert judge(module, inputs_for(module))["residual"].state == "right"
+
+
+@pytest.mark.parametrize("swap", SCALED)
+def test_a_wrong_name_beside_factors_and_norms_is_found(
+    swap: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kind, others, column = SCALED[swap]
+    module = small_model("causal", kind)
+    monkeypatch.setenv("INSITU_PROOFS", str(tmp_path))  # what is planted must not be proven too
+    for block in LanguageModel(module).blocks:
+        assert "mlp_out" in list(block.role)
+    planted(monkeypatch, lambda path, name: (path, others.get(name, name)))
+    assert judge(module, inputs_for(module))[column].state == "wrong"
 
 
 @pytest.mark.parametrize(("name", "column"), [("pattern", "pattern"), ("z", "heads")])

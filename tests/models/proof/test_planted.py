@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import IBertConfig, IBertForMaskedLM, XmodConfig, XmodForMaskedLM
 
 from insitu import LanguageModel, PathError
@@ -15,7 +16,8 @@ from insitu.models import body as bodies
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.tracing.forms import Split, Swapped
 from insitu.tracing.vocabulary import Missing
-from tests.fidelity.zoo import module_of
+from tests.fidelity.every.models import small_model
+from tests.fidelity.zoo import ZOO, module_of
 
 pytestmark = pytest.mark.no_wire  # what is sent does not depend on it
 
@@ -66,6 +68,16 @@ def of_another_layer(heads: Heads, path: str) -> dict[str, Any]:
         return spot and replace(spot, path=spot.path.replace(path, f"{stack}.0"))
 
     return {"scores": first(heads.scores), "pattern": first(heads.pattern)}
+
+
+def unscaled(block: Block) -> Block:
+    """What attention returns, for what is made of it before it is added."""
+    found = {
+        name: replace(spot, path=f"{block.path}.self_attn", item=(0,), call=0)
+        for name, spot in block.added.items()
+        if name in ("attention_out", "mixer_out")
+    }
+    return replace(block, added={**block.added, **found})
 
 
 PLANTED: dict[str, tuple[str, Plant, tuple[str, ...]]] = {
@@ -124,6 +136,44 @@ PLANTED: dict[str, tuple[str, Plant, tuple[str, ...]]] = {
     "what is added, once too often": (
         "llama", of_stream(attention_out="mlp_out"), ("residual_out", "mlp_out"),
     ),
+    "attention for the MLP, where sums are normalised": (
+        "bert", of_stream(attention_out="mlp_out", mlp_out="attention_out"),
+        ("attention_out", "mlp_out"),
+    ),
+    "what goes into attention's last layer for what it adds": (
+        "bert",
+        lambda block: replace(
+            block,
+            added={
+                **block.added,
+                "attention_out": replace(
+                    block.added["attention_out"],
+                    path=f"{block.path}.attention.output.dense",
+                    kind="input",
+                ),
+            },
+        ),
+        ("attention_out", "mlp_out"),
+    ),
+    "a norm that the sum does not go into": (
+        "bert",
+        lambda block: replace(
+            block, summed=[replace(one, norm=block.summed[-1].norm) for one in block.summed]
+        ),
+        ("attention_out", "mlp_out"),
+    ),
+    "attention for the MLP, where the stream is scaled": (
+        "doge", of_stream(attention_out="mlp_out", mlp_out="attention_out"), ("residual_mid",),
+    ),
+    "what is added, without its factor": (
+        "minimax", unscaled, ("mixer_out", "mlp_out"),
+    ),
+    "what is added twice, where the stream is scaled": (
+        "doge", of_stream(attention_out="mlp_out"), ("residual_in", "mlp_out"),
+    ),
+    "what enters for the middle, where the stream is scaled": (
+        "doge", of_stream(residual_mid="residual_in"), ("residual_mid",),
+    ),
     "post before the gate": ("llama", of_mlp(before_the_gate), ("mlp.post", "mlp.W_out")),
     "the gate for what it is multiplied with": (
         "llama",
@@ -146,6 +196,11 @@ PLANTED: dict[str, tuple[str, Plant, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+def made(name: str) -> nn.Module:
+    """A small model of an architecture, of those that are tested in depth or of the others."""
+    return module_of(name) if name in ZOO else small_model("causal", name)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INSITU_PROOFS", "off")
@@ -166,13 +221,13 @@ def entry_of(model: LanguageModel, block: str, key: str) -> Any:
 @pytest.mark.parametrize("planted", PLANTED)
 def test_what_is_planted_is_refused(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, plant, keys = PLANTED[planted]
-    plain = LanguageModel(module_of(name))
+    plain = LanguageModel(made(name))
     last = plain.blocks[-1].path
     for key in keys:
         assert not isinstance(entry_of(plain, last, key), Missing), key
     find = bodies.block_of
     monkeypatch.setattr(bodies, "block_of", lambda *args: plant(find(*args)))
-    model = LanguageModel(module_of(name))
+    model = LanguageModel(made(name))
     for key in keys:
         found = entry_of(model, last, key)
         assert isinstance(found, Missing) and found.reason.endswith("."), key
@@ -266,5 +321,11 @@ def test_an_adapter_behind_an_mlp_is_not_taken_for_it() -> None:
         default_language="en_XX",
     )  # fmt: skip
     model = LanguageModel(XmodForMaskedLM(config).eval())
-    with pytest.raises(PathError, match=r"no `mlp`: it is .*"):
-        model.blocks[0].role["mlp"]
+    weight = model.blocks[0].role["mlp"].role["W_out"]
+    layer = model.module.roberta.encoder.layer[0].output.dense
+    assert torch.equal(weight, layer.weight.T)
+    with model.trace([5, 6, 7], lang_ids=torch.tensor([0])):
+        added = model.blocks[0].role["mlp_out"].save()
+        more = model.blocks[0].role["extra_out"].save()
+        made = model.blocks[0]["output"].dense.output.save()
+    assert torch.equal(added.value, made.value) and more.value.shape == made.value.shape

@@ -71,8 +71,8 @@ def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | 
         if between is not None:
             stream["residual_mid"] = between
         stream["residual_out"] = Spot(path, "output", 0, (0,), flow.shapes[exit])
-    # Where sums are normalised, the whole of the block shows which MLP it has.
-    last = added.get("mlp_out") if stream else exit
+    # Where nothing was told apart as the MLP's, the whole of the block may show which it has.
+    last = added.get("mlp_out", None if stream and not scaled else exit)
     return Block(
         path,
         flow.shapes[exit][-1],

@@ -72,12 +72,13 @@ def combined(terms: Sequence[Tensor], total: Tensor, beside: Tensor | None = Non
         return Difference(math.inf, note=f"{given.shape[1]} positions are too few to tell")
     factors = torch.linalg.lstsq(given, made, driver="gelsd").solution
     parts = given * factors.mT
+    size = float(made.abs().max() + rest.abs().max())
     for term in (parts[..., number] for number in range(len(terms))):
-        if not float((term - term[:, :1]).abs().max()) > 1e-4 * float(made.abs().max()):
+        if not float((term - term[:, :1]).abs().max()) > 1e-4 * size:
             return Difference(math.inf, note="one of them has no part in it")
-    size = parts.abs().sum(-1) + rest.abs()
-    # In double precision there may be sums of what the model has in its own: `total` says which.
-    return compared(parts.sum(-1), made[..., 0], size, (total,))
+    summands = parts.abs().sum(-1) + rest.abs()
+    # Terms may be sums in double precision: `total` has the dtype of the model.
+    return compared(parts.sum(-1), made[..., 0], summands, (total,))
 
 
 def _by_channel(value: Tensor) -> Tensor:
