@@ -86,9 +86,10 @@ def _sum_of(run: Run, path: str) -> Check:
         return missing
     terms = [run.values[path, name] for name in ("residual_in", *added)]
     found = identities.summed(terms, run.values[path, "residual_out"])
-    factors = identities.combined(terms, run.values[path, "residual_out"])
-    if not found.is_rounding and factors.is_rounding:
-        return said(SUMS, path, factors, "with factors")
+    if not found.is_rounding and _is_scaled(run, path):
+        found = identities.combined(terms, run.values[path, "residual_out"])
+        if found.is_rounding:
+            return said(SUMS, path, found, "with factors")
     if not found.is_rounding and not found.note:
         found = found._replace(note=f"residual_in + {' + '.join(added)} is not residual_out")
     return said(SUMS, path, found)
@@ -102,10 +103,17 @@ def _middle_of(run: Run, path: str) -> Check:
         return missing
     *terms, total = (run.values[path, name] for name in names)
     found = identities.summed(terms, total)
-    factors = identities.combined(terms, total)
-    if not found.is_rounding and factors.is_rounding:
-        return said(MIDDLE, path, factors, "with factors")
-    return said(MIDDLE, path, found)
+    if found.is_rounding or not _is_scaled(run, path):
+        return said(MIDDLE, path, found)
+    found = identities.combined(terms, total)
+    return said(MIDDLE, path, found, "with factors" if found.is_rounding else "")
+
+
+def _is_scaled(run: Run, path: str) -> bool:
+    """Whether the residual stream of a block is multiplied with factors on its way."""
+    vocabulary = run.model.vocabulary
+    block = vocabulary.body.blocks().get(path) if isinstance(vocabulary, Names) else None
+    return block is not None and block.scaled
 
 
 def _all_read(run: Run, path: str) -> Check | None:

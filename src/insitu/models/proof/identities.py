@@ -70,6 +70,8 @@ def combined(terms: Sequence[Tensor], total: Tensor, beside: Tensor | None = Non
     made = made - rest[..., None]
     if given.shape[1] < 2 * given.shape[2]:
         return Difference(math.inf, note=f"{given.shape[1]} positions are too few to tell")
+    if not (given.isfinite().all() and made.isfinite().all()):
+        return Difference(math.inf, note="there are numbers that are none")
     factors = torch.linalg.lstsq(given, made, driver="gelsd").solution
     parts = given * factors.mT
     size = float(made.abs().max() + rest.abs().max())
