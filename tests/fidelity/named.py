@@ -122,7 +122,7 @@ def shape_of(name: str, part: Any, key: str) -> torch.Size:
     return value.value.shape
 
 
-ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out")
+ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out", "extra_out")
 
 
 OF_HEADS = ("q", "k", "v", "scores", "pattern", "z", "result")

@@ -82,6 +82,8 @@ def handed_on(block: Any, found: dict[str, torch.Tensor]) -> Iterator[tuple[str,
     """What a sum hands on to what it is the sum of."""
     leaving = found.get("residual_out")
     middle = found.get("residual_mid", leaving)
+    if leaving is None:
+        return  # a norm comes between
     for key in there(block, *ADDED):
         if key == "attention_out" and "cross_attention_out" in found:
             continue  # what attends to the encoder comes between

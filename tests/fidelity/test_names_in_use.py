@@ -264,7 +264,7 @@ def test_errors_name_what_is_missing_and_why() -> None:
             kept("mixtral").blocks[0].mlp.pre  # noqa: B018
     with pytest.raises(PathError, match="is no sum of"):
         with kept("bert").trace(ids("bert")):
-            kept("bert").blocks[0].attention_out  # noqa: B018
+            kept("bert").blocks[0].residual_mid  # noqa: B018
     with pytest.raises(PathError, match="cannot be assigned"):
         with kept("gpt2").trace(ids("gpt2")):
             kept("gpt2").blocks[0].attention = 1

@@ -15,7 +15,6 @@ import torch
 
 from tests.fidelity.named import (
     ADDED,
-    VALUES,
     attention_roles,
     attentions,
     attentions_of,
@@ -62,8 +61,44 @@ def test_what_is_added_to_the_residual_stream_makes_what_leaves_the_block(name: 
 def test_where_blocks_normalise_the_sum_there_is_no_residual_stream(name: str) -> None:
     for stack in named_stacks(name, kept(name)):
         for block in stack:
-            for key in VALUES[""]:
+            for key in ("residual_in", "residual_mid", "residual_out"):
                 missing(block, key, match="no sum of what it is given and what it adds")
+
+
+@pytest.mark.parametrize("name", lacking("residual"))
+def test_where_blocks_normalise_the_sum_norms_are_given_what_is_added(name: str) -> None:
+    """Each value, read or written, is in what one norm is given beyond the value before it."""
+    model, inputs = kept(name), ZOO[name].inputs(2, 7)
+    for block in last_blocks(name, model):
+        keys = there(block, "attention_out", "cross_attention_out", "mlp_out")
+        norms = [part for part in block.module.modules() if isinstance(part, torch.nn.LayerNorm)]
+        assert len(keys) == len(norms), block.path
+        draw = torch.Generator().manual_seed(0)
+        shapes = {key: shape_of(name, block, key) for key in keys}
+        for written in (None, *keys):
+            passed: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+            def after(
+                part: Any, args: Any, out: Any, passed: list[tuple[Any, Any]] = passed
+            ) -> None:
+                passed.append((args[0].detach().clone(), out.detach().clone()))
+
+            handles = [part.register_forward_hook(after) for part in norms]
+            try:
+                with hooked(block.module) as seen, opened(model, name, inputs):
+                    if written is not None:
+                        noise = torch.randn(shapes[written], generator=draw)
+                        setattr(block, written, noise)
+                    saved = {key: getattr(block, key).save() for key in keys}
+                    block.output[0].save()  # so that it runs to its end
+            finally:
+                for handle in handles:
+                    handle.remove()
+            before = seen["input"]
+            for key, (given, made) in zip(keys, passed[-len(keys) :], strict=True):
+                close(before + saved[key].value, given, f"{block.path} {key}")
+                before = made
+            assert torch.equal(before, seen["output"])
 
 
 @pytest.mark.parametrize("name", having("residual"))
