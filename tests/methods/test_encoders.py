@@ -46,6 +46,24 @@ SMALL: dict[str, Any] = {
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize(("what", "part"), [("attention", "attention.output"), ("mlps", "output")])
+def test_what_an_encoders_blocks_add_is_ablated(what: Any, part: str) -> None:
+    """Without it, the norm is given nothing but the value before it."""
+    module, blocks = made("encoder")
+
+    def loss(run: Any) -> Any:
+        return run.output.last_hidden_state[0, -1] @ DIRECTION
+
+    found = ablate(LanguageModel(module), CLEAN, loss, what=what)
+    for layer, block in enumerate(blocks):
+        dense = block.get_submodule(part).dense
+        handle = dense.register_forward_hook(lambda part, args, out: torch.zeros_like(out))
+        with torch.no_grad():
+            expected = module(torch.tensor([CLEAN])).last_hidden_state[0, -1] @ DIRECTION
+        handle.remove()
+        assert torch.allclose(found.values.flatten()[layer], expected, atol=1e-5)
+
+
 def made(kind: str) -> tuple[Any, Any]:
     """A module, and its blocks."""
     torch.manual_seed(0)

@@ -11,7 +11,8 @@ from torch import nn
 
 from insitu import LanguageModel, PathError
 from insitu.graph.errors import OptionError
-from insitu.methods import Result, direct_logit_attribution
+from insitu.methods import Result, direct_logit_attribution, edge_attribution
+from tests.fidelity.every.models import small_model
 from tests.fidelity.zoo import ZOO, module_of
 from tests.fidelity.zoo.absent import lacking
 
@@ -245,6 +246,22 @@ def test_the_model_is_left_as_it_was(gpt2: LanguageModel) -> None:
     assert torch.equal(run(module), before)
     assert all(part.grad is None and part.requires_grad for part in module.parameters())
     assert not any(part._forward_hooks for part in module.modules())
+
+
+def test_a_stream_with_factors_is_no_plain_sum() -> None:
+    """Where the factors are 1, it is one."""
+    module: Any = small_model("causal", "doge")
+    ids = [5, 60, 7, 80]
+    with pytest.raises(OptionError, match="is not the sum of what its blocks add"):
+        direct_logit_attribution(LanguageModel(module), ids, ANSWER)
+    with pytest.raises(OptionError, match="does not make up the stream behind it"):
+        edge_attribution(LanguageModel(module), ids, ids[::-1], lambda run: run.logits[0, -1, 7])
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("_residual"):
+                parameter.fill_(1)
+    found = direct_logit_attribution(LanguageModel(module), ids, ANSWER)
+    assert torch.allclose(found.values.sum(), run(module, ids)[-1, ANSWER], atol=1e-4)
 
 
 def test_what_cannot_be_attributed_says_why(gpt2: LanguageModel) -> None:

@@ -7,7 +7,7 @@ and the config of the text with `text_config`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -31,6 +31,26 @@ def said(config: Any, *names: str, default: Any = None) -> Any:
         if value is not None:
             return value
     return default
+
+
+def all_said(config: Any, *names: str) -> list[Any]:
+    """Returns what a config has under some names, where it may say so of each layer alone.
+
+    Newer configs refuse an attribute that differs from layer to layer, such as `head_dim`.
+
+    Args:
+        config: as of `said`.
+        names: the attributes.
+    """
+    found: list[Any] = []
+    for name in names:
+        try:
+            found.append(getattr(config, name, None))
+        except Exception:
+            layers: Any = said(config, "per_layer_config", default=())
+            of_layers = layers.values() if isinstance(layers, Mapping) else layers
+            found += [said(layer, name) for layer in of_layers]
+    return [value for value in found if value is not None]
 
 
 def text_config(config: Any) -> Any:
@@ -67,7 +87,7 @@ def expert_counts(config: Any) -> tuple[int, int]:
     text = text_config(config)
 
     def number(names: Sequence[str]) -> int:
-        counts = (getattr(text, name, None) for name in names)
+        counts = all_said(text, *names)
         return next((count for count in counts if isinstance(count, int)), 0)
 
     return number(_EXPERTS), number(_CHOSEN)

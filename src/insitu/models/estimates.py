@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from insitu.models.configuration import text_config
+from insitu.models.configuration import all_said, said, text_config
 from insitu.runtime.costs import Costs
 
 # A forward reads every weight, however few tokens it has. As many tokens take as long to compute:
@@ -39,9 +39,9 @@ def estimated_costs(
     ends = (module.get_input_embeddings(), head)
     embeddings = {id(weight_of(part)) for part in ends if part}
     text = text_config(module.config)
-    width = getattr(text, "hidden_size", 0)
-    heads = getattr(text, "num_attention_heads", 0)
-    attending = heads * (getattr(text, "head_dim", None) or 0) or width
+    width = said(text, "hidden_size", default=0)
+    heads = _largest(all_said(text, "num_attention_heads"))
+    attending = heads * _largest(all_said(text, "head_dim")) or width
     parts = [modules[blocks[0]]] if blocks else [module]
     found = [
         (name, weight.numel())
@@ -74,8 +74,8 @@ def weight_of(part: Any) -> torch.Tensor:
 
 def _chosen_experts(text: Any) -> float:
     """Which share of its experts a model lets a token pass, by its config."""
-    chosen = getattr(text, "num_experts_per_tok", None)
-    counts = (getattr(text, f"{name}_experts", None) for name in ("num_local", "num", "n_routed"))
+    chosen = said(text, "num_experts_per_tok")
+    counts = all_said(text, "num_local_experts", "num_experts", "n_routed_experts")
     count = next((count for count in counts if count), None)
     return chosen / count if chosen and count else 1.0
 
@@ -83,7 +83,13 @@ def _chosen_experts(text: Any) -> float:
 def bytes_per_token(module: Any) -> int:
     """Returns how much memory a forward needs for a token, about: its logits and hidden states."""
     text = text_config(module.config)
-    width = getattr(text, "hidden_size", 0) or 1024
-    inner = getattr(text, "intermediate_size", None) or 4 * width
+    width = said(text, "hidden_size", default=0) or 1024
+    inner = _largest(all_said(text, "intermediate_size")) or 4 * width
     size = next(module.parameters()).element_size()
-    return size * (8 * width + 3 * inner + 2 * (getattr(text, "vocab_size", 0) or 0))
+    return size * (8 * width + 3 * inner + 2 * (said(text, "vocab_size") or 0))
+
+
+def _largest(sizes: list[Any]) -> int:
+    """The largest of some sizes, 0 if there are none: some configs list one for each layer."""
+    flat = [one for size in sizes for one in (size if isinstance(size, list | tuple) else (size,))]
+    return max((one for one in flat if isinstance(one, int)), default=0)

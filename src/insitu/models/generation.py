@@ -15,7 +15,7 @@ from insitu.graph.node import Address, Site
 from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, is_ragged, join, lie_apart
 from insitu.models.choosing import listening, seeded
-from insitu.models.configuration import text_config
+from insitu.models.configuration import all_said, text_config
 from insitu.models.generated_rows import rows_apart, rows_together
 from insitu.models.padding import padding_shows, positioned, warn_of_counting
 from insitu.models.prompt_arguments import given_to_invocation
@@ -359,7 +359,7 @@ class Generation:
         It holds the last, with the padding of the shorter prompts among them.
         """
         text = text_config(self._model.config)
-        windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        windows = all_said(text, "sliding_window", "attention_chunk_size")
         longest = max(prompt.ids.shape[1] for prompt in requests)
         return any(isinstance(window, int) and longest >= window for window in windows)
 

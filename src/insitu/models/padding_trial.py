@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from insitu.models.configuration import said, text_config
+from insitu.models.configuration import all_said, said, text_config
 from insitu.models.prompts import Prompt, Side, positions_of
 from insitu.models.trial import alike, undisturbed
 from insitu.runtime.fallback import Fallback, tried
@@ -173,7 +173,7 @@ def _padded(
 def _lengths(config: Any, context: int | None) -> list[int]:
     """Lengths of prompts, one of which a small window does not hold."""
     text = text_config(config)
-    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    windows = all_said(text, "sliding_window", "attention_chunk_size")
     small = [w for w in windows if isinstance(w, int) and 0 < w <= _LONGEST_WINDOW]
     lengths = [_LENGTHS[0], max(_LENGTHS[1], *(w + 3 for w in small), 0), _LENGTHS[2]]
     return [min(length, context or length) for length in lengths]

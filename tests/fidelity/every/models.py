@@ -66,6 +66,10 @@ def small_model(task: str, kind: str) -> nn.Module:
     size = sum(parameter.numel() for parameter in module.parameters())
     assert size < _MOST, f"{kind} has {size / 1e6:.0f} million parameters: see `sizes.py`"
     spread_out(module)
+    draw = torch.Generator().manual_seed(2)
+    for name, buffer in module.named_buffers():  # such as what Gemma 4 multiplies a stream with
+        if name in module.state_dict() and buffer.is_floating_point() and buffer.numel() == 1:
+            buffer.mul_(0.5 + torch.rand((), generator=draw))
     return module
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from insitu.models.configuration import all_said
 from insitu.models.parts import Heads
 from insitu.models.proof import identities
 from insitu.models.proof.evidence import (
@@ -335,8 +336,7 @@ def numbers(config: Any, names: tuple[str, ...]) -> set[Any]:
         names: the names.
     """
     found: set[Any] = set()
-    for name in names:
-        value = getattr(config, name, None)
+    for value in all_said(config, *names):
         for one in value if isinstance(value, list | tuple) else [value]:
             if isinstance(one, int | float) and not isinstance(one, bool):
                 found.add(one)

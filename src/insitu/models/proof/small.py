@@ -216,6 +216,10 @@ def randomise(module: nn.Module) -> None:
     """
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        saved = module.state_dict()
+        for name, buffer in module.named_buffers():  # a factor that is no parameter
+            if name in saved and buffer.is_floating_point() and buffer.numel() == 1:
+                buffer.mul_(0.5 + torch.rand((), generator=draw))
         for parameter in module.parameters():
             if not parameter.is_floating_point():
                 continue
