@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
+_CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "top_k_experts",
+    "moe_k",
+    "moe_top_k",
+)
 
 
 def said(config: Any, *names: str, default: Any = None) -> Any:
@@ -86,8 +93,11 @@ def expert_counts(config: Any) -> tuple[int, int]:
     """
     text = text_config(config)
 
+    # Some keep what they say of their MLPs in a config of its own.
+    parts = [text, *(part for part in vars(text).values() if hasattr(part, "get_text_config"))]
+
     def number(names: Sequence[str]) -> int:
-        counts = all_said(text, *names)
+        counts = [count for part in parts for count in all_said(part, *names)]
         return next((count for count in counts if isinstance(count, int)), 0)
 
     return number(_EXPERTS), number(_CHOSEN)
