@@ -200,3 +200,31 @@ def test_mistakes_are_reported_at_their_line(gpt2: LanguageModel) -> None:
         attention.skip((attention.input, None))
         attention.ops.softmax[0].output.save()  # the line to find
     assert "the line to find" in str(caught.value)
+
+
+def test_what_a_part_calls_is_not_its_owners_where_its_output_is_read_too() -> None:
+    """A part whose output is asked for is called in another way than one that is not."""
+
+    class Part(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.add(x, 10)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.add(self.part(x), 100)
+
+    model = Model(Whole())
+    with model.trace(torch.zeros(2)):
+        inner = model.part.output.save()
+        outer = model.ops.add[0].output.save()
+        within = model.part.ops.add[0].output.save()
+    assert inner.tolist() == within.tolist() == [10, 10]
+    assert outer.tolist() == [110, 110]
+    with model.trace(torch.zeros(2)):
+        model.part.output[:] = 1
+        outer = model.ops.add[0].output.save()
+    assert outer.tolist() == [101, 101]
