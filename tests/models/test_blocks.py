@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from insitu import LanguageModel, Model
+from insitu import LanguageModel, Model, PathError
 from insitu.models.blocks import block_views
 from tests.conftest import hooked_hidden, tiny_gpt2
+from tests.fidelity.every.models import small_model
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
 
@@ -142,3 +143,22 @@ def test_a_block_of_a_plain_model_gives_a_tuple_too() -> None:
     assert torch.equal(hidden, hooked_hidden(module, "transformer.h.1", IDS))
     assert key.shape == value.shape == (1, 4, 5, 4)
     assert len(alone.value) == 1 and torch.equal(alone.value[0], hidden)
+
+
+def test_a_block_that_attends_twice_has_no_one_attention() -> None:
+    """Its config counts it as two layers; it has a residual stream all the same."""
+    module: Any = small_model("causal", "longcat_flash")
+    model = LanguageModel(module)
+    assert model.n_layers == len(module.model.layers) == module.config.num_hidden_layers // 2
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = module.model.layers[1].register_forward_hook(
+        lambda part, args, out: seen.append((args[0], out))
+    )
+    with model.trace(IDS):
+        entering = model.blocks[1].residual_in.save()
+        leaving = model.blocks[1].residual_out.save()
+    handle.remove()
+    assert torch.equal(entering.value, seen[-1][0])
+    assert torch.equal(leaving.value, seen[-1][1])
+    with pytest.raises(PathError, match="this block attends twice"):
+        model.blocks[1].role["attention"]

@@ -147,7 +147,7 @@ class Block:
             attention=_heads_without(self.attention, "attention", refused),
             cross_attention=_heads_without(self.cross_attention, "cross_attention", refused),
             mlp=_mlp_without(self.mlp, refused),
-            refused=refused,
+            refused={**self.refused, **refused},
         )
 
 

@@ -16,6 +16,8 @@ from insitu.models.parts import Block, Spot, Summed
 from insitu.runtime.dataflow import Dataflow
 from insitu.runtime.hooks import first_argument
 
+_TWICE = "this block attends twice, in modules of one kind: use their paths."
+
 
 def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | None:
     """Returns what a block consists of, None if it did not run.
@@ -55,6 +57,10 @@ def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | 
     cores = cores_of(reading, events)
     attending = [core for core in cores if reading.leads_to(own, core.k, call.first)]
     attention = next(iter(attending), None)
+    twice = attention is not None and any(
+        core.path != attention.path and _of_a_kind(reading, core.path, attention.path)
+        for core in attending
+    )
     # What attends to something from outside of the block does so to an encoder's states.
     cross = next((core for core in cores if core not in attending), None)
 
@@ -79,12 +85,19 @@ def block_of(reading: Reading, path: str, begins: str | None = None) -> Block | 
         stream,
         {name: spot for name, spot in spots.items() if spot is not None},
         norms(reading, path, events, [entry, *(chain if stream else ())], leaves if stream else ()),
-        None if attention is None else heads_of(reading, attention, path, index),
+        None if attention is None or twice else heads_of(reading, attention, path, index),
         None if cross is None else heads_of(reading, cross, path, index),
         None if last is None else mlp_of(reading, last, path, events, attention),
         summed=_summed(way, added, flow) if added else (),
         scaled=scaled,
+        refused={"attention": _TWICE} if twice else {},
     )
+
+
+def _of_a_kind(reading: Reading, one: str, other: str) -> bool:
+    """Whether two modules are of one class, and lie side by side."""
+    first, second = reading.modules[one], reading.modules[other]
+    return type(first) is type(second) and one.rpartition(".")[0] == other.rpartition(".")[0]
 
 
 def _summed(way: Stream, added: Mapping[str, int], flow: Dataflow) -> list[Summed]:

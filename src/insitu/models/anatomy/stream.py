@@ -72,6 +72,10 @@ def find_stream(
             return maker.inputs
         if maker.function in (*RESHAPES, "clamp"):
             return maker.inputs[:1]
+        # The whole of a value may be taken as a part of it, beside an empty one.
+        same = bool(maker.inputs) and flow.shapes[maker.inputs[0]] == flow.shapes[value]
+        if through != "sums" and maker.function == "getitem" and same:
+            return maker.inputs[:1]
         if through != "sums" and maker.function in _SCALES:
             large = [part for part in maker.inputs if not is_small(part)]
             return large if len(large) == 1 else ()

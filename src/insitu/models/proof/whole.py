@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from insitu.models.configuration import all_said
 from insitu.models.proof import identities
 from insitu.models.proof.evidence import Evidence, Reasons, noise
 from insitu.models.proof.runs import Runs, Tensor
@@ -74,8 +75,9 @@ def _depths(config: Any) -> list[int]:
     """How many blocks a model has by its config; none of one that consists of several."""
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
         return []
-    depth = getattr(config, "num_hidden_layers", None)
-    return [depth] if type(depth) is int and depth > 0 else []
+    # A block of several attentions may count as several layers beside.
+    depths = all_said(config, "num_hidden_layers", "num_layers")
+    return sorted({depth for depth in depths if type(depth) is int and depth > 0})
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
