@@ -214,7 +214,9 @@ class Batches:
                     return forward(model, module, kwargs, prompts)
 
             summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], None)
-            return Pass(call, own, True, summary, None, stretch.reads)
+            # The only pass gives all that is read.
+            reads = None if len(self._stretches) == 1 else stretch.reads
+            return Pass(call, own, True, summary, None, reads)
 
         prefix = Prefix(self._blocks, stretch.leaves, stretch.caches)
         for number, part in zip(stretch.runs, batch.parts, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -52,20 +52,26 @@ def unembed_only(
     return Unembedded(places, positions, torch.tensor(index))
 
 
-@contextmanager
-def unembedding(head: nn.Module | None, unembedded: Unembedded, is_own: Own) -> Iterator[None]:
-    """Lets a model unembed only these positions.
+def unembedding(
+    head: nn.Module | None, unembedded: Unembedded, is_own: Own
+) -> AbstractContextManager[None]:
+    """Returns a context in which a model unembeds only these positions.
 
     Args:
         head: the module that makes logits `(rows, position, vocabulary)` of hidden states.
         unembedded: which positions.
         is_own: whether it is the model's forward that calls the head.
     """
-    index = unembedded.index
-    if index is None or head is None:
-        yield
-        return
+    if unembedded.index is None or head is None:
+        return _WHOLE
+    return _choosing(head, unembedded.index, is_own)
 
+
+_WHOLE = nullcontext()
+
+
+@contextmanager
+def _choosing(head: nn.Module, index: torch.Tensor, is_own: Own) -> Iterator[None]:
     def choose(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         if not is_own():
             return None

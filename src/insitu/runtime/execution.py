@@ -291,9 +291,9 @@ class Execution:
 
     def fill(self, saves: Mapping[int, Holder]) -> None:
         """Hands the saved values over."""
-        values, steps = self._values, self._steps
+        values = {**dict(enumerate(self._values)), **self._steps} if self._steps else self._values
         for index, holder in saves.items():
-            holder._put(steps[index] if steps and index in steps else values[index])
+            holder._put(values[index])
         if (
             self._plan.moves and torch.cuda.is_initialized()
         ):  # copies to the CPU may still be on their way

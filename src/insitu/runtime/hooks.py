@@ -175,7 +175,6 @@ def _called(
         state["_forward_pre_hooks"]
         or everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
-        or "_call_impl" in module.__dict__  # of a part of what is looked into: see `inside.py`
     ):
         output = module._call_impl(*args, **kwargs)
     else:

@@ -60,8 +60,9 @@ def users_hooks_hang_on(parts: Iterable[nn.Module]) -> bool:
     Args:
         parts: the modules of the model. Those without hooks may be left out.
     """
-    if any(map(_is_the_users, (hook for table in _global_tables() for hook in table.values()))):
-        return True
+    for table in _global_tables():
+        if table and any(map(_is_the_users, table.values())):
+            return True
     for part in parts:
         for table in cast("_Tables", (part._forward_hooks, part._forward_pre_hooks)):
             if table and not all(is_the_models(hook, part) for hook in table.values()):

@@ -7,12 +7,13 @@ Which nodes those are is in the plan; when to run what is the execution's busine
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from insitu.graph.context import entered
+from insitu.graph.context import within
 from insitu.graph.evaluation import meaning
 from insitu.graph.node import Graph, Ref
 from insitu.graph.structure import clone, map_structure, memory_of
@@ -67,14 +68,14 @@ class Pasts:
         done.add(index)
         operation = graph.rows[index][0]
         args, kwargs = self.arguments(index)
-        if differentiates and index in mutations.live:
-            with entered(graph.contexts.get(index)):
-                result = _as_single_views(operation.short, operation.function, args, kwargs)
-            if not operation.in_place and _is_fresh(result, args):
-                result = map_structure(clone, result)  # backward may need it as it was
-        else:
-            with entered(graph.contexts.get(index)):
-                result = operation.function(*args, **kwargs)
+        function, live = operation.function, differentiates and index in mutations.live
+        if live:
+            function = partial(_as_single_views, operation.short, function)
+        if index in graph.contexts:
+            function = within(graph.contexts[index], function)
+        result = function(*args, **kwargs)
+        if live and not operation.in_place and _is_fresh(result, args):
+            result = map_structure(clone, result)  # backward may need it as it was
         return map_structure(clone, result) if index in mutations.copied else result
 
     def arguments(self, index: int) -> tuple[Any, Any]:
@@ -112,9 +113,7 @@ class Pasts:
 _SEVERAL_VIEWS = {"chunk": 2, "split": 2, "split_with_sizes": 2, "tensor_split": 2, "unbind": 1}
 
 
-def _as_single_views(
-    name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _as_single_views(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Computes an operation; of those that return several views, each becomes one of its own.
 
     Autograd forbids writes in place to the views that `split` and `unbind` return together.

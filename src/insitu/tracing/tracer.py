@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from insitu.graph.context import as_begun, default_dtype, enabled_casts
+from insitu.graph.context import as_begun, default_dtype, enabled_casts, is_autocast_enabled
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.location import Mark, here, mark, user_frame
@@ -189,7 +189,8 @@ class Tracer:
         they were where the block began, also for a block of a session and in another thread.
         """
         casts, dtype = self.recording.casts, self.recording.dtype
-        if default_dtype() is not dtype or enabled_casts() != casts:
+        autocast = casts or is_autocast_enabled()
+        if default_dtype() is not dtype or (autocast and enabled_casts() != casts):
             with as_begun(casts, dtype):
                 self.run()
             return
@@ -247,12 +248,12 @@ class Tracer:
         if self._prompt is not None or not self.is_open:
             raise BlockError(no_invoke(self._prompt is not None), here())
         # The model runs later, and what is given here may be filled anew for the next prompt.
-        args = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        given = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
         for name, value in kwargs.items():
             if isinstance(value, torch.Tensor):
                 kwargs[name] = value.clone()
         try:
-            return self._add(args, kwargs, mark())
+            return self._add((*given,), kwargs, mark())
         except InsituError as error:
             shortened(error)
             raise
