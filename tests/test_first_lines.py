@@ -25,6 +25,7 @@ import insitu
 from insitu import InsituError, LanguageModel, PathError
 from insitu.graph.errors import nearest
 from insitu.methods import activation_patching, logit_difference, logit_lens, steering_vector
+from tests.conftest import tiny_gpt2, tiny_llama
 
 PROMPT, OTHER = "The Eiffel Tower is in the city of", "The Louvre is in the city of"
 
@@ -470,3 +471,25 @@ def test_methods_that_values_do_not_need_say_so(eiffel: LanguageModel, method: s
     with pytest.raises(InsituError, match=r"write `value\.grad`|write `module\.stop\(\)`"):
         with eiffel.trace(PROMPT):
             getattr(eiffel.blocks[1].residual_out, method)()
+
+
+@pytest.mark.parametrize(
+    ("slip", "line"),
+    [
+        ("model.blocks[1].residual_outt", "model.blocks[1].residual_out"),
+        ("model.blocks[1].attention.patern", "model.blocks[1].attention.pattern"),
+        ("model.blocks[1].mlp.posts", "model.blocks[1].mlp.post"),
+        ("model.blocks[1].attention_ouput", "model.blocks[1].attention_out"),
+        ("model.logit_s", "model.logits"),
+    ],
+)
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+@pytest.mark.filterwarnings("ignore:Attention scores and patterns")
+def test_a_slip_in_a_standard_name_gets_the_line_to_write(
+    build: Callable[[], Any], slip: str, line: str
+) -> None:
+    model = LanguageModel(build())
+    with pytest.raises(PathError, match=re.escape(f": write `{line}`")):
+        eval(slip)
+    with model.trace(torch.tensor([[3, 14, 15]])):
+        eval(line).save()

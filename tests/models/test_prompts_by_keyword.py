@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from insitu import LanguageModel, OptionError
+from insitu import InsituError, LanguageModel, OptionError, PromptError
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.models.kinds import bert, t5
 
@@ -198,3 +198,63 @@ def test_what_does_not_go_together_is_an_error() -> None:
         with pytest.raises(OptionError, match="option of the whole run"):
             tracer.invoke(IDS, use_cache=True)
         tracer.invoke(IDS)
+
+
+def test_what_an_encoding_has_in_lists_goes_to_the_model() -> None:
+    """Also where rows are of different length, so that they are padded here."""
+    module = bert()
+    model = LanguageModel(module)
+    rows = [[5, 6, 7, 8], [9, 10]]
+    types = [[0, 0, 1, 1], [0, 1]]
+    with model.trace({"input_ids": rows, "token_type_ids": types}):
+        ours = model.logits.save()
+    for number, (row, kinds) in enumerate(zip(rows, types, strict=True)):
+        with torch.no_grad():
+            plain = module(torch.tensor([row]), token_type_ids=torch.tensor([kinds])).logits
+        torch.testing.assert_close(ours.value[number : number + 1, : len(row)], plain)
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_position_ids_of_an_encoding_are_those_of_the_run(lists: bool) -> None:
+    module = tiny_gpt2()
+    ids, positions = [[3, 14, 15]], [[4, 2, 7]]
+    given = positions if lists else torch.tensor(positions)
+    with LanguageModel(module).trace({"input_ids": ids, "position_ids": given}) as tracer:
+        ours = tracer.output.logits.save()
+    with torch.no_grad():
+        # With a cache, Transformers takes positions that jump for one sequence, else for several.
+        plain = module(
+            torch.tensor(ids), position_ids=torch.tensor(positions), use_cache=False
+        ).logits
+    torch.testing.assert_close(ours.value, plain)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        *({"foo": 3}, {"foo": "text"}, {"foo": torch.ones(1, 3)}, {"use_cache": True}),
+        *({"foo": [[1, 2, 3]]}, {"position_ids": [[0, 1]]}, {"token_type_ids": [0]}),
+    ],
+)
+def test_what_means_nothing_in_an_encoding_is_an_error(beside: dict[str, Any]) -> None:
+    model = LanguageModel(tiny_gpt2())
+    with (
+        pytest.raises(InsituError, match=f"`{next(iter(beside))}`"),
+        model.trace({"input_ids": [[3, 14, 15]], **beside}),
+    ):
+        model.lm_head.output.save()
+
+
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids"])
+@pytest.mark.parametrize("length", [2, 4])
+def test_what_goes_with_each_token_is_as_long_as_the_prompt(name: str, length: int) -> None:
+    model = LanguageModel(tiny_gpt2())
+    for prompt in (
+        {"input_ids": torch.tensor([[3, 14, 15]])},
+        {"inputs_embeds": torch.ones(1, 3, 16)},
+    ):
+        with (
+            pytest.raises(PromptError, match=rf"`{name}` has the shape \(1, {length}\)"),
+            model.trace(**prompt, **{name: torch.zeros(1, length, dtype=torch.int64)}),
+        ):
+            model.lm_head.output.save()

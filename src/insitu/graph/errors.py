@@ -113,15 +113,20 @@ class UnknownNameError(InsituError, ImportError):
 
 
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
-    """Returns " (nearest: 'a', 'b')" for the candidates closest to a name, or "" if none is.
+    """Returns " (nearest: 'a', 'b')" for the candidates closest to a name, or "" if none is."""
+    close = closest(name, candidates, most)
+    return f" (nearest: {', '.join(map(repr, close))})" if close else ""
+
+
+def closest(name: str, candidates: Iterable[str], most: int) -> list[str]:
+    """Returns the candidates closest to a name.
 
     Close are a slip of the keys, and a name that shares a word with it. Others that merely have
     letters in common would mislead.
     """
     others = [other for other in dict.fromkeys(candidates) if other != name]  # that is refused
     close = difflib.get_close_matches(name, others, n=3 * most, cutoff=0.5)
-    close = [other for other in close if _resembles(name.lower(), other.lower())][:most]
-    return f" (nearest: {', '.join(map(repr, close))})" if close else ""
+    return [other for other in close if _resembles(name.lower(), other.lower())][:most]
 
 
 def _resembles(name: str, other: str) -> bool:

@@ -144,6 +144,55 @@ def masked(prompt: Prompt, mask: Any) -> Prompt:
     return prompt if bool(given.all()) else prompt._replace(mask=given.long())
 
 
+def laid_out(prompt: Prompt, name: str, lists: Any) -> torch.Tensor:
+    """Returns numbers that a tokenizer gave for tokens, where the tokens lie in a prompt.
+
+    Args:
+        prompt: the prompt.
+        name: what they are called, such as "token_type_ids".
+        lists: a number for each token, in lists as long as those of the ids.
+
+    Raises:
+        PromptError: if they are not.
+    """
+    shape = prompt.ids.shape
+    try:
+        if prompt.mask is None:
+            return torch.tensor(lists, dtype=torch.int64).reshape(shape)
+        counts = [len(row) for row in lists]
+        numbers = torch.tensor([number for row in lists for number in row], dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError):
+        counts, numbers = [], prompt.ids
+    if prompt.mask is None or counts != prompt.mask.sum(-1).tolist():
+        raise PromptError(
+            f"`{name}` of the prompt is no number for each of its tokens. Options of the run are "
+            "given to the method that runs it.",
+            Location(*prompt.mark),
+        )
+    made = torch.zeros_like(prompt.ids)
+    made[prompt.mask.bool()] = numbers
+    return made
+
+
+def check_lengths(prompt: Prompt) -> None:
+    """Raises if what goes with each token of a prompt is of another number of tokens.
+
+    Args:
+        prompt: the prompt.
+
+    Raises:
+        PromptError: naming both shapes.
+    """
+    for name in ("position_ids", "token_type_ids"):
+        given = prompt.extras.get(name)
+        if isinstance(given, torch.Tensor) and given.shape[-1:] != prompt.ids.shape[-1:]:
+            raise PromptError(
+                f"`{name}` has the shape {tuple(given.shape)}, but the prompt has the shape "
+                f"{tuple(prompt.ids.shape)}.",
+                Location(*prompt.mark),
+            )
+
+
 def padded(
     rows: list[list[int]], side: Side | Callable[[], Side], pad_id: int, mark: Mark
 ) -> tuple[torch.Tensor, Mark, torch.Tensor | None]:

@@ -13,7 +13,18 @@ from insitu.graph.recorded import AnyRecorded
 from insitu.graph.structure import map_structure
 from insitu.models.chats import CHOICE, are_chats, is_chat, rendered
 from insitu.models.media import MEDIA, processed
-from insitu.models.prompts import PROMPTS, Limits, Prompt, Side, as_ids, kind_of, masked, padded
+from insitu.models.prompts import (
+    PROMPTS,
+    Limits,
+    Prompt,
+    Side,
+    as_ids,
+    check_lengths,
+    kind_of,
+    laid_out,
+    masked,
+    padded,
+)
 
 _FORMS = (
     "A prompt is a string, a list of strings, a list of token ids, a list of such lists, a tensor "
@@ -22,7 +33,10 @@ _FORMS = (
     "(`inputs_embeds=`)"
 )
 # What tokenizers return for others than the model.
-_FOR_OTHERS = ("special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length")
+_FOR_OTHERS = (
+    *("special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length"),
+    *("overflowing_tokens", "num_truncated_tokens"),
+)
 
 
 _NOTHING: Mapping[str, Any] = {}
@@ -105,6 +119,8 @@ class Reader:
         rows, length = read.ids.shape
         if not rows or not length:
             raise PromptError("The prompt is empty: it has no tokens.", Location(*mark))
+        if read.extras:
+            check_lengths(read)
         if context is not None and length > context:
             self.check_length(read)
         return read
@@ -321,28 +337,29 @@ class Reader:
     ) -> Prompt:
         """What a tokenizer returned: lists, or tensors."""
         ids = encoding["input_ids"]
-        if not isinstance(ids, torch.Tensor):
-            rows = self._rows(ids, mark)
-            if len({len(row) for row in rows}) > 1:  # not padded by the tokenizer, so we do
-                return Prompt(*padded(rows, side, self._pad_id, mark))
-            ids = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1)
-        ids = as_ids(ids, mark)
+        if isinstance(ids, torch.Tensor):
+            read = Prompt(as_ids(ids, mark), mark)
+        else:  # perhaps not padded by the tokenizer, then here
+            read = Prompt(*padded(self._rows(ids, mark), side, self._pad_id, mark))
         extras: dict[str, Any] = {}
         for name, value in encoding.items():
-            if name == "attention_mask" or name in _FOR_OTHERS:
+            if name in ("input_ids", "attention_mask", *_FOR_OTHERS) or value is None:
                 continue
-            if isinstance(value, torch.Tensor) and name != "input_ids":
-                flat = value.ndim == 1 and value.numel() == ids.numel()
-                extras[name] = value.reshape(ids.shape) if flat else value
-            elif name == "token_type_ids":
-                types = torch.tensor(value, dtype=torch.int64).reshape(ids.shape)
-                if types.any():  # else they are what a model takes them to be
-                    extras[name] = types
-            elif name != "input_ids" and self.media:
+            if isinstance(value, torch.Tensor):
+                flat = value.ndim == 1 and value.numel() == read.ids.numel()
+                extras[name] = value.reshape(read.ids.shape) if flat else value
+            elif self.media and name != "token_type_ids":
                 extras[name] = value
-        read = Prompt(ids, mark, None, extras)
-        mask = encoding.get("attention_mask")
-        return read if mask is None else masked(read, mask)
+            else:
+                laid = laid_out(read, name, value)
+                if name != "token_type_ids" or laid.any():  # a model takes them to be 0 itself
+                    extras[name] = laid
+        mask, read = encoding.get("attention_mask"), read._replace(extras=extras)
+        if mask is None:
+            return read
+        if read.mask is None:
+            return masked(read, mask)
+        return read._replace(mask=laid_out(read, "attention_mask", mask))
 
     def _processed(
         self,

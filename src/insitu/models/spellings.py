@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from insitu.graph.errors import closest
 from insitu.models import transformer_lens
-from insitu.models.keys import spelled
+from insitu.models.keys import OF_BLOCK, spelled
 from insitu.tracing.vocabulary import Entry, Missing, Role, Roles, Vocabulary
 
 _OUT = ("residual_out", "block_out")  # in the order in which they are offered
@@ -70,6 +71,11 @@ _WEIGHTS: Mapping[str, Sequence[str]] = {
     "": ("W_E", "W_U"),
 }
 _HOOK = "hook_"
+_STANDARD = (
+    *(key.partition(".")[2] or key for key in OF_BLOCK if not key.startswith(("norm", "cross"))),
+    *("attention", "embedding", "unembedding", "final_norm", "logits"),
+)
+"""The standard names themselves, of which somebody's word may be a slip."""
 
 
 def _of_hooks() -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -125,7 +131,9 @@ def line_instead(vocabulary: Vocabulary, path: str, name: str) -> str:
                 missing = missing or f": `{_line(place)}` would be it, but {entry.reason[:-1]}"
             elif entry is not None:
                 return f": write `{_line(place)}`{_with_axes(block, name, place)}"
-    return missing
+    # Three letters are a slip of too many names.
+    slips = closest(name, _STANDARD, most=1) if not missing and len(name) > 3 else ()
+    return line_instead(vocabulary, path, slips[0]) if slips else missing
 
 
 def meant(name: str) -> tuple[str, ...]:
