@@ -59,12 +59,12 @@ class Invocation(Scope):
     ) -> None:
         self._owner = None
         self.model = tracer.model if model is None else model
-        self._recording = tracer.recording
+        self._recording = recording = tracer.recording
         self._views = tracer.procedure.views
         self.tracer = tracer
         self.number = number
         self.request = request
-        self._reads: dict[Address, Ref] = tracer.recording.sites
+        self._reads: dict[Address, Ref] = recording.sites
         self.current_step = 0
         self._probe: Probe | None = None
         self.result: Any = None

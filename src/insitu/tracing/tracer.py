@@ -188,7 +188,8 @@ class Tracer:
         need it, and the saved values are ordinary tensors. Autocast and the default dtype are what
         they were where the block began, also for a block of a session and in another thread.
         """
-        casts, dtype = self.recording.casts, self.recording.dtype
+        recording = self.recording
+        casts, dtype = recording.casts, recording.dtype
         autocast = casts or is_autocast_enabled()
         if default_dtype() is not dtype or (autocast and enabled_casts() != casts):
             with as_begun(casts, dtype):
@@ -198,7 +199,6 @@ class Tracer:
             with ordinary_tensors():
                 self.run()
             return
-        recording = self.recording
         told: list[Callable[[], Summary]] = []
         self._told = told
         block = (self.model, self.procedure, recording, self._invocations, self._requests)
@@ -347,7 +347,8 @@ class Tracer:
         return self._invocations[0]
 
     def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Invocation:
-        request = self.procedure.request(args, kwargs, mark)
+        procedure = self.procedure
+        request = procedure.request(args, kwargs, mark)
         if torch.is_inference_mode_enabled():
             request = made_ordinary(request)
         kind = Invoked if self._prompt is None else Invocation
@@ -355,7 +356,7 @@ class Tracer:
         self._invocations.append(invocation)
         self._requests.append(request)
         for graph in self.model.edits:
-            step = 0 if self.procedure.steps == 1 else EVERY
+            step = 0 if procedure.steps == 1 else EVERY
             replay(self.recording, graph, invocation.number, step)
             if graph.unfused:
                 self.demand(self.model.vocabulary.unfused())
