@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import io
+import json
 import pickle
 import re
 import weakref
@@ -661,3 +662,17 @@ def test_saved_integers_and_truths_are_what_they_are() -> None:
     for wrong in (len, iter, lambda number: number[0]):
         with pytest.raises(TypeError):
             wrong(row)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda x: x.sum().item(), lambda x: x[0].tolist(), lambda x: x.argmax().item()]
+)
+@pytest.mark.parametrize("around", [lambda x: x, lambda x: {"a": [x]}])
+def test_json_of_a_saved_value_names_the_line_to_write(
+    read: Callable[[Any], Any], around: Callable[[Any], Any]
+) -> None:
+    value, expected = saved(read)
+    with pytest.raises(TypeError, match=r"`json\.dumps\(x\.value\)`") as caught:
+        json.dumps(around(value))
+    assert __file__ in str(caught.value)
+    assert json.loads(json.dumps(around(value.value))) == around(expected)

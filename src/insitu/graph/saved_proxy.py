@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from insitu.graph.held_value import HeldValue
+from insitu.graph.held_value import HeldValue, refuse_json
 from insitu.graph.location import here
 from insitu.graph.node import Ref, ref
 from insitu.graph.proxy import SAVED, AnyProxy, Proxy, StructureProxy
@@ -148,6 +148,7 @@ for _name in dir(list):
 
 def _class_of_content(self: Any) -> Any:
     """The class of the value once there is one, so that `isinstance(x, tuple)` holds."""
+    refuse_json()
     content = None if self._cell is None else self._cell._content
     return cast(Any, type)(self if content is None or type(content) is Missing else content)
 
