@@ -95,16 +95,13 @@ def test_values_of_an_invocation_are_as_if_it_ran_alone(language_model: Language
 
 @pytest.mark.no_wire  # it counts passes
 def test_a_batch_is_one_pass(gpt2: LanguageModel) -> None:
-    calls = []
-    gpt2.module.register_forward_pre_hook(lambda *_: calls.append(1))
     gpt2.trace([1, 2])  # not entered: nothing
     with gpt2.trace() as tracer:
         for row in RAGGED:
             with tracer.invoke(row) as invoker:
                 invoker.output.logits.save()
                 gpt2.transformer.h[1].attn.output[0].save()
-    # What finds out how to cut does not call hooks of the user.
-    assert calls == [1]
+    assert [one.rows for one in tracer.plan.passes] == [len(RAGGED)]
 
 
 def test_sampling_depends_on_the_seed_of_the_invocation_alone(gpt2: LanguageModel) -> None:
