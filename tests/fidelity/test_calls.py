@@ -1,5 +1,6 @@
 """Later calls of a module, skipping and stopping, against plain PyTorch hooks and forwards."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from insitu import (
     OperationError,
     ShapeError,
 )
-from tests.fidelity.test_writing import IDS, OTHER, SHORT, blocks, logits
+from tests.fidelity.test_writing import IDS, OTHER, SHORT, block_paths, blocks, logits
 
 X = torch.arange(8.0).reshape(2, 4)
 
@@ -259,3 +260,57 @@ def test_the_value_of_a_skip_can_be_written_in_place(gpt2: LanguageModel) -> Non
 
     edits = {"transformer.h.0": lambda h: kept.append(h) or h, "transformer.h.1": instead}
     assert torch.equal(result, logits(gpt2, edits, IDS))
+
+
+WHERE: dict[str, Callable[[Any], Any]] = {
+    "block": lambda block: block,
+    "mlp": lambda block: block.mlp,
+    "norm": lambda block: block.ln_1 if hasattr(block, "ln_1") else block.input_layernorm,
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("steps", [(0,), (1,), (2,), (0, 1, 2), "every"], ids=str)
+@pytest.mark.parametrize("cached", [True, False])
+def test_any_step_may_skip_and_later_steps_find_the_keys_and_values_that_they_need(
+    language_model: LanguageModel, where: str, steps: Any, cached: bool
+) -> None:
+    model = language_model
+    module: Any = WHERE[where](model.module.get_submodule(block_paths(model)[1]))
+    part = WHERE[where](blocks(model)[1])
+    options: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "use_cache": cached}
+    logits: list[torch.Tensor] = []
+
+    def instead(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if steps == "every" or len(logits) in steps:
+            given = args[0] if args else kwargs["hidden_states"]
+            return (given * 2, *output[1:]) if isinstance(output, tuple) else given * 2
+        return None
+
+    handles = [
+        module.register_forward_hook(instead, with_kwargs=True),
+        model.module.register_forward_hook(lambda *args: logits.append(args[2].logits[:, -1])),
+    ]
+    mask = torch.ones_like(IDS)
+    expected = model.module.generate(IDS, attention_mask=mask, pad_token_id=0, **options)
+    for handle in handles:
+        handle.remove()
+    with model.generate(IDS, **options) as generator:
+        if steps == "every":
+            with generator.every_step():
+                part.skip(part.input * 2)
+        for step in () if steps == "every" else steps:
+            with generator.step(step):
+                part.skip(part.input * 2)
+        found = [generator.logits(step).save() for step in range(3)]
+    assert torch.equal(generator.output, expected)
+    for one, other in zip(found, logits, strict=True):
+        torch.testing.assert_close(one.value, other)
+
+
+def test_a_skip_of_a_later_step_is_checked_by_the_sizes_of_that_step(gpt2: LanguageModel) -> None:
+    with pytest.raises(ShapeError, match=r"\(1, 1, 16\), and this is \(1, 6, 16\)") as caught:
+        with gpt2.generate(IDS, max_new_tokens=2, eos_token_id=None) as generator:
+            with generator.step(1):
+                gpt2.transformer.h[1].mlp.skip(torch.zeros(1, 6, 16))  # does not fit
+    assert "does not fit" in str(caught.value)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from insitu.graph.errors import ShapeError
 from insitu.graph.writing import fitted
@@ -72,7 +73,7 @@ class BlockView:
         hidden = fitted(returned if whole else returned[0], shown[0], block=False, move=False)
         if whole:
             return hidden
-        if any(isinstance(item, torch.Tensor) for item in returned[1:]):
+        if any(isinstance(item, FakeTensor) for item in returned[1:]):  # nobody has made them
             raise ShapeError("the block returns more than hidden states with these options")
         return (hidden, *returned[1:])
 

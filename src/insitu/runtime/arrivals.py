@@ -36,6 +36,7 @@ from insitu.runtime.hooks import (
 )
 from insitu.runtime.inside import SEPARATOR, watched
 from insitu.runtime.plan import Plan, Readers
+from insitu.runtime.probe import fake_result
 
 if TYPE_CHECKING:
     from insitu.runtime.passes import Pass
@@ -233,6 +234,14 @@ class Arrivals:
         index = self._skipping.pop(module)
         value = map_structure(clone, execution.skipped(index))
         view, returned = self._views.get(path), self._returned[path]
+        execution.busy = True  # what it calls inside is no part of the run
+        try:
+            if not _is_plain((args, kwargs)):  # such as a cache, which later steps read
+                returned = forward(*args, **kwargs)
+            elif self.clock.step:  # sizes are not those of the first step
+                returned = fake_result(module, forward, args, kwargs)
+        finally:
+            execution.busy = False
         return execution.checked(index, lambda: _standing_in(view, returned, value))
 
     def _visit(
@@ -337,6 +346,16 @@ class _Clock:
 def _shared(part: Any, whole: Any) -> bool:
     """Whether the memory of a part of a value is that of the value."""
     return memory_of(part) <= memory_of(whole)
+
+
+def _is_plain(arguments: Any) -> bool:
+    """Whether arguments are tensors and constants alone: nothing in which a module leaves more."""
+    found: list[Any] = []
+    map_structure(found.append, arguments)
+    return all(item is None or isinstance(item, _PLAIN) for item in found)
+
+
+_PLAIN = (torch.Tensor, bool, int, float, str, torch.dtype, torch.device)
 
 
 def _standing_in(view: View | None, returned: Any, value: Any) -> Any:

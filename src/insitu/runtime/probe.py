@@ -8,7 +8,7 @@ call, so nothing is computed, nothing is allocated and a module without weights 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -195,6 +195,38 @@ def fake_run(module: nn.Module, call: Call, contents: bool = False) -> None:
     with _without_data(), known or nullcontext(), _faked(module):
         args, kwargs = map_structure(leaf, tuple(call))
         module(*args, **kwargs)
+
+
+def fake_result(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Returns what a module's forward would return, as fake tensors.
+
+    Args:
+        module: the module; it is changed for the duration, as in `probe`.
+        forward: its forward.
+        args: the arguments of a call; the tensors' shapes and dtypes count.
+        kwargs: likewise.
+
+    Raises:
+        UnknownShapeError: if that cannot be known without data.
+    """
+
+    def leaf(item: Any) -> Any:
+        return _fake(item) if isinstance(item, torch.Tensor) else item
+
+    try:
+        with _without_data(), _faked(module):
+            args, kwargs = map_structure(leaf, (args, dict(kwargs)))
+            return forward(*args, **kwargs)
+    except Exception as error:  # whatever a module makes of tensors without data
+        raise UnknownShapeError(
+            "What it returns in this step cannot be known without running it "
+            f"({type(error).__name__}: {error}): write its output instead."
+        ) from error
 
 
 @contextmanager
