@@ -33,16 +33,17 @@ from insitu.graph.saved import (
 from insitu.graph.saved_number import SavedNumber
 
 
-class SavedProxy(AnyProxy, torch.Tensor):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Stands for a value that was saved and may be a tensor, until the run makes it one."""
+class _Waiting(AnyProxy):
+    """What `.save()` has returned, as long as the run has not put a value there: its own cell."""
 
+    __slots__ = ()
     _missing: Any = WAITING
     if TYPE_CHECKING:
         _recording: Recording  # pyright: ignore[reportIncompatibleVariableOverride]
         _ref: Ref  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
-    def _cell(self) -> SavedProxy:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _cell(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self
 
     @_cell.setter
@@ -52,6 +53,10 @@ class SavedProxy(AnyProxy, torch.Tensor):  # pyright: ignore[reportIncompatibleV
     @property
     def _content(self) -> Any:
         return self._missing
+
+
+class SavedProxy(_Waiting, torch.Tensor):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Stands for a value that was saved and may be a tensor, until the run makes it one."""
 
     def _put(self, content: Any) -> None:
         """Makes this what the run has saved."""
@@ -92,28 +97,11 @@ class SavedObject(HeldValue, AnyProxy, torch.Tensor):  # pyright: ignore[reportI
         return len(self._held)
 
 
-class SavedSteps(AnyProxy, list[Any]):  # pyright: ignore
+class SavedSteps(_Waiting, list[Any]):  # pyright: ignore
     """Stands for what every step saves, until the run makes it a list.
 
     Torch's C code takes a list for one, and any other sequence for indices of one axis each.
     """
-
-    _missing: Any = WAITING
-    if TYPE_CHECKING:
-        _recording: Recording
-        _ref: Ref
-
-    @property
-    def _cell(self) -> SavedSteps:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self
-
-    @_cell.setter
-    def _cell(self, cell: Any) -> None:
-        """Leaves what an earlier `.save()` has returned to that one."""
-
-    @property
-    def _content(self) -> Any:
-        return self._missing
 
     def _put(self, content: Any) -> None:
         """Makes this what the run has saved."""

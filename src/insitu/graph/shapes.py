@@ -37,9 +37,8 @@ def fake_value(recording: Recording, index: int) -> Any:
         ShapeError: pointing at the line of the operation that fails, or whose result has a shape
             that depends on values.
     """
-    with as_begun(
-        recording.casts, recording.dtype
-    ):  # the question may stand in another context than the block
+    # The question may stand in another context than the block.
+    with as_begun(recording.casts, recording.dtype):
         return _fake_value(recording, index)
 
 
