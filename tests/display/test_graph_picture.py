@@ -46,7 +46,7 @@ def test_a_line_a_node_says_what_it_does_with_which(graph) -> None:
         "%4 = %1[:, -1]",
         "%5 = invocation 1: transformer.h[2].output",
         "%6 = %5[0]",
-        "%7: %6[:, -1] = %4",
+        "%7: %5[0][:, -1] = %4",
     ]
     assert any(re.fullmatch(r"%\d+: %\d+ = %\d+", line) for line in shown)
     numbers = [int(n) for n in re.findall(r"# test_graph_picture.py:(\d+)", graph_text(graph))]

@@ -1,19 +1,19 @@
 """What programs mean: eager PyTorch in plain hooks, with nothing of Insitu's runtime.
 
 The rules, in the words of the design: all reads of an invocation come from one run with all writes
-in force; a value arrives at its site carrying every write at sites that executed before; among
-operations on values that have arrived, lines mean what they would mean in order on torch tensors.
+in force; a value arrives at its site carrying every write at sites that executed before; a write
+changes what passes at its site, and nothing else; lines mean what they would mean in order on torch
+tensors, where each site's value is a tensor of its own.
 
-They are applied in three stages. `observe` runs the model alone and finds when each site comes and
-which sites are the same memory. `arrange` finds from that when each line can run, and which writes
-come too late. `execute` runs the model again and, in each hook, the lines whose moment has come.
+So the lines are run in their order on copies of what arrived, and the model is run again with what
+they leave at its sites, until what arrives is what they were run on. `arrange` finds, before that,
+which writes come too late.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,10 +41,13 @@ Moment = tuple[int, int]
 """When: in which pass, and at which of its places."""
 
 Memory = tuple[Any, ...]
-"""Which piece of memory: of an invocation a storage and its version, or that of a line."""
+"""Which tensor of its own: what arrives at a site, or what a line has made."""
 
 Schedule = Sequence[Sequence[int]]
 """Which invocations run in each pass; those of one pass meet at every place."""
+
+Order = Mapping[Place, int]
+"""When places come in a run of an invocation, by a number that grows."""
 
 
 class SilentError(Exception):
@@ -63,19 +66,18 @@ def expected(subject: Subject, program: Program) -> list[torch.Tensor]:
         SilentError: if the design leaves open what it means.
     """
     lines = list(_plain(program.lines))
-    seen = _observed(subject, program, lines)
-    for schedule in _schedules(subject, program, lines, seen):
-        arrangement = arrange(lines, seen, schedule)
-        if not arrangement.late:
-            return _Execution(subject, program, lines, seen, arrangement).run(schedule)
-    raise TooLateError
+    orders = _orders(subject, program, lines)
+    schedules = _schedules(subject, len(program.prompts))
+    if all(arrange(lines, orders, schedule).late for schedule in schedules):
+        raise TooLateError
+    return _run(subject, program, lines)
 
 
 def touched(subject: Subject, program: Program) -> list[frozenset[Memory]]:
     """Returns the memory that each line of a program reads or writes."""
     lines = list(_plain(program.lines))
-    seen = _observed(subject, program, lines)
-    arrangement = arrange(lines, seen, [range(len(seen))])
+    orders = _orders(subject, program, lines)
+    arrangement = arrange(lines, orders, [range(len(orders))])
     pieces = iter(arrangement.touched)
     return [frozenset().union(*(next(pieces) for _ in _plain([line]))) for line in program.lines]
 
@@ -91,28 +93,26 @@ def _plain(lines: Sequence[Line]) -> Iterator[Line]:
             yield line
 
 
-def _observed(subject: Subject, program: Program, lines: Sequence[Line]) -> list[Seen]:
-    """What is seen of each invocation, at the places that any of them uses."""
-    named = [line for line in lines if isinstance(line, Read | Replace)]
-    places = {line.site.place for line in named}
-    replaced = {line.site for line in named if isinstance(line, Replace)}
-    sites = {line.site for line in named}
-    found: list[Seen] = []
-    for number, prompt in enumerate(program.prompts):
-        there = [Site(number, site.place, site.part) for site in sites]
-        own = {site: site in replaced for site in there}
-        found.append(observe(subject, prompt, places, own))
+def _orders(subject: Subject, program: Program, lines: Sequence[Line]) -> list[Order]:
+    """When the places that a program uses come in each invocation."""
+    places = {line.site.place for line in lines if isinstance(line, Read | Replace)}
+    found: list[Order] = []
+    for prompt in program.prompts:
+        order: dict[Place, int] = {}
+
+        def at(place: Place, value: Any, order: dict[Place, int] = order) -> Any:
+            order[place] = len(order)
+            return value
+
+        forward(subject, prompt, places, at)
+        found.append(order)
     return found
 
 
-def _schedules(
-    subject: Subject, program: Program, lines: Sequence[Line], seen: Sequence[Seen]
-) -> Iterator[Schedule]:
+def _schedules(subject: Subject, count: int) -> Iterator[Schedule]:
     """The ways in which the invocations of a block may run."""
-    count = len(program.prompts)
-    apart = _lie_apart(subject, program, lines) or _break_aliases(lines, seen)
     for schedule in _divided(tuple(range(count))):
-        if all(len(members) == 1 for members in schedule) or (subject.together and not apart):
+        if subject.together or all(len(members) == 1 for members in schedule):
             yield schedule
 
 
@@ -126,33 +126,6 @@ def _divided(numbers: tuple[int, ...]) -> Iterator[Schedule]:
             yield from ([first, *others] for others in _divided(rest))
 
 
-def _lie_apart(subject: Subject, program: Program, lines: Sequence[Line]) -> bool:
-    """Whether parts that are written in place would have the padding of others between them."""
-    shapes = [subject.prompts[prompt].shape for prompt in program.prompts]
-    ragged = len({length for _, length, *_ in shapes}) > 1 and any(rows > 1 for rows, *_ in shapes)
-    return ragged and any(isinstance(line, Change) for line in lines)
-
-
-def _break_aliases(lines: Sequence[Line], seen: Sequence[Seen]) -> bool:
-    """Whether an invocation would go on with a copy of memory that is written to in place.
-
-    What goes on from a site of a batch is one tensor: if one invocation has replaced its part, it
-    is a new one for all.
-    """
-    arrangement = arrange(lines, seen, [range(len(seen))])
-    written = {
-        arrangement.operands[number][line.operands[0]][:2]
-        for number, line in enumerate(lines)
-        if isinstance(line, Change)
-    }
-    for site in {line.site for line in lines if isinstance(line, Replace)}:
-        for invocation, other in enumerate(seen):
-            same = other.memory.get(Site(invocation, site.place, site.part))
-            if invocation != site.invocation and same is not None and same[:2] in written:
-                return True
-    return False
-
-
 # --- the model with plain hooks
 
 
@@ -161,7 +134,6 @@ def forward(
     prompt: int,
     places: set[Place],
     at: Callable[[Place, Any], Any],
-    copy: int = 0,
 ) -> None:
     """Runs a copy of a model on a prompt.
 
@@ -170,9 +142,8 @@ def forward(
         prompt: which prompt.
         places: where to look.
         at: sees what passes there, and returns what goes on.
-        copy: which of the copies: forwards of one block may be under way at the same time.
     """
-    whole = subject.copies[copy]
+    whole = subject.copy
     calls: Counter[tuple[str, str]] = Counter()
 
     def passes(path: str, kind: str, value: Any) -> Any:
@@ -219,52 +190,7 @@ def with_part(value: Any, part: int | None, new: torch.Tensor) -> Any:
     return (*value[:part], new, *value[part + 1 :])
 
 
-# --- first stage: when sites come, and which are the same memory
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What is seen of an invocation's sites in a run without the program.
-
-    Attributes:
-        order: the place of each place among those that come.
-        memory: the memory of what arrives: a storage, and how often it has been written to.
-    """
-
-    order: Mapping[Place, int]
-    memory: Mapping[Site, Memory]
-
-
-def observe(subject: Subject, prompt: int, places: set[Place], sites: Mapping[Site, bool]) -> Seen:
-    """Runs the model on a prompt.
-
-    Args:
-        subject: the model.
-        prompt: which prompt.
-        places: where to look.
-        sites: the sites of the invocation, and whether they are assigned to. What is assigned is
-            handed over as a copy, so it is made one here.
-    """
-    order: dict[Place, int] = {}
-    memory: dict[Site, Memory] = {}
-    alive: list[torch.Tensor] = []  # so that no storage is used again
-
-    def at(place: Place, value: Any) -> Any:
-        order[place] = len(order)
-        for site in [site for site in sites if site.place == place]:
-            tensor = part_of(value, site.part)
-            alive.append(tensor)
-            storage = tensor.untyped_storage().data_ptr()
-            memory[site] = (site.invocation, storage, tensor._version)
-            if sites[site]:
-                value = with_part(value, site.part, tensor.clone())
-        return value
-
-    forward(subject, prompt, places, at)
-    return Seen(order, memory)
-
-
-# --- second stage: when lines run
+# --- when lines run
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,13 +199,11 @@ class Held:
 
     Attributes:
         memory: its memory.
-        when: when it is there.
-        sites: through which sites it was read, if its memory is the model's.
+        site: the site that it stands at, if it was read there or is a view of what was.
     """
 
     memory: Memory
-    when: Moment
-    sites: frozenset[Site]
+    site: Site | None = None
 
 
 @dataclass(slots=True)
@@ -287,194 +211,145 @@ class Arrangement:
     """When the lines of a program run.
 
     Attributes:
-        when: of each line.
-        late: the lines whose writes come too late.
+        late: the sites to which what is written comes too late.
         touched: the memory that each line reads or writes.
-        operands: of each line, the memory of each of its operands.
-        standing: which line says what goes on from each site that is assigned to.
     """
 
-    when: list[Moment] = field(default_factory=list)
-    late: list[int] = field(default_factory=list)
+    late: list[Site] = field(default_factory=list)
     touched: list[frozenset[Memory]] = field(default_factory=list)
-    operands: list[dict[str, Memory]] = field(default_factory=list)
-    standing: dict[Site, int] = field(default_factory=dict)
 
 
-def arrange(lines: Sequence[Line], seen: Sequence[Seen], schedule: Schedule) -> Arrangement:
+def arrange(lines: Sequence[Line], orders: Sequence[Order], schedule: Schedule) -> Arrangement:
     """Finds when each line runs: once what it uses is there, with what was written to it before."""
     passes = {number: at for at, members in enumerate(schedule) for number in members}
     values: dict[str, Held] = {}
-    standing: dict[Site, Held] = {}
-    written: dict[Memory, Moment] = {}
-    changes: list[tuple[int, Held]] = []
+    ready: dict[Memory, Moment] = {}  # when what was written so far is there
+    standing: dict[Site, Memory] = {}
+    given: dict[Site, Moment] = {}  # when what a written site is given is there
+    borrowed: set[Memory] = set()  # what another invocation has written into
     found = Arrangement()
 
     def comes(site: Site) -> Moment:
-        return passes[site.invocation], seen[site.invocation].order[site.place]
+        return passes[site.invocation], orders[site.invocation][site.place]
 
     for number, line in enumerate(lines):
-        names = () if isinstance(line, Read) else line.operands
-        operands = {name: values[name] for name in names}
-        pieces = {name: held.memory for name, held in operands.items()}
-        _refuse_two_versions(pieces.values(), written)
-        ready = [held.when for held in operands.values()]
-        when = max(
-            [*ready, *(written.get(piece, (0, 0)) for piece in pieces.values())], default=(0, 0)
-        )
+        operands = () if isinstance(line, Read) else [values[name] for name in line.operands]
+        memory = {held.memory for held in operands}
+        when = max([ready[piece] for piece in memory], default=(0, 0))
         match line:
             case Read():
-                arriving = Held(
-                    seen[line.site.invocation].memory[line.site],
-                    comes(line.site),
-                    frozenset([line.site]),
-                )
-                held = values[line.name] = standing.get(line.site, arriving)
-                when = held.when
-                pieces = {line.name: held.memory}
+                own = standing.setdefault(line.site, ("site", line.site))
+                ready.setdefault(own, comes(line.site))
+                values[line.name] = Held(own, line.site)
+                memory = {own}
             case Compute():
-                values[line.name] = Held(("line", number), when, frozenset())
+                values[line.name] = Held(("line", number))
+                ready["line", number] = when
             case View():
-                (viewed,) = operands.values()
-                values[line.name] = Held(viewed.memory, when, viewed.sites)
+                values[line.name] = operands[0]
             case Change():
-                target = operands[line.operands[0]]
-                written[target.memory] = when
-                changes.append((number, target))
+                target, site = operands[0].memory, operands[0].site
+                ready[target] = when
+                if site is not None and standing[site] == target:
+                    if site.invocation != line.invocation:
+                        borrowed.add(target)
+                    elif target in borrowed:
+                        raise SilentError("a value was written into by another invocation")
+                    else:
+                        given[site] = when
             case Replace():
-                (given,) = operands.values()
-                if given.memory == seen[line.site.invocation].memory[line.site]:
-                    raise SilentError("what arrives at a site is assigned to it")
-                when = max(when, comes(line.site))
-                standing[line.site] = Held(given.memory, when, given.sites)
-                found.standing[line.site] = number
+                own = standing[line.site] = ("line", number)
+                ready[own] = given[line.site] = max(when, comes(line.site))
             case Save():
                 pass
-        found.when.append(when)
-        found.operands.append(pieces)
-        found.touched.append(frozenset(pieces.values()))
-    _refuse_two_versions([held.memory for held in standing.values()], written)
-    found.late = [
-        number for site, number in found.standing.items() if found.when[number] > comes(site)
-    ]
-    for number, target in changes:
-        ends = [comes(site) for site, held in standing.items() if held.memory == target.memory]
-        if target.sites:
-            ends.append(max(map(comes, target.sites)))
-        found.late.extend(number for end in ends if found.when[number] > end)
+        found.touched.append(frozenset(memory))
+    found.late = [site for site, when in given.items() if when > comes(site)]
     return found
 
 
-def _refuse_two_versions(pieces: Any, written: Mapping[Memory, Moment]) -> None:
-    """Raises if memory was written after the model's own write, and is used as it was before that.
-
-    The model's own writes do not show in what was read before; those of the program show in every
-    alias. What holds for both together nobody has said.
-    """
-    for piece in pieces:
-        for other in written:
-            if piece[0] != "line" and piece[:2] == other[:2] and piece[2] < other[2]:
-                raise SilentError("memory is used as it was before the model wrote to it")
+# --- what they give
 
 
-# --- third stage: the run
+def _run(subject: Subject, program: Program, lines: Sequence[Line]) -> list[torch.Tensor]:
+    """Runs the model and the lines in turns, until both agree."""
+    sites = {line.site for line in lines if isinstance(line, Read | Replace)}
+    given: Mapping[Site, torch.Tensor] = {}
+    before: Mapping[Site, torch.Tensor] = {}
+    for _ in range(len(sites) + 2):
+        arrived = _arrived(subject, program, sites, given)
+        saved, given = _computed(lines, arrived)
+        if before and all(torch.equal(arrived[site], before[site]) for site in sites):
+            return saved
+        before = arrived
+    raise AssertionError("what arrives never settles")
 
 
-class _Execution:
-    """Runs a program in the hooks of a model.
+def _arrived(
+    subject: Subject, program: Program, sites: set[Site], given: Mapping[Site, torch.Tensor]
+) -> Mapping[Site, torch.Tensor]:
+    """What arrives at some sites, as it lies in memory, if others are given something."""
+    arrived: dict[Site, torch.Tensor] = {}
+    for number, prompt in enumerate(program.prompts):
+        own = [site for site in sites if site.invocation == number]
 
-    The program works on copies of what passes: one for each piece of memory, so that aliases stay
-    aliases. What it has written is put back before the model goes on.
-    """
-
-    def __init__(
-        self,
-        subject: Subject,
-        program: Program,
-        lines: Sequence[Line],
-        seen: Sequence[Seen],
-        arrangement: Arrangement,
-    ) -> None:
-        self.subject, self.program, self.lines = subject, program, lines
-        self.seen, self.arrangement = seen, arrangement
-        self.values: dict[str, torch.Tensor] = {}
-        self.standing: dict[Site, torch.Tensor] = {}
-        self.saved: dict[int, torch.Tensor] = {}
-        self.arrived: dict[Site, torch.Tensor] = {}
-        self.storages: dict[Memory, torch.UntypedStorage] = {}
-        self.snapshots: dict[tuple[int, str], torch.Tensor] = {}
-        self.done: set[int] = set()
-        self.sites: defaultdict[tuple[int, Place], list[Site]] = defaultdict(list)
-        for invocation in seen:
-            for site in invocation.memory:
-                self.sites[site.invocation, site.place].append(site)
-
-    def run(self, schedule: Schedule) -> list[torch.Tensor]:
-        for at, members in enumerate(schedule):
-            _meet(members, lambda member, meeting, at=at: self._forward(at, member, meeting))
-        return [self.saved[number] for number in sorted(self.saved)]
-
-    def _forward(self, at: int, member: int, meeting: Callable[[Any, Any], None]) -> None:
-        order = self.seen[member].order
-
-        def passing(place: Place, value: Any) -> Any:
-            sites = self.sites[member, place]
-            meeting(
-                lambda: [self._arrive(site, part_of(value, site.part)) for site in sites],
-                lambda: self._run_lines((at, order[place])),
-            )
-            for site in sites:
-                part = part_of(value, site.part)
-                part.copy_(self.arrived[site])
-                if site in self.arrangement.standing:
-                    value = with_part(value, site.part, self.standing[site].clone())
+        def at(place: Place, value: Any, own: Sequence[Site] = own) -> Any:
+            for site in own:
+                if site.place == place:
+                    arrived[site] = _alike(part_of(value, site.part))
+                    if site in given:
+                        value = with_part(value, site.part, given[site].clone())
             return value
 
-        forward(self.subject, self.program.prompts[member], set(order), passing, member)
+        forward(subject, prompt, {site.place for site in own}, at)
+    return arrived
 
-    def _arrive(self, site: Site, tensor: torch.Tensor) -> None:
-        memory = self.seen[site.invocation].memory[site]
-        if memory not in self.storages:
-            self.storages[memory] = tensor.untyped_storage().clone()
-        copy = torch.empty(0, dtype=tensor.dtype)
-        place = (tensor.storage_offset(), tensor.shape, tensor.stride())
-        self.arrived[site] = copy.set_(self.storages[memory], *place)
 
-    def _run_lines(self, now: Moment) -> None:
-        for number, line in enumerate(self.lines):
-            if self.arrangement.when[number] == now:
-                self._run_line(number, line)
-                self.done.add(number)
+def _alike(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that has the strides of a tensor, and so the same views."""
+    storage = tensor.untyped_storage().clone()
+    place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, *place)
 
-    def _run_line(self, number: int, line: Line) -> None:
-        if isinstance(line, Read):
-            self.values[line.name] = self.standing.get(line.site, self.arrived[line.site])
-            return
-        operands = [self.snapshots.get((number, name), self.values[name]) for name in line.operands]
+
+def _computed(
+    lines: Sequence[Line], arrived: Mapping[Site, torch.Tensor]
+) -> tuple[list[torch.Tensor], Mapping[Site, torch.Tensor]]:
+    """Runs the lines in their order; returns what they save, and what sites are given."""
+    values: dict[str, torch.Tensor] = {}
+    homes: dict[str, Site] = {}  # of values that stand at a site, or are a view of what does
+    standing: dict[Site, torch.Tensor] = {}
+    given: dict[Site, torch.Tensor] = {}
+    saved: list[torch.Tensor] = []
+    for line in lines:
+        operands = () if isinstance(line, Read) else [values[name] for name in line.operands]
         match line:
+            case Read():
+                if line.site not in standing:
+                    standing[line.site] = _alike(arrived[line.site])
+                values[line.name] = standing[line.site]
+                homes[line.name] = line.site
             case Compute() | View():
-                self.values[line.name] = function_of(line.operation)(*operands)
+                values[line.name] = function_of(line.operation)(*operands)
+                if isinstance(line, View) and line.operands[0] in homes:
+                    homes[line.name] = homes[line.operands[0]]
             case Change():
                 _refuse_overlap(*operands)
-                self._take_snapshots(number)
                 function_of(line.operation)(*operands)
+                site = homes.get(line.operands[0])
+                if site is not None and site.invocation == line.invocation:
+                    whole = standing[site]
+                    if _storage(whole) == _storage(operands[0]):
+                        given[site] = whole.clone()
             case Replace():
-                self.standing[line.site] = operands[0]
+                standing[line.site] = _alike(operands[0])
+                given[line.site] = operands[0].clone()
             case Save():
-                self.saved[number] = operands[0].clone()
+                saved.append(operands[0].clone())
+    return saved, given
 
-    def _take_snapshots(self, change: int) -> None:
-        """Keeps what lines before a write will ask for later, as it is now.
 
-        An assignment asks for no content: it gives memory to a site, with what is written to it.
-        """
-        target = self.arrangement.operands[change][self.lines[change].operands[0]]
-        for number, line in enumerate(self.lines[:change]):
-            if number in self.done or isinstance(line, Read | Replace):
-                continue
-            for name, memory in self.arrangement.operands[number].items():
-                if memory == target and name in self.values:
-                    self.snapshots.setdefault((number, name), self.values[name].clone())
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _refuse_overlap(target: torch.Tensor, *others: torch.Tensor) -> None:
@@ -483,47 +358,6 @@ def _refuse_overlap(target: torch.Tensor, *others: torch.Tensor) -> None:
     def geometry(tensor: torch.Tensor) -> Any:
         return tensor.shape, tensor.stride(), tensor.storage_offset()
 
-    own = target.untyped_storage().data_ptr()
     for other in others:
-        if other.untyped_storage().data_ptr() == own and geometry(other) != geometry(target):
+        if _storage(other) == _storage(target) and geometry(other) != geometry(target):
             raise SilentError("a write reads other parts of the memory that it writes to")
-
-
-def _meet(members: Sequence[int], work: Callable[[int, Callable[[Any, Any], None]], None]) -> None:
-    """Does some work for several members, which wait for each other at their meetings.
-
-    At a meeting each does the first thing, and when all have, one of them does the second.
-    """
-    if len(members) == 1:
-
-        def alone(each: Any, one: Any) -> None:
-            each()
-            one()
-
-        work(members[0], alone)
-        return
-    barrier = threading.Barrier(len(members))
-    errors: list[BaseException] = []
-
-    def together(each: Any, one: Any) -> None:
-        each()
-        if barrier.wait() == 0:
-            one()
-        barrier.wait()
-
-    def run(member: int) -> None:
-        try:
-            work(member, together)
-        except threading.BrokenBarrierError:
-            pass
-        except BaseException as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(member,)) for member in members]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]

@@ -180,7 +180,7 @@ class Subject:
 
     Attributes:
         model: the model as Insitu has it.
-        copies: the same for plain PyTorch hooks, once for each invocation.
+        copy: the same for plain PyTorch hooks.
         prompts: what invocations may be given.
         arguments: the keyword arguments of a plain call for a prompt.
         places: the places that programs use, each with its part if a tuple passes there.
@@ -188,7 +188,7 @@ class Subject:
     """
 
     model: Model
-    copies: Sequence[nn.Module]
+    copy: nn.Module
     prompts: Sequence[torch.Tensor]
     arguments: Callable[[torch.Tensor], dict[str, Any]]
     places: Sequence[tuple[Place, int | None]]

@@ -167,20 +167,21 @@ def test_a_view_taken_before_sees_the_write(gpt2: LanguageModel) -> None:
     assert torch.equal(seen, torch.zeros(1, 2, 16)) and own.value.abs().sum() > 0
 
 
-def test_a_write_shows_in_what_other_modules_return_of_the_same_memory(
-    gpt2: LanguageModel,
-) -> None:
+def test_what_another_site_shares_memory_with_is_not_written(gpt2: LanguageModel) -> None:
     """Dropout outside of training returns what it is given."""
     with gpt2.trace(IDS):
         dropped = gpt2.transformer.h[0].mlp.dropout.output
         projected = gpt2.transformer.h[0].mlp.c_proj.output
         before = projected.save()
         dropped[:, 1] = 0
-        after = projected.save()  # c_proj comes first, and its value is dropout's
+        after = projected.save()
+        written = dropped.save()
         result = gpt2.lm_head.output.save()
-    assert before.value[:, 1].abs().sum() > 0 and after.value[:, 1].abs().sum() == 0
+    assert torch.equal(before, after) and before[:, 1].abs().sum() > 0
+    assert written[:, 1].abs().sum() == 0
 
     def edit(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
         value[:, 1] = 0
         return value
 
@@ -192,9 +193,6 @@ def test_a_write_that_waits_for_something_later_is_a_causality_error(gpt2: Langu
         with gpt2.trace(IDS):
             gpt2.transformer.h[1].output[0][:, 0] = gpt2.transformer.h[2].output[0][:, 0]  # here
     assert "here" in str(caught.value)
-    with pytest.raises(CausalityError), gpt2.trace(IDS):
-        gpt2.transformer.h[0].mlp.dropout.output[:, 0] = 1
-        gpt2.transformer.h[0].mlp.c_proj.output[:, 0] = 2  # after the first, which comes later
     with gpt2.trace(IDS):
         clean = gpt2.lm_head.output.save()
     assert torch.equal(clean, logits(gpt2, {}, IDS))
@@ -256,22 +254,121 @@ def test_augmented_assignment_to_a_site_and_to_its_part(gpt2: LanguageModel) -> 
     assert torch.equal(result, logits(gpt2, edits, IDS))
 
 
-def test_an_input_is_written_in_place_with_what_else_is_the_same_tensor(
-    gpt2: LanguageModel,
+@pytest.mark.parametrize("spelling", ["part", "augmented", "method", "assigned", "inputs"])
+def test_a_write_to_an_input_is_one_write_however_it_is_spelled(
+    gpt2: LanguageModel, spelling: str
 ) -> None:
-    """The residual stream goes around a norm: a write to the norm's input changes it too."""
-    norm = gpt2.module.transformer.h[1].ln_1
+    """The residual stream goes around a norm, and what the norm is given alone is written."""
     with gpt2.trace(IDS):
-        gpt2.transformer.h[1].ln_1.input[:, 0] = 0
+        norm = gpt2.transformer.h[1].ln_1
+        if spelling == "part":
+            norm.input[:, 0] = 0
+        elif spelling == "augmented":
+            norm.input[:, 0] *= 0
+        elif spelling == "method":
+            norm.input[:, 0].zero_()
+        elif spelling == "assigned":
+            new = norm.input.clone()
+            new[:, 0] = 0
+            norm.input = new
+        else:
+            norm.inputs[0][0][:, 0] = 0
         result = gpt2.lm_head.output.save()
 
-    def hook(module: nn.Module, args: Any) -> None:
-        args[0][:, 0] = 0
+    def hook(module: nn.Module, args: Any) -> Any:
+        given = args[0].clone()
+        given[:, 0] = 0
+        return (given,)
 
-    handle = norm.register_forward_pre_hook(hook)
+    handle = gpt2.module.transformer.h[1].ln_1.register_forward_pre_hook(hook)
     expected = logits(gpt2, {}, IDS)
     handle.remove()
     assert torch.equal(result, expected)
+
+
+def test_what_another_invocation_writes_into_is_for_its_lines_only(gpt2: LanguageModel) -> None:
+    with gpt2.trace() as tracer:
+        with tracer.invoke(IDS):
+            donor = gpt2.transformer.h[1].output[0]
+            clean = gpt2.lm_head.output.save()
+        with tracer.invoke(OTHER):
+            donor[:, 2] = 0
+            seen = donor.save()
+            gpt2.transformer.h[2].output[0][:, 2] = donor[:, 1]
+    assert torch.equal(clean, logits(gpt2, {}, IDS)) and seen[:, 2].abs().sum() == 0
+    with pytest.raises(OperationError, match="Another invocation has written"):
+        with gpt2.trace() as tracer:
+            with tracer.invoke(IDS) as first:
+                donor = gpt2.transformer.h[1].output[0]
+            with tracer.invoke(OTHER):
+                donor[:, 2] = 0
+            with first:
+                donor[:, 1] = 0
+
+
+def test_entries_of_a_tuple_stay_what_they_are_beside_one_that_is_assigned() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x + 1, x * 2
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two = Two()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left, right = self.two(x)
+            return left - 3 * right
+
+    model, x = Model(Sum()), torch.randn(2, 3)
+    with model.trace(x):
+        left, right = model.two.output[0], model.two.output[1]
+        model.two.output[0] = left * 5
+        right[:, 0] = 7  # from before, and what stands there still
+        left[:, 1] = 9  # of what stands there no more
+        now = model.two.output[1].save()
+        kept = left.save()
+        result = model.output.save()
+    first, second = x + 1, x * 2
+    second[:, 0] = 7
+    assert torch.equal(result, first * 5 - 3 * second) and torch.equal(now, second)
+    first[:, 1] = 9
+    assert torch.equal(kept, first)
+
+
+def test_each_entry_of_a_tuple_is_copied_before_it_is_written() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x + 1, x
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left, right = self.pair(x)
+            return left + 3 * right + 9 * x
+
+    model, x = Model(Around()), torch.randn(2, 3)
+    before = x.clone()
+    with model.trace(x):
+        for entry in (0, 1, 0):
+            model.pair.output[entry][:, 0] = entry
+        result = model.output.save()
+    left, right = before + 1, before.clone()
+    left[:, 0], right[:, 0] = 0, 1
+    assert torch.equal(x, before)
+    assert torch.equal(result, left + 3 * right + 9 * x)
+
+
+def test_a_late_write_to_what_is_then_replaced_is_not_waited_for(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        hidden = gpt2.transformer.h[1].output[0]
+        hidden[:, 0] = gpt2.transformer.h[3].output[0][:, 0]
+        gpt2.transformer.h[1].output[0] = torch.ones(1, 6, 16)
+        result = gpt2.lm_head.output.save()
+    assert torch.equal(result, logits(gpt2, {"transformer.h.1": torch.ones_like}, IDS))
 
 
 def test_an_index_by_number_means_the_part_of_a_tuple_or_the_row_of_a_tensor(

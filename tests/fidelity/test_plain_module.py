@@ -169,8 +169,9 @@ def test_writes_in_place(model: Model) -> None:
         h[:, 1] += 1
 
     def split(parts: Value) -> None:
-        parts["left"][:, 0] = 0  # a view of what the second call returned
-        parts["right"].mul_(3)
+        parts["left"] = parts["left"].clone()
+        parts["left"][:, 0] = 0
+        parts["right"] = parts["right"] * 3
 
     with model.trace(x=X) as tracer:
         before = model.twice.call(1).output.save()

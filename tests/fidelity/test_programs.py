@@ -68,10 +68,6 @@ class Tower(nn.Module):
         return self.last(self.dropped(right))
 
 
-def copies_of(module: nn.Module) -> list[nn.Module]:
-    return [deepcopy(module) for _ in range(3)]
-
-
 @cache
 def tower() -> Subject:
     torch.manual_seed(0)
@@ -88,7 +84,7 @@ def tower() -> Subject:
     places += [(Place("", "input"), None), (Place("", "output"), None)]
     prompts = [torch.randn(2, 4, 4) for _ in range(2)]
     return Subject(
-        Model(module), copies_of(module), prompts, lambda x: {"x": x}, places, together=False
+        Model(module), deepcopy(module), prompts, lambda x: {"x": x}, places, together=False
     )
 
 
@@ -108,7 +104,7 @@ def language() -> Subject:
     prompts = [torch.randint(100, (1, length)) for length in (4, 4, 3)]
     prompts.append(torch.randint(100, (2, 3)))
     return Subject(
-        *(LanguageModel(module), copies_of(module), prompts),
+        *(LanguageModel(module), deepcopy(module), prompts),
         lambda ids: {"input_ids": ids, "use_cache": False},
         places,
         together=True,

@@ -21,7 +21,7 @@ from insitu import InsituError, LanguageModel, Model, WireError, apply, cond, fo
 from insitu.graph.context import Context
 from insitu.graph.location import mark
 from insitu.graph.node import Graph, Ref, ref
-from insitu.graph.operations import BY_NAME, FOLD, READ, Operation
+from insitu.graph.operations import BY_NAME, FOLD, PUT, READ, Operation
 from insitu.graph.proxy import Proxy
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording
@@ -214,7 +214,7 @@ def test_functions_that_were_recorded_travel_and_others_do_not() -> None:
     assert sent_node.inputs == node.inputs and sent_node.nested
     body, sent_body = node.args[0].graph, sent_node.args[0].graph
     assert [n.operation for n in sent_body] == [n.operation for n in body]
-    assert sent_body.mutations == body.mutations != []
+    assert any(n.operation is PUT for n in body)
     with pytest.raises(WireError, match=r"a Python function \(.*<lambda>\)"):
         with model.trace(torch.ones(1, 2)) as tracer:
             cond(model[0].output.sum() > 0, lambda a: apply(lambda b: b, a), abs, model[0].output)
@@ -361,6 +361,14 @@ def with_tensor(dtype: str, shape: list[int], **rows: torch.Tensor) -> bytes:
     return framed(made, safetensors.torch.save(rows))
 
 
+def put_row(*args: Any) -> bytes:
+    return framed(message(row(1, *args), operation="put"))
+
+
+def step(name: str) -> list[Any]:
+    return ["tuple", [name, 0, ["tuple", []], ["dict", [], []]]]
+
+
 BYTES = torch.zeros(8, dtype=torch.uint8)
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "no graph"),
@@ -410,12 +418,29 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "out": (framed(message(row(1, REF, out=REF))), "write into"),
     "in place": (framed(message(row(1, REF, True), operation="functional.relu")), "write into"),
-    "in place into a constant": (
-        framed(message(row(1, 1, REF), operation="Tensor.add_")),
-        "value of the run",
+    "in place by itself": (framed(message(row(1, REF, 1), operation="Tensor.add_")), "in place"),
+    "in place into a constant": (put_row(1, ["tuple", []], "Tensor.add_", 1), "value of the run"),
+    "in place with what does not": (put_row(REF, ["tuple", []], "torch.add", 1), "put cannot be"),
+    "in place through no view": (put_row(REF, ["tuple", [1]], "Tensor.add_", 1), "put cannot be"),
+    "in place through a write in place": (
+        put_row(REF, ["tuple", [step("Tensor.zero_")]], "Tensor.add_", 1),
+        "put cannot be",
     ),
-    "in place, unannounced": (framed(message(row(1, REF, 1), operation="Tensor.add_")), "in place"),
-    "in place, announced": (framed(message(row(1, REF, 1), mutations=[[1]])), "in place"),
+    "in place through a save": (
+        put_row(REF, ["tuple", [step("save")]], "Tensor.add_", 1),
+        "put cannot be",
+    ),
+    "in place into another site": (
+        framed(
+            message(
+                row(0, 0, "b", "output", 0, 0),
+                row(1, REF, ["tuple", []], "Tensor.zero_"),
+                operation="put",
+                writes=[[1, 2]],
+            )
+        ),
+        "another site",
+    ),
     "a gradient, unannounced": (framed(message(row(1, REF), operation="grad")), "gradients"),
     "an unknown field": (framed(message(hooks=[[0, 0]])), "no field 'hooks'"),
     "a write that is a save": (framed(message(row(2, REF), writes=[[0, 1]])), "node 1 does save"),

@@ -14,6 +14,7 @@ from insitu.display.labels import shortened, visible, width
 from insitu.display.layered import layers_of, place
 from insitu.graph.expression import expression
 from insitu.graph.node import Graph
+from insitu.graph.operations import PUT
 
 _LONGEST = 44
 _FONT = 12
@@ -78,7 +79,7 @@ def boxes(graph: Graph) -> list[Box]:
         if index in graph.stops:
             label += ", then stop"
         kind = _kind(node.operation.name)
-        if kind == "operation" and (index in written or node.operation.in_place):
+        if kind == "operation" and (index in written or node.operation is PUT):
             kind = "write"
         location = node.location
         name = location.file.rpartition("/")[2]

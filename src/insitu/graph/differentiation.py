@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from insitu.graph.in_place import holds
 from insitu.graph.location import Mark
 from insitu.graph.node import NO_KWARGS, Ref, ref
 from insitu.graph.operations import BACKWARD, GRAD, WRITE
@@ -25,6 +24,8 @@ def read_gradient(recording: Recording, source: Ref, mark: Mark) -> Ref:
     """
     if recording.gradients is None:
         recording.gradients = {}
+    if recording.views is not None:
+        source = recording.views.resolved(source)
     standing = recording.gradients.get(source.index)
     if standing is None:
         rows = recording.graph.rows
@@ -43,10 +44,12 @@ def write_gradient(recording: Recording, source: Ref, value: Any, mark: Mark) ->
         value: as of `intervention.write`.
         mark: the user's line.
     """
+    if recording.views is not None:
+        source = recording.views.resolved(source)
     standing = read_gradient(recording, source, mark)
-    if holds(recording, standing, value):
+    if recording.holds(standing, value):
         return
-    original = recording.original(standing.index)
+    original = recording.graph.original(standing.index)
     args = (Recorded(recording, ref(original)), value, False)
     written = recording.apply(WRITE, args, NO_KWARGS, mark)
     recording.graph.writes[original] = written.index

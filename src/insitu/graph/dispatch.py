@@ -158,7 +158,7 @@ def _binary(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], 
     def method(self: Any, other: Any) -> Any:
         recording = self._recording
         # The most frequent of all: without a call of what does it for any arguments.
-        if recording.open and recording.session is None:
+        if recording.open and recording.direct:
             if (
                 is_grad_enabled() is recording.grads
                 and default_dtype() is recording.dtype

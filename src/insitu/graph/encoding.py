@@ -70,10 +70,13 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
             if item._recording is recording:
                 if not item._operand:
                     refuse_structure(item, Location(*mark))
-                inputs.append(item._ref.index)
-                return item._ref
+                current = recording.current(item)
+                inputs.append(current.index)
+                return current
             if recording.parent is not None and _is_around(recording, item._recording):
                 captured = recording.capture(item, mark)
+                if recording.views is not None:
+                    captured = recording.views.resolved(captured)
                 inputs.append(captured.index)
                 return captured
             if item._recording.open and _comes_after(recording, item._recording):

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from insitu.graph.node import Carried, Function, ModuleRef, Ref, Subgraph
 from insitu.graph.operations import INPUT
-from insitu.graph.structure import kept, map_structure
+from insitu.graph.structure import map_structure
 
 
 def meaning(item: Any, values: Any, module: Callable[[str], Callable[..., Any]]) -> Any:
@@ -44,11 +44,9 @@ def evaluate(
 
     Args:
         subgraph: the graph.
-        inputs: what it is called with; it does not write into them.
+        inputs: what it is called with.
         module: as of `meaning`.
     """
-    if subgraph.graph.mutations:
-        inputs = kept(inputs)
     values: list[Any] = []
 
     def leaf(item: Any) -> Any:

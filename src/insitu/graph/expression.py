@@ -8,8 +8,18 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.errors import InsituError, ShapeError
-from insitu.graph.node import Function, Graph, ModuleRef, Node, Ref, Site, Subgraph, readable
-from insitu.graph.operations import APPLY, COND, FOLD, GRAD, SETITEM, SKIP, WRITE
+from insitu.graph.node import Function, Graph, ModuleRef, Node, Ref, Site, Subgraph, readable, ref
+from insitu.graph.operations import (
+    APPLY,
+    BY_NAME,
+    COND,
+    FOLD,
+    GRAD,
+    PUT,
+    SETITEM,
+    SKIP,
+    WRITE,
+)
 
 _INFIX = {
     "add": "+",
@@ -58,6 +68,10 @@ def expression(graph: Graph, index: int, depth: int = 0, other: Written | None =
 
     if other is not None and node.operation in (WRITE, SKIP, GRAD):
         return _given(node, graph, other)
+    if node.operation is PUT:
+        if depth:
+            return expression(graph, node.inputs[0], depth)
+        return _put(graph, index, other)
     if node.operation is WRITE:
         return expression(graph, node.inputs[0], depth)
     if node.operation is GRAD:
@@ -156,6 +170,28 @@ def _written(value: Any, graph: Graph, depth: int, other: Written | None) -> str
             f"{{{', '.join([f'{k!r}: {_written(v, graph, depth, other)}' for k, v in entries])}}}"
         )
     return repr(value)
+
+
+def _put(graph: Graph, index: int, other: Written | None) -> str:
+    """A write in place, as the line that recorded it: the views on the way are nodes here."""
+    _, (value, steps, name, *rest), kwargs, inputs, nested, mark = graph.rows[index]
+    lines = Graph([*graph.rows])
+    for view, place, args, named in (*steps, (name, 0, tuple(rest), kwargs)):
+        operation = BY_NAME[view]
+        if isinstance(place, str):
+            row = (operation, args, {**named, place: value}, inputs, nested, mark)
+        else:
+            args = (*args[:place], value, *args[place:])
+            row = (operation, args, named, (value.index, *inputs), nested, mark)
+        value = ref(len(lines.rows))
+        lines.rows.append(row)
+
+    def written(at: int) -> str:
+        if other is not None and at < len(graph):
+            return other(at)
+        return expression(lines, at, 1, written)
+
+    return expression(lines, value.index, 0, written)
 
 
 def _given(node: Node, graph: Graph, other: Written) -> str:

@@ -1,7 +1,6 @@
 """Recording writes in place: operations that write into their first argument.
 
-Python assigns what it has written in place once more: `x[0] += 1` is a write in place to `x[0]`,
-and then an assignment of `x[0]` to itself. That one is found here too, and not recorded.
+What they become is in `views.py`.
 """
 
 # pyright: reportPrivateUsage=false
@@ -9,26 +8,21 @@ and then an assignment of `x[0]` to itself. That one is found here too, and not 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
-from insitu.graph.encoding import described
+from insitu.graph.encoding import described, encode
 from insitu.graph.errors import OperationError
+from insitu.graph.intervention import check_writable
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Ref
-from insitu.graph.operations import GETITEM, Operation
-from insitu.graph.recorded import AnyRecorded
-from insitu.graph.structure import is_basic
+from insitu.graph.node import Address, Ref
+from insitu.graph.operations import PUT, READ, SKIP, Operation
+from insitu.graph.recorded import AnyRecorded, refuse_structure
+from insitu.graph.shapes import shares_memory
+from insitu.graph.views import Views
 
 if TYPE_CHECKING:
     from insitu.graph.recording import Recording
-
-_WHOLE = object()
-_VIEWS = frozenset(
-    (
-        *("flatten", "getitem", "permute", "reshape", "select", "squeeze", "transpose"),
-        *("unflatten", "view"),
-    )
-)
 
 
 def mutate(
@@ -47,8 +41,11 @@ def mutate(
         kwargs: likewise.
         mark: the user's line.
 
+    Returns:
+        What it has written into.
+
     Raises:
-        OperationError: if what it would write into is no value of the run.
+        OperationError: if that is no value of the run, or the write would be lost.
     """
     target = args[0] if args else None
     if not isinstance(target, AnyRecorded) or target._recording is not recording:
@@ -58,49 +55,46 @@ def mutate(
             "a value of the run.",
             Location(*mark),
         )
+    if not target._operand:
+        refuse_structure(target, Location(*mark))
+    others = tuple(encode(recording, arg, [], mark) for arg in args[1:])
+    named = {key: encode(recording, arg, [], mark) for key, arg in kwargs.items()}
+    views = recording.views
+    if views is None:
+        views = recording.views = Views(recording.graph, partial(shares_memory, recording))
+        recording.direct = False
     if recording.computed:
-        _refuse_computed(recording, target, Location(*mark))
-    written = recording.apply(operation, args, kwargs, mark)
-    recording.graph.mutations = (*recording.graph.mutations, written.index)
+        _refuse_computed(recording, views, target, Location(*mark))
+    _check(recording, views.base(target._ref), mark)
+    writer = None if recording.shapes is None else recording.shapes.writer()
+    written = views.put(target._ref, operation, others, named, mark, writer)
+    recording.note_context(PUT, len(recording.graph) - 1)
     return written
 
 
-def holds(recording: Recording, source: Ref, value: Any, key: Any = _WHOLE) -> bool:
-    """Returns whether a value is what stands there already, written in place.
-
-    `x[0] += 1` is a write in place to `x[0]`, and then an assignment of `x[0]` to itself.
+def _check(recording: Recording, base: int, mark: Mark) -> None:
+    """Raises if a site is not written beside what else was done to it.
 
     Args:
         recording: where it is recorded.
-        source: what stands there, or what it is a part of.
-        value: what is assigned.
-        key: which part.
+        base: what stands there.
+        mark: the user's line.
     """
-    if not isinstance(value, AnyRecorded) or value._recording is not recording:
-        return False
-    rows = recording.graph.rows
-    index = value._ref.index
-    if not rows[index][0].in_place:
-        return False
-    while rows[index][0].in_place:
-        index = rows[index][3][0]
-    if key is _WHOLE:
-        return index == source.index
-    operation, args, _, inputs, _, _ = rows[index]
-    same = operation is GETITEM and inputs == source.inputs and args[1] is key
-    return same and is_basic(key)
+    if recording.graph.rows[base][0] is SKIP:
+        return
+    operation, args, *_ = recording.graph.rows[recording.graph.original(base)]
+    if operation is READ:
+        check_writable(recording, cast("Address", args), mark)
 
 
-def _refuse_computed(recording: Recording, target: AnyRecorded, location: Location) -> None:
+def _refuse_computed(
+    recording: Recording, views: Views, target: AnyRecorded, location: Location
+) -> None:
     """Raises if a write in place would be to a part of something that was only computed."""
-    index = target._ref.index
-    while index not in recording.computed:
-        operation, _, _, inputs, _, _ = recording.graph.rows[index]
-        if not inputs or operation.short not in _VIEWS:
-            return
-        index = inputs[0]
-    raise OperationError(
-        f"`{target.written()}` is computed and no part of the model, which would not see what "
-        f"is written into it: {recording.computed[index]}",
-        location,
-    )
+    found = next((at for at in views.chain(target._ref) if at in recording.computed), None)
+    if found is not None:
+        raise OperationError(
+            f"`{target.written()}` is computed and no part of the model, which would not see what "
+            f"is written into it: {recording.computed[found]}",
+            location,
+        )

@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from insitu.graph.encoding import encode
 from insitu.graph.errors import OperationError
-from insitu.graph.in_place import holds
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import EVERY, NO_KWARGS, Address, Ref, Site, ref
+from insitu.graph.node import EVERY, NO_KWARGS, Address, Ref, Row, Site, ref
 from insitu.graph.operations import (
     APPLY,
     COND,
     FOLD,
+    GETITEM,
     INPUT,
+    PUT,
     READ,
     REPLACE,
     SKIP,
     WRITE,
+    Operation,
 )
+from insitu.graph.put import Step
 from insitu.graph.recorded import AnyRecorded, Recorded
 from insitu.graph.structure import map_structure
 
@@ -44,6 +48,67 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
     Raises:
         OperationError: if the first argument of a module is written and all of them are used.
     """
+    check_writable(recording, address, mark)
+    rows = recording.graph.rows
+    standing = recording.sites.get(address)
+    if standing is None:
+        standing = recording.read(address, mark)
+    elif recording.views is not None and recording.holds(standing, value):
+        return standing
+    if rows[standing.index][0] is SKIP:
+        raise OperationError(
+            f"`{Site(*address)}` is what `skip` was given, at\n"
+            f"{recording.graph[standing.index].location}\nGive it this value instead.",
+            Location(*mark),
+        )
+    if recording.views is not None:
+        standing = recording.views.resolved(standing)
+    before = read = standing
+    if rows[standing.index][0] in (PUT, WRITE):
+        read = ref(recording.graph.original(standing.index))
+        if _is_whole(recording, value) or not (block and _may_be_structure(recording, standing)):
+            standing = read  # of what was written before, nothing stays
+    inputs = standing.inputs if type(value) is torch.Tensor else None
+    if isinstance(value, AnyRecorded) and value._recording is recording:
+        value = recording.current(value)  # a whole tuple may be written
+        inputs = (standing.index, value.index)
+    if inputs is not None:  # nearly always: without a look at each argument
+        rows.append((WRITE, (standing, value, block), NO_KWARGS, inputs, False, mark))
+        written = ref(len(rows) - 1)
+    else:
+        written = _of_site(recording, WRITE, standing, (value, block), mark)
+    recording.graph.writes[read.index] = written.index
+    recording.sites[address] = written
+    if recording.views is not None:
+        recording.views.assign(before.index, written.index, rows[written.index][1][1])
+    return written
+
+
+def _of_site(
+    recording: Recording, operation: Operation, site: Ref, args: tuple[Any, ...], mark: Mark
+) -> Ref:
+    """Records an operation on what stands at a site, whatever was written into that."""
+    inputs: list[int] = [site.index]
+    carried = recording.carried
+    encoded = tuple(encode(recording, arg, inputs, mark) for arg in args)
+    plain = 1 + sum(type(arg) is Ref for arg in encoded)
+    nested = len(inputs) > plain or recording.carried > carried
+    rows = recording.graph.rows
+    rows.append((operation, (site, *encoded), NO_KWARGS, tuple(inputs), nested, mark))
+    return ref(len(rows) - 1)
+
+
+def check_writable(recording: Recording, address: Address, mark: Mark) -> None:
+    """Raises if a site cannot be written here, or beside what else was done to it.
+
+    Args:
+        recording: where it is recorded.
+        address: the site.
+        mark: the user's line.
+
+    Raises:
+        OperationError: if it cannot.
+    """
     if not recording.open:
         raise OperationError(
             "Inside `cond` and `fold` nothing is written to the model: return the value, and "
@@ -54,37 +119,6 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
         _refuse_both_inputs(recording, address, mark)
     if address[4] == EVERY:
         refuse_mixed(recording, address, mark)
-    rows = recording.graph.rows
-    standing = recording.sites.get(address)
-    if standing is None:
-        standing = recording.read(address, mark)
-    elif recording.graph.mutations and holds(recording, standing, value):
-        return standing
-    operation = rows[standing.index][0]
-    if operation is SKIP:
-        raise OperationError(
-            f"`{Site(*address)}` is what `skip` was given, at\n"
-            f"{recording.graph[standing.index].location}\nGive it this value instead.",
-            Location(*mark),
-        )
-    read = standing
-    if operation is WRITE:
-        read = ref(recording.original(standing.index))
-        if _is_whole(recording, value) or not (block and _may_be_structure(recording, standing)):
-            standing = read  # of what was written before, nothing stays
-    inputs = standing.inputs if type(value) is torch.Tensor else None
-    if isinstance(value, AnyRecorded) and value._recording is recording:
-        value = value._ref  # a whole tuple may be written
-        inputs = (standing.index, value.index)
-    if inputs is not None:  # nearly always: without a look at each argument
-        rows.append((WRITE, (standing, value, block), NO_KWARGS, inputs, False, mark))
-        written = ref(len(rows) - 1)
-    else:
-        args = (Recorded(recording, standing), value, block)
-        written = recording.apply(WRITE, args, NO_KWARGS, mark)
-    recording.graph.writes[read.index] = written.index
-    recording.sites[address] = written
-    return written
 
 
 def write_part(
@@ -103,22 +137,28 @@ def write_part(
     Returns:
         What stands there then; None if the source is no site's value.
     """
-    node = recording.graph[recording.original(source.index)]
+    if recording.views is not None:
+        source = recording.views.resolved(source)
+    node = recording.graph[recording.graph.original(source.index)]
     if node.operation is not READ or recording.graph.rows[source.index][0] is SKIP:
         return None
     source = _without_part(recording, source, key)
-    part = recording.apply(REPLACE, (Recorded(recording, source), key, value), NO_KWARGS, mark)
+    part = _of_site(recording, REPLACE, source, (key, value), mark)
     return write(recording, cast("Address", node.args), Recorded(recording, part), block, mark)
 
 
 def _is_whole(recording: Recording, value: Any) -> bool:
     """Whether a value has all parts of what is to stand at a site: see `write_part`."""
-    return isinstance(value, AnyRecorded) and recording.graph.rows[value._ref.index][0] is REPLACE
+    if not isinstance(value, AnyRecorded) or value._recording is not recording:
+        return False
+    return recording.graph.rows[recording.current(value).index][0] is REPLACE
 
 
 def _may_be_structure(recording: Recording, written: Ref) -> bool:
     """Whether what was written to a site may be more than its first part alone."""
-    value = recording.graph.rows[written.index][1][1]
+    operation, (_, value, *_), *_ = recording.graph.rows[written.index]
+    if operation is PUT:
+        return True
     if type(value) is Ref:
         return recording.graph.rows[value.index][0] in _STRUCTURES
     return not isinstance(value, torch.Tensor)
@@ -130,25 +170,40 @@ def _without_part(recording: Recording, source: Ref, key: Any) -> Ref:
     That part is about to be replaced, so nothing is to wait for what it was.
     """
     rows = recording.graph.rows
-    base, replacements = source, list[int]()
+    base, changes = source, list[int]()
     while True:
         operation, args, *_ = rows[base.index]
-        if operation is REPLACE:
-            replacements.append(base.index)
+        if operation in (REPLACE, PUT):
+            changes.append(base.index)
             base = cast("Ref", args[0])
         elif operation is WRITE and type(args[1]) is Ref and rows[args[1].index][0] is REPLACE:
             base = args[1]
         else:
             break
-    others = [index for index in reversed(replacements) if rows[index][1][1] != key]
-    if len(others) == len(replacements):
+    others = [index for index in reversed(changes) if _changed_part(rows[index]) != key]
+    if len(others) == len(changes):
         return source
     for index in others:
         operation, args, kwargs, inputs, nested, mark = rows[index]
         of_base = (base.index, *inputs[1:])
         rows.append((operation, (base, *args[1:]), kwargs, of_base, nested, mark))
         base = ref(len(rows) - 1)
+        contexts = recording.graph.contexts
+        if index in contexts:
+            recording.graph.contexts = {**contexts, base.index: contexts[index]}
     return base
+
+
+def _changed_part(row: Row) -> Any:
+    """The key of the entry of a structure which a node changes; all else is equal to no key."""
+    operation, args, *_ = row
+    if operation is REPLACE:
+        return args[1]
+    first = cast("tuple[Step, ...]", args[1])[:1]
+    for name, place, others, _ in first:
+        if name == GETITEM.name and place == 0:
+            return others[0]
+    return row
 
 
 def skip(recording: Recording, address: Address, value: Any, mark: Mark) -> None:
@@ -179,9 +234,9 @@ def skip(recording: Recording, address: Address, value: Any, mark: Mark) -> None
     invocation, path, _, call, step = address
     inputs = recording.read((invocation, path, "inputs", call, step), mark)
     if isinstance(value, AnyRecorded) and value._recording is recording:
-        value = Recorded(recording, value._ref)  # a whole tuple may stand there
-    inputs = ref(recording.original(inputs.index))
-    skipped = recording.apply(SKIP, (Recorded(recording, inputs), value), NO_KWARGS, mark)
+        value = Recorded(recording, recording.current(value))  # a whole tuple may stand there
+    inputs = ref(recording.graph.original(inputs.index))
+    skipped = _of_site(recording, SKIP, inputs, (value,), mark)
     recording.graph.skips = {**recording.graph.skips, inputs.index: skipped.index}
     recording.sites[address] = skipped
 
@@ -210,8 +265,9 @@ def refuse_mixed(recording: Recording, address: Address, mark: Mark) -> None:
     for other in recording.sites:
         if other[:4] == address[:4] and other[4] != EVERY:
             raise OperationError(
-                f"`{Site(*address)}` cannot be used where `{Site(*other)}` was, and one of "
-                "them is written: what holds in every step comes before what holds in one.",
+                f"`{Site(*address)}` cannot be used where `{Site(*other)}` was, and one of them is "
+                "written: what holds in every step comes before what holds in one. Put the "
+                "`every_step` block first, or write `for step in generator.steps:` for it.",
                 Location(*mark),
             )
 

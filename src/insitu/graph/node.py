@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from insitu.graph.context import Context, within
 from insitu.graph.location import Location, Mark
-from insitu.graph.operations import READ, Operation
+from insitu.graph.operations import PUT, READ, SKIP, WRITE, Operation
 
 Kind = Literal["output", "input", "inputs", "tokens", "choice"]
 
@@ -175,20 +175,22 @@ class Node(NamedTuple):
         return Site(*self.args) if self.operation is READ else None
 
 
+_HANDED_OVER = (PUT, SKIP, WRITE)
+
+
 class Graph:
     """What is to be done: nodes, and what the run hands over to the model.
 
     Attributes:
         rows: the nodes, in the order of the lines that recorded them. Arguments refer to earlier
             ones only.
-        writes: the last write of each site that is written, by the index of the node that reads
-            what arrives there.
+        writes: what makes what each site that is written is given, by the index of the node that
+            reads what arrives there: the last assignment, or the last write in place.
         skips: what stands for the output of modules that do not run: the node that makes it, by
             the index of the node that reads what the module is called with.
         stops: the line that ends the run, by the node that reads the output after which.
         optional: the saves whose values may be missing.
         repeats: from which node to which, without it, nodes were recorded for every step.
-        mutations: the nodes that write in place.
         differentiates: whether the run has to record autograd.
         after: the nodes that read a site in one step after it is written in every step, and the
             nodes that read it there.
@@ -205,7 +207,6 @@ class Graph:
     stops: Mapping[int, Mark] = MappingProxyType({})
     optional: frozenset[int] = frozenset()
     repeats: tuple[tuple[int, int], ...] = ()
-    mutations: tuple[int, ...] = ()
     differentiates: bool = False
     after: Mapping[int, int] = MappingProxyType({})
     unfused: frozenset[int] = frozenset()
@@ -229,6 +230,12 @@ class Graph:
 
     def __getitem__(self, index: int) -> Node:
         return Node._make(self.rows[index])
+
+    def original(self, index: int) -> int:
+        """Returns the node that reads a site, from one that gives what stands there now."""
+        while self.rows[index][0] in _HANDED_OVER:
+            index = self.rows[index][3][0]
+        return index
 
     def runnable(self) -> list[Row]:
         """Returns the nodes with operations that enter the contexts in which they are to run."""

@@ -87,6 +87,17 @@ def _put(base: Any, steps: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     return put(base, steps, _taken(name, True), args, kwargs, _taken)
 
 
+def _put_into(base: Any, steps: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """As `_put`, of a copy that an earlier one has made and nobody else needs."""
+    return put(base, steps, _taken(name, True), args, kwargs, _taken, reuse=True)
+
+
+def _put_into_tensor(base: Any, steps: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """As `_put_into`, but not of a structure, of which another entry was copied."""
+    reuse = isinstance(base, torch.Tensor)
+    return put(base, steps, _taken(name, True), args, kwargs, _taken, reuse)
+
+
 def _taken(name: str, in_place: bool = False) -> Callable[..., Any]:
     """Returns what computes an operation; bytes from anybody name no other function."""
     operation = BY_NAME.get(name)
@@ -97,6 +108,8 @@ def _taken(name: str, in_place: bool = False) -> Callable[..., Any]:
 
 READ = Operation("read", _read)
 PUT = Operation("put", _put)
+PUT_INTO = Operation("put", _put_into)  # in the place of `PUT`, where a run may do that
+PUT_INTO_TENSOR = Operation("put", _put_into_tensor)
 SAVE = Operation("save", copied)
 ATTRIBUTE = Operation("attribute", attribute, casts=False)
 WRITE = Operation("write", fitted)

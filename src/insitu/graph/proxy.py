@@ -29,7 +29,7 @@ from insitu.graph.dispatch import (
 )
 from insitu.graph.errors import NoValueError, OperationError, UnknownShapeError, nearest
 from insitu.graph.habits import OF_VALUES, habit
-from insitu.graph.in_place import holds, mutate
+from insitu.graph.in_place import mutate
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, here, mark
 from insitu.graph.node import NO_KWARGS
@@ -95,6 +95,8 @@ class AnyProxy(Operators, Answers):
                 f"`{self.written()}` cannot be saved any more: its block has ended.", here()
             )
         rows = recording.graph.rows
+        if recording.views is not None:
+            source = recording.views.resolved(source)
         index = len(rows)
         if optional:
             recording.graph.optional |= {index}
@@ -277,7 +279,7 @@ class AnyProxy(Operators, Answers):
             self.result(here())[key] = value
             return
         recording, line = self._recording, mark()
-        if holds(recording, self._ref, value, key):
+        if recording.holds(self._ref, value, key):
             return
         if isinstance(key, str) or (isinstance(key, int) and not self._is_tensor(key)):
             block = isinstance(self, StructureProxy)
@@ -302,7 +304,7 @@ class AnyProxy(Operators, Answers):
         if not self._operand:
             return False
         recording = self._recording
-        node = recording.graph[recording.original(self._ref.index)]
+        node = recording.graph[recording.graph.original(self._ref.index)]
         if node.site is None or recording.shapes is None:
             return True
         first = node.site._replace(step=0)  # in later steps its size may differ, but no more

@@ -9,11 +9,12 @@ chain of views, and no view needs an inverse.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from insitu.graph.errors import OperationError
+from insitu.graph.structure import storage_of
 from insitu.graph.writing import replaced
 
 Step = tuple[str, int | str, tuple[Any, ...], Mapping[str, Any]]
@@ -32,6 +33,7 @@ def put(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     function: Callable[[str], Callable[..., Any]],
+    reuse: bool = False,
 ) -> Any:
     """Returns a value with a part of it written; nothing else changes.
 
@@ -42,6 +44,7 @@ def put(
         args: its arguments behind the first one.
         kwargs: its keyword arguments.
         function: gives the function of an operation by its name.
+        reuse: whether what is written into is a copy that nobody else needs.
 
     Raises:
         OperationError: if a step gives memory of its own, so that the write would be lost.
@@ -53,18 +56,22 @@ def put(
             )
         name, place, others, _ = steps[0]
         taken = step_taken(base, steps[0], function)
-        entry = put(taken, steps[1:], write, args, kwargs, function)
+        entry = put(taken, steps[1:], write, args, kwargs, function, reuse)
         if name not in ("operator.getitem", "attribute") or place != 0:
             raise OperationError(
                 f"what `{name}` makes of a structure is not written in place: write into an entry "
                 "of it, such as `value[0]`"
             )
         return replaced(base, others[0], entry)
-    copy = base.clone()
+    copy = base
+    if not reuse:
+        # What is written under `torch.no_grad` changes numbers, and leaves their history alone.
+        with torch.set_grad_enabled(base.requires_grad):
+            copy = base.clone()
     part: Any = copy
     for step in steps:
         part = step_taken(part, step, function)
-    if not isinstance(part, torch.Tensor) or not _shares(part, copy):
+    if not isinstance(part, torch.Tensor) or storage_of(part) != storage_of(copy):
         raise OperationError(
             "the write would be lost, because this part has memory of its own in the run: write "
             "into the value itself"
@@ -87,7 +94,3 @@ def step_taken(value: Any, step: Step, function: Callable[[str], Callable[..., A
 def _is_one_of_several(steps: Sequence[Step]) -> bool:
     names = {step[0].rpartition(".")[2] for step in steps}
     return "detach" not in names and not names.isdisjoint(_SEVERAL)
-
-
-def _shares(part: torch.Tensor, copy: torch.Tensor) -> bool:
-    return cast(Any, part).untyped_storage()._cdata == cast(Any, copy).untyped_storage()._cdata

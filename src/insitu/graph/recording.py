@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -54,8 +54,15 @@ from insitu.graph.operations import (
 )
 from insitu.graph.recorded import AnyRecorded, Cell, Holder, Missing, Recorded, refuse_structure
 
+if TYPE_CHECKING:
+    from insitu.graph.views import Views
+
 _NAMED = (Function, ModuleRef, Subgraph)
 _NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference to these
+
+
+WHOLE = object()
+"""In the place of a key: all of a value."""
 
 
 class _Branches(threading.local):
@@ -82,6 +89,10 @@ class ShapeSource(Protocol):
         """Returns a module as a function on fake tensors."""
         ...
 
+    def writer(self) -> int | None:
+        """Returns in which invocation the running line stands, None if in none."""
+        ...
+
 
 class Recording:
     """What one block records.
@@ -89,7 +100,10 @@ class Recording:
     Attributes:
         graph: the nodes so far.
         saves: where the run has to put what is saved, by the index of the node that saves it.
-        sites: what lines that come now read at a site: what arrives, or what was last written.
+        sites: what lines that come now read at a site: what arrives, or what was last assigned.
+        views: what values stand for now, once anything was written in place; None before that.
+        direct: whether lines are recorded with values as they are: nothing was written in place,
+            and the block is of no session.
         gradients: what lines that come now mean by the gradient of a node's value.
         shown: what lines that come now read by standard names.
         computed: the nodes that stand for values by name that are no part of the model, with what
@@ -115,6 +129,8 @@ class Recording:
     shown: dict[Any, Any] | None = None
     computed: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
     parent: Recording | None = None
+    views: Views | None = None
+    direct: bool = True
     session: object = None
     order: int = 0
     open: bool = True
@@ -145,7 +161,7 @@ class Recording:
         if is_autocast_enabled() or self.casts:
             self.casts = enabled_casts()
 
-    def _note_context(self, operation: Operation, index: int) -> None:
+    def note_context(self, operation: Operation, index: int) -> None:
         """Notes the context of a line, if it is not that of the block."""
         if operation not in _NOT_COMPUTED:
             context = difference(self.grads, self.casts, self.dtype)
@@ -190,6 +206,7 @@ class Recording:
                 (kind in PLAIN or (kind in KEYS and is_constant(other)))
                 and isinstance(value, AnyRecorded)
                 and value._recording is self
+                and self.views is None
                 and (value._operand or operation is GETITEM)
             ):
                 source = value._ref
@@ -200,7 +217,7 @@ class Recording:
                     or default_dtype() is not self.dtype
                     or (operation.casts and (is_autocast_enabled() or self.casts))
                 ):
-                    self._note_context(operation, index)
+                    self.note_context(operation, index)
                 return ref(index)
         inputs: list[int] = []
         encoded: list[Any] = []
@@ -215,7 +232,7 @@ class Recording:
             elif issubclass(kind, AnyRecorded) and arg._recording is self:
                 if not arg._operand and operation is not GETITEM:
                     refuse_structure(arg, Location(*mark))
-                source = arg._ref
+                source = arg._ref if self.views is None else self.views.resolved(arg._ref)
                 inputs.append(source.index)
                 encoded.append(source)
             else:
@@ -245,8 +262,26 @@ class Recording:
             or default_dtype() is not self.dtype
             or (operation.casts and (is_autocast_enabled() or self.casts))
         ):
-            self._note_context(operation, index)
+            self.note_context(operation, index)
         return ref(index)
+
+    def holds(self, source: Ref, value: Any, key: Any = WHOLE) -> bool:
+        """Returns whether a value is what stands there already, written in place.
+
+        Python assigns what it has written in place once more: `x[0] += 1` is a write in place to
+        `x[0]`, and then an assignment of `x[0]` to itself.
+
+        Args:
+            source: what stands there, or what it is a part of.
+            value: what is assigned.
+            key: which part.
+        """
+        views = self.views
+        if views is None or not isinstance(value, AnyRecorded) or value._recording is not self:
+            return False
+        if key is WHOLE:
+            return views.is_same(value._ref, source)
+        return views.is_entry(value._ref, source, key)
 
     def read(self, address: Address, mark: Mark) -> Ref:
         """Returns what stands at a site for lines that come now.
@@ -267,21 +302,15 @@ class Recording:
         rows = self.graph.rows
         if self.graph.writes:
             every = self.sites.get((*address[:4], EVERY))
-            if every is not None and rows[every.index][0] is WRITE:
-                after = {len(rows): self.original(every.index)}
-                self.graph.after = {**self.graph.after, **after}
+            original = -1 if every is None else self.graph.original(every.index)
+            if original in self.graph.writes:
+                self.graph.after = {**self.graph.after, len(rows): original}
             elif address[4] == EVERY:
                 refuse_unseen(self, address, mark)
         index = len(rows)
         source = self.sites[address] = ref(index)
         rows.append((READ, address, NO_KWARGS, (), False, mark))
         return source
-
-    def original(self, index: int) -> int:
-        """Returns the node that reads a site, from one that gives what stands there now."""
-        while self.graph.rows[index][0] in (WRITE, SKIP):
-            index = self.graph.rows[index][3][0]
-        return index
 
     def stop(self, output: Ref, mark: Mark) -> None:
         """Records that the run ends where a module has returned.
@@ -290,7 +319,7 @@ class Recording:
             output: what it returns.
             mark: the user's line.
         """
-        self.graph.stops = {**self.graph.stops, self.original(output.index): mark}
+        self.graph.stops = {**self.graph.stops, self.graph.original(output.index): mark}
 
     def fail(self, reason: str) -> None:
         """Says of every saved value why it will have none, and forgets the rest."""
@@ -308,7 +337,7 @@ class Recording:
         self.saves = {}
         self.sites = {}
         self.fakes = {}
-        self.shapes = None
+        self.shapes = self.views = None
 
     def input(self, mark: Mark) -> Ref:
         """Adds an input, to the function of a `cond` or `fold`."""
@@ -325,11 +354,16 @@ class Recording:
         parent = cast("Recording", self.parent)
         if value._recording is not parent:
             value = Recorded(parent, parent.capture(value, mark))
-        index = value._ref.index
+        source = parent.current(value)
+        index = source.index
         if index not in self._inside:
             self._inside[index] = self.input(mark)
-            self.captured.append(Recorded(parent, value._ref))
+            self.captured.append(Recorded(parent, source))
         return self._inside[index]
+
+    def current(self, value: AnyRecorded) -> Ref:
+        """Returns what a value of this recording stands for in a line that comes now."""
+        return value._ref if self.views is None else self.views.resolved(value._ref)
 
     def encode(self, value: Any, mark: Mark) -> Any:
         """Returns a value with references in the place of recorded values."""
@@ -342,7 +376,7 @@ class Recording:
             value: the value, as it is at this line.
             mark: the user's line.
         """
-        source, rows = value._ref, self.graph.rows
+        source, rows = self.current(value), self.graph.rows
         cell = Cell()
         self.saves[len(rows)] = cell
         rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark))

@@ -37,7 +37,7 @@ def replay(recording: Recording, graph: Graph, number: int, step: int) -> None:
         moved.append(ref(len(rows)))
         rows.append((operation, row_args, row_kwargs, sources, nested, mark))
     for read, write in graph.writes.items():
-        original = recording.original(moved[read].index)
+        original = recording.graph.original(moved[read].index)
         recording.graph.writes[original] = moved[write].index
         recording.sites[cast("Address", rows[original][1])] = moved[write]
     for read, skip in graph.skips.items():
@@ -46,11 +46,10 @@ def replay(recording: Recording, graph: Graph, number: int, step: int) -> None:
         recording.sites[number, path, "output", call, step] = moved[skip]
     for read, mark in graph.stops.items():
         recording.stop(moved[read], mark)
-    recording.graph.unfused |= {recording.original(moved[index].index) for index in graph.unfused}
+    whole = recording.graph
+    whole.unfused |= {whole.original(moved[index].index) for index in graph.unfused}
     if graph.contexts:
         moving = {moved[index].index: context for index, context in graph.contexts.items()}
         recording.graph.contexts = {**recording.graph.contexts, **moving}
-    mutations = [moved[index].index for index in graph.mutations]
-    recording.graph.mutations = (*recording.graph.mutations, *mutations)
     if step == EVERY:
         recording.graph.repeats = (*recording.graph.repeats, (start, len(rows)))

@@ -16,14 +16,15 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.graph.context import as_begun, entered
-from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
+from insitu.graph.errors import InsituError, OperationError, ShapeError, UnknownShapeError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
+from insitu.graph.location import here
 from insitu.graph.node import Carried, Function, Graph, ModuleRef, Node, Ref, Subgraph
-from insitu.graph.operations import APPLY, COND, FOLD, INPUT
+from insitu.graph.operations import APPLY, COND, FOLD, GETITEM, INPUT, READ
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.recording import Recording
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import map_structure, storages_of
 
 
 def fake_value(recording: Recording, index: int) -> Any:
@@ -57,12 +58,91 @@ def outlined(recording: Recording, index: int) -> Any:
     try:
         return fake_value(recording, index)
     except UnknownShapeError:
-        kept, recording.fakes = recording.fakes, {}
-        recording.as_first_step = True
-        try:
+        with _as_in_first_step(recording):
             return fake_value(recording, index)
-        finally:
-            recording.fakes, recording.as_first_step = kept, False
+
+
+def shares_memory(recording: Recording, index: int) -> bool:
+    """Returns whether a node's value shares memory with what it is made of.
+
+    It is asked where dtypes or strides decide that. In later steps of a generation dtypes are
+    those of the first. Where strides forbid a view in the first, they may allow one later.
+
+    Args:
+        recording: the recording that the node is in.
+        index: the node.
+
+    Raises:
+        OperationError: if that is not known before the run, or is so of a part of the value.
+    """
+    operation, args, _, inputs, _, _ = recording.graph.rows[index]
+    location = here()
+    try:
+        if operation is GETITEM:  # numbers take an entry, which is a view
+            keys = [outlined(recording, source) for source in inputs if source != args[0].index]
+            return all(key.ndim == 0 and _is_whole_number(key) for key in keys)
+        if not _is_of_later_steps(recording, index):
+            shares, whole = _shares(recording, index)
+        else:
+            with _as_in_first_step(recording):
+                shares, whole = _shares(recording, index)
+            if not shares and operation.short in _BY_STRIDES:
+                raise UnknownShapeError("Strides differ between steps.")
+    except UnknownShapeError as error:
+        raise OperationError(
+            f"Something is written in place, and whether `{expression(recording.graph, index)}` "
+            f"sees that is not known before the run: write `.clone()` behind it, or use `.view`. "
+            f"{error}",
+            location,
+        ) from None
+    if shares and not whole and operation in (APPLY, COND, FOLD):
+        raise OperationError(
+            f"Something is written in place that `{expression(recording.graph, index)}` returns "
+            "parts of: write into a `.clone()`.",
+            location,
+        )
+    return shares
+
+
+_BY_STRIDES = ("contiguous", "flatten", "ravel", "reshape", "reshape_as")
+
+
+def _shares(recording: Recording, index: int) -> tuple[bool, bool]:
+    """Whether a value shares memory with what it is made of, and whether it is a tensor."""
+    value = fake_value(recording, index)
+    sources = [fake_value(recording, source) for source in recording.graph.rows[index][3]]
+    shares = not storages_of(value).isdisjoint(storages_of(sources))
+    return shares, isinstance(value, torch.Tensor)
+
+
+def _is_whole_number(key: Any) -> bool:
+    return not (key.is_floating_point() or key.is_complex() or key.dtype is torch.bool)
+
+
+def _is_of_later_steps(recording: Recording, index: int) -> bool:
+    """Whether a value is, or may be, of a step other than the first."""
+    seen: set[int] = set()
+    pending = [index]
+    while pending:
+        current = pending.pop()
+        if current not in seen:
+            seen.add(current)
+            operation, args, _, inputs, _, _ = recording.graph.rows[current]
+            if operation is READ and args[4] != 0:
+                return True
+            pending.extend(inputs)
+    return False
+
+
+@contextmanager
+def _as_in_first_step(recording: Recording) -> Generator[None]:
+    """Lets sites of later steps count as those of the first."""
+    kept, recording.fakes = recording.fakes, {}
+    recording.as_first_step = True
+    try:
+        yield
+    finally:
+        recording.fakes, recording.as_first_step = kept, False
 
 
 def _fake_value(recording: Recording, index: int) -> Any:

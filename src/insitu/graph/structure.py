@@ -125,6 +125,16 @@ def memory_of(value: Any) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors_of(value)}
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """Returns the identity of a tensor's storage, with data or without."""
+    return cast(int, cast(Any, tensor).untyped_storage()._cdata)
+
+
+def storages_of(value: Any) -> set[int]:
+    """Returns the identities of the storages of the tensors in a value, with data or without."""
+    return set(map(storage_of, tensors_of(value)))
+
+
 def _moved(leaf: Any, device: torch.device) -> Any:
     if not isinstance(leaf, torch.Tensor) or leaf.device == device:
         return _copied_leaf(leaf)

@@ -14,22 +14,27 @@ One write, step by step:
     last.mul_(2)           # node 3: put(0, steps=[getitem (:, -1)], "Tensor.mul_", 2)
     after = last.save()    # node 4: getitem of 3; node 5: save of 4
 
-`written()` says at the end that the site that node 0 reads is given node 3. Nothing here knows of a
-model. Torch's `functionalize` and JAX's `.at[].set` do the same.
+The site that node 0 reads is given node 3: `Graph.writes` says so. An assignment makes a new base
+for its site, of which only the entries that it leaves alone are views from before. Nothing here
+knows of a model. Torch's `functionalize` and JAX's `.at[].set` do the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, cast
 
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import NO_KWARGS, Ref, Row, ref
+from insitu.graph.node import NO_KWARGS, Graph, Ref, ref
 from insitu.graph.operations import (
     ATTRIBUTE,
     GETITEM,
+    GRAD,
     PUT,
+    PUT_INTO,
+    PUT_INTO_TENSOR,
     READ,
     REPLACE,
     SKIP,
@@ -60,6 +65,7 @@ _SOMETIMES_VIEWS = frozenset(
     )
 )
 _VIEW_ATTRIBUTES = frozenset(["H", "T", "imag", "mH", "mT", "real"])
+_NO_VIEW_ATTRIBUTES = frozenset(["device", "dtype", "ndim", "shape"])
 # `Tensor.unfold` returns a view, `torch.nn.functional.unfold` and `fold` do not.
 _NEVER_VIEWS = frozenset(["functional.unfold"])
 
@@ -75,24 +81,50 @@ class Views:
     as, and nothing has to be looked up.
     """
 
-    def __init__(self, rows: list[Row], shares: Callable[[int], bool]) -> None:
+    def __init__(self, graph: Graph, shares: Callable[[int], bool]) -> None:
         """Begins with what was recorded so far.
 
         Args:
-            rows: the nodes of the recording, to which writes and renewed views are added.
+            graph: what is recorded, to which writes and renewed views are added.
             shares: whether the value of a node shares memory with what it was made of, where
-                strides or dtypes decide: those of one invocation alone, never of a batch.
+                strides or dtypes decide: those of one invocation alone, never of a batch. It is
+                asked of views of what was written only.
         """
-        self._rows = rows
+        self._graph = graph
+        self._rows = graph.rows
         self._shares = shares
         self._first: dict[int, int] = {}  # the base that a `put` has changed
         self._standing: dict[int, int] = {}  # what a base stands for now
         self._parents: dict[int, int] = {}  # of a node that is a view: what of; else -1
+        self._unsure: set[int] = set()  # of which strides or dtypes decide, and nobody has asked
         self._renewed: dict[int, int] = {}  # a view from before, as it was last recorded again
+        self._followed: dict[int, tuple[int, int | str]] = {}  # by an assignment of one entry
+        self._foreign: set[int] = set()  # bases that another invocation has written into
+        latest: dict[int, int] = {}
+        for index, (operation, args, *_) in enumerate(graph.rows):
+            if operation is WRITE:
+                read = graph.original(index)
+                self.assign(latest.get(read, read), index, args[1])
+                latest[read] = index
 
-    def written(self) -> Mapping[int, int]:
-        """Returns the node that each site is given in the end, by the node that reads the site."""
-        return {base: now for base, now in self._standing.items() if self._rows[base][0] is READ}
+    def assign(self, before: int, write: int, value: Any) -> None:
+        """Notes that something was assigned to a site.
+
+        Args:
+            before: the base that stood there.
+            write: the node that makes what stands there now.
+            value: what it puts there: a `Ref`, or something else.
+        """
+        before = self._first.get(before, before)
+        if type(value) is Ref and self._rows[value.index][0] is REPLACE:
+            _, (_, key, _), _, inputs, _, _ = self._rows[value.index]
+            index = inputs[0]
+            while self._rows[index][0] in (PUT, REPLACE, WRITE):
+                index = self._rows[index][3][0]
+            if index == self._graph.original(before):  # the other entries are what they were
+                self._followed[before] = write, key
+                if before in self._standing:
+                    self._standing[write] = write
 
     def put(
         self,
@@ -101,6 +133,7 @@ class Views:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         mark: Mark,
+        writer: int | None = None,
     ) -> Ref:
         """Records a write in place.
 
@@ -110,6 +143,7 @@ class Views:
             args: its encoded arguments behind the first one.
             kwargs: its encoded keyword arguments.
             mark: the user's line.
+            writer: the invocation in which that stands; None for whichever it writes into.
 
         Returns:
             The target, which `resolved` gives as it is now.
@@ -120,9 +154,11 @@ class Views:
         current = self.resolved(target).index
         steps: list[Step] = []
         inputs: list[int] = []
+        nested = False
         base = current
-        while (parent := self._parent(base)) >= 0:
-            step, others = self._step(base, parent)
+        while (parent := self._sure_parent(base)) >= 0:
+            step, others = self._step(base)
+            nested = nested or self._rows[base][4]
             steps.append(step)
             inputs.extend(others)
             base = parent
@@ -133,17 +169,41 @@ class Views:
                 Location(*mark),
             )
         steps.reverse()
-        map_structure(lambda leaf: inputs.append(leaf.index) if type(leaf) is Ref else None, args)
-        map_structure(
-            lambda leaf: inputs.append(leaf.index) if type(leaf) is Ref else None, dict(kwargs)
-        )
+        first = self._first.get(base, base)
+        handed = self._handed_over(first, writer, mark)
+        base = self._standing.get(first, base)
+        nested = nested or bool(inputs)
+        for arg in (*args, *kwargs.values()):
+            if type(arg) is Ref:
+                inputs.append(arg.index)
+                continue
+            before = len(inputs)
+            map_structure(lambda leaf: inputs.append(leaf.index) if type(leaf) is Ref else 0, arg)
+            nested = nested or len(inputs) > before
         index = len(self._rows)
         encoded = (ref(base), tuple(steps), operation.name, *args)
-        self._rows.append((PUT, encoded, kwargs, (base, *inputs), True, mark))
-        first = self._first.get(base, base)
+        self._rows.append((PUT, encoded, kwargs, (base, *inputs), nested, mark))
         self._first[index] = first
         self._standing[first] = index
+        if handed is not None:
+            to, read = handed
+            setattr(self._graph, to, {**getattr(self._graph, to), read: index})
         return ref(current)  # recorded again only if a line uses it
+
+    def base(self, value: Ref) -> int:
+        """Returns the value with memory of its own that a value is, or is a view of."""
+        index = self.resolved(value).index
+        while (parent := self._sure_parent(index)) >= 0:
+            index = parent
+        return self._first.get(index, index)
+
+    def chain(self, value: Ref) -> list[int]:
+        """Returns the nodes from a value to the base that it is a view of, or may be a view of."""
+        index = self.resolved(value).index
+        found = [index]
+        while (index := self._parent(index)) >= 0:
+            found.append(index)
+        return found
 
     def resolved(self, value: Ref) -> Ref:
         """Returns what a value stands for in a line that comes now.
@@ -159,13 +219,17 @@ class Views:
                 break
             parent = self._parent(index)
             if parent == _OF_SEVERAL:
+                if self._is_own(index):
+                    return value
                 made = self._again_of_several(index)
                 break
             if parent < 0:
                 return value  # nothing that it is a view of was written
             chain.append(index)
             index = parent
-        if made == index:
+        if made == index and (not chain or self._parents[chain[-1]] == index):
+            return value
+        if any(map(self._is_own, chain)):
             return value
         for view in reversed(chain):
             made = self._again(view, made)
@@ -179,17 +243,56 @@ class Views:
         one, two = self.resolved(value).index, self.resolved(other).index
         while one != two:
             parents = self._parent(one), self._parent(two)
-            if min(parents) < 0 or self._step(one, parents[0]) != self._step(two, parents[1]):
+            if min(parents) < 0 or self._step(one) != self._step(two):
                 return False
             one, two = parents
         return True
+
+    def is_entry(self, value: Ref, whole: Ref, key: Any) -> bool:
+        """Returns whether a value is a part of another, as indexing with a key gives it."""
+        index = self.resolved(value).index
+        operation, args, *_ = self._rows[index]
+        if operation is not GETITEM or not is_basic(key) or self._parent(index) < 0:
+            return False
+        return args[1] == key and self.is_same(ref(self._parent(index)), whole)
+
+    def _handed_over(self, base: int, writer: int | None, mark: Mark) -> tuple[str, int] | None:
+        """Where a base stands that the model is given: a field of the graph, and its key there.
+
+        None if it stands nowhere, or a later line has put something else there. A write in another
+        invocation is for later lines only.
+        """
+        graph, node = self._graph, base
+        while self._rows[node][0] in (PUT, WRITE):
+            node = self._rows[node][3][0]
+        operation, args, _, inputs, _, _ = self._rows[node]
+        if operation is SKIP:
+            now, found = graph.skips.get(inputs[0], node), ("skips", inputs[0])
+            args = self._rows[inputs[0]][1]
+        elif operation in (READ, GRAD):
+            now, found = graph.writes.get(node, node), ("writes", node)
+        else:
+            return None
+        if self._first.get(now, now) != base:
+            return None
+        if operation is not GRAD and writer is not None and args[0] != writer:
+            self._foreign.add(base)
+            return None
+        if base in self._foreign:
+            raise OperationError(
+                "Another invocation has written into this value before, for its own lines: write "
+                "there into a `.clone()` of it.",
+                Location(*mark),
+            )
+        return found
 
     def _again(self, view: int, parent: int) -> int:
         """Records a view again, of what its parent stands for now, unless that was done."""
         before = self._renewed.get(view)
         if before is not None and self._parents[before] == parent:
             return before
-        index = self._renewed[view] = self._moved(view, {self._parents[view]: parent})
+        held = next(iter(self._held(view)))
+        index = self._renewed[view] = self._moved(view, {held: parent})
         self._parents[index] = parent
         return index
 
@@ -213,39 +316,84 @@ class Views:
 
         args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
         inputs = tuple(moved.get(source, source) for source in inputs)
+        index = len(self._rows)
         self._rows.append((operation, args, kwargs or NO_KWARGS, inputs, nested, mark))
-        return len(self._rows) - 1
+        if view in self._graph.contexts:
+            contexts = self._graph.contexts
+            self._graph.contexts = {**contexts, index: contexts[view]}
+        return index
+
+    def _sure_parent(self, index: int) -> int:
+        parent = self._parent(index)
+        return _OWN if parent != _OWN and self._is_own(index) else parent
+
+    def _is_own(self, index: int) -> bool:
+        """Whether what may be a view has memory of its own, as strides and dtypes decide."""
+        if index in self._unsure:
+            self._unsure.remove(index)
+            if not self._shares(index):
+                self._parents[index] = _OWN
+        return self._parents[index] == _OWN
 
     def _parent(self, index: int) -> int:
-        """The node that a node is a view of; negative if it has memory of its own or of several."""
+        """The node that a node is or may be a view of; negative if it is none, or of several."""
         known = self._parents.get(index)
         if known is None:
             known = self._parents[index] = self._found_parent(index)
+        while known in self._followed:
+            write, key = self._followed[known]
+            if self._is_entry_at(index, key):
+                break  # what stood there before the assignment
+            known = write
         return known
 
+    def _is_entry_at(self, index: int, key: int | str) -> bool:
+        """Whether a node takes that entry of a structure which has been assigned."""
+        operation, args, *_ = self._rows[index]
+        if operation not in (ATTRIBUTE, GETITEM):
+            return True
+        own: Any = args[1]
+        alike = type(own) is type(key) and (isinstance(own, str) or (own >= 0) is (int(key) >= 0))
+        if not alike:
+            raise OperationError(
+                f"It is not known whether the entries {own!r} and {key!r} of a value are the same "
+                "one: write both in the same way, counted from the front."
+            )
+        return own == key
+
     def _found_parent(self, index: int) -> int:
-        operation, args, kwargs, inputs, _, _ = self._rows[index]
-        if not inputs or operation.in_place or not self._is_view(index, operation, args):
+        operation, args, _, inputs, _, _ = self._rows[index]
+        if not inputs or not self._may_be_view(index, operation, args):
             return _OWN
         if operation.short in ("broadcast_tensors", "meshgrid"):
             return _OF_SEVERAL
-        held = (*args, *kwargs.values())
-        return next((item.index for item in held if type(item) is Ref), _OF_SEVERAL)
+        return next(iter(self._held(index)), _OF_SEVERAL)
 
-    def _is_view(self, index: int, operation: Operation, args: tuple[Any, ...]) -> bool:
+    def _held(self, index: int) -> list[int]:
+        """The nodes that are arguments of a node, and not parts of arguments."""
+        _, args, kwargs, *_ = self._rows[index]
+        return [item.index for item in (*args, *kwargs.values()) if type(item) is Ref]
+
+    def _may_be_view(self, index: int, operation: Operation, args: tuple[Any, ...]) -> bool:
         if operation is ATTRIBUTE:
-            return args[1] in _VIEW_ATTRIBUTES or self._shares(index)
-        if operation is GETITEM:
+            sure = args[1] in _VIEW_ATTRIBUTES
+            unsure = not sure and args[1] not in _NO_VIEW_ATTRIBUTES
+        elif operation is GETITEM:
             # A whole number that the run computes takes an entry, which is a view.
-            return is_basic(args[1]) or (_is_computed(args[1]) and self._shares(index))
-        name = operation.short
-        if operation.name in _NEVER_VIEWS:
-            return False
-        return name in _VIEWS or (name in _SOMETIMES_VIEWS and self._shares(index))
+            sure = is_basic(args[1])
+            unsure = _is_computed(args[1])
+        else:
+            name = operation.short
+            known = operation.name not in _NEVER_VIEWS
+            sure, unsure = known and name in _VIEWS, known and name in _SOMETIMES_VIEWS
+        if unsure and not sure:
+            self._unsure.add(index)
+        return sure or unsure
 
-    def _step(self, index: int, parent: int) -> tuple[Step, list[int]]:
+    def _step(self, index: int) -> tuple[Step, list[int]]:
         """A view as a step from its parent, and the other nodes that its geometry comes from."""
         operation, args, kwargs, inputs, _, _ = self._rows[index]
+        parent = next(iter(self._held(index)))
         others = [*inputs]
         others.remove(parent)
         for at, arg in enumerate(args):
@@ -262,16 +410,20 @@ def _is_computed(key: Any) -> bool:
     return all(type(part) is Ref or is_basic(part) for part in parts)
 
 
-def reusable(rows: Sequence[Row], needs: Sequence[int]) -> frozenset[int]:
+def reusable(graph: Graph, needs: Sequence[int]) -> dict[int, Operation]:
     """Returns the `put` nodes that may write into the copy that an earlier `put` has made.
+
+    Each is given with the operation that does so.
 
     That is so where nothing that runs later uses the earlier value or a view of it. Without it,
     1,024 writes at one site would copy 1,024 times. Where autograd records, a run copies anyway.
 
     Args:
-        rows: the nodes.
+        graph: the nodes, and what the run hands over to the model.
         needs: the sites that each node waits for, as bits.
     """
+    rows = graph.rows
+    given = {*graph.writes.values(), *graph.skips.values()}
     last = [-1] * len(rows)  # the last node that uses a value or what may be a view of it
     late = [0] * len(rows)  # all sites that the users wait for
     for index in range(len(rows) - 1, -1, -1):
@@ -284,14 +436,21 @@ def reusable(rows: Sequence[Row], needs: Sequence[int]) -> frozenset[int]:
             if operation is not PUT and _may_be_view(operation):
                 last[source] = max(last[source], last[index])
                 late[source] |= late[index]
-    return frozenset(
-        index
-        for index, (operation, _, _, inputs, _, _) in enumerate(rows)
-        if operation is PUT
-        and rows[inputs[0]][0] is PUT
-        and last[inputs[0]] < index
-        and not late[inputs[0]] & ~needs[index]
-    )
+    found: dict[int, Operation] = {}
+    for index, (operation, args, _, inputs, _, _) in enumerate(rows):
+        if operation is not PUT or rows[inputs[0]][0] is not PUT or inputs[0] in given:
+            continue
+        if last[inputs[0]] < index and not late[inputs[0]] & ~needs[index]:
+            before: tuple[Any, ...] = rows[inputs[0]][1]
+            alike = _entry(before[1]) == _entry(args[1])
+            found[index] = PUT_INTO if alike else PUT_INTO_TENSOR
+    return found
+
+
+def _entry(steps: Sequence[Step]) -> list[Any]:
+    """The keys that may lead to an entry of a structure, and to the tensor that was copied."""
+    keys = [others[0] if len(others) == 1 else None for _, _, others, _ in steps]
+    return list(takewhile(lambda key: isinstance(key, int | str), keys))
 
 
 def _may_be_view(operation: Operation) -> bool:

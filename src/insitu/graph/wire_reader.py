@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, NamedTuple, cast
 
@@ -16,6 +16,7 @@ from insitu.graph.location import Location, Mark, SourceLine
 from insitu.graph.node import EVERY, Graph, Kind, ModuleRef, Ref, Row, Subgraph
 from insitu.graph.operations import (
     APPLY,
+    ATTRIBUTE,
     BACKWARD,
     BY_NAME,
     COND,
@@ -23,6 +24,7 @@ from insitu.graph.operations import (
     GRAD,
     INPUT,
     KEEP,
+    PUT,
     READ,
     SAVE,
     SKIP,
@@ -191,9 +193,13 @@ def _check_call(
 ) -> None:
     """Checks what a recording sees to: without it, planning or printing a graph could fail."""
     own = "." not in operation.name and operation not in _FUNCTIONS
-    if (own or operation.in_place) and not (args and type(args[0]) is Ref):
+    if operation.in_place:
+        raise WireError(f"{operation.name} writes in place: that is a part of what `put` does")
+    if own and not (args and type(args[0]) is Ref):
         raise WireError(f"{operation.name} is not done to a value of the run")
-    if kwargs and "." not in operation.name and operation not in (BACKWARD, APPLY):
+    if operation is PUT:
+        _check_put(args)
+    elif kwargs and "." not in operation.name and operation not in (BACKWARD, APPLY):
         raise WireError(f"{operation.name} takes no keywords")
     if operation in _TARGETS:
         target = graph.rows[args[0].index][0]
@@ -209,6 +215,25 @@ def _check_call(
             raise WireError(f"{operation.name} cannot be called so: {error}") from None
     if given.get("out") is not None or given.get("inplace", False) is not False:
         raise WireError(f"{operation.name} would write into one of its arguments")
+
+
+def _check_put(args: tuple[Any, ...]) -> None:
+    """Checks that a write in place names views that lead to what it writes, and what writes."""
+    called: Sequence[Any] = args
+    steps, name = called[1:3] if len(called) > 2 else (None, None)
+    right = isinstance(steps, tuple) and all(map(_is_step, cast("tuple[Any, ...]", steps)))
+    if not right or not isinstance(name, str) or name not in BY_NAME or not BY_NAME[name].in_place:
+        raise WireError("put cannot be called so: it takes a value, views and what writes")
+
+
+def _is_step(step: Any) -> bool:
+    match step:
+        case (str() as name, (int() | str()) as place, tuple(), dict()):
+            known = name in BY_NAME and not BY_NAME[name].in_place
+            known = known and ("." in name or name == ATTRIBUTE.name)
+            return known and (isinstance(place, str) or place >= 0)
+        case _:
+            return False
 
 
 def _is_device(name: Any) -> bool:
@@ -268,12 +293,11 @@ def _contexts(rows: list[tuple[int, int]]) -> dict[int, Context]:
 
 # Every field of a graph but its rows: what holds the entries, and what their columns are.
 FIELDS: Mapping[str, Field] = {
-    "writes": Field(dict, (_node(READ, GRAD), _node(WRITE))),
-    "skips": Field(dict, (_node(READ), _node(SKIP))),
+    "writes": Field(dict, (_node(READ, GRAD), _node(WRITE, PUT))),
+    "skips": Field(dict, (_node(READ), _node(SKIP, PUT))),
     "stops": Field(dict, (_node(READ), line_column)),
     "optional": Field(frozenset, (_node(SAVE, KEEP),)),
     "repeats": Field(tuple, (_bound, _bound)),
-    "mutations": Field(tuple, (_node(),)),
     "differentiates": Field(bool, ()),
     "after": Field(dict, (_node(READ), _node(READ))),
     "unfused": Field(frozenset, (_node(READ),)),
@@ -290,15 +314,15 @@ _FUNCTIONS: Mapping[Operation, Mapping[int, type]] = {
 _OWN_ARGUMENTS = {COND: 3, FOLD: 1}
 _INSIDE = (INPUT,)
 _OUTSIDE = (READ, SAVE, KEEP, WRITE, SKIP, GRAD, BACKWARD)
-_TARGETS = {WRITE: (READ, GRAD, WRITE), SKIP: (READ,)}
+_TARGETS = {WRITE: (READ, GRAD, WRITE, PUT), SKIP: (READ,)}
 _DIFFERENTIATED = (GRAD, BACKWARD, KEEP)
 
 
 def _check_flags(graph: Graph) -> None:
     """Checks the fields that say of what kind some nodes are."""
-    writing = tuple(index for index, row in enumerate(graph.rows) if row[0].in_place)
-    if graph.mutations != writing:
-        raise WireError("it does not name the nodes that write in place")
+    for read, made in (*graph.writes.items(), *graph.skips.items()):
+        if graph.rows[made][0] is PUT and graph.original(made) != read:
+            raise WireError(f"node {made} writes in place into another site than that of {read}")
     if not graph.differentiates and any(row[0] in _DIFFERENTIATED for row in graph.rows):
         raise WireError("it does not say that it needs gradients")
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from insitu.graph.node import Address, Kind
 from insitu.models.accounts import Accounts
-from insitu.models.batching import cuts, join, lie_apart
+from insitu.models.batching import cuts, join
 from insitu.models.calls import arguments, content, forward
 from insitu.models.prompts import Prompt, Side, counted
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
@@ -123,8 +123,6 @@ class Batches:
             runs, groups = runs_and_groups(lambda: None)
         assert groups is not None
         groups = [part for group in groups for part in self._of_like_lengths(runs, group)]
-        if work.graph.mutations:
-            groups = [part for group in groups for part in self._writable(runs, group)]
         self._runs = runs
         self._stretches = self._planned(groups, work)
 
@@ -171,13 +169,6 @@ class Batches:
                 )
             )
         return stretches
-
-    def _writable(self, runs: Sequence[Run], group: Group) -> list[Group]:
-        """Divides runs so that they can share a batch if something is written in place."""
-        sizes = [self._sizes[runs[number].invocation] for number in group.runs]
-        if runs[group.runs[0]].level or not lie_apart(sizes):
-            return [group]
-        return [Group([number]) for number in group.runs]
 
     def _of_like_lengths(self, runs: Sequence[Run], group: Group) -> list[Group]:
         """Divides runs so that none's rotary embeddings depend on a longer one."""

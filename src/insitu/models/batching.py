@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from insitu.graph.node import Site
-from insitu.graph.structure import clone, map_structure
+from insitu.graph.structure import map_structure
 from insitu.models.prompts import Prompt, Side
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, take_logits
 from insitu.runtime.hooks import Cut
-from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
+from insitu.runtime.layout import Layouts, Part, cut, put, spread, widened
 
 
 class Batch(NamedTuple):
@@ -76,19 +76,6 @@ def is_ragged(requests: Sequence[Prompt]) -> bool:
     return len({prompt.ids.shape[1] for prompt in requests}) > 1
 
 
-def lie_apart(sizes: Collection[tuple[int, int]]) -> bool:
-    """Returns whether the rows of some prompt would have padding between them in a batch.
-
-    What is written into such a prompt's part in place would not show in a copy without gaps, and
-    with them it is not the tensor that it would be alone.
-
-    Args:
-        sizes: of each prompt, how many rows it has and of which length.
-    """
-    ragged = len({length for _, length in sizes}) > 1
-    return ragged and any(rows > 1 for rows, _ in sizes)
-
-
 class Share(NamedTuple):
     """One prompt's share of a batch.
 
@@ -104,16 +91,13 @@ class Share(NamedTuple):
     unembedded: Unembedded = ALL_UNEMBEDDED
     logits: Sequence[int] = ()
 
-    def take(self, site: Site, value: Any, writable: bool = False) -> Any:
+    def take(self, site: Site, value: Any) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
         layout, part = self.layouts[site[1:4]], self.part
         if site[1:4] in self.unembedded.places:
             logits = partial(self._unembedded, site)
             return take_logits(value, layout, logits, partial(self._own, site))
         own = cut(site, value, layout, part)
-        if writable:
-            several = part.rows.stop - part.rows.start > 1
-            return map_structure(clone, own) if several and is_shared(layout) else own
         return own if part.spans_length else map_structure(_packed, own)
 
     def _own(self, site: Site, value: Any, layout: Any) -> Any:

@@ -13,7 +13,7 @@ from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Site
 from insitu.models.attention import OPTION, attending
-from insitu.models.batching import cuts, is_ragged, join, lie_apart
+from insitu.models.batching import cuts, is_ragged, join
 from insitu.models.choosing import listening, seeded
 from insitu.models.configuration import all_said, text_config
 from insitu.models.generated_rows import rows_apart, rows_together
@@ -21,7 +21,7 @@ from insitu.models.padding import padding_shows, positioned, warn_of_counting
 from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
-from insitu.runtime.fallback import SEEN_ALONE, UNDONE, Fallback, logger, uncut
+from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, uncut
 from insitu.runtime.hooks import Cut
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Own, Pass
@@ -158,13 +158,10 @@ class Generation:
         self, module: nn.Module, requests: Sequence[Prompt], work: Work
     ) -> Layouts | Fallback:
         """How to cut what is read out of one generation for all."""
-        sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
         if work.apart is not None:
             return work.apart
         if self._model.has_hooks:
             return SEEN_ALONE
-        if work.graph.mutations and lie_apart(sizes):
-            return UNDONE
         if (why := self._unbatchable(module, requests)) is not None:
             return Fallback(why)
         from insitu.models.sharing import separation_of  # of no use to one prompt

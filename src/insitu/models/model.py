@@ -9,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -32,7 +31,7 @@ from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.own_hooks import set_aside
-from insitu.runtime.probe import Call, Copies, Probe, fake_call, fake_run, probe
+from insitu.runtime.probe import Call, Probe, fake_call, fake_run, probe
 from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
 from insitu.tracing.edit import Edit, described
@@ -239,7 +238,6 @@ class Model(Handle):
         call: Call,
         views: Mapping[str, View],
         inside: str | None = None,
-        copies: Copies = MappingProxyType({}),
     ) -> Probe:
         """Returns fake values of what passes every site in a call, from a cache if it can.
 
@@ -247,7 +245,6 @@ class Model(Handle):
             call: arguments for the module, of which shapes and dtypes matter.
             views: how outputs are shown in such a call.
             inside: the module in whose forward the calls of torch functions are wanted too.
-            copies: the places from which the model is to go on with copies.
 
         Raises:
             ShapeError: if the module cannot be run on fake tensors.
@@ -256,12 +253,10 @@ class Model(Handle):
             self.look()
         self.look_at_weights()
         signature = f"{inside or ''} {ambient()} {call.signature()}"
-        if copies:
-            signature += repr(sorted(copies.items(), key=repr))
-        found = self._probed(signature, call, views, inside, copies, False)
+        found = self._probed(signature, call, views, inside, False)
         if isinstance(found, UnknownShapeError):  # what the model does depends on what it is given
             signature += call.contents()
-            found = self._probed(signature, call, views, inside, copies, True)
+            found = self._probed(signature, call, views, inside, True)
         if isinstance(found, UnknownShapeError):
             raise UnknownShapeError(*found.args)
         return found
@@ -272,12 +267,11 @@ class Model(Handle):
         call: Call,
         views: Mapping[str, View],
         inside: str | None,
-        copies: Copies,
         contents: bool,
     ) -> Probe | UnknownShapeError:
         if signature not in self._probes:
             module, modules = self.without_data
-            options = (modules, views, inside, copies, contents, self.caches, self._kind)
+            options = (modules, views, inside, contents, self.caches, self._kind)
             found: Probe | UnknownShapeError
             kwargs = dict(call.kwargs)
             implementation = kwargs.pop(OPTION, None)

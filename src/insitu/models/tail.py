@@ -17,7 +17,7 @@ from insitu.graph.structure import clone, map_structure
 from insitu.models.resume import Entering, Resumed
 from insitu.models.unembedding import Unembedded, take_logits
 from insitu.runtime.hooks import Place
-from insitu.runtime.layout import Layouts, Part, cut, is_shared, put, spread, widened
+from insitu.runtime.layout import Layouts, Part, cut, put, spread, widened
 
 
 class Tail(NamedTuple):
@@ -42,16 +42,13 @@ class Tail(NamedTuple):
     unembedded: Unembedded
     logits: Sequence[int]
 
-    def take(self, site: Site, value: Any, writable: bool = False) -> Any:
+    def take(self, site: Site, value: Any) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
         layout = self.layouts[site[1:4]]
         if site[1:4] in self.unembedded.places:
             logits = partial(self._unembedded, site)
             return take_logits(value, layout, logits, partial(self._own, site))
-        own = self._own(site, value, layout)
-        if writable and self.entering.rows > 1 and is_shared(layout):
-            return map_structure(clone, own)
-        return own
+        return self._own(site, value, layout)
 
     def _unembedded(self, site: Site, value: Any, layout: Any) -> Any:
         """Its part of what has the positions only that become logits."""

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from insitu.graph.node import EVERY, Kind, Site
-from insitu.graph.structure import clone, map_structure, memory_of
+from insitu.graph.structure import clone, map_structure
 from insitu.graph.writing import fitted
 from insitu.runtime.execution import Execution
 from insitu.runtime.hooks import (
@@ -79,10 +79,6 @@ class Arrivals:
         self._execution = execution
         self._plan = plan
         self._after = plan.after
-        self._mutated: Collection[int] = frozenset()
-        self._lasting: Collection[int] = frozenset()
-        if plan.mutations is not None:
-            self._mutated, self._lasting = plan.mutations.reads, plan.mutations.lasting
         self._single = single
         self._readers = readers
         self._hooks = hooks
@@ -150,7 +146,7 @@ class Arrivals:
         if not found:
             return value
         place = self.clock.place(first)
-        value = self._hand_out(found, place, value)
+        self._hand_out(found, place, value)
         if self._single.may_stop and not self._readers:
             raise Stop
         return changed_value(execution, self._plan, place, value, found, self._single.cuts)
@@ -171,7 +167,7 @@ class Arrivals:
             remove_hook(self._hooks.pop(first))
         place = self.clock.place(first)
         value = arriving = passing_value(place[1], view, module, args, rest)
-        value = self._hand_out(found, place, value)
+        self._hand_out(found, place, value)
         if may_stop and not self._readers:
             raise Stop
         for index, _ in found:
@@ -184,40 +180,15 @@ class Arrivals:
             return None
         return handed_over(place[1], view, module, args, rest, value)
 
-    def _hand_out(self, found: Sequence[tuple[int, int]], place: Place, value: Any) -> Any:
-        """Gives each invocation its part of what arrived, and returns what was written into."""
+    def _hand_out(self, found: Sequence[tuple[int, int]], place: Place, value: Any) -> None:
+        """Gives each invocation its part of what arrived."""
         execution, cuts = self._execution, self._single.cuts
-        mutated = {index for index, _ in found if index in self._mutated}
-        if mutated:
-            for index, invocation in found:
-                cut = cuts[invocation]
-                if cut is not None and index in mutated:
-                    value = cut.widen(Site(invocation, *place), value)
-            value = self._writable(mutated, value)
         for index, invocation in found:
             cut = cuts[invocation]
-            own = value
-            if cut is not None:
-                own = cut.take(Site(invocation, *place), value, writable=index in mutated)
+            own = value if cut is None else cut.take(Site(invocation, *place), value)
             if index in self._after:
                 own = execution.standing(self._after[index])
             execution.arrive(index, own)
-            if cut is not None and index in mutated and not _shared(own, value):
-                cut.put(Site(invocation, *place), value, own)
-        return value
-
-    def _writable(self, mutated: Collection[int], value: Any) -> Any:
-        """What may be written to in place: of what belongs to the model or autograd, a copy."""
-        tape = self._execution.tape
-        if tape is not None:
-            tape.mark(value)  # a copy of what is followed is no leaf, and can be written to
-            return map_structure(clone, value)
-        if any(index in self._lasting for index in mutated):
-            model = self._modules[""]
-            own = memory_of([*model.parameters(), *model.buffers()])
-            if not own.isdisjoint(memory_of(value)):
-                return map_structure(clone, value)
-        return value
 
     def _stand_in(
         self,
@@ -341,11 +312,6 @@ class _Clock:
             if moment not in self._came
             for index, _ in found
         ]
-
-
-def _shared(part: Any, whole: Any) -> bool:
-    """Whether the memory of a part of a value is that of the value."""
-    return memory_of(part) <= memory_of(whole)
 
 
 def _is_plain(arguments: Any) -> bool:

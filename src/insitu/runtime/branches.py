@@ -224,7 +224,7 @@ def _edges(graph: Graph, plan: Plan, runs: Sequence[Run], moments: Moments) -> E
     edges: dict[tuple[int, int], bool] = {
         (run.base, number): False for number, run in enumerate(runs) if run.base is not None
     }
-    if not plan.crosses and plan.mutations is None:
+    if not plan.crosses:
         return edges
     home = {address: number for number, run in enumerate(runs) for address in run.reads}
     orders: dict[int, Mapping[Place, int] | None] = {}

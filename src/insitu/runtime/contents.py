@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from insitu.runtime.memory import storage_of
+from insitu.graph.structure import storage_of
 
 _MOST = 1 << 20  # of how many numbers contents are kept
 

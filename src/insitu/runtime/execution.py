@@ -27,8 +27,7 @@ from insitu.graph.structure import map_structure, memory_of
 from insitu.runtime.failure import failure
 from insitu.runtime.gradients import Tape
 from insitu.runtime.order import causality_error
-from insitu.runtime.pasts import Pasts
-from insitu.runtime.plan import Mutations, Plan
+from insitu.runtime.plan import Plan
 
 NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
 _PENDING = object()
@@ -54,9 +53,7 @@ class Execution:
     busy = False
     tape: Tape | None = None
     _arrived = 0
-    _careful = False
     _steps: Mapping[int, list[Any]] = MappingProxyType({})
-    _mutations: Mutations | None = None
     # Each group of nodes that needs several sites waits at one that has not arrived; when that
     # one arrives the group runs, or moves on to wait at another.
     _waiting: dict[int, list[int]] = {}  # noqa: RUF012 (not written to: who waits has its own)
@@ -66,6 +63,10 @@ class Execution:
     ) -> None:
         self._graph = graph
         self._rows = graph.runnable() if graph.contexts else graph.rows
+        if plan.reused:
+            self._rows = [*self._rows]
+            for index, operation in plan.reused.items():
+                self._rows[index] = (operation, *self._rows[index][1:])
         self._modules = modules
         self._plan = plan
         self._bits = plan.bits
@@ -80,18 +81,12 @@ class Execution:
             self._steps = {index: [] for index in plan.repeated.saves}
             for index in plan.repeated.saves:
                 self._values[index] = _PENDING
-        if plan.mutations is not None or plan.gradients is not None:
-            self._careful = plan.mutations is not None and not plan.mutations.plain
-            self._mutations = plan.mutations
-            self._pasts = Pasts(graph, plan, self._values, modules)
-            if plan.gradients is not None:
-                self._wanted = plan.gradients.wanted
-                changed = {
-                    *plan.writes,
-                    *(() if self._mutations is None else self._mutations.reads),
-                }
-                root = modules.get("")
-                self.tape = Tape(graph, plan.gradients, changed, self.arrive, self._gradient, root)
+        if plan.gradients is not None:
+            self._done: set[int] = set()
+            self._wanted = plan.gradients.wanted
+            root = modules.get("")
+            changed = plan.writes
+            self.tape = Tape(graph, plan.gradients, changed, self.arrive, self._gradient, root)
         if plan.held:
             self._wait()
 
@@ -105,12 +100,11 @@ class Execution:
         Raises:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
-        rows, values, uses, careful = self._rows, self._values, self._uses, self._careful
-        tape = self.tape
+        rows, values, uses, tape = self._rows, self._values, self._uses, self.tape
         values[index] = value
-        if careful or tape is not None:
-            self._pasts.done.add(index)
-            if tape is not None and index in self._wanted:
+        if tape is not None:
+            self._done.add(index)
+            if index in self._wanted:
                 tape.follow(index, value)
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
@@ -122,11 +116,7 @@ class Execution:
             try:
                 # Calls without keywords and containers, of up to three arguments, are nearly all
                 # that there are, and a comprehension takes as long as the rest of this loop.
-                if careful:
-                    self.busy = True
-                    result = self._pasts.run(step, index, tape is not None)
-                    self.busy = False
-                elif nested:
+                if nested:
                     args, kwargs = self._resolved(args, kwargs)
                     self.busy = True
                     result = function(*args, **kwargs)
@@ -160,16 +150,14 @@ class Execution:
                 cause = None if isinstance(error, InsituError) else error  # it is said once
                 raise failure(self._graph, values, step, error) from cause
             if tape is not None:
-                self._pasts.done.add(step)
+                self._done.add(step)
                 if step in self._wanted:
                     plain = type(result) is torch.Tensor and result.requires_grad
                     if plain and result._base is None:  # `follow` in short
                         tape.followed[step] = result, result.grad_fn, result.output_nr, None
                     else:
                         tape.follow(step, result)
-                if operation.in_place:
-                    tape.rewritten(result)
-                elif operation.name == APPLY.name:  # it may write into what it is given
+                if operation.name == APPLY.name:  # it may write into what it is given
                     tape.rewritten(args)
             for source in inputs:
                 uses[source] -= 1
@@ -269,8 +257,8 @@ class Execution:
         for index in repeated.saves:
             if values[index] is not _PENDING:
                 self._steps[index].append(values[index])
-        if self._careful or self.tape is not None:
-            self._pasts.done.difference_update(repeated.nodes)
+        if self.tape is not None:
+            self._done.difference_update(repeated.nodes)
         for index in repeated.nodes:
             values[index] = None
             uses[index] = self._plan.uses[index]
@@ -320,14 +308,14 @@ class Execution:
         if self._plan.gradients is None or self.tape is None:
             return
         for index in self._plan.gradients.bound:
-            missing = [s for s in self._graph.rows[index][3] if s not in self._pasts.done]
+            missing = [s for s in self._graph.rows[index][3] if s not in self._done]
             if missing:
                 raise CausalityError(
                     f"`{expression(self._graph, index)}` depends on what comes after it: a "
                     "gradient of its own, or of a later backward pass.",
                     self._graph[index].location,
                 )
-            (loss,), options = self._pasts.arguments(index)
+            (loss,), options = self._resolved(*self._graph.rows[index][1:3])
             grad_enabled = torch.is_grad_enabled()
             try:
                 set_grad_enabled(True)
@@ -345,13 +333,8 @@ class Execution:
 
     def _gradient(self, index: int, value: torch.Tensor) -> Any:
         """Takes a gradient on its way, and returns what goes on in its place, or None."""
-        changed = self._mutations is not None and index in self._mutations.reads
-        if changed:
-            value = value.clone()
         self.arrive(index, value)
-        if index in self._plan.writes:
-            return self.written(index)
-        return value if changed else None
+        return self.written(index) if index in self._plan.writes else None
 
     def _use(self, index: int) -> None:
         self._uses[index] -= 1
@@ -364,11 +347,7 @@ class Execution:
         Modules may write into what they returned or were given (`nn.ReLU(inplace=True)`, a
         residual stream added up in place). Only memory that came from the model is copied.
         """
-        if self._mutations is not None:
-            self._pasts.keep_lent()
         held = [index for index in self._plan.held.get(bit, ()) if self._uses[index]]
-        if self._mutations is not None:  # these must see what is written to their memory
-            held = [index for index in held if index not in self._mutations.live]
         if not held:
             return
         memory = memory_of(arrived)

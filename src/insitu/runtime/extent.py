@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from insitu.graph.node import Graph, Ref
-from insitu.graph.operations import ATTRIBUTE, GETITEM, REPLACE, SETITEM, WRITE
+from insitu.graph.operations import ATTRIBUTE, GETITEM, PUT, REPLACE, SETITEM, WRITE
 
 _CLONES = frozenset(["Tensor.clone", "torch.clone"])
 
@@ -32,7 +32,6 @@ class Extents:
             for source in row[3]:
                 users.setdefault(source, []).append(index)
         self._users: Mapping[int, Sequence[int]] = users
-        self._mutations: dict[int, list[int]] | None = None
 
     def read(
         self, index: int, length: int, part: object = None, axis: int = 1, axes: int = 3
@@ -75,61 +74,29 @@ class Extents:
             length: how many positions there are.
             part: the entry of what arrives that is meant, if it is a structure.
         """
-        if self._mutations is None:
-            self._mutations = self._find_mutations()
-        first = self._mutated_from(read, length, part)
-        if read in self._graph.writes:
-            first = min(first, self._differs_from(self._graph.writes[read], read, length, part))
-        return first
+        if read not in self._graph.writes:
+            return length
+        made = self._graph.writes[read]
+        look = self._differs_from if part is None else self._of_structure
+        return look(made, read, length, part)
 
-    def _find_mutations(self) -> dict[int, list[int]]:
-        """The writes in place to the memory of each value, as far as it can be followed."""
-        found: dict[int, list[int]] = {}
-        for mutation in self._graph.mutations:
-            pending = [self._rows[mutation][3][0]]
-            seen: set[int] = set()
-            while pending:
-                index = pending.pop()
-                if index in seen:
-                    continue
-                seen.add(index)
-                found.setdefault(index, []).append(mutation)
-                operation, _, _, inputs, _, _ = self._rows[index]
-                if operation.name not in _CLONES:
-                    pending.extend(inputs[:1] if operation.in_place else inputs)
-        return found
-
-    def _mutated_from(self, index: int, length: int, part: object) -> int:
-        """The first position at which the memory of a value may be written to."""
-        first = length
-        assert self._mutations is not None
-        for mutation in self._mutations.get(index, ()):
-            first = min(first, self._written_from(mutation, index, length, part))
-        return first
-
-    def _written_from(self, mutation: int, root: int, length: int, part: object) -> int:
-        """The first position of a value that a write in place may write to."""
-        operation, args, _, inputs, _, _ = self._rows[mutation]
+    def _written_from(self, put: int, length: int, part: object) -> int:
+        """The first position of its base that a write in place may write to."""
+        _, (_, steps, name, *others), *_ = self._rows[put]
         keys: list[Any] = []
-        if operation is SETITEM:
-            keys.append(args[1])
-        index = inputs[0]
-        while index != root:
-            operation, args, _, inputs, _, _ = self._rows[index]
-            if operation.in_place:
-                index = inputs[0]
-            elif operation is GETITEM and len(inputs) == 1:
-                keys.append(args[1])
-                index = inputs[0]
-            else:
-                return 0
+        for step, place, arguments, _ in steps:
+            if step != GETITEM.name or place != 0:
+                break
+            keys.append(arguments[0])
+        if len(keys) == len(steps) and name == SETITEM.name:
+            keys.append(others[0])
         if part is not None:
-            if not keys or type(keys[-1]) is not type(part) or keys[-1] != part:
+            if not keys or type(keys[0]) is not type(part):
                 return 0
-            keys.pop()
-        if not keys:
-            return 0
-        found = positions(keys[-1], length)
+            if keys[0] != part:
+                return 0 if isinstance(keys[0], int) and keys[0] < 0 else length
+            keys.pop(0)
+        found = positions(keys[0], length) if keys else None
         return 0 if found is None else min(found, default=length)
 
     def _differs_from(self, index: int, read: int, length: int, part: object) -> int:
@@ -146,14 +113,28 @@ class Extents:
             return self._of(value, read, length, part) if same else 0
         if index == read:
             return length if part is None else 0
-        if operation is GETITEM and part is not None and inputs == (read,):
-            return length if type(args[1]) is type(part) and args[1] == part else 0
-        if operation.in_place:
-            return self._differs_from(inputs[0], read, length, part)
+        if operation is GETITEM and part is not None and len(inputs) == 1:
+            same = type(args[1]) is type(part) and args[1] == part
+            whole = same and self._graph.original(inputs[0]) == read
+            return self._of_structure(inputs[0], read, length, part) if whole else 0
+        if operation is PUT:
+            if part is not None and self._graph.original(index) == read:
+                return 0  # all of a structure, where an entry is meant
+            before = self._differs_from(inputs[0], read, length, part)
+            return min(before, self._written_from(index, length, None))
         if operation.name in _CLONES and len(inputs) == 1:
-            source = self._differs_from(inputs[0], read, length, part)
-            return min(source, self._mutated_from(index, length, None))
+            return self._differs_from(inputs[0], read, length, part)
         return 0
+
+    def _of_structure(self, index: int, read: int, length: int, part: object) -> int:
+        """The first position at which an entry of what stands at a site may differ."""
+        operation, _, _, inputs, _, _ = self._rows[index]
+        if index == read:
+            return length
+        if operation is WRITE:
+            return self._differs_from(index, read, length, part)
+        before = self._of_structure(inputs[0], read, length, part)
+        return min(before, self._written_from(index, length, part))
 
     def _of(self, value: object, read: int, length: int, part: object) -> int:
         if type(value) is not Ref:

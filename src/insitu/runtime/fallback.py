@@ -38,7 +38,6 @@ class Fallback:
     site: Site | None = None
 
 
-UNDONE = Fallback("a write in place would be undone by a neighbour's")
 SEEN_ALONE = Fallback("your own hooks on its modules see each prompt alone")
 
 

@@ -18,7 +18,7 @@ from insitu.graph.errors import CausalityError, ExecutionError, OperationError, 
 from insitu.graph.expression import expression
 from insitu.graph.node import EVERY, Function, Graph, Ref, Subgraph
 from insitu.graph.operations import APPLY, READ
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import map_structure, storages_of
 from insitu.runtime.history import (
     Followed,
     as_followed,
@@ -28,7 +28,6 @@ from insitu.runtime.history import (
     key_of,
     shows_all,
 )
-from insitu.runtime.memory import storages_of
 from insitu.runtime.plan import Gradients, Plan
 
 

@@ -34,14 +34,12 @@ the order of the other hooks, if that was changed."""
 class Cut(Protocol):
     """An invocation's own part of what passes the sites of a whole batch."""
 
-    def take(self, site: Site, value: Any, writable: bool = False) -> Any:
-        """Returns the invocation's part of a value.
+    def take(self, site: Site, value: Any) -> Any:
+        """Returns the invocation's part of a value, as it would lie in memory alone.
 
         Args:
             site: where the value arrived.
             value: what arrived there, for the batch.
-            writable: whether what is written into the part in place is to show in the value,
-                wherever that is possible. Otherwise the part lies in memory as it would alone.
         """
         ...
 

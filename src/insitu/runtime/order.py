@@ -234,13 +234,7 @@ def handed_over(plan: Plan) -> list[tuple[Collection[int], int]]:
 
     It must be done when the model goes on from the last of the sites.
     """
-    found: list[tuple[Collection[int], int]] = [
-        ((read,), node) for read, node in (*plan.writes.items(), *plan.skips.items())
-    ]
-    if plan.mutations is not None:
-        for mutation, deadlines in plan.mutations.deadlines.items():
-            found.extend((reads, mutation) for reads in deadlines)
-    return found
+    return [((read,), node) for read, node in (*plan.writes.items(), *plan.skips.items())]
 
 
 def _homes(plan: Plan, passes: Sequence[Pass]) -> dict[Address, int]:

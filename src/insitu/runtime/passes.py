@@ -133,8 +133,6 @@ def run_pass(
     readers = kept.copy()
     if stepped is not None or plan.special:
         special = True
-    elif plan.mutations is not None and not special:  # in a batch, parts are to be put back
-        special = any(cut is not None for cut in cuts.values())
     if stepped:
         modules = {**modules, "": modules[stepped]}
     if through is not None:

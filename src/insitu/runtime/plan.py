@@ -17,7 +17,8 @@ from insitu.graph.errors import CausalityError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Mark
 from insitu.graph.node import EVERY, Address, Graph, Kind, Ref, Site
-from insitu.graph.operations import ARITHMETIC, BACKWARD, GRAD, READ
+from insitu.graph.operations import ARITHMETIC, BACKWARD, GRAD, PUT, READ, Operation
+from insitu.graph.views import reusable
 
 Readers = dict[tuple[str, Kind, int, int], Sequence[tuple[int, int]]]
 """The nodes that read what passes a place in a step, each with its invocation."""
@@ -38,36 +39,6 @@ class Repeated:
     sites: int
     nodes: list[int]
     saves: list[int]
-
-
-@dataclass(slots=True, eq=False)
-class Mutations:
-    """What the writes in place of a graph ask of its run.
-
-    Attributes:
-        reads: the nodes that read the sites whose memory is written.
-        deadlines: for each write, sets of nodes that read sites: the write must be done before
-            the model goes on from the last of each set.
-        live: the nodes whose values share memory that is written.
-        before: for each write, who comes before it and is computed after it, or may be: the node,
-            and which of its inputs shares the memory.
-        lent: who waits for other sites with memory that the model may write to itself: the node,
-            which of its inputs has that memory, and the writes of the graph that it is to see.
-        copied: the nodes whose values must be copies, because they hold constants of the user's.
-        lasting: those of the reads at which what outlasts the run may arrive: parameters or buffers
-            of the model, or what the user gave.
-        plain: whether the writes are done where they stand, each as its site arrives, and that is
-            all: most are.
-    """
-
-    reads: set[int]
-    deadlines: dict[int, list[set[int]]]
-    live: set[int]
-    before: dict[int, list[tuple[int, int]]]
-    lent: list[tuple[int, int, frozenset[int]]]
-    copied: set[int]
-    lasting: set[int]
-    plain: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -108,10 +79,10 @@ class Plan:
             the nodes that read it there.
         needs: the set of sites that each node depends on.
         held: for each set of sites, the nodes whose values wait for sites that are not in it.
-        mutations: what writes in place ask for, if there are any.
+        reused: the writes in place that go on with the copy that an earlier one has made, and the
+            operations that do so.
         gradients: which backward passes there are, if any.
         repeated: what runs anew in every step, if anything does.
-        apart: whether invocations must not share a batch.
         crosses: whether a value that is written depends on sites other than its own.
         special: whether there is more to do at sites than to read and to write them.
         moves: whether copies of values go to devices other than their own.
@@ -129,10 +100,9 @@ class Plan:
     stops: Mapping[int, Mark]
     after: Mapping[int, int]
     unshared: Collection[int] = ()
-    mutations: Mutations | None = None
+    reused: Mapping[int, Operation] | None = None
     gradients: Gradients | None = None
     repeated: Repeated | None = None
-    apart: bool = False
     crosses: bool = False
     special: bool = False
     moves: bool = False
@@ -221,7 +191,10 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
             sites |= bits[index]
     if sites:
         plan.repeated = _repeated(graph, plan, saves, sites)
-    if not (sites or plan.special or graph.mutations or graph.differentiates):
+    puts = sum(row[0] is PUT for row in rows)
+    if puts > 1 and not graph.differentiates:
+        plan.reused = reusable(graph, needs)
+    if not (sites or plan.special or graph.differentiates):
         plan.unshared = [read for read in graph.writes if _is_unshared(graph, plan, read)]
     return plan
 
@@ -233,9 +206,8 @@ def written(graph: Graph, plan: Plan) -> list[Address]:
         graph: what is to be done.
         plan: its plan.
     """
-    reads = {*plan.writes, *(plan.mutations.reads if plan.mutations is not None else ())}
     found: list[Address] = []
-    for index in reads:
+    for index in plan.writes:
         operation, address, *_ = graph.rows[index]
         if operation is READ:
             found.append(address)  # pyright: ignore[reportArgumentType]
@@ -245,6 +217,8 @@ def written(graph: Graph, plan: Plan) -> list[Address]:
 def _is_unshared(graph: Graph, plan: Plan, read: int) -> bool:
     """Whether what is written to a site is certainly a tensor in memory that nothing else has."""
     write = graph.writes[read]
+    if graph.rows[write][0] is PUT:
+        return _is_copy(graph, plan, write, read)
     source = graph.rows[write][1][1]
     if type(source) is not Ref or plan.uses[write] > 1 or plan.uses[source.index] > 1:
         return False
@@ -254,6 +228,13 @@ def _is_unshared(graph: Graph, plan: Plan, read: int) -> bool:
         type(arg) is float or (type(arg) is torch.Tensor and arg.is_floating_point())
         for arg in args
     )
+
+
+def _is_copy(graph: Graph, plan: Plan, put: int, read: int) -> bool:
+    """Whether writes in place have made a copy of what arrived, and nothing else uses that."""
+    while graph.rows[put][0] is PUT and plan.uses[put] == 1:
+        put = graph.rows[put][3][0]
+    return put == read
 
 
 def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradients:
@@ -270,24 +251,6 @@ def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradient
         bound[backwards[min(bisect(backwards, index), len(backwards) - 1)]].append(index)
         wanted.setdefault(graph.rows[index][3][0], []).append(index)
     return Gradients(bound, wanted)
-
-
-def regroup(graph: Graph, plan: Plan) -> None:
-    """Makes the groups of a plan anew, after its needs have changed."""
-    groups, held, needs = plan.groups, plan.held, plan.needs
-    groups.clear()
-    held.clear()
-    for index, (operation, _, _, inputs, _, _) in enumerate(graph.rows):
-        if operation is READ or operation is GRAD or operation is BACKWARD:
-            continue  # nothing here computes these
-        need = needs[index]
-        if need in groups:
-            groups[need].append(index)
-        else:
-            groups[need] = [index]
-        for source in inputs:
-            if needs[source] != need:
-                held.setdefault(needs[source], []).append(source)
 
 
 def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int) -> Repeated:

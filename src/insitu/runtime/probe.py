@@ -19,14 +19,12 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import unlogged_failures
-from insitu.graph.structure import clone, map_structure, tensors_of
-from insitu.graph.writing import replaced
+from insitu.graph.structure import map_structure
 from insitu.runtime.ambient import autocast_dtype
 from insitu.runtime.contents import Contents, has_contents
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.inside import Called, returns_tensors, watched
 from insitu.runtime.listening import Listening
-from insitu.runtime.memory import Memory, storage_of
 
 
 class Call(NamedTuple):
@@ -59,23 +57,15 @@ class Probe(NamedTuple):
 
     Attributes:
         seen: what passed each place, in the order in which it did.
-        memory: the memory of each tensor that did, by the place and the tensor's identity.
         returned: what each module returned, where `seen` holds how it is shown.
         called: the torch functions that one module's forward called, if they were asked for.
         moments: when each place was passed, by a number that grows.
     """
 
     seen: Mapping[Place, Any]
-    memory: Mapping[tuple[Place, int], Memory]
     returned: Mapping[str, Any]
     called: Sequence[Called]
     moments: Mapping[Place, int]
-
-
-Copies = Mapping[Place, tuple[Any, ...] | None]
-"""Of which places copies are made: of which parts, None for all that passes."""
-
-_NO_COPIES: Copies = {}
 
 
 def probe(
@@ -84,7 +74,6 @@ def probe(
     modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
     inside: str | None = None,
-    copies: Copies = _NO_COPIES,
     contents: bool = False,
     caches: Collection[str] = (),
     kind: str = "cpu",
@@ -98,7 +87,6 @@ def probe(
         modules: its tree, by path.
         views: how outputs are shown, by path.
         inside: the module in whose forward the calls of torch functions are wanted too.
-        copies: the places from which the model is to go on with copies.
         contents: whether integers in the call's tensors count too. It takes longer.
         caches: the Python modules of caches: what they call is not a forward's own.
         kind: the kind of device that the module is on.
@@ -107,14 +95,11 @@ def probe(
         UnknownShapeError: if the module cannot be run without data.
     """
     seen: dict[Place, Any] = {}
-    memory: dict[tuple[Place, int], Memory] = {}
-    own: set[int] = set()
     called: list[Called] = []
     known = Contents() if contents else None
     device, casting = _autocast(kind)
 
     def given(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        own.add(storage_of(fake))
         if known is not None and has_contents(real):
             known.give(fake, real)
         return fake
@@ -122,11 +107,8 @@ def probe(
     def leaf(item: Any) -> Any:
         return given(_fake(item, device), item) if isinstance(item, torch.Tensor) else item
 
-    def tell(place: Place, value: Any) -> Any:
+    def tell(place: Place, value: Any) -> None:
         seen[place] = value
-        for tensor in tensors_of(value):
-            memory[place, id(tensor)] = Memory.of(tensor, own)
-        return _copied(value, copies[place]) if place in copies else None
 
     def visit(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = function(*args, **kwargs)
@@ -150,16 +132,7 @@ def probe(
         ) from error
     shown = [call for call in called if returns_tensors(call.output)]
     moments = {place: moment for moment, place in enumerate(seen)}
-    return Probe(seen, memory, listening.returned, shown, moments)
-
-
-def _copied(value: Any, parts: tuple[Any, ...] | None) -> Any:
-    """A value with its tensors copied, or those of some of its parts."""
-    if parts is None:
-        return map_structure(clone, value)
-    for part in parts:
-        value = replaced(value, part, map_structure(clone, value[part]))
-    return value
+    return Probe(seen, listening.returned, shown, moments)
 
 
 def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import nn
@@ -20,7 +19,7 @@ from insitu.runtime.fallback import Fallback
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, written
-from insitu.runtime.probe import Call, Copies, Probe
+from insitu.runtime.probe import Call, Probe
 from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
 
@@ -202,11 +201,9 @@ class Subject(Protocol):
         call: Call,
         views: Mapping[str, View],
         inside: str | None = None,
-        copies: Copies = MappingProxyType({}),
     ) -> Probe:
         """Returns fake values of what passes every site in a call, shown by these views.
 
-        With `inside`, also the torch functions that the module with this path calls; with
-        `copies`, as it is if the model goes on with copies from these places.
+        With `inside`, also the torch functions that the module with this path calls.
         """
         ...

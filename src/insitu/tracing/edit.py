@@ -12,7 +12,7 @@ from insitu.graph.errors import BlockError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import here, user_frame
 from insitu.graph.node import Graph
-from insitu.graph.operations import BACKWARD, GRAD, KEEP, SAVE
+from insitu.graph.operations import BACKWARD, GRAD, KEEP, PUT, READ, SAVE
 from insitu.graph.ordinary import make_constants_ordinary
 from insitu.graph.recording import Recording
 from insitu.graph.tracebacks import shortened
@@ -133,14 +133,19 @@ def check_edit(graph: Graph) -> None:
         )
 
 
+def _is_of_site(graph: Graph, put: int) -> bool:
+    return graph.rows[graph.original(put)][0] is READ
+
+
 def described(model: Subject) -> list[str]:
     """Returns the edits of a model, a line of Python for each."""
     lines: list[str] = []
     for graph in model.edits:
         handed = {**graph.writes, **graph.skips}
-        for index in sorted({*handed.values(), *graph.mutations}):
+        puts = [at for at, row in enumerate(graph.rows) if row[0] is PUT and _is_of_site(graph, at)]
+        for index in sorted({*handed.values(), *puts}):
             node = graph[index]
-            if index in graph.mutations:
+            if node.operation is PUT:
                 lines.append(expression(graph, index))
             elif index in graph.skips.values():
                 value = expression(graph, node.inputs[-1])

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from insitu.graph.errors import BlockError, NoValueError, PathError, UnknownShapeError
 from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.intervention import skip, write
@@ -15,11 +13,8 @@ from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Kind, Ref, Site, ref
 from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy, StructureProxy
-from insitu.graph.structure import map_structure
-from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR, Called
-from insitu.runtime.memory import Memory
-from insitu.runtime.probe import Call, Copies, Probe
+from insitu.runtime.probe import Call, Probe
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.scope import Scope
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
@@ -30,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _USED_INSIDE = """
-    call called current_step demand enter fake forget_shapes leave memory number read
+    call called current_step demand enter fake forget_shapes leave number read
     request result skip stop write
 """
 _INTERNAL = frozenset(_USED_INSIDE.split())
@@ -273,31 +268,6 @@ class Invocation(Scope):
         procedure = self.tracer.procedure
         call = procedure.example(self.request)
         return self.tracer.model.probe(call, procedure.views, path).called
-
-    def memory(self, site: Site, copies: Copies | None = None) -> Any:
-        """Returns the memory of what will arrive at a site, in the place of each tensor.
-
-        Args:
-            site: the site.
-            copies: the places from which the model is to go on with copies.
-        """
-        value = self.fake(site)  # refuses sites of which nothing is known
-        found: Mapping[tuple[Place, int], Memory] = {}
-        place = site[1:4]
-        if not site.path.partition(SEPARATOR)[1]:
-            probe = self._probe
-            if copies or probe is None:
-                procedure = self.tracer.procedure
-                call = procedure.example(self.request)
-                probe = self.tracer.model.probe(call, procedure.views, copies=copies or {})
-            value, found = probe.seen[place], probe.memory
-
-        def leaf(item: Any) -> Any:
-            if not isinstance(item, torch.Tensor):
-                return item
-            return found.get((place, id(item))) or Memory.of(item)
-
-        return map_structure(leaf, value)
 
     def fake(self, site: Site) -> Any:
         """Returns what will arrive at a site, as fake tensors; one fake run answers for all."""

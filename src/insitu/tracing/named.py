@@ -18,7 +18,6 @@ import torch
 from insitu.graph.differentiation import read_gradient, write_gradient
 from insitu.graph.dispatch import AUGMENTED
 from insitu.graph.errors import OperationError, PathError, ShapeError, UnknownShapeError
-from insitu.graph.in_place import holds
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, Mark, here, mark
 from insitu.graph.node import NO_KWARGS, Kind, Ref
@@ -76,7 +75,7 @@ class Named:
         recording = site._recording
         if self.options:
             invocation.demand(dict(self.options))
-            recording.graph.unfused |= {recording.original(site._ref.index)}
+            recording.graph.unfused |= {recording.graph.original(site._ref.index)}
         if recording.shown is None:
             recording.shown = {}
         key = (site._ref.index, self)
@@ -146,7 +145,7 @@ class Named:
 
     def _write(self, current: Proxy, invocation: Invocation, value: Any, line: Mark) -> None:
         recording = current._recording
-        if not isinstance(self.form, Computed) and holds(recording, current._ref, value):
+        if not isinstance(self.form, Computed) and recording.holds(current._ref, value):
             return
         site = invocation.read(self.path, self.kind, line, self.call)
         if self.form is not None:

@@ -13,24 +13,19 @@ from typing import Any
 
 from torch import nn
 
-from insitu.graph.errors import BlockError, InsituError, PathError, ShapeError
+from insitu.graph.errors import BlockError, PathError, ShapeError
 from insitu.graph.location import here
 from insitu.graph.node import Graph, ModuleRef, Site, readable
 from insitu.graph.recording import Recording
-from insitu.graph.shapes import fake_value
-from insitu.graph.structure import clone, map_structure
 from insitu.runtime.ambient import Ambient, ambient
 from insitu.runtime.eager import Entered, is_compiled
-from insitu.runtime.fallback import UNDONE, Fallback
+from insitu.runtime.fallback import Fallback
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR
-from insitu.runtime.memory import storages_of
-from insitu.runtime.mutations import order_mutations
 from insitu.runtime.order import check_cuts, check_order, pass_order
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, make_plan
-from insitu.runtime.probe import Copies
 from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
 from insitu.runtime.tree import Watched
 from insitu.tracing.invocation import Invocation
@@ -113,8 +108,6 @@ def prepare(
         if key is not None:
             plans.keep(key, graph, saves, prepared)
     else:
-        if prepared.plan.mutations is not None:
-            requests = _kept(requests, prepared.plan)
         passes = prepared.schedule(module, requests)
     return prepared, [*passes]
 
@@ -167,17 +160,15 @@ def _planned(
     watched = _watched(model, graph, plan)
     if graph.differentiates:
         check_gradients(graph, plan)
-    if graph.mutations:
-        order_mutations(graph, plan, partial(_arriving, invocations), partial(_is_view, recording))
     cuts_short = bool(plan.skips or plan.stops)
     moments = partial(_moments, model, procedure, requests)
     schedule = procedure.schedule(
         module, requests, Work(graph, plan, _why_apart(graph, plan), moments)
     )
-    passes = schedule(module, _kept(requests, plan))
+    passes = schedule(module, requests)
     order: Sequence[int] = range(len(passes))
     returned = _NOTHING_RETURNED
-    if plan.crosses or plan.skips or plan.mutations is not None:
+    if plan.crosses or plan.skips:
         if len(passes) > 1:
             order = pass_order(graph, plan, passes)
         check_order(graph, plan, passes, moments)
@@ -197,25 +188,6 @@ def _moments(
         return model.probe(procedure.example(requests[invocation]), procedure.views).moments
     except ShapeError:
         return None
-
-
-def _arriving(invocations: Sequence[Invocation], site: Site, copies: Copies | None = None) -> Any:
-    """The memory of what arrives at a site, or None if that is not known without a run."""
-    try:
-        return invocations[site.invocation].memory(site, copies)
-    except InsituError:
-        return None
-
-
-def _is_view(recording: Recording, index: int) -> bool:
-    """Whether a node's value shares memory with those that it is made of, or may do so."""
-    try:
-        value = fake_value(recording, index)
-        inputs = recording.graph[index].inputs
-        made_of = [fake_value(recording, source) for source in inputs]
-    except InsituError:
-        return True
-    return not storages_of(value).isdisjoint(storages_of(made_of))
 
 
 def _returned(
@@ -241,19 +213,10 @@ def _returned(
     return returned
 
 
-def _kept(requests: Sequence[Any], plan: Plan) -> Sequence[Any]:
-    """What was given to a block, so that it stays as it is whatever is written in place."""
-    if plan.mutations is None or not plan.mutations.lasting:
-        return requests
-    return [map_structure(clone, request) for request in requests]
-
-
 def _why_apart(graph: Graph, plan: Plan) -> Fallback | None:
     """Why no pass may process several invocations, None if one may."""
     if graph.differentiates:  # of a value that was cut out of a batch its loss does not depend
         return Fallback("gradients are of one prompt at a time")
     if plan.skips or plan.stops:
         return Fallback("what skips or stops is of one prompt at a time")
-    if plan.apart:
-        return UNDONE
     return None

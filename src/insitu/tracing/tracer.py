@@ -31,12 +31,13 @@ from insitu.tracing.invocation import Invocation, Invoked
 from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.running import run_block
 from insitu.tracing.scanning import scan_block
+from insitu.tracing.scope import innermost
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 _USED_INSIDE = """
     arriving demand fake_module give_up is_open only_invocation procedure promises_output
-    recording
+    recording writer
 """
 _INTERNAL = frozenset(_USED_INSIDE.split())
 """What other parts of Insitu use of a block; not in `dir`."""
@@ -122,7 +123,7 @@ class Tracer:
         if open_sessions.get():
             self._session = session = session_of(self.model)
             if session is not None:
-                self.recording.session = session
+                self.recording.session, self.recording.direct = session, False
                 self.recording.order = session.begin()
         looks = self.model.looks
         looks.tree, looks.weights = None, False
@@ -383,6 +384,11 @@ class Tracer:
     def fake_module(self, path: str) -> Callable[..., Any]:
         """Returns a module as a function on fake tensors."""
         return self.model.fake_module(path)
+
+    def writer(self) -> int | None:
+        """Returns in which invocation the running line stands, None if in none."""
+        scope, _ = innermost(self.model, 1)
+        return scope.number if isinstance(scope, Invocation) else None
 
     def _take_outputs(self, plan: Plan, results: Sequence[Any]) -> None:
         """Makes what the passes returned into what the block and its invocations give."""
