@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,10 +67,11 @@ def expected(subject: Subject, program: Program) -> list[torch.Tensor]:
     """
     lines = list(_plain(program.lines))
     orders = _orders(subject, program, lines)
-    schedules = _schedules(subject, len(program.prompts))
-    if all(arrange(lines, orders, schedule).late for schedule in schedules):
+    arranged = [arrange(lines, orders, one) for one in _schedules(subject, len(program.prompts))]
+    if all(one.late for one in arranged):
         raise TooLateError
-    return _run(subject, program, lines)
+    kept = [line for number, line in enumerate(lines) if number not in arranged[0].idle]
+    return _run(subject, program, kept)
 
 
 def touched(subject: Subject, program: Program) -> list[frozenset[Memory]]:
@@ -200,10 +201,12 @@ class Held:
     Attributes:
         memory: its memory.
         site: the site that it stands at, if it was read there or is a view of what was.
+        whole: whether it is no view: assigning it to the site where it stands does nothing.
     """
 
     memory: Memory
     site: Site | None = None
+    whole: bool = True
 
 
 @dataclass(slots=True)
@@ -213,9 +216,11 @@ class Arrangement:
     Attributes:
         late: the sites to which what is written comes too late.
         touched: the memory that each line reads or writes.
+        idle: the lines that assign to a site what stands there.
     """
 
     late: list[Site] = field(default_factory=list)
+    idle: set[int] = field(default_factory=set)
     touched: list[frozenset[Memory]] = field(default_factory=list)
 
 
@@ -246,7 +251,7 @@ def arrange(lines: Sequence[Line], orders: Sequence[Order], schedule: Schedule) 
                 values[line.name] = Held(("line", number))
                 ready["line", number] = when
             case View():
-                values[line.name] = operands[0]
+                values[line.name] = replace(operands[0], whole=False)
             case Change():
                 target, site = operands[0].memory, operands[0].site
                 ready[target] = when
@@ -257,6 +262,8 @@ def arrange(lines: Sequence[Line], orders: Sequence[Order], schedule: Schedule) 
                         raise SilentError("a value was written into by another invocation")
                     else:
                         given[site] = when
+            case Replace() if _is_idle(operands[0], line.site, standing, borrowed):
+                found.idle.add(number)
             case Replace():
                 own = standing[line.site] = ("line", number)
                 ready[own] = given[line.site] = max(when, comes(line.site))
@@ -265,6 +272,14 @@ def arrange(lines: Sequence[Line], orders: Sequence[Order], schedule: Schedule) 
         found.touched.append(frozenset(memory))
     found.late = [site for site, when in given.items() if when > comes(site)]
     return found
+
+
+def _is_idle(
+    held: Held, site: Site, standing: Mapping[Site, Memory], borrowed: set[Memory]
+) -> bool:
+    """Whether a value is what stands at a site, as it was written in the site's invocation."""
+    stands = held.whole and held.site == site and standing.get(site) == held.memory
+    return stands and held.memory not in borrowed
 
 
 # --- what they give

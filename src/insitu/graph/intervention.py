@@ -53,7 +53,7 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
     standing = recording.sites.get(address)
     if standing is None:
         standing = recording.read(address, mark)
-    elif recording.views is not None and recording.holds(standing, value):
+    elif recording.holds(standing, value):
         return standing
     if rows[standing.index][0] is SKIP:
         raise OperationError(

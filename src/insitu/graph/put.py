@@ -14,11 +14,14 @@ from typing import Any
 import torch
 
 from insitu.graph.errors import OperationError
-from insitu.graph.structure import storage_of
+from insitu.graph.structure import is_basic, storage_of
 from insitu.graph.writing import replaced
 
 Step = tuple[str, int | str, tuple[Any, ...], Mapping[str, Any]]
 """An operation's name, which argument the value is (a position or a keyword), and the others."""
+
+WHOLE = object()
+"""In the place of a key: all of a value."""
 
 # Operations that return several views at once.
 _SEVERAL = frozenset(
@@ -81,6 +84,11 @@ def put(
         part = copy.as_strided(part.size(), part.stride(), part.storage_offset())
     write(part, *args, **kwargs)
     return copy
+
+
+def is_entry(one: Any, other: Any) -> bool:
+    """Returns whether two keys take the same part of a value, and that part is no copy."""
+    return type(one) is type(other) and is_basic(one) and is_basic(other) and one == other
 
 
 def step_taken(value: Any, step: Step, function: Callable[[str], Callable[..., Any]]) -> Any:

@@ -52,6 +52,7 @@ from insitu.graph.operations import (
     WRITE,
     Operation,
 )
+from insitu.graph.put import WHOLE, is_entry
 from insitu.graph.recorded import AnyRecorded, Cell, Holder, Missing, Recorded, refuse_structure
 
 if TYPE_CHECKING:
@@ -59,10 +60,6 @@ if TYPE_CHECKING:
 
 _NAMED = (Function, ModuleRef, Subgraph)
 _NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference to these
-
-
-WHOLE = object()
-"""In the place of a key: all of a value."""
 
 
 class _Branches(threading.local):
@@ -266,7 +263,7 @@ class Recording:
         return ref(index)
 
     def holds(self, source: Ref, value: Any, key: Any = WHOLE) -> bool:
-        """Returns whether a value is what stands there already, written in place.
+        """Returns whether a value is what stands there already, so that assigning it is idle.
 
         Python assigns what it has written in place once more: `x[0] += 1` is a write in place to
         `x[0]`, and then an assignment of `x[0]` to itself.
@@ -276,12 +273,14 @@ class Recording:
             value: what is assigned.
             key: which part.
         """
-        views = self.views
-        if views is None or not isinstance(value, AnyRecorded) or value._recording is not self:
+        if not isinstance(value, AnyRecorded) or value._recording is not self:
             return False
+        if self.views is not None:
+            return self.views.holds(source, value._ref, key)
         if key is WHOLE:
-            return views.is_same(value._ref, source)
-        return views.is_entry(value._ref, source, key)
+            return value._ref == source
+        operation, args, *_ = self.graph.rows[value._ref.index]
+        return operation is GETITEM and args[0] == source and is_entry(args[1], key)
 
     def read(self, address: Address, mark: Mark) -> Ref:
         """Returns what stands at a site for lines that come now.

@@ -41,7 +41,7 @@ from insitu.graph.operations import (
     WRITE,
     Operation,
 )
-from insitu.graph.put import Step
+from insitu.graph.put import WHOLE, Step, is_entry
 from insitu.graph.structure import is_basic, map_structure
 
 _VIEWS = frozenset(
@@ -235,11 +235,26 @@ class Views:
             made = self._again(view, made)
         return ref(made)
 
-    def is_same(self, value: Ref, other: Ref) -> bool:
-        """Returns whether two values are the same part of the same base, so that assigning is idle.
+    def holds(self, source: Ref, value: Ref, key: Any) -> bool:
+        """Returns whether a value is what stands there already, or a part of it.
 
-        `x[0] += 1` writes `x[0]` in place and then assigns `x[0]` to itself.
+        Args:
+            source: what stands there.
+            value: the value.
+            key: which part, or `WHOLE`.
         """
+        if self.base(source) in self._foreign:
+            return False
+        if key is WHOLE:
+            return self._is_same(value, source)
+        index = self.resolved(value).index
+        operation, args, *_ = self._rows[index]
+        if operation is not GETITEM or not is_entry(args[1], key) or self._parent(index) < 0:
+            return False
+        return self._is_same(ref(self._parent(index)), source)
+
+    def _is_same(self, value: Ref, other: Ref) -> bool:
+        """Whether two values are the same part of the same base."""
         one, two = self.resolved(value).index, self.resolved(other).index
         while one != two:
             parents = self._parent(one), self._parent(two)
@@ -247,14 +262,6 @@ class Views:
                 return False
             one, two = parents
         return True
-
-    def is_entry(self, value: Ref, whole: Ref, key: Any) -> bool:
-        """Returns whether a value is a part of another, as indexing with a key gives it."""
-        index = self.resolved(value).index
-        operation, args, *_ = self._rows[index]
-        if operation is not GETITEM or not is_basic(key) or self._parent(index) < 0:
-            return False
-        return args[1] == key and self.is_same(ref(self._parent(index)), whole)
 
     def _handed_over(self, base: int, writer: int | None, mark: Mark) -> tuple[str, int] | None:
         """Where a base stands that the model is given: a field of the graph, and its key there.
