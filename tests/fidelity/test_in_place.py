@@ -362,6 +362,27 @@ def test_each_entry_of_a_tuple_is_copied_before_it_is_written() -> None:
     assert torch.equal(result, left + 3 * right + 9 * x)
 
 
+def test_what_was_assigned_keeps_what_its_source_was(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        own = gpt2.transformer.h[1].output[0] * 2
+        own[:, 0] = 1
+        gpt2.transformer.h[1].output[0] = own
+        own[:, 1] = 3  # after the assignment, and so for the lines alone
+        kept = own.save()
+        result = gpt2.lm_head.output.save()
+    given: list[torch.Tensor] = []
+
+    def doubled(value: torch.Tensor) -> torch.Tensor:
+        value = value * 2
+        value[:, 0] = 1
+        given.append(value.clone())
+        return value
+
+    assert torch.equal(result, logits(gpt2, {"transformer.h.1": doubled}, IDS))
+    given[0][:, 1] = 3
+    assert torch.equal(kept, given[0])
+
+
 def test_a_late_write_to_what_is_then_replaced_is_not_waited_for(gpt2: LanguageModel) -> None:
     with gpt2.trace(IDS):
         hidden = gpt2.transformer.h[1].output[0]

@@ -430,13 +430,16 @@ def reusable(graph: Graph, needs: Sequence[int]) -> dict[int, Operation]:
         needs: the sites that each node waits for, as bits.
     """
     rows = graph.rows
-    given = {*graph.writes.values(), *graph.skips.values()}
     last = [-1] * len(rows)  # the last node that uses a value or what may be a view of it
     late = [0] * len(rows)  # all sites that the users wait for
+    writes = [0] * len(rows)  # how many writes begin with a value
+    for given in (*graph.writes.values(), *graph.skips.values()):
+        last[given] = len(rows)  # the model, which comes after all nodes
     for index in range(len(rows) - 1, -1, -1):
         operation, _, _, inputs, _, _ = rows[index]
         for place, source in enumerate(inputs):
             if operation is PUT and not place:
+                writes[source] += 1
                 continue  # the write itself, which may be the one that goes on with the copy
             last[source] = max(last[source], index)
             late[source] |= needs[index]
@@ -445,7 +448,7 @@ def reusable(graph: Graph, needs: Sequence[int]) -> dict[int, Operation]:
                 late[source] |= late[index]
     found: dict[int, Operation] = {}
     for index, (operation, args, _, inputs, _, _) in enumerate(rows):
-        if operation is not PUT or rows[inputs[0]][0] is not PUT or inputs[0] in given:
+        if operation is not PUT or rows[inputs[0]][0] is not PUT or writes[inputs[0]] > 1:
             continue
         if last[inputs[0]] < index and not late[inputs[0]] & ~needs[index]:
             before: tuple[Any, ...] = rows[inputs[0]][1]
