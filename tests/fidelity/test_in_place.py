@@ -462,6 +462,34 @@ def test_a_write_in_place_in_every_step(gpt2: LanguageModel) -> None:
     assert all(torch.equal(a, b) for a, b in zip(after.value, kept, strict=True))
 
 
+def test_in_an_edit_the_run_says_whether_a_part_is_a_view(gpt2: LanguageModel) -> None:
+    """An edit is written before there is a prompt, so it has no shapes."""
+    site = gpt2.transformer.h[1].attn.c_proj
+    with gpt2.edit() as edited:
+        site.input.reshape(1, 6, 4, 4)[:, :, 2].mul_(0.5)
+    with edited.trace(IDS):
+        result = edited.lm_head.output.save()
+
+    def hook(module: nn.Module, args: Any) -> Any:
+        given = args[0].clone()
+        given.reshape(1, 6, 4, 4)[:, :, 2].mul_(0.5)
+        return (given,)
+
+    handle = gpt2.module.transformer.h[1].attn.c_proj.register_forward_pre_hook(hook)
+    assert torch.equal(result, logits(gpt2, {}, IDS))
+    handle.remove()
+    with gpt2.edit() as edited:
+        site.input.mT.reshape(1, -1)[:, 0] = 0  # of a copy
+    with pytest.raises(OperationError, match="the write would be lost") as caught:
+        with edited.trace(IDS):
+            edited.lm_head.output.save()
+    assert "of a copy" in str(caught.value)
+    with pytest.raises(OperationError, match="is not known before the run"), gpt2.edit():
+        flat = site.input.mT.reshape(1, -1)
+        site.input[:, 0] = 0
+        gpt2.transformer.h[1].mlp.output = flat
+
+
 def test_mistakes_in_place_are_reported_at_their_line(gpt2: LanguageModel) -> None:
     with pytest.raises(OperationError, match=r"`.*\[0\]` for its first element"):
         with gpt2.trace(IDS):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -62,8 +62,8 @@ def outlined(recording: Recording, index: int) -> Any:
             return fake_value(recording, index)
 
 
-def shares_memory(recording: Recording, index: int) -> bool:
-    """Returns whether a node's value shares memory with what it is made of.
+def shares_memory(recording: Recording, index: int) -> bool | None:
+    """Returns whether a node's value shares memory with what it is made of, None if nobody knows.
 
     It is asked where dtypes or strides decide that. In later steps of a generation dtypes are
     those of the first. Where strides forbid a view in the first, they may allow one later.
@@ -73,33 +73,25 @@ def shares_memory(recording: Recording, index: int) -> bool:
         index: the node.
 
     Raises:
-        OperationError: if that is not known before the run, or is so of a part of the value.
+        OperationError: if it is so of a part of the value.
     """
     operation, args, _, inputs, _, _ = recording.graph.rows[index]
-    location = here()
     try:
         if operation is GETITEM:  # numbers take an entry, which is a view
             keys = [outlined(recording, source) for source in inputs if source != args[0].index]
             return all(key.ndim == 0 and _is_whole_number(key) for key in keys)
-        if not _is_of_later_steps(recording, index):
+        later = _is_of_later_steps(recording, index)
+        with _as_in_first_step(recording) if later else nullcontext():
             shares, whole = _shares(recording, index)
-        else:
-            with _as_in_first_step(recording):
-                shares, whole = _shares(recording, index)
-            if not shares and operation.short in _BY_STRIDES:
-                raise UnknownShapeError("Strides differ between steps.")
-    except UnknownShapeError as error:
-        raise OperationError(
-            f"Something is written in place, and whether `{expression(recording.graph, index)}` "
-            f"sees that is not known before the run: write `.clone()` behind it, or use `.view`. "
-            f"{error}",
-            location,
-        ) from None
+    except UnknownShapeError:
+        return None
+    if later and not shares and operation.short in _BY_STRIDES:
+        return None
     if shares and not whole and operation in (APPLY, COND, FOLD):
         raise OperationError(
             f"Something is written in place that `{expression(recording.graph, index)}` returns "
             "parts of: write into a `.clone()`.",
-            location,
+            here(),
         )
     return shares
 

@@ -26,7 +26,8 @@ from itertools import takewhile
 from typing import Any, cast
 
 from insitu.graph.errors import OperationError
-from insitu.graph.location import Location, Mark
+from insitu.graph.expression import expression
+from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import NO_KWARGS, Graph, Ref, ref
 from insitu.graph.operations import (
     ATTRIBUTE,
@@ -81,14 +82,14 @@ class Views:
     as, and nothing has to be looked up.
     """
 
-    def __init__(self, graph: Graph, shares: Callable[[int], bool]) -> None:
+    def __init__(self, graph: Graph, shares: Callable[[int], bool | None]) -> None:
         """Begins with what was recorded so far.
 
         Args:
             graph: what is recorded, to which writes and renewed views are added.
             shares: whether the value of a node shares memory with what it was made of, where
-                strides or dtypes decide: those of one invocation alone, never of a batch. It is
-                asked of views of what was written only.
+                strides or dtypes decide: those of one invocation alone, never of a batch. None if
+                that is not known before the run. It is asked of views of what was written only.
         """
         self._graph = graph
         self._rows = graph.rows
@@ -160,6 +161,7 @@ class Views:
             step, others = self._step(base)
             nested = nested or self._rows[base][4]
             steps.append(step)
+            self._unsure.discard(base)  # if it is none, the run says that the write would be lost
             inputs.extend(others)
             base = parent
         if parent == _OF_SEVERAL:
@@ -331,14 +333,29 @@ class Views:
         return index
 
     def _sure_parent(self, index: int) -> int:
+        """The node that a node is a view of, as far as that is known; negative as of `_parent`."""
         parent = self._parent(index)
-        return _OWN if parent != _OWN and self._is_own(index) else parent
+        if index in self._unsure and self._shares(index) is False:
+            parent = self._parents[index] = _OWN
+        return parent
 
     def _is_own(self, index: int) -> bool:
-        """Whether what may be a view has memory of its own, as strides and dtypes decide."""
+        """Whether what may be a view has memory of its own, as strides and dtypes decide.
+
+        Raises:
+            OperationError: if that is not known.
+        """
         if index in self._unsure:
+            shares = self._shares(index)
+            if shares is None:
+                raise OperationError(
+                    f"Something is written in place, and whether `{expression(self._graph, index)}`"
+                    " sees that is not known before the run: write `.clone()` behind it, or use "
+                    "`.view`.",
+                    here(),
+                )
             self._unsure.remove(index)
-            if not self._shares(index):
+            if not shares:
                 self._parents[index] = _OWN
         return self._parents[index] == _OWN
 
