@@ -362,6 +362,23 @@ def test_each_entry_of_a_tuple_is_copied_before_it_is_written() -> None:
     assert torch.equal(result, left + 3 * right + 9 * x)
 
 
+def test_values_of_the_run_may_be_arguments_by_keyword(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS):
+        first = gpt2.transformer.h[0].output[0]
+        second = gpt2.transformer.h[1].output[0]
+        second[:, 1:].add_(other=first[:, 1:], alpha=2)
+        result = gpt2.lm_head.output.save()
+    kept: list[torch.Tensor] = []
+
+    def add(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value[:, 1:] += 2 * kept[0][:, 1:]
+        return value
+
+    edits = {"transformer.h.0": lambda h: kept.append(h.clone()) or h, "transformer.h.1": add}
+    torch.testing.assert_close(result.value, logits(gpt2, edits, IDS))
+
+
 def test_what_was_assigned_keeps_what_its_source_was(gpt2: LanguageModel) -> None:
     with gpt2.trace(IDS):
         own = gpt2.transformer.h[1].output[0] * 2

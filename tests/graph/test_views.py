@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from insitu.graph import views
+from insitu.graph.encoding import encode
 from insitu.graph.errors import OperationError
 from insitu.graph.evaluation import meaning
 from insitu.graph.location import mark
@@ -43,8 +44,10 @@ class Lines:
         operation = BY_NAME[name] if isinstance(name, str) else name
         given = [map_structure(self._now, arg) for arg in args]
         if operation.in_place:
-            encoded = tuple(arg._ref if isinstance(arg, Recorded) else arg for arg in given)
-            return self.views.put(value, operation, encoded, kwargs, MARK)
+            inputs: list[int] = []
+            encoded = tuple(encode(self.recording, arg, inputs, MARK) for arg in given)
+            place = self.views.located(value, MARK)
+            return self.views.put(place, operation, encoded, kwargs, inputs, MARK)
         return self.recording.apply(operation, (self._now(value), *given), kwargs, MARK)
 
     def run(self) -> list[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from insitu.graph.encoding import described, encode
+from insitu.graph.encoding import KEYS, PLAIN, described, encode, is_constant
 from insitu.graph.errors import OperationError
 from insitu.graph.intervention import check_writable
 from insitu.graph.location import Location, Mark
@@ -57,17 +57,27 @@ def mutate(
         )
     if not target._operand:
         refuse_structure(target, Location(*mark))
-    others = tuple(encode(recording, arg, [], mark) for arg in args[1:])
-    named = {key: encode(recording, arg, [], mark) for key, arg in kwargs.items()}
+    inputs: list[int] = []
+    others = tuple(
+        [
+            arg
+            if type(arg) in PLAIN or (type(arg) in KEYS and is_constant(arg))
+            else encode(recording, arg, inputs, mark)
+            for arg in args[1:]
+        ]
+    )
+    if kwargs:
+        kwargs = {key: encode(recording, arg, inputs, mark) for key, arg in kwargs.items()}
     views = recording.views
     if views is None:
         views = recording.views = Views(recording.graph, partial(shares_memory, recording))
         recording.direct = False
     if recording.computed:
         _refuse_computed(recording, views, target, Location(*mark))
-    _check(recording, views.base(target._ref), mark)
+    place = views.located(target._ref, mark)
+    _check(recording, place.base, mark)
     writer = None if recording.shapes is None else recording.shapes.writer()
-    written = views.put(target._ref, operation, others, named, mark, writer)
+    written = views.put(place, operation, others, kwargs, inputs, mark, writer)
     recording.note_context(PUT, len(recording.graph) - 1)
     return written
 

@@ -66,15 +66,11 @@ def put(
                 "of it, such as `value[0]`"
             )
         return replaced(base, others[0], entry)
-    copy = base
-    if not reuse:
-        # What is written under `torch.no_grad` changes numbers, and leaves their history alone.
-        with torch.set_grad_enabled(base.requires_grad):
-            copy = base.clone()
+    copy = base if reuse else _copied(base)
     part: Any = copy
     for step in steps:
         part = step_taken(part, step, function)
-    if not isinstance(part, torch.Tensor) or storage_of(part) != storage_of(copy):
+    if part is not copy and not _shares(part, copy):
         raise OperationError(
             "the write would be lost, because this part has memory of its own in the run: write "
             "into the value itself"
@@ -84,6 +80,21 @@ def put(
         part = copy.as_strided(part.size(), part.stride(), part.storage_offset())
     write(part, *args, **kwargs)
     return copy
+
+
+def _shares(part: Any, copy: torch.Tensor) -> bool:
+    """Whether a part lies in the memory of the copy that it was taken from."""
+    if getattr(part, "_base", None) is copy:
+        return True
+    return isinstance(part, torch.Tensor) and storage_of(part) == storage_of(copy)
+
+
+def _copied(base: torch.Tensor) -> torch.Tensor:
+    """A copy. What is written under `torch.no_grad` changes numbers, and not their history."""
+    if not base.requires_grad or torch.is_grad_enabled():
+        return base.clone()
+    with torch.enable_grad():
+        return base.clone()
 
 
 def is_entry(one: Any, other: Any) -> bool:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from insitu.graph.errors import OperationError
 from insitu.graph.expression import expression
@@ -73,6 +73,24 @@ _NEVER_VIEWS = frozenset(["functional.unfold"])
 _OWN, _OF_SEVERAL = -1, -2  # in the place of the node that a node is a view of
 
 _HANDING_ON = (ATTRIBUTE, GETITEM, REPLACE, SKIP, WRITE)
+
+
+class Located(NamedTuple):
+    """Where a value lies.
+
+    Attributes:
+        value: its node.
+        base: the value with memory of its own that it is, or is a view of.
+        steps: the views that lead from there to it.
+        inputs: the nodes that their geometry comes from.
+        nested: whether the steps hold anything that is known in the run only.
+    """
+
+    value: int
+    base: int
+    steps: tuple[Step, ...]
+    inputs: Sequence[int]
+    nested: bool
 
 
 class Views:
@@ -127,36 +145,20 @@ class Views:
                 if before in self._standing:
                     self._standing[write] = write
 
-    def put(
-        self,
-        target: Ref,
-        operation: Operation,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        mark: Mark,
-        writer: int | None = None,
-    ) -> Ref:
-        """Records a write in place.
+    def located(self, target: Ref, mark: Mark) -> Located:
+        """Returns where a value lies: in which base, and which views lead to it.
 
         Args:
-            target: what is written into.
-            operation: what writes.
-            args: its encoded arguments behind the first one.
-            kwargs: its encoded keyword arguments.
+            target: the value, which is about to be written into.
             mark: the user's line.
-            writer: the invocation in which that stands; None for whichever it writes into.
-
-        Returns:
-            The target, which `resolved` gives as it is now.
 
         Raises:
-            OperationError: if the target is a view of several values at once.
+            OperationError: if it is a view of several values at once.
         """
-        current = self.resolved(target).index
+        current = base = self.resolved(target).index
         steps: list[Step] = []
         inputs: list[int] = []
         nested = False
-        base = current
         while (parent := self._sure_parent(base)) >= 0:
             step, others = self._step(base)
             nested = nested or self._rows[base][4]
@@ -171,26 +173,50 @@ class Views:
                 Location(*mark),
             )
         steps.reverse()
-        first = self._first.get(base, base)
-        handed = self._handed_over(first, writer, mark)
-        base = self._standing.get(first, base)
         nested = nested or bool(inputs)
-        for arg in (*args, *kwargs.values()):
-            if type(arg) is Ref:
-                inputs.append(arg.index)
-                continue
-            before = len(inputs)
-            map_structure(lambda leaf: inputs.append(leaf.index) if type(leaf) is Ref else 0, arg)
-            nested = nested or len(inputs) > before
+        return Located(current, self._first.get(base, base), tuple(steps), inputs, nested)
+
+    def put(
+        self,
+        place: Located,
+        operation: Operation,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        inputs: Sequence[int],
+        mark: Mark,
+        writer: int | None = None,
+    ) -> Ref:
+        """Records a write in place.
+
+        Args:
+            place: what is written into.
+            operation: what writes.
+            args: its encoded arguments behind the first one.
+            kwargs: its encoded keyword arguments.
+            inputs: the nodes that these refer to.
+            mark: the user's line.
+            writer: the invocation in which that stands; None for whichever it writes into.
+
+        Returns:
+            What it has written into, which `resolved` gives as it is now.
+        """
+        handed = self._handed_over(place.base, writer, mark)
+        base = self._standing.get(place.base, place.base)
         index = len(self._rows)
-        encoded = (ref(base), tuple(steps), operation.name, *args)
-        self._rows.append((PUT, encoded, kwargs, (base, *inputs), nested, mark))
-        self._first[index] = first
-        self._standing[first] = index
+        plain = sum([type(arg) is Ref for arg in args]) == len(inputs)
+        nested = place.nested or not plain
+        encoded = (ref(base), place.steps, operation.name, *args)
+        sources = (base, *place.inputs, *inputs)
+        self._rows.append((PUT, encoded, kwargs, sources, nested, mark))
+        self._first[index] = place.base
+        self._standing[place.base] = index
         if handed is not None:
             to, read = handed
-            setattr(self._graph, to, {**getattr(self._graph, to), read: index})
-        return ref(current)  # recorded again only if a line uses it
+            if to == "writes":
+                self._graph.writes[read] = index
+            else:
+                self._graph.skips = {**self._graph.skips, read: index}
+        return ref(place.value)  # recorded again only if a line uses it
 
     def base(self, value: Ref) -> int:
         """Returns the value with memory of its own that a value is, or is a view of."""

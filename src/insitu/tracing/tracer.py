@@ -387,6 +387,8 @@ class Tracer:
 
     def writer(self) -> int | None:
         """Returns in which invocation the running line stands, None if in none."""
+        if len(self._invocations) == 1:
+            return 0
         scope, _ = innermost(self.model, 1)
         return scope.number if isinstance(scope, Invocation) else None
 
