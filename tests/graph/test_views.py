@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from insitu.graph import views
 from insitu.graph.encoding import encode
 from insitu.graph.errors import OperationError
 from insitu.graph.evaluation import meaning
@@ -23,7 +22,9 @@ from insitu.graph.put import put
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure, tensors_of
-from insitu.graph.views import Views, reusable
+from insitu.graph.view_operations import SOMETIMES_VIEWS, VIEWS
+from insitu.graph.views import Views
+from insitu.runtime.copies import reusable
 
 MARK = mark()
 _MULTIPLY, _ADD = BY_NAME["Tensor.mul_"], BY_NAME["operator.add"]
@@ -47,7 +48,7 @@ class Lines:
             inputs: list[int] = []
             encoded = tuple(encode(self.recording, arg, inputs, MARK) for arg in given)
             place = self.views.located(value, MARK)
-            return self.views.put(place, operation, encoded, kwargs, inputs, MARK)
+            return self.views.put(place, operation, encoded, kwargs, inputs, True, MARK)
         return self.recording.apply(operation, (self._now(value), *given), kwargs, MARK)
 
     def run(self) -> list[Any]:
@@ -277,7 +278,7 @@ def shares(operation: Operation) -> bool:
 
 def test_every_operation_that_may_return_a_view_is_taken_for_one() -> None:
     """A write through any other would be lost. What is tried are all operations that there are."""
-    known = views._VIEWS | views._SOMETIMES_VIEWS
+    known = VIEWS | SOMETIMES_VIEWS
     known |= {"getitem", "attribute", "read", "put", "write", "save"}
     tried = [one for one in BY_NAME.values() if not one.in_place and one.short not in known]
     assert len(tried) > 300

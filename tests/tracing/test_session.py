@@ -25,6 +25,32 @@ def test_values_flow_from_one_block_to_the_next(gpt2: LanguageModel) -> None:
     assert torch.equal(result, expected) and torch.equal(mixed, hidden - other)
 
 
+def test_values_of_an_earlier_block_are_written_into_a_site_of_a_later_one(
+    gpt2: LanguageModel,
+) -> None:
+    with gpt2.session():
+        with gpt2.trace(IDS):
+            donor = gpt2.transformer.h[1].output[0]
+        with gpt2.trace(OTHER):
+            gpt2.transformer.h[1].output[0][:, -1] = donor[:, 2]
+            gpt2.transformer.h[2].output[0][:, 0].add_(donor[:, 1], alpha=2)
+            result = gpt2.lm_head.output.save()
+    hidden = hooked_hidden(gpt2.module, "transformer.h.1", IDS)
+
+    def last(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value[:, -1] = hidden[:, 2]
+        return value
+
+    def first(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value[:, 0] += 2 * hidden[:, 1]
+        return value
+
+    edits = {"transformer.h.1": last, "transformer.h.2": first}
+    assert torch.equal(result, logits(gpt2, edits, OTHER))
+
+
 @pytest.mark.no_wire  # it counts runs
 def test_nothing_runs_before_the_session_ends(gpt2: LanguageModel) -> None:
     runs: list[int] = []

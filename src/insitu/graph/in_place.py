@@ -58,6 +58,7 @@ def mutate(
     if not target._operand:
         refuse_structure(target, Location(*mark))
     inputs: list[int] = []
+    carried = recording.carried
     others = tuple(
         [
             arg
@@ -77,7 +78,8 @@ def mutate(
     place = views.located(target._ref, mark)
     _check(recording, place.base, mark)
     writer = None if recording.shapes is None else recording.shapes.writer()
-    written = views.put(place, operation, others, kwargs, inputs, mark, writer)
+    nested = place.nested or recording.carried > carried
+    written = views.put(place, operation, others, kwargs, inputs, nested, mark, writer)
     recording.note_context(PUT, len(recording.graph) - 1)
     return written
 

@@ -22,7 +22,6 @@ knows of a model. Torch's `functionalize` and JAX's `.at[].set` do the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
 from insitu.graph.errors import OperationError
@@ -34,8 +33,6 @@ from insitu.graph.operations import (
     GETITEM,
     GRAD,
     PUT,
-    PUT_INTO,
-    PUT_INTO_TENSOR,
     READ,
     REPLACE,
     SKIP,
@@ -43,36 +40,10 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.put import WHOLE, Step, is_entry
-from insitu.graph.structure import is_basic, map_structure
-
-_VIEWS = frozenset(
-    (
-        *("adjoint", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_to", "chunk", "detach"),
-        *("diagonal", "dsplit", "expand", "expand_as", "hsplit", "imag", "moveaxis", "movedim"),
-        *("narrow", "permute", "pos", "positive", "real", "select", "split", "split_with_sizes"),
-        *("squeeze", "swapaxes", "swapdims", "t", "tensor_split", "transpose", "unbind"),
-        *("unflatten", "unfold", "unsqueeze", "view", "view_as", "view_as_complex"),
-        *("view_as_real", "vsplit"),
-    )
-)
-# Strides or the dtype decide whether these return a view or a copy.
-_SOMETIMES_VIEWS = frozenset(
-    (
-        *("apply", "bfloat16", "bool", "byte", "char", "cond", "contiguous", "cpu", "cuda", "fold"),
-        *("alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d"),  # in eval mode
-        *("feature_alpha_dropout", "feature_dropout", "broadcast_tensors", "meshgrid"),
-        *("conj", "conj_physical", "double", "einsum", "flatten", "float", "half", "int", "long"),
-        *("ravel", "reshape", "reshape_as", "short", "sum_to_size", "to", "type_as"),
-    )
-)
-_VIEW_ATTRIBUTES = frozenset(["H", "T", "imag", "mH", "mT", "real"])
-_NO_VIEW_ATTRIBUTES = frozenset(["device", "dtype", "ndim", "shape"])
-# `Tensor.unfold` returns a view, `torch.nn.functional.unfold` and `fold` do not.
-_NEVER_VIEWS = frozenset(["functional.unfold"])
+from insitu.graph.structure import map_structure
+from insitu.graph.view_operations import is_view
 
 _OWN, _OF_SEVERAL = -1, -2  # in the place of the node that a node is a view of
-
-_HANDING_ON = (ATTRIBUTE, GETITEM, REPLACE, SKIP, WRITE)
 
 
 class Located(NamedTuple):
@@ -183,6 +154,7 @@ class Views:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         inputs: Sequence[int],
+        nested: bool,
         mark: Mark,
         writer: int | None = None,
     ) -> Ref:
@@ -194,6 +166,7 @@ class Views:
             args: its encoded arguments behind the first one.
             kwargs: its encoded keyword arguments.
             inputs: the nodes that these refer to.
+            nested: whether anything but an argument is known in the run only.
             mark: the user's line.
             writer: the invocation in which that stands; None for whichever it writes into.
 
@@ -203,8 +176,7 @@ class Views:
         handed = self._handed_over(place.base, writer, mark)
         base = self._standing.get(place.base, place.base)
         index = len(self._rows)
-        plain = sum([type(arg) is Ref for arg in args]) == len(inputs)
-        nested = place.nested or not plain
+        nested = nested or sum([type(arg) is Ref for arg in args]) < len(inputs)
         encoded = (ref(base), place.steps, operation.name, *args)
         sources = (base, *place.inputs, *inputs)
         self._rows.append((PUT, encoded, kwargs, sources, nested, mark))
@@ -413,8 +385,11 @@ class Views:
 
     def _found_parent(self, index: int) -> int:
         operation, args, _, inputs, _, _ = self._rows[index]
-        if not inputs or not self._may_be_view(index, operation, args):
+        view = is_view(operation, args) if inputs else False
+        if view is False:
             return _OWN
+        if view is None:
+            self._unsure.add(index)
         if operation.short in ("broadcast_tensors", "meshgrid"):
             return _OF_SEVERAL
         return next(iter(self._held(index)), _OF_SEVERAL)
@@ -423,22 +398,6 @@ class Views:
         """The nodes that are arguments of a node, and not parts of arguments."""
         _, args, kwargs, *_ = self._rows[index]
         return [item.index for item in (*args, *kwargs.values()) if type(item) is Ref]
-
-    def _may_be_view(self, index: int, operation: Operation, args: tuple[Any, ...]) -> bool:
-        if operation is ATTRIBUTE:
-            sure = args[1] in _VIEW_ATTRIBUTES
-            unsure = not sure and args[1] not in _NO_VIEW_ATTRIBUTES
-        elif operation is GETITEM:
-            # A whole number that the run computes takes an entry, which is a view.
-            sure = is_basic(args[1])
-            unsure = _is_computed(args[1])
-        else:
-            name = operation.short
-            known = operation.name not in _NEVER_VIEWS
-            sure, unsure = known and name in _VIEWS, known and name in _SOMETIMES_VIEWS
-        if unsure and not sure:
-            self._unsure.add(index)
-        return sure or unsure
 
     def _step(self, index: int) -> tuple[Step, list[int]]:
         """A view as a step from its parent, and the other nodes that its geometry comes from."""
@@ -452,60 +411,3 @@ class Views:
         name = next(key for key, arg in kwargs.items() if type(arg) is Ref and arg.index == parent)
         kwargs = {key: arg for key, arg in kwargs.items() if key != name}
         return (operation.name, name, args, kwargs), others
-
-
-def _is_computed(key: Any) -> bool:
-    """Whether a key has values of the run in it, and nothing else that makes a copy."""
-    parts = cast("tuple[Any, ...]", key) if isinstance(key, tuple) else (key,)
-    return all(type(part) is Ref or is_basic(part) for part in parts)
-
-
-def reusable(graph: Graph, needs: Sequence[int]) -> dict[int, Operation]:
-    """Returns the `put` nodes that may write into the copy that an earlier `put` has made.
-
-    Each is given with the operation that does so.
-
-    That is so where nothing that runs later uses the earlier value or a view of it. Without it,
-    1,024 writes at one site would copy 1,024 times. Where autograd records, a run copies anyway.
-
-    Args:
-        graph: the nodes, and what the run hands over to the model.
-        needs: the sites that each node waits for, as bits.
-    """
-    rows = graph.rows
-    last = [-1] * len(rows)  # the last node that uses a value or what may be a view of it
-    late = [0] * len(rows)  # all sites that the users wait for
-    writes = [0] * len(rows)  # how many writes begin with a value
-    for given in (*graph.writes.values(), *graph.skips.values()):
-        last[given] = len(rows)  # the model, which comes after all nodes
-    for index in range(len(rows) - 1, -1, -1):
-        operation, _, _, inputs, _, _ = rows[index]
-        for place, source in enumerate(inputs):
-            if operation is PUT and not place:
-                writes[source] += 1
-                continue  # the write itself, which may be the one that goes on with the copy
-            last[source] = max(last[source], index)
-            late[source] |= needs[index]
-            if operation is not PUT and _may_be_view(operation):
-                last[source] = max(last[source], last[index])
-                late[source] |= late[index]
-    found: dict[int, Operation] = {}
-    for index, (operation, args, _, inputs, _, _) in enumerate(rows):
-        if operation is not PUT or rows[inputs[0]][0] is not PUT or writes[inputs[0]] > 1:
-            continue
-        if last[inputs[0]] < index and not late[inputs[0]] & ~needs[index]:
-            before: tuple[Any, ...] = rows[inputs[0]][1]
-            alike = _entry(before[1]) == _entry(args[1])
-            found[index] = PUT_INTO if alike else PUT_INTO_TENSOR
-    return found
-
-
-def _entry(steps: Sequence[Step]) -> list[Any]:
-    """The keys that may lead to an entry of a structure, and to the tensor that was copied."""
-    keys = [others[0] if len(others) == 1 else None for _, _, others, _ in steps]
-    return list(takewhile(lambda key: isinstance(key, int | str), keys))
-
-
-def _may_be_view(operation: Operation) -> bool:
-    """Whether an operation may hand on the memory of its inputs, whatever the strides."""
-    return operation in _HANDING_ON or operation.short in _VIEWS | _SOMETIMES_VIEWS

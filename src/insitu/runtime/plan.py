@@ -18,7 +18,7 @@ from insitu.graph.expression import expression
 from insitu.graph.location import Mark
 from insitu.graph.node import EVERY, Address, Graph, Kind, Ref, Site
 from insitu.graph.operations import ARITHMETIC, BACKWARD, GRAD, PUT, READ, Operation
-from insitu.graph.views import reusable
+from insitu.runtime.copies import reusable
 
 Readers = dict[tuple[str, Kind, int, int], Sequence[tuple[int, int]]]
 """The nodes that read what passes a place in a step, each with its invocation."""
