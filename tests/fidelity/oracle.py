@@ -256,6 +256,7 @@ def arrange(lines: Sequence[Line], orders: Sequence[Order], schedule: Schedule) 
                 target, site = operands[0].memory, operands[0].site
                 ready[target] = when
                 if site is not None and standing[site] == target:
+                    _refuse_beside(site, standing, borrowed, line.invocation)
                     if site.invocation != line.invocation:
                         borrowed.add(target)
                     elif target in borrowed:
@@ -265,6 +266,7 @@ def arrange(lines: Sequence[Line], orders: Sequence[Order], schedule: Schedule) 
             case Replace() if _is_idle(operands[0], line.site, standing, borrowed):
                 found.idle.add(number)
             case Replace():
+                _refuse_beside(line.site, standing, borrowed, line.invocation)
                 own = standing[line.site] = ("line", number)
                 ready[own] = given[line.site] = max(when, comes(line.site))
             case Save():
@@ -272,6 +274,16 @@ def arrange(lines: Sequence[Line], orders: Sequence[Order], schedule: Schedule) 
         found.touched.append(frozenset(memory))
     found.late = [site for site, when in given.items() if when > comes(site)]
     return found
+
+
+def _refuse_beside(
+    site: Site, standing: Mapping[Site, Memory], borrowed: set[Memory], invocation: int
+) -> None:
+    """Raises if another part of the same value was written into by another invocation."""
+    for other, memory in standing.items():
+        beside = other != site and other.place == site.place
+        if beside and other.invocation == site.invocation == invocation and memory in borrowed:
+            raise SilentError("another part was written into by another invocation")
 
 
 def _is_idle(

@@ -138,6 +138,7 @@ def write_part(
         What stands there then; None if the source is no site's value.
     """
     if recording.views is not None:
+        recording.views.check_entry(source, key, mark)
         source = recording.views.resolved(source)
     node = recording.graph[recording.graph.original(source.index)]
     if node.operation is not READ or recording.graph.rows[source.index][0] is SKIP:

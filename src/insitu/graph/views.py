@@ -89,7 +89,7 @@ class Views:
         self._unsure: set[int] = set()  # of which strides or dtypes decide, and nobody has asked
         self._renewed: dict[int, int] = {}  # a view from before, as it was last recorded again
         self._followed: dict[int, tuple[int, int | str]] = {}  # by an assignment of one entry
-        self._foreign: set[int] = set()  # bases that another invocation has written into
+        self._foreign: dict[int, set[Any]] = {}  # bases that another invocation has written into
         latest: dict[int, int] = {}
         for index, (operation, args, *_) in enumerate(graph.rows):
             if operation is WRITE:
@@ -173,7 +173,7 @@ class Views:
         Returns:
             What it has written into, which `resolved` gives as it is now.
         """
-        handed = self._handed_over(place.base, writer, mark)
+        handed = self._handed_over(place, writer, mark)
         base = self._standing.get(place.base, place.base)
         index = len(self._rows)
         nested = nested or sum([type(arg) is Ref for arg in args]) < len(inputs)
@@ -263,13 +263,30 @@ class Views:
             one, two = parents
         return True
 
-    def _handed_over(self, base: int, writer: int | None, mark: Mark) -> tuple[str, int] | None:
+    def check_entry(self, source: Ref, key: Any, mark: Mark) -> None:
+        """Raises if an entry of a structure cannot be assigned without what is not the model's.
+
+        Args:
+            source: the structure.
+            key: the entry.
+            mark: the user's line.
+
+        Raises:
+            OperationError: if another invocation has written into another entry.
+        """
+        if self._foreign.get(self.base(source), set()) - {key}:
+            raise _taken(mark)
+
+    def _handed_over(
+        self, place: Located, writer: int | None, mark: Mark
+    ) -> tuple[str, int] | None:
         """Where a base stands that the model is given: a field of the graph, and its key there.
 
         None if it stands nowhere, or a later line has put something else there. A write in another
         invocation is for later lines only.
         """
-        graph, node = self._graph, base
+        graph, base = self._graph, place.base
+        node = base
         while self._rows[node][0] in (PUT, WRITE):
             node = self._rows[node][3][0]
         operation, args, _, inputs, _, _ = self._rows[node]
@@ -283,14 +300,11 @@ class Views:
         if self._first.get(now, now) != base:
             return None
         if operation is not GRAD and writer is not None and args[0] != writer:
-            self._foreign.add(base)
+            keys = [others[0] for name, _, others, _ in place.steps[:1] if name == GETITEM.name]
+            self._foreign.setdefault(base, set()).update(map(_entry, keys or [None]))
             return None
         if base in self._foreign:
-            raise OperationError(
-                "Another invocation has written into this value before, for its own lines: write "
-                "there into a `.clone()` of it.",
-                Location(*mark),
-            )
+            raise _taken(mark)
         return found
 
     def _again(self, view: int, parent: int) -> int:
@@ -411,3 +425,16 @@ class Views:
         name = next(key for key, arg in kwargs.items() if type(arg) is Ref and arg.index == parent)
         kwargs = {key: arg for key, arg in kwargs.items() if key != name}
         return (operation.name, name, args, kwargs), others
+
+
+def _entry(key: Any) -> Any:
+    """The entry of a structure that a key takes, None if it is another kind of key."""
+    return key if isinstance(key, int | str) else None
+
+
+def _taken(mark: Mark) -> OperationError:
+    return OperationError(
+        "Another invocation has written into this value before, for its own lines: write there "
+        "into a `.clone()` of it.",
+        Location(*mark),
+    )
