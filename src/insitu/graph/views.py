@@ -26,16 +26,14 @@ from typing import Any, NamedTuple, cast
 
 from insitu.graph.errors import OperationError
 from insitu.graph.expression import expression
+from insitu.graph.handing_over import HandingOver
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import NO_KWARGS, Graph, Ref, ref
 from insitu.graph.operations import (
     ATTRIBUTE,
     GETITEM,
-    GRAD,
     PUT,
-    READ,
     REPLACE,
-    SKIP,
     WRITE,
     Operation,
 )
@@ -89,7 +87,7 @@ class Views:
         self._unsure: set[int] = set()  # of which strides or dtypes decide, and nobody has asked
         self._renewed: dict[int, int] = {}  # a view from before, as it was last recorded again
         self._followed: dict[int, tuple[int, int | str]] = {}  # by an assignment of one entry
-        self._foreign: dict[int, set[Any]] = {}  # bases that another invocation has written into
+        self._model = HandingOver(graph, self._first)
         latest: dict[int, int] = {}
         for index, (operation, args, *_) in enumerate(graph.rows):
             if operation is WRITE:
@@ -173,7 +171,7 @@ class Views:
         Returns:
             What it has written into, which `resolved` gives as it is now.
         """
-        handed = self._handed_over(place, writer, mark)
+        given = self._model.place(place.base, place.steps, writer, mark)
         base = self._standing.get(place.base, place.base)
         index = len(self._rows)
         nested = nested or sum([type(arg) is Ref for arg in args]) < len(inputs)
@@ -182,12 +180,8 @@ class Views:
         self._rows.append((PUT, encoded, kwargs, sources, nested, mark))
         self._first[index] = place.base
         self._standing[place.base] = index
-        if handed is not None:
-            to, read = handed
-            if to == "writes":
-                self._graph.writes[read] = index
-            else:
-                self._graph.skips = {**self._graph.skips, read: index}
+        if given is not None:
+            self._model.give(given, index)
         return ref(place.value)  # recorded again only if a line uses it
 
     def base(self, value: Ref) -> int:
@@ -243,7 +237,7 @@ class Views:
             value: the value.
             key: which part, or `WHOLE`.
         """
-        if self.base(source) in self._foreign:
+        if self._model.is_borrowed(self.base(source)):
             return False
         if key is WHOLE:
             return self._is_same(value, source)
@@ -252,6 +246,10 @@ class Views:
         if operation is not GETITEM or not is_entry(args[1], key) or self._parent(index) < 0:
             return False
         return self._is_same(ref(self._parent(index)), source)
+
+    def check_entry(self, source: Ref, key: Any, mark: Mark) -> None:
+        """Raises if an entry of a structure cannot be assigned: see `HandingOver`."""
+        self._model.check_entry(self.base(source), key, mark)
 
     def _is_same(self, value: Ref, other: Ref) -> bool:
         """Whether two values are the same part of the same base."""
@@ -262,50 +260,6 @@ class Views:
                 return False
             one, two = parents
         return True
-
-    def check_entry(self, source: Ref, key: Any, mark: Mark) -> None:
-        """Raises if an entry of a structure cannot be assigned without what is not the model's.
-
-        Args:
-            source: the structure.
-            key: the entry.
-            mark: the user's line.
-
-        Raises:
-            OperationError: if another invocation has written into another entry.
-        """
-        if self._foreign.get(self.base(source), set()) - {key}:
-            raise _taken(mark)
-
-    def _handed_over(
-        self, place: Located, writer: int | None, mark: Mark
-    ) -> tuple[str, int] | None:
-        """Where a base stands that the model is given: a field of the graph, and its key there.
-
-        None if it stands nowhere, or a later line has put something else there. A write in another
-        invocation is for later lines only.
-        """
-        graph, base = self._graph, place.base
-        node = base
-        while self._rows[node][0] in (PUT, WRITE):
-            node = self._rows[node][3][0]
-        operation, args, _, inputs, _, _ = self._rows[node]
-        if operation is SKIP:
-            now, found = graph.skips.get(inputs[0], node), ("skips", inputs[0])
-            args = self._rows[inputs[0]][1]
-        elif operation in (READ, GRAD):
-            now, found = graph.writes.get(node, node), ("writes", node)
-        else:
-            return None
-        if self._first.get(now, now) != base:
-            return None
-        if operation is not GRAD and writer is not None and args[0] != writer:
-            keys = [others[0] for name, _, others, _ in place.steps[:1] if name == GETITEM.name]
-            self._foreign.setdefault(base, set()).update(map(_entry, keys or [None]))
-            return None
-        if base in self._foreign:
-            raise _taken(mark)
-        return found
 
     def _again(self, view: int, parent: int) -> int:
         """Records a view again, of what its parent stands for now, unless that was done."""
@@ -425,16 +379,3 @@ class Views:
         name = next(key for key, arg in kwargs.items() if type(arg) is Ref and arg.index == parent)
         kwargs = {key: arg for key, arg in kwargs.items() if key != name}
         return (operation.name, name, args, kwargs), others
-
-
-def _entry(key: Any) -> Any:
-    """The entry of a structure that a key takes, None if it is another kind of key."""
-    return key if isinstance(key, int | str) else None
-
-
-def _taken(mark: Mark) -> OperationError:
-    return OperationError(
-        "Another invocation has written into this value before, for its own lines: write there "
-        "into a `.clone()` of it.",
-        Location(*mark),
-    )
