@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from insitu.graph.context import default_dtype, is_autocast_enabled, is_grad_enabled
 from insitu.graph.encoding import KEYS, PLAIN, described, encode, is_constant
 from insitu.graph.errors import OperationError
 from insitu.graph.intervention import check_writable
@@ -80,7 +81,13 @@ def mutate(
     writer = None if recording.shapes is None else recording.shapes.writer()
     nested = place.nested or recording.carried > carried
     written = views.put(place, operation, others, kwargs, inputs, nested, mark, writer)
-    recording.note_context(PUT, len(recording.graph) - 1)
+    if (
+        is_grad_enabled() is not recording.grads
+        or default_dtype() is not recording.dtype
+        or is_autocast_enabled()
+        or recording.casts
+    ):
+        recording.note_context(PUT, len(recording.graph) - 1)
     return written
 
 
