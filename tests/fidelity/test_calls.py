@@ -6,6 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from insitu import (
     BlockError,
@@ -314,3 +322,47 @@ def test_a_skip_of_a_later_step_is_checked_by_the_sizes_of_that_step(gpt2: Langu
             with generator.step(1):
                 gpt2.transformer.h[1].mlp.skip(torch.zeros(1, 6, 16))  # does not fit
     assert "does not fit" in str(caught.value)
+
+
+SMALL: dict[str, Any] = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+RETURNING_MORE: dict[str, Callable[[], Any]] = {
+    "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SMALL)),
+    "gpt_neo": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global"], 2]],
+            max_position_embeddings=64,
+            **SMALL,
+        )
+    ),
+    "t5": lambda: T5ForConditionalGeneration(  # later blocks use the first one's position bias
+        T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, **SMALL)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RETURNING_MORE)
+@pytest.mark.parametrize("cached", [True, False])
+def test_of_a_block_that_returns_more_hidden_states_will_do(kind: str, cached: bool) -> None:
+    torch.manual_seed(0)
+    module = RETURNING_MORE[kind]().eval()
+    model = LanguageModel(module)
+    options: dict[str, Any] = {"use_cache": cached}
+    if kind == "t5":
+        options["decoder_input_ids"] = torch.tensor([[0, 13, 14]])
+    first = model.blocks[0]
+
+    def instead(part: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden * 2, *output[1:]) if isinstance(output, tuple) else hidden * 2
+
+    hook = module.get_submodule(first.path).register_forward_hook(instead, with_kwargs=True)
+    with torch.no_grad():
+        expected = module(IDS, **options).logits
+    hook.remove()
+    with model.trace(IDS, **options):
+        first.skip(first.input * 2)
+        found = model.logits.save()
+    assert torch.equal(found.value, expected)

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from insitu.graph.errors import ShapeError
 from insitu.graph.writing import fitted
 
 CACHES = frozenset(
@@ -63,19 +62,25 @@ class BlockView:
         at = _hidden_at(output)
         return (*output[:at], shown[0], *output[at + 1 :])
 
+    def returns_more(self, returned: Any) -> bool:
+        """Returns whether only a run of the block makes all that it returns.
+
+        Args:
+            returned: what it returns, as fake tensors; what it only hands on is no fake.
+        """
+        if isinstance(returned, torch.Tensor):
+            return False
+        return any(isinstance(item, FakeTensor) for item in returned[1:])
+
     def stand_in(self, returned: Any, shown: Any) -> Any:
         """Returns what the block must return for hidden states that it did not make.
 
         Raises:
-            ShapeError: if the hidden states are of another shape, or it returns more than them.
+            ShapeError: if the hidden states are of another shape.
         """
         whole = isinstance(returned, torch.Tensor)
         hidden = fitted(returned if whole else returned[0], shown[0], block=False, move=False)
-        if whole:
-            return hidden
-        if any(isinstance(item, FakeTensor) for item in returned[1:]):  # nobody has made them
-            raise ShapeError("the block returns more than hidden states with these options")
-        return (hidden, *returned[1:])
+        return hidden if whole else (hidden, *returned[1:])
 
 
 def _hidden_at(output: Any) -> int:

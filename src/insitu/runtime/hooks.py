@@ -94,6 +94,10 @@ class View(Protocol):
         """
         ...
 
+    def returns_more(self, returned: Any) -> bool:
+        """Returns whether only a run of the module makes all that it returns."""
+        ...
+
     def stand_in(self, returned: Any, shown: Any) -> Any:
         """Returns what the module must return for an output to be shown, without its having run.
 
