@@ -11,7 +11,7 @@ from torch import nn
 
 from insitu import LanguageModel
 from insitu.graph.errors import ShapeError
-from insitu.models import chain, separation
+from insitu.models import chain, parted, separation
 from insitu.runtime.fallback import Fallback, is_own, tried
 from tests.conftest import _Faults, tiny_gpt2
 
@@ -56,7 +56,7 @@ def faults_taken(faults: _Faults) -> Iterator[None]:
     ("place", "name", "prompts"),
     [
         (separation.Trial, "verified", PROMPTS),
-        (separation, "cut", PROMPTS),
+        (parted, "cut", PROMPTS),
         (chain._Trial, "looks_back_only", None),
         (chain, "cut", None),
     ],
@@ -120,13 +120,16 @@ def test_what_the_model_raises_in_a_trial_is_the_reason(caplog: pytest.LogCaptur
             "`logits_to_keep` may mean something else for a batch",
         ),
         (
-            lambda: generated(LanguageModel(tiny_gpt2()), repetition_penalty=1.2),
-            "`repetition_penal",
+            lambda: generated(LanguageModel(tiny_gpt2()), num_beams=2),
+            "with `num_beams`",
         ),
-        (lambda: generated(LanguageModel(tiny_gpt2()), do_sample=True), "`do_sample`"),
+        (
+            lambda: generated(LanguageModel(tiny_gpt2()), logits_processor=[lambda _, s: s]),
+            "with `logits_processor`",
+        ),
         (lambda: generated(LanguageModel(tiny_gpt2().train())), "in training mode"),
     ],
-    ids=["training", "option", "setting", "sampling", "training_generation"],
+    ids=["training", "option", "beams", "own_processor", "training_generation"],
 )
 def test_the_plan_says_what_keeps_prompts_apart(plan: Callable[[], str], why: str) -> None:
     table = plan()

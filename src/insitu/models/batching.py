@@ -76,6 +76,9 @@ def is_ragged(requests: Sequence[Prompt]) -> bool:
     return len({prompt.ids.shape[1] for prompt in requests}) > 1
 
 
+_NONE: Layouts = {}
+
+
 class Share(NamedTuple):
     """One prompt's share of a batch.
 
@@ -84,16 +87,18 @@ class Share(NamedTuple):
         part: where the prompt lies.
         unembedded: which positions of the batch become logits.
         logits: which of its own.
+        later: how the values at sites are cut in the later steps of a generation.
     """
 
     layouts: Layouts
     part: Part
     unembedded: Unembedded = ALL_UNEMBEDDED
     logits: Sequence[int] = ()
+    later: Layouts = _NONE
 
     def take(self, site: Site, value: Any) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
-        layout, part = self.layouts[site[1:4]], self.part
+        layout, part = self._in_step(site)
         if site[1:4] in self.unembedded.places:
             logits = partial(self._unembedded, site)
             return take_logits(value, layout, logits, partial(self._own, site))
@@ -106,15 +111,23 @@ class Share(NamedTuple):
 
     def widen(self, site: Site, value: Any) -> Any:
         """Returns a value in which each row has a part that can be written to."""
-        return widened(value, self.layouts[site[1:4]], self.part.batch)
+        layout, part = self._in_step(site)
+        return widened(value, layout, part.batch)
 
     def put(self, site: Site, value: Any, own: Any) -> None:
         """Fills the prompt's own part of a copy of what arrived at a site."""
-        put(site, value, self.layouts[site[1:4]], self.part, own)
+        layout, part = self._in_step(site)
+        put(site, value, layout, part, own)
+
+    def _in_step(self, site: Site) -> tuple[Any, Part]:
+        """How the value at a site is cut in its step, and where the prompt lies there."""
+        if not site[4]:
+            return self.layouts[site[1:4]], self.part
+        return self.later[site[1:4]], self.part._replace(step=site[4])
 
     def _unembedded(self, site: Site, value: Any, layout: Any) -> Any:
         """The prompt's part of what has the positions only that become logits."""
-        rows, positions, batch, _ = self.part
+        rows, positions, batch, *_ = self.part
         kept = Part(rows, slice(0, len(self.logits)), batch, self.unembedded.count)
         own = cut(site, value, layout, kept)
         return spread(own, layout, self.logits, positions.stop - positions.start)
@@ -127,9 +140,14 @@ def _packed(leaf: Any) -> Any:
     return leaf.clone()  # of the same order of strides
 
 
-def cuts(batch: Batch, layouts: Layouts, unembedded: Unembedded = ALL_UNEMBEDDED) -> Sequence[Cut]:
+def cuts(
+    batch: Batch,
+    layouts: Layouts,
+    unembedded: Unembedded = ALL_UNEMBEDDED,
+    later: Layouts = _NONE,
+) -> Sequence[Cut]:
     """Returns how each prompt finds its own part of what arrives at a site."""
     if unembedded.index is None:
-        return [Share(layouts, part) for part in batch.parts]
+        return [Share(layouts, part, later=later) for part in batch.parts]
     parts = zip(batch.parts, unembedded.positions, strict=True)
     return [Share(layouts, part, unembedded, logits) for part, logits in parts]

@@ -10,6 +10,9 @@ import torch
 
 from insitu.runtime.passes import Deliver
 
+NO_CHOICE = torch.iinfo(torch.int64).min
+"""Stands for the token of a row of which no token is asked for: no vocabulary has such an id."""
+
 
 def listening(deliver: Deliver, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns options for `generate` with which the tokens of each step are handed over.
@@ -25,9 +28,7 @@ def listening(deliver: Deliver, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         greedy = scores.argmax(-1)
         chosen = deliver("choice", greedy)
-        if chosen is greedy:
-            return scores
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+        return scores if chosen is greedy else only(scores, chosen)
 
     def chose(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         deliver("tokens", ids[:, -1])
@@ -37,6 +38,16 @@ def listening(deliver: Deliver, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "logits_processor": [*(kwargs.get("logits_processor") or ()), choose],
         "stopping_criteria": [*(kwargs.get("stopping_criteria") or ()), chose],
     }
+
+
+def only(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns scores with which each row can choose one token only.
+
+    Args:
+        scores: the scores that there were, `(rows, vocabulary)`.
+        tokens: the tokens, `(rows,)`.
+    """
+    return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 @contextmanager

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 
 def rows_apart(
-    sequences: torch.Tensor, sizes: Sequence[tuple[int, int]], ends: Iterable[int]
+    sequences: torch.Tensor, sizes: Sequence[tuple[int, int, int]]
 ) -> list[torch.Tensor]:
     """Returns each prompt's rows of a batch, without the padding of its neighbours.
 
     Args:
         sequences: what was generated, `(rows, position)`, padded on the left.
-        sizes: each prompt's rows, and how many tokens of them were not generated.
-        ends: the ids that end a generation.
+        sizes: each prompt's rows, how many tokens of them were not generated, and how many were.
     """
-    length = max(own for _, own in sizes)
-    ending = torch.tensor(list(ends), device=sequences.device)
+    length = max(given for _, given, _ in sizes)
     each: list[torch.Tensor] = []
     first = 0
-    for rows, own in sizes:
-        mine = sequences[first : first + rows, length - own :]
-        ended = torch.isin(mine[:, own:], ending)
-        # Alone, it would have stopped when the last of its rows had ended.
-        steps = torch.where(ended.any(1), ended.int().argmax(1) + 1, ended.shape[1])
-        each.append(mine[:, : own + int(steps.max())])
+    for rows, given, steps in sizes:
+        each.append(sequences[first : first + rows, length - given : length + steps])
         first += rows
     return each
 

@@ -2,56 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Site
 from insitu.models.attention import OPTION, attending
 from insitu.models.batching import cuts, is_ragged, join
-from insitu.models.choosing import listening, seeded
+from insitu.models.calls import default_budget
+from insitu.models.choosing import listening, only, seeded
 from insitu.models.configuration import all_said, text_config
 from insitu.models.generated_rows import rows_apart, rows_together
+from insitu.models.generated_together import Together, divided, entries_used, unlike_alone
+from insitu.models.later_steps import LaterSteps
 from insitu.models.padding import padding_shows, positioned, warn_of_counting
 from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
-from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, uncut
-from insitu.runtime.hooks import Cut
-from insitu.runtime.layout import Layouts
-from insitu.runtime.passes import Deliver, Own, Pass
+from insitu.models.separation import OF_STEPS
+from insitu.models.trial import undisturbed
+from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, tried, uncut
+from insitu.runtime.layout import Axis, Layouts, TensorLayout
+from insitu.runtime.order import uses
+from insitu.runtime.passes import Deliver, Own, Pass, Steps
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Schedule, Work
-from insitu.runtime.summary import unknown
+from insitu.runtime.summary import Summary, unknown
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
 
 _DEFAULT_STEPS = 20  # of Transformers, where nothing says how many
 _NO_EXTRAS: Mapping[str, Any] = {}
-# Options with which a row of a batch continues as it would alone.
-_BATCHABLE = frozenset(
-    [
-        *("do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "pad_token_id"),
-        *("use_cache", OPTION),
-    ]
-)
-# Settings of a generation config with which it does not, and the values that mean "off".
-_UNBATCHABLE_UNLESS: Mapping[str, tuple[Any, ...]] = {
-    "do_sample": (None, False),
-    "num_beams": (None, 1),
+# Settings that count padding as tokens of the shorter rows of one prompt, and when they are off.
+_COUNTING: Mapping[str, tuple[Any, ...]] = {
     "min_length": (None, 0),
-    "repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
-    "stop_strings": (None,),
-    "prompt_lookup_num_tokens": (None,),
+    "repetition_penalty": (None, 1.0),
 }
-_COUNTING = ("repetition_penalty", "no_repeat_ngram_size", "min_length")  # padding, as tokens
 
 
 class Generation:
@@ -140,30 +135,44 @@ class Generation:
             if prompt.mask is not None:
                 positioned(self._model, prompt, not self._model.loaded, self._most_steps)
                 self._warn_of_counting(module, prompt.mask)
-        tokens = any(address[2] in ("tokens", "choice") for address in work.plan.reads)
+        tokens = any(address[2] in OF_STEPS for address in work.plan.reads)
         if len(requests) == 1:
-            return partial(self._one_by_one, tokens, None)
-        shared = self._shared(module, requests, work)
-        if not isinstance(shared, Fallback):
-            return partial(self._as_one, shared)
-        if self._setting(module, "return_dict_in_generate"):
+            return partial(self._passes, [Together([0])], _NO_LAYOUTS, tokens)
+        parts, layouts = self._divided(module, requests, work)
+        if len(parts) > 1 and self._setting(module, "return_dict_in_generate"):
             raise OptionError(
                 "`return_dict_in_generate` takes one invocation in a block, because these "
                 "have to be generated one by one."
             )
-        logger.info("%d prompts are generated one by one: %s", len(requests), shared.why)
-        return partial(self._one_by_one, tokens, shared)
+        for why in {part.apart.why: None for part in parts if part.apart is not None}:
+            count = sum(part.apart is not None and part.apart.why == why for part in parts)
+            logger.info("%d prompts are generated one by one: %s", count, why)
+        return partial(self._passes, parts, layouts, tokens)
 
-    def _shared(
+    def _divided(
         self, module: nn.Module, requests: Sequence[Prompt], work: Work
-    ) -> Layouts | Fallback:
-        """How to cut what is read out of one generation for all."""
-        if work.apart is not None:
-            return work.apart
-        if self._model.has_hooks:
-            return SEEN_ALONE
-        if (why := self._unbatchable(module, requests)) is not None:
-            return Fallback(why)
+    ) -> tuple[list[Together], _Layouts]:
+        """Which prompts share a pass, and how to cut what is read out of it."""
+        layouts = _NO_LAYOUTS
+        why = self._unbatchable(module, work)
+        whys: list[Fallback | None] = [why] * len(requests)
+        keys: list[Hashable] = [None] * len(requests)
+        if why is None:
+            whys, layouts = self._uncut(requests, work)
+            keys = self._sharing(requests)
+        steps = [self._steps_of(prompt) or _DEFAULT_STEPS for prompt in requests]
+        crossing = uses(work.graph, work.plan, work.moments)
+        tokens = sum(
+            p.ids.numel() + n * p.ids.shape[0] for p, n in zip(requests, steps, strict=True)
+        )
+        budget = default_budget(self._model, tokens)
+        return divided(requests, whys, keys, crossing, steps, budget), layouts
+
+    def _uncut(
+        self, requests: Sequence[Prompt], work: Work
+    ) -> tuple[list[Fallback | None], _Layouts]:
+        """Why each prompt cannot be cut out of a batch, None if it can; and how values are cut."""
+        from insitu.models.separation import later_obstacle
         from insitu.models.sharing import separation_of  # of no use to one prompt
 
         separation = separation_of(
@@ -172,60 +181,89 @@ class Generation:
             self._begin,
             self.views,
             self._side,
+            self._go_on,
         )
         if isinstance(separation, Fallback):
-            return separation
-        sites = work.plan.reads
-        obstacle = separation.obstacle(sites, work.written)
-        if obstacle is None and self._outgrows_windows(requests):
-            obstacle = next((site for site in sites if self._has_cache(site)), None)
-        return separation.layouts if obstacle is None else uncut(Site(*obstacle))
+            return [separation] * len(requests), _NO_LAYOUTS
+        later = separation.later_steps(work.plan.reads)
+        used = partial(entries_used, work.graph, work.plan)
+        reads: list[list[Address]] = [[] for _ in requests]
+        for address in work.plan.reads:
+            reads[address[0]].append(address)
+        written = set(work.written)
+        whys: list[Fallback | None] = []
+        for prompt, own in zip(requests, reads, strict=True):
+            obstacle = separation.obstacle(own, written.intersection(own), used)
+            why = self._unlike_others(prompt)
+            if obstacle is None and self._outgrows_windows(requests):
+                obstacle = next((site for site in own if self._has_cache(site)), None)
+            if obstacle is None and isinstance(later, LaterSteps):
+                obstacle = later_obstacle(later, own, written, used)
+                if obstacle is None and self._outgrows_windows(requests, self._most_steps):
+                    obstacle = next((at for at in own if at[4] and later.grows(at)), None)
+            if why is None and obstacle is not None:
+                why = uncut(Site(*obstacle))
+            if why is None and isinstance(later, Fallback) and any(at[4] for at in own):
+                why = later
+            whys.append(why)
+        first = {**separation.layouts, **separation.some, **_BY_ROW}
+        after = {**later.layouts, **_BY_ROW} if isinstance(later, LaterSteps) else _BY_ROW
+        return whys, _Layouts(first, after)
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""
         if len(requests) == 1:
             return Outputs(results[0], [_sequences(results[0])])
-        if len(results) == 1:
-            each = self._apart(_sequences(results[0]), requests)
-            return Outputs(results[0], each)
-        each = [_sequences(result) for result in results]
+        each: dict[int, torch.Tensor] = {}
+        for generated in results:
+            if len(generated.steps) == 1:  # it may have other rows than its prompt, as of beams
+                each[next(iter(generated.steps))] = _sequences(generated.result)
+                continue
+            prompts = [requests[number] for number in generated.steps]
+            sizes = [
+                (prompt.ids.shape[0], self._given(prompt), steps)
+                for prompt, steps in zip(prompts, generated.steps.values(), strict=True)
+            ]
+            rows = rows_apart(_sequences(generated.result), sizes)
+            each.update(zip(generated.steps, rows, strict=True))
+        ordered = [each[number] for number in range(len(requests))]
+        limits = {self._steps_of(prompt) for prompt in requests}
+        if len(results) == 1 and len(limits) == 1:
+            return Outputs(results[0].result, ordered)
         given = [self._given(prompt) for prompt in requests]
-        return Outputs(rows_together(each, given, self._pad_id), each)
+        return Outputs(rows_together(ordered, given, self._pad_id), ordered)
 
-    def _as_one(
-        self, layouts: Layouts, module: nn.Module, requests: Sequence[Prompt]
-    ) -> list[Pass]:
-        """One pass for all prompts."""
-        batch = join(requests, self._side, self._pad_id)
-        whole = Prompt(batch.ids, requests[0].mark, batch.mask)
-        return [self._pass(module, whole, dict(enumerate(cuts(batch, layouts))), requests)]
-
-    def _one_by_one(
+    def _passes(
         self,
+        parts: Sequence[Together],
+        layouts: _Layouts,
+        tokens: bool,
+        module: nn.Module,
+        requests: Sequence[Prompt],
+    ) -> list[Pass]:
+        """The passes of some prompts."""
+        passes: list[Pass] = []
+        for numbers, apart in parts:
+            if len(numbers) > 1:
+                passes.append(self._of_several(numbers, layouts, tokens, module, requests))
+            else:
+                prompt = requests[numbers[0]]
+                passes.append(
+                    self._of_one(numbers[0], prompt, tokens, apart, module, len(requests) > 1)
+                )
+        return passes
+
+    def _of_one(
+        self,
+        number: int,
+        prompt: Prompt,
         tokens: bool,
         apart: Fallback | None,
         module: nn.Module,
-        requests: Sequence[Prompt],
-    ) -> list[Pass]:
-        """A pass for each prompt."""
-        return [
-            self._pass(module, prompt, {number: None}, [prompt], tokens, apart)
-            for number, prompt in enumerate(requests)
-        ]
-
-    def _pass(
-        self,
-        module: nn.Module,
-        prompt: Prompt,
-        cuts: Mapping[int, Cut | None],
-        requests: Sequence[Prompt],
-        tokens: bool = False,
-        apart: Fallback | None = None,
+        among_others: bool,
     ) -> Pass:
-        """The pass of a prompt, which may be a batch of several requests."""
-        if not self._model.reader.lookups_check:
-            for request in requests:
-                self._model.reader.check_length(request, self._following)
+        """The pass of one prompt."""
+        self._check_length([prompt])
         kwargs = self._arguments(prompt)
         implementation = kwargs.pop(OPTION, None)
 
@@ -234,25 +272,113 @@ class Generation:
             placed = self._model.placement.moved(kwargs)
             if tokens:
                 placed |= listening(deliver, placed)
-            try:
-                with (
-                    seeded(prompt.seed),
-                    attending(module, implementation),
-                    forgetting_lengths(self._model.growing),
-                ):
-                    return module.generate(**placed)  # pyright: ignore[reportCallIssue]
-            except IndexError:
-                self._model.reader.check(requests, self._following)
-                raise
+            with seeded(prompt.seed):
+                result = self._generate(module, implementation, [prompt], placed)
+            return Generated(result, {number: 0}) if among_others else result
 
-        told = partial(unknown, sorted(cuts), apart)
-        stepped = self._model.generating
-        return Pass(call, cuts, may_stop=False, told=told, stepped=stepped, apart=apart)
+        told = partial(unknown, [number], apart)
+        steps = Steps(self._model.generating, {})
+        return Pass(call, {number: None}, may_stop=False, told=told, steps=steps, apart=apart)
+
+    def _of_several(
+        self,
+        numbers: Sequence[int],
+        layouts: _Layouts,
+        tokens: bool,
+        module: nn.Module,
+        requests: Sequence[Prompt],
+    ) -> Pass:
+        """The pass of several prompts."""
+        from insitu.models.decoding import Continued, Decoding  # of no use to one prompt
+
+        prompts = [requests[number] for number in numbers]
+        self._check_length(prompts)
+        batch = join(prompts, self._side, self._pad_id)
+        shares = cuts(batch, layouts.first, later=layouts.later)
+        limits = [self._steps_of(prompt) or _DEFAULT_STEPS for prompt in prompts]
+        whole = Prompt(batch.ids, prompts[0].mark, batch.mask, steps=max(limits))
+        kwargs, criteria = self._without_criteria(self._arguments(whole))
+        implementation = kwargs.pop(OPTION, None)
+        steps = Steps(self._model.generating, {})
+        continued: list[Continued] = []
+        for number, prompt, part, limit in zip(numbers, prompts, batch.parts, limits, strict=True):
+            start = 0 if self._model.is_encoder_decoder else part.positions.start
+            continued.append(Continued(number, part.rows, start, prompt.ids, limit, prompt.seed))
+
+        def call(deliver: Deliver, _: Own) -> Any:
+            # In the run, not before: see `forward` in `calls.py`.
+            placed = self._model.placement.moved(kwargs)
+            asked = deliver if tokens else None
+            placed["custom_generate"] = Decoding(continued, steps.ended, asked, criteria).run
+            result = self._generate(module, implementation, prompts, placed)
+            return Generated(result, {number: steps.ended[number] for number in numbers})
+
+        rows, length = batch.ids.shape
+        told = partial(self._summary, numbers, rows, length)
+        own = dict(zip(numbers, shares, strict=True))
+        return Pass(call, own, may_stop=False, told=told, steps=steps)
+
+    def _generate(
+        self,
+        module: nn.Module,
+        implementation: Any,
+        prompts: Sequence[Prompt],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Calls the model's own `generate`."""
+        try:
+            with attending(module, implementation), forgetting_lengths(self._model.growing):
+                return module.generate(**kwargs)  # pyright: ignore[reportCallIssue]
+        except IndexError:
+            self._model.reader.check(prompts, self._following)
+            raise
+
+    def _check_length(self, prompts: Sequence[Prompt]) -> None:
+        if not self._model.reader.lookups_check:
+            for prompt in prompts:
+                self._model.reader.check_length(prompt, self._following)
+
+    def _summary(self, numbers: Sequence[int], rows: int, length: int) -> Summary:
+        """The summary of a pass of several prompts."""
+        blocks = len(self.views)
+        why = "prompts that are generated together"
+        return Summary(numbers, rows, length, blocks, 0, 0.0, why, {})
+
+    def _without_criteria(
+        self, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], Sequence[Callable[..., Any]]]:
+        """Takes out of options the stopping criteria that look at ids, and makes these."""
+        strings = kwargs.pop("stop_strings", None)
+        tokenizer = kwargs.pop("tokenizer", None)
+        if strings is None:
+            return kwargs, ()
+        return kwargs, [StopStringCriteria(tokenizer, strings)]
 
     def _begin(self, module: nn.Module, prompt: Prompt) -> None:
         """Generates one token, with nobody looking."""
         kwargs = {**self._arguments(prompt), "max_new_tokens": 1, "min_new_tokens": None}
         with attending(module, kwargs.pop(OPTION, None)):
+            placed = self._model.placement.moved(kwargs)
+            module.generate(**placed)  # pyright: ignore[reportCallIssue]
+
+    def _go_on(self, module: nn.Module, prompt: Prompt, tokens: torch.Tensor) -> None:
+        """Generates given tokens `(rows, step)` behind a prompt, with nobody looking."""
+        start = 1 if self._model.is_encoder_decoder else prompt.ids.shape[1]
+
+        def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return only(scores, tokens[:, ids.shape[1] - start].to(scores.device))
+
+        kwargs: dict[str, Any] = {
+            "input_ids": prompt.ids,
+            "attention_mask": prompt.visible_mask,
+            "pad_token_id": self._pad_id,
+            "max_new_tokens": tokens.shape[1],
+            "eos_token_id": None,
+            "use_cache": self._cached,
+            "do_sample": False,
+            "logits_processor": [choose],
+        }
+        with attending(module, self._options.get(OPTION)):
             placed = self._model.placement.moved(kwargs)
             module.generate(**placed)  # pyright: ignore[reportCallIssue]
 
@@ -267,6 +393,9 @@ class Generation:
         }
         if "inputs_embeds" in prompt.extras:
             del kwargs["input_ids"]
+        if prompt.steps is not None:
+            kwargs["max_new_tokens"] = prompt.steps
+            kwargs.pop("max_length", None)
         return kwargs
 
     def _first_forward(self, ids: torch.Tensor, extras: Mapping[str, Any] = _NO_EXTRAS) -> Call:
@@ -295,41 +424,89 @@ class Generation:
         begun = not bool((given[:, 0] != start[0, 0].to(given.device)).all())
         return given if begun else torch.cat([start.to(given.device), given], 1)
 
-    def _unbatchable(self, module: nn.Module, requests: Sequence[Prompt]) -> str | None:
-        """Why a prompt does not go on in a batch as it would alone, None if each does."""
+    def _unbatchable(self, module: nn.Module, work: Work) -> Fallback | None:
+        """Why no two prompts go on in a batch as they would alone, None if some do."""
+        if work.apart is not None:
+            return work.apart
+        if self._model.has_hooks:
+            return SEEN_ALONE
         if self._model.trains():
-            return "in training mode each prompt has its own random numbers"
-        further = sorted(self._options.keys() - _BATCHABLE)
-        extras = [name for prompt in requests for name in prompt.extras]
-        settings = _UNBATCHABLE_UNLESS.items()
-        further += [name for name, off in settings if self._setting(module, name) not in off]
-        if further:
-            return f"with `{further[0]}` a prompt may go on otherwise in a batch"
-        if extras:
-            return f"`{extras[0]}` is of one prompt at a time"
-        if "max_new_tokens" not in self._options:
-            return "without `max_new_tokens` padding counts towards the total length"
-        if len({self._sharing(prompt) for prompt in requests}) > 1:
-            return "rotary embeddings of the shorter prompts depend on the longest"
-        return padding_shows(self._model) if is_ragged(requests) else None
+            return Fallback("in training mode each prompt has its own random numbers")
+        given = self._options.get("generation_config")
+        own = getattr(module, "generation_config", None)
+        configs = [config for config in (given, own) if config is not None]
+        option = unlike_alone(self._options, configs)
+        if option is not None:
+            return Fallback(f"with `{option}` a prompt may go on otherwise in a batch")
+        return self._own_loop(module)
+
+    def _own_loop(self, module: nn.Module) -> Fallback | None:
+        """Why a loop cannot be given to the model's `generate`, None if it can."""
+        model = self._model
+        generating: Any = model.modules[model.generating]
+        plain: Any = GenerationMixin
+        if type(generating).generate is plain.generate or not model.loaded:
+            return None
+        taken: list[bool] = []
+
+        def loop(model: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            taken.append(True)
+            return input_ids
+
+        def generate() -> None:
+            ids = torch.full((1, 1), model.pad_id + 1 if model.pad_id == 0 else 0)
+            mask = torch.ones_like(ids)
+            kwargs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 1}
+            with undisturbed(model.modules):
+                module.generate(**model.placement.moved(kwargs), custom_generate=loop)  # pyright: ignore[reportCallIssue]
+
+        with model.in_use():
+            failed = tried(generate, "a generation")
+        if failed is None and not taken:
+            return Fallback(f"{type(generating).__name__} generates in a way of its own")
+        return failed
+
+    def _unlike_others(self, prompt: Prompt) -> Fallback | None:
+        """Why a prompt does not go on in a batch as it would alone, None if it does."""
+        if prompt.extras:
+            return Fallback(f"`{next(iter(prompt.extras))}` is of one prompt at a time")
+        steps = self._steps_of(prompt)
+        if steps is None:
+            return Fallback("without `max_new_tokens` padding counts towards the total length")
+        if steps < 1:
+            return Fallback("the prompt is longer than `max_length`")
+        return None
+
+    def _sharing(self, requests: Sequence[Prompt]) -> list[Hashable]:
+        """What is equal for prompts that do not change each other in a batch."""
+        lengths = self._model.lengths
+        padded = is_ragged(requests) and padding_shows(self._model) is not None
+        return [
+            (
+                lengths.sharing(prompt.ids.shape[1], self._steps_of(prompt) or self._most_steps),
+                prompt.ids.shape[1] if padded else None,
+            )
+            for prompt in requests
+        ]
+
+    def _steps_of(self, prompt: Prompt) -> int | None:
+        """How many tokens a prompt gets at most, None if that is not known."""
+        if prompt.steps is not None or self.steps is not None:
+            return prompt.steps or self.steps
+        most = self._options.get("max_length")
+        return most - self._given(prompt) if isinstance(most, int) else None
 
     def _warn_of_counting(self, module: nn.Module, mask: torch.Tensor) -> None:
         """Says which settings of this generation take padding for tokens of the shorter rows."""
         if self._model.is_encoder_decoder or bool(mask.all()):
             return
         counting = [
-            name
-            for name in _COUNTING
-            if self._setting(module, name) not in _UNBATCHABLE_UNLESS[name]
+            name for name in _COUNTING if self._setting(module, name) not in _COUNTING[name]
         ]
         if self.steps is None:
             counting.append("max_length")
         if counting:
             warn_of_counting(counting[0])
-
-    def _sharing(self, prompt: Prompt) -> Hashable:
-        """What is equal for prompts whose rotary embeddings do not depend on each other."""
-        return self._model.lengths.sharing(prompt.ids.shape[1], self._most_steps)
 
     @property
     def _pad_id(self) -> int:
@@ -350,15 +527,15 @@ class Generation:
         decodes = self._model.is_encoder_decoder
         return 1 if decodes else self.steps or 1
 
-    def _outgrows_windows(self, requests: Sequence[Prompt]) -> bool:
-        """Whether a cache may hold fewer positions than the longest prompt has.
+    def _outgrows_windows(self, requests: Sequence[Prompt], steps: int = 0) -> bool:
+        """Whether a cache may hold fewer positions than the longest prompt has after some steps.
 
         It holds the last, with the padding of the shorter prompts among them.
         """
         text = text_config(self._model.config)
         windows = all_said(text, "sliding_window", "attention_chunk_size")
         longest = max(prompt.ids.shape[1] for prompt in requests)
-        return any(isinstance(window, int) and longest >= window for window in windows)
+        return any(isinstance(window, int) and longest + steps >= window for window in windows)
 
     def _has_cache(self, site: Address) -> bool:
         """Whether keys and values are a part of what is at a site."""
@@ -369,17 +546,41 @@ class Generation:
         config = self._options.get("generation_config", getattr(module, "generation_config", None))
         return self._options.get(name, getattr(config, name, None))
 
-    def _apart(self, sequences: torch.Tensor, requests: Sequence[Prompt]) -> list[torch.Tensor]:
-        """Each prompt's rows of a batch, without the padding of its neighbours."""
-        ends = self._setting(self._model.load(), "eos_token_id")
-        sizes = [(prompt.ids.shape[0], self._given(prompt)) for prompt in requests]
-        return rows_apart(sequences, sizes, [ends] if isinstance(ends, int) else ends or ())
-
     def _given(self, prompt: Prompt) -> int:
         """How many of the tokens that a generation of a prompt returns were not generated."""
         if self._model.is_encoder_decoder:
             return 1
         return 0 if "inputs_embeds" in prompt.extras else prompt.ids.shape[1]
+
+
+class _Layouts(NamedTuple):
+    """How values are cut out of a generation.
+
+    Attributes:
+        first: in its first step.
+        later: in those after.
+    """
+
+    first: Layouts
+    later: Layouts
+
+
+class Generated(NamedTuple):
+    """What a pass gave, where there are several prompts.
+
+    Attributes:
+        result: what `generate` returned.
+        steps: how many tokens each prompt of it got, by the number of its invocation; of one that
+            is alone, that is not needed.
+    """
+
+    result: Any
+    steps: Mapping[int, int]
+
+
+# Of the whole model's places that are no module's.
+_BY_ROW: Layouts = {("", kind, 0): TensorLayout((Axis.ROWS,)) for kind in OF_STEPS}
+_NO_LAYOUTS = _Layouts({}, {})
 
 
 def _sequences(result: Any) -> torch.Tensor:

@@ -39,6 +39,7 @@ class Prompt(NamedTuple):
         seed: where the sampling of this invocation starts, or None.
         positions: position ids of the same shape, where padding would shift those that the model
             counts by itself.
+        steps: how many tokens this invocation is to get at most, where it has a number of its own.
     """
 
     ids: torch.Tensor
@@ -47,6 +48,7 @@ class Prompt(NamedTuple):
     extras: Mapping[str, Any] = _NOTHING
     seed: int | None = None
     positions: torch.Tensor | None = None
+    steps: int | None = None
 
     @property
     def token_ids(self) -> torch.Tensor:

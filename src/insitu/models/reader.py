@@ -108,7 +108,7 @@ class Reader:
             and prompt.ndim == 2
         ):
             # What loops give most often: as below, but for a call, and `Prompt(prompt, mark)`.
-            read = tuple.__new__(Prompt, (prompt, mark, None, _NOTHING, None, None))
+            read = tuple.__new__(Prompt, (prompt, mark, None, _NOTHING, None, None, None))
         elif isinstance(prompt, AnyRecorded):
             return self.read(prompt.result(Location(*mark)), side, mark, beside)
         elif beside:

@@ -17,19 +17,19 @@ from torch import nn
 from insitu.graph.errors import InsituError
 from insitu.graph.location import Mark
 from insitu.graph.node import Address, Site
-from insitu.graph.structure import map_structure
 from insitu.models.batching import Batch, join
 from insitu.models.blocks import CACHES
+from insitu.models.later_steps import LaterSteps, find_later_steps
+from insitu.models.parted import agrees, copied_away, tells_apart
 from insitu.models.prompts import Prompt, Side
-from insitu.models.trial import alike, undisturbed
+from insitu.models.trial import undisturbed
+from insitu.runtime.fallback import Fallback
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.layout import (
     SIZES,
-    Axis,
+    Entries,
     Layouts,
-    Part,
-    TensorLayout,
     cut,
     find_layouts,
     is_shared,
@@ -51,6 +51,13 @@ class Separation:
             it has one for all. It is asked when such a place is to be written, once.
         inside: gives the layouts of the functions that some modules call in their forwards. It is
             asked for a module when such a place is used, once.
+        later: gives what passes in the later steps of a generation, and in the functions that some
+            modules call there; None if that cannot be tried. It is asked when a later step is used,
+            and again for functions of other modules.
+
+    Attributes:
+        layouts: the layouts of the sites that can be cut.
+        some: the layouts of those of which only some entries can be.
     """
 
     def __init__(
@@ -58,36 +65,65 @@ class Separation:
         layouts: Layouts,
         widens: Callable[[Place], bool],
         inside: Callable[[Collection[str]], Layouts],
+        later: Callable[[Collection[str]], LaterSteps | Fallback] | None = None,
     ) -> None:
-        self.layouts = layouts
+        self.some = {at: one for at, one in layouts.items() if isinstance(one, Entries)}
+        self.layouts = {at: one for at, one in layouts.items() if at not in self.some}
         self._widens = widens
         self._inside = inside
         self._looked_into: set[str] = set()
         self._takes_writes: dict[Place, bool] = {}
+        self._later = later
+        self._later_steps: LaterSteps | Fallback | None = None
+        self._later_inside: set[str] = set()
 
-    def obstacle(self, sites: Collection[Address], written: Collection[Address]) -> Address | None:
+    def obstacle(
+        self,
+        sites: Collection[Address],
+        written: Collection[Address],
+        entries: Callable[[Address], Collection[str] | None] = lambda _: None,
+    ) -> Address | None:
         """Returns a site for whose sake invocations cannot share a batch, None if they can.
 
         Args:
             sites: the sites that they read or write.
             written: those that they write.
+            entries: which entries they use of what arrives at a site, None if it may be all.
         """
-        self._look_into(
-            {path.partition(SEPARATOR)[0] for _, path, *_ in sites if SEPARATOR in path}
-        )
+        self._look_into(_owners(sites))
         for address in sites:
-            if address[4] or address[1:4] not in self.layouts:
+            place: Place = address[1:4]
+            if address[2] in OF_STEPS or address[4] > 0:
+                continue
+            if place not in self.layouts and not _has_entries(self.some, address, entries):
                 return address
         for address in written:
-            place: Place = address[1:4]
+            place = address[1:4]
+            if address[2] in OF_STEPS or address[4] > 0:
+                continue
             if place not in self._takes_writes:
-                layout = self.layouts[place]
-                possible = all(leaf.writable for leaf in leaves(layout))
+                layout = self.layouts.get(place, self.some.get(place))
+                possible = _takes_writes(layout)
                 possible = possible and (not is_shared(layout) or self._widens(place))
                 self._takes_writes[place] = possible
             if not self._takes_writes[place]:
                 return address
         return None
+
+    def later_steps(self, sites: Collection[Address]) -> LaterSteps | Fallback | None:
+        """Returns what passes in later steps, if any of some sites is of such, else None.
+
+        Args:
+            sites: the sites that invocations read or write.
+        """
+        used = [address for address in sites if address[4] and address[2] not in OF_STEPS]
+        if not used or self._later is None:
+            return None
+        owners = _owners(used)
+        if self._later_steps is None or not owners <= self._later_inside:
+            self._later_inside |= owners
+            self._later_steps = self._later(self._later_inside)
+        return self._later_steps
 
     def _look_into(self, owners: set[str]) -> None:
         """Finds out how what functions in the forwards of modules take and give is cut."""
@@ -95,6 +131,58 @@ class Separation:
         if new:
             self._looked_into |= new
             self.layouts = {**self.layouts, **self._inside(new)}
+
+
+OF_STEPS = ("tokens", "choice")
+"""The kinds of sites that are no module's, and have one number for each row in each step."""
+
+
+def later_obstacle(
+    later: LaterSteps,
+    sites: Collection[Address],
+    written: Collection[Address],
+    entries: Callable[[Address], Collection[str] | None],
+) -> Address | None:
+    """Returns a site that cannot be cut out of a batch in later steps, None if each can.
+
+    Args:
+        later: what passes in these.
+        sites: the sites that invocations read or write.
+        written: those that they write.
+        entries: as of `Separation.obstacle`.
+    """
+    for address in sites:
+        place: Place = address[1:4]
+        if not address[4] or address[2] in OF_STEPS or place not in later.places:
+            continue
+        layout = later.layouts.get(place)
+        whole = layout is not None and not isinstance(layout, Entries)
+        if not whole and not _has_entries(later.layouts, address, entries):
+            return address
+        # A value that all rows share is not made one for each here: no trial has tried that.
+        if address in written and (is_shared(layout) or not _takes_writes(layout)):
+            return address
+    return None
+
+
+def _takes_writes(layout: Any) -> bool:
+    return all(leaf.writable for leaf in leaves(layout))
+
+
+def _owners(sites: Collection[Address]) -> set[str]:
+    """The modules in whose forwards some sites are."""
+    return {path.partition(SEPARATOR)[0] for _, path, *_ in sites if SEPARATOR in path}
+
+
+def _has_entries(
+    layouts: Layouts, address: Address, entries: Callable[[Address], Collection[str] | None]
+) -> bool:
+    """Whether the entries that are used of what arrives at a site can be cut."""
+    layout = layouts.get(address[1:4])
+    if not isinstance(layout, Entries):
+        return False
+    used = entries(address)
+    return used is not None and set(used) <= layout.keys()
 
 
 class Trial:
@@ -161,16 +249,33 @@ class Trial:
         with undisturbed(self._modules):
             together = self._passing(whole, layouts, inside=inside)
             right = {
-                place for place, value in together.items() if _tells_apart(value, layouts[place])
+                place for place, value in together.items() if tells_apart(value, layouts[place])
             }
             for prompt, part in zip(self._prompts, batch.parts, strict=True):
                 alone = self._passing(prompt, right, inside=inside)
                 for place in tuple(right):
-                    if place not in alone or not _agrees(
+                    if place not in alone or not agrees(
                         place, together[place], alone[place], layouts[place], part
                     ):
                         right.discard(place)
         return {place: layout for place, layout in layouts.items() if place in right}
+
+    def later_steps(
+        self,
+        go_on: Callable[[Prompt, torch.Tensor], Any],
+        stepped: str,
+        inside: Collection[str],
+    ) -> LaterSteps:
+        """Returns what passes in the later steps of a generation.
+
+        Args:
+            go_on: generates tokens that are given, `(rows, step)`.
+            stepped: the path of the module of which each call is a step.
+            inside: the modules in whose forwards there are places too.
+        """
+        batch, whole = self._batch()
+        given = (self._prompts, whole, batch.parts, self._modules, self._views)
+        return find_later_steps(go_on, *given, stepped, inside)
 
     def widens(self, layouts: Layouts, place: Place) -> bool:
         """Returns whether the model runs alike if a value has a row for each row of the batch.
@@ -189,7 +294,7 @@ class Trial:
                     own = cut(Site(0, *at), value, layouts[at], part)
                 except InsituError:
                     return False
-                if at not in after or not _agrees(at, after[at], own, layouts[at], part):
+                if at not in after or not agrees(at, after[at], own, layouts[at], part):
                     return False
         return True
 
@@ -216,39 +321,9 @@ class Trial:
             if place == widen[0]:
                 value = widened(value, widen[1], prompt.ids.shape[0])
             if places is None or place in places:
-                seen[place] = map_structure(_put_by, value)
+                seen[place] = copied_away(value)
             return value if place == widen[0] else None
 
         with Listening(self._modules, self._views, tell, inside, CACHES):
             self._run(prompt)
         return seen
-
-
-def _put_by(leaf: Any) -> Any:
-    """A copy of a tensor where there is room for what passes all places."""
-    return leaf.to("cpu", copy=True) if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _agrees(place: Place, together: Any, alone: Any, layout: Any, part: Part) -> bool:
-    """Whether a prompt's part of a batch's value is what it is alone."""
-    try:
-        return alike(cut(Site(0, *place), together, layout, part), alone)
-    except InsituError:  # it has another shape or structure
-        return False
-
-
-def _tells_apart(value: Any, layout: Any) -> bool:
-    """Whether a value would show if rows and positions did not lie in their order.
-
-    Where each has an axis of its own they do.
-    """
-    if isinstance(layout, TensorLayout):
-        if Axis.BOTH not in layout.axes or not isinstance(value, torch.Tensor):
-            return True
-        tokens = value.movedim(layout.axes.index(Axis.BOTH), 0)
-        return not bool((tokens == tokens[:1]).all())
-    if isinstance(layout, tuple) and isinstance(value, tuple):
-        return all(map(_tells_apart, value, layout))
-    if isinstance(layout, dict) and isinstance(value, Mapping):
-        return all(_tells_apart(value.get(name), inner) for name, inner in layout.items())
-    return True

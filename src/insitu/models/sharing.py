@@ -11,12 +11,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from insitu.graph.errors import ShapeError
 from insitu.graph.location import here
 from insitu.models.attention import OPTION, attending
 from insitu.models.chain import find_chain
+from insitu.models.later_steps import LaterSteps
 from insitu.models.prompts import Prompt, Side
 from insitu.models.separation import Separation, Trial
 from insitu.models.tokens import vocabulary_of
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
 
 _BATCH = "a batch of prompts"
+_STEPS = "a generation of a batch"
 _EXCHANGES = Fallback("short prompts pass other modules than long ones")
 
 
@@ -40,6 +43,7 @@ def separation_of(
     run: Callable[[nn.Module, Prompt], Any],
     views: Mapping[str, View],
     side: Side,
+    go_on: Callable[[nn.Module, Prompt, torch.Tensor], Any] | None = None,
 ) -> Separation | Fallback:
     """Returns how values at sites are cut into rows and positions, or why none can be.
 
@@ -52,11 +56,12 @@ def separation_of(
         run: makes such a call.
         views: how outputs are shown in it.
         side: where shorter prompts are padded.
+        go_on: generates given tokens `(rows, step)` behind a prompt; None if there are no steps.
     """
     calls = [sample(*size) for size in SIZES]
     key = (f"{side} {calls[0].signature()}", model.loaded)
     if key not in model.separations:
-        model.separations[key] = _find_separation(model, calls, run, views, side)
+        model.separations[key] = _find_separation(model, calls, run, views, side, go_on)
     return model.separations[key]
 
 
@@ -66,6 +71,7 @@ def _find_separation(
     run: Callable[[nn.Module, Prompt], Any],
     views: Mapping[str, View],
     side: Side,
+    go_on: Callable[[nn.Module, Prompt, torch.Tensor], Any] | None,
 ) -> Separation | Fallback:
     """The separation, which is not known yet, from calls of the sizes of `SIZES`."""
     layouts: Layouts | None = None
@@ -97,6 +103,12 @@ def _find_separation(
             inner = tried(lambda: trial.inside(owners), _BATCH)
         return {} if isinstance(inner, Fallback) else inner
 
+    def later(owners: Collection[str]) -> LaterSteps | Fallback:
+        assert go_on is not None
+        forced = partial(go_on, model.module)
+        with model.in_use():
+            return tried(lambda: trial.later_steps(forced, model.generating, owners), _STEPS)
+
     with model.in_use():
         found = tried(
             lambda: trial.verified(trial.proposed() if layouts is None else layouts), _BATCH
@@ -106,7 +118,7 @@ def _find_separation(
     verified = found
     if model.snapshot.exchanges:  # by the trial, which was of short prompts
         return _EXCHANGES
-    return Separation(verified, widens, inside)
+    return Separation(verified, widens, inside, None if go_on is None else later)
 
 
 def chain_of(

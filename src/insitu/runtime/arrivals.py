@@ -90,7 +90,7 @@ class Arrivals:
         self._skipping: dict[nn.Module, int] = {}
         self._forwards: dict[nn.Module, Any] = {}
         self._watching = ExitStack()
-        self.clock = _Clock(readers)
+        self.clock = Clock(readers, {} if single.steps is None else single.steps.ended)
         self.stopped = False
 
     def begin(self) -> None:
@@ -100,7 +100,7 @@ class Arrivals:
                 module = self._modules[path]
                 self._forwards.setdefault(module, vars(module).get("forward", _ABSENT))
                 vars(module)["forward"] = partial(self._stand_in, path, module, module.forward)
-        if self._single.stepped is not None:
+        if self._single.steps is not None:
             before = cast("dict[Any, Any]", self._modules[""]._forward_pre_hooks)
             key = self._begin_step
             before[key] = key
@@ -125,7 +125,7 @@ class Arrivals:
                 del vars(module)["forward"]
             else:
                 vars(module)["forward"] = forward
-        if self._single.stepped is not None:
+        if self._single.steps is not None:
             self._end_step()
 
     def missing(self) -> list[int]:
@@ -149,7 +149,8 @@ class Arrivals:
         self._hand_out(found, place, value)
         if self._single.may_stop and not self._readers:
             raise Stop
-        return changed_value(execution, self._plan, place, value, found, self._single.cuts)
+        cuts = self._single.cuts
+        return changed_value(execution, self._plan, place, value, found, cuts, self.clock.step)
 
     def _arrived(
         self, first: Moment, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
@@ -175,17 +176,17 @@ class Arrivals:
                 raise Stop
             if index in plan.skips:
                 self._skipping[module] = index
-        value = changed_value(execution, plan, place, value, found, cuts)
+        value = changed_value(execution, plan, place, value, found, cuts, self.clock.step)
         if value is arriving:
             return None
         return handed_over(place[1], view, module, args, rest, value)
 
     def _hand_out(self, found: Sequence[tuple[int, int]], place: Place, value: Any) -> None:
         """Gives each invocation its part of what arrived."""
-        execution, cuts = self._execution, self._single.cuts
+        execution, cuts, step = self._execution, self._single.cuts, self.clock.step
         for index, invocation in found:
             cut = cuts[invocation]
-            own = value if cut is None else cut.take(Site(invocation, *place), value)
+            own = value if cut is None else cut.take(Site(invocation, *place, step), value)
             if index in self._after:
                 own = execution.standing(self._after[index])
             execution.arrive(index, own)
@@ -255,11 +256,13 @@ class Arrivals:
 _END_OF_STEP = object()
 
 
-class _Clock:
+class Clock:
     """Tells calls and steps apart, where an experiment does.
 
     Args:
         readers: who waits for what, by moment. What has come is taken out.
+        ended: the invocations that have no further steps, with how many they had. They are added
+            as the pass runs.
 
     Attributes:
         step: the step that runs. What runs before the first forward, as an encoder does, is of
@@ -268,8 +271,9 @@ class _Clock:
         most: how often each module was called in one step, at most.
     """
 
-    def __init__(self, readers: Readers) -> None:
+    def __init__(self, readers: Readers, ended: Mapping[int, int]) -> None:
         self.readers = readers
+        self._ended = ended
         self.step = 0
         self._begun = False
         self.calls: Counter[Moment] = Counter()
@@ -295,7 +299,17 @@ class _Clock:
         if every in self.readers:
             self._came.add(every)
         now = self.readers.pop((path, kind, call, self.step), ())
-        return [*self.readers.get(every, ()), *now]
+        if not self._ended:
+            return [*self.readers.get(every, ()), *now]
+        beyond = [(index, number) for index, number in now if number in self._ended]
+        if beyond:  # it never comes
+            self.readers[path, kind, call, self.step] = beyond
+        found = (*self.readers.get(every, ()), *now)
+        return [(index, number) for index, number in found if number not in self._ended]
+
+    def steps(self, invocation: int) -> int:
+        """Returns how many steps an invocation has had so far."""
+        return self._ended.get(invocation, self.step + 1)
 
     def place(self, first: Moment) -> Place:
         """Returns the place that was passed last, given by its first moment."""

@@ -264,6 +264,7 @@ def changed_value(
     value: Any,
     found: Sequence[tuple[int, int]],
     cuts: Mapping[int, Cut | None],
+    step: int = 0,
 ) -> Any:
     """What stands at a site after the writes of its invocations: always memory of its own.
 
@@ -277,6 +278,7 @@ def changed_value(
         value: what arrived. It is returned itself if nothing is written.
         found: the nodes that read it, each with its invocation.
         cuts: the invocations' own parts of it.
+        step: in which step it arrived.
     """
     fresh = value
     for index, invocation in found:
@@ -287,7 +289,7 @@ def changed_value(
             known = own is value or index in plan.unshared
             fresh = own if known else _copied_where_new(own, value)
             continue
-        site = Site(invocation, *place)
+        site = Site(invocation, *place, step)
         if fresh is value:
             fresh = map_structure(clone, cut.widen(site, value))
         cut.put(site, fresh, own)

@@ -1,14 +1,15 @@
 """Which axes of a value are batch rows and which are positions, and how to cut along them.
 
-Proposed by comparing what passes a site at three sizes of input: an axis that grows with the
+Proposed by comparing what passes a site at several sizes of input: an axis that grows with the
 batch holds rows, one that grows with the length holds positions, one that grows with both holds
-rows and positions flattened together. Shapes alone can lie about the last; whether a proposal is
-right is found out elsewhere, by value.
+rows and positions flattened together. In the later steps of a generation an axis may grow with
+the step too. Shapes alone can lie about flattened rows; whether a proposal is right is found out
+elsewhere, by value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, cast
@@ -24,6 +25,20 @@ from insitu.runtime.hooks import Place
 SIZES = ((2, 5), (3, 5), (2, 7))
 
 
+class Size(NamedTuple):
+    """How large an input was at which something passed a site.
+
+    Attributes:
+        batch: how many rows it had.
+        length: how many positions each of them had.
+        step: in which step of a generation it was.
+    """
+
+    batch: int
+    length: int
+    step: int = 0
+
+
 class Axis(Enum):
     """What an axis of a value counts."""
 
@@ -32,6 +47,9 @@ class Axis(Enum):
     POSITIONS = "positions"
     SHARED = "one row that holds for all rows of the batch"
     BOTH = "rows and positions, flattened"
+    GROWING = "positions of the prompt and of the tokens chosen since"
+    CHOSEN = "positions of the tokens chosen since, and some more that are always there"
+    BOTH_GROWING = "rows and positions that grow in each step, flattened"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +58,9 @@ class TensorLayout:
 
     Attributes:
         axes: what each of them counts.
-        sizes: how long they were when that was found. Those that are fixed must be as long in
-            every run: some models pad a prompt to blocks of a size of their own.
+        sizes: how long they were when that was found, without the tokens chosen since. Those
+            that are fixed must be as long in every run: some models pad a prompt to blocks of a
+            size of their own.
     """
 
     axes: tuple[Axis, ...]
@@ -53,11 +72,19 @@ class TensorLayout:
         return not _WITH_ROWS.isdisjoint(self.axes)
 
 
-_WITH_ROWS = frozenset([Axis.ROWS, Axis.BOTH, Axis.SHARED])
+_WITH_ROWS = frozenset([Axis.ROWS, Axis.BOTH, Axis.BOTH_GROWING, Axis.SHARED])
+_FLAT = (Axis.BOTH, Axis.BOTH_GROWING)
+
+
+class Entries(dict[str, Any]):
+    """The layouts of those entries of a mapping that can be cut: a cache, for one, cannot."""
 
 
 class _InseparableError(Exception):
     """No layout: the value cannot be cut into the parts of its invocations."""
+
+
+_INSEPARABLE = (_InseparableError, ValueError, KeyError, AttributeError)
 
 
 class UnexpectedShapeError(InsituError):
@@ -72,36 +99,50 @@ class Part(NamedTuple):
         positions: its positions in each of them.
         batch: rows in the whole batch.
         length: positions in the whole batch.
+        step: in which step of a generation. In each, the tokens chosen before it stand behind.
     """
 
     rows: slice
     positions: slice
     batch: int
     length: int
+    step: int = 0
 
     @property
     def spans_length(self) -> bool:
         """Whether it has no padding beside it."""
         return self.positions.stop - self.positions.start == self.length
 
+    def along(self, axis: Axis) -> tuple[slice, int]:
+        """Returns the positions along an axis, and how many the whole batch has there."""
+        if axis is Axis.GROWING or axis is Axis.BOTH_GROWING:
+            start, stop, _ = self.positions.indices(self.length)
+            return slice(start, stop + self.step), self.length + self.step
+        return self.positions, self.length
+
 
 Layouts = Mapping[Place, Any]
 """Layouts by place; what cannot be cut has none."""
 
 
-def find_layouts(seen: Sequence[Mapping[Place, Any]]) -> Layouts:
+def find_layouts(
+    seen: Sequence[Mapping[Place, Any]],
+    sizes: Sequence[Size] = tuple(Size(*size) for size in SIZES),
+) -> Layouts:
     """Returns the layouts that sites have by their shapes.
 
     Args:
-        seen: what passed the sites at the three sizes of `SIZES`, in this order.
+        seen: what passed the sites at each size.
+        sizes: the sizes.
     """
     layouts: dict[Place, Any] = {}
     first, *others = seen
     for place, value in first.items():
         if all(place in other for other in others):
             try:
-                layouts[place] = _layout(value, *(other[place] for other in others))
-            except (_InseparableError, ValueError, KeyError, AttributeError):
+                values = [value, *(other[place] for other in others)]
+                layouts[place] = _layout(values, sizes, some=True)
+            except _INSEPARABLE:
                 continue  # of other structure, or with a size that depends on something else
     return layouts
 
@@ -130,8 +171,9 @@ def cut(site: Site, value: Any, layout: Any, part: Part) -> Any:
         entries = cast("Mapping[str, Any]", value)
         kind = cast(Any, type(entries))
         inner = cast("dict[str, Any]", layout)
-        if entries.keys() == inner.keys():
-            return kind({name: cut(site, entries[name], inner[name], part) for name in entries})
+        some = isinstance(layout, Entries) and entries.keys() >= inner.keys()
+        if some or entries.keys() == inner.keys():
+            return kind({name: cut(site, entries[name], inner[name], part) for name in inner})
     if layout is None and not isinstance(value, torch.Tensor):
         return cast(Any, value)
     raise _unexpected(site, value)
@@ -148,14 +190,15 @@ def put(site: Site, value: Any, layout: Any, part: Part, own: Any) -> None:
         own: what to put there.
     """
     if isinstance(layout, TensorLayout):
-        if Axis.BOTH not in layout.axes:
+        axis = flat_axis(layout)
+        if axis is None:
             _cut_tensor(site, value, layout, part, all_rows=True).copy_(own)
             return
-        axis = layout.axes.index(Axis.BOTH)
-        apart = value.unflatten(axis, (part.batch, part.length))
+        positions, length = part.along(layout.axes[axis])
+        apart = value.unflatten(axis, (part.batch, length))
         rows = part.rows.stop - part.rows.start
         lead = (slice(None),) * axis
-        apart[(*lead, part.rows, part.positions)] = own.unflatten(axis, (rows, -1))
+        apart[(*lead, part.rows, positions)] = own.unflatten(axis, (rows, -1))
     elif isinstance(layout, tuple):
         inners = cast("tuple[Any, ...]", layout)
         for item, inner, mine in zip(value, inners, own, strict=True):
@@ -174,6 +217,11 @@ def leaves(layout: Any) -> list[TensorLayout]:
     else:
         inner = tuple(cast("dict[str, Any]", layout).values()) if isinstance(layout, dict) else ()
     return [leaf for item in inner for leaf in leaves(item)]
+
+
+def flat_axis(layout: TensorLayout) -> int | None:
+    """Returns which axis holds rows and positions flattened together, None if none does."""
+    return next((at for at, axis in enumerate(layout.axes) if axis in _FLAT), None)
 
 
 def is_shared(layout: Any) -> bool:
@@ -199,7 +247,8 @@ def widened(value: Any, layout: Any, batch: int) -> Any:
     if isinstance(layout, dict):
         inner = cast("dict[str, Any]", layout)
         kind = cast(Any, type(value))
-        return kind({name: widened(value[name], inner[name], batch) for name in inner})
+        rest = {name: value[name] for name in value if name not in inner}  # as they are
+        return kind({**{name: widened(value[name], inner[name], batch) for name in inner}, **rest})
     return value
 
 
@@ -241,75 +290,105 @@ def spread(value: Any, layout: Any, positions: Sequence[int] | slice, length: in
     return value
 
 
-def _layout(first: Any, more_rows: Any, longer: Any) -> Any:
-    """The layout of a value, from the value at the three sizes."""
+def _layout(values: Sequence[Any], sizes: Sequence[Size], some: bool = False) -> Any:
+    """The layout of a value, from the value at several sizes; with `some`, of some entries."""
+    first, *others = values
     if isinstance(first, torch.Tensor):
-        shapes = (first.shape, more_rows.shape, longer.shape)
+        shapes = [value.shape for value in values]
         if len({len(shape) for shape in shapes}) > 1:
             raise _InseparableError
-        axes = tuple(_axis(*sizes) for sizes in zip(*shapes, strict=True))
-        has_rows = Axis.ROWS in axes or Axis.BOTH in axes
-        if not has_rows and len(axes) > 1 and first.shape[0] == 1 and axes[0] is Axis.FIXED:
+        found = [_axis(along, sizes) for along in zip(*shapes, strict=True)]
+        axes = tuple(axis for axis, _ in found)
+        bare = _WITH_ROWS.isdisjoint(axes)
+        if bare and len(axes) > 1 and first.shape[0] == 1 and axes[0] is Axis.FIXED:
             axes = (Axis.SHARED, *axes[1:])
-        return TensorLayout(axes, tuple(first.shape))
+        return TensorLayout(axes, tuple(size for _, size in found))
     if type(first) is tuple:
-        values = cast("tuple[Any, ...]", first)
-        return tuple(_layout(*items) for items in zip(values, more_rows, longer, strict=True))
+        return tuple(_layout(items, sizes) for items in zip(*values, strict=True))
     if isinstance(first, Mapping):
-        entries = cast("Mapping[str, Any]", first)
-        return {name: _layout(entries[name], more_rows[name], longer[name]) for name in entries}
+        return _layout_of_mapping(cast("Sequence[Mapping[str, Any]]", values), sizes, some)
     constant = first is None or isinstance(first, bool | int | float | str)
-    if constant and first == more_rows == longer:
+    if constant and all(first == other for other in others):
         return None
     raise _InseparableError
 
 
-def _axis(first: int, more_rows: int, longer: int) -> Axis:
-    (batch, length), (batch_2, _), (_, length_2) = SIZES
-    kinds = {
-        (first, first, first): Axis.FIXED,
-        (batch, batch_2, batch): Axis.ROWS,
-        (length, length, length_2): Axis.POSITIONS,
-        (batch * length, batch_2 * length, batch * length_2): Axis.BOTH,
-    }
-    if (first, more_rows, longer) not in kinds:
+def _layout_of_mapping(
+    values: Sequence[Mapping[str, Any]], sizes: Sequence[Size], some: bool
+) -> Any:
+    """The layouts of a mapping's entries, or, with `some`, of those that have one."""
+    first = values[0]
+    layouts: dict[str, Any] = {}
+    for name in first:
+        try:
+            layouts[name] = _layout([value[name] for value in values], sizes)
+        except _INSEPARABLE:
+            if not some:
+                raise
+    if len(layouts) == len(first):
+        return layouts
+    if all(layout is None for layout in layouts.values()):
         raise _InseparableError
-    return kinds[first, more_rows, longer]
+    return Entries(layouts)
+
+
+def _axis(along: Sequence[int], sizes: Sequence[Size]) -> tuple[Axis, int]:
+    """What an axis counts, from how long it is at each size; and how long it is without steps."""
+    for axis, expected in _AXES.items():
+        if all(size == expected(at) for size, at in zip(along, sizes, strict=True)):
+            return axis, along[0]
+    rest = {size - at.step for size, at in zip(along, sizes, strict=True)}
+    if len(set(along)) == 1:
+        return Axis.FIXED, along[0]
+    if len(rest) == 1:
+        return Axis.CHOSEN, rest.pop()
+    raise _InseparableError
+
+
+_AXES: Mapping[Axis, Callable[[Size], int]] = {
+    Axis.ROWS: lambda at: at.batch,
+    Axis.POSITIONS: lambda at: at.length,
+    Axis.GROWING: lambda at: at.length + at.step,
+    Axis.BOTH: lambda at: at.batch * at.length,
+    Axis.BOTH_GROWING: lambda at: at.batch * (at.length + at.step),
+}
 
 
 def _cut_tensor(
     site: Site, value: torch.Tensor, layout: TensorLayout, part: Part, all_rows: bool = False
 ) -> torch.Tensor:
-    axes, (rows, positions, batch, length) = layout.axes, part
+    axes, rows, batch, step = layout.axes, part.rows, part.batch, part.step
     shape = value.shape
     if len(shape) != len(axes):
         raise _unexpected(site, value)
     key: list[slice] = []
     flat: int | None = None
     for at, axis in enumerate(axes):
-        if axis is Axis.FIXED:
-            if shape[at] != layout.sizes[at]:
+        if axis is Axis.FIXED or axis is Axis.CHOSEN:
+            if shape[at] != layout.sizes[at] + (step if axis is Axis.CHOSEN else 0):
                 raise _unexpected(site, value)
             key.append(_ALL)
             continue
         if axis is Axis.SHARED and shape[at] == 1:
             key.append(_ALL)
             continue
-        size = length
         if axis is Axis.ROWS:
             size = batch
             key.append(rows)
         elif axis is Axis.SHARED:  # widened: alone, it would be there once
             size = batch
             key.append(rows if all_rows else slice(rows.start, rows.start + 1))
-        elif axis is Axis.POSITIONS:
-            key.append(positions)
         else:
-            size, flat = batch * length, at
+            positions, size = part.along(axis)
+            if axis in _FLAT:
+                size, flat = batch * size, at
+            else:
+                key.append(positions)
         if shape[at] != size:
             raise _unexpected(site, value)
     if flat is None:
         return value[tuple(key)]
+    positions, length = part.along(axes[flat])
     apart = cast(Any, value).unflatten(flat, (batch, length))
     return apart[(*(_ALL,) * flat, rows, positions)].flatten(flat, flat + 1)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
-from insitu.graph.errors import CausalityError, NeverRanError
+from insitu.graph.errors import CausalityError, NeverRanError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Location
-from insitu.graph.node import Address, Graph, Site
+from insitu.graph.node import Address, Graph, Kind, Site
 from insitu.graph.operations import READ
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.plan import Plan
@@ -235,6 +236,70 @@ def handed_over(plan: Plan) -> list[tuple[Collection[int], int]]:
     It must be done when the model goes on from the last of the sites.
     """
     return [((read,), node) for read, node in (*plan.writes.items(), *plan.skips.items())]
+
+
+def uses(
+    graph: Graph, plan: Plan, order: Callable[[int], Mapping[Place, int] | None]
+) -> dict[tuple[int, int], bool]:
+    """Returns which invocations write values of which others, and whether one pass would do.
+
+    Those of which a node of every step uses values take their steps together.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+        order: as of `check_order`.
+    """
+    found: dict[tuple[int, int], bool] = {}
+    if plan.repeated is not None:
+        for _, together in plan.repeated.joint:
+            found.update({(one, other): True for one in together for other in together})
+    if not plan.crosses:
+        return {pair: shares for pair, shares in found.items() if pair[0] != pair[1]}
+    moments = cache(order)
+    for reads, write in handed_over(plan):
+        for read in reads:
+            if graph[read].operation is not READ:
+                continue
+            target = _address(graph, read)
+            for source in needed(plan, read, write):
+                pair = source[0], target[0]
+                here = _moment(_bound(target, "inputs"), moments(target[0]))
+                there = _moment(_bound(source, "output"), moments(source[0]))
+                shares = here is None or there is None or there <= here or _together(source, target)
+                found[pair] = found.get(pair, True) and shares
+    return {pair: shares for pair, shares in found.items() if pair[0] != pair[1]}
+
+
+def _bound(address: Address, bound: Kind) -> Address:
+    """A site; of a function in a module's forward, what bounds its moment."""
+    owner, inside, _ = address[1].partition(SEPARATOR)
+    return (address[0], owner, bound, 0, address[4]) if inside else address
+
+
+def check_steps(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> None:
+    """Raises if values of every step are used together and their invocations run apart.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+        passes: the passes that it runs in.
+
+    Raises:
+        OperationError: if there are such.
+    """
+    if plan.repeated is None or not plan.repeated.joint or len(passes) == 1:
+        return
+    shared = [single.cuts.keys() for single in passes]
+    for index, together in plan.repeated.joint:
+        if not any(numbers >= together for numbers in shared):
+            apart = next((single.apart.why for single in passes if single.apart is not None), None)
+            raise OperationError(
+                f"`{expression(graph, index)}` uses values of every step of several invocations, "
+                "which do not take their steps together here"
+                f"{'' if apart is None else f' ({apart})'}: read single steps.",
+                graph[index].location,
+            )
 
 
 def _homes(plan: Plan, passes: Sequence[Pass]) -> dict[Address, int]:

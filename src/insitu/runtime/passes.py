@@ -57,6 +57,20 @@ Own = Callable[[], bool]
 an operation of the experiment."""
 
 
+class Steps(NamedTuple):
+    """The steps of a generation.
+
+    Attributes:
+        path: the module of which each call is a step of its own. That is the wrapped one, or what
+            it wraps, which then stands for it.
+        ended: the invocations that have ended before others of their pass, with how many steps
+            each had. What runs the pass adds them while it runs.
+    """
+
+    path: str
+    ended: dict[int, int]
+
+
 class Pass(NamedTuple):
     """One call of the wrapped module, or of its `generate`.
 
@@ -67,8 +81,7 @@ class Pass(NamedTuple):
             that has the pass for itself.
         may_stop: whether the pass may end as soon as nothing is wanted from it any more.
         told: gives its summary, for the user.
-        stepped: the path of the module of which each call is a step of its own, None if there are
-            no steps. That is the wrapped one, or what it wraps, which then stands for it.
+        steps: its steps, None if it is a forward.
         reads: the sites whose values it gives, if not all of its invocations' are of this pass.
         through: where it may not have ended before, though nobody waits for anything there.
         apart: why its invocation has it for itself, where several invocations could share it.
@@ -78,7 +91,7 @@ class Pass(NamedTuple):
     cuts: Mapping[int, Cut | None]
     may_stop: bool
     told: Callable[[], Summary]
-    stepped: str | None = None
+    steps: Steps | None = None
     reads: Collection[Address] | None = None
     through: Place | None = None
     apart: Fallback | None = None
@@ -126,15 +139,15 @@ def run_pass(
         What the call returned, None if it was stopped early; the nodes that read a site at which
         nothing arrived; and how the pass went, where it was more than reads and writes.
     """
-    call, cuts, may_stop, _, stepped, reads, through, _ = single  # by name each takes longer
+    call, cuts, may_stop, _, steps, reads, through, _ = single  # by name each takes longer
     writes = plan.writes
     found = plan.readers.get((*cuts,)) if reads is None else None
     kept, special = _readers(plan, single) if found is None else found
     readers = kept.copy()
-    if stepped is not None or plan.special:
+    if steps is not None or plan.special:
         special = True
-    if stepped:
-        modules = {**modules, "": modules[stepped]}
+    if steps is not None and steps.path:
+        modules = {**modules, "": modules[steps.path]}
     if through is not None:
         readers.setdefault((*through, 0), [])
     hooks: dict[Moment, Hook] = {}
@@ -210,7 +223,7 @@ def run_pass(
                 reorder(table, order)
         hooks.clear()  # they refer to `arrived`, which refers to them and to every value
     if arrivals is not None:
-        if stepped is not None:
+        if steps is not None:
             execution.next_step()
         return result, arrivals.missing(), arrivals
     missing = [index for found in readers.values() for index, _ in found] if readers else []

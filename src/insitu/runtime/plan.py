@@ -34,11 +34,14 @@ class Repeated:
         sites: its sites, as a set of bits.
         nodes: the indices of its nodes.
         saves: those of them whose values the user keeps, one a step.
+        joint: those of them that use values of several invocations, and of which: these take their
+            steps together.
     """
 
     sites: int
     nodes: list[int]
     saves: list[int]
+    joint: list[tuple[int, frozenset[int]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -257,6 +260,7 @@ def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int)
     """Finds what runs anew in every step, and lets it keep what comes from outside."""
     nodes = [index for index, need in enumerate(plan.needs) if need & sites]
     places = plan.places
+    joint: list[tuple[int, frozenset[int]]] = []
     for index in nodes:
         needed = [places[bit] for bit in places if plan.needs[index] & bit]
         if not any(start <= index < end for start, end in graph.repeats):
@@ -265,12 +269,9 @@ def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int)
                 "`every_step` block, or save them there.",
                 graph[index].location,
             )
-        if len({address[0] for address in needed if address[4] == EVERY}) > 1:
-            raise OperationError(
-                f"`{expression(graph, index)}` uses values of every step of several invocations, "
-                "which may not take their steps together: read single steps.",
-                graph[index].location,
-            )
+        of = frozenset(address[0] for address in needed if address[4] == EVERY)
+        if len(of) > 1:
+            joint.append((index, of))
         for address in needed:
             if address[4] > 0:
                 raise CausalityError(
@@ -281,4 +282,4 @@ def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int)
         for source in graph.rows[index][3]:
             if not plan.needs[source] & sites:
                 plan.uses[source] += _MANY
-    return Repeated(sites, nodes, [index for index in nodes if index in saves])
+    return Repeated(sites, nodes, [index for index in nodes if index in saves], joint)

@@ -66,7 +66,7 @@ def arrange(runs: Sequence[Run], edges: Edges, costs: Costs, budget: int) -> lis
         budget: how many tokens a pass may have, where it has more than one run.
     """
     groups: list[Group] = []
-    for together, mutual in _ranks(runs, edges):
+    for together, mutual in ranks(len(runs), edges):
         if mutual and any(runs[number].level for number in together):
             return None
         if mutual:
@@ -83,12 +83,16 @@ def arrange(runs: Sequence[Run], edges: Edges, costs: Costs, budget: int) -> lis
     return groups
 
 
-def _ranks(runs: Sequence[Run], edges: Edges) -> list[tuple[list[int], bool]]:
-    """Runs in the order in which they need each other, those together that may share a pass.
+def ranks(count: int, edges: Edges) -> list[tuple[list[int], bool]]:
+    """Returns runs in the order in which they need each other; who may share a pass is together.
 
     With each, whether some of them need each other in both directions, and so must share it.
+
+    Args:
+        count: how many runs there are.
+        edges: which of them use values of which.
     """
-    merged = list(range(len(runs)))  # who needs each other in both directions is one
+    merged = list(range(count))  # who needs each other in both directions is one
     while True:
         graph: dict[int, set[int]] = {number: set() for number in sorted(set(merged))}
         for source, target in edges:

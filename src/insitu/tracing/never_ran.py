@@ -35,10 +35,11 @@ def never_ran(
     node = next(node for node in graph if node.site == site)
     path = readable(site.path) if site.path else "model"
     clock = None if went is None else went.clock
-    if clock is not None and site.step > clock.step:
+    had = site.step + 1 if clock is None else clock.steps(site.invocation)
+    if site.step >= had:
         return NeverRanError(
             f"Step {site.step} never came, so `{site}` has no value: the generation ended "
-            f"after {clock.step + 1} step{'s' * (clock.step > 0)} (an end token, a stopping "
+            f"after {had} step{'s' * (had > 1)} (an end token, a stopping "
             "criterion, or `stop`). `save(optional=True)` lets a value be missing.",
             node.location,
         )

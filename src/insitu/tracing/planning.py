@@ -23,7 +23,7 @@ from insitu.runtime.fallback import Fallback
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR
-from insitu.runtime.order import check_cuts, check_order, pass_order
+from insitu.runtime.order import check_cuts, check_order, check_steps, pass_order
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
@@ -168,6 +168,8 @@ def _planned(
     passes = schedule(module, requests)
     order: Sequence[int] = range(len(passes))
     returned = _NOTHING_RETURNED
+    if plan.repeated is not None:
+        check_steps(graph, plan, passes)
     if plan.crosses or plan.skips:
         if len(passes) > 1:
             order = pass_order(graph, plan, passes)
