@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from cases import Cases, Subject, batches, gradients, patching, runs, subject, sweep
+from cases import Cases, Subject, batches, generations, gradients, patching, runs, subject, sweep
 from peers import ask
 from subjects import fingerprint, gpt2, llama
 from tables import Figure, Table, figures
@@ -62,6 +62,8 @@ EXPERIMENTS = (
     Experiment("64 ragged prompts", batches.ragged, (SMALL,)),
     Experiment("64 ragged prompts", batches.ragged, (NARROW,), more=20),
     Experiment("block 6 of 512 prompts", batches.collecting, (SMALL,)),
+    Experiment("32 steered generations", generations.steered, (SMALL,)),
+    Experiment("32 sampled generations", generations.sampled, (SMALL,)),
     Experiment("a trace in a loop", runs.loop, (NARROW,), more=100),
 )
 
@@ -106,6 +108,9 @@ def held(measured: Sequence[Measured], counted: Sequence[Figure]) -> list[Figure
         ("64 ragged prompts", SMALL, "hooks, one by one", "insitu", 1.5, True),
         ("64 ragged prompts", NARROW, "hooks, one by one", "insitu", 4, True),
         ("block 6 of 512 prompts", SMALL, "insitu", "hooks, full forwards", 0.6, False),
+        ("32 steered generations", SMALL, "insitu", "hooks, one batch", 1.15, False),
+        ("32 steered generations", SMALL, "hooks, one by one", "insitu", 8, True),
+        ("32 sampled generations", SMALL, "insitu", "bare", 1.3, False),
     )
     found = [
         Figure(f"{name}, {on}: {top} / {bottom}", taken[top] / taken[bottom], limit, least)
