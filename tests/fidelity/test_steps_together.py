@@ -383,3 +383,34 @@ def test_what_keeps_one_prompt_out_of_the_batch_concerns_that_one() -> None:
         tokens, seen = alone(model, ids, "model.layers.0")
         assert torch.equal(invoker.output, tokens)
         torch.testing.assert_close(value.value, seen[1], atol=1e-5, rtol=1e-4)
+
+
+def test_what_lines_draw_comes_from_the_seed_of_their_prompt() -> None:
+    model = LanguageModel(tiny_gpt2())
+    prompts = prompts_of(model)
+    options = {**PLAIN, "do_sample": True}
+    saved, invokers = [], []
+    state = torch.get_rng_state()
+    with model.generate(**options) as generator:
+        for seed, ids in enumerate(prompts):
+            with generator.invoke(ids, seed=seed) as invoker:
+                if seed == 1:
+                    output = model.transformer.h[0].output[0]
+                    saved.append(torch.rand_like(output[:, -1]).save())
+            invokers.append(invoker)
+    assert torch.equal(state, torch.get_rng_state())
+    assert "draw comes from its seed" in generator.plan.explain()
+    assert len(generator.plan.passes) == 2
+    for seed, (ids, invoker) in enumerate(zip(prompts, invokers, strict=True)):
+        noise: list[torch.Tensor] = []
+
+        def draw(step: int, value: torch.Tensor, seed: int = seed, noise: Any = noise) -> Any:
+            if seed == 1 and step == 0:
+                noise.append(torch.rand_like(value[:, -1]))
+            return value
+
+        torch.manual_seed(seed)
+        tokens, _ = alone(model, ids, "lm_head", {"transformer.h.0": draw}, **options)
+        assert torch.equal(invoker.output, tokens)
+        if seed == 1:
+            assert torch.equal(saved[0].value, noise[0])

@@ -20,7 +20,13 @@ from insitu.models.calls import default_budget
 from insitu.models.choosing import listening, only, seeded
 from insitu.models.configuration import all_said, text_config
 from insitu.models.generated_rows import rows_apart, rows_together
-from insitu.models.generated_together import Together, divided, entries_used, unlike_alone
+from insitu.models.generated_together import (
+    Together,
+    divided,
+    drawing,
+    entries_used,
+    unlike_alone,
+)
 from insitu.models.later_steps import LaterSteps
 from insitu.models.padding import padding_shows, positioned, warn_of_counting
 from insitu.models.prompt_arguments import given_to_invocation
@@ -191,10 +197,13 @@ class Generation:
         for address in work.plan.reads:
             reads[address[0]].append(address)
         written = set(work.written)
+        draw = drawing(work.graph, work.plan)
         whys: list[Fallback | None] = []
-        for prompt, own in zip(requests, reads, strict=True):
+        for number, (prompt, own) in enumerate(zip(requests, reads, strict=True)):
             obstacle = separation.obstacle(own, written.intersection(own), used)
             why = self._unlike_others(prompt)
+            if why is None and prompt.seed is not None and number in draw:
+                why = Fallback("what its lines draw comes from its seed too")
             if obstacle is None and self._outgrows_windows(requests):
                 obstacle = next((site for site in own if self._has_cache(site)), None)
             if obstacle is None and isinstance(later, LaterSteps):
