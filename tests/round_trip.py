@@ -18,7 +18,7 @@ from insitu.graph.structure import map_structure
 from insitu.graph.wire import keeps_statistics
 from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Outputs, Procedure, Subject
-from insitu.tracing import tracer
+from insitu.tracing import block as blocks
 from insitu.tracing.invocation import Invocation
 
 Run = Callable[..., tuple[Plan, list[Any]]]
@@ -32,8 +32,8 @@ def round_trip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """
     if request.node.get_closest_marker("no_wire"):
         return
-    run = tracer.run_block
-    monkeypatch.setattr(tracer, "run_block", lambda *block: run_twice(run, *block))
+    run = blocks.run_block
+    monkeypatch.setattr(blocks, "run_block", lambda *block: run_twice(run, *block))
     # Its frames stand between the user's and ours, and are not the user's.
     monkeypatch.setattr(location, "_CALLING_BACK", (*location._CALLING_BACK, __file__))
     monkeypatch.setitem(location._known, __file__, True)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+is_inference_mode_enabled: Callable[[], bool] = torch.is_inference_mode_enabled
 default_dtype: Callable[[], torch.dtype] = torch.get_default_dtype
 # One question for all kinds of devices.
 is_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue, reportUnknownVariableType]

@@ -33,6 +33,7 @@ from insitu.models.tokens import decoder_start, decodes, limits_of, padding, rea
 from insitu.runtime.costs import Costs
 from insitu.runtime.own_hooks import users_hooks_hang_on
 from insitu.runtime.reuse import Plans
+from insitu.tracing.block import Block
 from insitu.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
@@ -304,7 +305,7 @@ class LanguageModel(Model):
                     f"`max_tokens_per_pass` is a whole number from 1, not {most!r}.", here()
                 )
             forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
-        return Tracer(self, forward, given)
+        return Tracer(Block(self, forward, given))
 
     def scan(
         self,
@@ -334,7 +335,7 @@ class LanguageModel(Model):
         if kwargs:
             given = given_to_block(self, prompt, kwargs, "scan")
         forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes, dry=True)
-        return Tracer(self, forward, given, dry=True)
+        return Tracer(Block(self, forward, given, dry=True))
 
     def generate(self, prompt: Any = None, *others: Any, **kwargs: Any) -> Tracer:
         """Opens a block that generates when it ends, with the model's own `generate`.
@@ -370,7 +371,7 @@ class LanguageModel(Model):
         given = None if prompt is None else ((prompt,), {})
         if kwargs:
             given = given_to_block(self, prompt, kwargs, "generate")
-        return Tracer(self, Generation(self, kwargs, here()), given, promises_output=True)
+        return Tracer(Block(self, Generation(self, kwargs, here()), given, promises_output=True))
 
     @short_tracebacks
     def run_with_cache(

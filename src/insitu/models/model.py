@@ -34,6 +34,7 @@ from insitu.runtime.own_hooks import set_aside
 from insitu.runtime.probe import Call, Probe, fake_call, fake_run, probe
 from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
+from insitu.tracing.block import Block
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
 from insitu.tracing.handle import Handle
@@ -378,7 +379,7 @@ class Model(Handle):
         """
         self._notice()
         given = (args, kwargs) if args or kwargs else None
-        return Tracer(self, Forward(self.views, self._module), given)
+        return Tracer(Block(self, Forward(self.views, self._module), given))
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.
@@ -387,7 +388,7 @@ class Model(Handle):
         """
         self._notice()
         given = (args, kwargs) if args or kwargs else None
-        return Tracer(self, Forward(self.views, self._module), given, dry=True)
+        return Tracer(Block(self, Forward(self.views, self._module), given, dry=True))
 
     def session(self, **unknown: Any) -> Session:
         """Opens a context for several blocks, which run one after the other when it ends.

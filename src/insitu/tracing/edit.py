@@ -54,7 +54,7 @@ class Edit(Generic[Edited]):
     def __init__(self, model: Edited) -> None:
         self.model = model
         self.recording = Recording()
-        self.procedure = model.trace().procedure
+        self.procedure = model.trace().block.procedure
         self.is_open = False
         self.promises_output = True
         self._invocations: list[Invocation] = []

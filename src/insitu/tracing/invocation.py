@@ -20,12 +20,12 @@ from insitu.tracing.scope import Scope
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 if TYPE_CHECKING:
+    from insitu.tracing.block import Block
     from insitu.tracing.edit import Edit
-    from insitu.tracing.tracer import Tracer
 
 
 _USED_INSIDE = """
-    call called current_step demand enter fake forget_shapes leave number read
+    block call called current_step demand enter fake forget_shapes leave number read
     request result skip stop write
 """
 _INTERNAL = frozenset(_USED_INSIDE.split())
@@ -36,7 +36,7 @@ class Invocation(Scope):
     """What `tracer.invoke(prompt)` gives: a context in which sites mean this prompt's values.
 
     Attributes:
-        tracer: the block that it belongs to.
+        block: the block that it belongs to.
         model: whose sites it gives a meaning.
         number: its place among the invocations of the block, from 0.
         request: what the model is called with.
@@ -46,17 +46,17 @@ class Invocation(Scope):
 
     __slots__ = (
         *("_probe", "_reads", "_recording", "_views"),
-        *("current_step", "number", "request", "result", "tracer"),
+        *("block", "current_step", "number", "request", "result"),
     )
 
     def __init__(
-        self, tracer: Tracer | Edit[Any], number: int, request: Any, model: object = None
+        self, block: Block | Edit[Any], number: int, request: Any, model: object = None
     ) -> None:
         self._owner = None
-        self.model = tracer.model if model is None else model
-        self._recording = recording = tracer.recording
-        self._views = tracer.procedure.views
-        self.tracer = tracer
+        self.model = block.model if model is None else model
+        self._recording = recording = block.recording
+        self._views = block.procedure.views
+        self.block = block
         self.number = number
         self.request = request
         self._reads: dict[Address, Ref] = recording.sites
@@ -65,7 +65,7 @@ class Invocation(Scope):
         self.result: Any = None
 
     def __enter__(self) -> Invocation:
-        if not self.tracer.is_open:
+        if not self.block.is_open:
             raise BlockError(
                 "An invocation belongs inside its block: write `with model.trace() as tracer:` "
                 "around `with tracer.invoke(prompt):`.",
@@ -138,12 +138,12 @@ class Invocation(Scope):
             options: such as which implementation of attention.
         """
         if options:
-            self.tracer.demand(options)
+            self.block.demand(options)
 
     @property
     def call(self) -> Call:
         """The first call of the module that it would lead to alone."""
-        return self.tracer.procedure.example(self.request)
+        return self.block.procedure.example(self.request)
 
     def forget_shapes(self) -> None:
         """Forgets what is known of the run's shapes, since it will run otherwise."""
@@ -180,12 +180,12 @@ class Invocation(Scope):
 
         Step 0 processes the prompt, and lines mean it unless told otherwise.
         """
-        return StepPicker([self], self.tracer.procedure.steps)
+        return StepPicker([self], self.block.procedure.steps)
 
     @property
     def steps(self) -> Iterator[int]:
         """The numbers of all steps, for a loop in whose rounds lines mean that step."""
-        return each_step([self], self.tracer.procedure.steps, mark())
+        return each_step([self], self.block.procedure.steps, mark())
 
     def every_step(self) -> AtStep:
         """Returns a context whose lines are recorded once and run in every step.
@@ -197,7 +197,7 @@ class Invocation(Scope):
 
     def next(self) -> int:
         """Lets the lines that come now mean the step after the present one; returns its number."""
-        return next_step([self], self.tracer.procedure.steps, mark())
+        return next_step([self], self.block.procedure.steps, mark())
 
     @property
     def tokens(self) -> Tokens:
@@ -225,8 +225,8 @@ class Invocation(Scope):
         Raises:
             NoValueError: in a generation, before the model has run.
         """
-        if not self.tracer.promises_output:
-            if not self.tracer.is_open:
+        if not self.block.promises_output:
+            if not self.block.is_open:
                 raise BlockError(
                     "`invoker.output` is a value of the run: read and save it inside the block.",
                     here(),
@@ -265,16 +265,16 @@ class Invocation(Scope):
         Raises:
             ShapeError: if the model cannot be run on fake tensors.
         """
-        procedure = self.tracer.procedure
+        procedure = self.block.procedure
         call = procedure.example(self.request)
-        return self.tracer.model.probe(call, procedure.views, path).called
+        return self.block.model.probe(call, procedure.views, path).called
 
     def fake(self, site: Site) -> Any:
         """Returns what will arrive at a site, as fake tensors; one fake run answers for all."""
-        tracer = cast("Tracer", self.tracer)
+        block = cast("Block", self.block)
         if self._probe is None:
-            procedure = tracer.procedure
-            self._probe = tracer.model.probe(procedure.example(self.request), procedure.views)
+            procedure = block.procedure
+            self._probe = block.model.probe(procedure.example(self.request), procedure.views)
         if site.step not in (0, EVERY) or site.kind in ("tokens", "choice"):
             raise UnknownShapeError(f"The shape of `{site}` is not known before the run.")
         seen = self._probe.seen
@@ -282,7 +282,7 @@ class Invocation(Scope):
         if inside:
             calls = [called for called in self.called(path) if called.name == function]
             if site.call >= len(calls):
-                raise never_ran(self._recording.graph, tracer.model.modules, site, seen)
+                raise never_ran(self._recording.graph, block.model.modules, site, seen)
             args, kwargs = calls[site.call].inputs
             if site.kind == "output":
                 return calls[site.call].output
@@ -290,7 +290,7 @@ class Invocation(Scope):
                 return args, dict(kwargs)
             return args[0] if args else next(iter(kwargs.values()))
         if site[1:4] not in seen:
-            raise never_ran(self._recording.graph, tracer.model.modules, site, seen)
+            raise never_ran(self._recording.graph, block.model.modules, site, seen)
         return seen[site[1:4]]
 
 

@@ -12,7 +12,7 @@ from insitu.graph.tracebacks import shortened
 from insitu.tracing.raw_errors import raise_explained
 
 if TYPE_CHECKING:
-    from insitu.tracing.tracer import Tracer
+    from insitu.tracing.block import Block
 
 
 class Session:
@@ -27,7 +27,7 @@ class Session:
 
     def __init__(self, model: object) -> None:
         self.model = model
-        self._tracers: list[Tracer] = []
+        self._blocks: list[Block] = []
         self._done = False
 
     def __enter__(self) -> Session:
@@ -44,12 +44,12 @@ class Session:
     ) -> None:
         self._done = True
         open_sessions.set(tuple(session for session in open_sessions.get() if session is not self))
-        for tracer in self._tracers:
-            tracer.recording.open = False
-        waiting, self._tracers = self._tracers, []
+        for block in self._blocks:
+            block.recording.open = False
+        waiting, self._blocks = self._blocks, []
         if kind is not None:
-            for tracer in waiting:
-                tracer.give_up(f"its session raised {kind.__name__}, so the model did not run.")
+            for block in waiting:
+                block.give_up(f"its session raised {kind.__name__}, so the model did not run.")
             if error is not None:
                 raise_explained(error)
                 shortened(error)
@@ -58,19 +58,19 @@ class Session:
             try:
                 waiting.pop(0).run()
             except BaseException as failure:
-                for tracer in waiting:
-                    tracer.give_up(
+                for block in waiting:
+                    block.give_up(
                         f"an earlier block of its session raised {type(failure).__name__}."
                     )
                 raise
 
     def begin(self) -> int:
         """Returns the place of a block that begins now among those of the session."""
-        return 1 + len(self._tracers)
+        return 1 + len(self._blocks)
 
-    def add(self, tracer: Tracer) -> None:
+    def add(self, block: Block) -> None:
         """Takes a block that has been recorded."""
-        self._tracers.append(tracer)
+        self._blocks.append(block)
 
 
 def session_of(model: object) -> Session | None:

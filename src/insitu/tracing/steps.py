@@ -51,16 +51,16 @@ class AtStep:
             invocation.current_step = step
         self._repeat(self._before[:1] == [EVERY])
         if self._step == EVERY and self._invocations:
-            graph = self._invocations[0].tracer.graph
+            graph = self._invocations[0].block.recording.graph
             graph.repeats = (*graph.repeats, (self._start, self._recorded()))
 
     def _repeat(self, repeating: bool) -> None:
         """Says whether what is saved now becomes a list."""
         for invocation in self._invocations[:1]:
-            invocation.tracer.recording.repeating = repeating
+            invocation.block.recording.repeating = repeating
 
     def _recorded(self) -> int:
-        return len(self._invocations[0].tracer.graph) if self._invocations else 0
+        return len(self._invocations[0].block.recording.graph) if self._invocations else 0
 
 
 class StepPicker:
@@ -106,7 +106,7 @@ class StepValues(ABC):
         invocation = self._invocation
         if step is None:
             return invocation.current_step
-        return checked_step(step, invocation.tracer.procedure.steps, line)
+        return checked_step(step, invocation.block.procedure.steps, line)
 
     @abstractmethod
     def _read(self, step: int, line: Mark) -> Proxy: ...
@@ -121,11 +121,11 @@ class Tokens(StepValues):
     __slots__ = ()
 
     def _read(self, step: int, line: Mark) -> Proxy:
-        self._invocation.tracer.procedure.check_tokens(Location(*line))
+        self._invocation.block.procedure.check_tokens(Location(*line))
         return self._invocation.read("", "tokens", line, step=step)
 
     def _write(self, step: int, value: Any, line: Mark) -> None:
-        self._invocation.tracer.procedure.check_tokens(Location(*line))
+        self._invocation.block.procedure.check_tokens(Location(*line))
         self._invocation.write("", "choice", value, line, step=step)
 
 

@@ -1,0 +1,254 @@
+"""What is behind a block: its recording, its invocations, and its run.
+
+The user holds a `Tracer` (`tracer.py`), which answers for the names that it does not have. With
+that, Python takes several times as long to find any attribute of an object. So the work of a block
+is done here, in an object that the user does not see. How a run is planned is in `planning.py`, and
+how it is done in `running.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from insitu.graph.context import (
+    as_begun,
+    default_dtype,
+    enabled_casts,
+    is_autocast_enabled,
+    is_inference_mode_enabled,
+)
+from insitu.graph.errors import BlockError, InsituError
+from insitu.graph.location import Mark, here, mark
+from insitu.graph.node import EVERY, Site
+from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordinary_tensors
+from insitu.graph.recording import Recording
+from insitu.graph.replaying import replay
+from insitu.graph.tracebacks import shortened
+from insitu.runtime.plan import Plan
+from insitu.runtime.procedure import Procedure, Subject
+from insitu.runtime.summary import Summary
+from insitu.tracing.invocation import Invocation, Invoked
+from insitu.tracing.running import run_block
+from insitu.tracing.scanning import scan_block
+from insitu.tracing.scope import innermost
+from insitu.tracing.session import Session, open_sessions, session_of
+
+
+class Block:
+    """A block of recorded lines, and their run.
+
+    Args:
+        model: the model that will run.
+        procedure: how it will run.
+        prompt: what the block gives to its one invocation; None if it has an `invoke` for each.
+        promises_output: whether `output` is the result of the run and not a proxy.
+        dry: whether the run is only planned.
+
+    Attributes:
+        recording: what its lines are recorded in.
+        invocations: its invocations, until it has run.
+        alone: the one of the block's own prompt, until it has run.
+        request: what that one is called with.
+        is_open: whether the `with` block is being executed.
+        is_done: whether that has ended.
+        told: gives the summary of each pass, once it is planned.
+        result: what the run returned, where the block promises it.
+        is_stopped: whether a line of the user's ended the run.
+    """
+
+    # What most blocks never use is of the class.
+    request: Any = None
+    result: Any = None
+    is_stopped = False
+    told: Sequence[Callable[[], Summary]] = ()
+
+    def __init__(
+        self,
+        model: Subject,
+        procedure: Procedure[Any],
+        prompt: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        promises_output: bool = False,
+        dry: bool = False,
+    ) -> None:
+        self.model = model
+        self.procedure = procedure
+        self.prompt = prompt
+        self.promises_output = promises_output
+        self.recording = Recording(self)
+        self.invocations: list[Invocation] = []
+        self.alone: Invocation | None = None
+        self.is_open = self.is_done = False
+        self._dry = dry
+        self._requests: list[Any] = []
+        self._session: Session | None = None
+        self._demanded: tuple[Mapping[str, Any], Mark] | None = None
+
+    def enter(self, frame: FrameType) -> None:
+        """Begins to record.
+
+        Args:
+            frame: the frame whose `with` statement the block is.
+
+        Raises:
+            BlockError: if it was entered before.
+            InsituError: for what is wrong with its prompt.
+        """
+        if self.is_open or self.is_done:
+            raise BlockError("This block was entered before: make a new one for a new run.", here())
+        recording, model = self.recording, self.model
+        recording.begin()
+        if self.prompt is not None:
+            args, kwargs = self.prompt
+            try:
+                invocation = self.add(args, kwargs, (frame.f_code, frame.f_lasti))
+            except InsituError as error:
+                shortened(error)
+                raise
+            self.alone = invocation
+            self.request = invocation.request
+            invocation.enter(frame)
+        if open_sessions.get():
+            self._session = session = session_of(model)
+            if session is not None:
+                recording.session, recording.direct = session, False
+                recording.order = session.begin()
+        looks = model.looks
+        looks.tree, looks.weights = None, False
+        self.is_open = True
+
+    def leave(self, kind: type[BaseException] | None) -> bool:
+        """Ends the recording, and returns whether it is to be run now.
+
+        Args:
+            kind: of what the block raised.
+        """
+        self.is_done = True
+        self.is_open = False
+        looks = self.model.looks
+        looks.tree = looks.weights = False
+        for invocation in self.invocations:
+            invocation.leave()
+        recording = self.recording
+        graph = recording.graph
+        if graph.differentiates and (graph.contexts or is_inference_mode_enabled()):
+            make_constants_ordinary(graph)
+        if kind is None and self._session is not None:
+            self._session.add(self)
+            return False
+        recording.open = False
+        if kind is not None:
+            recording.fail(f"its block raised {kind.__name__}, so the model did not run.")
+        return kind is None
+
+    def run(self) -> None:
+        """Runs what was recorded, and fills the saved values.
+
+        The user's `torch.inference_mode()` is left for that: passes record autograd or not as they
+        need it, and the saved values are ordinary tensors. Autocast and the default dtype are what
+        they were where the block began, also for a block of a session and in another thread.
+        """
+        recording = self.recording
+        casts, dtype = recording.casts, recording.dtype
+        autocast = casts or is_autocast_enabled()
+        if default_dtype() is not dtype or (autocast and enabled_casts() != casts):
+            with as_begun(casts, dtype):
+                self.run()
+            return
+        if is_inference_mode_enabled():
+            with ordinary_tensors():
+                self.run()
+            return
+        told: list[Callable[[], Summary]] = []
+        self.told = told
+        model, procedure = self.model, self.procedure
+        invocations, requests = self.invocations, self._requests
+        try:
+            if self._dry:
+                scan_block(model, procedure, recording, invocations, requests, told)
+                return
+            demanded = self._demanded
+            plan, results = run_block(
+                model, procedure, recording, invocations, requests, demanded, told
+            )
+            if self.promises_output:
+                self._take_outputs(plan, results)
+        except BaseException as failure:
+            recording.fail(f"its run raised {type(failure).__name__}.")
+            shortened(failure)
+            raise
+        finally:
+            recording.forget()
+            # They refer to this: without them what nobody keeps is gone at once.
+            self.invocations, self._requests, self.alone = [], [], None
+
+    def give_up(self, reason: str) -> None:
+        """Says of every saved value why it will have none, if it has none yet."""
+        self.recording.fail(reason)
+
+    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Invocation:
+        """Adds an invocation.
+
+        Args:
+            args: what it is given by place.
+            kwargs: what it is given by keyword.
+            mark: the user's line.
+
+        Raises:
+            InsituError: for what is wrong with the prompt.
+        """
+        procedure = self.procedure
+        request = procedure.request(args, kwargs, mark)
+        if is_inference_mode_enabled():
+            request = made_ordinary(request)
+        kind = Invoked if self.prompt is None else Invocation
+        invocation = kind(self, len(self.invocations), request)
+        self.invocations.append(invocation)
+        self._requests.append(request)
+        for graph in self.model.edits:
+            step = 0 if procedure.steps == 1 else EVERY
+            replay(self.recording, graph, invocation.number, step)
+            if graph.unfused:
+                self.demand(self.model.vocabulary.unfused())
+        return invocation
+
+    def demand(self, options: Mapping[str, Any]) -> None:
+        """Lets the block run with options that it takes for a value to be there.
+
+        Args:
+            options: such as which implementation of attention.
+        """
+        if options:
+            self._demanded = (options, mark())
+        procedure = self.procedure.demanding(options) if options else self.procedure
+        if procedure is not self.procedure:
+            self.procedure = procedure
+            for invocation in self.invocations:
+                invocation.forget_shapes()
+
+    def arriving(self, site: Site) -> Any:
+        """Returns what arrives at a site, with fake tensors in place of tensors."""
+        return self.invocations[site.invocation].fake(site)
+
+    def fake_module(self, path: str) -> Callable[..., Any]:
+        """Returns a module as a function on fake tensors."""
+        return self.model.fake_module(path)
+
+    def writer(self) -> int | None:
+        """Returns in which invocation the running line stands, None if in none."""
+        if len(self.invocations) == 1:
+            return 0
+        scope, _ = innermost(self.model, 1)
+        return scope.number if isinstance(scope, Invocation) else None
+
+    def _take_outputs(self, plan: Plan, results: Sequence[Any]) -> None:
+        """Makes what the passes returned into what the block and its invocations give."""
+        if plan.stops:
+            self.is_stopped = True
+            return
+        outputs = self.procedure.outputs(results, self._requests)
+        if outputs is not None:
+            self.result = outputs.whole
+            for invocation, result in zip(self.invocations, outputs.each, strict=True):
+                invocation.result = result
