@@ -10,12 +10,13 @@ import re
 import weakref
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import insitu
@@ -676,3 +677,33 @@ def test_json_of_a_saved_value_names_the_line_to_write(
         json.dumps(around(value))
     assert __file__ in str(caught.value)
     assert json.loads(json.dumps(around(value.value))) == around(expected)
+
+
+@pytest.mark.no_wire
+def test_a_tensor_that_a_run_has_left_is_used_again_only_if_nobody_else_has_it() -> None:
+    class Kept(TorchDispatchMode):
+        copies: ClassVar[list[Any]] = []
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.clone.default:
+                self.copies.append(found)
+            return found
+
+    model = linear()
+    with Kept():
+        before = [_run(model) for _ in range(3)]
+    after = [_run(model) for _ in range(3)]
+    expected = hooked(model.module, "0", X)
+    assert len(Kept.copies) == 3
+    for value in (*before, *after):
+        assert torch.equal(value.value, expected)
+        assert not any(value is copied for copied in Kept.copies)
+
+
+def _run(model: Model) -> Any:
+    with model.trace(X):
+        value = model[0].output.save()
+    return value

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -154,8 +155,8 @@ def blank(kind: type[Any]) -> Any:
         kind: a class of tensors.
     """
     try:
-        made = _EMPTY.data  # a third of the time that the other way takes
-        made.__class__ = kind
+        made = spent.pop() if spent else _EMPTY.data  # a third of the time of the other way
+        set_class(made, kind)
         return made
     except Exception:  # under a mode of torch's that wants no ordinary tensors
         return cast(Any, torch.Tensor)._make_subclass(kind, _EMPTY)
@@ -242,3 +243,6 @@ set_class: Callable[[Any, type[Any]], None] = vars(object)["__class__"].__set__
 swap: Callable[[torch.Tensor, torch.Tensor], None] = torch._C._swap_tensor_impl  # pyright: ignore
 # Of a dtype that nothing is computed in: where torch looks at it all the same, it raises.
 _EMPTY = torch.empty(0, dtype=torch.bits8)
+
+spent: deque[torch.Tensor] = deque(maxlen=64)
+"""Tensors that a run has left without content, for `blank`: to make one takes 0.2 µs more."""

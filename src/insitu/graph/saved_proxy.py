@@ -20,15 +20,12 @@ from insitu.graph.recorded import WAITING, Missing, unassignable
 from insitu.graph.recording import Recording
 from insitu.graph.saved import (
     SavedList,
-    SavedTensor,
     become,
     empty,
     empty_list,
     fill,
     fill_list,
     hold,
-    set_class,
-    swap,
 )
 from insitu.graph.saved_number import SavedNumber
 
@@ -60,12 +57,7 @@ class SavedProxy(_Waiting, torch.Tensor):  # pyright: ignore[reportIncompatibleV
 
     def _put(self, content: Any) -> None:
         """Makes this what the run has saved."""
-        if type(content) is _TENSOR and not content.requires_grad:
-            # As `fill` does, but for a call.
-            self.__dict__.clear()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
-            swap(self, content)
-            set_class(self, SavedTensor)
-        elif type(content) is _TENSOR:
+        if type(content) is _TENSOR:
             fill(self, content)
         elif type(content) is Missing:
             vars(self)["_missing"] = content

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from sys import getrefcount
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
 from insitu.graph.operations import APPLY
 from insitu.graph.recorded import Holder
+from insitu.graph.saved import SavedTensor, set_class, spent, swap
+from insitu.graph.saved_proxy import SavedProxy
 from insitu.graph.structure import map_structure, memory_of
 from insitu.runtime.failure import failure
 from insitu.runtime.gradients import Tape
@@ -279,9 +282,20 @@ class Execution:
 
     def fill(self, saves: Mapping[int, Holder]) -> None:
         """Hands the saved values over."""
-        values = {**dict(enumerate(self._values)), **self._steps} if self._steps else self._values
+        values = self._values
+        if self._steps:
+            values = [self._steps.get(index, value) for index, value in enumerate(values)]
         for index, holder in saves.items():
-            holder._put(values[index])
+            value = values[index]
+            # Most are: as `holder._put` does, but for two calls.
+            if type(value) is _TENSOR and type(holder) is SavedProxy and not value.requires_grad:
+                holder.__dict__.clear()  # pyright: ignore
+                swap(holder, value)
+                set_class(holder, SavedTensor)
+                if getrefcount(value) == _ALONE:
+                    spent.append(value)
+            else:
+                holder._put(value)
         if (
             self._plan.moves and torch.cuda.is_initialized()
         ):  # copies to the CPU may still be on their way
@@ -357,3 +371,13 @@ class Execution:
 
         for index in held:
             self._values[index] = map_structure(leaf, self._values[index])
+
+
+def _references(values: Sequence[Any]) -> int:
+    """How many references `Execution.fill` counts to a value that nobody else has."""
+    value = values[0]
+    return getrefcount(value)
+
+
+_ALONE = _references([object()])
+_TENSOR = torch.Tensor
