@@ -240,8 +240,8 @@ class LanguageModel(Model):
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
-        now, then, _ = self.snapshot.spine
-        if now != then:
+        spine = self.snapshot.spine
+        if spine.now != spine.then:
             self._renew()
         if self._settings.get(SETTING) != self._attention:
             vars(self).update(_probes={}, plans=Plans())

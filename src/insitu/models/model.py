@@ -362,8 +362,8 @@ class Model(Handle):
         Changes further inside are noticed when a name or a shape is asked for, or when the block
         is planned, by the parts of the tree that the block is about.
         """
-        now, then, _ = self.snapshot.spine
-        if now != then:
+        spine = self.snapshot.spine
+        if spine.now != spine.then:
             self._renew()
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:

@@ -8,7 +8,7 @@ run goes around what has been compiled; outside of blocks that is used as before
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -30,57 +30,6 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
     # A method that was compiled with its class has what it was written as, too.
     kinds: set[type[nn.Module]] = {*map(type, modules)}
     return any(hasattr(kind.forward, _ORIGINAL) for kind in kinds)
-
-
-class Entered:
-    """What calls of some modules entered when it was made: compiling one changes that.
-
-    `Module.compile` and `module.forward = ...` give a module an attribute that it did not have, so
-    numbers of attributes are compared: 15 ns a module. A module may also keep something else in an
-    attribute of its own; only then are all looked at one by one.
-
-    Args:
-        modules: the modules. The first is the root, which is compared closely.
-    """
-
-    __slots__ = ("_compiled", "_forward", "_modules", "_own", "_root", "_sizes", "_states")
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
-        self._states = [vars(module) for module in modules]
-        self._forward = type(modules[0]).forward
-        self._root = self._entry()
-        self._compiled = is_compiled(modules)
-        self._remember()
-
-    def still_holds(self) -> bool:
-        """Returns whether the calls still enter what they entered."""
-        if (
-            self._sizes == [*map(len, self._states)]
-            and type(self._modules[0]).forward is self._forward
-            and (not self._own or self._own == self._forwards())
-        ):
-            return True
-        if self._root != self._entry() or self._compiled != is_compiled(self._modules):
-            return False
-        self._remember()
-        return True
-
-    def _remember(self) -> None:
-        self._sizes = [*map(len, self._states)]
-        self._own = self._forwards()
-
-    def _forwards(self) -> list[Any]:
-        return [state["forward"] for state in self._states if "forward" in state]
-
-    def _entry(self) -> tuple[object, ...]:
-        """What a call of the root enters."""
-        state = self._states[0]
-        return (
-            state.get("_compiled_call_impl"),
-            state.get("forward"),
-            type(self._modules[0]).forward,
-        )
 
 
 def eager(compiled: bool) -> AbstractContextManager[Any]:

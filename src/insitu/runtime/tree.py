@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,8 @@ Tables = list[dict[str, nn.Module | None]]
 _TRAINING = itemgetter("training")
 
 
-class Watched(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Watched:
     """Tables of children, compared with what they held: `watched.now != watched.then`.
 
     Python compares both lists in C, each child by its identity: 15 ns a child.

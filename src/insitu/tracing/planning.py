@@ -18,7 +18,8 @@ from insitu.graph.location import here
 from insitu.graph.node import Graph, ModuleRef, Site, readable
 from insitu.graph.recording import Recording
 from insitu.runtime.ambient import Ambient, ambient
-from insitu.runtime.eager import Entered, is_compiled
+from insitu.runtime.call_path import CallPath
+from insitu.runtime.eager import is_compiled
 from insitu.runtime.fallback import Fallback
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
@@ -44,8 +45,9 @@ class Prepared:
         order: their order.
         returned: what modules that are skipped would return, as fake tensors, by path.
         compiled: whether any of the model's parts is under `torch.compile`.
-        watched: the part of the tree that the block is about.
-        entered: what the calls entered that lead to what is watched.
+        path: the part of the tree that the block is about.
+        alone: whether it is of one invocation in which no module is skipped: then it depends on
+            no other part.
         ambient: what settings of torch the dtypes in `returned` depend on.
     """
 
@@ -54,8 +56,8 @@ class Prepared:
     order: Sequence[int]
     returned: Mapping[str, Any]
     compiled: bool
-    watched: Watched
-    entered: Entered
+    path: CallPath
+    alone: bool
     ambient: Ambient
 
 
@@ -94,7 +96,9 @@ def prepare(
     prepared: Prepared | None = None
     if key is not None:
         key, prepared = plans.find(key, graph, saves)
-        if prepared is not None and not _still_holds(prepared, model, len(requests)):
+        if prepared is not None and not (
+            prepared.path.still_holds() and (prepared.alone or _all_holds(prepared, model))
+        ):
             prepared = None
     if prepared is None:
         if not dry:
@@ -112,17 +116,12 @@ def prepare(
     return prepared, [*passes]
 
 
-def _still_holds(prepared: Prepared, model: Subject, invocations: int) -> bool:
-    """Whether the tree is as it was planned for, as far as the block is about it.
+def _all_holds(prepared: Prepared, model: Subject) -> bool:
+    """Whether all of the tree is as it was planned for.
 
-    What may be shared by several invocations depends on all of the tree, and so does what a module
-    that is skipped would return.
+    What may be shared by several invocations depends on that, and so does what a module that is
+    skipped would return.
     """
-    now, then, _ = prepared.watched
-    if now != then or not prepared.entered.still_holds():
-        return False
-    if invocations == 1 and not prepared.returned:
-        return True
     if prepared.returned and (model.look_at_weights() or prepared.ambient != ambient()):
         return False
     return not (model.snapshot.has_changed() or model.snapshot.runs_otherwise())
@@ -178,7 +177,8 @@ def _planned(
         returned = _returned(model, procedure, graph, invocations)
         check_cuts(graph, plan, moments)
     compiled = is_compiled(model.snapshot.parts)
-    found = (compiled, watched, Entered(watched.called), ambient())
+    alone = len(requests) == 1 and not returned
+    found = (compiled, CallPath(watched), alone, ambient())
     return Prepared(plan, schedule, order, returned, *found), passes
 
 

@@ -87,8 +87,8 @@ def run_block(
             finally:
                 if execution.tape is not None:
                     execution.tape.release()
-        now, then, _ = prepared.watched
-        if now == then:
+        path = prepared.path
+        if path.now == path.then:
             if model.snapshot.exchanges and model.snapshot.has_changed():
                 _check_alike(procedure, invocations)
             break
