@@ -126,17 +126,11 @@ class Recording:
     shown: dict[Any, Any] | None = None
     computed: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
     parent: Recording | None = None
-    views: Views | None = None
-    direct: bool = True
     session: object = None
     order: int = 0
-    open: bool = True
     carried: int = 0
-    grads: bool = True
-    casts: Casts = NO_CASTS
     dtype: torch.dtype = torch.float32
     as_first_step: bool = False
-    repeating: bool = False
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
         self.graph = Graph([])
@@ -144,6 +138,13 @@ class Recording:
         self.sites: dict[Address, Ref] = {}
         self.shapes = shapes
         self.fakes: dict[int, Any] = {}
+        # What nearly every line asks for: Python finds it here in half the time.
+        self.open = True
+        self.direct = True
+        self.repeating = False
+        self.grads = True
+        self.casts: Casts = NO_CASTS
+        self.views: Views | None = None
         if parent is not None:
             self.parent = parent
             self.captured: list[Recorded] = []
@@ -155,7 +156,7 @@ class Recording:
         self.dtype = default_dtype()
         if not is_grad_enabled():
             self.grads = False
-        if is_autocast_enabled() or self.casts:
+        if is_autocast_enabled():
             self.casts = enabled_casts()
 
     def note_context(self, operation: Operation, index: int) -> None:

@@ -17,7 +17,6 @@ from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import Location, here
 from insitu.graph.node import Graph
 from insitu.graph.tracebacks import short_tracebacks
-from insitu.models.attention import SETTING
 from insitu.models.blocks import block_views
 from insitu.models.dropout import INDIFFERENT
 from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
@@ -30,6 +29,7 @@ from insitu.models.prompt_arguments import given_to_block
 from insitu.models.reader import Reader
 from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
+from insitu.models.usual import Usual
 from insitu.runtime.costs import Costs
 from insitu.runtime.own_hooks import users_hooks_hang_on
 from insitu.runtime.reuse import Plans
@@ -188,10 +188,8 @@ class LanguageModel(Model):
     growing: Sequence[nn.Module]
     placement: Placement
     options: Options
-    _forward: LanguageForward
+    _usual: Usual
     _costs: Costs | None
-    _settings: Mapping[str, Any]
-    _attention: str | None
     is_encoder_decoder: bool
     reader: Reader
     pad_id: int
@@ -243,7 +241,7 @@ class LanguageModel(Model):
         spine = self.snapshot.spine
         if spine.now != spine.then:
             self._renew()
-        if self._settings.get(SETTING) != self._attention:
+        if not self._usual.still_holds():  # another implementation of attention
             vars(self).update(_probes={}, plans=Plans())
             vars(self)["_vocabulary"] = self._names(self._module)
             self._describe()
@@ -293,11 +291,14 @@ class LanguageModel(Model):
         """
         if others:
             raise more_prompts("trace", others)
-        self._notice()
+        usual = self._usual
+        if not usual.still_holds():
+            self._notice()
+            usual = self._usual
+        forward = usual.forward
         given = None if prompt is None else ((prompt,), {})
         if kwargs:
             given = given_to_block(self, prompt, kwargs, "trace")
-        forward = self._forward
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
             most = max_tokens_per_pass
             if most is not None and (type(most) is not int or most < 1):
@@ -522,11 +523,8 @@ class LanguageModel(Model):
         pad_id = padding(module, self._config)
         parameters = _parameters_of(module)
         generating = module.get_base_model() if hasattr(module, "get_base_model") else module
-        settings = vars(self._config)  # a config looks up its attributes in Python, `__dict__` too
         vars(self).update(
             placement=Placement(embedding, self.loaded),
-            _settings=settings,
-            _attention=settings.get(SETTING),
             separations={},
             chains={},
             paddings={},
@@ -559,7 +557,7 @@ class LanguageModel(Model):
             forward_parameters=parameters,
             takes_use_cache="use_cache" in parameters,
         )
-        vars(self)["_forward"] = LanguageForward(self, {})  # what most traces use
+        vars(self)["_usual"] = Usual(self)
 
 
 def _parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:

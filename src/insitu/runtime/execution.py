@@ -65,21 +65,28 @@ class Execution:
         self, graph: Graph, plan: Plan, modules: Mapping[str, nn.Module] = NO_MODULES
     ) -> None:
         self._graph = graph
-        self._rows = graph.runnable() if graph.contexts else graph.rows
-        if plan.reused:
-            self._rows = [*self._rows]
-            for index, operation in plan.reused.items():
-                self._rows[index] = (operation, *self._rows[index][1:])
+        self._rows = graph.rows
         self._modules = modules
         self._plan = plan
         self._bits = plan.bits
         self._groups = plan.groups
-        self._values: list[Any] = [None] * len(plan.uses)
-        self._uses = list(plan.uses)
+        self._uses = plan.uses.copy()
+        self._values: list[Any] = [None] * len(self._uses)
+        self.differentiates = graph.differentiates
+        if graph.contexts or not plan.plain:
+            self._begin(graph, plan)
+
+    def _begin(self, graph: Graph, plan: Plan) -> None:
+        """Makes ready for what few graphs have."""
+        if graph.contexts:
+            self._rows = graph.runnable()
+        if plan.reused:
+            self._rows = [*self._rows]
+            for index, operation in plan.reused.items():
+                self._rows[index] = (operation, *self._rows[index][1:])
         if plan.writes or plan.skips:
             for index in (*plan.writes.values(), *plan.skips.values()):
                 self._values[index] = _PENDING
-        self.differentiates = graph.differentiates
         if plan.repeated is not None:
             self._steps = {index: [] for index in plan.repeated.saves}
             for index in plan.repeated.saves:
@@ -87,7 +94,7 @@ class Execution:
         if plan.gradients is not None:
             self._done: set[int] = set()
             self._wanted = plan.gradients.wanted
-            root = modules.get("")
+            root = self._modules.get("")
             changed = plan.writes
             self.tape = Tape(graph, plan.gradients, changed, self.arrive, self._gradient, root)
         if plan.held:

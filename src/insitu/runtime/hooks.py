@@ -131,11 +131,16 @@ def put_hook(
     Where it asks for nothing but the output, and there are no others, it goes around the call:
     torch calls a module with a hook in another way, which takes 1 µs more.
     """
-    state = vars(module)
+    state = module.__dict__
     output = first[1] == "output"
     asks = view is not None and view.takes_arguments  # as the user's hooks have left them
-    plain = type(module)._call_impl is _PLAIN and not state["_forward_hooks"]
-    if output and plain and not asks and _CALL not in state:
+    if (
+        output
+        and not asks
+        and _CALL not in state
+        and not state["_forward_hooks"]
+        and type(module)._call_impl is _PLAIN
+    ):
         state[_CALL] = partial(_called, arrived, first, view, module, state)
         return state, None, _CALL, None
     # A function is its own key: no number that torch hands out for its hooks equals it.

@@ -88,6 +88,8 @@ class Plan:
         repeated: what runs anew in every step, if anything does.
         crosses: whether a value that is written depends on sites other than its own.
         special: whether there is more to do at sites than to read and to write them.
+        plain: whether there is nothing to do but to read, once, and to compute with what was read
+            at one site each.
         moves: whether copies of values go to devices other than their own.
         readers: what passes found out about who reads what in them, by their invocations.
     """
@@ -108,6 +110,7 @@ class Plan:
     repeated: Repeated | None = None
     crosses: bool = False
     special: bool = False
+    plain: bool = False
     moves: bool = False
     readers: dict[tuple[int, ...], tuple[Readers, bool]] = field(
         default_factory=dict[tuple[int, ...], tuple[Readers, bool]]
@@ -199,6 +202,8 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         plan.reused = reusable(graph, needs)
     if not (sites or plan.special or graph.differentiates):
         plan.unshared = [read for read in graph.writes if _is_unshared(graph, plan, read)]
+    more = graph.writes or held or sites or plan.special or graph.differentiates
+    plan.plain = not (more or plan.reused)
     return plan
 
 

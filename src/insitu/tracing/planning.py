@@ -20,6 +20,7 @@ from insitu.graph.recording import Recording
 from insitu.runtime.ambient import Ambient, ambient
 from insitu.runtime.call_path import CallPath
 from insitu.runtime.eager import is_compiled
+from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.fallback import Fallback
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
@@ -28,7 +29,7 @@ from insitu.runtime.order import check_cuts, check_order, check_steps, pass_orde
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
-from insitu.runtime.tree import Watched
+from insitu.runtime.tree import Tree, Watched
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.never_ran import never_ran
 
@@ -45,6 +46,8 @@ class Prepared:
         order: their order.
         returned: what modules that are skipped would return, as fake tensors, by path.
         compiled: whether any of the model's parts is under `torch.compile`.
+        tree: the model's tree.
+        exclusive: who may use the model.
         path: the part of the tree that the block is about.
         alone: whether it is of one invocation in which no module is skipped: then it depends on
             no other part.
@@ -56,6 +59,8 @@ class Prepared:
     order: Sequence[int]
     returned: Mapping[str, Any]
     compiled: bool
+    tree: Tree
+    exclusive: Exclusive
     path: CallPath
     alone: bool
     ambient: Ambient
@@ -178,7 +183,8 @@ def _planned(
         check_cuts(graph, plan, moments)
     compiled = is_compiled(model.snapshot.parts)
     alone = len(requests) == 1 and not returned
-    found = (compiled, CallPath(watched), alone, ambient())
+    tree = model.snapshot
+    found = (compiled, tree, model.exclusive, CallPath(watched), alone, ambient())
     return Prepared(plan, schedule, order, returned, *found), passes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from insitu.graph.errors import BlockError, InsituError, NeverRanError, OptionError
@@ -64,10 +65,10 @@ def run_block(
         _verify(model, *demanded)
     for again in (True, False):
         prepared, passes = prepare(model, procedure, recording, invocations, requests, module)
-        told[:] = [single.told for single in passes if single is not None]
+        told[:] = map(_told, passes)
         done = following(passes)
-        execution = Execution(recording.graph, prepared.plan, model.snapshot.modules)
-        held = model.exclusive
+        tree, held = prepared.tree, prepared.exclusive
+        execution = Execution(recording.graph, prepared.plan, tree.modules)
         with eagerly(held) if prepared.compiled else held:
             try:
                 results, lacking, went = run_passes(
@@ -89,7 +90,7 @@ def run_block(
                     execution.tape.release()
         path = prepared.path
         if path.now == path.then:
-            if model.snapshot.exchanges and model.snapshot.has_changed():
+            if tree.exchanges and tree.has_changed():
                 _check_alike(procedure, invocations)
             break
         if again:  # the model exchanged modules of its own while hooks were on the old ones
@@ -128,13 +129,14 @@ def run_passes(
         not, if there is one; and how the pass went in which it had to.
     """
     plan, order, returned = prepared.plan, prepared.order, prepared.returned
+    modules, caches = prepared.tree.modules, model.caches
     results: list[Any] = [None] * len(passes)
     for at in order:
         single, passes[at] = passes[at], None
         assert single is not None
         try:
             results[at], missing, went = run_pass(
-                execution, plan, single, model.snapshot.modules, views, returned, model.caches
+                execution, plan, single, modules, views, returned, caches
             )
         except RuntimeError as error:
             tape, own = execution.tape, isinstance(error, InsituError)
@@ -150,9 +152,12 @@ def run_passes(
             if lacking is not None:
                 return results, lacking, went
     if plan.gradients is not None:
-        leaves = leaves_of(graph, plan.gradients, requests, model.snapshot.modules[""])
+        leaves = leaves_of(graph, plan.gradients, requests, modules[""])
         execution.run_backwards(leaves)
     return results, None, None
+
+
+_told = attrgetter("told")  # of a pass
 
 
 def _form(procedure: Procedure[Any], invocations: Sequence[Invocation], number: int) -> str:
