@@ -51,13 +51,16 @@ def content(number: int, prompt: Prompt) -> Hashable:
 
 def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keyword arguments of a prompt's forward."""
-    kwargs: dict[str, Any] = {"input_ids": prompt.ids, **prompt.extras, **options}
-    if "inputs_embeds" in prompt.extras:
-        del kwargs["input_ids"]
-    if prompt.mask is not None:
-        kwargs["attention_mask"] = prompt.mask
-    if prompt.positions is not None:
-        kwargs["position_ids"] = prompt.positions
+    ids, _, mask, extras, _, positions = prompt
+    kwargs: dict[str, Any] = {"input_ids": ids, **options}
+    if extras:
+        kwargs = {"input_ids": ids, **extras, **options}
+        if "inputs_embeds" in extras:
+            del kwargs["input_ids"]
+    if mask is not None:
+        kwargs["attention_mask"] = mask
+    if positions is not None:
+        kwargs["position_ids"] = positions
     if model.is_encoder_decoder and kwargs.keys().isdisjoint(_GIVEN_TO_A_DECODER):
         start = model.decoder_start
         if start is not None:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Mapping
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import nn
 
+from insitu.graph.context import is_grad_enabled
 from insitu.graph.node import Address, Kind, Site
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.execution import Execution, set_grad_enabled
@@ -192,7 +192,7 @@ def run_pass(
 
     arrivals = None
     result, deliver = None, _nobody
-    grad_enabled = torch.is_grad_enabled()
+    grad_enabled = is_grad_enabled()
     try:
         if special:
             arrivals = Arrivals(

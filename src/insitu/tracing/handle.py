@@ -45,7 +45,7 @@ class Handle(Call):
     """
 
     def __init__(self, model: Subject, path: str) -> None:
-        vars(self).update(_model=model, _path=path, _items={})
+        vars(self).update(_model=model, _path=path, _items={}, _site=(model, path, 0))
 
     _call = 0
     _part = ""
@@ -211,8 +211,10 @@ class Handle(Call):
     @overload
     def __getitem__(self, key: slice) -> list[Handle]: ...
     def __getitem__(self, key: int | str | slice) -> Handle | list[Handle]:
-        if type(key) is int and key in self._items:
-            return self._items[key]
+        if type(key) is int:
+            known = self._items.get(key)
+            if known is not None:
+                return known
         names = list(self.module._modules)
         if isinstance(key, slice):
             found = [self._child(name) for name in names[key]]

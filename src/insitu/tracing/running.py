@@ -7,6 +7,7 @@ from functools import partial
 from operator import attrgetter
 from typing import Any
 
+from insitu.display.progress import passes as listener
 from insitu.graph.errors import BlockError, InsituError, NeverRanError, OptionError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
@@ -66,7 +67,7 @@ def run_block(
     for again in (True, False):
         prepared, passes = prepare(model, procedure, recording, invocations, requests, module)
         told[:] = map(_told, passes)
-        done = following(passes)
+        done = following(passes) if listener.get() is not None else None
         tree, held = prepared.tree, prepared.exclusive
         execution = Execution(recording.graph, prepared.plan, tree.modules)
         with eagerly(held) if prepared.compiled else held:

@@ -22,11 +22,12 @@ class Sites:
     """
 
     def __init__(self, model: Subject, path: str, call: int) -> None:
-        vars(self).update(_model=model, _path=path, _call=call)
+        vars(self).update(_model=model, _path=path, _call=call, _site=(model, path, call))
 
     _model: Subject
     _path: str
     _call: int
+    _site: tuple[Subject, str, int]  # all three: one of them takes as long to find
 
     @property
     def output(self) -> Proxy:
@@ -36,10 +37,11 @@ class Sites:
             BlockError: outside of an invocation.
         """
         # `_read` in place: this is what blocks do most.
-        invocation, mark = innermost(self._model, 2)
+        model, path, call = self._site
+        invocation, mark = innermost(model, 2)
         if not isinstance(invocation, Invocation):
             raise self._outside("output", mark)
-        return invocation.read(self._path, "output", mark, self._call)
+        return invocation.read(path, "output", mark, call)
 
     @output.setter
     def output(self, value: Any) -> None: ...
@@ -72,10 +74,11 @@ class Sites:
         if name not in SITES:
             self._assign(name, value)
             return
-        invocation, mark = innermost(self._model, 2)
+        model, path, call = self._site
+        invocation, mark = innermost(model, 2)
         if not isinstance(invocation, Invocation):
             raise self._outside(name, mark)
-        invocation.write(self._path, name, value, mark, self._call)
+        invocation.write(path, name, value, mark, call)
 
     def _assign(self, name: str, value: Any) -> None:
         """Assigns to what is no site."""
@@ -89,10 +92,11 @@ class Sites:
         return f"<{Site(0, self._path, 'output', self._call).owner}>"
 
     def _read(self, kind: Kind) -> Proxy:
-        invocation, mark = innermost(self._model, 3)
+        model, path, call = self._site
+        invocation, mark = innermost(model, 3)
         if not isinstance(invocation, Invocation):
             raise self._outside(kind, mark)
-        return invocation.read(self._path, kind, mark, self._call)
+        return invocation.read(path, kind, mark, call)
 
     def _outside(self, use: str, mark: Mark) -> BlockError:
         return BlockError(
