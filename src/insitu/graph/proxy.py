@@ -48,7 +48,7 @@ from insitu.graph.operations import (
 )
 from insitu.graph.operators import Operators
 from insitu.graph.recorded import Cell, Missing, Recorded
-from insitu.graph.saved import blank, device_name
+from insitu.graph.saved import blank, device_name, set_class, spent
 from insitu.graph.shapes import shape_of
 from insitu.graph.structured import is_structure
 
@@ -121,7 +121,11 @@ class AnyProxy(Operators, Answers):
             kind = Proxy if isinstance(self, torch.Tensor) else type(self)
             return SAVED.get(kind, kind)(recording, source, cell)
         else:
-            saved = blank(SAVED[_TENSOR])
+            try:
+                saved = spent.pop() if spent else blank()
+            except IndexError:  # another thread has taken the last
+                saved = blank()
+            set_class(saved, SAVED[_TENSOR])
         entries = saved.__dict__
         entries["_recording"], entries["_ref"] = recording, source
         self._cell = recording.saves[index] = saved

@@ -51,7 +51,7 @@ def content(number: int, prompt: Prompt) -> Hashable:
 
 def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keyword arguments of a prompt's forward."""
-    ids, _, mask, extras, _, positions = prompt
+    ids, _, mask, extras, _, positions, _ = prompt
     kwargs: dict[str, Any] = {"input_ids": ids, **options}
     if extras:
         kwargs = {"input_ids": ids, **extras, **options}

@@ -78,7 +78,11 @@ class LanguageForward:
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""
         model = self._model
-        if len(args) != 1 or kwargs:
+        if len(args) == 1 and not kwargs:
+            plain = model.reader.read_plain(args[0], mark)
+            if plain is not None:
+                return plain
+        else:
             kwargs = given_to_invocation(model, args, kwargs, "trace", mark)
         prompt = model.reader.read(args[0] if args else None, self._side, mark, kwargs)
         if prompt.extras:
@@ -189,13 +193,12 @@ class LanguageForward:
 
         def schedule(module: nn.Module, requests: Sequence[Prompt]) -> list[Pass]:
             passes: list[Pass] = []
-            for prompt in requests:
-                number = len(passes)
+            for prompt, own, tell in zip(requests, cuts, told, strict=True):
                 kwargs = arguments(model, prompt, options)
                 call = partial(forward, model, module, kwargs, [prompt])
-                rest = (None, None, None, apart)
                 # `Pass(...)`, in a third of the time.
-                passes.append(tuple.__new__(Pass, (call, cuts[number], True, told[number], *rest)))
+                fields = (call, own, True, tell, None, None, None, apart)
+                passes.append(tuple.__new__(Pass, fields))
             return passes
 
         return schedule

@@ -40,7 +40,10 @@ class Placement:
             ids: the token ids.
         """
         weight = self._embedding._parameters.get("weight")
-        return weight is not None and weight.device == ids.device
+        if weight is None:
+            return False
+        # To ask for a device makes an object of Python's.
+        return (weight.is_cpu and ids.is_cpu) or weight.device == ids.device
 
     def moved(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns keyword arguments with their tensors on that device.

@@ -40,6 +40,7 @@ _FOR_OTHERS = (
 
 
 _NOTHING: Mapping[str, Any] = {}
+_TENSOR, _IDS = torch.Tensor, torch.int64
 
 
 class Reader:
@@ -100,16 +101,7 @@ class Reader:
                 text and there is no tokenizer.
             OptionError: if what goes with it does not belong to such a prompt.
         """
-        if (
-            type(prompt) is torch.Tensor
-            and self.lookups_check
-            and not beside
-            and prompt.dtype is torch.int64
-            and prompt.ndim == 2
-        ):
-            # What loops give most often: as below, but for a call, and `Prompt(prompt, mark)`.
-            read = tuple.__new__(Prompt, (prompt, mark, None, _NOTHING, None, None, None))
-        elif isinstance(prompt, AnyRecorded):
+        if isinstance(prompt, AnyRecorded):
             return self.read(prompt.result(Location(*mark)), side, mark, beside)
         elif beside:
             read = self._read_with(prompt, side, mark, beside)
@@ -124,6 +116,25 @@ class Reader:
         if context is not None and length > context:
             self.check_length(read)
         return read
+
+    def read_plain(self, prompt: Any, mark: Mark) -> Prompt | None:
+        """Does what `read` does with what loops give most often, and returns None for the rest.
+
+        Args:
+            prompt: as of `read`.
+            mark: as of `read`.
+        """
+        if type(prompt) is not _TENSOR or not self.lookups_check or prompt.dtype is not _IDS:
+            return None
+        shape = prompt.shape
+        if len(shape) != 2:
+            return None
+        rows, length = shape
+        context = self.limits.context
+        if not rows or not length or (context is not None and length > context):
+            return None  # `read` raises
+        # `Prompt(prompt, mark)`, in a third of the time.
+        return tuple.__new__(Prompt, (prompt, mark, None, _NOTHING, None, None, None))
 
     def _read(
         self,

@@ -81,6 +81,7 @@ class Block:
         self.alone: Invocation | None = None
         self.is_open = self.is_done = False
         self._dry = dry
+        self._looks = model.looks
         self._requests: list[Any] = []
         self._session: Session | None = None
         self._demanded: tuple[Mapping[str, Any], Mark] | None = None
@@ -114,7 +115,7 @@ class Block:
             if session is not None:
                 recording.session, recording.direct = session, False
                 recording.order = session.begin()
-        looks = model.looks
+        looks = self._looks
         looks.tree, looks.weights = None, False
         self.is_open = True
 
@@ -126,7 +127,7 @@ class Block:
         """
         self.is_done = True
         self.is_open = False
-        looks = self.model.looks
+        looks = self._looks
         looks.tree = looks.weights = False
         for invocation in self.invocations:
             invocation.leave()

@@ -8,11 +8,13 @@ behind it, in `block.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from sys import _getframe  # pyright: ignore[reportPrivateUsage]
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 
+from insitu.graph import location
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.location import here, mark, user_frame
@@ -79,7 +81,10 @@ class Tracer:
         return sorted({*super().__dir__()} - _INTERNAL)
 
     def __enter__(self) -> Tracer:
-        self.block.enter(user_frame(2))
+        frame = _getframe(1)
+        if frame.f_code is not location.users_code:
+            frame = user_frame(2)
+        self.block.enter(frame)
         return self
 
     def __exit__(
