@@ -432,7 +432,7 @@ class Model(Handle):
         """
         other = object.__new__(type(self))
         own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
-        vars(other).update(own, _model=other, _items={}, _site=(other, "", 0))
+        vars(other).update(own, _model=other, _site=(other, "", 0), _items={}, _roles={})
         vars(other).update(plans=Plans(), looks=Looks())
         vars(other).update(_base=self, edits=(*self.edits, graph))
         return other
@@ -512,7 +512,7 @@ class Model(Handle):
         """Returns another wrapper of the same module."""
         other = object.__new__(type(self))
         own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
-        vars(other).update(own, _model=other, _items={}, _site=(other, "", 0))
+        vars(other).update(own, _model=other, _site=(other, "", 0), _items={}, _roles={})
         vars(other).update(plans=Plans(), looks=Looks())
         return other
 

@@ -78,6 +78,9 @@ class Tree:
         self.modules = modules
         self.parts = list(dict.fromkeys(self.modules.values()))
         self._all = _watched(self.parts)
+        # Most have no children: whether any has got some is asked in a third of the time.
+        self._filled = _watched([part for part in self.parts if part._modules])
+        self._bare = [part._modules for part in self.parts if not part._modules]
         self._make = _make(self.parts)
         self._states = [vars(part) for part in self.parts]
         self._forwards = self._own_forwards()
@@ -85,7 +88,7 @@ class Tree:
 
     def has_changed(self) -> bool:
         """Returns whether any module has other children than it had."""
-        return self._all.now != self._all.then
+        return self._filled.now != self._filled.then or any(self._bare)
 
     def differs(self) -> bool:
         """Returns the same, and whether any has become another in itself.

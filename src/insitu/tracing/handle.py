@@ -35,6 +35,7 @@ from insitu.tracing.sites import SITES, Call
 from insitu.tracing.unknown_names import no_child, not_in_part
 from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles
 
+_ITS_OWN = frozenset(("module", "modules", "_model"))
 _OF_MODULES = frozenset((*SITES, "skip", "stop", "ops", "module", "call"))
 
 
@@ -45,12 +46,13 @@ class Handle(Call):
     """
 
     def __init__(self, model: Subject, path: str) -> None:
-        vars(self).update(_model=model, _path=path, _items={}, _site=(model, path, 0))
+        vars(self).update(_model=model, _path=path, _site=(model, path, 0), _items={}, _roles={})
 
     _call = 0
     _part = ""
     _internal: ClassVar[frozenset[str]] = frozenset()  # other parts of Insitu use it; not in `dir`
     _items: dict[str | int, Handle]  # children by name, and by index as far as asked for
+    _roles: dict[str, tuple[Entry, Handle | list[Handle]]]  # what standard names stood for
 
     @property
     def path(self) -> str:
@@ -137,11 +139,7 @@ class Handle(Call):
         return Names(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name in (
-            "module",
-            "modules",
-            "_model",
-        ):  # not found by a property, or not there yet in a copy
+        if name in _ITS_OWN:  # not found by a property, or not there yet in a copy
             return object.__getattribute__(self, name)
         # In a block what is there was looked at once; from the root it takes several times as long.
         module = self._model.modules.get(self._path)
@@ -178,11 +176,18 @@ class Handle(Call):
             return entry.read(invocation, line)
         if isinstance(entry, Given):
             return entry.value
+        if isinstance(entry, Missing):
+            raise PathError(f"`{self._written()}` has no `{name}`: {entry.reason}", here(3))
+        known, found = self._roles.get(name, (None, self))
+        if known is not entry:
+            _, found = self._roles[name] = (entry, self._handles_of(entry))
+        return Handles(f"model.{name}", found) if isinstance(found, list) else found
+
+    def _handles_of(self, entry: Role | Roles) -> Handle | list[Handle]:
+        """The handles of the modules, or of the part, that a standard name stands for."""
         if isinstance(entry, Roles):
-            return Handles(f"model.{name}", [self._at(path) for path in entry.paths])
-        if isinstance(entry, Role):
-            return Part(self._model, entry) if entry.part else self._at(entry.path)
-        raise PathError(f"`{self._written()}` has no `{name}`: {entry.reason}", here(3))
+            return [self._at(path) for path in entry.paths]
+        return Part(self._model, entry) if entry.part else self._at(entry.path)
 
     def _write_named(self, entry: Entry, name: str, value: Any) -> None:
         """Writes what a standard name stands for."""
