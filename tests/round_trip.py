@@ -1,114 +1,135 @@
-"""Runs what a test traces once more, from the bytes of its graph, and compares the two runs."""
+"""Runs what a test traces once more, from the bytes of its job, and compares the two runs."""
+
+from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 
-from insitu import InsituError, WireError
-from insitu.graph import location
-from insitu.graph.node import Carried, Function, Graph, Node, Subgraph
-from insitu.graph.recorded import Cell
-from insitu.graph.recording import Recording
-from insitu.graph.structure import map_structure
+from insitu import InsituError, Job, Results, WireError
+from insitu.graph.node import Function, Graph, Node, Subgraph
 from insitu.graph.wire import keeps_statistics
-from insitu.runtime.plan import Plan
-from insitu.runtime.procedure import Outputs, Procedure, Subject
-from insitu.tracing import block as blocks
-from insitu.tracing.invocation import Invocation
-
-Run = Callable[..., tuple[Plan, list[Any]]]
+from insitu.tracing.block import Block
+from insitu.tracing.session import Session
+from insitu.tracing.watching import watcher
 
 
 @pytest.fixture(autouse=True)
-def round_trip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every graph that a test runs does the same after a trip through bytes.
+def round_trip(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every block and session of a test gives the same when its job is run from bytes.
 
     A test marked `no_wire` is left alone.
     """
     if request.node.get_closest_marker("no_wire"):
+        yield
         return
-    run = blocks.run_block
-    monkeypatch.setattr(blocks, "run_block", lambda *block: run_twice(run, *block))
-    # Its frames stand between the user's and ours, and are not the user's.
-    monkeypatch.setattr(location, "_CALLING_BACK", (*location._CALLING_BACK, __file__))
-    monkeypatch.setitem(location._known, __file__, True)
+    before = watcher.set(Twice())
+    yield
+    watcher.reset(before)
 
 
-def run_twice(
-    run: Run,
-    model: Subject,
-    procedure: Procedure[Any],
-    recording: Recording,
-    invocations: Sequence[Invocation],
-    requests: Sequence[Any],
-    *rest: Any,
-) -> tuple[Plan, list[Any]]:
-    """Runs a block, and then its graph as another process would get it, and compares."""
-    before = torch.get_rng_state()
-    copies = [map_structure(copied, request) for request in requests]
-    failure, ran = attempt(run, model, procedure, recording, invocations, requests, *rest)
-    after = torch.get_rng_state()
-    wired = sent(recording.graph)
-    if wired is not None and (failure is None or isinstance(failure, InsituError)):
-        graph, saves, fakes = recording.graph, recording.saves, recording.fakes
-        recording.graph = wired
-        recording.saves = {index: Cell() for index in saves}
-        recording.fakes = {}
-        for invocation, request in zip(invocations, copies, strict=True):
-            invocation.request = request
+class Twice:
+    """Runs the job of each block and session from its bytes, and compares."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[int, tuple[bytes | None, torch.Tensor, list[dict[int, Any]]]] = {}
+        self.within = False  # a session, whose blocks are run with it
+
+    def begins(self, running: Block | Session) -> None:
+        own = isinstance(running, Session) or not self.within
+        self.within = self.within or isinstance(running, Session)
+        blocks = parts(running)
+        if own and blocks and not any(block.is_dry for block in blocks):
+            holders = [dict(block.recording.saves) for block in blocks]
+            self.jobs[id(running)] = (sent(running.job), torch.get_rng_state(), holders)
+
+    def ended(self, running: Block | Session, failure: BaseException | None) -> None:
+        self.within = self.within and not isinstance(running, Session)
+        data, before, holders = self.jobs.pop(id(running), (None, torch.empty(0), []))
+        if data is None or not (failure is None or isinstance(failure, InsituError)):
+            return
+        after = torch.get_rng_state()
         torch.set_rng_state(before)
-        again, ran_again = attempt(run, model, procedure, recording, invocations, copies, *rest)
-        torch.set_rng_state(after)
+        job = Job.from_bytes(data)
+        results: Results | None = None
+        again: BaseException | None = None
         try:
-            assert described(again) == described(failure)
-            if ran is not None and ran_again is not None:
-                assert same(contents(recording.saves), contents(saves))
-                assert same(
-                    outputs(procedure, copies, ran_again), outputs(procedure, requests, ran)
-                )
-        finally:
-            recording.graph, recording.saves, recording.fakes = graph, saves, fakes
-            for invocation, request in zip(invocations, requests, strict=True):
-                invocation.request = request
-    if ran is None:
-        assert failure is not None
-        raise failure
-    return ran
+            results = running.model.run(job)
+        except InsituError as error:
+            again = error
+        torch.set_rng_state(after)
+        assert described(again) == described(failure)
+        if results is not None:
+            assert same(dict(results), contents(job, holders))
+            assert same_as_file(results)
+            for block, output in zip(parts(running), results.outputs, strict=True):
+                assert same(block.result, None if output is None else output.whole)
 
 
-def copied(leaf: Any) -> Any:
-    """A copy of a part of a prompt, into which a model may write."""
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+def parts(running: Block | Session) -> list[Block]:
+    return [running] if isinstance(running, Block) else list(running.blocks or ())
 
 
-def attempt(run: Run, *block: Any) -> tuple[BaseException | None, tuple[Plan, list[Any]] | None]:
-    try:
-        return None, run(*block)
-    except BaseException as failure:
-        return failure, None
-
-
-def sent(graph: Graph) -> Graph | None:
-    """The graph after a trip through bytes, or None where something in it stays at home."""
-    if any(map(stays, arguments(graph))) or any(map(keeps_own_statistics, graph)):
+def sent(job: Job) -> bytes | None:
+    """The bytes of a job, or None where something in it stays at home."""
+    if any(map(stays, arguments(job))) or any(
+        keeps_own_statistics(node) for block in job.blocks for node in block.graph
+    ):
         with pytest.raises(WireError, match="cannot be sent"):
-            graph.to_bytes()
+            job.to_bytes()
         return None
-    data = graph.to_bytes()
-    wired = Graph.from_bytes(data)
-    assert wired.to_bytes() == data
-    assert [row[3:5] for row in wired.rows] == [row[3:5] for row in graph.rows]
-    return wired
+    data = job.to_bytes()
+    received = Job.from_bytes(data)
+    assert received.to_bytes() == data
+    for block, other in zip(job.blocks, received.blocks, strict=True):
+        assert [row[3:5] for row in other.graph.rows] == [row[3:5] for row in block.graph.rows]
+    return data
 
 
-def arguments(graph: Graph) -> list[Any]:
+def arguments(job: Job) -> list[Any]:
+    found: list[Any] = []
+    for block in job.blocks:
+        found += of_graph(block.graph)
+        if block.procedure == "trace":
+            found += block.options.values()
+        else:
+            options = block.options.items()
+            found += [Live() for name, one in options if not plain(one) or name in _LIVE_OPTIONS]
+        for prompt in block.prompts:
+            given = [*prompt.args, *prompt.kwargs.values()]
+            found += [prompt.ids, prompt.mask, *given]
+            found += [Live() for one in given if not holds_data(one)]
+    return found
+
+
+_LIVE_OPTIONS = ("custom_generate", "logits_processor", "stopping_criteria", "trust_remote_code")
+
+
+class Live:
+    """Stands for what is live, as a function is."""
+
+    def __call__(self) -> None: ...
+
+
+def plain(option: Any) -> bool:
+    if isinstance(option, list | tuple):
+        return all(map(plain, option))
+    return option is None or isinstance(option, bool | int | float | str | torch.Tensor)
+
+
+def holds_data(value: Any) -> bool:
+    """Whether an argument of a forward is plain data, or a tensor that travels."""
+    if isinstance(value, list | tuple | dict):
+        return all(map(holds_data, value.values() if isinstance(value, dict) else value))
+    return plain(value) or isinstance(value, torch.dtype | torch.device | slice | complex | bytes)
+
+
+def of_graph(graph: Graph) -> list[Any]:
     return [argument for node in graph for argument in (*node.args, *node.kwargs.values())]
 
 
@@ -120,10 +141,10 @@ def keeps_own_statistics(node: Node) -> bool:
 
 def stays(value: Any) -> bool:
     """Whether an argument is more than data."""
-    if isinstance(value, Carried | Function | torch.Generator):
+    if isinstance(value, Function | torch.Generator):
         return True
     if isinstance(value, Subgraph):
-        return any(map(stays, arguments(value.graph))) or stays(value.output)
+        return any(map(stays, of_graph(value.graph))) or stays(value.output)
     if isinstance(value, torch.Tensor):
         return type(value) is not torch.Tensor or value.requires_grad
     if isinstance(value, tuple | list | dict):
@@ -135,17 +156,34 @@ def stays(value: Any) -> bool:
     return callable(value)
 
 
-def contents(saves: Mapping[int, Any]) -> dict[int, Any]:
-    """What was saved."""
-    return {index: cell._content for index, cell in saves.items()}
+def contents(job: Job, holders: list[dict[int, Any]]) -> dict[str, Any]:
+    """What was saved where a block of one's own ran, by its name in the job."""
+    return {
+        name: saved[index]._content
+        for block, saved in zip(job.blocks, holders, strict=True)
+        for index, name in block.saves.items()
+    }
 
 
-def outputs(
-    procedure: Procedure[Any], requests: Sequence[Any], ran: tuple[Plan, list[Any]]
-) -> Outputs | None:
-    """What the model returned, where a block hands that over."""
-    plan, results = ran
-    return None if plan.stops else procedure.outputs(results, requests)
+def same_as_file(results: Results) -> bool:
+    """Whether results are the same after a trip through bytes, if all of them are data."""
+    try:
+        data = results.to_bytes()
+    except WireError:
+        return True
+    received = Results.from_bytes(data)
+    return same(plainly(dict(received)), plainly(dict(results)))
+
+
+def plainly(value: Any) -> Any:
+    """A value with plain containers and tensors without their history."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().as_subclass(torch.Tensor).cpu()
+    if isinstance(value, Mapping):
+        return {key: plainly(item) for key, item in value.items()}
+    if isinstance(value, tuple) and type(value).__module__ != "torch.return_types":
+        return tuple(map(plainly, value))
+    return [plainly(item) for item in value] if isinstance(value, list) else value
 
 
 def described(failure: BaseException | None) -> tuple[type, str]:

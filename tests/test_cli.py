@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from typer.testing import CliRunner
 
 import insitu
+from insitu import LanguageModel, Results
 from insitu.cli import app
 from insitu.display.report import Check, Report
 from insitu.methods import SteeringVector
@@ -207,6 +209,20 @@ def test_a_patch_is_written_as_json() -> None:
 
 STEER = "steer", "insitu/eiffel", CLEAN, "--toward", CORRUPTED, "--away", CLEAN, "--layers", "4"
 PATCHED = *PATCH, CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow", "--layers", "3"
+
+
+def a_job() -> str:
+    """A file with a job, which is there as long as the tests run."""
+    model = LanguageModel("insitu/eiffel")
+    with model.scan(CLEAN) as tracer:
+        model.transformer.h[3].output.save("block")
+        model.lm_head.output[0, -1].save("logits")
+    path = Path(tempfile.mkdtemp(prefix="insitu-tests-")) / "experiment.job"
+    path.write_bytes(tracer.job.to_bytes())
+    return str(path)
+
+
+JOB = a_job()
 WRITTEN: dict[str, tuple[tuple[str, ...], str]] = {
     "demo": (("demo",), "Logit lens"),
     "tree": (("tree", "insitu/eiffel"), "final_norm"),
@@ -214,6 +230,7 @@ WRITTEN: dict[str, tuple[tuple[str, ...], str]] = {
     "lens": (("lens", "insitu/eiffel", CLEAN), "Logit lens"),
     "patch": (PATCHED, "Activation patching"),
     "attention": (("attention", "insitu/eiffel", CLEAN, "--layers", "4"), "Attention patterns"),
+    "run": (("run", JOB, "--model", "insitu/eiffel"), "logits"),
     "steer": ((*STEER, "--strength", "2", "--tokens", "1"), "Moscow"),
 }
 
@@ -249,6 +266,40 @@ def test_every_command_writes_pngs(name: str, tmp_path: Path) -> None:
         assert 100 < wide < 6000 and 60 < high < 6000
         levels = image.convert("L").histogram()
     assert sum(levels[:100]) and sum(levels[230:])  # something dark on something light
+
+
+def test_a_job_is_run_and_its_results_are_written(tmp_path: Path) -> None:
+    out = tmp_path / "results.safetensors"
+    result = run("run", JOB, "--model", "insitu/eiffel", "--out", str(out))
+    assert result.exit_code == 0 and "transformer.h[3].output" in result.stdout
+    results = Results.load(out)
+    model = LanguageModel("insitu/eiffel")
+    assert model.tokenizer.decode(results["logits"].argmax()) == " Paris"
+    assert isinstance(results["block"], tuple) and results["block"][0].shape == (1, 7, 128)
+
+
+def test_a_job_is_checked_without_a_run(tmp_path: Path) -> None:
+    out = tmp_path / "results.safetensors"
+    result = run("run", JOB, "--model", "insitu/eiffel", "--out", str(out), "--check", "--json")
+    assert result.exit_code == 0 and not out.exists()
+    told = json.loads(result.stdout)
+    assert told["passes"] == 1 and told["result_bytes"] == 4 * (7 * 128 + 1336)
+    assert told["model_flops"]["value"] > 1e7 and "counted" in told["model_flops"]["how"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "no job of Insitu"), (b"insitu job?", "end too early")]
+)
+def test_a_file_that_is_no_job_is_said(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    result = run("run", str(tmp_path / "file"), "--model", "insitu/eiffel")
+    assert result.exit_code == 2 and said in result.stderr
+
+
+def test_a_job_for_another_model_says_what_differs(folder: Path) -> None:
+    result = run("run", JOB, "--model", str(folder))
+    assert result.exit_code == 2
+    assert "its class is LlamaForCausalLM, and not GPT2LMHeadModel" in result.stderr
 
 
 def test_the_tree_as_json_has_the_modules_and_their_weights(tmp_path: Path) -> None:

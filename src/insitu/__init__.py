@@ -13,6 +13,7 @@ from insitu.graph.errors import (
     ExecutionError,
     IndexOutOfRangeError,
     InsituError,
+    JobError,
     LoadError,
     MissingPackageError,
     NeverRanError,
@@ -40,6 +41,8 @@ from insitu.models.vision_language_model import VisionLanguageModel
 if TYPE_CHECKING:
     from insitu.graph.node import Graph
     from insitu.methods.result import Result
+    from insitu.runtime.job import Job
+    from insitu.runtime.results import Results
     from insitu.tracing.invocation import Invocation
     from insitu.tracing.tracer import Tracer
 
@@ -52,7 +55,9 @@ with contextlib.suppress(ImportError):  # einops is no dependency: it is used wh
 _LATER = {
     "Graph": "insitu.graph.node",
     "Invocation": "insitu.tracing.invocation",
+    "Job": "insitu.runtime.job",
     "Result": "insitu.methods.result",
+    "Results": "insitu.runtime.results",
     "Tracer": "insitu.tracing.tracer",
 }
 
@@ -65,6 +70,8 @@ __all__ = [
     "IndexOutOfRangeError",
     "InsituError",
     "Invocation",
+    "Job",
+    "JobError",
     "LanguageModel",
     "LoadError",
     "MissingPackageError",
@@ -79,6 +86,7 @@ __all__ = [
     "PromptTypeError",
     "Proxy",
     "Result",
+    "Results",
     "SaveError",
     "ShapeError",
     "Tracer",

@@ -313,6 +313,44 @@ def steer(
     return _Answer(written, data, written=() if vector is None else (vector,))
 
 
+@_command
+def run(
+    job: Annotated[str, typer.Argument(help="A file with the bytes of a job.")],
+    model: Annotated[str, typer.Option(help="A repo id, a folder, or a bundled model.")],
+    loading: _Loading,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results to this safetensors file.")
+    ] = None,
+    dry: Annotated[
+        bool, typer.Option("--check", help="Say what it would give and take, and run nothing.")
+    ] = False,
+) -> _Answer:
+    """Runs a job that was recorded elsewhere, and shows what it saves.
+
+    The file holds what `tracer.job.to_bytes()` gave. It is data and no code, and may be anybody's.
+
+    **Example:** `insitu run experiment.job --model insitu/eiffel --out results.safetensors`
+    """
+    from insitu.display.saved_values import saved_table
+    from insitu.graph import disk
+    from insitu.runtime.job import Job
+
+    received = Job.from_bytes(disk.read(job))
+    opened = _opened(model, loading, load=not dry)
+    if dry:
+        check = opened.check(received)
+        found, lines = check.described(received.saves), check.lines()
+        data = {"results": [one._asdict() for one in found], **check.numbers()}
+        return _Answer(saved_table(found, lines), data)
+    results = opened.run(received)
+    if out is not None:
+        results.save(out)
+    found = results.described()
+    lines = [f"other weights: {what}" for what in results.differences]
+    data = {"results": [one._asdict() for one in found], "differences": [*results.differences]}
+    return _Answer(saved_table(found, lines), data, written=() if out is None else (out,))
+
+
 def _language(name: str, loading: _Loading) -> LanguageModel:
     """A language model, with its weights."""
     from insitu import LanguageModel

@@ -14,12 +14,12 @@ from torch import nn
 
 from insitu import (
     CausalityError,
+    Job,
     LanguageModel,
     OperationError,
     PathError,
     ShapeError,
 )
-from insitu.graph.node import Graph
 from tests.fidelity.zoo import ZOO, module_of
 
 DECODERS = ["gpt2", "llama", "gemma2", "bloom", "opt", "mixtral", "gpt-neox", "falcon"]
@@ -231,7 +231,7 @@ def test_names_hold_in_edits_and_survive_bytes() -> None:
     with model.trace(ids("gpt2")) as tracer:
         model.blocks[1].attention.result[:, 1] = 0
         model.logits.save()
-    again = Graph.from_bytes(tracer.graph.to_bytes())
+    again = Job.from_bytes(tracer.job.to_bytes()).blocks[0].graph
     assert [node.operation.name for node in again] == [node.operation.name for node in tracer.graph]
 
 

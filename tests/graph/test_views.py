@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from insitu.graph import wire
 from insitu.graph.encoding import encode
 from insitu.graph.errors import OperationError
 from insitu.graph.evaluation import meaning
@@ -248,7 +249,7 @@ def test_a_write_travels_as_bytes() -> None:
     part = lines.do(GETITEM, lines.site("x"), (slice(None), -1))
     lines.do(_MULTIPLY, part, 2.0)
     graph = lines.recording.graph
-    received = Graph.from_bytes(graph.to_bytes())
+    received = wire.from_bytes(wire.to_bytes(graph))
     assert [row[:4] for row in received.rows] == [row[:4] for row in graph.rows]
 
 

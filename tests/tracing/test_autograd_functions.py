@@ -232,11 +232,11 @@ def test_a_function_is_not_sent_and_is_named(gpt2: LanguageModel) -> None:
     with gpt2.trace(PROMPT) as tracer:
         Straight.apply(gpt2.transformer.h[2].output[0]).save()
     with pytest.raises(WireError, match=r"Straight\.apply"):
-        tracer.graph.to_bytes()
+        tracer.job.to_bytes()
     with gpt2.trace(PROMPT) as tracer:
         scaled(gpt2.transformer.h[2].output[0], 2.0).save()
     with pytest.raises(WireError, match="insitu_tests::scaled"):
-        tracer.graph.to_bytes()
+        tracer.job.to_bytes()
 
 
 def test_after_the_run_and_without_recorded_values_it_is_torchs_own(gpt2: LanguageModel) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from insitu import LanguageModel, Model, apply, cond, fold
-from insitu.graph.node import Graph
+from insitu import Job, LanguageModel, Model, apply, cond, fold
 
 PROMPT = [1, 2, 3, 4]
 
@@ -141,7 +140,7 @@ def test_gradients_are_cut_off_where_a_hook_would_cut_them(
     torch.testing.assert_close(ours.value, function(x).detach())
     torch.testing.assert_close(grad.value, x.grad)
     if function is not by_apply:
-        sent = Graph.from_bytes(tracer.graph.to_bytes())
+        sent = Job.from_bytes(tracer.job.to_bytes()).blocks[0].graph
         assert sent.contexts == tracer.graph.contexts
 
 
@@ -149,7 +148,7 @@ def test_a_graph_without_contexts_travels_as_before(gpt2: LanguageModel) -> None
     with gpt2.trace(PROMPT) as tracer:
         (gpt2.transformer.h[2].output[0] * 2).save()
     assert not tracer.graph.contexts
-    assert "contexts" not in vars(Graph.from_bytes(tracer.graph.to_bytes()))
+    assert "contexts" not in vars(Job.from_bytes(tracer.job.to_bytes()).blocks[0].graph)
 
 
 def test_a_write_under_no_grad_cuts_off_what_comes_before(gpt2: LanguageModel) -> None:
@@ -279,7 +278,7 @@ def test_autocast_gives_what_it_gives_in_a_hook(
     for ours, theirs, shape in zip(saved, expected, shapes, strict=True):
         assert shape == (theirs.dtype, theirs.shape) == (ours.value.dtype, ours.value.shape)
         torch.testing.assert_close(ours.value, theirs)
-    assert Graph.from_bytes(tracer.graph.to_bytes()).contexts == tracer.graph.contexts
+    assert Job.from_bytes(tracer.job.to_bytes()).blocks[0].graph.contexts == tracer.graph.contexts
 
 
 def test_disabling_inside_of_an_autocast_around_the_block(gpt2: LanguageModel) -> None:
@@ -459,7 +458,7 @@ def test_a_default_dtype_holds_for_the_lines_in_it(
         assert ours.value.dtype == theirs.dtype == told
         torch.testing.assert_close(ours.value, theirs)
     assert torch.get_default_dtype() == torch.float32
-    assert Graph.from_bytes(tracer.graph.to_bytes()).contexts == tracer.graph.contexts
+    assert Job.from_bytes(tracer.job.to_bytes()).blocks[0].graph.contexts == tracer.graph.contexts
 
 
 def test_blocks_of_a_session_keep_their_default_dtypes(gpt2: LanguageModel) -> None:

@@ -100,7 +100,7 @@ def a_decision(model: LanguageModel) -> None:
 def a_function_on_the_wire(model: LanguageModel) -> None:
     with model.trace(IDS) as tracer:
         apply(len, model.lm_head.output).save()
-    tracer.graph.to_bytes()
+    tracer.job.to_bytes()
 
 
 CASES: list[tuple[Callable[[LanguageModel], None], type[InsituError], str, str]] = [

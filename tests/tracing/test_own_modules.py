@@ -238,14 +238,14 @@ def test_what_would_be_lost_on_the_way_is_not_sent() -> None:
     with model.trace(torch.randn(4, 3)) as tracer:
         norm(model.output).save()
     with pytest.raises(WireError, match="running statistics"):
-        tracer.graph.to_bytes()
+        tracer.job.to_bytes()
     with model.trace(torch.randn(4, 3)) as tracer:
         norm.eval()(model.output).save()
-    tracer.graph.to_bytes()
+    tracer.job.to_bytes()
     with model.trace(torch.randn(4, 3)) as tracer:
         layer(model.output)[0].save()
     with pytest.raises(WireError, match="GRU"):
-        tracer.graph.to_bytes()
+        tracer.job.to_bytes()
 
 
 def test_a_recurrent_layer_outside_of_blocks_is_torchs_own() -> None:

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from insitu import LanguageModel, Model, WireError, cond, fold
-from insitu.graph.node import Graph
+from insitu import Job, LanguageModel, Model, WireError, cond, fold
 
 PROMPT = [1, 2, 3, 4]
 
@@ -208,12 +207,12 @@ def test_generators_of_ones_own_draw_here_and_are_not_sent(gpt2: LanguageModel) 
             torch.manual_seed(0)
             assert torch.equal(untouched, torch.rand(1))
     with pytest.raises(WireError, match="Generator"):
-        tracer.graph.to_bytes()
+        tracer.job.to_bytes()
 
 
 def test_random_operations_are_sent(gpt2: LanguageModel) -> None:
     with gpt2.trace(PROMPT) as tracer:
         torch.randn_like(gpt2.transformer.h[2].output[0]).normal_().save()
-    sent = Graph.from_bytes(tracer.graph.to_bytes())
+    sent = Job.from_bytes(tracer.job.to_bytes()).blocks[0].graph
     assert [node.operation.name for node in sent][-3:] == ["torch.randn_like", "put", "save"]
     assert sent[len(sent) - 2].args[2] == "Tensor.normal_"

@@ -87,13 +87,17 @@ class NoValueError(InsituError, ValueError):
 
 
 class NotCachedError(InsituError, KeyError):
-    """A value that an `ActivationCache` does not hold."""
+    """A value that an `ActivationCache`, or `Results` of a job, do not hold."""
 
     __str__ = Exception.__str__  # a `KeyError` shows its message in quotes
 
 
 class WireError(InsituError, ValueError):
-    """A graph that cannot be sent to another process, or bytes that are no graph."""
+    """A job that cannot be sent to another process, or bytes that are none."""
+
+
+class JobError(InsituError, ValueError):
+    """A job that is for another model than the one that is to run it."""
 
 
 class LoadError(InsituError, OSError):

@@ -114,6 +114,19 @@ class Carried:
     fake: Callable[[], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """Stands, among the arguments of a node, for a value that an earlier block of a job keeps.
+
+    Attributes:
+        block: the block's place in the job, from 0.
+        node: the node that saves the value there.
+    """
+
+    block: int
+    node: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Subgraph:
     """Stands, among the arguments of a node, for a function that was recorded.
@@ -247,37 +260,6 @@ class Graph:
             function = within(context, operation.function)
             rows[index] = cast(Row, (replace(operation, function=function), *rest))
         return rows
-
-    def to_bytes(self) -> bytes:
-        """Returns the graph as bytes, for `from_bytes` in another process.
-
-        The tensors in it are copied. The user's lines go with it, each with its text and the name
-        of its file without the folders, so that errors over there name them.
-
-        Raises:
-            WireError: if it holds what cannot travel, such as a function or a tensor that
-                requires grad, naming the line.
-        """
-        from insitu.graph.wire import to_bytes
-
-        return to_bytes(self)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Graph:
-        """Returns the graph that `to_bytes` made bytes of.
-
-        It is safe to read bytes from anybody: nothing in them is evaluated or imported. A tensor
-        is put on the device that it was on, or on the CPU where there is no such device.
-
-        Args:
-            data: the bytes.
-
-        Raises:
-            WireError: if they are no graph, or one of another version of Insitu.
-        """
-        from insitu.graph.wire import from_bytes
-
-        return from_bytes(data)
 
 
 def readable(path: str) -> str:

@@ -270,14 +270,17 @@ def _writing() -> dict[str, Operation]:
 
 
 def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
-    """Operations of one namespace; a name that the installed torch does not have is left out."""
+    """Operations of one namespace.
+
+    What the installed torch does not have, or what is no function there, is left out.
+    """
     never_cast = _NEVER_CAST.split()
     return {
         f"{prefix}.{name}": Operation(
             f"{prefix}.{name}", getattr(namespace, name), casts=name not in never_cast
         )
         for name in names.split()
-        if hasattr(namespace, name)
+        if callable(getattr(namespace, name, None))
     }
 
 

@@ -48,6 +48,7 @@ from insitu.graph.operations import (
 )
 from insitu.graph.operators import Operators
 from insitu.graph.recorded import Cell, Missing, Recorded
+from insitu.graph.save_names import name_save
 from insitu.graph.saved import blank, device_name, set_class, spent
 from insitu.graph.shapes import shape_of
 from insitu.graph.structured import is_structure
@@ -66,6 +67,7 @@ class AnyProxy(Operators, Answers):
 
     def save(
         self,
+        name: str | None = None,
         optional: bool = False,
         keep_graph: bool = False,
         to: str | torch.device | None = None,
@@ -73,6 +75,8 @@ class AnyProxy(Operators, Answers):
         """Keeps a copy of the value, as it is at this line, for after the run.
 
         Args:
+            name: the name of the value in the `Results` of a job. Without one it has the number of
+                its place among all that the job saves: "0" is the first.
             optional: whether the value may be missing, because its module was not called or its
                 step never came. `.value` is None then.
             keep_graph: whether the value keeps its history for autograd, so that a loss can be
@@ -87,7 +91,7 @@ class AnyProxy(Operators, Answers):
 
         Raises:
             NoValueError: if the block has ended.
-            OptionError: if there is no such device.
+            OptionError: if there is no such device, or another value of the block has the name.
         """
         recording, source = self._recording, self._ref
         if not recording.open:
@@ -102,6 +106,8 @@ class AnyProxy(Operators, Answers):
             recording.graph.optional |= {index}
         if keep_graph:
             recording.graph.differentiates = True
+        if name is not None:
+            name_save(recording, index, name)
         kind = KEEP if keep_graph else SAVE
         args = (source,) if to is None else (source, device_name(to))
         frame = _getframe(1)

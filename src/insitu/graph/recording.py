@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -91,6 +92,30 @@ class ShapeSource(Protocol):
         ...
 
 
+class Lines(Protocol):
+    """What was recorded, as far as a run or a scan of it asks: here, or in another process.
+
+    Attributes:
+        graph: as of `Recording`, and so are the others.
+        saves: likewise.
+        shapes: likewise.
+        fakes: likewise.
+        casts: likewise.
+        dtype: likewise.
+        as_first_step: likewise.
+        counting: what counts the operations of fake values, None if nobody wants to know.
+    """
+
+    graph: Graph
+    saves: dict[int, Holder]
+    shapes: ShapeSource | None
+    fakes: dict[int, Any]
+    casts: Casts
+    dtype: torch.dtype
+    as_first_step: bool
+    counting: AbstractContextManager[Any] | None
+
+
 class Recording:
     """What one block records.
 
@@ -112,11 +137,14 @@ class Recording:
         open: whether lines still add to it.
         repeating: whether lines are recorded for every step, so that what they save is a list.
         carried: how many values of earlier blocks of the session it has taken.
+        lent: where later blocks of the session find values of this one, by the node that saves it.
+        names: the names of saved values that were given one, by the node that saves it.
         shapes: gives the shapes at sites; None where no model is behind the recording.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
         grads: whether autograd was on where the block began.
         casts: where autocast was enabled there.
         dtype: the default dtype there.
+        counting: None.
         as_first_step: whether sites of later steps count as those of the first, while a question
             is answered to which that makes no difference.
     """
@@ -129,8 +157,11 @@ class Recording:
     session: object = None
     order: int = 0
     carried: int = 0
+    lent: Mapping[int, Cell] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
+    names: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
     dtype: torch.dtype = torch.float32
     as_first_step: bool = False
+    counting: AbstractContextManager[Any] | None = None
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
         self.graph = Graph([])
@@ -379,6 +410,7 @@ class Recording:
         source, rows = self.current(value), self.graph.rows
         cell = Cell()
         self.saves[len(rows)] = cell
+        self.lent = {**self.lent, len(rows): cell}
         rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark))
 
         def fake() -> Any:

@@ -23,11 +23,11 @@ from insitu.graph.location import here
 from insitu.graph.node import Carried, Function, Graph, ModuleRef, Node, Ref, Subgraph
 from insitu.graph.operations import APPLY, COND, FOLD, GETITEM, INPUT, READ
 from insitu.graph.ordinary import ordinary_tensors
-from insitu.graph.recording import Recording
+from insitu.graph.recording import Lines
 from insitu.graph.structure import map_structure, storages_of
 
 
-def fake_value(recording: Recording, index: int) -> Any:
+def fake_value(recording: Lines, index: int) -> Any:
     """Returns the value of a node with fake tensors in place of tensors.
 
     Args:
@@ -43,7 +43,7 @@ def fake_value(recording: Recording, index: int) -> Any:
         return _fake_value(recording, index)
 
 
-def outlined(recording: Recording, index: int) -> Any:
+def outlined(recording: Lines, index: int) -> Any:
     """Returns a fake value with the number of axes and the structure of a node's value.
 
     In later steps of a generation sizes may differ from those of the first, but no more.
@@ -62,7 +62,7 @@ def outlined(recording: Recording, index: int) -> Any:
             return fake_value(recording, index)
 
 
-def shares_memory(recording: Recording, index: int) -> bool | None:
+def shares_memory(recording: Lines, index: int) -> bool | None:
     """Returns whether a node's value shares memory with what it is made of, None if nobody knows.
 
     It is asked where dtypes or strides decide that. In later steps of a generation dtypes are
@@ -99,7 +99,7 @@ def shares_memory(recording: Recording, index: int) -> bool | None:
 _BY_STRIDES = ("contiguous", "flatten", "ravel", "reshape", "reshape_as")
 
 
-def _shares(recording: Recording, index: int) -> tuple[bool, bool]:
+def _shares(recording: Lines, index: int) -> tuple[bool, bool]:
     """Whether a value shares memory with what it is made of, and whether it is a tensor."""
     value = fake_value(recording, index)
     sources = [fake_value(recording, source) for source in recording.graph.rows[index][3]]
@@ -111,7 +111,7 @@ def _is_whole_number(key: Any) -> bool:
     return not (key.is_floating_point() or key.is_complex() or key.dtype is torch.bool)
 
 
-def _is_of_later_steps(recording: Recording, index: int) -> bool:
+def _is_of_later_steps(recording: Lines, index: int) -> bool:
     """Whether a value is, or may be, of a step other than the first."""
     seen: set[int] = set()
     pending = [index]
@@ -127,7 +127,7 @@ def _is_of_later_steps(recording: Recording, index: int) -> bool:
 
 
 @contextmanager
-def _as_in_first_step(recording: Recording) -> Generator[None]:
+def _as_in_first_step(recording: Lines) -> Generator[None]:
     """Lets sites of later steps count as those of the first."""
     kept, recording.fakes = recording.fakes, {}
     recording.as_first_step = True
@@ -137,7 +137,7 @@ def _as_in_first_step(recording: Recording) -> Generator[None]:
         recording.fakes, recording.as_first_step = kept, False
 
 
-def _fake_value(recording: Recording, index: int) -> Any:
+def _fake_value(recording: Lines, index: int) -> Any:
     fakes = recording.fakes
     for ancestor in _unknown_ancestors(recording, index):
         node = recording.graph[ancestor]
@@ -172,7 +172,7 @@ def dtype_of(value: Any) -> Any:
     return _plain(value, lambda leaf: leaf.dtype if isinstance(leaf, torch.Tensor) else None)
 
 
-def length_of(value: Any, recording: Recording, ref: Ref) -> int:
+def length_of(value: Any, recording: Lines, ref: Ref) -> int:
     """Returns `len(value)`.
 
     Raises:
@@ -199,7 +199,7 @@ def _plain(value: Any, leaf: Callable[[Any], Any]) -> Any:
     return leaf(value)
 
 
-def _unknown_ancestors(recording: Recording, index: int) -> list[int]:
+def _unknown_ancestors(recording: Lines, index: int) -> list[int]:
     """The nodes that must be computed first, in their order, and the node itself."""
     needed: set[int] = set()
     pending = [index]
@@ -211,7 +211,7 @@ def _unknown_ancestors(recording: Recording, index: int) -> list[int]:
     return sorted(needed)
 
 
-def works_in_one_dtype(recording: Recording, index: int) -> bool:
+def works_in_one_dtype(recording: Lines, index: int) -> bool:
     """Returns whether an operation works on fake tensors whose floating ones are all float32.
 
     Where it fails otherwise, the dtypes are to blame and not the shapes.
@@ -227,7 +227,7 @@ def works_in_one_dtype(recording: Recording, index: int) -> bool:
     return True
 
 
-def _compute(recording: Recording, index: int, one_dtype: bool = False) -> Any:
+def _compute(recording: Lines, index: int, one_dtype: bool = False) -> Any:
     node = recording.graph[index]
     if node.operation is INPUT or (
         node.operation is APPLY and type(node.args[0]) is Function and not node.args[0].on_fakes
@@ -271,7 +271,14 @@ def _compute(recording: Recording, index: int, one_dtype: bool = False) -> Any:
     args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, given)))
     try:
         context = recording.graph.contexts.get(index)
-        with unlogged_failures(), ordinary_tensors(), mode, torch.no_grad(), entered(context):
+        with (
+            unlogged_failures(),
+            ordinary_tensors(),
+            mode,
+            torch.no_grad(),
+            entered(context),
+            recording.counting or nullcontext(),
+        ):
             if one_dtype:
                 args, kwargs = map_structure(_float, (args, kwargs))
             if node.operation is COND:
@@ -351,7 +358,7 @@ def _either(pred: Any, then: Any, otherwise: Any, *operands: Any) -> Any:
     return first
 
 
-def _mode(recording: Recording, node: Node) -> FakeTensorMode:
+def _mode(recording: Lines, node: Node) -> FakeTensorMode:
     """The fake mode that the inputs of a node live in."""
     modes: list[FakeTensorMode] = []
 

@@ -1,4 +1,4 @@
-"""Graphs as bytes, to be run in another process: `Graph.to_bytes` and `Graph.from_bytes`.
+"""Graphs as bytes: what edits are stored as, and what the blocks of a job are written with.
 
 A frame with a version and a checksum holds a msgpack message, and the tensors that the graph
 refers to. What a message may look like is declared as types, and msgspec reads nothing else.
@@ -12,10 +12,9 @@ where the user is.
 
 from __future__ import annotations
 
-import struct
-import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import msgspec
 import torch
@@ -26,6 +25,7 @@ from insitu.graph.expression import expression
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph, ModuleRef, Row, Subgraph
 from insitu.graph.operations import BY_NAME
+from insitu.graph.wire_frame import Frame
 from insitu.graph.wire_message import (
     Fields,
     LinePart,
@@ -38,82 +38,115 @@ from insitu.graph.wire_message import (
 )
 from insitu.graph.wire_parts import Value
 from insitu.graph.wire_reader import FIELDS, Field, Reader, line_column
-from insitu.graph.wire_tensors import stored
+from insitu.graph.wire_tensors import restored, stored
 from insitu.graph.wire_values import ValueWriter, text
 
-VERSION = 1
-"""The version of the format. Another one cannot be read."""
+FRAME = Frame(b"insitu", 1, "graph")
+"""What a graph that travels by itself stands in. A job has a frame of its own."""
 
-# What it is, the version, and a checksum of all that follows; then the length of the message.
-_FRAME = struct.Struct("<6sBI")
-_LENGTH = struct.Struct("<Q")
-_MAGIC = b"insitu"
 _LONGEST_TEXT = 200
 
 
 def to_bytes(graph: Graph) -> bytes:
-    """Returns a graph as bytes; see `Graph.to_bytes`."""
-    writer = _Writer()
+    """Returns a graph as bytes, for `from_bytes` in another process.
+
+    The tensors in it are copied.
+
+    Args:
+        graph: the graph.
+
+    Raises:
+        WireError: if it holds what cannot travel, such as a function or a tensor that requires
+            grad, naming the line.
+    """
+    writer = Writer()
     rows, fields = writer.rows(graph), writer.fields(graph)
     described, tensors = stored(writer.values.tensors)
-    message = Message(
-        list(writer.operations),
-        list(writer.files),
-        [LinePart(*line) for line in writer.lines],
-        described,
-        rows,
-        fields,
-    )
-    encoded = msgspec.msgpack.encode(message)
-    body = b"".join((_LENGTH.pack(len(encoded)), encoded, tensors))
-    return _FRAME.pack(_MAGIC, VERSION, zlib.crc32(body)) + body
+    tables = (list(writer.operations), list(writer.files), writer.line_parts)
+    message = Message(*tables, described, rows, fields)
+    return FRAME.around(msgspec.msgpack.encode(message), tensors)
 
 
 def from_bytes(data: bytes) -> Graph:
-    """Returns the graph that bytes stand for; see `Graph.from_bytes`."""
-    encoded, tensors = _unframed(memoryview(data))
+    """Returns the graph that `to_bytes` made bytes of.
+
+    It is safe to read bytes from anybody. A tensor is put on the device that it was on, or on the
+    CPU where there is no such device.
+
+    Args:
+        data: the bytes.
+
+    Raises:
+        WireError: if they are no graph, or one of another version of Insitu.
+    """
+    encoded, tensors = FRAME.opened(data)
+    message = decoded(_DECODER, encoded, "graph")
+    with said_of("graph"):
+        reader = Reader(message, restored(message.tensors, tensors))
+        made = reader.graph(message.rows, message.fields)
+        reader.check_tensors()
+        return made
+
+
+Read = TypeVar("Read")
+
+
+def decoded(decoder: msgspec.msgpack.Decoder[Read], encoded: memoryview, what: str) -> Read:
+    """Returns a message.
+
+    Args:
+        decoder: reads it as what it is declared to be.
+        encoded: its bytes.
+        what: what is in it, for errors: "graph".
+
+    Raises:
+        WireError: if it is anything else.
+    """
     try:
-        message = _DECODER.decode(encoded)
+        return decoder.decode(encoded)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"The bytes of the graph cannot be read: {error}.") from None
+        raise WireError(f"The bytes of the {what} cannot be read: {error}.") from None
+
+
+@contextmanager
+def said_of(what: str) -> Generator[None, None, None]:
+    """Makes sentences of the errors of a reader that name no line.
+
+    Args:
+        what: what is read: "graph".
+    """
     try:
-        return Reader(message, tensors).graph()
+        yield
     except WireError as error:
         if error.location is not None:
             raise
-        raise WireError(f"The graph cannot be read: {error}.") from None
+        raise WireError(f"The {what} cannot be read: {error}.") from None
 
 
-def _unframed(data: memoryview) -> tuple[memoryview, bytes]:
-    """The message and the tensors in a frame."""
-    if bytes(data[: len(_MAGIC)]) != _MAGIC:
-        raise WireError("The bytes are no graph of Insitu: they do not begin as one.")
-    start = _FRAME.size + _LENGTH.size
-    if len(data) < start:
-        raise WireError("The bytes of the graph end too early.")
-    _, version, checksum = _FRAME.unpack_from(data)
-    if version != VERSION:
-        raise WireError(
-            f"The graph is in version {version} of the format, and this Insitu reads version "
-            f"{VERSION}: install the same Insitu in both places."
-        )
-    if zlib.crc32(data[_FRAME.size :]) != checksum:
-        raise WireError("The bytes of the graph are not complete, or were changed on their way.")
-    end = start + _LENGTH.unpack_from(data, _FRAME.size)[0]
-    if end > len(data):
-        raise WireError("The bytes of the graph end too early.")
-    return data[start:end], bytes(data[end:])
+class Writer:
+    """Collects what makes a message; what occurs several times is written once.
 
+    Args:
+        values: writes arguments.
 
-class _Writer:
-    """Collects what makes a message; what occurs several times is written once."""
+    Attributes:
+        operations: the names of the operations, with their numbers.
+        files: the names of the files that the user's lines are in, with theirs.
+        lines: the user's lines, with theirs.
+        values: writes arguments.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, values: ValueWriter | None = None) -> None:
         self.operations: dict[str, int] = {}
         self.files: dict[str, int] = {}
         self.lines: dict[tuple[int, int, str], int] = {}
-        self.values = ValueWriter()
+        self.values = values or ValueWriter()
         self._marks: dict[tuple[int, int], int] = {}
+
+    @property
+    def line_parts(self) -> list[LinePart]:
+        """The user's lines."""
+        return [LinePart(*line) for line in self.lines]
 
     def rows(self, graph: Graph) -> list[RowPart]:
         """Returns the nodes of a graph.

@@ -13,6 +13,9 @@ import msgspec
 MOST_ENTRIES = 1024
 """How many entries a dictionary may have, which bounds what one of colliding keys can cost."""
 
+LARGEST_INTEGER = 512
+"""How many bytes an integer may have. Python refuses to print those of over 4300 digits."""
+
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
@@ -24,6 +27,13 @@ class RefPart(Part, tag="ref"):
     """The value of an earlier node."""
 
     index: Index
+
+
+class EarlierPart(Part, tag="earlier"):
+    """A value that an earlier block of a job keeps: which block, and which of its nodes."""
+
+    block: Index
+    node: Index
 
 
 class TensorPart(Part, tag="tensor"):
@@ -69,7 +79,7 @@ class ResultPart(Part, tag="result"):
 class IntegerPart(Part, tag="int"):
     """An integer of more than 64 bits, in two's complement, little end first."""
 
-    data: bytes
+    data: Annotated[bytes, msgspec.Meta(max_length=LARGEST_INTEGER)]
 
 
 class ComplexPart(Part, tag="complex"):
@@ -102,7 +112,7 @@ class DevicePart(Part, tag="device"):
 
 
 class NamedPart(Part, tag="named"):
-    """A dtype, a layout or a memory format."""
+    """A dtype, a layout or a memory format; in JSON, a float that is no finite number."""
 
     name: str
 
@@ -114,6 +124,7 @@ Value = (
     | float
     | str
     | RefPart
+    | EarlierPart
     | TensorPart
     | TuplePart
     | ListPart

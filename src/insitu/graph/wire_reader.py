@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, Protocol, cast
 
 import msgspec
 import torch
@@ -34,7 +34,6 @@ from insitu.graph.operations import (
 from insitu.graph.wire_message import (
     Fields,
     LinePart,
-    Message,
     ModulePart,
     RowPart,
     SubgraphPart,
@@ -42,7 +41,6 @@ from insitu.graph.wire_message import (
     printable,
 )
 from insitu.graph.wire_parts import Index, Value
-from insitu.graph.wire_tensors import restored
 from insitu.graph.wire_values import DEEPEST, ValueReader
 
 _ADDRESS = tuple[Index, str, Kind, Index, Annotated[int, msgspec.Meta(ge=EVERY)]]
@@ -55,34 +53,53 @@ class Field(NamedTuple):
     columns: tuple[_Column, ...]
 
 
+class Tables(Protocol):
+    """What the graphs of a message refer to by number: see `Message`."""
+
+    operations: list[str]
+    files: list[str]
+    lines: list[LinePart]
+
+
 class Reader:
-    """Makes a graph of a message.
+    """Makes graphs of a message.
 
     Args:
-        message: the message.
-        tensors: the tensors that come with it.
+        tables: what the graphs refer to.
+        tensors: the tensors that come with the message.
 
     Attributes:
         marks: the user's lines.
+        values: reads arguments.
     """
 
-    def __init__(self, message: Message, tensors: bytes) -> None:
-        self._message = message
-        self._operations = list(map(_operation, message.operations))
-        self._values = ValueReader(restored(message.tensors, tensors))
+    def __init__(self, tables: Tables, tensors: Sequence[torch.Tensor]) -> None:
+        self._tables, self._tensors = tables, tensors
+        self._operations = list(map(_operation, tables.operations))
         self._depth = 0
-        self.marks = list(map(self._mark, message.lines))
+        self.values = ValueReader(tensors)
+        self.marks = list(map(self._mark, tables.lines))
 
-    def graph(self) -> Graph:
-        """Returns the graph.
+    def graph(self, rows: list[RowPart], fields: Fields) -> Graph:
+        """Returns a graph.
+
+        Args:
+            rows: its nodes.
+            fields: its other fields.
 
         Raises:
             WireError: if there is anything that no recording makes.
         """
-        made = self._graph(self._message.rows, self._message.fields, None)
-        if len(self._values.used) != len(self._message.tensors):
+        return self._graph(rows, fields, None)
+
+    def check_tensors(self) -> None:
+        """Raises if the message comes with tensors that nothing read so far refers to.
+
+        Raises:
+            WireError: in that case.
+        """
+        if len(self.values.used) != len(self._tensors):
             raise WireError("it comes with tensors that it does not use")
-        return made
 
     def _graph(self, parts: list[RowPart], fields: Fields, inputs: int | None) -> Graph:
         """A graph: of a function, if it is called with a number of inputs."""
@@ -107,7 +124,7 @@ class Reader:
         return made
 
     def _row(self, part: RowPart, graph: Graph, inputs: int | None, addresses: set[Any]) -> Row:
-        operation, index, values = self._operations[part.operation], len(graph), self._values
+        operation, index, values = self._operations[part.operation], len(graph), self.values
         if operation in (_INSIDE if inputs is None else _OUTSIDE):
             raise WireError(f"{operation.name} does not belong there")
         functions = {
@@ -119,7 +136,7 @@ class Reader:
             operation, {}
         ):
             raise WireError(f"{operation.name} is not given the functions that it takes")
-        values.references = []
+        values.references, values.earlier = [], 0
         args = tuple(
             [
                 functions[at] if at in functions else values.value(cast("Value", arg), index)
@@ -128,12 +145,15 @@ class Reader:
         )
         kwargs = {key: values.value(arg, index) for key, arg in part.kwargs.items()}
         nested = len(values.references) > sum(type(arg) is Ref for arg in args) or bool(functions)
+        nested = nested or values.earlier > 0
         if operation is READ:
             _check_address(args, kwargs, addresses)
         elif operation is INPUT:
             _check_input(args, kwargs, inputs or 0)
         else:
             _check_call(graph, operation, args, kwargs)
+        if values.earlier and inputs is not None:
+            raise WireError("a function uses a value of an earlier block")
         mark = self.marks[part.line]
         return (operation, args, kwargs, tuple(values.references), nested, mark)
 
@@ -146,7 +166,7 @@ class Reader:
             raise WireError(f"functions are nested more than {DEEPEST} deep")
         graph = self._graph(part.rows, part.fields, inputs)
         self._depth -= 1
-        return Subgraph(graph, self._values.value(part.output, len(graph)))
+        return Subgraph(graph, self.values.value(part.output, len(graph)))
 
     def _field(self, name: str, field: Field, entries: list[list[int]], graph: Graph) -> Any:
         for entry in entries:
@@ -167,9 +187,9 @@ class Reader:
         return made
 
     def _mark(self, line: LinePart) -> Mark:
-        if line.file >= len(self._message.files):
+        if line.file >= len(self._tables.files):
             raise WireError(f"there is no file {line.file}")
-        file = file_name(self._message.files[line.file])
+        file = file_name(self._tables.files[line.file])
         return SourceLine(file, line.number, printable(line.text)), 0
 
 
@@ -197,6 +217,8 @@ def _check_call(
         raise WireError(f"{operation.name} writes in place: that is a part of what `put` does")
     if own and not (args and type(args[0]) is Ref):
         raise WireError(f"{operation.name} is not done to a value of the run")
+    if not args and operation.name.startswith(("Tensor.", "operator.")):
+        raise WireError(f"{operation.name} is not done to anything")
     if operation is PUT:
         _check_put(args)
     elif kwargs and "." not in operation.name and operation not in (BACKWARD, APPLY):

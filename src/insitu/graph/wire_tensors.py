@@ -6,9 +6,10 @@ safetensors knows every dtype.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, cast
 
 import msgspec
 import safetensors.torch
@@ -36,7 +37,7 @@ class StoredTensor(Part):
 def stored(tensors: Sequence[torch.Tensor]) -> tuple[list[StoredTensor], bytes]:
     """Returns what tensors look like, and their bytes."""
     described = [StoredTensor(str(t.dtype), list(t.shape), str(t.device)) for t in tensors]
-    rows = {str(number): _bytes_of(tensor) for number, tensor in enumerate(tensors)}
+    rows = {str(number): bytes_of(tensor) for number, tensor in enumerate(tensors)}
     return described, safetensors.torch.save(rows) if rows else b""
 
 
@@ -46,21 +47,112 @@ def restored(described: Sequence[StoredTensor], data: bytes) -> list[torch.Tenso
     Raises:
         WireError: if the bytes are not those of tensors that look so.
     """
-    try:
-        rows = safetensors.torch.load(data) if data else {}
-    except Exception as error:  # it raises several kinds, not all of them its own
-        raise WireError(f"its tensors cannot be read: {error}") from None
+    rows = _rows(data)
     if set(rows) != set(map(str, range(len(described)))):
         raise WireError("it does not come with the tensors that it names")
-    return [_tensor(rows[str(number)], how) for number, how in enumerate(described)]
+    return [tensor_of(rows[str(number)], how) for number, how in enumerate(described)]
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+class DigestedTensor(Part):
+    """A tensor that is known by its digest, so that it need not come with every message.
+
+    Attributes:
+        tensor: what its bytes mean.
+        digest: as of `digest_of`.
+    """
+
+    tensor: StoredTensor
+    digest: str
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    """Returns a digest of what a tensor is: of its dtype, its shape and its content.
+
+    Args:
+        tensor: the tensor, on any device.
+    """
+    found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    found.update(cast(Any, bytes_of(tensor).numpy()))
+    return found.hexdigest()
+
+
+def stored_by_digest(
+    tensors: Mapping[tuple[str, str], torch.Tensor], without: Collection[str]
+) -> tuple[list[DigestedTensor], bytes]:
+    """Returns what tensors look like, and their bytes.
+
+    Args:
+        tensors: the tensors, by their digests and devices.
+        without: the digests of those whose bytes are left out.
+    """
+    described: list[DigestedTensor] = []
+    rows: dict[str, torch.Tensor] = {}
+    for (digest, place), tensor in tensors.items():
+        how = StoredTensor(str(tensor.dtype), list(tensor.shape), place)
+        described.append(DigestedTensor(how, digest))
+        if digest not in without:
+            rows[digest] = bytes_of(tensor)
+    return described, safetensors.torch.save(rows) if rows else b""
+
+
+def restored_by_digest(
+    described: Sequence[DigestedTensor], data: bytes, elsewhere: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Returns the tensors of `stored_by_digest`.
+
+    Args:
+        described: what they look like.
+        data: the bytes of those that came with the message.
+        elsewhere: the others, by digest.
+
+    Raises:
+        WireError: if one is missing, or is not what its digest says.
+    """
+    rows = _rows(data)
+    if not rows.keys() <= {one.digest for one in described}:
+        raise WireError("it comes with tensors that it does not name")
+    known: set[tuple[str, str]] = set()
+    restored: list[torch.Tensor] = []
+    for one in described:
+        if (one.digest, one.tensor.device) in known:
+            raise WireError("it names a tensor twice")
+        known.add((one.digest, one.tensor.device))
+        found = tensor_of(rows[one.digest], one.tensor) if one.digest in rows else None
+        found = elsewhere.get(one.digest) if found is None else found
+        if found is None:
+            raise WireError(
+                f"the tensor {one.digest:.16}... of {one.tensor.dtype} and shape "
+                f"{one.tensor.shape} did not come with it: give it in `tensors`"
+            )
+        if digest_of(found) != one.digest:
+            raise WireError(f"the tensor {one.digest:.16}... is not what its digest says")
+        restored.append(found)
+    return restored
+
+
+def _rows(data: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(data) if data else {}
+    except Exception as error:  # it raises several kinds, not all of them its own
+        raise WireError(f"its tensors cannot be read: {error}") from None
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy of the content of a tensor as a row of bytes on the CPU."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
     return plain.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
-def _tensor(row: torch.Tensor, how: StoredTensor) -> torch.Tensor:
+def tensor_of(row: torch.Tensor, how: StoredTensor) -> torch.Tensor:
+    """Returns the tensor whose content a row of bytes is, in the same memory.
+
+    Args:
+        row: the bytes.
+        how: what they mean.
+
+    Raises:
+        WireError: if they do not mean that.
+    """
     kind, place = dtype(how.dtype), device(how.device)
     if not is_whole(kind):
         raise WireError(f"no tensor of {kind} can be made")

@@ -6,19 +6,22 @@ they look in the message is in `wire_parts.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
 from insitu.graph.errors import WireError
-from insitu.graph.node import Function, Ref, ref
+from insitu.graph.node import Earlier, Function, Ref, ref
 from insitu.graph.wire_parts import (
+    LARGEST_INTEGER,
     MOST_ENTRIES,
     BytesPart,
     ComplexPart,
     DevicePart,
     DictPart,
+    EarlierPart,
     EllipsisPart,
     IntegerPart,
     ListPart,
@@ -40,6 +43,7 @@ _NAMED: Mapping[str, Any] = {
     for value in vars(torch).values()
     if isinstance(value, torch.dtype | torch.layout | torch.memory_format)
 }
+_NOT_FINITE = ("nan", "inf", "-inf")
 _RESULTS: Mapping[str, Any] = {
     name: kind
     for name, kind in vars(torch.return_types).items()
@@ -54,6 +58,7 @@ _LEAVES: Mapping[Any, Callable[[Any], Value]] = {
     bytes: BytesPart,
     type(...): lambda value: EllipsisPart(),
     Ref: lambda value: RefPart(value.index),
+    Earlier: lambda value: EarlierPart(value.block, value.node),
     torch.Size: lambda value: SizePart(list(value)),
     torch.device: lambda value: DevicePart(str(value)),
     torch.dtype: lambda value: NamedPart(str(value)),
@@ -71,13 +76,23 @@ _KEYS = frozenset(
 class ValueWriter:
     """Turns arguments into parts, and collects the tensors among them.
 
+    Args:
+        finite: whether the message can hold finite numbers only, as JSON does.
+        identity: gives what is equal for tensors of which one is enough.
+
     Attributes:
         tensors: each tensor that was met, once.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, finite: bool = False, identity: Callable[[torch.Tensor], Hashable] = id
+    ) -> None:
+        self._finite = finite
+        self._identity = identity
         self.tensors: list[torch.Tensor] = []
         self._numbers: dict[int, int] = {}
+        self._met: dict[Hashable, int] = {}
+        self._held: list[torch.Tensor] = []  # so that no other gets the number of its `id`
 
     def part(self, value: Any, depth: int = 0) -> Value:
         """Returns how an argument looks in the message.
@@ -90,6 +105,8 @@ class ValueWriter:
             WireError: if it cannot travel, saying why and what to write instead.
         """
         kind = cast(Any, type(value))
+        if kind is float and self._finite and not math.isfinite(value):
+            return NamedPart(repr(value))
         if kind in _LEAVES:
             return _LEAVES[kind](value)
         if isinstance(value, torch.Tensor):
@@ -125,8 +142,11 @@ class ValueWriter:
         if id(tensor) not in self._numbers:
             if why := _live(tensor):
                 raise WireError(why)
-            self._numbers[id(tensor)] = len(self.tensors)
-            self.tensors.append(tensor)
+            number = self._met.setdefault(self._identity(tensor), len(self.tensors))
+            if number == len(self.tensors):
+                self.tensors.append(tensor)
+            self._numbers[id(tensor)] = number
+            self._held.append(tensor)
         return self._numbers[id(tensor)]
 
 
@@ -136,12 +156,16 @@ class ValueReader:
     Attributes:
         references: the nodes that were referred to since this was last emptied, in order.
         used: the numbers of the tensors that were referred to.
+        earlier: how many values of earlier blocks were referred to since it was last set to 0.
+        saved: the nodes of each earlier block of a job whose values it keeps for later ones.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
         self.references: list[int] = []
         self.used: set[int] = set()
+        self.earlier = 0
+        self.saved: list[frozenset[int]] = []
 
     def value(self, part: Value, before: int, depth: int = 0) -> Any:
         """Returns the argument that a part stands for.
@@ -168,6 +192,11 @@ class ValueReader:
                     raise WireError(f"node {before} refers to node {index}, which is not before it")
                 self.references.append(index)
                 return ref(index)
+            case EarlierPart(block=block, node=node):
+                if block >= len(self.saved) or node not in self.saved[block]:
+                    raise WireError(f"there is no value {node} of a block {block} before it")
+                self.earlier += 1
+                return Earlier(block, node)
             case TensorPart(index=index):
                 if index >= len(self._tensors):
                     raise WireError(f"there is no tensor {index}")
@@ -203,6 +232,8 @@ def text(value: str) -> str:
 def _integer(value: int) -> Value:
     if -(2**63) <= value < 2**64:
         return value
+    if value.bit_length() // 8 + 1 > LARGEST_INTEGER:
+        raise WireError(f"an integer in it has {value.bit_length()} bits")
     return IntegerPart(value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
 
 
@@ -274,6 +305,8 @@ def _leaf(part: Value) -> Any:
         case DevicePart(name=name):
             return device(name)
         case NamedPart(name=name):
+            if name in _NOT_FINITE:
+                return float(name)
             if name not in _NAMED:
                 raise WireError(f"{name!r} is not in this version of PyTorch")
             return _NAMED[name]

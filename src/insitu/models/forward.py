@@ -18,7 +18,9 @@ from insitu.models.calls import arguments, content, default_budget, forward
 from insitu.models.padding import padding_of, positioned
 from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt, Side, counted
+from insitu.models.sent_prompts import received, sent
 from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, uncut
+from insitu.runtime.job import JobPrompt, ProcedureName
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
@@ -47,6 +49,8 @@ class LanguageForward:
         dry: whether the weights are not to be loaded.
     """
 
+    name: ProcedureName = "trace"
+
     def __init__(
         self,
         model: LanguageModel,
@@ -74,6 +78,27 @@ class LanguageForward:
             return self
         options = {**options, **self._options}
         return LanguageForward(self._model, options, self._budget, self._share, self._dry)
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The options of the forward and our own."""
+        own = {"max_tokens_per_pass": self._budget, "share_prefixes": self._share}
+        return {**self._options, **{name: one for name, one in own.items() if one is not None}}
+
+    def prompt(self, request: Prompt) -> JobPrompt:
+        """Returns a prompt as a job holds it. Position ids are made anew where it runs."""
+        return sent(request)
+
+    def received(self, prompt: JobPrompt) -> Prompt:
+        """Returns the prompt that a job holds.
+
+        Raises:
+            InsituError: if the model cannot take it.
+        """
+        if prompt.seed is not None:
+            raise OptionError("A trace takes no seed.", prompt.location)
+        read = received(self._model, prompt, self._side, "trace")
+        return read if read.mask is None else positioned(self._model, read, self._dry)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids."""

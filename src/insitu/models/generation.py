@@ -32,9 +32,11 @@ from insitu.models.padding import padding_shows, positioned, warn_of_counting
 from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt, Side
 from insitu.models.rotary import forgetting_lengths
+from insitu.models.sent_prompts import received, sent
 from insitu.models.separation import OF_STEPS
 from insitu.models.trial import undisturbed
 from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, tried, uncut
+from insitu.runtime.job import JobPrompt, ProcedureName
 from insitu.runtime.layout import Axis, Layouts, TensorLayout
 from insitu.runtime.order import uses
 from insitu.runtime.passes import Deliver, Own, Pass, Steps
@@ -67,6 +69,8 @@ class Generation:
         OptionError: if `max_new_tokens` is no positive number.
     """
 
+    name: ProcedureName = "generate"
+
     def __init__(self, model: LanguageModel, options: dict[str, Any], location: Location) -> None:
         self._model = model
         self._location = location
@@ -93,6 +97,25 @@ class Generation:
         if options.keys() <= self._options.keys():
             return self
         return Generation(self._model, {**options, **self._options}, self._location)
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The options of `generate`, without the model's own tokenizer."""
+        own = self._model.has_tokenizer(self._options.get("tokenizer"))
+        return {n: one for n, one in self._options.items() if not (own and n == "tokenizer")}
+
+    def prompt(self, request: Prompt) -> JobPrompt:
+        """Returns a prompt as a job holds it."""
+        return sent(request)
+
+    def received(self, prompt: JobPrompt) -> Prompt:
+        """Returns the prompt that a job holds.
+
+        Raises:
+            InsituError: if the model cannot take it.
+        """
+        read = received(self._model, prompt, self._side, "generate")
+        return read._replace(seed=prompt.seed)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with its seed."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from insitu.graph.errors import LoadError, OptionError
-from insitu.graph.location import Location, here
+from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
 from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.blocks import block_views
@@ -31,7 +31,9 @@ from insitu.models.rotary import LengthDependence, growing_parts, length_depende
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
 from insitu.models.usual import Usual
 from insitu.runtime.costs import Costs
+from insitu.runtime.job import ProcedureName
 from insitu.runtime.own_hooks import users_hooks_hang_on
+from insitu.runtime.procedure import Procedure
 from insitu.runtime.reuse import Plans
 from insitu.tracing.block import Block
 from insitu.tracing.tracer import Tracer
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 _USED_INSIDE = """
     block_views bytes_per_token chains costs decoder_start forward_parameters generating growing
+    has_tokenizer
     is_encoder_decoder is_training lengths options pad_id padded_generations paddings placement
     reader separations takes_use_cache trains unembedding_paths
 """
@@ -173,6 +176,7 @@ class LanguageModel(Model):
         if not reads_tokens(self._module):
             raise OptionError(no_language_model(source.config), location)
         vars(self).update(_config=source.config, _source=None if tree is None else source)
+        vars(self)["_origin"] = source.origin
         return source
 
     _internal = Model._internal | frozenset(_USED_INSIDE.split())
@@ -314,12 +318,14 @@ class LanguageModel(Model):
         *others: Any,
         max_tokens_per_pass: int | None = None,
         share_prefixes: bool | None = None,
+        generate: bool = False,
         **kwargs: Any,
     ) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.
 
         The weights are not loaded. What is saved in the block is then a fake tensor: it has a
-        shape and a dtype, and no content. `tracer.plan` tells how it would run.
+        shape and a dtype, and no content. `tracer.plan` tells how it would run, and `tracer.job`
+        can be run by a model that is somewhere else.
 
         Args:
             prompt: as of `trace`.
@@ -327,16 +333,33 @@ class LanguageModel(Model):
             max_tokens_per_pass: as of `trace`.
             share_prefixes: as of `trace`. Whether a model that is not loaded can do so is not
                 known.
-            kwargs: as of `trace`.
+            generate: whether it is a block like `generate`, and not like `trace`.
+            kwargs: as of `trace`, or of `generate`.
         """
         if others:
             raise more_prompts("scan", others)
+        if generate:
+            own = {"max_tokens_per_pass": max_tokens_per_pass, "share_prefixes": share_prefixes}
+            kwargs |= {name: given for name, given in own.items() if given is not None}
+            return self._generating(prompt, kwargs, dry=True)
         self._notice()
         given = None if prompt is None else ((prompt,), {})
         if kwargs:
             given = given_to_block(self, prompt, kwargs, "scan")
         forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes, dry=True)
         return Tracer(Block(self, forward, given, dry=True))
+
+    def procedure(
+        self, name: ProcedureName, options: Mapping[str, Any], mark: Mark, dry: bool = False
+    ) -> Procedure[Any]:
+        """Returns the procedure that a job names: as of `Subject`."""
+        from insitu.models.job_procedures import language_procedure
+
+        return language_procedure(self, name, options, mark, dry)
+
+    def has_tokenizer(self, tokenizer: object) -> bool:
+        """Returns whether a tokenizer is its own."""
+        return tokenizer is not None and tokenizer is self._tokenizer
 
     def generate(self, prompt: Any = None, *others: Any, **kwargs: Any) -> Tracer:
         """Opens a block that generates when it ends, with the model's own `generate`.
@@ -358,12 +381,16 @@ class LanguageModel(Model):
             OptionError: if `max_new_tokens` is no positive number, an option means nothing, or the
                 model generates nothing.
         """
+        if others:
+            raise more_prompts("generate", others)
+        return self._generating(prompt, kwargs)
+
+    def _generating(self, prompt: Any, kwargs: dict[str, Any], dry: bool = False) -> Tracer:
+        """A block that generates; with `dry` it runs nothing."""
         if not getattr(self._module, "can_generate", lambda: False)():
             raise OptionError(
                 f"{type(self._module).__name__} does not generate: use `trace`.", here()
             )
-        if others:
-            raise more_prompts("generate", others)
         from insitu.models.generation import Generation
 
         if "inputs" in kwargs:  # as `generate` calls token ids
@@ -372,7 +399,7 @@ class LanguageModel(Model):
         given = None if prompt is None else ((prompt,), {})
         if kwargs:
             given = given_to_block(self, prompt, kwargs, "generate")
-        return Tracer(Block(self, Generation(self, kwargs, here()), given, promises_output=True))
+        return Tracer(Block(self, Generation(self, kwargs, here()), given, True, dry))
 
     @short_tracebacks
     def run_with_cache(

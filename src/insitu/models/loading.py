@@ -74,6 +74,11 @@ class Source:
         self.config = self._config(location)
         self._class = choose(self.config, location, self._place)
 
+    @property
+    def origin(self) -> tuple[str, str]:
+        """What it was loaded by: its name, and the revision that was asked for, or ""."""
+        return self.name, str(self._where.get("revision") or "")
+
     def tokenizer(self) -> Any:
         """Returns the tokenizer, or the error with which loading it failed."""
         from transformers import AutoTokenizer

@@ -17,7 +17,7 @@ from torch import nn
 from insitu.graph import disk
 from insitu.graph.errors import OptionError, UnknownShapeError, WireError
 from insitu.graph.habits import OF_MODULES
-from insitu.graph.location import here
+from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.tracebacks import short_tracebacks
@@ -27,17 +27,22 @@ from insitu.models.delegation import DELEGATED, delegated
 from insitu.models.dropout import drops_out
 from insitu.models.plain import Forward
 from insitu.runtime.ambient import ambient
+from insitu.runtime.costs import Counts
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
+from insitu.runtime.job import Job, JobModel, ProcedureName
 from insitu.runtime.own_hooks import set_aside
-from insitu.runtime.probe import Call, Probe, fake_call, fake_run, probe
+from insitu.runtime.probe import Call, Probe, count, fake_call, fake_run, probe
+from insitu.runtime.procedure import Procedure
+from insitu.runtime.results import Results
 from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
 from insitu.tracing.block import Block
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
 from insitu.tracing.handle import Handle
+from insitu.tracing.job_running import run_job
 from insitu.tracing.session import Session
 from insitu.tracing.tracer import Tracer
 from insitu.tracing.vocabulary import NoVocabulary, Vocabulary
@@ -47,11 +52,13 @@ if TYPE_CHECKING:
     from insitu.models.architectures import Description
     from insitu.models.loading import Source
     from insitu.models.vocabulary import Names
+    from insitu.runtime.job_check import JobCheck
 
 
 _USED_INSIDE = """
-    caches edited exclusive fake_module has_hooks in_use knows_dtypes look look_at_weights
-    looks plans probe settle snapshot views vocabulary warn_of_noise without_data
+    caches count described edited exclusive fake_module has_hooks in_use knows_dtypes look
+    look_at_weights looks plans probe procedure settle snapshot views vocabulary warn_of_noise
+    without_data
 """
 """What other parts of Insitu use of a model; not in `dir`."""
 
@@ -124,6 +131,7 @@ class Model(Handle):
         model = cls(source.weights(location) if tree is None else tree)
         if tree is not None:
             vars(model)["_source"] = source
+        vars(model)["_origin"] = source.origin
         return model
 
     snapshot: Tree
@@ -141,6 +149,7 @@ class Model(Handle):
     _weights: tuple[list[torch.dtype], list[torch.Size]]
     _probes: dict[str, Probe | UnknownShapeError]
     _source: Source | None
+    _origin: tuple[str, str] = ("", "")  # the name that it was loaded by, and the revision
     _base: Model | None
     _unquantised: nn.Module | None  # of the same shapes; kernels for quantised weights need data
     _loading: threading.RLock
@@ -380,6 +389,79 @@ class Model(Handle):
         self._notice()
         given = (args, kwargs) if args or kwargs else None
         return Tracer(Block(self, Forward(self.views, self._module), given))
+
+    def procedure(
+        self, name: ProcedureName, options: Mapping[str, Any], mark: Mark, dry: bool = False
+    ) -> Procedure[Any]:
+        """Returns the procedure that a job names: as of `Subject`."""
+        if name != "trace":
+            raise OptionError(
+                f"The job generates, and a {type(self).__name__} does not: run it on a "
+                "`LanguageModel`.",
+                Location(*mark),
+            )
+        for option in options.keys() - {OPTION, "output_attentions"}:
+            raise OptionError(
+                f"The job has an option `{option}`, and a {type(self).__name__} takes none: run it "
+                "on a `LanguageModel`.",
+                Location(*mark),
+            )
+        return Forward(self.views, self._module, options)
+
+    def count(self, call: Call) -> Counts:
+        """Returns what a call of the module takes: as of `Subject`."""
+        module, kwargs = self.without_data[0], dict(call.kwargs)
+        with self.in_use(), attending(self._module, kwargs.pop(OPTION, None)):
+            return count(module, Call(call.args, kwargs))
+
+    @property
+    def described(self) -> JobModel:
+        """What a job says of the model that it is for."""
+        from insitu.models.fingerprints import described
+
+        return described(self, self._origin)
+
+    @short_tracebacks
+    def run(self, job: Job) -> Results:
+        """Runs a job, and returns what it saves by name.
+
+        The job may come from anybody, as bytes: see `Job.from_bytes`. Weights are loaded if they
+        are not there.
+
+        Args:
+            job: the job: of a block (`tracer.job`), of a session, or read from bytes.
+
+        Raises:
+            JobError: if the job is for a model of another structure, saying what differs, or if
+                other edits are in force than those that it was recorded with.
+            InsituError: for what is wrong with the run, at the line that was recorded; an
+                `ExecutionError` for what the model itself raises.
+
+        Example:
+            `results = model.run(Job.from_bytes(data))`, and then `results["logits"]`.
+        """
+        self._notice()
+        return run_job(self, job)
+
+    @short_tracebacks
+    def check(self, job: Job) -> JobCheck:
+        """Says what a job would give and take, and runs nothing: no weights are loaded.
+
+        Args:
+            job: the job, as of `run`.
+
+        Returns:
+            The shapes, dtypes and bytes of all results, the passes, floating-point operations and
+            the peak of memory.
+
+        Raises:
+            JobError: as of `run`.
+            InsituError: for what is wrong with the run, as far as that is found beforehand.
+        """
+        from insitu.tracing.job_checking import check_job
+
+        self._notice()
+        return check_job(self, job)
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.

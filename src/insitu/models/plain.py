@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from insitu.graph.errors import OptionError
+from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.models.attention import OPTION, attending
 from insitu.models.options import check_call
 from insitu.runtime.hooks import View
+from insitu.runtime.job import JobPrompt, ProcedureName
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Schedule, Work
@@ -30,6 +31,7 @@ class Forward:
         options: what all of them are given beside their arguments.
     """
 
+    name: ProcedureName = "trace"
     steps = 1
 
     def __init__(
@@ -47,6 +49,31 @@ class Forward:
         if options.keys() <= self._options.keys():
             return self
         return Forward(self.views, self._module, {**options, **self._options})
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The options that all invocations are given."""
+        return self._options
+
+    def prompt(self, request: Call) -> JobPrompt:
+        """Returns the arguments of an invocation as a job holds them."""
+        return JobPrompt(args=request.args, kwargs=request.kwargs)
+
+    def received(self, prompt: JobPrompt) -> Call:
+        """Returns the arguments that a job holds for an invocation.
+
+        Raises:
+            PromptTypeError: if they are token ids.
+        """
+        if prompt.ids is not None or prompt.seed is not None:
+            raise PromptTypeError(
+                "The job has prompts of token ids, and this model takes arguments of its forward: "
+                "run it on a `LanguageModel`.",
+                prompt.location,
+            )
+        kwargs = dict(prompt.kwargs)
+        check_call(self._module, kwargs, lambda: prompt.location)
+        return Call(prompt.args, kwargs)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Call:
         """Returns the arguments of an invocation.

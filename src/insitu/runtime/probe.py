@@ -22,6 +22,7 @@ from insitu.graph.shapes import unlogged_failures
 from insitu.graph.structure import map_structure
 from insitu.runtime.ambient import autocast_dtype
 from insitu.runtime.contents import Contents, has_contents
+from insitu.runtime.costs import Counts
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.inside import Called, returns_tensors, watched
 from insitu.runtime.listening import Listening
@@ -133,6 +134,36 @@ def probe(
     shown = [call for call in called if returns_tensors(call.output)]
     moments = {place: moment for moment, place in enumerate(seen)}
     return Probe(seen, listening.returned, shown, moments)
+
+
+def count(module: nn.Module, call: Call) -> Counts:
+    """Runs a module on fake tensors and returns what that takes.
+
+    Args:
+        module: the module; it is changed for the duration, as in `probe`.
+        call: what to call it with; the tensors' shapes and dtypes count.
+
+    Raises:
+        UnknownShapeError: if the module cannot be run without data.
+    """
+    from insitu.runtime.counting import Counting  # its formulas take a while to import
+
+    def leaf(item: Any) -> Any:
+        return _fake(item) if isinstance(item, torch.Tensor) else item
+
+    try:
+        with _without_data(), _faked(module):
+            args, kwargs = map_structure(leaf, tuple(call))
+            with Counting() as counting:
+                output = module(*args, **kwargs)
+                found = counting.counts
+                del output
+                return found
+    except Exception as error:  # whatever a model makes of tensors without data
+        raise UnknownShapeError(
+            f"What a forward takes cannot be counted without running it "
+            f"({type(error).__name__}: {error})."
+        ) from error
 
 
 def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

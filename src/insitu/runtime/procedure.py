@@ -14,9 +14,11 @@ from torch import nn
 
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Graph
+from insitu.runtime.costs import Counts
 from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.fallback import Fallback
 from insitu.runtime.hooks import Place, View
+from insitu.runtime.job import JobModel, JobPrompt, ProcedureName
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, written
 from insitu.runtime.probe import Call, Probe
@@ -73,8 +75,30 @@ class Procedure(Protocol, Generic[Request]):
         """How outputs are shown, by path, where that is not as the modules return them."""
         ...
 
+    @property
+    def name(self) -> ProcedureName:
+        """What it is called in a job."""
+        ...
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The options that make it what it is, for a job: `Subject.procedure` makes it of them."""
+        ...
+
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Request:
         """Checks what an invocation was given and returns it in the form to keep."""
+        ...
+
+    def prompt(self, request: Request) -> JobPrompt:
+        """Returns what an invocation was given as a job holds it."""
+        ...
+
+    def received(self, prompt: JobPrompt) -> Request:
+        """Checks what a job holds for an invocation and returns it in the form to run.
+
+        Raises:
+            InsituError: if the model cannot take it.
+        """
         ...
 
     def example(self, request: Request) -> Call:
@@ -129,6 +153,35 @@ class Subject(Protocol):
     @property
     def snapshot(self) -> Tree:
         """Its modules when they were last looked at."""
+        ...
+
+    def procedure(
+        self, name: ProcedureName, options: Mapping[str, Any], mark: Mark, dry: bool = False
+    ) -> Procedure[Any]:
+        """Returns the procedure that a job names.
+
+        Args:
+            name: its name.
+            options: its options, as `Procedure.given` has them.
+            mark: the user's line.
+            dry: whether nothing is to run, and no weights are to be loaded.
+
+        Raises:
+            OptionError: if the model does not run so, or an option means nothing to it.
+        """
+        ...
+
+    def count(self, call: Call) -> Counts:
+        """Returns what a call of the module takes, counted in a run on fake tensors.
+
+        Raises:
+            UnknownShapeError: if it cannot be run so.
+        """
+        ...
+
+    @property
+    def described(self) -> JobModel:
+        """What a job says of the model that it is for."""
         ...
 
     def look(self, closely: bool = False) -> bool:

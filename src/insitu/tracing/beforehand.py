@@ -29,7 +29,7 @@ from insitu.graph.operations import (
     SETITEM,
     WRITE,
 )
-from insitu.graph.recording import Recording
+from insitu.graph.recording import Lines
 from insitu.graph.shapes import calls_function, fake_value, works_in_one_dtype
 
 _NEVER_FAIL = (READ, SAVE, KEEP, GRAD, ATTRIBUTE)
@@ -38,11 +38,11 @@ _DEVICES = ("found two different devices", "on the same device")
 _MOST = 4  # fake runs: one for each form of prompt
 
 
-def check_fit(recording: Recording, knows_dtypes: bool, form_of: Callable[[int], str]) -> None:
+def check_fit(lines: Lines, knows_dtypes: bool, form_of: Callable[[int], str]) -> None:
     """Raises at the first line whose values do not fit together, as far as that can be known.
 
     Args:
-        recording: what is about to run.
+        lines: what is about to run.
         knows_dtypes: whether the fake weights certainly have the dtypes of the real ones.
         form_of: gives the shapes and dtypes of an invocation's prompt, equal for equal ones.
 
@@ -51,13 +51,13 @@ def check_fit(recording: Recording, knows_dtypes: bool, form_of: Callable[[int],
     """
     if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
         knows_dtypes = False
-    contexts = recording.graph.contexts.values()
+    contexts = lines.graph.contexts.values()
     if any(device != "cpu" for context in contexts for device, _ in context.casts):
         knows_dtypes = False  # fake tensors are on the CPU
-    for index in _fallible(recording, form_of):
-        operation = recording.graph.rows[index][0]
+    for index in _fallible(lines, form_of):
+        operation = lines.graph.rows[index][0]
         try:
-            fake_value(recording, index)
+            fake_value(lines, index)
         except UnknownShapeError:
             continue
         except ShapeError as error:
@@ -65,7 +65,7 @@ def check_fit(recording: Recording, knows_dtypes: bool, form_of: Callable[[int],
             elsewhere = any(said in str(error) for said in _DEVICES)
             if elsewhere or operation in _BY_VALUE:
                 continue
-            if knows_dtypes or not works_in_one_dtype(recording, index):
+            if knows_dtypes or not works_in_one_dtype(lines, index):
                 raise
         except InsituError:  # such as of a module that may be called in a run with data
             continue
@@ -73,9 +73,9 @@ def check_fit(recording: Recording, knows_dtypes: bool, form_of: Callable[[int],
             continue
 
 
-def _fallible(recording: Recording, form_of: Callable[[int], str]) -> list[int]:
+def _fallible(lines: Lines, form_of: Callable[[int], str]) -> list[int]:
     """The nodes whose values may not fit together, of a few forms of prompt."""
-    rows = recording.graph.rows
+    rows = lines.graph.rows
     found: list[int] = []
     needs: list[frozenset[int]] = []  # of which invocations
     forms: set[str] = set()

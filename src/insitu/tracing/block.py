@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from insitu.graph.context import (
     as_begun,
@@ -34,6 +34,11 @@ from insitu.tracing.running import run_block
 from insitu.tracing.scanning import scan_block
 from insitu.tracing.scope import innermost
 from insitu.tracing.session import Session, open_sessions, session_of
+from insitu.tracing.watching import watcher
+
+if TYPE_CHECKING:
+    from insitu.runtime.job import Job
+    from insitu.tracing.job_making import Recorded
 
 
 class Block:
@@ -56,12 +61,15 @@ class Block:
         told: gives the summary of each pass, once it is planned.
         result: what the run returned, where the block promises it.
         is_stopped: whether a line of the user's ended the run.
+        is_dry: whether the run is only planned.
+        raised: the name of the error that the block has raised, None if it has raised none.
     """
 
     # What most blocks never use is of the class.
     request: Any = None
     result: Any = None
     is_stopped = False
+    raised: str | None = None
     told: Sequence[Callable[[], Summary]] = ()
 
     def __init__(
@@ -80,7 +88,7 @@ class Block:
         self.invocations: list[Invocation] = []
         self.alone: Invocation | None = None
         self.is_open = self.is_done = False
-        self._dry = dry
+        self.is_dry = dry
         self._looks = model.looks
         self._requests: list[Any] = []
         self._session: Session | None = None
@@ -140,6 +148,7 @@ class Block:
             return False
         recording.open = False
         if kind is not None:
+            self.raised = kind.__name__
             recording.fail(f"its block raised {kind.__name__}, so the model did not run.")
         return kind is None
 
@@ -163,26 +172,51 @@ class Block:
             return
         told: list[Callable[[], Summary]] = []
         self.told = told
-        model, procedure = self.model, self.procedure
-        invocations, requests = self.invocations, self._requests
+        model, procedure, requests = self.model, self.procedure, self._requests
+        watching = watcher.get()
+        if watching is not None:
+            watching.begins(self)
         try:
-            if self._dry:
-                scan_block(model, procedure, recording, invocations, requests, told)
-                return
-            demanded = self._demanded
-            plan, results = run_block(
-                model, procedure, recording, invocations, requests, demanded, told
-            )
-            if self.promises_output:
-                self._take_outputs(plan, results)
+            if self.is_dry:
+                scan_block(model, procedure, recording, requests, told)
+            else:
+                demanded = self._demanded
+                plan, results = run_block(model, procedure, recording, requests, demanded, told)
+                if self.promises_output:
+                    self._take_outputs(plan, results)
         except BaseException as failure:
             recording.fail(f"its run raised {type(failure).__name__}.")
+            if watching is not None:
+                watching.ended(self, failure)
             shortened(failure)
             raise
         finally:
             recording.forget()
             # They refer to this: without them what nobody keeps is gone at once.
-            self.invocations, self._requests, self.alone = [], [], None
+            self.invocations, self.alone = [], None
+        if watching is not None:
+            watching.ended(self, None)
+
+    @property
+    def job(self) -> Job:
+        """The block as data: see `Tracer.job`."""
+        from insitu.tracing.job_making import job_of
+
+        return job_of(self.model, [self.recorded()])
+
+    def recorded(self) -> Recorded:
+        """Returns what a job is made of.
+
+        Raises:
+            BlockError: while the block is open, or if it has raised.
+        """
+        if not self.is_done:
+            raise BlockError("A block is a job once it has ended: ask for it after that.", here(3))
+        if self.raised is not None:
+            raise BlockError(
+                f"The block raised {self.raised}, so it is not whole, and no job.", here(3)
+            )
+        return self.procedure, self.recording, self._requests, self._demanded
 
     def give_up(self, reason: str) -> None:
         """Says of every saved value why it will have none, if it has none yet."""

@@ -10,10 +10,12 @@ import os
 import struct
 from collections.abc import Collection, Iterator, Sequence
 
-from insitu.graph.errors import InsituError, WireError, nearest
+from insitu.graph import wire
+from insitu.graph.errors import InsituError, WireError
 from insitu.graph.location import here
-from insitu.graph.node import Graph, ModuleRef, Subgraph, readable
+from insitu.graph.node import Graph
 from insitu.tracing.edit import check_edit
+from insitu.tracing.graph_check import check_modules
 
 _HEADER = struct.Struct("<12sI")
 _LENGTH = struct.Struct("<Q")
@@ -31,7 +33,7 @@ def edits_to_bytes(edits: Sequence[Graph]) -> bytes:
     """
     parts = [_HEADER.pack(_MAGIC, len(edits))]
     for graph in edits:
-        data = graph.to_bytes()
+        data = wire.to_bytes(graph)
         parts += [_LENGTH.pack(len(data)), data]
     return b"".join(parts)
 
@@ -58,9 +60,9 @@ def edits_from_bytes(
     graphs: list[Graph] = []
     try:
         for part in _parts(data, start):
-            graph = Graph.from_bytes(part)
+            graph = wire.from_bytes(part)
             check_edit(graph)
-            _check_modules(graph, modules)
+            check_modules(graph, modules)
             graphs.append(graph)
     except InsituError as error:
         first = str(error).splitlines()[0]
@@ -78,19 +80,3 @@ def _parts(data: bytes, start: int) -> Iterator[bytes]:
             raise WireError("It ends too early, or is no file of edits.")
         yield data[begin : begin + size]
         start = begin + size
-
-
-def _check_modules(graph: Graph, modules: Collection[str]) -> None:
-    for node in graph:
-        named = [arg.path for arg in node.args if isinstance(arg, ModuleRef)]
-        if node.site is not None:
-            named.append(node.site.path.partition(">")[0])
-        for path in named:
-            if path not in modules:
-                raise WireError(
-                    f"the model has no module `{readable(path)}`{nearest(path, modules)}.",
-                    node.location,
-                )
-        for arg in node.args:
-            if isinstance(arg, Subgraph):
-                _check_modules(arg.graph, modules)

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from insitu.graph.errors import BlockError, NoValueError, PathError, UnknownShapeError
+from insitu.graph.errors import BlockError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.intervention import skip, write
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Kind, Ref, Site, ref
 from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy, StructureProxy
-from insitu.runtime.inside import SEPARATOR, Called
+from insitu.runtime.inside import Called
 from insitu.runtime.probe import Call, Probe
-from insitu.tracing.never_ran import never_ran
 from insitu.tracing.scope import Scope
+from insitu.tracing.site_shapes import arriving_at, called_in
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 if TYPE_CHECKING:
@@ -265,9 +265,8 @@ class Invocation(Scope):
         Raises:
             ShapeError: if the model cannot be run on fake tensors.
         """
-        procedure = self.block.procedure
-        call = procedure.example(self.request)
-        return self.block.model.probe(call, procedure.views, path).called
+        block = cast("Block", self.block)
+        return called_in(block.model, block.procedure, self.request, path)
 
     def fake(self, site: Site) -> Any:
         """Returns what will arrive at a site, as fake tensors; one fake run answers for all."""
@@ -275,23 +274,7 @@ class Invocation(Scope):
         if self._probe is None:
             procedure = block.procedure
             self._probe = block.model.probe(procedure.example(self.request), procedure.views)
-        if site.step not in (0, EVERY) or site.kind in ("tokens", "choice"):
-            raise UnknownShapeError(f"The shape of `{site}` is not known before the run.")
-        seen = self._probe.seen
-        path, inside, function = site.path.partition(SEPARATOR)
-        if inside:
-            calls = [called for called in self.called(path) if called.name == function]
-            if site.call >= len(calls):
-                raise never_ran(self._recording.graph, block.model.modules, site, seen)
-            args, kwargs = calls[site.call].inputs
-            if site.kind == "output":
-                return calls[site.call].output
-            if site.kind == "inputs":
-                return args, dict(kwargs)
-            return args[0] if args else next(iter(kwargs.values()))
-        if site[1:4] not in seen:
-            raise never_ran(self._recording.graph, block.model.modules, site, seen)
-        return seen[site[1:4]]
+        return arriving_at(site, self._probe, self.called, self._recording.graph, block.model)
 
 
 class Invoked(Invocation):

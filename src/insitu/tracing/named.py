@@ -196,12 +196,13 @@ class NamedProxy(Proxy):
 
     def save(
         self,
+        name: str | None = None,
         optional: bool = False,
         keep_graph: bool = False,
         to: str | torch.device | None = None,
     ) -> Proxy:
         """Keeps a copy of the value: see `Proxy.save`."""
-        return _as(self, Proxy.save(self, optional, keep_graph, to))
+        return _as(self, Proxy.save(self, name, optional, keep_graph, to))
 
     @property
     def grad(self) -> Any:
@@ -242,12 +243,13 @@ class _Part(Proxy):
 
     def save(
         self,
+        name: str | None = None,
         optional: bool = False,
         keep_graph: bool = False,
         to: str | torch.device | None = None,
     ) -> Proxy:
         """Keeps a copy of the value: see `Proxy.save`."""
-        return _as(self, Proxy.save(self, optional, keep_graph, to))
+        return _as(self, Proxy.save(self, name, optional, keep_graph, to))
 
 
 class _SavedAs(SavedProxy):

@@ -1,7 +1,7 @@
 """How the run of a block is planned: once for all blocks of its shape, each in its own passes.
 
 The parts of a plan are made in `runtime/`. Here they are put together, and what they have to know
-of a block before the model runs is asked of its recording and of its invocations.
+of a block before the model runs is asked of its graph and of what its invocations were given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import nn
 from insitu.graph.errors import BlockError, PathError, ShapeError
 from insitu.graph.location import here
 from insitu.graph.node import Graph, ModuleRef, Site, readable
-from insitu.graph.recording import Recording
 from insitu.runtime.ambient import Ambient, ambient
 from insitu.runtime.call_path import CallPath
 from insitu.runtime.eager import is_compiled
@@ -30,7 +29,6 @@ from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
 from insitu.runtime.tree import Tree, Watched
-from insitu.tracing.invocation import Invocation
 from insitu.tracing.never_ran import never_ran
 
 _NOTHING_RETURNED: Mapping[str, Any] = {}
@@ -69,8 +67,8 @@ class Prepared:
 def prepare(
     model: Subject,
     procedure: Procedure[Any],
-    recording: Recording,
-    invocations: Sequence[Invocation],
+    graph: Graph,
+    saves: Mapping[int, object],
     requests: Sequence[Any],
     module: nn.Module,
     dry: bool = False,
@@ -82,9 +80,9 @@ def prepare(
     Args:
         model: the model that will run.
         procedure: how it will run.
-        recording: what was recorded.
-        invocations: the block's invocations.
-        requests: what each of them was given.
+        graph: what was recorded.
+        saves: holds the indices of the nodes whose values are kept.
+        requests: what each invocation was given.
         module: the wrapped module.
         dry: whether it will not run.
 
@@ -96,7 +94,6 @@ def prepare(
             "The block has no prompt: give it one, or write `with tracer.invoke(prompt):` inside.",
             here(4),
         )
-    graph, saves = recording.graph, recording.saves
     key, plans = procedure.key(module, requests), model.plans
     prepared: Prepared | None = None
     if key is not None:
@@ -113,7 +110,7 @@ def prepare(
             key, plans = procedure.key(module, requests), model.plans
             if key is not None:
                 key, _ = plans.find(key, graph, saves)
-        prepared, passes = _planned(model, procedure, recording, invocations, requests, module)
+        prepared, passes = _planned(model, procedure, graph, saves, requests, module)
         if key is not None:
             plans.keep(key, graph, saves, prepared)
     else:
@@ -153,14 +150,13 @@ def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
 def _planned(
     model: Subject,
     procedure: Procedure[Any],
-    recording: Recording,
-    invocations: Sequence[Invocation],
+    graph: Graph,
+    saves: Mapping[int, object],
     requests: Sequence[Any],
     module: nn.Module,
 ) -> tuple[Prepared, Sequence[Pass]]:
     """Plans a run and returns its passes too."""
-    graph = recording.graph
-    plan = make_plan(graph, recording.saves)
+    plan = make_plan(graph, saves)
     watched = _watched(model, graph, plan)
     if graph.differentiates:
         check_gradients(graph, plan)
@@ -179,7 +175,7 @@ def _planned(
             order = pass_order(graph, plan, passes)
         check_order(graph, plan, passes, moments)
     if cuts_short:
-        returned = _returned(model, procedure, graph, invocations)
+        returned = _returned(model, procedure, graph, requests)
         check_cuts(graph, plan, moments)
     compiled = is_compiled(model.snapshot.parts)
     alone = len(requests) == 1 and not returned
@@ -199,16 +195,15 @@ def _moments(
 
 
 def _returned(
-    model: Subject, procedure: Procedure[Any], graph: Graph, invocations: Sequence[Invocation]
+    model: Subject, procedure: Procedure[Any], graph: Graph, requests: Sequence[Any]
 ) -> Mapping[str, Any]:
     """What the modules that are skipped would return, as fake tensors."""
     returned: dict[str, Any] = {}
     for read in graph.skips:
         node = graph[read]
         invocation, path, *_ = node.args
-        request = invocations[invocation].request
         try:
-            probe = model.probe(procedure.example(request), procedure.views)
+            probe = model.probe(procedure.example(requests[invocation]), procedure.views)
         except ShapeError as error:
             raise ShapeError(
                 f"`{readable(path)}` cannot be skipped, because it is not known what it "

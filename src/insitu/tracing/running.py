@@ -11,7 +11,7 @@ from insitu.display.progress import passes as listener
 from insitu.graph.errors import BlockError, InsituError, NeverRanError, OptionError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
-from insitu.graph.recording import Recording
+from insitu.graph.recording import Lines
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.eager import eagerly
 from insitu.runtime.execution import Execution
@@ -25,7 +25,6 @@ from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Summary
 from insitu.tracing.beforehand import check_fit
-from insitu.tracing.invocation import Invocation
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.planning import Prepared, prepare
 
@@ -33,8 +32,7 @@ from insitu.tracing.planning import Prepared, prepare
 def run_block(
     model: Subject,
     procedure: Procedure[Any],
-    recording: Recording,
-    invocations: Sequence[Invocation],
+    lines: Lines,
     requests: Sequence[Any],
     demanded: tuple[Mapping[str, Any], Mark] | None,
     told: list[Callable[[], Summary]],
@@ -44,9 +42,8 @@ def run_block(
     Args:
         model: the model. Its weights are loaded if they are not there.
         procedure: how it runs.
-        recording: what was recorded.
-        invocations: the block's invocations.
-        requests: what each of them was given.
+        lines: what was recorded.
+        requests: what each invocation was given.
         demanded: options that a value of the block takes, and the line that reads it; None if
             there are none.
         told: gets, for each pass, the function that summarises it.
@@ -60,16 +57,16 @@ def run_block(
     if model.loaded:
         module = model.snapshot.root
     else:
-        check_fit(recording, model.knows_dtypes, partial(_form, procedure, invocations))
+        check_fit(lines, model.knows_dtypes, partial(_form, procedure, requests))
         module = model.load()
     if demanded is not None:
         _verify(model, *demanded)
     for again in (True, False):
-        prepared, passes = prepare(model, procedure, recording, invocations, requests, module)
+        prepared, passes = prepare(model, procedure, lines.graph, lines.saves, requests, module)
         told[:] = map(_told, passes)
         done = following(passes) if listener.get() is not None else None
         tree, held = prepared.tree, prepared.exclusive
-        execution = Execution(recording.graph, prepared.plan, tree.modules)
+        execution = Execution(lines.graph, prepared.plan, tree.modules)
         with eagerly(held) if prepared.compiled else held:
             try:
                 results, lacking, went = run_passes(
@@ -77,7 +74,7 @@ def run_block(
                     prepared,
                     passes,
                     done,
-                    recording.graph,
+                    lines.graph,
                     model,
                     procedure.views,
                     requests,
@@ -92,13 +89,13 @@ def run_block(
         path = prepared.path
         if path.now == path.then:
             if tree.exchanges and tree.has_changed():
-                _check_alike(procedure, invocations)
+                _check_alike(procedure, requests)
             break
         if again:  # the model exchanged modules of its own while hooks were on the old ones
-            _check_alike(procedure, invocations)
+            _check_alike(procedure, requests)
     if lacking is not None:
-        raise _missing(model, procedure, recording.graph, invocations, lacking, went)
-    execution.fill(recording.saves)
+        raise _missing(model, procedure, lines.graph, requests, lacking, went)
+    execution.fill(lines.saves)
     return prepared.plan, results
 
 
@@ -161,14 +158,14 @@ def run_passes(
 _told = attrgetter("told")  # of a pass
 
 
-def _form(procedure: Procedure[Any], invocations: Sequence[Invocation], number: int) -> str:
+def _form(procedure: Procedure[Any], requests: Sequence[Any], number: int) -> str:
     """What an invocation is called with, equal for arguments of equal shapes and dtypes."""
-    return procedure.example(invocations[number].request).signature()
+    return procedure.example(requests[number]).signature()
 
 
-def _check_alike(procedure: Procedure[Any], invocations: Sequence[Invocation]) -> None:
+def _check_alike(procedure: Procedure[Any], requests: Sequence[Any]) -> None:
     """Raises if a run in which the model changed itself was of prompts of several lengths."""
-    calls = {_form(procedure, invocations, number) for number in range(len(invocations))}
+    calls = {_form(procedure, requests, number) for number in range(len(requests))}
     if len(calls) > 1:
         raise BlockError(
             "The model exchanged modules of its own in this run, as it does for some lengths "
@@ -193,7 +190,7 @@ def _missing(
     model: Subject,
     procedure: Procedure[Any],
     graph: Graph,
-    invocations: Sequence[Invocation],
+    requests: Sequence[Any],
     lacking: int,
     went: Arrivals | None,
 ) -> NeverRanError:
@@ -201,7 +198,7 @@ def _missing(
     site = graph[lacking].site
     assert site is not None
     try:
-        call = procedure.example(invocations[site.invocation].request)
+        call = procedure.example(requests[site.invocation])
         ran = model.probe(call, procedure.views).seen
     except Exception:  # the probe only adds to the message
         ran = None

@@ -8,19 +8,17 @@ from typing import Any
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.recorded import Missing
-from insitu.graph.recording import Recording
+from insitu.graph.recording import Lines
 from insitu.graph.shapes import fake_value
 from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Summary
-from insitu.tracing.invocation import Invocation
 from insitu.tracing.planning import prepare
 
 
 def scan_block(
     model: Subject,
     procedure: Procedure[Any],
-    recording: Recording,
-    invocations: Sequence[Invocation],
+    lines: Lines,
     requests: Sequence[Any],
     told: list[Callable[[], Summary]],
 ) -> None:
@@ -29,24 +27,23 @@ def scan_block(
     Args:
         model: the model.
         procedure: how it would run.
-        recording: what was recorded.
-        invocations: the block's invocations.
-        requests: what each of them was given.
+        lines: what was recorded.
+        requests: what each invocation was given.
         told: gets, for each pass, the function that summarises it.
 
     Raises:
         InsituError: for what is wrong, at its line.
     """
     _, passes = prepare(
-        model, procedure, recording, invocations, requests, model.snapshot.root, dry=True
+        model, procedure, lines.graph, lines.saves, requests, model.snapshot.root, dry=True
     )
     told[:] = [single.told for single in passes if single is not None]
-    for index in range(len(recording.graph)):
+    for index in range(len(lines.graph)):
         with contextlib.suppress(UnknownShapeError):
-            fake_value(recording, index)
-    for index, holder in recording.saves.items():
-        repeated = any(start <= index < end for start, end in recording.graph.repeats)
-        if index in recording.fakes and not repeated:
-            holder._put(recording.fakes[index])
+            fake_value(lines, index)
+    for index, holder in lines.saves.items():
+        repeated = any(start <= index < end for start, end in lines.graph.repeats)
+        if index in lines.fakes and not repeated:
+            holder._put(lines.fakes[index])
         else:
             holder._put(Missing("a scan runs nothing, and its shape depends on the run."))

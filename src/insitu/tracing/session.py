@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from insitu.graph.errors import BlockError
 from insitu.graph.location import here
+from insitu.graph.recorded import WAITING
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.raw_errors import raise_explained
+from insitu.tracing.watching import watcher
 
 if TYPE_CHECKING:
+    from insitu.runtime.job import Job
+    from insitu.runtime.procedure import Subject
     from insitu.tracing.block import Block
 
 
@@ -23,11 +28,13 @@ class Session:
 
     Attributes:
         model: whose blocks it holds.
+        blocks: its blocks, in their order, once it has ended; None before that, or if it raised.
     """
 
-    def __init__(self, model: object) -> None:
+    def __init__(self, model: Subject) -> None:
         self.model = model
         self._blocks: list[Block] = []
+        self.blocks: Sequence[Block] | None = None
         self._done = False
 
     def __enter__(self) -> Session:
@@ -47,6 +54,7 @@ class Session:
         for block in self._blocks:
             block.recording.open = False
         waiting, self._blocks = self._blocks, []
+        self.blocks = None if kind is not None else [*waiting]
         if kind is not None:
             for block in waiting:
                 block.give_up(f"its session raised {kind.__name__}, so the model did not run.")
@@ -54,15 +62,39 @@ class Session:
                 raise_explained(error)
                 shortened(error)
             return
-        while waiting:
-            try:
-                waiting.pop(0).run()
-            except BaseException as failure:
-                for block in waiting:
-                    block.give_up(
-                        f"an earlier block of its session raised {type(failure).__name__}."
-                    )
-                raise
+        watching = watcher.get()
+        if watching is not None:
+            watching.begins(self)
+        failure: BaseException | None = None
+        try:
+            _run_all(waiting)
+        except BaseException as raised:
+            failure = raised
+            raise
+        finally:
+            for block in self.blocks or ():  # a session that is kept keeps no values
+                for cell in block.recording.lent.values():
+                    cell.content = WAITING
+            if watching is not None:
+                watching.ended(self, failure)
+
+    @property
+    def job(self) -> Job:
+        """The blocks of the session as data: all that another process needs to run them.
+
+        There once the session has ended. Tensors are taken as they are now.
+
+        Raises:
+            BlockError: before the session has ended, or if it has raised.
+        """
+        from insitu.tracing.job_making import job_of
+
+        if self.blocks is None:
+            state = "raised, so it is not whole, and no job" if self._done else "has not ended"
+            raise BlockError(f"The session {state}: its job is there once it has ended.", here())
+        if not self.blocks:
+            raise BlockError("The session has no blocks, so there is no job.", here())
+        return job_of(self.model, [block.recorded() for block in self.blocks])
 
     def begin(self) -> int:
         """Returns the place of a block that begins now among those of the session."""
@@ -71,6 +103,17 @@ class Session:
     def add(self, block: Block) -> None:
         """Takes a block that has been recorded."""
         self._blocks.append(block)
+
+
+def _run_all(waiting: list[Block]) -> None:
+    """Runs blocks one after the other. Those after one that fails have no values."""
+    while waiting:
+        try:
+            waiting.pop(0).run()
+        except BaseException as failure:
+            for block in waiting:
+                block.give_up(f"an earlier block of its session raised {type(failure).__name__}.")
+            raise
 
 
 def session_of(model: object) -> Session | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from sys import _getframe  # pyright: ignore[reportPrivateUsage]
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -28,6 +28,9 @@ from insitu.tracing.in_thread import run_in_thread
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
+
+if TYPE_CHECKING:
+    from insitu.runtime.job import Job
 
 _INTERNAL = frozenset(["block", "is_open", "only_invocation"])
 """What other parts of Insitu use of a tracer; not in `dir`."""
@@ -122,6 +125,18 @@ class Tracer:
         except InsituError as failure:  # with the frames of the thread that it ran in
             shortened(failure)
             raise
+
+    @property
+    def job(self) -> Job:
+        """The block as data: all that another process needs to run it on such a model.
+
+        There once the block has ended. Tensors are taken as they are now.
+
+        Raises:
+            BlockError: while the block is open, if it has raised, or if it uses values of earlier
+                blocks of its session, whose job is `session.job`.
+        """
+        return self.block.job
 
     @property
     def plan(self) -> Planned:

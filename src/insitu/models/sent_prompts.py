@@ -1,0 +1,66 @@
+"""Prompts of language models in jobs: as they are sent, and read where they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from insitu.graph.errors import PromptTypeError
+from insitu.graph.location import here, mark
+from insitu.models.chats import CHOICE
+from insitu.models.media import MEDIA
+from insitu.models.prompt_arguments import TakesPrompts
+from insitu.models.prompts import Prompt, Side
+from insitu.runtime.job import JobPrompt
+
+
+def sent(prompt: Prompt) -> JobPrompt:
+    """Returns a prompt as a job holds it.
+
+    Position ids that were made for it are left out: where it runs they are made anew.
+
+    Args:
+        prompt: the prompt.
+    """
+    embedded = "inputs_embeds" in prompt.extras
+    ids = None if embedded else prompt.ids
+    kwargs = dict(prompt.extras)
+    if embedded and prompt.mask is not None:
+        kwargs["attention_mask"] = prompt.mask
+    mask = None if embedded else prompt.mask
+    return JobPrompt(ids, mask, (), kwargs, prompt.seed, prompt.mark)
+
+
+def received(
+    model: TakesPrompts, prompt: JobPrompt, side: Side | Callable[[], Side], method: str
+) -> Prompt:
+    """Returns the prompt that a job holds, checked as if the user had given it by keyword.
+
+    Args:
+        model: the model that runs it.
+        prompt: what the job holds.
+        side: as of `Reader.read`.
+        method: the method of the model that takes such prompts, such as "trace".
+
+    Raises:
+        PromptTypeError: if it is no prompt.
+        PromptError: if the model cannot process it.
+        OptionError: if what goes with it means nothing to the model.
+    """
+    location = prompt.location or here()
+    beside: dict[str, Any] = dict(prompt.kwargs)
+    if prompt.args or beside.keys() & {CHOICE, *MEDIA}:
+        raise PromptTypeError(
+            "The job has arguments of a forward, and this model takes prompts: run it on a "
+            "`Model` of the module.",
+            location,
+        )
+    if beside:
+        model.options.check([*beside], method, lambda: location)
+    if prompt.ids is not None:
+        beside["input_ids"] = prompt.ids
+    elif "inputs_embeds" not in beside:
+        raise PromptTypeError("The job has a prompt without token ids.", location)
+    if prompt.mask is not None:
+        beside["attention_mask"] = prompt.mask
+    return model.reader.read(None, side, prompt.mark or mark(), beside)

@@ -1,0 +1,134 @@
+"""What a model is like, without its weights: what a job compares with the model that runs it.
+
+A job refers to modules by path and was made for shapes, so it is for one structure. Other weights
+in the same structure are another model all the same, and are reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+_LONGEST = 200  # characters of what is under one path
+_SHOWN = 3  # differences that a message names
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What a model is like.
+
+    Attributes:
+        kind: its class, such as "GPT2LMHeadModel".
+        settings: the numbers and words of its config on which its values depend, by name.
+        tree: its modules: what there is under each path, with `#` in the place of numbers, such as
+            "12 Conv1D, weight 768x2304, bias 2304" under "transformer.h.#.attn.c_attn".
+        dtypes: the dtypes of its parameters; none if they are known only with the weights.
+        tokens: a digest of its tokenizer's vocabulary, "" if it has none.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    tree: Mapping[str, str]
+    dtypes: Sequence[str]
+    tokens: str
+
+
+def tree_of(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Returns the tree of a model as a fingerprint keeps it.
+
+    Args:
+        modules: all its modules by path, with weights or without.
+    """
+    found: dict[str, Counter[str]] = {}
+    for path, module in modules.items():
+        pattern = _NUMBER.sub(".#", f".{path}").removeprefix(".")
+        found.setdefault(pattern, Counter())[_described(module)] += 1
+    return {
+        pattern: shortened("; ".join(f"{count} {what}" for what, count in counts.items()))
+        for pattern, counts in found.items()
+    }
+
+
+def _described(module: nn.Module) -> str:
+    """The class of a module, and the sizes of what its own weights are."""
+    sizes: list[str] = []
+    for name, tensor in module.named_parameters(recurse=False):
+        lazy = nn.parameter.is_lazy(tensor)
+        sizes.append(f", {name} {'?' if lazy else _size(tensor)}")
+    return type(module).__qualname__ + "".join(sizes)
+
+
+def _size(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "1"
+
+
+def shortened(text: str) -> str:
+    """Returns a text, or its beginning with a digest of the whole if it is long."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}... {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def dtypes_of(module: nn.Module) -> list[str]:
+    """Returns the dtypes of a model's parameters.
+
+    Args:
+        module: the model.
+    """
+    return sorted({str(one.dtype).removeprefix("torch.") for one in module.parameters()})
+
+
+def other_structure(wanted: Fingerprint, there: Fingerprint) -> list[str]:
+    """Returns what of a model's structure is not as a job needs it; the first few differences.
+
+    Args:
+        wanted: of the model that the job was made for.
+        there: of the model that is to run it.
+    """
+    found: list[str] = []
+    if wanted.kind != there.kind:
+        found.append(f"its class is {there.kind}, and not {wanted.kind}")
+    # A setting that one version of Transformers has and another does not is no difference.
+    shared = [name for name in wanted.settings if name in there.settings]
+    found += [
+        f"its `{name}` is {there.settings[name]!r:.80}, and not {wanted.settings[name]!r:.80}"
+        for name in shared
+        if there.settings[name] != wanted.settings[name]
+    ]
+    if len(found) < _SHOWN:
+        found += _other_modules(wanted.tree, there.tree)
+    if wanted.tokens and there.tokens and wanted.tokens != there.tokens:
+        found.append("its tokenizer has another vocabulary, so the token ids mean other texts")
+    return found[:_SHOWN] + [f"and {len(found) - _SHOWN} more"] * (len(found) > _SHOWN)
+
+
+def _other_modules(wanted: Mapping[str, str], there: Mapping[str, str]) -> Iterable[str]:
+    for path in dict.fromkeys([*wanted, *there]):
+        name = repr(path) if path else "the model itself"
+        if path not in there:
+            yield f"it has no module {name} ({wanted[path]})"
+        elif path not in wanted:
+            yield f"it has a module {name} too ({there[path]})"
+        elif wanted[path] != there[path]:
+            yield f"{name} is {there[path]}, and not {wanted[path]}"
+
+
+def other_weights(wanted: Fingerprint, there: Fingerprint) -> list[str]:
+    """Returns what tells that a model's weights are not those of a job's model.
+
+    Args:
+        wanted: of the model that the job was made for.
+        there: of the model that is to run it.
+    """
+    if not wanted.dtypes or not there.dtypes or wanted.dtypes == there.dtypes:
+        return []
+    now, then = (" and ".join(dtypes) for dtypes in (there.dtypes, wanted.dtypes))
+    return [f"its weights are {now}, and not {then}"]

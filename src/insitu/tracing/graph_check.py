@@ -1,0 +1,76 @@
+"""Whether a graph that was recorded elsewhere means something on a model, before it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from insitu.graph.errors import JobError, PathError, nearest
+from insitu.graph.node import Graph, ModuleRef, Subgraph, readable
+from insitu.runtime.inside import SEPARATOR
+from insitu.runtime.procedure import Procedure
+
+
+def check_graph(
+    graph: Graph, modules: Collection[str], invocations: int, procedure: Procedure[Any]
+) -> None:
+    """Checks that the sites and the modules of a graph are there.
+
+    Args:
+        graph: the graph.
+        modules: the paths of the model's modules.
+        invocations: how many there are.
+        procedure: how it is to run.
+
+    Raises:
+        PathError: for a module that the model does not have.
+        JobError: for an invocation or a step that there is not.
+        OptionError: for tokens of steps that choose none.
+    """
+    check_modules(graph, modules)
+    steps = procedure.steps
+    for node in graph:
+        site = node.site
+        if site is None:
+            continue
+        if site.invocation >= invocations:
+            raise JobError(
+                f"`{site}` is of invocation {site.invocation}, and there are {invocations}.",
+                node.location,
+            )
+        if site.kind in ("tokens", "choice"):
+            procedure.check_tokens(node.location)
+        if steps is not None and site.step >= steps:
+            raise JobError(
+                f"`{site}` is of a step that does not come: there {_counted(steps)}.",
+                node.location,
+            )
+
+
+def check_modules(graph: Graph, modules: Collection[str]) -> None:
+    """Checks that the modules of a graph are there, also those that its functions call.
+
+    Args:
+        graph: the graph.
+        modules: the paths of the model's modules.
+
+    Raises:
+        PathError: for a module that the model does not have.
+    """
+    for node in graph:
+        named = [arg.path for arg in node.args if isinstance(arg, ModuleRef)]
+        if node.site is not None:
+            named.append(node.site.path.partition(SEPARATOR)[0])
+        for path in named:
+            if path not in modules:
+                raise PathError(
+                    f"The model has no module `{readable(path)}`{nearest(path, modules)}.",
+                    node.location,
+                )
+        for arg in node.args:
+            if isinstance(arg, Subgraph):
+                check_modules(arg.graph, modules)
+
+
+def _counted(steps: int | None) -> str:
+    return "is one step" if steps == 1 else f"are {steps}"

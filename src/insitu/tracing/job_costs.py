@@ -1,0 +1,154 @@
+"""What the run of a block would take: estimates from its plan, and from forwards without data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from insitu.graph.errors import UnknownShapeError
+from insitu.graph.operations import READ
+from insitu.graph.shapes import fake_value
+from insitu.graph.structure import tensors_of
+from insitu.runtime.costs import Counts
+from insitu.runtime.counting import Counting
+from insitu.runtime.plan import Plan
+from insitu.runtime.probe import Call
+from insitu.runtime.procedure import Subject
+from insitu.runtime.summary import Planned, Summary
+from insitu.tracing.job_running import Bound, JobLines
+
+_NONE = Counts(0.0, 0, 0, 0)
+
+
+class BlockCosts(NamedTuple):
+    """What the passes of a block take.
+
+    Attributes:
+        flops: floating-point operations of the model.
+        bytes: what the largest pass holds at once, beside the weights.
+        how: how that was found out.
+    """
+
+    flops: float
+    bytes: int
+    how: str
+
+
+def model_costs(model: Subject, bound: Bound, plan: Planned) -> BlockCosts:
+    """Returns what the model's passes of a block take.
+
+    Args:
+        model: the model.
+        bound: the block.
+        plan: its passes.
+    """
+    calls = [bound.procedure.example(request) for request in bound.requests]
+    counts = _counted(model, calls)
+    steps = bound.procedure.steps or 1
+    keeps = bound.lines.graph.differentiates
+    flops, most = 0.0, 0
+    ways: set[str] = set()
+    for single in plan.passes:
+        own = [(calls[number], counts[number]) for number in single.invocations]
+        if single.flops:
+            flops += single.flops
+            ways.add("by the sizes of the blocks that its passes run")
+        else:
+            flops += sum(count.flops * (1 + (steps - 1) / _places(call)[1]) for call, count in own)
+            ways.add(
+                "left out: no forward can be made without data"
+                if _NONE in (count for _, count in own)
+                else "in forwards without data" + ", further steps in proportion" * (steps > 1)
+            )
+        most = max(most, _bytes(single, own, steps, keeps))
+    return BlockCosts(flops, most, " and ".join(sorted(ways)))
+
+
+def _counted(model: Subject, calls: Sequence[Call]) -> list[Counts]:
+    """What a forward of each prompt takes; nothing where that cannot be counted."""
+    known: dict[str, Counts] = {}
+    found: list[Counts] = []
+    for call in calls:
+        signature = call.signature()
+        if signature not in known:
+            try:
+                known[signature] = model.count(call)
+            except UnknownShapeError:
+                known[signature] = _NONE
+        found.append(known[signature])
+    return found
+
+
+def _places(call: Call) -> tuple[int, int]:
+    """How many rows and positions a call has: those of a decoder, if it has one."""
+    for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"):
+        given = call.kwargs.get(name)
+        if isinstance(given, torch.Tensor):
+            return given.shape[0], max(given.shape[1], 1)
+    return 1, 1
+
+
+def _bytes(single: Summary, own: Sequence[tuple[Call, Counts]], steps: int, keeps: bool) -> int:
+    """What a pass holds at once: with `keeps`, all that autograd may keep of it."""
+    found = 0.0
+    for call, count in own:
+        rows, positions = _places(call)
+        held = count.peak + (count.made if keeps else 0)
+        held += count.left * (steps - 1) / positions  # its cache grows with each step
+        if single.rows:  # which of its own places it shares with others is not looked at
+            held *= single.rows * single.positions / (rows * positions * len(own))
+        found += held
+    return int(found)
+
+
+def graph_costs(lines: JobLines) -> tuple[float, int]:
+    """Infers all values that were recorded, and counts what that takes.
+
+    Args:
+        lines: what was recorded. Its values without data are there afterwards.
+
+    Returns:
+        The floating-point operations, and of how many nodes nothing is known.
+    """
+    counting, unknown = Counting(), 0
+    for index, row in enumerate(lines.graph.rows):
+        lines.counting = None if row[0] is READ else counting  # a forward is counted elsewhere
+        try:
+            fake_value(lines, index)
+        except UnknownShapeError:
+            unknown += 1
+    lines.counting = None
+    return counting.counts.flops, unknown
+
+
+def graph_bytes(lines: JobLines, plan: Plan) -> int:
+    """Returns the most that recorded values hold at once.
+
+    Args:
+        lines: what was recorded, with its values without data.
+        plan: which values are needed how often.
+    """
+    rows, fakes = lines.graph.rows, lines.fakes
+    uses = list(plan.uses)
+    held: dict[int, tuple[int, int]] = {}  # how many values have a storage, and its bytes
+    now = most = 0
+    for index in range(len(rows)):
+        for tensor in tensors_of(fakes.get(index)):
+            storage = tensor.untyped_storage()
+            count, size = held.get(id(storage), (0, int(storage.nbytes())))
+            held[id(storage)] = count + 1, size
+            now += 0 if count else size
+        most = max(most, now)
+        for source in (*rows[index][3], index):
+            uses[source] -= source != index
+            if uses[source] > 0 or source not in fakes:
+                continue
+            uses[source] = 1 << 40  # it is gone once
+            for tensor in tensors_of(fakes[source]):
+                key = id(tensor.untyped_storage())
+                count, size = held[key]
+                held[key] = count - 1, size
+                now -= 0 if count > 1 else size
+    return most

@@ -1,0 +1,110 @@
+"""Jobs of blocks: what `tracer.job` and `session.job` give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from insitu.graph.errors import BlockError, JobError
+from insitu.graph.location import Mark, here
+from insitu.graph.node import Carried, Earlier, Graph, Row
+from insitu.graph.operations import KEEP, SAVE
+from insitu.graph.recording import Recording
+from insitu.graph.structure import map_structure
+from insitu.runtime.job import Demanded, Job, JobBlock
+from insitu.runtime.procedure import Procedure, Subject
+
+Recorded = tuple[Procedure[Any], Recording, Sequence[Any], tuple[Mapping[str, Any], Mark] | None]
+"""How a block runs, what it has recorded, what its invocations were given, and which options its
+values take, with the line that reads one."""
+
+
+def job_of(model: Subject, blocks: Sequence[Recorded]) -> Job:
+    """Returns the job of some blocks.
+
+    Args:
+        model: their model.
+        blocks: the blocks, in the order in which they run.
+
+    Raises:
+        BlockError: if a block has no prompt, or uses values of a block that is not among these.
+        JobError: if two values have one name.
+    """
+    lent: dict[int, Earlier] = {}  # by the cell in which a value waits
+    names: set[str] = set()
+    made: list[JobBlock] = []
+    for number, (procedure, recording, requests, demanded) in enumerate(blocks):
+        if not requests:
+            raise BlockError(
+                "The block has no prompt: give it one, or write `with tracer.invoke(prompt):`.",
+                here(),
+            )
+        graph = _sendable(recording.graph, lent) if recording.carried else recording.graph
+        made.append(
+            JobBlock(
+                procedure.name,
+                procedure.given,
+                [procedure.prompt(request) for request in requests],
+                graph,
+                _named(recording, names),
+                None if demanded is None else Demanded(*demanded),
+                recording.casts,
+                recording.dtype,
+            )
+        )
+        for node, cell in recording.lent.items():
+            lent[id(cell)] = Earlier(number, node)
+    return Job(model.described, made)
+
+
+def _named(recording: Recording, names: set[str]) -> dict[int, str]:
+    """The names of a block's saved values: those that were given, and the number of each other."""
+    graph, given = recording.graph, recording.names
+    found: dict[int, str] = {}
+    for index, row in enumerate(graph.rows):
+        if row[0] not in (SAVE, KEEP) or index in recording.lent:
+            continue
+        name = given.get(index, str(len(names)))
+        if name in names:
+            raise JobError(
+                f"Another value of the session is saved as {name!r}: give each its own name.",
+                graph[index].location,
+            )
+        names.add(name)
+        found[index] = name
+    return found
+
+
+def _sendable(graph: Graph, lent: Mapping[int, Earlier]) -> Graph:
+    """A graph with the places of values of earlier blocks where it has the values."""
+
+    def leaf(item: Any) -> Any:
+        if type(item) is not Carried:
+            return item
+        if id(item.cell) not in lent:
+            raise BlockError(
+                "The block uses values of earlier blocks of its session, so it is no job by "
+                "itself: `session.job` is one.",
+                here(),
+            )
+        return lent[id(item.cell)]
+
+    return exchanged(graph, leaf)
+
+
+def exchanged(graph: Graph, leaf: Any) -> Graph:
+    """Returns a graph with other things among the arguments of its nodes.
+
+    Args:
+        graph: the graph.
+        leaf: what to put in the place of each leaf.
+    """
+    made = Graph([])
+    vars(made).update(vars(graph))
+    made.rows = []
+    for row in graph.rows:
+        operation, args, kwargs, inputs, nested, mark = row
+        if nested:  # what is looked for stands in no other row
+            args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+        made.rows.append(cast(Row, (operation, args, kwargs, inputs, nested, mark)))
+    return made
