@@ -40,7 +40,7 @@ class Twice:
         self.jobs: dict[int, tuple[bytes | None, torch.Tensor, list[dict[int, Any]]]] = {}
         self.within = False  # a session, whose blocks are run with it
 
-    def begins(self, running: Block | Session) -> None:
+    def begins(self, running: Any) -> None:
         own = isinstance(running, Session) or not self.within
         self.within = self.within or isinstance(running, Session)
         blocks = parts(running)
@@ -48,7 +48,7 @@ class Twice:
             holders = [dict(block.recording.saves) for block in blocks]
             self.jobs[id(running)] = (sent(running.job), torch.get_rng_state(), holders)
 
-    def ended(self, running: Block | Session, failure: BaseException | None) -> None:
+    def ended(self, running: Any, failure: BaseException | None) -> None:
         self.within = self.within and not isinstance(running, Session)
         data, before, holders = self.jobs.pop(id(running), (None, torch.empty(0), []))
         if data is None or not (failure is None or isinstance(failure, InsituError)):

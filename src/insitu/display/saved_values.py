@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class SavedValue(NamedTuple):
@@ -37,6 +36,10 @@ def saved_table(values: Sequence[SavedValue], below: Sequence[str] = ()) -> Rend
         values: the values.
         below: lines that come after it.
     """
+    from rich.console import Group  # of use to terminals only
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "saved of", "shape", "dtype"):
         table.add_column(column, overflow="fold")

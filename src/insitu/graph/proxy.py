@@ -48,7 +48,7 @@ from insitu.graph.operations import (
 )
 from insitu.graph.operators import Operators
 from insitu.graph.recorded import Cell, Missing, Recorded
-from insitu.graph.save_names import name_save
+from insitu.graph.save_names import with_name
 from insitu.graph.saved import blank, device_name, set_class, spent
 from insitu.graph.shapes import shape_of
 from insitu.graph.structured import is_structure
@@ -107,7 +107,7 @@ class AnyProxy(Operators, Answers):
         if keep_graph:
             recording.graph.differentiates = True
         if name is not None:
-            name_save(recording, index, name)
+            recording.names = with_name(recording.names, index, name)
         kind = KEEP if keep_graph else SAVE
         args = (source,) if to is None else (source, device_name(to))
         frame = _getframe(1)

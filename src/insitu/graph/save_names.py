@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-
-if TYPE_CHECKING:
-    from insitu.graph.recording import Recording
 
 LONGEST_NAME = 200
 """How many characters a name may have."""
 
 
-def name_save(recording: Recording, index: int, name: object) -> None:
-    """Notes the name of a saved value.
+def with_name(names: Mapping[int, str], index: int, name: object) -> Mapping[int, str]:
+    """Returns the names of the saved values of a block with one more.
 
     Args:
-        recording: what it is saved in.
-        index: the node that saves it.
+        names: the names so far, by the node that saves each.
+        index: the node that saves the value.
         name: its name.
 
     Raises:
-        OptionError: if it is no name, or if another value of the block has it.
+        OptionError: if it is no name, or if another value has it.
     """
     if not isinstance(name, str):
         instead = f": write `save(optional={name})`" if isinstance(name, bool) else ""
@@ -32,13 +29,13 @@ def name_save(recording: Recording, index: int, name: object) -> None:
         )
     if why := unfit(name):
         raise OptionError(f"A value cannot be saved as {name!r:.40}: {why}.", here(3))
-    if name in recording.names.values():
+    if name in names.values():
         raise OptionError(
             f"Another value of this block is saved as {name!r}: give each its own name, such as "
             f'`save(f"{name}.{{number}}")` in a loop.',
             here(3),
         )
-    recording.names = {**recording.names, index: name}
+    return {**names, index: name}
 
 
 def unfit(name: str) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from insitu.graph import wire
 from insitu.graph.errors import WireError
 from insitu.graph.node import Graph
 from insitu.runtime.fingerprint import Fingerprint, dtypes_of, shortened, tree_of
-from insitu.runtime.job import JobModel
-
-if TYPE_CHECKING:
-    from insitu.models.model import Model
+from insitu.runtime.job_parts import JobModel
 
 # Settings of a config that change nothing in what a forward computes. Its dtype, its quantisation
 # and its weights are looked at in the module itself.
@@ -30,7 +29,31 @@ _IGNORED = frozenset(
 _IGNORED_ENDINGS = ("token_id", "token_ids", "dropout", "initializer_range", "pdrop")
 
 
-def described(model: Model, origin: tuple[str, str]) -> JobModel:
+class Described(Protocol):
+    """A model, as far as a job says something of it."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        ...
+
+    @property
+    def without_data(self) -> tuple[nn.Module, Mapping[str, nn.Module]]:
+        """A module of the same structure that is not quantised, and its tree."""
+        ...
+
+    @property
+    def knows_dtypes(self) -> bool:
+        """Whether the dtypes of its weights are certain."""
+        ...
+
+    @property
+    def edits(self) -> Sequence[Graph]:
+        """What holds in every run."""
+        ...
+
+
+def described(model: Described, origin: tuple[str, str]) -> JobModel:
     """Returns what a job says of the model that it is for.
 
     Args:
@@ -48,7 +71,7 @@ def described(model: Model, origin: tuple[str, str]) -> JobModel:
     )
 
 
-def _fingerprint(model: Model, config: Any) -> Fingerprint:
+def _fingerprint(model: Described, config: Any) -> Fingerprint:
     """What a model is like, by its tree, loaded or not; a quantised one by what it was made of."""
     module, modules = model.without_data
     return Fingerprint(

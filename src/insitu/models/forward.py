@@ -20,7 +20,6 @@ from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt, Side, counted
 from insitu.models.sent_prompts import received, sent
 from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, uncut
-from insitu.runtime.job import JobPrompt, ProcedureName
 from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
@@ -29,6 +28,7 @@ from insitu.runtime.procedure import Outputs, Schedule, Work
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
     from insitu.models.separation import Separation
+    from insitu.runtime.job_parts import JobPrompt, ProcedureName
 
 # Options of a forward that mean the same for each prompt of a batch as for one alone.
 _BATCHABLE = frozenset(

@@ -36,7 +36,6 @@ from insitu.models.sent_prompts import received, sent
 from insitu.models.separation import OF_STEPS
 from insitu.models.trial import undisturbed
 from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, tried, uncut
-from insitu.runtime.job import JobPrompt, ProcedureName
 from insitu.runtime.layout import Axis, Layouts, TensorLayout
 from insitu.runtime.order import uses
 from insitu.runtime.passes import Deliver, Own, Pass, Steps
@@ -46,6 +45,7 @@ from insitu.runtime.summary import Summary, unknown
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
+    from insitu.runtime.job_parts import JobPrompt, ProcedureName
 
 _DEFAULT_STEPS = 20  # of Transformers, where nothing says how many
 _NO_EXTRAS: Mapping[str, Any] = {}

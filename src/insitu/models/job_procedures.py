@@ -10,11 +10,11 @@ import torch
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
 from insitu.models.forward import LanguageForward
-from insitu.runtime.job import ProcedureName
 
 if TYPE_CHECKING:
     from insitu.models.generation import Generation
     from insitu.models.language_model import LanguageModel
+    from insitu.runtime.job_parts import ProcedureName
 
 _OWN = ("max_tokens_per_pass", "share_prefixes")
 

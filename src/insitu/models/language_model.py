@@ -31,7 +31,6 @@ from insitu.models.rotary import LengthDependence, growing_parts, length_depende
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
 from insitu.models.usual import Usual
 from insitu.runtime.costs import Costs
-from insitu.runtime.job import ProcedureName
 from insitu.runtime.own_hooks import users_hooks_hang_on
 from insitu.runtime.procedure import Procedure
 from insitu.runtime.reuse import Plans
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from insitu.models.vocabulary import Names
     from insitu.runtime.branches import Chain
     from insitu.runtime.fallback import Fallback
+    from insitu.runtime.job_parts import ProcedureName
 
 
 _USED_INSIDE = """

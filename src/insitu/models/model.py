@@ -31,18 +31,15 @@ from insitu.runtime.costs import Counts
 from insitu.runtime.eager import eager, is_compiled, uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
-from insitu.runtime.job import Job, JobModel, ProcedureName
 from insitu.runtime.own_hooks import set_aside
 from insitu.runtime.probe import Call, Probe, count, fake_call, fake_run, probe
 from insitu.runtime.procedure import Procedure
-from insitu.runtime.results import Results
 from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
 from insitu.tracing.block import Block
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
 from insitu.tracing.handle import Handle
-from insitu.tracing.job_running import run_job
 from insitu.tracing.session import Session
 from insitu.tracing.tracer import Tracer
 from insitu.tracing.vocabulary import NoVocabulary, Vocabulary
@@ -52,7 +49,10 @@ if TYPE_CHECKING:
     from insitu.models.architectures import Description
     from insitu.models.loading import Source
     from insitu.models.vocabulary import Names
+    from insitu.runtime.job import Job
     from insitu.runtime.job_check import JobCheck
+    from insitu.runtime.job_parts import JobModel, ProcedureName
+    from insitu.runtime.results import Results
 
 
 _USED_INSIDE = """
@@ -440,6 +440,8 @@ class Model(Handle):
         Example:
             `results = model.run(Job.from_bytes(data))`, and then `results["logits"]`.
         """
+        from insitu.tracing.job_running import run_job
+
         self._notice()
         return run_job(self, job)
 

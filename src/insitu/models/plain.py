@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,11 +15,13 @@ from insitu.graph.location import Location, Mark
 from insitu.models.attention import OPTION, attending
 from insitu.models.options import check_call
 from insitu.runtime.hooks import View
-from insitu.runtime.job import JobPrompt, ProcedureName
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Schedule, Work
 from insitu.runtime.summary import unknown
+
+if TYPE_CHECKING:
+    from insitu.runtime.job_parts import JobPrompt, ProcedureName
 
 
 class Forward:
@@ -57,6 +59,8 @@ class Forward:
 
     def prompt(self, request: Call) -> JobPrompt:
         """Returns the arguments of an invocation as a job holds them."""
+        from insitu.runtime.job_parts import JobPrompt  # of use to jobs only
+
         return JobPrompt(args=request.args, kwargs=request.kwargs)
 
     def received(self, prompt: JobPrompt) -> Call:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import PromptTypeError
 from insitu.graph.location import here, mark
@@ -11,7 +11,9 @@ from insitu.models.chats import CHOICE
 from insitu.models.media import MEDIA
 from insitu.models.prompt_arguments import TakesPrompts
 from insitu.models.prompts import Prompt, Side
-from insitu.runtime.job import JobPrompt
+
+if TYPE_CHECKING:
+    from insitu.runtime.job_parts import JobPrompt
 
 
 def sent(prompt: Prompt) -> JobPrompt:
@@ -22,6 +24,8 @@ def sent(prompt: Prompt) -> JobPrompt:
     Args:
         prompt: the prompt.
     """
+    from insitu.runtime.job_parts import JobPrompt  # of use to jobs only
+
     embedded = "inputs_embeds" in prompt.extras
     ids = None if embedded else prompt.ids
     kwargs = dict(prompt.extras)

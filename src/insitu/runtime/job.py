@@ -9,102 +9,12 @@ runs it, `model.check(job)` says what that would take, and `job_wire.py` makes b
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
 
 import torch
 
-from insitu.graph.context import NO_CASTS, Casts
 from insitu.graph.expression import expression
-from insitu.graph.location import Location, Mark
-from insitu.graph.node import Graph
-from insitu.runtime.fingerprint import Fingerprint
-
-ProcedureName = Literal["trace", "generate"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class JobPrompt:
-    """What one invocation of a job is given.
-
-    Attributes:
-        ids: token ids `(rows, position)`, int64; None for a module that takes no prompts, and for
-            a prompt that was given as embeddings.
-        mask: 1 for tokens and 0 for padding, of the same shape; None if there is no padding.
-        args: positional arguments of the forward, of a module that takes no prompts.
-        kwargs: what goes with the prompt by keyword, such as what a processor made of an image;
-            of a module that takes no prompts, keyword arguments of the forward.
-        seed: where the sampling of this invocation starts, or None.
-        mark: the user's line, None where it is not known.
-    """
-
-    ids: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    seed: int | None = None
-    mark: Mark | None = None
-
-    @property
-    def location(self) -> Location | None:
-        """The user's line."""
-        return None if self.mark is None else Location(*self.mark)
-
-
-class Demanded(NamedTuple):
-    """Options that a value of a block takes to be there, such as eager attention.
-
-    Attributes:
-        options: the options, which are among those of the block too.
-        mark: the line that reads the value.
-    """
-
-    options: Mapping[str, Any]
-    mark: Mark
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class JobBlock:
-    """One block of a job: one run of the model, in as many passes as it takes.
-
-    Attributes:
-        procedure: how the model runs.
-        options: the options of that, such as `max_new_tokens`.
-        prompts: what its invocations are given.
-        graph: what was recorded.
-        saves: the name of each saved value, by the node that saves it. What is saved for later
-            blocks only has none.
-        demanded: options that its values take, None if there are none.
-        casts: the dtype of autocast on each kind of device on which the block began with it.
-        dtype: the default dtype that it began with.
-    """
-
-    procedure: ProcedureName
-    options: Mapping[str, Any]
-    prompts: Sequence[JobPrompt]
-    graph: Graph
-    saves: Mapping[int, str]
-    demanded: Demanded | None = None
-    casts: Casts = field(default_factory=lambda: NO_CASTS)
-    dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True, slots=True)
-class JobModel:
-    """Which model a job was made for.
-
-    Attributes:
-        name: its repo id, or the name of its folder without the folders around it; "" if it was
-            made in memory.
-        revision: the commit that it was loaded from, "" if that is not known.
-        edits: a digest of each edit that was in force. The lines of edits are in the graphs.
-        fingerprint: what it has to be like.
-    """
-
-    name: str
-    revision: str
-    edits: Sequence[str]
-    fingerprint: Fingerprint
+from insitu.runtime.job_parts import JobBlock, JobModel
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -157,7 +67,7 @@ class Job:
         """
         from insitu.runtime.job_wire import to_bytes
 
-        return to_bytes(self, without)
+        return to_bytes(self.model, self.blocks, without)
 
     @classmethod
     def from_bytes(cls, data: bytes, tensors: Mapping[str, torch.Tensor] | None = None) -> Job:
@@ -175,7 +85,7 @@ class Job:
         """
         from insitu.runtime.job_wire import from_bytes
 
-        return from_bytes(data, tensors or {})
+        return cls(*from_bytes(data, tensors or {}))
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -189,7 +99,7 @@ class Job:
         """
         from insitu.runtime.job_wire import tensors_of
 
-        return tensors_of(self)
+        return tensors_of(self.blocks)
 
     def __repr__(self) -> str:
         prompts = sum(len(block.prompts) for block in self.blocks)

@@ -32,8 +32,8 @@ from insitu.graph.wire_tensors import (
 )
 from insitu.graph.wire_values import ValueWriter
 from insitu.runtime.fingerprint import Fingerprint
-from insitu.runtime.job import Demanded, Job, JobBlock, JobModel, JobPrompt
 from insitu.runtime.job_options import check_options
+from insitu.runtime.job_parts import Demanded, JobBlock, JobModel, JobPrompt
 
 VERSION = 1
 """The version of the format. Another one cannot be read."""
@@ -125,32 +125,34 @@ class _Writer(Writer):
         return key
 
 
-def to_bytes(job: Job, without: Collection[str]) -> bytes:
+def to_bytes(model: JobModel, blocks: Sequence[JobBlock], without: Collection[str]) -> bytes:
     """Returns a job as bytes; see `Job.to_bytes`."""
     writer = _Writer()
-    blocks = [_block_part(writer, block) for block in job.blocks]
+    parts = [_block_part(writer, block) for block in blocks]
     described, tensors = stored_by_digest(writer.by_digest, frozenset(without))
     message = JobMessage(
         list(writer.operations),
         list(writer.files),
         writer.line_parts,
         described,
-        _model_part(job.model),
-        blocks,
+        _model_part(model),
+        parts,
     )
     return _FRAME.around(msgspec.msgpack.encode(message), tensors)
 
 
-def tensors_of(job: Job) -> dict[str, torch.Tensor]:
+def tensors_of(blocks: Sequence[JobBlock]) -> dict[str, torch.Tensor]:
     """Returns the tensors of a job; see `Job.tensors`."""
     writer = _Writer()
-    for block in job.blocks:
+    for block in blocks:
         _block_part(writer, block)
     return {digest: tensor for (digest, _), tensor in writer.by_digest.items()}
 
 
-def from_bytes(data: bytes, elsewhere: Mapping[str, torch.Tensor]) -> Job:
-    """Returns the job that bytes stand for; see `Job.from_bytes`."""
+def from_bytes(
+    data: bytes, elsewhere: Mapping[str, torch.Tensor]
+) -> tuple[JobModel, list[JobBlock]]:
+    """Returns the model and the blocks of the job that bytes stand for; see `Job.from_bytes`."""
     encoded, tensors = _FRAME.opened(data)
     message = decoded(_DECODER, encoded, "job")
     # What is run in blocks of any kind must not be made in inference mode.
@@ -164,7 +166,7 @@ def from_bytes(data: bytes, elsewhere: Mapping[str, torch.Tensor]) -> Job:
     model = message.model
     found = model.fingerprint
     fingerprint = Fingerprint(found.kind, found.settings, found.tree, found.dtypes, found.tokens)
-    return Job(JobModel(model.name, model.revision, model.edits, fingerprint), blocks)
+    return JobModel(model.name, model.revision, model.edits, fingerprint), blocks
 
 
 def _model_part(model: JobModel) -> ModelPart:

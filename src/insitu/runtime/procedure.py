@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
@@ -18,12 +18,14 @@ from insitu.runtime.costs import Counts
 from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.fallback import Fallback
 from insitu.runtime.hooks import Place, View
-from insitu.runtime.job import JobModel, JobPrompt, ProcedureName
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, written
 from insitu.runtime.probe import Call, Probe
 from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
+
+if TYPE_CHECKING:
+    from insitu.runtime.job_parts import JobModel, JobPrompt, ProcedureName
 
 Request = TypeVar("Request")
 

@@ -89,9 +89,9 @@ class Results(Mapping[str, Any]):
         Raises:
             WireError: if a value is no data, such as a cache of keys and values.
         """
-        from insitu.runtime.results_file import to_bytes
+        from insitu.runtime.results_file import Stored, to_bytes
 
-        return to_bytes(self)
+        return to_bytes(Stored(self._values, self.about, self.outputs, self.differences))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Results:
@@ -105,7 +105,7 @@ class Results(Mapping[str, Any]):
         """
         from insitu.runtime.results_file import from_bytes
 
-        return from_bytes(data)
+        return cls(*from_bytes(data))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the results to a safetensors file, whole or not at all.

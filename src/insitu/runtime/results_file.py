@@ -7,8 +7,8 @@ safetensors lacks is stored as a row of bytes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
 import safetensors.torch
@@ -19,7 +19,6 @@ from insitu.graph.wire_parts import Part, Value
 from insitu.graph.wire_tensors import StoredTensor, bytes_of, tensor_of
 from insitu.graph.wire_values import ValueReader, ValueWriter
 from insitu.runtime.procedure import Outputs
-from insitu.runtime.results import Results
 
 _KEY = "insitu"
 _VERSION = 1
@@ -66,11 +65,20 @@ class Told(msgspec.Struct, forbid_unknown_fields=True):
     differences: list[str]
 
 
-def to_bytes(results: Results) -> bytes:
+class Stored(NamedTuple):
+    """What a file of results holds: the arguments of `Results`."""
+
+    values: Mapping[str, Any]
+    about: Mapping[str, str]
+    outputs: Sequence[Outputs | None]
+    differences: Sequence[str]
+
+
+def to_bytes(stored: Stored) -> bytes:
     """Returns results as bytes; see `Results.to_bytes`."""
     writer = _Writer()
-    values = {name: writer.saved(value, name) for name, value in results.items()}
-    outputs = [_outputs_part(writer, at, one) for at, one in enumerate(results.outputs)]
+    saved = {name: writer.saved(value, name) for name, value in stored.values.items()}
+    outputs = [_outputs_part(writer, at, one) for at, one in enumerate(stored.outputs)]
     rows: dict[str, torch.Tensor] = {}
     places: list[TensorPlace] = []
     for key, tensor in zip(writer.keys, writer.tensors, strict=True):
@@ -82,15 +90,15 @@ def to_bytes(results: Results) -> bytes:
         "results of a job",
         _VERSION,
         places,
-        values,
-        dict(results.about),
+        saved,
+        dict(stored.about),
         outputs,
-        list(results.differences),
+        list(stored.differences),
     )
     return safetensors.torch.save(rows, {_KEY: msgspec.json.encode(told).decode()})
 
 
-def from_bytes(data: bytes) -> Results:
+def from_bytes(data: bytes) -> Stored:
     """Returns the results that bytes stand for; see `Results.from_bytes`."""
     told = _told(data)
     if told.version != _VERSION:
@@ -110,7 +118,7 @@ def from_bytes(data: bytes) -> Results:
         outputs = [part and _outputs(reader, part) for part in told.outputs]
     except WireError as error:
         raise WireError(f"The results cannot be read: {error}.") from None
-    return Results(values, told.about, outputs, told.differences)
+    return Stored(values, told.about, outputs, told.differences)
 
 
 class _Writer(ValueWriter):

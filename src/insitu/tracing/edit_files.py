@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Collection, Iterator, Sequence
 
-from insitu.graph import wire
 from insitu.graph.errors import InsituError, WireError
 from insitu.graph.location import here
 from insitu.graph.node import Graph
@@ -31,6 +30,8 @@ def edits_to_bytes(edits: Sequence[Graph]) -> bytes:
     Raises:
         WireError: if one holds what is no data.
     """
+    from insitu.graph import wire  # of no use to most who import this
+
     parts = [_HEADER.pack(_MAGIC, len(edits))]
     for graph in edits:
         data = wire.to_bytes(graph)
@@ -51,6 +52,8 @@ def edits_from_bytes(
     Raises:
         WireError: if they are no edits, or not those of such a model.
     """
+    from insitu.graph import wire  # of no use to most who import this
+
     name = os.fspath(path)
     count, start = None, 0
     if data[: len(_MAGIC)] == _MAGIC and len(data) >= _HEADER.size:

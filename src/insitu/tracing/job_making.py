@@ -11,7 +11,8 @@ from insitu.graph.node import Carried, Earlier, Graph, Row
 from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
-from insitu.runtime.job import Demanded, Job, JobBlock
+from insitu.runtime.job import Job
+from insitu.runtime.job_parts import Demanded, JobBlock
 from insitu.runtime.procedure import Procedure, Subject
 
 Recorded = tuple[Procedure[Any], Recording, Sequence[Any], tuple[Mapping[str, Any], Mark] | None]

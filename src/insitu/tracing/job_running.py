@@ -20,7 +20,8 @@ from insitu.graph.recording import ShapeSource
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.fingerprint import other_structure, other_weights
-from insitu.runtime.job import Job, JobBlock, JobPrompt
+from insitu.runtime.job import Job
+from insitu.runtime.job_parts import JobBlock, JobPrompt
 from insitu.runtime.procedure import Outputs, Procedure, Subject
 from insitu.runtime.results import Results
 from insitu.runtime.summary import Summary

@@ -6,18 +6,32 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from insitu.tracing.block import Block
-    from insitu.tracing.session import Session
+    from insitu.runtime.job import Job
+    from insitu.runtime.procedure import Subject
+
+
+class Running(Protocol):
+    """A block, or a session."""
+
+    @property
+    def model(self) -> Subject:
+        """The model that runs."""
+        ...
+
+    @property
+    def job(self) -> Job:
+        """What runs, as data."""
+        ...
 
 
 class Watcher(Protocol):
-    """Is told of blocks and sessions of this context."""
+    """Is told of the blocks and sessions of a context."""
 
-    def begins(self, block: Block | Session) -> None:
-        """Is told of what is about to run. It has ended, so that it has a `job`."""
+    def begins(self, running: Running) -> None:
+        """Is told of what is about to run. Its lines have ended, so that it has a job."""
         ...
 
-    def ended(self, block: Block | Session, failure: BaseException | None) -> None:
+    def ended(self, running: Running, failure: BaseException | None) -> None:
         """Is told of what has run, and of what it raised."""
         ...
 
