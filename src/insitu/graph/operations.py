@@ -312,12 +312,14 @@ ARITHMETIC: frozenset[Operation] = frozenset(
 )
 """What makes, of a tensor and a number, a tensor in memory of its own."""
 
-_RANDOM = f"{_RANDOM_SHARED} {_RANDOM_TORCH} {_RANDOM_FUNCTIONAL}".split()
-_RANDOM += [f"{name}_" for name in _RANDOM_IN_PLACE.split()]
-
-RANDOM: frozenset[str] = frozenset(
-    name for name in BY_NAME if name.rpartition(".")[2] in frozenset(_RANDOM)
+_DRAWING = frozenset(
+    [
+        *f"{_RANDOM_SHARED} {_RANDOM_TORCH} {_RANDOM_FUNCTIONAL}".split(),
+        *(f"{name}_" for name in _RANDOM_IN_PLACE.split()),
+    ]
 )
+
+RANDOM = frozenset(name for name in BY_NAME if name.rpartition(".")[2] in _DRAWING)
 """The names of the operations that draw random numbers."""
 
 GETITEM = BY_NAME["operator.getitem"]

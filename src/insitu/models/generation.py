@@ -388,28 +388,30 @@ class Generation:
 
     def _begin(self, module: nn.Module, prompt: Prompt) -> None:
         """Generates one token, with nobody looking."""
-        kwargs = {**self._arguments(prompt), "max_new_tokens": 1, "min_new_tokens": None}
-        with attending(module, kwargs.pop(OPTION, None)):
-            placed = self._model.placement.moved(kwargs)
-            module.generate(**placed)  # pyright: ignore[reportCallIssue]
+        self._go_on(module, prompt, None)
 
-    def _go_on(self, module: nn.Module, prompt: Prompt, tokens: torch.Tensor) -> None:
-        """Generates given tokens `(rows, step)` behind a prompt, with nobody looking."""
-        start = 1 if self._model.is_encoder_decoder else prompt.ids.shape[1]
+    def _go_on(self, module: nn.Module, prompt: Prompt, tokens: torch.Tensor | None) -> None:
+        """Generates given tokens `(rows, step)` behind a prompt, or any one, with nobody looking.
 
-        def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            return only(scores, tokens[:, ids.shape[1] - start].to(scores.device))
-
+        Of the options only those count on which the values of a forward depend.
+        """
         kwargs: dict[str, Any] = {
             "input_ids": prompt.ids,
             "attention_mask": prompt.visible_mask,
             "pad_token_id": self._pad_id,
-            "max_new_tokens": tokens.shape[1],
+            "max_new_tokens": 1,
+            "min_new_tokens": None,
             "eos_token_id": None,
             "use_cache": self._cached,
             "do_sample": False,
-            "logits_processor": [choose],
         }
+        if tokens is not None:
+            start = 1 if self._model.is_encoder_decoder else prompt.ids.shape[1]
+
+            def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                return only(scores, tokens[:, ids.shape[1] - start].to(scores.device))
+
+            kwargs |= {"max_new_tokens": tokens.shape[1], "logits_processor": [choose]}
         with attending(module, self._options.get(OPTION)):
             placed = self._model.placement.moved(kwargs)
             module.generate(**placed)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,221 @@
+"""How prompts of one batch choose their tokens, against a plain `generate` of each alone."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from insitu import LanguageModel
+from tests.conftest import tiny_gpt2
+from tests.fidelity.architectures import make, tiny_t5
+from tests.fidelity.test_steps_together import alone, prompts_of
+from tests.models import kinds
+
+NEW = 8
+PLAIN: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": False}
+DRAWN = {"do_sample": True}
+
+pytestmark = pytest.mark.no_wire  # they count passes
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "temperature": {**DRAWN, "temperature": 3.0, "top_k": 0},
+    "nuclei": {**DRAWN, "temperature": 2.0, "top_k": 20, "top_p": 0.8},
+    "others that cut": {**DRAWN, "min_p": 0.02, "typical_p": 0.9, "epsilon_cutoff": 0.001},
+    "eta": {**DRAWN, "eta_cutoff": 0.01, "renormalize_logits": True},
+    "repetitions": {"repetition_penalty": 1.8},
+    "repetitions that are drawn": {**DRAWN, "repetition_penalty": 1.8, "top_k": 5},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "a word": {"bad_words_ids": [[22], [3, 14]]},
+    "least length": {"eos_token_id": [22, 67, 5], "min_length": 9},
+    "least new": {"eos_token_id": [22, 67, 5], "min_new_tokens": 3},
+    "a forced end": {"forced_eos_token_id": 7},
+    "decay": {"eos_token_id": 22, "exponential_decay_length_penalty": (2, 1.5)},
+    "suppressed": {"suppress_tokens": [22, 5], "begin_suppress_tokens": [67, 1]},
+    "a bias": {"sequence_bias": [[[22], -4.0], [[3, 67], 6.0]]},
+    "a length in all": {"max_length": 12},
+    "what no number is": {"remove_invalid_values": True},
+}
+
+
+def compare(
+    model: LanguageModel,
+    prompts: list[torch.Tensor],
+    options: dict[str, Any],
+    seeded: bool = True,
+    **own: Any,
+) -> list[torch.Tensor]:
+    """Compares the tokens of a batch with those of each prompt alone, and returns them."""
+    invokers = []
+    state = torch.get_rng_state()
+    with model.generate(**options) as generator:
+        for seed, ids in enumerate(prompts):
+            with generator.invoke(ids, **({"seed": seed} if seeded else {})) as invoker:
+                invokers.append(invoker)
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(generator.plan.passes) == 1, generator.plan.explain()
+    for seed, (ids, invoker) in enumerate(zip(prompts, invokers, strict=True)):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            given = {**options, "pad_token_id": model.pad_id}
+            mask = torch.ones_like(ids)
+            expected: Any = model.module.generate(ids, attention_mask=mask, **given)
+        assert torch.equal(invoker.output, expected), (seed, invoker.output, expected)
+    return [invoker.output for invoker in invokers]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_each_prompt_chooses_as_it_does_alone(option: str) -> None:
+    model = LanguageModel(tiny_gpt2())
+    options = {**PLAIN, **OPTIONS[option]}
+    if "max_length" in options:
+        del options["max_new_tokens"]
+    prompts = [*prompts_of(model, (4, 1, 9, 6)), *prompts_of(model, (5,), rows=2)]
+    found = compare(model, prompts, options)
+    if option not in ("what no number is", "a length in all"):  # the option does something here
+        plain = [alone(model, ids, "lm_head", **PLAIN)[0] for ids in prompts]
+        assert any(not torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"encoder_repetition_penalty": 3.0},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"forced_bos_token_id": 9, "no_repeat_ngram_size": 1},
+        {"repetition_penalty": 2.0, "do_sample": True},
+        {"max_length": 6},
+    ],
+)
+def test_decoders_choose_as_they_do_alone(options: dict[str, Any]) -> None:
+    model = LanguageModel(kinds.ready(tiny_t5))
+    plain = {**PLAIN, **options}
+    if "max_length" in plain:
+        del plain["max_new_tokens"]
+    compare(model, prompts_of(model), plain)
+
+
+def test_prompts_of_one_length_choose_as_they_do_alone() -> None:
+    model = LanguageModel(tiny_gpt2())
+    options = {**PLAIN, **DRAWN, "repetition_penalty": 1.8, "temperature": 1.5}
+    compare(model, prompts_of(model, (5, 5, 5)), options)
+
+
+def test_padding_of_a_prompt_of_several_rows_is_what_its_processors_see_alone() -> None:
+    model = LanguageModel(tiny_gpt2())
+    options = {**PLAIN, "no_repeat_ngram_size": 1}
+    ragged = [[5, 6, 7, 8], [9, 10]]
+    with pytest.warns(UserWarning, match="counts padding"), model.generate(**options) as generator:
+        with generator.invoke(ragged) as several:
+            pass
+        with generator.invoke([[3, 4, 5, 6, 7, 8]]) as one:
+            pass
+    assert len(generator.plan.passes) == 1
+    ids = torch.tensor([[5, 6, 7, 8], [model.pad_id, model.pad_id, 9, 10]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    plain: Any = model.module
+    given = {**options, "pad_token_id": model.pad_id}
+    assert torch.equal(several.output, plain.generate(ids, attention_mask=mask, **given))
+    long = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    assert torch.equal(
+        one.output, plain.generate(long, attention_mask=mask.new_ones(1, 6), **given)
+    )
+
+
+@pytest.mark.parametrize("ends", [None, 0])
+def test_strings_end_each_prompt_for_itself(ends: int | None) -> None:
+    model = make("eiffel")
+    texts = ["The Eiffel Tower is in the city of", "Rome is in", "The Louvre is in the city of"]
+    options = {**PLAIN, "eos_token_id": ends, "stop_strings": ["Paris", "aly."]}
+    options["tokenizer"] = model.tokenizer
+    invokers, chosen = [], []
+    with model.generate(**options) as generator:
+        for text in texts:
+            with generator.invoke(text) as invoker, generator.every_step():
+                chosen.append(invoker.tokens().save())
+            invokers.append(invoker)
+    assert len(generator.plan.passes) == 1
+    lengths = set()
+    for text, invoker, tokens in zip(texts, invokers, chosen, strict=True):
+        given = model.tokenizer(text, return_tensors="pt")
+        plain: Any = model.module
+        expected = plain.generate(**given, pad_token_id=model.pad_id, **options)
+        assert torch.equal(invoker.output, expected)
+        new = expected[0, given.input_ids.shape[1] :].tolist()
+        assert [int(token) for token in tokens.value] == new
+        lengths.add(len(new))
+    assert len(lengths) > 1 and max(lengths) <= NEW
+
+
+def test_prompts_without_seeds_draw_what_one_plain_batch_draws() -> None:
+    model = LanguageModel(tiny_gpt2())
+    prompts = prompts_of(model)
+    options = {**PLAIN, **DRAWN, "temperature": 1.5}
+    torch.manual_seed(5)
+    with model.generate(**options) as generator:
+        for ids in prompts:
+            with generator.invoke(ids):
+                pass
+    after = torch.get_rng_state()
+    length = max(ids.shape[1] for ids in prompts)
+    pads = [length - ids.shape[1] for ids in prompts]
+    pad = torch.nn.functional.pad
+    ids = torch.cat(
+        [pad(i, (n, 0), value=model.pad_id) for i, n in zip(prompts, pads, strict=True)]
+    )
+    mask = torch.cat([pad(torch.ones_like(i), (n, 0)) for i, n in zip(prompts, pads, strict=True)])
+    torch.manual_seed(5)
+    plain: Any = model.module
+    expected = plain.generate(ids, attention_mask=mask, pad_token_id=model.pad_id, **options)
+    assert torch.equal(generator.output, expected)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_a_prompt_with_a_seed_draws_alike_beside_others_without() -> None:
+    model = LanguageModel(tiny_gpt2())
+    one, other = prompts_of(model, (3, 6))
+    options = {**PLAIN, **DRAWN}
+    found = []
+    for _ in range(2):
+        with model.generate(**options) as generator:
+            with generator.invoke(other):
+                pass
+            with generator.invoke(one, seed=4) as invoker:
+                found.append(invoker)
+        assert len(generator.plan.passes) == 1
+    torch.manual_seed(4)
+    expected = alone(model, one, "lm_head", **options)[0]
+    assert all(torch.equal(invoker.output, expected) for invoker in found)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"num_beams": 2}, "num_beams"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"prompt_lookup_num_tokens": 2, "eos_token_id": 99}, "prompt_lookup_num_tokens"),
+        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"max_time": 100.0}, "max_time"),
+        ({"logits_processor": [lambda ids, scores: scores]}, "logits_processor"),
+        ({"stopping_criteria": [lambda ids, scores, **_: ids[:, -1] == 3]}, "stopping_criteria"),
+    ],
+)
+@pytest.mark.parametrize("way", ["option", "config"])
+def test_what_prompts_do_not_share_is_named_in_the_plan(
+    options: dict[str, Any], why: str, way: str
+) -> None:
+    model = LanguageModel(tiny_gpt2())
+    module: Any = model.module
+    given = dict(PLAIN)
+    if way == "config" and why not in ("logits_processor", "stopping_criteria"):
+        for name, value in options.items():
+            setattr(module.generation_config, name, value)
+            given.pop(name, None)
+    else:
+        given |= options
+    with model.generate(**given) as generator:
+        for ids in prompts_of(model, (3, 5)):
+            with generator.invoke(ids):
+                pass
+    assert len(generator.plan.passes) == 2
+    assert f"with `{why}`" in generator.plan.explain()
