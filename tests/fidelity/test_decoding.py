@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from insitu import LanguageModel
+from insitu import IndexOutOfRangeError, LanguageModel, OptionError
 from tests.conftest import tiny_gpt2
 from tests.fidelity.architectures import make, tiny_t5
-from tests.fidelity.test_steps_together import alone, prompts_of
+from tests.fidelity.test_steps_together import alone, assert_alike, prompts_of
 from tests.models import kinds
 
 NEW = 8
@@ -219,3 +219,87 @@ def test_what_prompts_do_not_share_is_named_in_the_plan(
                 pass
     assert len(generator.plan.passes) == 2
     assert f"with `{why}`" in generator.plan.explain()
+
+
+def test_each_prompt_may_have_a_number_of_steps_of_its_own() -> None:
+    model = LanguageModel(tiny_gpt2())
+    prompts = prompts_of(model, (4, 1, 9, 6))
+    counts = [3, 7, 1, None]
+    invokers, saved, last = [], [], []
+    with model.generate(**{**PLAIN, "max_new_tokens": 5, "no_repeat_ngram_size": 2}) as generator:
+        for ids, count in zip(prompts, counts, strict=True):
+            with generator.invoke(ids, max_new_tokens=count) as invoker:
+                with invoker.every_step():
+                    saved.append(model.lm_head.output[:, -1].save())
+                with invoker.step((count or 5) - 1):
+                    last.append(model.lm_head.output[:, -1].save())
+                assert list(invoker.steps) == list(range(count or 5))
+                with pytest.raises((IndexOutOfRangeError, OptionError)):
+                    invoker.step(count or 5)
+            invokers.append(invoker)
+    assert len(generator.plan.passes) == 1
+    for at, (ids, count) in enumerate(zip(prompts, counts, strict=True)):
+        options = {**PLAIN, "max_new_tokens": count or 5, "no_repeat_ngram_size": 2}
+        tokens, seen = alone(model, ids, "lm_head", **options)
+        assert torch.equal(invokers[at].output, tokens)
+        assert_alike(saved[at].value, [value[:, -1] for value in seen])
+        torch.testing.assert_close(last[at].value, seen[-1][:, -1])
+    width = 9 + max(len(values.value) for values in saved)
+    assert generator.output.shape[0] == 4 and generator.output.shape[1] <= width
+    for row, invoker, ids in zip(generator.output, invokers, prompts, strict=True):
+        start = 9 - ids.shape[1]
+        own = invoker.output[0]
+        assert torch.equal(row[start : start + len(own)], own)
+    with pytest.raises(OptionError, match="at least 1") as caught:
+        with model.generate(**PLAIN) as generator:
+            generator.invoke(prompts[0], max_new_tokens=0)  # the line to find
+    assert "the line to find" in str(caught.value)
+
+
+def test_edits_hold_in_every_step_of_a_prompt_with_more_steps_than_the_block() -> None:
+    model = LanguageModel(tiny_gpt2())
+    ids = prompts_of(model, (4,))[0]
+    with model.edit() as edited:
+        model.transformer.h[0].output[0][:] *= 0.5
+    with edited.generate(**{**PLAIN, "max_new_tokens": 1}) as generator:
+        with generator.invoke(ids, max_new_tokens=4) as invoker:
+            pass
+    halve = {"transformer.h.0": lambda step, value: value * 0.5}
+    tokens, _ = alone(model, ids, "lm_head", halve, **{**PLAIN, "max_new_tokens": 4})
+    assert torch.equal(invoker.output, tokens)
+
+
+def test_a_row_that_has_ended_takes_no_position_that_there_is_not() -> None:
+    model = LanguageModel(tiny_gpt2())
+    context = model.config.n_positions
+    long, short = prompts_of(model, (context - 2, 3))
+    invokers = []
+    with model.generate(**PLAIN) as generator:
+        for ids, count in ((long, 2), (short, 9)):
+            with generator.invoke(ids, max_new_tokens=count) as invoker:
+                invokers.append(invoker)
+    for ids, count, invoker in zip((long, short), (2, 9), invokers, strict=True):
+        expected = alone(model, ids, "lm_head", **{**PLAIN, "max_new_tokens": count})[0]
+        assert torch.equal(invoker.output, expected)
+
+
+def test_a_batch_has_no_more_tokens_than_the_block_allows() -> None:
+    model = LanguageModel(tiny_gpt2())
+    prompts = prompts_of(model, (4, 9, 5, 10, 4))
+    invokers = []
+    with model.generate(**PLAIN, max_tokens_per_pass=3 * (5 + NEW)) as generator:
+        for ids in prompts:
+            with generator.invoke(ids) as invoker, generator.every_step():
+                model.transformer.h[1].output[0][:, -1] *= 2.0
+            invokers.append(invoker)
+    assert [list(one.invocations) for one in generator.plan.passes] == [[0, 2, 4], [1, 3]]
+    double = {
+        "transformer.h.1": lambda step, value: torch.cat([value[:, :-1], value[:, -1:] * 2], 1)
+    }
+    outputs = [alone(model, ids, "lm_head", double, **PLAIN)[0] for ids in prompts]
+    for invoker, expected in zip(invokers, outputs, strict=True):
+        assert torch.equal(invoker.output, expected)
+    for row, expected in zip(generator.output, outputs, strict=True):
+        assert torch.equal(row[10 + NEW - expected.shape[1] :], expected[0])
+    with pytest.raises(OptionError, match="whole number from 1"):
+        model.generate(**PLAIN, max_tokens_per_pass=0)

@@ -96,7 +96,7 @@ def test_what_belongs_to_a_generation_says_so(way: Any, option: str) -> None:
         way(LanguageModel(tiny_llama()), **{option: 2})
 
 
-@pytest.mark.parametrize("option", ["share_prefixes", "max_tokens_per_pass"])
+@pytest.mark.parametrize("option", ["share_prefixes"])
 def test_what_belongs_to_a_trace_says_so(option: str) -> None:
     with pytest.raises(OptionError, match="is an option of `trace`"):
         generated(LanguageModel(tiny_gpt2()), **{option: 2})

@@ -72,6 +72,10 @@ class LanguageForward:
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
         self._fixed = (budget, share, *options.items()) if plain else None
 
+    def steps_of(self, request: Prompt) -> int:
+        """Returns that there is one step."""
+        return 1
+
     def demanding(self, options: Mapping[str, Any]) -> LanguageForward:
         """Returns the same with further options, but for those that it was given."""
         if options.keys() <= self._options.keys():

@@ -64,6 +64,8 @@ class Generation:
         model: the model.
         options: keyword arguments for its `generate`.
         location: the user's line.
+        budget: how many tokens a pass may have, where it has several invocations; None for what
+            fits into memory.
 
     Raises:
         OptionError: if `max_new_tokens` is no positive number.
@@ -71,18 +73,21 @@ class Generation:
 
     name: ProcedureName = "generate"
 
-    def __init__(self, model: LanguageModel, options: dict[str, Any], location: Location) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        options: dict[str, Any],
+        location: Location,
+        budget: int | None = None,
+    ) -> None:
         self._model = model
         self._location = location
         self._options = options
+        self._budget = budget
         steps = options.get("max_new_tokens", self._setting(model.module, "max_new_tokens"))
         unknown = steps is None and "max_new_tokens" not in options  # a length in all, or no limit
-        if not unknown and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise OptionError(
-                f"`max_new_tokens` is the number of tokens to generate, at least 1, not {steps!r}. "
-                "To run the prompt alone, use `trace`.",
-                location,
-            )
+        if not unknown:
+            _check_steps(steps, location)
         self.steps: int | None = steps
         # Who goes on behind the last token has padding before the first. An encoder counts its
         # positions, so there it stands behind, and the decoder has a beginning of its own.
@@ -96,13 +101,15 @@ class Generation:
         """Returns the same with further options, but for those that it was given."""
         if options.keys() <= self._options.keys():
             return self
-        return Generation(self._model, {**options, **self._options}, self._location)
+        options = {**options, **self._options}
+        return Generation(self._model, options, self._location, self._budget)
 
     @property
     def given(self) -> Mapping[str, Any]:
         """The options of `generate`, without the model's own tokenizer."""
         own = self._model.has_tokenizer(self._options.get("tokenizer"))
-        return {n: one for n, one in self._options.items() if not (own and n == "tokenizer")}
+        given = {n: one for n, one in self._options.items() if not (own and n == "tokenizer")}
+        return given if self._budget is None else {**given, "max_tokens_per_pass": self._budget}
 
     def prompt(self, request: Prompt) -> JobPrompt:
         """Returns a prompt as a job holds it."""
@@ -115,10 +122,13 @@ class Generation:
             InsituError: if the model cannot take it.
         """
         read = received(self._model, prompt, self._side, "generate")
-        return read._replace(seed=prompt.seed)
+        return read._replace(seed=prompt.seed, steps=prompt.steps)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
-        """Returns the prompt of an invocation as token ids, with its seed."""
+        """Returns the prompt of an invocation as token ids, with its seed and number of steps."""
+        steps = kwargs.pop("max_new_tokens", None)
+        if steps is not None:
+            _check_steps(steps, Location(*mark))
         seed = kwargs.pop("seed", None)
         if not (seed is None or isinstance(seed, int)):
             raise PromptTypeError(
@@ -133,11 +143,15 @@ class Generation:
         prompt = model.reader.read(args[0] if args else None, self._side, mark, kwargs)
         if prompt.extras:
             model.options.check(prompt.extras, "generate", lambda: Location(*mark))
-        return prompt._replace(seed=seed)
+        return prompt._replace(seed=seed, steps=steps)
 
     def example(self, request: Prompt) -> Call:
         """Returns the forward that `generate` begins with for a prompt alone."""
         return self._first_forward(request.ids, request.extras)
+
+    def steps_of(self, request: Prompt) -> int | None:
+        """Returns how many steps an invocation may have, None if nothing says so."""
+        return request.steps or self.steps
 
     def check_tokens(self, location: Location) -> None:
         """Raises if the steps choose no token for each row.
@@ -162,7 +176,8 @@ class Generation:
         """Returns what gives one pass for all prompts if each goes on in it as alone, else more."""
         for prompt in requests:
             if prompt.mask is not None:
-                positioned(self._model, prompt, not self._model.loaded, self._most_steps)
+                most = self._most_of(prompt) or _DEFAULT_STEPS
+                positioned(self._model, prompt, not self._model.loaded, most)
                 self._warn_of_counting(module, prompt.mask)
         tokens = any(address[2] in OF_STEPS for address in work.plan.reads)
         if len(requests) == 1:
@@ -189,12 +204,12 @@ class Generation:
         if why is None:
             whys, layouts = self._uncut(requests, work)
             keys = self._sharing(requests)
-        steps = [self._steps_of(prompt) or _DEFAULT_STEPS for prompt in requests]
+        steps = [self._most_of(prompt) or _DEFAULT_STEPS for prompt in requests]
         crossing = uses(work.graph, work.plan, work.moments)
         tokens = sum(
             p.ids.numel() + n * p.ids.shape[0] for p, n in zip(requests, steps, strict=True)
         )
-        budget = default_budget(self._model, tokens)
+        budget = self._budget or default_budget(self._model, tokens)
         return divided(requests, whys, keys, crossing, steps, budget), layouts
 
     def _uncut(
@@ -220,6 +235,7 @@ class Generation:
         for address in work.plan.reads:
             reads[address[0]].append(address)
         written = set(work.written)
+        most = max(self._most_of(prompt) or _DEFAULT_STEPS for prompt in requests)
         draw = drawing(work.graph, work.plan)
         whys: list[Fallback | None] = []
         for number, (prompt, own) in enumerate(zip(requests, reads, strict=True)):
@@ -231,7 +247,7 @@ class Generation:
                 obstacle = next((site for site in own if self._has_cache(site)), None)
             if obstacle is None and isinstance(later, LaterSteps):
                 obstacle = later_obstacle(later, own, written, used)
-                if obstacle is None and self._outgrows_windows(requests, self._most_steps):
+                if obstacle is None and self._outgrows_windows(requests, most):
                     obstacle = next((at for at in own if at[4] and later.grows(at)), None)
             if why is None and obstacle is not None:
                 why = uncut(Site(*obstacle))
@@ -259,7 +275,7 @@ class Generation:
             rows = rows_apart(_sequences(generated.result), sizes)
             each.update(zip(generated.steps, rows, strict=True))
         ordered = [each[number] for number in range(len(requests))]
-        limits = {self._steps_of(prompt) for prompt in requests}
+        limits = {self._most_of(prompt) for prompt in requests}
         if len(results) == 1 and len(limits) == 1:
             return Outputs(results[0].result, ordered)
         given = [self._given(prompt) for prompt in requests]
@@ -327,7 +343,7 @@ class Generation:
         self._check_length(prompts)
         batch = join(prompts, self._side, self._pad_id)
         shares = cuts(batch, layouts.first, later=layouts.later)
-        limits = [self._steps_of(prompt) or _DEFAULT_STEPS for prompt in prompts]
+        limits = [self._most_of(prompt) or _DEFAULT_STEPS for prompt in prompts]
         whole = Prompt(batch.ids, prompts[0].mark, batch.mask, steps=max(limits))
         kwargs, criteria = self._without_criteria(self._arguments(whole))
         implementation = kwargs.pop(OPTION, None)
@@ -362,13 +378,14 @@ class Generation:
             with attending(module, implementation), forgetting_lengths(self._model.growing):
                 return module.generate(**kwargs)  # pyright: ignore[reportCallIssue]
         except IndexError:
-            self._model.reader.check(prompts, self._following)
+            for prompt in prompts:
+                self._model.reader.check([prompt], self._following(prompt))
             raise
 
     def _check_length(self, prompts: Sequence[Prompt]) -> None:
         if not self._model.reader.lookups_check:
             for prompt in prompts:
-                self._model.reader.check_length(prompt, self._following)
+                self._model.reader.check_length(prompt, self._following(prompt))
 
     def _summary(self, numbers: Sequence[int], rows: int, length: int) -> Summary:
         """The summary of a pass of several prompts."""
@@ -504,7 +521,7 @@ class Generation:
         """Why a prompt does not go on in a batch as it would alone, None if it does."""
         if prompt.extras:
             return Fallback(f"`{next(iter(prompt.extras))}` is of one prompt at a time")
-        steps = self._steps_of(prompt)
+        steps = self._most_of(prompt)
         if steps is None:
             return Fallback("without `max_new_tokens` padding counts towards the total length")
         if steps < 1:
@@ -515,18 +532,28 @@ class Generation:
         """What is equal for prompts that do not change each other in a batch."""
         lengths = self._model.lengths
         padded = is_ragged(requests) and padding_shows(self._model) is not None
+        steps = [self._most_of(prompt) or _DEFAULT_STEPS for prompt in requests]
+        most, longest = max(steps), max(prompt.ids.shape[1] for prompt in requests)
+        # Rows that have ended take up positions, as long as others go on.
+        context = self._model.reader.limits.context
+        crowded = context is not None and longest + most > context
         return [
             (
-                lengths.sharing(prompt.ids.shape[1], self._steps_of(prompt) or self._most_steps),
+                lengths.sharing(prompt.ids.shape[1], most),
                 prompt.ids.shape[1] if padded else None,
+                own if crowded else None,
             )
-            for prompt in requests
+            for prompt, own in zip(requests, steps, strict=True)
         ]
 
-    def _steps_of(self, prompt: Prompt) -> int | None:
-        """How many tokens a prompt gets at most, None if that is not known."""
-        if prompt.steps is not None or self.steps is not None:
-            return prompt.steps or self.steps
+    def _most_of(self, prompt: Prompt) -> int | None:
+        """How many tokens a prompt gets at most, None if that is not known.
+
+        A length in all says so too, but not which steps there are to be named in the block.
+        """
+        steps = self.steps_of(prompt)
+        if steps is not None:
+            return steps
         most = self._options.get("max_length")
         return most - self._given(prompt) if isinstance(most, int) else None
 
@@ -550,16 +577,10 @@ class Generation:
             return self._model.pad_id
         return given
 
-    @property
-    def _most_steps(self) -> int:
-        """How many steps there are, at most."""
-        return self.steps or self._setting(self._model.module, "max_length") or _DEFAULT_STEPS
-
-    @property
-    def _following(self) -> int:
-        """How many tokens come where the prompt is."""
+    def _following(self, prompt: Prompt) -> int:
+        """How many tokens come where a prompt is."""
         decodes = self._model.is_encoder_decoder
-        return 1 if decodes else self.steps or 1
+        return 1 if decodes else self.steps_of(prompt) or 1
 
     def _outgrows_windows(self, requests: Sequence[Prompt], steps: int = 0) -> bool:
         """Whether a cache may hold fewer positions than the longest prompt has after some steps.
@@ -585,6 +606,16 @@ class Generation:
         if self._model.is_encoder_decoder:
             return 1
         return 0 if "inputs_embeds" in prompt.extras else prompt.ids.shape[1]
+
+
+def _check_steps(steps: Any, location: Location) -> None:
+    """Raises if a number of tokens to generate is none."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise OptionError(
+            f"`max_new_tokens` is the number of tokens to generate, at least 1, not {steps!r}. "
+            "To run the prompt alone, use `trace`.",
+            location,
+        )
 
 
 class _Layouts(NamedTuple):

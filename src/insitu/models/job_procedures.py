@@ -42,11 +42,11 @@ def language_procedure(
     model.options.check([one for one in options if one not in _OWN], name, lambda: location)
     # Tensors may be filled anew by the forward that they are given to.
     given = {n: one.clone() if isinstance(one, torch.Tensor) else one for n, one in options.items()}
+    budget: Any = given.pop("max_tokens_per_pass", None)
+    if budget is not None and (type(budget) is not int or budget < 1):
+        raise OptionError("`max_tokens_per_pass` is a whole number from 1.", location)
     if name == "trace":
-        budget: Any = given.pop("max_tokens_per_pass", None)
         share: Any = given.pop("share_prefixes", None)
-        if budget is not None and (type(budget) is not int or budget < 1):
-            raise OptionError("`max_tokens_per_pass` is a whole number from 1.", location)
         return LanguageForward(model, given, budget, share, dry)
     if not getattr(model.module, "can_generate", lambda: False)():
         raise OptionError(
@@ -56,4 +56,4 @@ def language_procedure(
 
     if given.get("stop_strings") is not None:
         given.setdefault("tokenizer", model.tokenizer)
-    return Generation(model, given, location)
+    return Generation(model, given, location, budget)

@@ -25,7 +25,7 @@ from insitu.models.model import Model
 from insitu.models.options import Options, more_prompts
 from insitu.models.padding_trial import Padding
 from insitu.models.placement import Placement
-from insitu.models.prompt_arguments import given_to_block
+from insitu.models.prompt_arguments import check_budget, given_to_block
 from insitu.models.reader import Reader
 from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
@@ -304,11 +304,7 @@ class LanguageModel(Model):
         if kwargs:
             given = given_to_block(self, prompt, kwargs, "trace")
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
-            most = max_tokens_per_pass
-            if most is not None and (type(most) is not int or most < 1):
-                raise OptionError(
-                    f"`max_tokens_per_pass` is a whole number from 1, not {most!r}.", here()
-                )
+            check_budget(max_tokens_per_pass)
             forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
         return Tracer(Block(self, forward, given))
 
@@ -339,9 +335,9 @@ class LanguageModel(Model):
         if others:
             raise more_prompts("scan", others)
         if generate:
-            own = {"max_tokens_per_pass": max_tokens_per_pass, "share_prefixes": share_prefixes}
-            kwargs |= {name: given for name, given in own.items() if given is not None}
-            return self._generating(prompt, kwargs, dry=True)
+            if share_prefixes is not None:
+                kwargs["share_prefixes"] = share_prefixes
+            return self._generating(prompt, kwargs, max_tokens_per_pass, dry=True)
         self._notice()
         given = None if prompt is None else ((prompt,), {})
         if kwargs:
@@ -361,15 +357,25 @@ class LanguageModel(Model):
         """Returns whether a tokenizer is its own."""
         return tokenizer is not None and tokenizer is self._tokenizer
 
-    def generate(self, prompt: Any = None, *others: Any, **kwargs: Any) -> Tracer:
+    def generate(
+        self,
+        prompt: Any = None,
+        *others: Any,
+        max_tokens_per_pass: int | None = None,
+        **kwargs: Any,
+    ) -> Tracer:
         """Opens a block that generates when it ends, with the model's own `generate`.
 
         Sites mean the first forward, which processes the prompt.
 
         Args:
             prompt: text or token ids, in any form that `invoke` takes. Without one, each
-                `generator.invoke(prompt, seed=None)` in the block gives its own.
+                `generator.invoke(prompt, seed=None, max_new_tokens=None)` in the block gives its
+                own; they are generated in as few batches as give each what it would get alone.
             others: nothing. Several prompts are a list, or each its own `generator.invoke(prompt)`.
+            max_tokens_per_pass: how many tokens, with padding and those to come, several
+                invocations may have in one batch. Unless given, what fits into a quarter of the
+                free memory.
             kwargs: keyword arguments of `generate`, such as `max_new_tokens` and `do_sample`;
                 with a prompt, `seed` too, and a prompt by keyword as in `trace`.
 
@@ -383,9 +389,11 @@ class LanguageModel(Model):
         """
         if others:
             raise more_prompts("generate", others)
-        return self._generating(prompt, kwargs)
+        return self._generating(prompt, kwargs, max_tokens_per_pass)
 
-    def _generating(self, prompt: Any, kwargs: dict[str, Any], dry: bool = False) -> Tracer:
+    def _generating(
+        self, prompt: Any, kwargs: dict[str, Any], budget: int | None, dry: bool = False
+    ) -> Tracer:
         """A block that generates; with `dry` it runs nothing."""
         if not getattr(self._module, "can_generate", lambda: False)():
             raise OptionError(
@@ -399,7 +407,9 @@ class LanguageModel(Model):
         given = None if prompt is None else ((prompt,), {})
         if kwargs:
             given = given_to_block(self, prompt, kwargs, "generate")
-        return Tracer(Block(self, Generation(self, kwargs, here()), given, True, dry))
+        check_budget(budget)
+        generation = Generation(self, kwargs, here(), budget)
+        return Tracer(Block(self, generation, given, True, dry))
 
     @short_tracebacks
     def run_with_cache(

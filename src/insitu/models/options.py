@@ -27,7 +27,7 @@ _TAKEN_BY_GENERATE = frozenset(["tokenizer", "assistant_tokenizer", "trust_remot
 # Options of our own, by the methods that take them.
 _OWN: Mapping[str, Collection[str]] = {
     "trace": ("max_tokens_per_pass", "share_prefixes"),
-    "generate": ("seed",),
+    "generate": ("max_tokens_per_pass", "seed"),
     "run_with_cache": ("names", "to", "dtype"),
 }
 _PROMPT = ("images", "videos", "audio", "add_generation_prompt")

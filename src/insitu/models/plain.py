@@ -46,6 +46,10 @@ class Forward:
         self._module = module
         self._options = options
 
+    def steps_of(self, request: Call) -> int:
+        """Returns that there is one step."""
+        return 1
+
     def demanding(self, options: Mapping[str, Any]) -> Forward:
         """Returns the same with further options, but for those that it was given."""
         if options.keys() <= self._options.keys():

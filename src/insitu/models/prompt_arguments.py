@@ -90,6 +90,21 @@ def given_to_invocation(
     return kwargs
 
 
+def check_budget(tokens: Any) -> None:
+    """Raises if a number of tokens in a pass is none.
+
+    Args:
+        tokens: the number, None if none was given.
+
+    Raises:
+        OptionError: if it is no whole number from 1.
+    """
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise OptionError(
+            f"`max_tokens_per_pass` is a whole number from 1, not {tokens!r}.", here()
+        )
+
+
 def _lacks_media(model: TakesPrompts, name: str) -> str:
     """What to say where a model of text is given images, videos or audio."""
     return f"A {type(model).__name__} takes no `{name}`: load it as a `VisionLanguageModel`."

@@ -32,7 +32,7 @@ def sent(prompt: Prompt) -> JobPrompt:
     if embedded and prompt.mask is not None:
         kwargs["attention_mask"] = prompt.mask
     mask = None if embedded else prompt.mask
-    return JobPrompt(ids, mask, (), kwargs, prompt.seed, prompt.mark)
+    return JobPrompt(ids, mask, (), kwargs, prompt.seed, prompt.mark, prompt.steps)
 
 
 def received(

@@ -76,6 +76,7 @@ _OF_GENERATIONS: Mapping[str, Any] = {
     "bos_token_id": int | None,
     "pad_token_id": int | None,
     "decoder_start_token_id": _Ids | None,
+    "max_tokens_per_pass": int | None,
     "cache_implementation": Literal["dynamic", "static", "offloaded", "quantized"] | None,
     "output_logits": bool | None,
     "output_scores": bool | None,

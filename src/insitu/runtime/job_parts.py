@@ -30,6 +30,7 @@ class JobPrompt:
             of a module that takes no prompts, keyword arguments of the forward.
         seed: where the sampling of this invocation starts, or None.
         mark: the user's line, None where it is not known.
+        steps: how many tokens this invocation is to get at most, where it has a number of its own.
     """
 
     ids: torch.Tensor | None = None
@@ -38,6 +39,7 @@ class JobPrompt:
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     seed: int | None = None
     mark: Mark | None = None
+    steps: int | None = None
 
     @property
     def location(self) -> Location | None:

@@ -75,6 +75,7 @@ class PromptPart(Part):
     args: list[Value]
     kwargs: dict[_Name, Value]
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None
+    steps: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None
 
 
 class DemandedPart(Part):
@@ -227,6 +228,7 @@ def _prompt_part(writer: Writer, prompt: JobPrompt) -> PromptPart:
         [part(f"argument {place}", value) for place, value in enumerate(prompt.args)],
         {name: part(name, value) for name, value in prompt.kwargs.items()},
         prompt.seed,
+        prompt.steps,
     )
 
 
@@ -274,7 +276,7 @@ def _prompt(reader: Reader, part: PromptPart) -> JobPrompt:
     args = tuple([_value(reader, value) for value in part.args])
     kwargs = _values(reader, part.kwargs)
     line = None if part.line is None else _mark(reader, part.line)
-    return JobPrompt(ids, mask, args, kwargs, part.seed, line)
+    return JobPrompt(ids, mask, args, kwargs, part.seed, line, part.steps)
 
 
 def _whole(reader: Reader, part: Value, name: str) -> torch.Tensor | None:

@@ -112,6 +112,14 @@ class Procedure(Protocol, Generic[Request]):
         """How many steps a run may have: one, if it is a forward. None if nothing says so."""
         ...
 
+    def steps_of(self, request: Request) -> int | None:
+        """Returns how many steps an invocation may have, None if nothing says so.
+
+        Args:
+            request: what it was given.
+        """
+        ...
+
     def demanding(self, options: Mapping[str, Any]) -> Procedure[Request]:
         """Returns the same with further options, but for those that it was given."""
         ...

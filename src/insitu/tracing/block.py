@@ -242,7 +242,7 @@ class Block:
         self.invocations.append(invocation)
         self._requests.append(request)
         for graph in self.model.edits:
-            step = 0 if procedure.steps == 1 else EVERY
+            step = 0 if procedure.steps_of(request) == 1 else EVERY
             replay(self.recording, graph, invocation.number, step)
             if graph.unfused:
                 self.demand(self.model.vocabulary.unfused())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from insitu.graph.errors import JobError, PathError, nearest
@@ -12,14 +12,14 @@ from insitu.runtime.procedure import Procedure
 
 
 def check_graph(
-    graph: Graph, modules: Collection[str], invocations: int, procedure: Procedure[Any]
+    graph: Graph, modules: Collection[str], requests: Sequence[Any], procedure: Procedure[Any]
 ) -> None:
     """Checks that the sites and the modules of a graph are there.
 
     Args:
         graph: the graph.
         modules: the paths of the model's modules.
-        invocations: how many there are.
+        requests: what its invocations are given.
         procedure: how it is to run.
 
     Raises:
@@ -28,18 +28,19 @@ def check_graph(
         OptionError: for tokens of steps that choose none.
     """
     check_modules(graph, modules)
-    steps = procedure.steps
+    counts = [procedure.steps_of(request) for request in requests]
     for node in graph:
         site = node.site
         if site is None:
             continue
-        if site.invocation >= invocations:
+        if site.invocation >= len(requests):
             raise JobError(
-                f"`{site}` is of invocation {site.invocation}, and there are {invocations}.",
+                f"`{site}` is of invocation {site.invocation}, and there are {len(requests)}.",
                 node.location,
             )
         if site.kind in ("tokens", "choice"):
             procedure.check_tokens(node.location)
+        steps = counts[site.invocation]
         if steps is not None and site.step >= steps:
             raise JobError(
                 f"`{site}` is of a step that does not come: there {_counted(steps)}.",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _USED_INSIDE = """
-    block call called current_step demand enter fake forget_shapes leave number read
+    block call called current_step demand enter fake forget_shapes leave most_steps number read
     request result skip stop write
 """
 _INTERNAL = frozenset(_USED_INSIDE.split())
@@ -175,17 +175,22 @@ class Invocation(Scope):
         recording.stop(recording.read(address, mark), mark)
 
     @property
+    def most_steps(self) -> int | None:
+        """How many steps it may have, None if nothing says so before the run."""
+        return self.block.procedure.steps_of(self.request)
+
+    @property
     def step(self) -> StepPicker:
         """`invoker.step(2)` or `invoker.step[2]`: a context whose lines mean step 2.
 
         Step 0 processes the prompt, and lines mean it unless told otherwise.
         """
-        return StepPicker([self], self.block.procedure.steps)
+        return StepPicker([self], self.most_steps)
 
     @property
     def steps(self) -> Iterator[int]:
         """The numbers of all steps, for a loop in whose rounds lines mean that step."""
-        return each_step([self], self.block.procedure.steps, mark())
+        return each_step([self], self.most_steps, mark())
 
     def every_step(self) -> AtStep:
         """Returns a context whose lines are recorded once and run in every step.
@@ -197,7 +202,7 @@ class Invocation(Scope):
 
     def next(self) -> int:
         """Lets the lines that come now mean the step after the present one; returns its number."""
-        return next_step([self], self.block.procedure.steps, mark())
+        return next_step([self], self.most_steps, mark())
 
     @property
     def tokens(self) -> Tokens:

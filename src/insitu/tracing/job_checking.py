@@ -90,7 +90,9 @@ def _expected(bound: Bound, index: int) -> Expected:
             return Expected(None, None, None, str(error).splitlines()[0])
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))
     if any(start <= index < end for start, end in graph.repeats):
-        steps = procedure.steps
+        counts = [procedure.steps_of(request) for request in bound.requests]
+        known = [count for count in counts if count is not None]
+        steps = max(known) if len(known) == len(counts) else None
         if steps is None:
             return Expected(shape_of(value), dtype_of(value), None, "a list, of unknown length")
         size *= steps

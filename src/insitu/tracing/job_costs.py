@@ -46,23 +46,27 @@ def model_costs(model: Subject, bound: Bound, plan: Planned) -> BlockCosts:
     """
     calls = [bound.procedure.example(request) for request in bound.requests]
     counts = _counted(model, calls)
-    steps = bound.procedure.steps or 1
+    steps = [bound.procedure.steps_of(request) or 1 for request in bound.requests]
     keeps = bound.lines.graph.differentiates
     flops, most = 0.0, 0
     ways: set[str] = set()
     for single in plan.passes:
         own = [(calls[number], counts[number]) for number in single.invocations]
+        most_steps = max(steps[number] for number in single.invocations)
         if single.flops:
             flops += single.flops
             ways.add("by the sizes of the blocks that its passes run")
         else:
-            flops += sum(count.flops * (1 + (steps - 1) / _places(call)[1]) for call, count in own)
+            flops += sum(
+                counts[at].flops * (1 + (steps[at] - 1) / _places(calls[at])[1])
+                for at in single.invocations
+            )
             ways.add(
                 "left out: no forward can be made without data"
                 if _NONE in (count for _, count in own)
-                else "in forwards without data" + ", further steps in proportion" * (steps > 1)
+                else "in forwards without data" + ", further steps in proportion" * (most_steps > 1)
             )
-        most = max(most, _bytes(single, own, steps, keeps))
+        most = max(most, _bytes(single, own, most_steps, keeps))
     return BlockCosts(flops, most, " and ".join(sorted(ways)))
 
 

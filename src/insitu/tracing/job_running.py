@@ -140,7 +140,7 @@ def bind(model: Subject, block: JobBlock, earlier: Sequence[JobLines], dry: bool
     procedure = model.procedure(block.procedure, block.options, mark, dry)
     requests = [procedure.received(_copied(prompt)) for prompt in block.prompts]
     graph = block.graph
-    check_graph(graph, model.modules, len(requests), procedure)
+    check_graph(graph, model.modules, requests, procedure)
 
     def leaf(item: Any) -> Any:
         if type(item) is not Earlier:
@@ -182,4 +182,4 @@ def _copied(prompt: JobPrompt) -> JobPrompt:
     ids, mask, args, kwargs = map_structure(
         leaf, (prompt.ids, prompt.mask, prompt.args, dict(prompt.kwargs))
     )
-    return JobPrompt(ids, mask, args, kwargs, prompt.seed, prompt.mark)
+    return JobPrompt(ids, mask, args, kwargs, prompt.seed, prompt.mark, prompt.steps)

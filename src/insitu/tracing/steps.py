@@ -106,7 +106,7 @@ class StepValues(ABC):
         invocation = self._invocation
         if step is None:
             return invocation.current_step
-        return checked_step(step, invocation.block.procedure.steps, line)
+        return checked_step(step, invocation.most_steps, line)
 
     @abstractmethod
     def _read(self, step: int, line: Mark) -> Proxy: ...

@@ -220,12 +220,12 @@ class Tracer:
 
         It holds for the invocations that there are; `invoker.step` is of one of them.
         """
-        return StepPicker(self.block.invocations, self.block.procedure.steps)
+        return StepPicker(self.block.invocations, self._most_steps)
 
     @property
     def steps(self) -> Iterator[int]:
         """The numbers of all steps, for a loop in whose rounds lines mean that step."""
-        return each_step(self.block.invocations, self.block.procedure.steps, mark())
+        return each_step(self.block.invocations, self._most_steps, mark())
 
     def every_step(self) -> AtStep:
         """Returns a context whose lines are recorded once and run in every step."""
@@ -233,7 +233,7 @@ class Tracer:
 
     def next(self) -> int:
         """Lets the lines that come now mean the step after the present one; returns its number."""
-        return next_step(self.block.invocations, self.block.procedure.steps, mark())
+        return next_step(self.block.invocations, self._most_steps, mark())
 
     @property
     def tokens(self) -> Tokens:
@@ -244,6 +244,14 @@ class Tracer:
     def logits(self) -> Logits:
         """The logits for the next token, in a block of one prompt: see `invoker.logits`."""
         return self.only_invocation().logits
+
+    @property
+    def _most_steps(self) -> int | None:
+        """How many steps each of the invocations may have, None if that differs or is not known."""
+        found = {invocation.most_steps for invocation in self.block.invocations}
+        if not found:
+            return self.block.procedure.steps
+        return found.pop() if len(found) == 1 else None
 
     def _only_request(self) -> Any:
         request = self.block.request
