@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from insitu import IndexOutOfRangeError, LanguageModel, OptionError
+from insitu import IndexOutOfRangeError, Job, LanguageModel, OptionError
 from tests.conftest import tiny_gpt2
 from tests.fidelity.architectures import make, tiny_t5
 from tests.fidelity.test_steps_together import alone, assert_alike, prompts_of
@@ -303,3 +303,22 @@ def test_a_batch_has_no_more_tokens_than_the_block_allows() -> None:
         assert torch.equal(row[10 + NEW - expected.shape[1] :], expected[0])
     with pytest.raises(OptionError, match="whole number from 1"):
         model.generate(**PLAIN, max_tokens_per_pass=0)
+
+
+def test_a_job_holds_each_prompts_own_steps_and_the_budget_of_the_block() -> None:
+    model = LanguageModel(tiny_gpt2())
+    prompts = prompts_of(model, (3, 5))
+    options = {**PLAIN, "do_sample": True, "max_tokens_per_pass": 64}
+    with model.scan(generate=True, **options) as generator:
+        for number, ids in enumerate(prompts):
+            with generator.invoke(ids, seed=number, max_new_tokens=number + 2) as invoker:
+                with invoker.every_step():
+                    model.lm_head.output[:, -1].save(f"of {number}")
+    assert len(generator.plan.passes) == 1
+    results = model.run(Job.from_bytes(generator.job.to_bytes()))
+    del options["max_tokens_per_pass"]
+    for number, ids in enumerate(prompts):
+        torch.manual_seed(number)
+        given = {**options, "max_new_tokens": number + 2}
+        _, seen = alone(model, ids, "lm_head", **given)
+        assert_alike(results[f"of {number}"], [value[:, -1] for value in seen])
