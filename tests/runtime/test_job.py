@@ -334,6 +334,16 @@ def test_a_module_that_was_put_in_is_another_structure(gpt2: LanguageModel) -> N
         LanguageModel(module).run(job)
 
 
+def test_a_model_that_has_changed_since_is_looked_at_again(gpt2: LanguageModel) -> None:
+    job = a_job(gpt2)
+    gpt2.run(job)
+    gpt2.module.to(torch.bfloat16)
+    assert gpt2.run(job).differences == ["its weights are bfloat16, and not float32"]
+    gpt2.module.transformer.h[2].mlp = nn.Linear(16, 16)
+    with pytest.raises(JobError, match="1 Linear, weight 16x16"):
+        gpt2.run(job)
+
+
 def test_plain_modules_of_another_shape_are_refused() -> None:
     model = Model(nn.Sequential(nn.Linear(3, 5), nn.ReLU()))
     with model.trace(torch.ones(2, 3)) as tracer:
@@ -396,6 +406,25 @@ def test_an_edit_travels_in_the_job_and_holds_once(gpt2: LanguageModel) -> None:
 
 
 # Prompts of every kind
+
+
+def test_texts_are_sent_as_ids_and_stop_strings_take_the_models_tokenizer(
+    eiffel: LanguageModel,
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 6, "stop_strings": ["France"]}
+    with eiffel.scan(generate=True, tokenizer=eiffel.tokenizer, **options) as generator:
+        for text in ("The Louvre is in", "The Eiffel Tower is in the city of"):
+            with generator.invoke(text):
+                eiffel.lm_head.output[0, -1].argmax().save(text)
+    assert not eiffel.loaded
+    other = LanguageModel("insitu/eiffel")
+    results = other.run(received(generator.job))
+    module, tokenizer = other.load(), other.tokenizer
+    for number, text in enumerate(results):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        plain = module.generate(ids, tokenizer=tokenizer, pad_token_id=0, **options)
+        assert torch.equal(results.outputs[0].each[number], plain)
+        assert results[text] == plain[0, ids.shape[1]]
 
 
 def ragged(model: LanguageModel) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -53,12 +53,38 @@ class Described(Protocol):
         ...
 
 
-def described(model: Described, origin: tuple[str, str]) -> JobModel:
+class Structure(NamedTuple):
+    """What of a fingerprint is the same until the model's tree or its weights are others.
+
+    Attributes:
+        kind: as of `Fingerprint`, and so are the others.
+        tree: likewise.
+        dtypes: likewise.
+    """
+
+    kind: str
+    tree: Mapping[str, str]
+    dtypes: Sequence[str]
+
+
+def structure_of(model: Described) -> Structure:
+    """Returns the structure of a model, loaded or not; of a quantised one that it was made of.
+
+    Args:
+        model: the model.
+    """
+    module, modules = model.without_data
+    dtypes = dtypes_of(model.module) if model.knows_dtypes else []
+    return Structure(type(module).__qualname__, tree_of(modules), dtypes)
+
+
+def described(model: Described, origin: tuple[str, str], structure: Structure) -> JobModel:
     """Returns what a job says of the model that it is for.
 
     Args:
         model: the model, loaded or not.
         origin: the name that it was loaded by, and the revision that was asked for; "" if none.
+        structure: its structure.
     """
     config = getattr(model.module, "config", None)
     config = config if hasattr(config, "get_text_config") else None
@@ -67,19 +93,13 @@ def described(model: Described, origin: tuple[str, str]) -> JobModel:
         _public(name or getattr(config, "name_or_path", None) or ""),
         getattr(config, "_commit_hash", None) or revision,
         [_digest(edit) for edit in model.edits],
-        _fingerprint(model, config),
-    )
-
-
-def _fingerprint(model: Described, config: Any) -> Fingerprint:
-    """What a model is like, by its tree, loaded or not; a quantised one by what it was made of."""
-    module, modules = model.without_data
-    return Fingerprint(
-        type(module).__qualname__,
-        {} if config is None else dict(_settings(config, "")),
-        tree_of(modules),
-        dtypes_of(model.module) if model.knows_dtypes else [],
-        _vocabulary_digest(vars(model).get("_tokenizer")),
+        Fingerprint(
+            structure.kind,
+            {} if config is None else dict(_settings(config, "")),
+            structure.tree,
+            structure.dtypes,
+            _vocabulary_digest(vars(model).get("_tokenizer")),
+        ),
     )
 
 

@@ -47,6 +47,7 @@ from insitu.tracing.vocabulary import NoVocabulary, Vocabulary
 if TYPE_CHECKING:
     from insitu.display.module_tree import ModuleTree
     from insitu.models.architectures import Description
+    from insitu.models.fingerprints import Structure
     from insitu.models.loading import Source
     from insitu.models.vocabulary import Names
     from insitu.runtime.job import Job
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from insitu.runtime.job_parts import JobModel, ProcedureName
     from insitu.runtime.results import Results
 
+
+_MOST_COUNTS = 64  # forms of calls of which it is known what they take
 
 _USED_INSIDE = """
     caches count described edited exclusive fake_module has_hooks in_use knows_dtypes look
@@ -148,6 +151,8 @@ class Model(Handle):
     _stacks: Collection[str] = ()  # the lists of blocks that were ever found
     _weights: tuple[list[torch.dtype], list[torch.Size]]
     _probes: dict[str, Probe | UnknownShapeError]
+    _counts: dict[str, Counts]  # what calls take, by their forms
+    _structure: tuple[Tree, Structure] | None = None  # as a job describes it
     _source: Source | None
     _origin: tuple[str, str] = ("", "")  # the name that it was loaded by, and the revision
     _base: Model | None
@@ -410,16 +415,26 @@ class Model(Handle):
 
     def count(self, call: Call) -> Counts:
         """Returns what a call of the module takes: as of `Subject`."""
-        module, kwargs = self.without_data[0], dict(call.kwargs)
-        with self.in_use(), attending(self._module, kwargs.pop(OPTION, None)):
-            return count(module, Call(call.args, kwargs))
+        signature, known = f"{ambient()} {call.signature()}", self._counts
+        if signature not in known:
+            module, kwargs = self.without_data[0], dict(call.kwargs)
+            with self.in_use(), attending(self._module, kwargs.pop(OPTION, None)):
+                known[signature] = count(module, Call(call.args, kwargs))
+            while len(known) > _MOST_COUNTS:
+                known.pop(next(iter(known)))
+        return known[signature]
 
     @property
     def described(self) -> JobModel:
         """What a job says of the model that it is for."""
-        from insitu.models.fingerprints import described
+        from insitu.models.fingerprints import described, structure_of
 
-        return described(self, self._origin)
+        self.look()
+        self.look_at_weights()
+        if self._structure is None or self._structure[0] is not self.snapshot:
+            vars(self)["_structure"] = self.snapshot, structure_of(self)
+        assert self._structure is not None
+        return described(self, self._origin, self._structure[1])
 
     @short_tracebacks
     def run(self, job: Job) -> Results:
@@ -636,7 +651,7 @@ class Model(Handle):
             vars(self)["_stacks"] = frozenset([*self._stacks, *known])
         views = block_views(module, config, True, self._stacks) if named else {}
         vars(self).update(_module=module, snapshot=tree, exclusive=exclusive(module))
-        vars(self).update(_probes={}, plans=Plans(), views=views)
+        vars(self).update(_probes={}, _counts={}, plans=Plans(), views=views)
         vars(self)["_weights"] = tree.weights()
         vars(self)["_vocabulary"] = self._names(module) if named else NoVocabulary()
 
