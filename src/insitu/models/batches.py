@@ -11,17 +11,17 @@ from torch import nn
 from insitu.graph.node import Address, Kind
 from insitu.models.accounts import Accounts
 from insitu.models.batching import cuts, join
-from insitu.models.calls import arguments, content, forward
-from insitu.models.prompts import Prompt, Side, counted
+from insitu.models.calls import alone, arguments, content, forward
+from insitu.models.prompts import Prompt, counted
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
 from insitu.models.sharing import chain_of
 from insitu.models.tail import Tail
+from insitu.models.terms import Terms
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, unembed_only, unembedding
 from insitu.runtime.branches import Chain, Given, find_runs, part_of
 from insitu.runtime.extent import Extents
 from insitu.runtime.fallback import Fallback, logger
 from insitu.runtime.hooks import Cut, Place
-from insitu.runtime.layout import Layouts
 from insitu.runtime.passes import Deliver, Own, Pass
 from insitu.runtime.plan import Plan
 from insitu.runtime.procedure import Work
@@ -61,44 +61,44 @@ class _Stretch(NamedTuple):
 
 
 class Batches:
-    """How several prompts are divided into passes: a `Schedule`.
+    """How several prompts are divided into passes.
 
     It keeps nothing of what the prompts say or of the graph's constants, so that it serves every
     run of the same shape.
 
     Args:
         model: the model.
-        options: keyword arguments for its forward.
-        layouts: how values are cut.
+        options: keyword arguments for its forward, for the passes of single invocations.
+        terms: on which terms each invocation shares a pass, or why it shares none.
         module: the wrapped module, with its weights.
         requests: the prompts.
         work: what the passes are for.
         budget: how many tokens a pass may have, where it has several invocations.
         share: whether invocations of one prompt share what they have in common; None for where
             that is faster.
-        side: where shorter prompts are padded. On the left, because some are padded there
-            themselves, none is shared and no position left out.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         options: Mapping[str, Any],
-        layouts: Layouts,
+        terms: Sequence[Terms | Fallback],
         module: nn.Module,
         requests: Sequence[Prompt],
         work: Work,
         budget: int,
         share: bool | None,
-        side: Side = "right",
     ) -> None:
-        self._model, self._options, self._layouts = model, options, layouts
-        self._side: Side = side
+        self._model, self._options, self._terms = model, options, terms
+        self._asked = work.asked
         views = model.block_views[False]
         self._blocks = blocks_of(model.modules, views)
         heads = model.unembedding_paths
         self._head = model.modules[heads[0]] if len(heads) == 1 else None
-        given = [_given(number, prompt, share) for number, prompt in enumerate(requests)]
+        given = [
+            _given(number, prompt, term, share)
+            for number, (prompt, term) in enumerate(zip(requests, terms, strict=True))
+        ]
         self._sizes = [(prompt.rows, prompt.length) for prompt in given]
         self._accounts = Accounts(model, work, self._sizes)
         costs = None if share else model.costs
@@ -107,20 +107,22 @@ class Batches:
             runs, edges = find_runs(work.graph, work.plan, given, chain, work.moments, costs)
             return runs, arrange(runs, edges, model.costs, budget)
 
-        def shared_blocks() -> Chain | None:
+        def shared_blocks(number: int) -> Chain | None:
+            term = terms[number]
+            assert isinstance(term, Terms)
             found: Chain | Fallback = _SHIFTED
-            if side == "right":
-                found = chain_of(model, module, layouts, options)
+            if term.side == "right":
+                found = chain_of(model, module, term.layouts, term.options)
             if isinstance(found, Fallback):
                 logger.info("Prompts that are equal share no blocks: %s", found.why)
-                self._unshared = f"; equal prompts share no blocks: {found.why}"
+                self._unshared[term.number] = f"; equal prompts share no blocks: {found.why}"
                 return None
             return found
 
-        self._unshared = ""
+        self._unshared: dict[int, str] = {}
         runs, groups = runs_and_groups(shared_blocks)
         if groups is None:  # invocations need each other in both directions
-            runs, groups = runs_and_groups(lambda: None)
+            runs, groups = runs_and_groups(lambda _: None)
         assert groups is not None
         groups = [part for group in groups for part in self._of_like_lengths(runs, group)]
         self._runs = runs
@@ -129,12 +131,19 @@ class Batches:
     def passes(self, module: nn.Module, requests: Sequence[Prompt]) -> list[Pass]:
         """Returns the passes for some prompts, in an order in which they can run."""
         prefixes: dict[int, tuple[Prefix, slice]] = {}
-        return [
-            self._resumed(stretch, module, requests, prefixes)
-            if stretch.skipped
-            else self._whole(stretch, module, requests, prefixes)
-            for stretch in self._stretches
-        ]
+        passes: list[Pass] = []
+        for stretch in self._stretches:
+            first = self._runs[stretch.runs[0]].invocation
+            term = self._terms[first]
+            if isinstance(term, Fallback):
+                summary = partial(self._accounts.alone, first, term.why)
+                rest = (self._options, summary, term, self._asked[first].differentiates)
+                passes.append(alone(self._model, first, *rest)(module, requests[first]))
+            elif stretch.skipped:
+                passes.append(self._resumed(stretch, term, module, requests, prefixes))
+            else:
+                passes.append(self._whole(stretch, term, module, requests, prefixes))
+        return passes
 
     def _planned(self, groups: Sequence[Group], work: Work) -> list[_Stretch]:
         """What each pass does, of what can be said before there are prompts."""
@@ -182,6 +191,7 @@ class Batches:
     def _whole(
         self,
         stretch: _Stretch,
+        terms: Terms,
         module: nn.Module,
         requests: Sequence[Prompt],
         prefixes: dict[int, tuple[Prefix, slice]],
@@ -189,15 +199,16 @@ class Batches:
         """The pass of runs from the model's beginning."""
         runs = [self._runs[number] for number in stretch.runs]
         prompts = [requests[run.invocation] for run in runs]
-        batch = join(prompts, self._side, self._model.pad_id)
-        whole = counted(Prompt(batch.ids, prompts[0].mark, batch.mask), self._side)
+        batch = join(prompts, terms.side, self._model.pad_id)
+        whole = counted(Prompt(batch.ids, prompts[0].mark, batch.mask), terms.side)
         own: dict[int, Cut | None] = {}
-        for run, share in zip(runs, cuts(batch, self._layouts, stretch.unembedded), strict=True):
+        for run, share in zip(runs, cuts(batch, terms.layouts, stretch.unembedded), strict=True):
             own[run.invocation] = share
             for address in run.reads:
                 own[address[0]] = share
         model = self._model
-        kwargs = arguments(model, whole, self._options)
+        kwargs = arguments(model, whole, terms.options)
+        differentiates = terms.asked.differentiates
         if not stretch.leaves:
 
             def call(_: Deliver, is_own: Own) -> Any:
@@ -207,7 +218,7 @@ class Batches:
             summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], None)
             # The only pass gives all that is read.
             reads = None if len(self._stretches) == 1 else stretch.reads
-            return Pass(call, own, True, summary, None, reads)
+            return Pass(call, own, True, summary, None, reads, None, None, differentiates)
 
         prefix = Prefix(self._blocks, stretch.leaves, stretch.caches)
         for number, part in zip(stretch.runs, batch.parts, strict=True):
@@ -222,11 +233,13 @@ class Batches:
 
         through = prefix.through
         summary = partial(self._of_whole, stretch, sorted(own), batch.ids.shape[0], through)
-        return Pass(leave, own, True, summary, None, stretch.reads, through)
+        rest = (None, stretch.reads, through, None, differentiates)
+        return Pass(leave, own, True, summary, *rest)
 
     def _resumed(
         self,
         stretch: _Stretch,
+        terms: Terms,
         module: nn.Module,
         requests: Sequence[Prompt],
         prefixes: Mapping[int, tuple[Prefix, slice]],
@@ -248,11 +261,11 @@ class Batches:
             count += row.rows
             paths = zip(self._blocks.paths[row.level - 1 :], _PASSED_ON, strict=False)
             entry = frozenset[Place]((path, kind, 0) for path, kind in paths)
-            own[run.invocation] = Tail(self._layouts, mine, resumed, row, entry, unembedded, kept)
+            own[run.invocation] = Tail(terms.layouts, mine, resumed, row, entry, unembedded, kept)
         first = requests[runs[0].invocation]
         model = self._model
         prompt = Prompt(first.ids[:1, stretch.start :], first.mark)
-        kwargs = arguments(model, prompt, self._options)
+        kwargs = arguments(model, prompt, terms.options)
 
         def call(_: Deliver, is_own: Own) -> Any:
             with (
@@ -272,7 +285,8 @@ class Batches:
         why = "one prompt" if len(invocations) == 1 else "prompts of like length"
         if stretch.leaves:
             why = "what invocations of one prompt share"
-        why += self._unshared
+        terms = self._terms[invocations[0]]
+        why += self._unshared.get(terms.number, "") if isinstance(terms, Terms) else ""
         size = rows, stretch.positions
         return self._accounts.whole(
             invocations, *size, stretch.reads, through, stretch.unembedded.count or None, why
@@ -289,14 +303,14 @@ class Batches:
         self, numbers: Sequence[int], start: int, length: int, plan: Plan, extents: Extents
     ) -> Unembedded:
         """Which positions of each row of a batch have to become logits."""
-        model = self._model
-        if self._side == "left":
+        model, terms = self._model, self._terms[self._runs[numbers[0]].invocation]
+        if not isinstance(terms, Terms) or terms.side == "left":
             return ALL_UNEMBEDDED
         if "logits_to_keep" not in model.forward_parameters or len(model.unembedding_paths) != 1:
             return ALL_UNEMBEDDED
         head = model.unembedding_paths[0]
         places = frozenset[Place]([("", "output", 0), (head, "output", 0)])
-        if not places <= self._layouts.keys():
+        if not places <= terms.layouts.keys():
             return ALL_UNEMBEDDED
         found: list[Sequence[int]] = []
         for number in numbers:
@@ -319,6 +333,10 @@ class Batches:
         return unembed_only(places, found, [self._runs[number].rows for number in numbers])
 
 
-def _given(number: int, prompt: Prompt, share: bool | None) -> Given:
+def _given(number: int, prompt: Prompt, terms: Terms | Fallback, share: bool | None) -> Given:
     rows, length = prompt.ids.shape
-    return Given(number if share is False else content(number, prompt), rows, length)
+    if isinstance(terms, Fallback):
+        return Given(number, rows, length, f"alone {number}")
+    shares = share is not False and terms.shares
+    key = (terms.number, content(number, prompt)) if shares else number
+    return Given(key, rows, length, terms.number)

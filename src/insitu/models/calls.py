@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 from insitu.models.attention import OPTION, attending
 from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
+from insitu.runtime.fallback import Fallback
+from insitu.runtime.passes import Pass
+from insitu.runtime.summary import Summary
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
@@ -51,10 +55,10 @@ def content(number: int, prompt: Prompt) -> Hashable:
 
 def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keyword arguments of a prompt's forward."""
-    ids, _, mask, extras, _, positions, _ = prompt
+    ids, _, mask, extras, _, positions, _, demands = prompt
     kwargs: dict[str, Any] = {"input_ids": ids, **options}
-    if extras:
-        kwargs = {"input_ids": ids, **extras, **options}
+    if extras or demands:
+        kwargs = {"input_ids": ids, **demands, **extras, **options}
         if "inputs_embeds" in extras:
             del kwargs["input_ids"]
     if mask is not None:
@@ -69,6 +73,34 @@ def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) 
 
 
 _GIVEN_TO_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+
+
+def alone(
+    model: LanguageModel,
+    number: int,
+    options: Mapping[str, Any],
+    told: Callable[[], Summary],
+    apart: Fallback | None,
+    differentiates: bool,
+) -> Callable[[nn.Module, Prompt], Pass]:
+    """Returns what gives the pass of an invocation that has it for itself.
+
+    Args:
+        model: the model.
+        number: which invocation of the block it is.
+        options: keyword arguments for the forward.
+        told: gives the summary of the pass.
+        apart: why it shares no pass, where there are several invocations.
+        differentiates: whether autograd may have to record it.
+    """
+    cuts = {number: None}
+    rest = (True, told, None, None, None, apart, differentiates)
+
+    def single(module: nn.Module, prompt: Prompt) -> Pass:
+        call = partial(forward, model, module, arguments(model, prompt, options), [prompt])
+        return tuple.__new__(Pass, (call, cuts, *rest))  # `Pass(...)`, in a third of the time
+
+    return single
 
 
 def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,29 +12,34 @@ from torch import nn
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Site
+from insitu.graph.node import Address, Site
 from insitu.models.accounts import Accounts
 from insitu.models.attention import OPTION
-from insitu.models.calls import arguments, content, default_budget, forward
+from insitu.models.calls import alone, arguments, content, default_budget, forward
 from insitu.models.padding import padding_of, positioned
 from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt, Side, counted
 from insitu.models.sent_prompts import received, sent
 from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, uncut
-from insitu.runtime.layout import Layouts
+from insitu.runtime.order import uses
 from insitu.runtime.passes import Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.procedure import Outputs, Schedule, Work
+from insitu.runtime.schedule import rings
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
     from insitu.models.separation import Separation
+    from insitu.models.terms import Terms
     from insitu.runtime.job_parts import JobPrompt, ProcedureName
 
 # Options of a forward that mean the same for each prompt of a batch as for one alone.
 _BATCHABLE = frozenset(
     ["output_attentions", "output_hidden_states", "return_dict", "use_cache", OPTION]
 )
+
+
+_ALONE = Fallback("gradients are of one prompt at a time")
 
 
 class LanguageForward:
@@ -68,7 +74,7 @@ class LanguageForward:
         self._options = options
         self.views = model.block_views[bool(options.get("use_cache"))]
         self.steps = 1
-        self._separations: dict[tuple[bool, Side, object], Separation | Fallback] = {}
+        self._separations: dict[Hashable, Separation | Fallback] = {}
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
         self._fixed = (budget, share, *options.items()) if plain else None
 
@@ -76,12 +82,9 @@ class LanguageForward:
         """Returns that there is one step."""
         return 1
 
-    def demanding(self, options: Mapping[str, Any]) -> LanguageForward:
-        """Returns the same with further options, but for those that it was given."""
-        if options.keys() <= self._options.keys():
-            return self
-        options = {**options, **self._options}
-        return LanguageForward(self._model, options, self._budget, self._share, self._dry)
+    def demanding(self, request: Prompt, options: Mapping[str, Any]) -> Prompt:
+        """Returns the prompt of an invocation with options that its values take."""
+        return request.demanding(options)
 
     @property
     def given(self) -> Mapping[str, Any]:
@@ -135,7 +138,8 @@ class LanguageForward:
             if prompt.extras:
                 return None
             shifted = prompt.positions is not None
-            return (prompt.ids.shape, shifted, module.training, self._fixed)
+            alone = (prompt.ids.shape, shifted, module.training, self._fixed)
+            return (*alone, *prompt.demands.items()) if prompt.demands else alone
         seen: dict[Hashable, int] = {}
         form: list[Hashable] = []
         tokens = 0
@@ -144,27 +148,29 @@ class LanguageForward:
                 return None
             tokens += prompt.ids.numel()
             first = seen.setdefault(content(number, prompt), number)
-            form.append((prompt.ids.shape, prompt.mask is None, prompt.positions is None, first))
+            padded = (prompt.mask is None, prompt.positions is None)
+            form.append((prompt.ids.shape, *padded, first, *prompt.demands.items()))
         budget = self._budget or default_budget(self._model, tokens)
         return (tuple(form), budget, self._model.is_training, self._model.has_hooks, self._fixed)
 
     def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
         """Returns what gives the passes: as few, and with as little work, as it takes."""
-        sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
-        accounts = Accounts(self._model, work, sizes)
         if len(requests) == 1:
-            return self._alone(accounts, 1, None)
-        shared = self._shared(module, requests, work)
-        if isinstance(shared, Fallback):
-            logger.info("%d prompts run one by one: %s", len(requests), shared.why)
-            return self._alone(accounts, len(requests), shared)
-        layouts, side = shared
+            return self._one_by_one(requests, work, None)
+        obstacle = self._obstacle()
+        if obstacle is not None:
+            logger.info("%d prompts run one by one: %s", len(requests), obstacle.why)
+            return self._one_by_one(requests, work, obstacle)
+        terms = self._terms(requests, work)
+        apart = Counter(term.why for term in terms if isinstance(term, Fallback))
+        for why, count in apart.items():
+            logger.info("%d of %d prompts run one by one: %s", count, len(requests), why)
         tokens = sum(prompt.ids.numel() for prompt in requests)
         budget = self._budget or default_budget(self._model, tokens)
         from insitu.models.batches import Batches  # takes a while, and one prompt needs none
 
-        options = (self._model, self._options, layouts, module)
-        return Batches(*options, requests, work, budget, self._share, side).passes
+        options = (self._model, self._options, terms, module)
+        return Batches(*options, requests, work, budget, self._share).passes
 
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""
@@ -174,72 +180,106 @@ class LanguageForward:
         """Returns nothing: the output of a forward is a site."""
         return None
 
-    def _shared(
-        self, module: nn.Module, requests: Sequence[Prompt], work: Work
-    ) -> tuple[Layouts, Side] | Fallback:
-        """How to cut what is read out of one pass for all, and where that is padded."""
-        side = _side_of_batch(requests)
-        if work.apart is not None:
-            return work.apart
+    def _obstacle(self) -> Fallback | None:
+        """Why no invocation shares a pass, None if some may."""
         if self._model.trains():
             return Fallback("in training mode each prompt has its own random numbers")
         if self._model.has_hooks:
             return SEEN_ALONE
         if further := sorted(self._options.keys() - _BATCHABLE):
             return Fallback(f"`{further[0]}` may mean something else for a batch")
-        if extra := next((name for prompt in requests for name in prompt.extras), None):
+        return None
+
+    def _terms(self, requests: Sequence[Prompt], work: Work) -> list[Terms | Fallback]:
+        """On which terms each invocation shares a pass, or why it shares none."""
+        from insitu.models.terms import Terms, sides_of  # of no use to one prompt
+
+        demands = _joint_demands(requests, work)
+        separations: list[Separation | Fallback] = []
+        sites: list[list[Address]] = [[] for _ in requests]
+        written: list[list[Address]] = [[] for _ in requests]
+        for address, index in work.plan.reads.items():
+            number, path, _, call, step = address
+            if index in work.plan.skips:
+                written[number].append((number, path, "output", call, step))
+            if not work.plan.only_skips(index):
+                sites[number].append(address)
+        for address in work.written:
+            written[address[0]].append(address)
+        sides = sides_of(requests)
+        for number, prompt in enumerate(requests):
+            found = _ALONE if work.asked[number].differentiates else None
+            found = found or self._separation(prompt, demands[number], sides[number])
+            if not isinstance(found, Fallback):
+                obstacle = found.obstacle(sites[number], written[number])
+                found = found if obstacle is None else uncut(Site(*obstacle))
+            separations.append(found)
+        known: dict[Hashable, int] = {}
+        terms: list[Terms | Fallback] = []
+        for found, asked, own, side in zip(separations, work.asked, demands, sides, strict=True):
+            if isinstance(found, Fallback):
+                terms.append(found)
+                continue
+            number = known.setdefault((side, asked, *own.items()), len(known))
+            # All have been looked into by now, for functions inside of forwards.
+            terms.append(Terms(number, {**own, **self._options}, found.layouts, side, asked))
+        return terms
+
+    def _separation(
+        self, prompt: Prompt, demands: Mapping[str, Any], side: Side
+    ) -> Separation | Fallback:
+        """How to cut what a prompt's invocation reads out of a pass that it shares."""
+        if extra := next(iter(prompt.extras), None):
             return Fallback(f"`{extra}` is of one prompt at a time")
-        if side is None:
-            return Fallback("one has several rows without padding, and another has padding")
-        key = (self._model.loaded, side, self._model.snapshot)
+        key = (self._model.loaded, side, (*demands.items(),), self._model.snapshot)
         if key not in self._separations:
-            mark = requests[0].mark
+            mark = prompt.mark
 
             def sample(batch: int, length: int) -> Call:
                 ids = torch.zeros(batch, length, dtype=torch.int64)
-                return self.example(counted(Prompt(ids, mark), side))
+                return self.example(counted(Prompt(ids, mark, demands=demands), side))
 
             def run(module: nn.Module, prompt: Prompt) -> None:
-                kwargs = arguments(self._model, counted(prompt, side), self._options)
+                options = {**demands, **self._options}
+                kwargs = arguments(self._model, counted(prompt, side), options)
                 forward(self._model, module, kwargs, [prompt])
 
             from insitu.models.sharing import separation_of  # of no use to one prompt
 
             given = (sample, run, self.views, side)
             self._separations[key] = separation_of(self._model, *given)
-        separation = self._separations[key]
-        if isinstance(separation, Fallback):
-            return separation
-        obstacle = separation.obstacle(work.plan.reads, work.written)
-        return (separation.layouts, side) if obstacle is None else uncut(Site(*obstacle))
+        return self._separations[key]
 
-    def _alone(self, accounts: Accounts, count: int, apart: Fallback | None) -> Schedule:
+    def _one_by_one(
+        self, requests: Sequence[Prompt], work: Work, apart: Fallback | None
+    ) -> Schedule:
         """Gives a pass to each prompt; `apart` is why several have no pass together."""
         model, options = self._model, self._options
+        sizes = [(prompt.ids.shape[0], prompt.ids.shape[1]) for prompt in requests]
+        accounts = Accounts(model, work, sizes)
         why = "one prompt" if apart is None else apart.why
-        told = [partial(accounts.alone, number, why) for number in range(count)]
-        cuts = [{number: None} for number in range(count)]
+        passes = [
+            alone(model, n, options, partial(accounts.alone, n, why), apart, asked.differentiates)
+            for n, asked in enumerate(work.asked)
+        ]
+        if len(passes) == 1:
+            only = passes[0]
+            return lambda module, requests: [only(module, requests[0])]
 
         def schedule(module: nn.Module, requests: Sequence[Prompt]) -> list[Pass]:
-            passes: list[Pass] = []
-            for prompt, own, tell in zip(requests, cuts, told, strict=True):
-                kwargs = arguments(model, prompt, options)
-                call = partial(forward, model, module, kwargs, [prompt])
-                # `Pass(...)`, in a third of the time.
-                fields = (call, own, True, tell, None, None, None, apart)
-                passes.append(tuple.__new__(Pass, fields))
-            return passes
+            pairs = zip(passes, requests, strict=True)
+            return [single(module, prompt) for single, prompt in pairs]
 
         return schedule
 
 
-def _side_of_batch(requests: Sequence[Prompt]) -> Side | None:
-    """Where the prompts of a batch are padded, None if they cannot be together.
-
-    Prompts with padding before them need position ids, and then all have some. Several rows
-    without padding share theirs when they are alone.
-    """
-    if all(prompt.positions is None for prompt in requests):
-        return "right"
-    apart = any(prompt.positions is None and prompt.ids.shape[0] > 1 for prompt in requests)
-    return None if apart else "left"
+def _joint_demands(requests: Sequence[Prompt], work: Work) -> list[Mapping[str, Any]]:
+    """The options that each invocation demands, and those that cannot run without it."""
+    demands = [prompt.demands for prompt in requests]
+    if len({(*each.items(),) for each in demands}) > 1 and work.plan.crosses:
+        edges = uses(work.graph, work.plan, work.moments)
+        firsts = rings(edges, len(requests))
+        for number, first in enumerate(firsts):
+            demands[first] = {**demands[first], **demands[number]}
+        demands = [demands[first] for first in firsts]
+    return demands

@@ -97,12 +97,9 @@ class Generation:
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
         self._fixed = (steps, self._cached, *options.items()) if plain else None
 
-    def demanding(self, options: Mapping[str, Any]) -> Generation:
-        """Returns the same with further options, but for those that it was given."""
-        if options.keys() <= self._options.keys():
-            return self
-        options = {**options, **self._options}
-        return Generation(self._model, options, self._location, self._budget)
+    def demanding(self, request: Prompt, options: Mapping[str, Any]) -> Prompt:
+        """Returns the prompt of an invocation with options that its values take."""
+        return request.demanding(options)
 
     @property
     def given(self) -> Mapping[str, Any]:
@@ -147,7 +144,7 @@ class Generation:
 
     def example(self, request: Prompt) -> Call:
         """Returns the forward that `generate` begins with for a prompt alone."""
-        return self._first_forward(request.ids, request.extras)
+        return self._first_forward(request.ids, request.extras, request.demands)
 
     def steps_of(self, request: Prompt) -> int | None:
         """Returns how many steps an invocation may have, None if nothing says so."""
@@ -170,7 +167,8 @@ class Generation:
         prompt = requests[0]
         if self._fixed is None or len(requests) > 1 or prompt.extras or prompt.mask is not None:
             return None
-        return ("generate", prompt.ids.shape, module.training, self._fixed)
+        demands = (*prompt.demands.items(),)
+        return ("generate", prompt.ids.shape, module.training, self._fixed, demands)
 
     def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
         """Returns what gives one pass for all prompts if each goes on in it as alone, else more."""
@@ -181,7 +179,7 @@ class Generation:
                 self._warn_of_counting(module, prompt.mask)
         tokens = any(address[2] in OF_STEPS for address in work.plan.reads)
         if len(requests) == 1:
-            return partial(self._passes, [Together([0])], _NO_LAYOUTS, tokens)
+            return partial(self._passes, [Together([0])], [_NO_LAYOUTS], tokens)
         parts, layouts = self._divided(module, requests, work)
         if len(parts) > 1 and self._setting(module, "return_dict_in_generate"):
             raise OptionError(
@@ -195,10 +193,10 @@ class Generation:
 
     def _divided(
         self, module: nn.Module, requests: Sequence[Prompt], work: Work
-    ) -> tuple[list[Together], _Layouts]:
-        """Which prompts share a pass, and how to cut what is read out of it."""
-        layouts = _NO_LAYOUTS
-        why = self._unbatchable(module, work)
+    ) -> tuple[list[Together], Sequence[_Layouts]]:
+        """Which prompts share a pass, and how to cut what each reads out of it."""
+        layouts = [_NO_LAYOUTS] * len(requests)
+        why = self._unbatchable(module)
         whys: list[Fallback | None] = [why] * len(requests)
         keys: list[Hashable] = [None] * len(requests)
         if why is None:
@@ -214,33 +212,53 @@ class Generation:
 
     def _uncut(
         self, requests: Sequence[Prompt], work: Work
-    ) -> tuple[list[Fallback | None], _Layouts]:
+    ) -> tuple[list[Fallback | None], list[_Layouts]]:
         """Why each prompt cannot be cut out of a batch, None if it can; and how values are cut."""
+        whys: list[Fallback | None] = [None] * len(requests)
+        layouts = [_NO_LAYOUTS] * len(requests)
+        alike: dict[Hashable, list[int]] = {}
+        for number, prompt in enumerate(requests):
+            alike.setdefault((*prompt.demands.items(),), []).append(number)
+        for numbers in alike.values():
+            found, cut = self._uncut_alike(numbers, requests, work)
+            for number, why in zip(numbers, found, strict=True):
+                whys[number], layouts[number] = why, cut
+        return whys, layouts
+
+    def _uncut_alike(
+        self, numbers: Sequence[int], requests: Sequence[Prompt], work: Work
+    ) -> tuple[list[Fallback | None], _Layouts]:
+        """The same for prompts whose values take the same options."""
         from insitu.models.separation import later_obstacle
         from insitu.models.sharing import separation_of  # of no use to one prompt
 
+        demands = requests[numbers[0]].demands
         separation = separation_of(
             self._model,
-            lambda batch, length: self._first_forward(torch.zeros(batch, length).long()),
-            self._begin,
+            lambda batch, length: self._first_forward(
+                torch.zeros(batch, length).long(), demands=demands
+            ),
+            lambda module, prompt: self._begin(module, prompt.demanding(demands)),
             self.views,
             self._side,
-            self._go_on,
+            lambda module, prompt, tokens: self._go_on(module, prompt.demanding(demands), tokens),
         )
         if isinstance(separation, Fallback):
-            return [separation] * len(requests), _NO_LAYOUTS
-        later = separation.later_steps(work.plan.reads)
-        used = partial(entries_used, work.graph, work.plan)
-        reads: list[list[Address]] = [[] for _ in requests]
+            return [separation] * len(numbers), _NO_LAYOUTS
+        reads: dict[int, list[Address]] = {number: [] for number in numbers}
         for address in work.plan.reads:
-            reads[address[0]].append(address)
+            if address[0] in reads:
+                reads[address[0]].append(address)
+        later = separation.later_steps([address for own in reads.values() for address in own])
+        used = partial(entries_used, work.graph, work.plan)
         written = set(work.written)
         most = max(self._most_of(prompt) or _DEFAULT_STEPS for prompt in requests)
         draw = drawing(work.graph, work.plan)
         whys: list[Fallback | None] = []
-        for number, (prompt, own) in enumerate(zip(requests, reads, strict=True)):
+        for number, own in reads.items():
+            prompt = requests[number]
             obstacle = separation.obstacle(own, written.intersection(own), used)
-            why = self._unlike_others(prompt)
+            why = work.asked[number].apart or self._unlike_others(prompt)
             if why is None and prompt.seed is not None and number in draw:
                 why = Fallback("what its lines draw comes from its seed too")
             if obstacle is None and self._outgrows_windows(requests):
@@ -284,7 +302,7 @@ class Generation:
     def _passes(
         self,
         parts: Sequence[Together],
-        layouts: _Layouts,
+        layouts: Sequence[_Layouts],
         tokens: bool,
         module: nn.Module,
         requests: Sequence[Prompt],
@@ -293,7 +311,9 @@ class Generation:
         passes: list[Pass] = []
         for numbers, apart in parts:
             if len(numbers) > 1:
-                passes.append(self._of_several(numbers, layouts, tokens, module, requests))
+                passes.append(
+                    self._of_several(numbers, layouts[numbers[0]], tokens, module, requests)
+                )
             else:
                 prompt = requests[numbers[0]]
                 passes.append(
@@ -344,7 +364,8 @@ class Generation:
         batch = join(prompts, self._side, self._pad_id)
         shares = cuts(batch, layouts.first, later=layouts.later)
         limits = [self._most_of(prompt) or _DEFAULT_STEPS for prompt in prompts]
-        whole = Prompt(batch.ids, prompts[0].mark, batch.mask, steps=max(limits))
+        given = {"steps": max(limits), "demands": prompts[0].demands}
+        whole = Prompt(batch.ids, prompts[0].mark, batch.mask, **given)
         kwargs, criteria = self._without_criteria(self._arguments(whole))
         implementation = kwargs.pop(OPTION, None)
         steps = Steps(self._model.generating, {})
@@ -429,7 +450,7 @@ class Generation:
                 return only(scores, tokens[:, ids.shape[1] - start].to(scores.device))
 
             kwargs |= {"max_new_tokens": tokens.shape[1], "logits_processor": [choose]}
-        with attending(module, self._options.get(OPTION)):
+        with attending(module, self._options.get(OPTION, prompt.demands.get(OPTION))):
             placed = self._model.placement.moved(kwargs)
             module.generate(**placed)  # pyright: ignore[reportCallIssue]
 
@@ -439,6 +460,7 @@ class Generation:
             "input_ids": prompt.ids,
             "attention_mask": prompt.visible_mask,
             "pad_token_id": self._pad_id,
+            **prompt.demands,
             **prompt.extras,
             **self._options,
         }
@@ -449,7 +471,12 @@ class Generation:
             kwargs.pop("max_length", None)
         return kwargs
 
-    def _first_forward(self, ids: torch.Tensor, extras: Mapping[str, Any] = _NO_EXTRAS) -> Call:
+    def _first_forward(
+        self,
+        ids: torch.Tensor,
+        extras: Mapping[str, Any] = _NO_EXTRAS,
+        demands: Mapping[str, Any] = _NO_EXTRAS,
+    ) -> Call:
         kwargs: dict[str, Any] = {"input_ids": ids, **extras}
         if "inputs_embeds" in extras:
             del kwargs["input_ids"]
@@ -463,8 +490,9 @@ class Generation:
         if self._model.is_encoder_decoder:
             given = extras.get("decoder_input_ids", self._options.get("decoder_input_ids"))
             kwargs["decoder_input_ids"] = self._decoder_prompt(ids.shape[0], given)
-        if OPTION in self._options:
-            kwargs[OPTION] = self._options[OPTION]
+        options = {**demands, **self._options}
+        if OPTION in options:
+            kwargs[OPTION] = options[OPTION]
         return Call((), kwargs)
 
     def _decoder_prompt(self, rows: int, given: torch.Tensor | None) -> torch.Tensor:
@@ -475,10 +503,8 @@ class Generation:
         begun = not bool((given[:, 0] != start[0, 0].to(given.device)).all())
         return given if begun else torch.cat([start.to(given.device), given], 1)
 
-    def _unbatchable(self, module: nn.Module, work: Work) -> Fallback | None:
+    def _unbatchable(self, module: nn.Module) -> Fallback | None:
         """Why no two prompts go on in a batch as they would alone, None if some do."""
-        if work.apart is not None:
-            return work.apart
         if self._model.has_hooks:
             return SEEN_ALONE
         if self._model.trains():
@@ -521,6 +547,9 @@ class Generation:
         """Why a prompt does not go on in a batch as it would alone, None if it does."""
         if prompt.extras:
             return Fallback(f"`{next(iter(prompt.extras))}` is of one prompt at a time")
+        option = unlike_alone(prompt.demands, ())
+        if option is not None:
+            return Fallback(f"with `{option}` a prompt may go on otherwise in a batch")
         steps = self._most_of(prompt)
         if steps is None:
             return Fallback("without `max_new_tokens` padding counts towards the total length")
@@ -542,6 +571,7 @@ class Generation:
                 lengths.sharing(prompt.ids.shape[1], most),
                 prompt.ids.shape[1] if padded else None,
                 own if crowded else None,
+                *prompt.demands.items(),
             )
             for prompt, own in zip(requests, steps, strict=True)
         ]

@@ -405,13 +405,13 @@ class Model(Handle):
                 "`LanguageModel`.",
                 Location(*mark),
             )
-        for option in options.keys() - {OPTION, "output_attentions"}:
+        for option in options:
             raise OptionError(
                 f"The job has an option `{option}`, and a {type(self).__name__} takes none: run it "
                 "on a `LanguageModel`.",
                 Location(*mark),
             )
-        return Forward(self.views, self._module, options)
+        return Forward(self.views, self._module)
 
     def count(self, call: Call) -> Counts:
         """Returns what a call of the module takes: as of `Subject`."""

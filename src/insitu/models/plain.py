@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,42 +29,36 @@ class Forward:
     Args:
         views: how outputs are shown, by path.
         module: the wrapped module.
-        options: what all of them are given beside their arguments.
     """
 
     name: ProcedureName = "trace"
     steps = 1
 
-    def __init__(
-        self,
-        views: Mapping[str, View],
-        module: nn.Module,
-        options: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, views: Mapping[str, View], module: nn.Module) -> None:
         self.views = views
         self._module = module
-        self._options = options
 
     def steps_of(self, request: Call) -> int:
         """Returns that there is one step."""
         return 1
 
-    def demanding(self, options: Mapping[str, Any]) -> Forward:
-        """Returns the same with further options, but for those that it was given."""
-        if options.keys() <= self._options.keys():
-            return self
-        return Forward(self.views, self._module, {**options, **self._options})
+    def demanding(self, request: Call, options: Mapping[str, Any]) -> Call:
+        """Returns the arguments of an invocation with options that its values take."""
+        if options.items() <= request.kwargs.items():
+            return request
+        return Call(request.args, {**request.kwargs, **options})
 
     @property
     def given(self) -> Mapping[str, Any]:
-        """The options that all invocations are given."""
-        return self._options
+        """The options that all invocations are given: none."""
+        return {}
 
     def prompt(self, request: Call) -> JobPrompt:
         """Returns the arguments of an invocation as a job holds them."""
         from insitu.runtime.job_parts import JobPrompt  # of use to jobs only
 
-        return JobPrompt(args=request.args, kwargs=request.kwargs)
+        kwargs = {name: value for name, value in request.kwargs.items() if name != OPTION}
+        return JobPrompt(args=request.args, kwargs=kwargs)
 
     def received(self, prompt: JobPrompt) -> Call:
         """Returns the arguments that a job holds for an invocation.
@@ -95,22 +88,25 @@ class Forward:
 
     def example(self, request: Call) -> Call:
         """Returns the call that an invocation leads to."""
-        return Call(request.args, {**request.kwargs, **self._options})
+        return request
 
     def key(self, module: nn.Module, requests: Sequence[Call]) -> Hashable | None:
-        """Returns the form of the arguments, where they are tensors and nothing else."""
+        """Returns the form of the arguments, where they are tensors, strings and bools."""
         form: list[Hashable] = []
         for args, kwargs in requests:
             for value in (*args, *kwargs.values()):
-                if type(value) is not torch.Tensor:
+                if type(value) is torch.Tensor:
+                    form.append((value.shape, value.dtype, value.device, value.requires_grad))
+                elif type(value) in (bool, str):
+                    form.append(value)
+                else:
                     return None
-                form.append((value.shape, value.dtype, value.device, value.requires_grad))
             form.append((len(args), *kwargs))
-        return (module.training, *self._options.items(), *form)
+        return (module.training, *form)
 
     def schedule(self, module: nn.Module, requests: Sequence[Call], work: Work) -> Schedule:
         """Returns what gives a pass for each invocation: how to batch arguments is not known."""
-        return partial(_alone, self._options)
+        return _alone
 
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""
@@ -121,17 +117,18 @@ class Forward:
         return None
 
 
-def _alone(options: Mapping[str, Any], module: nn.Module, requests: Sequence[Call]) -> list[Pass]:
+def _alone(module: nn.Module, requests: Sequence[Call]) -> list[Pass]:
     """A pass for each call."""
-    others = dict(options)
-    implementation = others.pop(OPTION, None)
 
     def single(request: Call, number: int) -> Pass:
+        args, kwargs = request
+
         def call(*_: Any) -> Any:
-            if not options:
-                return module(*request.args, **request.kwargs)
-            with attending(module, implementation):
-                return module(*request.args, **{**request.kwargs, **others})
+            if OPTION not in kwargs:
+                return module(*args, **kwargs)
+            others = dict(kwargs)
+            with attending(module, others.pop(OPTION)):
+                return module(*args, **others)
 
         return Pass(call, {number: None}, True, partial(unknown, [number], None))
 

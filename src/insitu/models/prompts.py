@@ -40,6 +40,8 @@ class Prompt(NamedTuple):
         positions: position ids of the same shape, where padding would shift those that the model
             counts by itself.
         steps: how many tokens this invocation is to get at most, where it has a number of its own.
+        demands: options of the run that values of this invocation take, such as which
+            implementation of attention.
     """
 
     ids: torch.Tensor
@@ -49,6 +51,7 @@ class Prompt(NamedTuple):
     seed: int | None = None
     positions: torch.Tensor | None = None
     steps: int | None = None
+    demands: Mapping[str, Any] = _NOTHING
 
     @property
     def token_ids(self) -> torch.Tensor:
@@ -67,6 +70,12 @@ class Prompt(NamedTuple):
     def visible_mask(self) -> torch.Tensor:
         """The mask, of ones where there is no padding."""
         return torch.ones_like(self.ids) if self.mask is None else self.mask
+
+    def demanding(self, options: Mapping[str, Any]) -> Prompt:
+        """Returns the prompt with further options that values of its invocation take."""
+        if options.items() <= self.demands.items():
+            return self
+        return self._replace(demands={**self.demands, **options})
 
 
 @dataclass(frozen=True, slots=True)

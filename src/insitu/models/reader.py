@@ -40,6 +40,7 @@ _FOR_OTHERS = (
 
 
 _NOTHING: Mapping[str, Any] = {}
+_PLAIN = (*Prompt._field_defaults.values(),)  # what a prompt of ids alone has beside them
 _TENSOR, _IDS = torch.Tensor, torch.int64
 
 
@@ -134,7 +135,7 @@ class Reader:
         if not rows or not length or (context is not None and length > context):
             return None  # `read` raises
         # `Prompt(prompt, mark)`, in a third of the time.
-        return tuple.__new__(Prompt, (prompt, mark, None, _NOTHING, None, None, None))
+        return tuple.__new__(Prompt, (prompt, mark, *_PLAIN))
 
     def _read(
         self,

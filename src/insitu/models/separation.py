@@ -91,7 +91,7 @@ class Separation:
             entries: which entries they use of what arrives at a site, None if it may be all.
         """
         self._look_into(_owners(sites))
-        for address in sites:
+        for address in (*sites, *written):
             place: Place = address[1:4]
             if address[2] in OF_STEPS or address[4] > 0:
                 continue

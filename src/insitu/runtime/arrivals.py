@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from insitu.graph.node import EVERY, Kind, Site
-from insitu.graph.structure import clone, map_structure
+from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import fitted
 from insitu.runtime.execution import Execution
 from insitu.runtime.hooks import (
+    NO_KWARGS,
     Hook,
     Moment,
     Place,
@@ -56,7 +57,8 @@ class Arrivals:
         hooks: the hooks that the pass has put on modules, by the first moment of their place.
         modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
-        returned: what modules that are skipped would return, as fake tensors, by path.
+        returned: what modules that are skipped would return, as fake tensors, by the node that
+            reads their arguments.
         caches: the Python modules of caches, which forwards leave to themselves.
 
     Attributes:
@@ -73,7 +75,7 @@ class Arrivals:
         hooks: dict[Moment, Hook],
         modules: Mapping[str, nn.Module],
         views: Mapping[str, View],
-        returned: Mapping[str, Any],
+        returned: Mapping[int, Any],
         caches: Collection[str],
     ) -> None:
         self._execution = execution
@@ -87,7 +89,8 @@ class Arrivals:
         self._returned = returned
         self._caches = caches
         self._thread = get_ident()
-        self._skipping: dict[nn.Module, int] = {}
+        # Where, and for whom: the nodes that read the arguments, each with its invocation.
+        self._skipping: dict[nn.Module, tuple[Place, list[tuple[int, int]]]] = {}
         self._forwards: dict[nn.Module, Any] = {}
         self._watching = ExitStack()
         self.clock = Clock(readers, {} if single.steps is None else single.steps.ended)
@@ -171,11 +174,11 @@ class Arrivals:
         self._hand_out(found, place, value)
         if may_stop and not self._readers:
             raise Stop
-        for index, _ in found:
-            if index in plan.stops:
-                raise Stop
-            if index in plan.skips:
-                self._skipping[module] = index
+        if any(index in plan.stops for index, _ in found):
+            raise Stop
+        skips = [pair for pair in found if pair[0] in plan.skips]
+        if skips:
+            self._skipping[module] = place, skips
         value = changed_value(execution, plan, place, value, found, cuts, self.clock.step)
         if value is arriving:
             return None
@@ -186,7 +189,10 @@ class Arrivals:
         execution, cuts, step = self._execution, self._single.cuts, self.clock.step
         for index, invocation in found:
             cut = cuts[invocation]
-            own = value if cut is None else cut.take(Site(invocation, *place, step), value)
+            if cut is None or self._plan.only_skips(index):
+                own = value
+            else:
+                own = cut.take(Site(invocation, *place, step), value)
             if index in self._after:
                 own = execution.standing(self._after[index])
             execution.arrive(index, own)
@@ -203,19 +209,52 @@ class Arrivals:
         execution = self._execution
         if get_ident() != self._thread or execution.busy or module not in self._skipping:
             return forward(*args, **kwargs)
-        index = self._skipping.pop(module)
-        value = map_structure(clone, execution.skipped(index))
-        view, returned = self._views.get(path), self._returned[path]
+        (*_, call), skips = self._skipping.pop(module)
+        view = self._views.get(path)
         execution.busy = True  # what it calls inside is no part of the run
         try:
+            index, invocation = skips[0]
+            alone = self._single.cuts[invocation] is None
             plain = _is_plain((args, kwargs))  # a cache is not, which later steps read
-            if plain and self.clock.step:  # sizes are not those of the first step
+            returned = self._returned[index]
+            if plain and (self.clock.step or not alone):  # sizes are not those that are known
                 returned = fake_result(module, forward, args, kwargs)
             if not plain or (view is not None and view.returns_more(returned)):
                 returned = forward(*args, **kwargs)
         finally:
             execution.busy = False
-        return execution.checked(index, lambda: _standing_in(view, returned, value))
+        if alone:
+            value = map_structure(clone, execution.skipped(index))
+            return execution.checked(index, lambda: _standing_in(view, returned, value))
+        shown = returned
+        if view is not None:
+            shown = view(returned, args, kwargs if view.takes_arguments else NO_KWARGS)
+        return _standing_in(view, returned, self._joined((path, "output", call), skips, shown))
+
+    def _joined(self, place: Place, skips: Sequence[tuple[int, int]], shown: Any) -> Any:
+        """What stands for the output of a module for several invocations, as one batch.
+
+        Args:
+            place: that output.
+            skips: the nodes that read its arguments, each with its invocation.
+            shown: what it would return, shown, perhaps as fake tensors.
+        """
+        execution, view = self._execution, self._views.get(place[0])
+        own: dict[int, Any] = {}
+        for index, invocation in skips:
+            value, returned = execution.skipped(index), self._returned[index]
+            execution.checked(index, partial(_standing_in, view, returned, value))
+            own[invocation] = value
+        device = next(tensor.device for value in own.values() for tensor in tensors_of(value))
+        whole = map_structure(partial(_blank, device), shown)
+        for invocation, value in own.items():
+            cut, site = self._single.cuts[invocation], Site(invocation, *place)
+            assert cut is not None
+            if isinstance(value, tuple) and len(cast("tuple[Any, ...]", value)) < len(shown):
+                rest = cut.take(site, shown)[len(cast("tuple[Any, ...]", value)) :]
+                value = (*cast("tuple[Any, ...]", value), *rest)  # hidden states alone will do
+            cut.put(site, whole, value)
+        return whole
 
     def _visit(
         self,
@@ -242,7 +281,7 @@ class Arrivals:
             return
         if self.clock.next_step():
             self._execution.next_step()
-        if self._execution.differentiates:  # `generate` turns it off
+        if self._single.differentiates and self._execution.differentiates:  # `generate` ends it
             torch.set_grad_enabled(True)
             after = cast("dict[Any, Any]", module._forward_hooks)
             after[_END_OF_STEP] = self._end_step
@@ -337,6 +376,13 @@ def _is_plain(arguments: Any) -> bool:
 
 
 _PLAIN = (torch.Tensor, bool, int, float, str, torch.dtype, torch.device)
+
+
+def _blank(device: torch.device, item: Any) -> Any:
+    """A tensor of zeros like another, which may have no data; anything else as it is."""
+    if not isinstance(item, torch.Tensor):
+        return item
+    return torch.zeros(item.shape, dtype=item.dtype, device=device)
 
 
 def _standing_in(view: View | None, returned: Any, value: Any) -> Any:

@@ -44,21 +44,27 @@ class Given(NamedTuple):
     """What an invocation is given, as far as it matters here.
 
     Attributes:
-        key: equal for equal prompts.
+        key: equal for equal prompts that may share what they have in common.
         rows: how many rows it has.
         length: how many positions each of them has.
+        terms: equal for invocations that may share a pass.
     """
 
     key: Hashable
     rows: int
     length: int
+    terms: Hashable = None
+
+    def run(self, invocation: int, reads: Sequence[Address], level: int = 0, start: int = 0) -> Run:
+        """Returns a run of it: see `Run`."""
+        return Run(invocation, self.rows, self.length, reads, level, start, None, self.terms)
 
 
 def find_runs(
     graph: Graph,
     plan: Plan,
     given: Sequence[Given],
-    chain: Callable[[], Chain | None],
+    chain: Callable[[int], Chain | None],
     moments: Moments,
     costs: Costs | None,
 ) -> tuple[list[Run], Edges]:
@@ -68,8 +74,8 @@ def find_runs(
         graph: what is to be done.
         plan: its plan.
         given: what each invocation is given.
-        chain: gives the model's blocks, None if runs cannot begin at a block. It is asked only if
-            there is something to share.
+        chain: gives the model's blocks for an invocation, None if its runs cannot begin at a
+            block. It is asked only if there is something to share.
         moments: when sites come.
         costs: what passes cost; None to share whatever can be shared.
     """
@@ -80,7 +86,7 @@ def find_runs(
     for number, prompt in enumerate(given):
         same.setdefault(prompt.key, []).append(number)
     if len(same) == len(given):
-        runs = [Run(n, prompt.rows, prompt.length, reads[n]) for n, prompt in enumerate(given)]
+        runs = [prompt.run(number, reads[number]) for number, prompt in enumerate(given)]
         return runs, _edges(graph, plan, runs, moments)
     writes: list[list[Address]] = [[] for _ in given]
     for address in written(graph, plan):
@@ -91,7 +97,7 @@ def find_runs(
         untouched = [number for number in numbers if not writes[number]]
         touched = [number for number in numbers if writes[number]]
         branches: list[tuple[Run, list[Address]]] = []
-        known = chain() if touched and len(numbers) > 1 else None
+        known = chain(numbers[0]) if touched and len(numbers) > 1 else None
         order = moments(numbers[0]) if known is not None else None
         if known is not None and order is not None:
             # Where the prompt's run keeps keys and values, functions see to that too.
@@ -106,15 +112,13 @@ def find_runs(
             first = numbers[0]
             own = [address for number in untouched for address in reads[number]]
             own.extend(address for _, before in branches for address in before)
-            runs.append(Run(first, given[first].rows, given[first].length, own))
+            runs.append(given[first].run(first, own))
             runs.extend(run._replace(base=base) for run, _ in branches)
         else:
             touched = numbers
         branched = {run.invocation for run, _ in branches}
         runs.extend(
-            Run(number, given[number].rows, given[number].length, reads[number])
-            for number in touched
-            if number not in branched
+            given[number].run(number, reads[number]) for number in touched if number not in branched
         )
     return runs, _edges(graph, plan, runs, moments)
 
@@ -171,7 +175,7 @@ class _Branching:
         start = 0
         if self._tails and len(writes) == 1 and (first == entry or writes[0][1:4] in chain.handed):
             start = self._start(given.length, writes[0], after)
-        return Run(number, given.rows, given.length, after, level, start), before
+        return given.run(number, after, level, start), before
 
     def _start(self, length: int, written: Address, after: Sequence[Address]) -> int:
         """From which position on an invocation's run differs, where only these are looked at."""
@@ -238,6 +242,7 @@ def _edges(graph: Graph, plan: Plan, runs: Sequence[Run], moments: Moments) -> E
                     continue
                 shares = not (runs[source].level or runs[at].level)
                 shares = shares and runs[source].length == runs[at].length
+                shares = shares and runs[source].terms == runs[at].terms
                 if shares:
                     number = target[0]
                     if number not in orders:

@@ -261,8 +261,8 @@ def _block(reader: Reader, part: BlockPart, names: set[str]) -> JobBlock:
     if demanded is not None:
         check_options(part.procedure, demanded.options)
         plain = all(isinstance(value, bool | str) for value in demanded.options.values())
-        if not plain or not demanded.options.items() <= options.items():
-            raise WireError("a block does not have the options that its values take")
+        if not plain or not graph.unfused:
+            raise WireError("a block has options that no value takes")
     casts, dtype = _begun(part.begun)
     return JobBlock(part.procedure, options, prompts, graph, saves, demanded, casts, dtype)
 

@@ -52,7 +52,10 @@ def pass_order(graph: Graph, plan: Plan, passes: Sequence[Pass]) -> list[int]:
             if graph[read].operation is READ and home[_address(graph, read)] in cycle
         )
         apart = next((single.apart for single in passes if single.apart is not None), None)
-        why = "with this model and these options they cannot run as one batch"
+        why = (
+            "with this model and what each of them asks for, such as a gradient, `skip` or `stop`, "
+            "they cannot run as one batch"
+        )
         if apart is not None and apart.site is not None:
             why = f"what arrives at `{apart.site}` cannot be cut out of a batch"
         elif apart is not None:
@@ -254,7 +257,7 @@ def uses(
     if plan.repeated is not None:
         for _, together in plan.repeated.joint:
             found.update({(one, other): True for one in together for other in together})
-    if not plan.crosses:
+    if not plan.crosses and not plan.skips:
         return {pair: shares for pair, shares in found.items() if pair[0] != pair[1]}
     moments = cache(order)
     for reads, write in handed_over(plan):

@@ -85,6 +85,7 @@ class Pass(NamedTuple):
         reads: the sites whose values it gives, if not all of its invocations' are of this pass.
         through: where it may not have ended before, though nobody waits for anything there.
         apart: why its invocation has it for itself, where several invocations could share it.
+        differentiates: whether autograd records it, where gradients are asked for at all.
     """
 
     call: Callable[[Deliver, Own], Any]
@@ -95,9 +96,10 @@ class Pass(NamedTuple):
     reads: Collection[Address] | None = None
     through: Place | None = None
     apart: Fallback | None = None
+    differentiates: bool = True
 
 
-_NO_RETURNED: Mapping[str, Any] = {}
+_NO_RETURNED: Mapping[int, Any] = {}
 
 
 def _readers(plan: Plan, single: Pass) -> tuple[Readers, bool]:
@@ -121,7 +123,7 @@ def run_pass(
     single: Pass,
     modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
-    returned: Mapping[str, Any] = _NO_RETURNED,
+    returned: Mapping[int, Any] = _NO_RETURNED,
     caches: Collection[str] = (),
 ) -> tuple[Any, list[int], Arrivals | None]:
     """Runs a pass and gives an execution what arrives at its sites.
@@ -132,14 +134,16 @@ def run_pass(
         single: the pass.
         modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
-        returned: what modules that are skipped would return, as fake tensors, by path.
+        returned: what modules that are skipped would return, as fake tensors, by the node that
+            reads their arguments.
         caches: the Python modules of caches: what they call is not a forward's own.
 
     Returns:
         What the call returned, None if it was stopped early; the nodes that read a site at which
         nothing arrived; and how the pass went, where it was more than reads and writes.
     """
-    call, cuts, may_stop, _, steps, reads, through, _ = single  # by name each takes longer
+    # By name each takes longer.
+    call, cuts, may_stop, _, steps, reads, through, _, differentiates = single
     writes = plan.writes
     found = plan.readers.get((*cuts,)) if reads is None else None
     kept, special = _readers(plan, single) if found is None else found
@@ -204,7 +208,7 @@ def run_pass(
             for moment in readers:
                 path = moment[0]
                 hooks[moment] = put_hook(modules[path], moment, views.get(path), arrived)
-        set_grad_enabled(execution.differentiates)
+        set_grad_enabled(differentiates and execution.differentiates)
         result = call(deliver, own_call)
     except Stop as stop:
         stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors

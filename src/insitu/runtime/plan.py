@@ -124,6 +124,14 @@ class Plan:
             self._places = {self.bits[index]: address for address, index in self.reads.items()}
         return self._places
 
+    def only_skips(self, index: int) -> bool:
+        """Returns whether what a module is called with is asked for only because it is skipped.
+
+        Args:
+            index: the node that reads that.
+        """
+        return index in self.skips and self.uses[index] == 1
+
 
 def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     """Returns the plan of a graph.

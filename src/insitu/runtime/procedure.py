@@ -14,6 +14,7 @@ from torch import nn
 
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Graph
+from insitu.runtime.asked import Asked
 from insitu.runtime.costs import Counts
 from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.fallback import Fallback
@@ -49,14 +50,19 @@ class Work(NamedTuple):
     Attributes:
         graph: what is to be done.
         plan: its plan.
-        apart: why no pass may process several invocations, None if one may.
+        asked: what each invocation asks of the pass that it runs in.
         moments: when the sites of an invocation come, None if that is not known without a run.
     """
 
     graph: Graph
     plan: Plan
-    apart: Fallback | None
+    asked: Sequence[Asked]
     moments: Callable[[int], Mapping[Place, int] | None]
+
+    @property
+    def apart(self) -> Fallback | None:
+        """Why some invocation can share a pass with none, None if there is no such one."""
+        return next((why for asked in self.asked if (why := asked.apart) is not None), None)
 
     @property
     def written(self) -> list[Address]:
@@ -120,8 +126,15 @@ class Procedure(Protocol, Generic[Request]):
         """
         ...
 
-    def demanding(self, options: Mapping[str, Any]) -> Procedure[Request]:
-        """Returns the same with further options, but for those that it was given."""
+    def demanding(self, request: Request, options: Mapping[str, Any]) -> Request:
+        """Returns what an invocation was given, with options that its values take.
+
+        The procedure's own options go before them.
+
+        Args:
+            request: what it was given.
+            options: such as which implementation of attention.
+        """
         ...
 
     def check_tokens(self, location: Location) -> None:

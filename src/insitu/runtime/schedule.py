@@ -7,7 +7,7 @@ from there in a batch that grows block by block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ class Run(NamedTuple):
         level: how many blocks it leaves out, because another run has done them.
         start: how many positions it leaves out likewise.
         base: that other run, or None.
+        terms: equal for runs that may share a pass.
     """
 
     invocation: int
@@ -35,6 +36,7 @@ class Run(NamedTuple):
     level: int = 0
     start: int = 0
     base: int | None = None
+    terms: Hashable = None
 
 
 Edges = Mapping[tuple[int, int], bool]
@@ -69,18 +71,55 @@ def arrange(runs: Sequence[Run], edges: Edges, costs: Costs, budget: int) -> lis
     for together, mutual in ranks(len(runs), edges):
         if mutual and any(runs[number].level for number in together):
             return None
-        if mutual:
-            groups.append(Group(together))
-            continue
-        whole = [number for number in together if not runs[number].level]
-        groups.extend(Group(part) for part in _by_length(runs, whole, costs, budget))
-        lengths: dict[int, list[int]] = {}
+        alike: dict[Hashable, list[int]] = {}
         for number in together:
-            if runs[number].level:
-                lengths.setdefault(runs[number].length, []).append(number)
-        for part in lengths.values():
-            groups.extend(_by_start(runs, part, costs, budget))
+            alike.setdefault(runs[number].terms, []).append(number)
+        for part in alike.values():
+            groups.extend([Group(part)] if mutual else _of_like_terms(runs, part, costs, budget))
     return groups
+
+
+def _of_like_terms(
+    runs: Sequence[Run], numbers: Sequence[int], costs: Costs, budget: int
+) -> list[Group]:
+    """Divides runs that may share a pass into those that do."""
+    whole = [number for number in numbers if not runs[number].level]
+    groups = [Group(part) for part in _by_length(runs, whole, costs, budget)]
+    lengths: dict[int, list[int]] = {}
+    for number in numbers:
+        if runs[number].level:
+            lengths.setdefault(runs[number].length, []).append(number)
+    for part in lengths.values():
+        groups.extend(_by_start(runs, part, costs, budget))
+    return groups
+
+
+def rings(edges: Collection[tuple[int, int]], count: int) -> list[int]:
+    """Returns for each number the first of those that it needs, and that need it.
+
+    Args:
+        edges: pairs of numbers, of which the second needs the first.
+        count: how many numbers there are, from 0.
+    """
+    merged = list(range(count))
+    while True:
+        try:
+            TopologicalSorter(_between(edges, merged)).prepare()
+        except CycleError as error:
+            cycle = set(error.args[1])
+            first = min(cycle)
+            merged = [first if number in cycle else number for number in merged]
+        else:
+            return merged
+
+
+def _between(edges: Collection[tuple[int, int]], merged: Sequence[int]) -> dict[int, set[int]]:
+    """Which rings need which."""
+    graph: dict[int, set[int]] = {number: set() for number in sorted(set(merged))}
+    for source, target in edges:
+        if merged[source] != merged[target]:
+            graph[merged[target]].add(merged[source])
+    return graph
 
 
 def ranks(count: int, edges: Edges) -> list[tuple[list[int], bool]]:
@@ -92,19 +131,8 @@ def ranks(count: int, edges: Edges) -> list[tuple[list[int], bool]]:
         count: how many runs there are.
         edges: which of them use values of which.
     """
-    merged = list(range(count))  # who needs each other in both directions is one
-    while True:
-        graph: dict[int, set[int]] = {number: set() for number in sorted(set(merged))}
-        for source, target in edges:
-            if merged[source] != merged[target]:
-                graph[merged[target]].add(merged[source])
-        try:
-            order = list(TopologicalSorter(graph).static_order())
-            break
-        except CycleError as error:
-            cycle = set(error.args[1])
-            first = min(cycle)
-            merged = [first if number in cycle else number for number in merged]
+    merged = rings(edges, count)  # who needs each other in both directions is one
+    order = list(TopologicalSorter(_between(edges, merged)).static_order())
     members: dict[int, list[int]] = {}
     for number, at in enumerate(merged):
         members.setdefault(at, []).append(number)

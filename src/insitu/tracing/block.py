@@ -245,21 +245,21 @@ class Block:
             step = 0 if procedure.steps_of(request) == 1 else EVERY
             replay(self.recording, graph, invocation.number, step)
             if graph.unfused:
-                self.demand(self.model.vocabulary.unfused())
+                self.demand(invocation, self.model.vocabulary.unfused())
         return invocation
 
-    def demand(self, options: Mapping[str, Any]) -> None:
-        """Lets the block run with options that it takes for a value to be there.
+    def demand(self, invocation: Invocation, options: Mapping[str, Any]) -> None:
+        """Lets an invocation run with options that it takes for a value to be there.
 
         Args:
+            invocation: the invocation.
             options: such as which implementation of attention.
         """
         if options:
             self._demanded = (options, mark())
-        procedure = self.procedure.demanding(options) if options else self.procedure
-        if procedure is not self.procedure:
-            self.procedure = procedure
-            for invocation in self.invocations:
+            request = self.procedure.demanding(invocation.request, options)
+            if request is not invocation.request:
+                self._requests[invocation.number] = invocation.request = request
                 invocation.forget_shapes()
 
     def arriving(self, site: Site) -> Any:

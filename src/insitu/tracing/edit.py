@@ -64,7 +64,7 @@ class Edit(Generic[Edited]):
         """The recorded graph."""
         return self.recording.graph
 
-    def demand(self, options: Mapping[str, Any]) -> None:
+    def demand(self, invocation: Invocation, options: Mapping[str, Any]) -> None:
         """Does nothing: the runs that an edit holds in find out what they have to be like."""
 
     def __enter__(self) -> Edited:

@@ -132,13 +132,12 @@ class Invocation(Scope):
         write(self._recording, address, value, kind == "output" and path in self._views, mark)
 
     def demand(self, options: Mapping[str, Any]) -> None:
-        """Lets the block run with options that it takes for a value to be there.
+        """Lets the prompt be processed with options that it takes for a value to be there.
 
         Args:
             options: such as which implementation of attention.
         """
-        if options:
-            self.block.demand(options)
+        self.block.demand(self, options)
 
     @property
     def call(self) -> Call:

@@ -140,6 +140,10 @@ def bind(model: Subject, block: JobBlock, earlier: Sequence[JobLines], dry: bool
     procedure = model.procedure(block.procedure, block.options, mark, dry)
     requests = [procedure.received(_copied(prompt)) for prompt in block.prompts]
     graph = block.graph
+    if block.demanded is not None:
+        for read in graph.unfused:
+            number: int = graph.rows[read][1][0]  # pyright: ignore[reportAssignmentType]
+            requests[number] = procedure.demanding(requests[number], block.demanded.options)
     check_graph(graph, model.modules, requests, procedure)
 
     def leaf(item: Any) -> Any:

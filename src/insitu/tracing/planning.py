@@ -17,10 +17,10 @@ from insitu.graph.errors import BlockError, PathError, ShapeError
 from insitu.graph.location import here
 from insitu.graph.node import Graph, ModuleRef, Site, readable
 from insitu.runtime.ambient import Ambient, ambient
+from insitu.runtime.asked import asked_by
 from insitu.runtime.call_path import CallPath
 from insitu.runtime.eager import is_compiled
 from insitu.runtime.exclusive import Exclusive
-from insitu.runtime.fallback import Fallback
 from insitu.runtime.gradients import check_gradients
 from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR
@@ -31,7 +31,7 @@ from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
 from insitu.runtime.tree import Tree, Watched
 from insitu.tracing.never_ran import never_ran
 
-_NOTHING_RETURNED: Mapping[str, Any] = {}
+_NOTHING_RETURNED: Mapping[int, Any] = {}
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +42,8 @@ class Prepared:
         plan: which nodes run when.
         schedule: gives the passes.
         order: their order.
-        returned: what modules that are skipped would return, as fake tensors, by path.
+        returned: what modules that are skipped would return, as fake tensors, by the node that
+            reads their arguments.
         compiled: whether any of the model's parts is under `torch.compile`.
         tree: the model's tree.
         exclusive: who may use the model.
@@ -55,7 +56,7 @@ class Prepared:
     plan: Plan
     schedule: Schedule
     order: Sequence[int]
-    returned: Mapping[str, Any]
+    returned: Mapping[int, Any]
     compiled: bool
     tree: Tree
     exclusive: Exclusive
@@ -163,7 +164,7 @@ def _planned(
     cuts_short = bool(plan.skips or plan.stops)
     moments = partial(_moments, model, procedure, requests)
     schedule = procedure.schedule(
-        module, requests, Work(graph, plan, _why_apart(graph, plan), moments)
+        module, requests, Work(graph, plan, asked_by(graph, plan, len(requests)), moments)
     )
     passes = schedule(module, requests)
     order: Sequence[int] = range(len(passes))
@@ -196,9 +197,9 @@ def _moments(
 
 def _returned(
     model: Subject, procedure: Procedure[Any], graph: Graph, requests: Sequence[Any]
-) -> Mapping[str, Any]:
+) -> Mapping[int, Any]:
     """What the modules that are skipped would return, as fake tensors."""
-    returned: dict[str, Any] = {}
+    returned: dict[int, Any] = {}
     for read in graph.skips:
         node = graph[read]
         invocation, path, *_ = node.args
@@ -212,14 +213,5 @@ def _returned(
             ) from error
         if path not in probe.returned:
             raise never_ran(graph, model.modules, Site(*node.args), probe.seen)
-        returned[path] = probe.returned[path]
+        returned[read] = probe.returned[path]
     return returned
-
-
-def _why_apart(graph: Graph, plan: Plan) -> Fallback | None:
-    """Why no pass may process several invocations, None if one may."""
-    if graph.differentiates:  # of a value that was cut out of a batch its loss does not depend
-        return Fallback("gradients are of one prompt at a time")
-    if plan.skips or plan.stops:
-        return Fallback("what skips or stops is of one prompt at a time")
-    return None
