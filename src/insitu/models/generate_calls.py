@@ -1,0 +1,201 @@
+"""How a language model's own `generate` is called: with which options, and on what.
+
+Which prompts a call has is decided in `generation_sharing.py`, and what a pass does with it in
+`generation_passes.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from insitu.models.attention import OPTION, attending
+from insitu.models.choosing import only
+from insitu.models.prompts import Prompt, Side
+from insitu.models.rotary import forgetting_lengths
+from insitu.runtime.probe import Call
+
+if TYPE_CHECKING:
+    from insitu.models.language_model import LanguageModel
+
+_DEFAULT_STEPS = 20  # of Transformers, where nothing says how many
+_NO_EXTRAS: Mapping[str, Any] = {}
+
+
+class GenerateCalls:
+    """Calls of a model's `generate`.
+
+    Args:
+        model: the model.
+        options: keyword arguments for its `generate`.
+
+    Attributes:
+        model: the model.
+        options: keyword arguments for its `generate`.
+        steps: how many tokens a prompt gets at most, None if nothing says so.
+        side: where shorter prompts of a batch are padded.
+        cached: whether keys and values are cached.
+        views: how outputs are shown, by path.
+    """
+
+    def __init__(self, model: LanguageModel, options: dict[str, Any]) -> None:
+        self.model = model
+        self.options = options
+        self.steps: Any = options.get(
+            "max_new_tokens", self.setting(model.module, "max_new_tokens")
+        )
+        # Who goes on behind the last token has padding before the first. An encoder counts its
+        # positions, so there it stands behind, and the decoder has a beginning of its own.
+        self.side: Side = "right" if model.is_encoder_decoder else "left"
+        self.cached = bool(self.setting(model.module, "use_cache"))
+        self.views = model.block_views[self.cached]
+
+    def steps_of(self, prompt: Prompt) -> int | None:
+        """Returns how many steps a prompt may have, None if nothing says so."""
+        return prompt.steps or self.steps
+
+    def at_most(self, prompt: Prompt) -> int:
+        """Returns how many tokens a prompt gets at most, a usual number if nothing says so."""
+        return self.most_of(prompt) or _DEFAULT_STEPS
+
+    def most_of(self, prompt: Prompt) -> int | None:
+        """Returns how many tokens a prompt gets at most, None if that is not known.
+
+        A length in all says so too, but not which steps there are to be named in the block.
+        """
+        steps = self.steps_of(prompt)
+        if steps is not None:
+            return steps
+        most = self.options.get("max_length")
+        return most - self.given(prompt) if isinstance(most, int) else None
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills padding: the user's, or the model's own."""
+        given, known = self.setting(self.model.module, "pad_token_id"), self.model.reader.limits
+        if not isinstance(given, int) or not 0 <= given < (known.vocabulary or given + 1):
+            return self.model.pad_id
+        return given
+
+    def following(self, prompt: Prompt) -> int:
+        """Returns how many tokens come where a prompt is."""
+        decodes = self.model.is_encoder_decoder
+        return 1 if decodes else self.steps_of(prompt) or 1
+
+    def setting(self, module: nn.Module, name: str) -> Any:
+        """Returns an option of the generation: the user's, or the model's own."""
+        config = self.options.get("generation_config", getattr(module, "generation_config", None))
+        return self.options.get(name, getattr(config, name, None))
+
+    def given(self, prompt: Prompt) -> int:
+        """Returns how many tokens that a generation returns of a prompt were not generated."""
+        if self.model.is_encoder_decoder:
+            return 1
+        return 0 if "inputs_embeds" in prompt.extras else prompt.ids.shape[1]
+
+    def arguments(self, prompt: Prompt) -> dict[str, Any]:
+        """Returns the keyword arguments of a prompt's `generate`."""
+        kwargs = {
+            "input_ids": prompt.ids,
+            "attention_mask": prompt.visible_mask,
+            "pad_token_id": self.pad_id,
+            **prompt.demands,
+            **prompt.extras,
+            **self.options,
+        }
+        if "inputs_embeds" in prompt.extras:
+            del kwargs["input_ids"]
+        if prompt.steps is not None:
+            kwargs["max_new_tokens"] = prompt.steps
+            kwargs.pop("max_length", None)
+        return kwargs
+
+    def first_forward(
+        self,
+        ids: torch.Tensor,
+        extras: Mapping[str, Any] = _NO_EXTRAS,
+        demands: Mapping[str, Any] = _NO_EXTRAS,
+    ) -> Call:
+        """Returns the forward that `generate` begins with for a prompt."""
+        kwargs: dict[str, Any] = {"input_ids": ids, **extras}
+        if "inputs_embeds" in extras:
+            del kwargs["input_ids"]
+        parameters = self.model.forward_parameters
+        if "position_ids" in parameters:  # `generate` makes them from the mask
+            kwargs["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape)
+        if "use_cache" in parameters:
+            kwargs["use_cache"] = self.cached
+        if "logits_to_keep" in parameters:  # `generate` wants the last position's only
+            kwargs["logits_to_keep"] = 1
+        if self.model.is_encoder_decoder:
+            given = extras.get("decoder_input_ids", self.options.get("decoder_input_ids"))
+            kwargs["decoder_input_ids"] = self._decoder_prompt(ids.shape[0], given)
+        options = {**demands, **self.options}
+        if OPTION in options:
+            kwargs[OPTION] = options[OPTION]
+        return Call((), kwargs)
+
+    def _decoder_prompt(self, rows: int, given: torch.Tensor | None) -> torch.Tensor:
+        """What a decoder begins with: its start token, and what was given for it, if anything."""
+        start = torch.full((rows, 1), self.model.decoder_start or 0)
+        if given is None:
+            return start
+        begun = not bool((given[:, 0] != start[0, 0].to(given.device)).all())
+        return given if begun else torch.cat([start.to(given.device), given], 1)
+
+    def generate(
+        self,
+        module: nn.Module,
+        implementation: Any,
+        prompts: Sequence[Prompt],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Calls the model's own `generate`."""
+        try:
+            with attending(module, implementation), forgetting_lengths(self.model.growing):
+                return module.generate(**kwargs)  # pyright: ignore[reportCallIssue]
+        except IndexError:
+            for prompt in prompts:
+                self.model.reader.check([prompt], self.following(prompt))
+            raise
+
+    def check_length(self, prompts: Sequence[Prompt]) -> None:
+        """Raises if a prompt is too long for the model, where the model does not say so."""
+        if not self.model.reader.lookups_check:
+            for prompt in prompts:
+                self.model.reader.check_length(prompt, self.following(prompt))
+
+    def begin(self, module: nn.Module, prompt: Prompt) -> None:
+        """Generates one token, with nobody looking."""
+        self.go_on(module, prompt, None)
+
+    def go_on(self, module: nn.Module, prompt: Prompt, tokens: torch.Tensor | None) -> None:
+        """Generates given tokens `(rows, step)` behind a prompt, or any one, with nobody looking.
+
+        Of the options only those count on which the values of a forward depend.
+        """
+        kwargs: dict[str, Any] = {
+            "input_ids": prompt.ids,
+            "attention_mask": prompt.visible_mask,
+            "pad_token_id": self.pad_id,
+            "max_new_tokens": 1,
+            "min_new_tokens": None,
+            "eos_token_id": None,
+            "use_cache": self.cached,
+            "do_sample": False,
+        }
+        if tokens is not None:
+            start = 1 if self.model.is_encoder_decoder else prompt.ids.shape[1]
+
+            def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                chosen = tokens[:, ids.shape[1] - start].to(scores.device)
+                # There may be more embeddings than logits, as of an image's token.
+                return only(scores, chosen.clamp_max(scores.shape[-1] - 1))
+
+            kwargs |= {"max_new_tokens": tokens.shape[1], "logits_processor": [choose]}
+        with attending(module, self.options.get(OPTION, prompt.demands.get(OPTION))):
+            placed = self.model.placement.moved(kwargs)
+            module.generate(**placed)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,204 @@
+"""The passes of a generation: a `generate` of one prompt, or of several in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from insitu.models.attention import OPTION
+from insitu.models.batching import cuts, join
+from insitu.models.choosing import listening, seeded
+from insitu.models.generate_calls import GenerateCalls
+from insitu.models.generated_rows import rows_apart, rows_together
+from insitu.models.generated_together import Together
+from insitu.models.prompts import Prompt
+from insitu.runtime.fallback import Fallback
+from insitu.runtime.layout import Layouts
+from insitu.runtime.passes import Deliver, Own, Pass, Steps
+from insitu.runtime.procedure import Outputs
+from insitu.runtime.summary import Summary, unknown
+
+
+class StepLayouts(NamedTuple):
+    """How values are cut out of a generation of several prompts.
+
+    Attributes:
+        first: in its first step.
+        later: in those after.
+    """
+
+    first: Layouts
+    later: Layouts
+
+
+NO_LAYOUTS = StepLayouts({}, {})
+"""Of generations of one prompt each."""
+
+
+class Generated(NamedTuple):
+    """What a pass gave, where there are several prompts.
+
+    Attributes:
+        result: what `generate` returned.
+        steps: how many tokens each prompt of it got, by the number of its invocation; of one that
+            is alone, that is not needed.
+    """
+
+    result: Any
+    steps: Mapping[int, int]
+
+
+class GenerationPasses:
+    """Makes the passes of generations.
+
+    Args:
+        calls: how `generate` is called.
+    """
+
+    def __init__(self, calls: GenerateCalls) -> None:
+        self._calls = calls
+
+    def passes(
+        self,
+        parts: Sequence[Together],
+        layouts: Sequence[StepLayouts],
+        tokens: bool,
+        module: nn.Module,
+        requests: Sequence[Prompt],
+    ) -> list[Pass]:
+        """Returns the passes of some prompts.
+
+        Args:
+            parts: which of them share one.
+            layouts: how values are cut out of it.
+            tokens: whether the tokens of steps are asked for.
+            module: the wrapped module.
+            requests: the prompts.
+        """
+        passes: list[Pass] = []
+        for numbers, apart in parts:
+            if len(numbers) > 1:
+                passes.append(
+                    self._of_several(numbers, layouts[numbers[0]], tokens, module, requests)
+                )
+            else:
+                prompt = requests[numbers[0]]
+                passes.append(
+                    self._of_one(numbers[0], prompt, tokens, apart, module, len(requests) > 1)
+                )
+        return passes
+
+    def _of_one(
+        self,
+        number: int,
+        prompt: Prompt,
+        tokens: bool,
+        apart: Fallback | None,
+        module: nn.Module,
+        among_others: bool,
+    ) -> Pass:
+        """The pass of one prompt."""
+        self._calls.check_length([prompt])
+        kwargs = self._calls.arguments(prompt)
+        implementation = kwargs.pop(OPTION, None)
+
+        def call(deliver: Deliver, _: Own) -> Any:
+            # In the run, not before: see `forward` in `calls.py`.
+            placed = self._calls.model.placement.moved(kwargs)
+            if tokens:
+                placed |= listening(deliver, placed)
+            with seeded(prompt.seed):
+                result = self._calls.generate(module, implementation, [prompt], placed)
+            return Generated(result, {number: 0}) if among_others else result
+
+        told = partial(unknown, [number], apart)
+        steps = Steps(self._calls.model.generating, {})
+        return Pass(call, {number: None}, may_stop=False, told=told, steps=steps, apart=apart)
+
+    def _of_several(
+        self,
+        numbers: Sequence[int],
+        layouts: StepLayouts,
+        tokens: bool,
+        module: nn.Module,
+        requests: Sequence[Prompt],
+    ) -> Pass:
+        """The pass of several prompts."""
+        from insitu.models.decoding import Continued, Decoding  # of no use to one prompt
+
+        prompts = [requests[number] for number in numbers]
+        self._calls.check_length(prompts)
+        batch = join(prompts, self._calls.side, self._calls.pad_id)
+        shares = cuts(batch, layouts.first, later=layouts.later)
+        limits = [self._calls.at_most(prompt) for prompt in prompts]
+        given = {"steps": max(limits), "demands": prompts[0].demands}
+        whole = Prompt(batch.ids, prompts[0].mark, batch.mask, **given)
+        kwargs, criteria = self._without_criteria(self._calls.arguments(whole))
+        implementation = kwargs.pop(OPTION, None)
+        steps = Steps(self._calls.model.generating, {})
+        continued: list[Continued] = []
+        for number, prompt, part, limit in zip(numbers, prompts, batch.parts, limits, strict=True):
+            start = 0 if self._calls.model.is_encoder_decoder else part.positions.start
+            continued.append(Continued(number, part.rows, start, prompt.ids, limit, prompt.seed))
+
+        def call(deliver: Deliver, _: Own) -> Any:
+            # In the run, not before: see `forward` in `calls.py`.
+            placed = self._calls.model.placement.moved(kwargs)
+            asked = deliver if tokens else None
+            placed["custom_generate"] = Decoding(continued, steps.ended, asked, criteria).run
+            result = self._calls.generate(module, implementation, prompts, placed)
+            return Generated(result, {number: steps.ended[number] for number in numbers})
+
+        rows, length = batch.ids.shape
+        told = partial(self._summary, numbers, rows, length)
+        own = dict(zip(numbers, shares, strict=True))
+        return Pass(call, own, may_stop=False, told=told, steps=steps)
+
+    def _summary(self, numbers: Sequence[int], rows: int, length: int) -> Summary:
+        """The summary of a pass of several prompts."""
+        blocks = len(self._calls.views)
+        why = "prompts that are generated together"
+        return Summary(numbers, rows, length, blocks, 0, 0.0, why, {})
+
+    def _without_criteria(
+        self, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], Sequence[Callable[..., Any]]]:
+        """Takes out of options the stopping criteria that look at ids, and makes these."""
+        strings = kwargs.pop("stop_strings", None)
+        tokenizer = kwargs.pop("tokenizer", None)
+        if strings is None:
+            return kwargs, ()
+        return kwargs, [StopStringCriteria(tokenizer, strings)]
+
+    def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
+        """Returns what `generate` gave, as one for all prompts and for each."""
+        if len(requests) == 1:
+            return Outputs(results[0], [_sequences(results[0])])
+        each: dict[int, torch.Tensor] = {}
+        for generated in results:
+            if len(generated.steps) == 1:  # it may have other rows than its prompt, as of beams
+                each[next(iter(generated.steps))] = _sequences(generated.result)
+                continue
+            prompts = [requests[number] for number in generated.steps]
+            sizes = [
+                (prompt.ids.shape[0], self._calls.given(prompt), steps)
+                for prompt, steps in zip(prompts, generated.steps.values(), strict=True)
+            ]
+            rows = rows_apart(_sequences(generated.result), sizes)
+            each.update(zip(generated.steps, rows, strict=True))
+        ordered = [each[number] for number in range(len(requests))]
+        limits = {self._calls.most_of(prompt) for prompt in requests}
+        if len(results) == 1 and len(limits) == 1:
+            return Outputs(results[0].result, ordered)
+        given = [self._calls.given(prompt) for prompt in requests]
+        return Outputs(rows_together(ordered, given, self._calls.pad_id), ordered)
+
+
+def _sequences(result: Any) -> torch.Tensor:
+    """The token ids in what `generate` returned."""
+    return result if isinstance(result, torch.Tensor) else result.sequences
