@@ -414,3 +414,20 @@ def test_what_lines_draw_comes_from_the_seed_of_their_prompt() -> None:
         assert torch.equal(invoker.output, tokens)
         if seed == 1:
             assert torch.equal(saved[0].value, noise[0])
+
+
+def test_keys_and_values_are_cached_where_no_config_says_so() -> None:
+    model = LanguageModel(tiny_gpt2())
+    module: Any = model.module
+    module.generation_config.use_cache = None
+    prompts = prompts_of(model, (3, 5))
+    saved = []
+    with model.generate(**PLAIN) as generator:
+        for ids in prompts:
+            with generator.invoke(ids), generator.every_step():
+                saved.append(model.transformer.h[1].output.save())
+    for ids, values in zip(prompts, saved, strict=True):
+        _, seen = alone(model, ids, "transformer.h.1")
+        assert_alike([value[0] for value in values.value], seen)
+        if seen[1].shape[1] == 1:  # Transformers 4 leaves it to the model's own config
+            assert len(values.value[1]) == 2

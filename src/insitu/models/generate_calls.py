@@ -50,7 +50,8 @@ class GenerateCalls:
         # Who goes on behind the last token has padding before the first. An encoder counts its
         # positions, so there it stands behind, and the decoder has a beginning of its own.
         self.side: Side = "right" if model.is_encoder_decoder else "left"
-        self.cached = bool(self.setting(model.module, "use_cache"))
+        cached = self.setting(model.module, "use_cache")
+        self.cached = cached is None or bool(cached)  # on, where nothing says so
         self.views = model.block_views[self.cached]
 
     def steps_of(self, prompt: Prompt) -> int | None:
