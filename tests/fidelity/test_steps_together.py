@@ -431,3 +431,35 @@ def test_keys_and_values_are_cached_where_no_config_says_so() -> None:
         assert_alike([value[0] for value in values.value], seen)
         if seen[1].shape[1] == 1:  # Transformers 4 leaves it to the model's own config
             assert len(values.value[1]) == 2
+
+
+def test_a_prompt_that_goes_on_without_the_one_it_needs_says_so() -> None:
+    model = LanguageModel(tiny_gpt2())
+    one, other = prompts_of(model, (3, 5))
+    with pytest.raises(NeverRanError, match="ended after 2 steps") as caught:
+        with model.generate(**PLAIN) as generator:
+            with generator.invoke(one, max_new_tokens=2) as short, generator.invoke(other) as long:
+                pass
+            with generator.every_step():
+                with short:
+                    mine = model.transformer.h[0].output[0][:, -1]
+                with long:
+                    model.transformer.h[1].output[0][:, -1] += mine  # the line to find
+    assert "the line to find" in str(caught.value)
+
+
+def test_what_ends_first_ends_the_list_of_values_of_both() -> None:
+    model = LanguageModel(tiny_gpt2())
+    one, other = prompts_of(model, (3, 5))
+    with model.generate(**PLAIN) as generator:
+        with generator.invoke(one, max_new_tokens=2) as short, generator.invoke(other) as long:
+            pass
+        with generator.every_step():
+            with short:
+                mine = model.lm_head.output[:, -1]
+            with long:
+                theirs = model.lm_head.output[:, -1].save()
+                both = (mine - model.lm_head.output[:, -1]).save()
+    expected = [alone(model, ids, "lm_head")[1] for ids in (one, other)]
+    assert_alike(theirs.value, [value[:, -1] for value in expected[1]])
+    assert_alike(both.value, [a[:, -1] - b[:, -1] for a, b in zip(*expected, strict=True)][:2])

@@ -60,7 +60,10 @@ def unlike_alone(options: Mapping[str, Any], configs: Sequence[Any]) -> str | No
     known = vars(GenerationConfig())
     for config in configs:
         for name, value in sorted(config.to_diff_dict().items()):
-            if name in _AS_ALONE or name in _OF_NO_MATTER or name in options or name not in known:
+            if name in _OF_NO_MATTER or name in options or name not in known:
+                continue
+            # What a config says of these, `generate` makes criteria of that see the whole batch.
+            if name in _AS_ALONE and name != "stop_strings":
                 continue
             if name[0] != "_" and value not in _OFF.get(name, (None, False)):
                 return name

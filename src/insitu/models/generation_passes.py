@@ -169,11 +169,11 @@ class GenerationPasses:
         self, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], Sequence[Callable[..., Any]]]:
         """Takes out of options the stopping criteria that look at ids, and makes these."""
-        strings = kwargs.pop("stop_strings", None)
-        tokenizer = kwargs.pop("tokenizer", None)
-        if strings is None:
+        strings, tokenizer = kwargs.get("stop_strings"), kwargs.get("tokenizer")
+        if strings is None or tokenizer is None:  # which `generate` refuses
             return kwargs, ()
-        return kwargs, [StopStringCriteria(tokenizer, strings)]
+        rest = {n: one for n, one in kwargs.items() if n not in ("stop_strings", "tokenizer")}
+        return rest, [StopStringCriteria(tokenizer, strings)]
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""

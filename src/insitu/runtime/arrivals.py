@@ -93,7 +93,9 @@ class Arrivals:
         self._skipping: dict[nn.Module, tuple[Place, list[tuple[int, int]]]] = {}
         self._forwards: dict[nn.Module, Any] = {}
         self._watching = ExitStack()
-        self.clock = Clock(readers, {} if single.steps is None else single.steps.ended)
+        ended: Mapping[int, int] = {} if single.steps is None else single.steps.ended
+        execution.ended = ended
+        self.clock = Clock(readers, ended)
         self.stopped = False
 
     def begin(self) -> None:

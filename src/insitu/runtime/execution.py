@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from insitu.graph.context import entered
-from insitu.graph.errors import CausalityError, InsituError
+from insitu.graph.errors import CausalityError, InsituError, NeverRanError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
@@ -50,10 +50,12 @@ class Execution:
     Attributes:
         differentiates: whether the run has to record autograd.
         busy: whether an operation is running that may call the model's modules.
+        ended: the invocations that have no further steps, with how many they had.
         tape: what autograd is asked for, if anything is.
     """
 
     busy = False
+    ended: Mapping[int, int] = MappingProxyType({})
     tape: Tape | None = None
     _arrived = 0
     _steps: Mapping[int, list[Any]] = MappingProxyType({})
@@ -249,10 +251,19 @@ class Execution:
         except InsituError as error:
             raise located(self._graph, self._plan.skips[index], error) from error
 
-    def _too_early(self, index: int, write: int) -> CausalityError:
+    def _too_early(self, index: int, write: int) -> InsituError:
         """The error for something that is handed over and depends on what has not arrived yet."""
         missing = self._plan.needs[write] & ~self._arrived
         late = [read for read, bit in self._plan.bits.items() if missing & bit]
+        for read in late:
+            site = self._graph[read].site
+            if site is not None and site.invocation in self.ended:
+                return NeverRanError(
+                    f"`{expression(self._graph, index)}` is given a value that depends on "
+                    f"`{expression(self._graph, read)}` of an invocation that ended after "
+                    f"{self.ended[site.invocation]} steps, and this one goes on; it stands at",
+                    self._graph[write].location,
+                )
         return causality_error(self._graph, self._plan, index, write, late)
 
     def next_step(self) -> None:
