@@ -219,11 +219,11 @@ def replay(subject: Subject, program: Program, **options: Any) -> list[torch.Ten
         values: dict[str, Any] = {}
         for line in program.lines:
             with invocations[line.invocation]:
-                saved.extend(_record(line, model, values))
+                saved.extend(record(line, model, values))
     return [value.value for value in saved]
 
 
-def _record(line: Line, model: Model, values: dict[str, Any]) -> Iterator[Any]:
+def record(line: Line, model: Model, values: dict[str, Any]) -> Iterator[Any]:
     """Writes a line; yields what it saves."""
     operands = () if isinstance(line, Read) else [values[name] for name in line.operands]
     match line:

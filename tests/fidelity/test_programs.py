@@ -149,6 +149,8 @@ KINDS = (
 class Writer:
     """Draws the lines of a program, each of which works on what is there."""
 
+    COMPUTED, COPIED, CHANGED = COMPUTED, COPIED, CHANGED
+
     def __init__(self, draw: Callable[..., Any], subject: Subject) -> None:
         self.draw, self.subject = draw, subject
         prompts = st.integers(0, len(subject.prompts) - 1)
@@ -176,7 +178,7 @@ class Writer:
         if kind is Read:
             self.read(invocation, self.site(invocation))
         elif kind is Compute:
-            self.make(Compute, invocation, COMPUTED + COPIED)
+            self.make(Compute, invocation, self.COMPUTED + self.COPIED)
         elif kind is View:
             self.make(View, invocation, VIEWED)
         elif kind is Change:
@@ -215,7 +217,7 @@ class Writer:
             self.values[name] = result
 
     def change(self, invocation: int) -> None:
-        operation = self.draw(st.sampled_from(CHANGED))
+        operation = self.draw(st.sampled_from(self.CHANGED))
         operands = self.operands(operation, self.value())
         if self.tried(operation, operands) is not None:
             self.lines.append(Change(invocation, operation, operands))

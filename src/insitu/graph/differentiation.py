@@ -1,36 +1,48 @@
 """Recording derivatives: gradients that are read or written, and backward passes."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from insitu.graph.location import Mark
-from insitu.graph.node import NO_KWARGS, Ref, ref
-from insitu.graph.operations import BACKWARD, GRAD, WRITE
-from insitu.graph.recorded import AnyRecorded, Recorded
+import torch
+
+from insitu.graph.encoding import described
+from insitu.graph.errors import OperationError
+from insitu.graph.location import Location, Mark
+from insitu.graph.node import NO_KWARGS, Ref, WeightRef, ref
+from insitu.graph.operations import BACKWARD, GETITEM, GRAD, WRITE
+from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
 
 if TYPE_CHECKING:
     from insitu.graph.recording import Recording
 
 
-def read_gradient(recording: Recording, source: Ref, mark: Mark) -> Ref:
+def read_gradient(recording: Recording, source: Ref, mark: Mark, of: Ref | None = None) -> Ref:
     """Returns what stands for the gradient of a value for lines that come now.
 
     Args:
         recording: where it is recorded.
         source: the value.
         mark: the user's line.
+        of: the backward pass that it is of; None for the one of the `with` around the line, or for
+            the one that `Proxy.grad` names.
     """
+    of = of or recording.differentiated
     if recording.gradients is None:
         recording.gradients = {}
     if recording.views is not None:
         source = recording.views.resolved(source)
-    standing = recording.gradients.get(source.index)
+    standing = recording.gradients.get((source, of))
     if standing is None:
         rows = recording.graph.rows
-        standing = recording.gradients[source.index] = ref(len(rows))
-        rows.append((GRAD, (source,), NO_KWARGS, source.inputs, False, mark))
+        standing = recording.gradients[source, of] = ref(len(rows))
+        args, inputs = (source,), source.inputs
+        if of is not None:
+            args, inputs = (source, of), (source.index, of.index)
+        rows.append((GRAD, args, NO_KWARGS, inputs, False, mark))
         recording.graph.differentiates = True
     return standing
 
@@ -53,20 +65,79 @@ def write_gradient(recording: Recording, source: Ref, value: Any, mark: Mark) ->
     args = (Recorded(recording, ref(original)), value, False)
     written = recording.apply(WRITE, args, NO_KWARGS, mark)
     recording.graph.writes[original] = written.index
-    cast("dict[int, Ref]", recording.gradients)[source.index] = written
+    cast("dict[Any, Ref]", recording.gradients)[source, recording.differentiated] = written
 
 
 def record_backward(
-    recording: Recording, loss: AnyRecorded, options: Mapping[str, Any], mark: Mark
-) -> None:
+    recording: Recording,
+    losses: Sequence[Any],
+    options: Mapping[str, Any],
+    inputs: Sequence[Any] | None,
+    mark: Mark,
+) -> tuple[Ref, list[Ref]]:
     """Records a backward pass.
 
     Args:
         recording: where it is recorded.
-        loss: where it starts.
-        options: keyword arguments of `torch.Tensor.backward`.
+        losses: where it starts: recorded values.
+        options: keyword arguments of the operation, but for `inputs`.
+        inputs: whose gradients it returns: values of this block, weights of the model, tensors of
+            the user's. None for none.
         mark: the user's line.
+
+    Returns:
+        Its node, and the nodes that stand for the gradients that it returns.
+
+    Raises:
+        OperationError: if there are no inputs or one of them is something else.
     """
-    recording.apply(BACKWARD, (loss,), options, mark)
-    recording.gradients = None  # lines that come now mean the next one
+    if inputs is None:
+        backward = recording.apply(BACKWARD, tuple(losses), options, mark)
+        gradients = list[Ref]()
+    else:
+        checked = [_checked(recording, item, mark) for item in inputs]
+        if not checked:
+            raise OperationError(
+                "`inputs=` is empty: name the values and the weights whose gradients are wanted.",
+                Location(*mark),
+            )
+        named = [item for item in checked if not isinstance(item, Ref)]
+        backward = recording.apply(BACKWARD, tuple(losses), {**options, "inputs": named}, mark)
+        gradients = _returned(recording, backward, checked, mark)
+    if recording.gradients is not None:  # lines that come now may mean this one
+        recording.gradients = {at: of for at, of in recording.gradients.items() if at[1]}
     recording.graph.differentiates = True
+    return backward, gradients
+
+
+def _checked(recording: Recording, item: Any, mark: Mark) -> Any:
+    """One of the inputs of a backward pass: a reference, a weight of the model or a tensor."""
+    if isinstance(item, AnyRecorded):
+        if item._recording is recording:
+            if not item._operand:
+                refuse_structure(item, Location(*mark))
+            return recording.current(item)
+        item = item.result(Location(*mark))
+    if not isinstance(item, torch.Tensor):
+        raise OperationError(
+            f"{described(item)} has no gradient: `inputs` are values of the block, tensors, and "
+            "weights of the model such as those of `model.module.parameters()`.",
+            Location(*mark),
+        )
+    path = None if recording.shapes is None else recording.shapes.weight_path(item)
+    return item if path is None else WeightRef(path)
+
+
+def _returned(recording: Recording, backward: Ref, inputs: Sequence[Any], mark: Mark) -> list[Ref]:
+    """The nodes that stand for the gradients of inputs, in their order."""
+    found: list[Ref] = []
+    named = 0
+    for item in inputs:
+        if isinstance(item, Ref):
+            found.append(read_gradient(recording, item, mark, backward))
+            continue
+        rows = recording.graph.rows
+        rows.append((GETITEM, (backward, named), NO_KWARGS, backward.inputs, False, mark))
+        found.append(ref(len(rows) - 1))
+        named += 1
+    return found

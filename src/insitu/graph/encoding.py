@@ -16,7 +16,7 @@ import torch
 
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Function
+from insitu.graph.node import Function, WeightRef
 from insitu.graph.recorded import AnyRecorded, refuse_structure
 from insitu.graph.saved import SavedList, SavedTensor
 from insitu.graph.structure import map_structure
@@ -88,7 +88,7 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
         if type(item) is SavedList:
             # Not by `leaf`, which would then refer to itself: a cycle that only the collector ends.
             return encode(recording, item.value, inputs, mark)
-        if type(item) in PLAIN or isinstance(item, torch.Tensor | Function):
+        if type(item) in PLAIN or isinstance(item, torch.Tensor | Function | WeightRef):
             return item
         if type(item) is bool:
             recording.graph.flags = True

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from insitu.graph.node import Carried, Function, ModuleRef, Ref, Subgraph
+from insitu.graph.node import Carried, Function, ModuleRef, Ref, Subgraph, WeightRef
 from insitu.graph.operations import INPUT
 from insitu.graph.structure import map_structure
 
@@ -24,6 +24,8 @@ def meaning(item: Any, values: Any, module: Callable[[str], Callable[..., Any]])
         return values[item.index]
     if kind is ModuleRef:
         return module(item.path)
+    if kind is WeightRef:
+        return cast(Any, module("")).get_parameter(item.path)
     if kind is Carried:
         return item.cell.content
     if kind is Function:

@@ -8,9 +8,21 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.errors import InsituError, ShapeError
-from insitu.graph.node import Function, Graph, ModuleRef, Node, Ref, Site, Subgraph, readable, ref
+from insitu.graph.node import (
+    Function,
+    Graph,
+    ModuleRef,
+    Node,
+    Ref,
+    Site,
+    Subgraph,
+    WeightRef,
+    readable,
+    ref,
+)
 from insitu.graph.operations import (
     APPLY,
+    BACKWARD,
     BY_NAME,
     COND,
     FOLD,
@@ -107,6 +119,8 @@ def expression(graph: Graph, index: int, depth: int = 0, other: Written | None =
     if node.operation in (COND, FOLD):
         return f"{name}({', '.join(args)})"
     keywords = [f"{key}={written(value)}" for key, value in node.kwargs.items()]
+    if node.operation is BACKWARD and node.kwargs.get("accumulate") is False:
+        return f"torch.autograd.grad({', '.join(args + keywords)})"
     if node.operation.name.startswith("Tensor.") or node.operation.name in ("save", "backward"):
         return f"{args[0]}.{name}({', '.join(args[1:] + keywords)})"
     return f"{node.operation.name}({', '.join(args + keywords)})"
@@ -155,6 +169,8 @@ def _written(value: Any, graph: Graph, depth: int, other: Written | None) -> str
         return f"<{kind.__name__} {tuple(value.shape)}>"
     if kind is Function:
         return _named(value)
+    if kind is WeightRef:
+        return readable(value.path)
     if value is Ellipsis or kind is Subgraph:
         return "..."
     if kind in (tuple, list, torch.Size):
@@ -198,7 +214,8 @@ def _given(node: Node, graph: Graph, other: Written) -> str:
     """What is put somewhere, where the values of other nodes have names."""
     place = other(node.inputs[0])
     if node.operation is GRAD:
-        return f"{place}.grad"
+        named = "".join(f" of {other(backward)}" for backward in node.inputs[1:])
+        return f"{place}.grad{named}"
     value = _written(node.args[1], graph, 1, other)
     return f"{place} = {value}" if node.operation is WRITE else f"skip({place}, {value})"
 

@@ -88,6 +88,17 @@ class ModuleRef:
     path: str
 
 
+@dataclass(frozen=True, slots=True)
+class WeightRef:
+    """Stands, among the arguments of a backward pass, for one of the model's weights.
+
+    Attributes:
+        path: its path in the tree, with its name.
+    """
+
+    path: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Function:
     """Holds, among the arguments of a node, a function or another Python object of the user's.

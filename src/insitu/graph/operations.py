@@ -10,7 +10,7 @@ process that trusts nothing but this list.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -65,13 +65,40 @@ def _fold(function: Callable[..., Any], carry: Any, xs: Any, *captured: Any) -> 
     return carry
 
 
-def _gradient(value: torch.Tensor) -> torch.Tensor:
-    """Stands for the gradient of a value while shapes are looked up."""
+def _gradient(value: torch.Tensor, backward: object = None) -> torch.Tensor:
+    """Stands for the gradient of a value, maybe of one backward pass, while shapes are looked up.
+
+    Args:
+        value: the value.
+        backward: what that pass returns.
+    """
     return torch.empty_like(value)
 
 
-def _backward(loss: object, **options: object) -> None:
-    """Stands for a backward pass while shapes are looked up."""
+def _backward(
+    *losses: torch.Tensor,
+    gradient: object = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Sequence[torch.Tensor] | None = None,
+    accumulate: bool = True,
+    allow_unused: bool = False,
+    materialize_grads: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Stands for a backward pass while shapes are looked up.
+
+    Args:
+        *losses: where it starts.
+        gradient: what it starts with, one for each loss; None where a loss is one number.
+        retain_graph: as of `torch.autograd.grad`, and so are the other options.
+        create_graph: likewise.
+        inputs: weights of the model and tensors of the user's whose gradients it returns; None for
+            none, and then the user's tensors that require gradients accumulate them.
+        accumulate: whether the user's tensors among `inputs` accumulate them too.
+        allow_unused: likewise.
+        materialize_grads: likewise.
+    """
+    return tuple(map(torch.empty_like, inputs or ()))
 
 
 def _put(base: Any, steps: Any, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,8 @@ import torch
 
 from insitu.graph import location
 from insitu.graph.answers import Answers
-from insitu.graph.differentiation import read_gradient, record_backward, write_gradient
+from insitu.graph.backward_pass import BackwardPass, backward_pass, recorded_grad
+from insitu.graph.differentiation import read_gradient, write_gradient
 from insitu.graph.dispatch import (
     OF_NUMPY,
     add_operators,
@@ -148,9 +149,14 @@ class AnyProxy(Operators, Answers):
 
     @property
     def grad(self) -> Any:
-        """The gradient of the first `backward` that is written at or after this line.
+        """The gradient: the derivative of a loss with respect to what passes here.
 
-        After the last one, it is that one's. It can be written, as sites can: `x.grad = y` and
+        It tells what a write here would change. Of a value of a site it is not that of other sites
+        with the same memory, and it is of the value as of this line: after a write, of what was
+        written.
+
+        It is that of the last `backward` before this line, else of the first one after it; inside
+        `with loss.backward():` it is that one's. It can be written, as sites can: `x.grad = y` and
         writes in place change what flows on to what `x` was made of.
 
         Raises:
@@ -179,7 +185,7 @@ class AnyProxy(Operators, Answers):
         retain_graph: bool | None = None,
         create_graph: bool = False,
         inputs: Any = None,
-    ) -> None:
+    ) -> BackwardPass:
         """Records a backward pass from this value; it runs when the model has run.
 
         Gradients go to whatever `.grad` is read or written of in the block, and to the user's
@@ -189,20 +195,26 @@ class AnyProxy(Operators, Answers):
             gradient: as of `torch.Tensor.backward`: what to start with, where this is no scalar.
             retain_graph: whether there will be another backward pass through the same values.
             create_graph: whether gradients can themselves be differentiated.
-            inputs: the tensors that accumulate a gradient, instead of the user's own.
+            inputs: whose gradients it returns: values of the block, weights of the model and
+                tensors of the user's. Of these the latter accumulate them, and no other tensors do.
+
+        Returns:
+            The gradients of the inputs, in their order. In `with loss.backward():` every `.grad` is
+            that of this pass.
+
+        Raises:
+            OperationError: if `inputs` holds something that has no gradient.
         """
         recording = self._recording
         if not recording.open:
-            self.result(here()).backward(gradient, retain_graph, create_graph, inputs)
-            return
+            return self.result(here()).backward(gradient, retain_graph, create_graph, inputs)
         options = {
             "gradient": gradient,
             "retain_graph": retain_graph,
             "create_graph": create_graph or None,
-            "inputs": inputs,
         }
         given = {key: value for key, value in options.items() if value is not None}
-        record_backward(recording, self, given, mark())
+        return backward_pass((self,), given, inputs, mark(), Proxy)
 
     def _refuse_grad(self, location: Location) -> NoReturn:
         written = self.written()
@@ -248,6 +260,8 @@ class AnyProxy(Operators, Answers):
         if operation is None:
             if not open_recordings((args, dict(kwargs or NO_KWARGS))):
                 return at_once(func, args, kwargs or NO_KWARGS)
+            if func is torch.autograd.grad:
+                return recorded_grad(Proxy, mark(), *args, **kwargs or NO_KWARGS)
             from insitu.graph.whole_calls import call_operator, is_custom_operator
 
             if is_custom_operator(func):

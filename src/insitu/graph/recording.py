@@ -91,6 +91,14 @@ class ShapeSource(Protocol):
         """Returns in which invocation the running line stands, None if in none."""
         ...
 
+    def weight_path(self, tensor: torch.Tensor) -> str | None:
+        """Returns the path of a weight of the model, None if the tensor is something else."""
+        ...
+
+    def weight(self, path: str) -> torch.Tensor:
+        """Returns a weight of the model, with data or without."""
+        ...
+
 
 class Lines(Protocol):
     """What was recorded, as far as a run or a scan of it asks: here, or in another process.
@@ -126,7 +134,9 @@ class Recording:
         views: what values stand for now, once anything was written in place; None before that.
         direct: whether lines are recorded with values as they are: nothing was written in place,
             and the block is of no session.
-        gradients: what lines that come now mean by the gradient of a node's value.
+        gradients: what lines that come now mean by the gradient of a node's value, of the backward
+            pass that they name or of none that they name.
+        differentiated: the backward pass of the `with` around the lines that come now.
         shown: what lines that come now read by standard names.
         computed: the nodes that stand for values by name that are no part of the model, with what
             to write instead of writing into them.
@@ -150,7 +160,8 @@ class Recording:
     """
 
     # What most recordings never use is of the class: nothing is made for it until it is needed.
-    gradients: dict[int, Ref] | None = None
+    gradients: dict[tuple[Ref, Ref | None], Ref] | None = None
+    differentiated: Ref | None = None
     shown: dict[Any, Any] | None = None
     computed: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
     parent: Recording | None = None

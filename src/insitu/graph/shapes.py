@@ -20,7 +20,16 @@ from insitu.graph.errors import InsituError, OperationError, ShapeError, Unknown
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.location import here
-from insitu.graph.node import Carried, Function, Graph, ModuleRef, Node, Ref, Subgraph
+from insitu.graph.node import (
+    Carried,
+    Function,
+    Graph,
+    ModuleRef,
+    Node,
+    Ref,
+    Subgraph,
+    WeightRef,
+)
 from insitu.graph.operations import APPLY, COND, FOLD, GETITEM, INPUT, READ
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.recording import Lines
@@ -262,6 +271,9 @@ def _compute(recording: Lines, index: int, one_dtype: bool = False) -> Any:
             return meaning(item, recording.fakes, module)
         if type(item) is Carried:
             return map_structure(other, item.fake())
+        if type(item) is WeightRef:
+            assert recording.shapes is not None
+            return other(recording.shapes.weight(item.path))
         if isinstance(item, torch.Tensor) and not isinstance(item, FakeTensor):
             # What was computed of others is asked for a gradient that it cannot have.
             return mode.from_tensor(item if item.is_leaf else item.detach())

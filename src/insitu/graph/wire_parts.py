@@ -36,6 +36,12 @@ class EarlierPart(Part, tag="earlier"):
     node: Index
 
 
+class WeightPart(Part, tag="weight"):
+    """A weight of the model, by its path."""
+
+    path: str
+
+
 class TensorPart(Part, tag="tensor"):
     """One of the tensors that come with the message."""
 
@@ -125,6 +131,7 @@ Value = (
     | str
     | RefPart
     | EarlierPart
+    | WeightPart
     | TensorPart
     | TuplePart
     | ListPart

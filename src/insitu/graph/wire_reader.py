@@ -13,7 +13,16 @@ import torch
 from insitu.graph.context import Context, context_of
 from insitu.graph.errors import WireError
 from insitu.graph.location import Location, Mark, SourceLine
-from insitu.graph.node import EVERY, Graph, Kind, ModuleRef, Ref, Row, Subgraph
+from insitu.graph.node import (
+    EVERY,
+    Graph,
+    Kind,
+    ModuleRef,
+    Ref,
+    Row,
+    Subgraph,
+    WeightRef,
+)
 from insitu.graph.operations import (
     APPLY,
     ATTRIBUTE,
@@ -136,7 +145,7 @@ class Reader:
             operation, {}
         ):
             raise WireError(f"{operation.name} is not given the functions that it takes")
-        values.references, values.earlier = [], 0
+        values.references, values.earlier, values.weights = [], 0, 0
         args = tuple(
             [
                 functions[at] if at in functions else values.value(cast("Value", arg), index)
@@ -154,6 +163,8 @@ class Reader:
             _check_call(graph, operation, args, kwargs)
         if values.earlier and inputs is not None:
             raise WireError("a function uses a value of an earlier block")
+        if values.weights and operation is not BACKWARD:
+            raise WireError(f"{operation.name} is not given weights of the model")
         mark = self.marks[part.line]
         return (operation, args, kwargs, tuple(values.references), nested, mark)
 
@@ -223,6 +234,8 @@ def _check_call(
         _check_put(args)
     elif kwargs and "." not in operation.name and operation not in (BACKWARD, APPLY):
         raise WireError(f"{operation.name} takes no keywords")
+    if operation is GRAD or operation is BACKWARD:
+        _check_derivative(graph, operation, args, kwargs)
     if operation in _TARGETS:
         target = graph.rows[args[0].index][0]
         if target not in _TARGETS[operation]:
@@ -237,6 +250,31 @@ def _check_call(
             raise WireError(f"{operation.name} cannot be called so: {error}") from None
     if given.get("out") is not None or given.get("inplace", False) is not False:
         raise WireError(f"{operation.name} would write into one of its arguments")
+
+
+def _check_derivative(
+    graph: Graph, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Checks that a gradient is of a backward pass, and what such a pass starts from and names."""
+    called: Sequence[Any] = args
+    right = all(type(arg) is Ref for arg in called)
+    if operation is GRAD:
+        right = right and len(called) <= 2
+        right = right and all(graph.rows[arg.index][0] is BACKWARD for arg in called[1:])
+    else:
+        named = kwargs.get("inputs")
+        if named is not None:
+            right = right and isinstance(named, list)
+            right = right and all(isinstance(item, WeightRef) for item in cast("list[Any]", named))
+        flags = [kwargs.get(name) for name in _FLAGS_OF_BACKWARD]
+        right = right and all(flag is None or isinstance(flag, bool) for flag in flags)
+    if not right:
+        raise WireError(f"{operation.name} cannot be called so")
+
+
+_FLAGS_OF_BACKWARD = (
+    *("retain_graph", "create_graph", "accumulate", "allow_unused", "materialize_grads"),
+)
 
 
 def _check_put(args: tuple[Any, ...]) -> None:

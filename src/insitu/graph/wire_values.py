@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.errors import WireError
-from insitu.graph.node import Earlier, Function, Ref, ref
+from insitu.graph.node import Earlier, Function, Ref, WeightRef, ref
 from insitu.graph.wire_parts import (
     LARGEST_INTEGER,
     MOST_ENTRIES,
@@ -33,6 +33,7 @@ from insitu.graph.wire_parts import (
     TensorPart,
     TuplePart,
     Value,
+    WeightPart,
 )
 
 DEEPEST = 32
@@ -59,6 +60,7 @@ _LEAVES: Mapping[Any, Callable[[Any], Value]] = {
     type(...): lambda value: EllipsisPart(),
     Ref: lambda value: RefPart(value.index),
     Earlier: lambda value: EarlierPart(value.block, value.node),
+    WeightRef: lambda value: WeightPart(text(value.path)),
     torch.Size: lambda value: SizePart(list(value)),
     torch.device: lambda value: DevicePart(str(value)),
     torch.dtype: lambda value: NamedPart(str(value)),
@@ -155,6 +157,7 @@ class ValueReader:
 
     Attributes:
         references: the nodes that were referred to since this was last emptied, in order.
+        weights: how many weights of the model were named, likewise.
         used: the numbers of the tensors that were referred to.
         earlier: how many values of earlier blocks were referred to since it was last set to 0.
         saved: the nodes of each earlier block of a job whose values it keeps for later ones.
@@ -163,6 +166,7 @@ class ValueReader:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
         self.references: list[int] = []
+        self.weights = 0
         self.used: set[int] = set()
         self.earlier = 0
         self.saved: list[frozenset[int]] = []
@@ -202,6 +206,9 @@ class ValueReader:
                     raise WireError(f"there is no tensor {index}")
                 self.used.add(index)
                 return self._tensors[index]
+            case WeightPart(path=path):
+                self.weights += 1
+                return WeightRef(path)
             case TuplePart(items=items):
                 return tuple(values(items))
             case ListPart(items=items):

@@ -203,12 +203,11 @@ def _scores(
                 gradients.append(last)
                 continue
             # Back through this receiver alone, from what it has made of the stream to the stream.
-            gradient = stream.grad
             value, weight = values[receiver.site], slope[receiver.site].detach()
             if receiver.head is not None:
                 value, weight = value[:, receiver.head], weight[:, receiver.head]
-            (value * weight).sum().backward(retain_graph=True)
-            gradients.append(gradient)
+            product = (value * weight).sum()
+            gradients += product.backward(retain_graph=True, inputs=[stream])
         whole = torch.cat(gradients).float()
         products: Any = torch.einsum("spd,rpd->sr", bank[: part.upstream], whole)
         scores.append(products.save())

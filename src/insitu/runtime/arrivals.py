@@ -151,6 +151,7 @@ class Arrivals:
         if not found:
             return value
         place = self.clock.place(first)
+        value = execution.made_new(found, value)
         self._hand_out(found, place, value)
         if self._single.may_stop and not self._readers:
             raise Stop
@@ -172,7 +173,8 @@ class Arrivals:
         if not may_stop and self.clock.is_done(first):  # there are more forwards to come
             remove_hook(self._hooks.pop(first))
         place = self.clock.place(first)
-        value = arriving = passing_value(place[1], view, module, args, rest)
+        arriving = passing_value(place[1], view, module, args, rest)
+        value = execution.made_new(found, arriving)
         self._hand_out(found, place, value)
         if may_stop and not self._readers:
             raise Stop

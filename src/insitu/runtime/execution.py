@@ -52,6 +52,7 @@ class Execution:
         busy: whether an operation is running that may call the model's modules.
         ended: the invocations that have no further steps, with how many they had.
         tape: what autograd is asked for, if anything is.
+        renewed: the nodes whose values are made new tensors, so that they have gradients.
     """
 
     busy = False
@@ -59,6 +60,7 @@ class Execution:
     tape: Tape | None = None
     _arrived = 0
     _steps: Mapping[int, list[Any]] = MappingProxyType({})
+    renewed: Mapping[int, object] = MappingProxyType({})
     # Each group of nodes that needs several sites waits at one that has not arrived; when that
     # one arrives the group runs, or moves on to wait at another.
     _waiting: dict[int, list[int]] = {}  # noqa: RUF012 (not written to: who waits has its own)
@@ -96,9 +98,10 @@ class Execution:
         if plan.gradients is not None:
             self._done: set[int] = set()
             self._wanted = plan.gradients.wanted
+            self.renewed = plan.gradients.renewed
             root = self._modules.get("")
             changed = plan.writes
-            self.tape = Tape(graph, plan.gradients, changed, self.arrive, self._gradient, root)
+            self.tape = Tape(graph, plan.gradients, changed, self._come, self._gradient, root)
         if plan.held:
             self._wait()
 
@@ -107,17 +110,19 @@ class Execution:
 
         Args:
             index: the node that reads the site.
-            value: what arrived.
+            value: what arrived, as `made_new` gives it.
 
         Raises:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
         rows, values, uses, tape = self._rows, self._values, self._uses, self.tape
-        values[index] = value
         if tape is not None:
             self._done.add(index)
             if index in self._wanted:
-                tape.follow(index, value)
+                value = tape.follow(index, value)
+            if index in tape.losses:
+                tape.begin_at(index, value)
+        values[index] = value
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
         if self._waiting:
@@ -163,12 +168,12 @@ class Execution:
                 raise failure(self._graph, values, step, error) from cause
             if tape is not None:
                 self._done.add(step)
+                if step in self.renewed:
+                    result = tape.renewed(step, result)
                 if step in self._wanted:
-                    plain = type(result) is torch.Tensor and result.requires_grad
-                    if plain and result._base is None:  # `follow` in short
-                        tape.followed[step] = result, result.grad_fn, result.output_nr, None
-                    else:
-                        tape.follow(step, result)
+                    result = tape.follow(step, result)
+                if step in tape.losses:
+                    tape.begin_at(step, result)
                 if operation.name == APPLY.name:  # it may write into what it is given
                     tape.rewritten(args)
             for source in inputs:
@@ -181,6 +186,20 @@ class Execution:
             values[index] = None
         if self._waiting:
             self._keep(bit, value)
+
+    def made_new(self, found: Sequence[tuple[int, int]], value: Any) -> Any:
+        """Returns what arrived at a place with new tensors where gradients are wanted.
+
+        The lines and the model go on with these.
+
+        Args:
+            found: the nodes that read it, each with its invocation.
+            value: what arrived.
+        """
+        for index, _ in found:
+            if index in self.renewed and self.tape is not None:
+                value = self.tape.renewed(index, value)
+        return value
 
     def _completed(self, bit: int, possible: Sequence[int]) -> Sequence[int]:
         """Adds to what a site's arrival makes possible what needed other sites too, in order."""
@@ -347,13 +366,15 @@ class Execution:
                     "gradient of its own, or of a later backward pass.",
                     self._graph[index].location,
                 )
-            (loss,), options = self._resolved(*self._graph.rows[index][1:3])
+            losses, options = self._resolved(*self._graph.rows[index][1:3])
             grad_enabled = torch.is_grad_enabled()
             try:
                 set_grad_enabled(True)
                 context = self._graph.contexts.get(index)
                 with entered(context and context._replace(grad=True)):
-                    self.tape.backward(index, loss, options, leaves)
+                    found = self.tape.backward(index, losses, options, leaves)
+                    if self._uses[index]:
+                        self.arrive(index, found)
             except InsituError:
                 raise
             except Exception as error:
@@ -363,9 +384,13 @@ class Execution:
             for source in self._graph.rows[index][3]:
                 self._use(source)
 
+    def _come(self, index: int, value: torch.Tensor) -> None:
+        """Takes a gradient."""
+        self.arrive(index, self.made_new([(index, 0)], value))
+
     def _gradient(self, index: int, value: torch.Tensor) -> Any:
         """Takes a gradient on its way, and returns what goes on in its place, or None."""
-        self.arrive(index, value)
+        self._come(index, value)
         return self.written(index) if index in self._plan.writes else None
 
     def _use(self, index: int) -> None:

@@ -144,7 +144,7 @@ def run_pass(
     """
     # By name each takes longer.
     call, cuts, may_stop, _, steps, reads, through, _, differentiates = single
-    writes = plan.writes
+    writes, renewed = plan.writes, execution.renewed
     found = plan.readers.get((*cuts,)) if reads is None else None
     kept, special = _readers(plan, single) if found is None else found
     readers = kept.copy()
@@ -178,6 +178,9 @@ def run_pass(
             value = rest[-1]
         else:
             value = view(rest[-1], args, rest[0] if view.takes_arguments else NO_KWARGS)
+        arriving = value
+        if renewed:
+            value = execution.made_new(found, value)
         written = False
         for index, invocation in found:
             cut = cuts[invocation]
@@ -189,10 +192,9 @@ def run_pass(
                 written = True
         if may_stop and not readers:
             raise Stop
-        if not written:
-            return None
-        changed = changed_value(execution, plan, moment[:3], value, found, cuts)
-        return None if changed is value else handed_over(kind, view, module, args, rest, changed)
+        if written:
+            value = changed_value(execution, plan, moment[:3], value, found, cuts)
+        return None if value is arriving else handed_over(kind, view, module, args, rest, value)
 
     arrivals = None
     result, deliver = None, _nobody

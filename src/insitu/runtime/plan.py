@@ -7,7 +7,6 @@ one group for each such set. A set of sites is written as an integer with a bit 
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from insitu.graph.location import Mark
 from insitu.graph.node import EVERY, Address, Graph, Kind, Ref, Site
 from insitu.graph.operations import ARITHMETIC, BACKWARD, GRAD, PUT, READ, Operation
 from insitu.runtime.copies import reusable
+from insitu.runtime.gradient_binding import Path, bound_to, place_of
 
 Readers = dict[tuple[str, Kind, int, int], Sequence[tuple[int, int]]]
 """The nodes that read what passes a place in a step, each with its invocation."""
@@ -51,13 +51,21 @@ class Gradients:
     Attributes:
         bound: the nodes that stand for gradients of each backward pass, by its node.
         wanted: the nodes that stand for gradients of each value, by its node.
+        renewed: the values that are made new tensors, by their nodes: which entries of them, each
+            with a node that stands for its gradient.
+        losses: where backward passes start, of what stands at a site or is a view of that.
+        overwritten: whether the model was seen to write into what was made a new tensor, or into
+            something in the same memory; None before the first run.
         constants: the nodes among whose constants are tensors that require a gradient.
         opaque: whether a Python function is called, which may use such tensors too.
     """
 
     bound: dict[int, list[int]]
     wanted: dict[int, list[int]]
+    renewed: dict[int, dict[Path, int]]
+    losses: Collection[int]
     constants: Sequence[int] = ()
+    overwritten: bool | None = None
     opaque: bool = False
 
 
@@ -155,13 +163,16 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     uses = [0] * len(rows)
     needs = [0] * len(rows)
     for index, (operation, args, _, inputs, _, _) in enumerate(rows):
+        if operation is GRAD or operation is BACKWARD:  # others wait for it, as for a site
+            needs[index] = bits[index] = 1 << len(bits)
+            (grads if operation is GRAD else backwards).append(index)
+            if operation is BACKWARD:
+                for source in inputs:
+                    uses[source] += 1
+            continue
         if len(inputs) == 1:
             source = inputs[0]
             uses[source] += 1
-            if operation is GRAD:  # what depends on it waits for it, as for a site
-                needs[index] = bits[index] = 1 << len(bits)
-                grads.append(index)
-                continue
             need = needs[source]
         elif operation is READ:
             needs[index] = bits[index] = 1 << len(bits)
@@ -176,9 +187,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
                 if needs[source] != need:
                     held.setdefault(needs[source], []).append(source)
         needs[index] = need
-        if operation is BACKWARD:
-            backwards.append(index)
-        elif need in groups:
+        if need in groups:
             groups[need].append(index)
         else:
             groups[need] = [index]
@@ -254,19 +263,17 @@ def _is_copy(graph: Graph, plan: Plan, put: int, read: int) -> bool:
 
 
 def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradients:
-    """Finds the backward pass of each gradient: the first one after it, else the last."""
-    bound: dict[int, list[int]] = {index: [] for index in backwards}
+    """Finds which gradients there are of which backward passes, and of which values."""
     wanted: dict[int, list[int]] = {}
+    renewed: dict[int, dict[Path, int]] = {}
     for index in grads:
-        if not backwards:
-            raise OperationError(
-                f"`{expression(graph, index)}` is the gradient of a backward pass, and there "
-                "is none: write `loss.backward()` in the block.",
-                graph[index].location,
-            )
-        bound[backwards[min(bisect(backwards, index), len(backwards) - 1)]].append(index)
-        wanted.setdefault(graph.rows[index][3][0], []).append(index)
-    return Gradients(bound, wanted)
+        source = graph.rows[index][3][0]
+        wanted.setdefault(source, []).append(index)
+        base, path = place_of(graph, source)
+        renewed.setdefault(base, {}).setdefault(path, index)
+    starts = {arg.index for index in backwards for arg in graph.rows[index][1]}
+    losses = [node for node in starts if graph.rows[place_of(graph, node)[0]][0] is READ]
+    return Gradients(bound_to(graph, grads, backwards), wanted, renewed, losses)
 
 
 def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int) -> Repeated:

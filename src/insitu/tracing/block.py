@@ -277,6 +277,15 @@ class Block:
         scope, _ = innermost(self.model, 1)
         return scope.number if isinstance(scope, Invocation) else None
 
+    def weight_path(self, tensor: torch.Tensor) -> str | None:
+        """Returns the path of a weight of the model, None if the tensor is something else."""
+        parameters = self.model.modules[""].named_parameters()
+        return next((path for path, parameter in parameters if parameter is tensor), None)
+
+    def weight(self, path: str) -> torch.Tensor:
+        """Returns a weight of the model, with data or without."""
+        return self.model.modules[""].get_parameter(path)
+
     def _take_outputs(self, plan: Plan, results: Sequence[Any]) -> None:
         """Makes what the passes returned into what the block and its invocations give."""
         if plan.stops:

@@ -14,14 +14,15 @@ from typing import Any
 from torch import nn
 
 from insitu.graph.errors import BlockError, PathError, ShapeError
-from insitu.graph.location import here
-from insitu.graph.node import Graph, ModuleRef, Site, readable
+from insitu.graph.location import Location, here
+from insitu.graph.node import Graph, ModuleRef, Site, WeightRef, readable
+from insitu.graph.operations import BACKWARD
 from insitu.runtime.ambient import Ambient, ambient
 from insitu.runtime.asked import asked_by
 from insitu.runtime.call_path import CallPath
 from insitu.runtime.eager import is_compiled
 from insitu.runtime.exclusive import Exclusive
-from insitu.runtime.gradients import check_gradients
+from insitu.runtime.gradient_checks import check_gradients
 from insitu.runtime.hooks import Place
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.order import check_cuts, check_order, check_steps, pass_order
@@ -140,12 +141,25 @@ def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
     for index, (_, args, *_) in enumerate(graph.rows):
         if args and type(args[0]) is ModuleRef:
             paths.setdefault(args[0].path, index)
+    for index, row in enumerate(graph.rows) if graph.differentiates else ():
+        for weight in row[2].get("inputs", ()) if row[0] is BACKWARD else ():
+            if type(weight) is WeightRef:
+                paths.setdefault(_owner(model, weight.path, graph[index].location), index)
     for path, index in paths.items():
         if path not in modules:
             raise PathError(
                 f"The model has no module {readable(path)!r} now.", graph[index].location
             )
     return model.snapshot.on_the_way(paths)
+
+
+def _owner(model: Subject, weight: str, location: Location) -> str:
+    """The module that a weight is in."""
+    path, _, name = weight.rpartition(".")
+    owner = model.snapshot.modules.get(path)
+    if owner is None or not isinstance(getattr(owner, name, None), nn.Parameter):
+        raise PathError(f"The model has no weight {readable(weight)!r} now.", location)
+    return path
 
 
 def _planned(

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 from insitu.display.progress import passes as listener
-from insitu.graph.errors import BlockError, InsituError, NeverRanError, OptionError
+from insitu.graph.errors import BlockError, NeverRanError, OptionError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
 from insitu.graph.recording import Lines
@@ -16,9 +16,9 @@ from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.eager import eagerly
 from insitu.runtime.execution import Execution
 from insitu.runtime.following import following
-from insitu.runtime.gradients import leaves_of
 from insitu.runtime.hooks import View
 from insitu.runtime.layout import UnexpectedShapeError
+from insitu.runtime.leaves import leaves_of
 from insitu.runtime.order import unexcused
 from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan
@@ -132,16 +132,9 @@ def run_passes(
     for at in order:
         single, passes[at] = passes[at], None
         assert single is not None
-        try:
-            results[at], missing, went = run_pass(
-                execution, plan, single, modules, views, returned, caches
-            )
-        except RuntimeError as error:
-            tape, own = execution.tape, isinstance(error, InsituError)
-            explained = None if tape is None or own else tape.explained(error)
-            if explained is None:
-                raise
-            raise explained from error
+        results[at], missing, went = run_pass(
+            execution, plan, single, modules, views, returned, caches
+        )
         del single
         if done is not None:
             done(at)

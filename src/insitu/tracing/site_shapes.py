@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.node import EVERY, Graph, Site
 from insitu.runtime.inside import SEPARATOR, Called
@@ -50,6 +52,16 @@ class SiteShapes:
     def writer(self) -> int | None:
         """Returns None: no line is being recorded."""
         return None
+
+    def weight_path(self, tensor: torch.Tensor) -> str | None:
+        """Returns the path of a weight of the model, None if the tensor is something else."""
+        parameters = self._model.modules[""].named_parameters()
+        return next((path for path, parameter in parameters if parameter is tensor), None)
+
+    def weight(self, path: str) -> torch.Tensor:
+        """Returns a weight of the model, with data or without."""
+        return self._model.modules[""].get_parameter(path)
+
 
 
 def called_in(

@@ -1,0 +1,95 @@
+"""The graph of autograd: new tensors at places whose gradient is wanted, and leaves of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+
+
+class _Passing(torch.autograd.Function):
+    """Hands a tensor on as another one in the same memory."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Not a view: a write in place into a view moves the view to another step of autograd, and
+        # its gradient from before the write is lost. It shares the count of writes with the value,
+        # so that autograd notices where it has kept what was overwritten.
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient
+
+
+# Without what `Function.apply` does for `torch.func`, which takes longer than all the rest.
+_passed_on: Callable[[torch.Tensor], torch.Tensor] = cast(
+    Any, super(torch.autograd.Function, _Passing)
+).apply
+
+
+def passed_on(value: torch.Tensor) -> torch.Tensor:
+    """Returns a new tensor in the same memory, through which gradients flow.
+
+    Args:
+        value: a tensor that requires a gradient. If it is a leaf, it is one of our own: torch would
+            not let a model write into it.
+    """
+    return _passed_on(value)
+
+
+def detached(value: torch.Tensor) -> torch.Tensor:
+    """Returns a leaf in the same memory, at which the graph of autograd begins."""
+    return value.detach().requires_grad_(True)
+
+
+def origin_of(value: torch.Tensor) -> Any:
+    """Returns the step that made a tensor, or the tensor that it is a view of; None for a leaf."""
+    base: torch.Tensor | None = value._base
+    return value.grad_fn if base is None or base.grad_fn is None else base.grad_fn
+
+
+def is_used_beside(losses: Sequence[torch.Tensor], step: Any, origin: Any) -> bool:
+    """Returns whether a tensor is used after another took its place, and not through that one.
+
+    Args:
+        losses: what was computed in the end.
+        step: the step of autograd that made the other one.
+        origin: the step that made the tensor, maybe before views of it.
+    """
+    since = step._sequence_nr()
+    users: dict[Any, Any] = {}
+    while step is not origin:
+        if len(step.next_functions) != 1:
+            return True
+        ((below, _),) = step.next_functions
+        users[below] = step
+        step = below
+    return any(
+        users.get(before, later) is not later and later._sequence_nr() > since
+        for later in _steps(losses)
+        for before, _ in later.next_functions
+    )
+
+
+def computed_of(*tensors: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Returns the leaves that tensors were computed of, by identity."""
+    found: dict[int, torch.Tensor] = {}
+    for step in _steps(tensors):
+        leaf = getattr(step, "variable", None)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            found[id(leaf)] = leaf
+    return found
+
+
+def _steps(tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """The steps of autograd that tensors were made in, from the last on, each once."""
+    seen: set[Any] = set()
+    left: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while left:
+        step = left.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            left.extend(before for before, _ in step.next_functions)
+            yield step
