@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from insitu.graph.context import (
     as_begun,
     default_dtype,

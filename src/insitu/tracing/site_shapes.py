@@ -63,7 +63,6 @@ class SiteShapes:
         return self._model.modules[""].get_parameter(path)
 
 
-
 def called_in(
     model: Subject, procedure: Procedure[Any], request: Any, path: str
 ) -> Sequence[Called]:
