@@ -346,6 +346,7 @@ def row(operation: int, *args: Any, **kwargs: Any) -> list[Any]:
 
 READ_ROW = row(0, *ADDRESS)
 REF = ["ref", 0]
+WEIGHT = ["weight", "0.weight"]
 
 
 def function(*rows: Any, output: Any = None) -> list[Any]:
@@ -449,6 +450,28 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
             )
         ),
         "another site",
+    ),
+    "a weight elsewhere": (framed(message(row(1, REF, WEIGHT))), "not given weights"),
+    "a backward pass of no value": (framed(message(row(1, 3), operation="backward")), "not done"),
+    "a backward pass of two": (
+        framed(message(row(1, REF, 3), operation="backward")),
+        "backward cannot be called so",
+    ),
+    "a backward pass of a value's parameter": (
+        framed(message(row(1, REF, inputs=["list", [REF]]), operation="backward")),
+        "backward cannot be called so",
+    ),
+    "a backward pass with a number": (
+        framed(message(row(1, REF, create_graph=3), operation="backward")),
+        "backward cannot be called so",
+    ),
+    "a backward pass with more": (
+        framed(message(row(1, REF, is_grads_batched=True), operation="backward")),
+        "unexpected keyword",
+    ),
+    "a gradient of no backward pass": (
+        framed(message(row(1, REF, REF), operation="grad")),
+        "grad cannot be called so",
     ),
     "a gradient, unannounced": (framed(message(row(1, REF), operation="grad")), "gradients"),
     "an unknown field": (framed(message(hooks=[[0, 0]])), "no field 'hooks'"),

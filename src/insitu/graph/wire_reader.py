@@ -21,11 +21,9 @@ from insitu.graph.node import (
     Ref,
     Row,
     Subgraph,
-    WeightRef,
 )
 from insitu.graph.operations import (
     APPLY,
-    ATTRIBUTE,
     BACKWARD,
     BY_NAME,
     COND,
@@ -40,6 +38,7 @@ from insitu.graph.operations import (
     WRITE,
     Operation,
 )
+from insitu.graph.wire_calls import check_derivative, check_put
 from insitu.graph.wire_message import (
     Fields,
     LinePart,
@@ -231,11 +230,11 @@ def _check_call(
     if not args and operation.name.startswith(("Tensor.", "operator.")):
         raise WireError(f"{operation.name} is not done to anything")
     if operation is PUT:
-        _check_put(args)
+        check_put(args)
     elif kwargs and "." not in operation.name and operation not in (BACKWARD, APPLY):
         raise WireError(f"{operation.name} takes no keywords")
     if operation is GRAD or operation is BACKWARD:
-        _check_derivative(graph, operation, args, kwargs)
+        check_derivative(graph, operation, args, kwargs)
     if operation in _TARGETS:
         target = graph.rows[args[0].index][0]
         if target not in _TARGETS[operation]:
@@ -250,50 +249,6 @@ def _check_call(
             raise WireError(f"{operation.name} cannot be called so: {error}") from None
     if given.get("out") is not None or given.get("inplace", False) is not False:
         raise WireError(f"{operation.name} would write into one of its arguments")
-
-
-def _check_derivative(
-    graph: Graph, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """Checks that a gradient is of a backward pass, and what such a pass starts from and names."""
-    called: Sequence[Any] = args
-    right = all(type(arg) is Ref for arg in called)
-    if operation is GRAD:
-        right = right and len(called) <= 2
-        right = right and all(graph.rows[arg.index][0] is BACKWARD for arg in called[1:])
-    else:
-        named = kwargs.get("inputs")
-        if named is not None:
-            right = right and isinstance(named, list)
-            right = right and all(isinstance(item, WeightRef) for item in cast("list[Any]", named))
-        flags = [kwargs.get(name) for name in _FLAGS_OF_BACKWARD]
-        right = right and all(flag is None or isinstance(flag, bool) for flag in flags)
-    if not right:
-        raise WireError(f"{operation.name} cannot be called so")
-
-
-_FLAGS_OF_BACKWARD = (
-    *("retain_graph", "create_graph", "accumulate", "allow_unused", "materialize_grads"),
-)
-
-
-def _check_put(args: tuple[Any, ...]) -> None:
-    """Checks that a write in place names views that lead to what it writes, and what writes."""
-    called: Sequence[Any] = args
-    steps, name = called[1:3] if len(called) > 2 else (None, None)
-    right = isinstance(steps, tuple) and all(map(_is_step, cast("tuple[Any, ...]", steps)))
-    if not right or not isinstance(name, str) or name not in BY_NAME or not BY_NAME[name].in_place:
-        raise WireError("put cannot be called so: it takes a value, views and what writes")
-
-
-def _is_step(step: Any) -> bool:
-    match step:
-        case (str() as name, (int() | str()) as place, tuple(), dict()):
-            known = name in BY_NAME and not BY_NAME[name].in_place
-            known = known and ("." in name or name == ATTRIBUTE.name)
-            return known and (isinstance(place, str) or place >= 0)
-        case _:
-            return False
 
 
 def _is_device(name: Any) -> bool:
