@@ -341,3 +341,12 @@ def test_training_mode_is_another_plan(gpt2: LanguageModel) -> None:
         assert block() == 2
     gpt2.module.eval()
     assert block() == 1
+
+
+def test_a_tensor_in_the_place_of_a_number_is_another_graph() -> None:
+    model = Model(torch.nn.Sequential(torch.nn.Linear(3, 3)))
+    for scale in (0.5, torch.tensor([1.0, 2.0, 3.0]), 0.25, torch.tensor([3.0, 2.0, 1.0])):
+        with model.trace(torch.ones(1, 3)):
+            value = (model[0].output * scale).save()
+        with torch.no_grad():
+            assert torch.equal(value.value, model.module(torch.ones(1, 3)) * scale)

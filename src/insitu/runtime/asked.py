@@ -65,9 +65,10 @@ def asked_by(graph: Graph, plan: Plan, count: int) -> list[Asked]:
 def _differentiated(graph: Graph, plan: Plan) -> set[int]:
     """The invocations whose values a loss depends on, or of which a gradient is read."""
     needs = 0
-    for index, (operation, _, _, inputs, _, _) in enumerate(graph.rows):
-        if operation in (BACKWARD, KEEP):
-            needs |= plan.needs[index]
+    for operation, _, _, inputs, _, _ in graph.rows:
+        if operation is BACKWARD or operation is KEEP:
+            for source in inputs:
+                needs |= plan.needs[source]
         elif operation is GRAD:
             needs |= plan.needs[inputs[0]]
     found = {address[0] for bit, address in plan.places.items() if needs & bit}

@@ -49,11 +49,14 @@ class Plans(Generic[Planned]):
         """
         where, found = self._last  # a loop finds the same again and again, and this takes no hash
         # In C: what a graph holds is told apart from others faster than it is hashed.
-        if where[0] != key or found[0] != graph.__dict__:
-            where = _where(key, graph)
-            found = self._kept.get(where)
-            if found is None or found[0] != graph.__dict__:
-                return where, None
+        try:
+            if where[0] != key or found[0] != graph.__dict__:
+                where = _where(key, graph)
+                found = self._kept.get(where)
+                if found is None or found[0] != graph.__dict__:
+                    return where, None
+        except RuntimeError:  # a tensor in the place of a number equals it in some entries
+            return _where(key, graph), None
         _, saved, kinds, planned = found
         # `True` equals 1 there, but as an index it is something else.
         if saved != [*saves] or (kinds is not None and kinds != _kinds(graph.rows)):
