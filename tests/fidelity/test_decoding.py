@@ -41,15 +41,13 @@ def compare(
     model: LanguageModel,
     prompts: list[torch.Tensor],
     options: dict[str, Any],
-    seeded: bool = True,
-    **own: Any,
 ) -> list[torch.Tensor]:
     """Compares the tokens of a batch with those of each prompt alone, and returns them."""
     invokers = []
     state = torch.get_rng_state()
     with model.generate(**options) as generator:
         for seed, ids in enumerate(prompts):
-            with generator.invoke(ids, **({"seed": seed} if seeded else {})) as invoker:
+            with generator.invoke(ids, seed=seed) as invoker:
                 invokers.append(invoker)
     assert torch.equal(state, torch.get_rng_state())
     assert len(generator.plan.passes) == 1, generator.plan.explain()

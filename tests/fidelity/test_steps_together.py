@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
 
 from insitu import LanguageModel, NeverRanError, OperationError
 from tests.conftest import tiny_gpt2
@@ -463,3 +464,73 @@ def test_what_ends_first_ends_the_list_of_values_of_both() -> None:
     expected = [alone(model, ids, "lm_head")[1] for ids in (one, other)]
     assert_alike(theirs.value, [value[:, -1] for value in expected[1]])
     assert_alike(both.value, [a[:, -1] - b[:, -1] for a, b in zip(*expected, strict=True)][:2])
+
+
+def test_functions_inside_of_forwards_are_cut_in_each_step() -> None:
+    module: Any = tiny_gpt2()
+    module.set_attn_implementation("eager")
+    model = LanguageModel(module)
+    prompts = prompts_of(model)
+    saved = []
+    with model.generate(**PLAIN) as generator:
+        for ids in prompts:
+            with generator.invoke(ids), generator.every_step():
+                saved.append(model.blocks[1].attention.pattern.save())
+    assert len(generator.plan.passes) == 1
+    for ids, patterns in zip(prompts, saved, strict=True):
+        expected = module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            pad_token_id=model.pad_id,
+            output_attentions=True,
+            return_dict_in_generate=True,
+            **PLAIN,
+        )
+        assert_alike(patterns.value, [layers[1] for layers in expected.attentions])
+
+
+def test_a_window_that_is_outgrown_keeps_its_cache_out_of_the_batch() -> None:
+    config = MistralConfig(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=6,
+        max_position_embeddings=64,
+    )
+    model = LanguageModel(kinds.ready(lambda: MistralForCausalLM(config)))
+    prompts = prompts_of(model, (3, 8, 5))
+    hiddens, caches, invokers = [], [], []
+    with model.generate(**PLAIN) as generator:
+        for ids in prompts:
+            with generator.invoke(ids) as invoker, generator.every_step():
+                model.model.layers[0].mlp.output[:, -1] *= 3.0
+                hiddens.append(model.lm_head.output.save())
+            invokers.append(invoker)
+    assert len(generator.plan.passes) == 1
+
+    def triple(step: int, value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([value[:, :-1], value[:, -1:] * 3.0], 1)
+
+    for ids, values, invoker in zip(prompts, hiddens, invokers, strict=True):
+        tokens, seen = alone(model, ids, "lm_head", {"model.layers.0.mlp": triple})
+        assert torch.equal(invoker.output, tokens)
+        assert_alike(values.value, seen)
+    with model.generate(**PLAIN) as generator:
+        for ids in prompts:
+            with generator.invoke(ids) as invoker, invoker.step(2):
+                caches.append(model.model.layers[0].output[1][0].save())
+    assert len(generator.plan.passes) == len(prompts)
+    for ids, keys in zip(prompts, caches, strict=True):
+        found: list[torch.Tensor] = []
+
+        def keep(part: nn.Module, args: Any, kwargs: Any, output: Any, found=found) -> None:
+            held = [one for one in (*args, *kwargs.values()) if hasattr(one, "layers")]
+            found.append(held[0].layers[0].keys.clone())
+
+        handle = model.module.model.layers[0].register_forward_hook(keep, with_kwargs=True)
+        alone(model, ids, "lm_head")
+        handle.remove()
+        torch.testing.assert_close(keys.value, found[2])
