@@ -474,7 +474,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "grad cannot be called so",
     ),
     "a gradient, unannounced": (framed(message(row(1, REF), operation="grad")), "gradients"),
-    "an unknown field": (framed(message(hooks=[[0, 0]])), "no field 'hooks'"),
+    "an unknown field": (framed(message(hooks=[[0, 0]])), "Invalid enum value 'hooks'"),
     "a write that is a save": (framed(message(row(2, REF), writes=[[0, 1]])), "node 1 does save"),
     "a write of no node": (framed(message(row(2, REF), writes=[[0, 5]])), "no node 5"),
     "a write of one number": (framed(message(row(2, REF), writes=[[0]])), "1 numbers"),

@@ -150,7 +150,10 @@ OF_RUNS: Mapping[str, str] = {
     "names_filter": "write `names=`, of `run_with_cache`",
     "padding_side": "each prompt is padded as the model reads: leave it out",
     "prepend_bos": "the tokenizer decides what is put before a prompt: leave it out",
-    "remote": "a block runs here: leave it out",
+    "remote": (
+        "a block runs here: leave it out, or send what `tracer.job.to_bytes()` gives to where "
+        "`model.run(job)` is to run it"
+    ),
     "remove_batch_dim": "write `value[0]`",
     "return_cache_object": "it returns a cache that is a mapping: leave it out",
     "return_type": (

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from insitu.graph.wire_parts import Index, Part, Value
 from insitu.graph.wire_tensors import StoredTensor
 
-Fields = dict[str, list[list[Index]]]
+FieldName = Literal[
+    "writes",
+    "skips",
+    "stops",
+    "optional",
+    "repeats",
+    "differentiates",
+    "after",
+    "unfused",
+    "contexts",
+]
+"""The fields of a graph but its rows. Another name is refused before what is under it is made."""
+
+Fields = dict[FieldName, list[list[Index]]]
 
 
 class LinePart(Part):

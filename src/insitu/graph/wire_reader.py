@@ -40,6 +40,7 @@ from insitu.graph.operations import (
 )
 from insitu.graph.wire_calls import check_derivative, check_put
 from insitu.graph.wire_message import (
+    FieldName,
     Fields,
     LinePart,
     ModulePart,
@@ -125,8 +126,6 @@ class Reader:
                 location = Location(*self.marks[part.line])
                 raise WireError(f"The graph cannot be read: {error}.", location) from None
         for name, entries in fields.items():
-            if name not in FIELDS:
-                raise WireError(f"there is no field {name!r} in this version of Insitu")
             setattr(made, name, self._field(name, FIELDS[name], entries, made))
         _check_flags(made)
         return made
@@ -307,7 +306,7 @@ def _contexts(rows: list[tuple[int, int]]) -> dict[int, Context]:
 
 
 # Every field of a graph but its rows: what holds the entries, and what their columns are.
-FIELDS: Mapping[str, Field] = {
+FIELDS: Mapping[FieldName, Field] = {
     "writes": Field(dict, (_node(READ, GRAD), _node(WRITE, PUT))),
     "skips": Field(dict, (_node(READ), _node(SKIP, PUT))),
     "stops": Field(dict, (_node(READ), line_column)),
