@@ -327,15 +327,15 @@ def run(
 ) -> _Answer:
     """Runs a job that was recorded elsewhere, and shows what it saves.
 
-    The file holds what `tracer.job.to_bytes()` gave. It is data and no code, and may be anybody's.
+    The file is one that `tracer.job.save(path)` has written. It is data and no code, and may be
+    anybody's.
 
     **Example:** `insitu run experiment.job --model insitu/eiffel --out results.safetensors`
     """
     from insitu.display.saved_values import saved_table
-    from insitu.graph import disk
     from insitu.runtime.job import Job
 
-    received = Job.from_bytes(disk.read(job))
+    received = Job.load(job)
     opened = _opened(model, loading, load=not dry)
     if dry:
         check = opened.check(received)

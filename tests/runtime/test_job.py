@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from insitu import (
     Job,
     JobError,
     LanguageModel,
+    LoadError,
     Model,
     OptionError,
     PromptError,
@@ -620,6 +622,17 @@ def test_after_a_job_the_model_is_as_before(gpt2: LanguageModel) -> None:
     assert all(torch.equal(before[n], one) for n, one in gpt2.module.state_dict().items())
     assert all(one.grad is None for one in gpt2.module.parameters())
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in gpt2.module.modules())
+
+
+def test_a_job_is_written_to_a_file_and_read_from_it(gpt2: LanguageModel, tmp_path: Path) -> None:
+    job = a_job(gpt2)
+    job.save(tmp_path / "a.job")
+    assert Job.load(tmp_path / "a.job").to_bytes() == job.to_bytes()
+    (tmp_path / "b.job").write_bytes(b"insitu job")
+    with pytest.raises(WireError, match="end too early"):
+        Job.load(tmp_path / "b.job")
+    with pytest.raises(LoadError, match="cannot be read"):
+        Job.load(tmp_path / "c.job")
 
 
 def test_public_names() -> None:

@@ -8,11 +8,13 @@ runs it, `model.check(job)` says what that would take, and `job_wire.py` makes b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from insitu.graph import disk
 from insitu.graph.expression import expression
 from insitu.runtime.job_parts import JobBlock, JobModel
 
@@ -86,6 +88,36 @@ class Job:
         from insitu.runtime.job_wire import from_bytes
 
         return cls(*from_bytes(data, tensors or {}))
+
+    def save(self, path: str | os.PathLike[str], without: Collection[str] = ()) -> None:
+        """Writes the job to a file, whole or not at all.
+
+        Args:
+            path: the file.
+            without: as of `to_bytes`.
+
+        Raises:
+            WireError: if it holds what cannot travel.
+            OptionError: if there is no such folder.
+            SaveError: if the file cannot be written.
+        """
+        disk.write(path, self.to_bytes(without))
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> Job:
+        """Returns the job in a file. Files from anybody can be read.
+
+        Args:
+            path: a file that `save` has written.
+            tensors: as of `from_bytes`.
+
+        Raises:
+            LoadError: if the file cannot be read.
+            WireError: if it holds no job that can be read.
+        """
+        return cls.from_bytes(disk.read(path), tensors)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
