@@ -63,7 +63,7 @@ class Twice:
         except InsituError as error:
             again = error
         torch.set_rng_state(after)
-        assert described(again) == described(failure)
+        assert described(again) == described(failure), (again, failure)
         if results is not None:
             assert same(dict(results), contents(job, holders))
             assert same_as_file(results)

@@ -77,6 +77,7 @@ def _zero(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+@pytest.mark.no_wire  # after the first run the model has another structure
 def test_a_module_that_is_exchanged_in_the_first_run_is_read_and_written_in_it() -> None:
     plain = _Switching()
     x = torch.randn(2, 3)

@@ -429,7 +429,7 @@ class Model(Handle):
         """What a job says of the model that it is for."""
         from insitu.models.fingerprints import described, structure_of
 
-        self.look()
+        self.look(closely=True)
         self.look_at_weights()
         if self._structure is None or self._structure[0] is not self.snapshot:
             vars(self)["_structure"] = self.snapshot, structure_of(self)

@@ -26,7 +26,7 @@ class Fingerprint:
     """What a model is like.
 
     Attributes:
-        kind: its class, such as "GPT2LMHeadModel".
+        kind: the name of its class.
         settings: the numbers and words of its config on which its values depend, by name.
         tree: its modules: what there is under each path, with `#` in the place of numbers, such as
             "12 Conv1D, weight 768x2304, bias 2304" under "transformer.h.#.attn.c_attn".

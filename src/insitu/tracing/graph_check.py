@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from insitu.graph.errors import JobError, PathError, nearest
+from insitu.graph.location import Location
 from insitu.graph.node import Graph, ModuleRef, Subgraph, readable
 from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.procedure import Procedure
@@ -48,6 +49,18 @@ def check_graph(
             )
 
 
+def absent(path: str, modules: Collection[str], location: Location) -> PathError:
+    """Returns the error for a module that the model does not have.
+
+    Args:
+        path: the module's path.
+        modules: the paths of the model's modules.
+        location: the user's line.
+    """
+    near = nearest(path, modules)
+    return PathError(f"The model has no module {readable(path)!r} now{near}.", location)
+
+
 def check_modules(graph: Graph, modules: Collection[str]) -> None:
     """Checks that the modules of a graph are there, also those that its functions call.
 
@@ -64,10 +77,7 @@ def check_modules(graph: Graph, modules: Collection[str]) -> None:
             named.append(node.site.path.partition(SEPARATOR)[0])
         for path in named:
             if path not in modules:
-                raise PathError(
-                    f"The model has no module `{readable(path)}`{nearest(path, modules)}.",
-                    node.location,
-                )
+                raise absent(path, modules, node.location)
         for arg in node.args:
             if isinstance(arg, Subgraph):
                 check_modules(arg.graph, modules)

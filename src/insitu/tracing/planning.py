@@ -30,6 +30,7 @@ from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
 from insitu.runtime.tree import Tree, Watched
+from insitu.tracing.graph_check import absent
 from insitu.tracing.never_ran import never_ran
 
 _NOTHING_RETURNED: Mapping[int, Any] = {}
@@ -147,9 +148,7 @@ def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
                 paths.setdefault(_owner(model, weight.path, graph[index].location), index)
     for path, index in paths.items():
         if path not in modules:
-            raise PathError(
-                f"The model has no module {readable(path)!r} now.", graph[index].location
-            )
+            raise absent(path, modules, graph[index].location)
     return model.snapshot.on_the_way(paths)
 
 
