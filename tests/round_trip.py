@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from insitu import InsituError, Job, Results, WireError
+from insitu import InsituError, Job, LoadError, Results, WireError
 from insitu.graph.node import Function, Graph, Node, Subgraph
 from insitu.graph.wire import keeps_statistics
 from insitu.tracing.block import Block
@@ -187,7 +187,12 @@ def plainly(value: Any) -> Any:
 
 
 def described(failure: BaseException | None) -> tuple[type, str]:
-    """An error without the folders of its files, which do not travel."""
+    """An error without the folders of its files, which do not travel.
+
+    Weights that cannot be loaded are about the line that runs, and not about one that was recorded.
+    """
+    if isinstance(failure, LoadError):
+        return type(failure), str(failure).partition("\n")[0]
     return type(failure), re.sub(r'File "[^"]*/', 'File "', str(failure))
 
 
