@@ -365,7 +365,7 @@ def test_a_gradient_of_an_invocation_is_of_its_own_backward_pass(gpt2: LanguageM
             (gpt2.lm_head.output[:, -1, 6].sum() * vector.sum()).backward()
     for ids, token, grad in found:
         (right,) = gradients_of(gpt2.module, "transformer.h.1", ids, token)
-        assert torch.equal(grad.value, right)
+        torch.testing.assert_close(grad.value, right)
 
 
 def test_a_loss_of_another_invocation_counts_where_values_go_there(gpt2: LanguageModel) -> None:

@@ -304,7 +304,7 @@ class Batches:
     ) -> Unembedded:
         """Which positions of each row of a batch have to become logits."""
         model, terms = self._model, self._terms[self._runs[numbers[0]].invocation]
-        if not isinstance(terms, Terms) or terms.side == "left":
+        if not isinstance(terms, Terms) or terms.side == "left" or terms.asked.differentiates:
             return ALL_UNEMBEDDED
         if "logits_to_keep" not in model.forward_parameters or len(model.unembedding_paths) != 1:
             return ALL_UNEMBEDDED

@@ -39,9 +39,6 @@ _BATCHABLE = frozenset(
 )
 
 
-_ALONE = Fallback("gradients are of one prompt at a time")
-
-
 class LanguageForward:
     """Forwards of a language model.
 
@@ -206,12 +203,17 @@ class LanguageForward:
                 sites[number].append(address)
         for address in work.written:
             written[address[0]].append(address)
+        differentiated: list[list[Address]] = [[] for _ in requests]
+        for address in work.differentiated:
+            differentiated[address[0]].append(address)
         sides = sides_of(requests)
         for number, prompt in enumerate(requests):
-            found = _ALONE if work.asked[number].differentiates else None
-            found = found or self._separation(prompt, demands[number], sides[number])
+            found = work.asked[number].alone or self._separation(
+                prompt, demands[number], sides[number]
+            )
             if not isinstance(found, Fallback):
                 obstacle = found.obstacle(sites[number], written[number])
+                obstacle = obstacle or found.shared_by_rows(differentiated[number])
                 found = found if obstacle is None else uncut(Site(*obstacle))
             separations.append(found)
         known: dict[Hashable, int] = {}

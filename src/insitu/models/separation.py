@@ -110,6 +110,14 @@ class Separation:
                 return address
         return None
 
+    def shared_by_rows(self, sites: Collection[Address]) -> Address | None:
+        """Returns a site whose value holds for all rows, so that a gradient of it is of all.
+
+        Args:
+            sites: the sites to look at.
+        """
+        return next((site for site in sites if is_shared(self.layouts.get(site[1:4]))), None)
+
     def later_steps(self, sites: Collection[Address]) -> LaterSteps | Fallback | None:
         """Returns what passes in later steps, if any of some sites is of such, else None.
 

@@ -196,7 +196,10 @@ class Arrivals:
             if cut is None or self._plan.only_skips(index):
                 own = value
             else:
-                own = cut.take(Site(invocation, *place, step), value)
+                site = Site(invocation, *place, step)
+                own = cut.take(site, value)
+                if index in execution.renewed:
+                    execution.note_part(own, value, partial(cut.take, site))
             if index in self._after:
                 own = execution.standing(self._after[index])
             execution.arrive(index, own)

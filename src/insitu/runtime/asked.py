@@ -6,6 +6,8 @@ share a pass of their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 from insitu.graph.node import Address, Graph
@@ -25,22 +27,30 @@ class Asked(NamedTuple):
     Attributes:
         cuts: what of the model does not run.
         differentiates: whether autograd records the pass.
+        alone: why the invocation shares its pass with no other, None if it may.
     """
 
     cuts: Cuts = frozenset()
     differentiates: bool = False
+    alone: Fallback | None = None
 
     @property
     def apart(self) -> Fallback | None:
-        """Why the invocation shares a pass with no other, None if it may."""
-        if self.differentiates:  # of a value that was cut out of a batch its loss does not depend
-            return Fallback("gradients are of one prompt at a time")
+        """Why the invocation shares no generation with others, None if it may."""
+        if self.alone is not None:
+            return self.alone
+        if self.differentiates:
+            return Fallback("gradients of a generation are of one prompt at a time")
         if self.cuts:
-            return Fallback("what skips or stops is of one prompt at a time")
+            return Fallback("what skips or stops in a generation is of one prompt at a time")
         return None
 
 
 NOTHING = Asked()
+_CHANGED = Fallback("gradients are changed on their way for one prompt at a time")
+_KEPT = Fallback("what is saved with its graph is of one prompt at a time")
+_OPAQUE = Fallback("a function of yours may hide what gradients pass, so each prompt has its own")
+_TWICE = Fallback("gradients of gradients are of one prompt at a time")
 
 
 def asked_by(graph: Graph, plan: Plan, count: int) -> list[Asked]:
@@ -58,20 +68,45 @@ def asked_by(graph: Graph, plan: Plan, count: int) -> list[Asked]:
         for read in reads:
             address = plan.places[plan.bits[read]]
             cuts[address[0]].add((kind, (0, *address[1:])))
-    differentiated = _differentiated(graph, plan) if graph.differentiates else ()
-    return [Asked(frozenset(cuts[at]), at in differentiated) for at in range(count)]
+    if plan.gradients is None:
+        return [Asked(frozenset(own)) for own in cuts]
+    differentiated, alone = _differentiated(graph, plan), _alone(graph, plan)
+    if plan.gradients.opaque:
+        alone |= dict.fromkeys(differentiated, _OPAQUE)
+    return [
+        Asked(frozenset(own), number in differentiated, alone.get(number))
+        for number, own in enumerate(cuts)
+    ]
+
+
+def _invocations(plan: Plan, nodes: Iterable[int]) -> set[int]:
+    """The invocations whose values some nodes depend on."""
+    needs = 0
+    for node in nodes:
+        needs |= plan.needs[node]
+    return {address[0] for bit, address in plan.places.items() if needs & bit}
+
+
+def _alone(graph: Graph, plan: Plan) -> dict[int, Fallback]:
+    """The invocations that take gradients which a batch does not give, with the reason."""
+    found: dict[int, Fallback] = {}
+    for index, (operation, _, kwargs, inputs, _, _) in enumerate(graph.rows):
+        why: Fallback | None = None
+        if operation is GRAD and index in graph.writes:
+            why = _CHANGED
+        elif operation is KEEP:
+            why = _KEPT
+        elif operation is BACKWARD and kwargs.get("create_graph"):
+            why = _TWICE
+        if why is not None:
+            found |= dict.fromkeys(_invocations(plan, inputs), why)
+    return found
 
 
 def _differentiated(graph: Graph, plan: Plan) -> set[int]:
     """The invocations whose values a loss depends on, or of which a gradient is read."""
-    needs = 0
-    for operation, _, _, inputs, _, _ in graph.rows:
-        if operation is BACKWARD or operation is KEEP:
-            for source in inputs:
-                needs |= plan.needs[source]
-        elif operation is GRAD:
-            needs |= plan.needs[inputs[0]]
-    found = {address[0] for bit, address in plan.places.items() if needs & bit}
+    nodes = [row[3] for row in graph.rows if row[0] in (BACKWARD, GRAD, KEEP)]
+    found = _invocations(plan, chain.from_iterable(nodes))
     edges = uses(graph, plan, lambda _: None)
     while True:  # what is written into a run of these is of their loss too
         more = {source for source, target in edges if target in found} - found

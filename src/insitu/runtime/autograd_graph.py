@@ -83,6 +83,11 @@ def computed_of(*tensors: torch.Tensor) -> dict[int, torch.Tensor]:
     return found
 
 
+def is_computed_of(tensors: Sequence[torch.Tensor], step: Any) -> bool:
+    """Returns whether tensors were computed of what a step of autograd has made."""
+    return any(other is step for other in _steps(tensors))
+
+
 def _steps(tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
     """The steps of autograd that tensors were made in, from the last on, each once."""
     seen: set[Any] = set()

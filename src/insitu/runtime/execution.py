@@ -28,6 +28,7 @@ from insitu.graph.saved import SavedTensor, set_class, spent, swap
 from insitu.graph.saved_proxy import SavedProxy
 from insitu.graph.structure import map_structure, memory_of
 from insitu.runtime.failure import failure
+from insitu.runtime.gradient_binding import Path
 from insitu.runtime.gradients import Tape
 from insitu.runtime.order import causality_error
 from insitu.runtime.plan import Plan
@@ -196,10 +197,16 @@ class Execution:
             found: the nodes that read it, each with its invocation.
             value: what arrived.
         """
+        done: set[Path] = set()
         for index, _ in found:
             if index in self.renewed and self.tape is not None:
-                value = self.tape.renewed(index, value)
+                value = self.tape.renewed(index, value, done)
         return value
+
+    def note_part(self, own: Any, whole: Any, cut: Callable[[Any], Any]) -> None:
+        """Notes of what value of a batch an invocation's own is a part: see `Tape.note_part`."""
+        if self.tape is not None:
+            self.tape.note_part(own, whole, cut)
 
     def _completed(self, bit: int, possible: Sequence[int]) -> Sequence[int]:
         """Adds to what a site's arrival makes possible what needed other sites too, in order."""
@@ -358,30 +365,59 @@ class Execution:
         """
         if self._plan.gradients is None or self.tape is None:
             return
-        for index in self._plan.gradients.bound:
-            missing = [s for s in self._graph.rows[index][3] if s not in self._done]
-            if missing:
-                raise CausalityError(
-                    f"`{expression(self._graph, index)}` depends on what comes after it: a "
-                    "gradient of its own, or of a later backward pass.",
-                    self._graph[index].location,
-                )
-            losses, options = self._resolved(*self._graph.rows[index][1:3])
-            grad_enabled = torch.is_grad_enabled()
-            try:
-                set_grad_enabled(True)
-                context = self._graph.contexts.get(index)
-                with entered(context and context._replace(grad=True)):
-                    found = self.tape.backward(index, losses, options, leaves)
-                    if self._uses[index]:
-                        self.arrive(index, found)
-            except InsituError:
-                raise
-            except Exception as error:
-                raise failure(self._graph, self._values, index, error) from error
-            finally:
-                set_grad_enabled(grad_enabled)
-            for source in self._graph.rows[index][3]:
+        groups = self._plan.gradients.joint
+        for number, group in enumerate(groups):
+            for index in group:
+                self._check_complete(index)
+            parts = [group] if all(map(self._starts_well, group)) else [[index] for index in group]
+            for at, part in enumerate(parts):
+                last = number + 1 == len(groups) and at + 1 == len(parts)
+                self._run_backward(part, leaves, self.tape.is_batched and not last)
+
+    def _starts_well(self, index: int) -> bool:
+        """Whether a backward pass may be one with others, of which none is to fail for it."""
+        losses = [self._values[source] for source in self._graph.rows[index][3]]
+        return all(
+            isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1
+            for loss in losses
+        )
+
+    def _check_complete(self, index: int) -> None:
+        """Raises if what a backward pass starts with is not there."""
+        if all(source in self._done for source in self._graph.rows[index][3]):
+            return
+        raise CausalityError(
+            f"`{expression(self._graph, index)}` depends on what comes after it: a gradient of its "
+            "own, or of a later backward pass.",
+            self._graph[index].location,
+        )
+
+    def _run_backward(
+        self, group: Sequence[int], leaves: Sequence[torch.Tensor], goes_on: bool
+    ) -> None:
+        """Runs one backward pass, or several as one."""
+        assert self.tape is not None
+        first, rows = group[0], self._graph.rows
+        starts: dict[int, Any] = {}
+        options: Any = {}
+        for index in group:
+            starts[index], options = self._resolved(*rows[index][1:3])
+        grad_enabled = torch.is_grad_enabled()
+        try:
+            set_grad_enabled(True)
+            context = self._graph.contexts.get(first)
+            with entered(context and context._replace(grad=True)):
+                found = self.tape.backward(starts, options, leaves, goes_on)
+                if self._uses[first]:
+                    self.arrive(first, found)
+        except InsituError:
+            raise
+        except Exception as error:
+            raise failure(self._graph, self._values, first, error) from error
+        finally:
+            set_grad_enabled(grad_enabled)
+        for index in group:
+            for source in rows[index][3]:
                 self._use(source)
 
     def _come(self, index: int, value: torch.Tensor) -> None:

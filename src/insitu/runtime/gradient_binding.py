@@ -8,7 +8,7 @@ from typing import NamedTuple
 from insitu.graph.errors import OperationError
 from insitu.graph.expression import expression
 from insitu.graph.node import Graph, Site
-from insitu.graph.operations import APPLY, ATTRIBUTE, COND, FOLD, GETITEM, READ
+from insitu.graph.operations import APPLY, ATTRIBUTE, COND, FOLD, GETITEM, GRAD, READ
 from insitu.graph.view_operations import is_view
 
 Key = int | str
@@ -58,6 +58,34 @@ def bound_to(graph: Graph, grads: Sequence[int], backwards: Sequence[int]) -> di
         before = [index for index in possible if index < grad]
         bound[before[-1] if before else possible[0]].append(grad)
     return bound
+
+
+def joined(graph: Graph, backwards: Sequence[int]) -> list[list[int]]:
+    """Returns which backward passes can be run as one, in the order of their lines.
+
+    Those of invocations that have nothing to do with each other, where none starts with a gradient.
+
+    Args:
+        graph: what is to be done.
+        backwards: the backward passes.
+    """
+    if len(backwards) < 2:
+        return [[index] for index in backwards]
+    changed = {index for index in graph.writes if graph.rows[index][0] is GRAD}
+    groups: list[list[int]] = []
+    together: set[int] | None = None  # the invocations of the last group; None if it is closed
+    for index in backwards:
+        found = _reached(graph, index)
+        own = {*found.steps}
+        plain = not graph.rows[index][2] and index not in graph.contexts and not changed
+        plain = plain and not any(graph.rows[node][0] is GRAD for node in found.nodes)
+        if plain and together is not None and together.isdisjoint(own):
+            groups[-1].append(index)
+            together |= own
+        else:
+            groups.append([index])
+            together = own if plain else None
+    return groups
 
 
 class _Reached(NamedTuple):

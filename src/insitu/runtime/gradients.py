@@ -18,16 +18,17 @@ from insitu.graph.errors import ExecutionError, ShapeError
 from insitu.graph.expression import expression
 from insitu.graph.node import Graph
 from insitu.graph.operations import GRAD
-from insitu.graph.structure import map_structure, storages_of
+from insitu.graph.structure import map_structure, storages_of, tensors_of
 from insitu.graph.writing import replaced
 from insitu.runtime.autograd_graph import (
     computed_of,
     detached,
+    is_computed_of,
     is_used_beside,
     origin_of,
     passed_on,
 )
-from insitu.runtime.gradient_binding import Key
+from insitu.runtime.gradient_binding import Key, Path
 from insitu.runtime.plan import Gradients
 
 _Followed = tuple[torch.Tensor, Any, int]
@@ -61,7 +62,10 @@ class Tape:
 
     Attributes:
         losses: the losses that stand at a site, or are views of what does, by their nodes.
+        is_batched: whether invocations have shared a pass that autograd has recorded.
     """
+
+    is_batched = False
 
     def __init__(
         self,
@@ -81,20 +85,27 @@ class Tape:
         self.losses: dict[int, torch.Tensor | None] = dict.fromkeys(gradients.losses)
         self._followed: dict[int, _Followed] = {}
         self._made: list[_Made] = []
+        # By identity: a part of a batch's value, where that was made, and what cuts the part out.
+        self._parts: dict[int, tuple[torch.Tensor, _Followed, Callable[[Any], Any]]] = {}
         # A view takes 6 µs less than what autograd takes for no view, but nobody may write into it.
         self._views = gradients.overwritten is False
         self._leaves: list[torch.Tensor] = []  # where autograd begins in a frozen model
         self._listening: Sequence[int] = ()  # the gradients of the running pass, if some change
         self._came: set[int] = set()
 
-    def renewed(self, index: int, value: Any) -> Any:
+    def renewed(self, index: int, value: Any, done: set[Path] | None = None) -> Any:
         """Returns a value with new tensors in the places whose gradients are wanted.
 
         Args:
             index: its node.
             value: what was computed, or has arrived.
+            done: the places in it that were made new for other invocations; more are added.
         """
         for path, grad in self._gradients.renewed[index].items():
+            if done is not None:
+                if path in done:
+                    continue
+                done.add(path)
             if type(value) is torch.Tensor:
                 value = self._new(grad, value)
             elif path == _FIRST and type(value) is tuple:  # of a block: without `_with_new`
@@ -175,20 +186,36 @@ class Tape:
             if not memory.isdisjoint(storages_of(value)):
                 self._followed[index] = value, value.grad_fn, value.output_nr
 
-    def backward(
-        self,
-        index: int,
-        losses: Sequence[torch.Tensor],
-        options: Mapping[str, Any],
-        leaves: Iterable[torch.Tensor],
-    ) -> tuple[Any, ...]:
-        """Runs a backward pass.
+    def note_part(self, own: Any, whole: Any, cut: Callable[[Any], Any]) -> None:
+        """Notes what an invocation's part of a batch's value was cut out of.
+
+        To autograd that is a value of its own, of which no loss depends through the model.
 
         Args:
-            index: its node.
-            losses: where it starts.
+            own: the part.
+            whole: the value, with new tensors where gradients are wanted.
+            cut: gives the part of another such value, as of gradients.
+        """
+        pairs = zip(tensors_of(own), tensors_of(whole), strict=True)
+        for number, (part, tensor) in enumerate(pairs):
+            if tensor.requires_grad:
+                place = tensor, tensor.grad_fn, tensor.output_nr
+                self._parts[id(part)] = part, place, partial(_part_of, cut, whole, number)
+
+    def backward(
+        self,
+        starts: Mapping[int, Sequence[torch.Tensor]],
+        options: Mapping[str, Any],
+        leaves: Iterable[torch.Tensor],
+        goes_on: bool = False,
+    ) -> tuple[Any, ...]:
+        """Runs a backward pass, or several of invocations that have nothing to do with each other.
+
+        Args:
+            starts: where it starts, by its node. Several have no options.
             options: what the node is given by keyword.
             leaves: the user's own tensors, which accumulate their gradients.
+            goes_on: whether other invocations have passes of the same batch after it.
 
         Returns:
             The gradients of what its `inputs` name, None for what the losses do not depend on.
@@ -196,12 +223,12 @@ class Tape:
         Raises:
             ExecutionError: if a gradient is wanted of what the losses do not depend on.
         """
-        starts = [arg.index for arg in self._graph.rows[index][1]]
-        noted = map(self.losses.get, starts)
-        losses = [own if now is None else now for now, own in zip(noted, losses, strict=True)]
+        began = {index: self._as_noted(index, own) for index, own in starts.items()}
+        losses = [loss for own in began.values() for loss in own]
         self._check_overwritten(losses)
         values = {
-            grad: self._followed[source]
+            grad: (index, *self._followed[source])
+            for index in began
             for grad in self._gradients.bound[index]
             if (source := self._graph.rows[grad][3][0]) in self._followed  # else still to come
         }
@@ -209,27 +236,33 @@ class Tape:
         if named is None:
             own = self._accumulating(losses, leaves)
         else:
-            self._check_named(index, named)
+            self._check_named(next(iter(starts)), named)
             own = [*named]
-        if not values and not own and all(loss.requires_grad for loss in losses):
-            raise ExecutionError(
-                "Nothing wants a gradient of this backward pass: no `.grad` is used in the block, "
-                "and no tensor of yours that requires one. Name weights of the model whose "
-                "gradients you want: `grads = loss.backward(inputs=[...])`.",
-                self._graph[index].location,
-            )
+        for index in began if not own else ():
+            if index not in {of for of, *_ in values.values()} and all(
+                loss.requires_grad for loss in began[index]
+            ):
+                raise ExecutionError(
+                    "Nothing wants a gradient of this backward pass: no `.grad` is used in the "
+                    "block, and no tensor of yours that requires one. Name weights of the model "
+                    "whose gradients you want: `grads = loss.backward(inputs=[...])`.",
+                    self._graph[index].location,
+                )
         changes = not self._changed.isdisjoint(values)
         self._listening, self._came = [*values] if changes else (), set()
-        wanted = [*map(_place_of, values.values()), *own]
+        places = [self._place(followed) for _, *followed in values.values()]
         try:
-            found = _derivatives(losses, wanted, options)
+            found = _derivatives(losses, [*places, *own], options, goes_on)
         finally:
             self._listening = ()
+        for number, (of, value, *_) in enumerate(values.values()):
+            if id(value) in self._parts:
+                found[number] = self._own_part(value, found[number], places[number], began[of])
         lenient = options.get("allow_unused", False)
         if options.get("materialize_grads", False):
             lenient = True
-            of = [*(value for value, *_ in values.values()), *own]
-            pairs = zip(found, of, strict=True)
+            of_each = [*(value for _, value, *_ in values.values()), *own]
+            pairs = zip(found, of_each, strict=True)
             found = [torch.zeros_like(one) if grad is None else grad for grad, one in pairs]
         for grad, value in zip(values, found, strict=False):
             if not changes and (value is not None or lenient):
@@ -249,9 +282,37 @@ class Tape:
             raise ExecutionError(
                 f"The loss does not depend on weight number {unused[0]} of those whose gradients "
                 "are asked for: give `allow_unused=True` to get None for it.",
-                self._graph[index].location,
+                self._graph[next(iter(starts))].location,
             )
         return tuple(of_own)
+
+    def _as_noted(self, index: int, losses: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The losses of a backward pass, as they were before the model may have written there."""
+        noted = [self.losses.get(arg.index) for arg in self._graph.rows[index][1]]
+        return [own if now is None else now for now, own in zip(noted, losses, strict=True)]
+
+    def _place(self, followed: Sequence[Any]) -> torch.Tensor | GradientEdge:
+        """What to ask autograd for to get the gradient of a value, or of what it is a part of."""
+        value, step, output = followed
+        if id(value) in self._parts:
+            _, (value, step, output), _ = self._parts[id(value)]
+        return value if step is None or value.grad_fn is step else GradientEdge(step, output)
+
+    def _own_part(
+        self,
+        value: torch.Tensor,
+        gradient: torch.Tensor | None,
+        place: torch.Tensor | GradientEdge,
+        losses: Sequence[torch.Tensor],
+    ) -> torch.Tensor | None:
+        """An invocation's part of a batch's gradient; None if its losses do not depend on it."""
+        if gradient is None:
+            return None
+        part = self._parts[id(value)][2](gradient)
+        step = place.grad_fn if isinstance(place, torch.Tensor) else place.node
+        if not bool(part.any()) and not is_computed_of(losses, step):  # others' losses may do so
+            return None
+        return part
 
     def _check_overwritten(self, losses: Sequence[torch.Tensor]) -> None:
         """Raises if the model has overwritten what autograd takes for something else.
@@ -328,20 +389,34 @@ class Tape:
     def release(self) -> None:
         """Drops the tensors of the run."""
         self._followed.clear()
+        self._parts.clear()
         self._made.clear()
         self.losses.clear()
         del self._arrive, self._exchange  # they refer to what refers to this
 
 
 def _derivatives(
-    losses: Sequence[torch.Tensor], wanted: Sequence[Any], options: Mapping[str, Any]
+    losses: Sequence[torch.Tensor],
+    wanted: Sequence[Any],
+    options: Mapping[str, Any],
+    goes_on: bool,
 ) -> list[torch.Tensor | None]:
     """Asks autograd for gradients; None for what the losses do not depend on."""
     given = [options.get(name) for name in ("gradient", "retain_graph", "create_graph")]
+    keys = [
+        id(one) if isinstance(one, torch.Tensor) else (one.node, one.output_nr) for one in wanted
+    ]
+    places = dict(zip(keys, wanted, strict=True))  # parts of one value are asked for once
     found = cast(Any, torch.autograd.grad)(
-        losses, wanted or losses, given[0], given[1], bool(given[2]), allow_unused=True
+        losses,
+        [*places.values()] or losses,
+        given[0],
+        goes_on or given[1],
+        bool(given[2]),
+        allow_unused=True,
     )
-    return [*found][: len(wanted)]
+    of_place = dict(zip(places, found, strict=False))
+    return [of_place[key] for key in keys]
 
 
 def _with_new(value: Any, path: Sequence[Key], new: Callable[[Any], Any]) -> Any:
@@ -363,10 +438,11 @@ def _named_entry(value: Any, name: str) -> Any:
     return cast(Any, value)[name] if isinstance(value, Mapping) else getattr(value, name)
 
 
-def _place_of(followed: _Followed) -> torch.Tensor | GradientEdge:
-    """What to ask autograd for: where a value was made, also if it was overwritten since."""
-    value, step, output = followed
-    return value if step is None or value.grad_fn is step else GradientEdge(step, output)
+def _part_of(cut: Callable[[Any], Any], whole: Any, number: int, gradient: torch.Tensor) -> Any:
+    """An invocation's part of the gradient of one of the tensors of a batch's value."""
+    tensor = tensors_of(whole)[number]
+    given = map_structure(lambda item: gradient if item is tensor else item, whole)
+    return tensors_of(cut(given))[number]
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ has fired, and all are removed when the pass ends, however it ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
@@ -187,7 +188,11 @@ def run_pass(
             if cut is None:
                 execution.arrive(index, value)
             else:
-                execution.arrive(index, cut.take(Site(invocation, path, kind, call), value))
+                site = Site(invocation, path, kind, call)
+                own = cut.take(site, value)
+                if index in renewed:
+                    execution.note_part(own, value, partial(cut.take, site))
+                execution.arrive(index, own)
             if index in writes:
                 written = True
         if may_stop and not readers:
@@ -217,6 +222,8 @@ def run_pass(
         if arrivals is not None:
             arrivals.stopped = True
     finally:
+        if execution.tape is not None and differentiates and len(cuts) > 1:
+            execution.tape.is_batched = True
         if arrivals is not None:
             arrivals.end()
         set_grad_enabled(grad_enabled)

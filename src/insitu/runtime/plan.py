@@ -18,7 +18,7 @@ from insitu.graph.location import Mark
 from insitu.graph.node import EVERY, Address, Graph, Kind, Ref, Site
 from insitu.graph.operations import ARITHMETIC, BACKWARD, GRAD, PUT, READ, Operation
 from insitu.runtime.copies import reusable
-from insitu.runtime.gradient_binding import Path, bound_to, place_of
+from insitu.runtime.gradient_binding import Path, bound_to, joined, place_of
 
 Readers = dict[tuple[str, Kind, int, int], Sequence[tuple[int, int]]]
 """The nodes that read what passes a place in a step, each with its invocation."""
@@ -54,6 +54,7 @@ class Gradients:
         renewed: the values that are made new tensors, by their nodes: which entries of them, each
             with a node that stands for its gradient.
         losses: where backward passes start, of what stands at a site or is a view of that.
+        joint: the backward passes in their order, together those that run as one.
         overwritten: whether the model was seen to write into what was made a new tensor, or into
             something in the same memory; None before the first run.
         constants: the nodes among whose constants are tensors that require a gradient.
@@ -64,6 +65,7 @@ class Gradients:
     wanted: dict[int, list[int]]
     renewed: dict[int, dict[Path, int]]
     losses: Collection[int]
+    joint: Sequence[Sequence[int]]
     constants: Sequence[int] = ()
     overwritten: bool | None = None
     opaque: bool = False
@@ -273,7 +275,8 @@ def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradient
         renewed.setdefault(base, {}).setdefault(path, index)
     starts = {arg.index for index in backwards for arg in graph.rows[index][1]}
     losses = [node for node in starts if graph.rows[place_of(graph, node)[0]][0] is READ]
-    return Gradients(bound_to(graph, grads, backwards), wanted, renewed, losses)
+    bound, joint = bound_to(graph, grads, backwards), joined(graph, backwards)
+    return Gradients(bound, wanted, renewed, losses, joint)
 
 
 def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int) -> Repeated:

@@ -14,6 +14,7 @@ from torch import nn
 
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Graph
+from insitu.graph.operations import READ
 from insitu.runtime.asked import Asked
 from insitu.runtime.costs import Counts
 from insitu.runtime.exclusive import Exclusive
@@ -68,6 +69,14 @@ class Work(NamedTuple):
     def written(self) -> list[Address]:
         """The sites that are written, in place or not."""
         return written(self.graph, self.plan)
+
+    @property
+    def differentiated(self) -> list[Address]:
+        """The sites of whose values gradients are wanted."""
+        if self.plan.gradients is None:
+            return []
+        rows = [self.graph.rows[base] for base in self.plan.gradients.renewed]
+        return [row[1] for row in rows if row[0] is READ]  # pyright: ignore[reportReturnType]
 
 
 Schedule = Callable[[nn.Module, Sequence[Any]], list[Pass]]
