@@ -124,8 +124,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "one name of two values": (changed(put(*SECOND, _SAVES, 0, 1)("most.0")), "saved as 'most.0'"),
     "a long name": (changed(put(*SECOND, _SAVES, 0, 1)("x" * 300)), "cannot be read"),
     "options that no value takes": (
-        changed(put(*FIRST, _DEMANDED)([{"attn_implementation": "eager"}, 0])),
+        changed(put(*FIRST, _DEMANDED)([{"attn_implementation": "eager"}, 0, [0]])),
         "options that no value takes",
+    ),
+    "options of a prompt that is not there": (
+        changed(put(*FIRST, _DEMANDED)([{"attn_implementation": "eager"}, 0, [99]])),
+        "options",
     ),
     "a context of nothing": (changed(put(*FIRST, _BEGUN)([])), "no block begins"),
     "an unknown context": (changed(put(*FIRST, _BEGUN)([500])), "no block begins"),

@@ -130,6 +130,7 @@ def ablate(
                         site.read(model, layer)[site.index(position=at, **part)] = value
                     ablated.append(measure(Run(model), clean).save(to="cpu"))
             scores.append(ablated)
+        tracer.block.demand_alike()
     clean_values = read.stacked([one.value.float() for one in clean_scores])
     values = [torch.stack([one.value.float() for one in ablated]) for ablated in scores]
     details = {"clean": clean_values}

@@ -126,6 +126,7 @@ def activation_patching(
             found.append((patched.save(), grid.shape(sizes, lengths[0])))
         unpatched: Any = torch.stack(ends)
         unpatched = unpatched.save()
+        tracer.block.demand_alike()
     values = [scores.value.float().reshape(shape) for scores, shape in found]
     stacked = pairs.clean.stacked(values, *grid.ragged)
     details, start, end = pairs.ends(unpatched.value.reshape(-1, 2), direction == "noising")

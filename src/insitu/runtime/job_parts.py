@@ -51,12 +51,14 @@ class Demanded(NamedTuple):
     """Options that a value of a block takes to be there, such as eager attention.
 
     Attributes:
-        options: the options, which are among those of the block too.
+        options: the options.
         mark: the line that reads the value.
+        prompts: the numbers of the prompts that are processed with them.
     """
 
     options: Mapping[str, Any]
     mark: Mark
+    prompts: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -79,10 +79,11 @@ class PromptPart(Part):
 
 
 class DemandedPart(Part):
-    """Options that a value takes, and the line that reads it."""
+    """Options that a value takes, the line that reads it, and the prompts that have them."""
 
     options: dict[_Name, Value]
     line: Index
+    prompts: list[Index]
 
 
 class BlockPart(Part):
@@ -195,6 +196,7 @@ def _block_part(writer: Writer, block: JobBlock) -> BlockPart:
         and DemandedPart(
             _options(writer, block.procedure, demanded.options, demanded.mark),
             writer.line(demanded.mark),
+            [*demanded.prompts],
         ),
         settings(context),
     )
@@ -256,13 +258,17 @@ def _block(reader: Reader, part: BlockPart, names: set[str]) -> JobBlock:
         names.add(name)
     reader.values.saved.append(saved)
     demanded = part.demanded and Demanded(
-        _values(reader, part.demanded.options), _mark(reader, part.demanded.line)
+        _values(reader, part.demanded.options),
+        _mark(reader, part.demanded.line),
+        part.demanded.prompts,
     )
     if demanded is not None:
         check_options(part.procedure, demanded.options)
         plain = all(isinstance(value, bool | str) for value in demanded.options.values())
         if not plain or not graph.unfused:
             raise WireError("a block has options that no value takes")
+        if any(number >= len(prompts) for number in demanded.prompts):
+            raise WireError("a block has options of a prompt that is not there")
     casts, dtype = _begun(part.begun)
     return JobBlock(part.procedure, options, prompts, graph, saves, demanded, casts, dtype)
 

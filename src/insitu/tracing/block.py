@@ -264,6 +264,17 @@ class Block:
                 self._requests[invocation.number] = invocation.request = request
                 invocation.forget_shapes()
 
+    def demand_alike(self) -> None:
+        """Lets all invocations run with the options that values of any of them take.
+
+        Methods whose results are differences between invocations ask for it: then these differ in
+        nothing else, and share what they have in common.
+        """
+        if self._demanded is not None:
+            options, _ = self._demanded
+            for invocation in self.invocations:
+                self.demand(invocation, options)
+
     def arriving(self, site: Site) -> Any:
         """Returns what arrives at a site, with fake tensors in place of tensors."""
         return self.invocations[site.invocation].fake(site)

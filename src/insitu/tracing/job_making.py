@@ -48,7 +48,7 @@ def job_of(model: Subject, blocks: Sequence[Recorded]) -> Job:
                 [procedure.prompt(request) for request in requests],
                 graph,
                 _named(recording, names),
-                None if demanded is None else Demanded(*demanded),
+                None if demanded is None else _demanded(procedure, requests, *demanded),
                 recording.casts,
                 recording.dtype,
             )
@@ -56,6 +56,14 @@ def job_of(model: Subject, blocks: Sequence[Recorded]) -> Job:
         for node, cell in recording.lent.items():
             lent[id(cell)] = Earlier(number, node)
     return Job(model.described, made)
+
+
+def _demanded(
+    procedure: Procedure[Any], requests: Sequence[Any], options: Mapping[str, Any], mark: Mark
+) -> Demanded:
+    """Which prompts have the options that values of a block take."""
+    have = [procedure.demanding(request, options) is request for request in requests]
+    return Demanded(options, mark, [number for number, has in enumerate(have) if has])
 
 
 def _named(recording: Recording, names: set[str]) -> dict[int, str]:

@@ -141,8 +141,7 @@ def bind(model: Subject, block: JobBlock, earlier: Sequence[JobLines], dry: bool
     requests = [procedure.received(_copied(prompt)) for prompt in block.prompts]
     graph = block.graph
     if block.demanded is not None:
-        for read in graph.unfused:
-            number: int = graph.rows[read][1][0]  # pyright: ignore[reportAssignmentType]
+        for number in block.demanded.prompts:
             requests[number] = procedure.demanding(requests[number], block.demanded.options)
     check_graph(graph, model.modules, requests, procedure)
 
@@ -162,8 +161,9 @@ def _run(model: Subject, block: JobBlock, bound: Bound) -> Outputs | None:
     """Runs a block, and returns what the model returned, if the procedure promises that."""
     told: list[Callable[[], Summary]] = []
     try:
+        demanded = block.demanded and (block.demanded.options, block.demanded.mark)
         plan, returned = run_block(
-            model, bound.procedure, bound.lines, bound.requests, block.demanded, told
+            model, bound.procedure, bound.lines, bound.requests, demanded, told
         )
         return None if plan.stops else bound.procedure.outputs(returned, bound.requests)
     except InsituError:
