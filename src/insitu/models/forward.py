@@ -39,6 +39,9 @@ _BATCHABLE = frozenset(
 )
 
 
+_NOT_CUT = Fallback("gradients of a batch are not what each prompt has alone")
+
+
 class LanguageForward:
     """Forwards of a language model.
 
@@ -215,6 +218,8 @@ class LanguageForward:
                 obstacle = found.obstacle(sites[number], written[number])
                 obstacle = obstacle or found.shared_by_rows(differentiated[number])
                 found = found if obstacle is None else uncut(Site(*obstacle))
+            if not isinstance(found, Fallback) and work.asked[number].differentiates:
+                found = found if found.differentiates() else _NOT_CUT
             separations.append(found)
         known: dict[Hashable, int] = {}
         terms: list[Terms | Fallback] = []

@@ -8,7 +8,8 @@ the shape says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from insitu.models.blocks import CACHES
 from insitu.models.later_steps import LaterSteps, find_later_steps
 from insitu.models.parted import agrees, copied_away, tells_apart
 from insitu.models.prompts import Prompt, Side
-from insitu.models.trial import undisturbed
+from insitu.models.trial import alike, undisturbed
 from insitu.runtime.fallback import Fallback
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.inside import SEPARATOR
@@ -30,6 +31,7 @@ from insitu.runtime.layout import (
     SIZES,
     Entries,
     Layouts,
+    Part,
     cut,
     find_layouts,
     is_shared,
@@ -54,6 +56,8 @@ class Separation:
         later: gives what passes in the later steps of a generation, and in the functions that some
             modules call there; None if that cannot be tried. It is asked when a later step is used,
             and again for functions of other modules.
+        differentiates: whether gradients are cut as values are. It is asked when some are wanted,
+            once.
 
     Attributes:
         layouts: the layouts of the sites that can be cut.
@@ -66,11 +70,13 @@ class Separation:
         widens: Callable[[Place], bool],
         inside: Callable[[Collection[str]], Layouts],
         later: Callable[[Collection[str]], LaterSteps | Fallback] | None = None,
+        differentiates: Callable[[], bool] = lambda: True,
     ) -> None:
         self.some = {at: one for at, one in layouts.items() if isinstance(one, Entries)}
         self.layouts = {at: one for at, one in layouts.items() if at not in self.some}
         self._widens = widens
         self._inside = inside
+        self.differentiates = cache(differentiates)
         self._looked_into: set[str] = set()
         self._takes_writes: dict[Place, bool] = {}
         self._later = later
@@ -315,6 +321,57 @@ class Trial:
         batch = join(self._prompts, self._side, self._pad_id)
         return batch, Prompt(batch.ids, self._mark, batch.mask)
 
+    def gradients_agree(self, layouts: Layouts, places: Sequence[Place]) -> bool:
+        """Returns whether a prompt's part of a batch's gradients is what it has alone.
+
+        Values that agree to rounding may have gradients that do not.
+
+        Args:
+            layouts: verified layouts.
+            places: where, in the order in which they come. The loss is of the last.
+        """
+        batch, whole = self._batch()
+        with undisturbed(self._modules):
+            together = self._gradients(whole, places, layouts, batch.parts)
+            for prompt, part in zip(self._prompts, batch.parts, strict=True):
+                alone = self._gradients(prompt, places, layouts, None)
+                for place, gradient in alone.items():
+                    own = cut(Site(0, *place), together[place], _first(layouts[place]), part)
+                    if not alike(own, gradient):
+                        return False
+        return True
+
+    def _gradients(
+        self,
+        prompt: Prompt,
+        places: Sequence[Place],
+        layouts: Layouts,
+        parts: Sequence[Part] | None,
+    ) -> dict[Place, torch.Tensor]:
+        """The gradients at some places of what stands at the last, of the parts of a batch."""
+        seen: dict[Place, torch.Tensor] = {}
+
+        def tell(place: Place, value: Any) -> Any:
+            if place not in places:
+                return None
+            hidden = value[0] if isinstance(value, tuple) else value
+            if not hidden.requires_grad:
+                hidden = hidden.detach().requires_grad_()
+            seen[place] = new = hidden.view_as(hidden)
+            return (new, *value[1:]) if isinstance(value, tuple) else new
+
+        with torch.enable_grad():
+            with Listening(self._modules, self._views, tell, (), CACHES):
+                self._run(prompt)
+            last = places[-1]
+            end = seen.pop(last)
+            ends = [end]
+            if parts is not None:
+                site = Site(0, *last)
+                ends = [cut(site, end, _first(layouts[last]), part) for part in parts]
+            loss = torch.stack([(one**2).sum() for one in ends]).sum()
+            return dict(zip(seen, torch.autograd.grad(loss, [*seen.values()]), strict=True))
+
     def _passing(
         self,
         prompt: Prompt,
@@ -335,3 +392,8 @@ class Trial:
         with Listening(self._modules, self._views, tell, inside, CACHES):
             self._run(prompt)
         return seen
+
+
+def _first(layout: Any) -> Any:
+    """The layout of what a block hands on, which comes first in what it returns."""
+    return layout[0] if isinstance(layout, tuple) else layout
