@@ -12,6 +12,7 @@ from insitu.graph.node import Address, Kind
 from insitu.models.accounts import Accounts
 from insitu.models.batching import cuts, join
 from insitu.models.calls import alone, arguments, content, forward
+from insitu.models.pieces import lengths_of
 from insitu.models.prompts import Prompt, counted
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
 from insitu.models.sharing import chain_of
@@ -180,10 +181,11 @@ class Batches:
         return stretches
 
     def _of_like_lengths(self, runs: Sequence[Run], group: Group) -> list[Group]:
-        """Divides runs so that none's rotary embeddings depend on a longer one."""
+        """Divides runs so that none depends on a longer one's length."""
+        lengths = lengths_of(self._model)
         parts: dict[Hashable, list[int]] = {}
         for number in group.runs:
-            parts.setdefault(self._model.lengths.sharing(runs[number].length), []).append(number)
+            parts.setdefault(lengths.sharing(runs[number].length), []).append(number)
         if len(parts) == 1:
             return [group]
         return [Group(part) for part in parts.values()]

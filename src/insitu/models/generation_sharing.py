@@ -29,6 +29,7 @@ from insitu.models.generated_together import (
 from insitu.models.generation_passes import NO_LAYOUTS, StepLayouts
 from insitu.models.later_steps import LaterSteps
 from insitu.models.padding import padding_shows
+from insitu.models.pieces import lengths_of
 from insitu.models.prompts import Prompt
 from insitu.models.separation import OF_STEPS, later_obstacle
 from insitu.models.sharing import separation_of
@@ -192,7 +193,7 @@ class GenerationSharing:
 
     def _sharing(self, requests: Sequence[Prompt]) -> list[Hashable]:
         """What is equal for prompts that do not change each other in a batch."""
-        lengths = self._calls.model.lengths
+        lengths = lengths_of(self._calls.model)
         padded = is_ragged(requests) and padding_shows(self._calls.model) is not None
         steps = [self._calls.at_most(prompt) for prompt in requests]
         most, longest = max(steps), max(prompt.ids.shape[1] for prompt in requests)

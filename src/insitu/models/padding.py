@@ -16,6 +16,7 @@ from insitu.models.attention import SETTING
 from insitu.models.calls import arguments
 from insitu.models.configuration import said
 from insitu.models.padding_trial import Padding, TriedModel, find_padding, goes_on_as_alone
+from insitu.models.pieces import lengths_of
 from insitu.models.prompts import Prompt, Side, positions_of
 from insitu.models.rotary import forgetting_lengths, warn_of_lengths
 from insitu.models.tokens import vocabulary_of
@@ -57,8 +58,10 @@ def positioned(
     """
     mask = prompt.mask
     generates = steps is not None
-    if mask is not None and (model.lengths.switches or model.growing):
-        warn_of_lengths(model.lengths, mask.sum(1).tolist(), steps or 1)
+    if mask is not None:
+        lengths = lengths_of(model)
+        if lengths.switches or lengths.pieces or model.growing:
+            warn_of_lengths(lengths, mask.sum(1).tolist(), steps or 1)
     if mask is None:
         return prompt
     if generates and not model.is_encoder_decoder and not bool(mask[:, -1].all()):

@@ -16,23 +16,28 @@ from torch import nn
 
 
 class LengthDependence(NamedTuple):
-    """From where on the frequencies of a model depend on the longest row of a forward.
+    """From where on what a model computes depends on the longest row of a forward.
 
     Attributes:
-        switches: the lengths beyond which they are others.
+        switches: the lengths beyond which frequencies are others.
         grows: the least length beyond which they are others for each length, None if there is none.
+        pieces: the length beyond which padding changes what a prompt gives, because the model
+            processes it in pieces (`pieces.py`); 0 if there is none, None if that was not tried.
     """
 
     switches: frozenset[int] = frozenset()
     grows: int | None = None
+    pieces: int | None = None
 
     def sharing(self, length: int, steps: int = 1) -> Hashable:
-        """Returns what is equal for prompts that have the same frequencies, whoever is beside.
+        """Returns what is equal for prompts that have what they have alone, whoever is beside.
 
         Args:
             length: how many tokens a prompt has.
             steps: how many forwards there are, each of one more token.
         """
+        if self.pieces and length > self.pieces:
+            return length
         if not self.switches and self.grows is None:
             return None
         last = length + steps - 1
@@ -62,7 +67,7 @@ def length_dependence(module: nn.Module) -> LengthDependence:
 
 
 def warn_of_lengths(dependence: LengthDependence, lengths: Sequence[int], steps: int) -> None:
-    """Says that rows of one invocation do not have the frequencies that they have alone.
+    """Says that rows of one invocation do not have the values that they have alone.
 
     Args:
         dependence: how these depend on the longest row.
@@ -71,7 +76,7 @@ def warn_of_lengths(dependence: LengthDependence, lengths: Sequence[int], steps:
     """
     if len({dependence.sharing(length, steps) for length in lengths}) > 1:
         warnings.warn(
-            "The rotary embeddings of this model depend on the longest row of a forward, and the "
+            "What this model computes depends on the longest row of a forward, and the "
             f"rows of this prompt have {min(lengths)} to {max(lengths)} tokens: the shorter have "
             "other values than they have alone. An `invoke` for each prompt gives each what it has "
             "alone.",

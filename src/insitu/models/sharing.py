@@ -18,7 +18,6 @@ from insitu.graph.errors import ShapeError
 from insitu.graph.location import here
 from insitu.models.attention import OPTION, attending
 from insitu.models.chain import find_chain
-from insitu.models.configuration import said, text_config
 from insitu.models.later_steps import LaterSteps
 from insitu.models.prompts import Prompt, Side
 from insitu.models.separation import Separation, Trial
@@ -113,9 +112,7 @@ def _find_separation(
     def differentiates() -> bool:
         places: list[Place] = [(path, "output", 0) for path in views]
         cuttable = [place for place in places if place in verified]
-        # Padding may reach the pieces that state-space models make of a prompt by more than
-        # rounding, which the short prompts of a trial do not show.
-        if len(cuttable) < 2 or _makes_pieces(model.config):
+        if len(cuttable) < 2:
             return False
         with model.in_use():
             return tried(lambda: trial.gradients_agree(verified, cuttable), _BATCH) is True
@@ -131,11 +128,6 @@ def _find_separation(
         return _EXCHANGES
     steps = None if go_on is None else later
     return Separation(verified, widens, inside, steps, differentiates)
-
-
-def _makes_pieces(config: Any) -> bool:
-    """Whether a model processes a prompt in pieces of some positions, as state-space models do."""
-    return bool(said(text_config(config), "chunk_size", "mamba_chunk_size", default=0))
 
 
 def chain_of(
