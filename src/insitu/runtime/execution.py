@@ -17,8 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from insitu.graph.context import entered
-from insitu.graph.errors import CausalityError, InsituError, NeverRanError
+from insitu.graph.errors import InsituError, NeverRanError
 from insitu.graph.evaluation import meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
@@ -135,7 +134,7 @@ class Execution:
                 # Calls without keywords and containers, of up to three arguments, are nearly all
                 # that there are, and a comprehension takes as long as the rest of this loop.
                 if nested:
-                    args, kwargs = self._resolved(args, kwargs)
+                    args, kwargs = self.resolved(args, kwargs)
                     self.busy = True
                     result = function(*args, **kwargs)
                     self.busy = False
@@ -346,79 +345,18 @@ class Execution:
             for number in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(number)
 
-    def _resolved(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The arguments of a node, with values in the place of references."""
+    def resolved(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Returns the arguments of a node, with values in the place of references.
+
+        Args:
+            args: its arguments.
+            kwargs: its keyword arguments.
+        """
 
         def leaf(item: Any) -> Any:
             return meaning(item, self._values, self._modules.__getitem__)
 
         return cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
-
-    def run_backwards(self, leaves: Sequence[torch.Tensor]) -> None:
-        """Runs the backward passes, in the order of their lines.
-
-        Args:
-            leaves: the user's own tensors that want gradients.
-
-        Raises:
-            InsituError: if one fails, pointing at its line.
-        """
-        if self._plan.gradients is None or self.tape is None:
-            return
-        groups = self._plan.gradients.joint
-        for number, group in enumerate(groups):
-            for index in group:
-                self._check_complete(index)
-            parts = [group] if all(map(self._starts_well, group)) else [[index] for index in group]
-            for at, part in enumerate(parts):
-                last = number + 1 == len(groups) and at + 1 == len(parts)
-                self._run_backward(part, leaves, self.tape.is_batched and not last)
-
-    def _starts_well(self, index: int) -> bool:
-        """Whether a backward pass may be one with others, of which none is to fail for it."""
-        losses = [self._values[source] for source in self._graph.rows[index][3]]
-        return all(
-            isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1
-            for loss in losses
-        )
-
-    def _check_complete(self, index: int) -> None:
-        """Raises if what a backward pass starts with is not there."""
-        if all(source in self._done for source in self._graph.rows[index][3]):
-            return
-        raise CausalityError(
-            f"`{expression(self._graph, index)}` depends on what comes after it: a gradient of its "
-            "own, or of a later backward pass.",
-            self._graph[index].location,
-        )
-
-    def _run_backward(
-        self, group: Sequence[int], leaves: Sequence[torch.Tensor], goes_on: bool
-    ) -> None:
-        """Runs one backward pass, or several as one."""
-        assert self.tape is not None
-        first, rows = group[0], self._graph.rows
-        starts: dict[int, Any] = {}
-        options: Any = {}
-        for index in group:
-            starts[index], options = self._resolved(*rows[index][1:3])
-        grad_enabled = torch.is_grad_enabled()
-        try:
-            set_grad_enabled(True)
-            context = self._graph.contexts.get(first)
-            with entered(context and context._replace(grad=True)):
-                found = self.tape.backward(starts, options, leaves, goes_on)
-                if self._uses[first]:
-                    self.arrive(first, found)
-        except InsituError:
-            raise
-        except Exception as error:
-            raise failure(self._graph, self._values, first, error) from error
-        finally:
-            set_grad_enabled(grad_enabled)
-        for index in group:
-            for source in rows[index][3]:
-                self._use(source)
 
     def _come(self, index: int, value: torch.Tensor) -> None:
         """Takes a gradient."""

@@ -13,6 +13,7 @@ from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
 from insitu.graph.recording import Lines
 from insitu.runtime.arrivals import Arrivals
+from insitu.runtime.backward_passes import run_backwards
 from insitu.runtime.eager import eagerly
 from insitu.runtime.execution import Execution
 from insitu.runtime.following import following
@@ -144,7 +145,7 @@ def run_passes(
                 return results, lacking, went
     if plan.gradients is not None:
         leaves = leaves_of(graph, plan.gradients, requests, modules[""])
-        execution.run_backwards(leaves)
+        run_backwards(execution, plan.gradients.joint, leaves)
     return results, None, None
 
 
