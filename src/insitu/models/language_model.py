@@ -246,7 +246,8 @@ class LanguageModel(Model):
         if spine.now != spine.then:
             self._renew()
         if not self._usual.still_holds():  # another implementation of attention
-            vars(self).update(_probes={}, _counts={}, plans=Plans())
+            self._forget_runs(self._own_runs.substitute)
+            vars(self)["plans"] = Plans()
             vars(self)["_vocabulary"] = self._names(self._module)
             self._describe()
 

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 
 from insitu.graph import disk
-from insitu.graph.errors import OptionError, UnknownShapeError, WireError
+from insitu.graph.errors import OptionError, WireError
 from insitu.graph.habits import OF_MODULES
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.tracebacks import short_tracebacks
-from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import CACHES, block_views, find_stacks
 from insitu.models.delegation import DELEGATED, delegated
 from insitu.models.dropout import drops_out
+from insitu.models.own_runs import OwnRuns
 from insitu.models.plain import Forward
-from insitu.runtime.ambient import ambient
 from insitu.runtime.costs import Counts
-from insitu.runtime.eager import eager, is_compiled, uncompiled
+from insitu.runtime.eager import uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
-from insitu.runtime.own_hooks import set_aside
-from insitu.runtime.probe import Call, Probe, count, fake_call, fake_run, probe
+from insitu.runtime.probe import Call, Probe, fake_call
 from insitu.runtime.procedure import Procedure
 from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
@@ -55,8 +52,6 @@ if TYPE_CHECKING:
     from insitu.runtime.job_parts import JobModel, ProcedureName
     from insitu.runtime.results import Results
 
-
-_MOST_COUNTS = 64  # forms of calls of which it is known what they take
 
 _USED_INSIDE = """
     caches count described edited exclusive fake_module has_hooks in_use knows_dtypes look
@@ -97,7 +92,7 @@ class Model(Handle):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(self, "")
         vars(self).update(edits=(), _source=None, _base=None, _loading=threading.RLock())
-        vars(self).update(_unquantised=None, _said=set(), looks=Looks())
+        vars(self).update(_said=set(), looks=Looks())
         self._adopt(module)
 
     @classmethod
@@ -150,13 +145,11 @@ class Model(Handle):
     _module: nn.Module
     _stacks: Collection[str] = ()  # the lists of blocks that were ever found
     _weights: tuple[list[torch.dtype], list[torch.Size]]
-    _probes: dict[str, Probe | UnknownShapeError]
-    _counts: dict[str, Counts]  # what calls take, by their forms
+    _own_runs: OwnRuns
     _structure: tuple[Tree, Structure] | None = None  # as a job describes it
     _source: Source | None
     _origin: tuple[str, str] = ("", "")  # the name that it was loaded by, and the revision
     _base: Model | None
-    _unquantised: nn.Module | None  # of the same shapes; kernels for quantised weights need data
     _loading: threading.RLock
     _said: set[str]  # what was said once, also of models with edits
 
@@ -267,55 +260,12 @@ class Model(Handle):
         if not self.looks.tree:
             self.look()
         self.look_at_weights()
-        signature = f"{inside or ''} {ambient()} {call.signature()}"
-        found = self._probed(signature, call, views, inside, False)
-        if isinstance(found, UnknownShapeError):  # what the model does depends on what it is given
-            signature += call.contents()
-            found = self._probed(signature, call, views, inside, True)
-        if isinstance(found, UnknownShapeError):
-            raise UnknownShapeError(*found.args)
-        return found
-
-    def _probed(
-        self,
-        signature: str,
-        call: Call,
-        views: Mapping[str, View],
-        inside: str | None,
-        contents: bool,
-    ) -> Probe | UnknownShapeError:
-        if signature not in self._probes:
-            module, modules = self.without_data
-            options = (modules, views, inside, contents, self.caches, self._kind)
-            found: Probe | UnknownShapeError
-            kwargs = dict(call.kwargs)
-            implementation = kwargs.pop(OPTION, None)
-            plain = Call(call.args, kwargs)
-            with self.in_use(), attending(self._module, implementation):
-                try:
-                    found = probe(module, plain, *options)
-                    if module is self._module and self.snapshot.has_changed():
-                        modules = dict(module.named_modules(remove_duplicate=False))
-                        found = probe(module, plain, modules, *options[1:])
-                except UnknownShapeError as error:
-                    # Not the error itself: it holds every frame of the forward.
-                    found = UnknownShapeError(*error.args)
-            self._probes[signature] = found
-        return self._probes[signature]
-
-    @property
-    def _kind(self) -> str:
-        """The kind of device that it is on, "meta" before it is loaded."""
-        weight = next(self._module.parameters(), None)
-        return "cpu" if weight is None else weight.device.type
+        return self._own_runs.probe(call, views, inside)
 
     @property
     def without_data(self) -> tuple[nn.Module, Mapping[str, nn.Module]]:
         """The module that runs on tensors without data, of the same shapes, and its tree."""
-        if self._unquantised is None:
-            return self._module, self.snapshot.modules
-        module = self._unquantised
-        return module, dict(module.named_modules(remove_duplicate=False))
+        return self._own_runs.without_data
 
     def fake_module(self, path: str) -> Callable[..., Any]:
         """Returns a module as a function on fake tensors."""
@@ -326,8 +276,7 @@ class Model(Handle):
 
         return call
 
-    @contextmanager
-    def in_use(self) -> Generator[None, None, None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Waits for the wrapped module, and has it for a run of the library's own.
 
         The user's hooks on it sit that out, and if the module changes its tree in it, it is set
@@ -336,17 +285,7 @@ class Model(Handle):
         Raises:
             BlockError: if that is inside a run of the user's.
         """
-        use, tree = self.exclusive, self.snapshot
-        with use.lock:
-            if use.finding_out:
-                yield
-                return
-            with use, set_aside(tree.parts), eager(is_compiled(tree.parts)), tree.kept():
-                use.finding_out = True
-                try:
-                    yield
-                finally:
-                    use.finding_out = False
+        return self._own_runs.in_use()
 
     def settle(self, call: Call) -> bool:
         """Lets the module change its own tree, as a call of it does; returns whether it did.
@@ -354,20 +293,7 @@ class Model(Handle):
         Args:
             call: the call, which any run of the user's may make.
         """
-        parts = self.snapshot.parts
-        with (
-            self.exclusive,
-            set_aside(parts),
-            eager(is_compiled(parts)),
-            ordinary_tensors(),
-            torch.random.fork_rng(),
-            torch.no_grad(),
-            contextlib.suppress(Exception),  # the user's own run will raise it
-        ):
-            if self.loaded:
-                self._module(*call.args, **call.kwargs)
-            else:
-                fake_run(self._module, call)
+        self._own_runs.settle(call, self.loaded)
         return self.look(closely=True)
 
     def _notice(self) -> None:
@@ -415,14 +341,7 @@ class Model(Handle):
 
     def count(self, call: Call) -> Counts:
         """Returns what a call of the module takes: as of `Subject`."""
-        signature, known = f"{ambient()} {call.signature()}", self._counts
-        if signature not in known:
-            module, kwargs = self.without_data[0], dict(call.kwargs)
-            with self.in_use(), attending(self._module, kwargs.pop(OPTION, None)):
-                known[signature] = count(module, Call(call.args, kwargs))
-            while len(known) > _MOST_COUNTS:
-                known.pop(next(iter(known)))
-        return known[signature]
+        return self._own_runs.count(call)
 
     @property
     def described(self) -> JobModel:
@@ -618,7 +537,7 @@ class Model(Handle):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns a wrapper of a copy of the module, with the same edits."""
         other = memo[id(self)] = copy.copy(self)
-        vars(other).update(_base=None, _loading=threading.RLock(), _said=set(), _unquantised=None)
+        vars(other).update(_base=None, _loading=threading.RLock(), _said=set())
         other._adopt(copy.deepcopy(self._module, memo))
         return other
 
@@ -638,7 +557,9 @@ class Model(Handle):
         tree, paths = self._module, self.snapshot.modules.keys()
         self._adopt(module)
         quantised = getattr(module, "is_quantized", False) and self.snapshot.modules.keys() == paths
-        vars(self).update(_source=None, _unquantised=tree if quantised else None)
+        vars(self)["_source"] = None
+        if quantised:
+            self._own_runs.substitute = tree
 
     def _adopt(self, module: nn.Module) -> None:
         """Takes a module as the wrapped one."""
@@ -651,19 +572,26 @@ class Model(Handle):
             vars(self)["_stacks"] = frozenset([*self._stacks, *known])
         views = block_views(module, config, True, self._stacks) if named else {}
         vars(self).update(_module=module, snapshot=tree, exclusive=exclusive(module))
-        vars(self).update(_probes={}, _counts={}, plans=Plans(), views=views)
+        vars(self).update(plans=Plans(), views=views)
+        self._forget_runs()
         vars(self)["_weights"] = tree.weights()
         vars(self)["_vocabulary"] = self._names(module) if named else NoVocabulary()
+
+    def _forget_runs(self, substitute: nn.Module | None = None) -> None:
+        """Forgets what the library's own runs have told."""
+        runs = OwnRuns(self.snapshot, self.exclusive, self.caches, substitute)
+        vars(self)["_own_runs"] = runs
 
     def _renew(self) -> None:
         """Takes the wrapped module again, whose tree has changed."""
         views, paths = self.views, self.snapshot.modules.keys()
+        substitute = self._own_runs.substitute
         self._adopt(self._module)
         views.clear()  # blocks that are open have these
         views.update(self.views)
         vars(self)["views"] = views
-        if self.snapshot.modules.keys() != paths:
-            vars(self)["_unquantised"] = None
+        if self.snapshot.modules.keys() == paths:
+            self._own_runs.substitute = substitute
 
     def _names(self, module: nn.Module) -> Names:
         """The standard names of a Transformers model, of which nothing is found out yet."""

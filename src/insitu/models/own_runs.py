@@ -1,0 +1,158 @@
+"""The runs of a model that the library makes for itself, most of them without data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from insitu.graph.errors import UnknownShapeError
+from insitu.graph.ordinary import ordinary_tensors
+from insitu.models.attention import OPTION, attending
+from insitu.runtime.ambient import ambient
+from insitu.runtime.costs import Counts
+from insitu.runtime.eager import eager, is_compiled
+from insitu.runtime.exclusive import Exclusive
+from insitu.runtime.hooks import View
+from insitu.runtime.own_hooks import set_aside
+from insitu.runtime.probe import Call, Probe, count, fake_run, probe
+from insitu.runtime.tree import Tree
+
+_MOST_COUNTS = 64  # forms of calls of which it is known what they take
+
+
+class WithoutData(NamedTuple):
+    """The module that runs on tensors without data.
+
+    Attributes:
+        module: the wrapped one, or one of the same shapes: kernels for quantised weights need data.
+        modules: its tree, by path.
+    """
+
+    module: nn.Module
+    modules: Mapping[str, nn.Module]
+
+
+class OwnRuns:
+    """What runs of one tree of a module have told, and how they are made.
+
+    Args:
+        tree: the wrapped module's tree.
+        exclusive: who may use the module.
+        caches: the Python modules of caches of keys and values.
+        substitute: a module of the same shapes that runs without data; None for the wrapped one.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        exclusive: Exclusive,
+        caches: Collection[str],
+        substitute: nn.Module | None = None,
+    ) -> None:
+        self._tree, self._exclusive, self._caches = tree, exclusive, caches
+        self.substitute = substitute
+        self._probes: dict[str, Probe | UnknownShapeError] = {}
+        self._counts: dict[str, Counts] = {}
+
+    @property
+    def without_data(self) -> WithoutData:
+        """The module that runs on tensors without data, of the same shapes, and its tree."""
+        if self.substitute is None:
+            return WithoutData(self._tree.root, self._tree.modules)
+        return _whole(self.substitute)
+
+    def probe(self, call: Call, views: Mapping[str, View], inside: str | None) -> Probe:
+        """Returns fake values of what passes every site in a call: as of `Subject`."""
+        signature = f"{inside or ''} {ambient()} {call.signature()}"
+        found = self._probed(signature, call, views, inside, False)
+        if isinstance(found, UnknownShapeError):  # what the model does depends on what it is given
+            signature += call.contents()
+            found = self._probed(signature, call, views, inside, True)
+        if isinstance(found, UnknownShapeError):
+            raise UnknownShapeError(*found.args)
+        return found
+
+    def _probed(
+        self,
+        signature: str,
+        call: Call,
+        views: Mapping[str, View],
+        inside: str | None,
+        contents: bool,
+    ) -> Probe | UnknownShapeError:
+        if signature not in self._probes:
+            module, modules = self.without_data
+            weight = next(self._tree.root.parameters(), None)
+            kind = "cpu" if weight is None else weight.device.type  # "meta" before it is loaded
+            options = (modules, views, inside, contents, self._caches, kind)
+            found: Probe | UnknownShapeError
+            kwargs = dict(call.kwargs)
+            implementation = kwargs.pop(OPTION, None)
+            plain = Call(call.args, kwargs)
+            with self.in_use(), attending(self._tree.root, implementation):
+                try:
+                    found = probe(module, plain, *options)
+                    if module is self._tree.root and self._tree.has_changed():
+                        found = probe(module, plain, _whole(module).modules, *options[1:])
+                except UnknownShapeError as error:
+                    # Not the error itself: it holds every frame of the forward.
+                    found = UnknownShapeError(*error.args)
+            self._probes[signature] = found
+        return self._probes[signature]
+
+    def count(self, call: Call) -> Counts:
+        """Returns what a call of the module takes: as of `Subject`."""
+        signature, known = f"{ambient()} {call.signature()}", self._counts
+        if signature not in known:
+            module, kwargs = self.without_data.module, dict(call.kwargs)
+            with self.in_use(), attending(self._tree.root, kwargs.pop(OPTION, None)):
+                known[signature] = count(module, Call(call.args, kwargs))
+            while len(known) > _MOST_COUNTS:
+                known.pop(next(iter(known)))
+        return known[signature]
+
+    @contextmanager
+    def in_use(self) -> Generator[None, None, None]:
+        """Waits for the wrapped module, and has it: see `Model.in_use`."""
+        use, tree = self._exclusive, self._tree
+        with use.lock:
+            if use.finding_out:
+                yield
+                return
+            with use, set_aside(tree.parts), eager(is_compiled(tree.parts)), tree.kept():
+                use.finding_out = True
+                try:
+                    yield
+                finally:
+                    use.finding_out = False
+
+    def settle(self, call: Call, loaded: bool) -> None:
+        """Lets the module change its own tree, as a call of it does.
+
+        Args:
+            call: the call, which any run of the user's may make.
+            loaded: whether it has weights.
+        """
+        parts, module = self._tree.parts, self._tree.root
+        with (
+            self._exclusive,
+            set_aside(parts),
+            eager(is_compiled(parts)),
+            ordinary_tensors(),
+            torch.random.fork_rng(),
+            torch.no_grad(),
+            contextlib.suppress(Exception),  # the user's own run will raise it
+        ):
+            if loaded:
+                module(*call.args, **call.kwargs)
+            else:
+                fake_run(module, call)
+
+
+def _whole(module: nn.Module) -> WithoutData:
+    return WithoutData(module, dict(module.named_modules(remove_duplicate=False)))
