@@ -18,7 +18,6 @@ from insitu.graph.operations import READ
 from insitu.runtime.asked import Asked
 from insitu.runtime.costs import Counts
 from insitu.runtime.exclusive import Exclusive
-from insitu.runtime.fallback import Fallback
 from insitu.runtime.hooks import Place, View
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, written
@@ -59,11 +58,6 @@ class Work(NamedTuple):
     plan: Plan
     asked: Sequence[Asked]
     moments: Callable[[int], Mapping[Place, int] | None]
-
-    @property
-    def apart(self) -> Fallback | None:
-        """Why some invocation can share a pass with none, None if there is no such one."""
-        return next((why for asked in self.asked if (why := asked.apart) is not None), None)
 
     @property
     def written(self) -> list[Address]:
