@@ -75,8 +75,9 @@ def warn_of_lengths(dependence: LengthDependence, lengths: Sequence[int], steps:
         steps: how many forwards there are, each of one more token.
     """
     if len({dependence.sharing(length, steps) for length in lengths}) > 1:
+        what = "The pieces of some layers" if dependence.pieces else "The rotary embeddings"
         warnings.warn(
-            "What this model computes depends on the longest row of a forward, and the "
+            f"{what} of this model depend on the longest row of a forward, and the "
             f"rows of this prompt have {min(lengths)} to {max(lengths)} tokens: the shorter have "
             "other values than they have alone. An `invoke` for each prompt gives each what it has "
             "alone.",
