@@ -253,6 +253,35 @@ def test_those_that_leave_out_the_same_share_a_pass(
         torch.testing.assert_close(logits.value, expected)
 
 
+class Asking(nn.Module):
+    """Asks what integers say before it goes on, as layers of experts do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        twice = bool((torch.arange(hidden.shape[1]) >= 0).all())
+        return self.inner(hidden) * (2 if twice else 1)
+
+
+def test_what_asks_integers_is_left_out_together() -> None:
+    module = tiny_gpt2()
+    module.transformer.h[1].mlp = Asking(module.transformer.h[1].mlp).eval()
+    model = LanguageModel(module)
+    block = model.transformer.h[1]
+    found = []
+    with model.trace() as tracer:
+        for ids in PROMPTS:
+            with tracer.invoke(ids):
+                block.skip(block.input * 2)
+                found.append(model.lm_head.output.save())
+    assert shared(tracer.plan) == [[0, 1, 2, 3]]
+    for ids, logits in zip(PROMPTS, found, strict=True):
+        expected = left_out(model.module, block.path, ids, use_cache=False)
+        torch.testing.assert_close(logits.value, expected)
+
+
 def test_those_that_end_after_the_same_module_share_a_pass() -> None:
     module = tiny_gpt2()
     model = LanguageModel(module)

@@ -219,14 +219,26 @@ def fake_result(
         UnknownShapeError: if that cannot be known without data.
     """
 
-    def leaf(item: Any) -> Any:
-        return _fake(item) if isinstance(item, torch.Tensor) else item
+    def returned(known: Contents | None) -> Any:
+        def leaf(item: Any) -> Any:
+            if not isinstance(item, torch.Tensor):
+                return item
+            fake = _fake(item)
+            if known is not None and has_contents(item):
+                known.give(fake, item)
+            return fake
+
+        with _without_data(), known or nullcontext(), _faked(module):
+            given, named = map_structure(leaf, (args, dict(kwargs)))
+            return forward(*given, **named)
 
     try:
-        with _without_data(), _faked(module):
-            args, kwargs = map_structure(leaf, (args, dict(kwargs)))
-            return forward(*args, **kwargs)
-    except Exception as error:  # whatever a module makes of tensors without data
+        return returned(None)
+    except Exception:  # some modules ask what integers say, and some kernels are not for fakes
+        pass
+    try:
+        return returned(Contents())
+    except Exception as error:  # whatever a model makes of tensors without data
         raise UnknownShapeError(
             "What it returns in this step cannot be known without running it "
             f"({type(error).__name__}: {error}): write its output instead."
