@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import pytest
+import safetensors.torch
 import torch
 
 from insitu import InsituError, Job, LanguageModel, WireError
+from insitu.graph import wire_tensors
 from insitu.graph.operations import BY_NAME
 from insitu.runtime.job_wire import VERSION
 from tests.conftest import tiny_gpt2
@@ -77,6 +80,16 @@ def put(*place: int | str) -> Callable[[Any], Callable[[list[Any]], object]]:
     return setter
 
 
+def with_tensor(
+    shape: list[int], content: torch.Tensor, devices: Sequence[str] = ("cpu",)
+) -> bytes:
+    """A job with a tensor of bytes in the place of its own."""
+    digest = hashlib.sha256(f"torch.uint8 {shape} ".encode() + bytes(content.tolist())).hexdigest()
+    message, _ = opened(VALID)
+    message[3] = [[["torch.uint8", shape, device], digest] for device in devices]
+    return framed(message, safetensors.torch.save({digest: content}))
+
+
 FIRST, SECOND = (_BLOCKS, 0), (_BLOCKS, 1)
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "no job of Insitu"),
@@ -123,6 +136,18 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "one name of two values": (changed(put(*SECOND, _SAVES, 0, 1)("most.0")), "saved as 'most.0'"),
     "a long name": (changed(put(*SECOND, _SAVES, 0, 1)("x" * 300)), "cannot be read"),
+    "a name that does not show": (
+        changed(put(*SECOND, _SAVES, 0, 1)("\x1b[2J")),
+        r"saved as '\\x1b\[2J'",
+    ),
+    "a weight with a prompt": (
+        changed(put(*FIRST, _PROMPTS, 0, 4)({"labels": ["weight", "lm_head.weight"]})),
+        "a weight of the model",
+    ),
+    "an empty tensor of a shape that overflows": (
+        with_tensor([0, 2**62, 2**62], torch.zeros(0, dtype=torch.uint8)),
+        "no tensor has the shape",
+    ),
     "options that no value takes": (
         changed(put(*FIRST, _DEMANDED)([{"attn_implementation": "eager"}, 0, [0]])),
         "options that no value takes",
@@ -156,6 +181,62 @@ def test_the_bytes_above_are_refused_for_what_is_wrong_with_them_only() -> None:
     assert Job.from_bytes(framed(MESSAGE, TENSORS)).to_bytes() == VALID
     results = LanguageModel(tiny_gpt2()).run(Job.from_bytes(VALID))
     assert list(results) == ["most.0", "most.1", "logits"]
+
+
+def test_a_tensor_that_is_named_for_many_devices_is_read_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = torch.zeros(1000, dtype=torch.uint8)
+    data = with_tensor([1000], content, [f"cuda:{number}" for number in range(100)])
+    digested: list[torch.Tensor] = []
+    digest_of = wire_tensors.digest_of
+
+    def counted(tensor: torch.Tensor) -> str:
+        digested.append(tensor)
+        return digest_of(tensor)
+
+    monkeypatch.setattr(wire_tensors, "digest_of", counted)
+    with pytest.raises(WireError, match="whole numbers"):
+        Job.from_bytes(data)
+    assert len(digested) == 1
+
+
+@pytest.mark.parametrize("shape", [[10, 100], [999]])
+def test_a_tensor_has_the_shape_that_its_digest_is_of(shape: list[int]) -> None:
+    content = torch.zeros(1000, dtype=torch.uint8)
+    message, tensors = opened(with_tensor([1000], content))
+    again = [["torch.uint8", shape, "cuda:0"], message[3][0][1]]
+    message[3].append(again)
+    with pytest.raises(WireError, match="not what its digest says"):
+        Job.from_bytes(framed(message, tensors))
+    message[3] = [again]
+    with pytest.raises(WireError, match="not what its digest says|has not 1000 bytes"):
+        Job.from_bytes(framed(message, tensors))
+    with pytest.raises(WireError, match="not what its digest says"):
+        Job.from_bytes(framed(message), tensors={again[1]: content})
+
+
+KINDS_OF_VALUES: dict[str, Any] = {
+    "a slice": ["slice", None, None, None],
+    "sizes": ["size", [1, 2]],
+    "bytes": ["bytes", b"abc"],
+    "a text": "abc",
+    "a number": 2.5,
+    "no number": ["list", []],
+    "a dictionary": ["dict", [1], [2]],
+    "a dtype": ["named", "torch.float32"],
+}
+
+
+@pytest.mark.parametrize("place", [FIRST, SECOND])
+@pytest.mark.parametrize("value", KINDS_OF_VALUES)
+def test_what_no_forward_takes_with_a_prompt_is_a_documented_error(value: str, place: Any) -> None:
+    model = LanguageModel(tiny_gpt2())
+    for name in ("token_type_ids", "attention_mask", "position_ids", "inputs_embeds"):
+        part = KINDS_OF_VALUES[value]
+        job = Job.from_bytes(changed(put(*place, _PROMPTS, 0, 4)({name: part})))
+        with pytest.raises(InsituError):
+            model.run(job)
 
 
 def earlier(message: list[Any]) -> list[Any]:

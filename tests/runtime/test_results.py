@@ -37,6 +37,7 @@ VALUES: dict[str, Any] = {
     "nested": (torch.ones(2), (torch.zeros(1), [1, 2.5, "a", {"k": torch.ones(3)}])),
     "missing": None,
     "plain": [1, 2**80, -0.0, math.inf, -math.inf, math.nan, "x", True, 1j, b"\x00", ...],
+    "complex numbers": [complex(math.nan, -0.0), complex(-math.inf, 1)],
     "sizes": (torch.Size([2, 3]), torch.float32, torch.device("cpu"), slice(1, None)),
     "a result": torch.max(torch.tensor([[1.0, 2.0]]), dim=1),
     "keys": {1: torch.ones(1), "1": torch.zeros(1), (1, "a"): 2, None: 3},
@@ -77,6 +78,10 @@ def test_any_reader_of_safetensors_finds_the_tensors_by_their_names() -> None:
 def test_two_tensors_with_one_key_are_both_there() -> None:
     received = trip(**{"a/0": torch.ones(1), "a": [torch.zeros(1)]})
     assert received["a/0"].item() == 1 and received["a"][0].item() == 0
+
+
+def test_a_value_may_be_called_as_the_metadata_of_safetensors_is() -> None:
+    assert same(trip(__metadata__=torch.ones(2))["__metadata__"], torch.ones(2))
 
 
 def test_tensors_that_share_memory_come_back_as_copies() -> None:
@@ -149,6 +154,14 @@ def test_files_of_something_else_are_said(tmp_path: Path) -> None:
             Results.from_bytes(data)
     with pytest.raises(LoadError):
         Results.load(tmp_path / "nowhere")
+
+
+def test_a_weight_of_a_model_is_no_result() -> None:
+    header = DATA[8 : 8 + struct.unpack("<Q", DATA[:8])[0]]
+    changed = header.replace(rb"\"missing\":null", rb"\"missing\":[\"weight\",\"lm_head.weight\"]")
+    data = struct.pack("<Q", len(changed)) + changed + DATA[8 + len(header) :]
+    with pytest.raises(WireError, match="weight of a model"):
+        Results.from_bytes(data)
 
 
 def test_mutated_results_give_documented_errors_only() -> None:

@@ -91,8 +91,8 @@ class IntegerPart(Part, tag="int"):
 class ComplexPart(Part, tag="complex"):
     """A complex number."""
 
-    real: float
-    imag: float
+    real: float | NamedPart
+    imag: float | NamedPart
 
 
 class BytesPart(Part, tag="bytes"):

@@ -19,6 +19,9 @@ from insitu.graph.errors import WireError
 from insitu.graph.wire_parts import Index, Part
 from insitu.graph.wire_values import device, dtype, is_whole
 
+_TOO_LARGE = 2**63
+"""PyTorch cannot compute the strides of a tensor of so many bytes, even if an axis is empty."""
+
 
 class StoredTensor(Part):
     """What the bytes of a tensor mean.
@@ -112,22 +115,36 @@ def restored_by_digest(
     if not rows.keys() <= {one.digest for one in described}:
         raise WireError("it comes with tensors that it does not name")
     known: set[tuple[str, str]] = set()
+    # One on many devices is read once: bytes must not cost more than their length.
+    read: dict[str, torch.Tensor] = {}
     restored: list[torch.Tensor] = []
     for one in described:
         if (one.digest, one.tensor.device) in known:
             raise WireError("it names a tensor twice")
         known.add((one.digest, one.tensor.device))
-        found = tensor_of(rows[one.digest], one.tensor) if one.digest in rows else None
-        found = elsewhere.get(one.digest) if found is None else found
-        if found is None:
-            raise WireError(
-                f"the tensor {one.digest:.16}... of {one.tensor.dtype} and shape "
-                f"{one.tensor.shape} did not come with it: give it in `tensors`"
-            )
-        if digest_of(found) != one.digest:
+        if one.digest not in read:
+            read[one.digest] = _by_digest(one, rows, elsewhere)
+        found = read[one.digest]
+        if (str(found.dtype), list(found.shape)) != (one.tensor.dtype, one.tensor.shape):
             raise WireError(f"the tensor {one.digest:.16}... is not what its digest says")
-        restored.append(found)
+        restored.append(_placed(found, device(one.tensor.device)))
     return restored
+
+
+def _by_digest(
+    one: DigestedTensor, rows: Mapping[str, torch.Tensor], elsewhere: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """A tensor that came with a message, or is elsewhere, if it is what its digest says."""
+    found = tensor_of(rows[one.digest], one.tensor) if one.digest in rows else None
+    found = elsewhere.get(one.digest) if found is None else found
+    if found is None:
+        raise WireError(
+            f"the tensor {one.digest:.16}... of {one.tensor.dtype:.40} did not come with it: give "
+            "it in `tensors`"
+        )
+    if digest_of(found) != one.digest:
+        raise WireError(f"the tensor {one.digest:.16}... is not what its digest says")
+    return found
 
 
 def _rows(data: bytes) -> dict[str, torch.Tensor]:
@@ -158,13 +175,19 @@ def tensor_of(row: torch.Tensor, how: StoredTensor) -> torch.Tensor:
         raise WireError(f"no tensor of {kind} can be made")
     if row.dtype is not torch.uint8 or row.numel() != math.prod(how.shape) * kind.itemsize:
         raise WireError(f"a {how.dtype} tensor of shape {how.shape} has not {row.numel()} bytes")
+    if math.prod(max(size, 1) for size in how.shape) * kind.itemsize >= _TOO_LARGE:
+        raise WireError(f"no tensor has the shape {how.shape}")
     if kind is torch.bool and bool((row > 1).any()):
         raise WireError("a boolean tensor holds other values than true and false")
     try:
-        tensor = row.view(kind).reshape(how.shape)
-        return tensor.to(place) if _is_here(place) else tensor
+        return _placed(row.view(kind).reshape(how.shape), place)
     except RuntimeError as error:
         raise WireError(f"a tensor cannot be made: {error}") from None
+
+
+def _placed(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """A tensor on a device, if this machine has it."""
+    return tensor.to(place) if _is_here(place) else tensor
 
 
 def _is_here(place: torch.device) -> bool:

@@ -53,9 +53,7 @@ _RESULTS: Mapping[str, Any] = {
 _LEAVES: Mapping[Any, Callable[[Any], Value]] = {
     type(None): lambda value: value,
     bool: lambda value: value,
-    float: lambda value: value,
     str: lambda value: text(value),
-    complex: lambda value: ComplexPart(value.real, value.imag),
     bytes: BytesPart,
     type(...): lambda value: EllipsisPart(),
     Ref: lambda value: RefPart(value.index),
@@ -107,8 +105,10 @@ class ValueWriter:
             WireError: if it cannot travel, saying why and what to write instead.
         """
         kind = cast(Any, type(value))
-        if kind is float and self._finite and not math.isfinite(value):
-            return NamedPart(repr(value))
+        if kind is float:
+            return self._float(value)
+        if kind is complex:
+            return ComplexPart(self._float(value.real), self._float(value.imag))
         if kind in _LEAVES:
             return _LEAVES[kind](value)
         if isinstance(value, torch.Tensor):
@@ -116,10 +116,13 @@ class ValueWriter:
         if isinstance(value, int):  # also of an enumeration
             return _integer(int(value))
         if isinstance(value, float):
-            return float(value)
+            return self._float(float(value))
         if depth == DEEPEST:
             raise WireError(f"its arguments are nested more than {DEEPEST} deep")
         return self._container(value, kind, depth + 1)
+
+    def _float(self, value: float) -> float | NamedPart:
+        return NamedPart(repr(value)) if self._finite and not math.isfinite(value) else value
 
     def _container(self, value: Any, kind: Any, depth: int) -> Value:
         if kind is slice:
@@ -304,7 +307,10 @@ def _leaf(part: Value) -> Any:
         case IntegerPart(data=data):
             return int.from_bytes(data, "little", signed=True)
         case ComplexPart(real=real, imag=imag):
-            return complex(real, imag)
+            parts = [one if isinstance(one, float) else _leaf(one) for one in (real, imag)]
+            if not all(isinstance(one, float) for one in parts):
+                raise WireError("a complex number has parts that are no floats")
+            return complex(*parts)
         case BytesPart(data=data):
             return data
         case SizePart(sizes=sizes):

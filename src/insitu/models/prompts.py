@@ -130,7 +130,13 @@ def masked(prompt: Prompt, mask: Any) -> Prompt:
     Raises:
         PromptError: if it is of another size, or says anything else.
     """
-    given = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
+    try:
+        given = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError):  # which one depends on what it is
+        raise PromptError(
+            f"The attention mask is {kind_of(mask)}, and not a number for each token.",
+            Location(*prompt.mark),
+        ) from None
     if given.ndim > 2:  # of the user's own making, for each pair of positions
         return prompt._replace(extras={**prompt.extras, "attention_mask": given})
     if prompt.mask is not None:

@@ -208,7 +208,7 @@ class Reader:
             read = masked(read, given.pop("attention_mask"))
         for name, value in given.items():
             if name == "token_type_ids" and not isinstance(value, torch.Tensor):
-                given[name] = torch.tensor(value, dtype=torch.int64).reshape(read.ids.shape)
+                given[name] = laid_out(read._replace(mask=None), name, value)
         return read._replace(extras={**read.extras, **given}) if given else read
 
     def _is_embedding(self, tensor: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ from insitu.graph.errors import WireError
 from insitu.graph.location import Location, Mark
 from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.ordinary import ordinary_tensors
+from insitu.graph.save_names import LONGEST_NAME, unfit
 from insitu.graph.wire import Writer, decoded, said_of
 from insitu.graph.wire_frame import Frame
 from insitu.graph.wire_message import Fields, LinePart, RowPart
@@ -40,10 +41,9 @@ VERSION = 1
 
 _FRAME = Frame(b"insitu job", VERSION, "job")
 _MOST_BLOCKS = 10_000
-_LONGEST_NAME = 200
 
 _Text = Annotated[str, msgspec.Meta(max_length=4096)]
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=_LONGEST_NAME)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
 _Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -253,6 +253,8 @@ def _block(reader: Reader, part: BlockPart, names: set[str]) -> JobBlock:
     if len(saves) < len(part.saves) or not saves.keys() <= saved:
         raise WireError("a name is given to what is not saved, or two names to one value")
     for name in saves.values():
+        if not name.isdigit() and (why := unfit(name)):
+            raise WireError(f"a value is saved as {name!r:.40}: {why}")
         if name in names:
             raise WireError(f"two values are saved as {name!r}")
         names.add(name)
@@ -302,10 +304,10 @@ def _values(reader: Reader, parts: Mapping[str, Value]) -> dict[str, Any]:
 def _value(reader: Reader, part: Value) -> Any:
     """What a part stands for that is no argument of a node: it refers to none."""
     values = reader.values
-    values.earlier = 0
+    values.earlier = values.weights = 0
     found = values.value(part, 0)
-    if values.earlier:
-        raise WireError("a prompt or an option is a value of the run")
+    if values.earlier or values.weights:
+        raise WireError("a prompt or an option is a value of the run, or a weight of the model")
     return found
 
 

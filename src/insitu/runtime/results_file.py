@@ -116,6 +116,8 @@ def from_bytes(data: bytes) -> Stored:
         reader = ValueReader([_tensor(rows[place.key], place.how) for place in told.tensors])
         values = {name: reader.value(part, 0) for name, part in told.values.items()}
         outputs = [part and _outputs(reader, part) for part in told.outputs]
+        if reader.weights:
+            raise WireError("a weight of a model is no result")
     except WireError as error:
         raise WireError(f"The results cannot be read: {error}.") from None
     return Stored(values, told.about, outputs, told.differences)
@@ -127,7 +129,7 @@ class _Writer(ValueWriter):
     def __init__(self) -> None:
         super().__init__(finite=True)
         self.keys: list[str] = []
-        self._taken: set[str] = set()
+        self._taken = {"__metadata__"}  # a header of safetensors has its metadata there
 
     def saved(self, value: Any, name: str) -> Value:
         """Returns how a value looks, that goes under a name.
