@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
@@ -13,7 +14,14 @@ from torch import nn
 from insitu.graph import wire
 from insitu.graph.errors import WireError
 from insitu.graph.node import Graph
-from insitu.runtime.fingerprint import Fingerprint, dtypes_of, shortened, tree_of
+from insitu.runtime.fingerprint import (
+    Fingerprint,
+    dtypes_of,
+    order_of,
+    pattern_of,
+    shortened,
+    tree_of,
+)
 from insitu.runtime.job_parts import JobModel
 
 # Settings of a config that change nothing in what a forward computes. Its dtype, its quantisation
@@ -59,11 +67,13 @@ class Structure(NamedTuple):
     Attributes:
         kind: as of `Fingerprint`, and so are the others.
         tree: likewise.
+        order: likewise.
         dtypes: likewise.
     """
 
     kind: str
     tree: Mapping[str, str]
+    order: str
     dtypes: Sequence[str]
 
 
@@ -75,7 +85,7 @@ def structure_of(model: Described) -> Structure:
     """
     module, modules = model.without_data
     dtypes = dtypes_of(model.module) if model.knows_dtypes else []
-    return Structure(type(module).__qualname__, tree_of(modules), dtypes)
+    return Structure(type(module).__qualname__, tree_of(modules), order_of(modules), dtypes)
 
 
 def described(model: Described, origin: tuple[str, str], structure: Structure) -> JobModel:
@@ -95,8 +105,9 @@ def described(model: Described, origin: tuple[str, str], structure: Structure) -
         [_digest(edit) for edit in model.edits],
         Fingerprint(
             structure.kind,
-            {} if config is None else dict(_settings(config, "")),
+            dict(_settings_of_parts(model) if config is None else _settings(config, "")),
             structure.tree,
+            structure.order,
             structure.dtypes,
             _vocabulary_digest(vars(model).get("_tokenizer")),
         ),
@@ -120,11 +131,46 @@ def _settings(config: Any, prefix: str) -> Iterator[tuple[str, bool | int | floa
             continue
         if hasattr(value, "get_text_config") or isinstance(value, Mapping):
             yield from _settings(value, f"{prefix}{name}.")
-        elif value is None or isinstance(value, bool | float | int):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, str | list | tuple):
-            listed = list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
-            yield f"{prefix}{name}", shortened(str(listed))
+        elif value is None or isinstance(value, _PLAIN):
+            yield f"{prefix}{name}", _plain(value)
+
+
+_PLAIN = bool | int | float | str | list | tuple
+
+
+def _plain(value: Any) -> bool | int | float | str | None:
+    """A setting as a job holds it: as it is, or as a text if it is no one finite number."""
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if value is None or (isinstance(value, int) and -(2**63) <= value < 2**63):
+        return value
+    listed = list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
+    # A lone surrogate is in a string that came from JSON, and no message can hold it.
+    return shortened(str(listed).encode(errors="replace").decode())
+
+
+def _settings_of_parts(model: Described) -> Mapping[str, bool | int | float | str | None]:
+    """The settings of PyTorch's own modules in a model without a config, such as a slope.
+
+    What attributes of other classes mean is not known: some count how often they were called.
+    """
+    found: dict[str, list[Any]] = {}
+    for path, module in model.without_data[1].items():
+        if not type(module).__module__.startswith("torch.nn."):
+            continue
+        for name, value in vars(module).items():
+            if not name.startswith("_") and name not in _OF_TRAINING and isinstance(value, _PLAIN):
+                place = f"{pattern_of(path)}.{name}".removeprefix(".")
+                found.setdefault(place, []).append(_plain(value))
+    return {
+        name: values[0] if len(set(values)) == 1 else shortened(str(values))
+        for name, values in found.items()
+        if not name.endswith(_IGNORED_ENDINGS)
+    }
+
+
+_OF_TRAINING = ("training", "momentum", "p", "inplace")
+"""Settings of PyTorch's modules that change nothing in what they compute in evaluation."""
 
 
 def _digest(edit: Graph) -> str:
@@ -142,16 +188,23 @@ _DIGESTS: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 
 def _vocabulary_digest(tokenizer: Any) -> str:
     """A digest of which token ids mean what; "" if there is no tokenizer."""
-    if tokenizer is None or isinstance(tokenizer, Exception):
-        return ""
+    if not (hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "__len__")):
+        return ""  # any function from texts to ids can be a tokenizer
+    count = len(tokenizer)
     try:
-        count = len(tokenizer)
         known = _DIGESTS.get(tokenizer)
-        if known is None or known[0] != count:
-            entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
-            text = "\n".join(f"{number} {token}" for token, number in entries)
-            known = count, hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-            _DIGESTS[tokenizer] = known
-        return known[1]
-    except (AttributeError, TypeError, NotImplementedError):  # what a user gave need not have one
+    except TypeError:  # a class of the user's that is no key of a dictionary
+        return _digest_of_vocabulary(tokenizer)
+    if known is None or known[0] != count:
+        known = _DIGESTS[tokenizer] = count, _digest_of_vocabulary(tokenizer)
+    return known[1]
+
+
+def _digest_of_vocabulary(tokenizer: Any) -> str:
+    try:
+        vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    except NotImplementedError:  # Transformers' base class has the method, and some classes do not
         return ""
+    entries = sorted(vocabulary.items(), key=lambda entry: (entry[1], entry[0]))
+    text = "\n".join(f"{number} {token}" for token, number in entries)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

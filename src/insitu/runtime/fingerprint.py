@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.graph.wire_message import printable
+
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _LONGEST = 200  # characters of what is under one path
 _SHOWN = 3  # differences that a message names
@@ -27,9 +29,11 @@ class Fingerprint:
 
     Attributes:
         kind: the name of its class.
-        settings: the numbers and words of its config on which its values depend, by name.
+        settings: the numbers and words of its config on which its values depend, by name; without
+            a config, those of PyTorch's own modules in it.
         tree: its modules: what there is under each path, with `#` in the place of numbers, such as
             "12 Conv1D, weight 768x2304, bias 2304" under "transformer.h.#.attn.c_attn".
+        order: a digest of what there is under each path with its numbers: of the order of layers.
         dtypes: the dtypes of its parameters; none if they are known only with the weights.
         tokens: a digest of its tokenizer's vocabulary, "" if it has none.
     """
@@ -37,6 +41,7 @@ class Fingerprint:
     kind: str
     settings: Mapping[str, Any]
     tree: Mapping[str, str]
+    order: str
     dtypes: Sequence[str]
     tokens: str
 
@@ -49,12 +54,30 @@ def tree_of(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """
     found: dict[str, Counter[str]] = {}
     for path, module in modules.items():
-        pattern = _NUMBER.sub(".#", f".{path}").removeprefix(".")
-        found.setdefault(pattern, Counter())[_described(module)] += 1
+        found.setdefault(pattern_of(path), Counter())[_described(module)] += 1
     return {
         pattern: shortened("; ".join(f"{count} {what}" for what, count in counts.items()))
         for pattern, counts in found.items()
     }
+
+
+def order_of(modules: Mapping[str, nn.Module]) -> str:
+    """Returns a digest of which module there is under each path.
+
+    Args:
+        modules: all its modules by path, with weights or without.
+    """
+    lines = sorted(f"{path} {_described(module)}" for path, module in modules.items())
+    return _digest("\n".join(lines))
+
+
+def pattern_of(path: str) -> str:
+    """Returns the path of a module with `#` in the place of numbers.
+
+    Args:
+        path: the path.
+    """
+    return _NUMBER.sub(".#", f".{path}").removeprefix(".")
 
 
 def _described(module: nn.Module) -> str:
@@ -74,7 +97,11 @@ def shortened(text: str) -> str:
     """Returns a text, or its beginning with a digest of the whole if it is long."""
     if len(text) <= _LONGEST:
         return text
-    return f"{text[:_LONGEST]}... {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{text[:_LONGEST]}... {_digest(text)[:16]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def dtypes_of(module: nn.Module) -> list[str]:
@@ -95,7 +122,7 @@ def other_structure(wanted: Fingerprint, there: Fingerprint) -> list[str]:
     """
     found: list[str] = []
     if wanted.kind != there.kind:
-        found.append(f"its class is {there.kind}, and not {wanted.kind}")
+        found.append(f"its class is {there.kind}, and not {_shown(wanted.kind)}")
     # A setting that one version of Transformers has and another does not is no difference.
     shared = [name for name in wanted.settings if name in there.settings]
     found += [
@@ -105,6 +132,8 @@ def other_structure(wanted: Fingerprint, there: Fingerprint) -> list[str]:
     ]
     if len(found) < _SHOWN:
         found += _other_modules(wanted.tree, there.tree)
+    if not found and wanted.order != there.order:
+        found.append("its modules are of the same kinds, and in another order")
     if wanted.tokens and there.tokens and wanted.tokens != there.tokens:
         found.append("its tokenizer has another vocabulary, so the token ids mean other texts")
     return found[:_SHOWN] + [f"and {len(found) - _SHOWN} more"] * (len(found) > _SHOWN)
@@ -112,13 +141,18 @@ def other_structure(wanted: Fingerprint, there: Fingerprint) -> list[str]:
 
 def _other_modules(wanted: Mapping[str, str], there: Mapping[str, str]) -> Iterable[str]:
     for path in dict.fromkeys([*wanted, *there]):
-        name = repr(path) if path else "the model itself"
+        name = f"{path!r:.{_LONGEST}}" if path else "the model itself"
         if path not in there:
-            yield f"it has no module {name} ({wanted[path]})"
+            yield f"it has no module {name} ({_shown(wanted[path])})"
         elif path not in wanted:
             yield f"it has a module {name} too ({there[path]})"
         elif wanted[path] != there[path]:
-            yield f"{name} is {there[path]}, and not {wanted[path]}"
+            yield f"{name} is {there[path]}, and not {_shown(wanted[path])}"
+
+
+def _shown(received: str) -> str:
+    """A text of a job, which anybody may have written, as it is printed."""
+    return shortened(printable(received))
 
 
 def other_weights(wanted: Fingerprint, there: Fingerprint) -> list[str]:
@@ -131,4 +165,4 @@ def other_weights(wanted: Fingerprint, there: Fingerprint) -> list[str]:
     if not wanted.dtypes or not there.dtypes or wanted.dtypes == there.dtypes:
         return []
     now, then = (" and ".join(dtypes) for dtypes in (there.dtypes, wanted.dtypes))
-    return [f"its weights are {now}, and not {then}"]
+    return [f"its weights are {now}, and not {_shown(then)}"]

@@ -53,6 +53,7 @@ class FingerprintPart(Part):
     kind: _Text
     settings: dict[_Text, bool | int | float | _Text | None]
     tree: dict[_Text, _Text]
+    order: _Digest
     dtypes: list[_Text]
     tokens: _Text
 
@@ -167,14 +168,21 @@ def from_bytes(
             raise WireError("it has no block")
     model = message.model
     found = model.fingerprint
-    fingerprint = Fingerprint(found.kind, found.settings, found.tree, found.dtypes, found.tokens)
+    fingerprint = Fingerprint(
+        found.kind, found.settings, found.tree, found.order, found.dtypes, found.tokens
+    )
     return JobModel(model.name, model.revision, model.edits, fingerprint), blocks
 
 
 def _model_part(model: JobModel) -> ModelPart:
     found = model.fingerprint
     part = FingerprintPart(
-        found.kind, {**found.settings}, {**found.tree}, [*found.dtypes], found.tokens
+        found.kind,
+        {**found.settings},
+        {**found.tree},
+        found.order,
+        [*found.dtypes],
+        found.tokens,
     )
     return ModelPart(model.name, model.revision, [*model.edits], part)
 

@@ -1,0 +1,145 @@
+"""Fingerprints: which models run a job, and what is said of those that do not."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from insitu import Job, JobError, LanguageModel, Model
+from tests.conftest import tiny_gpt2
+from tests.runtime.test_job import a_job, another, received
+
+
+def seen(*parts: nn.Module) -> Model:
+    return Model(nn.Sequential(*parts).eval())
+
+
+def an_encoder(heads: int, eps: float = 1e-5) -> Model:
+    layer = nn.TransformerEncoderLayer(8, heads, batch_first=True, layer_norm_eps=eps)
+    return Model(layer.eval())
+
+
+@pytest.mark.parametrize(
+    ("model", "other", "said"),
+    [
+        (
+            lambda: seen(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()),
+            lambda: seen(nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU(), nn.ReLU()),
+            "in another order",
+        ),
+        (
+            lambda: seen(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Sequential(nn.Linear(8, 8))),
+            lambda: seen(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8), nn.ReLU())),
+            "in another order",
+        ),
+        (
+            lambda: seen(nn.LeakyReLU(0.1)),
+            lambda: seen(nn.LeakyReLU(0.2)),
+            "slope` is 0.2",
+        ),
+        (lambda: seen(nn.Softmax(-1)), lambda: seen(nn.Softmax(-2)), "`#.dim` is -2, and not -1"),
+        (
+            lambda: seen(nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
+            lambda: seen(nn.LeakyReLU(0.2), nn.LeakyReLU(0.1)),
+            "negative_slope` is '[0.2, 0.1]'",
+        ),
+        (
+            lambda: an_encoder(2),
+            lambda: an_encoder(4),
+            "num_heads` is 4",
+        ),
+        (
+            lambda: an_encoder(2),
+            lambda: an_encoder(2, 0.1),
+            "eps` is 0.1",
+        ),
+        (
+            lambda: seen(nn.AvgPool1d(2, padding=1)),
+            lambda: seen(nn.AvgPool1d(2)),
+            "`#.padding` is '[0]'",
+        ),
+    ],
+)
+def test_plain_modules_that_compute_something_else_are_refused(
+    model: Callable[[], Model], other: Callable[[], Model], said: str
+) -> None:
+    made = model()
+    with made.trace(torch.ones(1, 4, 8)) as tracer:
+        made.output.save("out")
+    job = received(tracer.job)
+    assert model().run(job)["out"].numel()
+    with pytest.raises(JobError, match=re.escape(said)):
+        other().run(job)
+
+
+def test_what_matters_in_training_only_is_no_other_structure() -> None:
+    one, other = (seen(nn.Linear(8, 8), nn.Dropout(p)) for p in (0.1, 0.5))
+    with one.trace(torch.ones(1, 8)) as tracer:
+        one.output.save("out")
+    assert not other.run(received(tracer.job)).differences
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 10**30, -(2**63) - 1, "\ud800", [1, 10**30]])
+def test_settings_that_no_message_holds_travel_as_texts(value: Any) -> None:
+    model = another(unusual=value)
+    assert model.run(a_job(model))["logits"].shape == (1, 4, 100)
+    with pytest.raises(JobError, match="`unusual` is 3, and not "):
+        another(unusual=3).run(a_job(model))
+
+
+def test_what_differs_is_said_in_few_characters_that_show(gpt2: LanguageModel) -> None:
+    job = a_job(gpt2)
+    was = job.model.fingerprint
+    long = "\x1b[2J" + "x" * 3000
+    kinds = replace(was, kind=long)
+    trees = replace(was, tree={**was.tree, "lm_head": long, long: long})
+    for found in (kinds, trees, replace(was, dtypes=[long])):
+        made = Job(replace(job.model, fingerprint=found), job.blocks)
+        try:
+            said = "".join(gpt2.run(made).differences)
+        except JobError as error:
+            said = str(error).partition("\n")[0]
+        assert said.isprintable() and 200 < len(said) < 1200, said
+
+
+class OwnTokenizer:
+    """A tokenizer of a user's own, that is no key of a dictionary."""
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+    vocabulary: Mapping[str, int] = {"a": 0, "b": 1}
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def get_vocab(self) -> Mapping[str, int]:
+        return self.vocabulary
+
+    def __call__(self, text: str) -> Mapping[str, Any]:
+        return {"input_ids": [self.vocabulary[letter] for letter in text]}
+
+
+class NoVocabulary(OwnTokenizer):
+    def get_vocab(self) -> Mapping[str, int]:
+        raise NotImplementedError
+
+
+def test_tokenizers_of_ones_own_may_have_a_vocabulary() -> None:
+    def a_model(tokenizer: Any) -> LanguageModel:
+        return LanguageModel(tiny_gpt2(), tokenizer=tokenizer)
+
+    model, other = a_model(OwnTokenizer()), OwnTokenizer()
+    other.vocabulary = {"b": 0, "a": 1}
+    with model.trace("ab") as tracer:
+        model.lm_head.output.save("logits")
+    job = received(tracer.job)
+    assert a_model(OwnTokenizer()).run(job)["logits"].shape == (1, 2, 100)
+    assert a_model(NoVocabulary()).run(job)["logits"].shape == (1, 2, 100)
+    with pytest.raises(JobError, match="tokenizer has another vocabulary"):
+        a_model(other).run(job)
