@@ -54,13 +54,13 @@ def test_inferred_shapes_are_those_of_the_run(language_model: LanguageModel, opt
 
 
 def test_nothing_is_inferred_when_nobody_asks(gpt2: LanguageModel, monkeypatch) -> None:
-    monkeypatch.setattr("insitu.models.model.probe", lambda *_: pytest.fail("inferred"))
+    monkeypatch.setattr("insitu.models.own_runs.probe", lambda *_: pytest.fail("inferred"))
     with gpt2.trace(IDS):
         (gpt2.transformer.h[0].output[0] + 1).save()
 
 
 def test_shapes_are_inferred_once_for_a_signature(gpt2: LanguageModel, monkeypatch) -> None:
-    import insitu.models.model as module
+    import insitu.models.own_runs as module
 
     calls, probe = [], module.probe
     monkeypatch.setattr(module, "probe", lambda *args: calls.append(1) or probe(*args))
