@@ -160,7 +160,8 @@ def test_each_has_gradients_of_weights_of_its_own() -> None:
             with tracer.invoke(ids):
                 (grad,) = last(model.lm_head.output).backward(inputs=[weight])
                 found.append(grad.save())
-    assert shared(tracer.plan) == [[0, 1, 2, 3]]
+    assert shared(tracer.plan) == []  # each backward pass would go through the whole batch
+    assert "is not one with those of the others" in tracer.plan.explain()
     for ids, grad in zip(PROMPTS, found, strict=True):
         (right,) = torch.autograd.grad(last(module(ids, use_cache=False).logits), [weight])
         torch.testing.assert_close(grad.value, right)
@@ -231,3 +232,87 @@ def test_a_position_that_all_rows_share_has_a_gradient_for_each() -> None:
                 last(model.lm_head.output).backward()
     for ids, grad in zip(PROMPTS[1:3], found, strict=True):
         torch.testing.assert_close(grad.value, gradient_alone(module, ids, "transformer.wpe", last))
+
+
+def counted_backwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many losses each backward pass of autograd starts with, from now on."""
+    found: list[int] = []
+    plain = torch.autograd.grad
+
+    def grad(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(len(outputs) if isinstance(outputs, list) else 1)
+        return plain(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    return found
+
+
+@pytest.mark.parametrize("spelling", ["retained", "named", "returned"])
+def test_passes_that_ask_for_the_same_run_as_one(
+    spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each would go through the whole batch."""
+    module = tiny_gpt2()
+    model = LanguageModel(module)
+    found = []
+
+    def taken(loss: Any, hidden: Any, retain: bool) -> Any:
+        if spelling == "retained":
+            loss.backward(retain_graph=retain)
+            return hidden.grad.save()
+        if spelling == "named":
+            return loss.backward(inputs=[hidden], retain_graph=retain)[0].save()
+        return torch.autograd.grad(loss, hidden, retain_graph=retain)[0].save()
+
+    with model.trace() as tracer:
+        for ids in PROMPTS:
+            with tracer.invoke(ids):
+                hidden, logits = model.transformer.h[1].output[0], model.lm_head.output
+                one = taken(last(logits), hidden, True)
+                found.append((one, taken(squares(logits), hidden, False)))
+        counts = counted_backwards(monkeypatch)
+    monkeypatch.undo()
+    assert shared(tracer.plan) == [[0, 1, 2, 3]]
+    assert counts[-2:] == [4, 4]
+    for ids, grads in zip(PROMPTS, found, strict=True):
+        for grad, loss in zip(grads, (last, squares), strict=True):
+            right = gradient_alone(module, ids, "transformer.h.1", loss)
+            torch.testing.assert_close(grad.value, right)
+
+
+def test_one_whose_pass_is_its_own_leaves_the_others_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = tiny_gpt2()
+    model = LanguageModel(module)
+    found = []
+    with model.trace() as tracer:
+        for number, ids in enumerate(PROMPTS):
+            with tracer.invoke(ids):
+                found.append(model.transformer.h[1].output[0].grad.save())
+                loss = last(model.lm_head.output)
+                loss.backward(**({"gradient": torch.tensor(2.0)} if number == 1 else {}))
+        counts = counted_backwards(monkeypatch)
+    monkeypatch.undo()
+    assert shared(tracer.plan) == [[0, 2, 3]]
+    assert counts[-2:] == [3, 1]
+    for number, (ids, grad) in enumerate(zip(PROMPTS, found, strict=True)):
+        right = gradient_alone(module, ids, "transformer.h.1", last)
+        torch.testing.assert_close(grad.value, right * (2 if number == 1 else 1))
+
+
+def test_one_loss_of_all_prompts_has_gradients_of_weights() -> None:
+    """It is one pass through the batch, whatever it asks for."""
+    module = tiny_gpt2()
+    model = LanguageModel(module)
+    weight = module.transformer.h[0].mlp.c_fc.weight
+    with model.trace() as tracer:
+        losses = []
+        for ids in PROMPTS:
+            with tracer.invoke(ids):
+                losses.append(last(model.lm_head.output))
+        (grad,) = sum(losses[1:], losses[0]).backward(inputs=[weight])
+        grad.save()
+    assert shared(tracer.plan) == [[0, 1, 2, 3]]
+    total = sum(last(module(ids, use_cache=False).logits) for ids in PROMPTS)
+    torch.testing.assert_close(grad.value, torch.autograd.grad(total, [weight])[0])

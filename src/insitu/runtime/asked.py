@@ -49,6 +49,7 @@ class Asked(NamedTuple):
 NOTHING = Asked()
 _CHANGED = Fallback("gradients are changed on their way for one prompt at a time")
 _KEPT = Fallback("what is saved with its graph is of one prompt at a time")
+_OWN = Fallback("its backward pass is not one with those of the others")
 _OPAQUE = Fallback("a function of yours may hide what gradients pass, so each prompt has its own")
 _TWICE = Fallback("gradients of gradients are of one prompt at a time")
 
@@ -100,6 +101,11 @@ def _alone(graph: Graph, plan: Plan) -> dict[int, Fallback]:
             why = _TWICE
         if why is not None:
             found |= dict.fromkeys(_invocations(plan, inputs), why)
+    passes = () if plan.gradients is None else plan.gradients.joint
+    for group in passes if len(passes) > 1 else ():
+        if not group.joins and len(group.invocations) == 1:
+            # It would go through the whole batch for one prompt.
+            found.setdefault(*group.invocations, _OWN)
     return found
 
 

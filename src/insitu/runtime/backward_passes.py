@@ -17,22 +17,23 @@ from insitu.graph.errors import CausalityError, InsituError
 from insitu.graph.expression import expression
 from insitu.runtime.execution import Execution, set_grad_enabled
 from insitu.runtime.failure import failure
+from insitu.runtime.gradient_binding import Backward
 
 
 def run_backwards(
-    execution: Execution, groups: Sequence[Sequence[int]], leaves: Sequence[torch.Tensor]
+    execution: Execution, groups: Sequence[Backward], leaves: Sequence[torch.Tensor]
 ) -> None:
     """Runs the backward passes of a run.
 
     Args:
         execution: has the values, and takes the gradients.
-        groups: the nodes of the passes in their order, together those that may run as one.
+        groups: the passes in their order, together those that may run as one.
         leaves: the user's own tensors that want gradients.
 
     Raises:
         InsituError: if one fails, pointing at its line.
     """
-    for number, group in enumerate(groups):
+    for number, (group, *_) in enumerate(groups):
         for index in group:
             _check_complete(execution, index)
         as_one = all(_starts_well(execution, index) for index in group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from insitu.graph.errors import OperationError
 from insitu.graph.expression import expression
@@ -60,32 +60,64 @@ def bound_to(graph: Graph, grads: Sequence[int], backwards: Sequence[int]) -> di
     return bound
 
 
-def joined(graph: Graph, backwards: Sequence[int]) -> list[list[int]]:
-    """Returns which backward passes can be run as one, in the order of their lines.
+class Backward(NamedTuple):
+    """Backward passes of a run that can be run as one.
 
-    Those of invocations that have nothing to do with each other, where none starts with a gradient.
+    Attributes:
+        nodes: their nodes, in the order of their lines.
+        invocations: those whose runs their losses may depend on.
+        joins: whether passes of other invocations could be among them.
+    """
+
+    nodes: list[int]
+    invocations: set[int]
+    joins: bool
+
+
+def joined(graph: Graph, backwards: Sequence[int]) -> list[Backward]:
+    """Returns which backward passes can be run as one, in an order in which they can run.
+
+    Those of invocations that have nothing to do with each other, where none starts with a gradient
+    and all ask for the same. Those of one invocation keep their order.
 
     Args:
         graph: what is to be done.
         backwards: the backward passes.
     """
     if len(backwards) < 2:
-        return [[index] for index in backwards]
-    changed = {index for index in graph.writes if graph.rows[index][0] is GRAD}
-    groups: list[list[int]] = []
-    together: set[int] | None = None  # the invocations of the last group; None if it is closed
+        return [Backward([index], set(), True) for index in backwards]
+    changed = set[int]()  # the invocations in which gradients are changed on their way
+    for index in graph.writes:
+        if graph.rows[index][0] is GRAD:
+            changed.update(_reached(graph, index).steps)
+    groups: list[Backward] = []
+    asking: list[Any] = []  # what the passes of each group ask for
     for index in backwards:
         found = _reached(graph, index)
-        own = {*found.steps}
-        plain = not graph.rows[index][2] and index not in graph.contexts and not changed
-        plain = plain and not any(graph.rows[node][0] is GRAD for node in found.nodes)
-        if plain and together is not None and together.isdisjoint(own):
-            groups[-1].append(index)
-            together |= own
+        own, asks = {*found.steps}, _asks(graph, index)
+        joins = asks is not None and changed.isdisjoint(own)
+        joins = joins and not any(graph.rows[node][0] is GRAD for node in found.nodes)
+        first: Backward | None = None  # the first that it can be run with
+        for group, asked in zip(reversed(groups), reversed(asking), strict=True):
+            if not group.invocations.isdisjoint(own):
+                break
+            first = group if joins and group.joins and asked == asks else first
+        if first is None:
+            groups.append(Backward([index], own, joins))
+            asking.append(asks)
         else:
-            groups.append([index])
-            together = own if plain else None
+            first.nodes.append(index)
+            first.invocations.update(own)
     return groups
+
+
+def _asks(graph: Graph, index: int) -> Any:
+    """What passes that run as one ask for alike, None if a pass cannot be one with others."""
+    given = dict(graph.rows[index][2])
+    if given.pop("inputs", None) or "gradient" in given or given.get("create_graph"):
+        return None  # weights and tensors have a gradient of each pass
+    named = "inputs" in graph.rows[index][2]
+    return named, given, graph.contexts.get(index)
 
 
 class _Reached(NamedTuple):

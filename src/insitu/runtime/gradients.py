@@ -212,8 +212,8 @@ class Tape:
         """Runs a backward pass, or several of invocations that have nothing to do with each other.
 
         Args:
-            starts: where it starts, by its node. Several have no options.
-            options: what the node is given by keyword.
+            starts: where it starts, by its node.
+            options: what the nodes are given by keyword.
             leaves: the user's own tensors, which accumulate their gradients.
             goes_on: whether other invocations have passes of the same batch after it.
 

@@ -18,7 +18,7 @@ from insitu.graph.location import Mark
 from insitu.graph.node import EVERY, Address, Graph, Kind, Ref, Site
 from insitu.graph.operations import ARITHMETIC, BACKWARD, GRAD, PUT, READ, Operation
 from insitu.runtime.copies import reusable
-from insitu.runtime.gradient_binding import Path, bound_to, joined, place_of
+from insitu.runtime.gradient_binding import Backward, Path, bound_to, joined, place_of
 
 Readers = dict[tuple[str, Kind, int, int], Sequence[tuple[int, int]]]
 """The nodes that read what passes a place in a step, each with its invocation."""
@@ -65,7 +65,7 @@ class Gradients:
     wanted: dict[int, list[int]]
     renewed: dict[int, dict[Path, int]]
     losses: Collection[int]
-    joint: Sequence[Sequence[int]]
+    joint: Sequence[Backward]
     constants: Sequence[int] = ()
     overwritten: bool | None = None
     opaque: bool = False
