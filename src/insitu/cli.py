@@ -346,7 +346,7 @@ def run(
     if out is not None:
         results.save(out)
     found = results.described()
-    lines = [f"other weights: {what}" for what in results.differences]
+    lines = [f"another model: {what}" for what in results.differences]
     data = {"results": [one._asdict() for one in found], "differences": [*results.differences]}
     return _Answer(saved_table(found, lines), data, written=() if out is None else (out,))
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from insitu import Job, JobError, LanguageModel, Model
 from tests.conftest import tiny_gpt2
-from tests.runtime.test_job import a_job, another, received
+from tests.runtime.test_job import IDS, a_job, another, received
 
 
 def seen(*parts: nn.Module) -> Model:
@@ -107,6 +108,41 @@ def test_what_differs_is_said_in_few_characters_that_show(gpt2: LanguageModel) -
         except JobError as error:
             said = str(error).partition("\n")[0]
         assert said.isprintable() and 200 < len(said) < 1200, said
+
+
+def a_classifier(pad: int) -> Model:
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, pad_token_id=pad)
+    return Model(GPT2ForSequenceClassification(config).eval())
+
+
+def test_another_token_for_padding_is_reported() -> None:
+    model, other = a_classifier(0), a_classifier(5)
+    with model.trace(input_ids=torch.tensor([[1, 2, 5, 5]])) as tracer:
+        model.output.logits.save("scores")
+    job = received(tracer.job)
+    assert not a_classifier(0).run(job).differences
+    results = other.run(job)
+    assert list(results.differences) == ["its `pad_token_id` is 5, and not 0"]
+    assert not torch.equal(results["scores"], model.run(job)["scores"])
+    assert list(other.check(job).differences) == list(results.differences)
+
+
+def test_other_defaults_of_generations_are_reported_unless_the_job_says_them() -> None:
+    model, other = LanguageModel(tiny_gpt2()), LanguageModel(tiny_gpt2())
+    model.module.generation_config.repetition_penalty = 5.0
+    other.module.generation_config.min_new_tokens = 1
+
+    def differences(**options: Any) -> list[str]:
+        with model.scan(IDS, generate=True, max_new_tokens=2, **options) as tracer:
+            model.lm_head.output.save("logits")
+        return [*other.run(received(tracer.job)).differences]
+
+    length = "its `generation_config.min_new_tokens` is 1, and not None"
+    penalty = "its `generation_config.repetition_penalty` is None, and not 5.0"
+    assert sorted(differences()) == [length, penalty]
+    assert differences(repetition_penalty=2.0) == [length]
+    assert not other.run(a_job(model)).differences  # a trace generates nothing
 
 
 class OwnTokenizer:

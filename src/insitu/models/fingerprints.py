@@ -34,7 +34,8 @@ _IGNORED = frozenset(
         *("tokenizer_class", "finetuning_task", "auto_map", "pruned_heads"),
     )
 )
-_IGNORED_ENDINGS = ("token_id", "token_ids", "dropout", "initializer_range", "pdrop")
+_IGNORED_ENDINGS = ("dropout", "initializer_range", "pdrop")
+_TOKEN_IDS = ("token_id", "token_ids")
 
 
 class Described(Protocol):
@@ -48,6 +49,11 @@ class Described(Protocol):
     @property
     def without_data(self) -> tuple[nn.Module, Mapping[str, nn.Module]]:
         """A module of the same structure that is not quantised, and its tree."""
+        ...
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
         ...
 
     @property
@@ -99,19 +105,31 @@ def described(model: Described, origin: tuple[str, str], structure: Structure) -
     config = getattr(model.module, "config", None)
     config = config if hasattr(config, "get_text_config") else None
     name, revision = origin
+    settings = dict(_settings_of_parts(model) if config is None else _settings(config, ""))
+    ids = {name: settings.pop(name) for name in [*settings] if name.endswith(_TOKEN_IDS)}
     return JobModel(
         _public(name or getattr(config, "name_or_path", None) or ""),
         getattr(config, "_commit_hash", None) or revision,
         [_digest(edit) for edit in model.edits],
         Fingerprint(
             structure.kind,
-            dict(_settings_of_parts(model) if config is None else _settings(config, "")),
+            settings,
             structure.tree,
             structure.order,
             structure.dtypes,
             _vocabulary_digest(vars(model).get("_tokenizer")),
+            ids,
+            _generation(model),
         ),
     )
+
+
+def _generation(model: Described) -> Mapping[str, Any] | None:
+    """What generations take unless told, and is not Transformers' own default."""
+    config = getattr(model.module, "generation_config", None)
+    if config is None or not model.loaded:  # it is read with the weights
+        return None
+    return dict(_settings(config.to_diff_dict(), ""))
 
 
 def _public(name: str) -> str:

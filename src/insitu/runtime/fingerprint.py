@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,9 @@ class Fingerprint:
         order: a digest of what there is under each path with its numbers: of the order of layers.
         dtypes: the dtypes of its parameters; none if they are known only with the weights.
         tokens: a digest of its tokenizer's vocabulary, "" if it has none.
+        token_ids: which tokens its config says are for padding, for the end of a text and so on.
+        generation: what its generations take unless told, as far as it is not Transformers'
+            default; None if it generates nothing, or this is known only with the weights.
     """
 
     kind: str
@@ -44,6 +47,8 @@ class Fingerprint:
     order: str
     dtypes: Sequence[str]
     tokens: str
+    token_ids: Mapping[str, Any]
+    generation: Mapping[str, Any] | None
 
 
 def tree_of(modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -166,3 +171,26 @@ def other_weights(wanted: Fingerprint, there: Fingerprint) -> list[str]:
         return []
     now, then = (" and ".join(dtypes) for dtypes in (there.dtypes, wanted.dtypes))
     return [f"its weights are {now}, and not {_shown(then)}"]
+
+
+def other_habits(
+    wanted: Fingerprint, there: Fingerprint, given: Collection[str] | None
+) -> list[str]:
+    """Returns which tokens with a meaning, and which defaults of generations, are others.
+
+    Args:
+        wanted: of the model that the job was made for.
+        there: of the model that is to run it.
+        given: the options that all generations of the job are given; None if it has none.
+    """
+    ids = [name for name in wanted.token_ids if name in there.token_ids]
+    pairs = [(name, there.token_ids[name], wanted.token_ids[name]) for name in ids]
+    if given is not None and wanted.generation is not None and there.generation is not None:
+        now, then = there.generation, wanted.generation
+        names = [name for name in dict.fromkeys([*now, *then]) if name not in given]
+        pairs += [(f"generation_config.{n}", now.get(n), then.get(n)) for n in names]
+    return [
+        f"its `{name:.80}` is {now!r:.80}, and not {then!r:.80}"
+        for name, now, then in pairs
+        if now != then
+    ]

@@ -53,7 +53,7 @@ class JobCheck:
         graph_flops: floating-point operations of what was recorded.
         peak_bytes: the most memory that is in use at once, the weights included.
         weight_bytes: the memory of the weights.
-        differences: how the weights differ from those of the model that the job was made for.
+        differences: how the model differs from the one that the job was made for.
     """
 
     results: Mapping[str, Expected]
@@ -111,7 +111,7 @@ class JobCheck:
                 f"{what}: {one.value / unit:,.4g} {name} ({one.how})"
                 for what, one, unit, name in estimates
             ),
-            *(f"other weights: {what}" for what in self.differences),
+            *(f"another model: {what}" for what in self.differences),
         ]
 
     def numbers(self) -> dict[str, Any]:

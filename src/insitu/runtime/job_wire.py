@@ -9,6 +9,7 @@ operations are looked up in the registry, options in a list, and every number is
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -47,15 +48,20 @@ _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
 _Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
+_Settings = dict[_Text, bool | int | float | _Text | None]
+
+
 class FingerprintPart(Part):
     """What the model has to be like: fields as of `Fingerprint`."""
 
     kind: _Text
-    settings: dict[_Text, bool | int | float | _Text | None]
+    settings: _Settings
     tree: dict[_Text, _Text]
     order: _Digest
     dtypes: list[_Text]
     tokens: _Text
+    token_ids: _Settings
+    generation: _Settings | None
 
 
 class ModelPart(Part):
@@ -168,22 +174,13 @@ def from_bytes(
             raise WireError("it has no block")
     model = message.model
     found = model.fingerprint
-    fingerprint = Fingerprint(
-        found.kind, found.settings, found.tree, found.order, found.dtypes, found.tokens
-    )
+    fingerprint = Fingerprint(*[getattr(found, one.name) for one in fields(Fingerprint)])
     return JobModel(model.name, model.revision, model.edits, fingerprint), blocks
 
 
 def _model_part(model: JobModel) -> ModelPart:
     found = model.fingerprint
-    part = FingerprintPart(
-        found.kind,
-        {**found.settings},
-        {**found.tree},
-        found.order,
-        [*found.dtypes],
-        found.tokens,
-    )
+    part = FingerprintPart(*[getattr(found, one.name) for one in fields(Fingerprint)])
     return ModelPart(model.name, model.revision, [*model.edits], part)
 
 

@@ -33,8 +33,8 @@ class Results(Mapping[str, Any]):
     Attributes:
         about: the expression that each value was saved of, such as "transformer.h[3].output[0]".
         outputs: what the generation of each block of the job returned, None for a trace.
-        differences: how the weights differ from those of the model that the job was made for, as
-            far as that is known without comparing them.
+        differences: how the model differs from the one that the job was made for, as far as that
+            is known without comparing weights.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from insitu.graph.recorded import Cell, Holder
 from insitu.graph.recording import ShapeSource
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
-from insitu.runtime.fingerprint import other_structure, other_weights
+from insitu.runtime.fingerprint import other_habits, other_structure, other_weights
 from insitu.runtime.job import Job
 from insitu.runtime.job_parts import JobBlock, JobPrompt
 from insitu.runtime.procedure import Outputs, Procedure, Subject
@@ -95,7 +95,7 @@ def run_job(model: Subject, job: Job) -> Results:
 
 
 def check_model(model: Subject, job: Job) -> list[str]:
-    """Returns how a model's weights differ from those of the model that a job was made for.
+    """Returns how a model differs from the one that a job was made for, if it can run it.
 
     Args:
         model: the model that is to run it.
@@ -120,8 +120,10 @@ def check_model(model: Subject, job: Job) -> list[str]:
     for what in ("name", "revision"):
         then, now = getattr(wanted, what), getattr(there, what)
         if then and now and then != now:
-            found.append(f"its {what} is {now!r}, and not {then!r}")
-    return found
+            found.append(f"its {what} is {now!r:.200}, and not {then!r:.200}")
+    given = [set(block.options) for block in job.blocks if block.procedure == "generate"]
+    told = set[str].intersection(*given) if given else None
+    return found + other_habits(wanted.fingerprint, there.fingerprint, told)
 
 
 def bind(model: Subject, block: JobBlock, earlier: Sequence[JobLines], dry: bool = False) -> Bound:
