@@ -104,8 +104,8 @@ def _alone(graph: Graph, plan: Plan) -> dict[int, Fallback]:
     passes = () if plan.gradients is None else plan.gradients.joint
     for group in passes if len(passes) > 1 else ():
         if not group.joins and len(group.invocations) == 1:
-            # It would go through the whole batch for one prompt.
-            found.setdefault(*group.invocations, _OWN)
+            (number,) = group.invocations  # it would go through the whole batch for one prompt
+            found.setdefault(number, _OWN)
     return found
 
 
