@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from insitu import LanguageModel
+from insitu.batching.layout import SIZES, find_layouts
+from insitu.batching.shared_blocks import Chain
 from insitu.models.chain import find_chain
-from insitu.runtime.branches import Chain
 from insitu.runtime.fallback import Fallback
-from insitu.runtime.layout import SIZES, find_layouts
 from insitu.runtime.probe import Call
 from tests.fidelity.architectures import MAKERS, spread_out
 

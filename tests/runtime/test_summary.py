@@ -1,7 +1,7 @@
 import pytest
 
+from insitu.batching.cost_model import Costs
 from insitu.graph.node import Site
-from insitu.runtime.costs import Costs
 from insitu.runtime.fallback import uncut
 from insitu.runtime.summary import Planned, Summary, unknown
 

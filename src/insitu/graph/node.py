@@ -19,12 +19,18 @@ Kind = Literal["output", "input", "inputs", "tokens", "choice"]
 
 NO_KWARGS: Mapping[str, Any] = {}
 
+SEPARATOR = ">"
+"""Between the path of a module and the name of a function, in the path of a site inside."""
+
 EVERY = -1
 """The step of a site that is read anew in every step of a generation."""
 
 
 Address = tuple[int, str, Kind, int, int]
 """The content of a `Site`; a bare tuple takes a tenth of the time to make."""
+
+Place = tuple[str, Kind, int]
+"""A site of no particular invocation and step: a module's path, which of its values, which call."""
 
 
 class Site(NamedTuple):
@@ -49,7 +55,7 @@ class Site(NamedTuple):
     @property
     def owner(self) -> str:
         """The call of the module, as one would write it."""
-        path, inside, function = self.path.partition(">")
+        path, inside, function = self.path.partition(SEPARATOR)
         written = readable(path) if path else "model"
         if inside:
             return f"{written}.ops.{function}[{self.call}]"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from insitu.graph.node import Address
-from insitu.runtime.hooks import Place
-from insitu.runtime.procedure import Work
-from insitu.runtime.schedule import Run, rows_by_level
+from insitu.batching.arrangement import Run, rows_by_level
+from insitu.batching.procedure import Work
+from insitu.graph.node import Address, Place
 from insitu.runtime.summary import Summary
 
 if TYPE_CHECKING:

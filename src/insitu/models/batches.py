@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from insitu.graph.node import Address, Kind
+from insitu.batching.arrangement import Group, Run, arrange
+from insitu.batching.procedure import Work
+from insitu.batching.shared_blocks import Chain, Given, find_runs, part_of
+from insitu.batching.touched_positions import Extents
+from insitu.graph.node import Address, Kind, Place
 from insitu.models.accounts import Accounts
 from insitu.models.batching import cuts, join
 from insitu.models.calls import alone, arguments, content, forward
@@ -19,14 +23,10 @@ from insitu.models.sharing import chain_of
 from insitu.models.tail import Tail
 from insitu.models.terms import Terms
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, unembed_only, unembedding
-from insitu.runtime.branches import Chain, Given, find_runs, part_of
-from insitu.runtime.extent import Extents
 from insitu.runtime.fallback import Fallback, logger
-from insitu.runtime.hooks import Cut, Place
+from insitu.runtime.hooks import Cut
 from insitu.runtime.passes import Deliver, Own, Pass
 from insitu.runtime.plan import Plan
-from insitu.runtime.procedure import Work
-from insitu.runtime.schedule import Group, Run, arrange
 from insitu.runtime.summary import Summary
 
 if TYPE_CHECKING:

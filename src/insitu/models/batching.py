@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from insitu.batching.layout import Layouts, Part, cut, put, spread, widened
 from insitu.graph.node import Site
 from insitu.graph.structure import map_structure
 from insitu.models.prompts import Prompt, Side
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, take_logits
 from insitu.runtime.hooks import Cut
-from insitu.runtime.layout import Layouts, Part, cut, put, spread, widened
 
 
 class Batch(NamedTuple):

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.batching.layout import Axis, Layouts, Part, TensorLayout, cut, leaves, spread
+from insitu.batching.shared_blocks import Chain
 from insitu.graph.errors import InsituError
-from insitu.graph.node import Site
+from insitu.graph.node import Place, Site
 from insitu.graph.structure import clone, map_structure
 from insitu.models.blocks import CACHES
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
 from insitu.models.trial import alike, undisturbed
-from insitu.runtime.branches import Chain
 from insitu.runtime.fallback import Fallback, tried
-from insitu.runtime.hooks import Place, View
-from insitu.runtime.layout import Axis, Layouts, Part, TensorLayout, cut, leaves, spread
+from insitu.runtime.hooks import View
 from insitu.runtime.listening import Listening
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.batching.cost_model import Costs
 from insitu.models.configuration import all_said, said, text_config
-from insitu.runtime.costs import Costs
 
 # A forward reads every weight, however few tokens it has. As many tokens take as long to compute:
 # measured on two cores in float32, and about what an accelerator's bandwidth comes to.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.batching.arrangement import rings
+from insitu.batching.procedure import Schedule, Work
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Site
@@ -22,10 +24,8 @@ from insitu.models.prompts import Prompt, Side, counted
 from insitu.models.sent_prompts import received, sent
 from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, uncut
 from insitu.runtime.order import uses
-from insitu.runtime.passes import Pass
+from insitu.runtime.passes import Outputs, Pass
 from insitu.runtime.probe import Call
-from insitu.runtime.procedure import Outputs, Schedule, Work
-from insitu.runtime.schedule import rings
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel

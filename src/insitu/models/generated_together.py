@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
 
+from insitu.batching.arrangement import ranks
 from insitu.graph.node import Address, Graph
 from insitu.graph.operations import APPLY, COND, FOLD, PUT, RANDOM, REPLACE, WRITE, Operation
 from insitu.graph.put import Step
@@ -17,7 +18,6 @@ from insitu.models.attention import OPTION
 from insitu.models.prompts import Prompt
 from insitu.runtime.fallback import Fallback
 from insitu.runtime.plan import Plan
-from insitu.runtime.schedule import ranks
 
 # Options with which each prompt of a batch goes on as it would alone: see `decoding.py`.
 _BATCHABLE = """

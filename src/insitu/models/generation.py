@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.batching.procedure import Schedule, Work
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.models.generate_calls import GenerateCalls
@@ -20,8 +21,8 @@ from insitu.models.prompts import Prompt
 from insitu.models.sent_prompts import received, sent
 from insitu.models.separation import OF_STEPS
 from insitu.runtime.fallback import logger
+from insitu.runtime.passes import Outputs
 from insitu.runtime.probe import Call
-from insitu.runtime.procedure import Outputs, Schedule, Work
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel

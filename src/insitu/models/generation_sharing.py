@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 
+from insitu.batching.layout import Axis, Layouts, TensorLayout
+from insitu.batching.procedure import Work
 from insitu.graph.node import Address, Site
 from insitu.models.batching import is_ragged
 from insitu.models.calls import default_budget
@@ -35,9 +37,7 @@ from insitu.models.separation import OF_STEPS, later_obstacle
 from insitu.models.sharing import separation_of
 from insitu.models.trial import undisturbed
 from insitu.runtime.fallback import SEEN_ALONE, Fallback, tried, uncut
-from insitu.runtime.layout import Axis, Layouts, TensorLayout
 from insitu.runtime.order import uses
-from insitu.runtime.procedure import Work
 
 # Of the whole model's places that are no module's.
 _BY_ROW: Layouts = {("", kind, 0): TensorLayout((Axis.ROWS,)) for kind in OF_STEPS}

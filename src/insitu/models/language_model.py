@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
+from insitu.batching.cost_model import Costs
+from insitu.batching.procedure import Procedure
 from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
@@ -30,14 +32,13 @@ from insitu.models.reader import Reader
 from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
 from insitu.models.usual import Usual
-from insitu.runtime.costs import Costs
 from insitu.runtime.own_hooks import users_hooks_hang_on
-from insitu.runtime.procedure import Procedure
 from insitu.runtime.reuse import Plans
 from insitu.tracing.block import Block
 from insitu.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
+    from insitu.batching.shared_blocks import Chain
     from insitu.models.cache import ActivationCache
     from insitu.models.hook import Hook
     from insitu.models.loading import Source
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from insitu.models.separation import Separation
     from insitu.models.transformer_lens import TransformerLens
     from insitu.models.vocabulary import Names
-    from insitu.runtime.branches import Chain
     from insitu.runtime.fallback import Fallback
     from insitu.runtime.job_parts import ProcedureName
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from insitu.graph.node import Address
+from insitu.batching.layout import Axis, Layouts, Part, Size, find_layouts, leaves
+from insitu.graph.node import Address, Place
 from insitu.models.blocks import CACHES
 from insitu.models.parted import agrees, copied_away, tells_apart
 from insitu.models.prompts import Prompt
 from insitu.models.trial import undisturbed
-from insitu.runtime.hooks import Place, View
-from insitu.runtime.layout import Axis, Layouts, Part, Size, find_layouts, leaves
+from insitu.runtime.hooks import View
 from insitu.runtime.listening import Listening
 
 STEPS = 3

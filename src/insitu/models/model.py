@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from insitu.batching.procedure import Procedure
 from insitu.graph import disk
 from insitu.graph.errors import OptionError, WireError
 from insitu.graph.habits import OF_MODULES
@@ -25,12 +26,11 @@ from insitu.models.delegation import DELEGATED, delegated
 from insitu.models.dropout import drops_out
 from insitu.models.own_runs import OwnRuns
 from insitu.models.plain import Forward
-from insitu.runtime.costs import Counts
+from insitu.runtime.counts import Counts
 from insitu.runtime.eager import uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.probe import Call, Probe, fake_call
-from insitu.runtime.procedure import Procedure
 from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
 from insitu.tracing.block import Block

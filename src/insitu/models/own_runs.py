@@ -14,7 +14,7 @@ from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.models.attention import OPTION, attending
 from insitu.runtime.ambient import ambient
-from insitu.runtime.costs import Counts
+from insitu.runtime.counts import Counts
 from insitu.runtime.eager import eager, is_compiled
 from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.hooks import View

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from insitu.batching.layout import Entries, Part, TensorLayout, cut, flat_axis
 from insitu.graph.errors import InsituError
-from insitu.graph.node import Site
+from insitu.graph.node import Place, Site
 from insitu.graph.structure import map_structure
 from insitu.models.trial import alike
-from insitu.runtime.hooks import Place
-from insitu.runtime.layout import Entries, Part, TensorLayout, cut, flat_axis
 
 
 def copied_away(value: Any) -> Any:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.batching.procedure import Schedule, Work
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.models.attention import OPTION, attending
 from insitu.models.options import check_call
 from insitu.runtime.hooks import View
-from insitu.runtime.passes import Pass
+from insitu.runtime.passes import Outputs, Pass
 from insitu.runtime.probe import Call
-from insitu.runtime.procedure import Outputs, Schedule, Work
 from insitu.runtime.summary import unknown
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from insitu.runtime.hooks import NO_KWARGS, Place, View, first_argument
+from insitu.graph.node import Place
+from insitu.runtime.hooks import NO_KWARGS, View, first_argument
 from insitu.runtime.passes import Own
 
 _ABSENT = object()

@@ -15,19 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from insitu.graph.errors import InsituError
-from insitu.graph.location import Mark
-from insitu.graph.node import Address, Site
-from insitu.models.batching import Batch, join
-from insitu.models.blocks import CACHES
-from insitu.models.later_steps import LaterSteps, find_later_steps
-from insitu.models.parted import agrees, copied_away, tells_apart
-from insitu.models.prompts import Prompt, Side
-from insitu.models.trial import alike, undisturbed
-from insitu.runtime.fallback import Fallback
-from insitu.runtime.hooks import Place, View
-from insitu.runtime.inside import SEPARATOR
-from insitu.runtime.layout import (
+from insitu.batching.layout import (
     SIZES,
     Entries,
     Layouts,
@@ -38,6 +26,17 @@ from insitu.runtime.layout import (
     leaves,
     widened,
 )
+from insitu.graph.errors import InsituError
+from insitu.graph.location import Mark
+from insitu.graph.node import SEPARATOR, Address, Place, Site
+from insitu.models.batching import Batch, join
+from insitu.models.blocks import CACHES
+from insitu.models.later_steps import LaterSteps, find_later_steps
+from insitu.models.parted import agrees, copied_away, tells_apart
+from insitu.models.prompts import Prompt, Side
+from insitu.models.trial import alike, undisturbed
+from insitu.runtime.fallback import Fallback
+from insitu.runtime.hooks import View
 from insitu.runtime.listening import Listening
 
 # How long the prompts are that are tried: one is padded, one has a single token.

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.batching.layout import SIZES, Layouts, find_layouts
+from insitu.batching.shared_blocks import Chain
 from insitu.graph.errors import ShapeError
 from insitu.graph.location import here
+from insitu.graph.node import SEPARATOR, Place
 from insitu.models.attention import OPTION, attending
 from insitu.models.chain import find_chain
 from insitu.models.later_steps import LaterSteps
 from insitu.models.prompts import Prompt, Side
 from insitu.models.separation import Separation, Trial
 from insitu.models.tokens import vocabulary_of
-from insitu.runtime.branches import Chain
 from insitu.runtime.fallback import Fallback, tried
-from insitu.runtime.hooks import Place, View
-from insitu.runtime.inside import SEPARATOR
-from insitu.runtime.layout import SIZES, Layouts, find_layouts
+from insitu.runtime.hooks import View
 from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from insitu.graph.node import Site
+from insitu.batching.layout import Layouts, Part, cut, put, spread, widened
+from insitu.graph.node import Place, Site
 from insitu.graph.structure import clone, map_structure
 from insitu.models.resume import Entering, Resumed
 from insitu.models.unembedding import Unembedded, take_logits
-from insitu.runtime.hooks import Place
-from insitu.runtime.layout import Layouts, Part, cut, put, spread, widened
 
 
 class Tail(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from insitu.batching.asked import NOTHING, Asked
+from insitu.batching.layout import Layouts
 from insitu.models.prompts import Prompt, Side
-from insitu.runtime.asked import NOTHING, Asked
-from insitu.runtime.layout import Layouts
 
 
 class Terms(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from insitu.runtime.hooks import Place
+from insitu.graph.node import Place
 from insitu.runtime.passes import Own
 
 

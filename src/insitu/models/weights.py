@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.graph.node import SEPARATOR
 from insitu.models.attention import attending
 from insitu.models.blocks import CACHES
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.runtime.hooks import Stop
-from insitu.runtime.inside import SEPARATOR, watched
+from insitu.runtime.inside import watched
 from insitu.tracing.vocabulary import Missing
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from insitu.graph.node import EVERY, Kind, Site
+from insitu.graph.node import EVERY, SEPARATOR, Kind, Site
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import fitted
 from insitu.runtime.execution import Execution
@@ -35,7 +35,7 @@ from insitu.runtime.hooks import (
     put_hook,
     remove_hook,
 )
-from insitu.runtime.inside import SEPARATOR, watched
+from insitu.runtime.inside import watched
 from insitu.runtime.plan import Plan, Readers
 from insitu.runtime.probe import fake_result
 

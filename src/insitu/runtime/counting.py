@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from insitu.graph.structure import tensors_of
-from insitu.runtime.costs import Counts
+from insitu.runtime.counts import Counts
 
 _CUBIC = 10.0
 """Operations for each m * n * min(m, n) of a decomposition: the order of an SVD with vectors."""

@@ -14,14 +14,11 @@ from torch import nn
 from torch.nn.modules import module as everywhere
 
 from insitu.graph.errors import InsituError
-from insitu.graph.node import NO_KWARGS, Kind, Site
+from insitu.graph.node import NO_KWARGS, Kind, Place, Site
 from insitu.graph.structure import clone, map_structure
 from insitu.runtime.execution import Execution
 from insitu.runtime.own_hooks import is_the_models
 from insitu.runtime.plan import Plan
-
-Place = tuple[str, Kind, int]
-"""A module's path, which of its values, and in which call of the module."""
 
 Moment = tuple[str, Kind, int, int]
 """A place in one step: a site, for all invocations."""

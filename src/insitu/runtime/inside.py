@@ -18,9 +18,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-SEPARATOR = ">"
-"""Between the path of a module and the name of a function, in the path of a site inside."""
-
 Visit = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Makes a call of a torch function, given its name, the function and its arguments."""
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from insitu.graph.node import Kind
-from insitu.runtime.hooks import Place, View, first_argument, handed_over
-from insitu.runtime.inside import SEPARATOR, watched
+from insitu.graph.node import SEPARATOR, Kind, Place
+from insitu.runtime.hooks import View, first_argument, handed_over
+from insitu.runtime.inside import watched
 
 
 class Listening:

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 from insitu.graph.errors import CausalityError, NeverRanError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Location
-from insitu.graph.node import Address, Graph, Kind, Site
+from insitu.graph.node import SEPARATOR, Address, Graph, Kind, Site
 from insitu.graph.operations import READ
-from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.plan import Plan
 
 if TYPE_CHECKING:
-    from insitu.runtime.hooks import Place
+    from insitu.graph.node import Place
     from insitu.runtime.passes import Pass
 
 

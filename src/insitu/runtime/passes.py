@@ -8,7 +8,8 @@ has fired, and all are removed when the pass ends, however it ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 
 from insitu.graph.context import is_grad_enabled
-from insitu.graph.node import Address, Kind, Site
+from insitu.graph.node import SEPARATOR, Address, Kind, Site
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.execution import Execution, set_grad_enabled
 from insitu.runtime.fallback import Fallback
@@ -35,7 +36,6 @@ from insitu.runtime.hooks import (
     remove_hook,
     reorder,
 )
-from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.plan import Plan, Readers
 from insitu.runtime.summary import Summary
 
@@ -98,6 +98,19 @@ class Pass(NamedTuple):
     through: Place | None = None
     apart: Fallback | None = None
     differentiates: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a run returned.
+
+    Attributes:
+        whole: what one call on all invocations would return.
+        each: each invocation's own part of it.
+    """
+
+    whole: Any
+    each: Sequence[Any]
 
 
 _NO_RETURNED: Mapping[int, Any] = {}

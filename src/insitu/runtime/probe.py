@@ -17,13 +17,14 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.graph.errors import UnknownShapeError
+from insitu.graph.node import Place
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import unlogged_failures
 from insitu.graph.structure import map_structure
 from insitu.runtime.ambient import autocast_dtype
 from insitu.runtime.contents import Contents, has_contents
-from insitu.runtime.costs import Counts
-from insitu.runtime.hooks import Place, View
+from insitu.runtime.counts import Counts
+from insitu.runtime.hooks import View
 from insitu.runtime.inside import Called, returns_tensors, watched
 from insitu.runtime.listening import Listening
 

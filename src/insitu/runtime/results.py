@@ -14,7 +14,7 @@ from insitu.graph.errors import LoadError, NotCachedError, NoValueError, WireErr
 from insitu.graph.location import here
 from insitu.graph.shapes import dtype_of, shape_of
 from insitu.graph.structure import tensors_of
-from insitu.runtime.procedure import Outputs
+from insitu.runtime.passes import Outputs
 
 
 class Results(Mapping[str, Any]):

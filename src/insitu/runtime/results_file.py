@@ -18,7 +18,7 @@ from insitu.graph.errors import WireError
 from insitu.graph.wire_parts import Part, Value
 from insitu.graph.wire_tensors import StoredTensor, bytes_of, tensor_of
 from insitu.graph.wire_values import ValueReader, ValueWriter
-from insitu.runtime.procedure import Outputs
+from insitu.runtime.passes import Outputs
 
 _KEY = "insitu"
 _VERSION = 1

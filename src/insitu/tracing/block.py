@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu.batching.procedure import Procedure, Subject
 from insitu.graph.context import (
     as_begun,
     default_dtype,
@@ -29,7 +30,6 @@ from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
 from insitu.graph.tracebacks import shortened
 from insitu.runtime.plan import Plan
-from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Summary
 from insitu.tracing.invocation import Invocation, Invoked
 from insitu.tracing.running import run_block

@@ -20,7 +20,7 @@ from insitu.tracing.invocation import Invocation
 from insitu.tracing.raw_errors import raise_explained
 
 if TYPE_CHECKING:
-    from insitu.runtime.procedure import Subject
+    from insitu.batching.procedure import Subject
     from insitu.tracing.tracer import Tracer
 
 

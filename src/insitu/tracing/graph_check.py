@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from insitu.batching.procedure import Procedure
 from insitu.graph.errors import JobError, PathError, nearest
 from insitu.graph.location import Location
-from insitu.graph.node import Graph, ModuleRef, Subgraph, readable
-from insitu.runtime.inside import SEPARATOR
-from insitu.runtime.procedure import Procedure
+from insitu.graph.node import SEPARATOR, Graph, ModuleRef, Subgraph, readable
 
 
 def check_graph(

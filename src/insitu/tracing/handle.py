@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn, cast, overload
 
 from torch import nn
 
+from insitu.batching.procedure import Subject
 from insitu.display.tree import render, summarise
 from insitu.graph.control import call_module
 from insitu.graph.dispatch import recording_of
@@ -26,7 +27,6 @@ from insitu.graph.errors import (
 )
 from insitu.graph.location import Location, here, mark
 from insitu.graph.node import readable
-from insitu.runtime.procedure import Subject
 from insitu.tracing.inside import Operations
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.named import Named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from insitu.batching.procedure import Subject
 from insitu.graph.context import as_begun
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
@@ -9,7 +10,6 @@ from insitu.graph.shapes import dtype_of, outlined, shape_of
 from insitu.graph.structure import tensors_of
 from insitu.runtime.job import Job
 from insitu.runtime.job_check import Estimate, Expected, JobCheck
-from insitu.runtime.procedure import Subject
 from insitu.runtime.summary import Planned
 from insitu.tracing.job_costs import graph_bytes, graph_costs, model_costs
 from insitu.tracing.job_running import Bound, JobLines, bind, check_model

@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import torch
 
+from insitu.batching.procedure import Subject
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.operations import READ
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import tensors_of
-from insitu.runtime.costs import Counts
 from insitu.runtime.counting import Counting
+from insitu.runtime.counts import Counts
 from insitu.runtime.plan import Plan
 from insitu.runtime.probe import Call
-from insitu.runtime.procedure import Subject
 from insitu.runtime.summary import Planned, Summary
 from insitu.tracing.job_running import Bound, JobLines
 

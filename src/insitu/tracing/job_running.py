@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from insitu.batching.procedure import Procedure, Subject
 from insitu.graph.context import Casts, as_begun
 from insitu.graph.errors import ExecutionError, InsituError, JobError
 from insitu.graph.location import here
@@ -22,7 +23,7 @@ from insitu.graph.structure import map_structure
 from insitu.runtime.fingerprint import other_habits, other_structure, other_weights
 from insitu.runtime.job import Job
 from insitu.runtime.job_parts import JobBlock, JobPrompt
-from insitu.runtime.procedure import Outputs, Procedure, Subject
+from insitu.runtime.passes import Outputs
 from insitu.runtime.results import Results
 from insitu.runtime.summary import Summary
 from insitu.tracing.graph_check import check_graph

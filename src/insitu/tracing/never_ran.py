@@ -10,10 +10,8 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from insitu.graph.errors import NeverRanError, nearest
-from insitu.graph.node import Graph, Site, readable
+from insitu.graph.node import SEPARATOR, Graph, Place, Site, readable
 from insitu.runtime.arrivals import Arrivals
-from insitu.runtime.hooks import Place
-from insitu.runtime.inside import SEPARATOR
 
 
 def never_ran(

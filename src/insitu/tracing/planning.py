@@ -13,22 +13,20 @@ from typing import Any
 
 from torch import nn
 
+from insitu.batching.asked import asked_by
+from insitu.batching.procedure import Procedure, Schedule, Subject, Work
 from insitu.graph.errors import BlockError, PathError, ShapeError
 from insitu.graph.location import Location, here
-from insitu.graph.node import Graph, ModuleRef, Site, WeightRef, readable
+from insitu.graph.node import SEPARATOR, Graph, ModuleRef, Place, Site, WeightRef, readable
 from insitu.graph.operations import BACKWARD
 from insitu.runtime.ambient import Ambient, ambient
-from insitu.runtime.asked import asked_by
 from insitu.runtime.call_path import CallPath
 from insitu.runtime.eager import is_compiled
 from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.gradient_checks import check_gradients
-from insitu.runtime.hooks import Place
-from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.order import check_cuts, check_order, check_steps, pass_order
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, make_plan
-from insitu.runtime.procedure import Procedure, Schedule, Subject, Work
 from insitu.runtime.tree import Tree, Watched
 from insitu.tracing.graph_check import absent
 from insitu.tracing.never_ran import never_ran

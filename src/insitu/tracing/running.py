@@ -7,6 +7,8 @@ from functools import partial
 from operator import attrgetter
 from typing import Any
 
+from insitu.batching.layout import UnexpectedShapeError
+from insitu.batching.procedure import Procedure, Subject
 from insitu.display.progress import passes as listener
 from insitu.graph.errors import BlockError, NeverRanError, OptionError
 from insitu.graph.location import Location, Mark, here
@@ -18,12 +20,10 @@ from insitu.runtime.eager import eagerly
 from insitu.runtime.execution import Execution
 from insitu.runtime.following import following
 from insitu.runtime.hooks import View
-from insitu.runtime.layout import UnexpectedShapeError
 from insitu.runtime.leaves import leaves_of
 from insitu.runtime.order import unexcused
 from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan
-from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Summary
 from insitu.tracing.beforehand import check_fit
 from insitu.tracing.never_ran import never_ran

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from insitu.batching.procedure import Procedure, Subject
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.recorded import Missing
 from insitu.graph.recording import Lines
 from insitu.graph.shapes import fake_value
-from insitu.runtime.procedure import Procedure, Subject
 from insitu.runtime.summary import Summary
 from insitu.tracing.planning import prepare
 

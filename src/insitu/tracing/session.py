@@ -15,8 +15,8 @@ from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.watching import watcher
 
 if TYPE_CHECKING:
+    from insitu.batching.procedure import Subject
     from insitu.runtime.job import Job
-    from insitu.runtime.procedure import Subject
     from insitu.tracing.block import Block
 
 

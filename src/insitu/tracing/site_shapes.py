@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from insitu.batching.procedure import Procedure, Subject
 from insitu.graph.errors import UnknownShapeError
-from insitu.graph.node import EVERY, Graph, Site
-from insitu.runtime.inside import SEPARATOR, Called
+from insitu.graph.node import EVERY, SEPARATOR, Graph, Site
+from insitu.runtime.inside import Called
 from insitu.runtime.probe import Probe
-from insitu.runtime.procedure import Procedure, Subject
 from insitu.tracing.never_ran import never_ran
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from insitu.batching.procedure import Subject
 from insitu.graph.errors import BlockError, PathError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Kind, Site, readable
 from insitu.graph.proxy import Proxy
-from insitu.runtime.procedure import Subject
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.scope import innermost
 

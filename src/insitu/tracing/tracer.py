@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from insitu.batching.procedure import Subject
 from insitu.graph import location
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.location import here, mark, user_frame
 from insitu.graph.node import EVERY, Graph
 from insitu.graph.tracebacks import shortened
-from insitu.runtime.procedure import Subject
 from insitu.runtime.summary import Planned
 from insitu.tracing.block import Block
 from insitu.tracing.block_messages import no_invoke, no_output, not_one_invocation, state_of_block

@@ -6,8 +6,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from insitu.batching.procedure import Subject
     from insitu.runtime.job import Job
-    from insitu.runtime.procedure import Subject
 
 
 class Running(Protocol):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from insitu.graph.node import SEPARATOR
 from insitu.models.anatomy.heads import Core
 from insitu.models.anatomy.reading import RESHAPES, Reading
 from insitu.models.parts import Feedforward, Spot
 from insitu.runtime.events import Event
-from insitu.runtime.inside import SEPARATOR
 
 _NONLINEAR = frozenset(
     (

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
+from insitu.graph.node import SEPARATOR
 from insitu.models.parts import Spot
 from insitu.runtime.dataflow import Dataflow
-from insitu.runtime.inside import SEPARATOR
 
 # What leaves numbers as they are, but for their places.
 MOVES = frozenset(

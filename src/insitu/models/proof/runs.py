@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from insitu.graph.node import SEPARATOR, Place
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import replaced
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import CACHES
 from insitu.models.trial import undisturbed
-from insitu.runtime.hooks import Place
-from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.listening import Listening
 from insitu.runtime.probe import Call
 from insitu.tracing.forms import PerHead

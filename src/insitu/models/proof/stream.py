@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from insitu.graph.node import Place
 from insitu.models.proof import identities
 from insitu.models.proof.evidence import Evidence, Reasons, sizes
 from insitu.models.proof.runs import Tensor
-from insitu.runtime.hooks import Place
 
 STREAM = ("residual_in", "residual_mid", "residual_out")
 ADDED = ("attention_out", "cross_attention_out", "mixer_out", "mlp_out", "extra_out")

@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import torch
 
+from insitu.graph.node import Place
 from insitu.models.configuration import all_said
 from insitu.models.proof import identities
 from insitu.models.proof.evidence import Evidence, Reasons, noise
 from insitu.models.proof.runs import Runs, Tensor
 from insitu.models.weights import in_memory
-from insitu.runtime.hooks import Place
 from insitu.runtime.probe import Call
 from insitu.tracing.named import Named
 from insitu.tracing.vocabulary import Role

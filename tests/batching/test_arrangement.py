@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from insitu.runtime.costs import Costs
-from insitu.runtime.schedule import Group, Run, arrange, rows_by_level
+from insitu.batching.arrangement import Group, Run, arrange, rows_by_level
+from insitu.batching.cost_model import Costs
 
 # One where calls are dear, and one where tokens are.
 CALLS = Costs(

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from insitu import InsituError
+from insitu.batching.layout import SIZES, Axis, Part, TensorLayout, cut, find_layouts, put, widened
 from insitu.graph.node import Site
-from insitu.runtime.layout import SIZES, Axis, Part, TensorLayout, cut, find_layouts, put, widened
 from insitu.runtime.probe import Call, probe
 
 SITE = Site(0, "a", "output")

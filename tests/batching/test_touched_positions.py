@@ -9,12 +9,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from insitu import LanguageModel
+from insitu.batching.touched_positions import Extents, positions
 from insitu.graph.location import here
 from insitu.graph.node import NO_KWARGS
 from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy
 from insitu.graph.recording import Recording
-from insitu.runtime.extent import Extents, positions
 
 LENGTH = 6
 BOUNDS = st.one_of(st.none(), st.integers(-8, 8))

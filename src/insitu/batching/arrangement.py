@@ -11,8 +11,8 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
+from insitu.batching.cost_model import Costs
 from insitu.graph.node import Address
-from insitu.runtime.costs import Costs
 
 
 class Run(NamedTuple):

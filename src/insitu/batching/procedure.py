@@ -7,19 +7,18 @@ a batch, what a transformer block returns or what `generate` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
+from insitu.batching.asked import Asked
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Address, Graph
+from insitu.graph.node import Address, Graph, Place
 from insitu.graph.operations import READ
-from insitu.runtime.asked import Asked
-from insitu.runtime.costs import Counts
+from insitu.runtime.counts import Counts
 from insitu.runtime.exclusive import Exclusive
-from insitu.runtime.hooks import Place, View
-from insitu.runtime.passes import Pass
+from insitu.runtime.hooks import View
+from insitu.runtime.passes import Outputs, Pass
 from insitu.runtime.plan import Plan, written
 from insitu.runtime.probe import Call, Probe
 from insitu.runtime.reuse import Plans
@@ -29,19 +28,6 @@ if TYPE_CHECKING:
     from insitu.runtime.job_parts import JobModel, JobPrompt, ProcedureName
 
 Request = TypeVar("Request")
-
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """What a run returned.
-
-    Attributes:
-        whole: what one call on all invocations would return.
-        each: each invocation's own part of it.
-    """
-
-    whole: Any
-    each: Sequence[Any]
 
 
 class Work(NamedTuple):

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from insitu.graph.errors import InsituError
-from insitu.graph.node import Site
+from insitu.graph.node import Place, Site
 from insitu.graph.structure import map_structure
-from insitu.runtime.hooks import Place
 
 # (batch, length) of the three probes.
 SIZES = ((2, 5), (3, 5), (2, 7))

@@ -10,15 +10,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
-from insitu.graph.node import Address, Graph, Kind
+from insitu.batching.arrangement import Edges, Run, rows_by_level
+from insitu.batching.cost_model import Costs
+from insitu.batching.touched_positions import Extents
+from insitu.graph.node import SEPARATOR, Address, Graph, Kind, Place
 from insitu.graph.operations import READ
-from insitu.runtime.costs import Costs
-from insitu.runtime.extent import Extents
-from insitu.runtime.hooks import Place
-from insitu.runtime.inside import SEPARATOR
 from insitu.runtime.order import handed_over, needed
 from insitu.runtime.plan import Plan, written
-from insitu.runtime.schedule import Edges, Run, rows_by_level
 
 Moments = Callable[[int], "Mapping[Place, int] | None"]
 """When the sites of an invocation come, or None if that is not known without a run."""
