@@ -13,7 +13,7 @@ import torch
 
 from insitu import InsituError, Job, LoadError, Results, WireError
 from insitu.graph.node import Function, Graph, Node, Subgraph
-from insitu.graph.wire import keeps_statistics
+from insitu.graph.written_arguments import written_arguments
 from insitu.tracing.block import Block
 from insitu.tracing.session import Session
 from insitu.tracing.watching import watcher
@@ -134,9 +134,8 @@ def of_graph(graph: Graph) -> list[Any]:
 
 
 def keeps_own_statistics(node: Node) -> bool:
-    """Whether a node is a normalisation that is being trained."""
-    normalises = node.operation.short in ("batch_norm", "instance_norm")
-    return normalises and keeps_statistics(node.args, node.kwargs)
+    """Whether a node writes into statistics, or weights, that are arguments."""
+    return bool(written_arguments(node.operation, node.args, node.kwargs)[0])
 
 
 def stays(value: Any) -> bool:

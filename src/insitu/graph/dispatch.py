@@ -22,7 +22,7 @@ from insitu.graph.errors import OperationError, nearest
 from insitu.graph.in_place import mutate
 from insitu.graph.location import here, mark
 from insitu.graph.node import NO_KWARGS, ref
-from insitu.graph.operations import BY_NAME, GETITEM, TENSOR_METHODS, Operation
+from insitu.graph.operations import BY_NAME, GETITEM, TENSOR_METHODS, Operation, unbounded
 from insitu.graph.recorded import AnyRecorded, Recorded
 from insitu.graph.recording import Recording, branches
 from insitu.graph.structure import map_structure
@@ -57,7 +57,7 @@ def record(
                 value = first.result(here(3))
                 if not isinstance(value, Tensor):  # of an array or a string: what it has itself
                     return at_once(getattr(value, operation.short), args[1:], kwargs)
-            return at_once(operation.function, args, kwargs)
+            return at_once(unbounded(operation), args, kwargs)
     if operation.in_place:
         return kind(recording, mutate(recording, operation, args, kwargs, mark(3)))
     return kind(recording, recording.apply(operation, args, kwargs, mark(3)))

@@ -74,6 +74,31 @@ class ExecutionError(InsituError, RuntimeError):
     """A recorded operation that failed while the model ran."""
 
 
+class LimitError(InsituError, RuntimeError):
+    """Something that takes more than a run may take.
+
+    Attributes:
+        limit: which limit: a field of `Limits`, or "values" for what bounds Python's own values in
+            every run.
+        found: how much it takes.
+        allowed: how much it may take.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        location: Location | None = None,
+        *,
+        limit: str = "values",
+        found: float = 0,
+        allowed: float = 0,
+    ) -> None:
+        super().__init__(message, location)
+        self.limit = limit
+        self.found = found
+        self.allowed = allowed
+
+
 class NeverRanError(InsituError, RuntimeError):
     """A site at which nothing arrived: its module was not called in the run."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
+from insitu.graph.bounds import check_entries, counting, is_container
 from insitu.graph.node import Carried, Function, ModuleRef, Ref, Subgraph, WeightRef
 from insitu.graph.operations import INPUT
 from insitu.graph.structure import map_structure
@@ -31,8 +32,51 @@ def meaning(item: Any, values: Any, module: Callable[[str], Callable[..., Any]])
     if kind is Function:
         return item.function
     if kind is Subgraph:
-        return partial(_call, item, module)
+        function = partial(_call, item, module)
+        function.nodes = len(item.graph)  # pyright: ignore[reportAttributeAccessIssue]
+        return function
     return item
+
+
+def resolved(
+    args: Any, kwargs: Mapping[str, Any], values: Any, module: Callable[[str], Callable[..., Any]]
+) -> Any:
+    """Returns the arguments of a node, with values in the place of references.
+
+    Args:
+        args: its arguments.
+        kwargs: its keyword arguments.
+        values: as of `meaning`.
+        module: as of `meaning`.
+
+    Raises:
+        LimitError: if structures that stand in each other grow too large.
+    """
+    return held_by((args, dict(kwargs)), lambda item: meaning(item, values, module))
+
+
+def held_by(structure: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Returns a structure with values in it, which are checked if they are structures too.
+
+    Args:
+        structure: the structure.
+        leaf: gives what its leaves stand for.
+
+    Raises:
+        LimitError: if it grows too large.
+    """
+    held: list[Any] = []
+
+    def stands(item: Any) -> Any:
+        value = leaf(item)
+        if is_container(value):
+            held.append(value)
+        return value
+
+    found = map_structure(stands, structure)
+    if held:
+        check_entries(found)
+    return found
 
 
 def _call(subgraph: Subgraph, module: Callable[[str], Callable[..., Any]], *inputs: Any) -> Any:
@@ -50,14 +94,13 @@ def evaluate(
         module: as of `meaning`.
     """
     values: list[Any] = []
-
-    def leaf(item: Any) -> Any:
-        return meaning(item, values, module)
-
+    counter = counting.get()
+    if counter is not None:
+        counter.call(len(subgraph.graph))
     for operation, args, kwargs, *_ in subgraph.graph.runnable():
         if operation is INPUT:
             values.append(inputs[args[0]])
             continue
-        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+        args, kwargs = cast("tuple[Any, Any]", resolved(args, kwargs, values, module))
         values.append(operation.function(*args, **kwargs))
-    return map_structure(leaf, subgraph.output)
+    return held_by(subgraph.output, lambda item: meaning(item, values, module))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 
-from insitu.graph.errors import InsituError, ShapeError
+from insitu.graph.errors import InsituError, LimitError, ShapeError
 from insitu.graph.node import (
     Function,
     Graph,
@@ -57,6 +57,10 @@ _INFIX = {
 _AUGMENTED = {f"i{name.strip('_')}": name for name in _INFIX}
 _PREFIX = {"neg": "-", "pos": "+", "invert": "~"}
 _DEEPEST = 8
+_MOST_PARTS = 200
+"""Of an expression: nodes that use others many times would make it exponentially long."""
+_LONGEST = 2000
+_LONGEST_PART = 200
 
 Written = Callable[[int], str]
 """How the value of a node is written, by the node's index."""
@@ -65,65 +69,15 @@ Written = Callable[[int], str]
 def expression(graph: Graph, index: int, depth: int = 0, other: Written | None = None) -> str:
     """Returns a node as an expression, such as "transformer.h[3].output[0].mean(-1)".
 
+    What is too deep, too wide or too long is left out as "...".
+
     Args:
         graph: the graph that the node is in.
         index: which node.
-        depth: how deep in a larger expression it stands; what is too deep is left out as "...".
+        depth: how deep in a larger expression it stands.
         other: how the value of another node is written; None for as an expression itself.
     """
-    if depth > _DEEPEST:
-        return "..."
-    node = graph[index]
-    site = node.site
-    if site is not None:
-        return str(site)
-
-    if other is not None and node.operation in (WRITE, SKIP, GRAD):
-        return _given(node, graph, other)
-    if node.operation is PUT:
-        if depth:
-            return expression(graph, node.inputs[0], depth)
-        return _put(graph, index, other)
-    if node.operation is WRITE:
-        return expression(graph, node.inputs[0], depth)
-    if node.operation is GRAD:
-        return f"{expression(graph, node.inputs[0], depth)}.grad"
-    if node.operation is SKIP:
-        return str(Site(*graph[node.inputs[0]].args)._replace(kind="output"))
-
-    def written(value: Any) -> str:
-        return _written(value, graph, depth + 1, other)
-
-    if node.operation.in_place and depth:
-        return expression(graph, node.inputs[0], depth)
-    args = [written(arg) for arg in node.args]
-    name = node.operation.short
-    if node.operation is SETITEM:
-        return f"{args[0]}[{_subscript(node, graph, depth + 1, other)}] = {args[2]}"
-    if name in _AUGMENTED:
-        return f"{args[0]} {_INFIX[_AUGMENTED[name]]}= {args[1]}"
-    if node.operation.name == "operator.getitem":
-        return f"{args[0]}[{_subscript(node, graph, depth + 1, other)}]"
-    if node.operation.name.startswith("operator."):
-        if name in _INFIX:
-            return f"({args[0]} {_INFIX[name]} {args[1]})"
-        return f"{_PREFIX.get(name, name)}({args[0]})"
-    if node.operation.name == "attribute":
-        return f"{args[0]}.{node.args[1]}"
-    if node.operation is APPLY:
-        called = node.args[0]
-        name = readable(called.path) if type(called) is ModuleRef else _named(called)
-        args = args[1:]
-        keywords = [f"{key}={written(value)}" for key, value in node.kwargs.items()]
-        return f"{name}({', '.join(args + keywords)})"
-    if node.operation in (COND, FOLD):
-        return f"{name}({', '.join(args)})"
-    keywords = [f"{key}={written(value)}" for key, value in node.kwargs.items()]
-    if node.operation is BACKWARD and node.kwargs.get("accumulate") is False:
-        return f"torch.autograd.grad({', '.join(args + keywords)})"
-    if node.operation.name.startswith("Tensor.") or node.operation.name in ("save", "backward"):
-        return f"{args[0]}.{name}({', '.join(args[1:] + keywords)})"
-    return f"{node.operation.name}({', '.join(args + keywords)})"
+    return _cut(_Writer(graph, other, [_MOST_PARTS]).node(index, depth), _LONGEST)
 
 
 def located(graph: Graph, index: int, error: InsituError) -> InsituError:
@@ -141,7 +95,11 @@ def located(graph: Graph, index: int, error: InsituError) -> InsituError:
     if node.operation in (WRITE, SKIP):
         by = " by `skip`" if node.operation is SKIP else ""
         message = f"`{expression(graph, index)}` cannot be given this value{by}: {message}."
-    return type(error)(message, node.location)
+    elif isinstance(error, LimitError):
+        message = f"`{expression(graph, index)}` {message}."
+    made = type(error)(message, node.location)
+    vars(made).update({**vars(error), "location": node.location})
+    return made
 
 
 def _invocations(graph: Graph, index: int) -> set[int]:
@@ -160,64 +118,163 @@ def _invocations(graph: Graph, index: int) -> set[int]:
     return found
 
 
-def _written(value: Any, graph: Graph, depth: int, other: Written | None) -> str:
-    """An argument, as source."""
-    kind = cast(Any, type(value))
-    if kind is Ref:
-        return other(value.index) if other else expression(graph, value.index, depth)
-    if isinstance(value, torch.Tensor):
-        return f"<{kind.__name__} {tuple(value.shape)}>"
-    if kind is Function:
-        return _named(value)
-    if kind is WeightRef:
-        return readable(value.path)
-    if value is Ellipsis or kind is Subgraph:
-        return "..."
-    if kind in (tuple, list, torch.Size):
-        items = ", ".join(
-            [_written(item, graph, depth, other) for item in cast("list[Any]", value)]
-        )
-        if kind is list:
-            return f"[{items}]"
-        return f"({items},)" if len(value) == 1 else f"({items})"
-    if kind is dict:
-        entries = cast("dict[Any, Any]", value).items()
-        return (
-            f"{{{', '.join([f'{k!r}: {_written(v, graph, depth, other)}' for k, v in entries])}}}"
-        )
-    return repr(value)
+class _Writer:
+    """Writes the nodes of a graph.
 
+    Args:
+        graph: the graph.
+        other: as of `expression`.
+        left: how many parts may still be written, shared by all that write one expression.
+    """
 
-def _put(graph: Graph, index: int, other: Written | None) -> str:
-    """A write in place, as the line that recorded it: the views on the way are nodes here."""
-    _, (value, steps, name, *rest), kwargs, inputs, nested, mark = graph.rows[index]
-    lines = Graph([*graph.rows])
-    for view, place, args, named in (*steps, (name, 0, tuple(rest), kwargs)):
-        operation = BY_NAME[view]
-        if isinstance(place, str):
-            row = (operation, args, {**named, place: value}, inputs, nested, mark)
-        else:
-            args = (*args[:place], value, *args[place:])
-            row = (operation, args, named, (value.index, *inputs), nested, mark)
-        value = ref(len(lines.rows))
-        lines.rows.append(row)
+    def __init__(self, graph: Graph, other: Written | None, left: list[int]) -> None:
+        self._graph = graph
+        self._other = other
+        self._left = left
 
-    def written(at: int) -> str:
-        if other is not None and at < len(graph):
-            return other(at)
-        return expression(lines, at, 1, written)
+    def node(self, index: int, depth: int) -> str:
+        """A node, so deep in a larger expression."""
+        self._left[0] -= 1
+        if depth > _DEEPEST or self._left[0] < 0:
+            return "..."
+        graph, other = self._graph, self._other
+        node = graph[index]
+        site = node.site
+        if site is not None:
+            return str(site)
 
-    return expression(lines, value.index, 0, written)
+        if other is not None and node.operation in (WRITE, SKIP, GRAD):
+            return self._given(node, other)
+        if node.operation is PUT:
+            return self.node(node.inputs[0], depth) if depth else self._put(index)
+        if node.operation is WRITE:
+            return self.node(node.inputs[0], depth)
+        if node.operation is GRAD:
+            return f"{self.node(node.inputs[0], depth)}.grad"
+        if node.operation is SKIP:
+            return str(Site(*graph[node.inputs[0]].args)._replace(kind="output"))
+        if node.operation.in_place and depth:
+            return self.node(node.inputs[0], depth)
+        return self._call(node, depth + 1)
 
+    def _call(self, node: Node, depth: int) -> str:
+        """An operation and its arguments."""
+        args = self._listed(node.args, depth)
+        name = node.operation.short
+        if node.operation is SETITEM:
+            return f"{args[0]}[{self._subscript(node, depth)}] = {args[2]}"
+        if name in _AUGMENTED:
+            return f"{args[0]} {_INFIX[_AUGMENTED[name]]}= {args[1]}"
+        if node.operation.name == "operator.getitem":
+            return f"{args[0]}[{self._subscript(node, depth)}]"
+        if node.operation.name.startswith("operator."):
+            if name in _INFIX:
+                return f"({args[0]} {_INFIX[name]} {args[1]})"
+            return f"{_PREFIX.get(name, name)}({args[0]})"
+        if node.operation.name == "attribute":
+            return f"{args[0]}.{node.args[1]}"
+        if node.operation in (COND, FOLD):
+            return f"{name}({', '.join(args)})"
+        if node.operation is APPLY:
+            called = node.args[0]
+            name = readable(called.path) if type(called) is ModuleRef else _named(called)
+            return f"{name}({', '.join(args[1:] + self._keywords(node, depth))})"
+        keywords = self._keywords(node, depth)
+        if node.operation is BACKWARD and node.kwargs.get("accumulate") is False:
+            return f"torch.autograd.grad({', '.join(args + keywords)})"
+        if node.operation.name.startswith("Tensor.") or node.operation.name in ("save", "backward"):
+            return f"{args[0]}.{name}({', '.join(args[1:] + keywords)})"
+        return f"{node.operation.name}({', '.join(args + keywords)})"
 
-def _given(node: Node, graph: Graph, other: Written) -> str:
-    """What is put somewhere, where the values of other nodes have names."""
-    place = other(node.inputs[0])
-    if node.operation is GRAD:
-        named = "".join(f" of {other(backward)}" for backward in node.inputs[1:])
-        return f"{place}.grad{named}"
-    value = _written(node.args[1], graph, 1, other)
-    return f"{place} = {value}" if node.operation is WRITE else f"skip({place}, {value})"
+    def _keywords(self, node: Node, depth: int) -> list[str]:
+        written = self._listed(node.kwargs.values(), depth)
+        return [f"{key:.40}={value}" for key, value in zip(node.kwargs, written, strict=False)]
+
+    def _listed(self, values: Iterable[Any], depth: int) -> list[str]:
+        """Values one after the other, and "..." for those for which no room is left."""
+        found: list[str] = []
+        for value in values:
+            if self._left[0] <= 0 and len(found) > 2:  # an operator and an assignment have three
+                return [*found, "..."]
+            found.append(self.value(value, depth))
+        return found
+
+    def value(self, value: Any, depth: int) -> str:
+        """An argument, as source."""
+        kind = cast(Any, type(value))
+        if kind is Ref:
+            if self._other is None:
+                return self.node(value.index, depth)
+            self._left[0] -= 1
+            return self._other(value.index)
+        self._left[0] -= 1
+        if self._left[0] < 0:
+            return "..."
+        if isinstance(value, torch.Tensor):
+            return f"<{kind.__name__} {tuple(value.shape)}>"
+        if kind is Function:
+            return _named(value)
+        if kind is WeightRef:
+            return readable(value.path)
+        if value is Ellipsis or kind is Subgraph:
+            return "..."
+        if kind in (tuple, list, torch.Size):
+            items = ", ".join(self._listed(cast("list[Any]", value), depth))
+            if kind is list:
+                return f"[{items}]"
+            return f"({items},)" if len(value) == 1 else f"({items})"
+        if kind is dict:
+            entries = cast("dict[Any, Any]", value)
+            written = zip(entries, self._listed(entries.values(), depth), strict=False)
+            return f"{{{', '.join([f'{_plainly(k)}: {v}' for k, v in written])}}}"
+        return _plainly(value)
+
+    def _put(self, index: int) -> str:
+        """A write in place, as the line that recorded it: the views on the way are nodes here."""
+        graph, other = self._graph, self._other
+        _, (value, steps, name, *rest), kwargs, inputs, nested, mark = graph.rows[index]
+        lines = Graph([*graph.rows])
+        for view, place, args, named in (*steps, (name, 0, tuple(rest), kwargs)):
+            operation = BY_NAME[view]
+            if isinstance(place, str):
+                row = (operation, args, {**named, place: value}, inputs, nested, mark)
+            else:
+                args = (*args[:place], value, *args[place:])
+                row = (operation, args, named, (value.index, *inputs), nested, mark)
+            value = ref(len(lines.rows))
+            lines.rows.append(row)
+
+        def written(at: int) -> str:
+            if other is not None and at < len(graph):
+                return other(at)
+            return _Writer(lines, written, self._left).node(at, 1)
+
+        return _Writer(lines, written, self._left).node(value.index, 0)
+
+    def _given(self, node: Node, other: Written) -> str:
+        """What is put somewhere, where the values of other nodes have names."""
+        place = other(node.inputs[0])
+        if node.operation is GRAD:
+            named = "".join(f" of {other(backward)}" for backward in node.inputs[1:])
+            return f"{place}.grad{named}"
+        value = self.value(node.args[1], 1)
+        return f"{place} = {value}" if node.operation is WRITE else f"skip({place}, {value})"
+
+    def _subscript(self, node: Node, depth: int) -> str:
+        """What stands between the brackets of an indexing."""
+        key = node.args[1]
+        parts = [key]
+        if type(key) is tuple and key:
+            parts = list(cast("tuple[Any, ...]", key))
+        shown = [self._subscript_part(part, depth) for part in parts[:_DEEPEST]]
+        return ", ".join(shown + ["..."] * (len(parts) > _DEEPEST))
+
+    def _subscript_part(self, part: Any, depth: int) -> str:
+        if not isinstance(part, slice):
+            return self.value(part, depth)
+        bounds = cast(Any, part)
+        shown = [bounds.start, bounds.stop] + ([bounds.step] if bounds.step is not None else [])
+        return ":".join(["" if bound is None else self.value(bound, depth) for bound in shown])
 
 
 def _named(function: Any) -> str:
@@ -225,20 +282,17 @@ def _named(function: Any) -> str:
     return getattr(own, "__name__", type(own).__name__)
 
 
-def _subscript(node: Node, graph: Graph, depth: int, other: Written | None) -> str:
-    """What stands between the brackets of an indexing."""
-    key = node.args[1]
-    parts = [key]
-    if type(key) is tuple and key:
-        parts = list(cast("tuple[Any, ...]", key))
-    return ", ".join([_subscript_part(part, graph, depth, other) for part in parts])
+def _plainly(value: Any) -> str:
+    """A constant, as source."""
+    if isinstance(value, int) and not -_PRINTED < value < _PRINTED:
+        return f"<an integer of {value.bit_length()} bits>"
+    if isinstance(value, str | bytes) and len(value) > _LONGEST_PART:
+        return f"{value[:_LONGEST_PART]!r}..."
+    return _cut(repr(value), _LONGEST_PART)
 
 
-def _subscript_part(part: Any, graph: Graph, depth: int, other: Written | None) -> str:
-    if not isinstance(part, slice):
-        return _written(part, graph, depth, other)
-    bounds = cast(Any, part)
-    shown = [bounds.start, bounds.stop] + ([bounds.step] if bounds.step is not None else [])
-    return ":".join(
-        ["" if bound is None else _written(bound, graph, depth, other) for bound in shown]
-    )
+_PRINTED = 10**100
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional
 
+from insitu.graph.bounds import DIVIDING, OPERATORS, check_entries, divided, is_container, items
+from insitu.graph.called_modules import apart_from_weights
 from insitu.graph.put import put
 from insitu.graph.structure import attribute, copied, kept
 from insitu.graph.writing import fitted, replaced, standing_in
@@ -50,7 +52,12 @@ def _read(site: object) -> Any:
 
 
 def _apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
+    result = function(*args, **kwargs)
+    if isinstance(function, torch.nn.Module):
+        if is_container(result):
+            check_entries(result)
+        result = apart_from_weights(function, result)
+    return result
 
 
 def _cond(
@@ -60,8 +67,9 @@ def _cond(
 
 
 def _fold(function: Callable[..., Any], carry: Any, xs: Any, *captured: Any) -> Any:
-    for x in xs:
-        carry = function(carry, x, *captured)
+    with items(xs, function):
+        for x in xs:
+            carry = function(carry, x, *captured)
     return carry
 
 
@@ -282,7 +290,9 @@ def _set(target: Any, key: Any, value: Any) -> Any:
 def _writing() -> dict[str, Operation]:
     """Operations that write in place."""
     listed = {
-        f"operator.{name}": Operation(f"operator.{name}", getattr(operator, name), True, False)
+        f"operator.{name}": Operation(
+            f"operator.{name}", OPERATORS.get(name) or getattr(operator, name), True, False
+        )
         for name in _AUGMENTED.split()
     }
     listed["operator.setitem"] = Operation("operator.setitem", _set, True)
@@ -302,13 +312,18 @@ def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
     What the installed torch does not have, or what is no function there, is left out.
     """
     never_cast = _NEVER_CAST.split()
-    return {
-        f"{prefix}.{name}": Operation(
-            f"{prefix}.{name}", getattr(namespace, name), casts=name not in never_cast
-        )
-        for name in names.split()
-        if callable(getattr(namespace, name, None))
-    }
+    listed: dict[str, Operation] = {}
+    for name in names.split():
+        function = getattr(namespace, name, None)
+        if not callable(function):
+            continue
+        if namespace is operator:
+            function = OPERATORS.get(name, function)
+        elif name in DIVIDING:
+            function = divided(name, function)
+        full = f"{prefix}.{name}"
+        listed[full] = Operation(full, function, casts=name not in never_cast)
+    return listed
 
 
 BY_NAME: Mapping[str, Operation] = MappingProxyType(
@@ -353,6 +368,19 @@ GETITEM = BY_NAME["operator.getitem"]
 SETITEM = BY_NAME["operator.setitem"]
 COPY = BY_NAME["Tensor.copy_"]
 
+
+def unbounded(operation: Operation) -> Callable[..., Any]:
+    """Returns what an operation is outside of runs, where values may be of any size.
+
+    Args:
+        operation: the operation.
+    """
+    name = operation.short
+    if operation.name.startswith("operator.") and name in OPERATORS:
+        return getattr(operator, name)
+    return getattr(operation.function, "__wrapped__", operation.function)
+
+
 BY_FUNCTION: Mapping[Callable[..., Any], Operation] = MappingProxyType(
-    _OPERATOR_METHODS | {operation.function: operation for operation in BY_NAME.values()}
+    _OPERATOR_METHODS | {unbounded(operation): operation for operation in BY_NAME.values()}
 )

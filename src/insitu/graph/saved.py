@@ -180,7 +180,8 @@ def hold(holder: Any, value: object) -> None:
     _entries(holder)["_held"] = value
     if isinstance(value, bool | int | float | complex):
         # Torch's C code looks into the memory: `torch.tensor(x)` is then of that number.
-        with contextlib.suppress(RuntimeError, OverflowError):  # an integer of more than 64 bits
+        # An integer may have more than 64 bits.
+        with contextlib.suppress(RuntimeError, OverflowError, ValueError):
             swap(holder, torch.tensor(value, device="cpu"))
 
 

@@ -16,8 +16,14 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.graph.context import as_begun, entered
-from insitu.graph.errors import InsituError, OperationError, ShapeError, UnknownShapeError
-from insitu.graph.evaluation import meaning
+from insitu.graph.errors import (
+    InsituError,
+    LimitError,
+    OperationError,
+    ShapeError,
+    UnknownShapeError,
+)
+from insitu.graph.evaluation import held_by, meaning
 from insitu.graph.expression import expression, located
 from insitu.graph.location import here
 from insitu.graph.node import (
@@ -280,7 +286,10 @@ def _compute(recording: Lines, index: int, one_dtype: bool = False) -> Any:
         return item
 
     given = {key: arg for key, arg in node.kwargs.items() if not isinstance(arg, torch.Generator)}
-    args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (node.args, given)))
+    try:
+        args, kwargs = cast("tuple[Any, Any]", held_by((node.args, given), leaf))
+    except LimitError as error:
+        raise located(recording.graph, index, error) from None
     try:
         context = recording.graph.contexts.get(index)
         with (
@@ -349,10 +358,17 @@ def misfit(graph: Graph, index: int, inputs: Sequence[Any], error: Exception) ->
         inputs: the values of its inputs, fake or not.
         error: what the operation raised.
     """
-    shapes = map(shape_of, inputs)
-    listed = ", ".join(str(tuple(s)) if isinstance(s, torch.Size) else str(s) for s in shapes)
-    message = f"`{expression(graph, index)}` does not work on values of shape {listed}: {error}"
+    shapes = map(shape_of, inputs[:_MOST_SHAPES])
+    listed = ", ".join(
+        str(tuple(s)) if isinstance(s, torch.Size) else f"{s!s:.200}" for s in shapes
+    )
+    listed += ", ..." * (len(inputs) > _MOST_SHAPES)
+    why = f"{error!s:.2000}"
+    message = f"`{expression(graph, index)}` does not work on values of shape {listed}: {why}"
     return ShapeError(message, graph[index].location)
+
+
+_MOST_SHAPES = 20
 
 
 def _float(item: Any) -> Any:

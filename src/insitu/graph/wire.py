@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import msgspec
-import torch
 
 from insitu.graph.context import settings
 from insitu.graph.errors import WireError
@@ -40,6 +39,7 @@ from insitu.graph.wire_parts import Value
 from insitu.graph.wire_reader import FIELDS, Field, Reader, line_column
 from insitu.graph.wire_tensors import restored, stored
 from insitu.graph.wire_values import ValueWriter, text
+from insitu.graph.written_arguments import written_arguments
 
 FRAME = Frame(b"insitu", 1, "graph")
 """What a graph that travels by itself stands in. A job has a frame of its own."""
@@ -179,10 +179,11 @@ class Writer:
         operation, args, kwargs, _, _, mark = row
         if BY_NAME.get(operation.name) is not operation:
             raise WireError(f"{operation.name} is not in the registry of operations")
-        if operation.short in _KEEPING_STATISTICS and keeps_statistics(args, kwargs):
+        into, instead = written_arguments(operation, args, kwargs)
+        if into:
             raise WireError(
-                f"{operation.short} in training mode updates the running statistics of its module, "
-                "which stay in this process: call `.eval()` of the module first"
+                f"{operation.short} writes into what stays in this process ({instead}): call "
+                "`.eval()` of its module first, or leave `max_norm` out"
             )
         number = self.operations.setdefault(operation.name, len(self.operations))
         positional = [self._argument(arg) for arg in args]
@@ -214,16 +215,6 @@ class Writer:
             self.line(item) if column is line_column else item
             for item, column in zip(entry, field.columns, strict=True)
         ]
-
-
-_KEEPING_STATISTICS = ("batch_norm", "instance_norm")
-
-
-def keeps_statistics(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a normalisation writes into running statistics that it is given."""
-    given = [*args[1:2], kwargs.get("running_mean")]
-    training = kwargs.get("training", kwargs.get("use_input_stats", len(args) > 5 and args[5]))
-    return bool(training) and any(isinstance(item, torch.Tensor) for item in given)
 
 
 def _entries(name: str, field: Any) -> list[Sequence[Any]]:

@@ -51,6 +51,7 @@ from insitu.graph.wire_message import (
 )
 from insitu.graph.wire_parts import Index, Value
 from insitu.graph.wire_values import DEEPEST, ValueReader
+from insitu.graph.written_arguments import written_arguments
 
 _ADDRESS = tuple[Index, str, Kind, Index, Annotated[int, msgspec.Meta(ge=EVERY)]]
 
@@ -248,6 +249,9 @@ def _check_call(
             raise WireError(f"{operation.name} cannot be called so: {error}") from None
     if given.get("out") is not None or given.get("inplace", False) is not False:
         raise WireError(f"{operation.name} would write into one of its arguments")
+    into, instead = written_arguments(operation, args, kwargs)
+    if into:
+        raise WireError(f"{operation.name} would write into its arguments: {instead}")
 
 
 def _is_device(name: Any) -> bool:

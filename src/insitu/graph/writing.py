@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from insitu.graph.bounds import check_entries, is_container
 from insitu.graph.errors import OperationError, ShapeError
 from insitu.graph.structure import fields_of, map_structure, tensors_of
 
@@ -84,7 +85,15 @@ def replaced(value: Any, key: Any, part: Any) -> Any:
     Raises:
         OperationError: if the value is a tensor: that would be a write in place.
         IndexError, KeyError: if there is no such entry.
+        LimitError: if it grows too large.
     """
+    made = _replaced(value, key, part)
+    if is_container(part):
+        check_entries(made)
+    return made
+
+
+def _replaced(value: Any, key: Any, part: Any) -> Any:
     if isinstance(value, Mapping):
         entries = dict(cast("Mapping[Any, Any]", value))
         if key not in entries:

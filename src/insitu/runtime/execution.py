@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from sys import getrefcount
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from insitu.graph.errors import InsituError, NeverRanError
-from insitu.graph.evaluation import meaning
+from insitu.graph.evaluation import resolved
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
 from insitu.graph.operations import APPLY
@@ -352,11 +352,7 @@ class Execution:
             args: its arguments.
             kwargs: its keyword arguments.
         """
-
-        def leaf(item: Any) -> Any:
-            return meaning(item, self._values, self._modules.__getitem__)
-
-        return cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+        return resolved(args, kwargs, self._values, self._modules.__getitem__)
 
     def _come(self, index: int, value: torch.Tensor) -> None:
         """Takes a gradient."""

@@ -31,6 +31,7 @@ def failure(graph: Graph, values: Sequence[Any], index: int, error: Exception) -
     other = isinstance(error, torch.OutOfMemoryError) or node.operation is BACKWARD
     if isinstance(error, RuntimeError | IndexError | ValueError) and found and not other:
         return misfit(graph, index, found, error)
-    kinds = ", ".join(type(value).__name__ for value in found)
-    message = f"`{written}` failed on values of type {kinds}: {type(error).__name__}: {error}"
+    kinds = ", ".join(type(value).__name__ for value in found[:20])
+    said = f"{type(error).__name__}: {error!s:.2000}"
+    message = f"`{written}` failed on values of type {kinds}: {said}"
     return ExecutionError(message, node.location)

@@ -19,6 +19,7 @@ from insitu.graph.errors import BlockError, PathError, ShapeError
 from insitu.graph.location import Location, here
 from insitu.graph.node import SEPARATOR, Graph, ModuleRef, Place, Site, WeightRef, readable
 from insitu.graph.operations import BACKWARD
+from insitu.graph.written_arguments import check_arguments
 from insitu.runtime.ambient import Ambient, ambient
 from insitu.runtime.call_path import CallPath
 from insitu.runtime.eager import is_compiled
@@ -168,6 +169,7 @@ def _planned(
     module: nn.Module,
 ) -> tuple[Prepared, Sequence[Pass]]:
     """Plans a run and returns its passes too."""
+    check_arguments(graph)
     plan = make_plan(graph, saves)
     watched = _watched(model, graph, plan)
     if graph.differentiates:
