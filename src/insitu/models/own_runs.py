@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from insitu.engine.probe_cache import CallForm, ProbeCache, form_of, resized
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.models.attention import OPTION, attending
+from insitu.models.config_sizes import config_sizes
 from insitu.runtime.ambient import ambient
 from insitu.runtime.counts import Counts
 from insitu.runtime.eager import eager, is_compiled
@@ -56,7 +58,7 @@ class OwnRuns:
     ) -> None:
         self._tree, self._exclusive, self._caches = tree, exclusive, caches
         self.substitute = substitute
-        self._probes: dict[str, Probe | UnknownShapeError] = {}
+        self._probes = ProbeCache(lambda: _thresholds(tree.root))
         self._counts: dict[str, Counts] = {}
 
     @property
@@ -68,11 +70,12 @@ class OwnRuns:
 
     def probe(self, call: Call, views: Mapping[str, View], inside: str | None) -> Probe:
         """Returns fake values of what passes every site in a call: as of `Subject`."""
-        signature = f"{inside or ''} {ambient()} {call.signature()}"
-        found = self._probed(signature, call, views, inside, False)
+        rest = f"{inside or ''} {ambient()}"
+        signature = f"{rest} {call.signature()}"
+        found = self._probed(signature, call, views, inside, rest)
         if isinstance(found, UnknownShapeError):  # what the model does depends on what it is given
             signature += call.contents()
-            found = self._probed(signature, call, views, inside, True)
+            found = self._probed(signature, call, views, inside, None)
         if isinstance(found, UnknownShapeError):
             raise UnknownShapeError(*found.args)
         return found
@@ -83,27 +86,65 @@ class OwnRuns:
         call: Call,
         views: Mapping[str, View],
         inside: str | None,
-        contents: bool,
+        rest: str | None,
     ) -> Probe | UnknownShapeError:
-        if signature not in self._probes:
-            module, modules = self.without_data
-            weight = next(self._tree.root.parameters(), None)
-            kind = "cpu" if weight is None else weight.device.type  # "meta" before it is loaded
-            options = (modules, views, inside, contents, self._caches, kind)
-            found: Probe | UnknownShapeError
-            kwargs = dict(call.kwargs)
-            implementation = kwargs.pop(OPTION, None)
-            plain = Call(call.args, kwargs)
-            with self.in_use(), attending(self._tree.root, implementation):
-                try:
-                    found = probe(module, plain, *options)
-                    if module is self._tree.root and self._tree.has_changed():
-                        found = probe(module, plain, _whole(module).modules, *options[1:])
-                except UnknownShapeError as error:
-                    # Not the error itself: it holds every frame of the forward.
-                    found = UnknownShapeError(*error.args)
-            self._probes[signature] = found
-        return self._probes[signature]
+        """What a fake run gives: kept, between others, or made; with contents if `rest` is None.
+
+        `rest` is what it depends on beside the call.
+        """
+        found = self._probes.get(signature)
+        if found is not None:
+            return found
+        if rest is None:
+            found = self._run(call, views, inside, True)
+            self._probes.keep(signature, CallForm(signature, ()), found)
+            return found
+        form = form_of(call, rest)
+
+        def run() -> Probe:
+            made = self._probes.get(signature)
+            if made is None:
+                made = self._run(call, views, inside, False)
+                self._probes.keep(signature, form, made)
+            if isinstance(made, UnknownShapeError):
+                raise UnknownShapeError(*made.args)
+            return made
+
+        found = self._probes.between(form, run)
+        if found is None:
+            try:
+                found = run()
+            except UnknownShapeError as error:
+                found = error
+            further = self._probes.next_size(form)
+            if further is not None:
+                other = resized(call, *further)
+                key = f"{rest} {other.signature()}"
+                if self._probes.get(key) is None:
+                    made = self._run(other, views, inside, False)
+                    self._probes.keep(key, form_of(other, rest), made)
+        return found
+
+    def _run(
+        self, call: Call, views: Mapping[str, View], inside: str | None, contents: bool
+    ) -> Probe | UnknownShapeError:
+        """Runs the module on fake tensors."""
+        module, modules = self.without_data
+        weight = next(self._tree.root.parameters(), None)
+        kind = "cpu" if weight is None else weight.device.type  # "meta" before it is loaded
+        options = (modules, views, inside, contents, self._caches, kind)
+        kwargs = dict(call.kwargs)
+        implementation = kwargs.pop(OPTION, None)
+        plain = Call(call.args, kwargs)
+        with self.in_use(), attending(self._tree.root, implementation):
+            try:
+                found = probe(module, plain, *options)
+                if module is self._tree.root and self._tree.has_changed():
+                    found = probe(module, plain, _whole(module).modules, *options[1:])
+                return found
+            except UnknownShapeError as error:
+                # Not the error itself: it holds every frame of the forward.
+                return UnknownShapeError(*error.args)
 
     def count(self, call: Call) -> Counts:
         """Returns what a call of the module takes: as of `Subject`."""
@@ -156,3 +197,9 @@ class OwnRuns:
 
 def _whole(module: nn.Module) -> WithoutData:
     return WithoutData(module, dict(module.named_modules(remove_duplicate=False)))
+
+
+def _thresholds(module: nn.Module) -> frozenset[int] | None:
+    """The sizes at which a model may begin to compute otherwise, None if nothing tells them."""
+    config = getattr(module, "config", None)
+    return config_sizes(config) if hasattr(config, "get_text_config") else None

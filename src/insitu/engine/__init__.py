@@ -1,0 +1,1 @@
+"""How experiments run, on any module."""
