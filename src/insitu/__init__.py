@@ -33,6 +33,7 @@ from insitu.graph.errors import (
 )
 from insitu.graph.habits import OF_PACKAGE, habit
 from insitu.graph.location import here
+from insitu.graph.node import Graph
 from insitu.graph.proxy import AnyProxy as Proxy
 from insitu.models.cache import ActivationCache
 from insitu.models.language_model import LanguageModel
@@ -40,7 +41,6 @@ from insitu.models.model import Model
 from insitu.models.vision_language_model import VisionLanguageModel
 
 if TYPE_CHECKING:
-    from insitu.graph.node import Graph
     from insitu.methods.result import Result
     from insitu.runtime.job import Job
     from insitu.runtime.results import Results
@@ -54,7 +54,6 @@ with contextlib.suppress(ImportError):  # einops is no dependency: it is used wh
 
 # What is imported where it is first asked for: methods take longer than all the rest together.
 _LATER = {
-    "Graph": "insitu.graph.node",
     "Invocation": "insitu.tracing.invocation",
     "Job": "insitu.runtime.job",
     "Result": "insitu.methods.result",
@@ -119,6 +118,15 @@ def __getattr__(name: str) -> Any:
         raise _unknown(name)
     globals()[name] = found
     return found
+
+
+def _picture(graph: Graph) -> str:
+    from insitu.display.graph_picture import graph_svg  # most sessions see none
+
+    return graph_svg(graph)
+
+
+Graph.picture = _picture
 
 
 def _unknown(name: str) -> Exception:

@@ -70,7 +70,8 @@ def backward_pass(
         mark: the user's line.
         kind: the class of the gradients.
     """
-    recording = next(loss._recording for loss in losses if isinstance(loss, AnyRecorded))
+    first = next(loss for loss in losses if isinstance(loss, AnyRecorded))
+    recording = cast(Recording, first._recording)
     if isinstance(inputs, torch.Tensor | AnyRecorded):
         inputs = [inputs]
     named = None if inputs is None else [*cast("Iterable[Any]", inputs)]

@@ -8,17 +8,25 @@ for the operations that were recorded there, whenever they run: the graph keeps 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch.autograd.function import Function as AutogradFunction
+
+from insitu.graph.errors import OperationError
+from insitu.graph.location import Location, Mark
 
 is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 is_inference_mode_enabled: Callable[[], bool] = torch.is_inference_mode_enabled
 default_dtype: Callable[[], torch.dtype] = torch.get_default_dtype
 # One question for all kinds of devices.
 is_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue, reportUnknownVariableType]
+
+APPLY_IN_TORCH: Callable[..., Any] = cast(Any, AutogradFunction).apply.__func__
+"""PyTorch's own `torch.autograd.Function.apply`, before which `whole_calls.py` stands."""
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 """The kinds of devices whose autocast is looked at."""
@@ -182,3 +190,26 @@ def context_of(numbers: list[int]) -> Context:
         raise ValueError(numbers)
     dtype = _DEFAULTS[defaults[0]] if defaults else None
     return Context(0 not in numbers, casts, dtype)
+
+
+def refuse_inside_forward(line: Mark) -> None:
+    """Raises if a line is recorded while torch runs the forward of an `autograd.Function`.
+
+    That happens where the value came in by another way than as an argument. What is recorded then
+    would lose the function's own backward.
+
+    Args:
+        line: the user's line.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is APPLY_IN_TORCH.__code__:
+            name = frame.f_locals["cls"].__qualname__
+            raise OperationError(
+                f"The forward of {name} uses a value of the run that it is not given as an "
+                f"argument, or its `apply` was taken before insitu was imported, so that its own "
+                f"backward would be lost: call `{name}.apply(...)`, by that name, with all values "
+                "of the run that it needs.",
+                Location(*line),
+            )
+        frame = frame.f_back

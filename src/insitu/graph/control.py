@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from insitu.graph.before_torch import stand_before_torch
 from insitu.graph.dispatch import recording_of
+from insitu.graph.encoding import add_input, capture, encode
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark, mark
 from insitu.graph.node import NO_KWARGS, Function, ModuleRef, Subgraph, readable
@@ -20,7 +22,7 @@ from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording, branches
 from insitu.graph.structure import map_structure
-from insitu.graph.whole_calls import record_call, stand_before_torch
+from insitu.graph.whole_calls import record_call
 
 stand_before_torch()
 
@@ -141,7 +143,7 @@ def _called(
 ) -> Any:
     recording = _open_recording((args, dict(kwargs)), name, line)
     if isinstance(function, Function):
-        return record_call(recording, function, args, kwargs, line)
+        return record_call(Proxy, recording, function, args, kwargs, line)
     args, kwargs = _whole((args, dict(kwargs)))
     return Proxy(recording, recording.apply(APPLY, (function, *args), kwargs, line))
 
@@ -179,13 +181,13 @@ def _recorded(
     """
     branch = Recording(parent=parent)
     branch.begin()
-    inputs = [Proxy(branch, branch.input(line)) for _ in range(count)]
+    inputs = [Proxy(branch, add_input(branch, line)) for _ in range(count)]
     for value in captured:
-        branch.capture(value, line)
+        capture(branch, value, line)
     was_open, parent.open = parent.open, False
     branches().append(branch)
     try:
-        output = branch.encode(function(*inputs), line)
+        output = encode(branch, function(*inputs), [], line)
     finally:
         branches().pop()
         parent.open = was_open

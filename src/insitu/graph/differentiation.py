@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -15,9 +15,7 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import NO_KWARGS, Ref, WeightRef, ref
 from insitu.graph.operations import BACKWARD, GETITEM, GRAD, WRITE
 from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
-
-if TYPE_CHECKING:
-    from insitu.graph.recording import Recording
+from insitu.graph.recording import Recording
 
 
 def read_gradient(recording: Recording, source: Ref, mark: Mark, of: Ref | None = None) -> Ref:

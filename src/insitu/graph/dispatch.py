@@ -86,7 +86,7 @@ def open_recordings(values: Any) -> list[Recording]:
 
     def leaf(item: Any) -> None:
         if isinstance(item, AnyRecorded) and item._recording.open:
-            found.append(item._recording)
+            found.append(cast(Recording, item._recording))
 
     map_structure(leaf, values)
     return found

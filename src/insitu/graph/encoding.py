@@ -10,19 +10,19 @@ it, a later block of a session waits for them, and of what has run they are cons
 from __future__ import annotations
 
 from numbers import Number
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
+from insitu.graph.cells import Cell
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Function, WeightRef
-from insitu.graph.recorded import AnyRecorded, refuse_structure
+from insitu.graph.node import NO_KWARGS, Carried, Function, Ref, WeightRef, ref
+from insitu.graph.operations import INPUT, SAVE
+from insitu.graph.recorded import AnyRecorded, AnyRecording, Recorded, refuse_structure
 from insitu.graph.saved import SavedList, SavedTensor
+from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
-
-if TYPE_CHECKING:
-    from insitu.graph.recording import Recording
 
 # Constants that a node may hold as they are; bools too, but those are noted down (`Graph.flags`).
 PLAIN = frozenset(
@@ -47,7 +47,7 @@ def is_constant(key: Any) -> bool:
     return True
 
 
-def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> Any:
+def encode(recording: AnyRecording, value: Any, inputs: list[int], mark: Mark) -> Any:
     """Returns a value with references in the place of recorded values, also inside containers.
 
     Args:
@@ -74,14 +74,14 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
                 inputs.append(current.index)
                 return current
             if recording.parent is not None and _is_around(recording, item._recording):
-                captured = recording.capture(item, mark)
+                captured = capture(recording, item, mark)
                 if recording.views is not None:
                     captured = recording.views.resolved(captured)
                 inputs.append(captured.index)
                 return captured
             if item._recording.open and _comes_after(recording, item._recording):
                 recording.carried += 1
-                return item._recording.carry(item, mark)
+                return _carried(item, mark)
             return item.result(Location(*mark))
         if type(item) is SavedTensor:
             return item.constant()
@@ -113,7 +113,50 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
     return map_structure(leaf, value)
 
 
-def _comes_after(recording: Recording, other: Recording) -> bool:
+def add_input(branch: AnyRecording, mark: Mark) -> Ref:
+    """Adds an input to the function of a `cond` or `fold`.
+
+    Args:
+        branch: what records that function.
+        mark: the user's line.
+    """
+    rows = branch.graph.rows
+    rows.append((INPUT, (branch.inputs,), NO_KWARGS, (), False, mark))
+    branch.inputs += 1
+    return ref(len(rows) - 1)
+
+
+def capture(branch: AnyRecording, value: AnyRecorded, mark: Mark) -> Ref:
+    """Returns the input through which such a function gets a value from around it.
+
+    Args:
+        branch: what records that function.
+        value: a value of what it is used in, or of what is around that.
+        mark: the user's line.
+    """
+    parent = cast("AnyRecording", branch.parent)
+    if value._recording is not parent:
+        value = Recorded(parent, capture(parent, value, mark))
+    source = parent.current(value)
+    index = source.index
+    if index not in branch.inside:
+        branch.inside[index] = add_input(branch, mark)
+        branch.captured.append(Recorded(parent, source))
+    return branch.inside[index]
+
+
+def _carried(value: AnyRecorded, mark: Mark) -> Carried:
+    """What stands for a value, as it is at this line, in a later block of its session."""
+    recording = value._recording
+    source, rows = recording.current(value), recording.graph.rows
+    cell = Cell()
+    recording.saves[len(rows)] = cell
+    recording.lent = {**recording.lent, len(rows): cell}
+    rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark))
+    return Carried(cell, lambda: fake_value(recording, source.index))
+
+
+def _comes_after(recording: AnyRecording, other: AnyRecording) -> bool:
     """Whether this is a later block of the same session."""
     return (
         recording.session is not None
@@ -122,7 +165,7 @@ def _comes_after(recording: Recording, other: Recording) -> bool:
     )
 
 
-def _is_around(recording: Recording, other: Recording) -> bool:
+def _is_around(recording: AnyRecording, other: AnyRecording) -> bool:
     """Whether this records a function that is used in another recording."""
     parent = recording.parent
     while parent is not None and parent is not other:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from insitu.graph.context import default_dtype, is_autocast_enabled, is_grad_enabled
 from insitu.graph.encoding import KEYS, PLAIN, described, encode, is_constant
@@ -19,11 +19,9 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Ref
 from insitu.graph.operations import PUT, READ, SKIP, Operation
 from insitu.graph.recorded import AnyRecorded, refuse_structure
+from insitu.graph.recording import Recording
 from insitu.graph.shapes import shares_memory
 from insitu.graph.views import Views
-
-if TYPE_CHECKING:
-    from insitu.graph.recording import Recording
 
 
 def mutate(

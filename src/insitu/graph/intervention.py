@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -27,10 +27,8 @@ from insitu.graph.operations import (
 )
 from insitu.graph.put import Step
 from insitu.graph.recorded import AnyRecorded, Recorded
+from insitu.graph.recording import Recording, refuse_mixed
 from insitu.graph.structure import map_structure
-
-if TYPE_CHECKING:
-    from insitu.graph.recording import Recording
 
 _STRUCTURES = (APPLY, COND, FOLD, INPUT, READ, REPLACE, SKIP, WRITE)  # give tuples, or may do so
 
@@ -252,25 +250,6 @@ def _refuse_both_inputs(recording: Recording, address: Address, mark: Mark) -> N
             "used: do both through `.inputs`, which is `(args, kwargs)`.",
             Location(*mark),
         )
-
-
-def refuse_unseen(recording: Recording, address: Address, mark: Mark) -> None:
-    """Raises if a site that is read in every step was written in a single one."""
-    written = {recording.graph[read].args for read in recording.graph.writes}
-    if any(other[:4] == address[:4] for other in written):
-        refuse_mixed(recording, address, mark)
-
-
-def refuse_mixed(recording: Recording, address: Address, mark: Mark) -> None:
-    """Raises if a site is used in every step after a single one, of which one is a write."""
-    for other in recording.sites:
-        if other[:4] == address[:4] and other[4] != EVERY:
-            raise OperationError(
-                f"`{Site(*address)}` cannot be used where `{Site(*other)}` was, and one of them is "
-                "written: what holds in every step comes before what holds in one. Put the "
-                "`every_step` block first, or write `for step in generator.steps:` for it.",
-                Location(*mark),
-            )
 
 
 def _leaves(value: Any) -> list[Any]:

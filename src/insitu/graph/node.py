@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 from insitu.graph.context import Context, within
 from insitu.graph.location import Location, Mark
@@ -243,14 +243,15 @@ class Graph:
     flags: bool = False
     contexts: Mapping[int, Context] = MappingProxyType({})
 
+    picture: ClassVar[Callable[[Graph], str]] = repr
+    """What notebooks show of a graph, as HTML. Pictures are made above this folder."""
+
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
         self.writes = {}
 
     def _repr_html_(self) -> str:
-        from insitu.display.graph_picture import graph_svg  # display stands on graphs, not under
-
-        return graph_svg(self)
+        return Graph.picture(self)
 
     def __len__(self) -> int:
         return len(self.rows)

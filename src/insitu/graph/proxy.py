@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from sys import _getframe
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from insitu.graph import location
 from insitu.graph.answers import Answers
 from insitu.graph.backward_pass import BackwardPass, backward_pass, recorded_grad
+from insitu.graph.cells import Cell, Missing
 from insitu.graph.differentiation import read_gradient, write_gradient
 from insitu.graph.dispatch import (
     OF_NUMPY,
@@ -48,11 +49,13 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.operators import Operators
-from insitu.graph.recorded import Cell, Missing, Recorded
+from insitu.graph.recorded import Recorded
+from insitu.graph.recording import Recording
 from insitu.graph.save_names import with_name
 from insitu.graph.saved import blank, device_name, set_class, spent
 from insitu.graph.shapes import shape_of
 from insitu.graph.structured import is_structure
+from insitu.graph.whole_calls import call_operator, is_custom_operator
 
 _operation_of = dict(BY_FUNCTION).get  # of a plain dictionary it takes half the time
 
@@ -65,6 +68,8 @@ class AnyProxy(Operators, Answers):
     """
 
     __slots__ = ()
+    if TYPE_CHECKING:  # nothing else is made by a recording that is no more than its record
+        _recording: Recording  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def save(
         self,
@@ -262,10 +267,8 @@ class AnyProxy(Operators, Answers):
                 return at_once(func, args, kwargs or NO_KWARGS)
             if func is torch.autograd.grad:
                 return recorded_grad(Proxy, mark(), *args, **kwargs or NO_KWARGS)
-            from insitu.graph.whole_calls import call_operator, is_custom_operator
-
             if is_custom_operator(func):
-                return call_operator(func, args, kwargs or NO_KWARGS)
+                return call_operator(Proxy, func, args, kwargs or NO_KWARGS)
             refuse(func)
         first = args[0] if args else None
         if kwargs and kwargs.get("inplace") is True and isinstance(first, AnyProxy):
@@ -379,7 +382,7 @@ class AnyProxy(Operators, Answers):
         return sorted(set(super().__dir__()) | {operation.short for operation in TENSOR_METHODS})
 
 
-class Proxy(AnyProxy, Recorded):
+class Proxy(AnyProxy, Recorded):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A proxy that is no tensor: any but what `.save()` returned."""
 
     __slots__ = ()

@@ -11,32 +11,25 @@ by `differentiation.py`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, cast
-
-import torch
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from insitu.graph.context import (
-    NO_CASTS,
-    Casts,
     default_dtype,
     difference,
     enabled_casts,
     is_autocast_enabled,
     is_grad_enabled,
+    refuse_inside_forward,
 )
 from insitu.graph.encoding import KEYS, PLAIN, encode, is_constant
 from insitu.graph.errors import OperationError
-from insitu.graph.intervention import refuse_unseen
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import (
     EVERY,
     NO_KWARGS,
     Address,
-    Carried,
     Function,
-    Graph,
     ModuleRef,
     Ref,
     Site,
@@ -48,16 +41,15 @@ from insitu.graph.operations import (
     INPUT,
     READ,
     REPLACE,
-    SAVE,
     SKIP,
     WRITE,
     Operation,
 )
 from insitu.graph.put import WHOLE, is_entry
-from insitu.graph.recorded import AnyRecorded, Cell, Holder, Missing, Recorded, refuse_structure
+from insitu.graph.recorded import AnyRecorded, AnyRecording, refuse_structure
 
 if TYPE_CHECKING:
-    from insitu.graph.views import Views
+    pass
 
 _NAMED = (Function, ModuleRef, Subgraph)
 _NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference to these
@@ -76,122 +68,8 @@ def branches() -> list[Recording]:
     return _branches.stack
 
 
-class ShapeSource(Protocol):
-    """Knows, without running the model, the shapes of what will arrive at its sites."""
-
-    def arriving(self, site: Site) -> Any:
-        """Returns what arrives at a site, with fake tensors in place of tensors."""
-        ...
-
-    def fake_module(self, path: str) -> Callable[..., Any]:
-        """Returns a module as a function on fake tensors."""
-        ...
-
-    def writer(self) -> int | None:
-        """Returns in which invocation the running line stands, None if in none."""
-        ...
-
-    def weight_path(self, tensor: torch.Tensor) -> str | None:
-        """Returns the path of a weight of the model, None if the tensor is something else."""
-        ...
-
-    def weight(self, path: str) -> torch.Tensor:
-        """Returns a weight of the model, with data or without."""
-        ...
-
-
-class Lines(Protocol):
-    """What was recorded, as far as a run or a scan of it asks: here, or in another process.
-
-    Attributes:
-        graph: as of `Recording`, and so are the others.
-        saves: likewise.
-        shapes: likewise.
-        fakes: likewise.
-        casts: likewise.
-        dtype: likewise.
-        as_first_step: likewise.
-        counting: what counts the operations of fake values, None if nobody wants to know.
-    """
-
-    graph: Graph
-    saves: dict[int, Holder]
-    shapes: ShapeSource | None
-    fakes: dict[int, Any]
-    casts: Casts
-    dtype: torch.dtype
-    as_first_step: bool
-    counting: AbstractContextManager[Any] | None
-
-
-class Recording:
-    """What one block records.
-
-    Attributes:
-        graph: the nodes so far.
-        saves: where the run has to put what is saved, by the index of the node that saves it.
-        sites: what lines that come now read at a site: what arrives, or what was last assigned.
-        views: what values stand for now, once anything was written in place; None before that.
-        direct: whether lines are recorded with values as they are: nothing was written in place,
-            and the block is of no session.
-        gradients: what lines that come now mean by the gradient of a node's value, of the backward
-            pass that they name or of none that they name.
-        differentiated: the backward pass of the `with` around the lines that come now.
-        shown: what lines that come now read by standard names.
-        computed: the nodes that stand for values by name that are no part of the model, with what
-            to write instead of writing into them.
-        session: what holds it together with other recordings, whose values it may use.
-        order: its place among them.
-        parent: of the function of a `cond` or `fold`: what it is used in.
-        captured: the parent's values that such a function uses.
-        open: whether lines still add to it.
-        repeating: whether lines are recorded for every step, so that what they save is a list.
-        carried: how many values of earlier blocks of the session it has taken.
-        lent: where later blocks of the session find values of this one, by the node that saves it.
-        names: the names of saved values that were given one, by the node that saves it.
-        shapes: gives the shapes at sites; None where no model is behind the recording.
-        fakes: fake values of nodes, as far as anybody has asked, by node index.
-        grads: whether autograd was on where the block began.
-        casts: where autocast was enabled there.
-        dtype: the default dtype there.
-        counting: None.
-        as_first_step: whether sites of later steps count as those of the first, while a question
-            is answered to which that makes no difference.
-    """
-
-    # What most recordings never use is of the class: nothing is made for it until it is needed.
-    gradients: dict[tuple[Ref, Ref | None], Ref] | None = None
-    differentiated: Ref | None = None
-    shown: dict[Any, Any] | None = None
-    computed: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
-    parent: Recording | None = None
-    session: object = None
-    order: int = 0
-    carried: int = 0
-    lent: Mapping[int, Cell] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
-    names: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
-    dtype: torch.dtype = torch.float32
-    as_first_step: bool = False
-    counting: AbstractContextManager[Any] | None = None
-
-    def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
-        self.graph = Graph([])
-        self.saves: dict[int, Holder] = {}
-        self.sites: dict[Address, Ref] = {}
-        self.shapes = shapes
-        self.fakes: dict[int, Any] = {}
-        # What nearly every line asks for: Python finds it here in half the time.
-        self.open = True
-        self.direct = True
-        self.repeating = False
-        self.grads = True
-        self.casts: Casts = NO_CASTS
-        self.views: Views | None = None
-        if parent is not None:
-            self.parent = parent
-            self.captured: list[Recorded] = []
-            self._inside: dict[int, Ref] = {}
-            self._inputs = 0
+class Recording(AnyRecording):
+    """What one block records, and how its lines become nodes."""
 
     def begin(self) -> None:
         """Notes in what context the block begins: that one holds for all of its run."""
@@ -207,20 +85,8 @@ class Recording:
             context = difference(self.grads, self.casts, self.dtype)
             if context is not None:
                 if not context.grad:
-                    from insitu.graph.whole_calls import refuse_inside_forward
-
                     refuse_inside_forward(self.graph.rows[index][-1])
                 self.graph.contexts = {**self.graph.contexts, index: context}
-
-    def forget_contexts(self, start: int) -> None:
-        """Lets the nodes from one on run in the context of the block, whatever is around them.
-
-        Args:
-            start: the first of them.
-        """
-        if self.graph.contexts:
-            kept = {index: c for index, c in self.graph.contexts.items() if index < start}
-            self.graph.contexts = kept
 
     def apply(
         self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any], mark: Mark
@@ -363,70 +229,21 @@ class Recording:
         """
         self.graph.stops = {**self.graph.stops, self.graph.original(output.index): mark}
 
-    def fail(self, reason: str) -> None:
-        """Says of every saved value why it will have none, and forgets the rest."""
-        missing = Missing(reason)
-        for cell in self.saves.values():
-            cell._put(missing)
-        self.forget()
 
-    def forget(self) -> None:
-        """Drops what only an open recording needs, so that one kept proxy keeps one value.
+def refuse_unseen(recording: Recording, address: Address, mark: Mark) -> None:
+    """Raises if a site that is read in every step was written in a single one."""
+    written = {recording.graph[read].args for read in recording.graph.writes}
+    if any(other[:4] == address[:4] for other in written):
+        refuse_mixed(recording, address, mark)
 
-        Without the shape source a recording is in no reference cycle, so what nobody keeps is
-        gone at once and not at some later garbage collection.
-        """
-        self.saves = {}
-        self.sites = {}
-        self.fakes = {}
-        self.shapes = self.views = None
 
-    def input(self, mark: Mark) -> Ref:
-        """Adds an input, to the function of a `cond` or `fold`."""
-        self._inputs += 1
-        return self.apply(INPUT, (self._inputs - 1,), NO_KWARGS, mark)
-
-    def capture(self, value: AnyRecorded, mark: Mark) -> Ref:
-        """Returns the input through which such a function gets a value from around it.
-
-        Args:
-            value: a value of the parent, or of what is around that.
-            mark: the user's line.
-        """
-        parent = cast("Recording", self.parent)
-        if value._recording is not parent:
-            value = Recorded(parent, parent.capture(value, mark))
-        source = parent.current(value)
-        index = source.index
-        if index not in self._inside:
-            self._inside[index] = self.input(mark)
-            self.captured.append(Recorded(parent, source))
-        return self._inside[index]
-
-    def current(self, value: AnyRecorded) -> Ref:
-        """Returns what a value of this recording stands for in a line that comes now."""
-        return value._ref if self.views is None else self.views.resolved(value._ref)
-
-    def encode(self, value: Any, mark: Mark) -> Any:
-        """Returns a value with references in the place of recorded values."""
-        return encode(self, value, [], mark)
-
-    def carry(self, value: AnyRecorded, mark: Mark) -> Carried:
-        """Returns what stands for a value of this block in a later one of its session.
-
-        Args:
-            value: the value, as it is at this line.
-            mark: the user's line.
-        """
-        source, rows = self.current(value), self.graph.rows
-        cell = Cell()
-        self.saves[len(rows)] = cell
-        self.lent = {**self.lent, len(rows): cell}
-        rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark))
-
-        def fake() -> Any:
-            from insitu.graph.shapes import fake_value
-
-            return fake_value(self, source.index)
-
-        return Carried(cell, fake)
+def refuse_mixed(recording: Recording, address: Address, mark: Mark) -> None:
+    """Raises if a site is used in every step after a single one, of which one is a write."""
+    for other in recording.sites:
+        if other[:4] == address[:4] and other[4] != EVERY:
+            raise OperationError(
+                f"`{Site(*address)}` cannot be used where `{Site(*other)}` was, and one of them is "
+                "written: what holds in every step comes before what holds in one. Put the "
+                "`every_step` block first, or write `for step in generator.steps:` for it.",
+                Location(*mark),
+            )

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from insitu.graph.cells import WAITING, Missing
 from insitu.graph.held_value import HeldValue, refuse_json
 from insitu.graph.location import here
 from insitu.graph.node import Ref, ref
 from insitu.graph.proxy import SAVED, AnyProxy, Proxy, StructureProxy
-from insitu.graph.recorded import WAITING, Missing, unassignable
+from insitu.graph.recorded import unassignable
 from insitu.graph.recording import Recording
 from insitu.graph.saved import (
     SavedList,

@@ -25,6 +25,7 @@ from insitu.graph.errors import (
 )
 from insitu.graph.evaluation import held_by, meaning
 from insitu.graph.expression import expression, located
+from insitu.graph.lines import Lines
 from insitu.graph.location import here
 from insitu.graph.node import (
     Carried,
@@ -38,7 +39,6 @@ from insitu.graph.node import (
 )
 from insitu.graph.operations import APPLY, COND, FOLD, GETITEM, INPUT, READ
 from insitu.graph.ordinary import ordinary_tensors
-from insitu.graph.recording import Lines
 from insitu.graph.structure import map_structure, storages_of
 
 

@@ -5,14 +5,10 @@ Not all that do are: what a module returns, or a function of the user's, is seen
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from insitu.graph.operations import BY_NAME, READ, Operation
-
-if TYPE_CHECKING:
-    from insitu.graph.recording import Recording
+from insitu.graph.recording import Recording
 
 
 def is_structure(recording: Recording, index: int) -> bool:

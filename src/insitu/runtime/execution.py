@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.graph.cells import Holder
 from insitu.graph.errors import InsituError, NeverRanError
 from insitu.graph.evaluation import resolved
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph, Ref
 from insitu.graph.operations import APPLY
-from insitu.graph.recorded import Holder
 from insitu.graph.saved import SavedTensor, set_class, spent, swap
 from insitu.graph.saved_proxy import SavedProxy
 from insitu.graph.structure import map_structure, memory_of

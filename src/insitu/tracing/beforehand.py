@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
+from insitu.graph.lines import Lines
 from insitu.graph.node import Ref, Row
 from insitu.graph.operations import (
     APPLY,
@@ -29,7 +30,6 @@ from insitu.graph.operations import (
     SETITEM,
     WRITE,
 )
-from insitu.graph.recording import Lines
 from insitu.graph.shapes import calls_function, fake_value, works_in_one_dtype
 
 _NEVER_FAIL = (READ, SAVE, KEEP, GRAD, ATTRIBUTE)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from insitu.graph.recorded import Missing
+from insitu.graph.cells import Missing
 from insitu.graph.recording import Recording
 from insitu.graph.saved_proxy import withdraw
 

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 
 from insitu.batching.procedure import Procedure, Subject
+from insitu.graph.cells import Cell, Holder
 from insitu.graph.context import Casts, as_begun
 from insitu.graph.errors import ExecutionError, InsituError, JobError
+from insitu.graph.lines import ShapeSource
 from insitu.graph.location import here
 from insitu.graph.location import mark as here_mark
 from insitu.graph.node import Carried, Earlier, Graph
 from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.ordinary import ordinary_tensors
-from insitu.graph.recorded import Cell, Holder
-from insitu.graph.recording import ShapeSource
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.fingerprint import other_habits, other_structure, other_weights

@@ -11,9 +11,9 @@ from insitu.batching.layout import UnexpectedShapeError
 from insitu.batching.procedure import Procedure, Subject
 from insitu.display.progress import passes as listener
 from insitu.graph.errors import BlockError, NeverRanError, OptionError
+from insitu.graph.lines import Lines
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
-from insitu.graph.recording import Lines
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.backward_passes import run_backwards
 from insitu.runtime.eager import eagerly

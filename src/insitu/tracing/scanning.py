@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from insitu.batching.procedure import Procedure, Subject
+from insitu.graph.cells import Missing
 from insitu.graph.errors import UnknownShapeError
-from insitu.graph.recorded import Missing
-from insitu.graph.recording import Lines
+from insitu.graph.lines import Lines
 from insitu.graph.shapes import fake_value
 from insitu.runtime.summary import Summary
 from insitu.tracing.planning import prepare

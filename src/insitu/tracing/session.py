@@ -7,9 +7,9 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from insitu.graph.cells import WAITING
 from insitu.graph.errors import BlockError
 from insitu.graph.location import here
-from insitu.graph.recorded import WAITING
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.watching import watcher

@@ -1,0 +1,62 @@
+"""What was recorded, as far as a run or a question about shapes needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from insitu.graph.cells import Holder
+from insitu.graph.context import Casts
+from insitu.graph.node import Graph, Site
+
+
+class ShapeSource(Protocol):
+    """Knows, without running the model, the shapes of what will arrive at its sites."""
+
+    def arriving(self, site: Site) -> Any:
+        """Returns what arrives at a site, with fake tensors in place of tensors."""
+        ...
+
+    def fake_module(self, path: str) -> Callable[..., Any]:
+        """Returns a module as a function on fake tensors."""
+        ...
+
+    def writer(self) -> int | None:
+        """Returns in which invocation the running line stands, None if in none."""
+        ...
+
+    def weight_path(self, tensor: torch.Tensor) -> str | None:
+        """Returns the path of a weight of the model, None if the tensor is something else."""
+        ...
+
+    def weight(self, path: str) -> torch.Tensor:
+        """Returns a weight of the model, with data or without."""
+        ...
+
+
+class Lines(Protocol):
+    """What was recorded, as far as a run or a scan of it asks: here, or in another process.
+
+    Attributes:
+        graph: the nodes so far.
+        saves: where the run has to put what is saved, by the index of the node that saves it.
+        shapes: gives the shapes at sites; None where no model is behind the recording.
+        fakes: fake values of nodes, as far as anybody has asked, by node index.
+        casts: where autocast was enabled where the block began.
+        dtype: the default dtype there.
+        as_first_step: whether sites of later steps count as those of the first, while a question
+            is answered to which that makes no difference.
+        counting: what counts the operations of fake values, None if nobody wants to know.
+    """
+
+    graph: Graph
+    saves: dict[int, Holder]
+    shapes: ShapeSource | None
+    fakes: dict[int, Any]
+    casts: Casts
+    dtype: torch.dtype
+    as_first_step: bool
+    counting: AbstractContextManager[Any] | None
