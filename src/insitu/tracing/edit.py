@@ -21,7 +21,6 @@ from insitu.tracing.raw_errors import raise_explained
 
 if TYPE_CHECKING:
     from insitu.batching.procedure import Subject
-    from insitu.tracing.tracer import Tracer
 
 
 _OF_ONE_RUN = (SAVE, KEEP, BACKWARD, GRAD)
@@ -30,7 +29,7 @@ _OF_ONE_RUN = (SAVE, KEEP, BACKWARD, GRAD)
 class Editable(Protocol):
     """A model that can be had with edits."""
 
-    def trace(self) -> Tracer:
+    def trace(self) -> Any:
         """Opens a block, whose procedure says how outputs are shown."""
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from insitu.graph.errors import BlockError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
@@ -15,14 +15,10 @@ from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.runtime.inside import Called
 from insitu.runtime.probe import Call, Probe
+from insitu.tracing.around import Around
 from insitu.tracing.scope import Scope
 from insitu.tracing.site_shapes import arriving_at, called_in
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
-
-if TYPE_CHECKING:
-    from insitu.tracing.block import Block
-    from insitu.tracing.edit import Edit
-
 
 _USED_INSIDE = """
     block call called current_step demand enter fake forget_shapes leave most_steps number read
@@ -36,7 +32,7 @@ class Invocation(Scope):
     """What `tracer.invoke(prompt)` gives: a context in which sites mean this prompt's values.
 
     Attributes:
-        block: the block that it belongs to.
+        block: the block, or the edit, that it belongs to.
         model: whose sites it gives a meaning.
         number: its place among the invocations of the block, from 0.
         request: what the model is called with.
@@ -49,9 +45,7 @@ class Invocation(Scope):
         *("block", "current_step", "number", "request", "result"),
     )
 
-    def __init__(
-        self, block: Block | Edit[Any], number: int, request: Any, model: object = None
-    ) -> None:
+    def __init__(self, block: Around, number: int, request: Any, model: object = None) -> None:
         self._owner = None
         self.model = block.model if model is None else model
         self._recording = recording = block.recording
@@ -269,16 +263,18 @@ class Invocation(Scope):
         Raises:
             ShapeError: if the model cannot be run on fake tensors.
         """
-        block = cast("Block", self.block)
+        block = self.block
         return called_in(block.model, block.procedure, self.request, path)
 
     def fake(self, site: Site) -> Any:
         """Returns what will arrive at a site, as fake tensors; one fake run answers for all."""
-        block = cast("Block", self.block)
-        if self._probe is None:
+        block = self.block
+        probe = self._probe
+        if probe is None:
             procedure = block.procedure
-            self._probe = block.model.probe(procedure.example(self.request), procedure.views)
-        return arriving_at(site, self._probe, self.called, self._recording.graph, block.model)
+            example = procedure.example(self.request)
+            self._probe = probe = cast(Probe, block.model.probe(example, procedure.views))
+        return arriving_at(site, probe, self.called, self._recording.graph, block.model)
 
 
 class Invoked(Invocation):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from insitu.graph.cells import WAITING
 from insitu.graph.errors import BlockError
 from insitu.graph.location import here
+from insitu.graph.recording import Recording
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.watching import watcher
@@ -17,7 +18,25 @@ from insitu.tracing.watching import watcher
 if TYPE_CHECKING:
     from insitu.batching.procedure import Subject
     from insitu.runtime.job import Job
-    from insitu.tracing.block import Block
+    from insitu.tracing.job_making import Recorded
+
+
+class Member(Protocol):
+    """A block, as far as its session needs it."""
+
+    recording: Recording
+
+    def run(self) -> None:
+        """Runs what was recorded, and fills the saved values."""
+        ...
+
+    def give_up(self, reason: str) -> None:
+        """Says of every saved value why it will have none, if it has none yet."""
+        ...
+
+    def recorded(self) -> Recorded:
+        """Returns what a job is made of."""
+        ...
 
 
 class Session:
@@ -33,8 +52,8 @@ class Session:
 
     def __init__(self, model: Subject) -> None:
         self.model = model
-        self._blocks: list[Block] = []
-        self.blocks: Sequence[Block] | None = None
+        self._blocks: list[Member] = []
+        self.blocks: Sequence[Member] | None = None
         self._done = False
 
     def __enter__(self) -> Session:
@@ -100,12 +119,12 @@ class Session:
         """Returns the place of a block that begins now among those of the session."""
         return 1 + len(self._blocks)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: Member) -> None:
         """Takes a block that has been recorded."""
         self._blocks.append(block)
 
 
-def _run_all(waiting: list[Block]) -> None:
+def _run_all(waiting: list[Member]) -> None:
     """Runs blocks one after the other. Those after one that fails have no values."""
     while waiting:
         try:

@@ -7,19 +7,55 @@ unless something here says otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from insitu.graph.errors import BlockError, IndexOutOfRangeError, OptionError
 from insitu.graph.location import Location, Mark, mark
-from insitu.graph.node import EVERY
+from insitu.graph.node import EVERY, Kind
 from insitu.graph.proxy import Proxy
+from insitu.tracing.around import Around
 
-if TYPE_CHECKING:
-    from insitu.tracing.invocation import Invocation
+
+class Stepping(Protocol):
+    """An invocation, as far as its steps need it.
+
+    Attributes:
+        current_step: which step of a generation lines mean now.
+    """
+
+    current_step: int
+
+    @property
+    def block(self) -> Around:
+        """What it belongs to."""
+        ...
+
+    @property
+    def most_steps(self) -> int | None:
+        """How many steps it may have, None if nothing says so before the run."""
+        ...
+
+    def read(
+        self, path: str, kind: Kind, mark: Mark, call: int = 0, step: int | None = None
+    ) -> Proxy:
+        """Returns a proxy for the value of a module."""
+        ...
+
+    def write(
+        self,
+        path: str,
+        kind: Kind,
+        value: Any,
+        mark: Mark,
+        call: int = 0,
+        step: int | None = None,
+    ) -> None:
+        """Puts a value in the place of a module's own."""
+        ...
 
 
 class AtStep:
@@ -27,7 +63,7 @@ class AtStep:
 
     __slots__ = ("_before", "_invocations", "_start", "_step")
 
-    def __init__(self, invocations: list[Invocation], step: int) -> None:
+    def __init__(self, invocations: Sequence[Stepping], step: int) -> None:
         self._invocations = invocations
         self._step = step
         self._before: list[int] = []
@@ -68,7 +104,7 @@ class StepPicker:
 
     __slots__ = ("_invocations", "_steps")
 
-    def __init__(self, invocations: list[Invocation], steps: int | None) -> None:
+    def __init__(self, invocations: Sequence[Stepping], steps: int | None) -> None:
         self._invocations = invocations
         self._steps = steps
 
@@ -89,7 +125,7 @@ class StepValues(ABC):
 
     __slots__ = ("_invocation",)
 
-    def __init__(self, invocation: Invocation) -> None:
+    def __init__(self, invocation: Stepping) -> None:
         self._invocation = invocation
 
     def __call__(self, step: int | None = None) -> Proxy:
@@ -179,7 +215,7 @@ def checked_step(step: int, steps: int | None, line: Mark) -> int:
     return step % steps
 
 
-def each_step(invocations: list[Invocation], steps: int | None, line: Mark) -> Iterator[int]:
+def each_step(invocations: Sequence[Stepping], steps: int | None, line: Mark) -> Iterator[int]:
     """Returns the numbers of all steps; while one is out, lines mean that step.
 
     Raises:
@@ -194,13 +230,13 @@ def each_step(invocations: list[Invocation], steps: int | None, line: Mark) -> I
     return _rounds(invocations, steps)
 
 
-def _rounds(invocations: list[Invocation], steps: int) -> Iterator[int]:
+def _rounds(invocations: Sequence[Stepping], steps: int) -> Iterator[int]:
     for step in range(steps):
         with AtStep(invocations, step):
             yield step
 
 
-def next_step(invocations: list[Invocation], steps: int | None, line: Mark) -> int:
+def next_step(invocations: Sequence[Stepping], steps: int | None, line: Mark) -> int:
     """Lets the lines that come now mean the step after the one that they mean, and returns it."""
     for invocation in invocations:
         if invocation.current_step == EVERY:
