@@ -61,7 +61,9 @@ oracle: $(VENV)/installed $(ORACLES:%=$(VENV)-%/installed)
 
 # Many more of the random programs that the suite compares with plain PyTorch hooks.
 fuzz: $(VENV)/installed
-	INSITU_PROGRAMS=50000 $(BIN)/pytest -n $(WORKERS) tests/fidelity/test_programs.py
+	INSITU_PROGRAMS=40000 INSITU_STEP_PROGRAMS=5000 INSITU_GRADIENT_PROGRAMS=5000 \
+	$(BIN)/pytest -n $(WORKERS) tests/fidelity/test_programs.py \
+	tests/fidelity/test_step_programs.py tests/fidelity/test_gradient_programs.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
