@@ -43,6 +43,7 @@ from insitu.models.vision_language_model import VisionLanguageModel
 if TYPE_CHECKING:
     from insitu.methods.result import Result
     from insitu.runtime.job import Job
+    from insitu.runtime.limits import Limits
     from insitu.runtime.results import Results
     from insitu.tracing.invocation import Invocation
     from insitu.tracing.tracer import Tracer
@@ -56,6 +57,7 @@ with contextlib.suppress(ImportError):  # einops is no dependency: it is used wh
 _LATER = {
     "Invocation": "insitu.tracing.invocation",
     "Job": "insitu.runtime.job",
+    "Limits": "insitu.runtime.limits",
     "Result": "insitu.methods.result",
     "Results": "insitu.runtime.results",
     "Tracer": "insitu.tracing.tracer",
@@ -74,6 +76,7 @@ __all__ = [
     "JobError",
     "LanguageModel",
     "LimitError",
+    "Limits",
     "LoadError",
     "MissingPackageError",
     "Model",

@@ -167,7 +167,7 @@ def test_a_shape_that_depends_on_values_is_said() -> None:
     where = check.results["where"]
     assert where.shape is None and where.bytes is None and "depends on values" in where.reason
     assert check.result_bytes is None and check.results["logits"].bytes == 2 * 4 * 100 * 4
-    assert "of unknown size left out" in check.graph_flops.how
+    assert "2 at the largest size that they can have" in check.graph_flops.how
     assert "where: ? ?, ? bytes" in repr(check)
 
 

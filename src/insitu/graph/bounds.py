@@ -49,6 +49,18 @@ class Counter(Protocol):
         """Raises if a function of so many nodes cannot be called as often as it will be."""
         ...
 
+    def inner(self, operation: Any) -> Callable[..., Any]:
+        """Returns what computes an operation in a function that was recorded."""
+        ...
+
+    def rows(self, rows: Any) -> Any:
+        """Returns the nodes of a graph with operations that count what they take."""
+        ...
+
+    def tick(self) -> None:
+        """Raises if there is no time left."""
+        ...
+
 
 counting: ContextVar[Counter | None] = ContextVar("counting", default=None)
 """What counts the nodes that run, where a run has limits."""
@@ -263,6 +275,9 @@ def divided(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             if found > most:
                 what = f"makes {kind} of {_shortly(found)} entries"
                 raise exceeded(what, found, most, "save the tensor and divide it after the block")
+            counter = counting.get()
+            if counter is not None:
+                counter.call(found)
         return function(*args, **kwargs)
 
     return called

@@ -99,6 +99,18 @@ class LimitError(InsituError, RuntimeError):
         self.allowed = allowed
 
 
+def at_line(error: LimitError, location: Location | None) -> LimitError:
+    """Returns an error with the line that it is about.
+
+    Args:
+        error: an error without one.
+        location: the user's line.
+    """
+    return LimitError(
+        str(error), location, limit=error.limit, found=error.found, allowed=error.allowed
+    )
+
+
 class NeverRanError(InsituError, RuntimeError):
     """A site at which nothing arrived: its module was not called in the run."""
 

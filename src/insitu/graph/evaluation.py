@@ -102,5 +102,6 @@ def evaluate(
             values.append(inputs[args[0]])
             continue
         args, kwargs = cast("tuple[Any, Any]", resolved(args, kwargs, values, module))
-        values.append(operation.function(*args, **kwargs))
+        function = operation.function if counter is None else counter.inner(operation)
+        values.append(function(*args, **kwargs))
     return held_by(subgraph.output, lambda item: meaning(item, values, module))

@@ -32,6 +32,7 @@ from insitu.graph.wire_message import (
     ModulePart,
     RowPart,
     SubgraphPart,
+    encoded_rows,
     file_name,
     printable,
 )
@@ -148,8 +149,8 @@ class Writer:
         """The user's lines."""
         return [LinePart(*line) for line in self.lines]
 
-    def rows(self, graph: Graph) -> list[RowPart]:
-        """Returns the nodes of a graph.
+    def rows(self, graph: Graph) -> msgspec.Raw:
+        """Returns the nodes of a graph, encoded.
 
         Raises:
             WireError: if one of them cannot travel, with its line.
@@ -165,7 +166,7 @@ class Writer:
                     f"`{expression(graph, index)}` cannot be sent to another process: {error}.",
                     graph[index].location,
                 ) from None
-        return parts
+        return encoded_rows(parts)
 
     def fields(self, graph: Graph) -> Fields:
         """Returns the other fields of a graph."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
+from insitu.graph.errors import WireError
 from insitu.graph.wire_parts import Index, Part, Value
 from insitu.graph.wire_tensors import StoredTensor
 
@@ -38,9 +41,9 @@ class ModulePart(Part, tag="module"):
 
 
 class SubgraphPart(Part, tag="function"):
-    """A function that was recorded, that a node calls."""
+    """A function that was recorded, that a node calls. Its rows are encoded: see `encoded_rows`."""
 
-    rows: list[RowPart]
+    rows: msgspec.Raw
     output: Value
     fields: Fields
 
@@ -70,8 +73,43 @@ class Message(Part):
     files: list[str]
     lines: list[LinePart]
     tensors: list[StoredTensor]
-    rows: list[RowPart]
+    rows: msgspec.Raw
     fields: Fields
+
+
+def encoded_rows(rows: list[RowPart]) -> msgspec.Raw:
+    """Returns rows as a part of a message of their own, which is read after they are counted.
+
+    A row of five bytes takes hundreds of them in memory.
+    """
+    return msgspec.Raw(msgspec.msgpack.encode(rows))
+
+
+def row_count(rows: msgspec.Raw) -> int:
+    """Returns how many rows there are, without reading them.
+
+    Raises:
+        WireError: if they are no list.
+    """
+    head = bytes(memoryview(rows)[:5])
+    if head and head[0] & 0xF0 == 0x90:
+        return head[0] & 0x0F
+    length = {0xDC: 3, 0xDD: 5}.get(head[0] if head else 0)
+    if length is None:
+        raise WireError("its nodes are no list: they cannot be read")
+    return int.from_bytes(head[1:length], "big")
+
+
+def decoded_rows(rows: msgspec.Raw) -> list[RowPart]:
+    """Returns rows.
+
+    Raises:
+        WireError: if they are anything else.
+    """
+    try:
+        return _ROWS.decode(rows)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"its nodes cannot be read: {error}") from None
 
 
 def file_name(path: str) -> str:
@@ -82,3 +120,6 @@ def file_name(path: str) -> str:
 def printable(line: str) -> str:
     """Returns a line without what would not show, or end it where it is printed."""
     return "".join([character if character.isprintable() else " " for character in line])
+
+
+_ROWS = msgspec.msgpack.Decoder(list[RowPart])

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from insitu.graph.context import Context, context_of
-from insitu.graph.errors import WireError
+from insitu.graph.errors import LimitError, WireError
 from insitu.graph.location import Location, Mark, SourceLine
 from insitu.graph.node import (
     EVERY,
@@ -46,8 +46,10 @@ from insitu.graph.wire_message import (
     ModulePart,
     RowPart,
     SubgraphPart,
+    decoded_rows,
     file_name,
     printable,
+    row_count,
 )
 from insitu.graph.wire_parts import Index, Value
 from insitu.graph.wire_values import DEEPEST, ValueReader
@@ -77,20 +79,30 @@ class Reader:
     Args:
         tables: what the graphs refer to.
         tensors: the tensors that come with the message.
+        most_nodes: how many nodes all graphs may have together, None for any number.
+        most_sites: how many sites, likewise.
 
     Attributes:
         marks: the user's lines.
         values: reads arguments.
     """
 
-    def __init__(self, tables: Tables, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        tensors: Sequence[torch.Tensor],
+        most_nodes: int | None = None,
+        most_sites: int | None = None,
+    ) -> None:
+        self._most = {"nodes": most_nodes, "sites": most_sites}
+        self._counts = {"nodes": 0, "sites": 0}
         self._tables, self._tensors = tables, tensors
         self._operations = list(map(_operation, tables.operations))
         self._depth = 0
         self.values = ValueReader(tensors)
         self.marks = list(map(self._mark, tables.lines))
 
-    def graph(self, rows: list[RowPart], fields: Fields) -> Graph:
+    def graph(self, rows: msgspec.Raw, fields: Fields) -> Graph:
         """Returns a graph.
 
         Args:
@@ -99,8 +111,21 @@ class Reader:
 
         Raises:
             WireError: if there is anything that no recording makes.
+            LimitError: if there are more nodes or sites than there may be.
         """
         return self._graph(rows, fields, None)
+
+    def _count(self, what: str, more: int) -> None:
+        """Counts nodes before they are read, or sites."""
+        self._counts[what] += more
+        found, most = self._counts[what], self._most[what]
+        if most is not None and found > most:
+            raise LimitError(
+                f"The job has {found:,} {what} or more, and `Limits({what}=...)` is {most:,}.",
+                limit=what,
+                found=found,
+                allowed=most,
+            )
 
     def check_tensors(self) -> None:
         """Raises if the message comes with tensors that nothing read so far refers to.
@@ -111,8 +136,10 @@ class Reader:
         if len(self.values.used) != len(self._tensors):
             raise WireError("it comes with tensors that it does not use")
 
-    def _graph(self, parts: list[RowPart], fields: Fields, inputs: int | None) -> Graph:
+    def _graph(self, rows: msgspec.Raw, fields: Fields, inputs: int | None) -> Graph:
         """A graph: of a function, if it is called with a number of inputs."""
+        self._count("nodes", row_count(rows))
+        parts = decoded_rows(rows)
         made = Graph([])
         made.flags = True  # what does not travel, because it only saves looking
         addresses: set[Any] = set()
@@ -155,6 +182,7 @@ class Reader:
         nested = len(values.references) > sum(type(arg) is Ref for arg in args) or bool(functions)
         nested = nested or values.earlier > 0
         if operation is READ:
+            self._count("sites", 1)
             _check_address(args, kwargs, addresses)
         elif operation is INPUT:
             _check_input(args, kwargs, inputs or 0)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from insitu.runtime.job import Job
     from insitu.runtime.job_check import JobCheck
     from insitu.runtime.job_parts import JobModel, ProcedureName
+    from insitu.runtime.limits import Limits
     from insitu.runtime.results import Results
 
 
@@ -356,7 +357,7 @@ class Model(Handle):
         return described(self, self._origin, self._structure[1])
 
     @short_tracebacks
-    def run(self, job: Job) -> Results:
+    def run(self, job: Job, *, limits: Limits | None = None) -> Results:
         """Runs a job, and returns what it saves by name.
 
         The job may come from anybody, as bytes: see `Job.from_bytes`. Weights are loaded if they
@@ -364,8 +365,10 @@ class Model(Handle):
 
         Args:
             job: the job: of a block (`tracer.job`), of a session, or read from bytes.
+            limits: what it may take. None for any, as for a block of one's own.
 
         Raises:
+            LimitError: if it takes more than the limits allow, naming the limit and the line.
             JobError: if the job is for a model of another structure, saying what differs, or if
                 other edits are in force than those that it was recorded with.
             InsituError: for what is wrong with the run, at the line that was recorded; an
@@ -374,17 +377,21 @@ class Model(Handle):
         Example:
             `results = model.run(Job.from_bytes(data))`, and then `results["logits"]`.
         """
+        from insitu.tracing.job_checking import checked_budget
         from insitu.tracing.job_running import run_job
 
         self._notice()
-        return run_job(self, job)
+        if limits is None:
+            return run_job(self, job)
+        return run_job(self, job, checked_budget(self, job, limits))
 
     @short_tracebacks
-    def check(self, job: Job) -> JobCheck:
+    def check(self, job: Job, *, limits: Limits | None = None) -> JobCheck:
         """Says what a job would give and take, and runs nothing: no weights are loaded.
 
         Args:
             job: the job, as of `run`.
+            limits: what it may take, as of `run`.
 
         Returns:
             The shapes, dtypes and bytes of all results, the passes, floating-point operations and
@@ -392,12 +399,14 @@ class Model(Handle):
 
         Raises:
             JobError: as of `run`.
+            LimitError: if it would take more than the limits allow.
             InsituError: for what is wrong with the run, as far as that is found beforehand.
         """
+        from insitu.runtime.budget import Budget
         from insitu.tracing.job_checking import check_job
 
         self._notice()
-        return check_job(self, job)
+        return check_job(self, job, None if limits is None else Budget(limits))
 
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.

@@ -43,6 +43,10 @@ class Counting(TorchDispatchMode):
         """What was counted so far."""
         return Counts(self._flops, self._peak, self._made, self._live)
 
+    def restart(self) -> None:
+        """Lets `peak` be of what is made from now on, and of what is there now."""
+        self._peak = self._live
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

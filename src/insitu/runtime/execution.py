@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.graph.bounds import Counter, counting
 from insitu.graph.cells import Holder
 from insitu.graph.errors import InsituError, NeverRanError
 from insitu.graph.evaluation import resolved
@@ -58,6 +59,7 @@ class Execution:
     busy = False
     ended: Mapping[int, int] = MappingProxyType({})
     tape: Tape | None = None
+    _counter: Counter | None = None
     _arrived = 0
     _steps: Mapping[int, list[Any]] = MappingProxyType({})
     renewed: Mapping[int, object] = MappingProxyType({})
@@ -79,6 +81,10 @@ class Execution:
         self.differentiates = graph.differentiates
         if graph.contexts or not plan.plain:
             self._begin(graph, plan)
+        counter = counting.get()
+        if counter is not None:  # the run has limits
+            self._counter = counter
+            self._rows = counter.rows(self._rows)
 
     def _begin(self, graph: Graph, plan: Plan) -> None:
         """Makes ready for what few graphs have."""
@@ -296,6 +302,8 @@ class Execution:
 
         To be called between the steps of a run, and after the last.
         """
+        if self._counter is not None:
+            self._counter.tick()
         repeated = self._plan.repeated
         if repeated is None:
             return

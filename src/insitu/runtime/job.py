@@ -17,6 +17,7 @@ import torch
 from insitu.graph import disk
 from insitu.graph.expression import expression
 from insitu.runtime.job_parts import JobBlock, JobModel
+from insitu.runtime.limits import Limits
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -72,7 +73,13 @@ class Job:
         return to_bytes(self.model, self.blocks, without)
 
     @classmethod
-    def from_bytes(cls, data: bytes, tensors: Mapping[str, torch.Tensor] | None = None) -> Job:
+    def from_bytes(
+        cls,
+        data: bytes,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        *,
+        limits: Limits | None = None,
+    ) -> Job:
         """Returns the job that `to_bytes` made bytes of.
 
         It is safe to read bytes from anybody: nothing in them is evaluated, imported or unpickled.
@@ -80,14 +87,17 @@ class Job:
         Args:
             data: the bytes.
             tensors: tensors that are not among them, by digest.
+            limits: how many bytes, nodes and sites it may have. Rows that are too many are not
+                even read. Its other limits are those of `model.check` and `model.run`.
 
         Raises:
+            LimitError: if it has more.
             WireError: if they are no job, one of another version of Insitu, or one that takes
                 tensors that are not there.
         """
         from insitu.runtime.job_wire import from_bytes
 
-        return cls(*from_bytes(data, tensors or {}))
+        return cls(*from_bytes(data, tensors or {}, limits or Limits()))
 
     def save(self, path: str | os.PathLike[str], without: Collection[str] = ()) -> None:
         """Writes the job to a file, whole or not at all.
@@ -105,19 +115,24 @@ class Job:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        *,
+        limits: Limits | None = None,
     ) -> Job:
         """Returns the job in a file. Files from anybody can be read.
 
         Args:
             path: a file that `save` has written.
             tensors: as of `from_bytes`.
+            limits: as of `from_bytes`.
 
         Raises:
             LoadError: if the file cannot be read.
             WireError: if it holds no job that can be read.
         """
-        return cls.from_bytes(disk.read(path), tensors)
+        return cls.from_bytes(disk.read(path), tensors, limits=limits)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.save_names import LONGEST_NAME, unfit
 from insitu.graph.wire import Writer, decoded, said_of
 from insitu.graph.wire_frame import Frame
-from insitu.graph.wire_message import Fields, LinePart, RowPart
+from insitu.graph.wire_message import Fields, LinePart
 from insitu.graph.wire_parts import Index, Part, Value
 from insitu.graph.wire_reader import Reader
 from insitu.graph.wire_tensors import (
@@ -36,6 +36,7 @@ from insitu.graph.wire_values import ValueWriter
 from insitu.runtime.fingerprint import Fingerprint
 from insitu.runtime.job_options import check_options
 from insitu.runtime.job_parts import Demanded, JobBlock, JobModel, JobPrompt
+from insitu.runtime.limits import Limits
 
 VERSION = 1
 """The version of the format. Another one cannot be read."""
@@ -99,7 +100,7 @@ class BlockPart(Part):
     procedure: Literal["trace", "generate"]
     options: dict[_Name, Value]
     prompts: list[PromptPart]
-    rows: list[RowPart]
+    rows: msgspec.Raw
     fields: Fields
     saves: list[tuple[Index, _Name]]
     demanded: DemandedPart | None
@@ -159,14 +160,16 @@ def tensors_of(blocks: Sequence[JobBlock]) -> dict[str, torch.Tensor]:
 
 
 def from_bytes(
-    data: bytes, elsewhere: Mapping[str, torch.Tensor]
+    data: bytes, elsewhere: Mapping[str, torch.Tensor], limits: Limits
 ) -> tuple[JobModel, list[JobBlock]]:
     """Returns the model and the blocks of the job that bytes stand for; see `Job.from_bytes`."""
+    limits.check("peak_bytes", len(data), f"The job has {len(data):,} bytes")
     encoded, tensors = _FRAME.opened(data)
     message = decoded(_DECODER, encoded, "job")
     # What is run in blocks of any kind must not be made in inference mode.
     with said_of("job"), ordinary_tensors():
-        reader = Reader(message, restored_by_digest(message.tensors, tensors, elsewhere))
+        found = restored_by_digest(message.tensors, tensors, elsewhere)
+        reader = Reader(message, found, limits.nodes, limits.sites)
         names: set[str] = set()
         blocks = [_block(reader, part, names) for part in message.blocks]
         reader.check_tensors()

@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from insitu.batching.procedure import Subject
 from insitu.graph.context import as_begun
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import dtype_of, outlined, shape_of
 from insitu.graph.structure import tensors_of
+from insitu.runtime.budget import Beforehand, Budget
 from insitu.runtime.job import Job
 from insitu.runtime.job_check import Estimate, Expected, JobCheck
+from insitu.runtime.limits import Limits
 from insitu.runtime.summary import Planned
-from insitu.tracing.job_costs import graph_bytes, graph_costs, model_costs
+from insitu.tracing.graph_costs import graph_costs
+from insitu.tracing.job_costs import model_costs
 from insitu.tracing.job_running import Bound, JobLines, bind, check_model
 from insitu.tracing.planning import prepare
 
 
-def check_job(model: Subject, job: Job) -> JobCheck:
+def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobCheck:
     """Returns what a job would give and take.
 
     Args:
         model: the model that is to run it.
         job: the job.
+        budget: what it may spend, None if nothing is limited. What a run of it has to know is
+            noted there.
 
     Raises:
+        LimitError: if it takes more.
         JobError: if it is for another model.
         InsituError: for what is wrong with the run, as far as that is found beforehand.
     """
     differences = check_model(model, job)
+    limits = Limits() if budget is None else budget.limits
+    limits.check_graphs([block.graph for block in job.blocks])
     results: dict[str, Expected] = {}
     plans: list[Planned] = []
     model_flops = graph_flops = 0.0
-    peak = kept = unknown = 0
+    peak = kept = unknown = at_most = 0
     ways: set[str] = set()
     earlier: list[JobLines] = []
+    blocks: list[Beforehand] = []
     for block in job.blocks:
-        with ordinary_tensors(), as_begun(block.casts, block.dtype):
+        spending = nullcontext() if budget is None else budget.spending()
+        with spending, ordinary_tensors(), as_begun(block.casts, block.dtype):
             bound = bind(model, block, earlier, dry=True)
             lines = bound.lines
             prepared, passes = prepare(
@@ -48,20 +60,28 @@ def check_job(model: Subject, job: Job) -> JobCheck:
                 dry=True,
             )
             plan = Planned([single.told() for single in passes if single is not None])
-            flops, missing = graph_costs(lines)
             costs = model_costs(model, bound, plan)
+            recorded = graph_costs(lines, prepared.plan, steps_of(bound), budget)
             found = {name: _expected(bound, index) for index, name in block.saves.items()}
         earlier.append(lines)
         plans.append(plan)
         results |= found
         ways.add(costs.how)
-        model_flops, graph_flops = model_flops + costs.flops, graph_flops + flops
-        unknown += missing
-        saved = sum(one.bytes or 0 for one in found.values())
-        peak = max(peak, kept + costs.bytes + graph_bytes(lines, prepared.plan) + saved)
-        kept += saved
+        model_flops, graph_flops = model_flops + costs.flops, graph_flops + recorded.flops
+        unknown, at_most = unknown + recorded.unknown, at_most + recorded.largest
+        peak = max(peak, kept + costs.bytes + recorded.bytes)
+        blocks.append(Beforehand(recorded.known, kept + costs.bytes))
+        kept += sum(one.bytes or 0 for one in found.values())
+        flops = model_flops + graph_flops
+        line = block.prompts[0].location
+        limits.check("operations", flops, f"The job takes {flops:.3g} operations", line)
+        what = f"The job takes {peak:,} bytes at once beside the model's weights"
+        limits.check("peak_bytes", peak, what, line)
+    if budget is not None:
+        budget.blocks, budget.flops = blocks, model_flops + graph_flops
     weights = _weight_bytes(model)
-    beside = f"; {unknown} of unknown size left out" * (unknown > 0)
+    beside = f"; {at_most} at the largest size that they can have" * (at_most > 0)
+    beside += f"; {unknown} of unknown size left out" * (unknown > 0)
     return JobCheck(
         results,
         plans,
@@ -75,6 +95,37 @@ def check_job(model: Subject, job: Job) -> JobCheck:
         weights,
         differences,
     )
+
+
+def checked_budget(model: Subject, job: Job, limits: Limits) -> Budget:
+    """Returns what the run of a job may spend, once it is known that the job fits.
+
+    Args:
+        model: the model that is to run it.
+        job: the job.
+        limits: what it may take.
+
+    Raises:
+        LimitError: if it takes more.
+        InsituError: as of `check_job`.
+    """
+    budget = Budget(limits)
+    if limits.bounds_costs:
+        check_job(model, job, budget)
+        budget.stop_clock()
+    else:
+        limits.check_graphs([block.graph for block in job.blocks])
+    return budget
+
+
+def steps_of(bound: Bound) -> int:
+    """Returns how many steps a block has at most, as far as that is known.
+
+    Args:
+        bound: the block.
+    """
+    counts = [bound.procedure.steps_of(request) for request in bound.requests]
+    return max([count or 1 for count in counts])
 
 
 def _expected(bound: Bound, index: int) -> Expected:

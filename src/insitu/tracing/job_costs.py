@@ -9,15 +9,10 @@ import torch
 
 from insitu.batching.procedure import Subject
 from insitu.graph.errors import UnknownShapeError
-from insitu.graph.operations import READ
-from insitu.graph.shapes import fake_value
-from insitu.graph.structure import tensors_of
-from insitu.runtime.counting import Counting
 from insitu.runtime.counts import Counts
-from insitu.runtime.plan import Plan
 from insitu.runtime.probe import Call
 from insitu.runtime.summary import Planned, Summary
-from insitu.tracing.job_running import Bound, JobLines
+from insitu.tracing.job_running import Bound
 
 _NONE = Counts(0.0, 0, 0, 0)
 
@@ -105,54 +100,3 @@ def _bytes(single: Summary, own: Sequence[tuple[Call, Counts]], steps: int, keep
             held *= single.rows * single.positions / (rows * positions * len(own))
         found += held
     return int(found)
-
-
-def graph_costs(lines: JobLines) -> tuple[float, int]:
-    """Infers all values that were recorded, and counts what that takes.
-
-    Args:
-        lines: what was recorded. Its values without data are there afterwards.
-
-    Returns:
-        The floating-point operations, and of how many nodes nothing is known.
-    """
-    counting, unknown = Counting(), 0
-    for index, row in enumerate(lines.graph.rows):
-        lines.counting = None if row[0] is READ else counting  # a forward is counted elsewhere
-        try:
-            fake_value(lines, index)
-        except UnknownShapeError:
-            unknown += 1
-    lines.counting = None
-    return counting.counts.flops, unknown
-
-
-def graph_bytes(lines: JobLines, plan: Plan) -> int:
-    """Returns the most that recorded values hold at once.
-
-    Args:
-        lines: what was recorded, with its values without data.
-        plan: which values are needed how often.
-    """
-    rows, fakes = lines.graph.rows, lines.fakes
-    uses = list(plan.uses)
-    held: dict[int, tuple[int, int]] = {}  # how many values have a storage, and its bytes
-    now = most = 0
-    for index in range(len(rows)):
-        for tensor in tensors_of(fakes.get(index)):
-            storage = tensor.untyped_storage()
-            count, size = held.get(id(storage), (0, int(storage.nbytes())))
-            held[id(storage)] = count + 1, size
-            now += 0 if count else size
-        most = max(most, now)
-        for source in (*rows[index][3], index):
-            uses[source] -= source != index
-            if uses[source] > 0 or source not in fakes:
-                continue
-            uses[source] = 1 << 40  # it is gone once
-            for tensor in tensors_of(fakes[source]):
-                key = id(tensor.untyped_storage())
-                count, size = held[key]
-                held[key] = count - 1, size
-                now -= 0 if count > 1 else size
-    return most

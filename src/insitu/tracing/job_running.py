@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from insitu.batching.procedure import Procedure, Subject
 from insitu.graph.cells import Cell, Holder
 from insitu.graph.context import Casts, as_begun
-from insitu.graph.errors import ExecutionError, InsituError, JobError
+from insitu.graph.errors import ExecutionError, InsituError, JobError, LimitError, at_line
 from insitu.graph.lines import ShapeSource
 from insitu.graph.location import here
 from insitu.graph.location import mark as here_mark
@@ -20,6 +20,7 @@ from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
+from insitu.runtime.budget import Budget
 from insitu.runtime.fingerprint import other_habits, other_structure, other_weights
 from insitu.runtime.job import Job
 from insitu.runtime.job_parts import JobBlock, JobPrompt
@@ -70,14 +71,16 @@ class Bound(NamedTuple):
     requests: Sequence[Any]
 
 
-def run_job(model: Subject, job: Job) -> Results:
+def run_job(model: Subject, job: Job, budget: Budget | None = None) -> Results:
     """Runs a job.
 
     Args:
         model: the model.
         job: the job.
+        budget: what it may spend, as `checked_budget` gives it; None if nothing is limited.
 
     Raises:
+        LimitError: if it takes more.
         JobError: if it is for another model.
         InsituError: for what is wrong with the run.
     """
@@ -85,8 +88,9 @@ def run_job(model: Subject, job: Job) -> Results:
     values: dict[str, Any] = {}
     outputs: list[Outputs | None] = []
     earlier: list[JobLines] = []
-    for block in job.blocks:
-        with ordinary_tensors(), as_begun(block.casts, block.dtype):
+    for number, block in enumerate(job.blocks):
+        spending = nullcontext() if budget is None else budget.spending(number)
+        with spending, ordinary_tensors(), as_begun(block.casts, block.dtype):
             bound = bind(model, block, earlier)
             outputs.append(_run(model, block, bound))
         lines = bound.lines
@@ -169,7 +173,9 @@ def _run(model: Subject, block: JobBlock, bound: Bound) -> Outputs | None:
             model, bound.procedure, bound.lines, bound.requests, demanded, told
         )
         return None if plan.stops else bound.procedure.outputs(returned, bound.requests)
-    except InsituError:
+    except InsituError as error:
+        if isinstance(error, LimitError) and error.location is None:
+            raise at_line(error, block.prompts[0].location) from None
         raise
     except Exception as error:  # of the model's own, or of its `generate`
         lines = str(error).strip().splitlines()

@@ -1,0 +1,193 @@
+"""What recorded operations would take: arithmetic, memory and how many they are.
+
+All values are inferred without data. Where the size of one depends on values, the largest that it
+can have stands for it, and what is made of it is inferred with that. Where there is no largest, the
+node is left out, and a run with limits looks at it when it comes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch._subclasses import FakeTensor
+
+from insitu.graph.errors import InsituError, LimitError, UnknownShapeError
+from insitu.graph.expression import located
+from insitu.graph.node import Ref
+from insitu.graph.operations import READ, SAVE
+from insitu.graph.shapes import fake_value
+from insitu.graph.structure import map_structure, tensors_of
+from insitu.runtime.budget import Budget
+from insitu.runtime.counting import Counting
+from insitu.runtime.largest import largest
+from insitu.runtime.plan import Plan
+from insitu.tracing.job_running import JobLines
+
+
+class GraphCosts(NamedTuple):
+    """What recorded operations would take.
+
+    Attributes:
+        flops: floating-point operations.
+        bytes: the most that recorded values hold at once.
+        unknown: of how many nodes nothing is known.
+        largest: how many are counted with the largest size that they can have.
+        known: the nodes whose values have one size, which is known.
+    """
+
+    flops: float
+    bytes: int
+    unknown: int
+    largest: int
+    known: frozenset[int]
+
+
+def graph_costs(
+    lines: JobLines, plan: Plan, steps: int, budget: Budget | None = None
+) -> GraphCosts:
+    """Infers all values that were recorded, and counts what that takes.
+
+    Args:
+        lines: what was recorded. Its values without data are there afterwards.
+        plan: which values are needed how often.
+        steps: how many steps there are at most.
+        budget: what may be spent, None if nothing is limited.
+
+    Raises:
+        LimitError: as soon as more is spent, at the line of the operation.
+    """
+    inferred, meter = _Inferred(lines), _Meter(lines, plan, steps, budget)
+    for index in range(len(lines.graph.rows)):
+        value = inferred.value(index)
+        meter.add(index, value, inferred.counting)
+    counted, known = len(inferred.estimates.fakes), frozenset(lines.fakes)
+    unknown = len(lines.graph.rows) - counted
+    return GraphCosts(meter.flops, meter.most, unknown, counted - len(known), known)
+
+
+class _Inferred:
+    """Values without data, with the largest in the place of those that depend on values."""
+
+    def __init__(self, lines: JobLines) -> None:
+        self._lines = lines
+        self.estimates = copy.copy(lines)
+        self.estimates.fakes = {}
+        self.counting = Counting()
+
+    def value(self, index: int) -> Any:
+        """Returns the value of a node, None if nothing is known of it."""
+        lines, estimates = self._lines, self.estimates
+        reads = lines.graph.rows[index][0] is READ
+        self.counting.restart()
+        # A forward is counted elsewhere.
+        lines.counting = estimates.counting = None if reads else self.counting
+        try:
+            estimates.fakes[index] = fake_value(lines, index)
+        except UnknownShapeError:
+            estimates.as_first_step = True  # sizes of later steps are about those of the first
+            try:
+                estimates.fakes[index] = fake_value(estimates, index)
+            except UnknownShapeError:
+                self._estimate(index)
+            except LimitError:
+                raise
+            except InsituError:
+                pass  # the largest of two values need not go together
+            finally:
+                estimates.as_first_step = False
+        finally:
+            lines.counting = estimates.counting = None
+        return estimates.fakes.get(index)
+
+    def _estimate(self, index: int) -> None:
+        """Lets the largest value that an operation can give stand for the one that it gives."""
+        operation, args, kwargs, inputs, _, _ = self._lines.graph.rows[index]
+        fakes = self.estimates.fakes
+        first = next((one for source in inputs for one in tensors_of(fakes.get(source))), None)
+        if not isinstance(first, FakeTensor) or any(source not in fakes for source in inputs):
+            return
+
+        def leaf(item: Any) -> Any:
+            if type(item) is Ref:
+                return fakes[item.index]
+            return mode.from_tensor(item) if isinstance(item, torch.Tensor) else item
+
+        mode = first.fake_mode
+        try:
+            with mode, torch.no_grad(), self.counting:
+                given, named = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+                found = largest(operation.short, given, named)
+        except Exception:  # it is not called so, which the run says
+            return
+        if found is not None:
+            fakes[index] = found
+
+
+class _Meter:
+    """Adds up what the nodes of a graph take, in their order."""
+
+    def __init__(self, lines: JobLines, plan: Plan, steps: int, budget: Budget | None) -> None:
+        self._lines = lines
+        self._rows = lines.graph.rows
+        self._uses = list(plan.uses)
+        self._keeps = lines.graph.differentiates  # autograd may keep all
+        self._steps = steps
+        self._budget = budget
+        self._held: dict[int, tuple[int, int]] = {}  # how many values have a storage, and its bytes
+        self._values: dict[int, Sequence[torch.Tensor]] = {}
+        self._counted = 0.0
+        self._now = 0
+        self.flops = 0.0
+        self.most = 0
+
+    def add(self, index: int, value: Any, counting: Counting) -> None:
+        """Adds a node, whose value was just inferred."""
+        counts = counting.counts
+        times = self._steps if self._repeats(index) else 1
+        self.flops += (counts.flops - self._counted) * times
+        self._counted = counts.flops
+        made = 0
+        self._values[index] = found = tensors_of(value)
+        for tensor in found:
+            storage = tensor.untyped_storage()
+            count, size = self._held.get(id(storage), (0, int(storage.nbytes())))
+            self._held[id(storage)] = count + 1, size
+            made += 0 if count else size
+        if self._rows[index][0] is SAVE:
+            made *= times
+        self._now += made
+        # What an operation makes on its way is gone after it.
+        self.most = max(self.most, self._now + max(counts.peak - counts.left, 0))
+        self._check(index, times)
+        if not self._keeps:
+            self._free(index)
+
+    def _repeats(self, index: int) -> bool:
+        return any(start <= index < end for start, end in self._lines.graph.repeats)
+
+    def _free(self, index: int) -> None:
+        for source in (*self._rows[index][3], index):
+            self._uses[source] -= source != index
+            if self._uses[source] > 0 or source not in self._values:
+                continue
+            for tensor in self._values.pop(source):
+                key = id(tensor.untyped_storage())
+                count, size = self._held[key]
+                self._held[key] = count - 1, size
+                self._now -= 0 if count > 1 else size
+
+    def _check(self, index: int, times: int) -> None:
+        if self._budget is None:
+            return
+        limits = self._budget.limits
+        try:
+            self._budget.call(times)
+            what = f"takes the recorded operations to {self.flops:.3g}"
+            limits.check("operations", self.flops, what)
+            what = f"takes recorded values to {self.most:,} bytes at once"
+            limits.check("peak_bytes", self.most, what)
+        except LimitError as error:
+            raise located(self._lines.graph, index, error) from None
