@@ -165,8 +165,8 @@ def test_references_travel_wherever_they_stand() -> None:
 
 
 def test_every_operation_and_every_field_of_a_graph_travels() -> None:
-    # Flags are set in what is read, and `picture` is of the class.
-    assert set(Graph.__annotations__) == {"rows", "flags", "picture", *FIELDS}
+    # `picture` is of the class.
+    assert set(Graph.__annotations__) == {"rows", "picture", *FIELDS}
     for operation in BY_NAME.values():
         assert _operation(operation.name) is operation
 

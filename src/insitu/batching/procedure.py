@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 from torch import nn
 
 from insitu.batching.asked import Asked
+from insitu.engine.plan_cache import PlanCache
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Graph, Place
 from insitu.graph.operations import READ
@@ -21,7 +22,6 @@ from insitu.runtime.hooks import View
 from insitu.runtime.passes import Outputs, Pass
 from insitu.runtime.plan import Plan, written
 from insitu.runtime.probe import Call, Probe
-from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class Subject(Protocol):
         ...
 
     @property
-    def plans(self) -> Plans[Any]:
+    def plans(self) -> PlanCache[Any]:
         """What was planned before, for graphs of the same shape."""
         ...
 

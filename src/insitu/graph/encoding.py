@@ -24,10 +24,10 @@ from insitu.graph.saved import SavedList, SavedTensor
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 
-# Constants that a node may hold as they are; bools too, but those are noted down (`Graph.flags`).
+# Constants that a node may hold as they are.
 PLAIN = frozenset(
     (
-        *(bytes, complex, float, int, str, type(None), type(Ellipsis)),
+        *(bool, bytes, complex, float, int, str, type(None), type(Ellipsis)),
         *(torch.Size, torch.Tensor, torch.device, torch.dtype, torch.layout, torch.memory_format),
         torch.Generator,
     )
@@ -89,9 +89,6 @@ def encode(recording: AnyRecording, value: Any, inputs: list[int], mark: Mark) -
             # Not by `leaf`, which would then refer to itself: a cycle that only the collector ends.
             return encode(recording, item.value, inputs, mark)
         if type(item) in PLAIN or isinstance(item, torch.Tensor | Function | WeightRef):
-            return item
-        if type(item) is bool:
-            recording.graph.flags = True
             return item
         if isinstance(item, Number) and hasattr(item, "item"):  # a NumPy scalar
             return cast(Any, item).item()

@@ -225,7 +225,6 @@ class Graph:
         after: the nodes that read a site in one step after it is written in every step, and the
             nodes that read it there.
         unfused: the nodes that read what is only there if attention is not one fused function.
-        flags: whether an argument given by position may be a bool: it equals a number.
         contexts: what differs around a node from what the block runs in, by the node.
     """
 
@@ -240,7 +239,6 @@ class Graph:
     differentiates: bool = False
     after: Mapping[int, int] = MappingProxyType({})
     unfused: frozenset[int] = frozenset()
-    flags: bool = False
     contexts: Mapping[int, Context] = MappingProxyType({})
 
     picture: ClassVar[Callable[[Graph], str]] = repr

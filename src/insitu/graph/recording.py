@@ -155,9 +155,7 @@ class Recording(AnyRecording):
                 )
             before, carried = len(inputs), self.carried
             kwargs = {
-                key: arg
-                if type(arg) in PLAIN or type(arg) is bool
-                else encode(self, arg, inputs, mark)
+                key: arg if type(arg) in PLAIN else encode(self, arg, inputs, mark)
                 for key, arg in kwargs.items()
             }
             nested = nested or len(inputs) > before or self.carried > carried

@@ -20,7 +20,6 @@ def replay(recording: Recording, graph: Graph, number: int, step: int) -> None:
         step: the step, or `EVERY`.
     """
     rows = recording.graph.rows
-    recording.graph.flags = recording.graph.flags or graph.flags
     start = len(rows)
     moved: list[Ref] = []
 

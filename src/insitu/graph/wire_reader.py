@@ -141,7 +141,6 @@ class Reader:
         self._count("nodes", row_count(rows))
         parts = decoded_rows(rows)
         made = Graph([])
-        made.flags = True  # what does not travel, because it only saves looking
         addresses: set[Any] = set()
         for part in parts:
             if part.line >= len(self.marks) or part.operation >= len(self._operations):

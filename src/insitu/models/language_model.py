@@ -15,6 +15,7 @@ from torch import nn
 
 from insitu.batching.cost_model import Costs
 from insitu.batching.procedure import Procedure
+from insitu.engine.plan_cache import PlanCache
 from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph
@@ -33,7 +34,6 @@ from insitu.models.rotary import LengthDependence, growing_parts, length_depende
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
 from insitu.models.usual import Usual
 from insitu.runtime.own_hooks import users_hooks_hang_on
-from insitu.runtime.reuse import Plans
 from insitu.tracing.block import Block
 from insitu.tracing.tracer import Tracer
 
@@ -247,7 +247,7 @@ class LanguageModel(Model):
             self._renew()
         if not self._usual.still_holds():  # another implementation of attention
             self._forget_runs(self._own_runs.substitute)
-            vars(self)["plans"] = Plans()
+            vars(self)["plans"] = PlanCache()
             vars(self)["_vocabulary"] = self._names(self._module)
             self._describe()
 

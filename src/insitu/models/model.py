@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from insitu.batching.procedure import Procedure
+from insitu.engine.plan_cache import PlanCache
 from insitu.graph import disk
 from insitu.graph.errors import OptionError, WireError
 from insitu.graph.habits import OF_MODULES
@@ -31,7 +32,6 @@ from insitu.runtime.eager import uncompiled
 from insitu.runtime.exclusive import Exclusive, exclusive
 from insitu.runtime.hooks import View
 from insitu.runtime.probe import Call, Probe, fake_call
-from insitu.runtime.reuse import Plans
 from insitu.runtime.tree import Looks, Tree
 from insitu.tracing.block import Block
 from insitu.tracing.edit import Edit, described
@@ -138,7 +138,7 @@ class Model(Handle):
     exclusive: Exclusive
     edits: Sequence[Graph]
     caches: Collection[str] = CACHES
-    plans: Plans[Any]
+    plans: PlanCache[Any]
     views: dict[str, View]
     _vocabulary: Vocabulary
     _internal = frozenset(_USED_INSIDE.split())
@@ -460,7 +460,7 @@ class Model(Handle):
         other = object.__new__(type(self))
         own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
         vars(other).update(own, _model=other, _site=(other, "", 0), _items={}, _roles={})
-        vars(other).update(plans=Plans(), looks=Looks())
+        vars(other).update(plans=PlanCache(), looks=Looks())
         vars(other).update(_base=self, edits=(*self.edits, graph))
         return other
 
@@ -540,7 +540,7 @@ class Model(Handle):
         other = object.__new__(type(self))
         own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
         vars(other).update(own, _model=other, _site=(other, "", 0), _items={}, _roles={})
-        vars(other).update(plans=Plans(), looks=Looks())
+        vars(other).update(plans=PlanCache(), looks=Looks())
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -581,7 +581,7 @@ class Model(Handle):
             vars(self)["_stacks"] = frozenset([*self._stacks, *known])
         views = block_views(module, config, True, self._stacks) if named else {}
         vars(self).update(_module=module, snapshot=tree, exclusive=exclusive(module))
-        vars(self).update(plans=Plans(), views=views)
+        vars(self).update(plans=PlanCache(), views=views)
         self._forget_runs()
         vars(self)["_weights"] = tree.weights()
         vars(self)["_vocabulary"] = self._names(module) if named else NoVocabulary()
