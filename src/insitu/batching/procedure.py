@@ -149,8 +149,19 @@ class Procedure(Protocol, Generic[Request]):
         """
         ...
 
+    def halved(self, requests: Sequence[Request]) -> Procedure[Request] | None:
+        """Returns the same with passes of half as much at most; None if they cannot be smaller.
+
+        Args:
+            requests: what the invocations of a pass that is too large were given.
+        """
+        ...
+
     def outputs(self, results: Sequence[Any], requests: Sequence[Request]) -> Outputs | None:
-        """Returns what the passes' calls returned as one, if the procedure promises an output."""
+        """Returns what the passes' calls returned as one, if the procedure promises an output.
+
+        Of a pass that failed that is None, and so is then what all of them returned as one.
+        """
         ...
 
 

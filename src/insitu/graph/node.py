@@ -6,7 +6,7 @@ for the value of an earlier node. Nothing here knows how values are computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -226,6 +226,8 @@ class Graph:
             nodes that read it there.
         unfused: the nodes that read what is only there if attention is not one fused function.
         contexts: what differs around a node from what the block runs in, by the node.
+        scopes: the nodes that stand in the `with` of an invocation: its number, and from which
+            node to which, without it. An inner one comes before the one around it.
     """
 
     rows: list[Row]
@@ -240,6 +242,7 @@ class Graph:
     after: Mapping[int, int] = MappingProxyType({})
     unfused: frozenset[int] = frozenset()
     contexts: Mapping[int, Context] = MappingProxyType({})
+    scopes: Sequence[tuple[int, int, int]] = ()
 
     picture: ClassVar[Callable[[Graph], str]] = repr
     """What notebooks show of a graph, as HTML. Pictures are made above this folder."""

@@ -20,6 +20,7 @@ FieldName = Literal[
     "after",
     "unfused",
     "contexts",
+    "scopes",
 ]
 """The fields of a graph but its rows. Another name is refused before what is under it is made."""
 

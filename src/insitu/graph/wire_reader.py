@@ -336,6 +336,13 @@ def _contexts(rows: list[tuple[int, int]]) -> dict[int, Context]:
         raise WireError(f"no context around a line has the numbers {error}") from None
 
 
+def _scopes(rows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """The nodes that stand in the `with` of invocations."""
+    if any(first >= end for _, first, end in rows):
+        raise WireError("no node stands in the `with` of an invocation that is named")
+    return rows
+
+
 # Every field of a graph but its rows: what holds the entries, and what their columns are.
 FIELDS: Mapping[FieldName, Field] = {
     "writes": Field(dict, (_node(READ, GRAD), _node(WRITE, PUT))),
@@ -347,6 +354,7 @@ FIELDS: Mapping[FieldName, Field] = {
     "after": Field(dict, (_node(READ), _node(READ))),
     "unfused": Field(frozenset, (_node(READ),)),
     "contexts": Field(_contexts, (_node(), _number)),
+    "scopes": Field(_scopes, (_number, _bound, _bound)),
 }
 
 # Which of the arguments of an operation are functions, and of what kind they are.

@@ -172,6 +172,21 @@ class LanguageForward:
         options = (self._model, self._options, terms, module)
         return Batches(*options, requests, work, budget, self._share).passes
 
+    def halved(self, requests: Sequence[Prompt]) -> LanguageForward | None:
+        """Returns the same with passes of half as many tokens at most, in which nothing is shared.
+
+        Args:
+            requests: the prompts of a pass that is too large.
+        """
+        tokens = sum(prompt.ids.shape[0] for prompt in requests)
+        tokens *= max(prompt.ids.shape[1] for prompt in requests)
+        if self._budget is not None:
+            tokens = min(tokens, self._budget)
+        if tokens == 1:
+            return None
+        options = dict(self._options)
+        return LanguageForward(self._model, options, tokens // 2, False, self._dry)
+
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""
         raise OptionError("A trace chooses no tokens: use `generate`.", location)

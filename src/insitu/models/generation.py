@@ -127,6 +127,22 @@ class Generation:
         """Returns how many steps an invocation may have, None if nothing says so."""
         return self._calls.steps_of(request)
 
+    def halved(self, requests: Sequence[Prompt]) -> Generation | None:
+        """Returns the same with passes of half as many tokens at most.
+
+        Args:
+            requests: the prompts of a pass that is too large.
+        """
+        tokens = sum(prompt.ids.shape[0] for prompt in requests)
+        tokens *= max(
+            prompt.ids.shape[1] + (self._calls.at_most(prompt) or 0) for prompt in requests
+        )
+        if self._budget is not None:
+            tokens = min(tokens, self._budget)
+        if tokens == 1:
+            return None
+        return Generation(self._model, dict(self._options), self._location, tokens // 2)
+
     def check_tokens(self, location: Location) -> None:
         """Raises if the steps choose no token for each row.
 

@@ -180,6 +180,8 @@ class GenerationPasses:
             return Outputs(results[0], [_sequences(results[0])])
         each: dict[int, torch.Tensor] = {}
         for generated in results:
+            if generated is None:  # its pass failed
+                continue
             if len(generated.steps) == 1:  # it may have other rows than its prompt, as of beams
                 each[next(iter(generated.steps))] = _sequences(generated.result)
                 continue
@@ -190,7 +192,9 @@ class GenerationPasses:
             ]
             rows = rows_apart(_sequences(generated.result), sizes)
             each.update(zip(generated.steps, rows, strict=True))
-        ordered = [each[number] for number in range(len(requests))]
+        ordered = [each.get(number) for number in range(len(requests))]
+        if any(one is None for one in ordered):
+            return Outputs(None, ordered)
         limits = {self._calls.most_of(prompt) for prompt in requests}
         if len(results) == 1 and len(limits) == 1:
             return Outputs(results[0].result, ordered)

@@ -108,6 +108,9 @@ class Forward:
         """Returns what gives a pass for each invocation: how to batch arguments is not known."""
         return _alone
 
+    def halved(self, requests: Sequence[Call]) -> None:
+        """Returns that its passes cannot be smaller."""
+
     def check_tokens(self, location: Location) -> None:
         """Raises: a forward chooses no tokens."""
         raise OptionError("A forward chooses no tokens: use `generate`.", location)

@@ -7,7 +7,7 @@ Those of invocations that have nothing to do with each other are run as one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,16 @@ from insitu.graph.errors import CausalityError, InsituError
 from insitu.graph.expression import expression
 from insitu.runtime.execution import Execution, set_grad_enabled
 from insitu.runtime.failure import failure
+from insitu.runtime.failures import Failed, Failures
 from insitu.runtime.gradient_binding import Backward
 
 
 def run_backwards(
-    execution: Execution, groups: Sequence[Backward], leaves: Sequence[torch.Tensor]
+    execution: Execution,
+    groups: Sequence[Backward],
+    leaves: Sequence[torch.Tensor],
+    failures: Failures | None = None,
+    apart: bool = False,
 ) -> None:
     """Runs the backward passes of a run.
 
@@ -29,18 +34,41 @@ def run_backwards(
         execution: has the values, and takes the gradients.
         groups: the passes in their order, together those that may run as one.
         leaves: the user's own tensors that want gradients.
+        failures: takes what fails, so that the others run; None if that ends the run.
+        apart: whether each is to run by itself, which tells which one fails.
 
     Raises:
         InsituError: if one fails, pointing at its line.
     """
     for number, (group, *_) in enumerate(groups):
-        for index in group:
-            _check_complete(execution, index)
-        as_one = all(_starts_well(execution, index) for index in group)
+        if failures is not None and failures.found:
+            group = [index for index in group if index not in failures.lost.nodes]
+        as_one = not apart and all(_starts_well(execution, index) for index in group)
         parts = [group] if as_one else [[index] for index in group]
-        for at, part in enumerate(parts):
+        for at, part in enumerate(parts if group else ()):
             last = number + 1 == len(groups) and at + 1 == len(parts)
-            _run(execution, part, leaves, not last)
+            try:
+                for index in part:
+                    execution.failing = (index,)
+                    _check_complete(execution, index)
+                execution.failing = part
+                _run(execution, part, leaves, not last)
+            except Exception as error:
+                if failures is None:
+                    raise
+                failed, execution.failing = execution.failing, ()
+                failures.add(Failed(error, failed, _of_pass(execution, failures, failed), True))
+                if failures.ends_run:
+                    return
+
+
+def _of_pass(
+    execution: Execution, failures: Failures, nodes: Sequence[int]
+) -> Collection[int]:
+    """The invocations that a backward pass goes through, of which one may be to blame."""
+    if len(nodes) == 1 and execution.tape is not None and execution.tape.is_batched:
+        return {address[0] for address in execution._plan.reads}
+    return failures.dependence.invocations(nodes)
 
 
 def _check_complete(execution: Execution, index: int) -> None:

@@ -54,9 +54,11 @@ class Execution:
         ended: the invocations that have no further steps, with how many they had.
         tape: what autograd is asked for, if anything is.
         renewed: the nodes whose values are made new tensors, so that they have gradients.
+        failing: the nodes one of which has failed, if any has.
     """
 
     busy = False
+    failing: Sequence[int] = ()
     ended: Mapping[int, int] = MappingProxyType({})
     tape: Tape | None = None
     _counter: Counter | None = None
@@ -168,6 +170,7 @@ class Execution:
                     )
             except Exception as error:
                 self.busy = False
+                self.failing = (step,)
                 if isinstance(error, InsituError) and error.location is not None:
                     raise
                 cause = None if isinstance(error, InsituError) else error  # it is said once
@@ -280,10 +283,12 @@ class Execution:
         try:
             return make()
         except InsituError as error:
+            self.failing = (self._plan.skips[index],)
             raise located(self._graph, self._plan.skips[index], error) from error
 
     def _too_early(self, index: int, write: int) -> InsituError:
         """The error for something that is handed over and depends on what has not arrived yet."""
+        self.failing = (write,)
         missing = self._plan.needs[write] & ~self._arrived
         late = [read for read, bit in self._plan.bits.items() if missing & bit]
         for read in late:

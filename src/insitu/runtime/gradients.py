@@ -92,6 +92,8 @@ class Tape:
         self._leaves: list[torch.Tensor] = []  # where autograd begins in a frozen model
         self._listening: Sequence[int] = ()  # the gradients of the running pass, if some change
         self._came: set[int] = set()
+        # The user's own tensors with the gradients that they had before each that was added.
+        self._accumulated: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def renewed(self, index: int, value: Any, done: set[Path] | None = None) -> Any:
         """Returns a value with new tensors in the places whose gradients are wanted.
@@ -375,7 +377,14 @@ class Tape:
         models = {id(parameter) for parameter in self._model.parameters()} if tensors else ()
         for tensor, grad in zip(tensors, grads, strict=True):
             if grad is not None and id(tensor) not in models:
+                self._accumulated.append((tensor, tensor.grad))
                 tensor.grad = grad if tensor.grad is None else tensor.grad + grad
+
+    def take_back(self) -> None:
+        """Gives the user's own tensors the gradients that they had before the run."""
+        while self._accumulated:
+            tensor, grad = self._accumulated.pop()
+            tensor.grad = grad
 
     def _on_its_way(self, index: int, value: torch.Tensor) -> torch.Tensor:
         """Takes the gradient of a followed value while a pass runs, and returns what goes on."""

@@ -256,6 +256,8 @@ def _block(reader: Reader, part: BlockPart, names: set[str]) -> JobBlock:
                 f"node {index} is of invocation {args[0]}, and there are {len(prompts)}",
                 graph[index].location,
             )
+    if any(number >= len(prompts) for number, *_ in graph.scopes):
+        raise WireError("lines stand in an invocation that is not there")
     saved = frozenset(at for at, row in enumerate(graph.rows) if row[0] in (SAVE, KEEP))
     saves = dict(part.saves)
     if len(saves) < len(part.saves) or not saves.keys() <= saved:

@@ -29,10 +29,10 @@ from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordina
 from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
 from insitu.graph.tracebacks import shortened
-from insitu.runtime.plan import Plan
+from insitu.runtime.failures import first_error
 from insitu.runtime.summary import Summary
 from insitu.tracing.invocation import Invocation, Invoked
-from insitu.tracing.running import run_block
+from insitu.tracing.running import Ran, run_block
 from insitu.tracing.scanning import scan_block
 from insitu.tracing.scope import innermost
 from insitu.tracing.session import Session, open_sessions, session_of
@@ -174,6 +174,7 @@ class Block:
             return
         told: list[Callable[[], Summary]] = []
         self.told = told
+        failed: Exception | None = None
         model, procedure, requests = self.model, self.procedure, self._requests
         watching = watcher.get()
         if watching is not None:
@@ -183,9 +184,11 @@ class Block:
                 scan_block(model, procedure, recording, requests, told)
             else:
                 demanded = self._demanded
-                plan, results = run_block(model, procedure, recording, requests, demanded, told)
+                ran = run_block(model, procedure, recording, requests, demanded, told)
                 if self.promises_output:
-                    self._take_outputs(plan, results)
+                    self._take_outputs(ran)
+                if ran.failed:
+                    failed = first_error(ran.failed)
         except BaseException as failure:
             recording.fail(f"its run raised {type(failure).__name__}.")
             if watching is not None:
@@ -197,7 +200,12 @@ class Block:
             # They refer to this: without them what nobody keeps is gone at once.
             self.invocations, self.alone = [], None
         if watching is not None:
-            watching.ended(self, None)
+            watching.ended(self, failed)
+        if failed is not None:  # of some invocations: the values of the others are there
+            try:
+                raise shortened(failed)
+            finally:
+                del failed  # else the error and this frame would keep each other
 
     @property
     def job(self) -> Job:
@@ -299,12 +307,12 @@ class Block:
         """Returns a weight of the model, with data or without."""
         return self.model.modules[""].get_parameter(path)
 
-    def _take_outputs(self, plan: Plan, results: Sequence[Any]) -> None:
+    def _take_outputs(self, ran: Ran) -> None:
         """Makes what the passes returned into what the block and its invocations give."""
-        if plan.stops:
+        if ran.plan.stops:
             self.is_stopped = True
             return
-        outputs = self.procedure.outputs(results, self._requests)
+        outputs = ran.outputs
         if outputs is not None:
             self.result = outputs.whole
             for invocation, result in zip(self.invocations, outputs.each, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, cast
 
 from insitu.graph.errors import BlockError, NoValueError, PathError
@@ -284,7 +284,26 @@ class Invoked(Invocation):
     each site asks for. The invocation of a block with one prompt has no name, and does without.
     """
 
-    __slots__ = ()
+    __slots__ = ("_first",)
+
+    def enter(self, frame: FrameType) -> None:
+        """Opens the scope.
+
+        Args:
+            frame: the frame whose `with` statement this is.
+        """
+        self._first = len(self._recording.graph.rows)
+        super().enter(frame)
+
+    def leave(self) -> None:
+        """Closes it if it is open, and notes which lines stand in it."""
+        if self._owner is not None:
+            graph = self._recording.graph
+            end = len(graph.rows)
+            if end > self._first:
+                graph.scopes = scopes = graph.scopes or []
+                cast("list[Any]", scopes).append((self.number, self._first, end))
+        super().leave()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

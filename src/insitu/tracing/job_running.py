@@ -22,6 +22,7 @@ from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.budget import Budget
 from insitu.runtime.fingerprint import other_habits, other_structure, other_weights
+from insitu.runtime.failures import first_error
 from insitu.runtime.job import Job
 from insitu.runtime.job_parts import JobBlock, JobPrompt
 from insitu.runtime.passes import Outputs
@@ -169,10 +170,10 @@ def _run(model: Subject, block: JobBlock, bound: Bound) -> Outputs | None:
     told: list[Callable[[], Summary]] = []
     try:
         demanded = block.demanded and (block.demanded.options, block.demanded.mark)
-        plan, returned = run_block(
-            model, bound.procedure, bound.lines, bound.requests, demanded, told
-        )
-        return None if plan.stops else bound.procedure.outputs(returned, bound.requests)
+        ran = run_block(model, bound.procedure, bound.lines, bound.requests, demanded, told)
+        if ran.failed:
+            raise first_error(ran.failed)
+        return ran.outputs
     except InsituError as error:
         if isinstance(error, LimitError) and error.location is None:
             raise at_line(error, block.prompts[0].location) from None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from insitu.batching.layout import UnexpectedShapeError
-from insitu.batching.procedure import Procedure, Subject
+from insitu.batching.procedure import Outputs, Procedure, Subject
 from insitu.display.progress import passes as listener
 from insitu.graph.errors import BlockError, NeverRanError, OptionError
 from insitu.graph.lines import Lines
@@ -18,6 +20,7 @@ from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.backward_passes import run_backwards
 from insitu.runtime.eager import eagerly
 from insitu.runtime.execution import Execution
+from insitu.runtime.failures import Failed, FailedInvocations, Failures
 from insitu.runtime.following import following
 from insitu.runtime.hooks import View
 from insitu.runtime.leaves import leaves_of
@@ -30,6 +33,20 @@ from insitu.tracing.never_ran import never_ran
 from insitu.tracing.planning import Prepared, prepare
 
 
+class Ran(NamedTuple):
+    """How a block ran.
+
+    Attributes:
+        plan: its plan.
+        outputs: what its passes returned, None if the procedure promises no output.
+        failed: what its invocations raised, none if all have run.
+    """
+
+    plan: Plan
+    outputs: Outputs | None
+    failed: Sequence[FailedInvocations] = ()
+
+
 def run_block(
     model: Subject,
     procedure: Procedure[Any],
@@ -37,8 +54,10 @@ def run_block(
     requests: Sequence[Any],
     demanded: tuple[Mapping[str, Any], Mark] | None,
     told: list[Callable[[], Summary]],
-) -> tuple[Plan, list[Any]]:
+) -> Ran:
     """Runs a block and fills its saved values.
+
+    If one of several invocations fails, the others run all the same, and what they save is there.
 
     Args:
         model: the model. Its weights are loaded if they are not there.
@@ -49,11 +68,8 @@ def run_block(
             there are none.
         told: gets, for each pass, the function that summarises it.
 
-    Returns:
-        How it was run, and what its passes returned.
-
     Raises:
-        InsituError: for what is wrong with the run.
+        InsituError: for what is wrong with the run, if nothing of it can run.
     """
     if model.loaded:
         module = model.snapshot.root
@@ -62,6 +78,40 @@ def run_block(
         module = model.load()
     if demanded is not None:
         _verify(model, *demanded)
+    failures = None if len(requests) == 1 else Failures(lines.graph)
+    plan, results = run_once(model, procedure, lines, requests, module, told, failures)
+    if failures is None or not failures.found:
+        return Ran(plan, None if plan.stops else procedure.outputs(results, requests))
+    from insitu.tracing.isolation import run_rest  # of use only where something fails
+
+    return run_rest(model, procedure, lines, requests, told, failures, plan, results)
+
+
+def run_once(
+    model: Subject,
+    procedure: Procedure[Any],
+    lines: Lines,
+    requests: Sequence[Any],
+    module: nn.Module,
+    told: list[Callable[[], Summary]],
+    failures: Failures | None,
+    apart: bool = False,
+) -> tuple[Plan, list[Any]]:
+    """Runs a block once and fills its saved values, unless the run is spoiled.
+
+    Args:
+        model: as of `run_block`, and so are the others.
+        procedure: likewise.
+        lines: likewise.
+        requests: likewise.
+        module: the wrapped module, with its weights.
+        told: likewise.
+        failures: takes what fails, so that the others run; None if that ends the run.
+        apart: whether each backward pass runs by itself.
+
+    Returns:
+        How it was run, and what its passes returned: None of those that failed.
+    """
     for again in (True, False):
         prepared, passes = prepare(model, procedure, lines.graph, lines.saves, requests, module)
         told[:] = map(_told, passes)
@@ -79,6 +129,8 @@ def run_block(
                     model,
                     procedure.views,
                     requests,
+                    failures,
+                    apart,
                 )
             except UnexpectedShapeError:
                 if again and model.look_at_weights():  # a weight was resized in its module
@@ -86,7 +138,13 @@ def run_block(
                 raise
             finally:
                 if execution.tape is not None:
+                    if failures is not None and failures.is_spoiled:
+                        execution.tape.take_back()
                     execution.tape.release()
+        if again and failures is not None and failures.are_of(UnexpectedShapeError):
+            if model.look_at_weights():
+                failures.forget()
+                continue
         path = prepared.path
         if path.now == path.then:
             if tree.exchanges and tree.has_changed():
@@ -94,9 +152,21 @@ def run_block(
             break
         if again:  # the model exchanged modules of its own while hooks were on the old ones
             _check_alike(procedure, requests)
+            if failures is not None:
+                failures.forget()
     if lacking is not None:
         raise _missing(model, procedure, lines.graph, requests, lacking, went)
-    execution.fill(lines.saves)
+    if failures is None or not failures.found:
+        execution.fill(lines.saves)
+        return prepared.plan, results
+    for failed in failures.found:
+        if failed.error is None:
+            (node,) = failed.nodes
+            graph = lines.graph
+            failed.error = _missing(model, procedure, graph, requests, node, failed.went)
+    if not failures.is_spoiled:
+        there = {n: one for n, one in lines.saves.items() if n not in failures.lost.nodes}
+        execution.fill(there)
     return prepared.plan, results
 
 
@@ -109,6 +179,8 @@ def run_passes(
     model: Subject,
     views: Mapping[str, View],
     requests: Sequence[Any],
+    failures: Failures | None = None,
+    apart: bool = False,
 ) -> tuple[list[Any], int | None, Arrivals | None]:
     """Runs the passes of a block, forward and backward.
 
@@ -122,10 +194,12 @@ def run_passes(
         model: the model.
         views: how outputs are shown, by path.
         requests: what the block's invocations were given.
+        failures: takes what fails, so that the others run; None if that ends the run.
+        apart: whether each backward pass runs by itself.
 
     Returns:
         What they returned; the node that reads a site where something had to arrive and did
-        not, if there is one; and how the pass went in which it had to.
+        not, if that ends the run; and how the pass went in which it had to.
     """
     plan, order, returned = prepared.plan, prepared.order, prepared.returned
     modules, caches = prepared.tree.modules, model.caches
@@ -133,19 +207,34 @@ def run_passes(
     for at in order:
         single, passes[at] = passes[at], None
         assert single is not None
-        results[at], missing, went = run_pass(
-            execution, plan, single, modules, views, returned, caches
-        )
+        if failures is not None and failures.found and failures.hold_up(single.cuts):
+            continue
+        numbers, goes_into_others = single.cuts.keys(), single.through is not None
+        try:
+            results[at], missing, went = run_pass(
+                execution, plan, single, modules, views, returned, caches
+            )
+        except Exception as error:
+            if failures is None:
+                raise
+            failures.add(Failed(error, execution.failing, numbers), goes_into_others)
+            execution.failing = missing = ()
         del single
         if done is not None:
             done(at)
         if missing:
             lacking = unexcused(graph, plan, missing)
-            if lacking is not None:
+            if lacking is not None and failures is None:
                 return results, lacking, went
+            if lacking is not None and failures is not None:
+                failed = Failed(None, (lacking,), numbers, went=went)
+                failures.add(failed, goes_into_others)
+                results[at] = None
+        if failures is not None and failures.ends_run:
+            return results, None, None
     if plan.gradients is not None:
         leaves = leaves_of(graph, plan.gradients, requests, modules[""])
-        run_backwards(execution, plan.gradients.joint, leaves)
+        run_backwards(execution, plan.gradients.joint, leaves, failures, apart)
     return results, None, None
 
 

@@ -1,0 +1,101 @@
+"""Nodes of one graph put behind those of another, with other numbers for nodes and invocations.
+
+So a part of a graph becomes a graph of its own, and several graphs become one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from insitu.graph.node import Address, Graph, Ref, Row, ref
+from insitu.graph.operations import BACKWARD, GRAD, KEEP, READ
+from insitu.graph.structure import map_structure
+
+_DIFFERENTIATED = (BACKWARD, GRAD, KEEP)
+
+
+def add_nodes(
+    target: Graph, graph: Graph, kept: Iterable[int], numbers: Mapping[int, int]
+) -> dict[int, int]:
+    """Puts nodes of a graph behind those that another graph has.
+
+    Args:
+        target: the graph that gets them. It is changed.
+        graph: the graph that has them.
+        kept: their indices, in their order. What a node refers to is among them too.
+        numbers: the new number of each invocation that they read from, by the old one.
+
+    Returns:
+        The new index of each node, by the old one.
+    """
+    rows, moved = target.rows, dict[int, int]()
+    start = len(rows)
+
+    def leaf(item: Any) -> Any:
+        return ref(moved[item.index]) if type(item) is Ref else item
+
+    for index in kept:
+        operation, args, kwargs, inputs, nested, mark = graph.rows[index]
+        if operation is READ:
+            number, *place = cast(Address, args)
+            args = (numbers[number], *place)
+        elif inputs:
+            args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+        sources = tuple([moved[source] for source in inputs])
+        moved[index] = len(rows)
+        rows.append(cast(Row, (operation, args, kwargs, sources, nested, mark)))
+    _add_fields(target, graph, moved, numbers, start)
+    return moved
+
+
+def _add_fields(
+    target: Graph,
+    graph: Graph,
+    moved: Mapping[int, int],
+    numbers: Mapping[int, int],
+    start: int,
+) -> None:
+    """Adds what a graph says of nodes that were moved."""
+    target.writes.update(_pairs(graph.writes, moved))
+    # Nothing is made for what the graph has none of: others have these of their class.
+    if graph.skips:
+        target.skips = {**target.skips, **_pairs(graph.skips, moved)}
+    if graph.after:
+        target.after = {**target.after, **_pairs(graph.after, moved)}
+    if graph.stops:
+        stops = {moved[at]: mark for at, mark in graph.stops.items() if at in moved}
+        target.stops = {**target.stops, **stops}
+    if graph.contexts:
+        contexts = {moved[at]: one for at, one in graph.contexts.items() if at in moved}
+        target.contexts = {**target.contexts, **contexts}
+    if graph.optional:
+        target.optional |= {moved[at] for at in graph.optional if at in moved}
+    if graph.unfused:
+        target.unfused |= {moved[at] for at in graph.unfused if at in moved}
+    if graph.repeats or graph.scopes:
+        before = [start]  # how many nodes of the target there are in front of each of the graph's
+        for index in range(len(graph)):
+            before.append(before[-1] + (index in moved))
+        target.repeats = (*target.repeats, *_bounds(graph.repeats, before))
+        known = [scope for scope in graph.scopes if scope[0] in numbers]
+        found = [(numbers[of], before[first], before[end]) for of, first, end in known]
+        target.scopes = [*target.scopes, *(one for one in found if one[1] < one[2])]
+    own = (graph.rows[at][0] for at in moved)
+    if graph.differentiates and any(operation in _DIFFERENTIATED for operation in own):
+        target.differentiates = True
+    target.flags = target.flags or graph.flags
+
+
+def _pairs(field: Mapping[int, int], moved: Mapping[int, int]) -> dict[int, int]:
+    """The entries of a field of which both nodes were moved."""
+    pairs = field.items()
+    return {moved[one]: moved[other] for one, other in pairs if one in moved and other in moved}
+
+
+def _bounds(
+    field: Sequence[tuple[int, int]], before: Sequence[int]
+) -> Sequence[tuple[int, int]]:
+    """Bounds between nodes, without those between which no node was moved."""
+    found = [(before[first], before[end]) for first, end in field]
+    return [(first, end) for first, end in found if first < end]

@@ -1,0 +1,285 @@
+"""Running again what a failure has taken from invocations that it does not concern.
+
+What failed is taken out of the graph, with all that uses something of it, and the rest is run as a
+block of its own. So its values are those that it has without the others, and nothing is mended.
+Where a pass of several invocations fails and nobody knows which of them did, passes are halved.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from insitu.graph.context import Casts
+from insitu.graph.node import Graph
+from insitu.graph.recorded import Holder, Missing
+from insitu.graph.recording import Lines, ShapeSource
+from insitu.graph.renumbering import add_nodes
+from insitu.runtime.dependence import Dependence, Lost
+from insitu.runtime.failures import Failed, FailedInvocations, Failures, is_out_of_memory
+from insitu.runtime.fallback import logger
+from insitu.runtime.plan import Plan
+from insitu.runtime.procedure import Outputs, Procedure, Subject
+from insitu.runtime.summary import Summary
+from insitu.tracing.running import Ran, run_once
+
+
+class _Rest:
+    """The lines of some invocations of a block: a `Lines`.
+
+    Args:
+        lines: what the block has recorded.
+        lost: what of it is left out.
+        count: how many invocations the block has.
+
+    Attributes:
+        numbers: the invocations that are left, by their numbers in the block.
+        nodes: the nodes that are left, likewise.
+    """
+
+    as_first_step = False
+    counting: AbstractContextManager[Any] | None = None
+
+    def __init__(self, lines: Lines, lost: Lost, count: int) -> None:
+        self.graph = Graph([])
+        self.numbers = [number for number in range(count) if number not in lost.invocations]
+        own = {number: at for at, number in enumerate(self.numbers)}
+        kept = [index for index in range(len(lines.graph)) if index not in lost.nodes]
+        moved = add_nodes(self.graph, lines.graph, kept, own)
+        self.nodes = kept
+        self.saves: dict[int, Holder] = {
+            moved[index]: holder for index, holder in lines.saves.items() if index in moved
+        }
+        self.shapes: ShapeSource | None = None
+        self.fakes: dict[int, Any] = {}
+        self.casts: Casts = lines.casts
+        self.dtype: torch.dtype = lines.dtype
+
+
+class _Isolation:
+    """Finds what fails in a block, and what has no value because of it.
+
+    Args:
+        procedure: how the block runs.
+        lines: what it has recorded.
+        requests: what its invocations were given.
+        dependence: which of its nodes and invocations use which.
+
+    Attributes:
+        failed: what has failed so far.
+        lost: what has no value.
+        narrow: how the passes run that are halved; None if none are.
+        apart: whether each backward pass runs by itself.
+        reasons: why it was run again, for the plan.
+    """
+
+    def __init__(
+        self,
+        procedure: Procedure[Any],
+        lines: Lines,
+        requests: Sequence[Any],
+        dependence: Dependence,
+    ) -> None:
+        self._requests = requests
+        self._dependence = dependence
+        self._graph = lines.graph
+        self.failed: list[FailedInvocations] = []
+        self.lost = Lost()
+        self.narrow: Procedure[Any] | None = None
+        self.apart = False
+        self.reasons: dict[str, None] = {}
+        self._narrowest = procedure
+        self._undivided: set[frozenset[int]] = set()
+        self._out_of_memory = False
+        self._rounds = 0
+
+    def take(self, found: Sequence[Failed], rest: _Rest | None) -> None:
+        """Takes what failed in a run, and decides how the rest is run.
+
+        Args:
+            found: what failed.
+            rest: what was run; None if that was the whole block.
+        """
+        self._rounds += 1
+        before, unknown = len(self.failed), list[Failed]()
+        for failed in found if rest is None else [_in_block(failed, rest) for failed in found]:
+            if failed.is_known or frozenset(failed.invocations) in self._undivided:
+                self._leave_out(failed)
+            else:
+                unknown.append(failed)
+        forward = [failed for failed in unknown if not self._is_joint(failed)]
+        if len(forward) < len(unknown):
+            self.apart = True
+        elif not unknown:
+            self.apart = False
+        more = len(self.failed) > before and self.narrow is None and self._rounds > 1
+        for failed in forward or (found if more and rest is not None else ()):
+            of = failed if failed in forward else _in_block(failed, rest)
+            self._halve(of)
+        if not forward and not more and not self._out_of_memory:
+            self.narrow = None
+
+    def _is_joint(self, failed: Failed) -> bool:
+        """Whether it is enough to run backward passes one by one to know which one fails."""
+        return failed.is_backward and not is_out_of_memory(failed.error)
+
+    def _halve(self, failed: Failed) -> None:
+        """Lets passes have half as much as one that failed."""
+        requests = [self._requests[number] for number in failed.invocations]
+        halved = self._narrowest.halved(requests)
+        if failed.is_known:
+            self.narrow = self._narrowest = halved or self._narrowest
+            return
+        self._undivided.add(frozenset(failed.invocations))
+        if halved is None:  # nothing is left to divide
+            self._leave_out(failed)
+            return
+        self.narrow = self._narrowest = halved
+        count = f"{len(requests)} invocations"
+        if is_out_of_memory(failed.error):
+            self._out_of_memory = True
+            reason = f"memory ran out in a pass of {count}"
+            logger.warning("%s: it is run again in halves", reason)
+            gc.collect()  # what failed may be in cycles with its frames
+        else:
+            error = failed.error
+            reason = f"a pass of {count} raised {type(error).__name__}: {_first_line(error)}"
+            logger.info("%s: it is run again in halves", reason)
+        self.reasons[reason] = None
+
+    def _leave_out(self, failed: Failed) -> None:
+        """Takes what failed out of the block."""
+        lost = self._dependence.lost_by(failed.nodes, failed.invocations)
+        error = failed.error
+        assert error is not None
+        blamed = sorted(self._dependence.blamed(failed.nodes, failed.invocations))
+        own = sorted(lost.invocations - self.lost.invocations)
+        self.failed.append(FailedInvocations(error, blamed, own, lost.nodes - self.lost.nodes))
+        self.lost = Lost(self.lost.nodes | lost.nodes, self.lost.invocations | lost.invocations)
+        what = f"invocation {_listed(blamed)}" if blamed else "a line outside of invocations"
+        reason = f"{what} raised {type(error).__name__}"
+        logger.info("%s: the others are run without it", reason)
+        self.reasons[reason] = None
+
+
+def run_rest(
+    model: Subject,
+    procedure: Procedure[Any],
+    lines: Lines,
+    requests: Sequence[Any],
+    told: list[Callable[[], Summary]],
+    failures: Failures,
+    plan: Plan,
+    results: list[Any],
+) -> Ran:
+    """Runs what is left of a block in which something failed, and fills the saved values.
+
+    Args:
+        model: the model.
+        procedure: how the block runs.
+        lines: what it has recorded.
+        requests: what each invocation was given.
+        told: as of `run_block`.
+        failures: what failed.
+        plan: how it was run.
+        results: what its passes returned.
+    """
+    count = len(requests)
+    state = _Isolation(procedure, lines, requests, failures.dependence)
+    state.take(failures.found, None)
+    rest: _Rest | None = None
+    spoiled = failures.is_spoiled
+    ran = requests
+    while spoiled:
+        rest = _Rest(lines, state.lost, count)
+        if not rest.numbers:
+            results, ran = [], []
+            break
+        ran = [requests[number] for number in rest.numbers]
+        again = Failures(rest.graph, goes_on=state.narrow is not None or state.apart)
+        plan, results = run_once(
+            model,
+            state.narrow or procedure,
+            rest,
+            ran,
+            model.snapshot.root,
+            told,
+            again,
+            state.apart,
+        )
+        spoiled = again.is_spoiled
+        if again.found:
+            state.take(again.found, rest)
+    _say_missing(lines, state.failed, failures.dependence)
+    numbers = range(count) if rest is None else rest.numbers
+    told[:] = [_told_of(tell, numbers, state.reasons) for tell in told]
+    outputs = None if plan.stops or not ran else procedure.outputs(results, ran)
+    return Ran(plan, outputs and _of_block(outputs, numbers, count), _ordered(state.failed))
+
+
+def _in_block(failed: Failed, rest: _Rest) -> Failed:
+    """What failed in a part of a block, with the numbers that it has in the block."""
+    nodes = [rest.nodes[node] for node in failed.nodes]
+    return replace(
+        failed, nodes=nodes, invocations=[rest.numbers[number] for number in failed.invocations]
+    )
+
+
+def _say_missing(
+    lines: Lines, failed: Sequence[FailedInvocations], dependence: Dependence
+) -> None:
+    """Says of each value that is not there why."""
+    for one in failed:
+        raised = f"raised {type(one.error).__name__}."
+        for index in one.nodes & lines.saves.keys():
+            if not one.blamed:
+                reason = f"a line that it uses something of {raised}"
+            elif dependence.scope(index) in one.blamed:
+                reason = f"its run {raised}"
+            else:
+                reason = f"it uses something of invocation {_listed(one.blamed)}, whose run {raised}"
+            lines.saves[index]._put(Missing(reason))  # pyright: ignore[reportPrivateUsage]
+
+
+def _ordered(failed: Sequence[FailedInvocations]) -> list[FailedInvocations]:
+    """Failures in the order of their invocations; those of lines outside of them come last."""
+    return sorted(failed, key=lambda one: one.blamed[0] if one.blamed else 1 << 62)
+
+
+def _told_of(
+    tell: Callable[[], Summary], numbers: Sequence[int], reasons: Mapping[str, None]
+) -> Callable[[], Summary]:
+    """Gives the summary of a pass of a part of a block, with the numbers of the block."""
+
+    def told() -> Summary:
+        single = tell()
+        return replace(
+            single,
+            invocations=[numbers[number] for number in single.invocations],
+            reason="; ".join([single.reason, *reasons]),
+            alone={numbers[number]: flops for number, flops in single.alone.items()},
+        )
+
+    return told
+
+
+def _of_block(outputs: Outputs, numbers: Sequence[int], count: int) -> Outputs:
+    """What a part of a block has returned, for each invocation of the block."""
+    each: list[Any] = [None] * count
+    for number, output in zip(numbers, outputs.each, strict=True):
+        each[number] = output
+    return Outputs(None, each)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _first_line(error: Exception | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else ""
