@@ -93,9 +93,7 @@ def _pairs(field: Mapping[int, int], moved: Mapping[int, int]) -> dict[int, int]
     return {moved[one]: moved[other] for one, other in pairs if one in moved and other in moved}
 
 
-def _bounds(
-    field: Sequence[tuple[int, int]], before: Sequence[int]
-) -> Sequence[tuple[int, int]]:
+def _bounds(field: Sequence[tuple[int, int]], before: Sequence[int]) -> Sequence[tuple[int, int]]:
     """Bounds between nodes, without those between which no node was moved."""
     found = [(before[first], before[end]) for first, end in field]
     return [(first, end) for first, end in found if first < end]

@@ -192,9 +192,9 @@ class GenerationPasses:
             ]
             rows = rows_apart(_sequences(generated.result), sizes)
             each.update(zip(generated.steps, rows, strict=True))
-        ordered = [each.get(number) for number in range(len(requests))]
-        if any(one is None for one in ordered):
-            return Outputs(None, ordered)
+        if len(each) < len(requests):
+            return Outputs(None, [each.get(number) for number in range(len(requests))])
+        ordered = [each[number] for number in range(len(requests))]
         limits = {self._calls.most_of(prompt) for prompt in requests}
         if len(results) == 1 and len(limits) == 1:
             return Outputs(results[0].result, ordered)

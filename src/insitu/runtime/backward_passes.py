@@ -62,9 +62,7 @@ def run_backwards(
                     return
 
 
-def _of_pass(
-    execution: Execution, failures: Failures, nodes: Sequence[int]
-) -> Collection[int]:
+def _of_pass(execution: Execution, failures: Failures, nodes: Sequence[int]) -> Collection[int]:
     """The invocations that a backward pass goes through, of which one may be to blame."""
     if len(nodes) == 1 and execution.tape is not None and execution.tape.is_batched:
         return {address[0] for address in execution._plan.reads}

@@ -35,8 +35,7 @@ from insitu.runtime.plan import Plan
 
 NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
 _PENDING = object()
-# What `torch.no_grad()` and `torch.enable_grad()` come down to, without the objects that it takes
-# to get there.
+# What `torch.no_grad()` comes down to, without the objects that it takes to get there.
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled  # pyright: ignore[reportPrivateUsage]
 
 
@@ -65,8 +64,8 @@ class Execution:
     _arrived = 0
     _steps: Mapping[int, list[Any]] = MappingProxyType({})
     renewed: Mapping[int, object] = MappingProxyType({})
-    # Each group of nodes that needs several sites waits at one that has not arrived; when that
-    # one arrives the group runs, or moves on to wait at another.
+    # A group of nodes that needs several sites waits at one that has not arrived; when that one
+    # arrives it runs, or waits at another.
     _waiting: dict[int, list[int]] = {}  # noqa: RUF012 (not written to: who waits has its own)
 
     def __init__(
@@ -139,8 +138,8 @@ class Execution:
             operation, args, kwargs, inputs, nested, _ = rows[step]
             function = operation.function
             try:
-                # Calls without keywords and containers, of up to three arguments, are nearly all
-                # that there are, and a comprehension takes as long as the rest of this loop.
+                # Calls without keywords and containers, of up to three arguments, are the most, and
+                # a comprehension takes as long as the rest of this loop.
                 if nested:
                     args, kwargs = self.resolved(args, kwargs)
                     self.busy = True
@@ -303,10 +302,7 @@ class Execution:
         return causality_error(self._graph, self._plan, index, write, late)
 
     def next_step(self) -> None:
-        """Ends a step: keeps what is saved in every step, and makes ready to run that part again.
-
-        To be called between the steps of a run, and after the last.
-        """
+        """Ends a step of a run, also the last: keeps what it saves, and makes ready for another."""
         if self._counter is not None:
             self._counter.tick()
         repeated = self._plan.repeated
@@ -352,9 +348,8 @@ class Execution:
                     spent.append(value)
             else:
                 holder._put(value)
-        if (
-            self._plan.moves and torch.cuda.is_initialized()
-        ):  # copies to the CPU may still be on their way
+        # Copies to the CPU may still be on their way.
+        if self._plan.moves and torch.cuda.is_initialized():
             for number in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(number)
 

@@ -1,4 +1,4 @@
-"""What fails while a block of several invocations runs, and what the rest of the run may go on with.
+"""What fails while a block of several invocations runs, and what the rest may go on with.
 
 A pass of one invocation that fails leaves the others alone, so the run goes on. Of a pass of
 several the others have no values, so they have to be run again without what failed.

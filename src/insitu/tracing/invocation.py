@@ -230,6 +230,8 @@ class Invocation(Scope):
                     here(),
                 )
             return self.read("", "output", mark())
+        if self.result is None and cast("Block", self.block).is_done:
+            raise NoValueError("`invoker.output` has no value: its run failed.", here())
         if self.result is None:
             raise NoValueError(
                 "`invoker.output` has no value yet: the model runs when the outermost `with` block "

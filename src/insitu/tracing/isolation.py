@@ -106,49 +106,52 @@ class _Isolation:
             rest: what was run; None if that was the whole block.
         """
         self._rounds += 1
-        before, unknown = len(self.failed), list[Failed]()
-        for failed in found if rest is None else [_in_block(failed, rest) for failed in found]:
+        if rest is not None:
+            found = [_in_block(failed, rest) for failed in found]
+        unknown = list[Failed]()
+        for failed in found:
             if failed.is_known or frozenset(failed.invocations) in self._undivided:
                 self._leave_out(failed)
             else:
                 unknown.append(failed)
-        forward = [failed for failed in unknown if not self._is_joint(failed)]
-        if len(forward) < len(unknown):
-            self.apart = True
-        elif not unknown:
-            self.apart = False
-        more = len(self.failed) > before and self.narrow is None and self._rounds > 1
-        for failed in forward or (found if more and rest is not None else ()):
-            of = failed if failed in forward else _in_block(failed, rest)
-            self._halve(of)
-        if not forward and not more and not self._out_of_memory:
+        too_large = [failed for failed in unknown if not self._is_joint(failed)]
+        self.apart = len(too_large) < len(unknown)
+        if not unknown and self.narrow is None and self._rounds > 1:
+            too_large = found  # finding the rest one by one would take a run for each
+        elif not (unknown or self._out_of_memory):
             self.narrow = None
+        if too_large:
+            self._halve(too_large)
 
     def _is_joint(self, failed: Failed) -> bool:
         """Whether it is enough to run backward passes one by one to know which one fails."""
         return failed.is_backward and not is_out_of_memory(failed.error)
 
-    def _halve(self, failed: Failed) -> None:
+    def _halve(self, too_large: Sequence[Failed]) -> None:
         """Lets passes have half as much as one that failed."""
-        requests = [self._requests[number] for number in failed.invocations]
+        requests = [self._requests[number] for number in too_large[0].invocations]
         halved = self._narrowest.halved(requests)
-        if failed.is_known:
-            self.narrow = self._narrowest = halved or self._narrowest
-            return
-        self._undivided.add(frozenset(failed.invocations))
-        if halved is None:  # nothing is left to divide
-            self._leave_out(failed)
-            return
-        self.narrow = self._narrowest = halved
-        count = f"{len(requests)} invocations"
-        if is_out_of_memory(failed.error):
+        self.narrow = self._narrowest = halved or self._narrowest
+        for failed in too_large:
+            if failed.is_known:
+                continue
+            if halved is None:  # nothing is left to divide
+                self._leave_out(failed)
+                continue
+            self._undivided.add(frozenset(failed.invocations))
+            self._say_halved(failed)
+        gc.collect()  # what failed may be in cycles with its frames
+
+    def _say_halved(self, failed: Failed) -> None:
+        """Says why passes are run again in halves."""
+        count, error = len(failed.invocations), failed.error
+        if is_out_of_memory(error):
             self._out_of_memory = True
-            reason = f"memory ran out in a pass of {count}"
+            reason = f"memory ran out in a pass of {count} invocations"
             logger.warning("%s: it is run again in halves", reason)
-            gc.collect()  # what failed may be in cycles with its frames
         else:
-            error = failed.error
-            reason = f"a pass of {count} raised {type(error).__name__}: {_first_line(error)}"
+            what = f"{type(error).__name__}: {_first_line(error)}"
+            reason = f"a pass of {count} invocations raised {what}"
             logger.info("%s: it is run again in halves", reason)
         self.reasons[reason] = None
 
@@ -230,9 +233,7 @@ def _in_block(failed: Failed, rest: _Rest) -> Failed:
     )
 
 
-def _say_missing(
-    lines: Lines, failed: Sequence[FailedInvocations], dependence: Dependence
-) -> None:
+def _say_missing(lines: Lines, failed: Sequence[FailedInvocations], dependence: Dependence) -> None:
     """Says of each value that is not there why."""
     for one in failed:
         raised = f"raised {type(one.error).__name__}."
@@ -242,7 +243,9 @@ def _say_missing(
             elif dependence.scope(index) in one.blamed:
                 reason = f"its run {raised}"
             else:
-                reason = f"it uses something of invocation {_listed(one.blamed)}, whose run {raised}"
+                reason = (
+                    f"it uses something of invocation {_listed(one.blamed)}, whose run {raised}"
+                )
             lines.saves[index]._put(Missing(reason))  # pyright: ignore[reportPrivateUsage]
 
 
@@ -270,6 +273,8 @@ def _told_of(
 
 def _of_block(outputs: Outputs, numbers: Sequence[int], count: int) -> Outputs:
     """What a part of a block has returned, for each invocation of the block."""
+    if len(numbers) == count:
+        return outputs
     each: list[Any] = [None] * count
     for number, output in zip(numbers, outputs.each, strict=True):
         each[number] = output

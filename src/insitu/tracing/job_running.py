@@ -21,8 +21,8 @@ from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.runtime.budget import Budget
-from insitu.runtime.fingerprint import other_habits, other_structure, other_weights
 from insitu.runtime.failures import first_error
+from insitu.runtime.fingerprint import other_habits, other_structure, other_weights
 from insitu.runtime.job import Job
 from insitu.runtime.job_parts import JobBlock, JobPrompt
 from insitu.runtime.passes import Outputs

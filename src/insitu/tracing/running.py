@@ -141,10 +141,10 @@ def run_once(
                     if failures is not None and failures.is_spoiled:
                         execution.tape.take_back()
                     execution.tape.release()
-        if again and failures is not None and failures.are_of(UnexpectedShapeError):
-            if model.look_at_weights():
-                failures.forget()
-                continue
+        unexpected = failures is not None and failures.are_of(UnexpectedShapeError)
+        if failures is not None and unexpected and again and model.look_at_weights():
+            failures.forget()
+            continue
         path = prepared.path
         if path.now == path.then:
             if tree.exchanges and tree.has_changed():
