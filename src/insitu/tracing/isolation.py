@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from insitu.batching.procedure import Outputs, Procedure, Subject
 from insitu.graph.context import Casts
 from insitu.graph.node import Graph
 from insitu.graph.recorded import Holder, Missing
@@ -24,7 +25,6 @@ from insitu.runtime.dependence import Dependence, Lost
 from insitu.runtime.failures import Failed, FailedInvocations, Failures, is_out_of_memory
 from insitu.runtime.fallback import logger
 from insitu.runtime.plan import Plan
-from insitu.runtime.procedure import Outputs, Procedure, Subject
 from insitu.runtime.summary import Summary
 from insitu.tracing.running import Ran, run_once
 
