@@ -183,6 +183,7 @@ def test_fields_travel() -> None:
         raise KeyboardInterrupt
     graph = tracer.graph
     graph.repeats = ((2, 5),)
+    graph.scopes = [(0, 1, 3), (1, 3, 5)]
     graph.after = {next(iter(graph.writes)): next(iter(graph.stops))}
     graph.unfused = frozenset(graph.stops)
     graph.contexts = {
