@@ -84,7 +84,6 @@ def _add_fields(
     own = (graph.rows[at][0] for at in moved)
     if graph.differentiates and any(operation in _DIFFERENTIATED for operation in own):
         target.differentiates = True
-    target.flags = target.flags or graph.flags
 
 
 def _pairs(field: Mapping[int, int], moved: Mapping[int, int]) -> dict[int, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from insitu.graph.context import entered
-from insitu.graph.errors import CausalityError, InsituError
+from insitu.graph.errors import CausalityError, InsituError, LimitError
 from insitu.graph.expression import expression
 from insitu.runtime.execution import Execution, set_grad_enabled
 from insitu.runtime.failure import failure
@@ -54,7 +54,7 @@ def run_backwards(
                 execution.failing = part
                 _run(execution, part, leaves, not last)
             except Exception as error:
-                if failures is None:
+                if failures is None or isinstance(error, LimitError):  # which is for all
                     raise
                 failed, execution.failing = execution.failing, ()
                 failures.add(Failed(error, failed, _of_pass(execution, failures, failed), True))

@@ -32,7 +32,8 @@ from insitu.graph.tracebacks import shortened
 from insitu.runtime.failures import first_error
 from insitu.runtime.summary import Summary
 from insitu.tracing.invocation import Invocation, Invoked
-from insitu.tracing.running import Ran, run_block
+from insitu.tracing.one_run import Ran
+from insitu.tracing.running import run_block
 from insitu.tracing.scanning import scan_block
 from insitu.tracing.scope import innermost
 from insitu.tracing.session import Session, open_sessions, session_of

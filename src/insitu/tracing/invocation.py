@@ -230,7 +230,7 @@ class Invocation(Scope):
                     here(),
                 )
             return self.read("", "output", mark())
-        if self.result is None and cast("Block", self.block).is_done:
+        if self.result is None and not self._recording.open:
             raise NoValueError("`invoker.output` has no value: its run failed.", here())
         if self.result is None:
             raise NoValueError(

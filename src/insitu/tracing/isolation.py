@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from insitu.batching.procedure import Outputs, Procedure, Subject
+from insitu.graph.cells import Holder, Missing
 from insitu.graph.context import Casts
+from insitu.graph.lines import Lines, ShapeSource
 from insitu.graph.node import Graph
-from insitu.graph.recorded import Holder, Missing
-from insitu.graph.recording import Lines, ShapeSource
 from insitu.graph.renumbering import add_nodes
 from insitu.runtime.dependence import Dependence, Lost
 from insitu.runtime.failures import Failed, FailedInvocations, Failures, is_out_of_memory
 from insitu.runtime.fallback import logger
 from insitu.runtime.plan import Plan
 from insitu.runtime.summary import Summary
-from insitu.tracing.running import Ran, run_once
+from insitu.tracing.one_run import Ran, run_once
 
 
 class _Rest:

@@ -1,50 +1,19 @@
-"""Running a block: it is planned, its passes run in their order, and then its backward passes."""
+"""Running a block: all of it, or what a failure leaves of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import nn
-
-from insitu.batching.layout import UnexpectedShapeError
-from insitu.batching.procedure import Outputs, Procedure, Subject
-from insitu.display.progress import passes as listener
-from insitu.graph.errors import BlockError, NeverRanError, OptionError
+from insitu.batching.procedure import Procedure, Subject
+from insitu.graph.errors import OptionError
 from insitu.graph.lines import Lines
-from insitu.graph.location import Location, Mark, here
-from insitu.graph.node import Graph
-from insitu.runtime.arrivals import Arrivals
-from insitu.runtime.backward_passes import run_backwards
-from insitu.runtime.eager import eagerly
-from insitu.runtime.execution import Execution
-from insitu.runtime.failures import Failed, FailedInvocations, Failures
-from insitu.runtime.following import following
-from insitu.runtime.hooks import View
-from insitu.runtime.leaves import leaves_of
-from insitu.runtime.order import unexcused
-from insitu.runtime.passes import Pass, run_pass
-from insitu.runtime.plan import Plan
+from insitu.graph.location import Location, Mark
+from insitu.runtime.failures import Failures
 from insitu.runtime.summary import Summary
 from insitu.tracing.beforehand import check_fit
-from insitu.tracing.never_ran import never_ran
-from insitu.tracing.planning import Prepared, prepare
-
-
-class Ran(NamedTuple):
-    """How a block ran.
-
-    Attributes:
-        plan: its plan.
-        outputs: what its passes returned, None if the procedure promises no output.
-        failed: what its invocations raised, none if all have run.
-    """
-
-    plan: Plan
-    outputs: Outputs | None
-    failed: Sequence[FailedInvocations] = ()
+from insitu.tracing.one_run import Ran, form_of, run_once
 
 
 def run_block(
@@ -74,7 +43,7 @@ def run_block(
     if model.loaded:
         module = model.snapshot.root
     else:
-        check_fit(lines, model.knows_dtypes, partial(_form, procedure, requests))
+        check_fit(lines, model.knows_dtypes, partial(form_of, procedure, requests))
         module = model.load()
     if demanded is not None:
         _verify(model, *demanded)
@@ -87,177 +56,6 @@ def run_block(
     return run_rest(model, procedure, lines, requests, told, failures, plan, results)
 
 
-def run_once(
-    model: Subject,
-    procedure: Procedure[Any],
-    lines: Lines,
-    requests: Sequence[Any],
-    module: nn.Module,
-    told: list[Callable[[], Summary]],
-    failures: Failures | None,
-    apart: bool = False,
-) -> tuple[Plan, list[Any]]:
-    """Runs a block once and fills its saved values, unless the run is spoiled.
-
-    Args:
-        model: as of `run_block`, and so are the others.
-        procedure: likewise.
-        lines: likewise.
-        requests: likewise.
-        module: the wrapped module, with its weights.
-        told: likewise.
-        failures: takes what fails, so that the others run; None if that ends the run.
-        apart: whether each backward pass runs by itself.
-
-    Returns:
-        How it was run, and what its passes returned: None of those that failed.
-    """
-    for again in (True, False):
-        prepared, passes = prepare(model, procedure, lines.graph, lines.saves, requests, module)
-        told[:] = map(_told, passes)
-        done = following(passes) if listener.get() is not None else None
-        tree, held = prepared.tree, prepared.exclusive
-        execution = Execution(lines.graph, prepared.plan, tree.modules)
-        with eagerly(held) if prepared.compiled else held:
-            try:
-                results, lacking, went = run_passes(
-                    execution,
-                    prepared,
-                    passes,
-                    done,
-                    lines.graph,
-                    model,
-                    procedure.views,
-                    requests,
-                    failures,
-                    apart,
-                )
-            except UnexpectedShapeError:
-                if again and model.look_at_weights():  # a weight was resized in its module
-                    continue
-                raise
-            finally:
-                if execution.tape is not None:
-                    if failures is not None and failures.is_spoiled:
-                        execution.tape.take_back()
-                    execution.tape.release()
-        unexpected = failures is not None and failures.are_of(UnexpectedShapeError)
-        if failures is not None and unexpected and again and model.look_at_weights():
-            failures.forget()
-            continue
-        path = prepared.path
-        if path.now == path.then:
-            if tree.exchanges and tree.has_changed():
-                _check_alike(procedure, requests)
-            break
-        if again:  # the model exchanged modules of its own while hooks were on the old ones
-            _check_alike(procedure, requests)
-            if failures is not None:
-                failures.forget()
-    if lacking is not None:
-        raise _missing(model, procedure, lines.graph, requests, lacking, went)
-    if failures is None or not failures.found:
-        execution.fill(lines.saves)
-        return prepared.plan, results
-    for failed in failures.found:
-        if failed.error is None:
-            (node,) = failed.nodes
-            graph = lines.graph
-            failed.error = _missing(model, procedure, graph, requests, node, failed.went)
-    if not failures.is_spoiled:
-        there = {n: one for n, one in lines.saves.items() if n not in failures.lost.nodes}
-        execution.fill(there)
-    return prepared.plan, results
-
-
-def run_passes(
-    execution: Execution,
-    prepared: Prepared,
-    passes: list[Pass | None],
-    done: Callable[[int], None] | None,
-    graph: Graph,
-    model: Subject,
-    views: Mapping[str, View],
-    requests: Sequence[Any],
-    failures: Failures | None = None,
-    apart: bool = False,
-) -> tuple[list[Any], int | None, Arrivals | None]:
-    """Runs the passes of a block, forward and backward.
-
-    Args:
-        execution: takes the values.
-        prepared: how it is run.
-        passes: the forward passes. They are taken out: what one leaves for others goes with
-            the last of those.
-        done: is told which pass is done; None if nobody wants to know.
-        graph: what was recorded.
-        model: the model.
-        views: how outputs are shown, by path.
-        requests: what the block's invocations were given.
-        failures: takes what fails, so that the others run; None if that ends the run.
-        apart: whether each backward pass runs by itself.
-
-    Returns:
-        What they returned; the node that reads a site where something had to arrive and did
-        not, if that ends the run; and how the pass went in which it had to.
-    """
-    plan, order, returned = prepared.plan, prepared.order, prepared.returned
-    modules, caches = prepared.tree.modules, model.caches
-    results: list[Any] = [None] * len(passes)
-    for at in order:
-        single, passes[at] = passes[at], None
-        assert single is not None
-        if failures is not None and failures.found and failures.hold_up(single.cuts):
-            continue
-        numbers, goes_into_others = single.cuts.keys(), single.through is not None
-        try:
-            results[at], missing, went = run_pass(
-                execution, plan, single, modules, views, returned, caches
-            )
-        except Exception as error:
-            if failures is None:
-                raise
-            failures.add(Failed(error, execution.failing, numbers), goes_into_others)
-            execution.failing = missing = ()
-        del single
-        if done is not None:
-            done(at)
-        if missing:
-            lacking = unexcused(graph, plan, missing)
-            if lacking is not None and failures is None:
-                return results, lacking, went
-            if lacking is not None and failures is not None:
-                failed = Failed(None, (lacking,), numbers, went=went)
-                failures.add(failed, goes_into_others)
-                results[at] = None
-        if failures is not None and failures.ends_run:
-            return results, None, None
-    if plan.gradients is not None:
-        leaves = leaves_of(graph, plan.gradients, requests, modules[""])
-        run_backwards(execution, plan.gradients.joint, leaves, failures, apart)
-    return results, None, None
-
-
-_told = attrgetter("told")  # of a pass
-
-
-def _form(procedure: Procedure[Any], requests: Sequence[Any], number: int) -> str:
-    """What an invocation is called with, equal for arguments of equal shapes and dtypes."""
-    return procedure.example(requests[number]).signature()
-
-
-def _check_alike(procedure: Procedure[Any], requests: Sequence[Any]) -> None:
-    """Raises if a run in which the model changed itself was of prompts of several lengths."""
-    calls = {_form(procedure, requests, number) for number in range(len(requests))}
-    if len(calls) > 1:
-        raise BlockError(
-            "The model exchanged modules of its own in this run, as it does for some lengths "
-            "of prompts, so these prompts did not all pass the same modules. Give each a block "
-            "of its own, in the order that you want; the model stays as the last has left it.",
-            here(),
-        )
-
-
 def _verify(model: Subject, options: Mapping[str, Any], line: Mark) -> None:
     """Raises if the model computes something else with what a value demands."""
     if not model.vocabulary.verify(options):
@@ -267,22 +65,3 @@ def _verify(model: Subject, options: Mapping[str, Any], line: Mark) -> None:
             "`attn_implementation='eager'` where the model is made.",
             Location(*line),
         )
-
-
-def _missing(
-    model: Subject,
-    procedure: Procedure[Any],
-    graph: Graph,
-    requests: Sequence[Any],
-    lacking: int,
-    went: Arrivals | None,
-) -> NeverRanError:
-    """The error for the node that reads a site at which something had to arrive."""
-    site = graph[lacking].site
-    assert site is not None
-    try:
-        call = procedure.example(requests[site.invocation])
-        ran = model.probe(call, procedure.views).seen
-    except Exception:  # the probe only adds to the message
-        ran = None
-    return never_ran(graph, model.modules, site, ran, went)
