@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 from torch import nn
 
 from insitu.batching.asked import Asked
+from insitu.engine.exclusive import Exclusive
+from insitu.engine.places import View
 from insitu.engine.plan_cache import PlanCache
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Address, Graph, Place
 from insitu.graph.operations import READ
 from insitu.runtime.counts import Counts
-from insitu.runtime.exclusive import Exclusive
-from insitu.runtime.hooks import View
 from insitu.runtime.passes import Outputs, Pass
 from insitu.runtime.plan import Plan, written
 from insitu.runtime.probe import Call, Probe

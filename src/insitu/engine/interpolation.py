@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from insitu.engine.functions import Called
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.structure import map_structure, storage_of
-from insitu.runtime.inside import Called
 from insitu.runtime.probe import Probe
 
 Key = TypeVar("Key")

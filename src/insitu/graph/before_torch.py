@@ -71,11 +71,11 @@ def _call_layer(layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs
     training = layer.training
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        now, layer.training = layer.training, training
-        try:
+        if layer.training == training:
             return forward(layer, *args, **kwargs)
-        finally:
-            layer.training = now
+        twin = object.__new__(type(layer))  # the layer itself may be used by others meanwhile
+        vars(twin).update({**vars(layer), "training": training})
+        return forward(twin, *args, **kwargs)
 
     def on_fakes(*args: Any, **kwargs: Any) -> Any:
         weights = {name: _fake(weight) for name, weight in layer.named_parameters()}

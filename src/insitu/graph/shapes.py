@@ -328,11 +328,15 @@ def _compute(recording: Lines, index: int, one_dtype: bool = False) -> Any:
 def unlogged_failures() -> Generator[None, None, None]:
     """Keeps torch from printing failures on fake tensors, which are raised too."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, log.disabled = log.disabled, True
+    was_disabled = log.disabled
     try:
-        yield
+        try:
+            log.disabled = True
+            yield
+        finally:
+            log.disabled = was_disabled
     finally:
-        log.disabled = was_disabled
+        log.disabled = was_disabled  # an exception may come at any line, also at the one above
 
 
 def calls_function(args: tuple[Any, ...]) -> bool:

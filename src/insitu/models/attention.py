@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from insitu.engine.changes import changing
+
 OPTION = "attn_implementation"
 """The option of a run, beside the forward's own, that says with which implementation."""
 
@@ -26,16 +28,11 @@ def attending(module: nn.Module, implementation: str | None) -> Generator[None, 
         module: the model.
         implementation: such as "eager".
     """
-    changed: list[tuple[dict[str, Any], Any]] = []
-    try:
+    with changing() as changes:
         if implementation is not None:
             for settings in _configs(module):
-                changed.append((settings, settings[SETTING]))
-                settings[SETTING] = implementation
+                changes.put(settings, SETTING, implementation)
         yield
-    finally:
-        for settings, before in changed:
-            settings[SETTING] = before
 
 
 def implementations(module: nn.Module) -> tuple[Any, ...]:

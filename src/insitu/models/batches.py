@@ -12,6 +12,7 @@ from insitu.batching.arrangement import Group, Run, arrange
 from insitu.batching.procedure import Work
 from insitu.batching.shared_blocks import Chain, Given, find_runs, part_of
 from insitu.batching.touched_positions import Extents
+from insitu.engine.interpose import Own
 from insitu.graph.node import Address, Kind, Place
 from insitu.models.accounts import Accounts
 from insitu.models.batching import cuts, join
@@ -25,7 +26,7 @@ from insitu.models.terms import Terms
 from insitu.models.unembedding import ALL_UNEMBEDDED, Unembedded, unembed_only, unembedding
 from insitu.runtime.fallback import Fallback, logger
 from insitu.runtime.hooks import Cut
-from insitu.runtime.passes import Deliver, Own, Pass
+from insitu.runtime.passes import Deliver, Pass
 from insitu.runtime.plan import Plan
 from insitu.runtime.summary import Summary
 

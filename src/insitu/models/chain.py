@@ -8,6 +8,7 @@ that enter behind every block; how such forwards run is in `resume.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
@@ -16,15 +17,16 @@ from torch import nn
 
 from insitu.batching.layout import Axis, Layouts, Part, TensorLayout, cut, leaves, spread
 from insitu.batching.shared_blocks import Chain
+from insitu.engine.keeping import undisturbed
+from insitu.engine.places import View
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Place, Site
 from insitu.graph.structure import clone, map_structure
 from insitu.models.blocks import CACHES
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
-from insitu.models.trial import alike, undisturbed
+from insitu.models.trial import alike
 from insitu.runtime.fallback import Fallback, tried
-from insitu.runtime.hooks import View
-from insitu.runtime.listening import Listening
+from insitu.runtime.listening import listening
 
 
 def find_chain(
@@ -158,16 +160,16 @@ class _Trial:
             if self._agrees(place, value, forward.rows, start):
                 right.add(place)
 
-        listening = self._listening(compare, self._inside)
-        with forward.entered(dict(self._options), _always) as kwargs, listening:
+        listens = self._listening(compare, self._inside)
+        with forward.entered(dict(self._options), _always) as kwargs, listens:
             # With the ids of another prompt: what these do to the blocks that run would show.
             self._module(input_ids=self._ids[1:, start:], **kwargs)
         return frozenset(right)
 
     def _listening(
         self, tell: Callable[[Place, Any], None], inside: Collection[str] = ()
-    ) -> Listening:
-        return Listening(self._modules, self._views, tell, inside, CACHES)
+    ) -> AbstractContextManager[object]:
+        return listening(self._modules, self._views, tell, inside, CACHES)
 
     def _agrees(self, place: Place, value: Any, rows: int, start: int) -> bool:
         layout, expected = self._layouts.get(place), self._expected.get(place)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from insitu.batching.layout import Layouts
+from insitu.engine.interpose import Own
 from insitu.models.attention import OPTION
 from insitu.models.batching import cuts, join
 from insitu.models.choosing import listening, seeded
@@ -19,7 +20,7 @@ from insitu.models.generated_rows import rows_apart, rows_together
 from insitu.models.generated_together import Together
 from insitu.models.prompts import Prompt
 from insitu.runtime.fallback import Fallback
-from insitu.runtime.passes import Deliver, Outputs, Own, Pass, Steps
+from insitu.runtime.passes import Deliver, Outputs, Pass, Steps
 from insitu.runtime.summary import Summary, unknown
 
 

@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 
 from insitu.batching.layout import Axis, Layouts, TensorLayout
 from insitu.batching.procedure import Work
+from insitu.engine.keeping import undisturbed
 from insitu.graph.node import Address, Site
 from insitu.models.batching import is_ragged
 from insitu.models.calls import default_budget
@@ -35,7 +36,6 @@ from insitu.models.pieces import lengths_of
 from insitu.models.prompts import Prompt
 from insitu.models.separation import OF_STEPS, later_obstacle
 from insitu.models.sharing import separation_of
-from insitu.models.trial import undisturbed
 from insitu.runtime.fallback import SEEN_ALONE, Fallback, tried, uncut
 from insitu.runtime.order import uses
 

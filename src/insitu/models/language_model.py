@@ -15,6 +15,7 @@ from torch import nn
 
 from insitu.batching.cost_model import Costs
 from insitu.batching.procedure import Procedure
+from insitu.engine.foreign_hooks import users_hooks_hang_on
 from insitu.engine.plan_cache import PlanCache
 from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import Location, Mark, here
@@ -33,7 +34,6 @@ from insitu.models.reader import Reader
 from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
 from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
 from insitu.models.usual import Usual
-from insitu.runtime.own_hooks import users_hooks_hang_on
 from insitu.tracing.block import Block
 from insitu.tracing.tracer import Tracer
 

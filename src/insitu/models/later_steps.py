@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from insitu.batching.layout import Axis, Layouts, Part, Size, find_layouts, leaves
+from insitu.engine.keeping import undisturbed
+from insitu.engine.places import View
 from insitu.graph.node import Address, Place
 from insitu.models.blocks import CACHES
 from insitu.models.parted import agrees, copied_away, tells_apart
 from insitu.models.prompts import Prompt
-from insitu.models.trial import undisturbed
-from insitu.runtime.hooks import View
-from insitu.runtime.listening import Listening
+from insitu.runtime.listening import listening
 
 STEPS = 3
 """How many steps a trial has. What holds in the second and in the third holds in those after."""
@@ -78,7 +78,7 @@ def find_later_steps(
 
         def seen(prompt: Prompt, chosen: torch.Tensor) -> list[dict[Place, Any]]:
             steps = _Steps(stepped)
-            with Listening(modules, views, steps.tell, inside, CACHES):
+            with listening(modules, views, steps.tell, inside, CACHES):
                 go_on(prompt, chosen)
             return steps.seen
 

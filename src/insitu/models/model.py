@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from insitu.batching.procedure import Procedure
+from insitu.engine.exclusive import Exclusive, exclusive
+from insitu.engine.places import View
 from insitu.engine.plan_cache import PlanCache
 from insitu.graph import disk
 from insitu.graph.errors import OptionError, WireError
@@ -29,8 +31,6 @@ from insitu.models.own_runs import OwnRuns
 from insitu.models.plain import Forward
 from insitu.runtime.counts import Counts
 from insitu.runtime.eager import uncompiled
-from insitu.runtime.exclusive import Exclusive, exclusive
-from insitu.runtime.hooks import View
 from insitu.runtime.probe import Call, Probe, fake_call
 from insitu.runtime.tree import Looks, Tree
 from insitu.tracing.block import Block

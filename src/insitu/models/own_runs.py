@@ -10,6 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from insitu.engine.changes import Changes, changing
+from insitu.engine.exclusive import Exclusive
+from insitu.engine.interpose import set_aside
+from insitu.engine.places import View
 from insitu.engine.probe_cache import CallForm, ProbeCache, form_of, resized
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
@@ -17,10 +21,7 @@ from insitu.models.attention import OPTION, attending
 from insitu.models.config_sizes import config_sizes
 from insitu.runtime.ambient import ambient
 from insitu.runtime.counts import Counts
-from insitu.runtime.eager import eager, is_compiled
-from insitu.runtime.exclusive import Exclusive
-from insitu.runtime.hooks import View
-from insitu.runtime.own_hooks import set_aside
+from insitu.runtime.eager import is_compiled, run_uncompiled
 from insitu.runtime.probe import Call, Probe, count, fake_run, probe
 from insitu.runtime.tree import Tree
 
@@ -160,17 +161,21 @@ class OwnRuns:
     @contextmanager
     def in_use(self) -> Generator[None, None, None]:
         """Waits for the wrapped module, and has it: see `Model.in_use`."""
-        use, tree = self._exclusive, self._tree
-        with use.lock:
-            if use.finding_out:
-                yield
-                return
-            with use, set_aside(tree.parts), eager(is_compiled(tree.parts)), tree.kept():
-                use.finding_out = True
-                try:
-                    yield
-                finally:
-                    use.finding_out = False
+        if self._exclusive.leads_to_here():
+            yield
+            return
+        with changing() as changes:
+            self._begin(changes)
+            self._tree.keep(changes)
+            self._exclusive.finding_out = changes.frame
+            yield
+
+    def _begin(self, changes: Changes) -> None:
+        """Has the module until the changes are undone, without the user's hooks on it."""
+        parts = self._tree.parts
+        self._exclusive.take_until(changes)
+        set_aside(changes, parts)
+        run_uncompiled(changes, is_compiled(parts))
 
     def settle(self, call: Call, loaded: bool) -> None:
         """Lets the module change its own tree, as a call of it does.
@@ -179,16 +184,13 @@ class OwnRuns:
             call: the call, which any run of the user's may make.
             loaded: whether it has weights.
         """
-        parts, module = self._tree.parts, self._tree.root
-        with (
-            self._exclusive,
-            set_aside(parts),
-            eager(is_compiled(parts)),
-            ordinary_tensors(),
-            torch.random.fork_rng(),
-            torch.no_grad(),
-            contextlib.suppress(Exception),  # the user's own run will raise it
-        ):
+        module = self._tree.root
+        # The user's own run will raise what this one does.
+        with contextlib.suppress(Exception), changing() as changes:
+            self._begin(changes)
+            changes.enter(ordinary_tensors())
+            changes.enter(torch.random.fork_rng())
+            changes.gradients(False)
             if loaded:
                 module(*call.args, **call.kwargs)
             else:

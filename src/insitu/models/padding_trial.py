@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from insitu.engine.keeping import evaluating, undisturbed
 from insitu.models.configuration import all_said, said, text_config
 from insitu.models.prompts import Prompt, Side, positions_of
-from insitu.models.trial import alike, undisturbed
+from insitu.models.trial import alike
 from insitu.runtime.fallback import Fallback, tried
 
 _LENGTHS = (6, 9, 1)
@@ -73,9 +74,7 @@ class TriedModel:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Runs its block without dropout, and leaves the model as it was."""
-        with undisturbed(self.modules):
-            for part in self.modules.values():  # `undisturbed` puts this back
-                part.training = False
+        with undisturbed(self.modules), evaluating(self.modules.values()):
             yield
 
 

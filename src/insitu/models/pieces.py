@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.engine.keeping import undisturbed
 from insitu.graph.location import mark
 from insitu.graph.structure import tensors_of
 from insitu.models.batching import join
@@ -19,7 +20,7 @@ from insitu.models.calls import arguments
 from insitu.models.prompts import Prompt, Side, counted
 from insitu.models.rotary import LengthDependence
 from insitu.models.tokens import vocabulary_of
-from insitu.models.trial import alike, undisturbed
+from insitu.models.trial import alike
 from insitu.runtime.fallback import tried
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from insitu.batching.procedure import Schedule, Work
+from insitu.engine.places import View
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.models.attention import OPTION, attending
 from insitu.models.options import check_call
-from insitu.runtime.hooks import View
 from insitu.runtime.passes import Outputs, Pass
 from insitu.runtime.probe import Call
 from insitu.runtime.summary import unknown

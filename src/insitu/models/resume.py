@@ -7,20 +7,17 @@ model can be run so is found out elsewhere (`chain.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from insitu.graph.node import Place
-from insitu.runtime.hooks import NO_KWARGS, View, first_argument
-from insitu.runtime.passes import Own
-
-_ABSENT = object()
+from insitu.engine.interpose import Own, Taps, tapped
+from insitu.engine.places import View, first_argument
+from insitu.graph.node import NO_KWARGS, Place
 
 
 class Blocks(NamedTuple):
@@ -94,20 +91,15 @@ class Prefix:
             kwargs: the arguments of the forward.
             is_own: whether it is this forward that calls a block.
         """
-        handles = [
-            module.register_forward_hook(_only(is_own, partial(self._keep, layer)), prepend=True)
-            for layer, module in enumerate(self._blocks.modules[: max(self._levels)])
-        ]
-        if self.cache is not None:
-            kwargs = {**kwargs, "past_key_values": self.cache}
-            handles.extend(_kept_inside(self._blocks, self.cache, is_own))
-        try:
+        with tapped(is_own) as taps:
+            for layer, module in enumerate(self._blocks.modules[: max(self._levels)]):
+                taps.after(module, partial(self._keep, layer), first=True)
+            if self.cache is not None:
+                kwargs = {**kwargs, "past_key_values": self.cache}
+                _keep_inside(taps, self._blocks, self.cache)
             yield kwargs
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _keep(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _keep(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if layer + 1 in self._levels:
             self.hidden[layer + 1] = self._blocks.hidden(layer, output).clone()
         self.returned[layer] = None if isinstance(output, torch.Tensor) else (None, *output[1:])
@@ -166,28 +158,20 @@ class Resumed:
         """
         blocks, last = self._blocks, max(row.level for row in self._entering)
         self.rows = 0
-        with ExitStack() as stack:
+        with tapped(is_own) as taps:
             for layer in range(self._first):
-                stack.enter_context(
-                    _replaced(blocks.modules[layer], partial(self._leave_out, layer), is_own)
-                )
+                module = blocks.modules[layer]
+                taps.forward(module, partial(self._leave_out, layer, module))
             for layer in range(self._first, last):
-                hook = _only(is_own, partial(self._enter, layer))
-                handle = blocks.modules[layer].register_forward_hook(hook, prepend=True)
-                stack.callback(handle.remove)
+                taps.after(blocks.modules[layer], partial(self._enter, layer), first=True)
             if self.start:
                 self._cache = self._begin_cache()
                 kwargs = {**kwargs, "past_key_values": self._cache}
-                for handle in _kept_inside(blocks, self._cache, is_own):
-                    stack.callback(handle.remove)
+                _keep_inside(taps, blocks, self._cache)
                 for layer in range(self._first, len(blocks.modules)):
                     module = blocks.modules[layer]
-                    before = module.register_forward_pre_hook(
-                        _only(is_own, partial(self._fill, layer))
-                    )
-                    after = module.register_forward_hook(_only(is_own, partial(self._empty, layer)))
-                    stack.callback(before.remove)
-                    stack.callback(after.remove)
+                    taps.before(module, partial(self._fill, layer))
+                    taps.after(module, partial(self._empty, layer))
             try:
                 yield kwargs
             finally:
@@ -203,7 +187,9 @@ class Resumed:
         self.rows += sum(part.shape[0] for part in found)
         return torch.cat(found)
 
-    def _leave_out(self, layer: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _leave_out(
+        self, layer: int, module: nn.Module, _: object, *args: Any, **kwargs: Any
+    ) -> Any:
         """Stands for the forward of a block that is not run."""
         if layer + 1 == self._first:
             hidden = self._arriving(self._first)
@@ -212,7 +198,7 @@ class Resumed:
         returned = self._entering[0].prefix.returned[layer]
         return self._blocks.returning(layer, hidden if returned is None else returned, hidden)
 
-    def _enter(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _enter(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if all(row.level != layer + 1 for row in self._entering):
             return None
         hidden = self._blocks.hidden(layer, output)
@@ -226,7 +212,7 @@ class Resumed:
             cache.update(held.keys[:1, :, : self.start], held.values[:1, :, : self.start], layer)
         return cache
 
-    def _fill(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _fill(self, layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Gives a block the keys and values of the positions before, for each of its rows."""
         mine = [row for row in self._entering if row.level <= layer]
         held = [(row.prefix.cache.layers[layer], row.origin) for row in mine]
@@ -234,7 +220,7 @@ class Resumed:
         own.keys = torch.cat([past.keys[rows, :, : self.start] for past, rows in held])
         own.values = torch.cat([past.values[rows, :, : self.start] for past, rows in held])
 
-    def _empty(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _empty(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         own = self._cache.layers[layer]
         own.keys, own.values = own.keys[:1].clone(), own.values[:1].clone()
 
@@ -246,37 +232,14 @@ def _new_cache() -> Any:
     return DynamicCache()
 
 
-def _kept_inside(blocks: Blocks, cache: Any, is_own: Own) -> list[RemovableHandle]:
+def _keep_inside(taps: Taps, blocks: Blocks, cache: Any) -> None:
     """Lets a model that is given a cache return what it returns without one."""
 
-    def without(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def without(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not isinstance(output, Mapping) or output.get("past_key_values") is not cache:
             return None
         kind: Any = type(output)
         return kind({name: value for name, value in output.items() if value is not cache})
 
-    hook = _only(is_own, without)
-    return [module.register_forward_hook(hook, prepend=True) for module in blocks.around]
-
-
-def _only(is_own: Own, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook for some of the calls of its module."""
-    return lambda *args: hook(*args) if is_own() else None
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any], is_own: Own) -> Iterator[None]:
-    """Lets another function be a module's forward, in some of the calls."""
-    before, itself = vars(module).get("forward", _ABSENT), module.forward
-
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        return forward(module, *args, **kwargs) if is_own() else itself(*args, **kwargs)
-
-    vars(module)["forward"] = replaced
-    try:
-        yield
-    finally:
-        if before is _ABSENT:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
+    for module in blocks.around:
+        taps.after(module, without, first=True)

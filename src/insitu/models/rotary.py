@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from insitu.engine.changes import changing
+from insitu.engine.keeping import keep_attributes, set_attribute
+
 
 class LengthDependence(NamedTuple):
     """From where on what a model computes depends on the longest row of a forward.
@@ -92,16 +95,13 @@ def forgetting_lengths(parts: Sequence[nn.Module]) -> Iterator[None]:
     Args:
         parts: the modules that remember it, of `growing_parts`.
     """
-    tables = [(table, dict(table)) for part in parts for table in (vars(part), part._buffers)]
-    try:
+    with changing() as changes:
+        keep_attributes(changes, parts)
         for part in parts:
             for kind, prefix in _kinds(part):
                 if "dynamic" in kind:
                     _forget(part, prefix)
         yield
-    finally:
-        for table, before in tables:
-            table.update(before)
 
 
 def growing_parts(module: nn.Module) -> list[nn.Module]:
@@ -115,10 +115,10 @@ def growing_parts(module: nn.Module) -> list[nn.Module]:
 
 def _forget(part: Any, prefix: str) -> None:
     """Puts a module back to the frequencies for short rows."""
-    setattr(part, f"{prefix}max_seq_len_cached", part.original_max_seq_len)
+    set_attribute(part, f"{prefix}max_seq_len_cached", part.original_max_seq_len)
     original = getattr(part, f"{prefix}original_inv_freq")
     device = getattr(part, f"{prefix}inv_freq").device
-    part._buffers[f"{prefix}inv_freq"] = original.to(device)
+    set_attribute(part, f"{prefix}inv_freq", original.to(device))
 
 
 def _rotary(module: nn.Module) -> list[nn.Module]:

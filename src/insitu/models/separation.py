@@ -26,6 +26,8 @@ from insitu.batching.layout import (
     leaves,
     widened,
 )
+from insitu.engine.keeping import undisturbed
+from insitu.engine.places import View
 from insitu.graph.errors import InsituError
 from insitu.graph.location import Mark
 from insitu.graph.node import SEPARATOR, Address, Place, Site
@@ -34,10 +36,9 @@ from insitu.models.blocks import CACHES
 from insitu.models.later_steps import LaterSteps, find_later_steps
 from insitu.models.parted import agrees, copied_away, tells_apart
 from insitu.models.prompts import Prompt, Side
-from insitu.models.trial import alike, undisturbed
+from insitu.models.trial import alike
 from insitu.runtime.fallback import Fallback
-from insitu.runtime.hooks import View
-from insitu.runtime.listening import Listening
+from insitu.runtime.listening import listening
 
 # How long the prompts are that are tried: one is padded, one has a single token.
 _LENGTHS = (3, 5, 1)
@@ -360,7 +361,7 @@ class Trial:
             return (new, *value[1:]) if isinstance(value, tuple) else new
 
         with torch.enable_grad():
-            with Listening(self._modules, self._views, tell, (), CACHES):
+            with listening(self._modules, self._views, tell, (), CACHES):
                 self._run(prompt)
             last = places[-1]
             end = seen.pop(last)
@@ -388,7 +389,7 @@ class Trial:
                 seen[place] = copied_away(value)
             return value if place == widen[0] else None
 
-        with Listening(self._modules, self._views, tell, inside, CACHES):
+        with listening(self._modules, self._views, tell, inside, CACHES):
             self._run(prompt)
         return seen
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from insitu.batching.layout import SIZES, Layouts, find_layouts
 from insitu.batching.shared_blocks import Chain
+from insitu.engine.places import View
 from insitu.graph.errors import ShapeError
 from insitu.graph.location import here
 from insitu.graph.node import SEPARATOR, Place
@@ -26,7 +27,6 @@ from insitu.models.prompts import Prompt, Side
 from insitu.models.separation import Separation, Trial
 from insitu.models.tokens import vocabulary_of
 from insitu.runtime.fallback import Fallback, tried
-from insitu.runtime.hooks import View
 from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from insitu.engine.interpose import Own, tapped
 from insitu.graph.node import Place
-from insitu.runtime.passes import Own
 
 
 class Unembedded(NamedTuple):
@@ -72,18 +72,14 @@ _WHOLE = nullcontext()
 
 @contextmanager
 def _choosing(head: nn.Module, index: torch.Tensor, is_own: Own) -> Iterator[None]:
-    def choose(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
-        if not is_own():
-            return None
+    def choose(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: Any) -> Any:
         hidden, *others = args
         rows = torch.arange(index.shape[0], device=hidden.device)[:, None]
-        return (hidden[rows, index.to(hidden.device)], *others)
+        return (hidden[rows, index.to(hidden.device)], *others), kwargs
 
-    handle = head.register_forward_pre_hook(choose)
-    try:
+    with tapped(is_own) as taps:
+        taps.before(head, choose)
         yield
-    finally:
-        handle.remove()
 
 
 def take_logits(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.engine.changes import changing
+from insitu.engine.interpose import Taps
+from insitu.engine.places import Stop
 from insitu.graph.node import SEPARATOR
 from insitu.models.attention import attending
 from insitu.models.blocks import CACHES
 from insitu.models.parts import Block, Feedforward, Heads, Spot
-from insitu.runtime.hooks import Stop
-from insitu.runtime.inside import watched
 from insitu.tracing.vocabulary import Missing
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def _seen(
     owner, inside, function = spot.path.partition(SEPARATOR)
     count = -1
 
-    def replace(part: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def replace(part: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
         return digits.to(output).expand_as(output)
 
     def stop(value: Any) -> None:
@@ -273,8 +274,11 @@ def _seen(
         found.append(value.detach().clone())
         raise Stop
 
-    def before(part: nn.Module, args: Any) -> None:
+    def before(part: nn.Module, args: Any, kwargs: Any) -> None:
         stop(args[0])
+
+    def after(part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        stop(output)
 
     def visit(name: str, func: Any, args: Any, kwargs: Any) -> Any:
         nonlocal count
@@ -285,16 +289,16 @@ def _seen(
                 stop(result if spot.kind == "output" else args[0])
         return result
 
-    with ExitStack() as stack:
-        stack.callback(modules[path].register_forward_hook(replace).remove)
+    with changing() as changes:
+        taps = Taps(changes)
+        taps.after(modules[path], replace)
         if inside:
-            stack.enter_context(watched(modules[owner], visit, CACHES))
+            taps.functions(modules[owner], visit, CACHES)
         elif spot.kind == "input":
-            stack.callback(modules[owner].register_forward_pre_hook(before).remove)
+            taps.before(modules[owner], before)
         else:
-            hook = modules[owner].register_forward_hook(lambda part, args, out: stop(out))
-            stack.callback(hook.remove)
-        stack.enter_context(torch.no_grad())
+            taps.after(modules[owner], after)
+        changes.gradients(False)
         try:
             module(*call.args, **call.kwargs)
         except Stop:

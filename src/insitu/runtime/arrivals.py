@@ -10,39 +10,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from insitu.graph.node import EVERY, SEPARATOR, Kind, Site
+from insitu.engine.changes import Changes, set_grad_enabled
+from insitu.engine.interpose import Hooks, Own, Taps, put_hook, put_last, remove_hook, take_last
+from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
+from insitu.graph.node import EVERY, NO_KWARGS, SEPARATOR, Kind, Place, Site
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import fitted
 from insitu.runtime.execution import Execution
-from insitu.runtime.hooks import (
-    NO_KWARGS,
-    Hook,
-    Moment,
-    Place,
-    Stop,
-    View,
-    changed_value,
-    handed_over,
-    passing_value,
-    put_hook,
-    remove_hook,
-)
-from insitu.runtime.inside import watched
+from insitu.runtime.hooks import changed_value
 from insitu.runtime.plan import Plan, Readers
 from insitu.runtime.probe import fake_result
 
 if TYPE_CHECKING:
     from insitu.runtime.passes import Pass
 
-_ABSENT = object()
 _OF_MODULES = frozenset(["output", "input", "inputs"])
 
 
@@ -60,6 +47,8 @@ class Arrivals:
         returned: what modules that are skipped would return, as fake tensors, by the node that
             reads their arguments.
         caches: the Python modules of caches, which forwards leave to themselves.
+        changes: notes what is changed for the time of the pass.
+        is_own: whether a call of a module is one of the pass.
 
     Attributes:
         clock: tells calls and steps apart.
@@ -72,11 +61,13 @@ class Arrivals:
         plan: Plan,
         single: Pass,
         readers: Readers,
-        hooks: dict[Moment, Hook],
+        hooks: Hooks,
         modules: Mapping[str, nn.Module],
         views: Mapping[str, View],
         returned: Mapping[int, Any],
         caches: Collection[str],
+        changes: Changes,
+        is_own: Own,
     ) -> None:
         self._execution = execution
         self._plan = plan
@@ -88,11 +79,11 @@ class Arrivals:
         self._views = views
         self._returned = returned
         self._caches = caches
-        self._thread = get_ident()
+        self._changes, self._is_own = changes, is_own
+        self._taps = Taps(changes, is_own)
+        self._end_step_hook = self._end_step  # one object: a method is a new one each time
         # Where, and for whom: the nodes that read the arguments, each with its invocation.
         self._skipping: dict[nn.Module, tuple[Place, list[tuple[int, int]]]] = {}
-        self._forwards: dict[nn.Module, Any] = {}
-        self._watching = ExitStack()
         ended: Mapping[int, int] = {} if single.steps is None else single.steps.ended
         execution.ended = ended
         self.clock = Clock(readers, ended)
@@ -103,13 +94,11 @@ class Arrivals:
         for (_, path, *_), index in self._plan.reads.items():
             if index in self._plan.skips:
                 module = self._modules[path]
-                self._forwards.setdefault(module, vars(module).get("forward", _ABSENT))
-                vars(module)["forward"] = partial(self._stand_in, path, module, module.forward)
+                self._taps.forward(module, partial(self._stand_in, path, module))
         if self._single.steps is not None:
-            before = cast("dict[Any, Any]", self._modules[""]._forward_pre_hooks)
-            key = self._begin_step
-            before[key] = key
-            self._hooks["", "inputs", -1, 0] = (before, None, key, None)
+            root = self._modules[""]
+            self._taps.before(root, self._begin_step)
+            self._changes.afterwards(partial(take_last, root, self._end_step_hook))
         owners: set[str] = set()
         for path, kind, _, _ in self._readers:
             first = (path, kind, 0, 0)
@@ -117,21 +106,13 @@ class Arrivals:
                 owners.add(path.partition(SEPARATOR)[0])
             elif first not in self._hooks and kind in _OF_MODULES:
                 view = self._views.get(path)
-                self._hooks[first] = put_hook(self._modules[path], first, view, self._arrived)
+                put_hook(self._hooks, self._modules[path], first, view, self._arrived)
         for owner in owners:
-            visit = partial(self._visit, owner)
-            self._watching.enter_context(watched(self._modules[owner], visit, self._caches))
+            self._taps.functions(self._modules[owner], partial(self._visit, owner), self._caches)
 
     def end(self) -> None:
-        """Takes back what `begin` did, but for the hooks."""
-        self._watching.close()
-        for module, forward in self._forwards.items():
-            if forward is _ABSENT:
-                del vars(module)["forward"]
-            else:
-                vars(module)["forward"] = forward
-        if self._single.steps is not None:
-            self._end_step()
+        """Takes back what `begin` did, but for the hooks. It may be called again."""
+        self._changes.undo()
 
     def missing(self) -> list[int]:
         """Returns the nodes that read what never came."""
@@ -162,7 +143,7 @@ class Arrivals:
         self, first: Moment, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
     ) -> Any:
         execution, plan, cuts = self._execution, self._plan, self._single.cuts
-        if get_ident() != self._thread or execution.busy:
+        if not self._is_own():
             return None  # somebody else's call of the module, beside ours or in an operation
         found = self.clock.take(first)
         may_stop = self._single.may_stop
@@ -171,7 +152,8 @@ class Arrivals:
                 raise Stop
             return None
         if not may_stop and self.clock.is_done(first):  # there are more forwards to come
-            remove_hook(self._hooks.pop(first))
+            remove_hook(self._hooks[first])
+            del self._hooks[first]
         place = self.clock.place(first)
         arriving = passing_value(place[1], view, module, args, rest)
         value = execution.made_new(found, arriving)
@@ -214,7 +196,7 @@ class Arrivals:
     ) -> Any:
         """Is the forward of a module that is skipped."""
         execution = self._execution
-        if get_ident() != self._thread or execution.busy or module not in self._skipping:
+        if module not in self._skipping:
             return forward(*args, **kwargs)
         (*_, call), skips = self._skipping.pop(module)
         view = self._views.get(path)
@@ -272,8 +254,6 @@ class Arrivals:
         kwargs: dict[str, Any],
     ) -> Any:
         """Makes a call of a torch function in the forward of a module."""
-        if get_ident() != self._thread or self._execution.busy:
-            return function(*args, **kwargs)
         path = f"{owner}{SEPARATOR}{name}"
         args, kwargs = self.pass_on("inputs", (args, kwargs), path)
         if args:
@@ -283,23 +263,17 @@ class Arrivals:
             kwargs = {**kwargs, key: self.pass_on("input", kwargs[key], path)}
         return self.pass_on("output", function(*args, **kwargs), path)
 
-    def _begin_step(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if get_ident() != self._thread or self._execution.busy:
-            return
+    def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         if self.clock.next_step():
             self._execution.next_step()
         if self._single.differentiates and self._execution.differentiates:  # `generate` ends it
-            torch.set_grad_enabled(True)
-            after = cast("dict[Any, Any]", module._forward_hooks)
-            after[_END_OF_STEP] = self._end_step
+            set_grad_enabled(True)
+            put_last(module, self._end_step_hook)
 
     def _end_step(self, *_: Any) -> None:
-        after = cast("dict[Any, Any]", self._modules[""]._forward_hooks)
-        if after.pop(_END_OF_STEP, None) is not None:
-            torch.set_grad_enabled(False)
-
-
-_END_OF_STEP = object()
+        """Lets `generate` have autograd off between two steps, as it wants."""
+        take_last(self._modules[""], self._end_step_hook)
+        set_grad_enabled(False)
 
 
 class Clock:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from insitu.engine.changes import set_grad_enabled
 from insitu.graph.context import entered
 from insitu.graph.errors import CausalityError, InsituError, LimitError
 from insitu.graph.expression import expression
-from insitu.runtime.execution import Execution, set_grad_enabled
+from insitu.runtime.execution import Execution
 from insitu.runtime.failure import failure
 from insitu.runtime.failures import Failed, Failures
 from insitu.runtime.gradient_binding import Backward

@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from insitu.engine.changes import changing
+from insitu.engine.functions import in_cache
+from insitu.engine.interpose import Taps
 from insitu.graph.ordinary import made_ordinary, ordinary_tensors
 from insitu.graph.structure import map_structure, tensors_of
 from insitu.runtime.events import Applied, Event, Returned, Value
-from insitu.runtime.inside import in_cache
 from insitu.runtime.probe import Call, fake_run
 
 
@@ -106,51 +109,22 @@ class _Begun(NamedTuple):
     inputs: tuple[int, ...]
 
 
-class Recorder:
-    """Writes down the dataflow of what runs while it is active, as a context manager.
+class _Recorder:
+    """Writes down the dataflow of what runs.
 
     Args:
-        modules: the tree of the module that will run, by path.
         keeping: whether the dataflow keeps the arguments of events and the tensors themselves.
-        caches: the Python modules of caches: what they call is not a forward's own.
     """
 
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        keeping: bool = False,
-        caches: Collection[str] = (),
-    ) -> None:
+    def __init__(self, keeping: bool) -> None:
         self.flow = Dataflow()
         self._keeping = keeping
-        self._modules = modules
         # The value that a tensor was when last seen, and how often it had been written to then.
         self._current: dict[int, tuple[int, int]] = {}
         self._last_write: int | None = None
         self._kept: list[torch.Tensor] = []  # so that no identity is given twice
         self._counts: Counter[tuple[str, str]] = Counter()
         self._stack: list[_Begun] = []
-        self._mode = _Watch(self._visit, caches)
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Dataflow:
-        seen: set[int] = set()
-        for path, part in self._modules.items():
-            if id(part) in seen:
-                continue
-            seen.add(id(part))
-            self._handles += [
-                part.register_forward_pre_hook(self._entering(path), with_kwargs=True),
-                part.register_forward_hook(self._leaving(path)),
-            ]
-        self._mode.__enter__()
-        return self.flow
-
-    def __exit__(self, *error: Any) -> None:
-        self._mode.__exit__(*error)  # pyright: ignore[reportUnknownMemberType]
-        for handle in self._handles:
-            handle.remove()
-        self._kept.clear()
 
     def _value(self, tensor: torch.Tensor) -> int:
         known = self._current.get(id(tensor))
@@ -183,7 +157,7 @@ class Recorder:
 
         return map_structure(leaf, items), tuple(found)
 
-    def _visit(
+    def visit(
         self,
         name: str,
         function: Callable[..., Any],
@@ -232,31 +206,27 @@ class Recorder:
         self._current[id(written)] = (known[0], written._version)
         return self._values((args, kwargs))
 
-    def _entering(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given, inputs = self._values((args, dict(kwargs)))
-            self._stack.append(_Begun(path, len(self.flow.events), given, inputs))
+    def enter(self, path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes that a call of a module begins."""
+        given, inputs = self._values((args, dict(kwargs)))
+        self._stack.append(_Begun(path, len(self.flow.events), given, inputs))
 
-        return hook
-
-    def _leaving(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            flow = self.flow
-            begun = self._stack.pop()
-            call = self._counts[path, ""]
-            self._counts[path, ""] += 1
-            index = len(flow.events)
-            returned, outputs = self._values(output)
-            shown = _numbers(returned)
-            flow.events.append(Event(path, "", call, begun.inputs, outputs, begun.first))
-            flow.arguments[index] = _numbers(begun.given)
-            if self._keeping:
-                flow.applied[index] = Applied(None, *begun.given)
-            flow.results[index] = shown
-            for value, item in _items(shown):
-                flow.returned.setdefault(value, []).append(Returned(index, item))
-
-        return hook
+    def leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Notes that a call of a module has ended."""
+        flow = self.flow
+        begun = self._stack.pop()
+        call = self._counts[path, ""]
+        self._counts[path, ""] += 1
+        index = len(flow.events)
+        returned, outputs = self._values(output)
+        shown = _numbers(returned)
+        flow.events.append(Event(path, "", call, begun.inputs, outputs, begun.first))
+        flow.arguments[index] = _numbers(begun.given)
+        if self._keeping:
+            flow.applied[index] = Applied(None, *begun.given)
+        flow.results[index] = shown
+        for value, item in _items(shown):
+            flow.returned.setdefault(value, []).append(Returned(index, item))
 
 
 def watch(
@@ -279,15 +249,21 @@ def watch(
         caches: the Python modules of caches: what they call is not a forward's own.
         contents: whether on tensors without data integers in the call count too.
     """
+    recorder = _Recorder(keeping)
     with ordinary_tensors():
         args, kwargs = made_ordinary(tuple(call))
-        with Recorder(modules, keeping, caches) as flow:
+        with changing() as changes:
+            taps = Taps(changes)
+            for part, path in {part: path for path, part in reversed([*modules.items()])}.items():
+                taps.before(part, partial(recorder.enter, path))
+                taps.after(part, partial(recorder.leave, path))
+            changes.enter(_Watch(recorder.visit, caches))
             if fake:
                 fake_run(module, call, contents)
             else:
-                with torch.no_grad():
-                    module(*args, **kwargs)
-    return flow
+                changes.gradients(False)
+                module(*args, **kwargs)
+    return recorder.flow
 
 
 def _numbers(items: Any) -> Any:

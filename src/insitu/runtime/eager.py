@@ -9,11 +9,15 @@ run goes around what has been compiled; outside of blocks that is used as before
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from insitu.engine.changes import Changes, changing
+from insitu.engine.exclusive import Exclusive
 
 _ORIGINAL = "_torchdynamo_orig_callable"  # where what `torch.compile` gives has what it was given
 
@@ -32,26 +36,34 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
     return any(hasattr(kind.forward, _ORIGINAL) for kind in kinds)
 
 
-def eager(compiled: bool) -> AbstractContextManager[Any]:
-    """Returns a context in which modules run uncompiled.
+def run_uncompiled(changes: Changes, compiled: bool) -> None:
+    """Lets modules run uncompiled until the changes are undone.
 
     Args:
+        changes: notes it.
         compiled: whether any of them is compiled: if none is, there is nothing to be done.
     """
-    return torch.compiler.set_stance("force_eager") if compiled else _AS_THEY_ARE
+    if compiled:
+        stances: list[Any] = []
+        changes.afterwards(partial(_leave_all, stances))
+        stances.append(torch.compiler.set_stance("force_eager"))  # made is entered
 
 
-_AS_THEY_ARE = nullcontext()
+def _leave_all(stances: list[Any]) -> None:
+    for stance in stances:
+        stance.__exit__(None, None, None)
 
 
 @contextmanager
-def eagerly(held: AbstractContextManager[Any]) -> Generator[None, None, None]:
-    """Enters another context, and one in which modules run uncompiled.
+def eagerly(held: Exclusive) -> Generator[None, None, None]:
+    """Has a module in use, with compiled parts run as they were written.
 
     Args:
-        held: the other: where nothing is compiled, it alone will do.
+        held: who may use the module: where nothing is compiled, it alone will do.
     """
-    with held, eager(True):
+    with changing() as changes:
+        held.take_until(changes)
+        run_uncompiled(changes, True)
         yield
 
 

@@ -7,20 +7,29 @@ some and nowhere else: see `passes.py`.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from insitu.engine.interpose import tapped
+from insitu.engine.places import View, first_argument, handed_over
 from insitu.graph.node import SEPARATOR, Kind, Place
-from insitu.runtime.hooks import View, first_argument, handed_over
-from insitu.runtime.inside import watched
+
+Tell = Callable[[Place, Any], Any]
 
 
-class Listening:
-    """A context in which it is told what passes the places of runs.
+@contextmanager
+def listening(
+    modules: Mapping[str, nn.Module],
+    views: Mapping[str, View],
+    tell: Tell,
+    inside: Collection[str] = (),
+    caches: Collection[str] = (),
+) -> Generator[Mapping[str, Any], None, None]:
+    """Tells what passes the places of the runs in it, which are those of this thread.
 
     Args:
         modules: the tree of the module that runs, by path.
@@ -31,43 +40,27 @@ class Listening:
             they call.
         caches: the Python modules of caches: what they call is not a forward's own.
 
-    Attributes:
-        returned: what each module returned last, where `tell` is given how it is shown.
+    Yields:
+        What each module returned last, where `tell` is given how it is shown.
     """
+    listener = _Listener(views, tell)
+    with tapped() as taps:
+        for owner in inside:
+            taps.functions(modules[owner], partial(listener.visit, owner), caches)
+        for path, part in modules.items():
+            taps.before(part, partial(listener.before, path))
+            taps.after(part, partial(listener.after, path))
+        yield listener.returned
 
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        views: Mapping[str, View],
-        tell: Callable[[Place, Any], Any],
-        inside: Collection[str] = (),
-        caches: Collection[str] = (),
-    ) -> None:
+
+class _Listener:
+    def __init__(self, views: Mapping[str, View], tell: Tell) -> None:
         self.returned: dict[str, Any] = {}
-        self._modules, self._views, self._tell = modules, views, tell
-        self._inside, self._caches = inside, caches
+        self._views, self._tell = views, tell
         self._calls: Counter[str] = Counter()
         self._open: defaultdict[str, list[int]] = defaultdict(list)
-        self._changes = ExitStack()
 
-    def __enter__(self) -> Listening:
-        with ExitStack() as changes:
-            for owner in self._inside:
-                visit = partial(self._visit, owner)
-                changes.enter_context(watched(self._modules[owner], visit, self._caches))
-            for path, part in self._modules.items():
-                before, after = partial(self._before, path), partial(self._after, path)
-                hook = part.register_forward_pre_hook(before, with_kwargs=True)
-                changes.callback(hook.remove)
-                hook = part.register_forward_hook(after, with_kwargs=True)
-                changes.callback(hook.remove)
-            self._changes = changes.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._changes.close()
-
-    def _before(
+    def before(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         call = self._begun(path)
@@ -84,7 +77,7 @@ class Listening:
                 args, kwargs = changed = handed_over(kind, None, module, args, (kwargs,), told)
         return changed
 
-    def _after(
+    def after(
         self,
         path: str,
         module: nn.Module,
@@ -98,7 +91,7 @@ class Listening:
         told = self._tell((path, "output", self._open[path].pop()), shown)
         return told if told is None or view is None else view.restore(output, told, args, kwargs)
 
-    def _visit(self, owner: str, name: str, function: Any, args: Any, kwargs: Any) -> Any:
+    def visit(self, owner: str, name: str, function: Any, args: Any, kwargs: Any) -> Any:
         path = f"{owner}{SEPARATOR}{name}"
         call = self._begun(path)
         told = self._tell((path, "inputs", call), (args, dict(kwargs)))

@@ -8,6 +8,7 @@ has fired, and all are removed when the pass ends, however it ends.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,26 +17,15 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
+from insitu.engine.changes import Changes, set_grad_enabled
+from insitu.engine.interpose import Hooks, Own, put_hook, remove_hook, remove_hooks
+from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
 from insitu.graph.context import is_grad_enabled
-from insitu.graph.node import SEPARATOR, Address, Kind, Site
+from insitu.graph.node import NO_KWARGS, SEPARATOR, Address, Kind, Place, Site
 from insitu.runtime.arrivals import Arrivals
-from insitu.runtime.execution import Execution, set_grad_enabled
+from insitu.runtime.execution import Execution
 from insitu.runtime.fallback import Fallback
-from insitu.runtime.hooks import (
-    NO_KWARGS,
-    Cut,
-    Hook,
-    Moment,
-    Place,
-    Stop,
-    View,
-    changed_value,
-    handed_over,
-    passing_value,
-    put_hook,
-    remove_hook,
-    reorder,
-)
+from insitu.runtime.hooks import Cut, changed_value
 from insitu.runtime.plan import Plan, Readers
 from insitu.runtime.summary import Summary
 
@@ -51,11 +41,6 @@ class Deliver(Protocol):
             value: what passes.
         """
         ...
-
-
-Own = Callable[[], bool]
-"""Tells whether a module is being called by the pass: not by another thread beside it, and not by
-an operation of the experiment."""
 
 
 class Steps(NamedTuple):
@@ -137,6 +122,7 @@ def run_pass(
     single: Pass,
     modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
+    hooks: Hooks,
     returned: Mapping[int, Any] = _NO_RETURNED,
     caches: Collection[str] = (),
 ) -> tuple[Any, list[int], Arrivals | None]:
@@ -148,6 +134,8 @@ def run_pass(
         single: the pass.
         modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
+        hooks: gets the hooks that are put on modules, for the time that they are there. It is
+            that of who may use the model: see `Exclusive`.
         returned: what modules that are skipped would return, as fake tensors, by the node that
             reads their arguments.
         caches: the Python modules of caches: what they call is not a forward's own.
@@ -168,7 +156,6 @@ def run_pass(
         modules = {**modules, "": modules[steps.path]}
     if through is not None:
         readers.setdefault((*through, 0), [])
-    hooks: dict[Moment, Hook] = {}
     thread = get_ident()
 
     def own_call() -> bool:
@@ -184,7 +171,8 @@ def run_pass(
         if found is None:
             return None
         if not may_stop:  # there are more forwards to come
-            remove_hook(hooks.pop(moment))
+            remove_hook(hooks[moment])
+            del hooks[moment]
         path, kind, call, _ = moment
         if kind != "output":
             value = passing_value(kind, view, module, args, rest)
@@ -218,36 +206,36 @@ def run_pass(
     result, deliver = None, _nobody
     grad_enabled = is_grad_enabled()
     try:
-        if special:
-            arrivals = Arrivals(
-                execution, plan, single, readers, hooks, modules, views, returned, caches
-            )
-            arrivals.begin()
-            deliver = arrivals.pass_on
-        else:
-            for moment in readers:
-                path = moment[0]
-                hooks[moment] = put_hook(modules[path], moment, views.get(path), arrived)
-        set_grad_enabled(differentiates and execution.differentiates)
-        result = call(deliver, own_call)
-    except Stop as stop:
-        stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
-        if arrivals is not None:
-            arrivals.stopped = True
+        try:
+            if special:
+                given = (execution, plan, single, readers, hooks, modules, views, returned, caches)
+                arrivals = Arrivals(*given, Changes(sys._getframe()), own_call)
+                arrivals.begin()
+                deliver = arrivals.pass_on
+            else:
+                for moment in readers:
+                    path = moment[0]
+                    put_hook(hooks, modules[path], moment, views.get(path), arrived)
+            set_grad_enabled(differentiates and execution.differentiates)
+            result = call(deliver, own_call)
+        except Stop as stop:
+            stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
+            if arrivals is not None:
+                arrivals.stopped = True
+        finally:
+            if execution.tape is not None and differentiates and len(cuts) > 1:
+                execution.tape.is_batched = True
+            if arrivals is not None:
+                arrivals.end()
+            set_grad_enabled(grad_enabled)
+            remove_hooks(hooks)
     finally:
-        if execution.tape is not None and differentiates and len(cuts) > 1:
-            execution.tape.is_batched = True
-        if arrivals is not None:
-            arrivals.end()
-        set_grad_enabled(grad_enabled)
-        for table, flags, key, order in hooks.values():  # `remove_hook`, without a call for each
-            if key in table:
-                del table[key]
-                if flags is not None:
-                    del flags[key]
-            if order is not None:
-                reorder(table, order)
-        hooks.clear()  # they refer to `arrived`, which refers to them and to every value
+        # Once more, for an exception in the lines above: then something is left.
+        if hooks or is_grad_enabled() is not grad_enabled or arrivals is not None:
+            if arrivals is not None:
+                arrivals.end()
+            set_grad_enabled(grad_enabled)
+            remove_hooks(hooks)
     if arrivals is not None:
         if steps is not None:
             execution.next_step()

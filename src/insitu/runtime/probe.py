@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensorMode
 
+from insitu.engine.changes import changing
+from insitu.engine.functions import Called, returns_tensors
+from insitu.engine.interpose import tapped
+from insitu.engine.keeping import fake_weights
+from insitu.engine.places import View
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.node import Place
 from insitu.graph.ordinary import ordinary_tensors
@@ -24,9 +30,7 @@ from insitu.graph.structure import map_structure
 from insitu.runtime.ambient import autocast_dtype
 from insitu.runtime.contents import Contents, has_contents
 from insitu.runtime.counts import Counts
-from insitu.runtime.hooks import View
-from insitu.runtime.inside import Called, returns_tensors, watched
-from insitu.runtime.listening import Listening
+from insitu.runtime.listening import listening
 
 
 class Call(NamedTuple):
@@ -117,12 +121,13 @@ def probe(
         called.append(Called(name, (args, kwargs), result))
         return result
 
-    watching = nullcontext() if inside is None else watched(modules[inside], visit, caches)
-    listening = Listening(modules, views, tell)
     try:
-        with listening, _without_data(), casting, known or nullcontext():
+        with listening(modules, views, tell) as returned, tapped() as taps, _without_data(known):
+            taps.enter(casting)
             args, kwargs = map_structure(leaf, tuple(call))
-            with watching, _faked(module, device) as weights:
+            if inside is not None:
+                taps.functions(modules[inside], visit, caches)
+            with fake_weights(module, partial(_fake, device=device)) as weights:
                 for weight, fake in weights:
                     given(fake, weight)
                 module(*args, **kwargs)
@@ -134,7 +139,7 @@ def probe(
         ) from error
     shown = [call for call in called if returns_tensors(call.output)]
     moments = {place: moment for moment, place in enumerate(seen)}
-    return Probe(seen, listening.returned, shown, moments)
+    return Probe(seen, returned, shown, moments)
 
 
 def count(module: nn.Module, call: Call) -> Counts:
@@ -153,13 +158,14 @@ def count(module: nn.Module, call: Call) -> Counts:
         return _fake(item) if isinstance(item, torch.Tensor) else item
 
     try:
-        with _without_data(), _faked(module):
+        counting = Counting()
+        with _without_data(), fake_weights(module, _fake), changing() as changes:
             args, kwargs = map_structure(leaf, tuple(call))
-            with Counting() as counting:
-                output = module(*args, **kwargs)
-                found = counting.counts
-                del output
-                return found
+            changes.enter(counting)
+            output = module(*args, **kwargs)
+            found = counting.counts  # while the output is there, which counts too
+            del output
+        return found
     except Exception as error:  # whatever a model makes of tensors without data
         raise UnknownShapeError(
             f"What a forward takes cannot be counted without running it "
@@ -175,7 +181,7 @@ def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         args: its arguments.
         kwargs: its keyword arguments.
     """
-    with _faked(module):
+    with fake_weights(module, _fake):
         return module(*args, **kwargs)
 
 
@@ -197,7 +203,7 @@ def fake_run(module: nn.Module, call: Call, contents: bool = False) -> None:
             known.give(fake, item)
         return fake
 
-    with _without_data(), known or nullcontext(), _faked(module):
+    with _without_data(known), fake_weights(module, _fake):
         args, kwargs = map_structure(leaf, tuple(call))
         module(*args, **kwargs)
 
@@ -229,7 +235,7 @@ def fake_result(
                 known.give(fake, item)
             return fake
 
-        with _without_data(), known or nullcontext(), _faked(module):
+        with _without_data(known), fake_weights(module, _fake):
             given, named = map_structure(leaf, (args, dict(kwargs)))
             return forward(*given, **named)
 
@@ -247,11 +253,20 @@ def fake_result(
 
 
 @contextmanager
-def _without_data() -> Generator[None, None, None]:
-    """Makes fake tensors in its block; their failures are raised, and not printed too."""
-    with unlogged_failures(), ordinary_tensors(), FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.no_grad():
-            yield
+def _without_data(mode: AbstractContextManager[Any] | None = None) -> Generator[None, None, None]:
+    """Makes fake tensors in its block; their failures are raised, and not printed too.
+
+    Args:
+        mode: what else sees the operations in it.
+    """
+    with changing() as changes:
+        changes.enter(unlogged_failures())
+        changes.enter(ordinary_tensors())
+        changes.enter(FakeTensorMode(allow_non_fake_inputs=True))
+        changes.gradients(False)
+        if mode is not None:
+            changes.enter(mode)
+        yield
 
 
 def _fake(tensor: torch.Tensor, device: str = "cpu") -> torch.Tensor:
@@ -269,50 +284,3 @@ def _autocast(kind: str) -> tuple[str, AbstractContextManager[Any]]:
     if autocast_dtype(kind) is None:
         return "cpu", torch.autocast("cpu", enabled=False)
     return kind, nullcontext()
-
-
-@contextmanager
-def _faked(
-    module: nn.Module, device: str = "cpu"
-) -> Generator[Collection[tuple[torch.Tensor, torch.Tensor]], None, None]:
-    """Puts fake parameters and buffers into a module; gives each with the one that stands for it.
-
-    `torch.func.functional_call` leaves some of them there if a module has two names.
-    """
-    parts = list(module.modules())
-    # A forward may keep what it made, such as a lazily filled cache: that must not be fake later.
-    before = [(table, dict(table)) for part in parts for table in (vars(part), part._buffers)]
-    tables: list[dict[str, Any]] = []
-    for part in parts:
-        tables.extend((cast("dict[str, Any]", part._parameters), part._buffers))
-    weights = [(table, dict(table)) for table in tables]
-    fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    # Accelerate's wrappers of forwards put the real weights in, from where they are kept.
-    wrapped = [vars(part) for part in parts if "_old_forward" in vars(part)]
-    wrappers = [table["forward"] for table in wrapped]
-    try:
-        for table in wrapped:
-            table["forward"] = table["_old_forward"]
-        for table, own in weights:
-            for name, tensor in own.items():
-                if tensor is not None:
-                    if id(tensor) not in fakes:
-                        fakes[id(tensor)] = (tensor, _fake(tensor, device))
-                    table[name] = fakes[id(tensor)][1]
-        yield fakes.values()
-    finally:
-        for table, wrapper in zip(wrapped, wrappers, strict=True):
-            table["forward"] = wrapper
-        for table, own in weights:
-            table.update(own)
-        for table, own in before:
-            _restore(table, own)
-
-
-def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Undoes the assignments of fake tensors to names, and no others."""
-    for name in [name for name, value in now.items() if isinstance(value, FakeTensor)]:
-        if name in before:
-            now[name] = before[name]
-        else:
-            del now[name]

@@ -9,14 +9,16 @@ is untouched: it has no hook that tells of changes.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import nn
+
+from insitu.engine.changes import Changes, restore
 
 Tables = list[dict[str, nn.Module | None]]
 
@@ -146,27 +148,25 @@ class Tree:
         tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
         return [tensor.dtype for tensor in tensors], [tensor.shape for tensor in tensors]
 
-    @contextmanager
-    def kept(self) -> Generator[None, None, None]:
-        """Undoes, after its block, what a forward in it has changed of the tree.
+    def keep(self, changes: Changes) -> None:
+        """Lets what a forward changes of the tree be undone.
 
         Some modules exchange their own children in a forward, and from then on compute something
         else. Attributes by which they remember that are set back too.
+
+        Args:
+            changes: notes it.
         """
-        states = [dict(state) for state in self._states]
-        try:
-            yield
-        finally:
-            if self.has_changed():
-                self.exchanges = True
-                for now, then in zip(self._all.now, self._all.then, strict=True):
-                    if now != then:
-                        now.clear()
-                        now.update(then)
-                for state, before in zip(self._states, states, strict=True):
-                    for name in [name for name in state if name not in before]:
-                        del state[name]
-                    state.update(before)
+        changes.afterwards(partial(self._put_back, [dict(state) for state in self._states]))
+
+    def _put_back(self, states: list[dict[str, Any]]) -> None:
+        if self.has_changed():
+            self.exchanges = True
+            for state, before in zip(self._states, states, strict=True):
+                restore(state, before)
+            # Last: by these it is known whether anything is left to be done.
+            for now, then in zip(self._all.now, self._all.then, strict=True):
+                restore(now, then)
 
     def _spine(self) -> Watched:
         lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)

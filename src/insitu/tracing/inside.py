@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from insitu.batching.procedure import Subject
+from insitu.engine.functions import Called
 from insitu.graph.errors import IndexOutOfRangeError, PathError, nearest
 from insitu.graph.location import here
 from insitu.graph.node import SEPARATOR, readable
 from insitu.graph.shapes import shape_of
-from insitu.runtime.inside import Called
 from insitu.tracing.sites import Sites
 
 

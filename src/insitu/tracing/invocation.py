@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, cast
 
+from insitu.engine.functions import Called
 from insitu.graph.errors import BlockError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.intervention import skip, write
@@ -13,7 +14,6 @@ from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Kind, Ref, Site, ref
 from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy, StructureProxy
-from insitu.runtime.inside import Called
 from insitu.runtime.probe import Call, Probe
 from insitu.tracing.around import Around
 from insitu.tracing.scope import Scope

@@ -11,6 +11,7 @@ from torch import nn
 from insitu.batching.layout import UnexpectedShapeError
 from insitu.batching.procedure import Outputs, Procedure, Subject
 from insitu.display.progress import passes as listener
+from insitu.engine.places import View
 from insitu.graph.errors import BlockError, LimitError, NeverRanError
 from insitu.graph.lines import Lines
 from insitu.graph.location import here
@@ -21,7 +22,6 @@ from insitu.runtime.eager import eagerly
 from insitu.runtime.execution import Execution
 from insitu.runtime.failures import Failed, FailedInvocations, Failures
 from insitu.runtime.following import following
-from insitu.runtime.hooks import View
 from insitu.runtime.leaves import leaves_of
 from insitu.runtime.order import unexcused
 from insitu.runtime.passes import Pass, run_pass
@@ -170,7 +170,7 @@ def run_passes(
         numbers, goes_into_others = single.cuts.keys(), single.through is not None
         try:
             results[at], missing, went = run_pass(
-                execution, plan, single, modules, views, returned, caches
+                execution, plan, single, modules, views, prepared.exclusive.hooks, returned, caches
             )
         except Exception as error:
             if failures is None or isinstance(error, LimitError):  # which is for all

@@ -15,6 +15,7 @@ from torch import nn
 
 from insitu.batching.asked import asked_by
 from insitu.batching.procedure import Procedure, Schedule, Subject, Work
+from insitu.engine.exclusive import Exclusive
 from insitu.graph.errors import BlockError, PathError, ShapeError
 from insitu.graph.location import Location, here
 from insitu.graph.node import SEPARATOR, Graph, ModuleRef, Place, Site, WeightRef, readable
@@ -23,7 +24,6 @@ from insitu.graph.written_arguments import check_arguments
 from insitu.runtime.ambient import Ambient, ambient
 from insitu.runtime.call_path import CallPath
 from insitu.runtime.eager import is_compiled
-from insitu.runtime.exclusive import Exclusive
 from insitu.runtime.gradient_checks import check_gradients
 from insitu.runtime.order import check_cuts, check_order, check_steps, pass_order
 from insitu.runtime.passes import Pass

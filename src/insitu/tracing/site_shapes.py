@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from insitu.batching.procedure import Procedure, Subject
+from insitu.engine.functions import Called
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.node import EVERY, SEPARATOR, Graph, Site
-from insitu.runtime.inside import Called
 from insitu.runtime.probe import Probe
 from insitu.tracing.never_ran import never_ran
 

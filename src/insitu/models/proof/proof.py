@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
+from insitu.engine.keeping import evaluating
 from insitu.graph.node import Place
 from insitu.models.blocks import find_stacks
 from insitu.models.parts import Heads
@@ -64,7 +63,7 @@ def prove(model: Model, description: Description) -> Proof:
         for path in ("", *chosen.values()):
             entries[path] = dict(entries_of(model, path, names))
             entries[path].update(weights_of_block(body, path))
-    with model.in_use(), evaluating(model.module):
+    with model.in_use(), evaluating(model.module.modules()):
         runs = Runs(model, call, showing)
         reads, places = wanted(body, entries)
         hooked = set(chosen.values())
@@ -212,16 +211,3 @@ def sample_with_content(body: Body) -> Call:
             value = torch.randn(value.shape, generator=draw).to(value)
         kwargs[name] = value
     return Call((), kwargs)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Lets a model run without dropout, whatever mode its modules are in."""
-    training: Sequence[nn.Module] = [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from insitu.engine.interpose import tapped
+from insitu.engine.keeping import undisturbed
 from insitu.graph.node import SEPARATOR, Place
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import replaced
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import CACHES
-from insitu.models.trial import undisturbed
-from insitu.runtime.listening import Listening
+from insitu.runtime.listening import listening
 from insitu.runtime.probe import Call
 from insitu.tracing.forms import PerHead
 from insitu.tracing.named import Named
@@ -125,8 +127,8 @@ class Runs:
         kwargs = {**self.call.kwargs, **(self.options if options is None else options)}
         implementation = kwargs.pop(OPTION, None)
         with undisturbed(model.modules), attending(model.module, implementation):
-            listening = Listening(model.modules, model.views, tell, inside, CACHES)
-            with listening, _hooked(model.modules, hooked) as first:
+            listens = listening(model.modules, model.views, tell, inside, CACHES)
+            with listens, _hooked(model.modules, hooked) as first:
                 returned = model.module(*self.call.args, **kwargs)
         return Seen(seen, _floats(returned), first)
 
@@ -162,20 +164,15 @@ def _hooked(
     """Puts plain hooks on modules, and gives the first tensor that each of them returns."""
     found: dict[str, Tensor] = {}
 
-    def keep(path: str, returned: Any) -> None:
-        tensors = tensors_of(returned)
+    def keep(path: str, *called: Any) -> None:
+        tensors = tensors_of(called[-1])
         if tensors and path not in found:
             found[path] = tensors[0].detach().clone()
 
-    hooks = [
-        modules[path].register_forward_hook(lambda _, __, out, path=path: keep(path, out))
-        for path in paths
-    ]
-    try:
+    with tapped() as taps:
+        for path in paths:
+            taps.after(modules[path], partial(keep, path))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _floats(returned: Any) -> tuple[Tensor, ...]:

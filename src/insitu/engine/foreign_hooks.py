@@ -13,19 +13,17 @@ alone. So prompts share nothing where there is one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from threading import get_ident
 from typing import Any, TypeAlias, cast
 
 from torch import nn
 from torch.nn.modules import module as everywhere
 
-# What these hang on modules belongs to the model.
 _Tables: TypeAlias = Sequence[dict[Any, Any]]
 """Tables of hooks, as torch keeps them on a module and for all modules."""
 
+# What these hang on modules belongs to the model.
 _LIBRARIES = frozenset(
     [
         *("accelerate", "bitsandbytes", "deepspeed", "optimum", "peft", "torch", "torchao"),
@@ -70,35 +68,21 @@ def users_hooks_hang_on(parts: Iterable[nn.Module]) -> bool:
     return False
 
 
-@contextmanager
-def set_aside(parts: Iterable[nn.Module]) -> Generator[None, None, None]:
-    """Lets the user's hooks sit out the runs of this thread.
-
-    Those of other threads see them as before, also the hooks that hold for all modules.
+def users_hooks(parts: Iterable[nn.Module]) -> Iterator[tuple[dict[Any, Any], Any, Any]]:
+    """Yields the user's hooks: the table that each is in, its key and the hook.
 
     Args:
         parts: the modules of the model.
     """
-    thread = get_ident()
-    changed: list[tuple[dict[Any, Any], Any, Any, Any]] = []
-
     for part in parts:
         for table in cast("_Tables", (part._forward_pre_hooks, part._forward_hooks)):
             for key, hook in [*table.items()] if table else ():
                 if not is_the_models(hook, part):
-                    changed.append((table, key, hook, partial(_unless_in, thread, hook)))
+                    yield table, key, hook
     for table in _global_tables():
         for key, hook in [*table.items()]:
             if _is_the_users(hook):
-                changed.append((table, key, hook, partial(_unless_in, thread, hook)))
-    try:
-        for table, key, _, quiet in changed:
-            table[key] = quiet
-        yield
-    finally:
-        for table, key, hook, quiet in changed:
-            if table.get(key) is quiet:
-                table[key] = hook
+                yield table, key, hook
 
 
 def _global_tables() -> _Tables:
@@ -110,11 +94,6 @@ def _global_tables() -> _Tables:
 def _is_the_users(hook: Any) -> bool:
     """Whether a hook that holds for all modules is none of a library that makes models."""
     return _library(getattr(hook, "__module__", None)) not in _LIBRARIES
-
-
-def _unless_in(thread: int, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a hook, but in one thread."""
-    return None if get_ident() == thread else hook(*args, **kwargs)
 
 
 def _library(name: Any) -> str:

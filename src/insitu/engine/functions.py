@@ -1,7 +1,7 @@
 """Inside a forward: the torch functions that a module's own forward calls.
 
 They are found while it runs, by a `TorchFunctionMode` that is active in that module and in no
-other, also not in the modules that it calls.
+other, also not in the modules that it calls: see `interpose.watched`.
 """
 
 # pyright: reportPrivateUsage=false
@@ -9,14 +9,13 @@ other, also not in the modules that it calls.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from insitu.engine.changes import changing
 
 Visit = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Makes a call of a torch function, given its name, the function and its arguments."""
@@ -36,7 +35,7 @@ class Called(NamedTuple):
     output: Any
 
 
-class _Inside(TorchFunctionMode):
+class Inside(TorchFunctionMode):
     """Hands each call of a torch function over."""
 
     def __init__(self, visit: Visit, caches: Collection[str]) -> None:
@@ -73,58 +72,59 @@ def in_cache(caches: Collection[str]) -> bool:
     return frame is not None and frame.f_globals.get("__name__") in caches
 
 
-@contextmanager
-def watched(
-    module: nn.Module, visit: Visit, caches: Collection[str]
-) -> Generator[None, None, None]:
-    """Lets the torch functions of a module's own forward be called by somebody else.
-
-    Args:
-        module: the module. It is changed for the duration.
-        visit: makes the calls.
-        caches: as of `in_cache`: the calls of these are left alone.
-    """
-    changed: list[tuple[nn.Module, str, Any]] = []
-
-    def replace(part: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        changed.append((part, name, vars(part).get(name, _ABSENT)))
-        vars(part)[name] = function
-
-    replace(module, "forward", partial(_observed, visit, caches, module.forward, stack := []))
-    for child in dict.fromkeys(module.children()):
-        call = cast("Callable[..., Any]", child._call_impl)  # pyright: ignore[reportUnknownMemberType]
-        replace(child, "_call_impl", partial(_unobserved, call, stack))
-    try:
-        yield
-    finally:
-        for part, name, before in reversed(changed):
-            if before is _ABSENT:
-                del vars(part)[name]
-            else:
-                vars(part)[name] = before
-
-
-def _observed(
+def observed(
+    is_own: Callable[[], bool],
     visit: Visit,
     caches: Collection[str],
     forward: Callable[..., Any],
-    stack: list[_Inside],
+    active: list[Inside],
+    /,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    mode = _Inside(visit, caches)
-    stack.append(mode)
-    try:
-        with mode:
+    """Calls a forward, of which the torch functions are handed over.
+
+    Args:
+        is_own: whether the call belongs to the run.
+        visit: makes the calls of the functions.
+        caches: as of `in_cache`.
+        forward: the forward.
+        active: the modes that are on, the last innermost.
+        args: what the forward is called with.
+        kwargs: its keyword arguments.
+    """
+    if not is_own():
+        return forward(*args, **kwargs)
+    with changing() as changes:
+        mode = Inside(visit, caches)
+        active.append(mode)
+        changes.enter(mode)
+        try:
             return forward(*args, **kwargs)
-    finally:
-        stack.pop()
+        finally:
+            active.pop()
 
 
-def _unobserved(call: Callable[..., Any], stack: list[_Inside], *args: Any, **kwargs: Any) -> Any:
-    if not stack:
+def unobserved(
+    is_own: Callable[[], bool],
+    call: Callable[..., Any],
+    active: list[Inside],
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Calls a module inside of such a forward, of which functions are its own.
+
+    Args:
+        is_own: as of `observed`.
+        call: calls the module.
+        active: as of `observed`.
+        args: what the module is called with.
+        kwargs: its keyword arguments.
+    """
+    if not active or not is_own():
         return call(*args, **kwargs)
-    mode = stack[-1]
+    mode = active[-1]
     mode.depth += 1
     try:
         return call(*args, **kwargs)
@@ -137,6 +137,3 @@ def returns_tensors(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(map(returns_tensors, cast("tuple[Any, ...]", value)))
     return isinstance(value, torch.Tensor)
-
-
-_ABSENT = object()

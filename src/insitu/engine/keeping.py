@@ -1,0 +1,140 @@
+"""What modules keep: weights, buffers, flags and other attributes, exchanged and put back.
+
+Beside `interpose.py` this is the only file that changes modules.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor
+
+from insitu.engine.changes import Changes, changing, restore
+
+Tables = list[tuple[dict[Any, Any], dict[Any, Any]]]
+"""Tables of modules, each with a copy."""
+
+
+@contextmanager
+def undisturbed(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Lets the runs in it leave no trace: not in the model, and not in the random state.
+
+    No graph for autograd is recorded. The user's hooks are set aside by who has the model in use.
+
+    Args:
+        modules: the model's tree, by path. The caller holds it (see `exclusive`).
+    """
+    parts = set(modules.values())
+    tensors = [(buffer, buffer.clone()) for buffer in modules[""].buffers()]
+    devices = {tensor.device for tensor in modules[""].parameters() if tensor.is_cuda}
+    tables: list[dict[Any, Any]] = [vars(part) for part in parts]
+    for part in parts:
+        tables.extend(table for table in vars(part).values() if isinstance(table, dict))
+    with changing() as changes:
+        changes.afterwards(partial(_restore_buffers, tensors))
+        changes.afterwards(partial(_restore_all, [(table, dict(table)) for table in tables]))
+        changes.enter(torch.random.fork_rng(list(devices)))
+        changes.gradients(False)
+        yield
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Lets modules run without dropout, whatever mode they are in.
+
+    Args:
+        modules: the modules of a model.
+    """
+    with changing() as changes:
+        for part in modules:
+            if part.training:
+                # Not by its table: a scripted module keeps it elsewhere.
+                changes.afterwards(partial(setattr, part, "training", True))
+                part.training = False
+        yield
+
+
+def keep_attributes(changes: Changes, modules: Iterable[nn.Module]) -> None:
+    """Notes the attributes and buffers of modules, to be put back.
+
+    Args:
+        changes: notes them.
+        modules: the modules.
+    """
+    tables = [table for part in modules for table in (vars(part), part._buffers)]
+    changes.afterwards(partial(_update_all, [(table, dict(table)) for table in tables]))
+
+
+def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute of a module; a buffer, if it is one. See `keep_attributes`."""
+    table = module._buffers if name in module._buffers else vars(module)
+    table[name] = value
+
+
+@contextmanager
+def fake_weights(
+    module: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]
+) -> Generator[Collection[tuple[torch.Tensor, torch.Tensor]], None, None]:
+    """Puts fake parameters and buffers into a module; gives each with the one that stands for it.
+
+    `torch.func.functional_call` leaves some of them there if a module has two names.
+
+    Args:
+        module: the module.
+        fake: gives the fake tensor for a real one.
+    """
+    parts = list(module.modules())
+    # A forward may keep what it made, such as a lazily filled cache: that must not be fake later.
+    before = [(table, dict(table)) for part in parts for table in (vars(part), part._buffers)]
+    weights: Tables = []
+    for part in parts:
+        for table in (cast("dict[str, Any]", part._parameters), part._buffers):
+            weights.append((table, dict(table)))
+    fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with changing() as changes:
+        changes.afterwards(partial(_without_fakes, before))
+        changes.afterwards(partial(_update_all, weights))
+        # Accelerate's wrappers of forwards put the real weights in, from where they are kept.
+        for part in parts:
+            if "_old_forward" in vars(part):
+                changes.put(vars(part), "forward", vars(part)["_old_forward"])
+        for table, own in weights:
+            for name, tensor in own.items():
+                if tensor is not None:
+                    if id(tensor) not in fakes:
+                        fakes[id(tensor)] = (tensor, fake(tensor))
+                    table[name] = fakes[id(tensor)][1]
+        yield fakes.values()
+
+
+def _restore_buffers(tensors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for buffer, before in tensors:
+        if not torch.equal(buffer, before):
+            buffer.copy_(before)
+
+
+def _restore_all(tables: Tables) -> None:
+    for table, before in tables:
+        restore(table, before)
+
+
+def _update_all(tables: Tables) -> None:
+    for table, before in tables:
+        table.update(before)
+
+
+def _without_fakes(tables: Tables) -> None:
+    """Undoes the assignments of fake tensors to names, and no others."""
+    for now, before in tables:
+        for name in [name for name, value in now.items() if isinstance(value, FakeTensor)]:
+            if name in before:
+                now[name] = before[name]
+            else:
+                now.pop(name, None)
