@@ -43,7 +43,7 @@ class Changes:
     def __init__(self, frame: FrameType) -> None:
         self._notes: list[Callable[[], object]] = []
         self.frame: FrameType | None = frame
-        _open[self] = None
+        open_changes[self] = None
 
     def put(self, table: dict[Any, Any], key: Any, value: Any) -> None:
         """Puts an entry into a table. An entry that somebody else exchanges meanwhile stays.
@@ -96,7 +96,7 @@ class Changes:
                 with contextlib.suppress(Exception):
                     undo()
             notes.pop()
-        _open.pop(self, None)
+        open_changes.pop(self, None)
         if failed is not None:
             raise failed
 
@@ -156,29 +156,24 @@ def is_below(frame: FrameType | None) -> bool:
 
 def mend() -> None:
     """Undoes what was left changed by functions that have ended."""
-    for changes in reversed([*_open]):
+    for changes in reversed([*open_changes]):
         if not is_running(changes.frame):
             changes.undo()
 
 
 def forget_other_threads() -> None:
     """Lets what other threads had changed be mended: after a fork they are not there."""
-    for changes in _open:
+    for changes in open_changes:
         if not is_below(changes.frame):
             changes.frame = None
 
 
-_open: dict[Changes, None] = {}
+open_changes: dict[Changes, None] = {}
 """The changes that are not undone, in the order in which they were begun."""
 
 # What `torch.no_grad()` and `torch.enable_grad()` come down to, without the objects that it takes
 # to get there.
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
-
-
-def any_open() -> bool:
-    """Returns whether anything is changed now, or was left so."""
-    return bool(_open)
 
 
 def restore(now: dict[Any, Any], before: Mapping[Any, Any]) -> None:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections import deque
 from functools import partial
+from sys import _getframe as current_frame
 from types import FrameType
 from weakref import WeakKeyDictionary
 
@@ -24,11 +24,11 @@ from torch import nn
 
 from insitu.engine.changes import (
     Changes,
-    any_open,
     forget_other_threads,
     is_below,
     is_running,
     mend,
+    open_changes,
 )
 from insitu.engine.interpose import Hooks, remove_hooks
 from insitu.graph.errors import BlockError
@@ -59,7 +59,13 @@ class Exclusive:
         self._waiting: deque[threading.Lock] = deque()
 
     def __enter__(self) -> None:
-        self.take(sys._getframe(1))
+        frame = current_frame(1)
+        try:  # as in `take`, without a call more
+            if self._holder.setdefault(None, frame) is not frame or self.hooks or open_changes:
+                self._take(frame)
+        except BaseException:
+            self.give_back(frame)
+            raise
 
     def __exit__(self, *_: object) -> None:
         self._holder.clear()
@@ -77,14 +83,16 @@ class Exclusive:
             BlockError: if this thread uses it.
         """
         try:
-            if self._holder.setdefault(None, frame) is not frame:
-                self._wait(frame)
-            if self.hooks or any_open():
-                remove_hooks(self.hooks)
-                mend()
+            self._take(frame)
         except BaseException:
             self.give_back(frame)
             raise
+
+    def _take(self, frame: FrameType) -> None:
+        if self._holder.setdefault(None, frame) is not frame:
+            self._wait(frame)
+        remove_hooks(self.hooks)  # those that a run has left that was broken off
+        mend()
 
     def take_until(self, changes: Changes) -> None:
         """Has the module in use until changes are undone, for the function that they hold for."""

@@ -204,7 +204,7 @@ def run_pass(
 
     arrivals = None
     result, deliver = None, _nobody
-    grad_enabled = is_grad_enabled()
+    grad_enabled, restored = is_grad_enabled(), False
     try:
         try:
             if special:
@@ -229,9 +229,9 @@ def run_pass(
                 arrivals.end()
             set_grad_enabled(grad_enabled)
             remove_hooks(hooks)
+            restored = True
     finally:
-        # Once more, for an exception in the lines above: then something is left.
-        if hooks or is_grad_enabled() is not grad_enabled or arrivals is not None:
+        if not restored:  # another exception has come in the lines above
             if arrivals is not None:
                 arrivals.end()
             set_grad_enabled(grad_enabled)
