@@ -99,8 +99,7 @@ def state_of(module: nn.Module) -> dict[str, Any]:
         config = vars(part).get("config")
         state[f"{path} attention"] = getattr(config, "_attn_implementation", None)
     state["global hooks"] = [
-        [*vars(everywhere)[name]]
-        for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
+        [*vars(everywhere)[name]] for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
     ]
     return state | surroundings()
 
