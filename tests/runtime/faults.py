@@ -45,7 +45,7 @@ class Fault:
     _known: dict[str, bool] = field(default_factory=dict)
 
     def run(self, block: Callable[[], object]) -> BaseException | None:
-        """Runs a block, in this thread, and returns what came out of it, if it is this exception."""
+        """Runs a block in this thread, and returns what came out of it, if it is this exception."""
         before = sys.gettrace()
         sys.settrace(self._enter)
         try:
