@@ -316,3 +316,46 @@ def test_one_loss_of_all_prompts_has_gradients_of_weights() -> None:
     assert shared(tracer.plan) == [[0, 1, 2, 3]]
     total = sum(last(module(ids, use_cache=False).logits) for ids in PROMPTS)
     torch.testing.assert_close(grad.value, torch.autograd.grad(total, [weight])[0])
+
+
+def test_passes_that_start_from_gradients_of_earlier_ones_run_as_one_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As edge attribution does: back to a value, and from there on for each part of it."""
+    module = tiny_gpt2()
+    model = LanguageModel(module)
+    found = []
+    with model.trace() as tracer:
+        for ids in PROMPTS:
+            with tracer.invoke(ids):
+                early, late = model.transformer.h[0].output[0], model.transformer.h[2].output[0]
+                slope = late.grad
+                last(model.lm_head.output).backward(retain_graph=True)
+                halves = []
+                for half in (slice(0, 8), slice(8, 16)):
+                    product = (late[..., half] * slope.detach()[..., half]).sum()
+                    (grad,) = product.backward(retain_graph=True, inputs=[early])
+                    halves.append(grad.save())
+                found.append(halves)
+        counts = counted_backwards(monkeypatch)
+    monkeypatch.undo()
+    assert shared(tracer.plan) == [[0, 1, 2, 3]]
+    assert counts[-3:] == [4, 4, 4]
+    for ids, halves in zip(PROMPTS, found, strict=True):
+        right = gradient_alone(module, ids, "transformer.h.0", last)
+        torch.testing.assert_close(halves[0].value + halves[1].value, right)
+        seen: list[torch.Tensor] = []
+        keep = [
+            module.get_submodule(f"transformer.h.{at}").register_forward_hook(
+                lambda part, args, out, seen=seen: seen.append(
+                    out[0] if isinstance(out, tuple) else out
+                )
+            )
+            for at in (0, 2)
+        ]
+        loss = last(module(ids, use_cache=False).logits)
+        for handle in keep:
+            handle.remove()
+        slope = torch.autograd.grad(loss, seen[1], retain_graph=True)[0]
+        product = (seen[1][..., :8] * slope[..., :8]).sum()
+        torch.testing.assert_close(halves[0].value, torch.autograd.grad(product, seen[0])[0])

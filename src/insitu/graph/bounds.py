@@ -96,26 +96,26 @@ def check_entries(value: Any, times: int = 1) -> None:
     Raises:
         LimitError: if it has more than `MOST_ENTRIES` entries, or is nested deeper than `DEEPEST`.
     """
-    known: dict[int, tuple[int, int]] = {}
-
-    def counted(item: Any, depth: int) -> tuple[int, int]:
-        if not isinstance(item, _CONTAINERS):
-            return 1, 0
-        found = known.get(id(item))  # pyright: ignore[reportUnknownArgumentType]
-        if found is None:
-            if depth > DEEPEST:
-                raise exceeded("makes a structure nested deeper", depth, DEEPEST, _FLAT)
-            held = cast("Any", item)
-            inner = [counted(one, depth + 1) for one in _items(held)]
-            found = 1 + sum(one for one, _ in inner), 1 + max((one for _, one in inner), default=0)
-            known[id(held)] = found
-        if depth + found[1] > DEEPEST + 1:
-            raise exceeded("makes a structure nested deeper", depth, DEEPEST, _FLAT)
-        return found
-
-    entries = times * counted(value, 0)[0]
+    entries = times * _counted(value, 0, {})[0]
     if entries > MOST_ENTRIES:
         raise exceeded(f"makes a structure of {entries:,} entries", entries, MOST_ENTRIES, _STACK)
+
+
+def _counted(item: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many entries a structure has, and how deep it is. It raises as `check_entries` does."""
+    if not isinstance(item, _CONTAINERS):
+        return 1, 0
+    held = cast("Any", item)
+    found = known.get(id(held))
+    if found is None:
+        if depth > DEEPEST:
+            raise exceeded("makes a structure nested deeper", depth, DEEPEST, _FLAT)
+        inner = [_counted(one, depth + 1, known) for one in _items(held)]
+        found = 1 + sum(one for one, _ in inner), 1 + max((one for _, one in inner), default=0)
+        known[id(held)] = found
+    if depth + found[1] > DEEPEST + 1:
+        raise exceeded("makes a structure nested deeper", depth, DEEPEST, _FLAT)
+    return found
 
 
 _FLAT = "save the values in it one by one"

@@ -33,10 +33,11 @@ def read_gradient(recording: Recording, source: Ref, mark: Mark, of: Ref | None 
         recording.gradients = {}
     if recording.views is not None:
         source = recording.views.resolved(source)
-    standing = recording.gradients.get((source, of))
+    there = recording.gradients.setdefault(of, {})
+    standing = there.get(source)
     if standing is None:
         rows = recording.graph.rows
-        standing = recording.gradients[source, of] = ref(len(rows))
+        standing = there[source] = ref(len(rows))
         args, inputs = (source,), source.inputs
         if of is not None:
             args, inputs = (source, of), (source.index, of.index)
@@ -63,7 +64,9 @@ def write_gradient(recording: Recording, source: Ref, value: Any, mark: Mark) ->
     args = (Recorded(recording, ref(original)), value, False)
     written = recording.apply(WRITE, args, NO_KWARGS, mark)
     recording.graph.writes[original] = written.index
-    cast("dict[Any, Ref]", recording.gradients)[source, recording.differentiated] = written
+    cast("dict[Any, dict[Ref, Ref]]", recording.gradients)[recording.differentiated][source] = (
+        written
+    )
 
 
 def record_backward(
@@ -103,7 +106,7 @@ def record_backward(
         backward = recording.apply(BACKWARD, tuple(losses), {**options, "inputs": named}, mark)
         gradients = _returned(recording, backward, checked, mark)
     if recording.gradients is not None:  # lines that come now may mean this one
-        recording.gradients = {at: of for at, of in recording.gradients.items() if at[1]}
+        recording.gradients.pop(None, None)
     recording.graph.differentiates = True
     return backward, gradients
 

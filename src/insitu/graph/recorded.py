@@ -30,8 +30,8 @@ class AnyRecording:
         views: what values stand for now, once anything was written in place; None before that.
         direct: whether lines are recorded with values as they are: nothing was written in place,
             and the block is of no session.
-        gradients: what lines that come now mean by the gradient of a node's value, of the backward
-            pass that they name or of none that they name.
+        gradients: what lines that come now mean by the gradient of a node's value, by the backward
+            pass that they name, None if they name none.
         differentiated: the backward pass of the `with` around the lines that come now.
         shown: what lines that come now read by standard names.
         computed: the nodes that stand for values by name that are no part of the model, with what
@@ -58,7 +58,7 @@ class AnyRecording:
     """
 
     # What most recordings never use is of the class: nothing is made for it until it is needed.
-    gradients: dict[tuple[Ref, Ref | None], Ref] | None = None
+    gradients: dict[Ref | None, dict[Ref, Ref]] | None = None
     differentiated: Ref | None = None
     shown: dict[Any, Any] | None = None
     computed: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]

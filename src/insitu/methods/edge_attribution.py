@@ -50,7 +50,7 @@ def edge_attribution(
     ways too, as with a gate, it is one receiver. A state-space layer is "s3".
 
     It takes two forwards for each pair of prompts; and for each step one, one backward, and for
-    each receiver one backward through its own part. These run one pair at a time.
+    each receiver one backward through its own part. Pairs run together.
 
     Args:
         model: the model.

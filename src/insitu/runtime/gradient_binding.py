@@ -96,7 +96,6 @@ def joined(graph: Graph, backwards: Sequence[int]) -> list[Backward]:
         found = _reached(graph, index)
         own, asks = {*found.steps}, _asks(graph, index)
         joins = asks is not None and changed.isdisjoint(own)
-        joins = joins and not any(graph.rows[node][0] is GRAD for node in found.nodes)
         first: Backward | None = None  # the first that it can be run with
         for group, asked in zip(reversed(groups), reversed(asking), strict=True):
             if not group.invocations.isdisjoint(own):
