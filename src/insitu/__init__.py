@@ -43,6 +43,7 @@ from insitu.models.vision_language_model import VisionLanguageModel
 if TYPE_CHECKING:
     from insitu.methods.result import Result
     from insitu.runtime.job import Job
+    from insitu.runtime.job_failure import Failure
     from insitu.runtime.limits import Limits
     from insitu.runtime.results import Results
     from insitu.tracing.invocation import Invocation
@@ -55,6 +56,7 @@ with contextlib.suppress(ImportError):  # einops is no dependency: it is used wh
 
 # What is imported where it is first asked for: methods take longer than all the rest together.
 _LATER = {
+    "Failure": "insitu.runtime.job_failure",
     "Invocation": "insitu.tracing.invocation",
     "Job": "insitu.runtime.job",
     "Limits": "insitu.runtime.limits",
@@ -68,6 +70,7 @@ __all__ = [
     "BlockError",
     "CausalityError",
     "ExecutionError",
+    "Failure",
     "Graph",
     "IndexOutOfRangeError",
     "InsituError",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, Protocol, cast
@@ -59,6 +59,10 @@ class Counter(Protocol):
 
     def tick(self) -> None:
         """Raises if there is no time left."""
+        ...
+
+    def part(self, nodes: Sequence[int]) -> AbstractContextManager[None]:
+        """Lets these nodes be run again in a `with` block, as if they had not run."""
         ...
 
 

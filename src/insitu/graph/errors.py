@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from insitu.graph.location import Location
 
@@ -20,7 +21,12 @@ class InsituError(Exception):
     Args:
         message: what was found and what to write instead.
         location: the user's line that it is about, if one is known.
+
+    Attributes:
+        results: of an error that `model.run(job)` raises, what there is all the same: `Results`.
     """
+
+    results: Any = None
 
     def __init__(self, message: str, location: Location | None = None) -> None:
         super().__init__(message if location is None else f"{message}\n{location}")

@@ -357,15 +357,17 @@ class Model(Handle):
         return described(self, self._origin, self._structure[1])
 
     @short_tracebacks
-    def run(self, job: Job, *, limits: Limits | None = None) -> Results:
+    def run(self, job: Job, *, limits: Limits | None = None, raises: bool = True) -> Results:
         """Runs a job, and returns what it saves by name.
 
         The job may come from anybody, as bytes: see `Job.from_bytes`. Weights are loaded if they
-        are not there.
+        are not there. An invocation that fails takes what uses something of it. The rest is run,
+        and is in the `results` of the error that is raised.
 
         Args:
             job: the job: of a block (`tracer.job`), of a session, or read from bytes.
             limits: what it may take. None for any, as for a block of one's own.
+            raises: whether what invocations raise is raised. If not, it is in `results.failed`.
 
         Raises:
             LimitError: if it takes more than the limits allow, naming the limit and the line.
@@ -382,8 +384,8 @@ class Model(Handle):
 
         self._notice()
         if limits is None:
-            return run_job(self, job)
-        return run_job(self, job, checked_budget(self, job, limits))
+            return run_job(self, job, raises=raises)
+        return run_job(self, job, checked_budget(self, job, limits), raises)
 
     @short_tracebacks
     def check(self, job: Job, *, limits: Limits | None = None) -> JobCheck:

@@ -14,11 +14,11 @@ import torch
 
 from insitu.engine.changes import set_grad_enabled
 from insitu.graph.context import entered
-from insitu.graph.errors import CausalityError, InsituError, LimitError
+from insitu.graph.errors import CausalityError, InsituError
 from insitu.graph.expression import expression
 from insitu.runtime.execution import Execution
 from insitu.runtime.failure import failure
-from insitu.runtime.failures import Failed, Failures
+from insitu.runtime.failures import Failed, Failures, ends_all
 from insitu.runtime.gradient_binding import Backward
 
 
@@ -55,7 +55,7 @@ def run_backwards(
                 execution.failing = part
                 _run(execution, part, leaves, not last)
             except Exception as error:
-                if failures is None or isinstance(error, LimitError):  # which is for all
+                if failures is None or ends_all(error):
                     raise
                 failed, execution.failing = execution.failing, ()
                 failures.add(Failed(error, failed, _of_pass(execution, failures, failed), True))

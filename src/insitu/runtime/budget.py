@@ -79,6 +79,21 @@ class Budget:
         finally:
             counting.reset(token)
 
+    @contextmanager
+    def part(self, nodes: Sequence[int]) -> Generator[None]:
+        """Lets a part of what runs be run again in a `with` block, as if it had not run.
+
+        Args:
+            nodes: its nodes, by their numbers in what runs.
+        """
+        block, flops = self._block, self.flops
+        known = [at for at, node in enumerate(nodes) if node in block.known]
+        self._block = replace(block, known=frozenset(known))
+        try:
+            yield
+        finally:
+            self._block, self.flops = block, flops
+
     def tick(self) -> None:
         """Looks at the clock, which the first call starts."""
         if self.limits.seconds is None:

@@ -41,9 +41,14 @@ class Dependence:
         grads = [index for index, row in enumerate(rows) if row[0] is GRAD]
         backwards = [index for index, row in enumerate(rows) if row[0] is BACKWARD]
         self._passes: dict[int, int] = {}  # the backward pass of each gradient
-        for backward, found in (bound_to(graph, grads, backwards) if grads else {}).items():
+        bound = bound_to(graph, grads, backwards) if grads and backwards else {}
+        for backward, found in bound.items():
             self._passes.update(dict.fromkeys(found, backward))
         self._own: list[frozenset[int]] = []
+        everybody = {row[1][0] for row in rows if row[0] is READ}
+        # A block of one prompt has no `with` for it.
+        alone = not graph.scopes and len(everybody) == 1
+        self._only: int | None = everybody.pop() if alone else None
         for _ in range(2):  # a pass may be recorded after gradients of it
             before, self._own = self._own, []
             for index in range(len(rows)):
@@ -61,6 +66,36 @@ class Dependence:
         """Returns the invocations whose sites some nodes are computed of."""
         return frozenset[int]().union(*(self._own[node] for node in nodes))
 
+    def used_by(self, number: int) -> frozenset[int]:
+        """Returns an invocation with all whose values go into its run.
+
+        Args:
+            number: the invocation.
+        """
+        graph, found, before = self._graph, {number}, 0
+        while before != len(found):
+            before = len(found)
+            for read, made in (*graph.writes.items(), *graph.skips.items()):
+                if not found.isdisjoint(self._own[read]):
+                    found |= self._own[made]
+        return frozenset(found)
+
+    def groups(self, numbers: Collection[int]) -> list[frozenset[int]]:
+        """Returns invocations in groups that have nothing to do with each other.
+
+        Args:
+            numbers: the invocations.
+        """
+        group = {number: frozenset([number]) for number in numbers}
+        graph = self._graph
+        written = (*graph.writes.items(), *graph.skips.items())
+        together = {*self._own, *(self._own[read] | self._own[made] for read, made in written)}
+        for one in together:
+            own = [group[number] for number in one if number in group]
+            whole = frozenset[int]().union(*own)
+            group.update(dict.fromkeys(whole, whole))
+        return list(dict.fromkeys(group.values()))
+
     def scope(self, node: int) -> int | None:
         """Returns the invocation in whose `with` the line of a node stands, None if in none.
 
@@ -70,7 +105,7 @@ class Dependence:
         for number, first, end in self._graph.scopes:
             if first <= node < end:
                 return number
-        return None
+        return self._only
 
     def blamed(self, nodes: Collection[int], invocations: Collection[int]) -> Collection[int]:
         """Returns the invocations that one failure is of; none for a line outside of them.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from insitu.graph.errors import LimitError
 from insitu.graph.node import Graph
 from insitu.runtime.dependence import Dependence, Lost
 
@@ -79,6 +80,15 @@ def first_error(failed: Sequence[FailedInvocations]) -> Exception:
 
 
 _MOST_NOTES = 10
+
+
+def ends_all(error: Exception) -> bool:
+    """Returns whether an error ends the whole run: a limit that holds for all of it.
+
+    Args:
+        error: the error.
+    """
+    return isinstance(error, LimitError) and error.limit != "values"
 
 
 class Failures:

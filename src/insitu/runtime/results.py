@@ -10,10 +10,17 @@ import torch
 
 from insitu.display.saved_values import SavedValue
 from insitu.graph import disk
-from insitu.graph.errors import LoadError, NotCachedError, NoValueError, WireError, nearest
+from insitu.graph.errors import (
+    LoadError,
+    NotCachedError,
+    NoValueError,
+    WireError,
+    nearest,
+)
 from insitu.graph.location import here
 from insitu.graph.shapes import dtype_of, shape_of
 from insitu.graph.structure import tensors_of
+from insitu.runtime.job_failure import Failure
 from insitu.runtime.passes import Outputs
 
 
@@ -29,12 +36,14 @@ class Results(Mapping[str, Any]):
         about: as of the attributes, and so are the others.
         outputs: likewise.
         differences: likewise.
+        failed: likewise.
 
     Attributes:
         about: the expression that each value was saved of, such as "transformer.h[3].output[0]".
         outputs: what the generation of each block of the job returned, None for a trace.
         differences: how the model differs from the one that the job was made for, as far as that
             is known without comparing weights.
+        failed: what failed, in the order of the blocks and of their invocations.
     """
 
     def __init__(
@@ -43,11 +52,13 @@ class Results(Mapping[str, Any]):
         about: Mapping[str, str],
         outputs: Sequence[Outputs | None] = (),
         differences: Sequence[str] = (),
+        failed: Sequence[Failure] = (),
     ) -> None:
         self._values = dict(values)
         self.about = about
         self.outputs = outputs
         self.differences = differences
+        self.failed = failed
 
     @property
     def output(self) -> Any:
@@ -57,6 +68,12 @@ class Results(Mapping[str, Any]):
             NoValueError: if there is none, or there are several: see `outputs`.
         """
         generated = [output for output in self.outputs if output is not None]
+        if len(generated) == 1 and generated[0].whole is None:
+            raise NoValueError(
+                "A prompt of this generation has failed, so there is no output of all of them: "
+                "`results.outputs[0].each` has those of the others.",
+                here(),
+            )
         if len(generated) != 1:
             raise NoValueError(
                 f"These are results of {len(generated) or 'no'} generations: `results.outputs` "
@@ -67,6 +84,11 @@ class Results(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._values:
+            for one in self.failed:
+                if name in one.names:
+                    raise NotCachedError(
+                        f"{name!r} has no value, since its run has failed: {one.error}", here()
+                    )
             near = nearest(name, self._values) or f": there are {', '.join(self._values) or 'none'}"
             raise NotCachedError(f"Nothing was saved as {name!r}{near}.", here())
         return self._values[name]
@@ -91,7 +113,9 @@ class Results(Mapping[str, Any]):
         """
         from insitu.runtime.results_file import Stored, to_bytes
 
-        return to_bytes(Stored(self._values, self.about, self.outputs, self.differences))
+        return to_bytes(
+            Stored(self._values, self.about, self.outputs, self.differences, self.failed)
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Results:

@@ -14,10 +14,12 @@ import msgspec
 import safetensors.torch
 import torch
 
-from insitu.graph.errors import WireError
+from insitu.graph import errors
+from insitu.graph.errors import ExecutionError, InsituError, WireError
 from insitu.graph.wire_parts import Part, Value
 from insitu.graph.wire_tensors import StoredTensor, bytes_of, tensor_of
 from insitu.graph.wire_values import ValueReader, ValueWriter
+from insitu.runtime.job_failure import Failure
 from insitu.runtime.passes import Outputs
 
 _KEY = "insitu"
@@ -43,6 +45,16 @@ class OutputsPart(Part):
     each: list[Value]
 
 
+class FailurePart(Part):
+    """What failed: fields as of `Failure`, the error as its class and its message."""
+
+    block: int
+    invocations: list[int]
+    names: list[str]
+    error: str
+    message: str
+
+
 class Told(msgspec.Struct, forbid_unknown_fields=True):
     """The metadata of a file of results.
 
@@ -54,6 +66,7 @@ class Told(msgspec.Struct, forbid_unknown_fields=True):
         about: as of `Results`.
         outputs: as of `Results`.
         differences: as of `Results`.
+        failed: as of `Results`.
     """
 
     kind: Literal["results of a job"]
@@ -63,6 +76,7 @@ class Told(msgspec.Struct, forbid_unknown_fields=True):
     about: dict[str, str]
     outputs: list[OutputsPart | None]
     differences: list[str]
+    failed: list[FailurePart] = msgspec.field(default_factory=list[FailurePart])
 
 
 class Stored(NamedTuple):
@@ -72,6 +86,7 @@ class Stored(NamedTuple):
     about: Mapping[str, str]
     outputs: Sequence[Outputs | None]
     differences: Sequence[str]
+    failed: Sequence[Failure] = ()
 
 
 def to_bytes(stored: Stored) -> bytes:
@@ -94,6 +109,7 @@ def to_bytes(stored: Stored) -> bytes:
         dict(stored.about),
         outputs,
         list(stored.differences),
+        [_failure_part(one) for one in stored.failed],
     )
     return safetensors.torch.save(rows, {_KEY: msgspec.json.encode(told).decode()})
 
@@ -120,7 +136,8 @@ def from_bytes(data: bytes) -> Stored:
             raise WireError("a weight of a model is no result")
     except WireError as error:
         raise WireError(f"The results cannot be read: {error}.") from None
-    return Stored(values, told.about, outputs, told.differences)
+    failed = [_failure(part) for part in told.failed]
+    return Stored(values, told.about, outputs, told.differences, failed)
 
 
 class _Writer(ValueWriter):
@@ -192,6 +209,19 @@ def _outputs_part(writer: _Writer, at: int, outputs: Outputs | None) -> OutputsP
 
 def _outputs(reader: ValueReader, part: OutputsPart) -> Outputs:
     return Outputs(reader.value(part.whole, 0), [reader.value(one, 0) for one in part.each])
+
+
+def _failure_part(failure: Failure) -> FailurePart:
+    kind, error = type(failure.error).__name__, failure.error
+    return FailurePart(failure.block, [*failure.invocations], [*failure.names], kind, str(error))
+
+
+def _failure(part: FailurePart) -> Failure:
+    """A failure with an error of Insitu's own, of the class that it had."""
+    kind: Any = vars(errors).get(part.error)
+    known = isinstance(kind, type) and issubclass(kind, InsituError)
+    error: InsituError = kind(part.message) if known else ExecutionError(part.message)
+    return Failure(part.block, part.invocations, part.names, error)
 
 
 def _tensor(row: torch.Tensor, how: StoredTensor) -> torch.Tensor:

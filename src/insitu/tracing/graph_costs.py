@@ -24,7 +24,7 @@ from insitu.runtime.budget import Budget
 from insitu.runtime.counting import Counting
 from insitu.runtime.largest import largest
 from insitu.runtime.plan import Plan
-from insitu.tracing.job_running import JobLines
+from insitu.tracing.job_binding import JobLines
 
 
 class GraphCosts(NamedTuple):

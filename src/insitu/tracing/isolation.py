@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from insitu.batching.procedure import Outputs, Procedure, Subject
+from insitu.graph.bounds import counting
 from insitu.graph.cells import Holder, Missing
 from insitu.graph.context import Casts
 from insitu.graph.lines import Lines, ShapeSource
@@ -205,16 +206,18 @@ def run_rest(
             break
         ran = [requests[number] for number in rest.numbers]
         again = Failures(rest.graph, goes_on=state.narrow is not None or state.apart)
-        plan, results = run_once(
-            model,
-            state.narrow or procedure,
-            rest,
-            ran,
-            model.snapshot.root,
-            told,
-            again,
-            state.apart,
-        )
+        budget = counting.get()
+        with nullcontext() if budget is None else budget.part(rest.nodes):
+            plan, results = run_once(
+                model,
+                state.narrow or procedure,
+                rest,
+                ran,
+                model.snapshot.root,
+                told,
+                again,
+                state.apart,
+            )
         spoiled = again.is_spoiled
         if again.found:
             state.take(again.found, rest)

@@ -16,8 +16,9 @@ from insitu.runtime.job_check import Estimate, Expected, JobCheck
 from insitu.runtime.limits import Limits
 from insitu.runtime.summary import Planned
 from insitu.tracing.graph_costs import graph_costs
+from insitu.tracing.job_binding import Bound, JobLines, bind
 from insitu.tracing.job_costs import model_costs
-from insitu.tracing.job_running import Bound, JobLines, bind, check_model
+from insitu.tracing.job_running import check_model
 from insitu.tracing.planning import prepare
 
 

@@ -12,7 +12,7 @@ from insitu.graph.errors import UnknownShapeError
 from insitu.runtime.counts import Counts
 from insitu.runtime.probe import Call
 from insitu.runtime.summary import Planned, Summary
-from insitu.tracing.job_running import Bound
+from insitu.tracing.job_binding import Bound
 
 _NONE = Counts(0.0, 0, 0, 0)
 

@@ -12,7 +12,7 @@ from insitu.batching.layout import UnexpectedShapeError
 from insitu.batching.procedure import Outputs, Procedure, Subject
 from insitu.display.progress import passes as listener
 from insitu.engine.places import View
-from insitu.graph.errors import BlockError, LimitError, NeverRanError
+from insitu.graph.errors import BlockError, NeverRanError
 from insitu.graph.lines import Lines
 from insitu.graph.location import here
 from insitu.graph.node import Graph
@@ -20,7 +20,7 @@ from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.backward_passes import run_backwards
 from insitu.runtime.eager import eagerly
 from insitu.runtime.execution import Execution
-from insitu.runtime.failures import Failed, FailedInvocations, Failures
+from insitu.runtime.failures import Failed, FailedInvocations, Failures, ends_all
 from insitu.runtime.following import following
 from insitu.runtime.leaves import leaves_of
 from insitu.runtime.order import unexcused
@@ -173,7 +173,7 @@ def run_passes(
                 execution, plan, single, modules, views, prepared.exclusive.hooks, returned, caches
             )
         except Exception as error:
-            if failures is None or isinstance(error, LimitError):  # which is for all
+            if failures is None or ends_all(error):
                 raise
             failures.add(Failed(error, execution.failing, numbers), goes_into_others)
             execution.failing = missing = ()
