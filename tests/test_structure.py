@@ -45,3 +45,64 @@ def test_no_files_import_each_other_in_a_circle(room: str) -> None:
                 reached.add(current)
                 pending.extend(whole[current])
         assert name not in reached, f"what {name} imports leads back to it"
+
+
+# What is hung on modules, or taken from them, has these names. They are written in `engine/` alone.
+TABLES = frozenset(
+    [
+        *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+        *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_compiled_call_impl"),
+        *("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks"),
+        *("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"),
+        *("register_module_forward_hook", "register_module_forward_pre_hook", "_call_impl"),
+        *("register_buffer", "register_parameter", "register_module", "add_module"),
+        *("functional_call", "_reparametrize_module", "swap_tensors"),
+    ]
+)
+ATTRIBUTES = frozenset(["forward", "training", "_parameters", "_buffers", "_modules"])
+TOUCHING = {"insitu.engine.interpose", "insitu.engine.keeping"}
+READING = {
+    "insitu.engine.foreign_hooks",  # whose the hooks are that are there
+    "insitu.graph.dispatch",  # which module's forward is running, for a message
+    "insitu.graph.habits",  # what is written here in the place of other libraries' methods
+    "insitu.models.spellings",
+    "insitu.graph.before_torch",  # torch's own classes, once, when it is imported
+}
+
+
+def touched(path: Path) -> Iterator[str]:
+    """Where a file does to modules what only the engine may do."""
+    own = {"self", "model", "other", "saved", "config", "item", "target", "owner", "made"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = node.attr if isinstance(node, ast.Attribute) else None
+        name = node.value if isinstance(node, ast.Constant) else name
+        if isinstance(name, str) and name in TABLES:
+            yield f"{node.lineno}: {name}"
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign | ast.Delete):
+            targets = [*node.targets]
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        while targets:
+            target = targets.pop()
+            text = ast.unparse(target)
+            if isinstance(target, ast.Tuple | ast.List):
+                targets.extend(target.elts)
+            elif isinstance(target, ast.Attribute) and target.attr in ATTRIBUTES:
+                if not text.startswith("self."):  # an object of ours has a field of that name
+                    yield f"{target.lineno}: {text}"
+            elif isinstance(target, ast.Subscript):
+                inner = ast.unparse(target.value)
+                tables = tuple(f".{name}" for name in (*ATTRIBUTES, "__dict__"))
+                if inner.endswith(tables) or (inner.startswith("vars(") and inner[5:-1] not in own):
+                    yield f"{target.lineno}: {text}"
+
+
+@pytest.mark.parametrize("name", sorted(FILES.keys() - TOUCHING - READING))
+def test_one_place_touches_modules(name: str) -> None:
+    assert [*touched(FILES[name])] == []
+
+
+def test_what_touches_modules_is_seen() -> None:
+    for name in TOUCHING:
+        assert [*touched(FILES[name])]

@@ -18,7 +18,7 @@ from collections import deque
 from functools import partial
 from sys import _getframe as current_frame
 from types import FrameType
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -57,6 +57,7 @@ class Exclusive:
         # between a lock that is taken and the note of who has it.
         self._holder: dict[None, FrameType] = {}
         self._waiting: deque[threading.Lock] = deque()
+        _all.add(self)
 
     def __enter__(self) -> None:
         frame = current_frame(1)
@@ -108,8 +109,16 @@ class Exclusive:
 
     def leads_to_here(self) -> bool:
         """Returns whether a run of the library's own uses the module and has led to this call."""
+        return self.finding_out is not None and self.is_used_here(self.finding_out)
+
+    def is_used_here(self, by: FrameType | None = None) -> bool:
+        """Returns whether a function that uses the module has led to this call.
+
+        Args:
+            by: the function; None for any.
+        """
         holder = self._holder.get(None)
-        return holder is not None and self.finding_out is holder and is_below(holder)
+        return holder is not None and by in (None, holder) and is_below(holder)
 
     def _wait(self, frame: FrameType) -> None:
         gate = threading.Lock()
@@ -155,6 +164,7 @@ class Exclusive:
 
 
 _freeing = threading.Lock()
+_all: WeakSet[Exclusive] = WeakSet()
 _locks: WeakKeyDictionary[nn.Module, Exclusive] = WeakKeyDictionary()
 
 
@@ -167,7 +177,7 @@ def _begin_fork_anew() -> None:
     """Lets a forked process use models that other threads of its parent were using."""
     global _freeing
     _freeing = threading.Lock()
-    for use in [*_locks.values()]:
+    for use in [*_all]:
         use.forget_other_threads()
     forget_other_threads()
 

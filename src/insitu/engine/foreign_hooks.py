@@ -52,6 +52,20 @@ def is_the_models(hook: Any, module: nn.Module) -> bool:
     return library == _library(type(module).__module__) and _is_installed(library)
 
 
+def hooked(parts: Iterable[nn.Module]) -> list[nn.Module]:
+    """Returns the modules on whose forwards hooks hang.
+
+    Args:
+        parts: the modules of a model.
+    """
+    found: list[nn.Module] = []
+    for part in parts:  # in each block of several prompts: without a call for each
+        state = part.__dict__
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            found.append(part)
+    return found
+
+
 def users_hooks_hang_on(parts: Iterable[nn.Module]) -> bool:
     """Returns whether hooks of the user's see the forwards of a model.
 

@@ -33,7 +33,9 @@ Own = Callable[[], bool]
 """Tells whether a module is being called by the run: not by another thread beside it, and not by
 an operation of the experiment."""
 
-_CALL = "_compiled_call_impl"  # what `Module.__call__` enters, if a module has it
+CALL = "_compiled_call_impl"
+"""The attribute that `Module.__call__` enters, if a module has it."""
+
 _INNER = "_call_impl"  # what it enters else: of the class, unless somebody stands around the call
 _PLAIN: object = vars(nn.Module)[_INNER]
 
@@ -63,12 +65,12 @@ def put_hook(
     if (
         output
         and not asks
-        and _CALL not in state
+        and CALL not in state
         and not state["_forward_hooks"]
         and type(module)._call_impl is _PLAIN
     ):
-        hooks[first] = state, None, _CALL, None
-        state[_CALL] = partial(_called, arrived, first, view, module, state)
+        hooks[first] = state, None, CALL, None
+        state[CALL] = partial(_called, arrived, first, view, module, state)
         return
     # A function is its own key: no number that torch hands out for its hooks equals it.
     key = partial(arrived, first, view)

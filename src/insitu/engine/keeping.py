@@ -73,7 +73,7 @@ def keep_attributes(changes: Changes, modules: Iterable[nn.Module]) -> None:
 
 
 def set_attribute(module: nn.Module, name: str, value: Any) -> None:
-    """Sets an attribute of a module; a buffer, if it is one. See `keep_attributes`."""
+    """Sets an attribute or buffer of a module: see `keep_attributes` and `undisturbed`."""
     table = module._buffers if name in module._buffers else vars(module)
     table[name] = value
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -92,7 +91,7 @@ class Model(Handle):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(self, "")
-        vars(self).update(edits=(), _source=None, _base=None, _loading=threading.RLock())
+        vars(self).update(edits=(), _source=None, _base=None, _loading=Exclusive())
         vars(self).update(_said=set(), looks=Looks())
         self._adopt(module)
 
@@ -151,7 +150,7 @@ class Model(Handle):
     _source: Source | None
     _origin: tuple[str, str] = ("", "")  # the name that it was loaded by, and the revision
     _base: Model | None
-    _loading: threading.RLock
+    _loading: Exclusive
     _said: set[str]  # what was said once, also of models with edits
 
     @property
@@ -180,7 +179,9 @@ class Model(Handle):
             LoadError: if the files cannot be read. The model is as before, and can try again.
         """
         if self._source is not None:
-            with self._loading, ordinary_tensors():
+            # What loads may ask for the weights itself.
+            turn = nullcontext() if self._loading.is_used_here() else self._loading
+            with turn, ordinary_tensors():
                 if self._source is not None and self._base is not None:
                     self._take(self._base.load())
                 elif self._source is not None:
@@ -548,7 +549,7 @@ class Model(Handle):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns a wrapper of a copy of the module, with the same edits."""
         other = memo[id(self)] = copy.copy(self)
-        vars(other).update(_base=None, _loading=threading.RLock(), _said=set())
+        vars(other).update(_base=None, _loading=Exclusive(), _said=set())
         other._adopt(copy.deepcopy(self._module, memo))
         return other
 

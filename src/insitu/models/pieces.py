@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from insitu.engine.keeping import undisturbed
+from insitu.engine.keeping import set_attribute, undisturbed
 from insitu.graph.location import mark
 from insitu.graph.structure import tensors_of
 from insitu.models.batching import join
@@ -68,7 +68,7 @@ def _hide_padding(model: LanguageModel, parts: Mapping[nn.Module, int]) -> bool:
     ]
     with undisturbed(model.modules):
         for part in parts:
-            vars(part)[_SIZE] = _SHORT
+            set_attribute(part, _SIZE, _SHORT)
         alone = [_computed(model, prompt) for prompt in prompts]
         for side in _SIDES:
             batch = join(prompts, side, model.pad_id)

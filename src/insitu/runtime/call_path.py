@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from insitu.engine.interpose import CALL
 from insitu.runtime.eager import is_compiled
 from insitu.runtime.tree import Watched
 
@@ -70,7 +71,7 @@ class CallPath:
         """What a call of the root enters."""
         state = self._states[0]
         return (
-            state.get("_compiled_call_impl"),
+            state.get(CALL),
             state.get("forward"),
             type(self._root).forward,
         )

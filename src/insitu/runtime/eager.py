@@ -18,6 +18,7 @@ from torch import nn
 
 from insitu.engine.changes import Changes, changing
 from insitu.engine.exclusive import Exclusive
+from insitu.engine.interpose import CALL
 
 _ORIGINAL = "_torchdynamo_orig_callable"  # where what `torch.compile` gives has what it was given
 
@@ -27,7 +28,7 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
     modules = [*modules]
     states: Iterable[dict[str, Any]] = map(vars, modules)
     for state in states:  # few have either
-        if state.get("_compiled_call_impl") is not None or (
+        if state.get(CALL) is not None or (
             "forward" in state and hasattr(state["forward"], _ORIGINAL)
         ):
             return True

@@ -223,18 +223,18 @@ def run_pass(
             if arrivals is not None:
                 arrivals.stopped = True
         finally:
+            set_grad_enabled(grad_enabled)
             if execution.tape is not None and differentiates and len(cuts) > 1:
                 execution.tape.is_batched = True
             if arrivals is not None:
                 arrivals.end()
-            set_grad_enabled(grad_enabled)
             remove_hooks(hooks)
             restored = True
     finally:
         if not restored:  # another exception has come in the lines above
+            set_grad_enabled(grad_enabled)
             if arrivals is not None:
                 arrivals.end()
-            set_grad_enabled(grad_enabled)
             remove_hooks(hooks)
     if arrivals is not None:
         if steps is not None:

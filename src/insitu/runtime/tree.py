@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from insitu.engine.changes import Changes, restore
+from insitu.engine.foreign_hooks import hooked
 
 Tables = list[dict[str, nn.Module | None]]
 
@@ -115,11 +116,7 @@ class Tree:
 
     def hooked(self) -> list[nn.Module]:
         """Returns the modules on whose forwards hooks hang."""
-        return [
-            part
-            for part, state in zip(self.parts, self._states, strict=True)
-            if state["_forward_hooks"] or state["_forward_pre_hooks"]
-        ]
+        return hooked(self.parts)
 
     def _own_forwards(self) -> list[Any]:
         return [state["forward"] for state in self._states if "forward" in state]
