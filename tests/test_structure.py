@@ -11,7 +11,7 @@ import pytest
 import insitu
 
 ROOT = Path(insitu.__file__).parent
-ROOMS = ("graph", "tracing")
+ROOMS = ("graph", "batching", "tracing")
 
 
 def module_of(path: Path) -> str:
@@ -106,3 +106,23 @@ def test_one_place_touches_modules(name: str) -> None:
 def test_what_touches_modules_is_seen() -> None:
     for name in TOUCHING:
         assert [*touched(FILES[name])]
+
+
+PLANNER = ("crossings", "demand", "pass_plan", "arrangement", "shared_blocks", "planner", "summary")
+
+
+def test_the_planner_knows_no_module() -> None:
+    """It goes from plain data to plain data: nothing that it stands on has modules in sight."""
+    pending, reached = [f"insitu.batching.{name}" for name in PLANNER], set[str]()
+    while pending:
+        current = pending.pop()
+        if current not in reached:
+            reached.add(current)
+            pending.extend(set(imported(FILES[current])) & FILES.keys())
+    rooms = {name.split(".")[1] for name in reached}
+    assert rooms <= {"graph", "display", "engine", "runtime", "batching"}
+    for name in reached:
+        if not name.startswith("insitu.graph."):  # what is recorded may be of `torch.nn`
+            found = [one for one in imported(FILES[name]) if one.startswith("torch.nn")]
+            source = FILES[name].read_text()
+            assert not found and "from torch import nn" not in source, name

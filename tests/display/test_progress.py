@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from insitu import LanguageModel
+from insitu.batching.summary import Planned
 from insitu.display.progress import Bar, passes, progress
-from insitu.runtime.summary import Planned
 
 
 class Shown:

@@ -1,96 +1,120 @@
-"""How the invocations of a block become passes: what shares one, and in which order they run.
+"""How rows are divided into passes, and in which order these run.
 
-An invocation that uses a value of another runs with it or after it. Of what may run together,
-those of like length share a pass; and those that begin where a prompt's shared blocks end run
-from there in a batch that grows block by block.
+A row that uses a value of another runs with it or after it. Of those that may run together, rows
+of like length share a pass; and those that begin where a prompt's shared blocks end run from there
+in a batch that grows block by block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
-from typing import NamedTuple
 
 from insitu.batching.cost_model import Costs
-from insitu.graph.node import Address
-
-
-class Run(NamedTuple):
-    """One way through the model, for one prompt: a row of a pass, or several.
-
-    Attributes:
-        invocation: whose prompt is processed.
-        rows: how many rows it has.
-        length: how many positions each of them has.
-        reads: the sites of which it gives the values.
-        level: how many blocks it leaves out, because another run has done them.
-        start: how many positions it leaves out likewise.
-        base: that other run, or None.
-        terms: equal for runs that may share a pass.
-    """
-
-    invocation: int
-    rows: int
-    length: int
-    reads: Sequence[Address]
-    level: int = 0
-    start: int = 0
-    base: int | None = None
-    terms: Hashable = None
-
+from insitu.batching.pass_plan import Row, rows_by_level
 
 Edges = Mapping[tuple[int, int], bool]
-"""Which run uses values of which: the pair of their numbers, the one that is used first, and
+"""Which row uses values of which: the pair of their numbers, the one that is used first, and
 whether one pass would do for both."""
 
-
-class Group(NamedTuple):
-    """Runs that share a pass.
-
-    Attributes:
-        runs: their numbers.
-        start: the positions that all of them leave out.
-    """
-
-    runs: Sequence[int]
-    start: int = 0
+Group = tuple[list[int], int]
+"""The numbers of rows that share a pass, and how many positions all of them leave out."""
 
 
-def arrange(runs: Sequence[Run], edges: Edges, costs: Costs, budget: int) -> list[Group] | None:
-    """Returns the passes of some runs, in their order.
-
-    None if runs that need each other in both directions do not all begin at the beginning.
+class CircleError(Exception):
+    """Passes need values of each other.
 
     Args:
-        runs: the runs.
-        edges: which of them use values of which.
-        costs: what passes cost.
-        budget: how many tokens a pass may have, where it has more than one run.
+        rows: the numbers of their rows.
     """
+
+    def __init__(self, rows: Collection[int]) -> None:
+        super().__init__()
+        self.rows = rows
+
+
+def arrange(
+    rows: Sequence[Row],
+    keys: Sequence[Hashable],
+    edges: Edges,
+    costs: Costs | None,
+    budget: int,
+) -> list[Group] | None:
+    """Returns the passes of some rows, in an order in which they can run.
+
+    None if rows that need each other in both directions do not all begin at the beginning.
+
+    Args:
+        rows: the rows.
+        keys: equal for rows that may share a pass.
+        edges: which of them use values of which.
+        costs: what passes cost; None if they are divided by the budget alone.
+        budget: how many tokens a pass may have, where it has more than one row.
+
+    Raises:
+        CircleError: if rows need each other in both directions and may not share a pass.
+    """
+    try:
+        return _in_order(_divided(rows, keys, edges, costs, budget), edges)
+    except CircleError:
+        # Two passes, and each has a row that is used in the other: what uses it comes later then.
+        after = dict.fromkeys(edges, False)
+        return _in_order(_divided(rows, keys, after, costs, budget), edges)
+
+
+def _divided(
+    rows: Sequence[Row],
+    keys: Sequence[Hashable],
+    edges: Edges,
+    costs: Costs | None,
+    budget: int,
+) -> list[Group] | None:
+    """Divides rows by what they use, by who may share a pass, and by what that costs."""
     groups: list[Group] = []
-    for together, mutual in ranks(len(runs), edges):
-        if mutual and any(runs[number].level for number in together):
+    for together, mutual in ranks(len(rows), edges):
+        if mutual and any(rows[number].first_block for number in together):
             return None
         alike: dict[Hashable, list[int]] = {}
-        for number in together:
-            alike.setdefault(runs[number].terms, []).append(number)
+        for number in sorted(together):
+            alike.setdefault(keys[number], []).append(number)
         for part in alike.values():
-            groups.extend([Group(part)] if mutual else _of_like_terms(runs, part, costs, budget))
+            groups.extend([(part, 0)] if mutual else _of_like_terms(rows, part, costs, budget))
     return groups
 
 
+def _in_order(groups: list[Group] | None, edges: Edges) -> list[Group] | None:
+    """The passes in an order in which they can run: as they are, if that is one."""
+    if groups is None:
+        return None
+    home = {number: at for at, (numbers, _) in enumerate(groups) for number in numbers}
+    needs = [(home[source], home[target]) for source, target in edges]
+    if all(source <= target for source, target in needs):
+        return groups
+    sorter = TopologicalSorter[int](dict.fromkeys(range(len(groups)), ()))
+    for source, target in needs:
+        if source != target:
+            sorter.add(target, source)
+    try:
+        return [groups[at] for at in sorter.static_order()]
+    except CycleError as error:
+        circle: set[int] = set(error.args[1])
+        raise CircleError([number for at in circle for number in groups[at][0]]) from None
+
+
 def _of_like_terms(
-    runs: Sequence[Run], numbers: Sequence[int], costs: Costs, budget: int
+    rows: Sequence[Row], numbers: Sequence[int], costs: Costs | None, budget: int
 ) -> list[Group]:
-    """Divides runs that may share a pass into those that do."""
-    whole = [number for number in numbers if not runs[number].level]
-    groups = [Group(part) for part in _by_length(runs, whole, costs, budget)]
+    """Divides rows that may share a pass into those that do."""
+    whole = [number for number in numbers if not rows[number].first_block]
+    parts = [whole] if costs is None else _by_length(rows, whole, costs, budget)
+    groups = [(part, 0) for own in parts for part in _within(rows, own, 0, budget)]
     lengths: dict[int, list[int]] = {}
     for number in numbers:
-        if runs[number].level:
-            lengths.setdefault(runs[number].length, []).append(number)
+        if rows[number].first_block:
+            lengths.setdefault(rows[number].length, []).append(number)
     for part in lengths.values():
-        groups.extend(_by_start(runs, part, costs, budget))
+        assert costs is not None  # of generations no row begins at a block
+        groups.extend(_by_start(rows, part, costs, budget))
     return groups
 
 
@@ -123,12 +147,12 @@ def _between(edges: Collection[tuple[int, int]], merged: Sequence[int]) -> dict[
 
 
 def ranks(count: int, edges: Edges) -> list[tuple[list[int], bool]]:
-    """Returns runs in the order in which they need each other; who may share a pass is together.
+    """Returns rows in the order in which they need each other; who may share a pass is together.
 
     With each, whether some of them need each other in both directions, and so must share it.
 
     Args:
-        count: how many runs there are.
+        count: how many rows there are.
         edges: which of them use values of which.
     """
     merged = rings(edges, count)  # who needs each other in both directions is one
@@ -155,21 +179,21 @@ def ranks(count: int, edges: Edges) -> list[tuple[list[int], bool]]:
 
 
 def _by_length(
-    runs: Sequence[Run], numbers: list[int], costs: Costs, budget: int
+    rows: Sequence[Row], numbers: Sequence[int], costs: Costs, budget: int
 ) -> list[list[int]]:
-    """Divides runs into batches of like length, the cheapest way."""
+    """Divides rows into batches of like length, the cheapest way."""
     lengths: dict[int, list[int]] = {}
     for number in numbers:
-        lengths.setdefault(runs[number].length, []).append(number)
+        lengths.setdefault(rows[number].length, []).append(number)
     classes = sorted(lengths.items())
-    rows = [sum(runs[number].rows for number in part) for _, part in classes]
+    sizes = [sum(rows[number].rows for number in part) for _, part in classes]
     best: list[tuple[float, int]] = [(0.0, 0)]  # up to each class: its cost, and the last cut
     for end in range(1, len(classes) + 1):
         length = classes[end - 1][0]
         found: tuple[float, int] | None = None
         count = 0
         for begin in range(end - 1, -1, -1):
-            count += rows[begin]
+            count += sizes[begin]
             if found is not None and count * length > budget:
                 break
             cost = best[begin][0] + costs.time([count] * costs.blocks, length, length, 0)
@@ -181,61 +205,55 @@ def _by_length(
     end = len(classes)
     while end:
         begin = best[end][1]
-        part = [number for _, same in classes[begin:end] for number in same]
-        parts[:0] = _within(runs, part, classes[end - 1][0], budget)
+        parts.insert(0, [number for _, same in classes[begin:end] for number in same])
         end = begin
     return parts
 
 
-def _within(runs: Sequence[Run], numbers: list[int], length: int, budget: int) -> list[list[int]]:
-    """Divides runs so that none of the parts has more tokens than the budget."""
-    parts: list[list[int]] = [[]]
-    tokens = 0
-    for number in numbers:
-        own = runs[number].rows * length
-        if parts[-1] and tokens + own > budget:
+def _within(
+    rows: Sequence[Row], numbers: Sequence[int], start: int, budget: int
+) -> list[list[int]]:
+    """Divides rows so that no part has more tokens than the budget, by like lengths.
+
+    Args:
+        rows: the rows.
+        numbers: the numbers of those that are divided.
+        start: how many positions all of them leave out.
+        budget: how many tokens a part may have, where it has more than one row.
+    """
+
+    def longest(number: int) -> int:
+        return rows[number].length + rows[number].tokens
+
+    parts: list[list[int]] = []
+    count = 0
+    for number in sorted(numbers, key=longest):
+        count += rows[number].rows
+        if not parts or count * (longest(number) - start) > budget:
             parts.append([])
-            tokens = 0
+            count = rows[number].rows
         parts[-1].append(number)
-        tokens += own
     return parts
 
 
-def rows_by_level(runs: Sequence[Run], blocks: int) -> list[int]:
-    """Returns how many rows each block that runs has, in a pass that runs enter at their levels.
-
-    Args:
-        runs: the runs.
-        blocks: how many blocks there are.
-    """
-    entering = [0] * (blocks + 1)
-    for run in runs:
-        entering[run.level] += run.rows
-    rows: list[int] = []
-    count = 0
-    for level in range(blocks):
-        count += entering[level]
-        if count:
-            rows.append(count)
-    return rows
-
-
-def _by_start(runs: Sequence[Run], numbers: list[int], costs: Costs, budget: int) -> list[Group]:
-    """Divides runs that begin past shared blocks by the positions that they leave out too."""
-    length = runs[numbers[0]].length
+def _by_start(
+    rows: Sequence[Row], numbers: Sequence[int], costs: Costs, budget: int
+) -> list[Group]:
+    """Divides rows that begin past shared blocks by the positions that they leave out too."""
+    length = rows[numbers[0]].length
     starts: dict[int, list[int]] = {}
     for number in numbers:
-        starts.setdefault(runs[number].start, []).append(number)
+        starts.setdefault(rows[number].first_position, []).append(number)
     classes = sorted(starts.items())
     best: list[tuple[float, int]] = [(0.0, 0)]
     for end in range(1, len(classes) + 1):
         found: tuple[float, int] | None = None
-        part: list[Run] = []
+        part: list[Row] = []
         for begin in range(end - 1, -1, -1):
             start, same = classes[begin]
-            part.extend(runs[number] for number in same)
-            rows = rows_by_level(part, costs.blocks)
-            cost = best[begin][0] + costs.time(rows, length - start, length, 0)
+            part.extend(rows[number] for number in same)
+            counts = rows_by_level(part, costs.blocks)
+            cost = best[begin][0] + costs.time(counts, length - start, length, 0)
             if found is None or cost < found[0]:
                 found = (cost, begin)
         assert found is not None
@@ -246,8 +264,7 @@ def _by_start(runs: Sequence[Run], numbers: list[int], costs: Costs, budget: int
         begin = best[end][1]
         start = classes[begin][0]
         part_numbers = [number for _, same in classes[begin:end] for number in same]
-        part_numbers.sort(key=lambda number: (runs[number].level, number))
-        parts = _within(runs, part_numbers, length - start, budget)
-        groups[:0] = [Group(part, start) for part in parts]
+        part_numbers.sort(key=lambda number: (rows[number].first_block, number))
+        groups[:0] = [(own, start) for own in _within(rows, part_numbers, start, budget)]
         end = begin
     return groups

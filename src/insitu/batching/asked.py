@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple
 
+from insitu.batching.crossings import uses
 from insitu.graph.node import Address, Graph
 from insitu.graph.operations import BACKWARD, GRAD, KEEP
 from insitu.runtime.fallback import Fallback
-from insitu.runtime.order import uses
 from insitu.runtime.plan import Plan
 
 Cuts = frozenset[tuple[str, Address]]

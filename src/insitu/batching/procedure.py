@@ -7,61 +7,27 @@ a batch, what a transformer block returns or what `generate` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
-from insitu.batching.asked import Asked
+from insitu.batching.demand import Demands, Work
+from insitu.batching.pass_plan import PassPlan
 from insitu.engine.exclusive import Exclusive
 from insitu.engine.places import View
 from insitu.engine.plan_cache import PlanCache
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Address, Graph, Place
-from insitu.graph.operations import READ
+from insitu.graph.node import Graph
 from insitu.runtime.counts import Counts
 from insitu.runtime.passes import Outputs, Pass
-from insitu.runtime.plan import Plan, written
 from insitu.runtime.probe import Call, Probe
 from insitu.runtime.tree import Looks, Tree
 
 if TYPE_CHECKING:
+    from insitu.batching.summary import Facts
     from insitu.runtime.job_parts import JobModel, JobPrompt, ProcedureName
 
 Request = TypeVar("Request")
-
-
-class Work(NamedTuple):
-    """What the passes of a run are for.
-
-    Attributes:
-        graph: what is to be done.
-        plan: its plan.
-        asked: what each invocation asks of the pass that it runs in.
-        moments: when the sites of an invocation come, None if that is not known without a run.
-    """
-
-    graph: Graph
-    plan: Plan
-    asked: Sequence[Asked]
-    moments: Callable[[int], Mapping[Place, int] | None]
-
-    @property
-    def written(self) -> list[Address]:
-        """The sites that are written, in place or not."""
-        return written(self.graph, self.plan)
-
-    @property
-    def differentiated(self) -> list[Address]:
-        """The sites of whose values gradients are wanted."""
-        if self.plan.gradients is None:
-            return []
-        rows = [self.graph.rows[base] for base in self.plan.gradients.renewed]
-        return [row[1] for row in rows if row[0] is READ]  # pyright: ignore[reportReturnType]
-
-
-Schedule = Callable[[nn.Module, Sequence[Any]], list[Pass]]
-"""Gives the passes of a run, ready to be called, for the wrapped module and what each invocation
-was given. It may serve again for a graph of the same shape, so it holds none of the graph."""
 
 
 class Procedure(Protocol, Generic[Request]):
@@ -131,7 +97,7 @@ class Procedure(Protocol, Generic[Request]):
         ...
 
     def key(self, module: nn.Module, requests: Sequence[Request]) -> Hashable | None:
-        """Returns what a schedule depends on beside the graph, None if it serves one run only.
+        """Returns what the passes depend on beside the graph, None if they serve one run only.
 
         Args:
             module: the wrapped module.
@@ -139,8 +105,10 @@ class Procedure(Protocol, Generic[Request]):
         """
         ...
 
-    def schedule(self, module: nn.Module, requests: Sequence[Request], work: Work) -> Schedule:
-        """Returns what gives the passes that process all invocations.
+    def demands(self, module: nn.Module, requests: Sequence[Request], work: Work) -> Demands:
+        """Returns what the invocations demand of their passes, for the planner.
+
+        It may serve again for a graph of the same shape, so it holds none of the graph.
 
         Args:
             module: the wrapped module, with its weights.
@@ -155,6 +123,24 @@ class Procedure(Protocol, Generic[Request]):
         Args:
             requests: what the invocations of a pass that is too large were given.
         """
+        ...
+
+    def passes(
+        self, module: nn.Module, plans: Sequence[PassPlan], requests: Sequence[Request]
+    ) -> list[Pass]:
+        """Returns passes ready to be called, in their order.
+
+        Args:
+            module: the wrapped module.
+            plans: what each of them does. If rows of one begin where another leaves off, that
+                one is among them, and comes before.
+            requests: what each invocation was given.
+        """
+        ...
+
+    @property
+    def facts(self) -> Facts | None:
+        """What is known of the model to tell of its passes; None if a pass is just a call."""
         ...
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Request]) -> Outputs | None:

@@ -7,118 +7,105 @@ prompt is processed once, up to there, and each invocation goes on from a block 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache, partial
-from typing import NamedTuple
 
-from insitu.batching.arrangement import Edges, Run, rows_by_level
 from insitu.batching.cost_model import Costs
+from insitu.batching.demand import Chain, Demand, Demands, Work
+from insitu.batching.pass_plan import Row, rows_by_level
 from insitu.batching.touched_positions import Extents
-from insitu.graph.node import SEPARATOR, Address, Graph, Kind, Place
-from insitu.graph.operations import READ
-from insitu.runtime.order import handed_over, needed
-from insitu.runtime.plan import Plan, written
-
-Moments = Callable[[int], "Mapping[Place, int] | None"]
-"""When the sites of an invocation come, or None if that is not known without a run."""
+from insitu.graph.node import SEPARATOR, Address, Kind, Place
+from insitu.runtime.plan import Plan
 
 
-class Chain(NamedTuple):
-    """Blocks that a model runs one after the other, each on what the one before it returned.
+def may_branch(each: Sequence[Demand], work: Work) -> dict[int, int]:
+    """Returns the terms on which invocations may run from a block on, if a forward can begin there.
 
-    Attributes:
-        paths: their paths.
-        whole: the places at which what arrives has a row for each row of the blocks' batch.
-        tails: those of them at which positions can be left out too.
-        handed: those of them at which a block is given just what the one before it returned.
+    By the number of the terms, with the first invocation of each.
+
+    Args:
+        each: what the invocations of a block demand.
+        work: what the passes are for.
     """
-
-    paths: Sequence[str]
-    whole: frozenset[Place]
-    tails: frozenset[Place]
-    handed: frozenset[Place]
-
-
-class Given(NamedTuple):
-    """What an invocation is given, as far as it matters here.
-
-    Attributes:
-        key: equal for equal prompts that may share what they have in common.
-        rows: how many rows it has.
-        length: how many positions each of them has.
-        terms: equal for invocations that may share a pass.
-    """
-
-    key: Hashable
-    rows: int
-    length: int
-    terms: Hashable = None
-
-    def run(self, invocation: int, reads: Sequence[Address], level: int = 0, start: int = 0) -> Run:
-        """Returns a run of it: see `Run`."""
-        return Run(invocation, self.rows, self.length, reads, level, start, None, self.terms)
+    touched = {address[0] for address in work.written}
+    found: dict[int, int] = {}
+    for numbers in _of_one_prompt(each):
+        terms = each[numbers[0]].terms
+        if terms is not None and len(numbers) > 1 and not touched.isdisjoint(numbers):
+            found.setdefault(terms.number, numbers[0])
+    return found
 
 
-def find_runs(
-    graph: Graph,
-    plan: Plan,
-    given: Sequence[Given],
-    chain: Callable[[int], Chain | None],
-    moments: Moments,
-    costs: Costs | None,
-) -> tuple[list[Run], Edges]:
+def find_rows(
+    work: Work, demands: Demands, chains: Mapping[int, object], extents: Callable[[], Extents]
+) -> list[Row]:
     """Returns the ways through the model that the invocations of a block take.
 
     Args:
-        graph: what is to be done.
-        plan: its plan.
-        given: what each invocation is given.
-        chain: gives the model's blocks for an invocation, None if its runs cannot begin at a
-            block. It is asked only if there is something to share.
-        moments: when sites come.
-        costs: what passes cost; None to share whatever can be shared.
+        work: what the passes are for.
+        demands: what the invocations demand.
+        chains: the blocks at which their runs may begin, by the number of their terms.
+        extents: gives which positions are looked at.
     """
-    reads: list[list[Address]] = [[] for _ in given]
-    for address in plan.reads:
+    each = demands.each
+    reads: list[list[Address]] = [[] for _ in each]
+    for address in work.plan.reads:
         reads[address[0]].append(address)
-    same: dict[Hashable, list[int]] = {}
-    for number, prompt in enumerate(given):
-        same.setdefault(prompt.key, []).append(number)
-    if len(same) == len(given):
-        runs = [prompt.run(number, reads[number]) for number, prompt in enumerate(given)]
-        return runs, _edges(graph, plan, runs, moments)
-    writes: list[list[Address]] = [[] for _ in given]
-    for address in written(graph, plan):
+    groups = _of_one_prompt(each)
+    if len(groups) == len(each):
+        return [_row(number, each[number], own) for number, own in enumerate(reads)]
+    writes: list[list[Address]] = [[] for _ in each]
+    for address in work.written:
         writes[address[0]].append(address)
-    runs: list[Run] = []
-    extents = cache(partial(Extents, graph))  # made where something may be shared, and once
-    for numbers in same.values():
+    rows: list[Row] = []
+    for numbers in groups:
         untouched = [number for number in numbers if not writes[number]]
         touched = [number for number in numbers if writes[number]]
-        branches: list[tuple[Run, list[Address]]] = []
-        known = chain(numbers[0]) if touched and len(numbers) > 1 else None
-        order = moments(numbers[0]) if known is not None else None
-        if known is not None and order is not None:
+        branches: list[tuple[Row, list[Address]]] = []
+        terms = each[numbers[0]].terms
+        chain = None if terms is None else chains.get(terms.number)
+        shared = len(numbers) > 1 and touched and isinstance(chain, Chain)
+        order = work.moments(numbers[0]) if shared else None
+        if isinstance(chain, Chain) and order is not None:
             # Where the prompt's run keeps keys and values, functions see to that too.
             inside = any(SEPARATOR in read[1] for number in numbers for read in reads[number])
-            branching = _Branching(plan, extents(), known, order, not inside)
-            found = (branching.branch(n, given[n], reads[n], writes[n]) for n in touched)
+            branching = _Branching(work.plan, extents(), chain, order, not inside)
+            found = (branching.branch(n, each[n], reads[n], writes[n]) for n in touched)
             branches = [branch for branch in found if branch is not None]
+            costs = None if demands.always else demands.costs
             if costs is not None and not _pays(branches, bool(untouched), costs):
                 branches = []
         if branches or len(untouched) > 1:
-            base = len(runs)
-            first = numbers[0]
+            # Of those that have no other row from the beginning.
+            first = untouched[0] if untouched else branches[0][0].invocation
             own = [address for number in untouched for address in reads[number]]
             own.extend(address for _, before in branches for address in before)
-            runs.append(given[first].run(first, own))
-            runs.extend(run._replace(base=base) for run, _ in branches)
+            rows.append(_row(first, each[first], own))
+            rows.extend(row._replace(origin=first) for row, _ in branches)
         else:
             touched = numbers
-        branched = {run.invocation for run, _ in branches}
-        runs.extend(
-            given[number].run(number, reads[number]) for number in touched if number not in branched
+        branched = {row.invocation for row, _ in branches}
+        rows.extend(
+            _row(number, each[number], reads[number])
+            for number in touched
+            if number not in branched
         )
-    return runs, _edges(graph, plan, runs, moments)
+    return rows
+
+
+def _of_one_prompt(each: Sequence[Demand]) -> list[list[int]]:
+    """The invocations whose prompts are equal, together."""
+    same: dict[Hashable, list[int]] = {}
+    for number, demand in enumerate(each):
+        shares = demand.terms is not None and demand.prompt is not None
+        key = (demand.terms.number, demand.prompt) if shares and demand.terms else number
+        same.setdefault(key, []).append(number)
+    return list(same.values())
+
+
+def _row(
+    invocation: int, demand: Demand, reads: Sequence[Address], level: int = 0, start: int = 0
+) -> Row:
+    """A row of an invocation."""
+    return Row(invocation, demand.rows, demand.length, reads, level, start, tokens=demand.tokens)
 
 
 class _Branching:
@@ -148,9 +135,9 @@ class _Branching:
         self._ends = [order[path, "output", 0] for path in chain.paths]
 
     def branch(
-        self, number: int, given: Given, reads: Sequence[Address], writes: Sequence[Address]
-    ) -> tuple[Run, list[Address]] | None:
-        """Returns an invocation's own run, and what it reads before; None if it shares nothing."""
+        self, number: int, demand: Demand, reads: Sequence[Address], writes: Sequence[Address]
+    ) -> tuple[Row, list[Address]] | None:
+        """Returns an invocation's own row, and what it reads before; None if it shares nothing."""
         chain = self._chain
         spans: dict[Address, tuple[int, int]] = {}
         for address in reads:
@@ -172,8 +159,8 @@ class _Branching:
             return None
         start = 0
         if self._tails and len(writes) == 1 and (first == entry or writes[0][1:4] in chain.handed):
-            start = self._start(given.length, writes[0], after)
-        return given.run(number, after, level, start), before
+            start = self._start(demand.length, writes[0], after)
+        return _row(number, demand, after, level, start), before
 
     def _start(self, length: int, written: Address, after: Sequence[Address]) -> int:
         """From which position on an invocation's run differs, where only these are looked at."""
@@ -207,52 +194,17 @@ def part_of(address: Address, blocks: Sequence[str]) -> object:
     return 0 if address[1] in blocks else None
 
 
-def _pays(branches: Sequence[tuple[Run, Sequence[Address]]], has_base: bool, costs: Costs) -> bool:
-    """Whether runs that begin at a block are worth a pass of their own."""
+def _pays(branches: Sequence[tuple[Row, Sequence[Address]]], has_base: bool, costs: Costs) -> bool:
+    """Whether rows that begin at a block are worth a pass of their own."""
     if not branches:
         return False
-    runs = [run for run, _ in branches]
-    length = runs[0].length
-    rows = rows_by_level(runs, costs.blocks)
-    apart = costs.time(rows, length, length, 0)
+    rows = [row for row, _ in branches]
+    length = rows[0].length
+    apart = costs.time(rows_by_level(rows, costs.blocks), length, length, 0)
     if not has_base:
-        apart += costs.work([runs[0].rows] * costs.blocks, length, length, 0)
-    together = costs.work([sum(run.rows for run in runs)] * costs.blocks, length, length, 0)
+        apart += costs.work([rows[0].rows] * costs.blocks, length, length, 0)
+    together = costs.work([sum(row.rows for row in rows)] * costs.blocks, length, length, 0)
     return apart < together
-
-
-def _edges(graph: Graph, plan: Plan, runs: Sequence[Run], moments: Moments) -> Edges:
-    """Which runs use values of which."""
-    edges: dict[tuple[int, int], bool] = {
-        (run.base, number): False for number, run in enumerate(runs) if run.base is not None
-    }
-    if not plan.crosses:
-        return edges
-    home = {address: number for number, run in enumerate(runs) for address in run.reads}
-    orders: dict[int, Mapping[Place, int] | None] = {}
-    for reads, write in handed_over(plan):
-        targets = [graph.rows[read][1] for read in reads if graph.rows[read][0] is READ]
-        for target in targets:
-            at = home[target]  # pyright: ignore[reportArgumentType]
-            for address in needed(plan, plan.reads[target], write):  # pyright: ignore[reportArgumentType]
-                source = home[address]
-                if source == at:
-                    continue
-                shares = not (runs[source].level or runs[at].level)
-                shares = shares and runs[source].length == runs[at].length
-                shares = shares and runs[source].terms == runs[at].terms
-                if shares:
-                    number = target[0]
-                    if number not in orders:
-                        orders[number] = moments(number)
-                    order = orders[number]
-                    if order is not None:
-                        here = order.get(_outside(target, "inputs"))
-                        there = order.get(_outside(address, "output"))
-                        same = address[1:4] == target[1:4]
-                        shares = same or here is None or there is None or there <= here
-                edges[source, at] = edges.get((source, at), True) and shares
-    return edges
 
 
 def _span(address: Address, order: Mapping[Place, int]) -> tuple[int, int] | None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from insitu.batching.pass_plan import PassPlan
 from insitu.models.attention import OPTION, attending
 from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
-from insitu.runtime.fallback import Fallback
 from insitu.runtime.passes import Pass
-from insitu.runtime.summary import Summary
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel
@@ -77,30 +76,24 @@ _GIVEN_TO_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 def alone(
     model: LanguageModel,
-    number: int,
+    module: nn.Module,
     options: Mapping[str, Any],
-    told: Callable[[], Summary],
-    apart: Fallback | None,
-    differentiates: bool,
-) -> Callable[[nn.Module, Prompt], Pass]:
-    """Returns what gives the pass of an invocation that has it for itself.
+    single: PassPlan,
+    prompt: Prompt,
+) -> Pass:
+    """Returns the pass of an invocation that has it for itself.
 
     Args:
         model: the model.
-        number: which invocation of the block it is.
+        module: the wrapped module.
         options: keyword arguments for the forward.
-        told: gives the summary of the pass.
-        apart: why it shares no pass, where there are several invocations.
-        differentiates: whether autograd may have to record it.
+        single: what is planned of it.
+        prompt: the invocation's prompt.
     """
-    cuts = {number: None}
-    rest = (True, told, None, None, None, apart, differentiates)
-
-    def single(module: nn.Module, prompt: Prompt) -> Pass:
-        call = partial(forward, model, module, arguments(model, prompt, options), [prompt])
-        return tuple.__new__(Pass, (call, cuts, *rest))  # `Pass(...)`, in a third of the time
-
-    return single
+    call = partial(forward, model, module, arguments(model, prompt, options), [prompt])
+    cuts = {single.rows[0].invocation: None}
+    # `Pass(...)`, in a third of the time.
+    return tuple.__new__(Pass, (call, cuts, True, None, None, None, single.differentiates))
 
 
 def forward(

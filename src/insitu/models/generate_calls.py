@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.batching.demand import Side
 from insitu.models.attention import OPTION, attending
 from insitu.models.choosing import only
-from insitu.models.prompts import Prompt, Side
+from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
 from insitu.runtime.probe import Call
 

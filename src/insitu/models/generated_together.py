@@ -1,22 +1,16 @@
-"""Which prompts of a block are generated in one batch, and which have a pass of their own.
-
-It is decided for each prompt: what keeps one out of a batch concerns that one.
-"""
+"""What keeps a prompt out of a batch of generations: options, random numbers, whole structures."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from transformers import GenerationConfig
 
-from insitu.batching.arrangement import ranks
 from insitu.graph.node import Address, Graph
 from insitu.graph.operations import APPLY, COND, FOLD, PUT, RANDOM, REPLACE, WRITE, Operation
 from insitu.graph.put import Step
 from insitu.models.attention import OPTION
-from insitu.models.prompts import Prompt
-from insitu.runtime.fallback import Fallback
 from insitu.runtime.plan import Plan
 
 # Options with which each prompt of a batch goes on as it would alone: see `decoding.py`.
@@ -84,74 +78,6 @@ def drawing(graph: Graph, plan: Plan) -> set[int]:
             need = plan.needs[index]
             found.update(place[0] for bit, place in plan.places.items() if need & bit)
     return found
-
-
-class Together(NamedTuple):
-    """Prompts that are generated in one pass.
-
-    Attributes:
-        numbers: the numbers of their invocations.
-        apart: why an invocation has its pass for itself, None if it shares it or could.
-    """
-
-    numbers: Sequence[int]
-    apart: Fallback | None = None
-
-
-def divided(
-    prompts: Sequence[Prompt],
-    whys: Sequence[Fallback | None],
-    keys: Sequence[Hashable],
-    uses: Mapping[tuple[int, int], bool],
-    steps: Sequence[int],
-    budget: int,
-) -> list[Together]:
-    """Returns the passes of some prompts, in an order in which they can run.
-
-    Args:
-        prompts: the prompts.
-        whys: why each has a pass of its own, None if it can share one.
-        keys: equal for those that can share one with each other.
-        uses: which invocation uses values of which, and whether one pass would do for both.
-        steps: how many tokens each may get.
-        budget: how many tokens a pass may have, where it has several prompts.
-    """
-    passes: list[Together] = []
-    for together, mutual in ranks(len(prompts), uses):
-        parts: dict[Hashable, list[int]] = {}
-        for number in sorted(together):
-            why = whys[number]
-            if why is None:
-                parts.setdefault((keys[number],), []).append(number)
-            else:
-                parts[number] = [number]
-        for part in parts.values():
-            # Those that need each other's values are not divided.
-            divisions = [part] if mutual else _within(part, prompts, steps, budget)
-            passes.extend(Together(division, whys[division[0]]) for division in divisions)
-    return passes
-
-
-def _within(
-    numbers: Sequence[int], prompts: Sequence[Prompt], steps: Sequence[int], budget: int
-) -> list[list[int]]:
-    """Divides prompts so that no part has more tokens than the budget, by like lengths."""
-
-    def longest(number: int) -> int:
-        return prompts[number].ids.shape[1] + steps[number]
-
-    if _rows(numbers, prompts) * max(map(longest, numbers)) <= budget:
-        return [[*numbers]]
-    parts: list[list[int]] = [[]]
-    for number in sorted(numbers, key=longest):
-        if parts[-1] and _rows([*parts[-1], number], prompts) * longest(number) > budget:
-            parts.append([])
-        parts[-1].append(number)
-    return [sorted(part) for part in parts]
-
-
-def _rows(numbers: Sequence[int], prompts: Sequence[Prompt]) -> int:
-    return sum(prompts[number].ids.shape[0] for number in numbers)
 
 
 def entries_used(graph: Graph, plan: Plan, address: Address) -> Collection[str] | None:

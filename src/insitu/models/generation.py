@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from insitu.batching.procedure import Schedule, Work
+from insitu.batching.demand import Demand, Demands, Work
+from insitu.batching.pass_plan import PassPlan
+from insitu.batching.summary import Facts
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.models.generate_calls import GenerateCalls
-from insitu.models.generated_together import Together
-from insitu.models.generation_passes import NO_LAYOUTS, GenerationPasses
+from insitu.models.generation_passes import GenerationPasses
 from insitu.models.padding import positioned, warn_of_counting
 from insitu.models.prompt_arguments import given_to_invocation
 from insitu.models.prompts import Prompt
 from insitu.models.sent_prompts import received, sent
-from insitu.models.separation import OF_STEPS
-from insitu.runtime.fallback import logger
-from insitu.runtime.passes import Outputs
+from insitu.runtime.passes import Outputs, Pass
 from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:
@@ -163,29 +161,34 @@ class Generation:
         demands = (*prompt.demands.items(),)
         return ("generate", prompt.ids.shape, module.training, self._fixed, demands)
 
-    def schedule(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Schedule:
-        """Returns what gives one pass for all prompts if each goes on in it as alone, else more."""
+    def demands(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Demands:
+        """Returns what the prompts demand: one pass for those that go on in it as alone."""
         for prompt in requests:
             if prompt.mask is not None:
                 most = self._calls.at_most(prompt)
                 positioned(self._model, prompt, not self._model.loaded, most)
                 self._warn_of_counting(module, prompt.mask)
-        tokens = any(address[2] in OF_STEPS for address in work.plan.reads)
         if len(requests) == 1:
-            return partial(self._passes.passes, [Together([0])], [NO_LAYOUTS], tokens)
+            return Demands([Demand(differentiates=work.asked[0].differentiates)])
         from insitu.models.generation_sharing import GenerationSharing  # of no use to one prompt
 
-        sharing = GenerationSharing(self._calls)
-        parts, layouts = sharing.divided(module, requests, work, self._budget)
-        if len(parts) > 1 and self._calls.setting(module, "return_dict_in_generate"):
+        return GenerationSharing(self._calls).demands(module, requests, work, self._budget)
+
+    def passes(
+        self, module: nn.Module, plans: Sequence[PassPlan], requests: Sequence[Prompt]
+    ) -> list[Pass]:
+        """Returns generations ready to be called."""
+        if len(plans) > 1 and self._calls.setting(module, "return_dict_in_generate"):
             raise OptionError(
                 "`return_dict_in_generate` takes one invocation in a block, because these "
                 "have to be generated one by one."
             )
-        for why in {part.apart.why: None for part in parts if part.apart is not None}:
-            count = sum(part.apart is not None and part.apart.why == why for part in parts)
-            logger.info("%d prompts are generated one by one: %s", count, why)
-        return partial(self._passes.passes, parts, layouts, tokens)
+        return self._passes.passes(plans, module, requests)
+
+    @property
+    def facts(self) -> Facts:
+        """The blocks. What generations cost is not known."""
+        return Facts(tuple(self.views))
 
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""

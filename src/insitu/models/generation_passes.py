@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from insitu.batching.layout import Layouts
+from insitu.batching.demand import Terms
+from insitu.batching.pass_plan import PassPlan, Row
+from insitu.batching.shares import Share
 from insitu.engine.interpose import Own
 from insitu.models.attention import OPTION
-from insitu.models.batching import cuts, join
 from insitu.models.choosing import listening, seeded
 from insitu.models.generate_calls import GenerateCalls
 from insitu.models.generated_rows import rows_apart, rows_together
-from insitu.models.generated_together import Together
+from insitu.models.joined_prompts import join
 from insitu.models.prompts import Prompt
-from insitu.runtime.fallback import Fallback
+from insitu.models.separation import OF_STEPS
+from insitu.runtime.hooks import Cut
 from insitu.runtime.passes import Deliver, Outputs, Pass, Steps
-from insitu.runtime.summary import Summary, unknown
-
-
-class StepLayouts(NamedTuple):
-    """How values are cut out of a generation of several prompts.
-
-    Attributes:
-        first: in its first step.
-        later: in those after.
-    """
-
-    first: Layouts
-    later: Layouts
-
-
-NO_LAYOUTS = StepLayouts({}, {})
-"""Of generations of one prompt each."""
 
 
 class Generated(NamedTuple):
@@ -64,45 +48,30 @@ class GenerationPasses:
         self._calls = calls
 
     def passes(
-        self,
-        parts: Sequence[Together],
-        layouts: Sequence[StepLayouts],
-        tokens: bool,
-        module: nn.Module,
-        requests: Sequence[Prompt],
+        self, plans: Sequence[PassPlan], module: nn.Module, requests: Sequence[Prompt]
     ) -> list[Pass]:
-        """Returns the passes of some prompts.
+        """Returns generations ready to be called.
 
         Args:
-            parts: which of them share one.
-            layouts: how values are cut out of it.
-            tokens: whether the tokens of steps are asked for.
+            plans: what each of them does.
             module: the wrapped module.
-            requests: the prompts.
+            requests: the prompts of all invocations.
         """
         passes: list[Pass] = []
-        for numbers, apart in parts:
-            if len(numbers) > 1:
-                passes.append(
-                    self._of_several(numbers, layouts[numbers[0]], tokens, module, requests)
-                )
+        for single in plans:
+            tokens = any(address[2] in OF_STEPS for address in single.reads)
+            if single.terms is not None and len(single.rows) > 1:
+                passes.append(self._of_several(single.rows, single.terms, tokens, module, requests))
             else:
-                prompt = requests[numbers[0]]
-                passes.append(
-                    self._of_one(numbers[0], prompt, tokens, apart, module, len(requests) > 1)
-                )
+                passes.append(self._of_one(single, tokens, module, requests))
         return passes
 
     def _of_one(
-        self,
-        number: int,
-        prompt: Prompt,
-        tokens: bool,
-        apart: Fallback | None,
-        module: nn.Module,
-        among_others: bool,
+        self, single: PassPlan, tokens: bool, module: nn.Module, requests: Sequence[Prompt]
     ) -> Pass:
         """The pass of one prompt."""
+        number, among_others = single.rows[0].invocation, len(requests) > 1
+        prompt = requests[number]
         self._calls.check_length([prompt])
         kwargs = self._calls.arguments(prompt)
         implementation = kwargs.pop(OPTION, None)
@@ -116,14 +85,13 @@ class GenerationPasses:
                 result = self._calls.generate(module, implementation, [prompt], placed)
             return Generated(result, {number: 0}) if among_others else result
 
-        told = partial(unknown, [number], apart)
         steps = Steps(self._calls.model.generating, {})
-        return Pass(call, {number: None}, may_stop=False, told=told, steps=steps, apart=apart)
+        return Pass(call, {number: None}, may_stop=False, steps=steps)
 
     def _of_several(
         self,
-        numbers: Sequence[int],
-        layouts: StepLayouts,
+        rows: Sequence[Row],
+        terms: Terms,
         tokens: bool,
         module: nn.Module,
         requests: Sequence[Prompt],
@@ -131,20 +99,21 @@ class GenerationPasses:
         """The pass of several prompts."""
         from insitu.models.decoding import Continued, Decoding  # of no use to one prompt
 
-        prompts = [requests[number] for number in numbers]
+        prompts = [requests[row.invocation] for row in rows]
         self._calls.check_length(prompts)
-        batch = join(prompts, self._calls.side, self._calls.pad_id)
-        shares = cuts(batch, layouts.first, later=layouts.later)
-        limits = [self._calls.at_most(prompt) for prompt in prompts]
-        given = {"steps": max(limits), "demands": prompts[0].demands}
+        batch = join(prompts, terms.side, self._calls.pad_id)
+        given = {"steps": max(row.tokens for row in rows), "demands": terms.options}
         whole = Prompt(batch.ids, prompts[0].mark, batch.mask, **given)
         kwargs, criteria = self._without_criteria(self._calls.arguments(whole))
         implementation = kwargs.pop(OPTION, None)
         steps = Steps(self._calls.model.generating, {})
         continued: list[Continued] = []
-        for number, prompt, part, limit in zip(numbers, prompts, batch.parts, limits, strict=True):
+        cuts: dict[int, Cut | None] = {}
+        for row, prompt, part in zip(rows, prompts, batch.parts, strict=True):
             start = 0 if self._calls.model.is_encoder_decoder else part.positions.start
-            continued.append(Continued(number, part.rows, start, prompt.ids, limit, prompt.seed))
+            own = (row.invocation, part.rows, start, prompt.ids, row.tokens, prompt.seed)
+            continued.append(Continued(*own))
+            cuts[row.invocation] = Share(terms.layouts, part, later=terms.later)
 
         def call(deliver: Deliver, _: Own) -> Any:
             # In the run, not before: see `forward` in `calls.py`.
@@ -152,18 +121,9 @@ class GenerationPasses:
             asked = deliver if tokens else None
             placed["custom_generate"] = Decoding(continued, steps.ended, asked, criteria).run
             result = self._calls.generate(module, implementation, prompts, placed)
-            return Generated(result, {number: steps.ended[number] for number in numbers})
+            return Generated(result, {number: steps.ended[number] for number in cuts})
 
-        rows, length = batch.ids.shape
-        told = partial(self._summary, numbers, rows, length)
-        own = dict(zip(numbers, shares, strict=True))
-        return Pass(call, own, may_stop=False, told=told, steps=steps)
-
-    def _summary(self, numbers: Sequence[int], rows: int, length: int) -> Summary:
-        """The summary of a pass of several prompts."""
-        blocks = len(self._calls.views)
-        why = "prompts that are generated together"
-        return Summary(numbers, rows, length, blocks, 0, 0.0, why, {})
+        return Pass(call, cuts, may_stop=False, steps=steps)
 
     def _without_criteria(
         self, kwargs: dict[str, Any]

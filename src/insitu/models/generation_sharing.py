@@ -1,7 +1,7 @@
 """Which prompts of a generation go on in one batch as they would alone, on a model.
 
-The model's settings, its trials and the lines of each prompt say so. How prompts that may share a
-pass are divided is in `generated_together.py`.
+The model's settings, its trials and the lines of each prompt say so. Which of those that may share
+a pass do is decided by the planner (`batching/`).
 """
 
 from __future__ import annotations
@@ -14,22 +14,16 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 
+from insitu.batching.asked import NOTHING
+from insitu.batching.demand import Demand, Demands, Terms, Work
 from insitu.batching.layout import Axis, Layouts, TensorLayout
-from insitu.batching.procedure import Work
 from insitu.engine.keeping import undisturbed
 from insitu.graph.node import Address, Site
-from insitu.models.batching import is_ragged
 from insitu.models.calls import default_budget
 from insitu.models.configuration import all_said, text_config
 from insitu.models.generate_calls import GenerateCalls
-from insitu.models.generated_together import (
-    Together,
-    divided,
-    drawing,
-    entries_used,
-    unlike_alone,
-)
-from insitu.models.generation_passes import NO_LAYOUTS, StepLayouts
+from insitu.models.generated_together import drawing, entries_used, unlike_alone
+from insitu.models.joined_prompts import is_ragged
 from insitu.models.later_steps import LaterSteps
 from insitu.models.padding import padding_shows
 from insitu.models.pieces import lengths_of
@@ -37,14 +31,13 @@ from insitu.models.prompts import Prompt
 from insitu.models.separation import OF_STEPS, later_obstacle
 from insitu.models.sharing import separation_of
 from insitu.runtime.fallback import SEEN_ALONE, Fallback, tried, uncut
-from insitu.runtime.order import uses
 
 # Of the whole model's places that are no module's.
 _BY_ROW: Layouts = {("", kind, 0): TensorLayout((Axis.ROWS,)) for kind in OF_STEPS}
 
 
 class GenerationSharing:
-    """Decides which prompts share a generation.
+    """Finds out what several prompts of a `generate` demand.
 
     Args:
         calls: how `generate` is called.
@@ -53,44 +46,62 @@ class GenerationSharing:
     def __init__(self, calls: GenerateCalls) -> None:
         self._calls = calls
 
-    def divided(
+    def demands(
         self, module: nn.Module, requests: Sequence[Prompt], work: Work, budget: int | None
-    ) -> tuple[list[Together], Sequence[StepLayouts]]:
-        """Which prompts share a pass, and how to cut what each reads out of it."""
-        layouts = [NO_LAYOUTS] * len(requests)
-        why = self._unbatchable(module)
-        whys: list[Fallback | None] = [why] * len(requests)
-        keys: list[Hashable] = [None] * len(requests)
-        if why is None:
-            whys, layouts = self._uncut(requests, work)
-            keys = self._sharing(requests)
-        steps = [self._calls.at_most(prompt) for prompt in requests]
-        crossing = uses(work.graph, work.plan, work.moments)
-        tokens = sum(
-            p.ids.numel() + n * p.ids.shape[0] for p, n in zip(requests, steps, strict=True)
-        )
-        most = budget or default_budget(self._calls.model, tokens)
-        return divided(requests, whys, keys, crossing, steps, most), layouts
+    ) -> Demands:
+        """Returns what prompts demand.
 
-    def _uncut(
-        self, requests: Sequence[Prompt], work: Work
-    ) -> tuple[list[Fallback | None], list[StepLayouts]]:
-        """Why each prompt cannot be cut out of a batch, None if it can; and how values are cut."""
-        whys: list[Fallback | None] = [None] * len(requests)
-        layouts = [NO_LAYOUTS] * len(requests)
+        Args:
+            module: the wrapped module, with its weights.
+            requests: the prompts.
+            work: what the passes are for.
+            budget: how many tokens a pass may have, where it has several prompts; None for what
+                fits into memory.
+        """
+        found = self._terms(module, requests, work)
+        steps = [self._calls.at_most(prompt) for prompt in requests]
+        some = any(isinstance(terms, Terms) for terms in found)
+        likes = self._likes(requests) if some else []
+        each: list[Demand] = []
+        tokens = 0
+        for number, prompt in enumerate(requests):
+            rows, length = prompt.ids.shape
+            tokens += rows * (length + steps[number])
+            terms, differentiates = found[number], work.asked[number].differentiates
+            if isinstance(terms, Fallback):
+                given = (None, terms, differentiates, None, None)
+            else:
+                given = (terms, None, differentiates, likes[number], None)
+            each.append(Demand(rows, length, *given, steps[number]))
+        most = budget or default_budget(self._calls.model, tokens)
+        return Demands(each, most, blocks=tuple(self._calls.views))
+
+    def _terms(
+        self, module: nn.Module, requests: Sequence[Prompt], work: Work
+    ) -> list[Terms | Fallback]:
+        """On which terms each prompt shares a pass, or why it shares none."""
+        why = self._unbatchable(module)
+        if why is not None:
+            return [why] * len(requests)
+        found: dict[int, Terms | Fallback] = {}
         alike: dict[Hashable, list[int]] = {}
         for number, prompt in enumerate(requests):
             alike.setdefault((*prompt.demands.items(),), []).append(number)
-        for numbers in alike.values():
-            found, cut = self._uncut_alike(numbers, requests, work)
-            for number, why in zip(numbers, found, strict=True):
-                whys[number], layouts[number] = why, cut
-        return whys, layouts
+        for number, numbers in enumerate(alike.values()):
+            found |= self._terms_alike(number, numbers, requests, work)
+        return [found[number] for number in range(len(requests))]
 
-    def _uncut_alike(
-        self, numbers: Sequence[int], requests: Sequence[Prompt], work: Work
-    ) -> tuple[list[Fallback | None], StepLayouts]:
-        """The same for prompts whose values take the same options."""
+    def _terms_alike(
+        self, terms: int, numbers: Sequence[int], requests: Sequence[Prompt], work: Work
+    ) -> dict[int, Terms | Fallback]:
+        """The same for prompts whose values take the same options.
+
+        Args:
+            terms: the number of the terms of those that share a pass.
+            numbers: the prompts.
+            requests: all prompts of the block.
+            work: what the passes are for.
+        """
         demands = requests[numbers[0]].demands
         separation = separation_of(
             self._calls.model,
@@ -105,7 +116,7 @@ class GenerationSharing:
             ),
         )
         if isinstance(separation, Fallback):
-            return [separation] * len(numbers), NO_LAYOUTS
+            return dict.fromkeys(numbers, separation)
         reads: dict[int, list[Address]] = {number: [] for number in numbers}
         for address in work.plan.reads:
             if address[0] in reads:
@@ -133,9 +144,14 @@ class GenerationSharing:
             if why is None and isinstance(later, Fallback) and any(at[4] for at in own):
                 why = later
             whys.append(why)
-        first = {**separation.layouts, **separation.some, **_BY_ROW}
+        # All have been looked into by now, for functions inside of forwards.
+        layouts = {**separation.layouts, **separation.some, **_BY_ROW}
         after = {**later.layouts, **_BY_ROW} if isinstance(later, LaterSteps) else _BY_ROW
-        return whys, StepLayouts(first, after)
+        shared = Terms(terms, demands, layouts, self._calls.side, NOTHING, after)
+        return {
+            number: shared if why is None else why
+            for number, why in zip(numbers, whys, strict=True)
+        }
 
     def _unbatchable(self, module: nn.Module) -> Fallback | None:
         """Why no two prompts go on in a batch as they would alone, None if some do."""
@@ -191,7 +207,7 @@ class GenerationSharing:
             return Fallback("the prompt is longer than `max_length`")
         return None
 
-    def _sharing(self, requests: Sequence[Prompt]) -> list[Hashable]:
+    def _likes(self, requests: Sequence[Prompt]) -> list[Hashable]:
         """What is equal for prompts that do not change each other in a batch."""
         lengths = lengths_of(self._calls.model)
         padded = is_ragged(requests) and padding_shows(self._calls.model) is not None
@@ -205,7 +221,6 @@ class GenerationSharing:
                 lengths.sharing(prompt.ids.shape[1], most),
                 prompt.ids.shape[1] if padded else None,
                 own if crowded else None,
-                *prompt.demands.items(),
             )
             for prompt, own in zip(requests, steps, strict=True)
         ]

@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from insitu.models.loading import Source
     from insitu.models.vocabulary import Names
     from insitu.runtime.job import Job
-    from insitu.runtime.job_check import JobCheck
     from insitu.runtime.job_parts import JobModel, ProcedureName
     from insitu.runtime.limits import Limits
     from insitu.runtime.results import Results
+    from insitu.tracing.job_check import JobCheck
 
 
 _USED_INSIDE = """

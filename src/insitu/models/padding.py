@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from insitu.batching.demand import Side
 from insitu.models.attention import SETTING
 from insitu.models.calls import arguments
 from insitu.models.configuration import said
 from insitu.models.padding_trial import Padding, TriedModel, find_padding, goes_on_as_alone
 from insitu.models.pieces import lengths_of
-from insitu.models.prompts import Prompt, Side, positions_of
+from insitu.models.prompts import Prompt, positions_of
 from insitu.models.rotary import forgetting_lengths, warn_of_lengths
 from insitu.models.tokens import vocabulary_of
 from insitu.runtime.fallback import Fallback, tried

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from insitu.batching.demand import Side
 from insitu.engine.keeping import evaluating, undisturbed
 from insitu.models.configuration import all_said, said, text_config
-from insitu.models.prompts import Prompt, Side, positions_of
+from insitu.models.prompts import Prompt, positions_of
 from insitu.models.trial import alike
 from insitu.runtime.fallback import Fallback, tried
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.batching.demand import Side
 from insitu.engine.keeping import set_attribute, undisturbed
 from insitu.graph.location import mark
 from insitu.graph.structure import tensors_of
-from insitu.models.batching import join
 from insitu.models.calls import arguments
-from insitu.models.prompts import Prompt, Side, counted
+from insitu.models.joined_prompts import join
+from insitu.models.prompts import Prompt, counted
 from insitu.models.rotary import LengthDependence
 from insitu.models.tokens import vocabulary_of
 from insitu.models.trial import alike

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from insitu.batching.procedure import Schedule, Work
+from insitu.batching.demand import Demand, Demands, Work
+from insitu.batching.pass_plan import PassPlan
 from insitu.engine.places import View
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
@@ -17,7 +17,6 @@ from insitu.models.attention import OPTION, attending
 from insitu.models.options import check_call
 from insitu.runtime.passes import Outputs, Pass
 from insitu.runtime.probe import Call
-from insitu.runtime.summary import unknown
 
 if TYPE_CHECKING:
     from insitu.runtime.job_parts import JobPrompt, ProcedureName
@@ -104,9 +103,21 @@ class Forward:
             form.append((len(args), *kwargs))
         return (module.training, *form)
 
-    def schedule(self, module: nn.Module, requests: Sequence[Call], work: Work) -> Schedule:
-        """Returns what gives a pass for each invocation: how to batch arguments is not known."""
-        return _alone
+    def demands(self, module: nn.Module, requests: Sequence[Call], work: Work) -> Demands:
+        """Returns that each invocation has a pass: how to batch arguments is not known."""
+        return Demands([Demand(differentiates=own.differentiates) for own in work.asked])
+
+    def passes(
+        self, module: nn.Module, plans: Sequence[PassPlan], requests: Sequence[Call]
+    ) -> list[Pass]:
+        """Returns calls of the module ready to be made."""
+        numbers = [single.rows[0].invocation for single in plans]
+        return [_alone(module, requests[number], number) for number in numbers]
+
+    @property
+    def facts(self) -> None:
+        """Nothing is known of the module."""
+        return None
 
     def halved(self, requests: Sequence[Call]) -> None:
         """Returns that its passes cannot be smaller."""
@@ -120,19 +131,15 @@ class Forward:
         return None
 
 
-def _alone(module: nn.Module, requests: Sequence[Call]) -> list[Pass]:
-    """A pass for each call."""
+def _alone(module: nn.Module, request: Call, number: int) -> Pass:
+    """The pass of one call."""
+    args, kwargs = request
 
-    def single(request: Call, number: int) -> Pass:
-        args, kwargs = request
+    def call(*_: Any) -> Any:
+        if OPTION not in kwargs:
+            return module(*args, **kwargs)
+        others = dict(kwargs)
+        with attending(module, others.pop(OPTION)):
+            return module(*args, **others)
 
-        def call(*_: Any) -> Any:
-            if OPTION not in kwargs:
-                return module(*args, **kwargs)
-            others = dict(kwargs)
-            with attending(module, others.pop(OPTION)):
-                return module(*args, **others)
-
-        return Pass(call, {number: None}, True, partial(unknown, [number], None))
-
-    return [single(request, number) for number, request in enumerate(requests)]
+    return Pass(call, {number: None}, True)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from insitu.batching.demand import Side
 from insitu.graph.errors import PromptError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.models.chats import CHOICE
 from insitu.models.media import MEDIA
-
-Side = Literal["left", "right"]
 
 PROMPTS = ("input_ids", "inputs_embeds")
 """What a prompt is called where it is given by keyword, as every forward of Transformers does."""

@@ -123,6 +123,10 @@ class Entering(NamedTuple):
         """How many there are."""
         return self.origin.stop - self.origin.start
 
+    def before(self, start: int) -> torch.Tensor:
+        """Returns what enters at the positions before some one, `(rows, position, d_model)`."""
+        return self.prefix.hidden[self.level][self.origin, :start]
+
 
 class Resumed:
     """A forward that rows enter behind the blocks that they leave out.
@@ -176,6 +180,10 @@ class Resumed:
                 yield kwargs
             finally:
                 self._cache = None
+
+    def batch(self) -> int:
+        """Returns how many rows the batch has now."""
+        return self.rows
 
     def _arriving(self, level: int) -> torch.Tensor:
         """The hidden states of the rows that enter at a level."""

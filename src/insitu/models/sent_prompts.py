@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from insitu.batching.demand import Side
 from insitu.graph.errors import PromptTypeError
 from insitu.graph.location import here, mark
 from insitu.models.chats import CHOICE
 from insitu.models.media import MEDIA
 from insitu.models.prompt_arguments import TakesPrompts
-from insitu.models.prompts import Prompt, Side
+from insitu.models.prompts import Prompt
 
 if TYPE_CHECKING:
     from insitu.runtime.job_parts import JobPrompt

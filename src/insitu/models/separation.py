@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.batching.demand import Side
 from insitu.batching.layout import (
     SIZES,
     Entries,
@@ -31,11 +32,11 @@ from insitu.engine.places import View
 from insitu.graph.errors import InsituError
 from insitu.graph.location import Mark
 from insitu.graph.node import SEPARATOR, Address, Place, Site
-from insitu.models.batching import Batch, join
 from insitu.models.blocks import CACHES
+from insitu.models.joined_prompts import Batch, join
 from insitu.models.later_steps import LaterSteps, find_later_steps
 from insitu.models.parted import agrees, copied_away, tells_apart
-from insitu.models.prompts import Prompt, Side
+from insitu.models.prompts import Prompt
 from insitu.models.trial import alike
 from insitu.runtime.fallback import Fallback
 from insitu.runtime.listening import listening

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.batching.demand import Side
 from insitu.batching.layout import SIZES, Layouts, find_layouts
 from insitu.batching.shared_blocks import Chain
 from insitu.engine.places import View
@@ -23,7 +24,7 @@ from insitu.graph.node import SEPARATOR, Place
 from insitu.models.attention import OPTION, attending
 from insitu.models.chain import find_chain
 from insitu.models.later_steps import LaterSteps
-from insitu.models.prompts import Prompt, Side
+from insitu.models.prompts import Prompt
 from insitu.models.separation import Separation, Trial
 from insitu.models.tokens import vocabulary_of
 from insitu.runtime.fallback import Fallback, tried

@@ -24,10 +24,8 @@ from insitu.graph.context import is_grad_enabled
 from insitu.graph.node import NO_KWARGS, SEPARATOR, Address, Kind, Place, Site
 from insitu.runtime.arrivals import Arrivals
 from insitu.runtime.execution import Execution
-from insitu.runtime.fallback import Fallback
 from insitu.runtime.hooks import Cut, changed_value
 from insitu.runtime.plan import Plan, Readers
-from insitu.runtime.summary import Summary
 
 
 class Deliver(Protocol):
@@ -66,22 +64,18 @@ class Pass(NamedTuple):
         cuts: how each invocation finds its own part of a value, by number; None for an invocation
             that has the pass for itself.
         may_stop: whether the pass may end as soon as nothing is wanted from it any more.
-        told: gives its summary, for the user.
         steps: its steps, None if it is a forward.
         reads: the sites whose values it gives, if not all of its invocations' are of this pass.
         through: where it may not have ended before, though nobody waits for anything there.
-        apart: why its invocation has it for itself, where several invocations could share it.
         differentiates: whether autograd records it, where gradients are asked for at all.
     """
 
     call: Callable[[Deliver, Own], Any]
     cuts: Mapping[int, Cut | None]
     may_stop: bool
-    told: Callable[[], Summary]
     steps: Steps | None = None
     reads: Collection[Address] | None = None
     through: Place | None = None
-    apart: Fallback | None = None
     differentiates: bool = True
 
 
@@ -145,7 +139,7 @@ def run_pass(
         nothing arrived; and how the pass went, where it was more than reads and writes.
     """
     # By name each takes longer.
-    call, cuts, may_stop, _, steps, reads, through, _, differentiates = single
+    call, cuts, may_stop, steps, reads, through, differentiates = single
     writes, renewed = plan.writes, execution.renewed
     found = plan.readers.get((*cuts,)) if reads is None else None
     kept, special = _readers(plan, single) if found is None else found

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Procedure, Subject
+from insitu.batching.summary import Summary
 from insitu.graph.context import (
     as_begun,
     default_dtype,
@@ -30,9 +32,9 @@ from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
 from insitu.graph.tracebacks import shortened
 from insitu.runtime.failures import first_error
-from insitu.runtime.summary import Summary
 from insitu.tracing.invocation import Invocation, Invoked
 from insitu.tracing.one_run import Ran
+from insitu.tracing.planning import explained
 from insitu.tracing.running import run_block
 from insitu.tracing.scanning import scan_block
 from insitu.tracing.scope import innermost
@@ -61,7 +63,7 @@ class Block:
         request: what that one is called with.
         is_open: whether the `with` block is being executed.
         is_done: whether that has ended.
-        told: gives the summary of each pass, once it is planned.
+        planned: what each pass does, once it is planned.
         result: what the run returned, where the block promises it.
         is_stopped: whether a line of the user's ended the run.
         is_dry: whether the run is only planned.
@@ -73,7 +75,7 @@ class Block:
     result: Any = None
     is_stopped = False
     raised: str | None = None
-    told: Sequence[Callable[[], Summary]] = ()
+    planned: Sequence[PassPlan] = ()
 
     def __init__(
         self,
@@ -173,8 +175,8 @@ class Block:
             with ordinary_tensors():
                 self.run()
             return
-        told: list[Callable[[], Summary]] = []
-        self.told = told
+        planned: list[PassPlan] = []
+        self.planned = planned
         failed: Exception | None = None
         model, procedure, requests = self.model, self.procedure, self._requests
         watching = watcher.get()
@@ -182,10 +184,10 @@ class Block:
             watching.begins(self)
         try:
             if self.is_dry:
-                scan_block(model, procedure, recording, requests, told)
+                scan_block(model, procedure, recording, requests, planned)
             else:
                 demanded = self._demanded
-                ran = run_block(model, procedure, recording, requests, demanded, told)
+                ran = run_block(model, procedure, recording, requests, demanded, planned)
                 if self.promises_output:
                     self._take_outputs(ran)
                 if ran.failed:
@@ -228,6 +230,10 @@ class Block:
                 f"The block raised {self.raised}, so it is not whole, and no job.", here(3)
             )
         return self.procedure, self.recording, self._requests, self._demanded
+
+    def explained(self) -> list[Summary]:
+        """Returns what its passes do, for the user."""
+        return explained(self.model, self.procedure, self._requests, self.planned)
 
     def give_up(self, reason: str) -> None:
         """Says of every saved value why it will have none, if it has none yet."""

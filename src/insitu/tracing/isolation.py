@@ -8,13 +8,14 @@ Where a pass of several invocations fails and nobody knows which of them did, pa
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from insitu.batching.pass_plan import PassPlan, renumbered
 from insitu.batching.procedure import Outputs, Procedure, Subject
 from insitu.graph.bounds import counting
 from insitu.graph.cells import Holder, Missing
@@ -26,7 +27,6 @@ from insitu.runtime.dependence import Dependence, Lost
 from insitu.runtime.failures import Failed, FailedInvocations, Failures, is_out_of_memory
 from insitu.runtime.fallback import logger
 from insitu.runtime.plan import Plan
-from insitu.runtime.summary import Summary
 from insitu.tracing.one_run import Ran, run_once
 
 
@@ -176,7 +176,7 @@ def run_rest(
     procedure: Procedure[Any],
     lines: Lines,
     requests: Sequence[Any],
-    told: list[Callable[[], Summary]],
+    planned: list[PassPlan],
     failures: Failures,
     plan: Plan,
     results: list[Any],
@@ -188,7 +188,7 @@ def run_rest(
         procedure: how the block runs.
         lines: what it has recorded.
         requests: what each invocation was given.
-        told: as of `run_block`.
+        planned: as of `run_block`.
         failures: what failed.
         plan: how it was run.
         results: what its passes returned.
@@ -214,16 +214,18 @@ def run_rest(
                 rest,
                 ran,
                 model.snapshot.root,
-                told,
+                planned,
                 again,
                 state.apart,
             )
+        planned[:] = [renumbered(single, rest.numbers) for single in planned]
         spoiled = again.is_spoiled
         if again.found:
             state.take(again.found, rest)
     _say_missing(lines, state.failed, failures.dependence)
     numbers = range(count) if rest is None else rest.numbers
-    told[:] = [_told_of(tell, numbers, state.reasons) for tell in told]
+    notes = (*state.reasons,)
+    planned[:] = [single._replace(notes=notes) for single in planned]
     outputs = None if plan.stops or not ran else procedure.outputs(results, ran)
     return Ran(plan, outputs and _of_block(outputs, numbers, count), _ordered(state.failed))
 
@@ -255,23 +257,6 @@ def _say_missing(lines: Lines, failed: Sequence[FailedInvocations], dependence: 
 def _ordered(failed: Sequence[FailedInvocations]) -> list[FailedInvocations]:
     """Failures in the order of their invocations; those of lines outside of them come last."""
     return sorted(failed, key=lambda one: one.blamed[0] if one.blamed else 1 << 62)
-
-
-def _told_of(
-    tell: Callable[[], Summary], numbers: Sequence[int], reasons: Mapping[str, None]
-) -> Callable[[], Summary]:
-    """Gives the summary of a pass of a part of a block, with the numbers of the block."""
-
-    def told() -> Summary:
-        single = tell()
-        return replace(
-            single,
-            invocations=[numbers[number] for number in single.invocations],
-            reason="; ".join([single.reason, *reasons]),
-            alone={numbers[number]: flops for number, flops in single.alone.items()},
-        )
-
-    return told
 
 
 def _of_block(outputs: Outputs, numbers: Sequence[int], count: int) -> Outputs:

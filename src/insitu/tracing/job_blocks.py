@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Subject
 from insitu.graph.cells import Cell, Holder, Missing
 from insitu.graph.errors import ExecutionError, InsituError, LimitError, at_line
@@ -17,7 +18,6 @@ from insitu.runtime.dependence import Dependence, Lost
 from insitu.runtime.failures import FailedInvocations, ends_all
 from insitu.runtime.job_parts import JobBlock
 from insitu.runtime.passes import Outputs
-from insitu.runtime.summary import Summary
 from insitu.tracing.job_binding import Bound, JobLines, bind
 from insitu.tracing.job_isolation import Part, absent_values, failing_beforehand, part_of
 from insitu.tracing.one_run import Ran
@@ -150,11 +150,11 @@ def _run_part(
 
 def _run(model: Subject, block: JobBlock, bound: Bound) -> Ran:
     """Runs a block, or a part of one. What invocations raise is Insitu's own."""
-    told: list[Callable[[], Summary]] = []
+    planned: list[PassPlan] = []
     location = block.prompts[0].location
     try:
         demanded = block.demanded and (block.demanded.options, block.demanded.mark)
-        ran = run_block(model, bound.procedure, bound.lines, bound.requests, demanded, told)
+        ran = run_block(model, bound.procedure, bound.lines, bound.requests, demanded, planned)
     except InsituError as error:
         if isinstance(error, LimitError) and error.location is None:
             raise at_line(error, location) from None

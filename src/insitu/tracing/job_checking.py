@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from insitu.batching.procedure import Subject
+from insitu.batching.summary import Planned
 from insitu.graph.context import as_begun
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
@@ -12,14 +13,13 @@ from insitu.graph.shapes import dtype_of, outlined, shape_of
 from insitu.graph.structure import tensors_of
 from insitu.runtime.budget import Beforehand, Budget
 from insitu.runtime.job import Job
-from insitu.runtime.job_check import Estimate, Expected, JobCheck
 from insitu.runtime.limits import Limits
-from insitu.runtime.summary import Planned
 from insitu.tracing.graph_costs import graph_costs
 from insitu.tracing.job_binding import Bound, JobLines, bind
+from insitu.tracing.job_check import Estimate, Expected, JobCheck
 from insitu.tracing.job_costs import model_costs
 from insitu.tracing.job_running import check_model
-from insitu.tracing.planning import prepare
+from insitu.tracing.planning import explained, prepare
 
 
 def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobCheck:
@@ -51,7 +51,7 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
         with spending, ordinary_tensors(), as_begun(block.casts, block.dtype):
             bound = bind(model, block, earlier, dry=True)
             lines = bound.lines
-            prepared, passes = prepare(
+            prepared, _ = prepare(
                 model,
                 bound.procedure,
                 lines.graph,
@@ -60,7 +60,7 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
                 model.snapshot.root,
                 dry=True,
             )
-            plan = Planned([single.told() for single in passes if single is not None])
+            plan = Planned(explained(model, bound.procedure, bound.requests, prepared.passes))
             costs = model_costs(model, bound, plan)
             recorded = graph_costs(lines, prepared.plan, steps_of(bound), budget)
             found = {name: _expected(bound, index) for index, name in block.saves.items()}

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from insitu.batching.procedure import Subject
+from insitu.batching.summary import Planned, Summary
 from insitu.graph.errors import UnknownShapeError
 from insitu.runtime.counts import Counts
 from insitu.runtime.probe import Call
-from insitu.runtime.summary import Planned, Summary
 from insitu.tracing.job_binding import Bound
 
 _NONE = Counts(0.0, 0, 0, 0)

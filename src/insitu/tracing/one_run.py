@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from insitu.batching.layout import UnexpectedShapeError
+from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Outputs, Procedure, Subject
 from insitu.display.progress import passes as listener
 from insitu.engine.places import View
@@ -21,14 +21,13 @@ from insitu.runtime.backward_passes import run_backwards
 from insitu.runtime.eager import eagerly
 from insitu.runtime.execution import Execution
 from insitu.runtime.failures import Failed, FailedInvocations, Failures, ends_all
-from insitu.runtime.following import following
 from insitu.runtime.leaves import leaves_of
 from insitu.runtime.order import unexcused
 from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan
-from insitu.runtime.summary import Summary
+from insitu.tracing.following import following
 from insitu.tracing.never_ran import never_ran
-from insitu.tracing.planning import Prepared, prepare
+from insitu.tracing.planning import Prepared, explained, prepare
 
 
 class Ran(NamedTuple):
@@ -51,7 +50,7 @@ def run_once(
     lines: Lines,
     requests: Sequence[Any],
     module: nn.Module,
-    told: list[Callable[[], Summary]],
+    planned: list[PassPlan],
     failures: Failures | None,
     apart: bool = False,
 ) -> tuple[Plan, list[Any]]:
@@ -63,7 +62,7 @@ def run_once(
         lines: likewise.
         requests: likewise.
         module: the wrapped module, with its weights.
-        told: likewise.
+        planned: likewise.
         failures: takes what fails, so that the others run; None if that ends the run.
         apart: whether each backward pass runs by itself.
 
@@ -72,8 +71,10 @@ def run_once(
     """
     for again in (True, False):
         prepared, passes = prepare(model, procedure, lines.graph, lines.saves, requests, module)
-        told[:] = map(_told, passes)
-        done = following(passes) if listener.get() is not None else None
+        planned[:] = prepared.passes
+        done = None
+        if listener.get() is not None:
+            done = following(explained(model, procedure, requests, prepared.passes))
         tree, held = prepared.tree, prepared.exclusive
         execution = Execution(lines.graph, prepared.plan, tree.modules)
         with eagerly(held) if prepared.compiled else held:
@@ -159,11 +160,11 @@ def run_passes(
         What they returned; the node that reads a site where something had to arrive and did
         not, if that ends the run; and how the pass went in which it had to.
     """
-    plan, order, returned = prepared.plan, prepared.order, prepared.returned
+    plan, returned = prepared.plan, prepared.returned
     modules, caches = prepared.tree.modules, model.caches
     results: list[Any] = [None] * len(passes)
-    for at in order:
-        single, passes[at] = passes[at], None
+    for at, single in enumerate(passes):
+        passes[at] = None
         assert single is not None
         if failures is not None and failures.found and failures.hold_up(single.cuts):
             continue
@@ -194,9 +195,6 @@ def run_passes(
         leaves = leaves_of(graph, plan.gradients, requests, modules[""])
         run_backwards(execution, plan.gradients.joint, leaves, failures, apart)
     return results, None, None
-
-
-_told = attrgetter("told")  # of a pass
 
 
 def form_of(procedure: Procedure[Any], requests: Sequence[Any], number: int) -> str:

@@ -6,6 +6,7 @@ of a block before the model runs is asked of its graph and of what its invocatio
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,11 @@ from typing import Any
 from torch import nn
 
 from insitu.batching.asked import asked_by
-from insitu.batching.procedure import Procedure, Schedule, Subject, Work
+from insitu.batching.causality import check_cuts, check_order
+from insitu.batching.demand import Work
+from insitu.batching.pass_plan import PassPlan, alone
+from insitu.batching.procedure import Procedure, Subject
+from insitu.batching.summary import Summary, summaries
 from insitu.engine.exclusive import Exclusive
 from insitu.graph.errors import BlockError, PathError, ShapeError
 from insitu.graph.location import Location, here
@@ -24,8 +29,8 @@ from insitu.graph.written_arguments import check_arguments
 from insitu.runtime.ambient import Ambient, ambient
 from insitu.runtime.call_path import CallPath
 from insitu.runtime.eager import is_compiled
+from insitu.runtime.fallback import logger
 from insitu.runtime.gradient_checks import check_gradients
-from insitu.runtime.order import check_cuts, check_order, check_steps, pass_order
 from insitu.runtime.passes import Pass
 from insitu.runtime.plan import Plan, make_plan
 from insitu.runtime.tree import Tree, Watched
@@ -41,8 +46,7 @@ class Prepared:
 
     Attributes:
         plan: which nodes run when.
-        schedule: gives the passes.
-        order: their order.
+        passes: what each pass does, in their order.
         returned: what modules that are skipped would return, as fake tensors, by the node that
             reads their arguments.
         compiled: whether any of the model's parts is under `torch.compile`.
@@ -55,8 +59,7 @@ class Prepared:
     """
 
     plan: Plan
-    schedule: Schedule
-    order: Sequence[int]
+    passes: Sequence[PassPlan]
     returned: Mapping[int, Any]
     compiled: bool
     tree: Tree
@@ -116,7 +119,7 @@ def prepare(
         if key is not None:
             plans.keep(key, graph, saves, prepared)
     else:
-        passes = prepared.schedule(module, requests)
+        passes = procedure.passes(module, prepared.passes, requests)
     return prepared, [*passes]
 
 
@@ -174,28 +177,52 @@ def _planned(
     watched = _watched(model, graph, plan)
     if graph.differentiates:
         check_gradients(graph, plan)
-    cuts_short = bool(plan.skips or plan.stops)
     moments = partial(_moments, model, procedure, requests)
-    schedule = procedure.schedule(
-        module, requests, Work(graph, plan, asked_by(graph, plan, len(requests)), moments)
-    )
-    passes = schedule(module, requests)
-    order: Sequence[int] = range(len(passes))
-    returned = _NOTHING_RETURNED
-    if plan.repeated is not None:
-        check_steps(graph, plan, passes)
+    work = Work(graph, plan, asked_by(graph, plan, len(requests)), moments)
+    demands = procedure.demands(module, requests, work)
+    if len(requests) == 1:
+        plans = [alone(0, demands.each[0], [*plan.reads])]
+    else:
+        from insitu.batching.planner import plan_passes  # takes a while, and one needs none
+
+        plans = plan_passes(work, demands)
+        _log(plans, len(requests))
+    passes = procedure.passes(module, plans, requests)
     if plan.crosses or plan.skips:
-        if len(passes) > 1:
-            order = pass_order(graph, plan, passes)
-        check_order(graph, plan, passes, moments)
-    if cuts_short:
+        check_order(work, plans)
+    returned = _NOTHING_RETURNED
+    if plan.skips or plan.stops:
         returned = _returned(model, procedure, graph, requests)
-        check_cuts(graph, plan, moments)
+        check_cuts(work)
     compiled = is_compiled(model.snapshot.parts)
-    alone = len(requests) == 1 and not returned
+    by_itself = len(requests) == 1 and not returned
     tree = model.snapshot
-    found = (compiled, tree, model.exclusive, CallPath(watched), alone, ambient())
-    return Prepared(plan, schedule, order, returned, *found), passes
+    found = (compiled, tree, model.exclusive, CallPath(watched), by_itself, ambient())
+    return Prepared(plan, plans, returned, *found), passes
+
+
+def _log(plans: Sequence[PassPlan], count: int) -> None:
+    """Says which invocations have a pass for themselves that could share one otherwise."""
+    reasons = Counter(single.apart.why for single in plans if single.apart is not None)
+    for why, own in reasons.items():
+        logger.info("%d of %d prompts run one by one: %s", own, count, why)
+
+
+def explained(
+    model: Subject,
+    procedure: Procedure[Any],
+    requests: Sequence[Any],
+    plans: Sequence[PassPlan],
+) -> list[Summary]:
+    """Returns what the passes of a run do, for the user.
+
+    Args:
+        model: the model.
+        procedure: how it runs.
+        requests: what each invocation was given.
+        plans: the passes.
+    """
+    return summaries(plans, procedure.facts, partial(_moments, model, procedure, requests))
 
 
 def _moments(

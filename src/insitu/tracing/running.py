@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Procedure, Subject
 from insitu.graph.errors import OptionError
 from insitu.graph.lines import Lines
 from insitu.graph.location import Location, Mark
 from insitu.runtime.failures import Failures
-from insitu.runtime.summary import Summary
 from insitu.tracing.beforehand import check_fit
 from insitu.tracing.one_run import Ran, form_of, run_once
 
@@ -22,7 +22,7 @@ def run_block(
     lines: Lines,
     requests: Sequence[Any],
     demanded: tuple[Mapping[str, Any], Mark] | None,
-    told: list[Callable[[], Summary]],
+    planned: list[PassPlan],
 ) -> Ran:
     """Runs a block and fills its saved values.
 
@@ -35,7 +35,7 @@ def run_block(
         requests: what each invocation was given.
         demanded: options that a value of the block takes, and the line that reads it; None if
             there are none.
-        told: gets, for each pass, the function that summarises it.
+        planned: gets what each pass does.
 
     Raises:
         InsituError: for what is wrong with the run, if nothing of it can run.
@@ -48,12 +48,12 @@ def run_block(
     if demanded is not None:
         _verify(model, *demanded)
     failures = None if len(requests) == 1 else Failures(lines.graph)
-    plan, results = run_once(model, procedure, lines, requests, module, told, failures)
+    plan, results = run_once(model, procedure, lines, requests, module, planned, failures)
     if failures is None or not failures.found:
         return Ran(plan, None if plan.stops else procedure.outputs(results, requests))
     from insitu.tracing.isolation import run_rest  # of use only where something fails
 
-    return run_rest(model, procedure, lines, requests, told, failures, plan, results)
+    return run_rest(model, procedure, lines, requests, planned, failures, plan, results)
 
 
 def _verify(model: Subject, options: Mapping[str, Any], line: Mark) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Procedure, Subject
 from insitu.graph.cells import Missing
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.lines import Lines
 from insitu.graph.shapes import fake_value
-from insitu.runtime.summary import Summary
 from insitu.tracing.planning import prepare
 
 
@@ -20,7 +20,7 @@ def scan_block(
     procedure: Procedure[Any],
     lines: Lines,
     requests: Sequence[Any],
-    told: list[Callable[[], Summary]],
+    planned: list[PassPlan],
 ) -> None:
     """Finds what is wrong with a run, and fills the saved values with fake ones.
 
@@ -29,15 +29,15 @@ def scan_block(
         procedure: how it would run.
         lines: what was recorded.
         requests: what each invocation was given.
-        told: gets, for each pass, the function that summarises it.
+        planned: gets what each pass does.
 
     Raises:
         InsituError: for what is wrong, at its line.
     """
-    _, passes = prepare(
+    prepared, _ = prepare(
         model, procedure, lines.graph, lines.saves, requests, model.snapshot.root, dry=True
     )
-    told[:] = [single.told for single in passes if single is not None]
+    planned[:] = prepared.passes
     for index in range(len(lines.graph)):
         with contextlib.suppress(UnknownShapeError):
             fake_value(lines, index)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from insitu.batching.procedure import Subject
+from insitu.batching.summary import Planned
 from insitu.graph import location
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.location import here, mark, user_frame
 from insitu.graph.node import EVERY, Graph
 from insitu.graph.tracebacks import shortened
-from insitu.runtime.summary import Planned
 from insitu.tracing.block import Block
 from insitu.tracing.block_messages import no_invoke, no_output, not_one_invocation, state_of_block
 from insitu.tracing.in_thread import run_in_thread
@@ -77,7 +77,7 @@ class Tracer:
     def __repr__(self) -> str:
         block = self.block
         return state_of_block(
-            len(self.graph), len(block.told), block.is_open, block.is_done, block.promises_output
+            len(self.graph), len(block.planned), block.is_open, block.is_done, block.promises_output
         )
 
     def __dir__(self) -> list[str]:
@@ -145,10 +145,10 @@ class Tracer:
         Raises:
             NoValueError: before the block has ended.
         """
-        told = self.block.told
-        if not told:
+        block = self.block
+        if not block.planned:
             raise NoValueError("`tracer.plan` is made when the block ends.", here())
-        return Planned([tell() for tell in told])
+        return Planned(block.explained())
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invocation:
         """Adds a prompt, and gives the context in which sites mean its values.

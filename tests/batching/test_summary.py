@@ -1,9 +1,17 @@
 import pytest
 
 from insitu.batching.cost_model import Costs
+from insitu.batching.pass_plan import PassPlan, Row
+from insitu.batching.summary import Planned, Summary, summaries
 from insitu.graph.node import Site
-from insitu.runtime.fallback import uncut
-from insitu.runtime.summary import Planned, Summary, unknown
+from insitu.runtime.fallback import Fallback, uncut
+
+
+def unknown(numbers: list[int], apart: Fallback | None) -> Summary:
+    """The summary of a pass of which only its invocations are known."""
+    rows = [Row(number, 0, 0, []) for number in numbers]
+    return summaries([PassPlan(rows, 0, apart=apart)], None, lambda _: None)[0]
+
 
 SHARED = Summary([0, 1], 1, 12, 4, 0, 2e9, "what they share", {0: 3e9, 1: 3e9})
 REST = Summary([1, 2, 4, 5, 6], 5, 3, 2, 2, 1e9, "like their prompt", {1: 3e9, 2: 3e9, 4: 3e9})

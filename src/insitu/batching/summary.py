@@ -1,11 +1,17 @@
-"""What a run does, told to the user: its passes, what is left out of each, and why."""
+"""What a run does, told to the user: its passes, what is left out of each, and why.
+
+It is derived from the plans of its passes, when somebody asks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from insitu.runtime.fallback import Fallback
+from insitu.batching.cost_model import Costs
+from insitu.batching.crossings import Moments
+from insitu.batching.pass_plan import PassPlan, rows_by_level
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +38,6 @@ class Summary:
     flops: float
     reason: str
     alone: Mapping[int, float]
-
-
-def unknown(invocations: Sequence[int], apart: Fallback | None) -> Summary:
-    """Returns the summary of a pass of which only its invocations are known.
-
-    Args:
-        invocations: their numbers.
-        apart: why it is a pass of its own, if several invocations could share it.
-    """
-    why = "one call of the model" if apart is None else apart.why
-    return Summary(invocations, 0, 0, 0, 0, 0.0, why, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +127,79 @@ def _ranges(numbers: Sequence[int]) -> str:
             parts.append([number, number])
     shown = [str(a) if a == b else f"{a}-{b}" for a, b in parts[:3]]
     return ", ".join(shown) + (f", ... ({len(numbers)})" if len(parts) > 3 else "")
+
+
+class Facts(NamedTuple):
+    """What is known of the model whose passes are told.
+
+    Attributes:
+        blocks: the paths of its blocks.
+        heads: the modules that make logits.
+        costs: what its forwards cost; None for generations.
+    """
+
+    blocks: Sequence[str]
+    heads: Sequence[str] = ()
+    costs: Costs | None = None
+
+
+def summaries(passes: Sequence[PassPlan], facts: Facts | None, moments: Moments) -> list[Summary]:
+    """Returns what some passes do.
+
+    Args:
+        passes: the passes.
+        facts: what is known of the model; None where a pass is one call of some module.
+        moments: when the sites of an invocation come.
+    """
+    found = [_summary(single, facts, moments) for single in passes]
+    return [
+        replace(one, reason="; ".join([one.reason, *single.notes])) if single.notes else one
+        for one, single in zip(found, passes, strict=True)
+    ]
+
+
+def _summary(single: PassPlan, facts: Facts | None, moments: Moments) -> Summary:
+    """What one pass does."""
+    apart = "" if single.apart is None else single.apart.why
+    rows = sum(row.rows for row in single.rows)
+    shape = rows, single.positions
+    if facts is None or (facts.costs is None and len(single.rows) == 1):
+        return Summary(single.invocations, 0, 0, 0, 0, 0.0, apart or "one call of the model", {})
+    if facts.costs is None:
+        return Summary(single.invocations, *shape, len(facts.blocks), 0, 0.0, single.why, {})
+    costs, skipped = facts.costs, single.first_block
+    run, ending = _blocks_run(single, facts.blocks, moments)
+    ends = {("", "output", 0), *((path, "output", 0) for path in facts.heads)}
+    unembedded = 0
+    if any(address[1:4] in ends for address in single.reads):
+        logits = single.positions if single.logits is None else single.logits.most
+        unembedded = rows * logits
+    counts = [rows] * run
+    if skipped:
+        counts = rows_by_level(single.rows, costs.blocks)[: max(run - skipped, 0)]
+    longest = max(row.length for row in single.rows)
+    flops = costs.flops(counts, single.positions, longest, unembedded)
+    alone: dict[int, float] = {}
+    for row in single.rows:
+        whole = costs.flops(
+            [row.rows] * costs.blocks, row.length, row.length, row.rows * row.length
+        )
+        alone.update(dict.fromkeys([row.invocation, *(at[0] for at in row.reads)], whole))
+    why = single.why or apart or "one prompt"
+    return Summary(single.invocations, *shape, len(counts), skipped, flops, why + ending, alone)
+
+
+def _blocks_run(single: PassPlan, blocks: Sequence[str], moments: Moments) -> tuple[int, str]:
+    """How many blocks a pass goes through before it ends, and why it ends if not at the end."""
+    reads = single.reads
+    order = moments(reads[0][0] if reads else 0)
+    places = [address[1:4] for address in reads]
+    if single.through is not None:
+        places.append(single.through)
+    if not blocks or order is None or any(place not in order for place in places):
+        return len(blocks), ""
+    last = max((order[place] for place in places), default=-1)
+    run = sum(order.get((path, "inputs", 0), -1) < last for path in blocks)
+    if run == len(blocks):
+        return run, ""
+    return run, f"; nothing is read after {f'block {run - 1}' if run else 'the embeddings'}"

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from insitu.batching.summary import Summary
 from insitu.display.progress import passes as listener
-from insitu.runtime.passes import Pass
-from insitu.runtime.summary import Summary
 
 
-def following(passes: Sequence[Pass | None]) -> Callable[[int], None] | None:
+def following(passes: Sequence[Summary]) -> Callable[[int], None] | None:
     """Returns what is told of each pass that is done, by its number; None if nobody listens.
 
     Args:
-        passes: those of a run, of which none is done. The model is not in use: what they cost may
-            have to be found out.
+        passes: what those of a run do, of which none is done.
     """
     listening = listener.get()
     if listening is None:
         return None
-    costs = (
-        [1.0]
-        if len(passes) == 1
-        else _costs([single.told() for single in passes if single is not None])
-    )
+    costs = [1.0] if len(passes) == 1 else _costs(passes)
     total, so_far = sum(costs), 0.0
 
     def done(at: int) -> None:

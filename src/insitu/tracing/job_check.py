@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from insitu.batching.summary import Planned
 from insitu.display.saved_values import SavedValue
 from insitu.runtime.results import structure
-from insitu.runtime.summary import Planned
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,124 @@
+"""Which invocations use values of which others, and whether these are there in time in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import NamedTuple
+
+from insitu.graph.node import SEPARATOR, Address, Graph, Kind, Place
+from insitu.graph.operations import READ
+from insitu.runtime.plan import Plan
+
+Moments = Callable[[int], "Mapping[Place, int] | None"]
+"""When the sites of an invocation come, or None if that is not known without a run."""
+
+
+class Crossing(NamedTuple):
+    """A site that another one needs.
+
+    Attributes:
+        source: the site that is needed.
+        target: the site that is written, or the arguments of the call that is skipped.
+        node: what makes what is put there.
+    """
+
+    source: Address
+    target: Address
+    node: int
+
+
+def crossings(graph: Graph, plan: Plan) -> list[Crossing]:
+    """Returns the sites that others need, in the same invocation or in another.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+    """
+    if not plan.crosses and not plan.skips:
+        return []
+    found: list[Crossing] = []
+    for read, node in (*plan.writes.items(), *plan.skips.items()):
+        operation, target, *_ = graph.rows[read]
+        if operation is not READ:
+            continue  # a gradient: its order is that of the backward pass
+        mask = plan.needs[node] & ~plan.bits[read]
+        while mask:
+            bit = mask & -mask
+            mask ^= bit
+            if bit in plan.places:
+                found.append(Crossing(plan.places[bit], target, node))  # pyright: ignore[reportArgumentType]
+    return found
+
+
+def in_time(crossing: Crossing, moments: Moments) -> bool:
+    """Returns whether one pass would do for both sites, as far as is known.
+
+    Args:
+        crossing: the sites.
+        moments: when sites come.
+    """
+    source, target, _ = crossing
+    if same_place(source, target):
+        return True
+    here = moment(_bound(target, "inputs"), moments(target[0]))
+    there = moment(_bound(source, "output"), moments(source[0]))
+    return here is None or there is None or there <= here
+
+
+def uses(graph: Graph, plan: Plan, moments: Moments) -> dict[tuple[int, int], bool]:
+    """Returns which invocations are used by which others, and whether one pass would do.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+        moments: when sites come.
+    """
+    found = dict.fromkeys(steps_together(plan), True)
+    known = cache(moments)
+    for crossing in crossings(graph, plan):
+        pair = crossing.source[0], crossing.target[0]
+        if pair[0] != pair[1]:
+            found[pair] = found.get(pair, True) and in_time(crossing, known)
+    return found
+
+
+def steps_together(plan: Plan) -> list[tuple[int, int]]:
+    """Returns the pairs of invocations that take their steps together, both ways round.
+
+    Args:
+        plan: the plan of the graph.
+    """
+    joint = () if plan.repeated is None else plan.repeated.joint
+    return [(one, other) for _, own in joint for one in own for other in own if one != other]
+
+
+def same_place(one: Address, other: Address) -> bool:
+    """Returns whether two sites are one place, or both what a module is called with."""
+    arguments = ("input", "inputs")
+    same_kind = one[2] == other[2] or (one[2] in arguments and other[2] in arguments)
+    return same_kind and one[1] == other[1] and one[3:] == other[3:]
+
+
+def moment(address: Address, moments: Mapping[Place, int] | None) -> tuple[float, float] | None:
+    """Returns when a site comes: its step, and its place in the step; None if that is not known.
+
+    Args:
+        address: the site.
+        moments: when places come in a step.
+    """
+    _, path, kind, call, step = address
+    within = {"choice": math.inf, "tokens": math.inf}.get(kind)
+    if within is None and moments is not None:
+        within = moments.get((path, kind, call))
+    if within is None:
+        return None
+    # What is read in every step is there in the first.
+    return (max(step, 0) + (kind == "tokens") / 2, within)
+
+
+def _bound(address: Address, bound: Kind) -> Address:
+    """A site; of a function in a module's forward, what bounds its moment."""
+    owner, inside, _ = address[1].partition(SEPARATOR)
+    return (address[0], owner, bound, 0, address[4]) if inside else address
