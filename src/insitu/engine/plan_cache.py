@@ -21,6 +21,10 @@ Planned = TypeVar("Planned")
 
 _MOST = 64  # plans that a model keeps
 
+# A tensor in the place of a number equals it in some entries, and numbers of over 64 bits cannot
+# be compared with tensors.
+_INCOMPARABLE = (RuntimeError, OverflowError, ValueError, TypeError)
+
 _Where = tuple[Hashable, ...]
 """What else a plan depends on, and what of the graph tells it from most others."""
 
@@ -97,7 +101,7 @@ class PlanCache(Generic[Planned]):
                 found = self._by_line.get(where)
                 if found is None or found[0] != graph.__dict__:
                     return where, self._of_other_lines(where, key, graph, saves)
-        except RuntimeError:  # a tensor in the place of a number equals it in some entries
+        except _INCOMPARABLE:
             return _where(key, graph), None
         _, saved, kinds, planned = found
         if saved != [*saves] or (kinds is not _NO_KINDS and not kinds.are_of(graph.rows)):
@@ -134,7 +138,7 @@ class PlanCache(Generic[Planned]):
         try:
             if found is None or _without_lines(found.outline) != _without_lines(vars(graph)):
                 return None
-        except RuntimeError:  # as above
+        except _INCOMPARABLE:
             return None
         if not found.kinds.are_of(graph.rows):
             return None

@@ -9,9 +9,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
+
+from insitu.graph.errors import OperationError
 
 
 def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
@@ -83,7 +86,7 @@ def kept(value: Any, to: str | None = None) -> Any:
 
     def leaf(item: Any) -> Any:
         if not isinstance(item, torch.Tensor):
-            return item
+            return item if isinstance(item, _DATA) else _as_data(item)
         return item.clone() if to is None else item.to(to, copy=True)
 
     return map_structure(leaf, value)
@@ -148,7 +151,26 @@ def _moved(leaf: Any, device: torch.device) -> Any:
 def _copied_leaf(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return leaf.detach().clone()
-    return copy.deepcopy(leaf)
+    return leaf if isinstance(leaf, _DATA) else copy.deepcopy(_as_data(leaf))
+
+
+def _as_data(leaf: Any) -> Any:
+    """An object of another class, unless data alone is saved: what it refers to may be anything."""
+    if only_data.get():
+        raise OperationError(
+            f"a {type(leaf).__name__} is no data, and a job saves tensors and plain data only: "
+            "save the tensors in it"
+        )
+    return leaf
+
+
+only_data: ContextVar[bool] = ContextVar("only_data", default=False)
+"""Whether tensors and plain data alone may be saved, as in jobs that came from elsewhere."""
+
+_DATA = (
+    *(type(None), type(Ellipsis), bool, int, float, complex, str, bytes, range),
+    *(torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
 
 
 def fields_of(value: Any) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from insitu.graph.context import as_begun
 from insitu.graph.errors import InsituError, JobError, NoValueError
 from insitu.graph.location import here
 from insitu.graph.ordinary import ordinary_tensors
+from insitu.graph.shapes import calls_function
+from insitu.graph.structure import only_data
 from insitu.runtime.budget import Budget
 from insitu.runtime.failures import FailedInvocations, first_error
 from insitu.runtime.fingerprint import other_habits, other_structure, other_weights
@@ -36,6 +39,22 @@ def run_job(model: Subject, job: Job, budget: Budget | None = None, raises: bool
         InsituError: for what is wrong with the run, with what there is as its `results`.
     """
     differences = check_model(model, job)
+    own = any(calls_function(row[1]) for block in job.blocks for row in block.graph.rows)
+    token = only_data.set(not own)
+    try:
+        return _run_blocks(model, job, budget, differences, raises)
+    finally:
+        only_data.reset(token)
+
+
+def _run_blocks(
+    model: Subject,
+    job: Job,
+    budget: Budget | None,
+    differences: Sequence[str],
+    raises: bool,
+) -> Results:
+    """Runs the blocks of a job one after the other."""
     values: dict[str, Any] = {}
     outputs: list[Outputs | None] = []
     earlier: list[RanBlock] = []
