@@ -8,11 +8,11 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # A worker for each core: threads of their own would only wait for each other.
-test test-all test-matrix architectures fuzz: export OMP_NUM_THREADS := 1
+test test-all test-matrix architectures fuzz attack: export OMP_NUM_THREADS := 1
 
 ORACLES := transformer-lens captum sae-lens
 
-.PHONY: demo test test-all test-matrix architectures proofs oracle fuzz check format docs bench \
+.PHONY: demo test test-all test-matrix architectures proofs oracle fuzz attack check format docs bench \
 	bench-peers clean
 
 demo: $(VENV)/runtime
@@ -64,6 +64,10 @@ fuzz: $(VENV)/installed
 	INSITU_PROGRAMS=40000 INSITU_STEP_PROGRAMS=5000 INSITU_GRADIENT_PROGRAMS=5000 \
 	$(BIN)/pytest -n $(WORKERS) tests/fidelity/test_programs.py \
 	tests/fidelity/test_step_programs.py tests/fidelity/test_gradient_programs.py
+
+# Many more of the jobs that the suite changes at random, reads and runs under limits.
+attack: $(VENV)/installed
+	$(BIN)/python -m tests.attack.mutated_jobs 1000000 --runs 100000
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Jobs that reach for what is not theirs, that name what is not there, and that are long to read."""
+"""Jobs that reach for what is not theirs, name what is not there, or are long to read."""
 
 from __future__ import annotations
 

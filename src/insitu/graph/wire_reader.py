@@ -187,6 +187,8 @@ class Reader:
             _check_input(args, kwargs, inputs or 0)
         else:
             _check_call(graph, operation, args, kwargs)
+            if inputs is None and not (values.references or values.earlier):  # it would never run
+                raise WireError(f"{operation.name} is not done to a value of the run")
         if values.earlier and inputs is not None:
             raise WireError("a function uses a value of an earlier block")
         if values.weights and operation is not BACKWARD:
