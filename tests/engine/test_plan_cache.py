@@ -518,3 +518,16 @@ def test_plans_of_the_same_content_are_told_apart_by_numbers_that_are_equal(
 
     assert one().dtype is torch.int64 and other().dtype is torch.float32
     assert len(planned) == 2
+
+
+def test_a_number_that_no_tensor_is_compared_with_does_not_stand_in_the_way_of_tensors() -> None:
+    model = Model(torch.nn.Identity())
+    results: list[torch.Tensor] = []
+    for value in (10**30, torch.ones(1), -(2**63) - 1, torch.ones(1, dtype=torch.uint8)):
+        try:
+            with model.trace(torch.zeros(1)):
+                made = (model.output + value).save()
+            results.append(made.value)
+        except insitu.InsituError:  # PyTorch takes no such integer
+            results.append(torch.zeros(0))
+    assert [len(one) for one in results] == [0, 1, 0, 1]
