@@ -238,7 +238,6 @@ def test_a_write_in_a_generation_is_one_of_the_first_forward(eiffel: LanguageMod
     assert generator.output.shape[1] == len(eiffel.tokenizer(prompt)["input_ids"]) + 1
 
 
-@pytest.mark.no_wire  # a cache is no data, and a job saves data only
 def test_keys_and_values_of_a_block_can_be_written() -> None:
     model = LanguageModel(tiny_gpt2())
     with model.trace(IDS, use_cache=True):
