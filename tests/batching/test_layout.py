@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from insitu import InsituError
-from insitu.batching.layout import SIZES, Axis, Part, TensorLayout, cut, find_layouts, put, widened
+from insitu.batching.layout import Axis, Part, TensorLayout, cut, put, widened
+from insitu.batching.proposed_layouts import SIZES, find_layouts
 from insitu.graph.node import Site
 from insitu.runtime.probe import Call, probe
 

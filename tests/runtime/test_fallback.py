@@ -11,7 +11,7 @@ from torch import nn
 
 from insitu import LanguageModel
 from insitu.graph.errors import ShapeError
-from insitu.models import chain, parted, separation
+from insitu.models import parted, resume_trial, separation
 from insitu.runtime.fallback import Fallback, is_own, tried
 from tests.conftest import _Faults, tiny_gpt2
 
@@ -36,7 +36,7 @@ def generated(model: LanguageModel, **options: Any) -> str:
 
 def in_own_code(body: str, **names: Any) -> Callable[[], Any]:
     """A function that stands in a module of Insitu."""
-    names["__name__"] = "insitu.models.chain"
+    names["__name__"] = "insitu.models.resume_trial"
     exec(f"def function(*_, **__):\n    {body}", names)
     return names["function"]
 
@@ -57,8 +57,8 @@ def faults_taken(faults: _Faults) -> Iterator[None]:
     [
         (separation.Trial, "verified", PROMPTS),
         (parted, "cut", PROMPTS),
-        (chain._Trial, "looks_back_only", None),
-        (chain, "cut", None),
+        (resume_trial._Trial, "looks_back_only", None),
+        (resume_trial, "cut", None),
     ],
     ids=["batch", "batch_inside", "chain", "chain_inside"],
 )

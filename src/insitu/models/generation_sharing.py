@@ -22,7 +22,7 @@ from insitu.graph.node import Address, Site
 from insitu.models.calls import default_budget
 from insitu.models.configuration import all_said, text_config
 from insitu.models.generate_calls import GenerateCalls
-from insitu.models.generated_together import drawing, entries_used, unlike_alone
+from insitu.models.generation_obstacles import drawing, entries_used, unlike_alone
 from insitu.models.joined_prompts import is_ragged
 from insitu.models.later_steps import LaterSteps
 from insitu.models.padding import padding_shows

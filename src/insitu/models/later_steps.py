@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from insitu.batching.layout import Axis, Layouts, Part, Size, find_layouts, leaves
+from insitu.batching.layout import Axis, Layouts, Part, leaves
+from insitu.batching.proposed_layouts import Size, find_layouts
 from insitu.engine.keeping import undisturbed
 from insitu.engine.places import View
 from insitu.graph.node import Address, Place

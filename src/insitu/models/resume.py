@@ -2,7 +2,7 @@
 
 The first leaves hidden states at blocks, and keys and values. In another the blocks before are
 not run: rows enter its batch behind the block up to which they are like the first. Whether a
-model can be run so is found out elsewhere (`chain.py`).
+model can be run so is found out elsewhere (`resume_trial.py`).
 """
 
 from __future__ import annotations

@@ -16,17 +16,8 @@ import torch
 from torch import nn
 
 from insitu.batching.demand import Side
-from insitu.batching.layout import (
-    SIZES,
-    Entries,
-    Layouts,
-    Part,
-    cut,
-    find_layouts,
-    is_shared,
-    leaves,
-    widened,
-)
+from insitu.batching.layout import Entries, Layouts, Part, cut, is_shared, leaves, widened
+from insitu.batching.proposed_layouts import SIZES, find_layouts
 from insitu.engine.keeping import undisturbed
 from insitu.engine.places import View
 from insitu.graph.errors import InsituError

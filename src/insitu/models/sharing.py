@@ -1,7 +1,7 @@
 """What invocations can share on a model: a batch, and the blocks up to which they are alike.
 
 Both are tried out on the model, if its weights are there; how that is done is in `separation.py`
-and `chain.py`. Here is when it is done, and with what.
+and `resume_trial.py`. Here is when it is done, and with what.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import torch
 from torch import nn
 
 from insitu.batching.demand import Side
-from insitu.batching.layout import SIZES, Layouts, find_layouts
+from insitu.batching.layout import Layouts
+from insitu.batching.proposed_layouts import SIZES, find_layouts
 from insitu.batching.shared_blocks import Chain
 from insitu.engine.places import View
 from insitu.graph.errors import ShapeError
 from insitu.graph.location import here
 from insitu.graph.node import SEPARATOR, Place
 from insitu.models.attention import OPTION, attending
-from insitu.models.chain import find_chain
 from insitu.models.later_steps import LaterSteps
 from insitu.models.prompts import Prompt
+from insitu.models.resume_trial import find_chain
 from insitu.models.separation import Separation, Trial
 from insitu.models.tokens import vocabulary_of
 from insitu.runtime.fallback import Fallback, tried

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from insitu import LanguageModel
-from insitu.batching.layout import SIZES, find_layouts
+from insitu.batching.proposed_layouts import SIZES, find_layouts
 from insitu.batching.shared_blocks import Chain
-from insitu.models.chain import find_chain
+from insitu.models.resume_trial import find_chain
 from insitu.runtime.fallback import Fallback
 from insitu.runtime.probe import Call
 from tests.fidelity.architectures import MAKERS, spread_out
