@@ -109,7 +109,7 @@ def test_what_could_not_be_taken_off_is_taken_off_by_the_next_block(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("insitu.engine.changes.Changes.undo", interrupted)
+        patch.setattr("insitu.graph.changes.Changes.undo", interrupted)
         patch.setattr("insitu.runtime.passes.remove_hooks", interrupted)
         with pytest.raises(KeyboardInterrupt):
             kind.block(model)

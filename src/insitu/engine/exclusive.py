@@ -22,7 +22,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
-from insitu.engine.changes import (
+from insitu.engine.interpose import Hooks, remove_hooks
+from insitu.graph.changes import (
     Changes,
     forget_other_threads,
     is_below,
@@ -30,7 +31,6 @@ from insitu.engine.changes import (
     mend,
     open_changes,
 )
-from insitu.engine.interpose import Hooks, remove_hooks
 from insitu.graph.errors import BlockError
 
 _PATIENCE = 0.1  # seconds after which a thread looks whether the one that it waits for has ended

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
-from insitu.engine.changes import changing
+from insitu.graph.changes import changing
 
 Visit = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Makes a call of a torch function, given its name, the function and its arguments."""

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.engine.functions import Called
-from insitu.graph.ordinary import ordinary_tensors
+from insitu.graph.fake_tensors import on_fake_tensors
 from insitu.graph.structure import map_structure, storage_of
 from insitu.runtime.probe import Probe
 
@@ -69,7 +69,7 @@ class _Value(NamedTuple):
     leaves: tuple[Any, ...]
 
     def at(self, length: int, mode: FakeTensorMode) -> Any:
-        with ordinary_tensors(), mode, torch.no_grad():
+        with on_fake_tensors(mode):
             memories: dict[int, torch.Tensor] = {}
             made: list[Any] = []
             for leaf in self.leaves:

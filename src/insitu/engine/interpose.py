@@ -17,10 +17,10 @@ from typing import Any, TypeAlias, cast
 from torch import nn
 from torch.nn.modules import module as everywhere
 
-from insitu.engine.changes import Changes, changing, move_to_end
 from insitu.engine.foreign_hooks import is_the_models, users_hooks
 from insitu.engine.functions import Inside, Visit, observed, unobserved
 from insitu.engine.places import Moment, View
+from insitu.graph.changes import Changes, changing, move_to_end
 
 Hook = tuple[dict[Any, Any], dict[Any, bool] | None, object, Collection[Any] | None]
 """A hook as it lies in a module: the table, the table of those that take keywords, its key, and

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from insitu.engine.changes import Changes, changing, restore
+from insitu.graph.changes import Changes, changing, restore
 
 Tables = list[tuple[dict[Any, Any], dict[Any, Any]]]
 """Tables of modules, each with a copy."""

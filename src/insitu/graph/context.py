@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch.autograd.function import Function as AutogradFunction
 
+from insitu.graph.changes import changing
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
 
@@ -100,12 +102,13 @@ def entered(context: Context | None) -> Generator[None, None, None]:
     if context is None:
         yield
         return
-    with ExitStack() as stack:
+    with changing() as changes:
         if not context.grad:
-            stack.enter_context(torch.no_grad())
-        _cast(stack, dict(context.casts))
+            changes.gradients(False)
+        for device, dtype in context.casts:
+            changes.enter(torch.autocast(device, dtype=dtype, enabled=dtype is not None))
         if context.dtype is not None:
-            stack.callback(torch.set_default_dtype, default_dtype())
+            changes.afterwards(partial(torch.set_default_dtype, default_dtype()))
             torch.set_default_dtype(context.dtype)
         yield
 
@@ -126,12 +129,6 @@ def as_begun(casts: Casts, dtype: torch.dtype) -> Generator[None, None, None]:
     changed = {device: casts.get(device) for device in {**now, **casts}} if now != casts else {}
     with entered(Context(casts=tuple(changed.items()), dtype=other)):
         yield
-
-
-def _cast(stack: ExitStack, casts: Mapping[str, torch.dtype | None]) -> None:
-    for device, dtype in casts.items():
-        enabled = dtype is not None
-        stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
 
 
 def within(context: Context, function: Callable[..., Any]) -> Callable[..., Any]:

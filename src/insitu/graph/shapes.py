@@ -7,7 +7,6 @@ here, only those that a question needs, and each once.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -25,6 +24,7 @@ from insitu.graph.errors import (
 )
 from insitu.graph.evaluation import held_by, meaning
 from insitu.graph.expression import expression, located
+from insitu.graph.fake_tensors import on_fake_tensors
 from insitu.graph.lines import Lines
 from insitu.graph.location import here
 from insitu.graph.node import (
@@ -38,7 +38,6 @@ from insitu.graph.node import (
     WeightRef,
 )
 from insitu.graph.operations import APPLY, COND, FOLD, GETITEM, INPUT, READ
-from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.structure import map_structure, storages_of
 
 
@@ -292,14 +291,7 @@ def _compute(recording: Lines, index: int, one_dtype: bool = False) -> Any:
         raise located(recording.graph, index, error) from None
     try:
         context = recording.graph.contexts.get(index)
-        with (
-            unlogged_failures(),
-            ordinary_tensors(),
-            mode,
-            torch.no_grad(),
-            entered(context),
-            recording.counting or nullcontext(),
-        ):
+        with on_fake_tensors(mode, entered(context), recording.counting):
             if one_dtype:
                 args, kwargs = map_structure(_float, (args, kwargs))
             if node.operation is COND:
@@ -322,21 +314,6 @@ def _compute(recording: Lines, index: int, one_dtype: bool = False) -> Any:
                 node.location,
             ) from error
         raise misfit(recording.graph, index, inputs, error) from error
-
-
-@contextmanager
-def unlogged_failures() -> Generator[None, None, None]:
-    """Keeps torch from printing failures on fake tensors, which are raised too."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled = log.disabled
-    try:
-        try:
-            log.disabled = True
-            yield
-        finally:
-            log.disabled = was_disabled
-    finally:
-        log.disabled = was_disabled  # an exception may come at any line, also at the one above
 
 
 def calls_function(args: tuple[Any, ...]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from insitu.engine.changes import changing
+from insitu.graph.changes import changing
 
 OPTION = "attn_implementation"
 """The option of a run, beside the forward's own, that says with which implementation."""

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from insitu.engine.changes import Changes, changing
 from insitu.engine.exclusive import Exclusive
 from insitu.engine.interpose import set_aside
 from insitu.engine.places import View
 from insitu.engine.probe_cache import CallForm, ProbeCache, form_of, resized
+from insitu.graph.changes import Changes, changing
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.models.attention import OPTION, attending
@@ -175,6 +175,7 @@ class OwnRuns:
         parts = self._tree.parts
         self._exclusive.take_until(changes)
         set_aside(changes, parts)
+        changes.gradients(torch.is_grad_enabled())  # notes it
         run_uncompiled(changes, is_compiled(parts))
 
     def settle(self, call: Call, loaded: bool) -> None:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from insitu.engine.changes import changing
 from insitu.engine.keeping import keep_attributes, set_attribute
+from insitu.graph.changes import changing
 
 
 class LengthDependence(NamedTuple):

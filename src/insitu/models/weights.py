@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from insitu.engine.changes import changing
 from insitu.engine.interpose import Taps
 from insitu.engine.places import Stop
+from insitu.graph.changes import changing
 from insitu.graph.node import SEPARATOR
 from insitu.models.attention import attending
 from insitu.models.blocks import CACHES

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from insitu.engine.changes import Changes, set_grad_enabled
 from insitu.engine.interpose import Hooks, Own, Taps, put_hook, put_last, remove_hook, take_last
 from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
+from insitu.graph.changes import Changes, set_grad_enabled
 from insitu.graph.node import EVERY, NO_KWARGS, SEPARATOR, Kind, Place, Site
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import fitted

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from insitu.engine.changes import set_grad_enabled
+from insitu.graph.changes import changing
 from insitu.graph.context import entered
 from insitu.graph.errors import CausalityError, InsituError
 from insitu.graph.expression import expression
@@ -102,11 +102,10 @@ def _run(
     options: Any = {}
     for index in group:
         starts[index], options = execution.resolved(*graph.rows[index][1:3])
-    grad_enabled = torch.is_grad_enabled()
     try:
-        set_grad_enabled(True)
         context = graph.contexts.get(first)
-        with entered(context and context._replace(grad=True)):
+        with changing() as changes, entered(context and context._replace(grad=True)):
+            changes.gradients(True)
             found = tape.backward(starts, options, leaves, tape.is_batched and goes_on)
             if execution._uses[first]:
                 execution.arrive(first, found)
@@ -114,8 +113,6 @@ def _run(
         raise
     except Exception as error:
         raise failure(graph, execution._values, first, error) from error
-    finally:
-        set_grad_enabled(grad_enabled)
     for index in group:
         for source in graph.rows[index][3]:
             execution._use(source)

@@ -18,9 +18,9 @@ from torch._subclasses import FakeTensorMode
 
 from insitu.graph.bounds import counting
 from insitu.graph.errors import LimitError
+from insitu.graph.fake_tensors import on_fake_tensors
 from insitu.graph.node import Function, Row
 from insitu.graph.operations import APPLY, READ, Operation
-from insitu.graph.shapes import unlogged_failures
 from insitu.graph.structure import map_structure, storage_of, tensors_of
 from insitu.runtime.counting import Counting
 from insitu.runtime.largest import asked, largest
@@ -174,7 +174,7 @@ class Budget:
             return mode.from_tensor(item.detach()) if isinstance(item, torch.Tensor) else item
 
         try:
-            with unlogged_failures(), torch.no_grad(), mode:
+            with on_fake_tensors(mode):
                 given, named = cast("tuple[Any, Any]", map_structure(leaf, (args, kwargs)))
                 try:
                     with counted:

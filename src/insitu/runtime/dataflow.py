@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from insitu.engine.changes import changing
 from insitu.engine.functions import in_cache
 from insitu.engine.interpose import Taps
+from insitu.graph.changes import changing
 from insitu.graph.ordinary import made_ordinary, ordinary_tensors
 from insitu.graph.structure import map_structure, tensors_of
 from insitu.runtime.events import Applied, Event, Returned, Value

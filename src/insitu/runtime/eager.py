@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from insitu.engine.changes import Changes, changing
 from insitu.engine.exclusive import Exclusive
 from insitu.engine.interpose import CALL
+from insitu.graph.changes import Changes, changing
 
 _ORIGINAL = "_torchdynamo_orig_callable"  # where what `torch.compile` gives has what it was given
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from insitu.engine.changes import Changes, set_grad_enabled
 from insitu.engine.interpose import Hooks, Own, put_hook, remove_hook, remove_hooks
 from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
+from insitu.graph.changes import Changes, set_grad_enabled
 from insitu.graph.context import is_grad_enabled
 from insitu.graph.node import NO_KWARGS, SEPARATOR, Address, Kind, Place, Site
 from insitu.runtime.arrivals import Arrivals

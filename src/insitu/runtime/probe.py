@@ -8,8 +8,8 @@ call, so nothing is computed, nothing is allocated and a module without weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,15 +17,14 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from insitu.engine.changes import changing
 from insitu.engine.functions import Called, returns_tensors
 from insitu.engine.interpose import tapped
 from insitu.engine.keeping import fake_weights
 from insitu.engine.places import View
+from insitu.graph.changes import changing
 from insitu.graph.errors import UnknownShapeError
+from insitu.graph.fake_tensors import on_fake_tensors
 from insitu.graph.node import Place
-from insitu.graph.ordinary import ordinary_tensors
-from insitu.graph.shapes import unlogged_failures
 from insitu.graph.structure import map_structure
 from insitu.runtime.ambient import autocast_dtype
 from insitu.runtime.contents import Contents, has_contents
@@ -252,21 +251,9 @@ def fake_result(
         ) from error
 
 
-@contextmanager
-def _without_data(mode: AbstractContextManager[Any] | None = None) -> Generator[None, None, None]:
-    """Makes fake tensors in its block; their failures are raised, and not printed too.
-
-    Args:
-        mode: what else sees the operations in it.
-    """
-    with changing() as changes:
-        changes.enter(unlogged_failures())
-        changes.enter(ordinary_tensors())
-        changes.enter(FakeTensorMode(allow_non_fake_inputs=True))
-        changes.gradients(False)
-        if mode is not None:
-            changes.enter(mode)
-        yield
+def _without_data(mode: AbstractContextManager[Any] | None = None) -> AbstractContextManager[None]:
+    """Makes fake tensors in its block; what else sees the operations in it is entered too."""
+    return on_fake_tensors(FakeTensorMode(allow_non_fake_inputs=True), mode)
 
 
 def _fake(tensor: torch.Tensor, device: str = "cpu") -> torch.Tensor:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from insitu.engine.changes import Changes, restore
 from insitu.engine.foreign_hooks import hooked
+from insitu.graph.changes import Changes, restore
 
 Tables = list[dict[str, nn.Module | None]]
 

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor
 
 from insitu.graph.errors import InsituError, LimitError, UnknownShapeError
 from insitu.graph.expression import located
+from insitu.graph.fake_tensors import on_fake_tensors
 from insitu.graph.node import Ref
 from insitu.graph.operations import READ, SAVE
 from insitu.graph.shapes import fake_value
@@ -117,7 +118,7 @@ class _Inferred:
 
         mode = first.fake_mode
         try:
-            with mode, torch.no_grad(), self.counting:
+            with on_fake_tensors(mode, self.counting):
                 given, named = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
                 found = largest(operation.short, given, named)
         except Exception:  # it is not called so, which the run says
