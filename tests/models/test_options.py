@@ -88,10 +88,8 @@ def test_what_means_nothing_is_an_error_at_the_line(way: Any, name: str) -> None
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("option", ["max_new_tokens", "temperature", "num_beams", "seed"])
+@pytest.mark.parametrize("option", ["max_new_tokens", "temperature", "num_beams"])
 def test_what_belongs_to_a_generation_says_so(way: Any, option: str) -> None:
-    if option == "seed" and way is by_invocations:
-        return
     with pytest.raises(OptionError, match="is an option of `generate`"):
         way(LanguageModel(tiny_llama()), **{option: 2})
 

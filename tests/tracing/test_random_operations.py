@@ -216,3 +216,95 @@ def test_random_operations_are_sent(gpt2: LanguageModel) -> None:
     sent = Job.from_bytes(tracer.job.to_bytes()).blocks[0].graph
     assert [node.operation.name for node in sent][-3:] == ["torch.randn_like", "put", "save"]
     assert sent[len(sent) - 2].args[2] == "Tensor.normal_"
+
+
+def attention(h: Any) -> Any:
+    heads = h.unsqueeze(1)
+    return F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.5).squeeze(1)
+
+
+SEEDED = {
+    **{name: FUNCTIONS[name] for name in ("randn_like", "dropout", "normal_", "bernoulli")},
+    **{name: FUNCTIONS[name] for name in ("multinomial", "gumbel_softmax", "several")},
+    "attention": attention,
+    "cond": lambda h: cond(h.sum() > -1e9, lambda x: torch.rand_like(x), lambda x: x, h),
+    "fold": lambda h: fold(lambda carry, row: carry + torch.rand_like(row), h[0, 0] * 0, h[0]),
+}
+PLAIN = {
+    "cond": torch.rand_like,
+    "fold": lambda h: sum((torch.rand_like(row) for row in h[0]), h[0, 0] * 0),
+}
+RAGGED = {3: [1, 2, 3, 4], 8: [5, 6], 5: [7, 8, 9, 1, 2, 3]}
+
+
+@pytest.mark.parametrize("name", SEEDED)
+@pytest.mark.parametrize("together", [True, False])
+def test_lines_of_a_prompt_with_a_seed_draw_what_they_draw_alone(
+    gpt2: LanguageModel, name: str, together: bool
+) -> None:
+    function = SEEDED[name]
+    expected: dict[int, Any] = {}
+    for seed, ids in RAGGED.items():
+        torch.manual_seed(seed)
+        expected[seed] = plain(gpt2, PLAIN.get(name, function), ids)["made"]
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    given = [*RAGGED.items()]
+    for part in [given] if together else [given[:1], given[1:]]:
+        made: dict[int, Any] = {}
+        with gpt2.trace() as tracer:
+            for seed, ids in part:
+                with tracer.invoke(ids, seed=seed):
+                    made[seed] = function(gpt2.transformer.h[2].output[0]).save()
+        assert len(tracer.plan.passes) == 1
+        for seed, value in made.items():
+            torch.testing.assert_close(value.value, expected[seed])
+    assert torch.equal(torch.get_rng_state(), before)  # as in `generate`
+
+
+def test_lines_without_a_seed_do_not_matter_to_those_with_one(gpt2: LanguageModel) -> None:
+    torch.manual_seed(2)
+    expected = torch.rand(1, 2, 16), torch.rand(1, 6, 16)
+    torch.manual_seed(3)
+    seeded = torch.rand(1, 4, 16)
+    torch.manual_seed(2)
+    made: list[Any] = []
+    with gpt2.trace() as tracer:
+        for ids, seed in (([5, 6], None), (PROMPT, 3), ([7, 8, 9, 1, 2, 3], None)):
+            with tracer.invoke(ids, seed=seed):
+                made.append(torch.rand_like(gpt2.transformer.h[2].output[0]).save())
+    torch.testing.assert_close(made[0].value, expected[0])
+    torch.testing.assert_close(made[1].value, seeded)
+    torch.testing.assert_close(made[2].value, expected[1])
+    results = gpt2.run(Job.from_bytes(tracer.job.to_bytes()))
+    torch.testing.assert_close(results["1"], seeded)
+
+
+def test_a_seed_of_a_block_with_one_prompt_is_that_of_its_lines(gpt2: LanguageModel) -> None:
+    torch.manual_seed(7)
+    first, second = torch.rand(1, 4, 16), torch.randn(1, 4, 16)
+    for _ in range(2):
+        with gpt2.trace(PROMPT, seed=7):
+            later = torch.randn_like(gpt2.transformer.h[2].output[0]).save()
+            earlier = torch.rand_like(gpt2.transformer.h[0].output[0]).save()
+        torch.testing.assert_close(earlier.value, first)
+        torch.testing.assert_close(later.value, second)
+    for wrong in ("7", 2**80, 1.0):
+        with pytest.raises(TypeError, match="seed"), gpt2.trace(PROMPT, seed=wrong):
+            gpt2.output.logits.save()
+
+
+def test_attention_with_dropout_in_a_generation_draws_from_the_seed(gpt2: LanguageModel) -> None:
+    def run(prompts: dict[int, list[int]]) -> dict[int, Any]:
+        made: dict[int, Any] = {}
+        with gpt2.generate(max_new_tokens=2, do_sample=True) as generator:
+            for seed, ids in prompts.items():
+                with generator.invoke(ids, seed=seed):
+                    hidden = gpt2.transformer.h[2].output[0]
+                    gpt2.transformer.h[2].output[0][:] = attention(hidden)
+                    made[seed] = gpt2.lm_head.output[0, -1].save()
+        return {seed: value.value for seed, value in made.items()}
+
+    together = run(RAGGED)
+    for seed, ids in RAGGED.items():
+        torch.testing.assert_close(run({seed: ids})[seed], together[seed])

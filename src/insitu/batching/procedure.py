@@ -81,6 +81,16 @@ class Procedure(Protocol, Generic[Request]):
         """
         ...
 
+    def seeds(self, requests: Sequence[Request]) -> Mapping[int, int]:
+        """Returns the seeds from which the lines of invocations draw, by their numbers.
+
+        What a pass draws from a seed by itself has none here.
+
+        Args:
+            requests: what the invocations were given.
+        """
+        ...
+
     def demanding(self, request: Request, options: Mapping[str, Any]) -> Request:
         """Returns what an invocation was given, with options that its values take.
 

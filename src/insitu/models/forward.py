@@ -14,7 +14,7 @@ from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
 from insitu.models.calls import alone, arguments, content, default_budget
 from insitu.models.padding import padding_of, positioned
-from insitu.models.prompt_arguments import given_to_invocation
+from insitu.models.prompt_arguments import checked_seed, given_to_invocation
 from insitu.models.prompts import Prompt
 from insitu.models.sent_prompts import received, sent
 from insitu.runtime.passes import Outputs, Pass
@@ -64,6 +64,10 @@ class LanguageForward:
         """Returns that there is one step."""
         return 1
 
+    def seeds(self, requests: Sequence[Prompt]) -> Mapping[int, int]:
+        """Returns the seeds from which the lines of invocations draw, by their numbers."""
+        return {at: one.seed for at, one in enumerate(requests) if one.seed is not None}
+
     def demanding(self, request: Prompt, options: Mapping[str, Any]) -> Prompt:
         """Returns the prompt of an invocation with options that its values take."""
         return request.demanding(options)
@@ -84,14 +88,16 @@ class LanguageForward:
         Raises:
             InsituError: if the model cannot take it.
         """
-        if prompt.seed is not None:
-            raise OptionError("A trace takes no seed.", prompt.location)
         read = received(self._model, prompt, self._side, "trace")
-        return read if read.mask is None else positioned(self._model, read, self._dry)
+        read = read if read.mask is None else positioned(self._model, read, self._dry)
+        return read._replace(seed=prompt.seed)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
-        """Returns the prompt of an invocation as token ids."""
+        """Returns the prompt of an invocation as token ids, with the seed of its lines."""
         model = self._model
+        if "seed" in kwargs:
+            seed = checked_seed(kwargs.pop("seed"), Location(*mark))
+            return self.request(args, kwargs, mark)._replace(seed=seed)
         if len(args) == 1 and not kwargs:
             plain = model.reader.read_plain(args[0], mark)
             if plain is not None:

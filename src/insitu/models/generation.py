@@ -11,12 +11,12 @@ from torch import nn
 from insitu.batching.demand import Demand, Demands, Work
 from insitu.batching.pass_plan import PassPlan
 from insitu.batching.summary import Facts
-from insitu.graph.errors import OptionError, PromptTypeError
+from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
 from insitu.models.generate_calls import GenerateCalls
 from insitu.models.generation_passes import GenerationPasses
 from insitu.models.padding import positioned, warn_of_counting
-from insitu.models.prompt_arguments import given_to_invocation
+from insitu.models.prompt_arguments import checked_seed, given_to_invocation
 from insitu.models.prompts import Prompt
 from insitu.models.sent_prompts import received, sent
 from insitu.runtime.passes import Outputs, Pass
@@ -101,12 +101,7 @@ class Generation:
         steps = kwargs.pop("max_new_tokens", None)
         if steps is not None:
             _check_steps(steps, Location(*mark))
-        seed = kwargs.pop("seed", None)
-        if not (seed is None or isinstance(seed, int)):
-            raise PromptTypeError(
-                f"`seed` is an integer, from which the sampling of a prompt starts, not {seed!r}.",
-                Location(*mark),
-            )
+        seed = checked_seed(kwargs.pop("seed", None), Location(*mark))
         model = self._model
         if "inputs" in kwargs:  # as `generate` calls token ids
             kwargs["input_ids"] = kwargs.pop("inputs")
@@ -124,6 +119,10 @@ class Generation:
     def steps_of(self, request: Prompt) -> int | None:
         """Returns how many steps an invocation may have, None if nothing says so."""
         return self._calls.steps_of(request)
+
+    def seeds(self, requests: Sequence[Prompt]) -> Mapping[int, int]:
+        """Returns none: a prompt with a seed whose lines draw has a pass that draws from it."""
+        return {}
 
     def halved(self, requests: Sequence[Prompt]) -> Generation | None:
         """Returns the same with passes of half as many tokens at most.

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from insitu.graph.node import Address, Graph
-from insitu.graph.operations import APPLY, COND, FOLD, PUT, RANDOM, REPLACE, WRITE, Operation
+from insitu.graph.operations import PUT, REPLACE, WRITE, Operation
 from insitu.graph.put import Step
 from insitu.models.attention import OPTION
 from insitu.runtime.plan import Plan
@@ -62,22 +62,6 @@ def unlike_alone(options: Mapping[str, Any], configs: Sequence[Any]) -> str | No
             if name[0] != "_" and value not in _OFF.get(name, (None, False)):
                 return name
     return None
-
-
-def drawing(graph: Graph, plan: Plan) -> set[int]:
-    """Returns the invocations whose lines may draw random numbers.
-
-    Args:
-        graph: what is to be done.
-        plan: its plan.
-    """
-    found: set[int] = set()
-    for index, (operation, args, *_) in enumerate(graph.rows):
-        draws = operation.name in RANDOM or operation in (APPLY, COND, FOLD)
-        if draws or (operation is PUT and args[2] in RANDOM):
-            need = plan.needs[index]
-            found.update(place[0] for bit, place in plan.places.items() if need & bit)
-    return found
 
 
 def entries_used(graph: Graph, plan: Plan, address: Address) -> Collection[str] | None:

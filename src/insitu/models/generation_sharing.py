@@ -22,7 +22,7 @@ from insitu.graph.node import Address, Site
 from insitu.models.calls import default_budget
 from insitu.models.configuration import all_said, text_config
 from insitu.models.generate_calls import GenerateCalls
-from insitu.models.generation_obstacles import drawing, entries_used, unlike_alone
+from insitu.models.generation_obstacles import entries_used, unlike_alone
 from insitu.models.joined_prompts import is_ragged
 from insitu.models.later_steps import LaterSteps
 from insitu.models.padding import padding_shows
@@ -30,6 +30,7 @@ from insitu.models.pieces import lengths_of
 from insitu.models.prompts import Prompt
 from insitu.models.separation import OF_STEPS, later_obstacle
 from insitu.models.sharing import separation_of
+from insitu.runtime.draws import drawing_nodes
 from insitu.runtime.fallback import SEEN_ALONE, Fallback, tried, uncut
 
 # Of the whole model's places that are no module's.
@@ -125,7 +126,7 @@ class GenerationSharing:
         used = partial(entries_used, work.graph, work.plan)
         written = set(work.written)
         most = max(self._calls.at_most(prompt) for prompt in requests)
-        draw = drawing(work.graph, work.plan)
+        draw = set[int]().union(*(own for _, own in drawing_nodes(work.graph, work.plan)))
         whys: list[Fallback | None] = []
         for number, own in reads.items():
             prompt = requests[number]

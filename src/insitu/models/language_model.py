@@ -285,7 +285,8 @@ class LanguageModel(Model):
                 write. Unless given, where that is faster.
             kwargs: keyword arguments of the model's forward. `use_cache` is False unless given.
                 A prompt may be among them, as `input_ids=` or `inputs_embeds=`, and what goes with
-                it, such as `attention_mask=`; with a chat, `add_generation_prompt=`.
+                it, such as `attention_mask=`; with a chat, `add_generation_prompt=`. `seed=` is
+                where the random numbers start that lines of the block draw.
 
         Returns:
             A context manager, in whose block sites can be read and written. `tracer.output` is

@@ -26,7 +26,7 @@ _TAKEN_BY_DECORATORS = frozenset(["output_attentions", "output_hidden_states", "
 _TAKEN_BY_GENERATE = frozenset(["tokenizer", "assistant_tokenizer", "trust_remote_code"])
 # Options of our own, by the methods that take them.
 _OWN: Mapping[str, Collection[str]] = {
-    "trace": ("max_tokens_per_pass", "share_prefixes"),
+    "trace": ("max_tokens_per_pass", "seed", "share_prefixes"),
     "generate": ("max_tokens_per_pass", "seed"),
     "run_with_cache": ("names", "to", "dtype"),
 }

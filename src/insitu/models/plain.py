@@ -41,6 +41,10 @@ class Forward:
         """Returns that there is one step."""
         return 1
 
+    def seeds(self, requests: Sequence[Call]) -> Mapping[int, int]:
+        """Returns none: the arguments of a forward are its own."""
+        return {}
+
     def demanding(self, request: Call, options: Mapping[str, Any]) -> Call:
         """Returns the arguments of an invocation with options that its values take."""
         if options.items() <= request.kwargs.items():

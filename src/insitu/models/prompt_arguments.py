@@ -42,7 +42,7 @@ def given_to_block(
     keyword = not kwargs.keys().isdisjoint(PROMPTS)
     own: dict[str, Any] = {}
     for name in [*kwargs]:
-        goes_with = name in WITH_PROMPTS or (name == "seed" and method == "generate")
+        goes_with = name in WITH_PROMPTS or name == "seed"
         if goes_with and prompt is None and not keyword:
             raise OptionError(f"Each prompt has its own `{name}`: give it to `invoke`.", here())
         if name in MEDIA and name not in model.reader.media:
@@ -88,6 +88,25 @@ def given_to_invocation(
                 f"`{name}` is an option of the whole run: give it to `{method}`.", Location(*mark)
             )
     return kwargs
+
+
+def checked_seed(seed: Any, location: Location) -> int | None:
+    """Returns the seed that was given with a prompt.
+
+    Args:
+        seed: what was given, None if nothing was.
+        location: the user's line.
+
+    Raises:
+        PromptTypeError: if it is no integer.
+    """
+    if seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        return seed
+    raise PromptTypeError(
+        "`seed` is an integer of at most 64 bits, from which what is drawn for a prompt starts, "
+        f"not {seed!r:.100}.",
+        location,
+    )
 
 
 def check_budget(tokens: Any) -> None:

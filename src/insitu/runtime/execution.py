@@ -27,6 +27,7 @@ from insitu.graph.operations import APPLY
 from insitu.graph.saved import SavedTensor, set_class, spent, swap
 from insitu.graph.saved_proxy import SavedProxy
 from insitu.graph.structure import map_structure, memory_of
+from insitu.runtime.draws import Draws
 from insitu.runtime.failure import failure
 from insitu.runtime.gradient_binding import Path
 from insitu.runtime.gradients import Tape
@@ -111,6 +112,14 @@ class Execution:
             self.tape = Tape(graph, plan.gradients, changed, self._come, self._gradient, root)
         if plan.held:
             self._wait()
+
+    def draw_from(self, seeds: Mapping[int, int]) -> None:
+        """Lets the lines of invocations draw from seeds.
+
+        Args:
+            seeds: the seeds, by the numbers of the invocations.
+        """
+        self._rows = Draws(seeds).rows(self._graph, self._plan, self._rows)
 
     def arrive(self, index: int, value: Any) -> None:
         """Takes what arrived at a site, and runs every node that has been waiting for it.

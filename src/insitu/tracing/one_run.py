@@ -77,6 +77,8 @@ def run_once(
             done = following(explained(model, procedure, requests, prepared.passes))
         tree, held = prepared.tree, prepared.exclusive
         execution = Execution(lines.graph, prepared.plan, tree.modules)
+        if seeds := procedure.seeds(requests):
+            execution.draw_from(seeds)
         with eagerly(held) if prepared.compiled else held:
             try:
                 results, lacking, went = run_passes(
