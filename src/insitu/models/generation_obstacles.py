@@ -1,4 +1,4 @@
-"""What keeps a prompt out of a batch of generations: options, random numbers, whole structures."""
+"""What keeps a prompt out of a batch of generations: options, and structures used as a whole."""
 
 from __future__ import annotations
 
