@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from insitu.methods.result import Result
     from insitu.runtime.job import Job
     from insitu.runtime.job_failure import Failure
+    from insitu.runtime.job_joining import join, split
     from insitu.runtime.limits import Limits
     from insitu.runtime.results import Results
     from insitu.tracing.invocation import Invocation
@@ -63,6 +64,8 @@ _LATER = {
     "Result": "insitu.methods.result",
     "Results": "insitu.runtime.results",
     "Tracer": "insitu.tracing.tracer",
+    "join": "insitu.runtime.job_joining",
+    "split": "insitu.runtime.job_joining",
 }
 
 __all__ = [
@@ -105,6 +108,8 @@ __all__ = [
     "apply",
     "cond",
     "fold",
+    "join",
+    "split",
 ]
 
 

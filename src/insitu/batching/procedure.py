@@ -153,6 +153,15 @@ class Procedure(Protocol, Generic[Request]):
         """What is known of the model to tell of its passes; None if a pass is just a call."""
         ...
 
+    def whole(self, each: Sequence[Any], requests: Sequence[Request]) -> Any:
+        """Returns what one call on some invocations would return, from what each returned.
+
+        Args:
+            each: that; of the invocations, only those of a procedure that promises an output.
+            requests: what each was given.
+        """
+        ...
+
     def outputs(self, results: Sequence[Any], requests: Sequence[Request]) -> Outputs | None:
         """Returns what the passes' calls returned as one, if the procedure promises an output.
 

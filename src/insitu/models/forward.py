@@ -187,6 +187,9 @@ class LanguageForward:
         """Raises: a forward chooses no tokens."""
         raise OptionError("A trace chooses no tokens: use `generate`.", location)
 
+    def whole(self, each: Sequence[Any], requests: Sequence[Prompt]) -> None:
+        """Returns nothing: as of `outputs`."""
+
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns nothing: the output of a forward is a site."""
         return None

@@ -189,6 +189,10 @@ class Generation:
         """The blocks. What generations cost is not known."""
         return Facts(tuple(self.views))
 
+    def whole(self, each: Sequence[torch.Tensor], requests: Sequence[Prompt]) -> torch.Tensor:
+        """Returns what one `generate` on some prompts would return, from what each returned."""
+        return self._passes.whole(each, requests)
+
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""
         return self._passes.outputs(results, requests)

@@ -159,8 +159,14 @@ class GenerationPasses:
         limits = {self._calls.most_of(prompt) for prompt in requests}
         if len(results) == 1 and len(limits) == 1:
             return Outputs(results[0].result, ordered)
+        return Outputs(self.whole(ordered, requests), ordered)
+
+    def whole(self, each: Sequence[torch.Tensor], requests: Sequence[Prompt]) -> torch.Tensor:
+        """Returns what one `generate` on some prompts would return, from what each returned."""
+        if len(each) == 1:
+            return each[0]
         given = [self._calls.given(prompt) for prompt in requests]
-        return Outputs(rows_together(ordered, given, self._calls.pad_id), ordered)
+        return rows_together(each, given, self._calls.pad_id)
 
 
 def _sequences(result: Any) -> torch.Tensor:

@@ -130,6 +130,9 @@ class Forward:
         """Raises: a forward chooses no tokens."""
         raise OptionError("A forward chooses no tokens: use `generate`.", location)
 
+    def whole(self, each: Sequence[Any], requests: Sequence[Call]) -> None:
+        """Returns nothing: as of `outputs`."""
+
     def outputs(self, results: Sequence[Any], requests: Sequence[Call]) -> Outputs | None:
         """Returns nothing: the output of a forward is a site."""
         return None

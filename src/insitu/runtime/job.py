@@ -16,7 +16,7 @@ import torch
 
 from insitu.graph import disk
 from insitu.graph.expression import expression
-from insitu.runtime.job_parts import JobBlock, JobModel
+from insitu.runtime.job_parts import JobBlock, JobModel, JobPart
 from insitu.runtime.limits import Limits
 
 
@@ -31,6 +31,7 @@ class Job:
     Attributes:
         model: which model it is for.
         blocks: its blocks, in their order. Later ones may use values of earlier ones.
+        parts: the jobs of which it is made, if `join` has made it.
 
     Example:
         >>> from insitu import Job, LanguageModel
@@ -45,6 +46,7 @@ class Job:
 
     model: JobModel
     blocks: Sequence[JobBlock]
+    parts: Sequence[JobPart] = ()
 
     @property
     def saves(self) -> Mapping[str, str]:
@@ -70,7 +72,7 @@ class Job:
         """
         from insitu.runtime.job_wire import to_bytes
 
-        return to_bytes(self.model, self.blocks, without)
+        return to_bytes(self.model, self.blocks, without, self.parts)
 
     @classmethod
     def from_bytes(

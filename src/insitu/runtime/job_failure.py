@@ -18,9 +18,11 @@ class Failure:
             and those that use something of it. None for a line outside of invocations.
         names: the names of the saved values that are missing.
         error: what was raised, with its line.
+        part: of a joined job, the number of the job in which it was.
     """
 
     block: int
     invocations: Sequence[int]
     names: Sequence[str]
     error: InsituError
+    part: int = 0

@@ -103,3 +103,35 @@ class JobModel:
     revision: str
     edits: Sequence[str]
     fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What of a block of a joined job is of one of the jobs.
+
+    Attributes:
+        block: the number of the block in the joined job.
+        first: its first invocation there.
+        count: how many invocations it has.
+        start: its first node there.
+        size: how many nodes it has.
+    """
+
+    block: int
+    first: int
+    count: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JobPart:
+    """One of the jobs of which a joined job is made.
+
+    Attributes:
+        shares: where each of its blocks is.
+        names: the name that each of its saved values has in it, by the name in the joined job.
+    """
+
+    shares: Sequence[Share]
+    names: Mapping[str, str]

@@ -35,7 +35,7 @@ from insitu.graph.wire_tensors import (
 from insitu.graph.wire_values import ValueWriter
 from insitu.runtime.fingerprint import Fingerprint
 from insitu.runtime.job_options import check_options
-from insitu.runtime.job_parts import Demanded, JobBlock, JobModel, JobPrompt
+from insitu.runtime.job_parts import Demanded, JobBlock, JobModel, JobPart, JobPrompt, Share
 from insitu.runtime.limits import Limits
 
 VERSION = 1
@@ -107,6 +107,23 @@ class BlockPart(Part):
     begun: list[Index]
 
 
+class SharePart(Part):
+    """What of a block is of one of several jobs: fields as of `Share`."""
+
+    block: Index
+    first: Index
+    count: Index
+    start: Index
+    size: Index
+
+
+class JoinedPart(Part):
+    """One of several jobs: fields as of `JobPart`."""
+
+    shares: Annotated[list[SharePart], msgspec.Meta(max_length=_MOST_BLOCKS)]
+    names: dict[_Name, _Name]
+
+
 class JobMessage(Part):
     """A job. The first tables are as of the message of a graph, and all its blocks share them."""
 
@@ -116,6 +133,7 @@ class JobMessage(Part):
     tensors: list[DigestedTensor]
     model: ModelPart
     blocks: Annotated[list[BlockPart], msgspec.Meta(max_length=_MOST_BLOCKS)]
+    parts: Annotated[list[JoinedPart], msgspec.Meta(max_length=_MOST_BLOCKS)]
 
 
 class _Writer(Writer):
@@ -135,7 +153,12 @@ class _Writer(Writer):
         return key
 
 
-def to_bytes(model: JobModel, blocks: Sequence[JobBlock], without: Collection[str]) -> bytes:
+def to_bytes(
+    model: JobModel,
+    blocks: Sequence[JobBlock],
+    without: Collection[str],
+    joined: Sequence[JobPart] = (),
+) -> bytes:
     """Returns a job as bytes; see `Job.to_bytes`."""
     writer = _Writer()
     parts = [_block_part(writer, block) for block in blocks]
@@ -147,6 +170,7 @@ def to_bytes(model: JobModel, blocks: Sequence[JobBlock], without: Collection[st
         described,
         _model_part(model),
         parts,
+        [_joined_part(part) for part in joined],
     )
     return _FRAME.around(msgspec.msgpack.encode(message), tensors)
 
@@ -161,8 +185,8 @@ def tensors_of(blocks: Sequence[JobBlock]) -> dict[str, torch.Tensor]:
 
 def from_bytes(
     data: bytes, elsewhere: Mapping[str, torch.Tensor], limits: Limits
-) -> tuple[JobModel, list[JobBlock]]:
-    """Returns the model and the blocks of the job that bytes stand for; see `Job.from_bytes`."""
+) -> tuple[JobModel, list[JobBlock], list[JobPart]]:
+    """Returns the model, blocks and parts of the job in some bytes; see `Job.from_bytes`."""
     limits.check("peak_bytes", len(data), f"The job has {len(data):,} bytes")
     encoded, tensors = _FRAME.opened(data)
     message = decoded(_DECODER, encoded, "job")
@@ -175,10 +199,35 @@ def from_bytes(
         reader.check_tensors()
         if not blocks:
             raise WireError("it has no block")
+        joined = [_joined(part, blocks) for part in message.parts]
     model = message.model
     found = model.fingerprint
     fingerprint = Fingerprint(*[getattr(found, one.name) for one in fields(Fingerprint)])
-    return JobModel(model.name, model.revision, model.edits, fingerprint), blocks
+    return JobModel(model.name, model.revision, model.edits, fingerprint), blocks, joined
+
+
+def _joined_part(part: JobPart) -> JoinedPart:
+    shares = [SharePart(*[getattr(one, n.name) for n in fields(Share)]) for one in part.shares]
+    return JoinedPart(shares, dict(part.names))
+
+
+def _joined(part: JoinedPart, blocks: Sequence[JobBlock]) -> JobPart:
+    """One of several jobs. What it names is there."""
+    shares = [Share(one.block, one.first, one.count, one.start, one.size) for one in part.shares]
+    for share in shares:
+        block = blocks[share.block] if share.block < len(blocks) else None
+        if (
+            block is None
+            or share.first + share.count > len(block.prompts)
+            or share.start + share.size > len(block.graph)
+        ):
+            raise WireError("a job that is a part of it has what is not there")
+    if len({share.block for share in shares}) < len(shares):
+        raise WireError("two blocks of a job that is a part of it are one")
+    saved = {name for block in blocks for name in block.saves.values()}
+    if not part.names.keys() <= saved or len({*part.names.values()}) < len(part.names):
+        raise WireError("a job that is a part of it names what is not saved, or twice the same")
+    return JobPart(shares, part.names)
 
 
 def _model_part(model: JobModel) -> ModelPart:

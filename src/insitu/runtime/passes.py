@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol
@@ -86,10 +86,13 @@ class Outputs:
     Attributes:
         whole: what one call on all invocations would return.
         each: each invocation's own part of it.
+        parts: of a joined job, what one call on the invocations of each of its jobs would return,
+            by the number of the job.
     """
 
     whole: Any
     each: Sequence[Any]
+    parts: Mapping[int, Any] = field(default_factory=dict[int, Any])
 
 
 _NO_RETURNED: Mapping[int, Any] = {}

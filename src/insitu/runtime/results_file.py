@@ -43,6 +43,7 @@ class OutputsPart(Part):
 
     whole: Value
     each: list[Value]
+    parts: list[tuple[int, Value]] = msgspec.field(default_factory=list[tuple[int, Value]])
 
 
 class FailurePart(Part):
@@ -53,6 +54,7 @@ class FailurePart(Part):
     names: list[str]
     error: str
     message: str
+    part: int
 
 
 class Told(msgspec.Struct, forbid_unknown_fields=True):
@@ -204,16 +206,23 @@ def _outputs_part(writer: _Writer, at: int, outputs: Outputs | None) -> OutputsP
     if outputs is None:
         return None
     each = [writer.saved(one, f"output {at}/{n}") for n, one in enumerate(outputs.each)]
-    return OutputsPart(writer.saved(outputs.whole, f"output {at}"), each)
+    whole, parts = writer.saved(outputs.whole, f"output {at}"), outputs.parts.items()
+    return OutputsPart(
+        whole, each, [(n, writer.saved(one, f"output {at} of job {n}")) for n, one in parts]
+    )
 
 
 def _outputs(reader: ValueReader, part: OutputsPart) -> Outputs:
-    return Outputs(reader.value(part.whole, 0), [reader.value(one, 0) for one in part.each])
+    parts = {number: reader.value(one, 0) for number, one in part.parts}
+    each = [reader.value(one, 0) for one in part.each]
+    return Outputs(reader.value(part.whole, 0), each, parts)
 
 
 def _failure_part(failure: Failure) -> FailurePart:
     kind, error = type(failure.error).__name__, failure.error
-    return FailurePart(failure.block, [*failure.invocations], [*failure.names], kind, str(error))
+    return FailurePart(
+        failure.block, [*failure.invocations], [*failure.names], kind, str(error), failure.part
+    )
 
 
 def _failure(part: FailurePart) -> Failure:
@@ -221,7 +230,7 @@ def _failure(part: FailurePart) -> Failure:
     kind: Any = vars(errors).get(part.error)
     known = isinstance(kind, type) and issubclass(kind, InsituError)
     error: InsituError = kind(part.message) if known else ExecutionError(part.message)
-    return Failure(part.block, part.invocations, part.names, error)
+    return Failure(part.block, part.invocations, part.names, error, part.part)
 
 
 def _tensor(row: torch.Tensor, how: StoredTensor) -> torch.Tensor:

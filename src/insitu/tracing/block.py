@@ -316,9 +316,7 @@ class Block:
 
     def _take_outputs(self, ran: Ran) -> None:
         """Makes what the passes returned into what the block and its invocations give."""
-        if ran.plan.stops:
-            self.is_stopped = True
-            return
+        self.is_stopped = bool(ran.plan.stops)
         outputs = ran.outputs
         if outputs is not None:
             self.result = outputs.whole

@@ -231,7 +231,9 @@ class Invocation(Scope):
                 )
             return self.read("", "output", mark())
         if self.result is None and not self._recording.open:
-            raise NoValueError("`invoker.output` has no value: its run failed.", here())
+            raise NoValueError(
+                "`invoker.output` has no value: its run failed, or `stop` ended it.", here()
+            )
         if self.result is None:
             raise NoValueError(
                 "`invoker.output` has no value yet: the model runs when the outermost `with` block "

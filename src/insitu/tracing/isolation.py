@@ -226,7 +226,8 @@ def run_rest(
     numbers = range(count) if rest is None else rest.numbers
     notes = (*state.reasons,)
     planned[:] = [single._replace(notes=notes) for single in planned]
-    outputs = None if plan.stops or not ran else procedure.outputs(results, ran)
+    stopped = plan.stops and len(ran) == 1
+    outputs = None if stopped or not ran else procedure.outputs(results, ran)
     return Ran(plan, outputs and _of_block(outputs, numbers, count), _ordered(state.failed))
 
 

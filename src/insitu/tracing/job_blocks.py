@@ -16,13 +16,13 @@ from insitu.graph.operations import KEEP, SAVE
 from insitu.runtime.budget import Budget
 from insitu.runtime.dependence import Dependence, Lost
 from insitu.runtime.failures import FailedInvocations, ends_all
-from insitu.runtime.job_parts import JobBlock
+from insitu.runtime.job_parts import JobBlock, Share
 from insitu.runtime.passes import Outputs
 from insitu.tracing.job_binding import Bound, JobLines, bind
 from insitu.tracing.job_isolation import Part, absent_values, failing_beforehand, part_of
 from insitu.tracing.one_run import Ran
 from insitu.tracing.planning import prepare
-from insitu.tracing.running import run_block
+from insitu.tracing.running import run_block, verify
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +54,11 @@ class RanBlock:
 
 
 def run_job_block(
-    model: Subject, block: JobBlock, earlier: Sequence[RanBlock], budget: Budget | None
+    model: Subject,
+    block: JobBlock,
+    earlier: Sequence[RanBlock],
+    budget: Budget | None,
+    shares: Mapping[int, Share],
 ) -> RanBlock:
     """Runs a block of a job.
 
@@ -63,6 +67,7 @@ def run_job_block(
         block: the block.
         earlier: the blocks before it.
         budget: what the job may spend, None if nothing is limited.
+        shares: of a joined job, what of the block is of which of its jobs, by their numbers.
 
     Raises:
         LimitError: if it takes more.
@@ -77,14 +82,15 @@ def run_job_block(
         try:
             bound = bind(model, block, earlier)
             ran = _run(model, block, bound)
-            return RanBlock(bound.lines.saves, ran.outputs, ran.failed, bound.lines)
+            outputs = _with_parts(ran.outputs, shares, bound, range(len(block.prompts)))
+            return RanBlock(bound.lines.saves, outputs, ran.failed, bound.lines)
         except InsituError as error:
             if ends_all(error):
                 raise
             found = error
         if len(block.prompts) == 1:
             return _without_values(block, [_whole(block, found)])
-    return _run_part(model, block, earlier, absent, budget)
+    return _run_part(model, block, earlier, absent, budget, shares)
 
 
 def _run_part(
@@ -93,6 +99,7 @@ def _run_part(
     earlier: Sequence[RanBlock],
     absent: Mapping[int, InsituError],
     budget: Budget | None,
+    shares: Mapping[int, Share],
 ) -> RanBlock:
     """Runs what is left of a block without what cannot run."""
     dependence, failed, lost = Dependence(block.graph), list[FailedInvocations](), Lost()
@@ -114,6 +121,8 @@ def _run_part(
         try:
             bound = bind(model, part, earlier, dry=True)
             lines, root = bound.lines, model.snapshot.root
+            if part.demanded is not None:
+                verify(model, part.demanded.options, part.demanded.mark)
             prepare(
                 model, bound.procedure, lines.graph, lines.saves, bound.requests, root, dry=True
             )
@@ -145,7 +154,32 @@ def _run_part(
         for number, output in zip(part.numbers, outputs.each, strict=True):
             each[number] = output
         outputs = Outputs(None, each)
+    outputs = _with_parts(outputs, shares, bound, part.numbers)
     return RanBlock({**without.saves, **there}, outputs, failed, bound.lines, moved)
+
+
+def _with_parts(
+    outputs: Outputs | None, shares: Mapping[int, Share], bound: Bound, numbers: Sequence[int]
+) -> Outputs | None:
+    """What a generation returned, with what one call for each job of a joined one would return.
+
+    Args:
+        outputs: what it returned, None for a trace.
+        shares: as of `run_job_block`.
+        bound: what has run.
+        numbers: the invocation of the block that each of its requests is of.
+    """
+    if outputs is None or not shares:
+        return outputs
+    requests, parts = dict(zip(numbers, bound.requests, strict=True)), dict[int, Any]()
+    for number, share in shares.items():
+        own = range(share.first, share.first + share.count)
+        each = [outputs.each[one] for one in own]
+        if share.count == len(outputs.each):
+            parts[number] = outputs.whole
+        elif all(one is not None for one in each):
+            parts[number] = bound.procedure.whole(each, [requests[one] for one in own])
+    return Outputs(outputs.whole, outputs.each, parts)
 
 
 def _run(model: Subject, block: JobBlock, bound: Bound) -> Ran:

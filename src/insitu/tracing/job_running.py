@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from insitu.runtime.failures import FailedInvocations, first_error
 from insitu.runtime.fingerprint import other_habits, other_structure, other_weights
 from insitu.runtime.job import Job
 from insitu.runtime.job_failure import Failure
+from insitu.runtime.job_parts import JobBlock, Share
 from insitu.runtime.passes import Outputs
 from insitu.runtime.results import Results
 from insitu.tracing.job_blocks import RanBlock, run_job_block
@@ -64,15 +65,14 @@ def _run_blocks(
     for number, block in enumerate(job.blocks):
         spending = nullcontext() if budget is None else budget.spending(number)
         with spending, ordinary_tensors(), as_begun(block.casts, block.dtype):
-            ran = run_job_block(model, block, earlier, budget)
+            shares = _shares(job, number)
+            ran = run_job_block(model, block, earlier, budget, shares)
         earlier.append(ran)
         outputs.append(ran.outputs)
         every += ran.failed
         for failed in ran.failed:
-            names = [name for index, name in block.saves.items() if index in failed.nodes]
-            error = cast(InsituError, failed.error)
-            failures.append(Failure(number, failed.invocations, names, error))
-            if not isinstance(error, NoValueError):  # which an earlier block is the cause of
+            failures += _failures(number, block, failed, shares)
+            if not isinstance(failed.error, NoValueError):  # which an earlier block is the cause of
                 causes.append(failed)
         found = {name: ran.saves[index]._content for index, name in block.saves.items()}  # pyright: ignore[reportPrivateUsage]
         values |= {name: one for name, one in found.items() if type(one) is not Missing}
@@ -82,6 +82,31 @@ def _run_blocks(
         error.results = results
         raise error
     return results
+
+
+def _shares(job: Job, number: int) -> dict[int, Share]:
+    """What of a block of a joined job is of which of its jobs, by their numbers."""
+    return {
+        part: share
+        for part, one in enumerate(job.parts)
+        for share in one.shares
+        if share.block == number
+    }
+
+
+def _failures(
+    number: int, block: JobBlock, failed: FailedInvocations, shares: Mapping[int, Share]
+) -> list[Failure]:
+    """A failure in a block, for each of the jobs that it is of."""
+    error, found = cast(InsituError, failed.error), list[Failure]()
+    whole = Share(number, 0, len(block.prompts), 0, len(block.graph))
+    for part, share in (shares or {0: whole}).items():
+        own = [one for one in failed.invocations if 0 <= one - share.first < share.count]
+        nodes = [one for one in failed.nodes if 0 <= one - share.start < share.size]
+        if own or nodes:
+            names = [block.saves[node] for node in sorted(nodes) if node in block.saves]
+            found.append(Failure(number, own, names, error, part))
+    return found
 
 
 def check_model(model: Subject, job: Job) -> list[str]:

@@ -46,18 +46,28 @@ def run_block(
         check_fit(lines, model.knows_dtypes, partial(form_of, procedure, requests))
         module = model.load()
     if demanded is not None:
-        _verify(model, *demanded)
+        verify(model, *demanded)
     failures = None if len(requests) == 1 else Failures(lines.graph)
     plan, results = run_once(model, procedure, lines, requests, module, planned, failures)
     if failures is None or not failures.found:
-        return Ran(plan, None if plan.stops else procedure.outputs(results, requests))
+        stopped = plan.stops and len(requests) == 1
+        return Ran(plan, None if stopped else procedure.outputs(results, requests))
     from insitu.tracing.isolation import run_rest  # of use only where something fails
 
     return run_rest(model, procedure, lines, requests, planned, failures, plan, results)
 
 
-def _verify(model: Subject, options: Mapping[str, Any], line: Mark) -> None:
-    """Raises if the model computes something else with what a value demands."""
+def verify(model: Subject, options: Mapping[str, Any], line: Mark) -> None:
+    """Raises if the model computes something else with what a value demands.
+
+    Args:
+        model: the model, with its weights.
+        options: the options that the value takes.
+        line: the line that reads it.
+
+    Raises:
+        OptionError: in that case.
+    """
     if not model.vocabulary.verify(options):
         raise OptionError(
             "The attention of this model computes something else where its softmax can be "
