@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from insitu.graph.control import apply, cond, fold
 from insitu.graph.errors import (
     BlockError,
+    CancelledError,
     CausalityError,
     ExecutionError,
     IndexOutOfRangeError,
@@ -41,6 +42,8 @@ from insitu.models.model import Model
 from insitu.models.vision_language_model import VisionLanguageModel
 
 if TYPE_CHECKING:
+    from insitu.engine.seams import Cancel, cancellable, listening, saving_to
+    from insitu.engine.sinks import MemorySink, SaveKey, Sink
     from insitu.methods.result import Result
     from insitu.runtime.job import Job
     from insitu.runtime.job_failure import Failure
@@ -57,20 +60,29 @@ with contextlib.suppress(ImportError):  # einops is no dependency: it is used wh
 
 # What is imported where it is first asked for: methods take longer than all the rest together.
 _LATER = {
+    "Cancel": "insitu.engine.seams",
     "Failure": "insitu.runtime.job_failure",
     "Invocation": "insitu.tracing.invocation",
     "Job": "insitu.runtime.job",
     "Limits": "insitu.runtime.limits",
+    "MemorySink": "insitu.engine.sinks",
     "Result": "insitu.methods.result",
     "Results": "insitu.runtime.results",
+    "SaveKey": "insitu.engine.sinks",
+    "Sink": "insitu.engine.sinks",
     "Tracer": "insitu.tracing.tracer",
+    "cancellable": "insitu.engine.seams",
     "join": "insitu.runtime.job_joining",
+    "listening": "insitu.engine.seams",
+    "saving_to": "insitu.engine.seams",
     "split": "insitu.runtime.job_joining",
 }
 
 __all__ = [
     "ActivationCache",
     "BlockError",
+    "Cancel",
+    "CancelledError",
     "CausalityError",
     "ExecutionError",
     "Failure",
@@ -84,6 +96,7 @@ __all__ = [
     "LimitError",
     "Limits",
     "LoadError",
+    "MemorySink",
     "MissingPackageError",
     "Model",
     "NeverRanError",
@@ -98,7 +111,9 @@ __all__ = [
     "Result",
     "Results",
     "SaveError",
+    "SaveKey",
     "ShapeError",
+    "Sink",
     "Tracer",
     "UnknownNameError",
     "UnknownShapeError",
@@ -106,9 +121,12 @@ __all__ = [
     "WireError",
     "__version__",
     "apply",
+    "cancellable",
     "cond",
     "fold",
     "join",
+    "listening",
+    "saving_to",
     "split",
 ]
 

@@ -5,9 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from insitu import LanguageModel
+from insitu import LanguageModel, listening
 from insitu.batching.summary import Planned
-from insitu.display.progress import Bar, passes, progress
+from insitu.display.progress import Bar, progress
+from insitu.engine.seams import seams
 
 
 class Shown:
@@ -80,40 +81,41 @@ def test_what_does_not_know_how_much_it_is_goes_on(bar: Bar, shown: Shown) -> No
 
 
 @pytest.mark.no_wire  # another run would be told of too
-def test_a_run_tells_after_each_pass_by_what_it_costs(eiffel: LanguageModel) -> None:
-    told: list[tuple[float, float]] = []
-    token = passes.set(lambda done, total: told.append((done, total)))
-    try:
+def test_a_run_moves_the_bar_after_each_pass_by_what_it_costs(
+    eiffel: LanguageModel, bar: Bar, shown: Shown
+) -> None:
+    with listening(bar.hears):
         plan = sweep(eiffel)
-    finally:
-        passes.reset(token)
     costs = [single.flops for single in plan.passes]
     assert len(set(costs)) > 2
-    assert told == [(pytest.approx(sum(costs[:n])), sum(costs)) for n in range(len(costs) + 1)]
+    wanted = [sum(costs[:n]) / sum(costs) for n in range(len(costs) + 1)]
+    assert [*dict.fromkeys(shown.shares)] == pytest.approx(wanted)
 
 
 @pytest.mark.no_wire
-def test_of_one_pass_the_cost_is_not_found_out(gpt2: LanguageModel) -> None:
-    told: list[tuple[float, float]] = []
-    token = passes.set(lambda done, total: told.append((done, total)))
-    try:
+def test_of_one_pass_the_cost_is_not_found_out(gpt2: LanguageModel, bar: Bar, shown: Shown) -> None:
+    with listening(bar.hears):
         with gpt2.trace([1, 2]):
             gpt2.lm_head.output.save()
+        assert shown.shares == [0, 1]
         with gpt2.generate([1, 2], max_new_tokens=2) as generator:
             pass
-    finally:
-        passes.reset(token)
-    assert told == [(0, 1), (1, 1)] * 2
+    assert shown.shares == [0, 1] * 2
     assert generator.output.shape == (1, 4)
+
+
+def listeners() -> tuple[object, ...]:
+    now = seams.get()
+    return () if now is None else now.listeners
 
 
 def test_nobody_listens_after_the_block_however_it_ends(gpt2: LanguageModel) -> None:
     with pytest.raises(ZeroDivisionError), progress("Failing", True):
-        assert passes.get() is not None
+        assert len(listeners()) == 1
         raise ZeroDivisionError
-    assert passes.get() is None
+    assert seams.get() is None
     with progress("Silent", False):
-        assert passes.get() is None
+        assert seams.get() is None
 
 
 @pytest.mark.parametrize(
@@ -149,5 +151,15 @@ def test_who_decides_whether_there_is_a_bar(monkeypatch, given, variable, termin
 def test_a_silent_block_in_another_leaves_that_ones_bar_alone() -> None:
     with progress("Outer", True) as outer:
         with progress("Inner", False) as inner:
-            assert passes.get() == outer.reached
+            assert listeners() == (outer.hears,)
             assert inner._progress is None
+
+
+def test_a_bar_within_another_is_the_one_that_moves_beside_others_who_listen() -> None:
+    def listener(event: object) -> None: ...
+
+    with listening(listener), progress("Outer", True) as outer:
+        assert listeners() == (listener, outer.hears)
+        with progress("Inner", True) as inner:
+            assert listeners() == (listener, inner.hears)
+        assert listeners() == (listener, outer.hears)

@@ -1,25 +1,24 @@
 """How far long work has come: a bar on a terminal or in a notebook, with the time that is left.
 
-What runs passes tells `passes` how far it is, if somebody listens; so a method that is one trace
-of many passes has a bar without doing anything for it.
+A bar listens to the events of runs; so a method that is one trace of many passes has a bar without
+doing anything for it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from insitu.engine.events import Event, PassEnded, PassStarted
+from insitu.engine.seams import Seams, seams
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 Item = TypeVar("Item")
-
-passes: ContextVar[Callable[[float, float], None] | None] = ContextVar("passes", default=None)
-"""Who is told, after each pass of a run, how much of the run's work is done and how much there is
-in all, in floating-point operations or whatever else the passes are weighed by."""
 
 VARIABLE = "INSITU_PROGRESS"
 """The environment variable that decides where the caller does not: "0" for no bars."""
@@ -72,6 +71,15 @@ class Bar:
         if total > 0:
             self._show(self._before + self._share * min(done / total, 1.0))
 
+    def hears(self, event: Event) -> None:
+        """Shows how far a run has come: a listener of its events.
+
+        Args:
+            event: an event of the run.
+        """
+        if isinstance(event, PassStarted | PassEnded):
+            self.reached(event.done, 1.0)
+
     def say(self, note: str) -> None:
         """Shows a few words beside the bar, such as the present loss.
 
@@ -116,7 +124,7 @@ def progress(title: str, shown: bool | None = None) -> Generator[Bar, None, None
     made = None if outer is not None else _made(shown)
     visible = outer if shown is not False and made is None else made
     bar = Bar(visible, title)
-    told = passes.set(bar.reached if visible is not None else passes.get())
+    told = seams.set(seams.get() if visible is None else _heard_by(bar))
     opened = _open.set(visible)
     try:
         if made is not None:
@@ -124,7 +132,7 @@ def progress(title: str, shown: bool | None = None) -> Generator[Bar, None, None
         yield bar
     finally:
         _open.reset(opened)
-        passes.reset(told)
+        seams.reset(told)
         bar._end()
         if made is not None:
             made.stop()
@@ -149,3 +157,10 @@ def _made(shown: bool | None) -> Any:
     )
     note = TextColumn("{task.fields[note]}", style="dim", markup=False)
     return Progress(*columns, note, console=console, transient=True)
+
+
+def _heard_by(bar: Bar) -> Seams:
+    """What runs meet with a bar that listens, in the place of one around it."""
+    now = seams.get() or Seams()
+    others = [one for one in now.listeners if not isinstance(getattr(one, "__self__", None), Bar)]
+    return now._replace(listeners=(*others, bar.hears))

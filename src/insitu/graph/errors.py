@@ -80,6 +80,10 @@ class ExecutionError(InsituError, RuntimeError):
     """A recorded operation that failed while the model ran."""
 
 
+class CancelledError(InsituError, RuntimeError):
+    """A run that was ended from outside."""
+
+
 class LimitError(InsituError, RuntimeError):
     """Something that takes more than a run may take.
 

@@ -46,7 +46,9 @@ class AnyRecording:
         repeating: whether lines are recorded for every step, so that what they save is a list.
         carried: how many values of earlier blocks of the session it has taken.
         lent: where later blocks of the session find values of this one, by the node that saves it.
+        kept: none: what later blocks use has a node of its own, in `lent`.
         names: the names of saved values that were given one, by the node that saves it.
+        numbers: None: it is no part of a block.
         shapes: gives the shapes at sites; None where no model is behind the recording.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
         grads: whether autograd was on where the block began.
@@ -67,6 +69,8 @@ class AnyRecording:
     order: int = 0
     carried: int = 0
     lent: Mapping[int, Cell] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
+    kept: tuple[int, ...] = ()
+    numbers: None = None
     names: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
     dtype: torch.dtype = torch.float32
     as_first_step: bool = False

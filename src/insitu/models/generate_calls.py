@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 _DEFAULT_STEPS = 20  # of Transformers, where nothing says how many
 _NO_EXTRAS: Mapping[str, Any] = {}
 
+_OTHER_SEARCHES = (
+    *("assistant_early_exit", "assistant_model", "constraints", "custom_generate", "dola_layers"),
+    *("force_words_ids", "penalty_alpha", "prompt_lookup_num_tokens"),
+)
+"""Options with which `generate` chooses other than step by step."""
+
 
 class GenerateCalls:
     """Calls of a model's `generate`.
@@ -91,6 +97,14 @@ class GenerateCalls:
         """Returns an option of the generation: the user's, or the model's own."""
         config = self.options.get("generation_config", getattr(module, "generation_config", None))
         return self.options.get(name, getattr(config, name, None))
+
+    @property
+    def chooses_step_by_step(self) -> bool:
+        """Whether each step chooses one token for each row, on which nothing goes back."""
+        module = self.model.module
+        if self.setting(module, "num_beams") not in (None, 1):
+            return False
+        return not any(self.setting(module, name) for name in _OTHER_SEARCHES)
 
     def given(self, prompt: Prompt) -> int:
         """Returns how many tokens that a generation returns of a prompt were not generated."""

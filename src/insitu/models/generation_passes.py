@@ -13,6 +13,7 @@ from insitu.batching.demand import Terms
 from insitu.batching.pass_plan import PassPlan, Row
 from insitu.batching.shares import Share
 from insitu.engine.interpose import Own
+from insitu.engine.seams import listened
 from insitu.models.attention import OPTION
 from insitu.models.choosing import listening, seeded
 from insitu.models.generate_calls import GenerateCalls
@@ -79,7 +80,7 @@ class GenerationPasses:
         def call(deliver: Deliver, _: Own) -> Any:
             # In the run, not before: see `forward` in `calls.py`.
             placed = self._calls.model.placement.moved(kwargs)
-            if tokens:
+            if tokens or self._tells_tokens():
                 placed |= listening(deliver, placed)
             with seeded(prompt.seed):
                 result = self._calls.generate(module, implementation, [prompt], placed)
@@ -118,12 +119,16 @@ class GenerationPasses:
         def call(deliver: Deliver, _: Own) -> Any:
             # In the run, not before: see `forward` in `calls.py`.
             placed = self._calls.model.placement.moved(kwargs)
-            asked = deliver if tokens else None
+            asked = deliver if tokens or self._tells_tokens() else None
             placed["custom_generate"] = Decoding(continued, steps.ended, asked, criteria).run
             result = self._calls.generate(module, implementation, prompts, placed)
             return Generated(result, {number: steps.ended[number] for number in cuts})
 
         return Pass(call, cuts, may_stop=False, steps=steps)
+
+    def _tells_tokens(self) -> bool:
+        """Whether somebody hears which token each step chooses, and steps choose tokens."""
+        return listened() and self._calls.chooses_step_by_step
 
     def _without_criteria(
         self, kwargs: dict[str, Any]

@@ -42,6 +42,9 @@ from insitu.tracing.vocabulary import NoVocabulary, Vocabulary
 
 if TYPE_CHECKING:
     from insitu.display.module_tree import ModuleTree
+    from insitu.engine.events import Listener
+    from insitu.engine.seams import Cancel
+    from insitu.engine.sinks import Sink
     from insitu.models.architectures import Description
     from insitu.models.fingerprints import Structure
     from insitu.models.loading import Source
@@ -358,7 +361,16 @@ class Model(Handle):
         return described(self, self._origin, self._structure[1])
 
     @short_tracebacks
-    def run(self, job: Job, *, limits: Limits | None = None, raises: bool = True) -> Results:
+    def run(
+        self,
+        job: Job,
+        *,
+        limits: Limits | None = None,
+        raises: bool = True,
+        sink: Sink | None = None,
+        events: Listener | None = None,
+        cancel: Cancel | None = None,
+    ) -> Results:
         """Runs a job, and returns what it saves by name.
 
         The job may come from anybody, as bytes: see `Job.from_bytes`. Weights are loaded if they
@@ -369,8 +381,13 @@ class Model(Handle):
             job: the job: of a block (`tracer.job`), of a session, or read from bytes.
             limits: what it may take. None for any, as for a block of one's own.
             raises: whether what invocations raise is raised. If not, it is in `results.failed`.
+            sink: takes each saved value the moment it is final, and the results have none of
+                them. None to have them all in the results.
+            events: is told what happens in the run: see `insitu.engine.events`.
+            cancel: ends the run from outside, when `cancel.cancel()` is called.
 
         Raises:
+            CancelledError: if it was cancelled. The model is as it was.
             LimitError: if it takes more than the limits allow, naming the limit and the line.
             JobError: if the job is for a model of another structure, saying what differs, or if
                 other edits are in force than those that it was recorded with.
@@ -380,13 +397,14 @@ class Model(Handle):
         Example:
             `results = model.run(Job.from_bytes(data))`, and then `results["logits"]`.
         """
+        from insitu.engine.seams import around
         from insitu.tracing.job_checking import checked_budget
         from insitu.tracing.job_running import run_job
 
         self._notice()
-        if limits is None:
-            return run_job(self, job, raises=raises)
-        return run_job(self, job, checked_budget(self, job, limits), raises)
+        budget = None if limits is None else checked_budget(self, job, limits)
+        with around(sink, events, cancel):
+            return run_job(self, job, budget, raises)
 
     @short_tracebacks
     def check(self, job: Job, *, limits: Limits | None = None) -> JobCheck:

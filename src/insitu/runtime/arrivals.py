@@ -28,6 +28,7 @@ from insitu.runtime.plan import Plan, Readers
 from insitu.runtime.probe import fake_result
 
 if TYPE_CHECKING:
+    from insitu.engine.observed_run import ObservedPasses
     from insitu.runtime.passes import Pass
 
 _OF_MODULES = frozenset(["output", "input", "inputs"])
@@ -127,6 +128,8 @@ class Arrivals:
             path: of what.
         """
         execution = self._execution
+        if kind == "tokens" and execution.observed is not None:
+            self._tell_chosen(execution.observed, value)
         first: Moment = (path, kind, 0, 0)
         found = self.clock.take(first)
         if not found:
@@ -138,6 +141,18 @@ class Arrivals:
             raise Stop
         cuts = self._single.cuts
         return changed_value(execution, self._plan, place, value, found, cuts, self.clock.step)
+
+    def _going_on(self) -> list[int]:
+        """The invocations of the pass that have not ended."""
+        return [number for number in self._single.cuts if number not in self._execution.ended]
+
+    def _tell_chosen(self, observed: ObservedPasses, tokens: Any) -> None:
+        """Tells which tokens a step has chosen."""
+        step = self.clock.step
+        for number in self._going_on():
+            cut = self._single.cuts[number]
+            own = tokens if cut is None else cut.take(Site(number, "", "tokens", 0, step), tokens)
+            observed.chosen(number, step, own)
 
     def _arrived(
         self, first: Moment, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
@@ -266,6 +281,8 @@ class Arrivals:
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         if self.clock.next_step():
             self._execution.next_step()
+        if self._execution.observed is not None:
+            self._execution.observed.step_begins(self.clock.step, self._going_on())
         if self._single.differentiates and self._execution.differentiates:  # `generate` ends it
             set_grad_enabled(True)
             put_last(module, self._end_step_hook)

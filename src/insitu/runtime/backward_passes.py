@@ -47,6 +47,8 @@ def run_backwards(
         as_one = not apart and all(_starts_well(execution, index) for index in group)
         parts = [group] if as_one else [[index] for index in group]
         for at, part in enumerate(parts if group else ()):
+            if execution.observed is not None:
+                execution.observed.backward_begins()
             last = number + 1 == len(groups) and at + 1 == len(parts)
             try:
                 for index in part:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from sys import getrefcount
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from insitu.graph.cells import Holder
 from insitu.graph.errors import InsituError, NeverRanError
 from insitu.graph.evaluation import resolved
 from insitu.graph.expression import expression, located
-from insitu.graph.node import Graph, Ref
+from insitu.graph.node import Graph, Ref, Row
 from insitu.graph.operations import APPLY
 from insitu.graph.saved import SavedTensor, set_class, spent, swap
 from insitu.graph.saved_proxy import SavedProxy
@@ -33,6 +33,9 @@ from insitu.runtime.gradient_binding import Path
 from insitu.runtime.gradients import Tape
 from insitu.runtime.order import causality_error
 from insitu.runtime.plan import Plan
+
+if TYPE_CHECKING:
+    from insitu.engine.observed_run import ObservedPasses
 
 NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
 _PENDING = object()
@@ -55,12 +58,14 @@ class Execution:
         tape: what autograd is asked for, if anything is.
         renewed: the nodes whose values are made new tensors, so that they have gradients.
         failing: the nodes one of which has failed, if any has.
+        observed: who looks at the run, None if nobody does.
     """
 
     busy = False
     failing: Sequence[int] = ()
     ended: Mapping[int, int] = MappingProxyType({})
     tape: Tape | None = None
+    observed: ObservedPasses | None = None
     _counter: Counter | None = None
     _arrived = 0
     _steps: Mapping[int, list[Any]] = MappingProxyType({})
@@ -120,6 +125,12 @@ class Execution:
             seeds: the seeds, by the numbers of the invocations.
         """
         self._rows = Draws(seeds).rows(self._graph, self._plan, self._rows)
+
+    def observe(
+        self, observed: ObservedPasses, telling: Callable[[Sequence[Row]], list[Row]]
+    ) -> None:
+        """Lets others look at the run: `telling` gives nodes that tell of what they save."""
+        self.observed, self._rows = observed, telling(self._rows)
 
     def arrive(self, index: int, value: Any) -> None:
         """Takes what arrived at a site, and runs every node that has been waiting for it.

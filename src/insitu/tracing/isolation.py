@@ -11,7 +11,7 @@ import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from insitu.runtime.failures import Failed, FailedInvocations, Failures, is_out_
 from insitu.runtime.fallback import logger
 from insitu.runtime.plan import Plan
 from insitu.tracing.one_run import Ran, run_once
+
+if TYPE_CHECKING:
+    from insitu.engine.observed_run import ObservedRun
 
 
 class _Rest:
@@ -180,6 +183,7 @@ def run_rest(
     failures: Failures,
     plan: Plan,
     results: list[Any],
+    observed: ObservedRun | None,
 ) -> Ran:
     """Runs what is left of a block in which something failed, and fills the saved values.
 
@@ -192,6 +196,7 @@ def run_rest(
         failures: what failed.
         plan: how it was run.
         results: what its passes returned.
+        observed: the run, as far as others look at it; None if nobody does.
     """
     count = len(requests)
     state = _Isolation(procedure, lines, requests, failures.dependence)
@@ -216,6 +221,7 @@ def run_rest(
                 model.snapshot.root,
                 planned,
                 again,
+                None if observed is None else observed.part(rest.numbers),
                 state.apart,
             )
         planned[:] = [renumbered(single, rest.numbers) for single in planned]

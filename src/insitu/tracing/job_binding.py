@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +23,20 @@ from insitu.tracing.job_making import exchanged
 from insitu.tracing.site_shapes import SiteShapes
 
 
+class Place(NamedTuple):
+    """Where a block is in its job, or a part of one.
+
+    Attributes:
+        order: the place of the block, from 1.
+        kept: the nodes whose values later blocks use.
+        numbers: the numbers that its invocations have in the block, if it is a part of one.
+    """
+
+    order: int = 1
+    kept: Collection[int] = ()
+    numbers: Sequence[int] | None = None
+
+
 class JobLines:
     """What a block of a job has recorded, with places for its values: a `Lines`.
 
@@ -31,12 +45,22 @@ class JobLines:
         shapes: gives the shapes at its sites.
         casts: the autocast that the block began with.
         dtype: the default dtype that it began with.
+        names: the names of its saved values, by the node that saves them.
+        place: where it is in its job.
     """
 
     as_first_step = False
     counting: AbstractContextManager[Any] | None = None
 
-    def __init__(self, graph: Graph, shapes: ShapeSource, casts: Casts, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        shapes: ShapeSource,
+        casts: Casts,
+        dtype: torch.dtype,
+        names: Mapping[int, str],
+        place: Place,
+    ) -> None:
         self.graph = graph
         self.saves: dict[int, Holder] = {
             index: Cell() for index, row in enumerate(graph.rows) if row[0] in (SAVE, KEEP)
@@ -45,6 +69,9 @@ class JobLines:
         self.fakes: dict[int, Any] = {}
         self.casts = casts
         self.dtype = dtype
+        self.names = names
+        self.order, self.kept, self.numbers = place
+        self.lent = [index for index in self.saves if index not in names]
 
     def fake(self, index: int) -> Any:
         """Returns the value of a node with fake tensors.
@@ -82,7 +109,13 @@ class Bound(NamedTuple):
     requests: Sequence[Any]
 
 
-def bind(model: Subject, block: JobBlock, earlier: Sequence[Kept], dry: bool = False) -> Bound:
+def bind(
+    model: Subject,
+    block: JobBlock,
+    earlier: Sequence[Kept],
+    dry: bool = False,
+    place: Place | None = None,
+) -> Bound:
     """Makes a block of a job ready to run.
 
     Args:
@@ -90,6 +123,7 @@ def bind(model: Subject, block: JobBlock, earlier: Sequence[Kept], dry: bool = F
         block: the block.
         earlier: the blocks before it, whose values it may use.
         dry: whether it will not run.
+        place: where it is in its job; None for behind those before it.
 
     Raises:
         InsituError: if the model cannot take its options or prompts, or lacks what its graph names.
@@ -112,7 +146,9 @@ def bind(model: Subject, block: JobBlock, earlier: Sequence[Kept], dry: bool = F
     if any(row[4] for row in graph.rows):
         graph = exchanged(graph, leaf)
     shapes = SiteShapes(model, procedure, requests, graph)
-    return Bound(procedure, JobLines(graph, shapes, block.casts, block.dtype), requests)
+    place = place or Place(len(earlier) + 1)
+    lines = JobLines(graph, shapes, block.casts, block.dtype, block.saves, place)
+    return Bound(procedure, lines, requests)
 
 
 def _copied(prompt: JobPrompt) -> JobPrompt:

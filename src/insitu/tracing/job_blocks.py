@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ from insitu.runtime.dependence import Dependence, Lost
 from insitu.runtime.failures import FailedInvocations, ends_all
 from insitu.runtime.job_parts import JobBlock, Share
 from insitu.runtime.passes import Outputs
-from insitu.tracing.job_binding import Bound, JobLines, bind
+from insitu.tracing.job_binding import Bound, JobLines, Place, bind
 from insitu.tracing.job_isolation import Part, absent_values, failing_beforehand, part_of
 from insitu.tracing.one_run import Ran
 from insitu.tracing.planning import prepare
@@ -59,6 +59,7 @@ def run_job_block(
     earlier: Sequence[RanBlock],
     budget: Budget | None,
     shares: Mapping[int, Share],
+    kept: Collection[int] = (),
 ) -> RanBlock:
     """Runs a block of a job.
 
@@ -68,6 +69,7 @@ def run_job_block(
         earlier: the blocks before it.
         budget: what the job may spend, None if nothing is limited.
         shares: of a joined job, what of the block is of which of its jobs, by their numbers.
+        kept: the nodes whose values later blocks use.
 
     Raises:
         LimitError: if it takes more.
@@ -80,7 +82,7 @@ def run_job_block(
     absent = absent_values(block.graph, missing) if earlier else {}
     if not absent:
         try:
-            bound = bind(model, block, earlier)
+            bound = bind(model, block, earlier, place=Place(len(earlier) + 1, kept))
             ran = _run(model, block, bound)
             outputs = _with_parts(ran.outputs, shares, bound, range(len(block.prompts)))
             return RanBlock(bound.lines.saves, outputs, ran.failed, bound.lines)
@@ -90,7 +92,7 @@ def run_job_block(
             found = error
         if len(block.prompts) == 1:
             return _without_values(block, [_whole(block, found)])
-    return _run_part(model, block, earlier, absent, budget, shares)
+    return _run_part(model, block, earlier, absent, budget, shares, kept)
 
 
 def _run_part(
@@ -100,6 +102,7 @@ def _run_part(
     absent: Mapping[int, InsituError],
     budget: Budget | None,
     shares: Mapping[int, Share],
+    kept: Collection[int],
 ) -> RanBlock:
     """Runs what is left of a block without what cannot run."""
     dependence, failed, lost = Dependence(block.graph), list[FailedInvocations](), Lost()
@@ -136,7 +139,9 @@ def _run_part(
         return _without_values(block, failed)
     with nullcontext() if budget is None else budget.part(part.nodes):
         try:
-            bound = bind(model, part.block, earlier)
+            there = [at for at, node in enumerate(part.nodes) if node in kept]
+            place = Place(len(earlier) + 1, there, part.numbers)
+            bound = bind(model, part.block, earlier, place=place)
             ran = _run(model, part.block, bound)
         except InsituError as error:
             if ends_all(error):
@@ -147,7 +152,7 @@ def _run_part(
     moved = {node: at for at, node in enumerate(part.nodes)}
     failed += [_of_block(one, part) for one in ran.failed]
     without = _without_values(block, failed)
-    there = {node: bound.lines.saves[at] for node, at in moved.items() if at in bound.lines.saves}
+    saved = {node: bound.lines.saves[at] for node, at in moved.items() if at in bound.lines.saves}
     outputs = ran.outputs
     if outputs is not None and len(part.numbers) < len(block.prompts):
         each: list[Any] = [None] * len(block.prompts)
@@ -155,7 +160,7 @@ def _run_part(
             each[number] = output
         outputs = Outputs(None, each)
     outputs = _with_parts(outputs, shares, bound, part.numbers)
-    return RanBlock({**without.saves, **there}, outputs, failed, bound.lines, moved)
+    return RanBlock({**without.saves, **saved}, outputs, failed, bound.lines, moved)
 
 
 def _with_parts(

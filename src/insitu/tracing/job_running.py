@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 from insitu.batching.procedure import Subject
+from insitu.engine.seams import seams
 from insitu.graph.cells import Missing
 from insitu.graph.context import as_begun
 from insitu.graph.errors import InsituError, JobError, NoValueError
 from insitu.graph.location import here
+from insitu.graph.node import Earlier
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import calls_function
-from insitu.graph.structure import only_data
+from insitu.graph.structure import map_structure, only_data
 from insitu.runtime.budget import Budget
 from insitu.runtime.failures import FailedInvocations, first_error
 from insitu.runtime.fingerprint import other_habits, other_structure, other_weights
@@ -39,11 +42,26 @@ def run_job(model: Subject, job: Job, budget: Budget | None = None, raises: bool
         JobError: if it is for another model.
         InsituError: for what is wrong with the run, with what there is as its `results`.
     """
+    around = seams.get()
+    if around is None:
+        return _run(model, job, budget, raises, False)
+    from insitu.engine.observed_run import unwrapped  # of use only where somebody looks
+
+    token = seams.set(around._replace(told=set()))
+    try:
+        gives = around.sink is not None
+        return unwrapped(partial(_run, model, job, budget, raises, gives))
+    finally:
+        seams.reset(token)
+
+
+def _run(model: Subject, job: Job, budget: Budget | None, raises: bool, gives: bool) -> Results:
+    """Runs a job, as of `run_job`; with `gives`, a sink has its saved values."""
     differences = check_model(model, job)
     own = any(calls_function(row[1]) for block in job.blocks for row in block.graph.rows)
     token = only_data.set(not own)
     try:
-        return _run_blocks(model, job, budget, differences, raises)
+        return _run_blocks(model, job, budget, differences, raises, gives)
     finally:
         only_data.reset(token)
 
@@ -54,8 +72,10 @@ def _run_blocks(
     budget: Budget | None,
     differences: Sequence[str],
     raises: bool,
+    gives: bool,
 ) -> Results:
     """Runs the blocks of a job one after the other."""
+    used = _used_later(job)
     values: dict[str, Any] = {}
     outputs: list[Outputs | None] = []
     earlier: list[RanBlock] = []
@@ -66,7 +86,7 @@ def _run_blocks(
         spending = nullcontext() if budget is None else budget.spending(number)
         with spending, ordinary_tensors(), as_begun(block.casts, block.dtype):
             shares = _shares(job, number)
-            ran = run_job_block(model, block, earlier, budget, shares)
+            ran = run_job_block(model, block, earlier, budget, shares, used[number])
         earlier.append(ran)
         outputs.append(ran.outputs)
         every += ran.failed
@@ -74,6 +94,8 @@ def _run_blocks(
             failures += _failures(number, block, failed, shares)
             if not isinstance(failed.error, NoValueError):  # which an earlier block is the cause of
                 causes.append(failed)
+        if gives:
+            continue
         found = {name: ran.saves[index]._content for index, name in block.saves.items()}  # pyright: ignore[reportPrivateUsage]
         values |= {name: one for name, one in found.items() if type(one) is not Missing}
     results = Results(values, job.saves, outputs, differences, failures)
@@ -106,6 +128,21 @@ def _failures(
         if own or nodes:
             names = [block.saves[node] for node in sorted(nodes) if node in block.saves]
             found.append(Failure(number, own, names, error, part))
+    return found
+
+
+def _used_later(job: Job) -> list[set[int]]:
+    """The nodes of each block whose values later blocks use."""
+    found: list[set[int]] = [set() for _ in job.blocks]
+
+    def leaf(item: Any) -> None:
+        if type(item) is Earlier:
+            found[item.block].add(item.node)
+
+    for block in job.blocks[1:]:
+        for row in block.graph.rows:
+            if row[4]:
+                map_structure(leaf, (row[1], dict(row[2])))
     return found
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from insitu.batching.layout import UnexpectedShapeError
 from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Outputs, Procedure, Subject
-from insitu.display.progress import passes as listener
 from insitu.engine.places import View
 from insitu.graph.errors import BlockError, NeverRanError
 from insitu.graph.lines import Lines
@@ -25,9 +25,12 @@ from insitu.runtime.leaves import leaves_of
 from insitu.runtime.order import unexcused
 from insitu.runtime.passes import Pass, run_pass
 from insitu.runtime.plan import Plan
-from insitu.tracing.following import following
 from insitu.tracing.never_ran import never_ran
+from insitu.tracing.pass_costs import pass_costs
 from insitu.tracing.planning import Prepared, explained, prepare
+
+if TYPE_CHECKING:
+    from insitu.engine.observed_run import ObservedRun
 
 
 class Ran(NamedTuple):
@@ -52,6 +55,7 @@ def run_once(
     module: nn.Module,
     planned: list[PassPlan],
     failures: Failures | None,
+    observed: ObservedRun | None = None,
     apart: bool = False,
 ) -> tuple[Plan, list[Any]]:
     """Runs a block once and fills its saved values, unless the run is spoiled.
@@ -64,6 +68,7 @@ def run_once(
         module: the wrapped module, with its weights.
         planned: likewise.
         failures: takes what fails, so that the others run; None if that ends the run.
+        observed: the run, as far as others look at it; None if nobody does.
         apart: whether each backward pass runs by itself.
 
     Returns:
@@ -72,20 +77,22 @@ def run_once(
     for again in (True, False):
         prepared, passes = prepare(model, procedure, lines.graph, lines.saves, requests, module)
         planned[:] = prepared.passes
-        done = None
-        if listener.get() is not None:
-            done = following(explained(model, procedure, requests, prepared.passes))
         tree, held = prepared.tree, prepared.exclusive
         execution = Execution(lines.graph, prepared.plan, tree.modules)
         if seeds := procedure.seeds(requests):
             execution.draw_from(seeds)
+        if observed is not None:
+            costs = [1.0] * len(passes)
+            if observed.is_listened_to:
+                costs = pass_costs(explained(model, procedure, requests, prepared.passes))
+            _observe(observed, execution, prepared, costs, lines, again)
         with eagerly(held) if prepared.compiled else held:
+            checked = None if observed is None else observed.check_in_modules(tree.modules)
             try:
                 results, lacking, went = run_passes(
                     execution,
                     prepared,
                     passes,
-                    done,
                     lines.graph,
                     model,
                     procedure.views,
@@ -98,6 +105,8 @@ def run_once(
                     continue
                 raise
             finally:
+                if checked is not None:
+                    checked.close()
                 if execution.tape is not None:
                     if failures is not None and failures.is_spoiled:
                         execution.tape.take_back()
@@ -118,7 +127,7 @@ def run_once(
     if lacking is not None:
         raise _missing(model, procedure, lines.graph, requests, lacking, went)
     if failures is None or not failures.found:
-        execution.fill(lines.saves)
+        execution.fill(lines.saves if observed is None else observed.left(lines.saves))
         return prepared.plan, results
     for failed in failures.found:
         if failed.error is None:
@@ -127,15 +136,35 @@ def run_once(
             failed.error = _missing(model, procedure, graph, requests, node, failed.went)
     if not failures.is_spoiled:
         there = {n: one for n, one in lines.saves.items() if n not in failures.lost.nodes}
-        execution.fill(there)
+        execution.fill(there if observed is None else observed.left(there))
     return prepared.plan, results
+
+
+def _observe(
+    observed: ObservedRun,
+    execution: Execution,
+    prepared: Prepared,
+    costs: Sequence[float],
+    lines: Lines,
+    again: bool,
+) -> None:
+    """Lets others look at a run that is about to begin."""
+    path = prepared.path
+    invocations = [single.invocations for single in prepared.passes]
+
+    def holds() -> bool:  # else the run is made again, with hooks on the modules that are there now
+        return not again or path.now == path.then
+
+    execution.observe(
+        observed.passes(invocations, costs),
+        partial(observed.saves_told, saves=lines.saves, uses=prepared.plan.uses, holds=holds),
+    )
 
 
 def run_passes(
     execution: Execution,
     prepared: Prepared,
     passes: list[Pass | None],
-    done: Callable[[int], None] | None,
     graph: Graph,
     model: Subject,
     views: Mapping[str, View],
@@ -150,7 +179,6 @@ def run_passes(
         prepared: how it is run.
         passes: the forward passes. They are taken out: what one leaves for others goes with
             the last of those.
-        done: is told which pass is done; None if nobody wants to know.
         graph: what was recorded.
         model: the model.
         views: how outputs are shown, by path.
@@ -163,13 +191,15 @@ def run_passes(
         not, if that ends the run; and how the pass went in which it had to.
     """
     plan, returned = prepared.plan, prepared.returned
-    modules, caches = prepared.tree.modules, model.caches
+    modules, caches, observed = prepared.tree.modules, model.caches, execution.observed
     results: list[Any] = [None] * len(passes)
     for at, single in enumerate(passes):
         passes[at] = None
         assert single is not None
         if failures is not None and failures.found and failures.hold_up(single.cuts):
             continue
+        if observed is not None:
+            observed.begins(at)
         numbers, goes_into_others = single.cuts.keys(), single.through is not None
         try:
             results[at], missing, went = run_pass(
@@ -181,8 +211,8 @@ def run_passes(
             failures.add(Failed(error, execution.failing, numbers), goes_into_others)
             execution.failing = missing = ()
         del single
-        if done is not None:
-            done(at)
+        if observed is not None:
+            observed.ended(at)
         if missing:
             lacking = unexcused(graph, plan, missing)
             if lacking is not None and failures is None:
