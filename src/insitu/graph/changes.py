@@ -97,6 +97,7 @@ class Changes:
                     undo()
             notes.pop()
         open_changes.pop(self, None)
+        self.frame = None  # its locals may refer to this
         if failed is not None:
             raise failed
 

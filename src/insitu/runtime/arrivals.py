@@ -114,6 +114,7 @@ class Arrivals:
     def end(self) -> None:
         """Takes back what `begin` did, but for the hooks. It may be called again."""
         self._changes.undo()
+        vars(self).pop("_end_step_hook", None)  # it refers to this
 
     def missing(self) -> list[int]:
         """Returns the nodes that read what never came."""
