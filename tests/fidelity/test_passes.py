@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from insitu import LanguageModel
+from tests.conftest import tiny_gpt2
 from tests.fidelity.alone import (
     END,
     LENGTH,
@@ -258,3 +260,34 @@ def test_the_plan_is_told_and_is_that_of_a_scan(
         with model.scan(share_prefixes=True) as scanned:
             record(scanned)
     assert scanned.plan.passes == tracer.plan.passes
+
+
+def test_a_prompt_shares_no_write_that_another_use_of_it_has() -> None:
+    """Three invocations of one prompt, of which one writes and lends what another prompt writes."""
+    model = LanguageModel(tiny_gpt2())
+    shared, other = torch.tensor([[75, 38, 76, 34]]), torch.tensor([[78, 59, 60, 16]])
+    kept: list[torch.Tensor] = []
+    mlp = model.module.transformer.h[3].mlp
+    handle = mlp.register_forward_hook(lambda part, args, output: kept.append(output.clone()))
+    with torch.no_grad():
+        model.module(shared, use_cache=False)
+    handle.remove()
+    with model.trace() as tracer:
+        target, source = tracer.invoke(other), tracer.invoke(shared)
+        with source:
+            value = model.transformer.h[3].mlp.output
+        with target:
+            model.transformer.h[2].attn.c_proj.output = value
+        with source:
+            model.transformer.h[2].mlp.dropout.output *= 0.5
+            value.save()
+        with target:
+            model.transformer.h[2].mlp.c_proj.output[:].save()
+        with tracer.invoke(shared):
+            plain = model.transformer.h[3].mlp.output.save()
+        with tracer.invoke(shared):
+            model.transformer.h[3].mlp.act.output.save()
+            first = model.transformer.h[0].ln_1.input
+        with tracer.invoke(other):
+            model.transformer.h[0].input = first
+    assert torch.allclose(plain.value, kept[0], atol=1e-6)
