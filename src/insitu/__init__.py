@@ -42,14 +42,14 @@ from insitu.models.model import Model
 from insitu.models.vision_language_model import VisionLanguageModel
 
 if TYPE_CHECKING:
+    from insitu.engine.job import Job
+    from insitu.engine.job_failure import Failure
+    from insitu.engine.job_joining import join, split
+    from insitu.engine.limits import Limits
+    from insitu.engine.results import Results
     from insitu.engine.seams import Cancel, cancellable, listening, saving_to
     from insitu.engine.sinks import MemorySink, SaveKey, Sink
     from insitu.methods.result import Result
-    from insitu.runtime.job import Job
-    from insitu.runtime.job_failure import Failure
-    from insitu.runtime.job_joining import join, split
-    from insitu.runtime.limits import Limits
-    from insitu.runtime.results import Results
     from insitu.tracing.invocation import Invocation
     from insitu.tracing.tracer import Tracer
 
@@ -61,21 +61,21 @@ with contextlib.suppress(ImportError):  # einops is no dependency: it is used wh
 # What is imported where it is first asked for: methods take longer than all the rest together.
 _LATER = {
     "Cancel": "insitu.engine.seams",
-    "Failure": "insitu.runtime.job_failure",
+    "Failure": "insitu.engine.job_failure",
     "Invocation": "insitu.tracing.invocation",
-    "Job": "insitu.runtime.job",
-    "Limits": "insitu.runtime.limits",
+    "Job": "insitu.engine.job",
+    "Limits": "insitu.engine.limits",
     "MemorySink": "insitu.engine.sinks",
     "Result": "insitu.methods.result",
-    "Results": "insitu.runtime.results",
+    "Results": "insitu.engine.results",
     "SaveKey": "insitu.engine.sinks",
     "Sink": "insitu.engine.sinks",
     "Tracer": "insitu.tracing.tracer",
     "cancellable": "insitu.engine.seams",
-    "join": "insitu.runtime.job_joining",
+    "join": "insitu.engine.job_joining",
     "listening": "insitu.engine.seams",
     "saving_to": "insitu.engine.seams",
-    "split": "insitu.runtime.job_joining",
+    "split": "insitu.engine.job_joining",
 }
 
 __all__ = [

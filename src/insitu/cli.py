@@ -333,7 +333,7 @@ def run(
     **Example:** `insitu run experiment.job --model insitu/eiffel --out results.safetensors`
     """
     from insitu.display.saved_values import saved_table
-    from insitu.runtime.job import Job
+    from insitu.engine.job import Job
 
     received = Job.load(job)
     opened = _opened(model, loading, load=not dry)

@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from insitu import InsituError, Job, LanguageModel, Model
-from insitu.runtime.job_wire import VERSION
+from insitu.engine.job_wire import VERSION
 from tests.conftest import tiny_gpt2
 
 X = torch.arange(12.0).reshape(3, 4)

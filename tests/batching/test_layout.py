@@ -5,8 +5,8 @@ from torch import nn
 from insitu import InsituError
 from insitu.batching.layout import Axis, Part, TensorLayout, cut, put, widened
 from insitu.batching.proposed_layouts import SIZES, find_layouts
+from insitu.engine.probe import Call, probe
 from insitu.graph.node import Site
-from insitu.runtime.probe import Call, probe
 
 SITE = Site(0, "a", "output")
 

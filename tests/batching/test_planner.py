@@ -24,14 +24,14 @@ from insitu.batching.pass_plan import PassPlan, Row, alone
 from insitu.batching.planner import plan_passes
 from insitu.batching.shared_blocks import may_branch
 from insitu.batching.summary import Facts, Planned, summaries
+from insitu.engine.fallback import Fallback, uncut
+from insitu.engine.plan import make_plan
 from insitu.graph.errors import CausalityError, OperationError
 from insitu.graph.intervention import write
 from insitu.graph.location import mark
 from insitu.graph.node import EVERY, Place, Site
 from insitu.graph.proxy import Proxy
 from insitu.graph.recording import Recording
-from insitu.runtime.fallback import Fallback, uncut
-from insitu.runtime.plan import make_plan
 
 # One where calls are dear, and one where tokens are.
 CALLS = Costs(

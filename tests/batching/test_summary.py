@@ -3,8 +3,8 @@ import pytest
 from insitu.batching.cost_model import Costs
 from insitu.batching.pass_plan import PassPlan, Row
 from insitu.batching.summary import Planned, Summary, summaries
+from insitu.engine.fallback import Fallback, uncut
 from insitu.graph.node import Site
-from insitu.runtime.fallback import Fallback, uncut
 
 
 def unknown(numbers: list[int], apart: Fallback | None) -> Summary:

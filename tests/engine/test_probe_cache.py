@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 
 import insitu.models.own_runs as own_runs
 from insitu import LanguageModel, Model
+from insitu.engine.probe import Call, Probe
 from insitu.graph.structure import map_structure, storage_of, tensors_of
-from insitu.runtime.probe import Call, Probe
 
 
 def ids(length: int, rows: int = 1) -> torch.Tensor:

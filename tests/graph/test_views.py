@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from insitu.engine.copies import reusable
 from insitu.graph import wire
 from insitu.graph.encoding import encode
 from insitu.graph.errors import OperationError
@@ -25,7 +26,6 @@ from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure, tensors_of
 from insitu.graph.view_operations import SOMETIMES_VIEWS, VIEWS
 from insitu.graph.views import Views
-from insitu.runtime.copies import reusable
 
 MARK = mark()
 _MULTIPLY, _ADD = BY_NAME["Tensor.mul_"], BY_NAME["operator.add"]

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
+from insitu.engine.dataflow import Dataflow, watch
+from insitu.engine.probe import Call
 from insitu.models.anatomy.between import between
-from insitu.runtime.dataflow import Dataflow, watch
-from insitu.runtime.probe import Call
 
 
 class Chain(nn.Module):

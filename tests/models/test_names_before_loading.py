@@ -8,8 +8,8 @@ from torch import nn
 from transformers import BertForMaskedLM, DistilBertForMaskedLM, RobertaForMaskedLM
 
 from insitu import LanguageModel
-from insitu.runtime.dataflow import watch
-from insitu.runtime.probe import Call
+from insitu.engine.dataflow import watch
+from insitu.engine.probe import Call
 
 SIZES = {"vocab_size": 100, "max_position_embeddings": 40}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -7,9 +7,9 @@ from torch import nn
 from insitu import LanguageModel
 from insitu.batching.proposed_layouts import SIZES, find_layouts
 from insitu.batching.shared_blocks import Chain
+from insitu.engine.fallback import Fallback
+from insitu.engine.probe import Call
 from insitu.models.resume_trial import find_chain
-from insitu.runtime.fallback import Fallback
-from insitu.runtime.probe import Call
 from tests.fidelity.architectures import MAKERS, spread_out
 
 

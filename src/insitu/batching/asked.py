@@ -11,10 +11,10 @@ from itertools import chain
 from typing import NamedTuple
 
 from insitu.batching.crossings import uses
+from insitu.engine.fallback import Fallback
+from insitu.engine.plan import Plan
 from insitu.graph.node import Address, Graph
 from insitu.graph.operations import BACKWARD, GRAD, KEEP
-from insitu.runtime.fallback import Fallback
-from insitu.runtime.plan import Plan
 
 Cuts = frozenset[tuple[str, Address]]
 """The modules that do not run ("skip") and those after which the run ends ("stop"), as sites of

@@ -13,11 +13,11 @@ from functools import cache
 from insitu.batching.crossings import Crossing, crossings, moment, same_place
 from insitu.batching.demand import Demand, Work
 from insitu.batching.pass_plan import PassPlan
+from insitu.engine.order import causality_error
 from insitu.graph.errors import CausalityError, InsituError, NeverRanError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Location
 from insitu.graph.node import SEPARATOR, Address, Site
-from insitu.runtime.order import causality_error
 
 _NEVER = (math.inf, math.inf)
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import NamedTuple
 
+from insitu.engine.plan import Plan
 from insitu.graph.node import SEPARATOR, Address, Graph, Kind, Place
 from insitu.graph.operations import READ
-from insitu.runtime.plan import Plan
 
 Moments = Callable[[int], "Mapping[Place, int] | None"]
 """When the sites of an invocation come, or None if that is not known without a run."""

@@ -9,15 +9,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from insitu.batching.asked import NOTHING, Asked
+from insitu.engine.plan import Plan, written
 from insitu.graph.operations import READ
-from insitu.runtime.plan import Plan, written
 
 if TYPE_CHECKING:  # of no use to one prompt
     from insitu.batching.cost_model import Costs
     from insitu.batching.crossings import Moments
     from insitu.batching.layout import Layouts
+    from insitu.engine.fallback import Fallback
     from insitu.graph.node import Address, Graph, Place
-    from insitu.runtime.fallback import Fallback
 
 Side = Literal["left", "right"]
 """Where shorter prompts of a batch are padded."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from insitu.batching.demand import Demand, Terms
+from insitu.engine.fallback import Fallback
 from insitu.graph.node import Address, Place
-from insitu.runtime.fallback import Fallback
 
 
 class Row(NamedTuple):

@@ -15,8 +15,8 @@ from insitu.batching.demand import Chain, Demands, Terms, Work
 from insitu.batching.pass_plan import Logits, PassPlan, Row, alone
 from insitu.batching.shared_blocks import find_rows, part_of
 from insitu.batching.touched_positions import Extents
+from insitu.engine.fallback import Fallback
 from insitu.graph.node import Place
-from insitu.runtime.fallback import Fallback
 
 _NO_CHAINS: Mapping[int, Chain | Fallback] = {}
 

@@ -1,4 +1,4 @@
-"""What the runtime must be told about a kind of model; `models/` tells it.
+"""What a run must be told about a kind of model; `models/` tells it.
 
 This is the one interface between what works on any `nn.Module` and what knows how prompts become
 a batch, what a transformer block returns or what `generate` does.
@@ -13,19 +13,19 @@ from torch import nn
 
 from insitu.batching.demand import Demands, Work
 from insitu.batching.pass_plan import PassPlan
+from insitu.engine.counts import Counts
 from insitu.engine.exclusive import Exclusive
+from insitu.engine.passes import Outputs, Pass
 from insitu.engine.places import View
 from insitu.engine.plan_cache import PlanCache
+from insitu.engine.probe import Call, Probe
+from insitu.engine.tree import Looks, Tree
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph
-from insitu.runtime.counts import Counts
-from insitu.runtime.passes import Outputs, Pass
-from insitu.runtime.probe import Call, Probe
-from insitu.runtime.tree import Looks, Tree
 
 if TYPE_CHECKING:
     from insitu.batching.summary import Facts
-    from insitu.runtime.job_parts import JobModel, JobPrompt, ProcedureName
+    from insitu.engine.job_parts import JobModel, JobPrompt, ProcedureName
 
 Request = TypeVar("Request")
 

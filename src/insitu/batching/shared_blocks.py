@@ -12,8 +12,8 @@ from insitu.batching.cost_model import Costs
 from insitu.batching.demand import Chain, Demand, Demands, Work
 from insitu.batching.pass_plan import Row, rows_by_level
 from insitu.batching.touched_positions import Extents
+from insitu.engine.plan import Plan
 from insitu.graph.node import SEPARATOR, Address, Kind, Place
-from insitu.runtime.plan import Plan
 
 
 def may_branch(each: Sequence[Demand], work: Work) -> dict[int, int]:

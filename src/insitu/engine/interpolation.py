@@ -13,9 +13,9 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.engine.functions import Called
+from insitu.engine.probe import Probe
 from insitu.graph.fake_tensors import on_fake_tensors
 from insitu.graph.structure import map_structure, storage_of
-from insitu.runtime.probe import Probe
 
 Key = TypeVar("Key")
 

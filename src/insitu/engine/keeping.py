@@ -7,7 +7,7 @@ Beside `interpose.py` this is the only file that changes modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -23,7 +23,7 @@ Tables = list[tuple[dict[Any, Any], dict[Any, Any]]]
 
 
 @contextmanager
-def undisturbed(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def undisturbed(modules: Mapping[str, nn.Module]) -> Generator[None]:
     """Lets the runs in it leave no trace: not in the model, and not in the random state.
 
     No graph for autograd is recorded. The user's hooks are set aside by who has the model in use.
@@ -36,17 +36,18 @@ def undisturbed(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     devices = {tensor.device for tensor in modules[""].parameters() if tensor.is_cuda}
     tables: list[dict[Any, Any]] = [vars(part) for part in parts]
     for part in parts:
-        tables.extend(table for table in vars(part).values() if isinstance(table, dict))
+        kept: Any = vars(part).values()
+        tables.extend(table for table in kept if isinstance(table, dict))
     with changing() as changes:
         changes.afterwards(partial(_restore_buffers, tensors))
         changes.afterwards(partial(_restore_all, [(table, dict(table)) for table in tables]))
-        changes.enter(torch.random.fork_rng(list(devices)))
+        changes.enter(cast(Any, torch.random).fork_rng(list(devices)))
         changes.gradients(False)
         yield
 
 
 @contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+def evaluating(modules: Iterable[nn.Module]) -> Generator[None]:
     """Lets modules run without dropout, whatever mode they are in.
 
     Args:

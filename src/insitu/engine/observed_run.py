@@ -341,7 +341,8 @@ class ObservedPasses:
         """
         if self._run.is_listened_to:
             (number,) = self._named([invocation])
-            self._run.tell(TokensChosen(self._block, number, step, tuple(ids.tolist())))
+            chosen: Any = ids.tolist()  # pyright: ignore[reportUnknownMemberType]
+            self._run.tell(TokensChosen(self._block, number, step, tuple(chosen)))
 
     def _named(self, invocations: Sequence[int]) -> Sequence[int]:
         """Invocations by the numbers that they have in the block."""

@@ -255,7 +255,7 @@ def _kinds(rows: Sequence[Row]) -> _Kinds:
             continue
         for at, arg in (*enumerate(args), *kwargs.items()):
             if isinstance(at, int) and type(arg) in _NUMBERS:
-                numbers.append((index, at, type(arg)))
+                numbers.append((index, at, cast("type[Any]", type(arg))))
             elif _holds_numbers(arg):
                 others.append((index, at, _types(arg)))
     return _Kinds(numbers, others) if numbers or others else _NO_KINDS

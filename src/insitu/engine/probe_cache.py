@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from insitu.engine.interpolation import Interpolation, interpolation
+from insitu.engine.probe import Call, Probe
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.structure import map_structure
-from insitu.runtime.probe import Call, Probe
 
 _MOST = 16  # fake runs and interpolations that are kept: some 10 MB of GPT-2's
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu.engine.fallback import Fallback, tried
+from insitu.engine.probe import Call
 from insitu.graph.structure import tensors_of
 from insitu.models.attention import OPTION, attending
-from insitu.runtime.fallback import Fallback, tried
-from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:
     from insitu.models.model import Model

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from insitu.engine.dataflow import Dataflow, watch
+from insitu.engine.probe import Call
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
 from insitu.models.agreement import agree
@@ -27,8 +29,6 @@ from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.visible_softmax import showing_options
 from insitu.models.weights import Weights
-from insitu.runtime.dataflow import Dataflow, watch
-from insitu.runtime.probe import Call
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.scope import innermost
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from insitu.batching.pass_plan import PassPlan
+from insitu.engine.passes import Pass
 from insitu.models.attention import OPTION, attending
 from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
-from insitu.runtime.passes import Pass
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel

@@ -16,8 +16,8 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
+from insitu.engine.passes import Deliver
 from insitu.models.choosing import NO_CHOICE, only
-from insitu.runtime.passes import Deliver
 
 # Logits processors that look at one row of scores at a time, and at nothing else.
 _ROW_BY_ROW = """

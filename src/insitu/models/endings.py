@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from insitu.engine.dataflow import Dataflow, watch
 from insitu.graph.node import SEPARATOR
 from insitu.models.blocks import CACHES
 from insitu.models.norms import norm_of
 from insitu.models.parts import Spot
 from insitu.models.ways import Way, find_way
-from insitu.runtime.dataflow import Dataflow, watch
 
 if TYPE_CHECKING:
     from insitu.models.body import Body

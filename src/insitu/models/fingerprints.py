@@ -11,10 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from insitu.graph import wire
-from insitu.graph.errors import WireError
-from insitu.graph.node import Graph
-from insitu.runtime.fingerprint import (
+from insitu.engine.fingerprint import (
     Fingerprint,
     dtypes_of,
     order_of,
@@ -22,7 +19,10 @@ from insitu.runtime.fingerprint import (
     shortened,
     tree_of,
 )
-from insitu.runtime.job_parts import JobModel
+from insitu.engine.job_parts import JobModel
+from insitu.graph import wire
+from insitu.graph.errors import WireError
+from insitu.graph.node import Graph
 
 # Settings of a config that change nothing in what a forward computes. Its dtype, its quantisation
 # and its weights are looked at in the module itself.

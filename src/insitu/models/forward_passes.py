@@ -11,15 +11,15 @@ from torch import nn
 from insitu.batching.layout import Part
 from insitu.batching.pass_plan import PassPlan, Row
 from insitu.batching.shares import Offset, Share
+from insitu.engine.hooks import Cut
 from insitu.engine.interpose import Own
+from insitu.engine.passes import Deliver, Pass
 from insitu.graph.node import Kind, Place
 from insitu.models.calls import alone, arguments, forward
 from insitu.models.joined_prompts import join
 from insitu.models.prompts import Prompt, counted
 from insitu.models.resume import Blocks, Entering, Prefix, Resumed, blocks_of
 from insitu.models.unembedding import unembedding
-from insitu.runtime.hooks import Cut
-from insitu.runtime.passes import Deliver, Pass
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel

@@ -17,6 +17,8 @@ from insitu.batching.asked import NOTHING
 from insitu.batching.crossings import uses
 from insitu.batching.demand import Chain, Demand, Demands, Side, Terms, Work
 from insitu.batching.shared_blocks import may_branch
+from insitu.engine.fallback import SEEN_ALONE, Fallback, logger, uncut
+from insitu.engine.probe import Call
 from insitu.graph.node import Address, Site
 from insitu.models.attention import OPTION
 from insitu.models.calls import arguments, content, default_budget, forward
@@ -24,8 +26,6 @@ from insitu.models.joined_prompts import sides_of
 from insitu.models.pieces import lengths_of
 from insitu.models.prompts import Prompt, counted
 from insitu.models.sharing import chain_of, separation_of
-from insitu.runtime.fallback import SEEN_ALONE, Fallback, logger, uncut
-from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel

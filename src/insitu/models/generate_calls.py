@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from insitu.batching.demand import Side
+from insitu.engine.probe import Call
 from insitu.models.attention import OPTION, attending
 from insitu.models.choosing import only
 from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
-from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel

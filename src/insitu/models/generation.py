@@ -11,6 +11,8 @@ from torch import nn
 from insitu.batching.demand import Demand, Demands, Work
 from insitu.batching.pass_plan import PassPlan
 from insitu.batching.summary import Facts
+from insitu.engine.passes import Outputs, Pass
+from insitu.engine.probe import Call
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
 from insitu.models.generate_calls import GenerateCalls
@@ -19,12 +21,10 @@ from insitu.models.padding import positioned, warn_of_counting
 from insitu.models.prompt_arguments import checked_seed, given_to_invocation
 from insitu.models.prompts import Prompt
 from insitu.models.sent_prompts import received, sent
-from insitu.runtime.passes import Outputs, Pass
-from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:
+    from insitu.engine.job_parts import JobPrompt, ProcedureName
     from insitu.models.language_model import LanguageModel
-    from insitu.runtime.job_parts import JobPrompt, ProcedureName
 
 # Settings that count padding as tokens of the shorter rows of one prompt, and when they are off.
 _COUNTING: Mapping[str, tuple[Any, ...]] = {

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from insitu.engine.plan import Plan
 from insitu.graph.node import Address, Graph
 from insitu.graph.operations import PUT, REPLACE, WRITE, Operation
 from insitu.graph.put import Step
 from insitu.models.attention import OPTION
-from insitu.runtime.plan import Plan
 
 # Options with which each prompt of a batch goes on as it would alone: see `decoding.py`.
 _BATCHABLE = """

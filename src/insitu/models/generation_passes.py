@@ -12,7 +12,9 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from insitu.batching.demand import Terms
 from insitu.batching.pass_plan import PassPlan, Row
 from insitu.batching.shares import Share
+from insitu.engine.hooks import Cut
 from insitu.engine.interpose import Own
+from insitu.engine.passes import Deliver, Outputs, Pass, Steps
 from insitu.engine.seams import listened
 from insitu.models.attention import OPTION
 from insitu.models.choosing import listening, seeded
@@ -21,8 +23,6 @@ from insitu.models.generated_rows import rows_apart, rows_together
 from insitu.models.joined_prompts import join
 from insitu.models.prompts import Prompt
 from insitu.models.separation import OF_STEPS
-from insitu.runtime.hooks import Cut
-from insitu.runtime.passes import Deliver, Outputs, Pass, Steps
 
 
 class Generated(NamedTuple):

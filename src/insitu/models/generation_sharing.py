@@ -17,6 +17,8 @@ from transformers import GenerationMixin
 from insitu.batching.asked import NOTHING
 from insitu.batching.demand import Demand, Demands, Terms, Work
 from insitu.batching.layout import Axis, Layouts, TensorLayout
+from insitu.engine.draws import drawing_nodes
+from insitu.engine.fallback import SEEN_ALONE, Fallback, tried, uncut
 from insitu.engine.keeping import undisturbed
 from insitu.graph.node import Address, Site
 from insitu.models.calls import default_budget
@@ -30,8 +32,6 @@ from insitu.models.pieces import lengths_of
 from insitu.models.prompts import Prompt
 from insitu.models.separation import OF_STEPS, later_obstacle
 from insitu.models.sharing import separation_of
-from insitu.runtime.draws import drawing_nodes
-from insitu.runtime.fallback import SEEN_ALONE, Fallback, tried, uncut
 
 # Of the whole model's places that are no module's.
 _BY_ROW: Layouts = {("", kind, 0): TensorLayout((Axis.ROWS,)) for kind in OF_STEPS}

@@ -12,9 +12,9 @@ from insitu.graph.location import Location, Mark
 from insitu.models.forward import LanguageForward
 
 if TYPE_CHECKING:
+    from insitu.engine.job_parts import ProcedureName
     from insitu.models.generation import Generation
     from insitu.models.language_model import LanguageModel
-    from insitu.runtime.job_parts import ProcedureName
 
 _OWN = ("max_tokens_per_pass", "share_prefixes")
 

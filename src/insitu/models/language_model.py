@@ -39,6 +39,8 @@ from insitu.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
     from insitu.batching.shared_blocks import Chain
+    from insitu.engine.fallback import Fallback
+    from insitu.engine.job_parts import ProcedureName
     from insitu.models.cache import ActivationCache
     from insitu.models.hook import Hook
     from insitu.models.loading import Source
@@ -46,8 +48,6 @@ if TYPE_CHECKING:
     from insitu.models.separation import Separation
     from insitu.models.transformer_lens import TransformerLens
     from insitu.models.vocabulary import Names
-    from insitu.runtime.fallback import Fallback
-    from insitu.runtime.job_parts import ProcedureName
 
 
 _USED_INSIDE = """

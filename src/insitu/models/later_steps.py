@@ -15,12 +15,12 @@ from torch import nn
 from insitu.batching.layout import Axis, Layouts, Part, leaves
 from insitu.batching.proposed_layouts import Size, find_layouts
 from insitu.engine.keeping import undisturbed
+from insitu.engine.listening import listening
 from insitu.engine.places import View
 from insitu.graph.node import Address, Place
 from insitu.models.blocks import CACHES
 from insitu.models.parted import agrees, copied_away, tells_apart
 from insitu.models.prompts import Prompt
-from insitu.runtime.listening import listening
 
 STEPS = 3
 """How many steps a trial has. What holds in the second and in the third holds in those after."""

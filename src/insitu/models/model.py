@@ -13,9 +13,13 @@ import torch
 from torch import nn
 
 from insitu.batching.procedure import Procedure
+from insitu.engine.counts import Counts
+from insitu.engine.eager import uncompiled
 from insitu.engine.exclusive import Exclusive, exclusive
 from insitu.engine.places import View
 from insitu.engine.plan_cache import PlanCache
+from insitu.engine.probe import Call, Probe, fake_call
+from insitu.engine.tree import Looks, Tree
 from insitu.graph import disk
 from insitu.graph.errors import OptionError, WireError
 from insitu.graph.habits import OF_MODULES
@@ -28,10 +32,6 @@ from insitu.models.delegation import DELEGATED, delegated
 from insitu.models.dropout import drops_out
 from insitu.models.own_runs import OwnRuns
 from insitu.models.plain import Forward
-from insitu.runtime.counts import Counts
-from insitu.runtime.eager import uncompiled
-from insitu.runtime.probe import Call, Probe, fake_call
-from insitu.runtime.tree import Looks, Tree
 from insitu.tracing.block import Block
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
@@ -43,16 +43,16 @@ from insitu.tracing.vocabulary import NoVocabulary, Vocabulary
 if TYPE_CHECKING:
     from insitu.display.module_tree import ModuleTree
     from insitu.engine.events import Listener
+    from insitu.engine.job import Job
+    from insitu.engine.job_parts import JobModel, ProcedureName
+    from insitu.engine.limits import Limits
+    from insitu.engine.results import Results
     from insitu.engine.seams import Cancel
     from insitu.engine.sinks import Sink
     from insitu.models.architectures import Description
     from insitu.models.fingerprints import Structure
     from insitu.models.loading import Source
     from insitu.models.vocabulary import Names
-    from insitu.runtime.job import Job
-    from insitu.runtime.job_parts import JobModel, ProcedureName
-    from insitu.runtime.limits import Limits
-    from insitu.runtime.results import Results
     from insitu.tracing.job_check import JobCheck
 
 
@@ -423,7 +423,7 @@ class Model(Handle):
             LimitError: if it would take more than the limits allow.
             InsituError: for what is wrong with the run, as far as that is found beforehand.
         """
-        from insitu.runtime.budget import Budget
+        from insitu.engine.budget import Budget
         from insitu.tracing.job_checking import check_job
 
         self._notice()

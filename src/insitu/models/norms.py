@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.engine.fallback import Fallback, tried
 from insitu.graph.control import call_module
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Mark, here, mark
 from insitu.graph.proxy import Proxy
-from insitu.runtime.fallback import Fallback, tried
 from insitu.tracing.forms import Computed
 from insitu.tracing.invocation import Invocation
 

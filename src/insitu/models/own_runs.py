@@ -10,20 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from insitu.engine.ambient import ambient
+from insitu.engine.counts import Counts
+from insitu.engine.eager import is_compiled, run_uncompiled
 from insitu.engine.exclusive import Exclusive
 from insitu.engine.interpose import set_aside
 from insitu.engine.places import View
+from insitu.engine.probe import Call, Probe, count, fake_run, probe
 from insitu.engine.probe_cache import CallForm, ProbeCache, form_of, resized
+from insitu.engine.tree import Tree
 from insitu.graph.changes import Changes, changing
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.models.attention import OPTION, attending
 from insitu.models.config_sizes import config_sizes
-from insitu.runtime.ambient import ambient
-from insitu.runtime.counts import Counts
-from insitu.runtime.eager import is_compiled, run_uncompiled
-from insitu.runtime.probe import Call, Probe, count, fake_run, probe
-from insitu.runtime.tree import Tree
 
 _MOST_COUNTS = 64  # forms of calls of which it is known what they take
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from insitu.batching.demand import Side
+from insitu.engine.fallback import Fallback, tried
 from insitu.models.attention import SETTING
 from insitu.models.calls import arguments
 from insitu.models.configuration import said
@@ -21,7 +22,6 @@ from insitu.models.pieces import lengths_of
 from insitu.models.prompts import Prompt, positions_of
 from insitu.models.rotary import forgetting_lengths, warn_of_lengths
 from insitu.models.tokens import vocabulary_of
-from insitu.runtime.fallback import Fallback, tried
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from insitu.batching.demand import Side
+from insitu.engine.fallback import Fallback, tried
 from insitu.engine.keeping import evaluating, undisturbed
 from insitu.models.configuration import all_said, said, text_config
 from insitu.models.prompts import Prompt, positions_of
 from insitu.models.trial import alike
-from insitu.runtime.fallback import Fallback, tried
 
 _LENGTHS = (6, 9, 1)
 _STEPS = 2  # of a generation: what is wrong with a cache shows in the second

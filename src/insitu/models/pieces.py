@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from insitu.batching.demand import Side
+from insitu.engine.fallback import tried
 from insitu.engine.keeping import set_attribute, undisturbed
 from insitu.graph.location import mark
 from insitu.graph.structure import tensors_of
@@ -22,7 +23,6 @@ from insitu.models.prompts import Prompt, counted
 from insitu.models.rotary import LengthDependence
 from insitu.models.tokens import vocabulary_of
 from insitu.models.trial import alike
-from insitu.runtime.fallback import tried
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel

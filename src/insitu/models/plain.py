@@ -10,16 +10,16 @@ from torch import nn
 
 from insitu.batching.demand import Demand, Demands, Work
 from insitu.batching.pass_plan import PassPlan
+from insitu.engine.passes import Outputs, Pass
 from insitu.engine.places import View
+from insitu.engine.probe import Call
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.models.attention import OPTION, attending
 from insitu.models.options import check_call
-from insitu.runtime.passes import Outputs, Pass
-from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:
-    from insitu.runtime.job_parts import JobPrompt, ProcedureName
+    from insitu.engine.job_parts import JobPrompt, ProcedureName
 
 
 class Forward:
@@ -58,7 +58,7 @@ class Forward:
 
     def prompt(self, request: Call) -> JobPrompt:
         """Returns the arguments of an invocation as a job holds them."""
-        from insitu.runtime.job_parts import JobPrompt  # of use to jobs only
+        from insitu.engine.job_parts import JobPrompt  # of use to jobs only
 
         kwargs = {name: value for name, value in request.kwargs.items() if name != OPTION}
         return JobPrompt(args=request.args, kwargs=kwargs)

@@ -17,7 +17,9 @@ from torch import nn
 
 from insitu.batching.layout import Axis, Layouts, Part, TensorLayout, cut, leaves, spread
 from insitu.batching.shared_blocks import Chain
+from insitu.engine.fallback import Fallback, tried
 from insitu.engine.keeping import undisturbed
+from insitu.engine.listening import listening
 from insitu.engine.places import View
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Place, Site
@@ -25,8 +27,6 @@ from insitu.graph.structure import clone, map_structure
 from insitu.models.blocks import CACHES
 from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
 from insitu.models.trial import alike
-from insitu.runtime.fallback import Fallback, tried
-from insitu.runtime.listening import listening
 
 
 def find_chain(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.engine.probe import Call
 from insitu.models.tokens import decodes
-from insitu.runtime.probe import Call
 
 _LENGTHS = (7, 11, 13, 17, 19, 23, 29, 31, 37)
 

@@ -14,7 +14,7 @@ from insitu.models.prompt_arguments import TakesPrompts
 from insitu.models.prompts import Prompt
 
 if TYPE_CHECKING:
-    from insitu.runtime.job_parts import JobPrompt
+    from insitu.engine.job_parts import JobPrompt
 
 
 def sent(prompt: Prompt) -> JobPrompt:
@@ -25,7 +25,7 @@ def sent(prompt: Prompt) -> JobPrompt:
     Args:
         prompt: the prompt.
     """
-    from insitu.runtime.job_parts import JobPrompt  # of use to jobs only
+    from insitu.engine.job_parts import JobPrompt  # of use to jobs only
 
     embedded = "inputs_embeds" in prompt.extras
     ids = None if embedded else prompt.ids

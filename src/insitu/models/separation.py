@@ -18,7 +18,9 @@ from torch import nn
 from insitu.batching.demand import Side
 from insitu.batching.layout import Entries, Layouts, Part, cut, is_shared, leaves, widened
 from insitu.batching.proposed_layouts import SIZES, find_layouts
+from insitu.engine.fallback import Fallback
 from insitu.engine.keeping import undisturbed
+from insitu.engine.listening import listening
 from insitu.engine.places import View
 from insitu.graph.errors import InsituError
 from insitu.graph.location import Mark
@@ -29,8 +31,6 @@ from insitu.models.later_steps import LaterSteps, find_later_steps
 from insitu.models.parted import agrees, copied_away, tells_apart
 from insitu.models.prompts import Prompt
 from insitu.models.trial import alike
-from insitu.runtime.fallback import Fallback
-from insitu.runtime.listening import listening
 
 # How long the prompts are that are tried: one is padded, one has a single token.
 _LENGTHS = (3, 5, 1)

@@ -18,7 +18,9 @@ from insitu.batching.demand import Side
 from insitu.batching.layout import Layouts
 from insitu.batching.proposed_layouts import SIZES, find_layouts
 from insitu.batching.shared_blocks import Chain
+from insitu.engine.fallback import Fallback, tried
 from insitu.engine.places import View
+from insitu.engine.probe import Call
 from insitu.graph.errors import ShapeError
 from insitu.graph.location import here
 from insitu.graph.node import SEPARATOR, Place
@@ -28,8 +30,6 @@ from insitu.models.prompts import Prompt
 from insitu.models.resume_trial import find_chain
 from insitu.models.separation import Separation, Trial
 from insitu.models.tokens import vocabulary_of
-from insitu.runtime.fallback import Fallback, tried
-from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:
     from insitu.models.language_model import LanguageModel

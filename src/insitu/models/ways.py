@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from insitu.engine.dataflow import Dataflow
+from insitu.engine.fallback import Fallback, tried
+from insitu.engine.forward_calls import Applied, Value
 from insitu.graph.structure import map_structure
 from insitu.models.anatomy.reading import RESHAPES
-from insitu.runtime.dataflow import Dataflow
-from insitu.runtime.events import Applied, Value
-from insitu.runtime.fallback import Fallback, tried
 
 Call = Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any]
 """Calls a module, given its path and its arguments."""

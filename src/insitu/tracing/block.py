@@ -17,6 +17,7 @@ import torch
 from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Procedure, Subject
 from insitu.batching.summary import Summary
+from insitu.engine.failures import first_error
 from insitu.graph.context import (
     as_begun,
     default_dtype,
@@ -31,7 +32,6 @@ from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordina
 from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
 from insitu.graph.tracebacks import shortened
-from insitu.runtime.failures import first_error
 from insitu.tracing.invocation import Invocation, Invoked
 from insitu.tracing.one_run import Ran
 from insitu.tracing.planning import explained
@@ -42,7 +42,7 @@ from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.watching import watcher
 
 if TYPE_CHECKING:
-    from insitu.runtime.job import Job
+    from insitu.engine.job import Job
     from insitu.tracing.job_making import Recorded
 
 

@@ -14,6 +14,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch._subclasses import FakeTensor
 
+from insitu.engine.budget import Budget
+from insitu.engine.counting import Counting
+from insitu.engine.largest import largest
+from insitu.engine.plan import Plan
 from insitu.graph.errors import InsituError, LimitError, UnknownShapeError
 from insitu.graph.expression import located
 from insitu.graph.fake_tensors import on_fake_tensors
@@ -21,10 +25,6 @@ from insitu.graph.node import Ref
 from insitu.graph.operations import READ, SAVE
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure, tensors_of
-from insitu.runtime.budget import Budget
-from insitu.runtime.counting import Counting
-from insitu.runtime.largest import largest
-from insitu.runtime.plan import Plan
 from insitu.tracing.job_binding import JobLines
 
 

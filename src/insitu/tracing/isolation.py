@@ -17,16 +17,16 @@ import torch
 
 from insitu.batching.pass_plan import PassPlan, renumbered
 from insitu.batching.procedure import Outputs, Procedure, Subject
+from insitu.engine.dependence import Dependence, Lost
+from insitu.engine.failures import Failed, FailedInvocations, Failures, is_out_of_memory
+from insitu.engine.fallback import logger
+from insitu.engine.plan import Plan
 from insitu.graph.bounds import counting
 from insitu.graph.cells import Holder, Missing
 from insitu.graph.context import Casts
 from insitu.graph.lines import Lines, ShapeSource
 from insitu.graph.node import Graph
 from insitu.graph.renumbering import add_nodes
-from insitu.runtime.dependence import Dependence, Lost
-from insitu.runtime.failures import Failed, FailedInvocations, Failures, is_out_of_memory
-from insitu.runtime.fallback import logger
-from insitu.runtime.plan import Plan
 from insitu.tracing.one_run import Ran, run_once
 
 if TYPE_CHECKING:

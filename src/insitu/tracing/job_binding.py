@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from insitu.batching.procedure import Procedure, Subject
+from insitu.engine.job_parts import JobBlock, JobPrompt
 from insitu.graph.cells import Cell, Holder
 from insitu.graph.context import Casts
 from insitu.graph.lines import ShapeSource
@@ -17,7 +18,6 @@ from insitu.graph.node import Carried, Earlier, Graph
 from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
-from insitu.runtime.job_parts import JobBlock, JobPrompt
 from insitu.tracing.graph_check import check_graph
 from insitu.tracing.job_making import exchanged
 from insitu.tracing.site_shapes import SiteShapes

@@ -9,15 +9,15 @@ from typing import Any
 
 from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Subject
+from insitu.engine.budget import Budget
+from insitu.engine.dependence import Dependence, Lost
+from insitu.engine.failures import FailedInvocations, ends_all
+from insitu.engine.job_parts import JobBlock, Share
+from insitu.engine.passes import Outputs
 from insitu.graph.cells import Cell, Holder, Missing
 from insitu.graph.errors import ExecutionError, InsituError, LimitError, at_line
 from insitu.graph.node import Earlier
 from insitu.graph.operations import KEEP, SAVE
-from insitu.runtime.budget import Budget
-from insitu.runtime.dependence import Dependence, Lost
-from insitu.runtime.failures import FailedInvocations, ends_all
-from insitu.runtime.job_parts import JobBlock, Share
-from insitu.runtime.passes import Outputs
 from insitu.tracing.job_binding import Bound, JobLines, Place, bind
 from insitu.tracing.job_isolation import Part, absent_values, failing_beforehand, part_of
 from insitu.tracing.one_run import Ran

@@ -8,7 +8,7 @@ from typing import Any
 
 from insitu.batching.summary import Planned
 from insitu.display.saved_values import SavedValue
-from insitu.runtime.results import structure
+from insitu.engine.results import structure
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,14 @@ from contextlib import nullcontext
 
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned
+from insitu.engine.budget import Beforehand, Budget
+from insitu.engine.job import Job
+from insitu.engine.limits import Limits
 from insitu.graph.context import as_begun
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import dtype_of, outlined, shape_of
 from insitu.graph.structure import tensors_of
-from insitu.runtime.budget import Beforehand, Budget
-from insitu.runtime.job import Job
-from insitu.runtime.limits import Limits
 from insitu.tracing.graph_costs import graph_costs
 from insitu.tracing.job_binding import Bound, JobLines, bind
 from insitu.tracing.job_check import Estimate, Expected, JobCheck

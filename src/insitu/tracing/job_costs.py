@@ -9,9 +9,9 @@ import torch
 
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned, Summary
+from insitu.engine.counts import Counts
+from insitu.engine.probe import Call
 from insitu.graph.errors import UnknownShapeError
-from insitu.runtime.counts import Counts
-from insitu.runtime.probe import Call
 from insitu.tracing.job_binding import Bound
 
 _NONE = Counts(0.0, 0, 0, 0)

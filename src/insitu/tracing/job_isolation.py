@@ -11,15 +11,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from insitu.engine.dependence import Dependence, Lost
+from insitu.engine.failures import FailedInvocations
+from insitu.engine.job_parts import JobBlock
 from insitu.graph.cells import Missing
 from insitu.graph.errors import InsituError, NoValueError
 from insitu.graph.expression import expression
 from insitu.graph.node import Earlier, Graph
 from insitu.graph.renumbering import add_nodes
 from insitu.graph.structure import map_structure
-from insitu.runtime.dependence import Dependence, Lost
-from insitu.runtime.failures import FailedInvocations
-from insitu.runtime.job_parts import JobBlock
 
 
 class Part(NamedTuple):

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from insitu.batching.procedure import Procedure, Subject
+from insitu.engine.job import Job
+from insitu.engine.job_parts import Demanded, JobBlock
 from insitu.graph.errors import BlockError, JobError
 from insitu.graph.location import Mark, here
 from insitu.graph.node import Carried, Earlier, Graph, Row
 from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
-from insitu.runtime.job import Job
-from insitu.runtime.job_parts import Demanded, JobBlock
 
 Recorded = tuple[Procedure[Any], Recording, Sequence[Any], tuple[Mapping[str, Any], Mark] | None]
 """How a block runs, what it has recorded, what its invocations were given, and which options its

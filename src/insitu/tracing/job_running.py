@@ -8,6 +8,14 @@ from functools import partial
 from typing import Any, cast
 
 from insitu.batching.procedure import Subject
+from insitu.engine.budget import Budget
+from insitu.engine.failures import FailedInvocations, first_error
+from insitu.engine.fingerprint import other_habits, other_structure, other_weights
+from insitu.engine.job import Job
+from insitu.engine.job_failure import Failure
+from insitu.engine.job_parts import JobBlock, Share
+from insitu.engine.passes import Outputs
+from insitu.engine.results import Results
 from insitu.engine.seams import seams
 from insitu.graph.cells import Missing
 from insitu.graph.context import as_begun
@@ -17,14 +25,6 @@ from insitu.graph.node import Earlier
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import calls_function
 from insitu.graph.structure import map_structure, only_data
-from insitu.runtime.budget import Budget
-from insitu.runtime.failures import FailedInvocations, first_error
-from insitu.runtime.fingerprint import other_habits, other_structure, other_weights
-from insitu.runtime.job import Job
-from insitu.runtime.job_failure import Failure
-from insitu.runtime.job_parts import JobBlock, Share
-from insitu.runtime.passes import Outputs
-from insitu.runtime.results import Results
 from insitu.tracing.job_blocks import RanBlock, run_job_block
 
 

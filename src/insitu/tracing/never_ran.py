@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from insitu.engine.arrivals import Arrivals
 from insitu.graph.errors import NeverRanError, nearest
 from insitu.graph.node import SEPARATOR, Graph, Place, Site, readable
-from insitu.runtime.arrivals import Arrivals
 
 
 def never_ran(

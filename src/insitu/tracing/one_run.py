@@ -11,20 +11,20 @@ from torch import nn
 from insitu.batching.layout import UnexpectedShapeError
 from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Outputs, Procedure, Subject
+from insitu.engine.arrivals import Arrivals
+from insitu.engine.backward_passes import run_backwards
+from insitu.engine.eager import eagerly
+from insitu.engine.execution import Execution
+from insitu.engine.failures import Failed, FailedInvocations, Failures, ends_all
+from insitu.engine.leaves import leaves_of
+from insitu.engine.order import unexcused
+from insitu.engine.passes import Pass, run_pass
 from insitu.engine.places import View
+from insitu.engine.plan import Plan
 from insitu.graph.errors import BlockError, NeverRanError
 from insitu.graph.lines import Lines
 from insitu.graph.location import here
 from insitu.graph.node import Graph
-from insitu.runtime.arrivals import Arrivals
-from insitu.runtime.backward_passes import run_backwards
-from insitu.runtime.eager import eagerly
-from insitu.runtime.execution import Execution
-from insitu.runtime.failures import Failed, FailedInvocations, Failures, ends_all
-from insitu.runtime.leaves import leaves_of
-from insitu.runtime.order import unexcused
-from insitu.runtime.passes import Pass, run_pass
-from insitu.runtime.plan import Plan
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.pass_costs import pass_costs
 from insitu.tracing.planning import Prepared, explained, prepare

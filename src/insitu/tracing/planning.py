@@ -1,6 +1,6 @@
 """How the run of a block is planned: once for all blocks of its shape, each in its own passes.
 
-The parts of a plan are made in `runtime/`. Here they are put together, and what they have to know
+The parts of a plan are made in `engine/`. Here they are put together, and what they have to know
 of a block before the model runs is asked of its graph and of what its invocations were given.
 """
 
@@ -20,20 +20,20 @@ from insitu.batching.demand import Work
 from insitu.batching.pass_plan import PassPlan, alone
 from insitu.batching.procedure import Procedure, Subject
 from insitu.batching.summary import Summary, summaries
+from insitu.engine.ambient import Ambient, ambient
+from insitu.engine.call_path import CallPath
+from insitu.engine.eager import is_compiled
 from insitu.engine.exclusive import Exclusive
+from insitu.engine.fallback import logger
+from insitu.engine.gradient_checks import check_gradients
+from insitu.engine.passes import Pass
+from insitu.engine.plan import Plan, make_plan
+from insitu.engine.tree import Tree, Watched
 from insitu.graph.errors import BlockError, PathError, ShapeError
 from insitu.graph.location import Location, here
 from insitu.graph.node import SEPARATOR, Graph, ModuleRef, Place, Site, WeightRef, readable
 from insitu.graph.operations import BACKWARD
 from insitu.graph.written_arguments import check_arguments
-from insitu.runtime.ambient import Ambient, ambient
-from insitu.runtime.call_path import CallPath
-from insitu.runtime.eager import is_compiled
-from insitu.runtime.fallback import logger
-from insitu.runtime.gradient_checks import check_gradients
-from insitu.runtime.passes import Pass
-from insitu.runtime.plan import Plan, make_plan
-from insitu.runtime.tree import Tree, Watched
 from insitu.tracing.graph_check import absent
 from insitu.tracing.never_ran import never_ran
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Procedure, Subject
+from insitu.engine.failures import Failures
 from insitu.engine.seams import seams
 from insitu.graph.errors import OptionError
 from insitu.graph.lines import Lines
 from insitu.graph.location import Location, Mark
-from insitu.runtime.failures import Failures
 from insitu.tracing.beforehand import check_fit
 from insitu.tracing.one_run import Ran, form_of, run_once
 

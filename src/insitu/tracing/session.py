@@ -17,7 +17,7 @@ from insitu.tracing.watching import watcher
 
 if TYPE_CHECKING:
     from insitu.batching.procedure import Subject
-    from insitu.runtime.job import Job
+    from insitu.engine.job import Job
     from insitu.tracing.job_making import Recorded
 
 

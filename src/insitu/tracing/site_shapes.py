@@ -9,9 +9,9 @@ import torch
 
 from insitu.batching.procedure import Procedure, Subject
 from insitu.engine.functions import Called
+from insitu.engine.probe import Probe
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.node import EVERY, SEPARATOR, Graph, Site
-from insitu.runtime.probe import Probe
 from insitu.tracing.never_ran import never_ran
 
 

@@ -30,7 +30,7 @@ from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 if TYPE_CHECKING:
-    from insitu.runtime.job import Job
+    from insitu.engine.job import Job
 
 _INTERNAL = frozenset(["block", "is_open", "only_invocation"])
 """What other parts of Insitu use of a tracer; not in `dir`."""

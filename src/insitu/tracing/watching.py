@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from insitu.batching.procedure import Subject
-    from insitu.runtime.job import Job
+    from insitu.engine.job import Job
 
 
 class Running(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from insitu.runtime.dataflow import Dataflow
+from insitu.engine.dataflow import Dataflow
 
 MOVES = frozenset(
     (

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from insitu.engine.dataflow import Dataflow
 from insitu.engine.places import first_argument
 from insitu.models.anatomy.feedforward import mlp_of
 from insitu.models.anatomy.heads import cores_of, heads_of
 from insitu.models.anatomy.reading import Reading
 from insitu.models.anatomy.stream import Stream, find_stream, middle, named, norms
 from insitu.models.parts import Block, Spot, Summed
-from insitu.runtime.dataflow import Dataflow
 
 _TWICE = "this block attends twice, in modules of one kind: use their paths."
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from insitu.engine.forward_calls import Event
 from insitu.graph.node import SEPARATOR
 from insitu.models.anatomy.heads import Core
 from insitu.models.anatomy.reading import RESHAPES, Reading
 from insitu.models.parts import Feedforward, Spot
-from insitu.runtime.events import Event
 
 _NONLINEAR = frozenset(
     (

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from insitu.engine.forward_calls import Event
 from insitu.graph.node import SEPARATOR
 from insitu.models.anatomy.reading import FUSED, MOVES, Reading
 from insitu.models.parts import Heads, Spot
-from insitu.runtime.events import Event
 
 _PRODUCTS = frozenset(["matmul", "rmatmul", "bmm", "baddbmm", "einsum"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from insitu.runtime.dataflow import Dataflow
+from insitu.engine.dataflow import Dataflow
 
 
 def hidden_sizes(

@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from insitu.engine.dataflow import Dataflow
 from insitu.models.anatomy.between import MOVES, SCALES
 from insitu.models.parts import Spot
-from insitu.runtime.dataflow import Dataflow
 
 
 def final_norm_of(

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
+from insitu.engine.dataflow import Dataflow
 from insitu.graph.node import SEPARATOR
 from insitu.models.parts import Spot
-from insitu.runtime.dataflow import Dataflow
 
 # What leaves numbers as they are, but for their places.
 MOVES = frozenset(

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+from insitu.engine.dataflow import Dataflow
 from insitu.graph.node import SEPARATOR, Kind
 from insitu.models.parts import Block, Spot
-from insitu.runtime.dataflow import Dataflow
 
 _ADDED = ("attention_out", "cross_attention_out", "mlp_out", "mixer_out", "extra_out")
 _STREAM = ("residual_in", "residual_mid", "residual_out")

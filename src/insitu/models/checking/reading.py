@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu.engine.probe import Call
 from insitu.models.language_model import LanguageModel
 from insitu.models.samples import sample_call
-from insitu.runtime.probe import Call
 
 if TYPE_CHECKING:
     from insitu.models.model import Model

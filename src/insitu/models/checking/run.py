@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu.engine.dataflow import Dataflow, watch
+from insitu.engine.probe import Call
 from insitu.models.attention import attending
 from insitu.models.blocks import CACHES
 from insitu.models.checking.inventory import entries_of
 from insitu.models.checking.reading import read
-from insitu.runtime.dataflow import Dataflow, watch
-from insitu.runtime.probe import Call
 from insitu.tracing.named import Named
 from insitu.tracing.vocabulary import Entry, Role
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from insitu.engine.keeping import evaluating
+from insitu.engine.probe import Call
 from insitu.graph.node import Place
 from insitu.models.blocks import find_stacks
 from insitu.models.parts import Heads
@@ -19,7 +20,6 @@ from insitu.models.proof.outcome import Proof
 from insitu.models.proof.runs import Runs
 from insitu.models.proof.stream import ADDED, STREAM, reasons_of_returned, reasons_of_stream
 from insitu.models.proof.whole import reasons_of_ends, stacks_of_model
-from insitu.runtime.probe import Call
 from insitu.tracing.named import Named
 from insitu.tracing.vocabulary import Entry, Given, Missing, Role
 

@@ -17,13 +17,13 @@ from torch import nn
 
 from insitu.engine.interpose import tapped
 from insitu.engine.keeping import undisturbed
+from insitu.engine.listening import listening
+from insitu.engine.probe import Call
 from insitu.graph.node import SEPARATOR, Place
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import replaced
 from insitu.models.attention import OPTION, attending
 from insitu.models.blocks import CACHES
-from insitu.runtime.listening import listening
-from insitu.runtime.probe import Call
 from insitu.tracing.forms import PerHead
 from insitu.tracing.named import Named
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from insitu.engine.dataflow import Dataflow
 from insitu.models.parts import Block, Spot
-from insitu.runtime.dataflow import Dataflow
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _DIGEST = 16

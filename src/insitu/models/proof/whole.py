@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import torch
 
+from insitu.engine.probe import Call
 from insitu.graph.node import Place
 from insitu.models.configuration import all_said
 from insitu.models.proof import identities
 from insitu.models.proof.evidence import Evidence, Reasons, noise
 from insitu.models.proof.runs import Runs, Tensor
 from insitu.models.weights import in_memory
-from insitu.runtime.probe import Call
 from insitu.tracing.named import Named
 from insitu.tracing.vocabulary import Role
 

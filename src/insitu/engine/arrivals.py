@@ -1,0 +1,391 @@
+"""What happens at the sites of a pass that is more than reads and writes of one forward.
+
+Steps and later calls, functions inside of forwards, tokens, writes in place, modules that are
+skipped, and the end of a run at a line of the user's.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from insitu.engine.execution import Execution
+from insitu.engine.hooks import changed_value
+from insitu.engine.interpose import Hooks, Own, Taps, put_hook, put_last, remove_hook, take_last
+from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
+from insitu.engine.plan import Plan, Readers
+from insitu.engine.probe import fake_result
+from insitu.graph.changes import Changes, set_grad_enabled
+from insitu.graph.node import EVERY, NO_KWARGS, SEPARATOR, Kind, Place, Site
+from insitu.graph.structure import clone, map_structure, tensors_of
+from insitu.graph.writing import fitted
+
+if TYPE_CHECKING:
+    from insitu.engine.observed_run import ObservedPasses
+    from insitu.engine.passes import Pass
+
+_OF_MODULES = frozenset(["output", "input", "inputs"])
+
+
+class Arrivals:
+    """Gives an execution what arrives at the sites of a pass.
+
+    Args:
+        execution: takes the values.
+        plan: which nodes read which sites, and what is done there.
+        single: the pass.
+        readers: who waits for what, by moment. What has come is taken out.
+        hooks: the hooks that the pass has put on modules, by the first moment of their place.
+        modules: the wrapped module's tree, by path.
+        views: how outputs are shown, by path.
+        returned: what modules that are skipped would return, as fake tensors, by the node that
+            reads their arguments.
+        caches: the Python modules of caches, which forwards leave to themselves.
+        changes: notes what is changed for the time of the pass.
+        is_own: whether a call of a module is one of the pass.
+
+    Attributes:
+        clock: tells calls and steps apart.
+        stopped: whether the experiment ended the pass.
+    """
+
+    def __init__(
+        self,
+        execution: Execution,
+        plan: Plan,
+        single: Pass,
+        readers: Readers,
+        hooks: Hooks,
+        modules: Mapping[str, nn.Module],
+        views: Mapping[str, View],
+        returned: Mapping[int, Any],
+        caches: Collection[str],
+        changes: Changes,
+        is_own: Own,
+    ) -> None:
+        self._execution = execution
+        self._plan = plan
+        self._after = plan.after
+        self._single = single
+        self._readers = readers
+        self._hooks = hooks
+        self._modules = modules
+        self._views = views
+        self._returned = returned
+        self._caches = caches
+        self._changes, self._is_own = changes, is_own
+        self._taps = Taps(changes, is_own)
+        self._end_step_hook = self._end_step  # one object: a method is a new one each time
+        # Where, and for whom: the nodes that read the arguments, each with its invocation.
+        self._skipping: dict[nn.Module, tuple[Place, list[tuple[int, int]]]] = {}
+        ended: Mapping[int, int] = {} if single.steps is None else single.steps.ended
+        execution.ended = ended
+        self.clock = Clock(readers, ended)
+        self.stopped = False
+
+    def begin(self) -> None:
+        """Puts hooks on the modules, and whatever else it takes to see what passes the sites."""
+        for (_, path, *_), index in self._plan.reads.items():
+            if index in self._plan.skips:
+                module = self._modules[path]
+                self._taps.forward(module, partial(self._stand_in, path, module))
+        if self._single.steps is not None:
+            root = self._modules[""]
+            self._taps.before(root, self._begin_step)
+            self._changes.afterwards(partial(take_last, root, self._end_step_hook))
+        owners: set[str] = set()
+        for path, kind, _, _ in self._readers:
+            first = (path, kind, 0, 0)
+            if SEPARATOR in path:
+                owners.add(path.partition(SEPARATOR)[0])
+            elif first not in self._hooks and kind in _OF_MODULES:
+                view = self._views.get(path)
+                put_hook(self._hooks, self._modules[path], first, view, self._arrived)
+        for owner in owners:
+            self._taps.functions(self._modules[owner], partial(self._visit, owner), self._caches)
+
+    def end(self) -> None:
+        """Takes back what `begin` did, but for the hooks. It may be called again."""
+        self._changes.undo()
+        vars(self).pop("_end_step_hook", None)  # it refers to this
+
+    def missing(self) -> list[int]:
+        """Returns the nodes that read what never came."""
+        return self.clock.missing()
+
+    def pass_on(self, kind: Kind, value: Any, path: str = "") -> Any:
+        """Takes what passes a place that has no hook, and returns what is to stand there.
+
+        Args:
+            kind: which value it is.
+            value: what passes.
+            path: of what.
+        """
+        execution = self._execution
+        if kind == "tokens" and execution.observed is not None:
+            self._tell_chosen(execution.observed, value)
+        first: Moment = (path, kind, 0, 0)
+        found = self.clock.take(first)
+        if not found:
+            return value
+        place = self.clock.place(first)
+        value = execution.made_new(found, value)
+        self._hand_out(found, place, value)
+        if self._single.may_stop and not self._readers:
+            raise Stop
+        cuts = self._single.cuts
+        return changed_value(execution, self._plan, place, value, found, cuts, self.clock.step)
+
+    def _going_on(self) -> list[int]:
+        """The invocations of the pass that have not ended."""
+        return [number for number in self._single.cuts if number not in self._execution.ended]
+
+    def _tell_chosen(self, observed: ObservedPasses, tokens: Any) -> None:
+        """Tells which tokens a step has chosen."""
+        step = self.clock.step
+        for number in self._going_on():
+            cut = self._single.cuts[number]
+            own = tokens if cut is None else cut.take(Site(number, "", "tokens", 0, step), tokens)
+            observed.chosen(number, step, own)
+
+    def _arrived(
+        self, first: Moment, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
+    ) -> Any:
+        execution, plan, cuts = self._execution, self._plan, self._single.cuts
+        if not self._is_own():
+            return None  # somebody else's call of the module, beside ours or in an operation
+        found = self.clock.take(first)
+        may_stop = self._single.may_stop
+        if not found:
+            if may_stop and not self._readers:  # the pass had to come this far
+                raise Stop
+            return None
+        if not may_stop and self.clock.is_done(first):  # there are more forwards to come
+            remove_hook(self._hooks[first])
+            del self._hooks[first]
+        place = self.clock.place(first)
+        arriving = passing_value(place[1], view, module, args, rest)
+        value = execution.made_new(found, arriving)
+        self._hand_out(found, place, value)
+        if may_stop and not self._readers:
+            raise Stop
+        if any(index in plan.stops for index, _ in found):
+            raise Stop
+        skips = [pair for pair in found if pair[0] in plan.skips]
+        if skips:
+            self._skipping[module] = place, skips
+        value = changed_value(execution, plan, place, value, found, cuts, self.clock.step)
+        if value is arriving:
+            return None
+        return handed_over(place[1], view, module, args, rest, value)
+
+    def _hand_out(self, found: Sequence[tuple[int, int]], place: Place, value: Any) -> None:
+        """Gives each invocation its part of what arrived."""
+        execution, cuts, step = self._execution, self._single.cuts, self.clock.step
+        for index, invocation in found:
+            cut = cuts[invocation]
+            if cut is None or self._plan.only_skips(index):
+                own = value
+            else:
+                site = Site(invocation, *place, step)
+                own = cut.take(site, value)
+                if index in execution.renewed:
+                    execution.note_part(own, value, partial(cut.take, site))
+            if index in self._after:
+                own = execution.standing(self._after[index])
+            execution.arrive(index, own)
+
+    def _stand_in(
+        self,
+        path: str,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Is the forward of a module that is skipped."""
+        execution = self._execution
+        if module not in self._skipping:
+            return forward(*args, **kwargs)
+        (*_, call), skips = self._skipping.pop(module)
+        view = self._views.get(path)
+        execution.busy = True  # what it calls inside is no part of the run
+        try:
+            index, invocation = skips[0]
+            alone = self._single.cuts[invocation] is None
+            plain = _is_plain((args, kwargs))  # a cache is not, which later steps read
+            returned = self._returned[index]
+            if plain and (self.clock.step or not alone):  # sizes are not those that are known
+                returned = fake_result(module, forward, args, kwargs)
+            if not plain or (view is not None and view.returns_more(returned)):
+                returned = forward(*args, **kwargs)
+        finally:
+            execution.busy = False
+        if alone:
+            value = map_structure(clone, execution.skipped(index))
+            return execution.checked(index, lambda: _standing_in(view, returned, value))
+        shown = returned
+        if view is not None:
+            shown = view(returned, args, kwargs if view.takes_arguments else NO_KWARGS)
+        return _standing_in(view, returned, self._joined((path, "output", call), skips, shown))
+
+    def _joined(self, place: Place, skips: Sequence[tuple[int, int]], shown: Any) -> Any:
+        """What stands for the output of a module for several invocations, as one batch.
+
+        Args:
+            place: that output.
+            skips: the nodes that read its arguments, each with its invocation.
+            shown: what it would return, shown, perhaps as fake tensors.
+        """
+        execution, view = self._execution, self._views.get(place[0])
+        own: dict[int, Any] = {}
+        for index, invocation in skips:
+            value, returned = execution.skipped(index), self._returned[index]
+            execution.checked(index, partial(_standing_in, view, returned, value))
+            own[invocation] = value
+        device = next(tensor.device for value in own.values() for tensor in tensors_of(value))
+        whole = map_structure(partial(_blank, device), shown)
+        for invocation, value in own.items():
+            cut, site = self._single.cuts[invocation], Site(invocation, *place)
+            assert cut is not None
+            if isinstance(value, tuple) and len(cast("tuple[Any, ...]", value)) < len(shown):
+                rest = cut.take(site, shown)[len(cast("tuple[Any, ...]", value)) :]
+                value = (*cast("tuple[Any, ...]", value), *rest)  # hidden states alone will do
+            cut.put(site, whole, value)
+        return whole
+
+    def _visit(
+        self,
+        owner: str,
+        name: str,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Makes a call of a torch function in the forward of a module."""
+        path = f"{owner}{SEPARATOR}{name}"
+        args, kwargs = self.pass_on("inputs", (args, kwargs), path)
+        if args:
+            args = (self.pass_on("input", args[0], path), *args[1:])
+        elif kwargs:
+            key = next(iter(kwargs))
+            kwargs = {**kwargs, key: self.pass_on("input", kwargs[key], path)}
+        return self.pass_on("output", function(*args, **kwargs), path)
+
+    def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        if self.clock.next_step():
+            self._execution.next_step()
+        if self._execution.observed is not None:
+            self._execution.observed.step_begins(self.clock.step, self._going_on())
+        if self._single.differentiates and self._execution.differentiates:  # `generate` ends it
+            set_grad_enabled(True)
+            put_last(module, self._end_step_hook)
+
+    def _end_step(self, *_: Any) -> None:
+        """Lets `generate` have autograd off between two steps, as it wants."""
+        take_last(self._modules[""], self._end_step_hook)
+        set_grad_enabled(False)
+
+
+class Clock:
+    """Tells calls and steps apart, where an experiment does.
+
+    Args:
+        readers: who waits for what, by moment. What has come is taken out.
+        ended: the invocations that have no further steps, with how many they had. They are added
+            as the pass runs.
+
+    Attributes:
+        step: the step that runs. What runs before the first forward, as an encoder does, is of
+            the first step too.
+        calls: how often each place was passed in it.
+        most: how often each module was called in one step, at most.
+    """
+
+    def __init__(self, readers: Readers, ended: Mapping[int, int]) -> None:
+        self.readers = readers
+        self._ended = ended
+        self.step = 0
+        self._begun = False
+        self.calls: Counter[Moment] = Counter()
+        self.most: Counter[str] = Counter()
+        self._came: set[Moment] = set()
+
+    def next_step(self) -> bool:
+        """Goes on to the next step, and returns whether there was one before."""
+        if not self._begun:
+            self._begun = True
+            return False
+        self.step += 1
+        self.calls.clear()
+        return True
+
+    def take(self, first: Moment) -> list[tuple[int, int]]:
+        """Returns who waits for what passes now at a place, given by its first moment."""
+        path, kind, _, _ = first
+        call = self.calls[first]
+        self.calls[first] += 1
+        self.most[path] = max(self.most[path], call + 1)
+        every = (path, kind, call, EVERY)
+        if every in self.readers:
+            self._came.add(every)
+        now = self.readers.pop((path, kind, call, self.step), ())
+        if not self._ended:
+            return [*self.readers.get(every, ()), *now]
+        beyond = [(index, number) for index, number in now if number in self._ended]
+        if beyond:  # it never comes
+            self.readers[path, kind, call, self.step] = beyond
+        found = (*self.readers.get(every, ()), *now)
+        return [(index, number) for index, number in found if number not in self._ended]
+
+    def steps(self, invocation: int) -> int:
+        """Returns how many steps an invocation has had so far."""
+        return self._ended.get(invocation, self.step + 1)
+
+    def place(self, first: Moment) -> Place:
+        """Returns the place that was passed last, given by its first moment."""
+        return (first[0], first[1], self.calls[first] - 1)
+
+    def is_done(self, first: Moment) -> bool:
+        """Returns whether nobody waits for anything more at a place."""
+        return not any(moment[:2] == first[:2] for moment in self.readers)
+
+    def missing(self) -> list[int]:
+        """Returns the nodes that read what never came."""
+        return [
+            index
+            for moment, found in self.readers.items()
+            if moment not in self._came
+            for index, _ in found
+        ]
+
+
+def _is_plain(arguments: Any) -> bool:
+    """Whether arguments are tensors and constants alone: nothing in which a module leaves more."""
+    found: list[Any] = []
+    map_structure(found.append, arguments)
+    return all(item is None or isinstance(item, _PLAIN) for item in found)
+
+
+_PLAIN = (torch.Tensor, bool, int, float, str, torch.dtype, torch.device)
+
+
+def _blank(device: torch.device, item: Any) -> Any:
+    """A tensor of zeros like another, which may have no data; anything else as it is."""
+    if not isinstance(item, torch.Tensor):
+        return item
+    return torch.zeros(item.shape, dtype=item.dtype, device=device)
+
+
+def _standing_in(view: View | None, returned: Any, value: Any) -> Any:
+    """What a module that is skipped returns, checked against what it would have returned."""
+    if view is not None:
+        return view.stand_in(returned, value)
+    return fitted(returned, value, block=False, move=False)

@@ -1,0 +1,153 @@
+"""What is lost if a node or an invocation fails: all that uses something of it, and nothing else.
+
+An invocation uses what is written into its run. A node that fails takes the invocation in whose
+`with` its line stands; a line outside of them takes what is computed of it, and the invocations
+into which that is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from insitu.engine.gradient_binding import bound_to
+from insitu.graph.node import Graph, Site
+from insitu.graph.operations import BACKWARD, GRAD, READ
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What has no value.
+
+    Attributes:
+        nodes: the nodes.
+        invocations: the invocations: all nodes that use something of them are among the nodes.
+    """
+
+    nodes: frozenset[int] = frozenset()
+    invocations: frozenset[int] = frozenset()
+
+
+class Dependence:
+    """Which nodes and invocations of a graph use which.
+
+    Args:
+        graph: the graph.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        rows = graph.rows
+        grads = [index for index, row in enumerate(rows) if row[0] is GRAD]
+        backwards = [index for index, row in enumerate(rows) if row[0] is BACKWARD]
+        self._passes: dict[int, int] = {}  # the backward pass of each gradient
+        bound = bound_to(graph, grads, backwards) if grads and backwards else {}
+        for backward, found in bound.items():
+            self._passes.update(dict.fromkeys(found, backward))
+        self._own: list[frozenset[int]] = []
+        everybody = {row[1][0] for row in rows if row[0] is READ}
+        # A block of one prompt has no `with` for it.
+        alone = not graph.scopes and len(everybody) == 1
+        self._only: int | None = everybody.pop() if alone else None
+        for _ in range(2):  # a pass may be recorded after gradients of it
+            before, self._own = self._own, []
+            for index in range(len(rows)):
+                self._own.append(self._read_by(index, before))
+
+    def _read_by(self, index: int, before: Sequence[frozenset[int]]) -> frozenset[int]:
+        """The invocations whose sites a node is computed of."""
+        operation, args, _, inputs, *_ = self._graph.rows[index]
+        if operation is READ:
+            return frozenset([Site(*args).invocation])
+        found = frozenset[int]().union(*(self._own[source] for source in inputs))
+        return found | before[self._passes[index]] if before and index in self._passes else found
+
+    def invocations(self, nodes: Collection[int]) -> frozenset[int]:
+        """Returns the invocations whose sites some nodes are computed of."""
+        return frozenset[int]().union(*(self._own[node] for node in nodes))
+
+    def used_by(self, number: int) -> frozenset[int]:
+        """Returns an invocation with all whose values go into its run.
+
+        Args:
+            number: the invocation.
+        """
+        graph, found, before = self._graph, {number}, 0
+        while before != len(found):
+            before = len(found)
+            for read, made in (*graph.writes.items(), *graph.skips.items()):
+                if not found.isdisjoint(self._own[read]):
+                    found |= self._own[made]
+        return frozenset(found)
+
+    def groups(self, numbers: Collection[int]) -> list[frozenset[int]]:
+        """Returns invocations in groups that have nothing to do with each other.
+
+        Args:
+            numbers: the invocations.
+        """
+        group = {number: frozenset([number]) for number in numbers}
+        graph = self._graph
+        written = (*graph.writes.items(), *graph.skips.items())
+        together = {*self._own, *(self._own[read] | self._own[made] for read, made in written)}
+        for one in together:
+            own = [group[number] for number in one if number in group]
+            whole = frozenset[int]().union(*own)
+            group.update(dict.fromkeys(whole, whole))
+        return list(dict.fromkeys(group.values()))
+
+    def scope(self, node: int) -> int | None:
+        """Returns the invocation in whose `with` the line of a node stands, None if in none.
+
+        Args:
+            node: the node.
+        """
+        for number, first, end in self._graph.scopes:
+            if first <= node < end:
+                return number
+        return self._only
+
+    def blamed(self, nodes: Collection[int], invocations: Collection[int]) -> Collection[int]:
+        """Returns the invocations that one failure is of; none for a line outside of them.
+
+        Args:
+            nodes: the nodes one of which has failed; none where the model has.
+            invocations: those of the pass in which it was.
+        """
+        if len(nodes) != 1:
+            return invocations
+        (node,) = nodes
+        number = self.scope(node)
+        return [] if number is None else [number]
+
+    def lost_by(self, nodes: Collection[int], invocations: Collection[int]) -> Lost:
+        """Returns what has no value because of one failure.
+
+        Args:
+            nodes: as of `blamed`.
+            invocations: likewise.
+        """
+        return self.lost(nodes, self.blamed(nodes, invocations))
+
+    def lost(self, nodes: Collection[int], invocations: Collection[int]) -> Lost:
+        """Returns what has no value because some nodes and invocations have none.
+
+        Args:
+            nodes: the nodes.
+            invocations: the invocations.
+        """
+        gone, without = set(nodes), set(invocations)
+        graph, before = self._graph, (-1, -1)
+        while before != (len(gone), len(without)):
+            before = len(gone), len(without)
+            for index, row in enumerate(graph.rows):
+                if index not in gone and (
+                    not without.isdisjoint(self._own[index])
+                    or not gone.isdisjoint(row[3])
+                    or self._passes.get(index) in gone
+                ):
+                    gone.add(index)
+            for read, made in (*graph.writes.items(), *graph.skips.items()):
+                if made in gone:
+                    without |= self._own[read]
+        return Lost(frozenset(gone), frozenset(without))

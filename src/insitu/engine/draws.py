@@ -1,0 +1,117 @@
+"""Random numbers that lines draw: which lines do, and from the seed of which invocation.
+
+Without a seed they come from PyTorch's generators, as in a hook. With one, the lines of an
+invocation draw what they would draw alone after `torch.manual_seed(seed)`, whatever else is in its
+pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from insitu.engine.plan import Plan
+from insitu.graph.node import Graph, Row
+from insitu.graph.operations import APPLY, COND, FOLD, PUT, RANDOM
+from insitu.graph.structure import tensors_of
+
+_ATTENTION = {
+    "functional.scaled_dot_product_attention": (4, 0.0),
+    "functional.multi_head_attention_forward": (10, 0.0),
+}
+"""Operations that drop attention out: at which place they take the chance, and its default."""
+
+
+def drawing_nodes(graph: Graph, plan: Plan) -> Iterator[tuple[int, set[int]]]:
+    """Gives the nodes that may draw random numbers, each with the invocations that it is made of.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+    """
+    for index, row in enumerate(graph.rows):
+        if _draws(row):
+            need = plan.needs[index]
+            yield index, {place[0] for bit, place in plan.places.items() if need & bit}
+
+
+def _draws(row: Row) -> bool:
+    operation, args, kwargs, *_ = row
+    if operation in (APPLY, COND, FOLD):  # what they call may
+        return True
+    if operation is PUT:
+        return args[2] in RANDOM
+    if operation.name in _ATTENTION:
+        place, default = _ATTENTION[operation.name]
+        chance = args[place] if len(args) > place else kwargs.get("dropout_p", default)
+        return not (isinstance(chance, int | float) and chance == 0)
+    return operation.name in RANDOM
+
+
+class Draws:
+    """The random states of the invocations of a run that have seeds.
+
+    Args:
+        seeds: the seeds, by the numbers of the invocations.
+    """
+
+    def __init__(self, seeds: Mapping[int, int]) -> None:
+        self._seeds = seeds
+        self._states: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def rows(self, graph: Graph, plan: Plan, rows: Sequence[Row]) -> list[Row]:
+        """Returns nodes of which those that draw do so from the seeds.
+
+        One that is made of several invocations draws from the first of them that has a seed.
+
+        Args:
+            graph: what is to be done.
+            plan: its plan.
+            rows: its nodes, as they are to run.
+        """
+        found = [*rows]
+        for index, invocations in drawing_nodes(graph, plan):
+            seeded = [number for number in sorted(invocations) if number in self._seeds]
+            if seeded:
+                operation, *rest = found[index]
+                function = self._from_seed(seeded[0], operation.function)
+                found[index] = cast(Row, (replace(operation, function=function), *rest))
+        return found
+
+    def _from_seed(self, number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that draws from the random state of an invocation."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            there = {tensor.device for tensor in tensors_of((args, kwargs))}
+            devices = [torch.device("cpu"), *(one for one in there if one.type == "cuda")]
+            before = [_state(device) for device in devices]
+            try:
+                for device in devices:
+                    _set_state(device, self._state(number, device))
+                return function(*args, **kwargs)
+            finally:
+                for device, state in zip(devices, before, strict=True):
+                    self._states[number, device] = _state(device)
+                    _set_state(device, state)
+
+        return called
+
+    def _state(self, number: int, device: torch.device) -> torch.Tensor:
+        state = self._states.get((number, device))
+        if state is None:
+            state = torch.Generator(device).manual_seed(self._seeds[number]).get_state()
+        return state
+
+
+def _state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_state(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

@@ -1,0 +1,424 @@
+"""Runs the nodes of a graph as the values that they wait for arrive.
+
+An execution holds the values of one run. It knows nothing of modules or hooks: a pass tells it
+what arrived, and it runs whatever has become possible and drops what is used up.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from sys import getrefcount
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from insitu.engine.draws import Draws
+from insitu.engine.failure import failure
+from insitu.engine.gradient_binding import Path
+from insitu.engine.gradients import Tape
+from insitu.engine.order import causality_error
+from insitu.engine.plan import Plan
+from insitu.graph.bounds import Counter, counting
+from insitu.graph.cells import Holder
+from insitu.graph.errors import InsituError, NeverRanError
+from insitu.graph.evaluation import resolved
+from insitu.graph.expression import expression, located
+from insitu.graph.node import Graph, Ref, Row
+from insitu.graph.operations import APPLY
+from insitu.graph.saved import SavedTensor, set_class, spent, swap
+from insitu.graph.saved_proxy import SavedProxy
+from insitu.graph.structure import map_structure, memory_of
+
+if TYPE_CHECKING:
+    from insitu.engine.observed_run import ObservedPasses
+
+NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
+_PENDING = object()
+# What `torch.no_grad()` comes down to, without the objects that it takes to get there.
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled  # pyright: ignore[reportPrivateUsage]
+
+
+class Execution:
+    """The values of one run of a graph.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+        modules: the model's modules, by path.
+
+    Attributes:
+        differentiates: whether the run has to record autograd.
+        busy: whether an operation is running that may call the model's modules.
+        ended: the invocations that have no further steps, with how many they had.
+        tape: what autograd is asked for, if anything is.
+        renewed: the nodes whose values are made new tensors, so that they have gradients.
+        failing: the nodes one of which has failed, if any has.
+        observed: who looks at the run, None if nobody does.
+    """
+
+    busy = False
+    failing: Sequence[int] = ()
+    ended: Mapping[int, int] = MappingProxyType({})
+    tape: Tape | None = None
+    observed: ObservedPasses | None = None
+    _counter: Counter | None = None
+    _arrived = 0
+    _steps: Mapping[int, list[Any]] = MappingProxyType({})
+    renewed: Mapping[int, object] = MappingProxyType({})
+    # A group of nodes that needs several sites waits at one that has not arrived; when that one
+    # arrives it runs, or waits at another.
+    _waiting: dict[int, list[int]] = {}  # noqa: RUF012 (not written to: who waits has its own)
+
+    def __init__(
+        self, graph: Graph, plan: Plan, modules: Mapping[str, nn.Module] = NO_MODULES
+    ) -> None:
+        self._graph = graph
+        self._rows = graph.rows
+        self._modules = modules
+        self._plan = plan
+        self._bits = plan.bits
+        self._groups = plan.groups
+        self._uses = plan.uses.copy()
+        self._values: list[Any] = [None] * len(self._uses)
+        self.differentiates = graph.differentiates
+        if graph.contexts or not plan.plain:
+            self._begin(graph, plan)
+        counter = counting.get()
+        if counter is not None:  # the run has limits
+            self._counter = counter
+            self._rows = counter.rows(self._rows)
+
+    def _begin(self, graph: Graph, plan: Plan) -> None:
+        """Makes ready for what few graphs have."""
+        if graph.contexts:
+            self._rows = graph.runnable()
+        if plan.reused:
+            self._rows = [*self._rows]
+            for index, operation in plan.reused.items():
+                self._rows[index] = (operation, *self._rows[index][1:])
+        if plan.writes or plan.skips:
+            for index in (*plan.writes.values(), *plan.skips.values()):
+                self._values[index] = _PENDING
+        if plan.repeated is not None:
+            self._steps = {index: [] for index in plan.repeated.saves}
+            for index in plan.repeated.saves:
+                self._values[index] = _PENDING
+        if plan.gradients is not None:
+            self._done: set[int] = set()
+            self._wanted = plan.gradients.wanted
+            self.renewed = plan.gradients.renewed
+            root = self._modules.get("")
+            changed = plan.writes
+            self.tape = Tape(graph, plan.gradients, changed, self._come, self._gradient, root)
+        if plan.held:
+            self._wait()
+
+    def draw_from(self, seeds: Mapping[int, int]) -> None:
+        """Lets the lines of invocations draw from seeds.
+
+        Args:
+            seeds: the seeds, by the numbers of the invocations.
+        """
+        self._rows = Draws(seeds).rows(self._graph, self._plan, self._rows)
+
+    def observe(
+        self, observed: ObservedPasses, telling: Callable[[Sequence[Row]], list[Row]]
+    ) -> None:
+        """Lets others look at the run: `telling` gives nodes that tell of what they save."""
+        self.observed, self._rows = observed, telling(self._rows)
+
+    def arrive(self, index: int, value: Any) -> None:
+        """Takes what arrived at a site, and runs every node that has been waiting for it.
+
+        Args:
+            index: the node that reads the site.
+            value: what arrived, as `made_new` gives it.
+
+        Raises:
+            ShapeError, ExecutionError: if an operation fails, pointing at its line.
+        """
+        rows, values, uses, tape = self._rows, self._values, self._uses, self.tape
+        if tape is not None:
+            self._done.add(index)
+            if index in self._wanted:
+                value = tape.follow(index, value)
+            if index in tape.losses:
+                tape.begin_at(index, value)
+        values[index] = value
+        bit = self._bits[index]
+        possible = self._groups.get(bit, ())
+        if self._waiting:
+            possible = self._completed(bit, possible)
+        for step in possible:
+            operation, args, kwargs, inputs, nested, _ = rows[step]
+            function = operation.function
+            try:
+                # Calls without keywords and containers, of up to three arguments, are the most, and
+                # a comprehension takes as long as the rest of this loop.
+                if nested:
+                    args, kwargs = self.resolved(args, kwargs)
+                    self.busy = True
+                    result = function(*args, **kwargs)
+                    self.busy = False
+                elif kwargs:
+                    args = [values[arg.index] if type(arg) is Ref else arg for arg in args]
+                    result = function(*args, **kwargs)
+                elif len(args) == 1:
+                    result = function(values[args[0].index])
+                elif len(args) == 2:
+                    first, second = args
+                    result = function(
+                        values[first.index] if type(first) is Ref else first,
+                        values[second.index] if type(second) is Ref else second,
+                    )
+                elif len(args) == 3:
+                    first, second, third = args
+                    result = function(
+                        values[first.index] if type(first) is Ref else first,
+                        values[second.index] if type(second) is Ref else second,
+                        values[third.index] if type(third) is Ref else third,
+                    )
+                else:
+                    result = function(
+                        *[values[arg.index] if type(arg) is Ref else arg for arg in args]
+                    )
+            except Exception as error:
+                self.busy = False
+                self.failing = (step,)
+                if isinstance(error, InsituError) and error.location is not None:
+                    raise
+                cause = None if isinstance(error, InsituError) else error  # it is said once
+                raise failure(self._graph, values, step, error) from cause
+            if tape is not None:
+                self._done.add(step)
+                if step in self.renewed:
+                    result = tape.renewed(step, result)
+                if step in self._wanted:
+                    result = tape.follow(step, result)
+                if step in tape.losses:
+                    tape.begin_at(step, result)
+                if operation.name == APPLY.name:  # it may write into what it is given
+                    tape.rewritten(args)
+            for source in inputs:
+                uses[source] -= 1
+                if not uses[source]:
+                    values[source] = None
+            if uses[step]:
+                values[step] = result
+        if not uses[index]:
+            values[index] = None
+        if self._waiting:
+            self._keep(bit, value)
+
+    def made_new(self, found: Sequence[tuple[int, int]], value: Any) -> Any:
+        """Returns what arrived at a place with new tensors where gradients are wanted.
+
+        The lines and the model go on with these.
+
+        Args:
+            found: the nodes that read it, each with its invocation.
+            value: what arrived.
+        """
+        done: set[Path] = set()
+        for index, _ in found:
+            if index in self.renewed and self.tape is not None:
+                value = self.tape.renewed(index, value, done)
+        return value
+
+    def note_part(self, own: Any, whole: Any, cut: Callable[[Any], Any]) -> None:
+        """Notes of what value of a batch an invocation's own is a part: see `Tape.note_part`."""
+        if self.tape is not None:
+            self.tape.note_part(own, whole, cut)
+
+    def _completed(self, bit: int, possible: Sequence[int]) -> Sequence[int]:
+        """Adds to what a site's arrival makes possible what needed other sites too, in order."""
+        self._arrived |= bit
+        ready = [possible]
+        for need in self._waiting.pop(bit, ()):
+            missing = need & ~self._arrived
+            if missing:
+                self._waiting.setdefault(missing & -missing, []).append(need)
+            else:
+                ready.append(self._groups[need])
+        return possible if len(ready) == 1 else sorted(chain.from_iterable(ready))
+
+    def written(self, index: int) -> Any:
+        """Returns what a write puts at its site.
+
+        Args:
+            index: the node that reads the site.
+
+        Raises:
+            CausalityError: if the value depends on what has not arrived yet.
+        """
+        write = self._plan.writes[index]
+        value = self._values[write]
+        if value is _PENDING:
+            raise self._too_early(index, write)
+        self._uses[write] -= 1
+        if not self._uses[write]:
+            self._values[write] = None
+        return value
+
+    def standing(self, index: int) -> Any:
+        """Returns what a write is about to put at a site.
+
+        Args:
+            index: the node that reads the site.
+
+        Raises:
+            CausalityError: if the value depends on what has not arrived yet.
+        """
+        self._uses[self._plan.writes[index]] += 1
+        return self.written(index)
+
+    def skipped(self, index: int) -> Any:
+        """Returns what stands for the output of a module that is skipped.
+
+        Args:
+            index: the node that reads its arguments.
+
+        Raises:
+            CausalityError: if the value depends on what has not arrived yet.
+        """
+        value = self._values[self._plan.skips[index]]
+        if value is _PENDING:
+            raise self._too_early(index, self._plan.skips[index])
+        self._use(self._plan.skips[index])
+        return value
+
+    def checked(self, index: int, make: Callable[[], Any]) -> Any:
+        """Returns what a function makes of the value of a skip; its errors get the skip's line.
+
+        Args:
+            index: the node that reads the arguments of the module.
+            make: the function.
+        """
+        try:
+            return make()
+        except InsituError as error:
+            self.failing = (self._plan.skips[index],)
+            raise located(self._graph, self._plan.skips[index], error) from error
+
+    def _too_early(self, index: int, write: int) -> InsituError:
+        """The error for something that is handed over and depends on what has not arrived yet."""
+        self.failing = (write,)
+        missing = self._plan.needs[write] & ~self._arrived
+        late = [read for read, bit in self._plan.bits.items() if missing & bit]
+        for read in late:
+            site = self._graph[read].site
+            if site is not None and site.invocation in self.ended:
+                return NeverRanError(
+                    f"`{expression(self._graph, index)}` is given a value that depends on "
+                    f"`{expression(self._graph, read)}` of an invocation that ended after "
+                    f"{self.ended[site.invocation]} steps, and this one goes on; it stands at",
+                    self._graph[write].location,
+                )
+        return causality_error(self._graph, self._plan, index, write, late)
+
+    def next_step(self) -> None:
+        """Ends a step of a run, also the last: keeps what it saves, and makes ready for another."""
+        if self._counter is not None:
+            self._counter.tick()
+        repeated = self._plan.repeated
+        if repeated is None:
+            return
+        values, uses = self._values, self._uses
+        for index in repeated.saves:
+            if values[index] is not _PENDING:
+                self._steps[index].append(values[index])
+        if self.tape is not None:
+            self._done.difference_update(repeated.nodes)
+        for index in repeated.nodes:
+            values[index] = None
+            uses[index] = self._plan.uses[index]
+        handed_over = (*self._plan.writes.values(), *self._plan.skips.values())
+        for index in (*repeated.saves, *handed_over):
+            if self._plan.needs[index] & repeated.sites:
+                values[index] = _PENDING
+        self._arrived &= ~repeated.sites
+        self._wait()
+
+    def _wait(self) -> None:
+        """Lets each group that needs several sites wait for one that has not arrived."""
+        self._waiting = {}
+        for need in self._groups:
+            missing = need & ~self._arrived
+            if missing and need & (need - 1):
+                self._waiting.setdefault(missing & -missing, []).append(need)
+
+    def fill(self, saves: Mapping[int, Holder]) -> None:
+        """Hands the saved values over."""
+        values = self._values
+        if self._steps:
+            values = [self._steps.get(index, value) for index, value in enumerate(values)]
+        for index, holder in saves.items():
+            value = values[index]
+            # Most are: as `holder._put` does, but for two calls.
+            if type(value) is _TENSOR and type(holder) is SavedProxy and not value.requires_grad:
+                holder.__dict__.clear()  # pyright: ignore
+                swap(holder, value)
+                set_class(holder, SavedTensor)
+                if getrefcount(value) == _ALONE:
+                    spent.append(value)
+            else:
+                holder._put(value)
+        # Copies to the CPU may still be on their way.
+        if self._plan.moves and torch.cuda.is_initialized():
+            for number in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(number)
+
+    def resolved(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Returns the arguments of a node, with values in the place of references.
+
+        Args:
+            args: its arguments.
+            kwargs: its keyword arguments.
+        """
+        return resolved(args, kwargs, self._values, self._modules.__getitem__)
+
+    def _come(self, index: int, value: torch.Tensor) -> None:
+        """Takes a gradient."""
+        self.arrive(index, self.made_new([(index, 0)], value))
+
+    def _gradient(self, index: int, value: torch.Tensor) -> Any:
+        """Takes a gradient on its way, and returns what goes on in its place, or None."""
+        self._come(index, value)
+        return self.written(index) if index in self._plan.writes else None
+
+    def _use(self, index: int) -> None:
+        self._uses[index] -= 1
+        if not self._uses[index]:
+            self._values[index] = None
+
+    def _keep(self, bit: int, arrived: Any) -> None:
+        """Copies values that wait for other sites, so that the model's own writes miss them.
+
+        Modules may write into what they returned or were given (`nn.ReLU(inplace=True)`, a
+        residual stream added up in place). Only memory that came from the model is copied.
+        """
+        held = [index for index in self._plan.held.get(bit, ()) if self._uses[index]]
+        if not held:
+            return
+        memory = memory_of(arrived)
+
+        def leaf(item: Any) -> Any:
+            return item if memory.isdisjoint(memory_of(item)) else item.clone()
+
+        for index in held:
+            self._values[index] = map_structure(leaf, self._values[index])
+
+
+def _references(values: Sequence[Any]) -> int:
+    """How many references `Execution.fill` counts to a value that nobody else has."""
+    value = values[0]
+    return getrefcount(value)
+
+
+_ALONE = _references([object()])
+_TENSOR = torch.Tensor

@@ -1,0 +1,137 @@
+"""What a job is made of, as plain data: its model, its blocks and their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from insitu.engine.fingerprint import Fingerprint
+from insitu.graph.context import NO_CASTS, Casts
+from insitu.graph.location import Location, Mark
+from insitu.graph.node import Graph
+
+ProcedureName = Literal["trace", "generate"]
+"""What the ways to run a model are called in a job."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JobPrompt:
+    """What one invocation of a job is given.
+
+    Attributes:
+        ids: token ids `(rows, position)`, int64; None for a module that takes no prompts, and for
+            a prompt that was given as embeddings.
+        mask: 1 for tokens and 0 for padding, of the same shape; None if there is no padding.
+        args: positional arguments of the forward, of a module that takes no prompts.
+        kwargs: what goes with the prompt by keyword, such as what a processor made of an image;
+            of a module that takes no prompts, keyword arguments of the forward.
+        seed: where the sampling of this invocation starts, or None.
+        mark: the user's line, None where it is not known.
+        steps: how many tokens this invocation is to get at most, where it has a number of its own.
+    """
+
+    ids: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    seed: int | None = None
+    mark: Mark | None = None
+    steps: int | None = None
+
+    @property
+    def location(self) -> Location | None:
+        """The user's line."""
+        return None if self.mark is None else Location(*self.mark)
+
+
+class Demanded(NamedTuple):
+    """Options that a value of a block takes to be there, such as eager attention.
+
+    Attributes:
+        options: the options.
+        mark: the line that reads the value.
+        prompts: the numbers of the prompts that are processed with them.
+    """
+
+    options: Mapping[str, Any]
+    mark: Mark
+    prompts: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JobBlock:
+    """One block of a job: one run of the model, in as many passes as it takes.
+
+    Attributes:
+        procedure: how the model runs.
+        options: the options of that, such as `max_new_tokens`.
+        prompts: what its invocations are given.
+        graph: what was recorded.
+        saves: the name of each saved value, by the node that saves it. What is saved for later
+            blocks only has none.
+        demanded: options that its values take, None if there are none.
+        casts: the dtype of autocast on each kind of device on which the block began with it.
+        dtype: the default dtype that it began with.
+    """
+
+    procedure: ProcedureName
+    options: Mapping[str, Any]
+    prompts: Sequence[JobPrompt]
+    graph: Graph
+    saves: Mapping[int, str]
+    demanded: Demanded | None = None
+    casts: Casts = field(default_factory=lambda: NO_CASTS)
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class JobModel:
+    """Which model a job was made for.
+
+    Attributes:
+        name: its repo id, or the name of its folder without the folders around it; "" if it was
+            made in memory.
+        revision: the commit that it was loaded from, "" if that is not known.
+        edits: a digest of each edit that was in force. The lines of edits are in the graphs.
+        fingerprint: what it has to be like.
+    """
+
+    name: str
+    revision: str
+    edits: Sequence[str]
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What of a block of a joined job is of one of the jobs.
+
+    Attributes:
+        block: the number of the block in the joined job.
+        first: its first invocation there.
+        count: how many invocations it has.
+        start: its first node there.
+        size: how many nodes it has.
+    """
+
+    block: int
+    first: int
+    count: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JobPart:
+    """One of the jobs of which a joined job is made.
+
+    Attributes:
+        shares: where each of its blocks is.
+        names: the name that each of its saved values has in it, by the name in the joined job.
+    """
+
+    shares: Sequence[Share]
+    names: Mapping[str, str]

@@ -1,0 +1,391 @@
+"""Jobs as bytes: `Job.to_bytes` and `Job.from_bytes`.
+
+A frame with a version and a checksum holds a msgpack message, and the tensors that it refers to,
+each by its digest. What a message may look like is declared as types, and msgspec reads nothing
+else. Reading is safe whatever the bytes are: nothing is evaluated, imported or unpickled,
+operations are looked up in the registry, options in a list, and every number is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+
+from insitu.engine.fingerprint import Fingerprint
+from insitu.engine.job_options import check_options
+from insitu.engine.job_parts import Demanded, JobBlock, JobModel, JobPart, JobPrompt, Share
+from insitu.engine.limits import Limits
+from insitu.graph.context import Context, context_of, settings
+from insitu.graph.errors import WireError
+from insitu.graph.location import Location, Mark
+from insitu.graph.operations import KEEP, SAVE
+from insitu.graph.ordinary import ordinary_tensors
+from insitu.graph.save_names import LONGEST_NAME, unfit
+from insitu.graph.wire import Writer, decoded, said_of
+from insitu.graph.wire_frame import Frame
+from insitu.graph.wire_message import Fields, LinePart
+from insitu.graph.wire_parts import Index, Part, Value
+from insitu.graph.wire_reader import Reader
+from insitu.graph.wire_tensors import (
+    DigestedTensor,
+    digest_of,
+    restored_by_digest,
+    stored_by_digest,
+)
+from insitu.graph.wire_values import ValueWriter
+
+VERSION = 1
+"""The version of the format. Another one cannot be read."""
+
+_FRAME = Frame(b"insitu job", VERSION, "job")
+_MOST_BLOCKS = 10_000
+
+_Text = Annotated[str, msgspec.Meta(max_length=4096)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
+_Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+_Settings = dict[_Text, bool | int | float | _Text | None]
+
+
+class FingerprintPart(Part):
+    """What the model has to be like: fields as of `Fingerprint`."""
+
+    kind: _Text
+    settings: _Settings
+    tree: dict[_Text, _Text]
+    order: _Digest
+    dtypes: list[_Text]
+    tokens: _Text
+    token_ids: _Settings
+    generation: _Settings | None
+
+
+class ModelPart(Part):
+    """Which model it is for: fields as of `JobModel`."""
+
+    name: _Text
+    revision: _Text
+    edits: list[_Digest]
+    fingerprint: FingerprintPart
+
+
+class PromptPart(Part):
+    """What an invocation is given: fields as of `JobPrompt`, and the number of its line."""
+
+    line: Index | None
+    ids: Value
+    mask: Value
+    args: list[Value]
+    kwargs: dict[_Name, Value]
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None
+    steps: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None
+
+
+class DemandedPart(Part):
+    """Options that a value takes, the line that reads it, and the prompts that have them."""
+
+    options: dict[_Name, Value]
+    line: Index
+    prompts: list[Index]
+
+
+class BlockPart(Part):
+    """A block: fields as of `JobBlock`, its graph in two, and its context as numbers."""
+
+    procedure: Literal["trace", "generate"]
+    options: dict[_Name, Value]
+    prompts: list[PromptPart]
+    rows: msgspec.Raw
+    fields: Fields
+    saves: list[tuple[Index, _Name]]
+    demanded: DemandedPart | None
+    begun: list[Index]
+
+
+class SharePart(Part):
+    """What of a block is of one of several jobs: fields as of `Share`."""
+
+    block: Index
+    first: Index
+    count: Index
+    start: Index
+    size: Index
+
+
+class JoinedPart(Part):
+    """One of several jobs: fields as of `JobPart`."""
+
+    shares: Annotated[list[SharePart], msgspec.Meta(max_length=_MOST_BLOCKS)]
+    names: dict[_Name, _Name]
+
+
+class JobMessage(Part):
+    """A job. The first tables are as of the message of a graph, and all its blocks share them."""
+
+    operations: list[str]
+    files: list[str]
+    lines: list[LinePart]
+    tensors: list[DigestedTensor]
+    model: ModelPart
+    blocks: Annotated[list[BlockPart], msgspec.Meta(max_length=_MOST_BLOCKS)]
+    parts: Annotated[list[JoinedPart], msgspec.Meta(max_length=_MOST_BLOCKS)]
+
+
+class _Writer(Writer):
+    """Writes what blocks hold, and of equal tensors one.
+
+    Attributes:
+        by_digest: the tensors, by their digests and devices, in the order of their numbers.
+    """
+
+    def __init__(self) -> None:
+        self.by_digest: dict[tuple[str, str], torch.Tensor] = {}
+        super().__init__(ValueWriter(identity=self._identity))
+
+    def _identity(self, tensor: torch.Tensor) -> tuple[str, str]:
+        key = digest_of(tensor), str(tensor.device)
+        self.by_digest.setdefault(key, tensor)
+        return key
+
+
+def to_bytes(
+    model: JobModel,
+    blocks: Sequence[JobBlock],
+    without: Collection[str],
+    joined: Sequence[JobPart] = (),
+) -> bytes:
+    """Returns a job as bytes; see `Job.to_bytes`."""
+    writer = _Writer()
+    parts = [_block_part(writer, block) for block in blocks]
+    described, tensors = stored_by_digest(writer.by_digest, frozenset(without))
+    message = JobMessage(
+        list(writer.operations),
+        list(writer.files),
+        writer.line_parts,
+        described,
+        _model_part(model),
+        parts,
+        [_joined_part(part) for part in joined],
+    )
+    return _FRAME.around(msgspec.msgpack.encode(message), tensors)
+
+
+def tensors_of(blocks: Sequence[JobBlock]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a job; see `Job.tensors`."""
+    writer = _Writer()
+    for block in blocks:
+        _block_part(writer, block)
+    return {digest: tensor for (digest, _), tensor in writer.by_digest.items()}
+
+
+def from_bytes(
+    data: bytes, elsewhere: Mapping[str, torch.Tensor], limits: Limits
+) -> tuple[JobModel, list[JobBlock], list[JobPart]]:
+    """Returns the model, blocks and parts of the job in some bytes; see `Job.from_bytes`."""
+    limits.check("peak_bytes", len(data), f"The job has {len(data):,} bytes")
+    encoded, tensors = _FRAME.opened(data)
+    message = decoded(_DECODER, encoded, "job")
+    # What is run in blocks of any kind must not be made in inference mode.
+    with said_of("job"), ordinary_tensors():
+        found = restored_by_digest(message.tensors, tensors, elsewhere)
+        reader = Reader(message, found, limits.nodes, limits.sites)
+        names: set[str] = set()
+        blocks = [_block(reader, part, names) for part in message.blocks]
+        reader.check_tensors()
+        if not blocks:
+            raise WireError("it has no block")
+        joined = [_joined(part, blocks) for part in message.parts]
+    model = message.model
+    found = model.fingerprint
+    fingerprint = Fingerprint(*[getattr(found, one.name) for one in fields(Fingerprint)])
+    return JobModel(model.name, model.revision, model.edits, fingerprint), blocks, joined
+
+
+def _joined_part(part: JobPart) -> JoinedPart:
+    shares = [SharePart(*[getattr(one, n.name) for n in fields(Share)]) for one in part.shares]
+    return JoinedPart(shares, dict(part.names))
+
+
+def _joined(part: JoinedPart, blocks: Sequence[JobBlock]) -> JobPart:
+    """One of several jobs. What it names is there."""
+    shares = [Share(one.block, one.first, one.count, one.start, one.size) for one in part.shares]
+    for share in shares:
+        block = blocks[share.block] if share.block < len(blocks) else None
+        if (
+            block is None
+            or share.first + share.count > len(block.prompts)
+            or share.start + share.size > len(block.graph)
+        ):
+            raise WireError("a job that is a part of it has what is not there")
+    if len({share.block for share in shares}) < len(shares):
+        raise WireError("two blocks of a job that is a part of it are one")
+    saved = {name for block in blocks for name in block.saves.values()}
+    if not part.names.keys() <= saved or len({*part.names.values()}) < len(part.names):
+        raise WireError("a job that is a part of it names what is not saved, or twice the same")
+    return JobPart(shares, part.names)
+
+
+def _model_part(model: JobModel) -> ModelPart:
+    found = model.fingerprint
+    part = FingerprintPart(*[getattr(found, one.name) for one in fields(Fingerprint)])
+    return ModelPart(model.name, model.revision, [*model.edits], part)
+
+
+def _block_part(writer: Writer, block: JobBlock) -> BlockPart:
+    context = Context(casts=tuple(block.casts.items()), dtype=block.dtype)
+    first = block.prompts[0].mark if block.prompts else None
+    demanded = block.demanded
+    # The graph last: what is wrong with the block as a whole is said first.
+    options = _options(writer, block.procedure, block.options, first)
+    return BlockPart(
+        block.procedure,
+        options,
+        [_prompt_part(writer, prompt) for prompt in block.prompts],
+        writer.rows(block.graph),
+        writer.fields(block.graph),
+        [*block.saves.items()],
+        demanded
+        and DemandedPart(
+            _options(writer, block.procedure, demanded.options, demanded.mark),
+            writer.line(demanded.mark),
+            [*demanded.prompts],
+        ),
+        settings(context),
+    )
+
+
+def _options(
+    writer: Writer, procedure: str, options: Mapping[str, Any], mark: Mark | None
+) -> dict[str, Value]:
+    location = None if mark is None else Location(*mark)
+    try:
+        check_options(procedure, options)
+        return {name: writer.values.part(value) for name, value in options.items()}
+    except WireError as error:
+        raise WireError(f"The job cannot be sent to another process: {error}.", location) from None
+
+
+def _prompt_part(writer: Writer, prompt: JobPrompt) -> PromptPart:
+    def part(name: str, value: Any) -> Value:
+        try:
+            return writer.values.part(value)
+        except WireError as error:
+            raise WireError(
+                f"`{name}` of the prompt cannot be sent to another process: {error}.",
+                prompt.location,
+            ) from None
+
+    return PromptPart(
+        None if prompt.mark is None else writer.line(prompt.mark),
+        part("input_ids", prompt.ids),
+        part("attention_mask", prompt.mask),
+        [part(f"argument {place}", value) for place, value in enumerate(prompt.args)],
+        {name: part(name, value) for name, value in prompt.kwargs.items()},
+        prompt.seed,
+        prompt.steps,
+    )
+
+
+def _block(reader: Reader, part: BlockPart, names: set[str]) -> JobBlock:
+    """A block, which may use values of the blocks that were read before it."""
+    options = _values(reader, part.options)
+    check_options(part.procedure, options)
+    prompts = [_prompt(reader, prompt) for prompt in part.prompts]
+    if not prompts:
+        raise WireError("a block has no prompt")
+    graph = reader.graph(part.rows, part.fields)
+    for index, (operation, args, *_) in enumerate(graph.rows):
+        if operation.name == "read" and args[0] >= len(prompts):
+            raise WireError(
+                f"node {index} is of invocation {args[0]}, and there are {len(prompts)}",
+                graph[index].location,
+            )
+    if any(number >= len(prompts) for number, *_ in graph.scopes):
+        raise WireError("lines stand in an invocation that is not there")
+    saved = frozenset(at for at, row in enumerate(graph.rows) if row[0] in (SAVE, KEEP))
+    saves = dict(part.saves)
+    if len(saves) < len(part.saves) or not saves.keys() <= saved:
+        raise WireError("a name is given to what is not saved, or two names to one value")
+    for name in saves.values():
+        if not name.isdigit() and (why := unfit(name)):
+            raise WireError(f"a value is saved as {name!r:.40}: {why}")
+        if name in names:
+            raise WireError(f"two values are saved as {name!r}")
+        names.add(name)
+    reader.values.saved.append(saved)
+    demanded = part.demanded and Demanded(
+        _values(reader, part.demanded.options),
+        _mark(reader, part.demanded.line),
+        part.demanded.prompts,
+    )
+    if demanded is not None:
+        check_options(part.procedure, demanded.options)
+        plain = all(isinstance(value, bool | str) for value in demanded.options.values())
+        if not plain or not graph.unfused:
+            raise WireError("a block has options that no value takes")
+        if any(number >= len(prompts) for number in demanded.prompts):
+            raise WireError("a block has options of a prompt that is not there")
+    casts, dtype = _begun(part.begun)
+    return JobBlock(part.procedure, options, prompts, graph, saves, demanded, casts, dtype)
+
+
+def _prompt(reader: Reader, part: PromptPart) -> JobPrompt:
+    ids, mask = (
+        _whole(reader, value, name) for value, name in ((part.ids, "ids"), (part.mask, "mask"))
+    )
+    if mask is not None and (ids is None or mask.shape != ids.shape):
+        raise WireError("the mask of a prompt is not of the shape of its ids")
+    args = tuple([_value(reader, value) for value in part.args])
+    kwargs = _values(reader, part.kwargs)
+    line = None if part.line is None else _mark(reader, part.line)
+    return JobPrompt(ids, mask, args, kwargs, part.seed, line, part.steps)
+
+
+def _whole(reader: Reader, part: Value, name: str) -> torch.Tensor | None:
+    """Token ids, or a mask of them."""
+    value = _value(reader, part)
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor) or value.dtype is not torch.int64 or value.ndim != 2:
+        raise WireError(f"the {name} of a prompt are not whole numbers with two axes")
+    return value
+
+
+def _values(reader: Reader, parts: Mapping[str, Value]) -> dict[str, Any]:
+    return {name: _value(reader, part) for name, part in parts.items()}
+
+
+def _value(reader: Reader, part: Value) -> Any:
+    """What a part stands for that is no argument of a node: it refers to none."""
+    values = reader.values
+    values.earlier = values.weights = 0
+    found = values.value(part, 0)
+    if values.earlier or values.weights:
+        raise WireError("a prompt or an option is a value of the run, or a weight of the model")
+    return found
+
+
+def _mark(reader: Reader, line: int) -> Mark:
+    if line >= len(reader.marks):
+        raise WireError(f"there is no line {line}")
+    return reader.marks[line]
+
+
+def _begun(numbers: Sequence[int]) -> tuple[Mapping[str, torch.dtype], torch.dtype]:
+    """The context that a block began in."""
+    try:
+        context = context_of([*numbers])
+    except ValueError:
+        raise WireError(f"no block begins in a context of the numbers {numbers}") from None
+    casts = {device: kind for device, kind in context.casts if kind is not None}
+    if not context.grad or context.dtype is None or len(casts) < len(context.casts):
+        raise WireError(f"no block begins in a context of the numbers {numbers}")
+    return casts, context.dtype
+
+
+_DECODER = msgspec.msgpack.Decoder(JobMessage)

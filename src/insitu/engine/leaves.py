@@ -1,0 +1,86 @@
+"""The user's own tensors in a block that require gradients: leaves of the graph of autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import CodeType
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from insitu.engine.autograd_graph import computed_of
+from insitu.engine.plan import Gradients
+from insitu.graph.node import Function, Graph, Ref, Subgraph, WeightRef
+
+
+def leaves_of(
+    graph: Graph, gradients: Gradients, requests: object, model: nn.Module
+) -> list[torch.Tensor]:
+    """Returns the user's own tensors that want a gradient, and none of the model's parameters.
+
+    Of a constant that the user has computed, such as the weight of a parametrised layer, it is
+    what it was computed of.
+
+    Args:
+        graph: what is to be done, with its constants.
+        gradients: which of its nodes may have such tensors.
+        requests: what the model is called with.
+        model: the wrapped module.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for index in gradients.constants:
+        found |= constants_of(graph, index)
+    _search(requests, found)
+    for tensor in [tensor for tensor in found.values() if not tensor.is_leaf]:
+        del found[id(tensor)]
+        found |= computed_of(tensor)
+    if found:
+        for parameter in model.parameters():
+            found.pop(id(parameter), None)
+    return list(found.values())
+
+
+def constants_of(graph: Graph, index: int) -> dict[int, torch.Tensor]:
+    """Returns what requires a gradient among the constants of a node, by identity.
+
+    Args:
+        graph: the graph.
+        index: the node.
+    """
+    found: dict[int, torch.Tensor] = {}
+    _, args, kwargs, *_ = graph.rows[index]
+    for arg in (*args, *kwargs.values()):
+        _search(arg, found)
+    return found
+
+
+def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
+    """Adds the tensors in a value that require a gradient to what was found, by identity."""
+    if type(value) in _NO_LEAVES:
+        return
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            found[id(value)] = value
+    elif isinstance(value, _SEQUENCES):
+        for item in cast("list[Any]", value):
+            _search(item, found)
+    elif isinstance(value, _MAPPINGS):
+        for item in cast("Mapping[Any, Any]", value).values():
+            _search(item, found)
+    elif isinstance(value, Subgraph):
+        for index in range(len(value.graph)):
+            found |= constants_of(value.graph, index)
+        _search(value.output, found)
+    elif isinstance(value, Function):
+        _search(value.function, found)
+    elif isinstance(value, nn.Module):
+        for parameter in value.parameters():
+            _search(parameter, found)
+
+
+# Made once; and a dictionary is known for one without a look at the abstract class.
+_SEQUENCES, _MAPPINGS = (tuple, list), (dict, Mapping)
+_NO_LEAVES = frozenset(
+    [Ref, WeightRef, int, float, bool, str, slice, type(None), type(Ellipsis), CodeType]
+)

@@ -1,0 +1,50 @@
+"""What comes too late or never: which reads of that are errors, and which error a write is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from insitu.engine.plan import Plan
+from insitu.graph.errors import CausalityError
+from insitu.graph.expression import expression
+from insitu.graph.node import Graph
+
+
+def unexcused(graph: Graph, plan: Plan, missing: Collection[int]) -> int | None:
+    """Returns the first read of what never came that something other than optional saves is for.
+
+    Args:
+        graph: what was to be done.
+        plan: its plan.
+        missing: the nodes that read what never came.
+    """
+    used = {source for node in graph for source in node.inputs}
+    required = {*plan.writes.values(), *plan.skips.values()}
+    for index in sorted(missing):
+        for node, need in enumerate(plan.needs):
+            ends = node in required or (node not in used and node not in graph.optional)
+            if ends and need & plan.bits[index]:
+                return index
+    return None
+
+
+def causality_error(
+    graph: Graph, plan: Plan, read: int, write: int, late: Collection[int]
+) -> CausalityError:
+    """Returns the error for a write, or a skip, that needs what comes after it.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+        read: the node that reads the site that is written, or the arguments of what is skipped.
+        write: the write or the skip.
+        late: the nodes that read what comes too late.
+    """
+    source = graph[min(late)]
+    return CausalityError(
+        f"`{expression(graph, read)}` is given a value that depends on "
+        f"`{expression(graph, min(late))}`, which comes "
+        f"later in the run and is read at\n{source.location}\nA write can only use what is there "
+        f"when the model passes the site; it stands at",
+        graph[write].location,
+    )

@@ -1,0 +1,245 @@
+"""One pass: a call of the wrapped module with an experiment's hooks in it.
+
+Hooks are put on the modules whose values are wanted and on no others. Each is removed when it
+has fired, and all are removed when the pass ends, however it ends.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from threading import get_ident
+from typing import Any, NamedTuple, Protocol
+
+from torch import nn
+
+from insitu.engine.arrivals import Arrivals
+from insitu.engine.execution import Execution
+from insitu.engine.hooks import Cut, changed_value
+from insitu.engine.interpose import Hooks, Own, put_hook, remove_hook, remove_hooks
+from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
+from insitu.engine.plan import Plan, Readers
+from insitu.graph.changes import Changes, set_grad_enabled
+from insitu.graph.context import is_grad_enabled
+from insitu.graph.node import NO_KWARGS, SEPARATOR, Address, Kind, Place, Site
+
+
+class Deliver(Protocol):
+    """Hands what passes a place to the experiment, for places that are no module's."""
+
+    def __call__(self, kind: Kind, value: Any) -> Any:
+        """Returns what is to stand there: the value itself, unless it is written.
+
+        Args:
+            kind: which value of the whole model it is.
+            value: what passes.
+        """
+        ...
+
+
+class Steps(NamedTuple):
+    """The steps of a generation.
+
+    Attributes:
+        path: the module of which each call is a step of its own. That is the wrapped one, or what
+            it wraps, which then stands for it.
+        ended: the invocations that have ended before others of their pass, with how many steps
+            each had. What runs the pass adds them while it runs.
+    """
+
+    path: str
+    ended: dict[int, int]
+
+
+class Pass(NamedTuple):
+    """One call of the wrapped module, or of its `generate`.
+
+    Attributes:
+        call: makes the call and returns what it returns. What it hangs on modules for the time of
+            the call asks whether they are called by it.
+        cuts: how each invocation finds its own part of a value, by number; None for an invocation
+            that has the pass for itself.
+        may_stop: whether the pass may end as soon as nothing is wanted from it any more.
+        steps: its steps, None if it is a forward.
+        reads: the sites whose values it gives, if not all of its invocations' are of this pass.
+        through: where it may not have ended before, though nobody waits for anything there.
+        differentiates: whether autograd records it, where gradients are asked for at all.
+    """
+
+    call: Callable[[Deliver, Own], Any]
+    cuts: Mapping[int, Cut | None]
+    may_stop: bool
+    steps: Steps | None = None
+    reads: Collection[Address] | None = None
+    through: Place | None = None
+    differentiates: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a run returned.
+
+    Attributes:
+        whole: what one call on all invocations would return.
+        each: each invocation's own part of it.
+        parts: of a joined job, what one call on the invocations of each of its jobs would return,
+            by the number of the job.
+    """
+
+    whole: Any
+    each: Sequence[Any]
+    parts: Mapping[int, Any] = field(default_factory=dict[int, Any])
+
+
+_NO_RETURNED: Mapping[int, Any] = {}
+
+
+def _readers(plan: Plan, single: Pass) -> tuple[Readers, bool]:
+    """Who reads what in a pass, and whether any of it is of a later call or inside of a forward."""
+    own = plan.reads if single.reads is None else {at: plan.reads[at] for at in single.reads}
+    readers: dict[Moment, list[tuple[int, int]]] = {}
+    special = False
+    for (invocation, path, kind, call, step), index in own.items():
+        if invocation in single.cuts:
+            readers.setdefault((path, kind, call, step), []).append((index, invocation))
+            special = special or call > 0 or SEPARATOR in path
+    found: tuple[Readers, bool] = ({**readers}, special)
+    if single.reads is None:
+        plan.readers[(*single.cuts,)] = found
+    return found
+
+
+def run_pass(
+    execution: Execution,
+    plan: Plan,
+    single: Pass,
+    modules: Mapping[str, nn.Module],
+    views: Mapping[str, View],
+    hooks: Hooks,
+    returned: Mapping[int, Any] = _NO_RETURNED,
+    caches: Collection[str] = (),
+) -> tuple[Any, list[int], Arrivals | None]:
+    """Runs a pass and gives an execution what arrives at its sites.
+
+    Args:
+        execution: takes the values.
+        plan: which nodes read which sites, and what is written.
+        single: the pass.
+        modules: the wrapped module's tree, by path.
+        views: how outputs are shown, by path.
+        hooks: gets the hooks that are put on modules, for the time that they are there. It is
+            that of who may use the model: see `Exclusive`.
+        returned: what modules that are skipped would return, as fake tensors, by the node that
+            reads their arguments.
+        caches: the Python modules of caches: what they call is not a forward's own.
+
+    Returns:
+        What the call returned, None if it was stopped early; the nodes that read a site at which
+        nothing arrived; and how the pass went, where it was more than reads and writes.
+    """
+    # By name each takes longer.
+    call, cuts, may_stop, steps, reads, through, differentiates = single
+    writes, renewed = plan.writes, execution.renewed
+    found = plan.readers.get((*cuts,)) if reads is None else None
+    kept, special = _readers(plan, single) if found is None else found
+    readers = kept.copy()
+    if steps is not None or plan.special:
+        special = True
+    if steps is not None and steps.path:
+        modules = {**modules, "": modules[steps.path]}
+    if through is not None:
+        readers.setdefault((*through, 0), [])
+    thread = get_ident()
+
+    def own_call() -> bool:
+        return get_ident() == thread and not execution.busy
+
+    def arrived(
+        moment: Moment, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
+    ) -> Any:
+        # `Arrivals.arrived` in short, for a forward with reads and writes and nothing else.
+        if get_ident() != thread or execution.busy:
+            return None  # somebody else's call of the module, beside ours or in an operation
+        found = readers.pop(moment, None)
+        if found is None:
+            return None
+        if not may_stop:  # there are more forwards to come
+            remove_hook(hooks[moment])
+            del hooks[moment]
+        path, kind, call, _ = moment
+        if kind != "output":
+            value = passing_value(kind, view, module, args, rest)
+        elif view is None:
+            value = rest[-1]
+        else:
+            value = view(rest[-1], args, rest[0] if view.takes_arguments else NO_KWARGS)
+        arriving = value
+        if renewed:
+            value = execution.made_new(found, value)
+        written = False
+        for index, invocation in found:
+            cut = cuts[invocation]
+            if cut is None:
+                execution.arrive(index, value)
+            else:
+                site = Site(invocation, path, kind, call)
+                own = cut.take(site, value)
+                if index in renewed:
+                    execution.note_part(own, value, partial(cut.take, site))
+                execution.arrive(index, own)
+            if index in writes:
+                written = True
+        if may_stop and not readers:
+            raise Stop
+        if written:
+            value = changed_value(execution, plan, moment[:3], value, found, cuts)
+        return None if value is arriving else handed_over(kind, view, module, args, rest, value)
+
+    arrivals = None
+    result, deliver = None, _nobody
+    grad_enabled, restored = is_grad_enabled(), False
+    try:
+        try:
+            if special:
+                given = (execution, plan, single, readers, hooks, modules, views, returned, caches)
+                arrivals = Arrivals(*given, Changes(sys._getframe()), own_call)
+                arrivals.begin()
+                deliver = arrivals.pass_on
+            else:
+                for moment in readers:
+                    path = moment[0]
+                    put_hook(hooks, modules[path], moment, views.get(path), arrived)
+            set_grad_enabled(differentiates and execution.differentiates)
+            result = call(deliver, own_call)
+        except Stop as stop:
+            stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
+            if arrivals is not None:
+                arrivals.stopped = True
+        finally:
+            set_grad_enabled(grad_enabled)
+            if execution.tape is not None and differentiates and len(cuts) > 1:
+                execution.tape.is_batched = True
+            if arrivals is not None:
+                arrivals.end()
+            remove_hooks(hooks)
+            restored = True
+    finally:
+        if not restored:  # another exception has come in the lines above
+            set_grad_enabled(grad_enabled)
+            if arrivals is not None:
+                arrivals.end()
+            remove_hooks(hooks)
+    if arrivals is not None:
+        if steps is not None:
+            execution.next_step()
+        return result, arrivals.missing(), arrivals
+    missing = [index for found in readers.values() for index, _ in found] if readers else []
+    return result, missing, None
+
+
+def _nobody(kind: Kind, value: Any) -> Any:
+    return value

@@ -1,0 +1,273 @@
+"""What every module of a tree takes and returns, found by a run on fake tensors.
+
+The module's parameters and buffers are replaced by fake ones on the CPU for the duration of one
+call, so nothing is computed, nothing is allocated and a module without weights does as well.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from insitu.engine.ambient import autocast_dtype
+from insitu.engine.contents import Contents, has_contents
+from insitu.engine.counts import Counts
+from insitu.engine.functions import Called, returns_tensors
+from insitu.engine.interpose import tapped
+from insitu.engine.keeping import fake_weights
+from insitu.engine.listening import listening
+from insitu.engine.places import View
+from insitu.graph.changes import changing
+from insitu.graph.errors import UnknownShapeError
+from insitu.graph.fake_tensors import on_fake_tensors
+from insitu.graph.node import Place
+from insitu.graph.structure import map_structure
+
+
+class Call(NamedTuple):
+    """The arguments of a call of the wrapped module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def signature(self) -> str:
+        """Returns a string that is equal for calls with arguments of equal shapes and dtypes."""
+
+        def leaf(item: Any) -> Any:
+            if isinstance(item, torch.Tensor):
+                return f"{item.dtype}{tuple(item.shape)}"
+            return repr(item)
+
+        return repr(map_structure(leaf, (self.args, self.kwargs)))
+
+    def contents(self) -> str:
+        """Returns a string that is equal for calls with equal integers in their tensors."""
+
+        def leaf(item: Any) -> Any:
+            return item.tolist() if has_contents(item) else None
+
+        return repr(map_structure(leaf, (self.args, self.kwargs)))
+
+
+class Probe(NamedTuple):
+    """What passed in a run on fake tensors.
+
+    Attributes:
+        seen: what passed each place, in the order in which it did.
+        returned: what each module returned, where `seen` holds how it is shown.
+        called: the torch functions that one module's forward called, if they were asked for.
+        moments: when each place was passed, by a number that grows.
+    """
+
+    seen: Mapping[Place, Any]
+    returned: Mapping[str, Any]
+    called: Sequence[Called]
+    moments: Mapping[Place, int]
+
+
+def probe(
+    module: nn.Module,
+    call: Call,
+    modules: Mapping[str, nn.Module],
+    views: Mapping[str, View],
+    inside: str | None = None,
+    contents: bool = False,
+    caches: Collection[str] = (),
+    kind: str = "cpu",
+) -> Probe:
+    """Runs a module on fake tensors and returns what passed its sites.
+
+    Args:
+        module: the module; on any device, the meta device too. It is changed for the duration,
+            so the caller must hold it (see `exclusive`).
+        call: what to call it with; the tensors' shapes and dtypes count.
+        modules: its tree, by path.
+        views: how outputs are shown, by path.
+        inside: the module in whose forward the calls of torch functions are wanted too.
+        contents: whether integers in the call's tensors count too. It takes longer.
+        caches: the Python modules of caches: what they call is not a forward's own.
+        kind: the kind of device that the module is on.
+
+    Raises:
+        UnknownShapeError: if the module cannot be run without data.
+    """
+    seen: dict[Place, Any] = {}
+    called: list[Called] = []
+    known = Contents() if contents else None
+    device, casting = _autocast(kind)
+
+    def given(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        if known is not None and has_contents(real):
+            known.give(fake, real)
+        return fake
+
+    def leaf(item: Any) -> Any:
+        return given(_fake(item, device), item) if isinstance(item, torch.Tensor) else item
+
+    def tell(place: Place, value: Any) -> None:
+        seen[place] = value
+
+    def visit(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = function(*args, **kwargs)
+        called.append(Called(name, (args, kwargs), result))
+        return result
+
+    try:
+        with listening(modules, views, tell) as returned, tapped() as taps, _without_data(known):
+            taps.enter(casting)
+            args, kwargs = map_structure(leaf, tuple(call))
+            if inside is not None:
+                taps.functions(modules[inside], visit, caches)
+            with fake_weights(module, partial(_fake, device=device)) as weights:
+                for weight, fake in weights:
+                    given(fake, weight)
+                module(*args, **kwargs)
+    except Exception as error:  # whatever a model makes of tensors without data
+        raise UnknownShapeError(
+            "Shapes of this model cannot be found without running it "
+            f"({type(error).__name__}: {error}). Save the value and look at its shape after the "
+            "block."
+        ) from error
+    shown = [call for call in called if returns_tensors(call.output)]
+    moments = {place: moment for moment, place in enumerate(seen)}
+    return Probe(seen, returned, shown, moments)
+
+
+def count(module: nn.Module, call: Call) -> Counts:
+    """Runs a module on fake tensors and returns what that takes.
+
+    Args:
+        module: the module; it is changed for the duration, as in `probe`.
+        call: what to call it with; the tensors' shapes and dtypes count.
+
+    Raises:
+        UnknownShapeError: if the module cannot be run without data.
+    """
+    from insitu.engine.counting import Counting  # its formulas take a while to import
+
+    def leaf(item: Any) -> Any:
+        return _fake(item) if isinstance(item, torch.Tensor) else item
+
+    try:
+        counting = Counting()
+        with _without_data(), fake_weights(module, _fake), changing() as changes:
+            args, kwargs = map_structure(leaf, tuple(call))
+            changes.enter(counting)
+            output = module(*args, **kwargs)
+            found = counting.counts  # while the output is there, which counts too
+            del output
+        return found
+    except Exception as error:  # whatever a model makes of tensors without data
+        raise UnknownShapeError(
+            f"What a forward takes cannot be counted without running it "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Calls a module on fake tensors, in the fake mode that is active.
+
+    Args:
+        module: the module; it is changed for the duration, as in `probe`.
+        args: its arguments.
+        kwargs: its keyword arguments.
+    """
+    with fake_weights(module, _fake):
+        return module(*args, **kwargs)
+
+
+def fake_run(module: nn.Module, call: Call, contents: bool = False) -> None:
+    """Calls a module on fake tensors, in a fake mode of its own; its output is lost.
+
+    Args:
+        module: the module; it is changed for the duration, as in `probe`.
+        call: its arguments; the tensors' shapes and dtypes count.
+        contents: whether integers in the call's tensors count too. It takes longer.
+    """
+    known = Contents() if contents else None
+
+    def leaf(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        fake = _fake(item)
+        if known is not None and has_contents(item):
+            known.give(fake, item)
+        return fake
+
+    with _without_data(known), fake_weights(module, _fake):
+        args, kwargs = map_structure(leaf, tuple(call))
+        module(*args, **kwargs)
+
+
+def fake_result(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Returns what a module's forward would return, as fake tensors.
+
+    Args:
+        module: the module; it is changed for the duration, as in `probe`.
+        forward: its forward.
+        args: the arguments of a call; the tensors' shapes and dtypes count.
+        kwargs: likewise.
+
+    Raises:
+        UnknownShapeError: if that cannot be known without data.
+    """
+
+    def returned(known: Contents | None) -> Any:
+        def leaf(item: Any) -> Any:
+            if not isinstance(item, torch.Tensor):
+                return item
+            fake = _fake(item)
+            if known is not None and has_contents(item):
+                known.give(fake, item)
+            return fake
+
+        with _without_data(known), fake_weights(module, _fake):
+            given, named = map_structure(leaf, (args, dict(kwargs)))
+            return forward(*given, **named)
+
+    try:
+        return returned(None)
+    except Exception:  # some modules ask what integers say, and some kernels are not for fakes
+        pass
+    try:
+        return returned(Contents())
+    except Exception as error:  # whatever a model makes of tensors without data
+        raise UnknownShapeError(
+            "What it returns in this step cannot be known without running it "
+            f"({type(error).__name__}: {error}): write its output instead."
+        ) from error
+
+
+def _without_data(mode: AbstractContextManager[Any] | None = None) -> AbstractContextManager[None]:
+    """Makes fake tensors in its block; what else sees the operations in it is entered too."""
+    return on_fake_tensors(FakeTensorMode(allow_non_fake_inputs=True), mode)
+
+
+def _fake(tensor: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    """A fake tensor like another, in the fake mode that is active."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+def _autocast(kind: str) -> tuple[str, AbstractContextManager[Any]]:
+    """On which kind of device to run without data, and in which context.
+
+    Autocast does other things on each. What a model is told of it is that of its own kind.
+    """
+    if kind in ("cpu", "meta") or not torch.amp.is_autocast_available(kind):
+        return "cpu", nullcontext()
+    if autocast_dtype(kind) is None:
+        return "cpu", torch.autocast("cpu", enabled=False)
+    return kind, nullcontext()

@@ -1,0 +1,264 @@
+"""Results as bytes: a safetensors file, with their structure in its metadata.
+
+The metadata is JSON, in the parts that arguments of nodes are written in. A tensor of a dtype that
+safetensors lacks is stored as a row of bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import msgspec
+import safetensors.torch
+import torch
+
+from insitu.engine.job_failure import Failure
+from insitu.engine.passes import Outputs
+from insitu.graph import errors
+from insitu.graph.errors import ExecutionError, InsituError, WireError
+from insitu.graph.wire_parts import Part, Value
+from insitu.graph.wire_tensors import StoredTensor, bytes_of, tensor_of
+from insitu.graph.wire_values import ValueReader, ValueWriter
+
+_KEY = "insitu"
+_VERSION = 1
+_LONGEST_HEADER = 64 * 2**20
+_NATIVE = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
+
+
+class TensorPlace(Part):
+    """Where a tensor is in the file, and what its bytes mean."""
+
+    key: str
+    how: StoredTensor
+
+
+class OutputsPart(Part):
+    """What a generation returned: fields as of `Outputs`."""
+
+    whole: Value
+    each: list[Value]
+    parts: list[tuple[int, Value]] = msgspec.field(default_factory=list[tuple[int, Value]])
+
+
+class FailurePart(Part):
+    """What failed: fields as of `Failure`, the error as its class and its message."""
+
+    block: int
+    invocations: list[int]
+    names: list[str]
+    error: str
+    message: str
+    part: int
+
+
+class Told(msgspec.Struct, forbid_unknown_fields=True):
+    """The metadata of a file of results.
+
+    Attributes:
+        kind: what is in the file.
+        version: the version of the format.
+        tensors: its tensors, which the values refer to by their place here.
+        values: the saved values, by name.
+        about: as of `Results`.
+        outputs: as of `Results`.
+        differences: as of `Results`.
+        failed: as of `Results`.
+    """
+
+    kind: Literal["results of a job"]
+    version: int
+    tensors: list[TensorPlace]
+    values: dict[str, Value]
+    about: dict[str, str]
+    outputs: list[OutputsPart | None]
+    differences: list[str]
+    failed: list[FailurePart] = msgspec.field(default_factory=list[FailurePart])
+
+
+class Stored(NamedTuple):
+    """What a file of results holds: the arguments of `Results`."""
+
+    values: Mapping[str, Any]
+    about: Mapping[str, str]
+    outputs: Sequence[Outputs | None]
+    differences: Sequence[str]
+    failed: Sequence[Failure] = ()
+
+
+def to_bytes(stored: Stored) -> bytes:
+    """Returns results as bytes; see `Results.to_bytes`."""
+    writer = _Writer()
+    saved = {name: writer.saved(value, name) for name, value in stored.values.items()}
+    outputs = [_outputs_part(writer, at, one) for at, one in enumerate(stored.outputs)]
+    rows: dict[str, torch.Tensor] = {}
+    places: list[TensorPlace] = []
+    for key, tensor in zip(writer.keys, writer.tensors, strict=True):
+        how = StoredTensor(str(tensor.dtype), list(tensor.shape), "cpu")
+        places.append(TensorPlace(key, how))
+        row = bytes_of(tensor)
+        rows[key] = tensor_of(row, how) if tensor.dtype in _NATIVE else row
+    told = Told(
+        "results of a job",
+        _VERSION,
+        places,
+        saved,
+        dict(stored.about),
+        outputs,
+        list(stored.differences),
+        [_failure_part(one) for one in stored.failed],
+    )
+    return safetensors.torch.save(rows, {_KEY: msgspec.json.encode(told).decode()})
+
+
+def from_bytes(data: bytes) -> Stored:
+    """Returns the results that bytes stand for; see `Results.from_bytes`."""
+    told = _told(data)
+    if told.version != _VERSION:
+        raise WireError(
+            f"The results are in version {told.version} of the format, and this Insitu reads "
+            f"version {_VERSION}: install the same Insitu in both places."
+        )
+    try:
+        rows = safetensors.torch.load(data)
+    except Exception as error:  # it raises several kinds, not all of them its own
+        raise WireError(f"The tensors of the results cannot be read: {error}.") from None
+    try:
+        if sorted(rows) != sorted(place.key for place in told.tensors):
+            raise WireError("the file does not have the tensors that it names")
+        reader = ValueReader([_tensor(rows[place.key], place.how) for place in told.tensors])
+        values = {name: reader.value(part, 0) for name, part in told.values.items()}
+        outputs = [part and _outputs(reader, part) for part in told.outputs]
+        if reader.weights:
+            raise WireError("a weight of a model is no result")
+    except WireError as error:
+        raise WireError(f"The results cannot be read: {error}.") from None
+    failed = [_failure(part) for part in told.failed]
+    return Stored(values, told.about, outputs, told.differences, failed)
+
+
+class _Writer(ValueWriter):
+    """Writes values, and gives each tensor a key from which a reader can tell what it is."""
+
+    def __init__(self) -> None:
+        super().__init__(finite=True)
+        self.keys: list[str] = []
+        self._taken = {"__metadata__"}  # a header of safetensors has its metadata there
+
+    def saved(self, value: Any, name: str) -> Value:
+        """Returns how a value looks, that goes under a name.
+
+        Raises:
+            WireError: if it is no data.
+        """
+        try:
+            part = self.part(_as_data(value))
+        except WireError as error:
+            raise WireError(f"`results[{name!r}]` cannot be stored: {error}.") from None
+        self.keys += map(self._free, _keys(value, name))  # in the order of the tensors
+        return part
+
+    def _free(self, key: str) -> str:
+        while key in self._taken:
+            key += "'"
+        self._taken.add(key)
+        return key
+
+
+def _keys(value: Any, key: str) -> list[str]:
+    """A key for each tensor in a value."""
+    if isinstance(value, torch.Tensor):
+        return [key]
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, Mapping):
+        items = list(cast("Mapping[Any, Any]", value).items())
+    elif isinstance(value, tuple | list):
+        items = list(enumerate(cast("tuple[Any, ...]", value)))
+    return [found for name, item in items for found in _keys(item, f"{key}/{name}")]
+
+
+def _as_data(value: Any) -> Any:
+    """A value with plain containers, and tensors without their history, each an object of its own.
+
+    What torch's functions return keeps its class.
+    """
+    if isinstance(value, torch.Tensor):
+        plain = value.detach()
+        return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
+    if isinstance(value, Mapping):
+        entries = cast("Mapping[Any, Any]", value)
+        return {key: _as_data(item) for key, item in entries.items()}
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        items = [_as_data(item) for item in cast("tuple[Any, ...]", value)]
+        kind: Any = cast(Any, type)(value)
+        return kind(items) if kind.__module__ == "torch.return_types" else tuple(items)
+    if isinstance(value, list):
+        return [_as_data(item) for item in cast("list[Any]", value)]
+    return value
+
+
+def _outputs_part(writer: _Writer, at: int, outputs: Outputs | None) -> OutputsPart | None:
+    if outputs is None:
+        return None
+    each = [writer.saved(one, f"output {at}/{n}") for n, one in enumerate(outputs.each)]
+    whole, parts = writer.saved(outputs.whole, f"output {at}"), outputs.parts.items()
+    return OutputsPart(
+        whole, each, [(n, writer.saved(one, f"output {at} of job {n}")) for n, one in parts]
+    )
+
+
+def _outputs(reader: ValueReader, part: OutputsPart) -> Outputs:
+    parts = {number: reader.value(one, 0) for number, one in part.parts}
+    each = [reader.value(one, 0) for one in part.each]
+    return Outputs(reader.value(part.whole, 0), each, parts)
+
+
+def _failure_part(failure: Failure) -> FailurePart:
+    kind, error = type(failure.error).__name__, failure.error
+    return FailurePart(
+        failure.block, [*failure.invocations], [*failure.names], kind, str(error), failure.part
+    )
+
+
+def _failure(part: FailurePart) -> Failure:
+    """A failure with an error of Insitu's own, of the class that it had."""
+    kind: Any = vars(errors).get(part.error)
+    known = isinstance(kind, type) and issubclass(kind, InsituError)
+    error: InsituError = kind(part.message) if known else ExecutionError(part.message)
+    return Failure(part.block, part.invocations, part.names, error, part.part)
+
+
+def _tensor(row: torch.Tensor, how: StoredTensor) -> torch.Tensor:
+    if str(row.dtype) == how.dtype and list(row.shape) == how.shape:
+        return row
+    return tensor_of(row, how)
+
+
+def _told(data: bytes) -> Told:
+    """The metadata of a file."""
+    what = "The bytes are no results of a job"
+    size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else -1
+    if not 0 <= size <= min(_LONGEST_HEADER, len(data) - 8):
+        raise WireError(f"{what}: they are no safetensors file.")
+    try:
+        header = msgspec.json.decode(data[8 : 8 + size], type=_Header)
+        written = header.metadata.get(_KEY)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise WireError(f"{what}: {error}.") from None
+    if written is None:
+        raise WireError(f"{what}, but a safetensors file of something else.")
+    try:
+        return msgspec.json.decode(written, type=Told)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise WireError(f"The results cannot be read: {error}.") from None
+
+
+class _Header(msgspec.Struct):
+    """The header of a safetensors file, as far as it is read here."""
+
+    metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict[str, str])

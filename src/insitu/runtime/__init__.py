@@ -1,1 +1,0 @@
-"""How it is done: planning, passes, hooks and execution."""
