@@ -144,8 +144,8 @@ def test_options_belong_to_generate(gpt2: LanguageModel) -> None:
             generator.invoke(IDS, temperature=2)
         generator.invoke(IDS)
     with gpt2.trace() as tracer:
-        with pytest.raises(OptionError, match="`seed`: it is an option of `generate`"):
-            tracer.invoke(IDS, seed=2)
+        with pytest.raises(OptionError, match="`top_k`: it is an option of `generate`"):
+            tracer.invoke(IDS, top_k=2)
         tracer.invoke(IDS)
 
 

@@ -103,6 +103,7 @@ def test_the_line_is_named_and_the_weights_are_not_loaded_for_it(
     assert torch.equal(logits, model.module(**model.tokenizer(TEXT, return_tensors="pt")).logits)
 
 
+@pytest.mark.no_wire  # a job runs the other invocation, for which it loads the weights
 def test_only_the_line_of_the_invocation_that_is_wrong_is_named(model: LanguageModel) -> None:
     with pytest.raises(ShapeError) as caught, model.trace() as tracer:
         for text, size in ((TEXT, 128), (OTHER, 127), (TEXT, 128)):

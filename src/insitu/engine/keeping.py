@@ -36,8 +36,9 @@ def undisturbed(modules: Mapping[str, nn.Module]) -> Generator[None]:
     devices = {tensor.device for tensor in modules[""].parameters() if tensor.is_cuda}
     tables: list[dict[Any, Any]] = [vars(part) for part in parts]
     for part in parts:
-        kept: Any = vars(part).values()
-        tables.extend(table for table in kept if isinstance(table, dict))
+        for kept in vars(part).values():
+            if isinstance(kept, dict):
+                tables.append(cast("dict[Any, Any]", kept))
     with changing() as changes:
         changes.afterwards(partial(_restore_buffers, tensors))
         changes.afterwards(partial(_restore_all, [(table, dict(table)) for table in tables]))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -341,7 +341,7 @@ class ObservedPasses:
         """
         if self._run.is_listened_to:
             (number,) = self._named([invocation])
-            chosen: Any = ids.tolist()  # pyright: ignore[reportUnknownMemberType]
+            chosen: list[int] = ids.tolist()  # pyright: ignore[reportUnknownMemberType]
             self._run.tell(TokensChosen(self._block, number, step, tuple(chosen)))
 
     def _named(self, invocations: Sequence[int]) -> Sequence[int]:
