@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -341,8 +341,7 @@ class ObservedPasses:
         """
         if self._run.is_listened_to:
             (number,) = self._named([invocation])
-            chosen: list[int] = ids.tolist()  # pyright: ignore[reportUnknownMemberType]
-            self._run.tell(TokensChosen(self._block, number, step, tuple(chosen)))
+            self._run.tell(TokensChosen(self._block, number, step, tuple(map(int, ids))))
 
     def _named(self, invocations: Sequence[int]) -> Sequence[int]:
         """Invocations by the numbers that they have in the block."""
