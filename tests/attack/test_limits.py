@@ -118,7 +118,7 @@ def test_what_would_take_too_much_is_refused_before_it_is_made(name: str) -> Non
     assert isinstance(in_check, LimitError) or name in IN_THE_RUN
 
 
-@pytest.mark.parametrize("name", IN_THE_RUN)
+@pytest.mark.parametrize("name", sorted(IN_THE_RUN))
 def test_what_depends_on_values_is_looked_at_inside_of_functions_too(name: str) -> None:
     model = small()
     operations, rows = HUGE[name]
