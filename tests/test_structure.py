@@ -11,7 +11,7 @@ import pytest
 import insitu
 
 ROOT = Path(insitu.__file__).parent
-ROOMS = ("graph", "batching", "tracing")
+ROOMS = ("graph", "engine", "batching", "tracing")
 
 
 def module_of(path: Path) -> str:

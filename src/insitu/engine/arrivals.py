@@ -19,6 +19,7 @@ from torch import nn
 from insitu.engine.execution import Execution
 from insitu.engine.hooks import changed_value
 from insitu.engine.interpose import Hooks, Own, Taps, put_hook, put_last, remove_hook, take_last
+from insitu.engine.model_call import Pass
 from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
 from insitu.engine.plan import Plan, Readers
 from insitu.engine.probe import fake_result
@@ -28,8 +29,8 @@ from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import fitted
 
 if TYPE_CHECKING:
+    from insitu.engine.model_call import Pass
     from insitu.engine.observed_run import ObservedPasses
-    from insitu.engine.passes import Pass
 
 _OF_MODULES = frozenset(["output", "input", "inputs"])
 

@@ -9,74 +9,24 @@ has fired, and all are removed when the pass ends, however it ends.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from torch import nn
 
 from insitu.engine.arrivals import Arrivals
 from insitu.engine.execution import Execution
-from insitu.engine.hooks import Cut, changed_value
-from insitu.engine.interpose import Hooks, Own, put_hook, remove_hook, remove_hooks
+from insitu.engine.hooks import changed_value
+from insitu.engine.interpose import Hooks, put_hook, remove_hook, remove_hooks
+from insitu.engine.model_call import Pass
 from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
 from insitu.engine.plan import Plan, Readers
 from insitu.graph.changes import Changes, set_grad_enabled
 from insitu.graph.context import is_grad_enabled
-from insitu.graph.node import NO_KWARGS, SEPARATOR, Address, Kind, Place, Site
-
-
-class Deliver(Protocol):
-    """Hands what passes a place to the experiment, for places that are no module's."""
-
-    def __call__(self, kind: Kind, value: Any) -> Any:
-        """Returns what is to stand there: the value itself, unless it is written.
-
-        Args:
-            kind: which value of the whole model it is.
-            value: what passes.
-        """
-        ...
-
-
-class Steps(NamedTuple):
-    """The steps of a generation.
-
-    Attributes:
-        path: the module of which each call is a step of its own. That is the wrapped one, or what
-            it wraps, which then stands for it.
-        ended: the invocations that have ended before others of their pass, with how many steps
-            each had. What runs the pass adds them while it runs.
-    """
-
-    path: str
-    ended: dict[int, int]
-
-
-class Pass(NamedTuple):
-    """One call of the wrapped module, or of its `generate`.
-
-    Attributes:
-        call: makes the call and returns what it returns. What it hangs on modules for the time of
-            the call asks whether they are called by it.
-        cuts: how each invocation finds its own part of a value, by number; None for an invocation
-            that has the pass for itself.
-        may_stop: whether the pass may end as soon as nothing is wanted from it any more.
-        steps: its steps, None if it is a forward.
-        reads: the sites whose values it gives, if not all of its invocations' are of this pass.
-        through: where it may not have ended before, though nobody waits for anything there.
-        differentiates: whether autograd records it, where gradients are asked for at all.
-    """
-
-    call: Callable[[Deliver, Own], Any]
-    cuts: Mapping[int, Cut | None]
-    may_stop: bool
-    steps: Steps | None = None
-    reads: Collection[Address] | None = None
-    through: Place | None = None
-    differentiates: bool = True
+from insitu.graph.node import NO_KWARGS, SEPARATOR, Kind, Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from insitu.batching.pass_plan import PassPlan
-from insitu.engine.passes import Pass
+from insitu.engine.model_call import Pass
 from insitu.models.attention import OPTION, attending
 from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from insitu.engine.passes import Deliver
+from insitu.engine.model_call import Deliver
 
 NO_CHOICE = torch.iinfo(torch.int64).min
 """Stands for the token of a row of which no token is asked for: no vocabulary has such an id."""

@@ -16,7 +16,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from insitu.engine.passes import Deliver
+from insitu.engine.model_call import Deliver
 from insitu.models.choosing import NO_CHOICE, only
 
 # Logits processors that look at one row of scores at a time, and at nothing else.

@@ -13,7 +13,7 @@ from insitu.batching.pass_plan import PassPlan, Row
 from insitu.batching.shares import Offset, Share
 from insitu.engine.hooks import Cut
 from insitu.engine.interpose import Own
-from insitu.engine.passes import Deliver, Pass
+from insitu.engine.model_call import Deliver, Pass
 from insitu.graph.node import Kind, Place
 from insitu.models.calls import alone, arguments, forward
 from insitu.models.joined_prompts import join

@@ -17,8 +17,9 @@ from insitu.engine.eager import eagerly
 from insitu.engine.execution import Execution
 from insitu.engine.failures import Failed, FailedInvocations, Failures, ends_all
 from insitu.engine.leaves import leaves_of
+from insitu.engine.model_call import Pass
 from insitu.engine.order import unexcused
-from insitu.engine.passes import Pass, run_pass
+from insitu.engine.passes import run_pass
 from insitu.engine.places import View
 from insitu.engine.plan import Plan
 from insitu.graph.errors import BlockError, NeverRanError

@@ -26,7 +26,7 @@ from insitu.engine.eager import is_compiled
 from insitu.engine.exclusive import Exclusive
 from insitu.engine.fallback import logger
 from insitu.engine.gradient_checks import check_gradients
-from insitu.engine.passes import Pass
+from insitu.engine.model_call import Pass
 from insitu.engine.plan import Plan, make_plan
 from insitu.engine.tree import Tree, Watched
 from insitu.graph.errors import BlockError, PathError, ShapeError
