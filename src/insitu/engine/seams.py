@@ -96,8 +96,11 @@ def listening(listener: Listener) -> AbstractContextManager[None]:
         >>> with listening(told.append):
         ...     with model.trace("The Eiffel Tower"):
         ...         logits = model.logits.save()
-        >>> [type(event).__name__ for event in told]
-        ['PassStarted', 'ValueSaved', 'PassEnded']
+        >>> for event in told:
+        ...     print(type(event).__name__)
+        PassStarted
+        ValueSaved
+        PassEnded
     """
     return around(events=listener)
 
