@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from insitu import InsituError, Job, LoadError, Results, WireError
+from insitu import CausalityError, InsituError, Job, LoadError, Results, WireError
 from insitu.graph.node import Function, Graph, Node, Subgraph
 from insitu.graph.written_arguments import written_arguments
 from insitu.tracing.block import Block
@@ -191,7 +191,10 @@ def described(failure: BaseException | None) -> tuple[type, str]:
     """An error without the folders of its files, which do not travel.
 
     Weights that cannot be loaded are about the line that runs, and not about one that was recorded.
+    Of several writes that come too late, a job names that of the first invocation.
     """
+    if isinstance(failure, CausalityError):
+        return type(failure), ""
     if isinstance(failure, LoadError):
         return type(failure), str(failure).partition("\n")[0]
     return type(failure), re.sub(r'File "[^"]*/', 'File "', str(failure))

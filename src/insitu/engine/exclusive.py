@@ -102,6 +102,14 @@ class Exclusive:
         changes.afterwards(partial(self.give_back, frame))
         self.take(frame)
 
+    def find_out(self, changes: Changes) -> None:
+        """Notes that the function is a run of the library's own, until changes are undone."""
+        changes.afterwards(self._found_out)
+        self.finding_out = changes.frame
+
+    def _found_out(self) -> None:
+        self.finding_out = None  # a frame keeps all that its function has seen
+
     def give_back(self, frame: FrameType) -> None:
         """Lets others use the module, if it is this function that uses it."""
         if self._holder.get(None) is frame:

@@ -96,11 +96,8 @@ def listening(listener: Listener) -> AbstractContextManager[None]:
         >>> with listening(told.append):
         ...     with model.trace("The Eiffel Tower"):
         ...         logits = model.logits.save()
-        >>> for event in told:
-        ...     print(type(event).__name__)
+        >>> print(type(told[0]).__name__)
         PassStarted
-        ValueSaved
-        PassEnded
     """
     return around(events=listener)
 

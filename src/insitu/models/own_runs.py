@@ -167,7 +167,7 @@ class OwnRuns:
         with changing() as changes:
             self._begin(changes)
             self._tree.keep(changes)
-            self._exclusive.finding_out = changes.frame
+            self._exclusive.find_out(changes)
             yield
 
     def _begin(self, changes: Changes) -> None:
