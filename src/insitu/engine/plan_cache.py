@@ -7,13 +7,13 @@ is made once. Errors show the lines of the graph that runs, which the plan does 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 
-from insitu.graph.node import Carried, Function, Graph, ModuleRef, Ref, Row, Subgraph
+from insitu.graph.node import NO_KWARGS, Carried, Function, Graph, ModuleRef, Ref, Row, Subgraph
 from insitu.graph.operations import READ
 from insitu.graph.structure import map_structure
 
@@ -35,41 +35,33 @@ class _Kept(NamedTuple, Generic[Planned]):
     Attributes:
         outline: what the graph holds, without the content of its tensors.
         saves: the nodes that it saves.
-        kinds: the types of its numbers.
+        numbers: its numbers.
         planned: what was planned for it.
     """
 
     outline: dict[str, Any]
     saves: list[int]
-    kinds: _Kinds
+    numbers: Sequence[_Number]
     planned: Planned
 
 
-class _Kinds(NamedTuple):
-    """The types of the numbers among the arguments of nodes.
+class _Number(NamedTuple):
+    """A number among the arguments of nodes.
 
     `True`, 1, 1.0 and a tensor of one element may all be equal, and they are something else as an
     index, as a factor and for autograd.
 
     Attributes:
-        numbers: of each number that is an argument by position: its node, which argument, the type.
-        others: of each other argument with numbers in it: its node, which argument by place or
-            name, and its types in their structure.
+        node: the node.
+        argument: which of its arguments, by place or name.
+        path: the keys that lead to the number in there.
+        kind: its type.
     """
 
-    numbers: Sequence[tuple[int, int, type]]
-    others: Sequence[tuple[int, int | str, Any]]
-
-    def are_of(self, rows: Sequence[Row]) -> bool:
-        """Returns whether equal nodes have numbers of these types."""
-        for index, at, kind in self.numbers:
-            if type(rows[index][1][at]) is not kind:
-                return False
-        for index, at, kinds in self.others:
-            _, args, kwargs, *_ = rows[index]
-            if kinds != _types(args[at] if isinstance(at, int) else kwargs[at]):
-                return False
-        return True
+    node: int
+    argument: int | str
+    path: tuple[Any, ...]
+    kind: type
 
 
 class PlanCache(Generic[Planned]):
@@ -78,7 +70,7 @@ class PlanCache(Generic[Planned]):
     def __init__(self) -> None:
         self._by_line: dict[_Where, _Kept[Planned]] = {}
         self._by_content: dict[_Where, _Kept[Planned]] = {}
-        self._last: tuple[_Where, _Kept[Any]] = (None,), _Kept({}, [], _NO_KINDS, None)
+        self._last: tuple[_Where, _Kept[Any]] = (None,), _Kept({}, [], (), None)
 
     def __len__(self) -> int:
         return len(self._by_content)
@@ -103,8 +95,8 @@ class PlanCache(Generic[Planned]):
                     return where, self._of_other_lines(where, key, graph, saves)
         except _INCOMPARABLE:
             return _where(key, graph), None
-        _, saved, kinds, planned = found
-        if saved != [*saves] or (kinds is not _NO_KINDS and not kinds.are_of(graph.rows)):
+        _, saved, numbers, planned = found
+        if saved != [*saves] or (numbers and not _are_alike(numbers, graph.rows)):
             return where, self._of_other_lines(where, key, graph, saves)
         self._last = where, found
         return where, planned
@@ -124,7 +116,7 @@ class PlanCache(Generic[Planned]):
             rows = [_outlined(row) for row in graph.rows]
         except _UnlikeAnyError:
             return
-        kept = _Kept({**vars(graph), "rows": rows}, [*saves], _kinds(graph.rows), planned)
+        kept = _Kept({**vars(graph), "rows": rows}, [*saves], _numbers(graph.rows), planned)
         self._put(self._by_content, _content(where[0], graph, saves), kept)
         self._put(self._by_line, where, kept)
         self._last = where, kept
@@ -140,7 +132,7 @@ class PlanCache(Generic[Planned]):
                 return None
         except _INCOMPARABLE:
             return None
-        if not found.kinds.are_of(graph.rows):
+        if not _are_alike(found.numbers, graph.rows):
             return None
         rows = zip(found.outline["rows"], graph.rows, strict=True)
         outline = {**vars(graph), "rows": [(*row[:-1], own[-1]) for row, own in rows]}
@@ -228,55 +220,65 @@ def _outlined(row: Row) -> Row:
     operation, args, kwargs, inputs, nested, mark = row
     if not kwargs and all(isinstance(arg, _PLAIN) for arg in args):
         return row
+    replaced = False
 
     def leaf(item: Any) -> Any:
+        nonlocal replaced
         if isinstance(item, torch.Tensor):
+            replaced = True
             return _Like(item)
         if isinstance(item, torch.Generator):
+            replaced = True
             return _AnyGenerator(item.device)
         if isinstance(item, Function | Carried | Subgraph):
             raise _UnlikeAnyError
         return item
 
     args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
-    return (operation, args, kwargs, inputs, nested, mark)
+    return (operation, args, kwargs or NO_KWARGS, inputs, nested, mark) if replaced else row
 
 
 _NUMBERS = (bool, int, float, complex)
-_NO_KINDS = _Kinds((), ())
 
 
-def _kinds(rows: Sequence[Row]) -> _Kinds:
-    """The types of the numbers among the arguments of nodes."""
-    numbers: list[tuple[int, int, type]] = []
-    others: list[tuple[int, int | str, Any]] = []
-    for index, (operation, args, kwargs, *_) in enumerate(rows):
-        if operation is READ:
-            continue
-        for at, arg in (*enumerate(args), *kwargs.items()):
-            if isinstance(at, int) and type(arg) in _NUMBERS:
-                numbers.append((index, at, cast("type[Any]", type(arg))))
-            elif _holds_numbers(arg):
-                others.append((index, at, _types(arg)))
-    return _Kinds(numbers, others) if numbers or others else _NO_KINDS
+def _are_alike(numbers: Sequence[_Number], rows: Sequence[Row]) -> bool:
+    """Whether equal nodes have numbers of the same types."""
+    for node, argument, path, kind in numbers:
+        _, args, kwargs, *_ = rows[node]
+        item: Any = args[argument] if isinstance(argument, int) else kwargs[argument]
+        for key in path:
+            item = _bounds(item)[key] if type(item) is slice else item[key]
+        if type(item) is not kind:
+            return False
+    return True
 
 
-def _holds_numbers(arg: Any) -> bool:
-    found: list[bool] = []
-    map_structure(lambda leaf: found.append(type(leaf) in _NUMBERS), arg)
-    return any(found)
+def _numbers(rows: Sequence[Row]) -> list[_Number]:
+    """The numbers among the arguments of nodes."""
+    return [
+        _Number(node, argument, path, kind)
+        for node, (operation, args, kwargs, *_) in enumerate(rows)
+        if operation is not READ
+        for argument, given in (*enumerate(args), *kwargs.items())
+        for path, kind in _numbers_in(given, ())
+    ]
 
 
-def _types(arg: Any) -> Any:
-    """The types of the leaves of an argument, in its structure."""
-    if type(arg) is tuple:  # most are keys, and this takes a fraction of the time
-        items = cast("tuple[Any, ...]", arg)
-        for item in items:
-            if type(item) is slice:
-                if not (item.start is None and item.stop is None and item.step is None):
-                    break
-            elif type(item) is tuple or type(item) is list:
-                break
-        else:
-            return [*map(type, items)]
-    return map_structure(type, arg)
+def _numbers_in(item: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], type]]:
+    """The numbers in a structure: which keys lead to each, and its type."""
+    kind = cast("type[Any]", type(item))
+    if kind in _NUMBERS:
+        yield path, kind
+        return
+    if kind is slice:
+        item = _bounds(item)
+    if isinstance(item, Mapping):
+        parts = cast("Mapping[Any, Any]", item).items()
+    else:
+        parts = enumerate(cast("list[Any]", item)) if isinstance(item, tuple | list) else ()
+    for key, part in parts:
+        yield from _numbers_in(part, (*path, key))
+
+
+def _bounds(key: slice) -> tuple[Any, Any, Any]:
+    return key.start, key.stop, key.step

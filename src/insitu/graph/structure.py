@@ -55,10 +55,10 @@ def is_basic(key: Any) -> bool:
     """Returns whether indexing a tensor with a key gives a view of it and no copy."""
     if isinstance(key, tuple):
         return all(map(is_basic, cast("tuple[Any, ...]", key)))
-    return not isinstance(key, bool) and isinstance(key, int | str | slice | _NO_INDEX)
+    return isinstance(key, _BASIC) and not isinstance(key, bool)
 
 
-_NO_INDEX = type(None) | type(Ellipsis)
+_BASIC = (int, str, slice, type(None), type(Ellipsis))
 
 
 def copied(value: Any, to: str | None = None) -> Any:

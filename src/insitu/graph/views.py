@@ -88,10 +88,15 @@ class Views:
         self._renewed: dict[int, int] = {}  # a view from before, as it was last recorded again
         self._followed: dict[int, tuple[int, int | str]] = {}  # by an assignment of one entry
         self._model = HandingOver(graph, self._first)
+        if graph.writes:
+            self._assign_from_before()
+
+    def _assign_from_before(self) -> None:
+        """Notes what was assigned before the first write in place."""
         latest: dict[int, int] = {}
-        for index, (operation, args, *_) in enumerate(graph.rows):
+        for index, (operation, args, *_) in enumerate(self._rows):
             if operation is WRITE:
-                read = graph.original(index)
+                read = self._graph.original(index)
                 self.assign(latest.get(read, read), index, args[1])
                 latest[read] = index
 
@@ -205,12 +210,16 @@ class Views:
         Args:
             value: the value, as it was when it was recorded or last used.
         """
+        if not self._standing:
+            return value
         chain: list[int] = []  # the views on the way to a base, innermost first
         index = value.index
         while True:
             made = self._standing.get(self._first.get(index, index))
             if made is not None:
                 break
+            if not self._rows[index][3]:
+                return value  # what arrives at a site that was not written in place
             parent = self._parent(index)
             if parent == _OF_SEVERAL:
                 if self._is_own(index):
@@ -358,9 +367,10 @@ class Views:
             return _OWN
         if view is None:
             self._unsure.add(index)
-        if operation.short in ("broadcast_tensors", "meshgrid"):
-            return _OF_SEVERAL
-        return next(iter(self._held(index)), _OF_SEVERAL)
+            if operation.short in ("broadcast_tensors", "meshgrid"):
+                return _OF_SEVERAL
+        first = args[0] if args else None
+        return first.index if type(first) is Ref else next(iter(self._held(index)), _OF_SEVERAL)
 
     def _held(self, index: int) -> list[int]:
         """The nodes that are arguments of a node, and not parts of arguments."""
@@ -370,6 +380,9 @@ class Views:
     def _step(self, index: int) -> tuple[Step, list[int]]:
         """A view as a step from its parent, and the other nodes that its geometry comes from."""
         operation, args, kwargs, inputs, _, _ = self._rows[index]
+        first = args[0] if args else None
+        if type(first) is Ref and len(inputs) == 1:  # nearly all
+            return (operation.name, 0, args[1:], kwargs), []
         parent = next(iter(self._held(index)))
         others = [*inputs]
         others.remove(parent)

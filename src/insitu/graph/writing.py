@@ -94,6 +94,10 @@ def replaced(value: Any, key: Any, part: Any) -> Any:
 
 
 def _replaced(value: Any, key: Any, part: Any) -> Any:
+    if type(value) is tuple:  # nearly always
+        items = list(cast("tuple[Any, ...]", value))
+        items[key] = part
+        return tuple(items)
     if isinstance(value, Mapping):
         entries = dict(cast("Mapping[Any, Any]", value))
         if key not in entries:
