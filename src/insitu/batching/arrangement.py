@@ -7,11 +7,16 @@ in a batch that grows block by block.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
+from itertools import accumulate
+from typing import TypeVar
 
 from insitu.batching.cost_model import Costs
 from insitu.batching.pass_plan import Row, rows_by_level
+
+Key = TypeVar("Key", bound=Hashable)
 
 Edges = Mapping[tuple[int, int], bool]
 """Which row uses values of which: the pair of their numbers, the one that is used first, and
@@ -54,31 +59,27 @@ def arrange(
     Raises:
         CircleError: if rows need each other in both directions and may not share a pass.
     """
+    divided = partial(_divided, rows, keys, partial(_of_like_terms, rows, costs, budget))
     try:
-        return _in_order(_divided(rows, keys, edges, costs, budget), edges)
+        return _in_order(divided(edges), edges)
     except CircleError:
         # Two passes, and each has a row that is used in the other: what uses it comes later then.
-        after = dict.fromkeys(edges, False)
-        return _in_order(_divided(rows, keys, after, costs, budget), edges)
+        return _in_order(divided(dict.fromkeys(edges, False)), edges)
 
 
 def _divided(
     rows: Sequence[Row],
     keys: Sequence[Hashable],
+    of_like_terms: Callable[[list[int]], list[Group]],
     edges: Edges,
-    costs: Costs | None,
-    budget: int,
 ) -> list[Group] | None:
     """Divides rows by what they use, by who may share a pass, and by what that costs."""
     groups: list[Group] = []
     for together, mutual in ranks(len(rows), edges):
         if mutual and any(rows[number].first_block for number in together):
             return None
-        alike: dict[Hashable, list[int]] = {}
-        for number in sorted(together):
-            alike.setdefault(keys[number], []).append(number)
-        for part in alike.values():
-            groups.extend([(part, 0)] if mutual else _of_like_terms(rows, part, costs, budget))
+        for part in grouped(sorted(together), keys.__getitem__).values():
+            groups.extend([(part, 0)] if mutual else of_like_terms(part))
     return groups
 
 
@@ -102,19 +103,29 @@ def _in_order(groups: list[Group] | None, edges: Edges) -> list[Group] | None:
 
 
 def _of_like_terms(
-    rows: Sequence[Row], numbers: Sequence[int], costs: Costs | None, budget: int
+    rows: Sequence[Row], costs: Costs | None, budget: int, numbers: Sequence[int]
 ) -> list[Group]:
     """Divides rows that may share a pass into those that do."""
     whole = [number for number in numbers if not rows[number].first_block]
     parts = [whole] if costs is None else _by_length(rows, whole, costs, budget)
     groups = [(part, 0) for own in parts for part in _within(rows, own, 0, budget)]
-    lengths: dict[int, list[int]] = {}
-    for number in numbers:
-        if rows[number].first_block:
-            lengths.setdefault(rows[number].length, []).append(number)
-    for part in lengths.values():
+    later = [number for number in numbers if rows[number].first_block]
+    for part in grouped(later, lambda number: rows[number].length).values():
         assert costs is not None  # of generations no row begins at a block
         groups.extend(_by_start(rows, part, costs, budget))
+    return groups
+
+
+def grouped(numbers: Iterable[int], key: Callable[[int], Key]) -> dict[Key, list[int]]:
+    """Returns numbers by what they have in common, in the order in which it comes.
+
+    Args:
+        numbers: the numbers.
+        key: what each of them has.
+    """
+    groups: dict[Key, list[int]] = {}
+    for number in numbers:
+        groups.setdefault(key(number), []).append(number)
     return groups
 
 
@@ -157,9 +168,7 @@ def ranks(count: int, edges: Edges) -> list[tuple[list[int], bool]]:
     """
     merged = rings(edges, count)  # who needs each other in both directions is one
     order = list(TopologicalSorter(_between(edges, merged)).static_order())
-    members: dict[int, list[int]] = {}
-    for number, at in enumerate(merged):
-        members.setdefault(at, []).append(number)
+    members = grouped(range(count), merged.__getitem__)
     incoming: dict[int, list[tuple[int, bool]]] = {}
     for (source, target), shares in edges.items():
         if merged[source] != merged[target]:
@@ -182,31 +191,65 @@ def _by_length(
     rows: Sequence[Row], numbers: Sequence[int], costs: Costs, budget: int
 ) -> list[list[int]]:
     """Divides rows into batches of like length, the cheapest way."""
-    lengths: dict[int, list[int]] = {}
-    for number in numbers:
-        lengths.setdefault(rows[number].length, []).append(number)
-    classes = sorted(lengths.items())
+    classes = sorted(grouped(numbers, lambda number: rows[number].length).items())
     sizes = [sum(rows[number].rows for number in part) for _, part in classes]
+    before = [0, *accumulate(sizes)]
+
+    def cost(begin: int, end: int) -> float | None:
+        length, count = classes[end - 1][0], before[end] - before[begin]
+        if end - begin > 1 and count * length > budget:
+            return None
+        return costs.time([count] * costs.blocks, length, length, 0)
+
+    parts = _cheapest(len(classes), cost)
+    return [[number for _, same in classes[begin:end] for number in same] for begin, end in parts]
+
+
+def _by_start(
+    rows: Sequence[Row], numbers: Sequence[int], costs: Costs, budget: int
+) -> list[Group]:
+    """Divides rows that begin past shared blocks by the positions that they leave out too."""
+    length = rows[numbers[0]].length
+    classes = sorted(grouped(numbers, lambda number: rows[number].first_position).items())
+
+    def cost(begin: int, end: int) -> float:
+        part = [rows[number] for _, same in classes[begin:end] for number in same]
+        counts = rows_by_level(part, costs.blocks)
+        return costs.time(counts, length - classes[begin][0], length, 0)
+
+    groups: list[Group] = []
+    for begin, end in _cheapest(len(classes), cost):
+        start = classes[begin][0]
+        part = [number for _, same in classes[begin:end] for number in same]
+        part.sort(key=lambda number: (rows[number].first_block, number))
+        groups.extend((own, start) for own in _within(rows, part, start, budget))
+    return groups
+
+
+def _cheapest(count: int, cost: Callable[[int, int], float | None]) -> list[tuple[int, int]]:
+    """The cheapest way to cut a row of classes into parts: where each begins and ends.
+
+    Args:
+        count: how many classes there are.
+        cost: what the classes between two bounds cost as one part; None if that is too large, and
+            then a longer one that ends there is too.
+    """
     best: list[tuple[float, int]] = [(0.0, 0)]  # up to each class: its cost, and the last cut
-    for end in range(1, len(classes) + 1):
-        length = classes[end - 1][0]
+    for end in range(1, count + 1):
         found: tuple[float, int] | None = None
-        count = 0
         for begin in range(end - 1, -1, -1):
-            count += sizes[begin]
-            if found is not None and count * length > budget:
+            own = cost(begin, end)
+            if own is None:
                 break
-            cost = best[begin][0] + costs.time([count] * costs.blocks, length, length, 0)
-            if found is None or cost < found[0]:
-                found = (cost, begin)
-        assert found is not None
+            if found is None or best[begin][0] + own < found[0]:
+                found = (best[begin][0] + own, begin)
+        assert found is not None  # one class is never too large
         best.append(found)
-    parts: list[list[int]] = []
-    end = len(classes)
-    while end:
-        begin = best[end][1]
-        parts.insert(0, [number for _, same in classes[begin:end] for number in same])
-        end = begin
+    parts: list[tuple[int, int]] = []
+    while count:
+        begin = best[count][1]
+        parts.insert(0, (begin, count))
+        count = begin
     return parts
 
 
@@ -234,37 +277,3 @@ def _within(
             count = rows[number].rows
         parts[-1].append(number)
     return parts
-
-
-def _by_start(
-    rows: Sequence[Row], numbers: Sequence[int], costs: Costs, budget: int
-) -> list[Group]:
-    """Divides rows that begin past shared blocks by the positions that they leave out too."""
-    length = rows[numbers[0]].length
-    starts: dict[int, list[int]] = {}
-    for number in numbers:
-        starts.setdefault(rows[number].first_position, []).append(number)
-    classes = sorted(starts.items())
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for end in range(1, len(classes) + 1):
-        found: tuple[float, int] | None = None
-        part: list[Row] = []
-        for begin in range(end - 1, -1, -1):
-            start, same = classes[begin]
-            part.extend(rows[number] for number in same)
-            counts = rows_by_level(part, costs.blocks)
-            cost = best[begin][0] + costs.time(counts, length - start, length, 0)
-            if found is None or cost < found[0]:
-                found = (cost, begin)
-        assert found is not None
-        best.append(found)
-    groups: list[Group] = []
-    end = len(classes)
-    while end:
-        begin = best[end][1]
-        start = classes[begin][0]
-        part_numbers = [number for _, same in classes[begin:end] for number in same]
-        part_numbers.sort(key=lambda number: (rows[number].first_block, number))
-        groups[:0] = [(own, start) for own in _within(rows, part_numbers, start, budget)]
-        end = begin
-    return groups

@@ -62,8 +62,8 @@ def in_time(crossing: Crossing, moments: Moments) -> bool:
     source, target, _ = crossing
     if same_place(source, target):
         return True
-    here = moment(_bound(target, "inputs"), moments(target[0]))
-    there = moment(_bound(source, "output"), moments(source[0]))
+    here = moment(bounding(target, "inputs"), moments(target[0]))
+    there = moment(bounding(source, "output"), moments(source[0]))
     return here is None or there is None or there <= here
 
 
@@ -118,7 +118,12 @@ def moment(address: Address, moments: Mapping[Place, int] | None) -> tuple[float
     return (max(step, 0) + (kind == "tokens") / 2, within)
 
 
-def _bound(address: Address, bound: Kind) -> Address:
-    """A site; of a function in a module's forward, what bounds its moment."""
+def bounding(address: Address, bound: Kind) -> Address:
+    """Returns a site; of a function in a module's forward, what bounds its moment.
+
+    Args:
+        address: the site.
+        bound: which value of the module stands for what is inside of its forward.
+    """
     owner, inside, _ = address[1].partition(SEPARATOR)
     return (address[0], owner, bound, 0, address[4]) if inside else address

@@ -5,7 +5,7 @@ Which axes of a value hold these is proposed in `proposed_layouts.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, cast
@@ -138,23 +138,44 @@ def put(site: Site, value: Any, layout: Any, part: Part, own: Any) -> None:
         part: where the invocation lies.
         own: what to put there.
     """
-    if isinstance(layout, TensorLayout):
+
+    def fill(layout: TensorLayout, whole: Any, own: Any) -> None:
         axis = flat_axis(layout)
         if axis is None:
-            _cut_tensor(site, value, layout, part, all_rows=True).copy_(own)
+            _cut_tensor(site, whole, layout, part, all_rows=True).copy_(own)
             return
         positions, length = part.along(layout.axes[axis])
-        apart = value.unflatten(axis, (part.batch, length))
+        apart = whole.unflatten(axis, (part.batch, length))
         rows = part.rows.stop - part.rows.start
         lead = (slice(None),) * axis
         apart[(*lead, part.rows, positions)] = own.unflatten(axis, (rows, -1))
-    elif isinstance(layout, tuple):
+
+    _by_layout(fill, layout, value, own)
+
+
+def _by_layout(function: Callable[..., Any], layout: Any, value: Any, *others: Any) -> Any:
+    """Applies a function to the tensors of a value that have a layout; others stay as they are.
+
+    Args:
+        function: is given the layout of a tensor, the tensor, and what others have in its place.
+        layout: the layout of the value.
+        value: the value.
+        others: values of the same structure.
+    """
+    if isinstance(layout, TensorLayout):
+        return function(layout, value, *others)
+    if isinstance(layout, tuple):
         inners = cast("tuple[Any, ...]", layout)
-        for item, inner, mine in zip(value, inners, own, strict=True):
-            put(site, item, inner, part, mine)
-    elif isinstance(layout, dict):
-        for name, inner in cast("dict[str, Any]", layout).items():
-            put(site, value[name], inner, part, own[name])
+        items = zip(inners, value, *others, strict=True)
+        return tuple([_by_layout(function, *item) for item in items])
+    if isinstance(layout, dict):
+        inner = cast("dict[str, Any]", layout)
+        made = dict(value)
+        for name in inner:
+            own = [other[name] for other in others]
+            made[name] = _by_layout(function, inner[name], value[name], *own)
+        return cast(Any, type(value))(made)
+    return value
 
 
 def leaves(layout: Any) -> list[TensorLayout]:
@@ -186,19 +207,13 @@ def widened(value: Any, layout: Any, batch: int) -> Any:
         layout: its layout.
         batch: how many rows there are.
     """
-    if isinstance(layout, TensorLayout):
-        if Axis.SHARED not in layout.axes or value.shape[0] == batch:
-            return value
-        return value.expand(batch, *value.shape[1:]).clone()
-    if isinstance(layout, tuple):
-        pairs = zip(value, cast("tuple[Any, ...]", layout), strict=True)
-        return tuple(widened(item, inner, batch) for item, inner in pairs)
-    if isinstance(layout, dict):
-        inner = cast("dict[str, Any]", layout)
-        kind = cast(Any, type(value))
-        rest = {name: value[name] for name in value if name not in inner}  # as they are
-        return kind({**{name: widened(value[name], inner[name], batch) for name in inner}, **rest})
-    return value
+
+    def widen(layout: TensorLayout, whole: torch.Tensor) -> torch.Tensor:
+        if Axis.SHARED not in layout.axes or whole.shape[0] == batch:
+            return whole
+        return whole.expand(batch, *whole.shape[1:]).clone()
+
+    return _by_layout(widen, layout, value)
 
 
 def spread(value: Any, layout: Any, positions: Sequence[int] | slice, length: int) -> Any:
@@ -215,28 +230,22 @@ def spread(value: Any, layout: Any, positions: Sequence[int] | slice, length: in
     Raises:
         ValueError: if its positions do not have one axis of their own.
     """
-    if isinstance(layout, TensorLayout):
+
+    def widen(layout: TensorLayout, some: torch.Tensor) -> torch.Tensor:
         if Axis.POSITIONS not in layout.axes and Axis.BOTH not in layout.axes:
-            return value
+            return some
         axis = layout.axes.index(Axis.POSITIONS)
         if Axis.POSITIONS in layout.axes[axis + 1 :]:
             raise ValueError("a pair of positions is not left out with one of them")
-        shape = list(value.shape)
+        shape = list(some.shape)
         shape[axis] = length
-        if value.shape[axis] == 1:
-            return value.expand(shape)
-        whole = value.new_empty(shape)
-        whole[(*(_ALL,) * axis, positions)] = value
+        if some.shape[axis] == 1:
+            return some.expand(shape)
+        whole = some.new_empty(shape)
+        whole[(*(_ALL,) * axis, positions)] = some
         return whole
-    if isinstance(layout, tuple):
-        inners = cast("tuple[Any, ...]", layout)
-        pairs = zip(value, inners, strict=True)
-        return tuple(spread(item, inner, positions, length) for item, inner in pairs)
-    if isinstance(layout, dict):
-        inner = cast("dict[str, Any]", layout)
-        kind = cast(Any, type(value))
-        return kind({name: spread(value[name], inner[name], positions, length) for name in inner})
-    return value
+
+    return _by_layout(widen, layout, value)
 
 
 def _cut_tensor(

@@ -278,12 +278,7 @@ class Subject(Protocol):
         """Returns a module as a function on fake tensors."""
         ...
 
-    def probe(
-        self,
-        call: Call,
-        views: Mapping[str, View],
-        inside: str | None = None,
-    ) -> Probe:
+    def probe(self, call: Call, views: Mapping[str, View], inside: str | None = None) -> Probe:
         """Returns fake values of what passes every site in a call, shown by these views.
 
         With `inside`, also the torch functions that the module with this path calls.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
+from insitu.batching.arrangement import grouped
 from insitu.batching.cost_model import Costs
+from insitu.batching.crossings import bounding
 from insitu.batching.demand import Chain, Demand, Demands, Work
 from insitu.batching.pass_plan import Row, rows_by_level
 from insitu.batching.touched_positions import Extents
 from insitu.engine.plan import Plan
-from insitu.graph.node import SEPARATOR, Address, Kind, Place
+from insitu.graph.node import SEPARATOR, Address, Place
 
 
 def may_branch(each: Sequence[Demand], work: Work) -> dict[int, int]:
@@ -93,12 +95,12 @@ def find_rows(
 
 def _of_one_prompt(each: Sequence[Demand]) -> list[list[int]]:
     """The invocations whose prompts are equal, together."""
-    same: dict[Hashable, list[int]] = {}
-    for number, demand in enumerate(each):
-        shares = demand.terms is not None and demand.prompt is not None
-        key = (demand.terms.number, demand.prompt) if shares and demand.terms else number
-        same.setdefault(key, []).append(number)
-    return list(same.values())
+
+    def key(number: int) -> Hashable:
+        terms, prompt = each[number].terms, each[number].prompt
+        return number if terms is None or prompt is None else (terms.number, prompt)
+
+    return [*grouped(range(len(each)), key).values()]
 
 
 def _row(
@@ -212,15 +214,9 @@ def _span(address: Address, order: Mapping[Place, int]) -> tuple[int, int] | Non
 
     Of a function in a module's forward it is known of its one call of that.
     """
-    inputs, output = _outside(address, "inputs"), _outside(address, "output")
+    inputs, output = bounding(address, "inputs")[1:4], bounding(address, "output")[1:4]
     if inputs not in order or output not in order:
         return None
     if SEPARATOR in address[1] and (inputs[0], "inputs", 1) in order:
         return None
     return order[inputs], order[output]
-
-
-def _outside(address: Address, bound: Kind) -> Place:
-    """The place of a site; of a function in a module's forward, what bounds its moment."""
-    owner, inside, _ = address[1].partition(SEPARATOR)
-    return (owner, bound, 0) if inside else address[1:4]

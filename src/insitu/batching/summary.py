@@ -61,6 +61,14 @@ class Planned:
         alone = {number: cost for single in self.passes for number, cost in single.alone.items()}
         return sum(alone.values())
 
+    @property
+    def costs(self) -> list[float]:
+        """What each pass costs beside the others: operations, or whatever else is known."""
+        if all(single.flops for single in self.passes):
+            return [single.flops for single in self.passes]
+        places = [single.rows * single.positions * single.run for single in self.passes]
+        return [float(place) for place in places] if all(places) else [1.0] * len(places)
+
     def explain(self) -> str:
         """Returns a table of the passes, with what each leaves out and why."""
         lines = self._lines()

@@ -246,12 +246,7 @@ class Model(Handle):
         looks.weights = looks.tree is not False  # once in a block
         return changed
 
-    def probe(
-        self,
-        call: Call,
-        views: Mapping[str, View],
-        inside: str | None = None,
-    ) -> Probe:
+    def probe(self, call: Call, views: Mapping[str, View], inside: str | None = None) -> Probe:
         """Returns fake values of what passes every site in a call, from a cache if it can.
 
         Args:
