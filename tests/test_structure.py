@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import insitu
+from tests.files_entered import files_entered
 
 ROOT = Path(insitu.__file__).parent
 ROOMS = ("graph", "engine", "batching", "tracing")
@@ -45,6 +46,12 @@ def test_no_files_import_each_other_in_a_circle(room: str) -> None:
                 reached.add(current)
                 pending.extend(whole[current])
         assert name not in reached, f"what {name} imports leads back to it"
+
+
+@pytest.mark.no_wire
+def test_one_value_enters_few_files() -> None:
+    """A reader who follows one value, from `with` to `.value`, has so many files to open."""
+    assert len(files_entered()) <= 27
 
 
 # What is hung on modules, or taken from them, has these names. They are written in `engine/` alone.

@@ -14,7 +14,7 @@ import torch
 
 from insitu.engine.copies import reusable
 from insitu.graph import wire
-from insitu.graph.encoding import add_node, encode
+from insitu.graph.encoding import encode
 from insitu.graph.errors import OperationError
 from insitu.graph.evaluation import meaning
 from insitu.graph.location import mark
@@ -50,7 +50,7 @@ class Lines:
             encoded = tuple(encode(self.recording, arg, inputs, MARK) for arg in given)
             place = self.views.located(value, MARK)
             return self.views.put(place, operation, encoded, kwargs, inputs, True, MARK)
-        return add_node(self.recording, operation, (self._now(value), *given), kwargs, MARK)
+        return self.recording.apply(operation, (self._now(value), *given), kwargs, MARK)
 
     def run(self) -> list[Any]:
         values: list[Any] = []
@@ -221,7 +221,8 @@ def test_one_of_several_views_is_written_while_autograd_records(name: str) -> No
 def test_views_of_several_values_are_seen_and_not_written() -> None:
     lines = Lines(x=torch.ones(3), y=torch.ones(1))
     both = Recorded(lines.recording, lines.site("x")), Recorded(lines.recording, lines.site("y"))
-    views = add_node(lines.recording, BY_NAME["torch.broadcast_tensors"], both, NO_KWARGS, MARK)
+    apply = lines.recording.apply
+    views = apply(BY_NAME["torch.broadcast_tensors"], both, NO_KWARGS, MARK)
     with pytest.raises(OperationError, match="views of several values at once"):
         lines.do(_MULTIPLY, lines.do(GETITEM, views, 1), 2.0)
     part = lines.do(GETITEM, views, 1)
@@ -305,7 +306,7 @@ def test_a_copy_stays_where_an_older_value_is_still_needed(view: bool, late: boo
     lines.do(SETITEM, site, 0, 1.0)
     older = lines.do("Tensor.view", site, 2, 2) if view else lines.views.resolved(site)
     other = lines.site("y")
-    used = add_node(lines.recording, _ADD, (Recorded(lines.recording, older), 1.0), NO_KWARGS, MARK)
+    used = lines.recording.apply(_ADD, (Recorded(lines.recording, older), 1.0), NO_KWARGS, MARK)
     lines.do(SETITEM, site, 1, 1.0)
     second = lines.recording.graph.writes[site.index]
     rows = lines.recording.graph.rows

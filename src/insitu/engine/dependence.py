@@ -27,6 +27,9 @@ class Lost:
     nodes: frozenset[int] = frozenset()
     invocations: frozenset[int] = frozenset()
 
+    def __or__(self, other: Lost) -> Lost:
+        return Lost(self.nodes | other.nodes, self.invocations | other.invocations)
+
 
 class Dependence:
     """Which nodes and invocations of a graph use which.

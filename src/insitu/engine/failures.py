@@ -154,7 +154,7 @@ class Failures:
         if not (harmless and own.invocations.issuperset(failed.invocations)):
             self.is_spoiled = True
             own = self.dependence.lost(failed.nodes, failed.invocations)
-        self.lost = Lost(before.nodes | own.nodes, before.invocations | own.invocations)
+        self.lost = before | own
 
     def hold_up(self, invocations: Collection[int]) -> bool:
         """Returns whether a pass cannot run, because it uses what has no value.

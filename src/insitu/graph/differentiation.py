@@ -5,17 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 
-from insitu.graph.encoding import add_node, described
-from insitu.graph.errors import BlockError, OperationError
-from insitu.graph.location import Location, Mark, here
+from insitu.graph.encoding import described
+from insitu.graph.errors import OperationError
+from insitu.graph.location import Location, Mark
 from insitu.graph.node import NO_KWARGS, Ref, WeightRef, ref
 from insitu.graph.operations import BACKWARD, GETITEM, GRAD, WRITE
-from insitu.graph.recorded import AnyRecorded, Recorded, holds, refuse_structure
+from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
 from insitu.graph.recording import Recording
 
 
@@ -32,7 +31,8 @@ def read_gradient(recording: Recording, source: Ref, mark: Mark, of: Ref | None 
     of = of or recording.differentiated
     if recording.gradients is None:
         recording.gradients = {}
-    source = recording.current(source)
+    if recording.views is not None:
+        source = recording.views.resolved(source)
     there = recording.gradients.setdefault(of, {})
     standing = there.get(source)
     if standing is None:
@@ -55,80 +55,47 @@ def write_gradient(recording: Recording, source: Ref, value: Any, mark: Mark) ->
         value: as of `intervention.write`.
         mark: the user's line.
     """
-    source = recording.current(source)
+    if recording.views is not None:
+        source = recording.views.resolved(source)
     standing = read_gradient(recording, source, mark)
-    if holds(recording, standing, value):
+    if recording.holds(standing, value):
         return
     original = recording.graph.original(standing.index)
     args = (Recorded(recording, ref(original)), value, False)
-    written = add_node(recording, WRITE, args, NO_KWARGS, mark)
+    written = recording.apply(WRITE, args, NO_KWARGS, mark)
     recording.graph.writes[original] = written.index
     cast("dict[Any, dict[Ref, Ref]]", recording.gradients)[recording.differentiated][source] = (
         written
     )
 
 
-class BackwardPass(tuple[Any, ...]):
-    """A recorded backward pass: the gradients of its `inputs`, as a tuple.
-
-    In `with loss.backward():` every `.grad` is that of this pass, wherever it stands among others.
-    """
-
-    _recording: Recording
-    _ref: Ref
-    _around: Ref | None
-
-    def __enter__(self) -> Self:
-        """Lets `.grad` mean the gradients of this pass.
-
-        Raises:
-            BlockError: if the block has ended.
-        """
-        recording = self._recording
-        if not recording.open:
-            raise BlockError("The block of this backward pass has ended.", here())
-        self._around, recording.differentiated = recording.differentiated, self._ref
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Lets `.grad` mean what it meant before."""
-        self._recording.differentiated = self._around
-
-    def __repr__(self) -> str:
-        gradients = "" if not self else f" of {len(self)} inputs"
-        return f"<Backward pass{gradients}>"
-
-
-def backward_pass(
+def record_backward(
+    recording: Recording,
     losses: Sequence[Any],
     options: Mapping[str, Any],
-    inputs: Any,
+    inputs: Sequence[Any] | None,
     mark: Mark,
-    kind: type[Recorded],
-) -> BackwardPass:
+) -> tuple[Ref, list[Ref]]:
     """Records a backward pass.
 
     Args:
-        losses: where it starts: recorded values, of which the first tells the block.
+        recording: where it is recorded.
+        losses: where it starts: recorded values.
         options: keyword arguments of the operation, but for `inputs`.
         inputs: whose gradients it returns: values of this block, weights of the model, tensors of
-            the user's, or one of them alone. None for none.
+            the user's. None for none.
         mark: the user's line.
-        kind: the class of the gradients.
+
+    Returns:
+        Its node, and the nodes that stand for the gradients that it returns.
 
     Raises:
         OperationError: if there are no inputs or one of them is something else.
     """
-    recording = next(loss for loss in losses if isinstance(loss, AnyRecorded))._recording
-    if isinstance(inputs, torch.Tensor | AnyRecorded):
-        inputs = [inputs]
-    checked: list[Any] = []
-    if inputs is not None:
+    if inputs is None:
+        backward = recording.apply(BACKWARD, tuple(losses), options, mark)
+        gradients = list[Ref]()
+    else:
         checked = [_checked(recording, item, mark) for item in inputs]
         if not checked:
             raise OperationError(
@@ -136,53 +103,12 @@ def backward_pass(
                 Location(*mark),
             )
         named = [item for item in checked if not isinstance(item, Ref)]
-        options = {**options, "inputs": named}
-    backward = add_node(recording, BACKWARD, tuple(losses), options, mark)
-    gradients = _returned(recording, backward, checked, mark)
+        backward = recording.apply(BACKWARD, tuple(losses), {**options, "inputs": named}, mark)
+        gradients = _returned(recording, backward, checked, mark)
     if recording.gradients is not None:  # lines that come now may mean this one
         recording.gradients.pop(None, None)
     recording.graph.differentiates = True
-    made = BackwardPass(kind(recording, gradient) for gradient in gradients)
-    made._recording, made._ref = recording, backward
-    return made
-
-
-def recorded_grad(
-    kind: type[Recorded], mark: Mark, outputs: Sequence[Any], inputs: Sequence[Any], **given: Any
-) -> BackwardPass:
-    """Records `torch.autograd.grad`.
-
-    Args:
-        kind: the class of the gradients.
-        mark: the user's line.
-        outputs: where it starts.
-        inputs: what the gradients are of.
-        **given: the other arguments of `torch.autograd.grad`.
-
-    Raises:
-        OperationError: if it starts from anything that is no value of the run, or is to be of
-            several gradients at once.
-    """
-    if not all(isinstance(output, AnyRecorded) and output._recording.open for output in outputs):
-        raise OperationError(
-            "In a block `torch.autograd.grad` starts from values of the run: this is the gradient "
-            "of something else.",
-            Location(*mark),
-        )
-    if given.get("is_grads_batched"):
-        raise OperationError(
-            "`is_grads_batched` is not recorded: write a `torch.autograd.grad` for each gradient, "
-            "with `retain_graph=True`.",
-            Location(*mark),
-        )
-    gradient = given.get("grad_outputs")
-    if isinstance(gradient, Sequence) and len(outputs) == 1:
-        (gradient,) = cast("Sequence[Any]", gradient)
-    options: dict[str, Any] = {"gradient": gradient, "retain_graph": given.get("retain_graph")}
-    for name in ("create_graph", "allow_unused", "materialize_grads"):
-        options[name] = given.get(name) or None
-    kept = {name: value for name, value in options.items() if value is not None}
-    return backward_pass(outputs, {**kept, "accumulate": False}, inputs, mark, kind)
+    return backward, gradients
 
 
 def _checked(recording: Recording, item: Any, mark: Mark) -> Any:
@@ -191,7 +117,7 @@ def _checked(recording: Recording, item: Any, mark: Mark) -> Any:
         if item._recording is recording:
             if not item._operand:
                 refuse_structure(item, Location(*mark))
-            return recording.current(item._ref)
+            return recording.current(item)
         item = item.result(Location(*mark))
     if not isinstance(item, torch.Tensor):
         raise OperationError(
@@ -199,8 +125,11 @@ def _checked(recording: Recording, item: Any, mark: Mark) -> Any:
             "weights of the model such as those of `model.module.parameters()`.",
             Location(*mark),
         )
-    path = None if recording.shapes is None else recording.shapes.weight_path(item)
-    return item if path is None else WeightRef(path)
+    if recording.shapes is not None:
+        for path, weight in recording.shapes.model.modules[""].named_parameters():
+            if weight is item:
+                return WeightRef(path)
+    return item
 
 
 def _returned(recording: Recording, backward: Ref, inputs: Sequence[Any], mark: Mark) -> list[Ref]:

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from insitu.graph.cells import Holder
 from insitu.graph.context import Casts
 from insitu.graph.node import Graph, Site
 
 
-class ShapeSource(Protocol):
-    """Knows, without running the model, the shapes of what will arrive at its sites."""
+class Modules(Protocol):
+    """A model, as far as its modules and weights are asked for."""
 
-    def arriving(self, site: Site) -> Any:
-        """Returns what arrives at a site, with fake tensors in place of tensors."""
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """All modules by path, with or without weights."""
         ...
 
     def fake_module(self, path: str) -> Callable[..., Any]:
         """Returns a module as a function on fake tensors."""
         ...
 
+
+class ShapeSource(Protocol):
+    """Knows, without running the model, the shapes of what will arrive at its sites."""
+
+    @property
+    def model(self) -> Modules:
+        """The model."""
+        ...
+
+    def arriving(self, site: Site) -> Any:
+        """Returns what arrives at a site, with fake tensors in place of tensors."""
+        ...
+
     def writer(self) -> int | None:
         """Returns in which invocation the running line stands, None if in none."""
-        ...
-
-    def weight_path(self, tensor: torch.Tensor) -> str | None:
-        """Returns the path of a weight of the model, None if the tensor is something else."""
-        ...
-
-    def weight(self, path: str) -> torch.Tensor:
-        """Returns a weight of the model, with data or without."""
         ...
 
 

@@ -261,7 +261,7 @@ def _compute(recording: Lines, index: int, one_dtype: bool = False) -> Any:
 
     def module(path: str) -> Any:
         assert recording.shapes is not None
-        return recording.shapes.fake_module(path)
+        return recording.shapes.model.fake_module(path)
 
     def other(item: Any) -> Any:
         if not isinstance(item, torch.Tensor):
@@ -278,7 +278,7 @@ def _compute(recording: Lines, index: int, one_dtype: bool = False) -> Any:
             return map_structure(other, item.fake())
         if type(item) is WeightRef:
             assert recording.shapes is not None
-            return other(recording.shapes.weight(item.path))
+            return other(recording.shapes.model.modules[""].get_parameter(item.path))
         if isinstance(item, torch.Tensor) and not isinstance(item, FakeTensor):
             # What was computed of others is asked for a gradient that it cannot have.
             return mode.from_tensor(item if item.is_leaf else item.detach())

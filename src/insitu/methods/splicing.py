@@ -15,8 +15,8 @@ from insitu.methods.prompts import read_prompts
 from insitu.methods.result import Result
 from insitu.methods.sae import SparseAutoencoder
 from insitu.models.language_model import LanguageModel
+from insitu.tracing.invocation import innermost
 from insitu.tracing.named import ComputedProxy
-from insitu.tracing.scope import innermost
 
 _INSTEAD = "assign to `features`, or to a part of them by an index."
 
@@ -128,8 +128,8 @@ def use_sae(
         `spliced = use_sae(model, sae); spliced.features[..., 123] = 0`
     """
     hook = model.hook(hook_name or sae.hook_name)
-    scope, line = innermost(model, 2)
-    invocation = hook._inside(scope, line)
+    found, line = innermost(model, 2)
+    invocation = hook._inside(found, line)
     model.load()  # before that it is on no device
     return Spliced(hook, invocation, sae.to(model.device), error, line)
 

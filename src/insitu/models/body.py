@@ -29,8 +29,7 @@ from insitu.models.parts import Block, Spot
 from insitu.models.samples import sample_call, sample_lengths
 from insitu.models.visible_softmax import showing_options
 from insitu.models.weights import Weights
-from insitu.tracing.invocation import Invocation
-from insitu.tracing.scope import innermost
+from insitu.tracing.invocation import innermost
 
 if TYPE_CHECKING:
     from insitu.models.model import Model
@@ -338,8 +337,8 @@ class Body:
 
     def _settle(self) -> None:
         """Lets the model exchange modules of its own, as the prompt of an open block makes it."""
-        scope, _ = innermost(self._model, 2)
-        if isinstance(scope, Invocation) and self._model.settle(scope.call):
+        invocation, _ = innermost(self._model, 2)
+        if invocation is not None and self._model.settle(invocation.call):
             vars(self).pop("proofs", None)  # they are made anew
 
     def _flow(self, options: dict[str, Any]) -> Dataflow | None:

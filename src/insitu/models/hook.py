@@ -8,9 +8,8 @@ from insitu.graph.errors import BlockError, PathError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.proxy import Proxy
 from insitu.models.transformer_lens import TransformerLens
-from insitu.tracing.invocation import Invocation
+from insitu.tracing.invocation import Invocation, innermost
 from insitu.tracing.named import Named
-from insitu.tracing.scope import innermost
 from insitu.tracing.vocabulary import Missing
 
 if TYPE_CHECKING:
@@ -67,8 +66,8 @@ class Hook:
     def __repr__(self) -> str:
         return f"<hook {self._name}>"
 
-    def _inside(self, invocation: Any, line: Mark) -> Invocation:
-        if isinstance(invocation, Invocation):
+    def _inside(self, invocation: Invocation | None, line: Mark) -> Invocation:
+        if invocation is not None:
             return invocation
         raise BlockError(
             f"`{self._name}` is a value of a run, so it belongs inside a block: "

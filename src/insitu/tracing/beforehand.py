@@ -7,14 +7,12 @@ fails at the same lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import EllipsisType
 from typing import Any
 
 import torch
 
 from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
-from insitu.graph.lines import Lines
 from insitu.graph.node import Ref, Row
 from insitu.graph.operations import (
     APPLY,
@@ -31,6 +29,7 @@ from insitu.graph.operations import (
     WRITE,
 )
 from insitu.graph.shapes import calls_function, fake_value, works_in_one_dtype
+from insitu.tracing.run import Run
 
 _NEVER_FAIL = (READ, SAVE, KEEP, GRAD, ATTRIBUTE)
 _BY_VALUE = (APPLY, COND, FOLD)  # what of them runs depends on values, or on there being values
@@ -38,23 +37,22 @@ _DEVICES = ("found two different devices", "on the same device")
 _MOST = 4  # fake runs: one for each form of prompt
 
 
-def check_fit(lines: Lines, knows_dtypes: bool, form_of: Callable[[int], str]) -> None:
+def check_fit(run: Run) -> None:
     """Raises at the first line whose values do not fit together, as far as that can be known.
 
     Args:
-        lines: what is about to run.
-        knows_dtypes: whether the fake weights certainly have the dtypes of the real ones.
-        form_of: gives the shapes and dtypes of an invocation's prompt, equal for equal ones.
+        run: what is about to run.
 
     Raises:
         InsituError: pointing at that line.
     """
+    lines, knows_dtypes = run.lines, run.model.knows_dtypes
     if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
         knows_dtypes = False
     contexts = lines.graph.contexts.values()
     if any(device != "cpu" for context in contexts for device, _ in context.casts):
         knows_dtypes = False  # fake tensors are on the CPU
-    for index in _fallible(lines, form_of):
+    for index in _fallible(run):
         operation = lines.graph.rows[index][0]
         try:
             fake_value(lines, index)
@@ -73,9 +71,9 @@ def check_fit(lines: Lines, knows_dtypes: bool, form_of: Callable[[int], str]) -
             continue
 
 
-def _fallible(lines: Lines, form_of: Callable[[int], str]) -> list[int]:
+def _fallible(run: Run) -> list[int]:
     """The nodes whose values may not fit together, of a few forms of prompt."""
-    rows = lines.graph.rows
+    rows = run.lines.graph.rows
     found: list[int] = []
     needs: list[frozenset[int]] = []  # of which invocations
     forms: set[str] = set()
@@ -91,7 +89,7 @@ def _fallible(lines: Lines, form_of: Callable[[int], str]) -> list[int]:
             continue
         if operation in _NEVER_FAIL or _is_safe(rows, row):
             continue
-        now = forms.union(map(form_of, needs[-1]))
+        now = forms.union(run.call(number).signature() for number in needs[-1])
         if len(now) <= _MOST:
             forms = now
             found.append(index)

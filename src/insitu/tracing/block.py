@@ -8,15 +8,11 @@ how it is done in `running.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Procedure, Subject
-from insitu.batching.summary import Summary
 from insitu.engine.failures import first_error
 from insitu.graph.context import (
     as_begun,
@@ -32,12 +28,10 @@ from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordina
 from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
 from insitu.graph.tracebacks import shortened
-from insitu.tracing.invocation import Invocation, Invoked
-from insitu.tracing.one_run import Ran
-from insitu.tracing.planning import explained
-from insitu.tracing.running import run_block
+from insitu.tracing.invocation import Invocation, Invoked, innermost
+from insitu.tracing.run import Run
+from insitu.tracing.running import Ran, run_block
 from insitu.tracing.scanning import scan_block
-from insitu.tracing.scope import innermost
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.watching import watcher
 
@@ -63,7 +57,7 @@ class Block:
         request: what that one is called with.
         is_open: whether the `with` block is being executed.
         is_done: whether that has ended.
-        planned: what each pass does, once it is planned.
+        ran: its run, None before it ends.
         result: what the run returned, where the block promises it.
         is_stopped: whether a line of the user's ended the run.
         is_dry: whether the run is only planned.
@@ -75,7 +69,7 @@ class Block:
     result: Any = None
     is_stopped = False
     raised: str | None = None
-    planned: Sequence[PassPlan] = ()
+    ran: Run | None = None
 
     def __init__(
         self,
@@ -175,19 +169,17 @@ class Block:
             with ordinary_tensors():
                 self.run()
             return
-        planned: list[PassPlan] = []
-        self.planned = planned
+        run = Run(self.model, self.procedure, recording, self._requests, self._demanded)
+        self.ran = run
         failed: Exception | None = None
-        model, procedure, requests = self.model, self.procedure, self._requests
         watching = watcher.get()
         if watching is not None:
             watching.begins(self)
         try:
             if self.is_dry:
-                scan_block(model, procedure, recording, requests, planned)
+                scan_block(run)
             else:
-                demanded = self._demanded
-                ran = run_block(model, procedure, recording, requests, demanded, planned)
+                ran = run_block(run)
                 if self.promises_output:
                     self._take_outputs(ran)
                 if ran.failed:
@@ -230,10 +222,6 @@ class Block:
                 f"The block raised {self.raised}, so it is not whole, and no job.", here(3)
             )
         return self.procedure, self.recording, self._requests, self._demanded
-
-    def explained(self) -> list[Summary]:
-        """Returns what its passes do, for the user."""
-        return explained(self.model, self.procedure, self._requests, self.planned)
 
     def give_up(self, reason: str) -> None:
         """Says of every saved value why it will have none, if it has none yet."""
@@ -294,29 +282,16 @@ class Block:
         """Returns what arrives at a site, with fake tensors in place of tensors."""
         return self.invocations[site.invocation].fake(site)
 
-    def fake_module(self, path: str) -> Callable[..., Any]:
-        """Returns a module as a function on fake tensors."""
-        return self.model.fake_module(path)
-
     def writer(self) -> int | None:
         """Returns in which invocation the running line stands, None if in none."""
         if len(self.invocations) == 1:
             return 0
-        scope, _ = innermost(self.model, 1)
-        return scope.number if isinstance(scope, Invocation) else None
-
-    def weight_path(self, tensor: torch.Tensor) -> str | None:
-        """Returns the path of a weight of the model, None if the tensor is something else."""
-        parameters = self.model.modules[""].named_parameters()
-        return next((path for path, parameter in parameters if parameter is tensor), None)
-
-    def weight(self, path: str) -> torch.Tensor:
-        """Returns a weight of the model, with data or without."""
-        return self.model.modules[""].get_parameter(path)
+        invocation, _ = innermost(self.model, 1)
+        return None if invocation is None else invocation.number
 
     def _take_outputs(self, ran: Ran) -> None:
         """Makes what the passes returned into what the block and its invocations give."""
-        self.is_stopped = bool(ran.plan.stops)
+        self.is_stopped = ran.is_stopped
         outputs = ran.outputs
         if outputs is not None:
             self.result = outputs.whole

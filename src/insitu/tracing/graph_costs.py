@@ -21,11 +21,11 @@ from insitu.engine.plan import Plan
 from insitu.graph.errors import InsituError, LimitError, UnknownShapeError
 from insitu.graph.expression import located
 from insitu.graph.fake_tensors import on_fake_tensors
+from insitu.graph.lines import Lines
 from insitu.graph.node import Ref
 from insitu.graph.operations import READ, SAVE
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure, tensors_of
-from insitu.tracing.job_binding import JobLines
 
 
 class GraphCosts(NamedTuple):
@@ -46,9 +46,7 @@ class GraphCosts(NamedTuple):
     known: frozenset[int]
 
 
-def graph_costs(
-    lines: JobLines, plan: Plan, steps: int, budget: Budget | None = None
-) -> GraphCosts:
+def graph_costs(lines: Lines, plan: Plan, steps: int, budget: Budget | None = None) -> GraphCosts:
     """Infers all values that were recorded, and counts what that takes.
 
     Args:
@@ -72,7 +70,7 @@ def graph_costs(
 class _Inferred:
     """Values without data, with the largest in the place of those that depend on values."""
 
-    def __init__(self, lines: JobLines) -> None:
+    def __init__(self, lines: Lines) -> None:
         self._lines = lines
         self.estimates = copy.copy(lines)
         self.estimates.fakes = {}
@@ -130,7 +128,7 @@ class _Inferred:
 class _Meter:
     """Adds up what the nodes of a graph take, in their order."""
 
-    def __init__(self, lines: JobLines, plan: Plan, steps: int, budget: Budget | None) -> None:
+    def __init__(self, lines: Lines, plan: Plan, steps: int, budget: Budget | None) -> None:
         self._lines = lines
         self._rows = lines.graph.rows
         self._uses = list(plan.uses)

@@ -28,9 +28,8 @@ from insitu.graph.errors import (
 from insitu.graph.location import Location, here, mark
 from insitu.graph.node import readable
 from insitu.tracing.inside import Operations
-from insitu.tracing.invocation import Invocation
+from insitu.tracing.invocation import innermost
 from insitu.tracing.named import Named
-from insitu.tracing.scope import innermost
 from insitu.tracing.sites import SITES, Call
 from insitu.tracing.unknown_names import no_child, not_in_part
 from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles
@@ -171,7 +170,7 @@ class Handle(Call):
         """What a standard name stands for."""
         if isinstance(entry, Named):
             invocation, line = innermost(self._model, 3)
-            if not isinstance(invocation, Invocation):
+            if invocation is None:
                 raise self._outside(name, line)
             return entry.read(invocation, line)
         if isinstance(entry, Given):
@@ -200,7 +199,7 @@ class Handle(Call):
                 "the `.output` of a module, or a value by its name.",
                 Location(*line),
             )
-        if not isinstance(invocation, Invocation):
+        if invocation is None:
             raise self._outside(name, line)
         entry.write(invocation, value, line)
 

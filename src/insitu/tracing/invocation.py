@@ -1,8 +1,19 @@
-"""Invocations: one prompt, and what is read while the model processes it."""
+"""Invocations: one prompt, what is read while the model processes it, and which one is current.
+
+An invocation is current for the code that its `with` statement encloses, and for functions called
+from there. A `ContextVar` alone cannot say that: a generator that is suspended inside a `with`
+block leaves the variable set for its caller. So each open invocation also knows the frame that its
+`with` statement stands in, and it is current only while that frame is on the stack.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from sys import _getframe
+from threading import get_ident
 from types import FrameType, TracebackType
 from typing import Any, cast
 
@@ -16,19 +27,11 @@ from insitu.graph.node import EVERY, NO_KWARGS, Address, Kind, Ref, Site, ref
 from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.tracing.around import Around
-from insitu.tracing.scope import Scope
 from insitu.tracing.site_shapes import arriving_at, called_in
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
-_USED_INSIDE = """
-    block call called current_step demand enter fake forget_shapes leave most_steps number read
-    request result skip stop write
-"""
-_INTERNAL = frozenset(_USED_INSIDE.split())
-"""What other parts of Insitu use of an invocation; not in `dir`."""
 
-
-class Invocation(Scope):
+class Invocation:
     """What `tracer.invoke(prompt)` gives: a context in which sites mean this prompt's values.
 
     Attributes:
@@ -41,12 +44,12 @@ class Invocation(Scope):
     """
 
     __slots__ = (
-        *("_probe", "_reads", "_recording", "_views"),
-        *("block", "current_step", "number", "request", "result"),
+        *("__weakref__", "_owner", "_probe", "_reads", "_recording", "_thread", "_views"),
+        *("block", "current_step", "model", "number", "request", "result"),
     )
 
     def __init__(self, block: Around, number: int, request: Any, model: object = None) -> None:
-        self._owner = None
+        self._owner: FrameType | None = None
         self.model = block.model if model is None else model
         self._recording = recording = block.recording
         self._views = block.procedure.views
@@ -76,9 +79,30 @@ class Invocation(Scope):
     ) -> None:
         self.leave()
 
-    def read(
-        self, path: str, kind: Kind, mark: Mark, call: int = 0, step: int | None = None
-    ) -> Proxy:
+    def enter(self, frame: FrameType) -> None:
+        """Opens the context.
+
+        Args:
+            frame: the frame whose `with` statement this is.
+        """
+        if frame.f_code.co_flags & _GENERATOR:
+            frame = _entering_frame(frame)
+        self._owner = frame
+        self._thread = get_ident()
+        _open.set((*_open.get(), self))
+
+    def leave(self) -> None:
+        """Closes it if it is open, from whatever frame, thread or context."""
+        if self._owner is None:
+            return
+        self._owner = None
+        invocations = _open.get()
+        if len(invocations) == 1 and invocations[0] is self:
+            _open.set(())
+        else:
+            _open.set(tuple(one for one in invocations if one._owner is not None))
+
+    def read(self, path: str, kind: Kind, mark: Mark, call: int = 0) -> Proxy:
         """Returns a proxy for the value of a module in the processing of this prompt.
 
         Args:
@@ -86,10 +110,9 @@ class Invocation(Scope):
             kind: which of its values.
             mark: the user's line.
             call: in which call of the module.
-            step: in which step, if not the one that lines mean now.
         """
         recording = self._recording
-        address = (self.number, path, kind, call, self.current_step if step is None else step)
+        address = (self.number, path, kind, call, self.current_step)
         source = self._reads.get(address)
         if source is None:
             graph = recording.graph
@@ -103,15 +126,7 @@ class Invocation(Scope):
             return StructureProxy(recording, source)
         return Proxy(recording, source)
 
-    def write(
-        self,
-        path: str,
-        kind: Kind,
-        value: Any,
-        mark: Mark,
-        call: int = 0,
-        step: int | None = None,
-    ) -> None:
+    def write(self, path: str, kind: Kind, value: Any, mark: Mark, call: int = 0) -> None:
         """Puts a value in the place of a module's own, in the processing of this prompt.
 
         Args:
@@ -120,9 +135,8 @@ class Invocation(Scope):
             value: recorded values, constants, or containers of both.
             mark: the user's line.
             call: in which call of the module.
-            step: in which step, if not the one that lines mean now.
         """
-        address = (self.number, path, kind, call, self.current_step if step is None else step)
+        address = (self.number, path, kind, call, self.current_step)
         write(self._recording, address, value, kind == "output" and path in self._views, mark)
 
     def demand(self, options: Mapping[str, Any]) -> None:
@@ -281,6 +295,14 @@ class Invocation(Scope):
         return arriving_at(site, probe, self.called, self._recording.graph, block.model)
 
 
+_USED_INSIDE = """
+    block call called current_step demand enter fake forget_shapes leave most_steps number read
+    request result skip stop write
+"""
+_INTERNAL = frozenset(_USED_INSIDE.split())
+"""What other parts of Insitu use of an invocation; not in `dir`."""
+
+
 class Invoked(Invocation):
     """An invocation that the user has, by its name: it says what it has not.
 
@@ -291,7 +313,7 @@ class Invoked(Invocation):
     __slots__ = ("_first",)
 
     def enter(self, frame: FrameType) -> None:
-        """Opens the scope.
+        """Opens the context.
 
         Args:
             frame: the frame whose `with` statement this is.
@@ -317,3 +339,62 @@ class Invoked(Invocation):
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__()} - _INTERNAL)
+
+
+_open: ContextVar[tuple[Invocation, ...]] = ContextVar("insitu_open_invocations", default=())
+
+
+def innermost(model: object, depth: int) -> tuple[Invocation | None, Mark]:
+    """Returns the innermost open invocation of a model around the user's line, and that line.
+
+    Args:
+        model: the model.
+        depth: how many frames between are ours at least.
+    """
+    frame = _getframe(depth)
+    invocations = _open.get()
+    if invocations:
+        last = invocations[-1]
+        owner = last._owner
+        if last.model is model:
+            if frame is owner:  # nearly always
+                return last, (frame.f_code, frame.f_lasti)
+            if frame.f_back is owner:  # a comprehension, or a function called from the block
+                return last, mark(depth + 1)
+    line = mark(depth + 1)
+    outer: FrameType | None = frame
+    while outer is not None:
+        for invocation in reversed(invocations):
+            if invocation._owner is outer and invocation.model is model:
+                return invocation, line
+        outer = outer.f_back
+    # Entered by a function that has returned, such as the `__enter__` of a user's own class: only
+    # what can be suspended may be neither running nor done.
+    for invocation in reversed(invocations):
+        owner = invocation._owner
+        done = owner is not None and not owner.f_code.co_flags & _SUSPENDABLE
+        if done and invocation.model is model and invocation._thread == get_ident():
+            return invocation, line
+    return None, line
+
+
+def _entering_frame(frame: FrameType) -> FrameType:
+    """The frame that a `with` statement in a generator acts for.
+
+    That is the generator itself, unless `contextlib` drives it: such a function only wraps the
+    block, and the code inside is that of whoever entered the context manager.
+    """
+    while (
+        frame.f_code.co_flags & _GENERATOR
+        and frame.f_back is not None
+        and frame.f_back.f_code.co_filename == contextlib.__file__
+    ):
+        caller = frame.f_back
+        while caller.f_back is not None and caller.f_code.co_filename == contextlib.__file__:
+            caller = caller.f_back
+        frame = caller
+    return frame
+
+
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_SUSPENDABLE = _GENERATOR | inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE

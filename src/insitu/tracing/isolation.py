@@ -1,117 +1,131 @@
-"""Running again what a failure has taken from invocations that it does not concern.
+"""What a failure takes from a block, and what of the block is to be run again without it.
 
 What failed is taken out of the graph, with all that uses something of it, and the rest is run as a
 block of its own. So its values are those that it has without the others, and nothing is mended.
 Where a pass of several invocations fails and nobody knows which of them did, passes are halved.
+The runs themselves are in `running.py`.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import torch
-
-from insitu.batching.pass_plan import PassPlan, renumbered
-from insitu.batching.procedure import Outputs, Procedure, Subject
-from insitu.engine.dependence import Dependence, Lost
+from insitu.batching.procedure import Outputs, Procedure
+from insitu.engine.dependence import Lost
 from insitu.engine.failures import Failed, FailedInvocations, Failures, is_out_of_memory
 from insitu.engine.fallback import logger
-from insitu.engine.plan import Plan
-from insitu.graph.bounds import counting
-from insitu.graph.cells import Holder, Missing
-from insitu.graph.context import Casts
-from insitu.graph.lines import Lines, ShapeSource
+from insitu.graph.cells import Missing
 from insitu.graph.node import Graph
 from insitu.graph.renumbering import add_nodes
-from insitu.tracing.one_run import Ran, run_once
-
-if TYPE_CHECKING:
-    from insitu.engine.observed_run import ObservedRun
+from insitu.tracing.run import HeldLines, Run
 
 
-class _Rest:
-    """The lines of some invocations of a block: a `Lines`.
-
-    Args:
-        lines: what the block has recorded.
-        lost: what of it is left out.
-        count: how many invocations the block has.
+class Rest(NamedTuple):
+    """What is left of a block.
 
     Attributes:
+        graph: its graph.
         numbers: the invocations that are left, by their numbers in the block.
         nodes: the nodes that are left, likewise.
+        moved: the number of each of these nodes in the graph of the rest.
     """
 
-    as_first_step = False
-    counting: AbstractContextManager[Any] | None = None
-
-    def __init__(self, lines: Lines, lost: Lost, count: int) -> None:
-        self.graph = Graph([])
-        self.numbers = [number for number in range(count) if number not in lost.invocations]
-        own = {number: at for at, number in enumerate(self.numbers)}
-        kept = [index for index in range(len(lines.graph)) if index not in lost.nodes]
-        moved = add_nodes(self.graph, lines.graph, kept, own)
-        self.nodes = kept
-        self.saves: dict[int, Holder] = {
-            moved[index]: holder for index, holder in lines.saves.items() if index in moved
-        }
-        self.shapes: ShapeSource | None = None
-        self.fakes: dict[int, Any] = {}
-        self.casts: Casts = lines.casts
-        self.dtype: torch.dtype = lines.dtype
+    graph: Graph
+    numbers: Sequence[int]
+    nodes: Sequence[int]
+    moved: Mapping[int, int]
 
 
-class _Isolation:
+def rest_of(graph: Graph, count: int, lost: Lost) -> Rest:
+    """Returns a block without some of its invocations and nodes.
+
+    Args:
+        graph: what the block has recorded.
+        count: how many invocations it has.
+        lost: what is left out.
+    """
+    numbers = [number for number in range(count) if number not in lost.invocations]
+    nodes = [index for index in range(len(graph)) if index not in lost.nodes]
+    own = {number: at for at, number in enumerate(numbers)}
+    left = Graph([])
+    return Rest(left, numbers, nodes, add_nodes(left, graph, nodes, own))
+
+
+def spread_outputs(outputs: Outputs, numbers: Sequence[int], count: int) -> Outputs:
+    """Returns what some invocations of a block returned, for each invocation of the block.
+
+    Args:
+        outputs: what they returned.
+        numbers: their numbers in the block.
+        count: how many invocations the block has.
+    """
+    if len(numbers) == count:
+        return outputs
+    each: list[Any] = [None] * count
+    for number, output in zip(numbers, outputs.each, strict=True):
+        each[number] = output
+    return Outputs(None, each)
+
+
+class Isolation:
     """Finds what fails in a block, and what has no value because of it.
 
     Args:
-        procedure: how the block runs.
-        lines: what it has recorded.
-        requests: what its invocations were given.
-        dependence: which of its nodes and invocations use which.
+        run: the block, which has run once.
+        failures: what failed then.
 
     Attributes:
-        failed: what has failed so far.
-        lost: what has no value.
-        narrow: how the passes run that are halved; None if none are.
-        apart: whether each backward pass runs by itself.
-        reasons: why it was run again, for the plan.
+        numbers: the invocations that ran last, by their numbers in the block.
+        nodes: the nodes that ran last, likewise.
+        apart: whether each backward pass is to run by itself.
     """
 
-    def __init__(
-        self,
-        procedure: Procedure[Any],
-        lines: Lines,
-        requests: Sequence[Any],
-        dependence: Dependence,
-    ) -> None:
-        self._requests = requests
-        self._dependence = dependence
-        self._graph = lines.graph
-        self.failed: list[FailedInvocations] = []
-        self.lost = Lost()
-        self.narrow: Procedure[Any] | None = None
-        self.apart = False
-        self.reasons: dict[str, None] = {}
-        self._narrowest = procedure
+    def __init__(self, run: Run, failures: Failures) -> None:
+        self._run = run
+        self._dependence = failures.dependence
+        self._failed: list[FailedInvocations] = []
+        self._lost = Lost()
+        self._narrow: Procedure[Any] | None = None  # how halved passes run; None if none are
+        self._narrowest = run.procedure
+        self._reasons: dict[str, None] = {}
         self._undivided: set[frozenset[int]] = set()
         self._out_of_memory = False
         self._rounds = 0
+        self.apart = False
+        self.numbers: Sequence[int] = range(len(run.requests))
+        self.nodes: Sequence[int] = range(len(run.lines.graph))
+        self.take(failures.found)
 
-    def take(self, found: Sequence[Failed], rest: _Rest | None) -> None:
-        """Takes what failed in a run, and decides how the rest is run.
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next run is to go on where something fails, to find what else does."""
+        return self._narrow is not None or self.apart
+
+    def rest(self) -> Run:
+        """Returns what is left of the block, to be run as a block of its own."""
+        run, lines = self._run, self._run.lines
+        rest = rest_of(lines.graph, len(run.requests), self._lost)
+        self.numbers, self.nodes = rest.numbers, rest.nodes
+        saves = {rest.moved[at]: one for at, one in lines.saves.items() if at in rest.moved}
+        return replace(
+            run,
+            procedure=self._narrow or run.procedure,
+            lines=HeldLines(rest.graph, saves, lines.casts, lines.dtype),
+            requests=[run.requests[number] for number in rest.numbers],
+            observed=None if run.observed is None else run.observed.part(rest.numbers),
+        )
+
+    def take(self, found: Sequence[Failed]) -> None:
+        """Takes what failed in the last run, and decides how the rest is run.
 
         Args:
             found: what failed.
-            rest: what was run; None if that was the whole block.
         """
         self._rounds += 1
-        if rest is not None:
-            found = [_in_block(failed, rest) for failed in found]
+        found = [self._in_block(failed) for failed in found]
         unknown = list[Failed]()
         for failed in found:
             if failed.is_known or frozenset(failed.invocations) in self._undivided:
@@ -120,10 +134,10 @@ class _Isolation:
                 unknown.append(failed)
         too_large = [failed for failed in unknown if not self._is_joint(failed)]
         self.apart = len(too_large) < len(unknown)
-        if not unknown and self.narrow is None and self._rounds > 1:
+        if not unknown and self._narrow is None and self._rounds > 1:
             too_large = found  # finding the rest one by one would take a run for each
         elif not (unknown or self._out_of_memory):
-            self.narrow = None
+            self._narrow = None
         if too_large:
             self._halve(too_large)
 
@@ -133,9 +147,9 @@ class _Isolation:
 
     def _halve(self, too_large: Sequence[Failed]) -> None:
         """Lets passes have half as much as one that failed."""
-        requests = [self._requests[number] for number in too_large[0].invocations]
+        requests = [self._run.requests[number] for number in too_large[0].invocations]
         halved = self._narrowest.halved(requests)
-        self.narrow = self._narrowest = halved or self._narrowest
+        self._narrow = self._narrowest = halved or self._narrowest
         for failed in too_large:
             if failed.is_known:
                 continue
@@ -157,7 +171,7 @@ class _Isolation:
             what = f"{type(error).__name__}: {_first_line(error)}"
             reason = f"a pass of {count} invocations raised {what}"
             logger.info("%s: it is run again in halves", reason)
-        self.reasons[reason] = None
+        self._reasons[reason] = None
 
     def _leave_out(self, failed: Failed) -> None:
         """Takes what failed out of the block."""
@@ -165,115 +179,41 @@ class _Isolation:
         error = failed.error
         assert error is not None
         blamed = sorted(self._dependence.blamed(failed.nodes, failed.invocations))
-        own = sorted(lost.invocations - self.lost.invocations)
-        self.failed.append(FailedInvocations(error, blamed, own, lost.nodes - self.lost.nodes))
-        self.lost = Lost(self.lost.nodes | lost.nodes, self.lost.invocations | lost.invocations)
+        own = sorted(lost.invocations - self._lost.invocations)
+        self._failed.append(FailedInvocations(error, blamed, own, lost.nodes - self._lost.nodes))
+        self._lost = self._lost | lost
         what = f"invocation {_listed(blamed)}" if blamed else "a line outside of invocations"
         reason = f"{what} raised {type(error).__name__}"
         logger.info("%s: the others are run without it", reason)
-        self.reasons[reason] = None
+        self._reasons[reason] = None
 
+    def ended(self) -> list[FailedInvocations]:
+        """Ends the block: says of each value that is not there why, and returns what failed."""
+        self._say_missing()
+        notes = (*self._reasons,)
+        self._run.passes = [single._replace(notes=notes) for single in self._run.passes]
+        # In the order of their invocations; those of lines outside of them come last.
+        return sorted(self._failed, key=lambda one: one.blamed[0] if one.blamed else 1 << 62)
 
-def run_rest(
-    model: Subject,
-    procedure: Procedure[Any],
-    lines: Lines,
-    requests: Sequence[Any],
-    planned: list[PassPlan],
-    failures: Failures,
-    plan: Plan,
-    results: list[Any],
-    observed: ObservedRun | None,
-) -> Ran:
-    """Runs what is left of a block in which something failed, and fills the saved values.
+    def _in_block(self, failed: Failed) -> Failed:
+        """What failed in the last run, with the numbers that it has in the block."""
+        nodes = [self.nodes[node] for node in failed.nodes]
+        invocations = [self.numbers[number] for number in failed.invocations]
+        return replace(failed, nodes=nodes, invocations=invocations)
 
-    Args:
-        model: the model.
-        procedure: how the block runs.
-        lines: what it has recorded.
-        requests: what each invocation was given.
-        planned: as of `run_block`.
-        failures: what failed.
-        plan: how it was run.
-        results: what its passes returned.
-        observed: the run, as far as others look at it; None if nobody does.
-    """
-    count = len(requests)
-    state = _Isolation(procedure, lines, requests, failures.dependence)
-    state.take(failures.found, None)
-    rest: _Rest | None = None
-    spoiled = failures.is_spoiled
-    ran = requests
-    while spoiled:
-        rest = _Rest(lines, state.lost, count)
-        if not rest.numbers:
-            results, ran = [], []
-            break
-        ran = [requests[number] for number in rest.numbers]
-        again = Failures(rest.graph, goes_on=state.narrow is not None or state.apart)
-        budget = counting.get()
-        with nullcontext() if budget is None else budget.part(rest.nodes):
-            plan, results = run_once(
-                model,
-                state.narrow or procedure,
-                rest,
-                ran,
-                model.snapshot.root,
-                planned,
-                again,
-                None if observed is None else observed.part(rest.numbers),
-                state.apart,
-            )
-        planned[:] = [renumbered(single, rest.numbers) for single in planned]
-        spoiled = again.is_spoiled
-        if again.found:
-            state.take(again.found, rest)
-    _say_missing(lines, state.failed, failures.dependence)
-    numbers = range(count) if rest is None else rest.numbers
-    notes = (*state.reasons,)
-    planned[:] = [single._replace(notes=notes) for single in planned]
-    stopped = plan.stops and len(ran) == 1
-    outputs = None if stopped or not ran else procedure.outputs(results, ran)
-    return Ran(plan, outputs and _of_block(outputs, numbers, count), _ordered(state.failed))
-
-
-def _in_block(failed: Failed, rest: _Rest) -> Failed:
-    """What failed in a part of a block, with the numbers that it has in the block."""
-    nodes = [rest.nodes[node] for node in failed.nodes]
-    return replace(
-        failed, nodes=nodes, invocations=[rest.numbers[number] for number in failed.invocations]
-    )
-
-
-def _say_missing(lines: Lines, failed: Sequence[FailedInvocations], dependence: Dependence) -> None:
-    """Says of each value that is not there why."""
-    for one in failed:
-        raised = f"raised {type(one.error).__name__}."
-        for index in one.nodes & lines.saves.keys():
-            if not one.blamed:
-                reason = f"a line that it uses something of {raised}"
-            elif dependence.scope(index) in one.blamed:
-                reason = f"its run {raised}"
-            else:
-                reason = (
-                    f"it uses something of invocation {_listed(one.blamed)}, whose run {raised}"
-                )
-            lines.saves[index]._put(Missing(reason))  # pyright: ignore[reportPrivateUsage]
-
-
-def _ordered(failed: Sequence[FailedInvocations]) -> list[FailedInvocations]:
-    """Failures in the order of their invocations; those of lines outside of them come last."""
-    return sorted(failed, key=lambda one: one.blamed[0] if one.blamed else 1 << 62)
-
-
-def _of_block(outputs: Outputs, numbers: Sequence[int], count: int) -> Outputs:
-    """What a part of a block has returned, for each invocation of the block."""
-    if len(numbers) == count:
-        return outputs
-    each: list[Any] = [None] * count
-    for number, output in zip(numbers, outputs.each, strict=True):
-        each[number] = output
-    return Outputs(None, each)
+    def _say_missing(self) -> None:
+        saves = self._run.lines.saves
+        for one in self._failed:
+            raised = f"raised {type(one.error).__name__}."
+            for index in one.nodes & saves.keys():
+                if not one.blamed:
+                    reason = f"a line that it uses something of {raised}"
+                elif self._dependence.scope(index) in one.blamed:
+                    reason = f"its run {raised}"
+                else:
+                    blamed = _listed(one.blamed)
+                    reason = f"it uses something of invocation {blamed}, whose run {raised}"
+                saves[index]._put(Missing(reason))  # pyright: ignore[reportPrivateUsage]
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -1,13 +1,17 @@
-"""Running a block of a job. What fails in it takes what uses something of it, and nothing else."""
+"""Running a block of a job. What fails in it takes what uses something of it, and nothing else.
+
+A job may be made of several, of people who know nothing of each other. So a prompt that the model
+cannot take, a write that comes too late, or a value of an earlier block that is not there, is
+found before the block runs, and the rest runs without it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from insitu.batching.pass_plan import PassPlan
 from insitu.batching.procedure import Subject
 from insitu.engine.budget import Budget
 from insitu.engine.dependence import Dependence, Lost
@@ -15,14 +19,22 @@ from insitu.engine.failures import FailedInvocations, ends_all
 from insitu.engine.job_parts import JobBlock, Share
 from insitu.engine.passes import Outputs
 from insitu.graph.cells import Cell, Holder, Missing
-from insitu.graph.errors import ExecutionError, InsituError, LimitError, at_line
-from insitu.graph.node import Earlier
+from insitu.graph.errors import (
+    ExecutionError,
+    InsituError,
+    LimitError,
+    NoValueError,
+    at_line,
+)
+from insitu.graph.expression import expression
+from insitu.graph.node import Earlier, Graph
 from insitu.graph.operations import KEEP, SAVE
-from insitu.tracing.job_binding import Bound, JobLines, Place, bind
-from insitu.tracing.job_isolation import Part, absent_values, failing_beforehand, part_of
-from insitu.tracing.one_run import Ran
-from insitu.tracing.planning import prepare
-from insitu.tracing.running import run_block, verify
+from insitu.graph.shapes import fake_value
+from insitu.graph.structure import map_structure
+from insitu.tracing.isolation import Rest, rest_of, spread_outputs
+from insitu.tracing.job_binding import bind
+from insitu.tracing.run import Run
+from insitu.tracing.running import Ran, prepare, run_block, verify
 
 
 @dataclass(slots=True, eq=False)
@@ -31,17 +43,17 @@ class RanBlock:
 
     Attributes:
         saves: where the values are that it saves, by the node.
-        outputs: what its generation returned, None for a trace.
         failed: what failed in it.
-        nodes: the node of `lines` for each node that has run; None if all have.
-        lines: what has run, None if nothing has.
+        run: what has run of it, None if nothing has.
+        outputs: what its generation returned, None for a trace.
+        rest: what has run of it, if something was left out.
     """
 
     saves: Mapping[int, Holder]
-    outputs: Outputs | None
     failed: Sequence[FailedInvocations]
-    lines: JobLines | None
-    nodes: Mapping[int, int] | None = None
+    run: Run | None = None
+    outputs: Outputs | None = None
+    rest: Rest | None = None
 
     def fake(self, index: int) -> Any:
         """Returns the value of a node with fake tensors.
@@ -49,8 +61,24 @@ class RanBlock:
         Args:
             index: the node.
         """
-        assert self.lines is not None  # nobody has the value of a block that has not run
-        return self.lines.fake(index if self.nodes is None else self.nodes[index])
+        assert self.run is not None  # nobody has the value of a block that has not run
+        return fake_value(self.run.lines, index if self.rest is None else self.rest.moved[index])
+
+    def output_of(self, share: Share) -> Any:
+        """Returns what one call on the invocations of one of the jobs of a block would return.
+
+        Args:
+            share: what of the block is of that job.
+        """
+        outputs, run = self.outputs, self.run
+        if outputs is None or run is None or share.count == len(outputs.each):
+            return None if outputs is None else outputs.whole
+        numbers = range(share.first, share.first + share.count)
+        each = [outputs.each[number] for number in numbers]
+        if any(one is None for one in each):
+            return None
+        own = numbers if self.rest is None else map(self.rest.numbers.index, numbers)
+        return run.procedure.whole(each, [run.requests[at] for at in own])
 
 
 def run_job_block(
@@ -58,7 +86,6 @@ def run_job_block(
     block: JobBlock,
     earlier: Sequence[RanBlock],
     budget: Budget | None,
-    shares: Mapping[int, Share],
     kept: Collection[int] = (),
 ) -> RanBlock:
     """Runs a block of a job.
@@ -68,7 +95,6 @@ def run_job_block(
         block: the block.
         earlier: the blocks before it.
         budget: what the job may spend, None if nothing is limited.
-        shares: of a joined job, what of the block is of which of its jobs, by their numbers.
         kept: the nodes whose values later blocks use.
 
     Raises:
@@ -79,20 +105,19 @@ def run_job_block(
         content = earlier[item.block].saves[item.node]._content  # pyright: ignore[reportPrivateUsage]
         return content if type(content) is Missing else None
 
-    absent = absent_values(block.graph, missing) if earlier else {}
+    absent = _absent_values(block.graph, missing) if earlier else {}
     if not absent:
         try:
-            bound = bind(model, block, earlier, place=Place(len(earlier) + 1, kept))
-            ran = _run(model, block, bound)
-            outputs = _with_parts(ran.outputs, shares, bound, range(len(block.prompts)))
-            return RanBlock(bound.lines.saves, outputs, ran.failed, bound.lines)
+            run = bind(model, block, earlier, kept)
+            ran = _run(run, block)
+            return RanBlock(run.lines.saves, ran.failed, run, ran.outputs)
         except InsituError as error:
             if ends_all(error):
                 raise
             found = error
         if len(block.prompts) == 1:
             return _without_values(block, [_whole(block, found)])
-    return _run_part(model, block, earlier, absent, budget, shares, kept)
+    return _run_part(model, block, earlier, absent, budget, kept)
 
 
 def _run_part(
@@ -101,99 +126,61 @@ def _run_part(
     earlier: Sequence[RanBlock],
     absent: Mapping[int, InsituError],
     budget: Budget | None,
-    shares: Mapping[int, Share],
     kept: Collection[int],
 ) -> RanBlock:
     """Runs what is left of a block without what cannot run."""
     dependence, failed, lost = Dependence(block.graph), list[FailedInvocations](), Lost()
-
-    def leave_out(more: Sequence[FailedInvocations]) -> Lost:
-        failed.extend(more)
-        nodes = lost.nodes.union(*(one.nodes for one in more))
-        return Lost(nodes, lost.invocations.union(*(one.invocations for one in more)))
 
     for node, error in absent.items():
         if node not in lost.nodes:
             gone = dependence.lost_by([node], ())
             own = sorted(gone.invocations)
             blamed = sorted(dependence.blamed([node], ()))
-            lost = leave_out([FailedInvocations(error, blamed, own, gone.nodes)])
+            failed.append(FailedInvocations(error, blamed, own, gone.nodes))
+            lost |= gone
     model.load()
 
     def check(part: JobBlock) -> InsituError | None:
         try:
-            bound = bind(model, part, earlier, dry=True)
-            lines, root = bound.lines, model.snapshot.root
-            if part.demanded is not None:
-                verify(model, part.demanded.options, part.demanded.mark)
-            prepare(
-                model, bound.procedure, lines.graph, lines.saves, bound.requests, root, dry=True
-            )
+            run = bind(model, part, earlier, dry=True)
+            if run.demanded is not None:
+                verify(model, *run.demanded)
+            prepare(run, dry=True)
         except InsituError as error:
             return error
         return None
 
-    lost = leave_out(failing_beforehand(block, dependence, lost, check))
-    part = part_of(block, lost)
-    if not part.numbers:
+    for one in _failing_beforehand(block, dependence, lost, check):
+        failed.append(one)
+        lost |= Lost(one.nodes, frozenset(one.invocations))
+    part, rest = _part_of(block, lost)
+    if not part.prompts:
         return _without_values(block, failed)
-    with nullcontext() if budget is None else budget.part(part.nodes):
+    with nullcontext() if budget is None else budget.part(rest.nodes):
         try:
-            there = [at for at, node in enumerate(part.nodes) if node in kept]
-            place = Place(len(earlier) + 1, there, part.numbers)
-            bound = bind(model, part.block, earlier, place=place)
-            ran = _run(model, part.block, bound)
+            there = [at for at, node in enumerate(rest.nodes) if node in kept]
+            run = bind(model, part, earlier, there, rest.numbers)
+            ran = _run(run, part)
         except InsituError as error:
             if ends_all(error):
                 raise
-            own = _whole(part.block, error)
-            leave_out([_of_block(own, part)])
+            failed.append(_of_block(_whole(part, error), rest))
             return _without_values(block, failed)
-    moved = {node: at for at, node in enumerate(part.nodes)}
-    failed += [_of_block(one, part) for one in ran.failed]
-    without = _without_values(block, failed)
-    saved = {node: bound.lines.saves[at] for node, at in moved.items() if at in bound.lines.saves}
+    failed += [_of_block(one, rest) for one in ran.failed]
+    saves = {node: run.lines.saves.get(at) for node, at in rest.moved.items()}
+    there = {node: holder for node, holder in saves.items() if holder is not None}
+    saves = {**_without_values(block, failed).saves, **there}
     outputs = ran.outputs
-    if outputs is not None and len(part.numbers) < len(block.prompts):
-        each: list[Any] = [None] * len(block.prompts)
-        for number, output in zip(part.numbers, outputs.each, strict=True):
-            each[number] = output
-        outputs = Outputs(None, each)
-    outputs = _with_parts(outputs, shares, bound, part.numbers)
-    return RanBlock({**without.saves, **saved}, outputs, failed, bound.lines, moved)
+    if outputs is not None:
+        outputs = spread_outputs(outputs, rest.numbers, len(block.prompts))
+    return RanBlock(saves, failed, run, outputs, rest)
 
 
-def _with_parts(
-    outputs: Outputs | None, shares: Mapping[int, Share], bound: Bound, numbers: Sequence[int]
-) -> Outputs | None:
-    """What a generation returned, with what one call for each job of a joined one would return.
-
-    Args:
-        outputs: what it returned, None for a trace.
-        shares: as of `run_job_block`.
-        bound: what has run.
-        numbers: the invocation of the block that each of its requests is of.
-    """
-    if outputs is None or not shares:
-        return outputs
-    requests, parts = dict(zip(numbers, bound.requests, strict=True)), dict[int, Any]()
-    for number, share in shares.items():
-        own = range(share.first, share.first + share.count)
-        each = [outputs.each[one] for one in own]
-        if share.count == len(outputs.each):
-            parts[number] = outputs.whole
-        elif all(one is not None for one in each):
-            parts[number] = bound.procedure.whole(each, [requests[one] for one in own])
-    return Outputs(outputs.whole, outputs.each, parts)
-
-
-def _run(model: Subject, block: JobBlock, bound: Bound) -> Ran:
+def _run(run: Run, block: JobBlock) -> Ran:
     """Runs a block, or a part of one. What invocations raise is Insitu's own."""
-    planned: list[PassPlan] = []
     location = block.prompts[0].location
     try:
-        demanded = block.demanded and (block.demanded.options, block.demanded.mark)
-        ran = run_block(model, bound.procedure, bound.lines, bound.requests, demanded, planned)
+        ran = run_block(run)
     except InsituError as error:
         if isinstance(error, LimitError) and error.location is None:
             raise at_line(error, location) from None
@@ -222,13 +209,13 @@ def _whole(block: JobBlock, error: InsituError) -> FailedInvocations:
     return FailedInvocations(error, everything, everything, frozenset(range(len(block.graph))))
 
 
-def _of_block(failed: FailedInvocations, part: Part) -> FailedInvocations:
+def _of_block(failed: FailedInvocations, rest: Rest) -> FailedInvocations:
     """A failure in a part of a block, with the numbers of the block."""
     return FailedInvocations(
         failed.error,
-        [part.numbers[number] for number in failed.blamed],
-        [part.numbers[number] for number in failed.invocations],
-        frozenset(part.nodes[node] for node in failed.nodes),
+        [rest.numbers[number] for number in failed.blamed],
+        [rest.numbers[number] for number in failed.invocations],
+        frozenset(rest.nodes[node] for node in failed.nodes),
     )
 
 
@@ -241,4 +228,108 @@ def _without_values(block: JobBlock, failed: Sequence[FailedInvocations]) -> Ran
             why = next((one.error for one in failed if index in one.nodes), None)
             if why is not None:
                 cell.content = Missing(f"its run raised {type(why).__name__}.")
-    return RanBlock(saves, None, failed, None)
+    return RanBlock(saves, failed)
+
+
+def _part_of(block: JobBlock, lost: Lost) -> tuple[JobBlock, Rest]:
+    """Returns a block without some of its invocations and nodes, and what is left of it.
+
+    Args:
+        block: the block.
+        lost: what is left out.
+    """
+    rest = rest_of(block.graph, len(block.prompts), lost)
+    demanded = block.demanded
+    if demanded is not None:
+        prompts = [at for at, number in enumerate(rest.numbers) if number in demanded.prompts]
+        demanded = demanded._replace(prompts=prompts) if rest.graph.unfused else None
+    part = replace(
+        block,
+        prompts=[block.prompts[number] for number in rest.numbers],
+        graph=rest.graph,
+        saves={rest.moved[at]: name for at, name in block.saves.items() if at in rest.moved},
+        demanded=demanded,
+    )
+    return part, rest
+
+
+def _absent_values(graph: Graph, missing: Callable[[Earlier], Missing | None]) -> dict[int, Any]:
+    """Returns the errors for nodes that use values of earlier blocks that are not there.
+
+    Args:
+        graph: the graph of a block.
+        missing: says why a value is not there, None if it is.
+    """
+    found: dict[int, InsituError] = {}
+    for index, (_, args, kwargs, _, nested, _) in enumerate(graph.rows):
+        reasons: list[Missing] = []
+
+        def leaf(item: Any, reasons: list[Missing] = reasons) -> None:
+            reason = missing(item) if type(item) is Earlier else None
+            if reason is not None:
+                reasons.append(reason)
+
+        if nested:
+            map_structure(leaf, (args, dict(kwargs)))
+        if reasons:
+            found[index] = NoValueError(
+                f"`{expression(graph, index)}` uses a value of an earlier block that has none: "
+                f"{reasons[0].reason}",
+                graph[index].location,
+            )
+    return found
+
+
+def _failing_beforehand(
+    block: JobBlock,
+    dependence: Dependence,
+    lost: Lost,
+    check: Callable[[JobBlock], InsituError | None],
+) -> list[FailedInvocations]:
+    """Returns which invocations of a block cannot run, each with the error that it has alone.
+
+    Args:
+        block: the block, which cannot run as it is.
+        dependence: which of its nodes and invocations use which.
+        lost: what of it is left out already.
+        check: returns what is wrong with a block, as far as that is found before it runs.
+    """
+    everything = range(len(block.prompts))
+    left = [number for number in everything if number not in lost.invocations]
+    found: list[FailedInvocations] = []
+
+    def wrong_with(numbers: Collection[int]) -> InsituError | None:
+        others = [number for number in everything if number not in numbers]
+        gone = dependence.lost(lost.nodes, {*lost.invocations, *others})
+        return check(_part_of(block, gone)[0])
+
+    def fails(numbers: Collection[int], error: InsituError) -> None:
+        gone = dependence.lost((), numbers)
+        own = sorted(gone.invocations)
+        found.append(FailedInvocations(error, sorted(numbers), own, gone.nodes))
+
+    def within(groups: Sequence[frozenset[int]]) -> None:
+        error = wrong_with(frozenset[int]().union(*groups))
+        if error is None:
+            return
+        if len(groups) > 1:
+            before, half = len(found), len(groups) // 2
+            within(groups[:half])
+            within(groups[half:])
+            if len(found) == before:  # each can run, and both together cannot
+                fails(frozenset[int]().union(*groups), error)
+            return
+        (group,) = groups
+        before = len(found)
+        for number in sorted(group) if len(group) > 1 else ():
+            needed = dependence.used_by(number)
+            if not any(needed.intersection(one.invocations) for one in found[before:]):
+                own = wrong_with(needed)
+                if own is not None:
+                    fails([number], own)
+        if len(found) == before:
+            fails(group, error)
+
+    if left:
+        within(dependence.groups(left))
+    return found

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
 
 from insitu.batching.procedure import Subject
-from insitu.batching.summary import Planned
+from insitu.batching.summary import Planned, Summary
 from insitu.engine.budget import Beforehand, Budget
+from insitu.engine.counts import Counts
 from insitu.engine.job import Job
 from insitu.engine.limits import Limits
+from insitu.engine.probe import Call
 from insitu.graph.context import as_begun
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import dtype_of, outlined, shape_of
 from insitu.graph.structure import tensors_of
 from insitu.tracing.graph_costs import graph_costs
-from insitu.tracing.job_binding import Bound, JobLines, bind
+from insitu.tracing.job_binding import bind
+from insitu.tracing.job_blocks import RanBlock
 from insitu.tracing.job_check import Estimate, Expected, JobCheck
-from insitu.tracing.job_costs import model_costs
 from insitu.tracing.job_running import check_model
-from insitu.tracing.planning import explained, prepare
+from insitu.tracing.planning import explained
+from insitu.tracing.run import Run
+from insitu.tracing.running import prepare
+
+_NONE = Counts(0.0, 0, 0, 0)
 
 
 def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobCheck:
@@ -44,27 +54,18 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
     model_flops = graph_flops = 0.0
     peak = kept = unknown = at_most = 0
     ways: set[str] = set()
-    earlier: list[JobLines] = []
+    earlier: list[RanBlock] = []
     blocks: list[Beforehand] = []
     for block in job.blocks:
         spending = nullcontext() if budget is None else budget.spending()
         with spending, ordinary_tensors(), as_begun(block.casts, block.dtype):
-            bound = bind(model, block, earlier, dry=True)
-            lines = bound.lines
-            prepared, _ = prepare(
-                model,
-                bound.procedure,
-                lines.graph,
-                lines.saves,
-                bound.requests,
-                model.snapshot.root,
-                dry=True,
-            )
-            plan = Planned(explained(model, bound.procedure, bound.requests, prepared.passes))
-            costs = model_costs(model, bound, plan)
-            recorded = graph_costs(lines, prepared.plan, steps_of(bound), budget)
-            found = {name: _expected(bound, index) for index, name in block.saves.items()}
-        earlier.append(lines)
+            run = bind(model, block, earlier, dry=True)
+            prepared, _ = prepare(run, dry=True)
+            plan = explained(run)
+            costs = _pass_costs(run, plan)
+            recorded = graph_costs(run.lines, prepared.plan, steps_of(run), budget)
+            found = {name: _expected(run, index) for index, name in block.saves.items()}
+        earlier.append(RanBlock(run.lines.saves, (), run))
         plans.append(plan)
         results |= found
         ways.add(costs.how)
@@ -119,19 +120,19 @@ def checked_budget(model: Subject, job: Job, limits: Limits) -> Budget:
     return budget
 
 
-def steps_of(bound: Bound) -> int:
+def steps_of(run: Run) -> int:
     """Returns how many steps a block has at most, as far as that is known.
 
     Args:
-        bound: the block.
+        run: the block.
     """
-    counts = [bound.procedure.steps_of(request) for request in bound.requests]
+    counts = [run.procedure.steps_of(request) for request in run.requests]
     return max([count or 1 for count in counts])
 
 
-def _expected(bound: Bound, index: int) -> Expected:
+def _expected(run: Run, index: int) -> Expected:
     """What a save would give."""
-    lines, procedure = bound.lines, bound.procedure
+    lines, procedure = run.lines, run.procedure
     graph = lines.graph
     try:
         value, reason = lines.fakes[index], ""
@@ -142,7 +143,7 @@ def _expected(bound: Bound, index: int) -> Expected:
             return Expected(None, None, None, str(error).splitlines()[0])
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))
     if any(start <= index < end for start, end in graph.repeats):
-        counts = [procedure.steps_of(request) for request in bound.requests]
+        counts = [procedure.steps_of(request) for request in run.requests]
         known = [count for count in counts if count is not None]
         steps = max(known) if len(known) == len(counts) else None
         if steps is None:
@@ -159,3 +160,87 @@ def _weight_bytes(model: Subject) -> int:
     tensors = {id(one): one for one in model.snapshot.root.parameters()}
     tensors |= {id(one): one for one in model.snapshot.root.buffers()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+class _PassCosts(NamedTuple):
+    """What the passes of a block take.
+
+    Attributes:
+        flops: floating-point operations of the model.
+        bytes: what the largest pass holds at once, beside the weights.
+        how: how that was found out.
+    """
+
+    flops: float
+    bytes: int
+    how: str
+
+
+def _pass_costs(run: Run, plan: Planned) -> _PassCosts:
+    """Returns what the model's passes of a block take.
+
+    Args:
+        run: the block.
+        plan: its passes.
+    """
+    calls = [run.call(number) for number in range(len(run.requests))]
+    counts = _counted(run.model, calls)
+    steps = [run.procedure.steps_of(request) or 1 for request in run.requests]
+    keeps = run.lines.graph.differentiates
+    flops, most = 0.0, 0
+    ways: set[str] = set()
+    for single in plan.passes:
+        own = [(calls[number], counts[number]) for number in single.invocations]
+        most_steps = max(steps[number] for number in single.invocations)
+        if single.flops:
+            flops += single.flops
+            ways.add("by the sizes of the blocks that its passes run")
+        else:
+            flops += sum(
+                counts[at].flops * (1 + (steps[at] - 1) / _places(calls[at])[1])
+                for at in single.invocations
+            )
+            ways.add(
+                "left out: no forward can be made without data"
+                if _NONE in (count for _, count in own)
+                else "in forwards without data" + ", further steps in proportion" * (most_steps > 1)
+            )
+        most = max(most, _bytes(single, own, most_steps, keeps))
+    return _PassCosts(flops, most, " and ".join(sorted(ways)))
+
+
+def _counted(model: Subject, calls: Sequence[Call]) -> list[Counts]:
+    """What a forward of each prompt takes; nothing where that cannot be counted."""
+    known: dict[str, Counts] = {}
+    found: list[Counts] = []
+    for call in calls:
+        signature = call.signature()
+        if signature not in known:
+            try:
+                known[signature] = model.count(call)
+            except UnknownShapeError:
+                known[signature] = _NONE
+        found.append(known[signature])
+    return found
+
+
+def _places(call: Call) -> tuple[int, int]:
+    """How many rows and positions a call has: those of a decoder, if it has one."""
+    for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"):
+        given = call.kwargs.get(name)
+        if isinstance(given, torch.Tensor):
+            return given.shape[0], max(given.shape[1], 1)
+    return 1, 1
+
+
+def _bytes(single: Summary, own: Sequence[tuple[Call, Counts]], steps: int, keeps: bool) -> int:
+    """What a pass holds at once: with `keeps`, all that autograd may keep of it."""
+    found = 0.0
+    for call, count in own:
+        rows, positions = _places(call)
+        held = count.peak + (count.made if keeps else 0)
+        held += count.left * (steps - 1) / positions  # its cache grows with each step
+        if single.rows:  # which of its own places it shares with others is not looked at
+            held *= single.rows * single.positions / (rows * positions * len(own))
+        found += held
+    return int(found)

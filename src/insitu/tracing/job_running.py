@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -85,10 +86,12 @@ def _run_blocks(
     for number, block in enumerate(job.blocks):
         spending = nullcontext() if budget is None else budget.spending(number)
         with spending, ordinary_tensors(), as_begun(block.casts, block.dtype):
+            ran = run_job_block(model, block, earlier, budget, used[number])
             shares = _shares(job, number)
-            ran = run_job_block(model, block, earlier, budget, shares, used[number])
+            parts = {part: ran.output_of(share) for part, share in shares.items()}
         earlier.append(ran)
-        outputs.append(ran.outputs)
+        parts = {part: output for part, output in parts.items() if output is not None}
+        outputs.append(replace(ran.outputs, parts=parts) if ran.outputs else None)
         every += ran.failed
         for failed in ran.failed:
             failures += _failures(number, block, failed, shares)

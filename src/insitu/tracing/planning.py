@@ -1,7 +1,8 @@
-"""How the run of a block is planned: once for all blocks of its shape, each in its own passes.
+"""How the run of a block is planned: once for all blocks of its shape.
 
-The parts of a plan are made in `engine/`. Here they are put together, and what they have to know
-of a block before the model runs is asked of its graph and of what its invocations were given.
+The parts of a plan are made in `engine/` and `batching/`. Here they are put together, and what
+they have to know of a block before the model runs is asked of its graph and of what its
+invocations were given. Plans are kept and found again in `running.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from insitu.batching.asked import asked_by
 from insitu.batching.causality import check_cuts, check_order
 from insitu.batching.demand import Work
 from insitu.batching.pass_plan import PassPlan, alone
-from insitu.batching.procedure import Procedure, Subject
-from insitu.batching.summary import Summary, summaries
+from insitu.batching.procedure import Subject
+from insitu.batching.summary import Planned, summaries
 from insitu.engine.ambient import Ambient, ambient
 from insitu.engine.call_path import CallPath
 from insitu.engine.eager import is_compiled
@@ -29,13 +30,14 @@ from insitu.engine.gradient_checks import check_gradients
 from insitu.engine.model_call import Pass
 from insitu.engine.plan import Plan, make_plan
 from insitu.engine.tree import Tree, Watched
-from insitu.graph.errors import BlockError, PathError, ShapeError
-from insitu.graph.location import Location, here
+from insitu.graph.errors import PathError, ShapeError
+from insitu.graph.location import Location
 from insitu.graph.node import SEPARATOR, Graph, ModuleRef, Place, Site, WeightRef, readable
 from insitu.graph.operations import BACKWARD
 from insitu.graph.written_arguments import check_arguments
 from insitu.tracing.graph_check import absent
 from insitu.tracing.never_ran import never_ran
+from insitu.tracing.run import Run
 
 _NOTHING_RETURNED: Mapping[int, Any] = {}
 
@@ -69,71 +71,6 @@ class Prepared:
     ambient: Ambient
 
 
-def prepare(
-    model: Subject,
-    procedure: Procedure[Any],
-    graph: Graph,
-    saves: Mapping[int, object],
-    requests: Sequence[Any],
-    module: nn.Module,
-    dry: bool = False,
-) -> tuple[Prepared, list[Pass | None]]:
-    """Plans the run of a block, or finds how one like it was planned, and gives its passes too.
-
-    The passes are the caller's to take out of their list: what they hold goes with them.
-
-    Args:
-        model: the model that will run.
-        procedure: how it will run.
-        graph: what was recorded.
-        saves: holds the indices of the nodes whose values are kept.
-        requests: what each invocation was given.
-        module: the wrapped module.
-        dry: whether it will not run.
-
-    Raises:
-        InsituError: for what is wrong with the run, as far as that is found beforehand.
-    """
-    if not requests:
-        raise BlockError(
-            "The block has no prompt: give it one, or write `with tracer.invoke(prompt):` inside.",
-            here(4),
-        )
-    key, plans = procedure.key(module, requests), model.plans
-    prepared: Prepared | None = None
-    if key is not None:
-        key, prepared = plans.find(key, graph, saves)
-        if prepared is not None and not (
-            prepared.path.still_holds() and (prepared.alone or _all_holds(prepared, model))
-        ):
-            prepared = None
-    if prepared is None:
-        if not dry:
-            model.warn_of_noise()
-        model.look_at_weights()
-        if model.look(closely=True) or model.plans is not plans:
-            key, plans = procedure.key(module, requests), model.plans
-            if key is not None:
-                key, _ = plans.find(key, graph, saves)
-        prepared, passes = _planned(model, procedure, graph, saves, requests, module)
-        if key is not None:
-            plans.keep(key, graph, saves, prepared)
-    else:
-        passes = procedure.passes(module, prepared.passes, requests)
-    return prepared, [*passes]
-
-
-def _all_holds(prepared: Prepared, model: Subject) -> bool:
-    """Whether all of the tree is as it was planned for.
-
-    What may be shared by several invocations depends on that, and so does what a module that is
-    skipped would return.
-    """
-    if prepared.returned and (model.look_at_weights() or prepared.ambient != ambient()):
-        return False
-    return not (model.snapshot.has_changed() or model.snapshot.runs_otherwise())
-
-
 def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
     """The part of the tree that a block is about, all of which has to be there."""
     modules = model.snapshot.modules
@@ -163,23 +100,24 @@ def _owner(model: Subject, weight: str, location: Location) -> str:
     return path
 
 
-def _planned(
-    model: Subject,
-    procedure: Procedure[Any],
-    graph: Graph,
-    saves: Mapping[int, object],
-    requests: Sequence[Any],
-    module: nn.Module,
-) -> tuple[Prepared, Sequence[Pass]]:
-    """Plans a run and returns its passes too."""
+def plan_run(run: Run) -> tuple[Prepared, Sequence[Pass]]:
+    """Plans the run of a block, and returns its passes too.
+
+    Args:
+        run: the block.
+
+    Raises:
+        InsituError: for what is wrong with the run, as far as that is found beforehand.
+    """
+    model, procedure, graph, requests = run.model, run.procedure, run.lines.graph, run.requests
+    tree = model.snapshot
     check_arguments(graph)
-    plan = make_plan(graph, saves)
+    plan = make_plan(graph, run.lines.saves)
     watched = _watched(model, graph, plan)
     if graph.differentiates:
         check_gradients(graph, plan)
-    moments = partial(_moments, model, procedure, requests)
-    work = Work(graph, plan, asked_by(graph, plan, len(requests)), moments)
-    demands = procedure.demands(module, requests, work)
+    work = Work(graph, plan, asked_by(graph, plan, len(requests)), partial(_moments, run))
+    demands = procedure.demands(tree.root, requests, work)
     if len(requests) == 1:
         plans = [alone(0, demands.each[0], [*plan.reads])]
     else:
@@ -187,16 +125,16 @@ def _planned(
 
         plans = plan_passes(work, demands)
         _log(plans, len(requests))
-    passes = procedure.passes(module, plans, requests)
+    passes = procedure.passes(tree.root, plans, requests)
     if plan.crosses or plan.skips:
         check_order(work, plans)
     returned = _NOTHING_RETURNED
     if plan.skips or plan.stops:
-        returned = _returned(model, procedure, graph, requests)
+        returned = _returned(run)
         check_cuts(work)
-    compiled = is_compiled(model.snapshot.parts)
-    by_itself = len(requests) == 1 and not returned
     tree = model.snapshot
+    compiled = is_compiled(tree.parts)
+    by_itself = len(requests) == 1 and not returned
     found = (compiled, tree, model.exclusive, CallPath(watched), by_itself, ambient())
     return Prepared(plan, plans, returned, *found), passes
 
@@ -208,43 +146,32 @@ def _log(plans: Sequence[PassPlan], count: int) -> None:
         logger.info("%d of %d prompts run one by one: %s", own, count, why)
 
 
-def explained(
-    model: Subject,
-    procedure: Procedure[Any],
-    requests: Sequence[Any],
-    plans: Sequence[PassPlan],
-) -> list[Summary]:
+def explained(run: Run) -> Planned:
     """Returns what the passes of a run do, for the user.
 
     Args:
-        model: the model.
-        procedure: how it runs.
-        requests: what each invocation was given.
-        plans: the passes.
+        run: the block, once it is planned.
     """
-    return summaries(plans, procedure.facts, partial(_moments, model, procedure, requests))
+    return Planned(summaries(run.passes, run.procedure.facts, partial(_moments, run)))
 
 
-def _moments(
-    model: Subject, procedure: Procedure[Any], requests: Sequence[Any], invocation: int
-) -> Mapping[Place, int] | None:
+def _moments(run: Run, invocation: int) -> Mapping[Place, int] | None:
     """When the sites of an invocation come, or None if that is not known without a run."""
     try:
-        return model.probe(procedure.example(requests[invocation]), procedure.views).moments
+        return run.probe(invocation).moments
     except ShapeError:
         return None
 
 
-def _returned(
-    model: Subject, procedure: Procedure[Any], graph: Graph, requests: Sequence[Any]
-) -> Mapping[int, Any]:
+def _returned(run: Run) -> Mapping[int, Any]:
     """What the modules that are skipped would return, as fake tensors."""
     returned: dict[int, Any] = {}
+    graph = run.lines.graph
     for read in graph.skips:
         node = graph[read]
         invocation, path, *_ = node.args
         try:
-            probe = model.probe(procedure.example(requests[invocation]), procedure.views)
+            probe = run.probe(invocation)
         except ShapeError as error:
             raise ShapeError(
                 f"`{readable(path)}` cannot be skipped, because it is not known what it "
@@ -252,6 +179,6 @@ def _returned(
                 node.location,
             ) from error
         if path not in probe.returned:
-            raise never_ran(graph, model.modules, Site(*node.args), probe.seen)
+            raise never_ran(graph, run.model.modules, Site(*node.args), probe.seen)
         returned[read] = probe.returned[path]
     return returned

@@ -1,83 +1,328 @@
-"""Running a block: all of it, or what a failure leaves of it."""
+"""Running a block: its plan is found or made, and its passes run, forward and backward.
+
+How a plan is made is in `planning.py`, and what is run again after a failure in `isolation.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from insitu.batching.pass_plan import PassPlan
-from insitu.batching.procedure import Procedure, Subject
-from insitu.engine.failures import Failures
+from insitu.batching.layout import UnexpectedShapeError
+from insitu.batching.pass_plan import renumbered
+from insitu.batching.procedure import Outputs, Subject
+from insitu.engine.ambient import ambient
+from insitu.engine.arrivals import Arrivals
+from insitu.engine.backward_passes import run_backwards
+from insitu.engine.eager import eagerly
+from insitu.engine.execution import Execution
+from insitu.engine.failures import Failed, FailedInvocations, Failures, ends_all
+from insitu.engine.leaves import leaves_of
+from insitu.engine.model_call import Pass
+from insitu.engine.order import unexcused
+from insitu.engine.passes import run_pass
+from insitu.engine.plan import Plan
 from insitu.engine.seams import seams
-from insitu.graph.errors import OptionError
-from insitu.graph.lines import Lines
-from insitu.graph.location import Location, Mark
+from insitu.graph.bounds import counting
+from insitu.graph.errors import BlockError, NeverRanError, OptionError
+from insitu.graph.location import Location, Mark, here
 from insitu.tracing.beforehand import check_fit
-from insitu.tracing.one_run import Ran, form_of, run_once
+from insitu.tracing.never_ran import never_ran
+from insitu.tracing.planning import Prepared, explained, plan_run
+from insitu.tracing.run import Run
 
 if TYPE_CHECKING:
-    from insitu.engine.observed_run import NamedLines, ObservedRun
+    from insitu.engine.observed_run import ObservedRun
 
 
-def run_block(
-    model: Subject,
-    procedure: Procedure[Any],
-    lines: NamedLines,
-    requests: Sequence[Any],
-    demanded: tuple[Mapping[str, Any], Mark] | None,
-    planned: list[PassPlan],
-) -> Ran:
+class Ran(NamedTuple):
+    """How a block ran.
+
+    Attributes:
+        outputs: what its passes returned, None if the procedure promises no output.
+        is_stopped: whether a line of the user's ended the run.
+        failed: what its invocations raised, none if all have run.
+    """
+
+    outputs: Outputs | None
+    is_stopped: bool
+    failed: Sequence[FailedInvocations] = ()
+
+
+def run_block(run: Run) -> Ran:
     """Runs a block and fills its saved values, those that no sink takes.
 
     If one of several invocations fails, the others run all the same, and what they save is there.
 
     Args:
-        model: the model. Its weights are loaded if they are not there.
-        procedure: how it runs.
-        lines: what was recorded.
-        requests: what each invocation was given.
-        demanded: options that a value of the block takes, and the line that reads it; None if
-            there are none.
-        planned: gets what each pass does.
+        run: the block.
 
     Raises:
         InsituError: for what is wrong with the run, if nothing of it can run.
     """
     around = seams.get()
     if around is None:
-        return _run(model, procedure, lines, requests, demanded, planned, None)
+        return _run(run)
     from insitu.engine.observed_run import run_observed  # of use only where somebody looks
 
-    run = partial(_run, model, procedure, lines, requests, demanded, planned)
-    return run_observed(around, lines, run)
+    def run_so(observed: ObservedRun) -> Ran:
+        run.observed = observed
+        return _run(run)
+
+    return run_observed(around, run.lines, run_so)
 
 
-def _run(
-    model: Subject,
-    procedure: Procedure[Any],
-    lines: Lines,
-    requests: Sequence[Any],
-    demanded: tuple[Mapping[str, Any], Mark] | None,
-    planned: list[PassPlan],
-    observed: ObservedRun | None,
-) -> Ran:
+def _run(run: Run) -> Ran:
     """Runs a block, as of `run_block`, that others may look at."""
-    if model.loaded:
-        module = model.snapshot.root
-    else:
-        check_fit(lines, model.knows_dtypes, partial(form_of, procedure, requests))
-        module = model.load()
-    if demanded is not None:
-        verify(model, *demanded)
-    failures = None if len(requests) == 1 else Failures(lines.graph)
-    plan, results = run_once(model, procedure, lines, requests, module, planned, failures, observed)
-    if failures is None or not failures.found:
-        stopped = plan.stops and len(requests) == 1
-        return Ran(plan, None if stopped else procedure.outputs(results, requests))
-    from insitu.tracing.isolation import run_rest  # of use only where something fails
+    model, requests = run.model, run.requests
+    if not model.loaded:
+        check_fit(run)
+        model.load()
+    if run.demanded is not None:
+        verify(model, *run.demanded)
+    failures = None if len(requests) == 1 else Failures(run.lines.graph)
+    plan, results = run_once(run, failures)
+    if failures is not None and failures.found:
+        return _run_rest(run, failures, plan, results)
+    stopped = plan.stops and len(requests) == 1
+    outputs = None if stopped else run.procedure.outputs(results, requests)
+    return Ran(outputs, bool(plan.stops))
 
-    return run_rest(model, procedure, lines, requests, planned, failures, plan, results, observed)
+
+def _run_rest(run: Run, failures: Failures, plan: Plan, results: list[Any]) -> Ran:
+    """Runs what is left of a block in which something failed, and fills the saved values.
+
+    Args:
+        run: the block.
+        failures: what failed.
+        plan: how it was run.
+        results: what its passes returned.
+    """
+    # Of use only where something fails.
+    from insitu.tracing.isolation import Isolation, spread_outputs
+
+    isolation = Isolation(run, failures)
+    part = run
+    while failures.is_spoiled:
+        part = isolation.rest()
+        if not part.requests:
+            break
+        failures = Failures(part.lines.graph, isolation.goes_on)
+        budget = counting.get()
+        with nullcontext() if budget is None else budget.part(isolation.nodes):
+            plan, results = run_once(part, failures, isolation.apart)
+        run.passes = [renumbered(single, isolation.numbers) for single in part.passes]
+        if failures.found:
+            isolation.take(failures.found)
+    failed = isolation.ended()
+    if not part.requests or (plan.stops and len(part.requests) == 1):
+        return Ran(None, bool(plan.stops), failed)
+    outputs = run.procedure.outputs(results, part.requests)
+    if outputs is not None:
+        outputs = spread_outputs(outputs, isolation.numbers, len(run.requests))
+    return Ran(outputs, bool(plan.stops), failed)
+
+
+def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[Plan, list[Any]]:
+    """Runs a block once and fills its saved values, unless the run is spoiled.
+
+    Args:
+        run: the block.
+        failures: takes what fails, so that the others run; None if that ends the run.
+        apart: whether each backward pass runs by itself.
+
+    Returns:
+        How it was run, and what its passes returned: None of those that failed.
+    """
+    model, lines, observed = run.model, run.lines, run.observed
+    for again in (True, False):
+        prepared, passes = prepare(run)
+        tree, held = prepared.tree, prepared.exclusive
+        execution = Execution(lines.graph, prepared.plan, tree.modules)
+        if seeds := run.procedure.seeds(run.requests):
+            execution.draw_from(seeds)
+        if observed is not None:
+            _observe(observed, execution, prepared, run, again)
+        with eagerly(held) if prepared.compiled else held:
+            checked = None if observed is None else observed.check_in_modules(tree.modules)
+            try:
+                results, lacking, went = run_passes(
+                    run, execution, prepared, passes, failures, apart
+                )
+            except UnexpectedShapeError:
+                if again and model.look_at_weights():  # a weight was resized in its module
+                    continue
+                raise
+            finally:
+                if checked is not None:
+                    checked.close()
+                if execution.tape is not None:
+                    if failures is not None and failures.is_spoiled:
+                        execution.tape.take_back()
+                    execution.tape.release()
+        unexpected = failures is not None and failures.are_of(UnexpectedShapeError)
+        if failures is not None and unexpected and again and model.look_at_weights():
+            failures.forget()
+            continue
+        path = prepared.path
+        if path.now == path.then:
+            if tree.exchanges and tree.has_changed():
+                _check_alike(run)
+            break
+        if again:  # the model exchanged modules of its own while hooks were on the old ones
+            _check_alike(run)
+            if failures is not None:
+                failures.forget()
+    if lacking is not None:
+        raise _missing(run, lacking, went)
+    if failures is None or not failures.found:
+        execution.fill(lines.saves if observed is None else observed.left(lines.saves))
+        return prepared.plan, results
+    for failed in failures.found:
+        if failed.error is None:
+            (node,) = failed.nodes
+            failed.error = _missing(run, node, failed.went)
+    if not failures.is_spoiled:
+        there = {n: one for n, one in lines.saves.items() if n not in failures.lost.nodes}
+        execution.fill(there if observed is None else observed.left(there))
+    return prepared.plan, results
+
+
+def prepare(run: Run, dry: bool = False) -> tuple[Prepared, list[Pass | None]]:
+    """Plans the run of a block, or finds how one like it was planned, and gives its passes too.
+
+    The passes are the caller's to take out of their list: what they hold goes with them.
+
+    Args:
+        run: the block.
+        dry: whether it will not run.
+
+    Raises:
+        InsituError: for what is wrong with the run, as far as that is found beforehand.
+    """
+    model, procedure, lines, requests = run.model, run.procedure, run.lines, run.requests
+    if not requests:
+        raise BlockError(
+            "The block has no prompt: give it one, or write `with tracer.invoke(prompt):` inside.",
+            here(4),
+        )
+    graph, saves, module = lines.graph, lines.saves, model.snapshot.root
+    prepared: Prepared | None = None
+    key, plans = procedure.key(module, requests), model.plans
+    if key is not None:
+        key, prepared = plans.find(key, graph, saves)
+        if prepared is not None and not (
+            prepared.path.still_holds() and (prepared.alone or _all_holds(prepared, model))
+        ):
+            prepared = None
+    if prepared is not None:
+        run.passes = prepared.passes
+        return prepared, [*procedure.passes(module, prepared.passes, requests)]
+    if not dry:
+        model.warn_of_noise()
+    model.look_at_weights()
+    if model.look(closely=True) or model.plans is not plans:
+        key, plans = procedure.key(module, requests), model.plans
+        if key is not None:
+            key, _ = plans.find(key, graph, saves)
+    prepared, passes = plan_run(run)
+    run.passes = prepared.passes
+    if key is not None:
+        plans.keep(key, graph, saves, prepared)
+    return prepared, [*passes]
+
+
+def _all_holds(prepared: Prepared, model: Subject) -> bool:
+    """Whether all of the tree is as it was planned for.
+
+    What may be shared by several invocations depends on that, and so does what a module that is
+    skipped would return.
+    """
+    if prepared.returned and (model.look_at_weights() or prepared.ambient != ambient()):
+        return False
+    return not (model.snapshot.has_changed() or model.snapshot.runs_otherwise())
+
+
+def _observe(
+    observed: ObservedRun, execution: Execution, prepared: Prepared, run: Run, again: bool
+) -> None:
+    """Lets others look at a run that is about to begin."""
+    path = prepared.path
+    costs = explained(run).costs if observed.is_listened_to else [1.0] * len(run.passes)
+    invocations = [single.invocations for single in run.passes]
+
+    def holds() -> bool:  # else the run is made again, with hooks on the modules that are there now
+        return not again or path.now == path.then
+
+    execution.observe(
+        observed.passes(invocations, costs),
+        partial(observed.saves_told, saves=run.lines.saves, uses=prepared.plan.uses, holds=holds),
+    )
+
+
+def run_passes(
+    run: Run,
+    execution: Execution,
+    prepared: Prepared,
+    passes: list[Pass | None],
+    failures: Failures | None,
+    apart: bool,
+) -> tuple[list[Any], int | None, Arrivals | None]:
+    """Runs the passes of a block, forward and backward.
+
+    Args:
+        run: the block.
+        execution: takes the values.
+        prepared: how it is run.
+        passes: the forward passes. They are taken out: what one leaves for others goes with
+            the last of those.
+        failures: takes what fails, so that the others run; None if that ends the run.
+        apart: whether each backward pass runs by itself.
+
+    Returns:
+        What they returned; the node that reads a site where something had to arrive and did
+        not, if that ends the run; and how the pass went in which it had to.
+    """
+    plan, returned, graph = prepared.plan, prepared.returned, run.lines.graph
+    modules, hooks, observed = prepared.tree.modules, prepared.exclusive.hooks, execution.observed
+    views, caches = run.procedure.views, run.model.caches
+    results: list[Any] = [None] * len(passes)
+    for at, single in enumerate(passes):
+        passes[at] = None
+        assert single is not None
+        if failures is not None and failures.found and failures.hold_up(single.cuts):
+            continue
+        if observed is not None:
+            observed.begins(at)
+        numbers, goes_into_others = single.cuts.keys(), single.through is not None
+        try:
+            results[at], missing, went = run_pass(
+                execution, plan, single, modules, views, hooks, returned, caches
+            )
+        except Exception as error:
+            if failures is None or ends_all(error):
+                raise
+            failures.add(Failed(error, execution.failing, numbers), goes_into_others)
+            execution.failing = missing = ()
+        del single
+        if observed is not None:
+            observed.ended(at)
+        if missing:
+            lacking = unexcused(graph, plan, missing)
+            if lacking is not None and failures is None:
+                return results, lacking, went
+            if lacking is not None and failures is not None:
+                failed = Failed(None, (lacking,), numbers, went=went)
+                failures.add(failed, goes_into_others)
+                results[at] = None
+        if failures is not None and failures.ends_run:
+            return results, None, None
+    if plan.gradients is not None:
+        leaves = leaves_of(graph, plan.gradients, run.requests, modules[""])
+        run_backwards(execution, plan.gradients.joint, leaves, failures, apart)
+    return results, None, None
 
 
 def verify(model: Subject, options: Mapping[str, Any], line: Mark) -> None:
@@ -98,3 +343,26 @@ def verify(model: Subject, options: Mapping[str, Any], line: Mark) -> None:
             "`attn_implementation='eager'` where the model is made.",
             Location(*line),
         )
+
+
+def _check_alike(run: Run) -> None:
+    """Raises if a run in which the model changed itself was of prompts of several lengths."""
+    if len({run.call(number).signature() for number in range(len(run.requests))}) > 1:
+        raise BlockError(
+            "The model exchanged modules of its own in this run, as it does for some lengths "
+            "of prompts, so these prompts did not all pass the same modules. Give each a block "
+            "of its own, in the order that you want; the model stays as the last has left it.",
+            here(),
+        )
+
+
+def _missing(run: Run, lacking: int, went: Arrivals | None) -> NeverRanError:
+    """The error for the node that reads a site at which something had to arrive."""
+    graph = run.lines.graph
+    site = graph[lacking].site
+    assert site is not None
+    try:
+        ran = run.probe(site.invocation).seen
+    except Exception:  # the probe only adds to the message
+        ran = None
+    return never_ran(graph, run.model.modules, site, ran, went)

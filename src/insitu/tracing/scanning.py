@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
 
-from insitu.batching.pass_plan import PassPlan
-from insitu.batching.procedure import Procedure, Subject
 from insitu.graph.cells import Missing
 from insitu.graph.errors import UnknownShapeError
-from insitu.graph.lines import Lines
 from insitu.graph.shapes import fake_value
-from insitu.tracing.planning import prepare
+from insitu.tracing.run import Run
+from insitu.tracing.running import prepare
 
 
-def scan_block(
-    model: Subject,
-    procedure: Procedure[Any],
-    lines: Lines,
-    requests: Sequence[Any],
-    planned: list[PassPlan],
-) -> None:
+def scan_block(run: Run) -> None:
     """Finds what is wrong with a run, and fills the saved values with fake ones.
 
     Args:
-        model: the model.
-        procedure: how it would run.
-        lines: what was recorded.
-        requests: what each invocation was given.
-        planned: gets what each pass does.
+        run: the block.
 
     Raises:
         InsituError: for what is wrong, at its line.
     """
-    prepared, _ = prepare(
-        model, procedure, lines.graph, lines.saves, requests, model.snapshot.root, dry=True
-    )
-    planned[:] = prepared.passes
+    lines = run.lines
+    prepare(run, dry=True)
     for index in range(len(lines.graph)):
         with contextlib.suppress(UnknownShapeError):
             fake_value(lines, index)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-import torch
 
 from insitu.batching.procedure import Procedure, Subject
 from insitu.engine.functions import Called
@@ -15,52 +15,32 @@ from insitu.graph.node import EVERY, SEPARATOR, Graph, Site
 from insitu.tracing.never_ran import never_ran
 
 
+@dataclass(slots=True, eq=False)
 class SiteShapes:
     """The shapes at the sites of a run whose lines were recorded in another process.
 
-    Args:
+    Attributes:
         model: the model that will run.
         procedure: how it will run.
         requests: what each invocation is given.
         graph: what was recorded.
     """
 
-    def __init__(
-        self,
-        model: Subject,
-        procedure: Procedure[Any],
-        requests: Sequence[Any],
-        graph: Graph,
-    ) -> None:
-        self._model, self._procedure = model, procedure
-        self._requests, self._graph = requests, graph
+    model: Subject
+    procedure: Procedure[Any]
+    requests: Sequence[Any]
+    graph: Graph
 
     def arriving(self, site: Site) -> Any:
         """Returns what arrives at a site, with fake tensors in place of tensors."""
-        request = self._requests[site.invocation]
-        probe = self._model.probe(self._procedure.example(request), self._procedure.views)
-
-        def called(path: str) -> Sequence[Called]:
-            return called_in(self._model, self._procedure, request, path)
-
-        return arriving_at(site, probe, called, self._graph, self._model)
-
-    def fake_module(self, path: str) -> Callable[..., Any]:
-        """Returns a module as a function on fake tensors."""
-        return self._model.fake_module(path)
+        request = self.requests[site.invocation]
+        probe = self.model.probe(self.procedure.example(request), self.procedure.views)
+        called = partial(called_in, self.model, self.procedure, request)
+        return arriving_at(site, probe, called, self.graph, self.model)
 
     def writer(self) -> int | None:
         """Returns None: no line is being recorded."""
         return None
-
-    def weight_path(self, tensor: torch.Tensor) -> str | None:
-        """Returns the path of a weight of the model, None if the tensor is something else."""
-        parameters = self._model.modules[""].named_parameters()
-        return next((path for path, parameter in parameters if parameter is tensor), None)
-
-    def weight(self, path: str) -> torch.Tensor:
-        """Returns a weight of the model, with data or without."""
-        return self._model.modules[""].get_parameter(path)
 
 
 def called_in(

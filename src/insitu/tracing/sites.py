@@ -9,8 +9,7 @@ from insitu.graph.errors import BlockError, PathError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Kind, Site, readable
 from insitu.graph.proxy import Proxy
-from insitu.tracing.invocation import Invocation
-from insitu.tracing.scope import innermost
+from insitu.tracing.invocation import Invocation, innermost
 
 SITES: tuple[Kind, ...] = ("output", "input", "inputs")
 
@@ -39,7 +38,7 @@ class Sites:
         # `_read` in place: this is what blocks do most.
         model, path, call = self._site
         invocation, mark = innermost(model, 2)
-        if not isinstance(invocation, Invocation):
+        if invocation is None:
             raise self._outside("output", mark)
         return invocation.read(path, "output", mark, call)
 
@@ -76,7 +75,7 @@ class Sites:
             return
         model, path, call = self._site
         invocation, mark = innermost(model, 2)
-        if not isinstance(invocation, Invocation):
+        if invocation is None:
             raise self._outside(name, mark)
         invocation.write(path, name, value, mark, call)
 
@@ -94,7 +93,7 @@ class Sites:
     def _read(self, kind: Kind) -> Proxy:
         model, path, call = self._site
         invocation, mark = innermost(model, 3)
-        if not isinstance(invocation, Invocation):
+        if invocation is None:
             raise self._outside(kind, mark)
         return invocation.read(path, kind, mark, call)
 
@@ -138,6 +137,6 @@ class Call(Sites):
 
     def _invocation(self, use: str) -> tuple[Invocation, Mark]:
         invocation, mark = innermost(self._model, 3)
-        if not isinstance(invocation, Invocation):
+        if invocation is None:
             raise self._outside(use, mark)
         return invocation, mark

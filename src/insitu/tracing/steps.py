@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 
 from insitu.graph.errors import BlockError, IndexOutOfRangeError, OptionError
+from insitu.graph.intervention import write
 from insitu.graph.location import Location, Mark, mark
-from insitu.graph.node import EVERY, Kind
+from insitu.graph.node import EVERY, Address, Kind
 from insitu.graph.proxy import Proxy
 from insitu.tracing.around import Around
 
@@ -24,9 +25,11 @@ class Stepping(Protocol):
     """An invocation, as far as its steps need it.
 
     Attributes:
+        number: its place among the invocations of the block, from 0.
         current_step: which step of a generation lines mean now.
     """
 
+    number: int
     current_step: int
 
     @property
@@ -37,24 +40,6 @@ class Stepping(Protocol):
     @property
     def most_steps(self) -> int | None:
         """How many steps it may have, None if nothing says so before the run."""
-        ...
-
-    def read(
-        self, path: str, kind: Kind, mark: Mark, call: int = 0, step: int | None = None
-    ) -> Proxy:
-        """Returns a proxy for the value of a module."""
-        ...
-
-    def write(
-        self,
-        path: str,
-        kind: Kind,
-        value: Any,
-        mark: Mark,
-        call: int = 0,
-        step: int | None = None,
-    ) -> None:
-        """Puts a value in the place of a module's own."""
         ...
 
 
@@ -144,6 +129,9 @@ class StepValues(ABC):
             return invocation.current_step
         return checked_step(step, invocation.most_steps, line)
 
+    def _address(self, kind: Kind, step: int) -> Address:
+        return (self._invocation.number, "", kind, 0, step)
+
     @abstractmethod
     def _read(self, step: int, line: Mark) -> Proxy: ...
 
@@ -157,12 +145,14 @@ class Tokens(StepValues):
     __slots__ = ()
 
     def _read(self, step: int, line: Mark) -> Proxy:
-        self._invocation.block.procedure.check_tokens(Location(*line))
-        return self._invocation.read("", "tokens", line, step=step)
+        block = self._invocation.block
+        block.procedure.check_tokens(Location(*line))
+        return Proxy(block.recording, block.recording.read(self._address("tokens", step), line))
 
     def _write(self, step: int, value: Any, line: Mark) -> None:
-        self._invocation.block.procedure.check_tokens(Location(*line))
-        self._invocation.write("", "choice", value, line, step=step)
+        block = self._invocation.block
+        block.procedure.check_tokens(Location(*line))
+        write(block.recording, self._address("choice", step), value, False, line)
 
 
 class Logits(StepValues):
@@ -171,18 +161,22 @@ class Logits(StepValues):
     __slots__ = ()
 
     def _read(self, step: int, line: Mark) -> Proxy:
-        output = self._invocation.read("", "output", line, step=step)
-        start = len(output._recording.graph)
+        output, start = self._output(step, line)
         logits = output.logits[:, -1]
         output._recording.forget_contexts(start)  # a site is read, whatever is around the line
         return logits
 
     def _write(self, step: int, value: Any, line: Mark) -> None:
-        output = self._invocation.read("", "output", line, step=step)
-        start = len(output._recording.graph)
+        output, start = self._output(step, line)
         logits = output.logits
         output["logits"] = torch.cat([logits[:, :-1], value[:, None]], 1)
         output._recording.forget_contexts(start)
+
+    def _output(self, step: int, line: Mark) -> tuple[Proxy, int]:
+        """What the model returns in a step, and the node behind it."""
+        recording = self._invocation.block.recording
+        output = Proxy(recording, recording.read(self._address("output", step), line))
+        return output, len(recording.graph)
 
 
 def checked_step(step: int, steps: int | None, line: Mark) -> int:

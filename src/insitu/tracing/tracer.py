@@ -7,6 +7,8 @@ behind it, in `block.py`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Iterator
 from sys import _getframe  # pyright: ignore[reportPrivateUsage]
 from types import TracebackType
@@ -17,15 +19,16 @@ import torch
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned
 from insitu.graph import location
+from insitu.graph.cells import Missing
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.location import here, mark, user_frame
 from insitu.graph.node import EVERY, Graph
+from insitu.graph.saved_proxy import withdraw
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.block import Block
-from insitu.tracing.block_messages import no_invoke, no_output, not_one_invocation, state_of_block
-from insitu.tracing.in_thread import run_in_thread
 from insitu.tracing.invocation import Invocation
+from insitu.tracing.planning import explained
 from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
@@ -75,9 +78,16 @@ class Tracer:
         return self.block.is_open
 
     def __repr__(self) -> str:
-        block = self.block
-        return state_of_block(
-            len(self.graph), len(block.planned), block.is_open, block.is_done, block.promises_output
+        block, nodes = self.block, len(self.graph)
+        if block.ran is not None and block.ran.passes:
+            return f"<Block that ran: {nodes} nodes, {len(block.ran.passes)} passes>"
+        if block.is_open or block.is_done:
+            return f"<Block that {'is open' if block.is_open else 'did not run'}: {nodes} nodes>"
+        generates = block.promises_output
+        name, tracer = ("generate", "generator") if generates else ("trace", "tracer")
+        return (
+            f"<Block that was not entered, so nothing has run: write "
+            f"`with model.{name}(prompt) as {tracer}:`, and lines in it>"
         )
 
     def __dir__(self) -> list[str]:
@@ -113,17 +123,29 @@ class Tracer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Runs the model in another thread, so that the event loop goes on: see `run_in_thread`."""
+        """Runs the model in another thread, so that the event loop goes on.
+
+        A run that has begun is not broken off: if the task is cancelled, that takes effect when
+        the model has run, and nothing is saved.
+        """
         block = self.block
         if not block.leave(kind):
             if error is not None:
                 raise_explained(error)
                 shortened(error)
             return
+        running = asyncio.ensure_future(asyncio.to_thread(block.run))
         try:
-            await run_in_thread(block.run, block.recording)
+            await asyncio.shield(running)
         except InsituError as failure:  # with the frames of the thread that it ran in
             shortened(failure)
+            raise
+        except asyncio.CancelledError:
+            recording, saves = block.recording, dict(block.recording.saves)
+            with contextlib.suppress(BaseException):
+                await running
+            for index, holder in saves.items():
+                withdraw(holder, recording, index, Missing("its task was cancelled."))
             raise
 
     @property
@@ -145,10 +167,10 @@ class Tracer:
         Raises:
             NoValueError: before the block has ended.
         """
-        block = self.block
-        if not block.planned:
+        ran = self.block.ran
+        if ran is None or not ran.passes:
             raise NoValueError("`tracer.plan` is made when the block ends.", here())
-        return Planned(block.explained())
+        return explained(ran)
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invocation:
         """Adds a prompt, and gives the context in which sites mean its values.
@@ -164,7 +186,13 @@ class Tracer:
         """
         block = self.block
         if block.prompt is not None or not block.is_open:
-            raise BlockError(no_invoke(block.prompt is not None), here())
+            raise BlockError(
+                "`invoke` belongs inside its block: write `with model.trace() as tracer:` first."
+                if block.prompt is None
+                else "This block was given its prompt already: give it none, and each prompt to an "
+                "`invoke`.",
+                here(),
+            )
         # The model runs later, and what is given here may be filled anew for the next prompt.
         given = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
         for name, value in kwargs.items():
@@ -197,7 +225,14 @@ class Tracer:
                 )
             return block.alone.output
         if block.result is None:
-            raise NoValueError(no_output(block.is_open, block.is_done, block.is_stopped), here())
+            reason = "its run failed" if block.is_done else "the model runs when the block ends"
+            if not (block.is_done or block.is_open):
+                reason = (
+                    "its block was never entered: write `with model.generate(...) as generator:`"
+                )
+            if block.is_stopped:
+                reason = "`stop` ended the run"
+            raise NoValueError(f"`generator.output` has no value: {reason}.", here())
         return block.result
 
     @property
@@ -270,7 +305,14 @@ class Tracer:
             BlockError: if it has several, or none so far.
         """
         block = self.block
-        entered = block.is_done or block.is_open
-        if len(block.invocations) != 1 or not entered:
-            raise BlockError(not_one_invocation(entered), here(3))
+        if not (block.is_done or block.is_open):
+            raise BlockError(
+                "The block was never entered: write `with model.trace(prompt) as tracer:`.", here(3)
+            )
+        if len(block.invocations) != 1:
+            raise BlockError(
+                "This block has its prompts in invocations: ask the `invoker` of "
+                "`with generator.invoke(prompt) as invoker:`.",
+                here(3),
+            )
         return block.invocations[0]
