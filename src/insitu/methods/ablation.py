@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from insitu.display.axis import Axis
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.replacements import Mode, replacement
 from insitu.methods.result import Result

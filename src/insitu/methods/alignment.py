@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.methods.activations import gather, stream_site
 from insitu.methods.alignments import Alignment, check_position, course, exchanged, read_pairs
 from insitu.methods.metrics import Tokens
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import Prompts
 from insitu.methods.sites import check_count, check_positions, chosen, stream_of
 from insitu.models.language_model import LanguageModel

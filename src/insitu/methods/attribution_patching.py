@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from insitu.display.progress import progress as bar
 from insitu.methods.attribution_grid import grid_of
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import Choice, read_pairs, share
 from insitu.methods.patching import Direction, check_direction
+from insitu.methods.progress import progress as bar
 from insitu.methods.result import Result
 from insitu.methods.sites import stream_of
 from insitu.models.language_model import LanguageModel

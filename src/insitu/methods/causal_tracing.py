@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from insitu.display.axis import Axis
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Measure, Metric, Tokens, as_metric, token_ids
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.result import Result
 from insitu.methods.sites import Site, check_positions, layers_with, site_of, stream_of

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 import torch
 
-from insitu.display.progress import Bar
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.circuit import Circuit, Edge, heads_sharing
@@ -17,6 +15,8 @@ from insitu.methods.edge_attribution import attributed, read_equal_pairs
 from insitu.methods.faithfulness import kept_of, measured
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import Pairs
+from insitu.methods.progress import Bar
+from insitu.methods.progress import progress as bar
 from insitu.methods.sites import check_count
 from insitu.methods.survey import wiring_of
 from insitu.methods.wiring import Wiring

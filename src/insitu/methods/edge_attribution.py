@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from insitu.display.axis import Axis
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Measure, Metric, as_metric
 from insitu.methods.pairs import Pairs, read_pairs
+from insitu.methods.progress import progress as bar
 from insitu.methods.result import Result
 from insitu.methods.sites import site_of
 from insitu.methods.survey import wiring_of

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from insitu.display.axis import Axis
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.circuit import Circuit
@@ -18,6 +17,7 @@ from insitu.methods.edge_attribution import read_equal_pairs
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import Pairs
+from insitu.methods.progress import progress as bar
 from insitu.methods.result import Result
 from insitu.methods.sites import numbers_of
 from insitu.methods.survey import wiring_of

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.grid import Patch, grid_of
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Measure, Metric, as_metric
 from insitu.methods.pairs import Choice, read_pairs, share
+from insitu.methods.progress import progress as bar
 from insitu.methods.result import Result
 from insitu.methods.sites import Site, stream_of
 from insitu.models.language_model import LanguageModel

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 
 from insitu.display.axis import Axis
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.grid import Choice
@@ -21,6 +20,7 @@ from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import read_pairs, share
 from insitu.methods.patching import Direction, check_direction
 from insitu.methods.paths import Paths, Receiver, Sender, receivers_of
+from insitu.methods.progress import progress as bar
 from insitu.methods.result import Result
 from insitu.methods.sites import Site, chosen, layers_with, numbers_of
 from insitu.models.language_model import LanguageModel

@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import Prompts, read_prompts, token_id
 from insitu.methods.result import Result
 from insitu.models.configuration import said, text_config

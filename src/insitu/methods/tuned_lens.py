@@ -16,13 +16,13 @@ import msgspec
 import torch
 
 from insitu.display.axis import Axis
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import ShapeError
 from insitu.graph.location import here
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.methods import files
 from insitu.methods.lens import look, stages_of
 from insitu.methods.metrics import Tokens
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.readout import Readout, readout_of
 from insitu.methods.result import Result

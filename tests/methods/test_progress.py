@@ -7,8 +7,8 @@ from rich.console import Console
 
 from insitu import LanguageModel, listening
 from insitu.batching.summary import Planned
-from insitu.display.progress import Bar, progress
 from insitu.engine.seams import seams
+from insitu.methods.progress import Bar, progress
 
 
 class Shown:
