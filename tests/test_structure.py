@@ -33,6 +33,18 @@ def imported(path: Path) -> Iterator[str]:
                 yield inner if inner in FILES else node.module
 
 
+ORDER = ("graph", "display", "engine", "batching", "tracing", "zoo", "models", "methods")
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_folders_import_from_those_above_them(room: str) -> None:
+    below = {f"insitu.{name}" for name in (*ORDER[ORDER.index(room) + 1 :], "cli")}
+    for name, path in FILES.items():
+        if name.startswith(f"insitu.{room}."):
+            found = {".".join(one.split(".")[:2]) for one in imported(path)}
+            assert not found & below, name
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_files_import_each_other_in_a_circle(room: str) -> None:
     ours = [name for name in FILES if name.startswith(f"insitu.{room}.")]

@@ -156,7 +156,7 @@ def alone(
             handles.append(part.register_forward_hook(after(path)))
     try:
         with torch.no_grad():
-            options = {"use_cache": False} if model.takes_use_cache else {}
+            options = {"use_cache": False} if model.traits.takes_use_cache else {}
             module(input_ids=ids, **options)
     finally:
         for handle in handles:
@@ -185,11 +185,11 @@ def at(model: LanguageModel, path: str) -> Any:
 
 
 def blocks_of(model: LanguageModel) -> list[str]:
-    return list(model.block_views[False])
+    return list(model.traits.block_views[False])
 
 
 def logits_of(model: LanguageModel) -> Any:
-    return model.output.logits if model.unembedding_paths else model.output
+    return model.output.logits if model.traits.unembedding_paths else model.output
 
 
 END: Place = ("", "output")

@@ -229,7 +229,7 @@ def changed_place(block: Any) -> tuple[str, nn.Module, Any, str]:
 def plain_forward(name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What a forward without Insitu gives for these inputs, without a cache as in a trace."""
     model = kept(name)
-    if isinstance(model, LanguageModel) and model.takes_use_cache:
+    if isinstance(model, LanguageModel) and model.traits.takes_use_cache:
         output = model.module(**inputs, use_cache=False)
     else:
         output = model.module(**inputs)

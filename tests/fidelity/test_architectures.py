@@ -55,7 +55,7 @@ def every_block(name: str) -> list[str]:
 def plain(name: str, inputs: Mapping[str, Any], **options: Any) -> twin.Run:
     """The oracle's run. Language models run without a cache, as in a trace."""
     model = model_of(name)
-    if isinstance(model, LanguageModel) and model.takes_use_cache:
+    if isinstance(model, LanguageModel) and model.traits.takes_use_cache:
         inputs = {**inputs, "use_cache": False}
     return twin.run(model.module, **options, **inputs)
 
@@ -142,7 +142,7 @@ def generated(name: str, ids: torch.Tensor, **options: Any) -> twin.Run:
         model.module.generate,  # pyright: ignore
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        pad_token_id=model.pad_id,  # pyright: ignore
+        pad_token_id=model.traits.pad_id,  # pyright: ignore
         **{**STEPS, **options},
     )
 
@@ -174,7 +174,7 @@ def test_inputs_and_outputs_of_all_modules_are_what_hooks_see(name: str) -> None
 @EVERY
 def test_the_blocks_are_found(name: str) -> None:
     model = model_of(name)
-    views = model.block_views[False] if isinstance(model, LanguageModel) else model.views
+    views = model.traits.block_views[False] if isinstance(model, LanguageModel) else model.views
     assert set(views) == {path for stack in blocks_of(name) for path in stack}
 
 
@@ -467,7 +467,11 @@ def test_gradients_of_several_prompts_are_their_own(name: str) -> None:
 
 @GENERATING
 def test_a_generation_is_changed_in_each_step(name: str) -> None:
-    model, path, end = model_of(name), blocks_of(name)[-1][1], model_of(name).unembedding_paths[0]
+    model, path, end = (
+        model_of(name),
+        blocks_of(name)[-1][1],
+        model_of(name).traits.unembedding_paths[0],
+    )
     ids, directions = ZOO[name].inputs()["input_ids"], [vector(name, seed) for seed in range(3)]
     change = {path: steering(*directions)}
     expected = generated(name, ids, read=[*blocks_of(name)[-1], end], change=change)

@@ -54,7 +54,7 @@ def compare(
     for seed, (ids, invoker) in enumerate(zip(prompts, invokers, strict=True)):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            given = {**options, "pad_token_id": model.pad_id}
+            given = {**options, "pad_token_id": model.traits.pad_id}
             mask = torch.ones_like(ids)
             expected: Any = model.module.generate(ids, attention_mask=mask, **given)
         assert torch.equal(invoker.output, expected), (seed, invoker.output, expected)
@@ -108,10 +108,10 @@ def test_padding_of_a_prompt_of_several_rows_is_what_its_processors_see_alone() 
         with generator.invoke([[3, 4, 5, 6, 7, 8]]) as one:
             pass
     assert len(generator.plan.passes) == 1
-    ids = torch.tensor([[5, 6, 7, 8], [model.pad_id, model.pad_id, 9, 10]])
+    ids = torch.tensor([[5, 6, 7, 8], [model.traits.pad_id, model.traits.pad_id, 9, 10]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     plain: Any = model.module
-    given = {**options, "pad_token_id": model.pad_id}
+    given = {**options, "pad_token_id": model.traits.pad_id}
     assert torch.equal(several.output, plain.generate(ids, attention_mask=mask, **given))
     long = torch.tensor([[3, 4, 5, 6, 7, 8]])
     assert torch.equal(
@@ -136,7 +136,7 @@ def test_strings_end_each_prompt_for_itself(ends: int | None) -> None:
     for text, invoker, tokens in zip(texts, invokers, chosen, strict=True):
         given = model.tokenizer(text, return_tensors="pt")
         plain: Any = model.module
-        expected = plain.generate(**given, pad_token_id=model.pad_id, **options)
+        expected = plain.generate(**given, pad_token_id=model.traits.pad_id, **options)
         assert torch.equal(invoker.output, expected)
         new = expected[0, given.input_ids.shape[1] :].tolist()
         assert [int(token) for token in tokens.value] == new
@@ -158,12 +158,12 @@ def test_prompts_without_seeds_draw_what_one_plain_batch_draws() -> None:
     pads = [length - ids.shape[1] for ids in prompts]
     pad = torch.nn.functional.pad
     ids = torch.cat(
-        [pad(i, (n, 0), value=model.pad_id) for i, n in zip(prompts, pads, strict=True)]
+        [pad(i, (n, 0), value=model.traits.pad_id) for i, n in zip(prompts, pads, strict=True)]
     )
     mask = torch.cat([pad(torch.ones_like(i), (n, 0)) for i, n in zip(prompts, pads, strict=True)])
     torch.manual_seed(5)
     plain: Any = model.module
-    expected = plain.generate(ids, attention_mask=mask, pad_token_id=model.pad_id, **options)
+    expected = plain.generate(ids, attention_mask=mask, pad_token_id=model.traits.pad_id, **options)
     assert torch.equal(generator.output, expected)
     assert torch.equal(after, torch.get_rng_state())
 

@@ -91,7 +91,7 @@ def experiments(draw: Callable[..., Any], depth: int) -> Experiment:
 
 
 def run_experiment(model: LanguageModel, experiment: Experiment, **options: Any) -> list[list[Any]]:
-    blocks, head = blocks_of(model), model.unembedding_paths[0]
+    blocks, head = blocks_of(model), model.traits.unembedding_paths[0]
     saved = []
     with model.trace(**options) as tracer:
         invocations = [tracer.invoke(POOL[prompt]) for prompt in experiment.prompts]
@@ -120,7 +120,7 @@ def run_experiment(model: LanguageModel, experiment: Experiment, **options: Any)
 
 
 def expected_of(model: LanguageModel, experiment: Experiment) -> list[list[torch.Tensor]]:
-    blocks, head = blocks_of(model), model.unembedding_paths[0]
+    blocks, head = blocks_of(model), model.traits.unembedding_paths[0]
     places = [(path, "output") for path in blocks] + [(head, "output"), END]
     seen: list[dict[Place, torch.Tensor]] = []
     found = []

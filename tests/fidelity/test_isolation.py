@@ -113,7 +113,7 @@ def alone(
 ) -> dict[Site, list[torch.Tensor]]:
     """The oracle's values of a prompt alone; of a block, its hidden states."""
     seen = hooked(model.module, changed, change, **arguments_of(model, ids))
-    blocks = model.block_views[False]
+    blocks = model.traits.block_views[False]
     return {
         site: value[:1] if site[0] in blocks and site[1] == "output" else value
         for site, value in seen.items()
@@ -217,7 +217,7 @@ def run_writing(
     read = [("", "output"), ("lm_head", "input"), (path, "output")]
     chosen = [[site for site in alone(model, ids) if site[:2] in read] for ids in prompts]
     returned = hooked_output(model, path, prompts[0])
-    in_block = path in model.block_views[False]
+    in_block = path in model.traits.block_views[False]
     is_tuple = isinstance(returned, tuple) or in_block
     saved: list[dict[Site, Any]] = []
     with model.trace() as tracer:
@@ -272,7 +272,7 @@ def check_write(model: LanguageModel, path: str, how: str) -> int:
 @pytest.mark.parametrize("name", EVERY)
 def test_a_write_reaches_its_own_invocation_alone(name: str, how: str) -> None:
     model = make(name)
-    blocks = list(model.block_views[False])
+    blocks = list(model.traits.block_views[False])
     assert check_write(model, blocks[len(blocks) // 2], how) == 1
 
 
@@ -325,7 +325,7 @@ def gradient_alone(model: LanguageModel, ids: torch.Tensor, path: str, end: str)
 def test_gradients_are_as_if_each_prompt_ran_alone(name: str) -> None:
     model = make(name)
     prompts = prompts_of(model, (7, 1, 4))
-    path, end = list(model.block_views[False])[1], model.unembedding_paths[0]
+    path, end = list(model.traits.block_views[False])[1], model.traits.unembedding_paths[0]
     saved = []
     with model.trace() as tracer:
         for ids in prompts:
@@ -344,10 +344,10 @@ def test_a_generation_is_as_if_each_prompt_ran_alone(name: str) -> None:
     expected = []
     for ids in prompts:
         kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **options}
-        kwargs["pad_token_id"] = model.pad_id
+        kwargs["pad_token_id"] = model.traits.pad_id
         seen = hooked(model.module, call=model.module.generate, **kwargs)
         expected.append((seen, model.module.generate(**kwargs)))
-    blocks = model.block_views[True]
+    blocks = model.traits.block_views[True]
     every = sorted(site for site in set().union(*(seen for seen, _ in expected)) if site[0])
     every = [site for site in every if site[0] not in blocks and site[1] == "output"]
     # Not every prompt comes to each expert.

@@ -209,7 +209,7 @@ def test_counted_operations_are_those_that_are_done(name: str, share: bool) -> N
                     for position in (10, 20, 29):
                         with tracer.invoke(clean):
                             at(model, path).output[0][:, position] = VECTORS[position]
-                            at(model, model.unembedding_paths[0]).output[0, -1].save()
+                            at(model, model.traits.unembedding_paths[0]).output[0, -1].save()
     plan = tracer.plan
     assert plan.flops == pytest.approx(counter.get_total_flops(), rel=0.05)
     with FlopCounterMode(display=False) as counter:

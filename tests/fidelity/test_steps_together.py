@@ -55,7 +55,7 @@ def alone(
     part = model.module.get_submodule(read)
     keep = lambda part, args, output: seen.append(first(output).detach().clone())  # noqa: E731
     handles.append(part.register_forward_hook(keep))
-    options = {"pad_token_id": model.pad_id, **PLAIN, **options}
+    options = {"pad_token_id": model.traits.pad_id, **PLAIN, **options}
     try:
         tokens = model.module.generate(ids, attention_mask=torch.ones_like(ids), **options)
     finally:
@@ -74,11 +74,11 @@ def handle_of(model: LanguageModel, path: str) -> Any:
 def hidden(model: LanguageModel, path: str) -> Any:
     """The hidden states at a module, as one writes them."""
     handle = handle_of(model, path)
-    return handle.output[0] if path in model.block_views[True] else handle.output
+    return handle.output[0] if path in model.traits.block_views[True] else handle.output
 
 
 def blocks_of(model: LanguageModel) -> list[str]:
-    return [path for path in model.block_views[True] if "encoder" not in path]
+    return [path for path in model.traits.block_views[True] if "encoder" not in path]
 
 
 def assert_alike(found: Any, expected: Any, what: Any = None) -> None:
@@ -215,7 +215,7 @@ def test_tokens_and_logits_of_steps_are_read_and_replaced(name: str) -> None:
             scores[:, 77] = torch.inf
             return scores
 
-        given = 1 if model.is_encoder_decoder else ids.shape[1]
+        given = 1 if model.traits.is_encoder_decoder else ids.shape[1]
         at_one = lambda so_far, scores: (  # noqa: E731
             choose(so_far, scores) if so_far.shape[1] == given + 1 else scores  # noqa: B023
         )
@@ -280,7 +280,7 @@ def test_a_prompt_that_ends_early_has_no_further_steps(name: str, rows: int) -> 
         expected, seen = alone(model, ids, late, {early: steer}, **options)
         assert torch.equal(invokers[at].output, expected)
         assert_alike(saved[at].value, seen, at)
-        given = 1 if model.is_encoder_decoder else ids.shape[1]
+        given = 1 if model.traits.is_encoder_decoder else ids.shape[1]
         assert torch.equal(torch.stack(tokens[at].value, 1), expected[:, given:])
         assert (last[at].value is None) == (len(seen) < NEW)
         counts.add(len(seen))
@@ -481,7 +481,7 @@ def test_functions_inside_of_forwards_are_cut_in_each_step() -> None:
         expected = module.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            pad_token_id=model.pad_id,
+            pad_token_id=model.traits.pad_id,
             output_attentions=True,
             return_dict_in_generate=True,
             **PLAIN,

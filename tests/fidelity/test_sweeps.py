@@ -66,7 +66,7 @@ def test_only_late_positions_are_computed_where_early_ones_are_alike(
 ) -> None:
     model = kept(name)
     (clean,) = prompts(1)
-    path, last, head = blocks_of(model)[0], blocks_of(model)[-1], model.unembedding_paths[0]
+    path, last, head = blocks_of(model)[0], blocks_of(model)[-1], model.traits.unembedding_paths[0]
     saved = {}
     with model.trace(share_prefixes=share) as tracer:
         for position in (8, 9, 11, -1):

@@ -39,7 +39,7 @@ def logits_at(model: LanguageModel, embeddings: torch.Tensor) -> torch.Tensor:
     """Logits `(row, position, vocabulary)` of embeddings, without Insitu."""
     module = model.load()
     options = {}
-    if model.is_encoder_decoder:
+    if model.traits.is_encoder_decoder:
         options["decoder_input_ids"] = torch.zeros(len(embeddings), 1, dtype=torch.long)
     return module(inputs_embeds=embeddings, **options).logits
 

@@ -255,7 +255,7 @@ def test_an_adapter_without_peft_is_a_clear_error(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapted(base).save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr("insitu.models.adapters.find_spec", lambda name: None)
+    monkeypatch.setattr("insitu.models.loading.adapters.find_spec", lambda name: None)
     with pytest.raises(LoadError, match="pip install peft") as caught:
         LanguageModel(tmp_path / "adapter")
     assert __file__ in str(caught.value)

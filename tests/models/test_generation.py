@@ -14,9 +14,11 @@ RAGGED = [[3, 14, 15, 92, 65], [7, 8], [9, 10, 11]]
 def generated(model: LanguageModel, rows: list[list[int]], **options: object) -> torch.Tensor:
     """The oracle: Hugging Face's own `generate` on rows padded by hand."""
     length = max(map(len, rows))
-    ids = torch.tensor([[model.pad_id] * (length - len(row)) + row for row in rows])
+    ids = torch.tensor([[model.traits.pad_id] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return model.module.generate(ids, attention_mask=mask, pad_token_id=model.pad_id, **options)
+    return model.module.generate(
+        ids, attention_mask=mask, pad_token_id=model.traits.pad_id, **options
+    )
 
 
 def test_output_is_what_generate_returns(language_model: LanguageModel) -> None:
@@ -122,7 +124,7 @@ def test_sampling_depends_on_the_seed_of_the_invocation_alone(gpt2: LanguageMode
     assert first != second
     torch.manual_seed(1)
     expected = gpt2.module.generate(
-        IDS, attention_mask=torch.ones_like(IDS), pad_token_id=gpt2.pad_id, **options
+        IDS, attention_mask=torch.ones_like(IDS), pad_token_id=gpt2.traits.pad_id, **options
     )
     assert first == expected[0].tolist()
     state = torch.get_rng_state()

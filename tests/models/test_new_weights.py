@@ -131,7 +131,7 @@ class _WithBuffer(nn.Module):
 
 
 def test_what_a_load_reports_is_told_apart() -> None:
-    from insitu.models.new_weights import new_weights
+    from insitu.models.loading.new_weights import new_weights
 
     module = _WithBuffer()
     report = {

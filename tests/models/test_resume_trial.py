@@ -15,7 +15,7 @@ from tests.fidelity.architectures import MAKERS, spread_out
 
 def chain_of(module: nn.Module) -> Chain | Fallback:
     model = LanguageModel(module)
-    views, options = model.block_views[False], {"use_cache": False}
+    views, options = model.traits.block_views[False], {"use_cache": False}
     calls = [Call((), {"input_ids": torch.zeros(*size).long(), **options}) for size in SIZES]
     layouts = find_layouts([model.probe(call, views).seen for call in calls])
     with model.exclusive:
@@ -34,7 +34,7 @@ def test_forwards_begin_at_blocks_where_each_row_is_as_it_is_alone(name: str) ->
     module = made(name)
     chain = chain_of(module)
     assert isinstance(chain, Chain)
-    assert list(chain.paths) == list(LanguageModel(module).block_views[False])
+    assert list(chain.paths) == list(LanguageModel(module).traits.block_views[False])
     for path in chain.paths:
         assert (path, "output", 0) in chain.whole & chain.tails
     for path, _ in module.named_modules():

@@ -135,7 +135,7 @@ def test_several_texts_of_one_invocation_are_padded_by_the_processor(
     with model.generate(texts, images=images, max_new_tokens=3) as generator:
         pass
     inputs = encoded(texts, images=images, padding=True, padding_side="left")
-    expected = run(plain.generate, **inputs, max_new_tokens=3, pad_token_id=model.pad_id)
+    expected = run(plain.generate, **inputs, max_new_tokens=3, pad_token_id=model.traits.pad_id)
     assert torch.equal(generator.output, expected)
 
 
@@ -146,7 +146,7 @@ def test_a_generation_and_its_steps(model: VisionLanguageModel, plain: Any) -> N
             tokens = generator.tokens().save()
         with generator.step(2):
             later = model.model.language_model.layers[1].output[0].save()
-    inputs = {**encoded(images=image()), "max_new_tokens": 4, "pad_token_id": model.pad_id}
+    inputs = {**encoded(images=image()), "max_new_tokens": 4, "pad_token_id": model.traits.pad_id}
     expected = run(plain.generate, **inputs)
     assert torch.equal(generator.output, expected)
     assert torch.equal(torch.stack(tokens.value, 1), expected[:, -4:])
@@ -190,7 +190,8 @@ def test_invocations_see_nothing_of_each_other(
         call: Any = plain
         inputs.pop("mm_token_type_ids", None)
         if mode == "generate":
-            call, inputs = plain.generate, {**inputs, **options, "pad_token_id": model.pad_id}
+            call = plain.generate
+            inputs = {**inputs, **options, "pad_token_id": model.traits.pad_id}
             assert torch.equal(invoker.output, run(call, **inputs))
         expected = outputs_of(plain, LAYER, call, **inputs)[0]
         torch.testing.assert_close(own.value, expected, atol=1e-5, rtol=0)

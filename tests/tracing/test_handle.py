@@ -123,7 +123,7 @@ def test_every_site_is_what_a_hook_sees(language_model: LanguageModel) -> None:
 
     for path, (args, kwargs, output) in outputs.items():
         ours = saved[path].value
-        if path in language_model.block_views[False]:
+        if path in language_model.traits.block_views[False]:
             hidden = output[0] if isinstance(output, tuple) else output
             assert len(ours) == 1 and torch.equal(ours[0], hidden), path
         else:
@@ -165,7 +165,7 @@ def test_a_module_that_never_ran_is_named_with_its_relatives(twice: Model) -> No
 
 
 def test_hidden_states_of_a_block_are_what_a_hook_sees(language_model: LanguageModel) -> None:
-    path = next(iter(language_model.block_views[False]))
+    path = next(iter(language_model.traits.block_views[False]))
     with language_model.trace(IDS):
         handle = language_model
         for part in path.split("."):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from insitu.display.axis import Axis
-from insitu.display.progress import progress as bar
 from insitu.graph.errors import OptionError, PromptError, nearest
 from insitu.graph.location import here
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.random_tokens import repeated_tokens
 from insitu.methods.result import Result
@@ -175,7 +175,7 @@ def head_scores(
 
 
 def _stack(model: LanguageModel) -> str:
-    return "encoder_blocks" if model.is_encoder_decoder else "blocks"
+    return "encoder_blocks" if model.traits.is_encoder_decoder else "blocks"
 
 
 def _pattern(model: LanguageModel, stack: str, layer: int) -> Any:

@@ -111,9 +111,9 @@ def read_prompts(model: LanguageModel, prompts: Any) -> Prompts:
         PromptTypeError: if it is of no known form.
         PromptError: if it is empty, too long, or has ids that the model does not know.
     """
-    read = model.reader.read(prompts, "right", mark())
-    model.reader.check_length(read)
-    model.reader.check_ids(read)
+    read = model.traits.reader.read(prompts, "right", mark())
+    model.traits.reader.check_length(read)
+    model.traits.reader.check_ids(read)
     rows = tuple(ids[mask.bool()] for ids, mask in zip(read.ids, read.visible_mask, strict=True))
     return Prompts(rows, tuple(words(model, ids.tolist()) for ids in rows), _many(prompts))
 

@@ -126,7 +126,7 @@ def check_positions(model: LanguageModel) -> None:
 
     In a decoder that an encoder's states are given to, they are those of what is generated.
     """
-    if model.is_encoder_decoder:
+    if model.traits.is_encoder_decoder:
         raise OptionError(
             "This is for models whose blocks process the prompt itself: in this one they process "
             "what follows a prompt that an encoder has read, so positions of the prompt are none "

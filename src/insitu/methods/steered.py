@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from insitu.display.progress import progress as bar
 from insitu.display.rows import rows_html
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.activations import stream_site
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.sites import chosen, numbers_of
 from insitu.methods.steering import SteeringVector
@@ -257,7 +257,7 @@ def _rows(output: Any) -> torch.Tensor:
 
 def _given(model: LanguageModel, length: int) -> int:
     """How many of the tokens that a generation returns were there before it."""
-    return 1 if model.is_encoder_decoder else length
+    return 1 if model.traits.is_encoder_decoder else length
 
 
 def _text(model: LanguageModel, ids: torch.Tensor) -> str:

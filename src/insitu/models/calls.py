@@ -17,12 +17,12 @@ from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
 
 if TYPE_CHECKING:
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
 
 _SMALL = 4096  # tokens that are always thought to fit
 
 
-def default_budget(model: LanguageModel, tokens: int) -> int:
+def default_budget(model: LanguageSubject, tokens: int) -> int:
     """Returns how many tokens fit into a quarter of the memory that is free now, about.
 
     Args:
@@ -31,12 +31,12 @@ def default_budget(model: LanguageModel, tokens: int) -> int:
     """
     if tokens <= _SMALL:
         return _SMALL
-    device = model.placement.device
+    device = model.traits.placement.device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fitting = max(_SMALL, free // 4 // model.bytes_per_token)
+    fitting = max(_SMALL, free // 4 // model.traits.bytes_per_token)
     return 1 << min(fitting, tokens * 2).bit_length() - 1  # so that it is seldom another one
 
 
@@ -52,7 +52,7 @@ def content(number: int, prompt: Prompt) -> Hashable:
     return (prompt.ids.shape[0], prompt.ids.numpy().tobytes())
 
 
-def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(model: LanguageSubject, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keyword arguments of a prompt's forward."""
     ids, _, mask, extras, _, positions, _, demands = prompt
     kwargs: dict[str, Any] = {"input_ids": ids, **options}
@@ -64,8 +64,8 @@ def arguments(model: LanguageModel, prompt: Prompt, options: Mapping[str, Any]) 
         kwargs["attention_mask"] = mask
     if positions is not None:
         kwargs["position_ids"] = positions
-    if model.is_encoder_decoder and kwargs.keys().isdisjoint(_GIVEN_TO_A_DECODER):
-        start = model.decoder_start
+    if model.traits.is_encoder_decoder and kwargs.keys().isdisjoint(_GIVEN_TO_A_DECODER):
+        start = model.traits.decoder_start
         if start is not None:
             kwargs["decoder_input_ids"] = torch.full((prompt.ids.shape[0], 1), start)
     return kwargs
@@ -75,7 +75,7 @@ _GIVEN_TO_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
 def alone(
-    model: LanguageModel,
+    model: LanguageSubject,
     module: nn.Module,
     options: Mapping[str, Any],
     single: PassPlan,
@@ -97,7 +97,7 @@ def alone(
 
 
 def forward(
-    model: LanguageModel,
+    model: LanguageSubject,
     module: nn.Module,
     kwargs: dict[str, Any],
     requests: Sequence[Prompt],
@@ -109,17 +109,17 @@ def forward(
     """
     # Moved here and not before: until its turn comes, another thread's probe may have put fake
     # weights in, and those do not say where the real ones are.
-    if "input_ids" not in kwargs or not model.placement.has(kwargs["input_ids"]):
-        kwargs = model.placement.moved(kwargs)
+    if "input_ids" not in kwargs or not model.traits.placement.has(kwargs["input_ids"]):
+        kwargs = model.traits.placement.moved(kwargs)
     if OPTION in kwargs:
         kwargs = dict(kwargs)
         with attending(module, kwargs.pop(OPTION)):
             return forward(model, module, kwargs, requests)
     try:
-        if model.growing:
-            with forgetting_lengths(model.growing):
+        if model.traits.growing:
+            with forgetting_lengths(model.traits.growing):
                 return module(**kwargs)
         return module(**kwargs)
     except IndexError:
-        model.reader.check(requests)
+        model.traits.reader.check(requests)
         raise

@@ -6,6 +6,7 @@ keeps under a name with "drop" in it: `attention_dropout`, `attn_pdrop`, `layerd
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
@@ -28,6 +29,37 @@ def drops_out(parts: Iterable[nn.Module]) -> bool:
     """
     training = [part for part in parts if part.training]
     return any(_has_dropout(part) for part in training)
+
+
+def say_that_it_drops_out(said: set[str]) -> None:
+    """Says once that a model's values are random.
+
+    Args:
+        said: what was said of the model before.
+    """
+    if "dropout" not in said:
+        said.update(("dropout", "training"))
+        warnings.warn(
+            "The model is in training mode, so dropout makes its values random: each run gives "
+            "others, and invocations run one by one. `model.module.eval()` turns it off.",
+            stacklevel=3,
+        )
+
+
+def say_that_it_trains(said: set[str]) -> None:
+    """Says once what follows from training mode, where it is not said that values are random.
+
+    Args:
+        said: what was said of the model before.
+    """
+    if "training" not in said:
+        said.add("training")
+        warnings.warn(
+            "The model, or a part of it, is in training mode, where the rows of a batch may "
+            "depend on each other: its invocations run one by one. `model.module.eval()` lets "
+            "them run together.",
+            stacklevel=3,
+        )
 
 
 def _has_dropout(part: nn.Module) -> bool:

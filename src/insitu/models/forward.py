@@ -23,7 +23,7 @@ from insitu.models.sent_prompts import received, sent
 
 if TYPE_CHECKING:
     from insitu.engine.job_parts import JobPrompt, ProcedureName
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
 
 
 class LanguageForward:
@@ -43,7 +43,7 @@ class LanguageForward:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageSubject,
         options: dict[str, Any],
         budget: int | None = None,
         share: bool | None = None,
@@ -53,10 +53,10 @@ class LanguageForward:
         self._dry = dry
         self._budget = budget
         self._share = share
-        if model.takes_use_cache:
+        if model.traits.takes_use_cache:
             options.setdefault("use_cache", False)
         self._options = options
-        self.views = model.block_views[bool(options.get("use_cache"))]
+        self.views = model.traits.block_views[bool(options.get("use_cache"))]
         self.steps = 1
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
         self._fixed = (budget, share, *options.items()) if plain else None
@@ -100,14 +100,14 @@ class LanguageForward:
             seed = checked_seed(kwargs.pop("seed"), Location(*mark))
             return self.request(args, kwargs, mark)._replace(seed=seed)
         if len(args) == 1 and not kwargs:
-            plain = model.reader.read_plain(args[0], mark)
+            plain = model.traits.reader.read_plain(args[0], mark)
             if plain is not None:
                 return plain
         else:
             kwargs = given_to_invocation(model, args, kwargs, "trace", mark)
-        prompt = model.reader.read(args[0] if args else None, self._side, mark, kwargs)
+        prompt = model.traits.reader.read(args[0] if args else None, self._side, mark, kwargs)
         if prompt.extras:
-            model.options.check(prompt.extras, "trace", lambda: Location(*mark))
+            model.traits.options.check(prompt.extras, "trace", lambda: Location(*mark))
         return prompt if prompt.mask is None else positioned(model, prompt, self._dry)
 
     def _side(self) -> Side:
@@ -167,7 +167,11 @@ class LanguageForward:
     def facts(self) -> Facts:
         """The blocks and what forwards cost."""
         model = self._model
-        return Facts(tuple(model.block_views[False]), model.unembedding_paths, model.costs)
+        return Facts(
+            tuple(model.traits.block_views[False]),
+            model.traits.unembedding_paths,
+            model.traits.costs,
+        )
 
     def halved(self, requests: Sequence[Prompt]) -> LanguageForward | None:
         """Returns the same with passes of half as many tokens at most, in which nothing is shared.

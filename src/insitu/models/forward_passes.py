@@ -22,7 +22,7 @@ from insitu.models.resume import Blocks, Entering, Prefix, Resumed, blocks_of
 from insitu.models.unembedding import unembedding
 
 if TYPE_CHECKING:
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
 
 _PASSED_ON: tuple[Kind, ...] = ("output", "input")  # where what a block returned stands
 
@@ -39,14 +39,14 @@ class ForwardPasses:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageSubject,
         options: Mapping[str, Any],
         module: nn.Module,
         requests: Sequence[Prompt],
     ) -> None:
         self._model, self._options = model, options
         self._module, self._requests = module, requests
-        heads = model.unembedding_paths
+        heads = model.traits.unembedding_paths
         self._head = model.modules[heads[0]] if len(heads) == 1 else None
         self._made: Blocks | None = None
         self._left: dict[
@@ -57,7 +57,7 @@ class ForwardPasses:
     def _blocks(self) -> Blocks:
         """The model's blocks, which most runs do not need."""
         if self._made is None:
-            self._made = blocks_of(self._model.modules, self._model.block_views[False])
+            self._made = blocks_of(self._model.modules, self._model.traits.block_views[False])
         return self._made
 
     def passes(self, plans: Sequence[PassPlan]) -> list[Pass]:
@@ -87,7 +87,7 @@ class ForwardPasses:
         terms, model, module, head = single.terms, self._model, self._module, self._head
         assert terms is not None
         prompts = [self._requests[row.invocation] for row in single.rows]
-        batch = join(prompts, terms.side, model.pad_id)
+        batch = join(prompts, terms.side, model.traits.pad_id)
         whole = counted(Prompt(batch.ids, prompts[0].mark, batch.mask), terms.side)
         kwargs = arguments(model, whole, terms.options)
         logits = single.logits.positions if single.logits is not None else [()] * len(prompts)

@@ -28,7 +28,7 @@ from insitu.models.prompts import Prompt, counted
 from insitu.models.sharing import chain_of, separation_of
 
 if TYPE_CHECKING:
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
     from insitu.models.separation import Separation
 
 # Options of a forward that mean the same for each prompt of a batch as for one alone.
@@ -53,7 +53,7 @@ class ForwardSharing:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageSubject,
         options: Mapping[str, Any],
         budget: int | None,
         share: bool | None,
@@ -94,15 +94,15 @@ class ForwardSharing:
             for number, first in may_branch(each, work).items()
         }
         tokens = sum(prompt.ids.numel() for prompt in requests)
-        heads = model.unembedding_paths
-        chooses = "logits_to_keep" in model.forward_parameters and len(heads) == 1
+        heads = model.traits.unembedding_paths
+        chooses = "logits_to_keep" in model.traits.forward_parameters and len(heads) == 1
         return Demands(
             each,
             self._budget or default_budget(model, tokens),
-            model.costs,
+            model.traits.costs,
             self._share is True,
             chains,
-            tuple(model.block_views[False]),
+            tuple(model.traits.block_views[False]),
             heads[0] if chooses else None,
         )
 
@@ -186,7 +186,7 @@ class ForwardSharing:
                 kwargs = arguments(self._model, counted(prompt, side), options)
                 forward(self._model, module, kwargs, [prompt])
 
-            views = self._model.block_views[bool(self._options.get("use_cache"))]
+            views = self._model.traits.block_views[bool(self._options.get("use_cache"))]
 
             given = (sample, run, views, side)
             self._separations[key] = separation_of(self._model, *given)

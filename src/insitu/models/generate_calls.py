@@ -20,7 +20,7 @@ from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
 
 if TYPE_CHECKING:
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
 
 _DEFAULT_STEPS = 20  # of Transformers, where nothing says how many
 _NO_EXTRAS: Mapping[str, Any] = {}
@@ -48,7 +48,7 @@ class GenerateCalls:
         views: how outputs are shown, by path.
     """
 
-    def __init__(self, model: LanguageModel, options: dict[str, Any]) -> None:
+    def __init__(self, model: LanguageSubject, options: dict[str, Any]) -> None:
         self.model = model
         self.options = options
         self.steps: Any = options.get(
@@ -56,10 +56,10 @@ class GenerateCalls:
         )
         # Who goes on behind the last token has padding before the first. An encoder counts its
         # positions, so there it stands behind, and the decoder has a beginning of its own.
-        self.side: Side = "right" if model.is_encoder_decoder else "left"
+        self.side: Side = "right" if model.traits.is_encoder_decoder else "left"
         cached = self.setting(model.module, "use_cache")
         self.cached = cached is None or bool(cached)  # on, where nothing says so
-        self.views = model.block_views[self.cached]
+        self.views = model.traits.block_views[self.cached]
 
     def steps_of(self, prompt: Prompt) -> int | None:
         """Returns how many steps a prompt may have, None if nothing says so."""
@@ -83,14 +83,17 @@ class GenerateCalls:
     @property
     def pad_id(self) -> int:
         """The id that fills padding: the user's, or the model's own."""
-        given, known = self.setting(self.model.module, "pad_token_id"), self.model.reader.limits
+        given, known = (
+            self.setting(self.model.module, "pad_token_id"),
+            self.model.traits.reader.limits,
+        )
         if not isinstance(given, int) or not 0 <= given < (known.vocabulary or given + 1):
-            return self.model.pad_id
+            return self.model.traits.pad_id
         return given
 
     def following(self, prompt: Prompt) -> int:
         """Returns how many tokens come where a prompt is."""
-        decodes = self.model.is_encoder_decoder
+        decodes = self.model.traits.is_encoder_decoder
         return 1 if decodes else self.steps_of(prompt) or 1
 
     def setting(self, module: nn.Module, name: str) -> Any:
@@ -108,7 +111,7 @@ class GenerateCalls:
 
     def given(self, prompt: Prompt) -> int:
         """Returns how many tokens that a generation returns of a prompt were not generated."""
-        if self.model.is_encoder_decoder:
+        if self.model.traits.is_encoder_decoder:
             return 1
         return 0 if "inputs_embeds" in prompt.extras else prompt.ids.shape[1]
 
@@ -139,14 +142,14 @@ class GenerateCalls:
         kwargs: dict[str, Any] = {"input_ids": ids, **extras}
         if "inputs_embeds" in extras:
             del kwargs["input_ids"]
-        parameters = self.model.forward_parameters
+        parameters = self.model.traits.forward_parameters
         if "position_ids" in parameters:  # `generate` makes them from the mask
             kwargs["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape)
         if "use_cache" in parameters:
             kwargs["use_cache"] = self.cached
         if "logits_to_keep" in parameters:  # `generate` wants the last position's only
             kwargs["logits_to_keep"] = 1
-        if self.model.is_encoder_decoder:
+        if self.model.traits.is_encoder_decoder:
             given = extras.get("decoder_input_ids", self.options.get("decoder_input_ids"))
             kwargs["decoder_input_ids"] = self._decoder_prompt(ids.shape[0], given)
         options = {**demands, **self.options}
@@ -156,7 +159,7 @@ class GenerateCalls:
 
     def _decoder_prompt(self, rows: int, given: torch.Tensor | None) -> torch.Tensor:
         """What a decoder begins with: its start token, and what was given for it, if anything."""
-        start = torch.full((rows, 1), self.model.decoder_start or 0)
+        start = torch.full((rows, 1), self.model.traits.decoder_start or 0)
         if given is None:
             return start
         begun = not bool((given[:, 0] != start[0, 0].to(given.device)).all())
@@ -171,18 +174,18 @@ class GenerateCalls:
     ) -> Any:
         """Calls the model's own `generate`."""
         try:
-            with attending(module, implementation), forgetting_lengths(self.model.growing):
+            with attending(module, implementation), forgetting_lengths(self.model.traits.growing):
                 return module.generate(**kwargs)  # pyright: ignore[reportCallIssue]
         except IndexError:
             for prompt in prompts:
-                self.model.reader.check([prompt], self.following(prompt))
+                self.model.traits.reader.check([prompt], self.following(prompt))
             raise
 
     def check_length(self, prompts: Sequence[Prompt]) -> None:
         """Raises if a prompt is too long for the model, where the model does not say so."""
-        if not self.model.reader.lookups_check:
+        if not self.model.traits.reader.lookups_check:
             for prompt in prompts:
-                self.model.reader.check_length(prompt, self.following(prompt))
+                self.model.traits.reader.check_length(prompt, self.following(prompt))
 
     def begin(self, module: nn.Module, prompt: Prompt) -> None:
         """Generates one token, with nobody looking."""
@@ -204,7 +207,7 @@ class GenerateCalls:
             "do_sample": False,
         }
         if tokens is not None:
-            start = 1 if self.model.is_encoder_decoder else prompt.ids.shape[1]
+            start = 1 if self.model.traits.is_encoder_decoder else prompt.ids.shape[1]
 
             def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
                 chosen = tokens[:, ids.shape[1] - start].to(scores.device)
@@ -213,5 +216,5 @@ class GenerateCalls:
 
             kwargs |= {"max_new_tokens": tokens.shape[1], "logits_processor": [choose]}
         with attending(module, self.options.get(OPTION, prompt.demands.get(OPTION))):
-            placed = self.model.placement.moved(kwargs)
+            placed = self.model.traits.placement.moved(kwargs)
             module.generate(**placed)  # pyright: ignore[reportCallIssue]

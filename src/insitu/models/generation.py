@@ -15,17 +15,24 @@ from insitu.engine.model_call import Pass
 from insitu.engine.passes import Outputs
 from insitu.engine.probe import Call
 from insitu.graph.errors import OptionError
-from insitu.graph.location import Location, Mark
+from insitu.graph.location import Location, Mark, here
 from insitu.models.generate_calls import GenerateCalls
 from insitu.models.generation_passes import GenerationPasses
 from insitu.models.padding import positioned, warn_of_counting
-from insitu.models.prompt_arguments import checked_seed, given_to_invocation
+from insitu.models.prompt_arguments import (
+    check_budget,
+    checked_seed,
+    given_to_block,
+    given_to_invocation,
+)
 from insitu.models.prompts import Prompt
 from insitu.models.sent_prompts import received, sent
+from insitu.tracing.block import Block
+from insitu.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
     from insitu.engine.job_parts import JobPrompt, ProcedureName
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
 
 # Settings that count padding as tokens of the shorter rows of one prompt, and when they are off.
 _COUNTING: Mapping[str, tuple[Any, ...]] = {
@@ -53,7 +60,7 @@ class Generation:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageSubject,
         options: dict[str, Any],
         location: Location,
         budget: int | None = None,
@@ -80,8 +87,9 @@ class Generation:
     @property
     def given(self) -> Mapping[str, Any]:
         """The options of `generate`, without the model's own tokenizer."""
-        own = self._model.has_tokenizer(self._options.get("tokenizer"))
-        given = {n: one for n, one in self._options.items() if not (own and n == "tokenizer")}
+        given = dict(self._options)
+        if given.get("tokenizer", self) is self._model.traits.tokenizer:
+            del given["tokenizer"]
         return given if self._budget is None else {**given, "max_tokens_per_pass": self._budget}
 
     def prompt(self, request: Prompt) -> JobPrompt:
@@ -108,9 +116,9 @@ class Generation:
             kwargs["input_ids"] = kwargs.pop("inputs")
         if len(args) != 1 or kwargs:
             kwargs = given_to_invocation(model, args, kwargs, "generate", mark)
-        prompt = model.reader.read(args[0] if args else None, self._calls.side, mark, kwargs)
+        prompt = model.traits.reader.read(args[0] if args else None, self._calls.side, mark, kwargs)
         if prompt.extras:
-            model.options.check(prompt.extras, "generate", lambda: Location(*mark))
+            model.traits.options.check(prompt.extras, "generate", lambda: Location(*mark))
         return prompt._replace(seed=seed, steps=steps)
 
     def example(self, request: Prompt) -> Call:
@@ -200,7 +208,7 @@ class Generation:
 
     def _warn_of_counting(self, module: nn.Module, mask: torch.Tensor) -> None:
         """Says which settings of this generation take padding for tokens of the shorter rows."""
-        if self._model.is_encoder_decoder or bool(mask.all()):
+        if self._model.traits.is_encoder_decoder or bool(mask.all()):
             return
         counting = [
             name for name in _COUNTING if self._calls.setting(module, name) not in _COUNTING[name]
@@ -209,6 +217,34 @@ class Generation:
             counting.append("max_length")
         if counting:
             warn_of_counting(counting[0])
+
+
+def opened_block(
+    model: LanguageSubject, prompt: Any, kwargs: dict[str, Any], budget: int | None, dry: bool
+) -> Tracer:
+    """Returns a block that generates when it ends: as of `LanguageModel.generate`.
+
+    Args:
+        model: the model.
+        prompt: the block's prompt, None if it has none or it is among `kwargs`.
+        kwargs: keyword arguments of `generate`, and what goes with the prompt.
+        budget: how many tokens a pass may have, where it has several invocations; None for what
+            fits into memory.
+        dry: whether nothing is to run.
+
+    Raises:
+        OptionError: if the model generates nothing, or an option means nothing.
+    """
+    location = here()
+    if not getattr(model.module, "can_generate", lambda: False)():
+        raise OptionError(
+            f"{type(model.module).__name__} does not generate: use `trace`.", location
+        )
+    if "inputs" in kwargs:  # as `generate` calls token ids
+        kwargs["input_ids"] = kwargs.pop("inputs")
+    given = given_to_block(model, prompt, kwargs, "generate")
+    check_budget(budget)
+    return Tracer(Block(model, Generation(model, kwargs, location, budget), given, True, dry))
 
 
 def _check_steps(steps: Any, location: Location) -> None:

@@ -80,14 +80,14 @@ class GenerationPasses:
 
         def call(deliver: Deliver, _: Own) -> Any:
             # In the run, not before: see `forward` in `calls.py`.
-            placed = self._calls.model.placement.moved(kwargs)
+            placed = self._calls.model.traits.placement.moved(kwargs)
             if tokens or self._tells_tokens():
                 placed |= listening(deliver, placed)
             with seeded(prompt.seed):
                 result = self._calls.generate(module, implementation, [prompt], placed)
             return Generated(result, {number: 0}) if among_others else result
 
-        steps = Steps(self._calls.model.generating, {})
+        steps = Steps(self._calls.model.traits.generating, {})
         return Pass(call, {number: None}, may_stop=False, steps=steps)
 
     def _of_several(
@@ -108,18 +108,18 @@ class GenerationPasses:
         whole = Prompt(batch.ids, prompts[0].mark, batch.mask, **given)
         kwargs, criteria = self._without_criteria(self._calls.arguments(whole))
         implementation = kwargs.pop(OPTION, None)
-        steps = Steps(self._calls.model.generating, {})
+        steps = Steps(self._calls.model.traits.generating, {})
         continued: list[Continued] = []
         cuts: dict[int, Cut | None] = {}
         for row, prompt, part in zip(rows, prompts, batch.parts, strict=True):
-            start = 0 if self._calls.model.is_encoder_decoder else part.positions.start
+            start = 0 if self._calls.model.traits.is_encoder_decoder else part.positions.start
             own = (row.invocation, part.rows, start, prompt.ids, row.tokens, prompt.seed)
             continued.append(Continued(*own))
             cuts[row.invocation] = Share(terms.layouts, part, later=terms.later)
 
         def call(deliver: Deliver, _: Own) -> Any:
             # In the run, not before: see `forward` in `calls.py`.
-            placed = self._calls.model.placement.moved(kwargs)
+            placed = self._calls.model.traits.placement.moved(kwargs)
             asked = deliver if tokens or self._tells_tokens() else None
             placed["custom_generate"] = Decoding(continued, steps.ended, asked, criteria).run
             result = self._calls.generate(module, implementation, prompts, placed)

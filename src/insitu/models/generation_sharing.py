@@ -171,7 +171,7 @@ class GenerationSharing:
     def _own_loop(self, module: nn.Module) -> Fallback | None:
         """Why a loop cannot be given to the model's `generate`, None if it can."""
         model = self._calls.model
-        generating: Any = model.modules[model.generating]
+        generating: Any = model.modules[model.traits.generating]
         plain: Any = GenerationMixin
         if type(generating).generate is plain.generate or not model.loaded:
             return None
@@ -182,11 +182,11 @@ class GenerationSharing:
             return input_ids
 
         def generate() -> None:
-            ids = torch.full((1, 1), model.pad_id + 1 if model.pad_id == 0 else 0)
+            ids = torch.full((1, 1), model.traits.pad_id + 1 if model.traits.pad_id == 0 else 0)
             mask = torch.ones_like(ids)
             kwargs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 1}
             with undisturbed(model.modules):
-                module.generate(**model.placement.moved(kwargs), custom_generate=loop)  # pyright: ignore[reportCallIssue]
+                module.generate(**model.traits.placement.moved(kwargs), custom_generate=loop)  # pyright: ignore[reportCallIssue]
 
         with model.in_use():
             failed = tried(generate, "a generation")
@@ -215,7 +215,7 @@ class GenerationSharing:
         steps = [self._calls.at_most(prompt) for prompt in requests]
         most, longest = max(steps), max(prompt.ids.shape[1] for prompt in requests)
         # Rows that have ended take up positions, as long as others go on.
-        context = self._calls.model.reader.limits.context
+        context = self._calls.model.traits.reader.limits.context
         crowded = context is not None and longest + most > context
         return [
             (

@@ -14,13 +14,13 @@ from insitu.models.forward import LanguageForward
 if TYPE_CHECKING:
     from insitu.engine.job_parts import ProcedureName
     from insitu.models.generation import Generation
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
 
 _OWN = ("max_tokens_per_pass", "share_prefixes")
 
 
 def language_procedure(
-    model: LanguageModel,
+    model: LanguageSubject,
     name: ProcedureName,
     options: Mapping[str, Any],
     mark: Mark,
@@ -39,7 +39,7 @@ def language_procedure(
         OptionError: if the model does not run so, or an option means nothing to it.
     """
     location = Location(*mark)
-    model.options.check([one for one in options if one not in _OWN], name, lambda: location)
+    model.traits.options.check([one for one in options if one not in _OWN], name, lambda: location)
     # Tensors may be filled anew by the forward that they are given to.
     given = {n: one.clone() if isinstance(one, torch.Tensor) else one for n, one in options.items()}
     budget: Any = given.pop("max_tokens_per_pass", None)

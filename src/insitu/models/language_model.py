@@ -3,60 +3,35 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
-import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import nn
 
-from insitu.batching.cost_model import Costs
 from insitu.batching.procedure import Procedure
-from insitu.engine.foreign_hooks import users_hooks_hang_on
 from insitu.engine.plan_cache import PlanCache
-from insitu.graph.errors import LoadError, OptionError
-from insitu.graph.location import Location, Mark, here
-from insitu.graph.node import Graph
+from insitu.graph.errors import LoadError
+from insitu.graph.location import Mark, here
 from insitu.graph.tracebacks import short_tracebacks
-from insitu.models.blocks import block_views
-from insitu.models.dropout import INDIFFERENT
-from insitu.models.estimates import bytes_per_token, estimated_costs, weight_of
 from insitu.models.forward import LanguageForward
+from insitu.models.language_traits import LanguageTraits
 from insitu.models.model import Model
-from insitu.models.options import Options, more_prompts
-from insitu.models.padding_trial import Padding
-from insitu.models.placement import Placement
+from insitu.models.options import more_prompts
 from insitu.models.prompt_arguments import check_budget, given_to_block
-from insitu.models.reader import Reader
-from insitu.models.rotary import LengthDependence, growing_parts, length_dependence
-from insitu.models.tokens import decoder_start, decodes, limits_of, padding, reads_tokens
 from insitu.models.usual import Usual
 from insitu.tracing.block import Block
 from insitu.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
-    from insitu.batching.shared_blocks import Chain
-    from insitu.engine.fallback import Fallback
     from insitu.engine.job_parts import ProcedureName
     from insitu.models.cache import ActivationCache
     from insitu.models.hook import Hook
-    from insitu.models.loading import Source
+    from insitu.models.loading.opened import Opened
     from insitu.models.selection import Filters
-    from insitu.models.separation import Separation
-    from insitu.models.transformer_lens import TransformerLens
     from insitu.models.vocabulary import Names
-
-
-_USED_INSIDE = """
-    block_views bytes_per_token chains costs decoder_start forward_parameters generating growing
-    has_tokenizer
-    is_encoder_decoder is_training lengths options pad_id padded_generations paddings placement
-    reader separations takes_use_cache trains unembedding_paths
-"""
-"""What other parts of Insitu use of a model; not in `dir`."""
 
 
 class LanguageModel(Model):
@@ -104,105 +79,39 @@ class LanguageModel(Model):
         allow_new_weights: bool = False,
         **kwargs: Any,
     ) -> None:
+        from insitu.models.loading import opened as loading  # most of it only files need
+
         location = here()
-        if not isinstance(model, str | os.PathLike | nn.Module):
-            raise OptionError(
-                "A model is given as a repo id, a folder, or a module of Transformers, not as "
-                f"{model!r:.80}.",
-                location,
-            )
-        if isinstance(tokenizer, str):
-            raise OptionError(
-                f"`tokenizer` is a tokenizer, and not {tokenizer!r}: write "
-                f"`tokenizer=AutoTokenizer.from_pretrained(...)`, or `device_map=` for a device.",
-                location,
-            )
+        loading.check_given(model, tokenizer, location)
         if isinstance(model, nn.Module):
             given = dict(kwargs) if task is None else {"task": task, **kwargs}
             if allow_new_weights:
                 given["allow_new_weights"] = True
-            self._wrap(model, given, location)
+            opened = loading.opened_language_module(model, given, location)
         else:
-            from insitu.models.tasks import language_class
+            from insitu.models.loading.tasks import language_class
 
-            choose = partial(language_class, asked=task)
-            source = self._open(
-                model, kwargs, choose, location, allow_new_weights, task is not None
+            choose, asked = partial(language_class, asked=task), task is not None
+            opened, source = loading.opened_language_files(
+                os.fspath(model), kwargs, choose, location, allow_new_weights, asked
             )
             if tokenizer is None:
                 tokenizer = source.tokenizer()
-        vars(self)["_tokenizer"] = tokenizer
+        self._open(opened, tokenizer)
+
+    def _open(self, opened: Opened, tokenizer: Any, processor: Any = None) -> None:
+        """Wraps a model, with what reads its prompts."""
+        super().__init__(opened.module)
+        self._come_from(opened)
+        vars(self).update(_config=opened.config, _tokenizer=tokenizer, _processor=processor)
         self._describe()
 
-    def _wrap(self, module: nn.Module, kwargs: dict[str, Any], location: Location) -> None:
-        """Takes a module in memory."""
-        if kwargs:
-            raise OptionError(
-                f"{', '.join(map(repr, kwargs))} would be used to load a model, but the model is "
-                "in memory already.",
-                location,
-            )
-        config: Any = getattr(module, "config", None)
-        if not hasattr(config, "get_text_config"):
-            raise OptionError(
-                f"{type(module).__name__} is no Transformers model: wrap it as `Model(module)`.",
-                location,
-            )
-        super().__init__(module)
-        if not reads_tokens(self._module):
-            raise OptionError(
-                f"{type(self._module).__name__} is no language model, because it takes no "
-                "`input_ids` or has no one embedding for them: wrap it as `Model(module)`.",
-                location,
-            )
-        vars(self).update(_config=config)
-
-    def _open(
-        self,
-        name: str | os.PathLike[str],
-        kwargs: dict[str, Any],
-        choose: Callable[[Any, Location, str], Any],
-        location: Location,
-        allow_new_weights: bool,
-        asked: bool,
-    ) -> Source:
-        """Takes a model in files, and returns where it comes from."""
-        from insitu.models.loading import Source
-        from insitu.models.tasks import no_language_model
-
-        source = Source(os.fspath(name), kwargs, choose, location, allow_new_weights, asked)
-        tree = source.tree()
-        super().__init__(source.weights(location) if tree is None else tree)
-        if not reads_tokens(self._module):
-            raise OptionError(no_language_model(source.config), location)
-        vars(self).update(_config=source.config, _source=None if tree is None else source)
-        vars(self)["_origin"] = source.origin
-        return source
-
-    _internal = Model._internal | frozenset(_USED_INSIDE.split())
-    _lens: TransformerLens | None = None
+    _internal = Model._internal | {"traits"}
     _config: Any
     _tokenizer: Any
     _processor: Any = None
-    separations: dict[tuple[str, bool], Separation | Fallback]
-    chains: dict[Hashable, Chain | Fallback]
-    paddings: dict[Any, Padding]
-    padded_generations: dict[Any, str | None]
-    lengths: LengthDependence
-    growing: Sequence[nn.Module]
-    placement: Placement
-    options: Options
+    traits: LanguageTraits
     _usual: Usual
-    _costs: Costs | None
-    is_encoder_decoder: bool
-    reader: Reader
-    pad_id: int
-    decoder_start: int | None
-    generating: str
-    unembedding_paths: Sequence[str]
-    block_views: Mapping[bool, dict[str, Any]]
-    forward_parameters: Mapping[str, inspect.Parameter]
-    takes_use_cache: bool
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
@@ -238,7 +147,7 @@ class LanguageModel(Model):
         It is known when the weights are there, so this loads them.
         """
         self.load()
-        return self.placement.device
+        return self.traits.placement.device
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
@@ -251,17 +160,11 @@ class LanguageModel(Model):
             vars(self)["_vocabulary"] = self._names(self._module)
             self._describe()
 
-    def edited(self, graph: Graph) -> Self:
-        """Returns the model with one more edit, over the same weights, loaded or not.
-
-        Args:
-            graph: what the edit has recorded.
-        """
-        other = super().edited(graph)
+    def __copy__(self) -> Self:
+        """Returns another wrapper of the same module."""
+        other = super().__copy__()
         other._describe()
-        # Edits are no part of the module.
-        vars(other).update(separations=self.separations, paddings=self.paddings)
-        vars(other).update(padded_generations=self.padded_generations)
+        other.traits.keep_trials(self.traits)
         return other
 
     def trace(
@@ -341,9 +244,7 @@ class LanguageModel(Model):
                 kwargs["share_prefixes"] = share_prefixes
             return self._generating(prompt, kwargs, max_tokens_per_pass, dry=True)
         self._notice()
-        given = None if prompt is None else ((prompt,), {})
-        if kwargs:
-            given = given_to_block(self, prompt, kwargs, "scan")
+        given = given_to_block(self, prompt, kwargs, "scan")
         forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes, dry=True)
         return Tracer(Block(self, forward, given, dry=True))
 
@@ -354,10 +255,6 @@ class LanguageModel(Model):
         from insitu.models.job_procedures import language_procedure
 
         return language_procedure(self, name, options, mark, dry)
-
-    def has_tokenizer(self, tokenizer: object) -> bool:
-        """Returns whether a tokenizer is its own."""
-        return tokenizer is not None and tokenizer is self._tokenizer
 
     def generate(
         self,
@@ -397,21 +294,10 @@ class LanguageModel(Model):
         self, prompt: Any, kwargs: dict[str, Any], budget: int | None, dry: bool = False
     ) -> Tracer:
         """A block that generates; with `dry` it runs nothing."""
-        if not getattr(self._module, "can_generate", lambda: False)():
-            raise OptionError(
-                f"{type(self._module).__name__} does not generate: use `trace`.", here()
-            )
-        from insitu.models.generation import Generation
+        from insitu.models.generation import opened_block  # takes a while, and most never generate
 
-        if "inputs" in kwargs:  # as `generate` calls token ids
-            kwargs["input_ids"] = kwargs.pop("inputs")
         self._notice()
-        given = None if prompt is None else ((prompt,), {})
-        if kwargs:
-            given = given_to_block(self, prompt, kwargs, "generate")
-        check_budget(budget)
-        generation = Generation(self, kwargs, here(), budget)
-        return Tracer(Block(self, generation, given, True, dry))
+        return opened_block(self, prompt, kwargs, budget, dry)
 
     @short_tracebacks
     def run_with_cache(
@@ -461,7 +347,8 @@ class LanguageModel(Model):
         """
         from insitu.models.caching import cached  # takes a while, and most never ask
 
-        return cached(self, self.trace(prompt, **kwargs), names, self._hooks, to, dtype)
+        hooks = cast("Names", self.vocabulary).hooks
+        return cached(self, self.trace(prompt, **kwargs), names, hooks, to, dtype)
 
     def hook(self, name: str) -> Hook:
         """Returns a value by TransformerLens's name: `model.hook("blocks.3.attn.hook_z").output`.
@@ -477,58 +364,7 @@ class LanguageModel(Model):
         self._notice()
         from insitu.models.hook import Hook
 
-        return Hook(self, self._hooks, name)
-
-    @property
-    def _hooks(self) -> TransformerLens:
-        """Its TransformerLens names."""
-        from insitu.models.transformer_lens import TransformerLens
-
-        vocabulary = cast("Names", self.vocabulary)
-        if self._lens is None or self._lens.vocabulary is not vocabulary:
-            vars(self)["_lens"] = TransformerLens(vocabulary.body, vocabulary)
-        return cast("TransformerLens", self._lens)
-
-    @property
-    def is_training(self) -> bool:
-        """Whether any of its modules is in training mode: dropout may be, apart from the rest."""
-        return any(type(part) not in INDIFFERENT for part in self.snapshot.in_training())
-
-    @property
-    def has_hooks(self) -> bool:
-        """Whether hooks of the user's own hang on its modules."""
-        return users_hooks_hang_on(self.snapshot.hooked())
-
-    def trains(self) -> bool:
-        """Returns whether it is in training mode, and says once what follows from it."""
-        trains = self.is_training
-        if trains and "training" not in self._said:
-            self._said.add("training")
-            warnings.warn(
-                "The model, or a part of it, is in training mode, where the rows of a batch may "
-                "depend on each other: its invocations run one by one. `model.module.eval()` lets "
-                "them run together.",
-                stacklevel=2,
-            )
-        return trains
-
-    @property
-    def costs(self) -> Costs:
-        """What its passes cost."""
-        if self._costs is None:
-            found = estimated_costs(
-                self._module,
-                self.snapshot.modules,
-                tuple(self.block_views[False]),
-                self.placement.device,
-            )
-            vars(self)["_costs"] = found
-        return self._costs  # pyright: ignore[reportReturnType]
-
-    @property
-    def bytes_per_token(self) -> int:
-        """How much memory a forward needs for a token, about."""
-        return bytes_per_token(self._module)
+        return Hook(self, cast("Names", self.vocabulary).hooks, name)
 
     def __repr__(self) -> str:
         state = "" if self.loaded else ", weights not loaded yet"
@@ -542,68 +378,19 @@ class LanguageModel(Model):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns a wrapper of a copy of the module, with the same tokenizer and edits."""
         other = super().__deepcopy__(memo)
-        vars(other).update(_config=copy.deepcopy(self._config, memo), _lens=None)
+        vars(other).update(_config=copy.deepcopy(self._config, memo))
         other._describe()
         return other
 
     def _renew(self) -> None:
         super()._renew()
-        before = self.block_views
+        before = self.traits
         self._describe()
-        for cached, views in before.items():  # blocks that are open have these
-            views.clear()
-            views.update(self.block_views[cached])
+        self.traits.keep_views(before)
 
     def _describe(self) -> None:
         """Looks up what runs need to know about the module, once."""
-        module: Any = self._module
-        embedding = module.get_input_embeddings()
-        head = module.get_output_embeddings()
-        pad_id = padding(module, self._config)
-        parameters = _parameters_of(module)
-        generating = module.get_base_model() if hasattr(module, "get_base_model") else module
-        vars(self).update(
-            placement=Placement(embedding, self.loaded),
-            separations={},
-            chains={},
-            paddings={},
-            padded_generations={},
-            lengths=length_dependence(module),
-            growing=growing_parts(module),
-            options=Options(module),
-            decoder_start=decoder_start(module, self._config),
-            is_encoder_decoder=decodes(module, self._config),
-            generating=next(
-                path for path, part in self.snapshot.modules.items() if part is generating
-            ),
-            _costs=None,
-            block_views={
-                cached: block_views(module, self._config, cached, self._stacks)
-                for cached in (True, False)
-            },
-            reader=Reader(
-                self._tokenizer,
-                limits_of(module, self._config),
-                pad_id,
-                weight_of(embedding).device.type == "cpu",
-                self._processor,
-                None if self._processor is None else module.dtype,
-            ),
-            pad_id=pad_id,
-            unembedding_paths=[path for path, part in self.snapshot.modules.items() if part is head]
-            if head
-            else [],
-            forward_parameters=parameters,
-            takes_use_cache="use_cache" in parameters,
-        )
+        reading = (self._tokenizer, self._processor)
+        rest = (self.snapshot, self._stacks, self.loaded, *reading)
+        vars(self)["traits"] = LanguageTraits(self._module, self._config, *rest)
         vars(self)["_usual"] = Usual(self)
-
-
-def _parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a module's forward, and of what it passes the others on to."""
-    own = inspect.signature(module.forward).parameters
-    passes_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in own.values())
-    inner: Any = getattr(module, "get_base_model", None)  # of a module of PEFT
-    if not passes_on or inner is None:
-        return own
-    return {**inspect.signature(inner().forward).parameters, **own}

@@ -24,10 +24,10 @@ from insitu.models.rotary import forgetting_lengths, warn_of_lengths
 from insitu.models.tokens import vocabulary_of
 
 if TYPE_CHECKING:
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
 
 
-def padding_of(model: LanguageModel, dry: bool = False) -> Padding:
+def padding_of(model: LanguageSubject, dry: bool = False) -> Padding:
     """Returns how prompts of different length are padded in one invocation of a model.
 
     It is tried out once, with the weights, which are loaded for that.
@@ -39,14 +39,14 @@ def padding_of(model: LanguageModel, dry: bool = False) -> Padding:
     if not model.loaded and dry:
         return _supposed(model)
     model.load()
-    known, implementation = model.paddings, said(model.config, SETTING)
+    known, implementation = model.traits.paddings, said(model.config, SETTING)
     if implementation not in known:
         known[implementation] = _tried(model)
     return known[implementation]
 
 
 def positioned(
-    model: LanguageModel, prompt: Prompt, dry: bool = False, steps: int | None = None
+    model: LanguageSubject, prompt: Prompt, dry: bool = False, steps: int | None = None
 ) -> Prompt:
     """Returns a prompt with position ids, if the model would count padding among them.
 
@@ -61,31 +61,31 @@ def positioned(
     generates = steps is not None
     if mask is not None:
         lengths = lengths_of(model)
-        if lengths.switches or lengths.pieces or model.growing:
+        if lengths.switches or lengths.pieces or model.traits.growing:
             warn_of_lengths(lengths, mask.sum(1).tolist(), steps or 1)
     if mask is None:
         return prompt
-    if generates and not model.is_encoder_decoder and not bool(mask[:, -1].all()):
+    if generates and not model.traits.is_encoder_decoder and not bool(mask[:, -1].all()):
         _warn_of_padding_behind()
     if bool(mask[:, 0].all()) or "position_ids" in prompt.extras:
         return prompt
     padding = padding_of(model, dry)
     media = _sees_media(model, prompt)
     if generates:
-        right = padding.hides if model.is_encoder_decoder else padding.exact
+        right = padding.hides if model.traits.is_encoder_decoder else padding.exact
         right = right and padding_shows(model) is None
     else:
         right = padding.hides if media else padding.exact
     if not right:
         _warn(type(model.module).__name__, "left")
     if padding.by_id:
-        prompt = prompt._replace(ids=prompt.ids.masked_fill(mask == 0, model.pad_id))
+        prompt = prompt._replace(ids=prompt.ids.masked_fill(mask == 0, model.traits.pad_id))
     if media or generates or not padding.positions:
         return prompt
     return prompt._replace(positions=positions_of(mask))
 
 
-def padding_shows(model: LanguageModel) -> str | None:
+def padding_shows(model: LanguageSubject) -> str | None:
     """Returns why rows that are padded do not generate what they do alone, None if they do.
 
     It is tried once.
@@ -95,22 +95,22 @@ def padding_shows(model: LanguageModel) -> str | None:
     """
     if not model.loaded:
         return None
-    known, implementation = model.padded_generations, said(model.config, SETTING)
+    known, implementation = model.traits.padded_generations, said(model.config, SETTING)
     if implementation not in known:
         known[implementation] = _tried_generation(model)
     return known[implementation]
 
 
-def _tried_generation(model: LanguageModel) -> str | None:
+def _tried_generation(model: LanguageSubject) -> str | None:
     """Why padding shows in a generation, as a few short ones tell."""
     module: Any = model.module
-    side: Side = "right" if model.is_encoder_decoder else "left"
+    side: Side = "right" if model.traits.is_encoder_decoder else "left"
 
     def generate(prompt: Prompt, options: Mapping[str, Any]) -> Any:
         kwargs = {"input_ids": prompt.ids, "attention_mask": prompt.visible_mask, **options}
-        with forgetting_lengths(model.growing):
+        with forgetting_lengths(model.traits.growing):
             return module.generate(
-                **model.placement.moved({**kwargs, "pad_token_id": model.pad_id})
+                **model.traits.placement.moved({**kwargs, "pad_token_id": model.traits.pad_id})
             )
 
     given = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
@@ -125,38 +125,38 @@ def _tried_generation(model: LanguageModel) -> str | None:
     return None if alike else "in a generation padding changes what a prompt is alone"
 
 
-def _sees_media(model: LanguageModel, prompt: Prompt) -> bool:
+def _sees_media(model: LanguageSubject, prompt: Prompt) -> bool:
     """Whether a prompt has images, whose positions the model counts in a way of its own."""
-    return bool(model.reader.media) and any(
+    return bool(model.traits.reader.media) and any(
         isinstance(value, torch.Tensor) and value.is_floating_point()
         for name, value in prompt.extras.items()
         if name != "inputs_embeds"
     )
 
 
-def _supposed(model: LanguageModel) -> Padding:
+def _supposed(model: LanguageSubject) -> Padding:
     """The padding of a model as far as its structure tells."""
     module: Any = model.module
-    causal = not model.is_encoder_decoder and (
+    causal = not model.traits.is_encoder_decoder and (
         getattr(module, "can_generate", lambda: False)()
         or any(getattr(part, "is_causal", False) is True for part in module.modules())
     )
-    counts = "position_ids" in model.forward_parameters
+    counts = "position_ids" in model.traits.forward_parameters
     return Padding("left" if causal else "right", True, counts)
 
 
-def _tried(model: LanguageModel) -> Padding:
+def _tried(model: LanguageSubject) -> Padding:
     """How a model is padded, as a few short runs of it show; what is amiss is said."""
 
     def run(prompt: Prompt, further: Mapping[str, Any]) -> Any:
-        options = {"use_cache": False} if model.takes_use_cache else {}
+        options = {"use_cache": False} if model.traits.takes_use_cache else {}
         kwargs = {**arguments(model, prompt, options), **further}
-        return model.module(**model.placement.moved(kwargs))
+        return model.module(**model.traits.placement.moved(kwargs))
 
     with model.in_use():
         found = tried(
             lambda: find_padding(
-                run, _to_be_tried(model), "position_ids" in model.forward_parameters
+                run, _to_be_tried(model), "position_ids" in model.traits.forward_parameters
             ),
             "padding",
         )
@@ -170,16 +170,16 @@ def _tried(model: LanguageModel) -> Padding:
     return found
 
 
-def _to_be_tried(model: LanguageModel) -> TriedModel:
+def _to_be_tried(model: LanguageSubject) -> TriedModel:
     """What a trial needs to know of a model with its weights."""
     vocabulary = vocabulary_of(model.module, model.config)
-    return TriedModel(model.modules, model.config, vocabulary, model.pad_id, _longest(model))
+    return TriedModel(model.modules, model.config, vocabulary, model.traits.pad_id, _longest(model))
 
 
-def _longest(model: LanguageModel) -> int | None:
+def _longest(model: LanguageSubject) -> int | None:
     """The most tokens of a prompt that a model treats as it does short ones, if there is a most."""
-    lengths = model.lengths
-    longest = [model.reader.limits.context, lengths.grows, *lengths.switches]
+    lengths = model.traits.lengths
+    longest = [model.traits.reader.limits.context, lengths.grows, *lengths.switches]
     return min((length for length in longest if length is not None), default=None)
 
 

@@ -25,7 +25,7 @@ from insitu.models.tokens import vocabulary_of
 from insitu.models.trial import alike
 
 if TYPE_CHECKING:
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
 
 _SIZE = "chunk_size"
 _SHORT = 4  # positions of a piece in a trial, so that short prompts have several
@@ -33,7 +33,7 @@ _LENGTHS = (7, 12, 5)
 _SIDES: tuple[Side, ...] = ("right", "left")
 
 
-def lengths_of(model: LanguageModel) -> LengthDependence:
+def lengths_of(model: LanguageSubject) -> LengthDependence:
     """Returns how a prompt's values depend on the longest row of its forward.
 
     What pieces do is tried out once, with the weights. Without them nothing is, and they are
@@ -42,7 +42,7 @@ def lengths_of(model: LanguageModel) -> LengthDependence:
     Args:
         model: the model.
     """
-    known = model.lengths
+    known = model.traits.lengths
     if known.pieces is None and model.loaded:
         parts = {
             part: vars(part)[_SIZE]
@@ -55,11 +55,11 @@ def lengths_of(model: LanguageModel) -> LengthDependence:
                 hides = tried(lambda: _hide_padding(model, parts), "a trial of padding")
             found = 0 if hides is True else min(parts.values())
         known = known._replace(pieces=found)
-        vars(model)["lengths"] = known
+        model.traits.lengths = known
     return known
 
 
-def _hide_padding(model: LanguageModel, parts: Mapping[nn.Module, int]) -> bool:
+def _hide_padding(model: LanguageSubject, parts: Mapping[nn.Module, int]) -> bool:
     """Whether prompts of several pieces are in a batch what they are alone."""
     vocabulary, draw = vocabulary_of(model.module, model.config), torch.Generator().manual_seed(0)
     line = mark()
@@ -72,7 +72,7 @@ def _hide_padding(model: LanguageModel, parts: Mapping[nn.Module, int]) -> bool:
             set_attribute(part, _SIZE, _SHORT)
         alone = [_computed(model, prompt) for prompt in prompts]
         for side in _SIDES:
-            batch = join(prompts, side, model.pad_id)
+            batch = join(prompts, side, model.traits.pad_id)
             whole = counted(Prompt(batch.ids, line, batch.mask), side)
             together = _computed(model, whole)
             for part, own in zip(batch.parts, alone, strict=True):
@@ -81,9 +81,9 @@ def _hide_padding(model: LanguageModel, parts: Mapping[nn.Module, int]) -> bool:
     return True
 
 
-def _computed(model: LanguageModel, prompt: Prompt) -> torch.Tensor:
+def _computed(model: LanguageSubject, prompt: Prompt) -> torch.Tensor:
     """What a forward gives first for each position: logits or hidden states."""
-    options = {"use_cache": False} if model.takes_use_cache else {}
+    options = {"use_cache": False} if model.traits.takes_use_cache else {}
     module: Any = model.module
-    returned = module(**model.placement.moved(arguments(model, prompt, options)))
+    returned = module(**model.traits.placement.moved(arguments(model, prompt, options)))
     return next(tensor for tensor in tensors_of(returned) if tensor.is_floating_point())

@@ -21,6 +21,7 @@ from insitu.models.options import check_call
 
 if TYPE_CHECKING:
     from insitu.engine.job_parts import JobPrompt, ProcedureName
+    from insitu.models.wrapped_module import WrappedModule
 
 
 class Forward:
@@ -151,3 +152,32 @@ def _alone(module: nn.Module, request: Call, number: int) -> Pass:
             return module(*args, **others)
 
     return Pass(call, {number: None}, True)
+
+
+def plain_procedure(
+    model: WrappedModule, name: ProcedureName, options: Mapping[str, Any], mark: Mark
+) -> Forward:
+    """Returns the procedure that a job names.
+
+    Args:
+        model: the model.
+        name: the name of the procedure.
+        options: its options.
+        mark: the user's line.
+
+    Raises:
+        OptionError: if it is no forward, or has options.
+    """
+    kind = type(model).__name__
+    if name != "trace":
+        raise OptionError(
+            f"The job generates, and a {kind} does not: run it on a `LanguageModel`.",
+            Location(*mark),
+        )
+    for option in options:
+        raise OptionError(
+            f"The job has an option `{option}`, and a {kind} takes none: run it on a "
+            "`LanguageModel`.",
+            Location(*mark),
+        )
+    return Forward(model.views, model.module)

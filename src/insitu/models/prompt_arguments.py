@@ -5,7 +5,7 @@ How a prompt becomes token ids is in `reader.py`, and which options a run takes 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,20 +13,14 @@ from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.recorded import Recorded
 from insitu.models.media import MEDIA
-from insitu.models.options import Options
 from insitu.models.prompts import PROMPTS, WITH_PROMPTS
-from insitu.models.reader import Reader
 
-
-class TakesPrompts(Protocol):
-    """A language model, as far as it takes prompts."""
-
-    reader: Reader
-    options: Options
+if TYPE_CHECKING:
+    from insitu.models.language_subject import LanguageSubject
 
 
 def given_to_block(
-    model: TakesPrompts, prompt: Any, kwargs: dict[str, Any], method: str
+    model: LanguageSubject, prompt: Any, kwargs: dict[str, Any], method: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Returns what a block gives to its one invocation, None if nothing.
 
@@ -45,17 +39,17 @@ def given_to_block(
         goes_with = name in WITH_PROMPTS or name == "seed"
         if goes_with and prompt is None and not keyword:
             raise OptionError(f"Each prompt has its own `{name}`: give it to `invoke`.", here())
-        if name in MEDIA and name not in model.reader.media:
+        if name in MEDIA and name not in model.traits.reader.media:
             raise OptionError(_lacks_media(model, name), here())
         if goes_with or name in PROMPTS:
             own[name] = kwargs.pop(name)
     if kwargs:
-        model.options.check(kwargs, method, here)
+        model.traits.options.check(kwargs, method, here)
     return None if prompt is None and not keyword else ((prompt,) * (prompt is not None), own)
 
 
 def given_to_invocation(
-    model: TakesPrompts, args: tuple[Any, ...], kwargs: dict[str, Any], method: str, mark: Mark
+    model: LanguageSubject, args: tuple[Any, ...], kwargs: dict[str, Any], method: str, mark: Mark
 ) -> dict[str, Any]:
     """Returns what an invocation was given with its prompt, or as its prompt, by keyword.
 
@@ -78,11 +72,11 @@ def given_to_invocation(
             Location(*mark),
         )
     for name, value in kwargs.items():
-        if name in MEDIA and name not in model.reader.media:
+        if name in MEDIA and name not in model.traits.reader.media:
             raise OptionError(_lacks_media(model, name), Location(*mark))
         if name in WITH_PROMPTS or name in PROMPTS:
             continue
-        model.options.check([name], method, lambda: Location(*mark))
+        model.traits.options.check([name], method, lambda: Location(*mark))
         if not isinstance(value, torch.Tensor | Recorded):
             raise OptionError(
                 f"`{name}` is an option of the whole run: give it to `{method}`.", Location(*mark)
@@ -124,6 +118,6 @@ def check_budget(tokens: Any) -> None:
         )
 
 
-def _lacks_media(model: TakesPrompts, name: str) -> str:
+def _lacks_media(model: LanguageSubject, name: str) -> str:
     """What to say where a model of text is given images, videos or audio."""
     return f"A {type(model).__name__} takes no `{name}`: load it as a `VisionLanguageModel`."

@@ -10,11 +10,11 @@ from insitu.graph.errors import PromptTypeError
 from insitu.graph.location import here, mark
 from insitu.models.chats import CHOICE
 from insitu.models.media import MEDIA
-from insitu.models.prompt_arguments import TakesPrompts
 from insitu.models.prompts import Prompt
 
 if TYPE_CHECKING:
     from insitu.engine.job_parts import JobPrompt
+    from insitu.models.language_subject import LanguageSubject
 
 
 def sent(prompt: Prompt) -> JobPrompt:
@@ -37,7 +37,7 @@ def sent(prompt: Prompt) -> JobPrompt:
 
 
 def received(
-    model: TakesPrompts, prompt: JobPrompt, side: Side | Callable[[], Side], method: str
+    model: LanguageSubject, prompt: JobPrompt, side: Side | Callable[[], Side], method: str
 ) -> Prompt:
     """Returns the prompt that a job holds, checked as if the user had given it by keyword.
 
@@ -61,11 +61,11 @@ def received(
             location,
         )
     if beside:
-        model.options.check([*beside], method, lambda: location)
+        model.traits.options.check([*beside], method, lambda: location)
     if prompt.ids is not None:
         beside["input_ids"] = prompt.ids
     elif "inputs_embeds" not in beside:
         raise PromptTypeError("The job has a prompt without token ids.", location)
     if prompt.mask is not None:
         beside["attention_mask"] = prompt.mask
-    return model.reader.read(None, side, prompt.mark or mark(), beside)
+    return model.traits.reader.read(None, side, prompt.mark or mark(), beside)

@@ -32,7 +32,7 @@ from insitu.models.separation import Separation, Trial
 from insitu.models.tokens import vocabulary_of
 
 if TYPE_CHECKING:
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
 
 _BATCH = "a batch of prompts"
 _STEPS = "a generation of a batch"
@@ -40,7 +40,7 @@ _EXCHANGES = Fallback("short prompts pass other modules than long ones")
 
 
 def separation_of(
-    model: LanguageModel,
+    model: LanguageSubject,
     sample: Callable[[int, int], Call],
     run: Callable[[nn.Module, Prompt], Any],
     views: Mapping[str, View],
@@ -62,13 +62,13 @@ def separation_of(
     """
     calls = [sample(*size) for size in SIZES]
     key = (f"{side} {calls[0].signature()}", model.loaded)
-    if key not in model.separations:
-        model.separations[key] = _find_separation(model, calls, run, views, side, go_on)
-    return model.separations[key]
+    if key not in model.traits.separations:
+        model.traits.separations[key] = _find_separation(model, calls, run, views, side, go_on)
+    return model.traits.separations[key]
 
 
 def _find_separation(
-    model: LanguageModel,
+    model: LanguageSubject,
     calls: Sequence[Call],
     run: Callable[[nn.Module, Prompt], Any],
     views: Mapping[str, View],
@@ -91,8 +91,8 @@ def _find_separation(
         views,
         side,
         vocabulary_of(model.module, model.config),
-        model.pad_id,
-        model.reader.limits.context,
+        model.traits.pad_id,
+        model.traits.reader.limits.context,
         here(),
     )
 
@@ -109,7 +109,7 @@ def _find_separation(
         assert go_on is not None
         forced = partial(go_on, model.module)
         with model.in_use():
-            return tried(lambda: trial.later_steps(forced, model.generating, owners), _STEPS)
+            return tried(lambda: trial.later_steps(forced, model.traits.generating, owners), _STEPS)
 
     def differentiates() -> bool:
         places: list[Place] = [(path, "output", 0) for path in views]
@@ -133,7 +133,7 @@ def _find_separation(
 
 
 def chain_of(
-    model: LanguageModel, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]
+    model: LanguageSubject, module: nn.Module, layouts: Layouts, options: Mapping[str, Any]
 ) -> Chain | Fallback:
     """Returns the blocks at which forwards of a model can begin, or why they cannot.
 
@@ -145,22 +145,22 @@ def chain_of(
         layouts: how values are cut.
         options: keyword arguments for the forwards.
     """
-    views = model.block_views[False]
-    plain = {"use_cache": False} if model.takes_use_cache else {}
+    views = model.traits.block_views[False]
+    plain = {"use_cache": False} if model.traits.takes_use_cache else {}
     if not model.loaded:
         return Fallback("the weights are not loaded")
     if not views:
         return Fallback("its blocks are not known")
-    if model.is_encoder_decoder:
+    if model.traits.is_encoder_decoder:
         return Fallback("the blocks of an encoder and a decoder are not one chain")
-    if "past_key_values" not in model.forward_parameters:
+    if "past_key_values" not in model.traits.forward_parameters:
         return Fallback("its forward takes no keys and values")
     implementation = options.get(OPTION)
     rest = {name: value for name, value in options.items() if name != OPTION}
     if rest != plain:
         return Fallback(f"with {_listed(rest, plain)} every block runs for each prompt")
     inside = frozenset(path.partition(SEPARATOR)[0] for path, _, _ in layouts if SEPARATOR in path)
-    key, known = (implementation, inside), model.chains
+    key, known = (implementation, inside), model.traits.chains
     if key not in known:
         with model.in_use(), attending(module, implementation):
             known[key] = find_chain(
@@ -170,7 +170,7 @@ def chain_of(
                 layouts,
                 rest,
                 vocabulary_of(model.module, model.config),
-                model.placement.device,
+                model.traits.placement.device,
                 inside,
             )
     return known[key]

@@ -12,7 +12,7 @@ from insitu.models.attention import SETTING
 from insitu.models.forward import LanguageForward
 
 if TYPE_CHECKING:
-    from insitu.models.language_model import LanguageModel
+    from insitu.models.language_subject import LanguageSubject
 
 
 class Usual:
@@ -27,7 +27,7 @@ class Usual:
 
     __slots__ = ("_attention", "_settings", "_spine", "forward")
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageSubject) -> None:
         self.forward = LanguageForward(model, {})
         self._spine = model.snapshot.spine
         # A config looks up its attributes in Python, `__dict__` too.

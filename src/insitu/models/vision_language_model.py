@@ -42,15 +42,18 @@ class VisionLanguageModel(LanguageModel):
         allow_new_weights: bool = False,
         **kwargs: Any,
     ) -> None:
+        from insitu.models.loading import opened as loading
+
         location = here()
         if isinstance(model, nn.Module):
             given = {"allow_new_weights": True} if allow_new_weights else {}
-            self._wrap(model, {**given, **kwargs}, location)
+            opened = loading.opened_language_module(model, {**given, **kwargs}, location)
         else:
-            from insitu.models.tasks import vision_language_class
+            from insitu.models.loading.tasks import vision_language_class
 
-            source = self._open(
-                model, kwargs, vision_language_class, location, allow_new_weights, False
+            choose = vision_language_class
+            opened, source = loading.opened_language_files(
+                os.fspath(model), kwargs, choose, location, allow_new_weights, False
             )
             if processor is None:
                 processor = source.processor()
@@ -60,8 +63,7 @@ class VisionLanguageModel(LanguageModel):
             tokenizer, processor = processor, LoadError("it was given without `processor=`.")
         if isinstance(processor, Exception):
             tokenizer = tokenizer or processor
-        vars(self).update(_processor=processor, _tokenizer=tokenizer)
-        self._describe()
+        self._open(opened, tokenizer, processor)
 
     @property
     def processor(self) -> Any:

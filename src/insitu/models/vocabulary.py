@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import InsituError
@@ -21,6 +21,7 @@ from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles
 
 if TYPE_CHECKING:
     from insitu.models.body import Body
+    from insitu.models.transformer_lens import TransformerLens
 
 _STREAM = ("residual_in", "residual_mid", "residual_out")
 _RETURNED = "block_out"
@@ -66,6 +67,13 @@ class Names:
     def body(self) -> Body:
         """What is known of the model's parts."""
         return self._body
+
+    @cached_property
+    def hooks(self) -> TransformerLens:
+        """TransformerLens's names of the same values."""
+        from insitu.models.transformer_lens import TransformerLens  # most never ask
+
+        return TransformerLens(self._body, self)
 
     def entry(self, path: str, part: str, name: str) -> Entry | None:
         """Returns what a name stands for at a module, None if it is none of its names."""

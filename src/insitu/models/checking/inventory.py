@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu.display.module_tree import ModuleTree, branches
 from insitu.display.report import Found, Part
+from insitu.graph.errors import OptionError
+from insitu.graph.location import here
 from insitu.graph.node import Site, readable
 from insitu.tracing.forms import PerHead
 from insitu.tracing.named import Named
@@ -98,6 +101,24 @@ def parts_of(model: Model, stacks: Mapping[str, int], shapes: Shapes) -> list[Pa
             title = f"{readable(stack)}[{_ranges(layers)}]"
             parts.append(Part(title, readable(path), (*names, *weights_of(model, path))))
     return parts
+
+
+def module_tree(model: Model, depth: int | None) -> ModuleTree:
+    """Returns the tree of a model's modules with what is in them: as of `Model.tree`.
+
+    Args:
+        model: the model.
+        depth: how deep it goes; None for all of it.
+
+    Raises:
+        OptionError: if `depth` is below 1.
+    """
+    if depth is not None and (type(depth) is not int or depth < 1):
+        raise OptionError(f"A tree is at least 1 deep, and not {depth!r}.", here())
+    found = branches(model.module, depth)
+    with model.vocabulary.quiet():
+        names = names_by_module(model, [branch.path for branch in found])
+    return ModuleTree(found, names)
 
 
 def names_by_module(model: Model, shown: Collection[str]) -> dict[str, list[str]]:

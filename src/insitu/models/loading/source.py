@@ -18,9 +18,9 @@ from insitu import zoo
 from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.habits import OF_LOADING, habit
 from insitu.graph.location import Location
-from insitu.models.adapters import find_adapter
-from insitu.models.new_weights import new_weights, refusal
-from insitu.models.reachability import without_server
+from insitu.models.loading.adapters import find_adapter
+from insitu.models.loading.new_weights import new_weights, refusal
+from insitu.models.loading.reachability import without_server
 
 # Arguments of `from_pretrained` that say where files are, so config and tokenizer need them too.
 _WHERE = frozenset(

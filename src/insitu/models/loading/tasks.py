@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location
-from insitu.models.weight_names import fullest, parameters_of
+from insitu.models.loading.weight_names import fullest, parameters_of
 
 
 class Task(NamedTuple):

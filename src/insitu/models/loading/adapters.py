@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from insitu.graph.errors import LoadError
 from insitu.graph.location import Location
-from insitu.models.new_weights import new_adapter_weights
+from insitu.models.loading.new_weights import new_adapter_weights
 
 _NAME = "default"  # of an adapter that Transformers loads
 
