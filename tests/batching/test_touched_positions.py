@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from insitu import LanguageModel
 from insitu.batching.touched_positions import Extents, positions
+from insitu.graph.encoding import add_node
 from insitu.graph.location import here
 from insitu.graph.node import NO_KWARGS
 from insitu.graph.operations import READ
@@ -67,7 +68,7 @@ def test_positions_are_told_where_an_index_says_them(key: Any, expected: Any) ->
 
 
 def read(recording: Recording) -> Proxy:
-    return Proxy(recording, recording.apply(READ, (0, "a", "output", 0, 0), NO_KWARGS, here()))
+    return Proxy(recording, add_node(recording, READ, (0, "a", "output", 0, 0), NO_KWARGS, here()))
 
 
 LOOKS: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {

@@ -6,6 +6,7 @@ import torch
 from insitu import ExecutionError, ShapeError
 from insitu.engine.execution import Execution
 from insitu.engine.plan import make_plan
+from insitu.graph.encoding import add_node
 from insitu.graph.location import here
 from insitu.graph.node import NO_KWARGS
 from insitu.graph.operations import BY_NAME, READ
@@ -14,14 +15,14 @@ from insitu.graph.recording import Recording
 
 
 def recorded(recording: Recording, name: str, *args: object) -> Proxy:
-    return Proxy(recording, recording.apply(BY_NAME[name], args, NO_KWARGS, here()))
+    return Proxy(recording, add_node(recording, BY_NAME[name], args, NO_KWARGS, here()))
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_order_of_arrival_does_not_matter(order: tuple[int, ...]) -> None:
     recording = Recording()
     a, b, c = (
-        Proxy(recording, recording.apply(READ, (0, path, "output", 0, 0), NO_KWARGS, here()))
+        Proxy(recording, add_node(recording, READ, (0, path, "output", 0, 0), NO_KWARGS, here()))
         for path in "abc"
     )
     total = recorded(recording, "operator.add", recorded(recording, "operator.mul", a, b), c)
@@ -39,7 +40,7 @@ def test_the_order_of_arrival_does_not_matter(order: tuple[int, ...]) -> None:
 
 def test_a_failing_operation_is_reported_with_its_line_and_its_values() -> None:
     recording = Recording()
-    a = Proxy(recording, recording.apply(READ, (0, "a", "output", 0, 0), NO_KWARGS, here()))
+    a = Proxy(recording, add_node(recording, READ, (0, "a", "output", 0, 0), NO_KWARGS, here()))
     recorded(recording, "operator.matmul", a, a)
     execution = Execution(recording.graph, make_plan(recording.graph, recording.saves))
     with pytest.raises(ShapeError, match=r"`\(a.output @ a.output\)`.*\(2, 3\), \(2, 3\)"):

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 
 from insitu.engine.plan import make_plan
+from insitu.graph.encoding import add_node
 from insitu.graph.intervention import write
 from insitu.graph.location import here, mark
 from insitu.graph.node import NO_KWARGS
@@ -18,10 +19,12 @@ def test_nodes_are_grouped_by_the_sites_that_they_wait_for() -> None:
     recording = Recording()
 
     def read(path: str) -> Proxy:
-        return Proxy(recording, recording.apply(READ, (0, path, "output", 0, 0), NO_KWARGS, here()))
+        return Proxy(
+            recording, add_node(recording, READ, (0, path, "output", 0, 0), NO_KWARGS, here())
+        )
 
     def add(a: object, b: object) -> Proxy:
-        return Proxy(recording, recording.apply(ADD, (a, b), NO_KWARGS, here()))
+        return Proxy(recording, add_node(recording, ADD, (a, b), NO_KWARGS, here()))
 
     late, early = read("late"), read("early")  # nodes 0 and 1
     both = add(late, early)  # 2

@@ -14,7 +14,7 @@ import torch
 
 from insitu.engine.copies import reusable
 from insitu.graph import wire
-from insitu.graph.encoding import encode
+from insitu.graph.encoding import add_node, encode
 from insitu.graph.errors import OperationError
 from insitu.graph.evaluation import meaning
 from insitu.graph.location import mark
@@ -50,7 +50,7 @@ class Lines:
             encoded = tuple(encode(self.recording, arg, inputs, MARK) for arg in given)
             place = self.views.located(value, MARK)
             return self.views.put(place, operation, encoded, kwargs, inputs, True, MARK)
-        return self.recording.apply(operation, (self._now(value), *given), kwargs, MARK)
+        return add_node(self.recording, operation, (self._now(value), *given), kwargs, MARK)
 
     def run(self) -> list[Any]:
         values: list[Any] = []
@@ -306,7 +306,7 @@ def test_a_copy_stays_where_an_older_value_is_still_needed(view: bool, late: boo
     lines.do(SETITEM, site, 0, 1.0)
     older = lines.do("Tensor.view", site, 2, 2) if view else lines.views.resolved(site)
     other = lines.site("y")
-    used = lines.recording.apply(_ADD, (Recorded(lines.recording, older), 1.0), NO_KWARGS, MARK)
+    used = add_node(lines.recording, _ADD, (Recorded(lines.recording, older), 1.0), NO_KWARGS, MARK)
     lines.do(SETITEM, site, 1, 1.0)
     second = lines.recording.graph.writes[site.index]
     rows = lines.recording.graph.rows

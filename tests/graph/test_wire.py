@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from insitu import InsituError, LanguageModel, Model, WireError, apply, cond, fold
 from insitu.graph.context import Context
+from insitu.graph.encoding import add_node
 from insitu.graph.location import mark
 from insitu.graph.node import Graph, Ref, ref
 from insitu.graph.operations import BY_NAME, FOLD, PUT, READ, Operation
@@ -39,7 +40,7 @@ def graph_of(*args: Any, **kwargs: Any) -> Graph:
     """A graph that reads a site and does one operation with these arguments to it."""
     recording = Recording()
     value = Recorded(recording, recording.read(ADDRESS, mark()))
-    recording.apply(OPERATION, (value, *args), kwargs, mark())
+    add_node(recording, OPERATION, (value, *args), kwargs, mark())
     return recording.graph
 
 
@@ -156,7 +157,7 @@ def test_references_travel_wherever_they_stand() -> None:
         ((value, 1), {"key": [other]}),
         ((torch.ones(2), value), {}),
     ):
-        recording.apply(OPERATION, args, kwargs, mark())
+        add_node(recording, OPERATION, args, kwargs, mark())
     graph = sent(recording.graph)
     for sent_node, node in zip(graph, recording.graph, strict=True):
         assert sent_node.operation is node.operation
@@ -236,7 +237,7 @@ def test_an_error_in_another_process_names_the_line_without_the_folder() -> None
 
 def test_a_long_line_is_cut_and_no_line_can_break_out_of_its_place() -> None:
     # Of a long line the expression that runs is shown, here as long as the line.
-    source = f"recording.apply(OPERATION, (value, 1), {{}}, mark(len('{'x' * 1000}') // 1000))"
+    source = f"add_node(recording, OPERATION, (value, 1), {{}}, mark(len('{'x' * 1000}') // 1000))"
     name = "C:\\home\\somebody\\a\nb.py"
     linecache.cache[name] = (len(source), None, [source], name)
     recording = Recording()

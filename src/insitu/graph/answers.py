@@ -15,6 +15,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 
+from insitu.graph.cells import Missing
 from insitu.graph.dispatch import at_once, open_recordings, within_module
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import here
@@ -116,10 +117,6 @@ class Answers(AnyRecorded):
     def __complex__(self) -> complex:
         return complex(self._python_value("complex()", ".item(), which is recorded"))
 
-    def __round__(self, digits: int | None = None) -> Any:
-        value = self._python_value("round()", ".round(decimals=...), which is recorded")
-        return round(value) if digits is None else round(value, digits)
-
     def __contains__(self, item: object) -> bool:
         return item in self._python_value("`in`", "(value == item).any()")
 
@@ -154,6 +151,36 @@ class Answers(AnyRecorded):
             f"by it: use {instead}, or save it and decide after the block.{within_module()}",
             here(3),
         )
+
+    def __round__(self, ndigits: int | None = None) -> Any:
+        if not self._recording.open:
+            return round(self.result(here()), ndigits)
+        own = cast(Any, self)
+        return own.round() if ndigits is None else own.round(decimals=ndigits)
+
+    # What is shown
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        cell = self._cell
+        if cell is not None and type(cell._content) is not Missing:
+            return repr(cell._content)
+        if not self._recording.open:
+            return f"<{self.written()}: no value, since it was not saved>"
+        fake = self._recording.fakes.get(self._ref.index)
+        return self.written() + ("" if fake is None else f": {shape_of(fake)}")
+
+    def __format__(self, spec: str) -> str:
+        cell = self._cell
+        if cell is not None and type(cell._content) is not Missing:
+            return format(cell._content, spec)
+        try:
+            return format(str(self), spec)
+        except ValueError:  # of a number
+            raise OperationError(
+                f"`{self.written()}` has no value while the block is open, so it cannot be written "
+                f"as {spec!r}: save it, and format the saved value after the block.",
+                here(),
+            ) from None
 
     # Copies
 

@@ -71,7 +71,7 @@ def backward_pass(
         kind: the class of the gradients.
     """
     first = next(loss for loss in losses if isinstance(loss, AnyRecorded))
-    recording = cast(Recording, first._recording)
+    recording = first._recording
     if isinstance(inputs, torch.Tensor | AnyRecorded):
         inputs = [inputs]
     named = None if inputs is None else [*cast("Iterable[Any]", inputs)]

@@ -8,15 +8,15 @@ remain data. `apply` takes any function, which the wire format refuses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from insitu.graph.before_torch import stand_before_torch
 from insitu.graph.dispatch import recording_of
-from insitu.graph.encoding import add_input, capture, encode
+from insitu.graph.encoding import add_input, add_node, capture, encode
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark, mark
-from insitu.graph.node import NO_KWARGS, Function, ModuleRef, Subgraph, readable
+from insitu.graph.node import NO_KWARGS, Function, ModuleRef, Subgraph, readable, ref
 from insitu.graph.operations import APPLY, COND, FOLD
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.graph.recorded import Recorded
@@ -100,8 +100,8 @@ def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *op
     recording = _open_recording((pred, operands), "cond", line)
     first, captured = _recorded(recording, then, len(operands), [], line)
     second, captured = _recorded(recording, otherwise, len(operands), captured, line)
-    args = (pred, first, second, *_whole(operands), *captured)
-    return Proxy(recording, recording.apply(COND, args, NO_KWARGS, line))
+    args = (pred, first, second, *_whole(operands), *_from(recording, captured))
+    return Proxy(recording, add_node(recording, COND, args, NO_KWARGS, line))
 
 
 def fold(function: Callable[[Any, Any], Any], init: Any, xs: Any) -> Any:
@@ -130,8 +130,8 @@ def fold(function: Callable[[Any, Any], Any], init: Any, xs: Any) -> Any:
     line = mark()
     recording = _open_recording((init, xs), "fold", line)
     body, captured = _recorded(recording, function, 2, [], line)
-    args = (body, *_whole((init, xs)), *captured)
-    return Proxy(recording, recording.apply(FOLD, args, NO_KWARGS, line))
+    args = (body, *_whole((init, xs)), *_from(recording, captured))
+    return Proxy(recording, add_node(recording, FOLD, args, NO_KWARGS, line))
 
 
 def _called(
@@ -145,7 +145,7 @@ def _called(
     if isinstance(function, Function):
         return record_call(Proxy, recording, function, args, kwargs, line)
     args, kwargs = _whole((args, dict(kwargs)))
-    return Proxy(recording, recording.apply(APPLY, (function, *args), kwargs, line))
+    return Proxy(recording, add_node(recording, APPLY, (function, *args), kwargs, line))
 
 
 def _open_recording(values: Any, name: str, line: Mark) -> Recording:
@@ -164,25 +164,25 @@ def _recorded(
     parent: Recording,
     function: Callable[..., Any],
     count: int,
-    captured: list[Recorded],
+    captured: Iterable[int],
     line: Mark,
-) -> tuple[Subgraph, list[Recorded]]:
+) -> tuple[Subgraph, Iterable[int]]:
     """Records a function as a graph of its own.
 
     Args:
         parent: what it is used in.
         function: the function.
         count: how many operands it is called with.
-        captured: values of the parent that are given to the graph after the operands.
+        captured: nodes of the parent whose values are given to the graph after the operands.
         line: the user's line.
 
     Returns:
-        The graph, and the values that are to be given to it after the operands.
+        The graph, and the nodes whose values are to be given to it after the operands.
     """
     branch = Recording(parent=parent)
     branch.begin()
     inputs = [Proxy(branch, add_input(branch, line)) for _ in range(count)]
-    for value in captured:
+    for value in _from(parent, captured):
         capture(branch, value, line)
     was_open, parent.open = parent.open, False
     branches().append(branch)
@@ -198,7 +198,11 @@ def _recorded(
             "outside.",
             Location(*line),
         )
-    return Subgraph(branch.graph, output), branch.captured
+    return Subgraph(branch.graph, output), branch.inside
+
+
+def _from(recording: Recording, nodes: Iterable[int]) -> list[Recorded]:
+    return [Recorded(recording, ref(node)) for node in nodes]
 
 
 def _whole(values: Any) -> Any:

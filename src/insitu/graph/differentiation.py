@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import torch
 
-from insitu.graph.encoding import described
+from insitu.graph.encoding import add_node, described
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import NO_KWARGS, Ref, WeightRef, ref
 from insitu.graph.operations import BACKWARD, GETITEM, GRAD, WRITE
-from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
+from insitu.graph.recorded import AnyRecorded, Recorded, holds, refuse_structure
 from insitu.graph.recording import Recording
 
 
@@ -31,8 +31,7 @@ def read_gradient(recording: Recording, source: Ref, mark: Mark, of: Ref | None 
     of = of or recording.differentiated
     if recording.gradients is None:
         recording.gradients = {}
-    if recording.views is not None:
-        source = recording.views.resolved(source)
+    source = recording.current(source)
     there = recording.gradients.setdefault(of, {})
     standing = there.get(source)
     if standing is None:
@@ -55,14 +54,13 @@ def write_gradient(recording: Recording, source: Ref, value: Any, mark: Mark) ->
         value: as of `intervention.write`.
         mark: the user's line.
     """
-    if recording.views is not None:
-        source = recording.views.resolved(source)
+    source = recording.current(source)
     standing = read_gradient(recording, source, mark)
-    if recording.holds(standing, value):
+    if holds(recording, standing, value):
         return
     original = recording.graph.original(standing.index)
     args = (Recorded(recording, ref(original)), value, False)
-    written = recording.apply(WRITE, args, NO_KWARGS, mark)
+    written = add_node(recording, WRITE, args, NO_KWARGS, mark)
     recording.graph.writes[original] = written.index
     cast("dict[Any, dict[Ref, Ref]]", recording.gradients)[recording.differentiated][source] = (
         written
@@ -93,7 +91,7 @@ def record_backward(
         OperationError: if there are no inputs or one of them is something else.
     """
     if inputs is None:
-        backward = recording.apply(BACKWARD, tuple(losses), options, mark)
+        backward = add_node(recording, BACKWARD, tuple(losses), options, mark)
         gradients = list[Ref]()
     else:
         checked = [_checked(recording, item, mark) for item in inputs]
@@ -103,7 +101,7 @@ def record_backward(
                 Location(*mark),
             )
         named = [item for item in checked if not isinstance(item, Ref)]
-        backward = recording.apply(BACKWARD, tuple(losses), {**options, "inputs": named}, mark)
+        backward = add_node(recording, BACKWARD, tuple(losses), {**options, "inputs": named}, mark)
         gradients = _returned(recording, backward, checked, mark)
     if recording.gradients is not None:  # lines that come now may mean this one
         recording.gradients.pop(None, None)
@@ -117,7 +115,7 @@ def _checked(recording: Recording, item: Any, mark: Mark) -> Any:
         if item._recording is recording:
             if not item._operand:
                 refuse_structure(item, Location(*mark))
-            return recording.current(item)
+            return recording.current(item._ref)
         item = item.result(Location(*mark))
     if not isinstance(item, torch.Tensor):
         raise OperationError(

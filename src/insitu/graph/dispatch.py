@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from insitu.graph import location
 from insitu.graph.context import default_dtype, is_autocast_enabled, is_grad_enabled
-from insitu.graph.encoding import KEYS, PLAIN, is_constant
+from insitu.graph.encoding import KEYS, PLAIN, add_node, is_constant
 from insitu.graph.errors import OperationError, nearest
 from insitu.graph.in_place import mutate
 from insitu.graph.location import here, mark
@@ -60,7 +60,7 @@ def record(
             return at_once(unbounded(operation), args, kwargs)
     if operation.in_place:
         return kind(recording, mutate(recording, operation, args, kwargs, mark(3)))
-    return kind(recording, recording.apply(operation, args, kwargs, mark(3)))
+    return kind(recording, add_node(recording, operation, args, kwargs, mark(3)))
 
 
 def recording_of(values: Any) -> Recording | None:
@@ -86,7 +86,7 @@ def open_recordings(values: Any) -> list[Recording]:
 
     def leaf(item: Any) -> None:
         if isinstance(item, AnyRecorded) and item._recording.open:
-            found.append(cast(Recording, item._recording))
+            found.append(item._recording)
 
     map_structure(leaf, values)
     return found
@@ -140,7 +140,7 @@ def _method(kind: type[Recorded], operation: Operation) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         recording = self._recording
         if recording.open and recording.session is None and not in_place:  # as in `record`
-            return kind(recording, recording.apply(operation, (self, *args), kwargs, mark()))
+            return kind(recording, add_node(recording, operation, (self, *args), kwargs, mark()))
         return record(kind, operation, (self, *args), kwargs)
 
     method.__name__ = operation.short
@@ -180,7 +180,7 @@ def _binary(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], 
                     line = (code, frame.f_lasti) if code is location.users_code else mark()
                     rows.append((operation, (source, other), NO_KWARGS, inputs, False, line))
                     return kind(recording, ref(index))
-            return kind(recording, recording.apply(operation, (self, other), NO_KWARGS, mark()))
+            return kind(recording, add_node(recording, operation, (self, other), NO_KWARGS, mark()))
         return record(kind, operation, (self, other), NO_KWARGS)
 
     return method

@@ -1,4 +1,4 @@
-"""What an argument of a recorded operation may be, and how a node holds it.
+"""How a line becomes a node: what an argument may be, and how the node holds it.
 
 A node holds plain constants as they are, and references in the place of recorded values. A value
 of another block comes in by what it is there: the function of a `cond` captures those from around
@@ -9,17 +9,29 @@ it, a later block of a session waits for them, and of what has run they are cons
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from numbers import Number
 from typing import Any, cast
 
 import torch
 
 from insitu.graph.cells import Cell
+from insitu.graph.context import default_dtype, is_autocast_enabled, is_grad_enabled
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import NO_KWARGS, Carried, Function, Ref, WeightRef, ref
-from insitu.graph.operations import INPUT, SAVE
-from insitu.graph.recorded import AnyRecorded, AnyRecording, Recorded, refuse_structure
+from insitu.graph.node import (
+    NO_KWARGS,
+    Carried,
+    Function,
+    ModuleRef,
+    Ref,
+    Subgraph,
+    WeightRef,
+    ref,
+)
+from insitu.graph.operations import GETITEM, INPUT, SAVE, Operation
+from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
+from insitu.graph.recording import Recording
 from insitu.graph.saved import SavedList, SavedTensor
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
@@ -34,6 +46,7 @@ PLAIN = frozenset(
 )
 # What tensors are indexed with: nearly always constants, so they get a short way of their own.
 KEYS = frozenset([slice, tuple])
+_NAMED = (Function, ModuleRef, Subgraph)
 
 
 def is_constant(key: Any) -> bool:
@@ -47,7 +60,114 @@ def is_constant(key: Any) -> bool:
     return True
 
 
-def encode(recording: AnyRecording, value: Any, inputs: list[int], mark: Mark) -> Any:
+def add_node(
+    recording: Recording,
+    operation: Operation,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    mark: Mark,
+) -> Ref:
+    """Records an operation on values and constants.
+
+    Args:
+        recording: where it is recorded.
+        operation: an entry of the registry.
+        args: its arguments: recorded values, constants, or containers of both.
+        kwargs: its keyword arguments, likewise.
+        mark: the user's line.
+
+    Raises:
+        OperationError: if an argument is of a kind that cannot be recorded, or asks for a write in
+            place.
+        NoValueError: if an argument belongs to another block and has no value.
+    """
+    value, other = args if len(args) == 2 else _NONE
+    kind = type(other)  # pyright: ignore[reportUnknownVariableType]
+    if (  # most are a value, an operator and a constant
+        (kind in PLAIN or (kind in KEYS and is_constant(other)))
+        and isinstance(value, AnyRecorded)
+        and value._recording is recording
+        and recording.views is None
+        and (value._operand or operation is GETITEM)
+        and not kwargs
+    ):
+        source = value._ref
+        args, inputs, nested = (source, other), source.inputs, False
+    else:
+        if kwargs and (kwargs.get("out") is not None or kwargs.get("inplace")):
+            raise OperationError(
+                f"{operation.name} cannot write into one of its arguments here: leave out "
+                "`out=` and `inplace=` and use what it returns.",
+                Location(*mark),
+            )
+        tuples = operation is GETITEM
+        args, kwargs, inputs, nested = encoded(recording, args, kwargs, mark, tuples)
+    rows = recording.graph.rows
+    index = len(rows)
+    rows.append((operation, args, kwargs, inputs, nested, mark))
+    if (
+        is_grad_enabled() is not recording.grads
+        or default_dtype() is not recording.dtype
+        or (operation.casts and (is_autocast_enabled() or recording.casts))
+    ):
+        recording.note_context(operation, index)
+    return ref(index)
+
+
+_NONE = (None, None)
+
+
+def encoded(
+    recording: Recording,
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    mark: Mark,
+    tuples: bool = False,
+) -> tuple[tuple[Any, ...], Mapping[str, Any], tuple[int, ...], bool]:
+    """Returns arguments as a node holds them.
+
+    Args:
+        recording: where they are recorded.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        mark: the user's line.
+        tuples: whether an argument may be a value that is known to be a tuple.
+
+    Returns:
+        The arguments, the nodes that they refer to, and whether anything but an argument itself is
+        known in the run only: `args`, `kwargs`, `inputs` and `nested` of a `Node`.
+    """
+    inputs: list[int] = []
+    made: list[Any] = []
+    nested, carried = False, recording.carried
+    for arg in args:
+        kind = type(arg)
+        if kind in PLAIN or (kind in KEYS and is_constant(arg)):
+            made.append(arg)
+        elif kind in _NAMED:
+            made.append(arg)
+            nested = True
+        elif issubclass(kind, AnyRecorded) and arg._recording is recording:
+            if not (arg._operand or tuples):
+                refuse_structure(arg, Location(*mark))
+            source = arg._ref if recording.views is None else recording.views.resolved(arg._ref)
+            inputs.append(source.index)
+            made.append(source)
+        else:
+            before = len(inputs)
+            made.append(encode(recording, arg, inputs, mark))
+            nested = nested or (len(inputs) > before and type(made[-1]) is not Ref)
+    if kwargs:
+        before = len(inputs)
+        kwargs = {
+            key: arg if type(arg) in PLAIN else encode(recording, arg, inputs, mark)
+            for key, arg in kwargs.items()
+        }
+        nested = nested or len(inputs) > before
+    return tuple(made), kwargs, tuple(inputs), nested or recording.carried > carried
+
+
+def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> Any:
     """Returns a value with references in the place of recorded values, also inside containers.
 
     Args:
@@ -70,13 +190,11 @@ def encode(recording: AnyRecording, value: Any, inputs: list[int], mark: Mark) -
             if item._recording is recording:
                 if not item._operand:
                     refuse_structure(item, Location(*mark))
-                current = recording.current(item)
+                current = recording.current(item._ref)
                 inputs.append(current.index)
                 return current
             if recording.parent is not None and _is_around(recording, item._recording):
-                captured = capture(recording, item, mark)
-                if recording.views is not None:
-                    captured = recording.views.resolved(captured)
+                captured = recording.current(capture(recording, item, mark))
                 inputs.append(captured.index)
                 return captured
             if item._recording.open and _comes_after(recording, item._recording):
@@ -110,7 +228,7 @@ def encode(recording: AnyRecording, value: Any, inputs: list[int], mark: Mark) -
     return map_structure(leaf, value)
 
 
-def add_input(branch: AnyRecording, mark: Mark) -> Ref:
+def add_input(branch: Recording, mark: Mark) -> Ref:
     """Adds an input to the function of a `cond` or `fold`.
 
     Args:
@@ -123,7 +241,7 @@ def add_input(branch: AnyRecording, mark: Mark) -> Ref:
     return ref(len(rows) - 1)
 
 
-def capture(branch: AnyRecording, value: AnyRecorded, mark: Mark) -> Ref:
+def capture(branch: Recording, value: AnyRecorded, mark: Mark) -> Ref:
     """Returns the input through which such a function gets a value from around it.
 
     Args:
@@ -131,21 +249,20 @@ def capture(branch: AnyRecording, value: AnyRecorded, mark: Mark) -> Ref:
         value: a value of what it is used in, or of what is around that.
         mark: the user's line.
     """
-    parent = cast("AnyRecording", branch.parent)
+    parent = cast(Recording, branch.parent)
     if value._recording is not parent:
         value = Recorded(parent, capture(parent, value, mark))
-    source = parent.current(value)
+    source = parent.current(value._ref)
     index = source.index
     if index not in branch.inside:
         branch.inside[index] = add_input(branch, mark)
-        branch.captured.append(Recorded(parent, source))
     return branch.inside[index]
 
 
 def _carried(value: AnyRecorded, mark: Mark) -> Carried:
     """What stands for a value, as it is at this line, in a later block of its session."""
     recording = value._recording
-    source, rows = recording.current(value), recording.graph.rows
+    source, rows = recording.current(value._ref), recording.graph.rows
     cell = Cell()
     recording.saves[len(rows)] = cell
     recording.lent = {**recording.lent, len(rows): cell}
@@ -153,7 +270,7 @@ def _carried(value: AnyRecorded, mark: Mark) -> Carried:
     return Carried(cell, lambda: fake_value(recording, source.index))
 
 
-def _comes_after(recording: AnyRecording, other: AnyRecording) -> bool:
+def _comes_after(recording: Recording, other: Recording) -> bool:
     """Whether this is a later block of the same session."""
     return (
         recording.session is not None
@@ -162,7 +279,7 @@ def _comes_after(recording: AnyRecording, other: AnyRecording) -> bool:
     )
 
 
-def _is_around(recording: AnyRecording, other: AnyRecording) -> bool:
+def _is_around(recording: Recording, other: Recording) -> bool:
     """Whether this records a function that is used in another recording."""
     parent = recording.parent
     while parent is not None and parent is not other:

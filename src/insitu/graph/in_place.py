@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 from insitu.graph.context import default_dtype, is_autocast_enabled, is_grad_enabled
-from insitu.graph.encoding import KEYS, PLAIN, described, encode, is_constant
+from insitu.graph.encoding import described, encoded
 from insitu.graph.errors import OperationError
 from insitu.graph.intervention import check_writable
 from insitu.graph.location import Location, Mark
@@ -36,7 +36,7 @@ def mutate(
     Args:
         recording: where it is recorded.
         operation: an entry of the registry.
-        args: as of `Recording.apply`, and so are its errors.
+        args: as of `add_node`, and so are its errors.
         kwargs: likewise.
         mark: the user's line.
 
@@ -56,18 +56,7 @@ def mutate(
         )
     if not target._operand:
         refuse_structure(target, Location(*mark))
-    inputs: list[int] = []
-    carried = recording.carried
-    others = tuple(
-        [
-            arg
-            if type(arg) in PLAIN or (type(arg) in KEYS and is_constant(arg))
-            else encode(recording, arg, inputs, mark)
-            for arg in args[1:]
-        ]
-    )
-    if kwargs:
-        kwargs = {key: encode(recording, arg, inputs, mark) for key, arg in kwargs.items()}
+    others, kwargs, inputs, nested = encoded(recording, args[1:], kwargs, mark)
     views = recording.views
     if views is None:
         views = recording.views = Views(recording.graph, partial(shares_memory, recording))
@@ -77,7 +66,7 @@ def mutate(
     place = views.located(target._ref, mark)
     _check(recording, place.base, mark)
     writer = None if recording.shapes is None else recording.shapes.writer()
-    nested = place.nested or recording.carried > carried
+    nested = nested or place.nested
     written = views.put(place, operation, others, kwargs, inputs, nested, mark, writer)
     if (
         is_grad_enabled() is not recording.grads

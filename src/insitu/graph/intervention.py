@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from insitu.graph.encoding import encode
+from insitu.graph.encoding import encoded
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Ref, Row, Site, ref
@@ -26,7 +26,7 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.put import Step
-from insitu.graph.recorded import AnyRecorded, Recorded
+from insitu.graph.recorded import AnyRecorded, Recorded, holds
 from insitu.graph.recording import Recording, refuse_mixed
 from insitu.graph.structure import map_structure
 
@@ -51,7 +51,7 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
     standing = recording.sites.get(address)
     if standing is None:
         standing = recording.read(address, mark)
-    elif recording.holds(standing, value):
+    elif holds(recording, standing, value):
         return standing
     if rows[standing.index][0] is SKIP:
         raise OperationError(
@@ -59,8 +59,7 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
             f"{recording.graph[standing.index].location}\nGive it this value instead.",
             Location(*mark),
         )
-    if recording.views is not None:
-        standing = recording.views.resolved(standing)
+    standing = recording.current(standing)
     before = read = standing
     if rows[standing.index][0] in (PUT, WRITE):
         read = ref(recording.graph.original(standing.index))
@@ -68,7 +67,7 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
             standing = read  # of what was written before, nothing stays
     inputs = standing.inputs if type(value) is torch.Tensor else None
     if isinstance(value, AnyRecorded) and value._recording is recording:
-        value = recording.current(value)  # a whole tuple may be written
+        value = recording.current(value._ref)  # a whole tuple may be written
         inputs = (standing.index, value.index)
     if inputs is not None:  # nearly always: without a look at each argument
         rows.append((WRITE, (standing, value, block), NO_KWARGS, inputs, False, mark))
@@ -86,13 +85,10 @@ def _of_site(
     recording: Recording, operation: Operation, site: Ref, args: tuple[Any, ...], mark: Mark
 ) -> Ref:
     """Records an operation on what stands at a site, whatever was written into that."""
-    inputs: list[int] = [site.index]
-    carried = recording.carried
-    encoded = tuple(encode(recording, arg, inputs, mark) for arg in args)
-    plain = 1 + sum(type(arg) is Ref for arg in encoded)
-    nested = len(inputs) > plain or recording.carried > carried
+    made, _, inputs, nested = encoded(recording, args, NO_KWARGS, mark)
     rows = recording.graph.rows
-    rows.append((operation, (site, *encoded), NO_KWARGS, tuple(inputs), nested, mark))
+    sources = (site.index, *inputs)
+    rows.append((operation, (site, *made), NO_KWARGS, sources, nested, mark))
     return ref(len(rows) - 1)
 
 
@@ -150,7 +146,7 @@ def _is_whole(recording: Recording, value: Any) -> bool:
     """Whether a value has all parts of what is to stand at a site: see `write_part`."""
     if not isinstance(value, AnyRecorded) or value._recording is not recording:
         return False
-    return recording.graph.rows[recording.current(value).index][0] is REPLACE
+    return recording.graph.rows[recording.current(value._ref).index][0] is REPLACE
 
 
 def _may_be_structure(recording: Recording, written: Ref) -> bool:
@@ -233,7 +229,7 @@ def skip(recording: Recording, address: Address, value: Any, mark: Mark) -> None
     invocation, path, _, call, step = address
     inputs = recording.read((invocation, path, "inputs", call, step), mark)
     if isinstance(value, AnyRecorded) and value._recording is recording:
-        value = Recorded(recording, recording.current(value))  # a whole tuple may stand there
+        value = Recorded(recording, recording.current(value._ref))  # a whole tuple may stand there
     inputs = ref(recording.graph.original(inputs.index))
     skipped = _of_site(recording, SKIP, inputs, (value,), mark)
     recording.graph.skips = {**recording.graph.skips, inputs.index: skipped.index}

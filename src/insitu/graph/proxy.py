@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from sys import _getframe
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from insitu.graph import location
 from insitu.graph.answers import Answers
 from insitu.graph.backward_pass import BackwardPass, backward_pass, recorded_grad
-from insitu.graph.cells import Cell, Missing
+from insitu.graph.cells import Cell
 from insitu.graph.differentiation import read_gradient, write_gradient
 from insitu.graph.dispatch import (
     OF_NUMPY,
@@ -29,6 +29,7 @@ from insitu.graph.dispatch import (
     record,
     refuse,
 )
+from insitu.graph.encoding import add_node
 from insitu.graph.errors import NoValueError, OperationError, UnknownShapeError, nearest
 from insitu.graph.habits import OF_VALUES, habit
 from insitu.graph.in_place import mutate
@@ -49,11 +50,9 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.operators import Operators
-from insitu.graph.recorded import Recorded
-from insitu.graph.recording import Recording
+from insitu.graph.recorded import Recorded, holds
 from insitu.graph.save_names import with_name
 from insitu.graph.saved import blank, device_name, set_class, spent
-from insitu.graph.shapes import shape_of
 from insitu.graph.structured import is_structure
 from insitu.graph.whole_calls import call_operator, is_custom_operator
 
@@ -68,8 +67,6 @@ class AnyProxy(Operators, Answers):
     """
 
     __slots__ = ()
-    if TYPE_CHECKING:  # nothing else is made by a recording that is no more than its record
-        _recording: Recording  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def save(
         self,
@@ -277,7 +274,9 @@ class AnyProxy(Operators, Answers):
             recording = first._recording
             if recording.open and recording.session is None:
                 line = mark()
-                return Proxy(recording, recording.apply(operation, args, kwargs or NO_KWARGS, line))
+                return Proxy(
+                    recording, add_node(recording, operation, args, kwargs or NO_KWARGS, line)
+                )
         return record(Proxy, operation, args, kwargs or NO_KWARGS)
 
     def _written_with(
@@ -306,7 +305,7 @@ class AnyProxy(Operators, Answers):
             self.result(here())[key] = value
             return
         recording, line = self._recording, mark()
-        if recording.holds(self._ref, value, key):
+        if holds(recording, self._ref, value, key):
             return
         if isinstance(key, str) or (isinstance(key, int) and not self._is_tensor(key)):
             block = isinstance(self, StructureProxy)
@@ -346,37 +345,8 @@ class AnyProxy(Operators, Answers):
                 here(3),
             ) from None
 
-    # What is shown
-
     def __hash__(self) -> int:
         return id(self)
-
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        cell = self._cell
-        if cell is not None and type(cell._content) is not Missing:
-            return repr(cell._content)
-        if not self._recording.open:
-            return f"<{self.written()}: no value, since it was not saved>"
-        fake = self._recording.fakes.get(self._ref.index)
-        return self.written() + ("" if fake is None else f": {shape_of(fake)}")
-
-    def __format__(self, spec: str) -> str:
-        cell = self._cell
-        if cell is not None and type(cell._content) is not Missing:
-            return format(cell._content, spec)
-        try:
-            return format(str(self), spec)
-        except ValueError:  # of a number
-            raise OperationError(
-                f"`{self.written()}` has no value while the block is open, so it cannot be written "
-                f"as {spec!r}: save it, and format the saved value after the block.",
-                here(),
-            ) from None
-
-    def __round__(self, ndigits: int | None = None) -> Any:
-        if not self._recording.open:
-            return round(self.result(here()), ndigits)
-        return self.round() if ndigits is None else self.round(decimals=ndigits)
 
     def __dir__(self) -> list[str]:
         return sorted(set(super().__dir__()) | {operation.short for operation in TENSOR_METHODS})

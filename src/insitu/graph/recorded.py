@@ -1,133 +1,21 @@
-"""What a block has recorded so far, and the values that stand for what its run will make."""
+"""Values that a recording knows: the part of a proxy that recordings need."""
 
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 import torch
 
-from insitu.graph.cells import Cell, Holder, Missing
-from insitu.graph.context import NO_CASTS, Casts
+from insitu.graph.cells import Holder, Missing
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.expression import expression
-from insitu.graph.lines import ShapeSource
 from insitu.graph.location import Location, here
-from insitu.graph.node import NO_KWARGS, Address, Graph, Ref
-from insitu.graph.views import Views
-
-
-class AnyRecording:
-    """What one block records, as far as its values need it.
-
-    Attributes:
-        graph: the nodes so far.
-        saves: where the run has to put what is saved, by the index of the node that saves it.
-        sites: what lines that come now read at a site: what arrives, or what was last assigned.
-        views: what values stand for now, once anything was written in place; None before that.
-        direct: whether lines are recorded with values as they are: nothing was written in place,
-            and the block is of no session.
-        gradients: what lines that come now mean by the gradient of a node's value, by the backward
-            pass that they name, None if they name none.
-        differentiated: the backward pass of the `with` around the lines that come now.
-        shown: what lines that come now read by standard names.
-        computed: the nodes that stand for values by name that are no part of the model, with what
-            to write instead of writing into them.
-        session: what holds it together with other recordings, whose values it may use.
-        order: its place among them.
-        parent: of the function of a `cond` or `fold`: what it is used in.
-        captured: the parent's values that such a function uses.
-        inside: the inputs through which it gets them, by their nodes in the parent.
-        inputs: how many inputs it has.
-        open: whether lines still add to it.
-        repeating: whether lines are recorded for every step, so that what they save is a list.
-        carried: how many values of earlier blocks of the session it has taken.
-        lent: where later blocks of the session find values of this one, by the node that saves it.
-        kept: none: what later blocks use has a node of its own, in `lent`.
-        names: the names of saved values that were given one, by the node that saves it.
-        numbers: None: it is no part of a block.
-        shapes: gives the shapes at sites; None where no model is behind the recording.
-        fakes: fake values of nodes, as far as anybody has asked, by node index.
-        grads: whether autograd was on where the block began.
-        casts: where autocast was enabled there.
-        dtype: the default dtype there.
-        counting: None.
-        as_first_step: whether sites of later steps count as those of the first, while a question
-            is answered to which that makes no difference.
-    """
-
-    # What most recordings never use is of the class: nothing is made for it until it is needed.
-    gradients: dict[Ref | None, dict[Ref, Ref]] | None = None
-    differentiated: Ref | None = None
-    shown: dict[Any, Any] | None = None
-    computed: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
-    parent: AnyRecording | None = None
-    session: object = None
-    order: int = 0
-    carried: int = 0
-    lent: Mapping[int, Cell] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
-    kept: tuple[int, ...] = ()
-    numbers: None = None
-    names: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
-    dtype: torch.dtype = torch.float32
-    as_first_step: bool = False
-    counting: AbstractContextManager[Any] | None = None
-
-    def __init__(
-        self, shapes: ShapeSource | None = None, parent: AnyRecording | None = None
-    ) -> None:
-        self.graph = Graph([])
-        self.saves: dict[int, Holder] = {}
-        self.sites: dict[Address, Ref] = {}
-        self.shapes = shapes
-        self.fakes: dict[int, Any] = {}
-        # What nearly every line asks for: Python finds it here in half the time.
-        self.open = True
-        self.direct = True
-        self.repeating = False
-        self.grads = True
-        self.casts: Casts = NO_CASTS
-        self.views: Views | None = None
-        if parent is not None:
-            self.parent = parent
-            self.captured: list[Recorded] = []
-            self.inside: dict[int, Ref] = {}
-            self.inputs = 0
-
-    def current(self, value: AnyRecorded) -> Ref:
-        """Returns what a value of this recording stands for in a line that comes now."""
-        return value._ref if self.views is None else self.views.resolved(value._ref)
-
-    def forget_contexts(self, start: int) -> None:
-        """Lets the nodes from one on run in the context of the block, whatever is around them.
-
-        Args:
-            start: the first of them.
-        """
-        if self.graph.contexts:
-            kept = {index: c for index, c in self.graph.contexts.items() if index < start}
-            self.graph.contexts = kept
-
-    def fail(self, reason: str) -> None:
-        """Says of every saved value why it will have none, and forgets the rest."""
-        missing = Missing(reason)
-        for cell in self.saves.values():
-            cell._put(missing)
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops what only an open recording needs, so that one kept proxy keeps one value.
-
-        Without the shape source a recording is in no reference cycle, so what nobody keeps is
-        gone at once and not at some later garbage collection.
-        """
-        self.saves = {}
-        self.sites = {}
-        self.fakes = {}
-        self.shapes = self.views = None
+from insitu.graph.node import Ref
+from insitu.graph.operations import GETITEM
+from insitu.graph.put import WHOLE, is_entry
+from insitu.graph.recording import Recording
 
 
 class AnyRecorded:
@@ -145,7 +33,7 @@ class AnyRecorded:
     _operand: ClassVar[bool] = True
     __slots__ = ()
     if TYPE_CHECKING:
-        _recording: AnyRecording
+        _recording: Recording
         _ref: Ref
         _cell: Holder | None
 
@@ -185,7 +73,7 @@ class Recorded(AnyRecorded):
 
     __slots__ = ("_cell", "_recording", "_ref")
 
-    def __init__(self, recording: AnyRecording, ref: Ref, cell: Holder | None = None) -> None:
+    def __init__(self, recording: Recording, ref: Ref, cell: Holder | None = None) -> None:
         self._recording = recording
         self._ref = ref
         self._cell = cell
@@ -212,3 +100,25 @@ def unassignable(name: str, location: Location) -> OperationError:
     if not hasattr(torch.Tensor, name):
         instead = f'write `value["{name}"] = new` for a field of a value, such as of an output'
     return OperationError(f"`.{name}` of a recorded value cannot be assigned: {instead}.", location)
+
+
+def holds(recording: Recording, source: Ref, value: Any, key: Any = WHOLE) -> bool:
+    """Returns whether a value is what stands there already, so that assigning it is idle.
+
+    Python assigns what it has written in place once more: `x[0] += 1` is a write in place to
+    `x[0]`, and then an assignment of `x[0]` to itself.
+
+    Args:
+        recording: where it is recorded.
+        source: what stands there, or what it is a part of.
+        value: what is assigned.
+        key: which part.
+    """
+    if not isinstance(value, AnyRecorded) or value._recording is not recording:
+        return False
+    if recording.views is not None:
+        return recording.views.holds(source, value._ref, key)
+    if key is WHOLE:
+        return value._ref == source
+    operation, args, *_ = recording.graph.rows[value._ref.index]
+    return operation is GETITEM and args[0] == source and is_entry(args[1], key)

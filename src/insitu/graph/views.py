@@ -179,7 +179,6 @@ class Views:
         given = self._model.place(place.base, place.steps, writer, mark)
         base = self._standing.get(place.base, place.base)
         index = len(self._rows)
-        nested = nested or sum([type(arg) is Ref for arg in args]) < len(inputs)
         encoded = (ref(base), place.steps, operation.name, *args)
         sources = (base, *place.inputs, *inputs)
         self._rows.append((PUT, encoded, kwargs, sources, nested, mark))

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from insitu.graph.dispatch import at_once, recording_of
+from insitu.graph.encoding import add_node
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark, mark
 from insitu.graph.node import Function
@@ -48,7 +49,7 @@ def record_call(
         return item if is_plain else Function(cast(Any, item))
 
     args, kwargs = map_structure(leaf, (args, dict(kwargs)))
-    return kind(recording, recording.apply(APPLY, (function, *args), kwargs, line))
+    return kind(recording, add_node(recording, APPLY, (function, *args), kwargs, line))
 
 
 def _is_opaque(item: Any) -> bool:

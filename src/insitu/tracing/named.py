@@ -17,13 +17,14 @@ import torch
 
 from insitu.graph.differentiation import read_gradient, write_gradient
 from insitu.graph.dispatch import AUGMENTED
+from insitu.graph.encoding import add_node
 from insitu.graph.errors import OperationError, PathError, ShapeError, UnknownShapeError
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, Mark, here, mark
 from insitu.graph.node import NO_KWARGS, Kind, Ref
 from insitu.graph.operations import REPLACE
 from insitu.graph.proxy import AnyProxy, Proxy, StructureProxy
-from insitu.graph.recorded import Recorded
+from insitu.graph.recorded import Recorded, holds
 from insitu.graph.recording import Recording
 from insitu.graph.saved import become
 from insitu.graph.saved_proxy import SavedProxy, SavedSteps
@@ -145,7 +146,7 @@ class Named:
 
     def _write(self, current: Proxy, invocation: Invocation, value: Any, line: Mark) -> None:
         recording = current._recording
-        if not isinstance(self.form, Computed) and recording.holds(current._ref, value):
+        if not isinstance(self.form, Computed) and holds(recording, current._ref, value):
             return
         site = invocation.read(self.path, self.kind, line, self.call)
         if self.form is not None:
@@ -172,7 +173,7 @@ class Named:
             for at in self.item[:depth]:
                 container = container[at]
             args = (Recorded(recording, container._ref), self.item[depth], value)
-            value = Recorded(recording, recording.apply(REPLACE, args, NO_KWARGS, line))
+            value = Recorded(recording, add_node(recording, REPLACE, args, NO_KWARGS, line))
         write_part(recording, site._ref, self.item[0], value, block, line)
 
 
