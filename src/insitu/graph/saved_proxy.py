@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from insitu.graph.cells import WAITING, Missing
-from insitu.graph.held_value import HeldValue, refuse_json
+from insitu.graph.held_value import HeldValue, SavedNumber, refuse_json
 from insitu.graph.location import here
 from insitu.graph.node import Ref, ref
 from insitu.graph.proxy import SAVED, AnyProxy, Proxy, StructureProxy
@@ -28,7 +28,6 @@ from insitu.graph.saved import (
     fill_list,
     hold,
 )
-from insitu.graph.saved_number import SavedNumber
 
 
 class _Waiting(AnyProxy):
