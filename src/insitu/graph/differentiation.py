@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, Self, cast
 
 import torch
 
 from insitu.graph.encoding import add_node, described
-from insitu.graph.errors import OperationError
-from insitu.graph.location import Location, Mark
+from insitu.graph.errors import BlockError, OperationError
+from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import NO_KWARGS, Ref, WeightRef, ref
 from insitu.graph.operations import BACKWARD, GETITEM, GRAD, WRITE
 from insitu.graph.recorded import AnyRecorded, Recorded, holds, refuse_structure
@@ -67,33 +68,67 @@ def write_gradient(recording: Recording, source: Ref, value: Any, mark: Mark) ->
     )
 
 
-def record_backward(
-    recording: Recording,
+class BackwardPass(tuple[Any, ...]):
+    """A recorded backward pass: the gradients of its `inputs`, as a tuple.
+
+    In `with loss.backward():` every `.grad` is that of this pass, wherever it stands among others.
+    """
+
+    _recording: Recording
+    _ref: Ref
+    _around: Ref | None
+
+    def __enter__(self) -> Self:
+        """Lets `.grad` mean the gradients of this pass.
+
+        Raises:
+            BlockError: if the block has ended.
+        """
+        recording = self._recording
+        if not recording.open:
+            raise BlockError("The block of this backward pass has ended.", here())
+        self._around, recording.differentiated = recording.differentiated, self._ref
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Lets `.grad` mean what it meant before."""
+        self._recording.differentiated = self._around
+
+    def __repr__(self) -> str:
+        gradients = "" if not self else f" of {len(self)} inputs"
+        return f"<Backward pass{gradients}>"
+
+
+def backward_pass(
     losses: Sequence[Any],
     options: Mapping[str, Any],
-    inputs: Sequence[Any] | None,
+    inputs: Any,
     mark: Mark,
-) -> tuple[Ref, list[Ref]]:
+    kind: type[Recorded],
+) -> BackwardPass:
     """Records a backward pass.
 
     Args:
-        recording: where it is recorded.
-        losses: where it starts: recorded values.
+        losses: where it starts: recorded values, of which the first tells the block.
         options: keyword arguments of the operation, but for `inputs`.
         inputs: whose gradients it returns: values of this block, weights of the model, tensors of
-            the user's. None for none.
+            the user's, or one of them alone. None for none.
         mark: the user's line.
-
-    Returns:
-        Its node, and the nodes that stand for the gradients that it returns.
+        kind: the class of the gradients.
 
     Raises:
         OperationError: if there are no inputs or one of them is something else.
     """
-    if inputs is None:
-        backward = add_node(recording, BACKWARD, tuple(losses), options, mark)
-        gradients = list[Ref]()
-    else:
+    recording = next(loss for loss in losses if isinstance(loss, AnyRecorded))._recording
+    if isinstance(inputs, torch.Tensor | AnyRecorded):
+        inputs = [inputs]
+    checked: list[Any] = []
+    if inputs is not None:
         checked = [_checked(recording, item, mark) for item in inputs]
         if not checked:
             raise OperationError(
@@ -101,12 +136,53 @@ def record_backward(
                 Location(*mark),
             )
         named = [item for item in checked if not isinstance(item, Ref)]
-        backward = add_node(recording, BACKWARD, tuple(losses), {**options, "inputs": named}, mark)
-        gradients = _returned(recording, backward, checked, mark)
+        options = {**options, "inputs": named}
+    backward = add_node(recording, BACKWARD, tuple(losses), options, mark)
+    gradients = _returned(recording, backward, checked, mark)
     if recording.gradients is not None:  # lines that come now may mean this one
         recording.gradients.pop(None, None)
     recording.graph.differentiates = True
-    return backward, gradients
+    made = BackwardPass(kind(recording, gradient) for gradient in gradients)
+    made._recording, made._ref = recording, backward
+    return made
+
+
+def recorded_grad(
+    kind: type[Recorded], mark: Mark, outputs: Sequence[Any], inputs: Sequence[Any], **given: Any
+) -> BackwardPass:
+    """Records `torch.autograd.grad`.
+
+    Args:
+        kind: the class of the gradients.
+        mark: the user's line.
+        outputs: where it starts.
+        inputs: what the gradients are of.
+        **given: the other arguments of `torch.autograd.grad`.
+
+    Raises:
+        OperationError: if it starts from anything that is no value of the run, or is to be of
+            several gradients at once.
+    """
+    if not all(isinstance(output, AnyRecorded) and output._recording.open for output in outputs):
+        raise OperationError(
+            "In a block `torch.autograd.grad` starts from values of the run: this is the gradient "
+            "of something else.",
+            Location(*mark),
+        )
+    if given.get("is_grads_batched"):
+        raise OperationError(
+            "`is_grads_batched` is not recorded: write a `torch.autograd.grad` for each gradient, "
+            "with `retain_graph=True`.",
+            Location(*mark),
+        )
+    gradient = given.get("grad_outputs")
+    if isinstance(gradient, Sequence) and len(outputs) == 1:
+        (gradient,) = cast("Sequence[Any]", gradient)
+    options: dict[str, Any] = {"gradient": gradient, "retain_graph": given.get("retain_graph")}
+    for name in ("create_graph", "allow_unused", "materialize_grads"):
+        options[name] = given.get(name) or None
+    kept = {name: value for name, value in options.items() if value is not None}
+    return backward_pass(outputs, {**kept, "accumulate": False}, inputs, mark, kind)
 
 
 def _checked(recording: Recording, item: Any, mark: Mark) -> Any:

@@ -18,9 +18,14 @@ import torch
 
 from insitu.graph import location
 from insitu.graph.answers import Answers
-from insitu.graph.backward_pass import BackwardPass, backward_pass, recorded_grad
 from insitu.graph.cells import Cell
-from insitu.graph.differentiation import read_gradient, write_gradient
+from insitu.graph.differentiation import (
+    BackwardPass,
+    backward_pass,
+    read_gradient,
+    recorded_grad,
+    write_gradient,
+)
 from insitu.graph.dispatch import (
     OF_NUMPY,
     add_operators,
