@@ -181,11 +181,8 @@ def _without_part(recording: Recording, source: Ref, key: Any) -> Ref:
     for index in others:
         operation, args, kwargs, inputs, nested, mark = rows[index]
         of_base = (base.index, *inputs[1:])
-        rows.append((operation, (base, *args[1:]), kwargs, of_base, nested, mark))
-        base = ref(len(rows) - 1)
-        contexts = recording.graph.contexts
-        if index in contexts:
-            recording.graph.contexts = {**contexts, base.index: contexts[index]}
+        row = (operation, (base, *args[1:]), kwargs, of_base, nested, mark)
+        base = ref(recording.graph.add_like(index, row))
     return base
 
 

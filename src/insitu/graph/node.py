@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 from insitu.graph.context import Context, within
 from insitu.graph.location import Location, Mark
 from insitu.graph.operations import PUT, READ, SKIP, WRITE, Operation
+from insitu.graph.structure import map_structure
 
 Kind = Literal["output", "input", "inputs", "tokens", "choice"]
 
@@ -269,6 +270,19 @@ class Graph:
             index = self.rows[index][3][0]
         return index
 
+    def add_like(self, index: int, row: Row) -> int:
+        """Adds a node in the context of another, and returns its index.
+
+        Args:
+            index: the other.
+            row: what is added.
+        """
+        made = len(self.rows)
+        self.rows.append(row)
+        if index in self.contexts:
+            self.contexts = {**self.contexts, made: self.contexts[index]}
+        return made
+
     def runnable(self) -> list[Row]:
         """Returns the nodes with operations that enter the contexts in which they are to run."""
         if not self.contexts:
@@ -279,6 +293,26 @@ class Graph:
             function = within(context, operation.function)
             rows[index] = cast(Row, (replace(operation, function=function), *rest))
         return rows
+
+
+def rewired(row: Row, moved: Mapping[int, int]) -> Row:
+    """Returns a node that refers to other nodes.
+
+    Args:
+        row: the node.
+        moved: the nodes that it is to refer to, by those that it refers to. Others stay.
+    """
+    operation, args, kwargs, inputs, nested, mark = row
+
+    def leaf(item: Any) -> Any:
+        return ref(moved.get(item.index, item.index)) if type(item) is Ref else item
+
+    if nested:
+        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+    else:
+        args = tuple([leaf(arg) for arg in args])
+    sources = tuple([moved.get(source, source) for source in inputs])
+    return (operation, args, kwargs, sources, nested, mark)
 
 
 def readable(path: str) -> str:

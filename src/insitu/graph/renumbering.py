@@ -6,11 +6,10 @@ So a part of a graph becomes a graph of its own, and several graphs become one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
-from insitu.graph.node import Address, Graph, Ref, Row, ref
+from insitu.graph.node import Address, Graph, Row, rewired
 from insitu.graph.operations import BACKWARD, GRAD, KEEP, READ
-from insitu.graph.structure import map_structure
 
 _DIFFERENTIATED = (BACKWARD, GRAD, KEEP)
 
@@ -32,19 +31,15 @@ def add_nodes(
     rows, moved = target.rows, dict[int, int]()
     start = len(rows)
 
-    def leaf(item: Any) -> Any:
-        return ref(moved[item.index]) if type(item) is Ref else item
-
     for index in kept:
-        operation, args, kwargs, inputs, nested, mark = graph.rows[index]
-        if operation is READ:
-            number, *place = cast(Address, args)
-            args = (numbers[number], *place)
-        elif inputs:
-            args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
-        sources = tuple([moved[source] for source in inputs])
+        row = graph.rows[index]
+        if row[0] is READ:
+            number, *place = cast(Address, row[1])
+            row = cast(Row, (READ, (numbers[number], *place), *row[2:]))
+        else:
+            row = rewired(row, moved)
         moved[index] = len(rows)
-        rows.append(cast(Row, (operation, args, kwargs, sources, nested, mark)))
+        rows.append(row)
     _add_fields(target, graph, moved, numbers, start)
     return moved
 

@@ -22,13 +22,13 @@ knows of a model. Torch's `functionalize` and JAX's `.at[].set` do the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from insitu.graph.errors import OperationError
 from insitu.graph.expression import expression
 from insitu.graph.handing_over import HandingOver
 from insitu.graph.location import Location, Mark, here
-from insitu.graph.node import NO_KWARGS, Graph, Ref, ref
+from insitu.graph.node import Graph, Ref, ref, rewired
 from insitu.graph.operations import (
     ATTRIBUTE,
     GETITEM,
@@ -38,7 +38,6 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.put import WHOLE, Step, is_entry
-from insitu.graph.structure import map_structure
 from insitu.graph.view_operations import is_view
 
 _OWN, _OF_SEVERAL = -1, -2  # in the place of the node that a node is a view of
@@ -275,7 +274,8 @@ class Views:
         if before is not None and self._parents[before] == parent:
             return before
         held = next(iter(self._held(view)))
-        index = self._renewed[view] = self._moved(view, {held: parent})
+        row = rewired(self._rows[view], {held: parent})
+        index = self._renewed[view] = self._graph.add_like(view, row)
         self._parents[index] = parent
         return index
 
@@ -286,24 +286,9 @@ class Views:
         moved = {source: self.resolved(ref(source)).index for source in inputs}
         if self._rows[latest][3] == tuple(map(moved.__getitem__, inputs)):
             return latest
-        index = self._renewed[view] = self._moved(view, moved)
+        row = rewired(self._rows[view], moved)
+        index = self._renewed[view] = self._graph.add_like(view, row)
         self._parents[index] = _OF_SEVERAL
-        return index
-
-    def _moved(self, view: int, moved: Mapping[int, int]) -> int:
-        """Records a node again with other inputs."""
-        operation, args, kwargs, inputs, nested, mark = self._rows[view]
-
-        def leaf(item: Any) -> Any:
-            return ref(moved.get(item.index, item.index)) if type(item) is Ref else item
-
-        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
-        inputs = tuple(moved.get(source, source) for source in inputs)
-        index = len(self._rows)
-        self._rows.append((operation, args, kwargs or NO_KWARGS, inputs, nested, mark))
-        if view in self._graph.contexts:
-            contexts = self._graph.contexts
-            self._graph.contexts = {**contexts, index: contexts[view]}
         return index
 
     def _sure_parent(self, index: int) -> int:
