@@ -25,13 +25,10 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.save_names import LONGEST_NAME, unfit
-from insitu.graph.wire import Writer, decoded, said_of
-from insitu.graph.wire_frame import Frame
-from insitu.graph.wire_message import Fields, LinePart
-from insitu.graph.wire_parts import Index, Part, Value
+from insitu.graph.wire import Frame, Writer, decoded, said_of
+from insitu.graph.wire_message import DigestedTensor, Fields, Index, LinePart, Part, Value
 from insitu.graph.wire_reader import Reader
 from insitu.graph.wire_tensors import (
-    DigestedTensor,
     digest_of,
     restored_by_digest,
     stored_by_digest,

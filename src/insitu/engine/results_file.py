@@ -18,8 +18,8 @@ from insitu.engine.job_failure import Failure
 from insitu.engine.passes import Outputs
 from insitu.graph import errors
 from insitu.graph.errors import ExecutionError, InsituError, WireError
-from insitu.graph.wire_parts import Part, Value
-from insitu.graph.wire_tensors import StoredTensor, bytes_of, tensor_of
+from insitu.graph.wire_message import Part, StoredTensor, Value
+from insitu.graph.wire_tensors import bytes_of, tensor_of
 from insitu.graph.wire_values import ValueReader, ValueWriter
 
 _KEY = "insitu"

@@ -1,14 +1,181 @@
-"""What the message of a wired graph looks like: its nodes, lines, tensors and fields."""
+"""What messages look like, declared as types: graphs, nodes, arguments, lines and tensors.
+
+An argument that is one number, string, truth value or `None` looks like itself; everything else is
+a part, a small array that begins with its tag. `wire_values.py` turns arguments into these and
+back.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from insitu.graph.errors import WireError
-from insitu.graph.wire_parts import Index, Part, Value
-from insitu.graph.wire_tensors import StoredTensor
+
+MOST_ENTRIES = 1024
+"""How many entries a dictionary may have, which bounds what one of colliding keys can cost."""
+
+LARGEST_INTEGER = 512
+"""How many bytes an integer may have. Python refuses to print those of over 4300 digits."""
+
+Index = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class Part(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """Of the message, whatever is more than a number or a string."""
+
+
+class RefPart(Part, tag="ref"):
+    """The value of an earlier node."""
+
+    index: Index
+
+
+class EarlierPart(Part, tag="earlier"):
+    """A value that an earlier block of a job keeps: which block, and which of its nodes."""
+
+    block: Index
+    node: Index
+
+
+class WeightPart(Part, tag="weight"):
+    """A weight of the model, by its path."""
+
+    path: str
+
+
+class TensorPart(Part, tag="tensor"):
+    """One of the tensors that come with the message."""
+
+    index: Index
+
+
+class TuplePart(Part, tag="tuple"):
+    """A tuple."""
+
+    items: list[Value]
+
+
+class ListPart(Part, tag="list"):
+    """A list."""
+
+    items: list[Value]
+
+
+class DictPart(Part, tag="dict"):
+    """A dictionary."""
+
+    keys: Annotated[list[Value], msgspec.Meta(max_length=MOST_ENTRIES)]
+    items: list[Value]
+
+
+class SlicePart(Part, tag="slice"):
+    """A slice, whose bounds may be values of the run."""
+
+    start: Value
+    stop: Value
+    step: Value
+
+
+class ResultPart(Part, tag="result"):
+    """What `torch.max` and its like return."""
+
+    name: str
+    items: list[Value]
+
+
+class IntegerPart(Part, tag="int"):
+    """An integer of more than 64 bits, in two's complement, little end first."""
+
+    data: Annotated[bytes, msgspec.Meta(max_length=LARGEST_INTEGER)]
+
+
+class ComplexPart(Part, tag="complex"):
+    """A complex number."""
+
+    real: float | NamedPart
+    imag: float | NamedPart
+
+
+class BytesPart(Part, tag="bytes"):
+    """Bytes."""
+
+    data: bytes
+
+
+class EllipsisPart(Part, tag="ellipsis"):
+    """`...`."""
+
+
+class SizePart(Part, tag="size"):
+    """A `torch.Size`."""
+
+    sizes: list[Annotated[int, msgspec.Meta(le=2**63 - 1)]]
+
+
+class DevicePart(Part, tag="device"):
+    """A `torch.device`."""
+
+    name: str
+
+
+class NamedPart(Part, tag="named"):
+    """A dtype, a layout or a memory format; in JSON, a float that is no finite number."""
+
+    name: str
+
+
+Value = (
+    None
+    | bool
+    | int
+    | float
+    | str
+    | RefPart
+    | EarlierPart
+    | WeightPart
+    | TensorPart
+    | TuplePart
+    | ListPart
+    | DictPart
+    | SlicePart
+    | ResultPart
+    | IntegerPart
+    | ComplexPart
+    | BytesPart
+    | EllipsisPart
+    | SizePart
+    | DevicePart
+    | NamedPart
+)
+
+
+class StoredTensor(Part):
+    """What the bytes of a tensor mean.
+
+    Attributes:
+        dtype: such as "torch.bfloat16".
+        shape: the length of each axis.
+        device: where it was. It is put there again if the reader's machine has such a device.
+    """
+
+    dtype: str
+    shape: Annotated[list[Index], msgspec.Meta(max_length=64)]
+    device: str
+
+
+class DigestedTensor(Part):
+    """A tensor that is known by its digest, so that it need not come with every message.
+
+    Attributes:
+        tensor: what its bytes mean.
+        digest: as of `wire_tensors.digest_of`.
+    """
+
+    tensor: StoredTensor
+    digest: str
+
 
 FieldName = Literal[
     "writes",

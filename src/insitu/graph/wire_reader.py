@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from typing import Annotated, Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import msgspec
 import torch
@@ -14,16 +12,13 @@ from insitu.graph.context import Context, context_of
 from insitu.graph.errors import LimitError, WireError
 from insitu.graph.location import Location, Mark, SourceLine
 from insitu.graph.node import (
-    EVERY,
     Graph,
-    Kind,
     ModuleRef,
     Ref,
     Row,
     Subgraph,
 )
 from insitu.graph.operations import (
-    APPLY,
     BACKWARD,
     BY_NAME,
     COND,
@@ -38,7 +33,7 @@ from insitu.graph.operations import (
     WRITE,
     Operation,
 )
-from insitu.graph.wire_calls import check_derivative, check_put
+from insitu.graph.wire_checks import FUNCTIONS, check_address, check_call, check_input
 from insitu.graph.wire_message import (
     FieldName,
     Fields,
@@ -46,16 +41,13 @@ from insitu.graph.wire_message import (
     ModulePart,
     RowPart,
     SubgraphPart,
+    Value,
     decoded_rows,
     file_name,
     printable,
     row_count,
 )
-from insitu.graph.wire_parts import Index, Value
 from insitu.graph.wire_values import DEEPEST, ValueReader
-from insitu.graph.written_arguments import written_arguments
-
-_ADDRESS = tuple[Index, str, Kind, Index, Annotated[int, msgspec.Meta(ge=EVERY)]]
 
 
 class Field(NamedTuple):
@@ -166,7 +158,7 @@ class Reader:
             for at, arg in enumerate(part.args)
             if isinstance(arg, ModulePart | SubgraphPart)
         }
-        if {at: type(function) for at, function in functions.items()} != _FUNCTIONS.get(
+        if {at: type(function) for at, function in functions.items()} != FUNCTIONS.get(
             operation, {}
         ):
             raise WireError(f"{operation.name} is not given the functions that it takes")
@@ -182,11 +174,11 @@ class Reader:
         nested = nested or values.earlier > 0
         if operation is READ:
             self._count("sites", 1)
-            _check_address(args, kwargs, addresses)
+            check_address(args, kwargs, addresses)
         elif operation is INPUT:
-            _check_input(args, kwargs, inputs or 0)
+            check_input(args, kwargs, inputs or 0)
         else:
-            _check_call(graph, operation, args, kwargs)
+            check_call(graph, operation, args, kwargs)
             if inputs is None and not (values.references or values.earlier):  # it would never run
                 raise WireError(f"{operation.name} is not done to a value of the run")
         if values.earlier and inputs is not None:
@@ -230,65 +222,6 @@ class Reader:
             raise WireError(f"there is no file {line.file}")
         file = file_name(self._tables.files[line.file])
         return SourceLine(file, line.number, printable(line.text)), 0
-
-
-def _check_address(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: set[Any]) -> None:
-    try:
-        msgspec.convert(args, _ADDRESS)
-    except msgspec.ValidationError as error:
-        raise WireError(f"no site has the address {args}: {error}") from None
-    if kwargs or args in seen:
-        raise WireError(f"the site {args} is read twice, or with keywords")
-    seen.add(args)
-
-
-def _check_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: int) -> None:
-    if kwargs or len(args) != 1 or type(args[0]) is not int or not 0 <= args[0] < inputs:
-        raise WireError(f"a function has no input {args}: it is called with {inputs}")
-
-
-def _check_call(
-    graph: Graph, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """Checks what a recording sees to: without it, planning or printing a graph could fail."""
-    own = "." not in operation.name and operation not in _FUNCTIONS
-    if operation.in_place:
-        raise WireError(f"{operation.name} writes in place: that is a part of what `put` does")
-    if own and not (args and type(args[0]) is Ref):
-        raise WireError(f"{operation.name} is not done to a value of the run")
-    if not args and operation.name.startswith(("Tensor.", "operator.")):
-        raise WireError(f"{operation.name} is not done to anything")
-    if operation is PUT:
-        check_put(args)
-    elif kwargs and "." not in operation.name and operation not in (BACKWARD, APPLY):
-        raise WireError(f"{operation.name} takes no keywords")
-    if operation is GRAD or operation is BACKWARD:
-        check_derivative(graph, operation, args, kwargs)
-    if operation in _TARGETS:
-        target = graph.rows[args[0].index][0]
-        if target not in _TARGETS[operation]:
-            raise WireError(f"{operation.name} is done to what {target.name} gives")
-    if operation in (SAVE, KEEP) and len(args) > 1 and not _is_device(args[1]):
-        raise WireError(f"{operation.name} cannot be called so: {args[1]!r} is no device")
-    given = kwargs
-    if (signature := _signature(operation)) is not None:
-        try:
-            given = signature.bind(*args, **kwargs).arguments
-        except TypeError as error:
-            raise WireError(f"{operation.name} cannot be called so: {error}") from None
-    if given.get("out") is not None or given.get("inplace", False) is not False:
-        raise WireError(f"{operation.name} would write into one of its arguments")
-    into, instead = written_arguments(operation, args, kwargs)
-    if into:
-        raise WireError(f"{operation.name} would write into its arguments: {instead}")
-
-
-def _is_device(name: Any) -> bool:
-    """Whether PyTorch knows a device by this name."""
-    try:
-        return isinstance(name, str) and bool(torch.device(name))
-    except RuntimeError:
-        return False
 
 
 _Column = Callable[[Reader, Graph, int], Any]
@@ -359,17 +292,10 @@ FIELDS: Mapping[FieldName, Field] = {
     "scopes": Field(_scopes, (_number, _bound, _bound)),
 }
 
-# Which of the arguments of an operation are functions, and of what kind they are.
-_FUNCTIONS: Mapping[Operation, Mapping[int, type]] = {
-    APPLY: {0: ModuleRef},
-    COND: {1: Subgraph, 2: Subgraph},
-    FOLD: {0: Subgraph},
-}
 # How many more arguments an operation has than the inputs with which it calls its functions.
 _OWN_ARGUMENTS = {COND: 3, FOLD: 1}
 _INSIDE = (INPUT,)
 _OUTSIDE = (READ, SAVE, KEEP, WRITE, SKIP, GRAD, BACKWARD)
-_TARGETS = {WRITE: (READ, GRAD, WRITE, PUT), SKIP: (READ,)}
 _DIFFERENTIATED = (GRAD, BACKWARD, KEEP)
 
 
@@ -389,12 +315,3 @@ def _operation(name: str) -> Operation:
             "same ones in both places"
         )
     return BY_NAME[name]
-
-
-@cache
-def _signature(operation: Operation) -> inspect.Signature | None:
-    """How an operation is called, if Python knows; of torch's own functions it does not."""
-    try:
-        return inspect.signature(operation.function)
-    except ValueError:
-        return None

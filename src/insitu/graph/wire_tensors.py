@@ -9,32 +9,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
-import msgspec
 import safetensors.torch
 import torch
 
 from insitu.graph.errors import WireError
-from insitu.graph.wire_parts import Index, Part
+from insitu.graph.wire_message import DigestedTensor, StoredTensor
 from insitu.graph.wire_values import device, dtype, is_whole
 
 _TOO_LARGE = 2**63
 """PyTorch cannot compute the strides of a tensor of so many bytes, even if an axis is empty."""
-
-
-class StoredTensor(Part):
-    """What the bytes of a tensor mean.
-
-    Attributes:
-        dtype: such as "torch.bfloat16".
-        shape: the length of each axis.
-        device: where it was. It is put there again if the reader's machine has such a device.
-    """
-
-    dtype: str
-    shape: Annotated[list[Index], msgspec.Meta(max_length=64)]
-    device: str
 
 
 def stored(tensors: Sequence[torch.Tensor]) -> tuple[list[StoredTensor], bytes]:
@@ -54,18 +39,6 @@ def restored(described: Sequence[StoredTensor], data: bytes) -> list[torch.Tenso
     if set(rows) != set(map(str, range(len(described)))):
         raise WireError("it does not come with the tensors that it names")
     return [tensor_of(rows[str(number)], how) for number, how in enumerate(described)]
-
-
-class DigestedTensor(Part):
-    """A tensor that is known by its digest, so that it need not come with every message.
-
-    Attributes:
-        tensor: what its bytes mean.
-        digest: as of `digest_of`.
-    """
-
-    tensor: StoredTensor
-    digest: str
 
 
 def digest_of(tensor: torch.Tensor) -> str:

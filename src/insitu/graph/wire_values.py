@@ -1,7 +1,7 @@
 """The arguments of nodes turned into what travels, and back.
 
 Constants, containers, references and tensors travel; what does not is refused, saying why. How
-they look in the message is in `wire_parts.py`.
+they look in the message is in `wire_message.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from insitu.graph.errors import WireError
 from insitu.graph.node import Earlier, Function, Ref, WeightRef, ref
-from insitu.graph.wire_parts import (
+from insitu.graph.wire_message import (
     LARGEST_INTEGER,
     MOST_ENTRIES,
     BytesPart,
