@@ -221,8 +221,7 @@ def test_one_of_several_views_is_written_while_autograd_records(name: str) -> No
 def test_views_of_several_values_are_seen_and_not_written() -> None:
     lines = Lines(x=torch.ones(3), y=torch.ones(1))
     both = Recorded(lines.recording, lines.site("x")), Recorded(lines.recording, lines.site("y"))
-    apply = lines.recording.apply
-    views = apply(BY_NAME["torch.broadcast_tensors"], both, NO_KWARGS, MARK)
+    views = add_node(lines.recording, BY_NAME["torch.broadcast_tensors"], both, NO_KWARGS, MARK)
     with pytest.raises(OperationError, match="views of several values at once"):
         lines.do(_MULTIPLY, lines.do(GETITEM, views, 1), 2.0)
     part = lines.do(GETITEM, views, 1)

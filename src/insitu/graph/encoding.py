@@ -141,7 +141,7 @@ def encoded(
     made: list[Any] = []
     nested, carried = False, recording.carried
     for arg in args:
-        kind = type(arg)
+        kind = type(arg)  # pyright: ignore[reportUnknownVariableType]
         if kind in PLAIN or (kind in KEYS and is_constant(arg)):
             made.append(arg)
         elif kind in _NAMED:

@@ -5,6 +5,8 @@ and what is known of shapes. How a line becomes a node is in `encoding.py`, what
 a value in `intervention.py` and `in_place.py`, and gradients in `differentiation.py`.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import threading
