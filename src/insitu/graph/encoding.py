@@ -81,25 +81,28 @@ def add_node(
             place.
         NoValueError: if an argument belongs to another block and has no value.
     """
-    value, other = args if len(args) == 2 else _NONE
+    if kwargs and (kwargs.get("out") is not None or kwargs.get("inplace")):
+        raise OperationError(
+            f"{operation.name} cannot write into one of its arguments here: leave out "
+            "`out=` and `inplace=` and use what it returns.",
+            Location(*mark),
+        )
+    count = len(args)
+    value = args[0] if args else None
+    other = args[1] if count == 2 else None
     kind = type(other)  # pyright: ignore[reportUnknownVariableType]
-    if (  # most are a value, an operator and a constant
+    if (  # most are a value, an operator and a constant, or less
         (kind in PLAIN or (kind in KEYS and is_constant(other)))
+        and count <= 2
         and isinstance(value, AnyRecorded)
         and value._recording is recording
         and recording.views is None
         and (value._operand or operation is GETITEM)
-        and not kwargs
+        and (not kwargs or PLAIN.issuperset(map(type, kwargs.values())))
     ):
         source = value._ref
-        args, inputs, nested = (source, other), source.inputs, False
+        args, inputs, nested = (source, *args[1:]), source.inputs, False
     else:
-        if kwargs and (kwargs.get("out") is not None or kwargs.get("inplace")):
-            raise OperationError(
-                f"{operation.name} cannot write into one of its arguments here: leave out "
-                "`out=` and `inplace=` and use what it returns.",
-                Location(*mark),
-            )
         tuples = operation is GETITEM
         args, kwargs, inputs, nested = encoded(recording, args, kwargs, mark, tuples)
     rows = recording.graph.rows
@@ -112,9 +115,6 @@ def add_node(
     ):
         recording.note_context(operation, index)
     return ref(index)
-
-
-_NONE = (None, None)
 
 
 def encoded(
