@@ -21,7 +21,6 @@ from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
 from insitu.tracing.session import Session
 from insitu.tracing.tracer import Tracer
-from insitu.tracing.vocabulary import NoVocabulary
 
 if TYPE_CHECKING:
     from insitu.display.module_tree import ModuleTree
@@ -333,7 +332,7 @@ class Model(WrappedModule):
         Raises:
             OptionError: if it is no model of Transformers.
         """
-        if isinstance(self._vocabulary, NoVocabulary):
+        if not self._vocabulary.names:
             raise OptionError("Only models of Transformers have blocks to describe.", here())
         vars(self)["_description"] = description
         vars(self)["_vocabulary"] = self._names(self._module)

@@ -17,7 +17,7 @@ from insitu.graph.errors import InsituError
 from insitu.models.parts import Block, Feedforward, Heads, Spot
 from insitu.tracing.forms import Batched, Form, PerHead, Rows, Split, Swapped, WithoutLast
 from insitu.tracing.named import Named
-from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles
+from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles, Vocabulary
 
 if TYPE_CHECKING:
     from insitu.models.body import Body
@@ -50,7 +50,7 @@ _NO_ATTENTION = "there is no attention in this block."
 _NO_CROSS_ATTENTION = "nothing in this block attends to states of an encoder."
 
 
-class Names:
+class Names(Vocabulary):
     """The standard names of a model.
 
     Args:

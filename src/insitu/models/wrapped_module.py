@@ -27,7 +27,7 @@ from insitu.models.dropout import INDIFFERENT, drops_out, say_that_it_drops_out,
 from insitu.models.own_runs import OwnRuns
 from insitu.models.plain import plain_procedure
 from insitu.tracing.handle import Handle
-from insitu.tracing.vocabulary import NoVocabulary, Vocabulary
+from insitu.tracing.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from insitu.engine.job_parts import JobModel, ProcedureName
@@ -306,7 +306,7 @@ class WrappedModule(Handle):
         vars(self).update(plans=PlanCache(), views=views)
         self._forget_runs()
         vars(self)["_weights"] = tree.weights()
-        vars(self)["_vocabulary"] = self._names(module) if named else NoVocabulary()
+        vars(self)["_vocabulary"] = self._names(module) if named else Vocabulary()
 
     def _forget_runs(self, substitute: nn.Module | None = None) -> None:
         """Forgets what the library's own runs have told."""
@@ -326,4 +326,4 @@ class WrappedModule(Handle):
 
     def _names(self, module: nn.Module) -> Vocabulary:
         """The standard names of a Transformers model: `Model` knows some."""
-        return NoVocabulary()
+        return Vocabulary()

@@ -37,7 +37,6 @@ from insitu.tracing.watching import watcher
 
 if TYPE_CHECKING:
     from insitu.engine.job import Job
-    from insitu.tracing.job_making import Recorded
 
 
 class Block:
@@ -207,9 +206,9 @@ class Block:
         """The block as data: see `Tracer.job`."""
         from insitu.tracing.job_making import job_of
 
-        return job_of(self.model, [self.recorded()])
+        return job_of(self.model, [self])
 
-    def recorded(self) -> Recorded:
+    def recorded(self) -> Run:
         """Returns what a job is made of.
 
         Raises:
@@ -221,11 +220,7 @@ class Block:
             raise BlockError(
                 f"The block raised {self.raised}, so it is not whole, and no job.", here(3)
             )
-        return self.procedure, self.recording, self._requests, self._demanded
-
-    def give_up(self, reason: str) -> None:
-        """Says of every saved value why it will have none, if it has none yet."""
-        self.recording.fail(reason)
+        return Run(self.model, self.procedure, self.recording, self._requests, self._demanded)
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Invocation:
         """Adds an invocation.

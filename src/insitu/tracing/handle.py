@@ -25,10 +25,9 @@ from insitu.graph.errors import (
     ShapeError,
     nearest,
 )
-from insitu.graph.location import Location, here, mark
+from insitu.graph.location import here, mark
 from insitu.graph.node import readable
 from insitu.tracing.inside import Operations
-from insitu.tracing.invocation import innermost
 from insitu.tracing.named import Named
 from insitu.tracing.sites import SITES, Call
 from insitu.tracing.unknown_names import no_child, not_in_part
@@ -149,29 +148,30 @@ class Handle(Call):
             return child
         if name.startswith("__"):
             raise AttributeError(name)
-        vocabulary = self._model.vocabulary
-        if name in vocabulary.names:
-            entry = vocabulary.entry(self._path, self._part, name)
-            if entry is not None:
-                return self._named(entry, name)
+        entry = self._entry(name)
+        if entry is not None:
+            return self._named(entry, name)
         raise PathError(self._unknown(name), here())
 
     def _assign(self, name: str, value: Any) -> None:
-        vocabulary = self._model.vocabulary
         taken = not self._part and name in self.module._modules
-        if name in vocabulary.names and not taken:
-            entry = vocabulary.entry(self._path, self._part, name)
-            if entry is not None:
-                self._write_named(entry, name, value)
-                return
+        entry = None if taken else self._entry(name)
+        if entry is not None:
+            self._write_named(entry, name, value)
+            return
         super()._assign(name, value)
+
+    def _entry(self, name: str) -> Entry | None:
+        """What a standard name stands for, None if it is none."""
+        vocabulary = self._model.vocabulary
+        if name not in vocabulary.names:
+            return None
+        return vocabulary.entry(self._path, self._part, name)
 
     def _named(self, entry: Entry, name: str) -> Any:
         """What a standard name stands for."""
         if isinstance(entry, Named):
-            invocation, line = innermost(self._model, 3)
-            if invocation is None:
-                raise self._outside(name, line)
+            invocation, line = self._invocation(name, 4)
             return entry.read(invocation, line)
         if isinstance(entry, Given):
             return entry.value
@@ -190,17 +190,15 @@ class Handle(Call):
 
     def _write_named(self, entry: Entry, name: str, value: Any) -> None:
         """Writes what a standard name stands for."""
-        invocation, line = innermost(self._model, 4)
         if isinstance(entry, Missing):
             self._named(entry, name)
         if not isinstance(entry, Named):
             raise PathError(
                 f"`{self._written()}.{name}` is no value of a run and cannot be assigned to: write "
                 "the `.output` of a module, or a value by its name.",
-                Location(*line),
+                here(4),
             )
-        if invocation is None:
-            raise self._outside(name, line)
+        invocation, line = self._invocation(name, 5)
         entry.write(invocation, value, line)
 
     def _at(self, path: str) -> Handle:
@@ -339,17 +337,16 @@ class Part(Handle):
         # Children and methods of a handle are found before `__getattr__` is asked.
         if name.startswith("_"):
             return super().__getattribute__(name)
-        if name in self._model.vocabulary.names:
-            entry = self._model.vocabulary.entry(self._path, self._part, name)
-            if entry is not None:
-                return self._named(entry, name)
+        entry = self._entry(name)
+        if entry is not None:
+            return self._named(entry, name)
         if not self._is_module and name in _OF_MODULES:
             raise PathError(self._unknown(name), here())
         return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
         # Also asked after `__getattribute__` has raised: for the error, once more.
-        entry = self._model.vocabulary.entry(self._path, self._part, name)
+        entry = self._entry(name)
         if entry is not None:
             return self._named(entry, name)
         if self._is_module:
@@ -376,7 +373,7 @@ class Names:
 
     def __getitem__(self, name: str) -> Any:
         handle = self._handle
-        entry = handle._model.vocabulary.entry(handle._path, handle._part, name)
+        entry = handle._entry(name)
         if entry is None:
             known = list(self)
             raise PathError(

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from insitu.batching.procedure import Procedure, Subject
+from insitu.batching.procedure import Subject
 from insitu.engine.job import Job
 from insitu.engine.job_parts import Demanded, JobBlock
 from insitu.graph.errors import BlockError, JobError
-from insitu.graph.location import Mark, here
+from insitu.graph.location import here
 from insitu.graph.node import Carried, Earlier, Graph, Row
 from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.recording import Recording
 from insitu.graph.structure import map_structure
-
-Recorded = tuple[Procedure[Any], Recording, Sequence[Any], tuple[Mapping[str, Any], Mark] | None]
-"""How a block runs, what it has recorded, what its invocations were given, and which options its
-values take, with the line that reads one."""
+from insitu.tracing.run import RecordedBlock, Run
 
 
-def job_of(model: Subject, blocks: Sequence[Recorded]) -> Job:
+def job_of(model: Subject, blocks: Sequence[RecordedBlock]) -> Job:
     """Returns the job of some blocks.
 
     Args:
@@ -34,8 +31,10 @@ def job_of(model: Subject, blocks: Sequence[Recorded]) -> Job:
     lent: dict[int, Earlier] = {}  # by the cell in which a value waits
     names: set[str] = set()
     made: list[JobBlock] = []
-    for number, (procedure, recording, requests, demanded) in enumerate(blocks):
-        if not requests:
+    for number, block in enumerate(blocks):
+        run, recording = block.recorded(), block.recording
+        procedure = run.procedure
+        if not run.requests:
             raise BlockError(
                 "The block has no prompt: give it one, or write `with tracer.invoke(prompt):`.",
                 here(),
@@ -45,10 +44,10 @@ def job_of(model: Subject, blocks: Sequence[Recorded]) -> Job:
             JobBlock(
                 procedure.name,
                 procedure.given,
-                [procedure.prompt(request) for request in requests],
+                [procedure.prompt(request) for request in run.requests],
                 graph,
                 _named(recording, names),
-                None if demanded is None else _demanded(procedure, requests, *demanded),
+                _demanded(run),
                 recording.casts,
                 recording.dtype,
             )
@@ -58,11 +57,12 @@ def job_of(model: Subject, blocks: Sequence[Recorded]) -> Job:
     return Job(model.described, made)
 
 
-def _demanded(
-    procedure: Procedure[Any], requests: Sequence[Any], options: Mapping[str, Any], mark: Mark
-) -> Demanded:
+def _demanded(run: Run) -> Demanded | None:
     """Which prompts have the options that values of a block take."""
-    have = [procedure.demanding(request, options) is request for request in requests]
+    if run.demanded is None:
+        return None
+    options, mark = run.demanded
+    have = [run.procedure.demanding(request, options) is request for request in run.requests]
     return Demanded(options, mark, [number for number, has in enumerate(have) if has])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,6 +20,7 @@ from insitu.graph.node import Graph
 
 if TYPE_CHECKING:
     from insitu.engine.observed_run import NamedLines, ObservedRun
+    from insitu.graph.recording import Recording
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +57,20 @@ class Run:
             ShapeError: if the model cannot be run so.
         """
         return self.model.probe(self.call(number), self.procedure.views)
+
+
+class RecordedBlock(Protocol):
+    """A block, as far as its session and its job need it."""
+
+    recording: Recording
+
+    def run(self) -> None:
+        """Runs what was recorded, and fills the saved values."""
+        ...
+
+    def recorded(self) -> Run:
+        """Returns what is to run, once the block has ended."""
+        ...
 
 
 @dataclass(slots=True, eq=False)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from insitu.graph.cells import WAITING
 from insitu.graph.errors import BlockError
 from insitu.graph.location import here
-from insitu.graph.recording import Recording
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.watching import watcher
@@ -18,25 +17,7 @@ from insitu.tracing.watching import watcher
 if TYPE_CHECKING:
     from insitu.batching.procedure import Subject
     from insitu.engine.job import Job
-    from insitu.tracing.job_making import Recorded
-
-
-class Member(Protocol):
-    """A block, as far as its session needs it."""
-
-    recording: Recording
-
-    def run(self) -> None:
-        """Runs what was recorded, and fills the saved values."""
-        ...
-
-    def give_up(self, reason: str) -> None:
-        """Says of every saved value why it will have none, if it has none yet."""
-        ...
-
-    def recorded(self) -> Recorded:
-        """Returns what a job is made of."""
-        ...
+    from insitu.tracing.run import RecordedBlock
 
 
 class Session:
@@ -52,8 +33,8 @@ class Session:
 
     def __init__(self, model: Subject) -> None:
         self.model = model
-        self._blocks: list[Member] = []
-        self.blocks: Sequence[Member] | None = None
+        self._blocks: list[RecordedBlock] = []
+        self.blocks: Sequence[RecordedBlock] | None = None
         self._done = False
 
     def __enter__(self) -> Session:
@@ -76,7 +57,9 @@ class Session:
         self.blocks = None if kind is not None else [*waiting]
         if kind is not None:
             for block in waiting:
-                block.give_up(f"its session raised {kind.__name__}, so the model did not run.")
+                block.recording.fail(
+                    f"its session raised {kind.__name__}, so the model did not run."
+                )
             if error is not None:
                 raise_explained(error)
                 shortened(error)
@@ -113,25 +96,27 @@ class Session:
             raise BlockError(f"The session {state}: its job is there once it has ended.", here())
         if not self.blocks:
             raise BlockError("The session has no blocks, so there is no job.", here())
-        return job_of(self.model, [block.recorded() for block in self.blocks])
+        return job_of(self.model, self.blocks)
 
     def begin(self) -> int:
         """Returns the place of a block that begins now among those of the session."""
         return 1 + len(self._blocks)
 
-    def add(self, block: Member) -> None:
+    def add(self, block: RecordedBlock) -> None:
         """Takes a block that has been recorded."""
         self._blocks.append(block)
 
 
-def _run_all(waiting: list[Member]) -> None:
+def _run_all(waiting: list[RecordedBlock]) -> None:
     """Runs blocks one after the other. Those after one that fails have no values."""
     while waiting:
         try:
             waiting.pop(0).run()
         except BaseException as failure:
             for block in waiting:
-                block.give_up(f"an earlier block of its session raised {type(failure).__name__}.")
+                block.recording.fail(
+                    f"an earlier block of its session raised {type(failure).__name__}."
+                )
             raise
 
 

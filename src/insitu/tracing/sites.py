@@ -91,11 +91,20 @@ class Sites:
         return f"<{Site(0, self._path, 'output', self._call).owner}>"
 
     def _read(self, kind: Kind) -> Proxy:
-        model, path, call = self._site
-        invocation, mark = innermost(model, 3)
+        invocation, mark = self._invocation(kind, 4)
+        return invocation.read(self._path, kind, mark, self._call)
+
+    def _invocation(self, use: str, depth: int = 3) -> tuple[Invocation, Mark]:
+        """The invocation in which the user's line stands, and that line.
+
+        Args:
+            use: what is asked for there.
+            depth: how many frames between are ours at least.
+        """
+        invocation, mark = innermost(self._model, depth)
         if invocation is None:
-            raise self._outside(kind, mark)
-        return invocation.read(path, kind, mark, call)
+            raise self._outside(use, mark)
+        return invocation, mark
 
     def _outside(self, use: str, mark: Mark) -> BlockError:
         return BlockError(
@@ -134,9 +143,3 @@ class Call(Sites):
         """
         invocation, mark = self._invocation("stop")
         invocation.stop(self._path, mark, self._call)
-
-    def _invocation(self, use: str) -> tuple[Invocation, Mark]:
-        invocation, mark = innermost(self._model, 3)
-        if invocation is None:
-            raise self._outside(use, mark)
-        return invocation, mark

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from insitu.tracing.named import Named
 
@@ -67,13 +67,11 @@ Entry = Named | Missing | Role | Roles | Given
 """What a standard name stands for."""
 
 
-class Vocabulary(Protocol):
-    """Knows the standard names of a model."""
+class Vocabulary:
+    """The standard names of a model. This one has none; Transformers models have their own."""
 
-    @property
-    def names(self) -> frozenset[str]:
-        """All standard names that there are, of any module."""
-        ...
+    names: frozenset[str] = frozenset()
+    """All standard names that there are, of any module."""
 
     def entry(self, path: str, part: str, name: str) -> Entry | None:
         """Returns what a name stands for at a module, None if it is none of its names.
@@ -83,11 +81,11 @@ class Vocabulary(Protocol):
             part: the part that a handle stands for, "" if just for the module.
             name: the name.
         """
-        ...
+        return None
 
     def listed(self, path: str, part: str) -> Mapping[str, Any]:
         """Returns what there is by its name at a module: see `entry`."""
-        ...
+        return {}
 
     def line_instead(self, path: str, name: str) -> str:
         """Returns the line to write for another library's word, as the end of a message.
@@ -96,15 +94,15 @@ class Vocabulary(Protocol):
             path: the module that was asked for it.
             name: the word.
         """
-        ...
+        return ""
 
     def whereabouts(self) -> str:
         """Returns where the model's blocks are, as the end of a message."""
-        ...
+        return ""
 
     def unfused(self) -> Mapping[str, Any]:
         """Returns how the model has to run for its attention to be no one fused function."""
-        ...
+        return {}
 
     def verify(self, options: Mapping[str, Any]) -> bool:
         """Returns whether a model with its weights computes the same with some options.
@@ -112,42 +110,8 @@ class Vocabulary(Protocol):
         Args:
             options: such as `unfused` gives.
         """
-        ...
-
-    def quiet(self) -> AbstractContextManager[None]:
-        """Returns a context in which names are only looked up, and nothing is said of runs."""
-        ...
-
-
-class NoVocabulary:
-    """Of a model of which nothing is known but its modules."""
-
-    names: frozenset[str] = frozenset()
-
-    def entry(self, path: str, part: str, name: str) -> Entry | None:
-        """Returns None: there are no names."""
-        return None
-
-    def listed(self, path: str, part: str) -> Mapping[str, Any]:
-        """Returns nothing."""
-        return {}
-
-    def line_instead(self, path: str, name: str) -> str:
-        """Returns "": it knows no names."""
-        return ""
-
-    def whereabouts(self) -> str:
-        """Returns "": it knows no blocks."""
-        return ""
-
-    def unfused(self) -> Mapping[str, Any]:
-        """Returns nothing."""
-        return {}
-
-    def verify(self, options: Mapping[str, Any]) -> bool:
-        """Returns True: nothing is demanded."""
         return True
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Returns a context of no effect."""
+        """Returns a context in which names are only looked up, and nothing is said of runs."""
         return contextlib.nullcontext()

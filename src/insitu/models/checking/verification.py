@@ -18,7 +18,6 @@ from insitu.models.checking.inventory import parts_of, sizes_of
 from insitu.models.checking.logits import check_of_logits
 from insitu.models.checking.reading import small_call
 from insitu.models.checking.run import run_of
-from insitu.tracing.vocabulary import NoVocabulary
 
 if TYPE_CHECKING:
     from insitu.models.model import Model
@@ -54,7 +53,7 @@ def check(model: Model, name: str | None = None) -> Report:
 
 def _checked(model: Model, name: str | None) -> Report:
     module = model.load()
-    if isinstance(model.vocabulary, NoVocabulary):
+    if not model.vocabulary.names:
         raise OptionError(
             f"{type(module).__name__} is no Transformers model, so it has no standard names.",
             here(),
