@@ -460,3 +460,58 @@ def test_a_librarys_own_hook_notes_what_is_written(monkeypatch: pytest.MonkeyPat
     assert arrived.value.tolist() == [2, 2] and end.value.tolist() == [10, 10]
     assert noted[0].tolist() == [10, 10]
     assert list(block._forward_hooks.items()) == before
+
+
+class _Entries(nn.Module):
+    """Returns two tensors, as what it was told to return."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return {0: x, 1: x + 1} if self.kind is dict else self.kind((x, x + 1))
+
+
+class _Sum(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.entries = _Entries(kind)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        entries = self.entries(x)
+        return entries[0] * 10 + entries[1]
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_entry_is_written_beside_what_was_written_through_another_name(
+    kind: type, in_place: bool
+) -> None:
+    model, x = Model(_Sum(kind)), torch.tensor([1.0, 3.0])
+    with model.trace(x):
+        one, other = model.entries.output, model.entries.output
+        before = other[0]
+        if in_place:
+            one[1][:] = 0.0
+        else:
+            one[1] = one[1] * 0
+        other[0] = before * 2
+        result = model.output.save()
+    assert torch.equal(result, x * 2 * 10)
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_entry_that_was_read_before_a_write_can_be_put_back(kind: type, whole: bool) -> None:
+    model, x = Model(_Sum(kind)), torch.tensor([1.0, 3.0])
+    with model.trace(x):
+        one, other = model.entries.output, model.entries.output
+        before = other[0]
+        if whole:
+            model.entries.output = kind((x, x)) if kind is not dict else {0: x, 1: x}
+        else:
+            one[0] = before * 0
+        other[0] = before
+        result = model.output.save()
+    assert torch.equal(result, x * 10 + x + 1)

@@ -41,27 +41,17 @@ class _Kept(NamedTuple, Generic[Planned]):
 
     outline: dict[str, Any]
     saves: list[int]
-    numbers: Sequence[_Number]
+    numbers: _Numbers
     planned: Planned
 
 
-class _Number(NamedTuple):
-    """A number among the arguments of nodes.
+_Numbers = Mapping[tuple[int | str, tuple[Any, ...], type], Sequence[int]]
+"""The types of the numbers among the arguments of nodes.
 
-    `True`, 1, 1.0 and a tensor of one element may all be equal, and they are something else as an
-    index, as a factor and for autograd.
-
-    Attributes:
-        node: the node.
-        argument: which of its arguments, by place or name.
-        path: the keys that lead to the number in there.
-        kind: its type.
-    """
-
-    node: int
-    argument: int | str
-    path: tuple[Any, ...]
-    kind: type
+`True`, 1, 1.0 and a tensor of one element may all be equal, and they are something else as an
+index, as a factor and for autograd. The nodes that have a number of a type in the same place: in
+which argument, by place or name, and which keys lead to it there.
+"""
 
 
 class PlanCache(Generic[Planned]):
@@ -70,7 +60,7 @@ class PlanCache(Generic[Planned]):
     def __init__(self) -> None:
         self._by_line: dict[_Where, _Kept[Planned]] = {}
         self._by_content: dict[_Where, _Kept[Planned]] = {}
-        self._last: tuple[_Where, _Kept[Any]] = (None,), _Kept({}, [], (), None)
+        self._last: tuple[_Where, _Kept[Any]] = (None,), _Kept({}, [], {}, None)
 
     def __len__(self) -> int:
         return len(self._by_content)
@@ -241,27 +231,29 @@ def _outlined(row: Row) -> Row:
 _NUMBERS = (bool, int, float, complex)
 
 
-def _are_alike(numbers: Sequence[_Number], rows: Sequence[Row]) -> bool:
+def _are_alike(numbers: _Numbers, rows: Sequence[Row]) -> bool:
     """Whether equal nodes have numbers of the same types."""
-    for node, argument, path, kind in numbers:
-        _, args, kwargs, *_ = rows[node]
-        item: Any = args[argument] if isinstance(argument, int) else kwargs[argument]
-        for key in path:
-            item = _bounds(item)[key] if type(item) is slice else item[key]
-        if type(item) is not kind:
-            return False
+    for (argument, path, kind), nodes in numbers.items():
+        for node in nodes:
+            _, args, kwargs, *_ = rows[node]
+            item: Any = args[argument] if isinstance(argument, int) else kwargs[argument]
+            for key in path:
+                item = _bounds(item)[key] if type(item) is slice else item[key]
+            if type(item) is not kind:
+                return False
     return True
 
 
-def _numbers(rows: Sequence[Row]) -> list[_Number]:
-    """The numbers among the arguments of nodes."""
-    return [
-        _Number(node, argument, path, kind)
-        for node, (operation, args, kwargs, *_) in enumerate(rows)
-        if operation is not READ
-        for argument, given in (*enumerate(args), *kwargs.items())
-        for path, kind in _numbers_in(given, ())
-    ]
+def _numbers(rows: Sequence[Row]) -> _Numbers:
+    """The types of the numbers among the arguments of nodes."""
+    found: dict[tuple[int | str, tuple[Any, ...], type], list[int]] = {}
+    for node, (operation, args, kwargs, *_) in enumerate(rows):
+        if operation is READ:
+            continue
+        for argument, given in (*enumerate(args), *kwargs.items()):
+            for path, kind in _numbers_in(given, ()):
+                found.setdefault((argument, path, kind), []).append(node)
+    return found
 
 
 def _numbers_in(item: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], type]]:

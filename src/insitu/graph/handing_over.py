@@ -89,6 +89,11 @@ class HandingOver:
         else:
             self._graph.writes[place.read] = node
 
+    @property
+    def borrows(self) -> bool:
+        """Whether another invocation has written into any base."""
+        return bool(self._borrowed)
+
     def is_borrowed(self, base: int) -> bool:
         """Returns whether another invocation has written into a base."""
         return base in self._borrowed

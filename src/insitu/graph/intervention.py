@@ -122,7 +122,7 @@ def write_part(
 
     Args:
         recording: where it is recorded.
-        source: what stands at the site.
+        source: what stands at the site, or stood there before entries of it were written.
         key: which entry.
         value: as of `write`.
         block: as of `write`.
@@ -137,9 +137,28 @@ def write_part(
     node = recording.graph[recording.graph.original(source.index)]
     if node.operation is not READ or recording.graph.rows[source.index][0] is SKIP:
         return None
-    source = _without_part(recording, source, key)
+    address = cast("Address", node.args)
+    source = _without_part(recording, _with_entries(recording, source, address), key)
     part = _of_site(recording, REPLACE, source, (key, value), mark)
-    return write(recording, cast("Address", node.args), Recorded(recording, part), block, mark)
+    return write(recording, address, Recorded(recording, part), block, mark)
+
+
+def _with_entries(recording: Recording, source: Ref, address: Address) -> Ref:
+    """Returns a site's value with the entries of it that were written since it was read.
+
+    It is not what stands there now if all of it was assigned since.
+    """
+    rows = recording.graph.rows
+    standing = at = recording.current(recording.sites.get(address, source))
+    while at.index != source.index:
+        operation, args, *_ = rows[at.index]
+        if operation is WRITE and type(args[1]) is Ref and rows[args[1].index][0] is REPLACE:
+            at = args[1]
+        elif operation in (PUT, REPLACE):
+            at = cast("Ref", args[0])
+        else:
+            return source
+    return standing
 
 
 def _is_whole(recording: Recording, value: Any) -> bool:

@@ -159,14 +159,17 @@ class Subgraph:
 
 
 class _Refs(dict[int, Ref]):
-    """References by index. The first few are kept, and found without a line of Python."""
+    """References by index. The first thousands are kept, and found without a line of Python.
+
+    Graphs share them: what a block makes anew for each node, the garbage collector looks at.
+    """
 
     def __missing__(self, index: int) -> Ref:
         made = Ref(index, (index,))
         return self.setdefault(index, made) if index < _FEW else made
 
 
-_FEW = 1024
+_FEW = 8192
 ref: Callable[[int], Ref] = _Refs().__getitem__
 """Returns the reference to the node with an index."""
 

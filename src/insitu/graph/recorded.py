@@ -12,8 +12,8 @@ from insitu.graph.cells import Holder, Missing
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Location, here
-from insitu.graph.node import Ref
-from insitu.graph.operations import GETITEM
+from insitu.graph.node import Address, Ref
+from insitu.graph.operations import GETITEM, READ
 from insitu.graph.put import WHOLE, is_entry
 from insitu.graph.recording import Recording
 
@@ -116,9 +116,16 @@ def holds(recording: Recording, source: Ref, value: Any, key: Any = WHOLE) -> bo
     """
     if not isinstance(value, AnyRecorded) or value._recording is not recording:
         return False
+    rows = recording.graph.rows
+    if key is not WHOLE:
+        read, address, *_ = rows[recording.graph.original(source.index)]
+        if read is READ:  # it may have been read before something else was written there
+            standing = recording.sites[cast("Address", address)]
+            if recording.current(standing).index != recording.current(source).index:
+                return False
     if recording.views is not None:
         return recording.views.holds(source, value._ref, key)
     if key is WHOLE:
         return value._ref == source
-    operation, args, *_ = recording.graph.rows[value._ref.index]
+    operation, args, *_ = rows[value._ref.index]
     return operation is GETITEM and args[0] == source and is_entry(args[1], key)

@@ -244,15 +244,19 @@ class Views:
             value: the value.
             key: which part, or `WHOLE`.
         """
-        if self._model.is_borrowed(self.base(source)):
+        if self._model.borrows and self._model.is_borrowed(self.base(source)):
             return False
         if key is WHOLE:
             return self._is_same(value, source)
-        index = self.resolved(value).index
+        index = value.index
         operation, args, *_ = self._rows[index]
-        if operation is not GETITEM or not is_entry(args[1], key) or self._parent(index) < 0:
+        if operation is not GETITEM or not is_entry(args[1], key):
             return False
-        return self._is_same(ref(self._parent(index)), source)
+        of = args[0].index if type(args[0]) is Ref else -1
+        if self._first.get(of, of) == self._first.get(source.index, source.index):
+            return True  # nothing has to be recorded again to see it
+        index = self.resolved(value).index
+        return self._parent(index) >= 0 and self._is_same(ref(self._parent(index)), source)
 
     def check_entry(self, source: Ref, key: Any, mark: Mark) -> None:
         """Raises if an entry of a structure cannot be assigned: see `HandingOver`."""
