@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from insitu.engine.execution import Execution
+from insitu.engine.functions import called_at_its_places
 from insitu.engine.hooks import changed_value
 from insitu.engine.interpose import Hooks, Own, Taps, put_hook, put_last, remove_hook, take_last
 from insitu.engine.model_call import Pass
@@ -272,13 +273,7 @@ class Arrivals:
     ) -> Any:
         """Makes a call of a torch function in the forward of a module."""
         path = f"{owner}{SEPARATOR}{name}"
-        args, kwargs = self.pass_on("inputs", (args, kwargs), path)
-        if args:
-            args = (self.pass_on("input", args[0], path), *args[1:])
-        elif kwargs:
-            key = next(iter(kwargs))
-            kwargs = {**kwargs, key: self.pass_on("input", kwargs[key], path)}
-        return self.pass_on("output", function(*args, **kwargs), path)
+        return called_at_its_places(function, args, kwargs, partial(self.pass_on, path=path))
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         if self.clock.next_step():

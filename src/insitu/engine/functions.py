@@ -1,7 +1,7 @@
 """Inside a forward: the torch functions that a module's own forward calls.
 
 They are found while it runs, by a `TorchFunctionMode` that is active in that module and in no
-other, also not in the modules that it calls: see `interpose.watched`.
+other, also not in the modules that it calls: see `interpose.Taps.functions`.
 """
 
 # pyright: reportPrivateUsage=false
@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from insitu.graph.changes import changing
+from insitu.graph.node import Kind
 
 Visit = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Makes a call of a torch function, given its name, the function and its arguments."""
@@ -130,6 +131,29 @@ def unobserved(
         return call(*args, **kwargs)
     finally:
         mode.depth -= 1
+
+
+def called_at_its_places(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    pass_on: Callable[[Kind, Any], Any],
+) -> Any:
+    """Calls a torch function, of which the arguments and the result pass three places.
+
+    Args:
+        function: the function.
+        args: what it is called with.
+        kwargs: its keyword arguments.
+        pass_on: is given what passes each place, and returns what is to stand there.
+    """
+    args, kwargs = pass_on("inputs", (args, kwargs))
+    if args:
+        args = (pass_on("input", args[0]), *args[1:])
+    elif kwargs:
+        first = next(iter(kwargs))
+        kwargs = {**kwargs, first: pass_on("input", kwargs[first])}
+    return pass_on("output", function(*args, **kwargs))
 
 
 def returns_tensors(value: Any) -> bool:

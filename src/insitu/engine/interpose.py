@@ -235,10 +235,8 @@ class Taps:
                 others, as `(args, kwargs)`; None leaves them.
             first: whether it comes before the hooks that are there.
         """
-        key = partial(_before, self._is_own, function)
-        flags: dict[Any, bool] = module._forward_pre_hooks_with_kwargs
-        self._changes.put(flags, key, True)
-        self._hang(cast("dict[Any, Any]", module._forward_pre_hooks), key, first)
+        table = cast("dict[Any, Any]", module._forward_pre_hooks)
+        self._hang(table, module._forward_pre_hooks_with_kwargs, function, first)
 
     def after(self, module: nn.Module, function: Callable[..., Any], first: bool = False) -> None:
         """Sees what a module's calls return.
@@ -249,10 +247,8 @@ class Taps:
                 returned. It may return what takes the place of that; None leaves it.
             first: whether it comes before the hooks that are there.
         """
-        key = partial(_after, self._is_own, function)
-        flags: dict[Any, bool] = module._forward_hooks_with_kwargs
-        self._changes.put(flags, key, True)
-        self._hang(cast("dict[Any, Any]", module._forward_hooks), key, first)
+        table = cast("dict[Any, Any]", module._forward_hooks)
+        self._hang(table, module._forward_hooks_with_kwargs, function, first)
 
     def forward(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Lets another function be a module's forward.
@@ -277,24 +273,25 @@ class Taps:
             visit: makes a call, given the function's name, the function and its arguments.
             caches: the Python modules of caches, which are left to themselves: see `in_cache`.
         """
-        watched(self._changes, self._is_own, module, visit, caches)
+        active: list[Inside] = []
+        forward = partial(observed, self._is_own, visit, caches, module.forward, active)
+        self._changes.put(vars(module), "forward", forward)
+        for child in dict.fromkeys(module.children()):
+            call = cast("Callable[..., Any]", child._call_impl)
+            self._changes.put(vars(child), _INNER, partial(unobserved, self._is_own, call, active))
 
-    def _hang(self, table: dict[Any, Any], key: Any, first: bool) -> None:
+    def _hang(
+        self,
+        table: dict[Any, Any],
+        flags: dict[Any, bool],
+        function: Callable[..., Any],
+        first: bool,
+    ) -> None:
+        key = partial(_if_own, self._is_own, function)
+        self._changes.put(flags, key, True)
         self._changes.put(table, key, key)
         if first:
             cast(Any, table).move_to_end(key, last=False)
-
-
-def watched(
-    changes: Changes, is_own: Own, module: nn.Module, visit: Visit, caches: Collection[str]
-) -> None:
-    """Lets the torch functions of a module's own forward be called by somebody else."""
-    active: list[Inside] = []
-    forward = partial(observed, is_own, visit, caches, module.forward, active)
-    changes.put(vars(module), "forward", forward)
-    for child in dict.fromkeys(module.children()):
-        call = cast("Callable[..., Any]", child._call_impl)
-        changes.put(vars(child), _INNER, partial(unobserved, is_own, call, active))
 
 
 @contextmanager
@@ -314,16 +311,8 @@ def in_this_thread() -> Own:
     return lambda: get_ident() == thread
 
 
-def _before(
-    is_own: Own, function: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
-) -> Any:
-    return function(module, args, kwargs) if is_own() else None
-
-
-def _after(
-    is_own: Own, function: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, out: Any
-) -> Any:
-    return function(module, args, kwargs, out) if is_own() else None
+def _if_own(is_own: Own, function: Callable[..., Any], module: nn.Module, *passing: Any) -> Any:
+    return function(module, *passing) if is_own() else None
 
 
 def _instead(

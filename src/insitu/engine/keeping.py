@@ -7,7 +7,7 @@ Beside `interpose.py` this is the only file that changes modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -83,8 +83,8 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> None:
 @contextmanager
 def fake_weights(
     module: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]
-) -> Generator[Collection[tuple[torch.Tensor, torch.Tensor]], None, None]:
-    """Puts fake parameters and buffers into a module; gives each with the one that stands for it.
+) -> Generator[None]:
+    """Puts fake parameters and buffers into a module for the time of its block.
 
     `torch.func.functional_call` leaves some of them there if a module has two names.
 
@@ -99,7 +99,7 @@ def fake_weights(
     for part in parts:
         for table in (cast("dict[str, Any]", part._parameters), part._buffers):
             weights.append((table, dict(table)))
-    fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    fakes: dict[int, torch.Tensor] = {}  # one for each weight, also of two names
     with changing() as changes:
         changes.afterwards(partial(_without_fakes, before))
         changes.afterwards(partial(_update_all, weights))
@@ -111,9 +111,9 @@ def fake_weights(
             for name, tensor in own.items():
                 if tensor is not None:
                     if id(tensor) not in fakes:
-                        fakes[id(tensor)] = (tensor, fake(tensor))
-                    table[name] = fakes[id(tensor)][1]
-        yield fakes.values()
+                        fakes[id(tensor)] = fake(tensor)
+                    table[name] = fakes[id(tensor)]
+        yield
 
 
 def _restore_buffers(tensors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from insitu.engine.functions import called_at_its_places
 from insitu.engine.interpose import tapped
 from insitu.engine.places import View, first_argument, handed_over
 from insitu.graph.node import SEPARATOR, Kind, Place
@@ -94,16 +95,12 @@ class _Listener:
     def visit(self, owner: str, name: str, function: Any, args: Any, kwargs: Any) -> Any:
         path = f"{owner}{SEPARATOR}{name}"
         call = self._begun(path)
-        told = self._tell((path, "inputs", call), (args, dict(kwargs)))
-        if told is not None:
-            args, kwargs = told
-        if args:
-            told = self._tell((path, "input", call), args[0])
-            if told is not None:
-                args = (told, *args[1:])
-        result = function(*args, **kwargs)
-        told = self._tell((path, "output", call), result)
-        return result if told is None else told
+
+        def pass_on(kind: Kind, value: Any) -> Any:
+            told = self._tell((path, kind, call), value)
+            return value if told is None else told
+
+        return called_at_its_places(function, args, dict(kwargs), pass_on)
 
     def _begun(self, path: str) -> int:
         """Counts a call, and returns its number."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -101,16 +100,7 @@ def probe(
     """
     seen: dict[Place, Any] = {}
     called: list[Called] = []
-    known = Contents() if contents else None
     device, casting = _autocast(kind)
-
-    def given(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        if known is not None and has_contents(real):
-            known.give(fake, real)
-        return fake
-
-    def leaf(item: Any) -> Any:
-        return given(_fake(item, device), item) if isinstance(item, torch.Tensor) else item
 
     def tell(place: Place, value: Any) -> None:
         seen[place] = value
@@ -120,16 +110,16 @@ def probe(
         called.append(Called(name, (args, kwargs), result))
         return result
 
-    try:
-        with listening(modules, views, tell) as returned, tapped() as taps, _without_data(known):
+    def run(*args: Any, **kwargs: Any) -> None:
+        with tapped() as taps:
             taps.enter(casting)
-            args, kwargs = map_structure(leaf, tuple(call))
             if inside is not None:
                 taps.functions(modules[inside], visit, caches)
-            with fake_weights(module, partial(_fake, device=device)) as weights:
-                for weight, fake in weights:
-                    given(fake, weight)
-                module(*args, **kwargs)
+            module(*args, **kwargs)
+
+    try:
+        with listening(modules, views, tell) as returned:
+            fake_run(module, call, contents, run, device)
     except Exception as error:  # whatever a model makes of tensors without data
         raise UnknownShapeError(
             "Shapes of this model cannot be found without running it "
@@ -153,18 +143,17 @@ def count(module: nn.Module, call: Call) -> Counts:
     """
     from insitu.engine.counting import Counting  # its formulas take a while to import
 
-    def leaf(item: Any) -> Any:
-        return _fake(item) if isinstance(item, torch.Tensor) else item
-
-    try:
+    def run(*args: Any, **kwargs: Any) -> Counts:
         counting = Counting()
-        with _without_data(), fake_weights(module, _fake), changing() as changes:
-            args, kwargs = map_structure(leaf, tuple(call))
+        with changing() as changes:
             changes.enter(counting)
             output = module(*args, **kwargs)
             found = counting.counts  # while the output is there, which counts too
             del output
-        return found
+            return found
+
+    try:
+        return fake_run(module, call, forward=run)
     except Exception as error:  # whatever a model makes of tensors without data
         raise UnknownShapeError(
             f"What a forward takes cannot be counted without running it "
@@ -184,27 +173,36 @@ def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         return module(*args, **kwargs)
 
 
-def fake_run(module: nn.Module, call: Call, contents: bool = False) -> None:
-    """Calls a module on fake tensors, in a fake mode of its own; its output is lost.
+def fake_run(
+    module: nn.Module,
+    call: Call,
+    contents: bool = False,
+    forward: Callable[..., Any] | None = None,
+    device: str = "cpu",
+) -> Any:
+    """Calls a module on fake tensors, in a fake mode of its own, and returns what it returns.
 
     Args:
         module: the module; it is changed for the duration, as in `probe`.
         call: its arguments; the tensors' shapes and dtypes count.
-        contents: whether integers in the call's tensors count too. It takes longer.
+        contents: whether integers in the call and in the weights count too. It takes longer.
+        forward: what is called in the place of the module, with fake tensors; it calls the module.
+        device: the kind of device that the fake tensors are on.
     """
     known = Contents() if contents else None
 
     def leaf(item: Any) -> Any:
         if not isinstance(item, torch.Tensor):
             return item
-        fake = _fake(item)
+        fake = _fake(item, device)
         if known is not None and has_contents(item):
             known.give(fake, item)
         return fake
 
-    with _without_data(known), fake_weights(module, _fake):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with on_fake_tensors(mode, known), fake_weights(module, leaf):
         args, kwargs = map_structure(leaf, tuple(call))
-        module(*args, **kwargs)
+        return (module if forward is None else forward)(*args, **kwargs)
 
 
 def fake_result(
@@ -224,36 +222,18 @@ def fake_result(
     Raises:
         UnknownShapeError: if that cannot be known without data.
     """
-
-    def returned(known: Contents | None) -> Any:
-        def leaf(item: Any) -> Any:
-            if not isinstance(item, torch.Tensor):
-                return item
-            fake = _fake(item)
-            if known is not None and has_contents(item):
-                known.give(fake, item)
-            return fake
-
-        with _without_data(known), fake_weights(module, _fake):
-            given, named = map_structure(leaf, (args, dict(kwargs)))
-            return forward(*given, **named)
-
+    call = Call(args, dict(kwargs))
     try:
-        return returned(None)
+        return fake_run(module, call, forward=forward)
     except Exception:  # some modules ask what integers say, and some kernels are not for fakes
         pass
     try:
-        return returned(Contents())
+        return fake_run(module, call, True, forward)
     except Exception as error:  # whatever a model makes of tensors without data
         raise UnknownShapeError(
             "What it returns in this step cannot be known without running it "
             f"({type(error).__name__}: {error}): write its output instead."
         ) from error
-
-
-def _without_data(mode: AbstractContextManager[Any] | None = None) -> AbstractContextManager[None]:
-    """Makes fake tensors in its block; what else sees the operations in it is entered too."""
-    return on_fake_tensors(FakeTensorMode(allow_non_fake_inputs=True), mode)
 
 
 def _fake(tensor: torch.Tensor, device: str = "cpu") -> torch.Tensor:
