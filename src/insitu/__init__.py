@@ -43,8 +43,8 @@ from insitu.models.vision_language_model import VisionLanguageModel
 
 if TYPE_CHECKING:
     from insitu.engine.job import Job
-    from insitu.engine.job_failure import Failure
     from insitu.engine.job_joining import join, split
+    from insitu.engine.job_outcome import Failure
     from insitu.engine.limits import Limits
     from insitu.engine.results import Results
     from insitu.engine.seams import Cancel, cancellable, listening, saving_to
@@ -61,7 +61,7 @@ with contextlib.suppress(ImportError):  # einops is no dependency: it is used wh
 # What is imported where it is first asked for: methods take longer than all the rest together.
 _LATER = {
     "Cancel": "insitu.engine.seams",
-    "Failure": "insitu.engine.job_failure",
+    "Failure": "insitu.engine.job_outcome",
     "Invocation": "insitu.tracing.invocation",
     "Job": "insitu.engine.job",
     "Limits": "insitu.engine.limits",

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
 from insitu import LoadError, NoValueError, Results, WireError
-from insitu.engine.passes import Outputs
+from insitu.engine.job_outcome import Outputs
 from tests.round_trip import same
 
 pytestmark = pytest.mark.no_wire

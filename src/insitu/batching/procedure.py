@@ -15,8 +15,8 @@ from insitu.batching.demand import Demands, Work
 from insitu.batching.pass_plan import PassPlan
 from insitu.engine.counts import Counts
 from insitu.engine.exclusive import Exclusive
+from insitu.engine.job_outcome import Outputs
 from insitu.engine.model_call import Pass
-from insitu.engine.passes import Outputs
 from insitu.engine.places import View
 from insitu.engine.plan_cache import PlanCache
 from insitu.engine.probe import Call, Probe

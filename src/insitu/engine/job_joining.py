@@ -15,9 +15,8 @@ import torch
 
 from insitu.engine.fingerprint import other_habits, other_structure, other_weights
 from insitu.engine.job import Job
-from insitu.engine.job_failure import Failure
+from insitu.engine.job_outcome import Failure, Outputs
 from insitu.engine.job_parts import Demanded, JobBlock, JobModel, JobPart, JobPrompt, Share
-from insitu.engine.passes import Outputs
 from insitu.engine.results import Results
 from insitu.graph.errors import JobError
 from insitu.graph.location import here

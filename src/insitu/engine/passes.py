@@ -9,8 +9,7 @@ has fired, and all are removed when the pass ends, however it ends.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -27,23 +26,6 @@ from insitu.engine.plan import Plan, Readers
 from insitu.graph.changes import Changes, set_grad_enabled
 from insitu.graph.context import is_grad_enabled
 from insitu.graph.node import NO_KWARGS, SEPARATOR, Kind, Site
-
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """What a run returned.
-
-    Attributes:
-        whole: what one call on all invocations would return.
-        each: each invocation's own part of it.
-        parts: of a joined job, what one call on the invocations of each of its jobs would return,
-            by the number of the job.
-    """
-
-    whole: Any
-    each: Sequence[Any]
-    parts: Mapping[int, Any] = field(default_factory=dict[int, Any])
-
 
 _NO_RETURNED: Mapping[int, Any] = {}
 

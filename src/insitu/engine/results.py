@@ -9,8 +9,7 @@ from typing import Any, cast
 import torch
 
 from insitu.display.saved_values import SavedValue
-from insitu.engine.job_failure import Failure
-from insitu.engine.passes import Outputs
+from insitu.engine.job_outcome import Failure, Outputs
 from insitu.graph import disk
 from insitu.graph.errors import (
     LoadError,

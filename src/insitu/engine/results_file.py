@@ -14,8 +14,7 @@ import msgspec
 import safetensors.torch
 import torch
 
-from insitu.engine.job_failure import Failure
-from insitu.engine.passes import Outputs
+from insitu.engine.job_outcome import Failure, Outputs
 from insitu.graph import errors
 from insitu.graph.errors import ExecutionError, InsituError, WireError
 from insitu.graph.wire_message import Part, StoredTensor, Value

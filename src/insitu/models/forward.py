@@ -10,8 +10,8 @@ from torch import nn
 from insitu.batching.demand import Demand, Demands, Side, Work
 from insitu.batching.pass_plan import PassPlan
 from insitu.batching.summary import Facts
+from insitu.engine.job_outcome import Outputs
 from insitu.engine.model_call import Pass
-from insitu.engine.passes import Outputs
 from insitu.engine.probe import Call
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark

@@ -10,8 +10,8 @@ from torch import nn
 
 from insitu.batching.demand import Demand, Demands, Work
 from insitu.batching.pass_plan import PassPlan
+from insitu.engine.job_outcome import Outputs
 from insitu.engine.model_call import Pass
-from insitu.engine.passes import Outputs
 from insitu.engine.places import View
 from insitu.engine.probe import Call
 from insitu.graph.errors import OptionError, PromptTypeError

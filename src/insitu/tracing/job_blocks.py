@@ -16,8 +16,8 @@ from insitu.batching.procedure import Subject
 from insitu.engine.budget import Budget
 from insitu.engine.dependence import Dependence, Lost
 from insitu.engine.failures import FailedInvocations, ends_all
+from insitu.engine.job_outcome import Outputs
 from insitu.engine.job_parts import JobBlock, Share
-from insitu.engine.passes import Outputs
 from insitu.graph.cells import Cell, Holder, Missing
 from insitu.graph.errors import (
     ExecutionError,

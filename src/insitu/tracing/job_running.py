@@ -13,9 +13,8 @@ from insitu.engine.budget import Budget
 from insitu.engine.failures import FailedInvocations, first_error
 from insitu.engine.fingerprint import other_habits, other_structure, other_weights
 from insitu.engine.job import Job
-from insitu.engine.job_failure import Failure
+from insitu.engine.job_outcome import Failure, Outputs
 from insitu.engine.job_parts import JobBlock, Share
-from insitu.engine.passes import Outputs
 from insitu.engine.results import Results
 from insitu.engine.seams import seams
 from insitu.graph.cells import Missing

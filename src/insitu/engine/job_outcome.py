@@ -1,11 +1,28 @@
-"""`Failure`: what failed in a job that ran, for its results."""
+"""What the run of a job gives beside saved values: what generations returned, and what failed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from insitu.graph.errors import InsituError
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a run returned.
+
+    Attributes:
+        whole: what one call on all invocations would return.
+        each: each invocation's own part of it.
+        parts: of a joined job, what one call on the invocations of each of its jobs would return,
+            by the number of the job.
+    """
+
+    whole: Any
+    each: Sequence[Any]
+    parts: Mapping[int, Any] = field(default_factory=dict[int, Any])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
