@@ -10,22 +10,31 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import torch
 from torch import nn
 
 from insitu.graph.wire_message import printable
+from insitu.graph.wire_message import Part
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _LONGEST = 200  # characters of what is under one path
 _SHOWN = 3  # differences that a message names
 
 
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What a model is like.
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+"""What a job says of a model."""
+
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+"""A SHA-256 digest, in hexadecimal digits."""
+
+_Settings = Mapping[Text, bool | int | float | Text | None]
+
+
+class Fingerprint(Part, frozen=True):
+    """What a model is like, in the form in which it travels.
 
     Attributes:
         kind: the name of its class.
@@ -41,14 +50,14 @@ class Fingerprint:
             default; None if it generates nothing, or this is known only with the weights.
     """
 
-    kind: str
-    settings: Mapping[str, Any]
-    tree: Mapping[str, str]
-    order: str
-    dtypes: Sequence[str]
-    tokens: str
-    token_ids: Mapping[str, Any]
-    generation: Mapping[str, Any] | None
+    kind: Text
+    settings: _Settings
+    tree: Mapping[Text, Text]
+    order: Digest
+    dtypes: Sequence[Text]
+    tokens: Text
+    token_ids: _Settings
+    generation: _Settings | None
 
 
 def tree_of(modules: Mapping[str, nn.Module]) -> dict[str, str]:

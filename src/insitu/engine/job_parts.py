@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 import torch
 
-from insitu.engine.fingerprint import Fingerprint
+from insitu.engine.fingerprint import Digest, Fingerprint, Text
 from insitu.graph.context import NO_CASTS, Casts
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph
+from insitu.graph.save_names import LONGEST_NAME
+from insitu.graph.wire_message import Index, Part
+
+MOST_BLOCKS = 10_000
+"""How many blocks a job that is read may have."""
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
+"""The name of a saved value, an option or an argument."""
 
 ProcedureName = Literal["trace", "generate"]
 """What the ways to run a model are called in a job."""
@@ -87,9 +96,8 @@ class JobBlock:
     dtype: torch.dtype = torch.float32
 
 
-@dataclass(frozen=True, slots=True)
-class JobModel:
-    """Which model a job was made for.
+class JobModel(Part, frozen=True):
+    """Which model a job was made for, in the form in which it travels.
 
     Attributes:
         name: its repo id, or the name of its folder without the folders around it; "" if it was
@@ -99,15 +107,14 @@ class JobModel:
         fingerprint: what it has to be like.
     """
 
-    name: str
-    revision: str
-    edits: Sequence[str]
+    name: Text
+    revision: Text
+    edits: Sequence[Digest]
     fingerprint: Fingerprint
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What of a block of a joined job is of one of the jobs.
+class Share(Part, frozen=True):
+    """What of a block of a joined job is of one of the jobs, in the form in which it travels.
 
     Attributes:
         block: the number of the block in the joined job.
@@ -117,21 +124,20 @@ class Share:
         size: how many nodes it has.
     """
 
-    block: int
-    first: int
-    count: int
-    start: int
-    size: int
+    block: Index
+    first: Index
+    count: Index
+    start: Index
+    size: Index
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class JobPart:
-    """One of the jobs of which a joined job is made.
+class JobPart(Part, frozen=True, eq=False):
+    """One of the jobs of which a joined job is made, in the form in which it travels.
 
     Attributes:
         shares: where each of its blocks is.
         names: the name that each of its saved values has in it, by the name in the joined job.
     """
 
-    shares: Sequence[Share]
-    names: Mapping[str, str]
+    shares: Annotated[Sequence[Share], msgspec.Meta(max_length=MOST_BLOCKS)]
+    names: Mapping[Name, Name]

@@ -9,22 +9,28 @@ operations are looked up in the registry, options in a list, and every number is
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
 
-from insitu.engine.fingerprint import Fingerprint
 from insitu.engine.job_options import check_options
-from insitu.engine.job_parts import Demanded, JobBlock, JobModel, JobPart, JobPrompt, Share
+from insitu.engine.job_parts import (
+    MOST_BLOCKS,
+    Demanded,
+    JobBlock,
+    JobModel,
+    JobPart,
+    JobPrompt,
+    Name,
+)
 from insitu.engine.limits import Limits
 from insitu.graph.context import Context, context_of, settings
 from insitu.graph.errors import WireError
 from insitu.graph.location import Location, Mark
 from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.ordinary import ordinary_tensors
-from insitu.graph.save_names import LONGEST_NAME, unfit
+from insitu.graph.save_names import unfit
 from insitu.graph.wire import Frame, Writer, decoded, said_of
 from insitu.graph.wire_message import DigestedTensor, Fields, Index, LinePart, Part, Value
 from insitu.graph.wire_reader import Reader
@@ -39,36 +45,6 @@ VERSION = 1
 """The version of the format. Another one cannot be read."""
 
 _FRAME = Frame(b"insitu job", VERSION, "job")
-_MOST_BLOCKS = 10_000
-
-_Text = Annotated[str, msgspec.Meta(max_length=4096)]
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
-_Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-
-
-_Settings = dict[_Text, bool | int | float | _Text | None]
-
-
-class FingerprintPart(Part):
-    """What the model has to be like: fields as of `Fingerprint`."""
-
-    kind: _Text
-    settings: _Settings
-    tree: dict[_Text, _Text]
-    order: _Digest
-    dtypes: list[_Text]
-    tokens: _Text
-    token_ids: _Settings
-    generation: _Settings | None
-
-
-class ModelPart(Part):
-    """Which model it is for: fields as of `JobModel`."""
-
-    name: _Text
-    revision: _Text
-    edits: list[_Digest]
-    fingerprint: FingerprintPart
 
 
 class PromptPart(Part):
@@ -78,7 +54,7 @@ class PromptPart(Part):
     ids: Value
     mask: Value
     args: list[Value]
-    kwargs: dict[_Name, Value]
+    kwargs: dict[Name, Value]
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None
     steps: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None
 
@@ -86,7 +62,7 @@ class PromptPart(Part):
 class DemandedPart(Part):
     """Options that a value takes, the line that reads it, and the prompts that have them."""
 
-    options: dict[_Name, Value]
+    options: dict[Name, Value]
     line: Index
     prompts: list[Index]
 
@@ -95,30 +71,13 @@ class BlockPart(Part):
     """A block: fields as of `JobBlock`, its graph in two, and its context as numbers."""
 
     procedure: Literal["trace", "generate"]
-    options: dict[_Name, Value]
+    options: dict[Name, Value]
     prompts: list[PromptPart]
     rows: msgspec.Raw
     fields: Fields
-    saves: list[tuple[Index, _Name]]
+    saves: list[tuple[Index, Name]]
     demanded: DemandedPart | None
     begun: list[Index]
-
-
-class SharePart(Part):
-    """What of a block is of one of several jobs: fields as of `Share`."""
-
-    block: Index
-    first: Index
-    count: Index
-    start: Index
-    size: Index
-
-
-class JoinedPart(Part):
-    """One of several jobs: fields as of `JobPart`."""
-
-    shares: Annotated[list[SharePart], msgspec.Meta(max_length=_MOST_BLOCKS)]
-    names: dict[_Name, _Name]
 
 
 class JobMessage(Part):
@@ -128,9 +87,9 @@ class JobMessage(Part):
     files: list[str]
     lines: list[LinePart]
     tensors: list[DigestedTensor]
-    model: ModelPart
-    blocks: Annotated[list[BlockPart], msgspec.Meta(max_length=_MOST_BLOCKS)]
-    parts: Annotated[list[JoinedPart], msgspec.Meta(max_length=_MOST_BLOCKS)]
+    model: JobModel
+    blocks: Annotated[list[BlockPart], msgspec.Meta(max_length=MOST_BLOCKS)]
+    parts: Annotated[list[JobPart], msgspec.Meta(max_length=MOST_BLOCKS)]
 
 
 class _Writer(Writer):
@@ -165,9 +124,9 @@ def to_bytes(
         list(writer.files),
         writer.line_parts,
         described,
-        _model_part(model),
+        model,
         parts,
-        [_joined_part(part) for part in joined],
+        [*joined],
     )
     return _FRAME.around(msgspec.msgpack.encode(message), tensors)
 
@@ -196,22 +155,14 @@ def from_bytes(
         reader.check_tensors()
         if not blocks:
             raise WireError("it has no block")
-        joined = [_joined(part, blocks) for part in message.parts]
-    model = message.model
-    found = model.fingerprint
-    fingerprint = Fingerprint(*[getattr(found, one.name) for one in fields(Fingerprint)])
-    return JobModel(model.name, model.revision, model.edits, fingerprint), blocks, joined
+        for part in message.parts:
+            _check_part(part, blocks)
+    return message.model, blocks, message.parts
 
 
-def _joined_part(part: JobPart) -> JoinedPart:
-    shares = [SharePart(*[getattr(one, n.name) for n in fields(Share)]) for one in part.shares]
-    return JoinedPart(shares, dict(part.names))
-
-
-def _joined(part: JoinedPart, blocks: Sequence[JobBlock]) -> JobPart:
-    """One of several jobs. What it names is there."""
-    shares = [Share(one.block, one.first, one.count, one.start, one.size) for one in part.shares]
-    for share in shares:
+def _check_part(part: JobPart, blocks: Sequence[JobBlock]) -> None:
+    """Raises if one of several jobs names what is not there."""
+    for share in part.shares:
         block = blocks[share.block] if share.block < len(blocks) else None
         if (
             block is None
@@ -219,18 +170,11 @@ def _joined(part: JoinedPart, blocks: Sequence[JobBlock]) -> JobPart:
             or share.start + share.size > len(block.graph)
         ):
             raise WireError("a job that is a part of it has what is not there")
-    if len({share.block for share in shares}) < len(shares):
+    if len({share.block for share in part.shares}) < len(part.shares):
         raise WireError("two blocks of a job that is a part of it are one")
     saved = {name for block in blocks for name in block.saves.values()}
     if not part.names.keys() <= saved or len({*part.names.values()}) < len(part.names):
         raise WireError("a job that is a part of it names what is not saved, or twice the same")
-    return JobPart(shares, part.names)
-
-
-def _model_part(model: JobModel) -> ModelPart:
-    found = model.fingerprint
-    part = FingerprintPart(*[getattr(found, one.name) for one in fields(Fingerprint)])
-    return ModelPart(model.name, model.revision, [*model.edits], part)
 
 
 def _block_part(writer: Writer, block: JobBlock) -> BlockPart:
