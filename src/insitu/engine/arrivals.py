@@ -198,8 +198,8 @@ class Arrivals:
             else:
                 site = Site(invocation, *place, step)
                 own = cut.take(site, value)
-                if index in execution.renewed:
-                    execution.note_part(own, value, partial(cut.take, site))
+                if execution.tape is not None and index in execution.renewed:
+                    execution.tape.parts.note(own, value, partial(cut.take, site))
             if index in self._after:
                 own = execution.standing(self._after[index])
             execution.arrive(index, own)

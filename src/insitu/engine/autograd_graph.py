@@ -1,8 +1,8 @@
-"""The graph of autograd: new tensors at places whose gradient is wanted, and leaves of a loss."""
+"""The graph of autograd: new tensors at places, leaves of a loss, and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,6 +48,41 @@ def origin_of(value: torch.Tensor) -> Any:
     """Returns the step that made a tensor, or the tensor that it is a view of; None for a leaf."""
     base: torch.Tensor | None = value._base
     return value.grad_fn if base is None or base.grad_fn is None else base.grad_fn
+
+
+def derivatives(
+    losses: Sequence[torch.Tensor],
+    wanted: Sequence[Any],
+    options: Mapping[str, Any],
+    goes_on: bool,
+) -> list[torch.Tensor | None]:
+    """Asks autograd for gradients.
+
+    Args:
+        losses: where they start.
+        wanted: of which tensors, or outputs of steps of autograd. If there are none, the pass
+            runs all the same, for what is on its way.
+        options: what the user gave: `gradient`, `retain_graph` and `create_graph` among it.
+        goes_on: whether another pass through the same graph comes after it.
+
+    Returns:
+        The gradient of each, None if the losses do not depend on it.
+    """
+    given = [options.get(name) for name in ("gradient", "retain_graph", "create_graph")]
+    keys = [
+        id(one) if isinstance(one, torch.Tensor) else (one.node, one.output_nr) for one in wanted
+    ]
+    places = dict(zip(keys, wanted, strict=True))  # parts of one value are asked for once
+    found = cast(Any, torch.autograd.grad)(
+        losses,
+        [*places.values()] or losses,
+        given[0],
+        goes_on or given[1],
+        bool(given[2]),
+        allow_unused=True,
+    )
+    of_place = dict(zip(places, found, strict=False))
+    return [of_place[key] for key in keys]
 
 
 def is_used_beside(losses: Sequence[torch.Tensor], step: Any, origin: Any) -> bool:

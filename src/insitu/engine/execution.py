@@ -230,11 +230,6 @@ class Execution:
                 value = self.tape.renewed(index, value, done)
         return value
 
-    def note_part(self, own: Any, whole: Any, cut: Callable[[Any], Any]) -> None:
-        """Notes of what value of a batch an invocation's own is a part: see `Tape.note_part`."""
-        if self.tape is not None:
-            self.tape.note_part(own, whole, cut)
-
     def _completed(self, bit: int, possible: Sequence[int]) -> Sequence[int]:
         """Adds to what a site's arrival makes possible what needed other sites too, in order."""
         self._arrived |= bit

@@ -75,7 +75,7 @@ def run_pass(
     """
     # By name each takes longer.
     call, cuts, may_stop, steps, reads, through, differentiates = single
-    writes, renewed = plan.writes, execution.renewed
+    writes, renewed, tape = plan.writes, execution.renewed, execution.tape
     found = plan.readers.get((*cuts,)) if reads is None else None
     kept, special = _readers(plan, single) if found is None else found
     readers = kept.copy()
@@ -120,8 +120,8 @@ def run_pass(
             else:
                 site = Site(invocation, path, kind, call)
                 own = cut.take(site, value)
-                if index in renewed:
-                    execution.note_part(own, value, partial(cut.take, site))
+                if tape is not None and index in renewed:
+                    tape.parts.note(own, value, partial(cut.take, site))
                 execution.arrive(index, own)
             if index in writes:
                 written = True
@@ -153,8 +153,8 @@ def run_pass(
                 arrivals.stopped = True
         finally:
             set_grad_enabled(grad_enabled)
-            if execution.tape is not None and differentiates and len(cuts) > 1:
-                execution.tape.is_batched = True
+            if tape is not None and differentiates and len(cuts) > 1:
+                tape.is_batched = True
             if arrivals is not None:
                 arrivals.end()
             remove_hooks(hooks)
