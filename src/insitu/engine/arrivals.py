@@ -18,12 +18,12 @@ from torch import nn
 
 from insitu.engine.execution import Execution
 from insitu.engine.functions import called_at_its_places
-from insitu.engine.hooks import changed_value
 from insitu.engine.interpose import Hooks, Own, Taps, put_hook, put_last, remove_hook, take_last
 from insitu.engine.model_call import Pass
 from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
 from insitu.engine.plan import Plan, Readers
 from insitu.engine.probe import fake_result
+from insitu.engine.written_value import changed_value
 from insitu.graph.changes import Changes, set_grad_enabled
 from insitu.graph.node import EVERY, NO_KWARGS, SEPARATOR, Kind, Place, Site
 from insitu.graph.structure import clone, map_structure, tensors_of

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from insitu.engine.execution import Execution
-from insitu.engine.failure import failure
-from insitu.engine.failures import Failed, Failures, ends_all
+from insitu.engine.failures import Failed, Failures, ends_all, operation_error
 from insitu.engine.gradient_binding import Backward
 from insitu.graph.changes import changing
 from insitu.graph.context import entered
@@ -114,7 +113,7 @@ def _run(
     except InsituError:
         raise
     except Exception as error:
-        raise failure(graph, execution._values, first, error) from error
+        raise operation_error(graph, execution._values, first, error) from error
     for index in group:
         for source in graph.rows[index][3]:
             execution._use(source)

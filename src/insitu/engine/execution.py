@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 from insitu.engine.draws import Draws
-from insitu.engine.failure import failure
+from insitu.engine.failures import operation_error
 from insitu.engine.gradient_binding import Path
 from insitu.engine.gradients import Tape
-from insitu.engine.order import causality_error
+from insitu.engine.order import too_early
 from insitu.engine.plan import Plan
 from insitu.graph.bounds import Counter, counting
 from insitu.graph.cells import Holder
-from insitu.graph.errors import InsituError, NeverRanError
+from insitu.graph.errors import InsituError
 from insitu.graph.evaluation import resolved
-from insitu.graph.expression import expression, located
+from insitu.graph.expression import located
 from insitu.graph.node import Graph, Ref, Row
 from insitu.graph.operations import APPLY
 from insitu.graph.saved import SavedTensor, set_class, spent, swap
@@ -193,7 +193,7 @@ class Execution:
                 if isinstance(error, InsituError) and error.location is not None:
                     raise
                 cause = None if isinstance(error, InsituError) else error  # it is said once
-                raise failure(self._graph, values, step, error) from cause
+                raise operation_error(self._graph, values, step, error) from cause
             if tape is not None:
                 self._done.add(step)
                 if step in self.renewed:
@@ -251,14 +251,7 @@ class Execution:
         Raises:
             CausalityError: if the value depends on what has not arrived yet.
         """
-        write = self._plan.writes[index]
-        value = self._values[write]
-        if value is _PENDING:
-            raise self._too_early(index, write)
-        self._uses[write] -= 1
-        if not self._uses[write]:
-            self._values[write] = None
-        return value
+        return self._handed_over(index, self._plan.writes[index])
 
     def standing(self, index: int) -> Any:
         """Returns what a write is about to put at a site.
@@ -281,10 +274,18 @@ class Execution:
         Raises:
             CausalityError: if the value depends on what has not arrived yet.
         """
-        value = self._values[self._plan.skips[index]]
+        return self._handed_over(index, self._plan.skips[index])
+
+    def _handed_over(self, read: int, node: int) -> Any:
+        """What the model gets at a site, from the node that makes it."""
+        value = self._values[node]
         if value is _PENDING:
-            raise self._too_early(index, self._plan.skips[index])
-        self._use(self._plan.skips[index])
+            self.failing = (node,)
+            missing = self._plan.needs[node] & ~self._arrived
+            raise too_early(self._graph, self._plan, read, node, missing, self.ended)
+        self._uses[node] -= 1
+        if not self._uses[node]:
+            self._values[node] = None
         return value
 
     def checked(self, index: int, make: Callable[[], Any]) -> Any:
@@ -299,22 +300,6 @@ class Execution:
         except InsituError as error:
             self.failing = (self._plan.skips[index],)
             raise located(self._graph, self._plan.skips[index], error) from error
-
-    def _too_early(self, index: int, write: int) -> InsituError:
-        """The error for something that is handed over and depends on what has not arrived yet."""
-        self.failing = (write,)
-        missing = self._plan.needs[write] & ~self._arrived
-        late = [read for read, bit in self._plan.bits.items() if missing & bit]
-        for read in late:
-            site = self._graph[read].site
-            if site is not None and site.invocation in self.ended:
-                return NeverRanError(
-                    f"`{expression(self._graph, index)}` is given a value that depends on "
-                    f"`{expression(self._graph, read)}` of an invocation that ended after "
-                    f"{self.ended[site.invocation]} steps, and this one goes on; it stands at",
-                    self._graph[write].location,
-                )
-        return causality_error(self._graph, self._plan, index, write, late)
 
     def next_step(self) -> None:
         """Ends a step of a run, also the last: keeps what it saves, and makes ready for another."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import CodeType
 from typing import Any, cast
 
@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from insitu.engine.autograd_graph import computed_of
-from insitu.engine.plan import Gradients
 from insitu.graph.node import Function, Graph, Ref, Subgraph, WeightRef
 
 
 def leaves_of(
-    graph: Graph, gradients: Gradients, requests: object, model: nn.Module
+    graph: Graph, constants: Collection[int], requests: object, model: nn.Module
 ) -> list[torch.Tensor]:
     """Returns the user's own tensors that want a gradient, and none of the model's parameters.
 
@@ -24,12 +23,12 @@ def leaves_of(
 
     Args:
         graph: what is to be done, with its constants.
-        gradients: which of its nodes may have such tensors.
+        constants: the nodes that have such tensors among them.
         requests: what the model is called with.
         model: the wrapped module.
     """
     found: dict[int, torch.Tensor] = {}
-    for index in gradients.constants:
+    for index in constants:
         found |= constants_of(graph, index)
     _search(requests, found)
     for tensor in [tensor for tensor in found.values() if not tensor.is_leaf]:

@@ -5,20 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from insitu.engine.hooks import Cut
 from insitu.engine.interpose import Own
-from insitu.graph.node import Address, Kind, Place
+from insitu.graph.node import Address, Kind, Place, Site
+
+Deliver = Callable[[Kind, Any], Any]
+"""Hands what passes a place that is no module's to the experiment, given which value of the whole
+model it is; returns what is to stand there: the value itself, unless it is written."""
 
 
-class Deliver(Protocol):
-    """Hands what passes a place to the experiment, for places that are no module's."""
+class Cut(Protocol):
+    """An invocation's own part of what passes the sites of a whole batch."""
 
-    def __call__(self, kind: Kind, value: Any) -> Any:
-        """Returns what is to stand there: the value itself, unless it is written.
+    def take(self, site: Site, value: Any) -> Any:
+        """Returns the invocation's part of a value, as it would lie in memory alone.
 
         Args:
-            kind: which value of the whole model it is.
-            value: what passes.
+            site: where the value arrived.
+            value: what arrived there, for the batch.
+        """
+        ...
+
+    def put(self, site: Site, value: Any, own: Any) -> None:
+        """Fills the invocation's part of a value with another.
+
+        Args:
+            site: where the value arrived.
+            value: a copy of what arrived there, for the batch, widened. It is written to.
+            own: what the invocation puts there.
+        """
+        ...
+
+    def widen(self, site: Site, value: Any) -> Any:
+        """Returns a value in which each row has a part that can be written to.
+
+        Args:
+            site: where the value arrived.
+            value: what arrived there, for the batch; it is returned itself if that is so already.
         """
         ...
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from insitu.engine.plan import Plan
-from insitu.graph.errors import CausalityError
+from insitu.graph.errors import CausalityError, InsituError, NeverRanError
 from insitu.graph.expression import expression
 from insitu.graph.node import Graph
 
@@ -48,3 +48,29 @@ def causality_error(
         f"when the model passes the site; it stands at",
         graph[write].location,
     )
+
+
+def too_early(
+    graph: Graph, plan: Plan, read: int, write: int, missing: int, ended: Mapping[int, int]
+) -> InsituError:
+    """Returns the error for a write, or a skip, whose value is not there when it is needed.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+        read: as of `causality_error`.
+        write: likewise.
+        missing: the sites that it waits for, as a set of bits.
+        ended: the invocations that have no further steps, with how many they had.
+    """
+    late = [index for index, bit in plan.bits.items() if missing & bit]
+    for index in late:
+        site = graph[index].site
+        if site is not None and site.invocation in ended:
+            return NeverRanError(
+                f"`{expression(graph, read)}` is given a value that depends on "
+                f"`{expression(graph, index)}` of an invocation that ended after "
+                f"{ended[site.invocation]} steps, and this one goes on; it stands at",
+                graph[write].location,
+            )
+    return causality_error(graph, plan, read, write, late)

@@ -18,11 +18,11 @@ from torch import nn
 
 from insitu.engine.arrivals import Arrivals
 from insitu.engine.execution import Execution
-from insitu.engine.hooks import changed_value
 from insitu.engine.interpose import Hooks, put_hook, remove_hook, remove_hooks
 from insitu.engine.model_call import Pass
 from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
 from insitu.engine.plan import Plan, Readers
+from insitu.engine.written_value import changed_value
 from insitu.graph.changes import Changes, set_grad_enabled
 from insitu.graph.context import is_grad_enabled
 from insitu.graph.node import NO_KWARGS, SEPARATOR, Kind, Site

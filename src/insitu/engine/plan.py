@@ -14,11 +14,12 @@ import torch
 
 from insitu.engine.copies import reusable
 from insitu.engine.gradient_binding import Backward, Path, bound_to, joined, place_of
+from insitu.engine.leaves import constants_of
 from insitu.graph.errors import CausalityError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Mark
-from insitu.graph.node import EVERY, Address, Graph, Kind, Ref, Site
-from insitu.graph.operations import ARITHMETIC, BACKWARD, GRAD, PUT, READ, Operation
+from insitu.graph.node import EVERY, Address, Function, Graph, Kind, Ref, Site
+from insitu.graph.operations import APPLY, ARITHMETIC, BACKWARD, GRAD, PUT, READ, Operation
 
 Readers = dict[tuple[str, Kind, int, int], Sequence[tuple[int, int]]]
 """The nodes that read what passes a place in a step, each with its invocation."""
@@ -55,10 +56,10 @@ class Gradients:
             with a node that stands for its gradient.
         losses: where backward passes start, of what stands at a site or is a view of that.
         joint: the backward passes in their order, together those that run as one.
-        overwritten: whether the model was seen to write into what was made a new tensor, or into
-            something in the same memory; None before the first run.
         constants: the nodes among whose constants are tensors that require a gradient.
         opaque: whether a Python function is called, which may use such tensors too.
+        overwritten: whether the model was seen to write into what was made a new tensor, or into
+            something in the same memory; None before the first run.
     """
 
     bound: dict[int, list[int]]
@@ -66,9 +67,9 @@ class Gradients:
     renewed: dict[int, dict[Path, int]]
     losses: Collection[int]
     joint: Sequence[Backward]
-    constants: Sequence[int] = ()
+    constants: Sequence[int]
+    opaque: bool
     overwritten: bool | None = None
-    opaque: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -153,7 +154,8 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     Raises:
         OperationError: if values of every step are used where there is only one step, or there is
             no backward pass for a gradient.
-        CausalityError: if something is to run in every step that needs a later one.
+        CausalityError: if something is to run in every step that needs a later one, or the model
+            would have to wait for a gradient.
     """
     reads: dict[Address, int] = {}
     bits: dict[int, int] = {}
@@ -210,6 +212,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
             uses[index] += 1
     if graph.differentiates:
         plan.gradients = _gradients(graph, grads, backwards)
+        _check_gradients(graph, plan, (*grads, *backwards))
     sites = 0
     for address, index in reads.items():
         if address[4] == EVERY:
@@ -276,7 +279,34 @@ def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradient
     starts = {arg.index for index in backwards for arg in graph.rows[index][1]}
     losses = [node for node in starts if graph.rows[place_of(graph, node)[0]][0] is READ]
     bound, joint = bound_to(graph, grads, backwards), joined(graph, backwards)
-    return Gradients(bound, wanted, renewed, losses, joint)
+    constants = [index for index in range(len(graph)) if constants_of(graph, index)]
+    opaque = any(row[0] is APPLY and isinstance(row[1][0], Function) for row in graph.rows)
+    return Gradients(bound, wanted, renewed, losses, joint, constants, opaque)
+
+
+def _check_gradients(graph: Graph, plan: Plan, late: Sequence[int]) -> None:
+    """Raises if there are gradients that cannot be had.
+
+    Args:
+        graph: what is to be done.
+        plan: its plan.
+        late: the nodes that come after the model has run.
+    """
+    after = sum(plan.bits[index] for index in late)
+    for read, write in (*graph.writes.items(), *graph.skips.items()):
+        if graph[read].operation is READ and plan.needs[write] & after:
+            raise CausalityError(
+                f"`{expression(graph, read)}` is given a value that depends on a gradient, and "
+                "gradients come when the model has run.",
+                graph[write].location,
+            )
+    every = sum(plan.bits[index] for address, index in plan.reads.items() if address[4] == EVERY)
+    for index in late:
+        if any(plan.needs[source] & every for source in graph.rows[index][3]):
+            raise OperationError(
+                f"`{expression(graph, index)}` cannot be in `every_step`: take single steps.",
+                graph[index].location,
+            )
 
 
 def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int) -> Repeated:

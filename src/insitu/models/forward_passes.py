@@ -11,9 +11,8 @@ from torch import nn
 from insitu.batching.layout import Part
 from insitu.batching.pass_plan import PassPlan, Row
 from insitu.batching.shares import Offset, Share
-from insitu.engine.hooks import Cut
 from insitu.engine.interpose import Own
-from insitu.engine.model_call import Deliver, Pass
+from insitu.engine.model_call import Cut, Deliver, Pass
 from insitu.graph.node import Kind, Place
 from insitu.models.calls import alone, arguments, forward
 from insitu.models.joined_prompts import join

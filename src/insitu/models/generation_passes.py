@@ -12,10 +12,9 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from insitu.batching.demand import Terms
 from insitu.batching.pass_plan import PassPlan, Row
 from insitu.batching.shares import Share
-from insitu.engine.hooks import Cut
 from insitu.engine.interpose import Own
 from insitu.engine.job_outcome import Outputs
-from insitu.engine.model_call import Deliver, Pass, Steps
+from insitu.engine.model_call import Cut, Deliver, Pass, Steps
 from insitu.engine.seams import listened
 from insitu.models.attention import OPTION
 from insitu.models.choosing import listening, seeded

@@ -26,7 +26,6 @@ from insitu.engine.call_path import CallPath
 from insitu.engine.eager import is_compiled
 from insitu.engine.exclusive import Exclusive
 from insitu.engine.fallback import logger
-from insitu.engine.gradient_checks import check_gradients
 from insitu.engine.model_call import Pass
 from insitu.engine.plan import Plan, make_plan
 from insitu.engine.tree import Tree, Watched
@@ -114,8 +113,6 @@ def plan_run(run: Run) -> tuple[Prepared, Sequence[Pass]]:
     check_arguments(graph)
     plan = make_plan(graph, run.lines.saves)
     watched = _watched(model, graph, plan)
-    if graph.differentiates:
-        check_gradients(graph, plan)
     work = Work(graph, plan, asked_by(graph, plan, len(requests)), partial(_moments, run))
     demands = procedure.demands(tree.root, requests, work)
     if len(requests) == 1:

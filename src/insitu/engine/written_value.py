@@ -5,46 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
 from insitu.engine.execution import Execution
+from insitu.engine.model_call import Cut
 from insitu.engine.plan import Plan
 from insitu.graph.node import Place, Site
 from insitu.graph.structure import clone, map_structure
-
-
-class Cut(Protocol):
-    """An invocation's own part of what passes the sites of a whole batch."""
-
-    def take(self, site: Site, value: Any) -> Any:
-        """Returns the invocation's part of a value, as it would lie in memory alone.
-
-        Args:
-            site: where the value arrived.
-            value: what arrived there, for the batch.
-        """
-        ...
-
-    def put(self, site: Site, value: Any, own: Any) -> None:
-        """Fills the invocation's part of a value with another.
-
-        Args:
-            site: where the value arrived.
-            value: a copy of what arrived there, for the batch, widened. It is written to.
-            own: what the invocation puts there.
-        """
-        ...
-
-    def widen(self, site: Site, value: Any) -> Any:
-        """Returns a value in which each row has a part that can be written to.
-
-        Args:
-            site: where the value arrived.
-            value: what arrived there, for the batch; it is returned itself if that is so already.
-        """
-        ...
 
 
 def changed_value(
