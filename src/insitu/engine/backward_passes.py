@@ -73,8 +73,9 @@ def _of_pass(execution: Execution, failures: Failures, nodes: Sequence[int]) -> 
 
 def _check_complete(execution: Execution, index: int) -> None:
     """Raises if what a backward pass starts with is not there."""
-    graph = execution._graph
-    if all(source in execution._done for source in graph.rows[index][3]):
+    graph, tape = execution._graph, execution.tape
+    assert tape is not None
+    if tape.done.issuperset(graph.rows[index][3]):
         return
     raise CausalityError(
         f"`{expression(graph, index)}` depends on what comes after it: a gradient of its own, or "

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
 _PENDING = object()
-# What `torch.no_grad()` comes down to, without the objects that it takes to get there.
-set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled  # pyright: ignore[reportPrivateUsage]
 
 
 class Execution:
@@ -109,8 +107,6 @@ class Execution:
             for index in plan.repeated.saves:
                 self._values[index] = _PENDING
         if plan.gradients is not None:
-            self._done: set[int] = set()
-            self._wanted = plan.gradients.wanted
             self.renewed = plan.gradients.renewed
             root = self._modules.get("")
             changed = plan.writes
@@ -144,11 +140,7 @@ class Execution:
         """
         rows, values, uses, tape = self._rows, self._values, self._uses, self.tape
         if tape is not None:
-            self._done.add(index)
-            if index in self._wanted:
-                value = tape.follow(index, value)
-            if index in tape.losses:
-                tape.begin_at(index, value)
+            value = tape.note(index, value)
         values[index] = value
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
@@ -195,13 +187,9 @@ class Execution:
                 cause = None if isinstance(error, InsituError) else error  # it is said once
                 raise operation_error(self._graph, values, step, error) from cause
             if tape is not None:
-                self._done.add(step)
                 if step in self.renewed:
                     result = tape.renewed(step, result)
-                if step in self._wanted:
-                    result = tape.follow(step, result)
-                if step in tape.losses:
-                    tape.begin_at(step, result)
+                result = tape.note(step, result)
                 if operation.name == APPLY.name:  # it may write into what it is given
                     tape.rewritten(args)
             for source in inputs:
@@ -313,7 +301,7 @@ class Execution:
             if values[index] is not _PENDING:
                 self._steps[index].append(values[index])
         if self.tape is not None:
-            self._done.difference_update(repeated.nodes)
+            self.tape.done.difference_update(repeated.nodes)
         for index in repeated.nodes:
             values[index] = None
             uses[index] = self._plan.uses[index]
