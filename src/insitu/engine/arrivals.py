@@ -31,7 +31,7 @@ from insitu.graph.writing import fitted
 
 if TYPE_CHECKING:
     from insitu.engine.model_call import Pass
-    from insitu.engine.observed_run import ObservedPasses
+    from insitu.engine.observed_passes import ObservedPasses
 
 _OF_MODULES = frozenset(["output", "input", "inputs"])
 

@@ -35,7 +35,7 @@ from insitu.graph.saved_proxy import SavedProxy
 from insitu.graph.structure import map_structure, memory_of
 
 if TYPE_CHECKING:
-    from insitu.engine.observed_run import ObservedPasses
+    from insitu.engine.observed_passes import ObservedPasses
 
 NO_MODULES: Mapping[str, nn.Module] = MappingProxyType({})
 _PENDING = object()

@@ -16,14 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from insitu.engine.events import (
-    Event,
-    PassEnded,
-    PassStarted,
-    StepStarted,
-    TokensChosen,
-    ValueSaved,
-)
+from insitu.engine.events import Event, ValueSaved
 from insitu.engine.interpose import tapped
 from insitu.engine.seams import Seams, Told, seams
 from insitu.engine.sinks import SaveKey
@@ -83,16 +76,20 @@ class ObservedRun:
     Args:
         around: who looks.
         lines: what it has recorded.
+
+    Attributes:
+        block: the place of the block in its session or job, from 0.
+        numbers: the numbers that its invocations have in the block, if it is run in part.
     """
 
     def __init__(self, around: Seams, lines: NamedLines) -> None:
         self._around = around
-        self._block = max(lines.order - 1, 0)
-        self._keys = _keys(lines, self._block)
+        self.block = max(lines.order - 1, 0)
+        self.numbers = lines.numbers
+        self._keys = _keys(lines, self.block)
         self._kept = {id(lines.saves[index]) for index in lines.kept if index in lines.saves}
         self._told: set[Told] = set() if around.told is None else around.told
         self._given: set[int] = set()
-        self._numbers = lines.numbers
 
     def part(self, numbers: Sequence[int]) -> ObservedRun:
         """Returns the same run for some of the block's invocations.
@@ -101,8 +98,8 @@ class ObservedRun:
             numbers: their numbers in the block.
         """
         found = copy.copy(self)
-        whole = self._numbers
-        found._numbers = numbers if whole is None else [whole[number] for number in numbers]
+        whole = self.numbers
+        found.numbers = numbers if whole is None else [whole[number] for number in numbers]
         return found
 
     @property
@@ -242,116 +239,6 @@ class ObservedRun:
             raise Ended(error) from None
         finally:
             seams.reset(token)
-
-    def passes(
-        self,
-        invocations: Sequence[Sequence[int]],
-        costs: Sequence[float],
-    ) -> ObservedPasses:
-        """Returns what is told of the passes of a run.
-
-        Args:
-            invocations: the invocations of each.
-            costs: what each costs beside the others.
-        """
-        return ObservedPasses(self, self._block, invocations, costs, self._numbers)
-
-
-class ObservedPasses:
-    """The passes of an observed run.
-
-    Args:
-        run: the run.
-        block: the block.
-        invocations: the invocations of each.
-        costs: what each costs beside the others.
-        numbers: the numbers that the invocations have in the block, if it is run in part.
-    """
-
-    def __init__(
-        self,
-        run: ObservedRun,
-        block: int,
-        invocations: Sequence[Sequence[int]],
-        costs: Sequence[float],
-        numbers: Sequence[int] | None,
-    ) -> None:
-        self._run, self._block, self._numbers = run, block, numbers
-        self._invocations, self._costs = invocations, costs
-        self._total = sum(costs) or 1.0
-        self._spent = 0.0
-        self._ran = 0
-
-    def begins(self, number: int) -> None:
-        """Is told that a pass begins.
-
-        Args:
-            number: its number.
-
-        Raises:
-            Ended: if the run was cancelled, or a listener raises.
-        """
-        self._run.check(f"after {self._ran} of {len(self._costs)} passes")
-        self._run.tell(PassStarted(*self._of(number)))
-
-    def ended(self, number: int) -> None:
-        """Is told that a pass has ended.
-
-        Args:
-            number: its number.
-
-        Raises:
-            Ended: if a listener raises.
-        """
-        self._ran += 1
-        self._spent += self._costs[number]
-        self._run.tell(PassEnded(*self._of(number)))
-
-    def step_begins(self, step: int, invocations: Sequence[int]) -> None:
-        """Is told that a step of a generation begins.
-
-        Args:
-            step: which.
-            invocations: those that go on in it.
-
-        Raises:
-            Ended: if the run was cancelled, or a listener raises.
-        """
-        self._run.check(f"before step {step} of a generation")
-        self._run.tell(StepStarted(self._block, self._named(invocations), step))
-
-    def backward_begins(self) -> None:
-        """Is told that a backward pass begins.
-
-        Raises:
-            Ended: if the run was cancelled.
-        """
-        self._run.check("before a backward pass")
-
-    def chosen(self, invocation: int, step: int, ids: torch.Tensor) -> None:
-        """Is told which tokens a step has chosen.
-
-        Args:
-            invocation: whose they are.
-            step: which step.
-            ids: the token of each row, `(rows,)`.
-
-        Raises:
-            Ended: if a listener raises.
-        """
-        if self._run.is_listened_to:
-            (number,) = self._named([invocation])
-            self._run.tell(TokensChosen(self._block, number, step, tuple(map(int, ids))))
-
-    def _named(self, invocations: Sequence[int]) -> Sequence[int]:
-        """Invocations by the numbers that they have in the block."""
-        if self._numbers is None:
-            return tuple(invocations)
-        return tuple(self._numbers[number] for number in invocations)
-
-    def _of(self, number: int) -> tuple[int, int, int, Sequence[int], float]:
-        own = self._named(self._invocations[number])
-        return self._block, number, len(self._costs), own, self._spent / self._total
 
 
 def run_observed(around: Seams, lines: NamedLines, run: Callable[[ObservedRun], Result]) -> Result:

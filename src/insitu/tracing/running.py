@@ -249,6 +249,8 @@ def _observe(
     observed: ObservedRun, execution: Execution, prepared: Prepared, run: Run, again: bool
 ) -> None:
     """Lets others look at a run that is about to begin."""
+    from insitu.engine.observed_passes import ObservedPasses  # of use only where somebody looks
+
     path = prepared.path
     costs = explained(run).costs if observed.is_listened_to else [1.0] * len(run.passes)
     invocations = [single.invocations for single in run.passes]
@@ -257,7 +259,7 @@ def _observe(
         return not again or path.now == path.then
 
     execution.observe(
-        observed.passes(invocations, costs),
+        ObservedPasses(observed, invocations, costs),
         partial(observed.saves_told, saves=run.lines.saves, uses=prepared.plan.uses, holds=holds),
     )
 
