@@ -13,7 +13,7 @@ from torch import nn
 
 from insitu.batching.demand import Demands, Work
 from insitu.batching.pass_plan import PassPlan
-from insitu.engine.counts import Counts
+from insitu.engine.counting import Counts
 from insitu.engine.exclusive import Exclusive
 from insitu.engine.job_outcome import Outputs
 from insitu.engine.model_call import Pass

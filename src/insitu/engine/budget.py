@@ -7,7 +7,6 @@ without data first, with the sizes that their arguments have by then.
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch._subclasses import FakeTensorMode
 
-from insitu.engine.counting import Counting
+from insitu.engine.counting import Counting, Held
 from insitu.engine.largest import asked, largest
 from insitu.engine.limits import Limits
 from insitu.graph.bounds import counting
@@ -24,7 +23,7 @@ from insitu.graph.errors import LimitError
 from insitu.graph.fake_tensors import on_fake_tensors
 from insitu.graph.node import Function, Row
 from insitu.graph.operations import APPLY, READ, Operation
-from insitu.graph.structure import map_structure, storage_of, tensors_of
+from insitu.graph.structure import map_structure, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +58,7 @@ class Budget:
         self._nodes = 0
         self._begun: float | None = None
         self._block = Beforehand((), 0)
-        self._live = 0
-        self._storages: dict[int, weakref.ref[Any]] = {}
+        self._held = Held()
         self._looks = False
 
     @contextmanager
@@ -156,7 +154,9 @@ class Budget:
                 finally:
                     self._looks = looked
             if self.limits.peak_bytes is not None:
-                self._made(result)
+                for tensor in tensors_of(result):
+                    self._held.add(tensor)
+                self._check_bytes(0)
             return result
 
         return called
@@ -196,23 +196,6 @@ class Budget:
         self.limits.check("operations", self.flops, what)
 
     def _check_bytes(self, size: int) -> None:
-        whole = self._live + self._block.held + size
+        whole = self._held.bytes + self._block.held + size
         what = f"would take {size:,} bytes, which makes {whole:,} at once"
         self.limits.check("peak_bytes", whole, what)
-
-    def _made(self, result: Any) -> None:
-        """Counts the memory of a value, until it is gone."""
-        for tensor in tensors_of(result):
-            number = storage_of(tensor)
-            if number in self._storages:
-                continue
-            storage = tensor.untyped_storage()
-            size = int(storage.nbytes())
-
-            def gone(_: object, number: int = number, size: int = size) -> None:
-                if self._storages.pop(number, None) is not None:
-                    self._live -= size
-
-            self._storages[number] = weakref.ref(storage, gone)
-            self._live += size
-        self._check_bytes(0)

@@ -12,14 +12,12 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from insitu.engine.counts import Counts
-from insitu.graph.structure import tensors_of
+from insitu.graph.structure import storage_of, tensors_of
 
 _CUBIC = 10.0
 """Operations for each m * n * min(m, n) of a decomposition: the order of an SVD with vectors."""
@@ -29,23 +27,71 @@ _NO_DECOMPOSITIONS = ("linalg_vector_norm", "linalg_cross", "linalg_vecdot")
 _SORTS = ("sort", "topk", "kthvalue", "median", "mode", "unique", "quantile", "searchsorted")
 
 
+class Counts(NamedTuple):
+    """What a computation takes.
+
+    Attributes:
+        flops: floating-point operations.
+        peak: the most bytes of values that it made and that were there at once.
+        made: the bytes of all values that it made. Autograd may keep all of them.
+        left: the bytes of those that were there at the end.
+    """
+
+    flops: float
+    peak: int
+    made: int
+    left: int
+
+
+class Held:
+    """The memory of values, each storage once and for as long as it is there.
+
+    Attributes:
+        bytes: how much there is now.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, tensor: torch.Tensor) -> int:
+        """Counts the memory of a tensor until it is gone.
+
+        Returns:
+            How much it is, 0 if it is counted already.
+        """
+        number = storage_of(tensor)
+        if number in self._known:
+            return 0
+        storage = tensor.untyped_storage()
+        size = int(storage.nbytes())
+
+        def gone(_: object) -> None:
+            if self._known.pop(number, None) is not None:
+                self.bytes -= size
+
+        self._known[number] = weakref.ref(storage, gone)
+        self.bytes += size
+        return size
+
+
 class Counting(TorchDispatchMode):
     """Counts the operations in its block, which run on tensors without data."""
 
     def __init__(self) -> None:
         super().__init__()
         self._flops = 0.0
-        self._live = self._peak = self._made = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._held = Held()
+        self._peak = self._made = 0
 
     @property
     def counts(self) -> Counts:
         """What was counted so far."""
-        return Counts(self._flops, self._peak, self._made, self._live)
+        return Counts(self._flops, self._peak, self._made, self._held.bytes)
 
     def restart(self) -> None:
         """Lets `peak` be of what is made from now on, and of what is there now."""
-        self._peak = self._live
+        self._peak = self._held.bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -55,30 +101,19 @@ class Counting(TorchDispatchMode):
         packet = func._overloadpacket
         given = tensors_of((args, dict(kwargs)))
         self._flops += _flops(packet, args, kwargs, given, result)
-        storages = {id(one.untyped_storage()) for one in given}
+        there = set(map(storage_of, given))
         for tensor in tensors_of(result):
-            storage = tensor.untyped_storage()
-            if id(storage) not in storages and id(storage) not in self._known:
-                self._add(storage)
+            if storage_of(tensor) not in there:
+                self._made += self._held.add(tensor)
+        self._peak = max(self._peak, self._held.bytes)
         return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        """Counts the memory of a new value, until it is gone."""
-        number, size = id(storage), int(storage.nbytes())
-
-        def gone(_: object) -> None:
-            if self._known.pop(number, None) is not None:
-                self._live -= size
-
-        self._known[number] = weakref.ref(storage, gone)
-        self._live += size
-        self._made += size
-        self._peak = max(self._peak, self._live)
 
 
 def _flops(
     packet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: list[Any], result: Any
 ) -> float:
+    from torch.utils.flop_counter import flop_registry  # it takes a while to import
+
     if packet in flop_registry:
         return float(cast(Any, flop_registry)[packet](*args, **kwargs, out_val=result))
     name = str(packet.__name__)

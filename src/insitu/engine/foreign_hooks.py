@@ -72,14 +72,7 @@ def users_hooks_hang_on(parts: Iterable[nn.Module]) -> bool:
     Args:
         parts: the modules of the model. Those without hooks may be left out.
     """
-    for table in _global_tables():
-        if table and any(map(_is_the_users, table.values())):
-            return True
-    for part in parts:
-        for table in cast("_Tables", (part._forward_hooks, part._forward_pre_hooks)):
-            if table and not all(is_the_models(hook, part) for hook in table.values()):
-                return True
-    return False
+    return next(users_hooks(parts), None) is not None
 
 
 def users_hooks(parts: Iterable[nn.Module]) -> Iterator[tuple[dict[Any, Any], Any, Any]]:

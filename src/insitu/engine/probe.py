@@ -16,9 +16,8 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from insitu.engine.ambient import autocast_dtype
 from insitu.engine.contents import Contents, has_contents
-from insitu.engine.counts import Counts
+from insitu.engine.counting import Counting, Counts
 from insitu.engine.functions import Called, returns_tensors
 from insitu.engine.interpose import tapped
 from insitu.engine.keeping import fake_weights
@@ -29,6 +28,25 @@ from insitu.graph.errors import UnknownShapeError
 from insitu.graph.fake_tensors import on_fake_tensors
 from insitu.graph.node import Place
 from insitu.graph.structure import map_structure
+
+Ambient = tuple[torch.dtype | None, ...]
+"""The default dtype, and that of autocast on each kind of device, None where it is off."""
+
+_KINDS = ("cpu", "cuda")
+
+
+def ambient() -> Ambient:
+    """Returns the settings that are in force."""
+    return (torch.get_default_dtype(), *map(autocast_dtype, _KINDS))
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """Returns the dtype of autocast on a kind of device, None if it is off.
+
+    Args:
+        kind: the kind, such as "cuda".
+    """
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class Call(NamedTuple):
@@ -141,7 +159,6 @@ def count(module: nn.Module, call: Call) -> Counts:
     Raises:
         UnknownShapeError: if the module cannot be run without data.
     """
-    from insitu.engine.counting import Counting  # its formulas take a while to import
 
     def run(*args: Any, **kwargs: Any) -> Counts:
         counting = Counting()

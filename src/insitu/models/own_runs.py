@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from insitu.engine.ambient import ambient
-from insitu.engine.counts import Counts
+from insitu.engine.counting import Counts
 from insitu.engine.eager import is_compiled, run_uncompiled
 from insitu.engine.exclusive import Exclusive
 from insitu.engine.interpose import set_aside
 from insitu.engine.places import View
-from insitu.engine.probe import Call, Probe, count, fake_run, probe
+from insitu.engine.probe import Call, Probe, ambient, count, fake_run, probe
 from insitu.engine.probe_cache import CallForm, ProbeCache, form_of, resized
 from insitu.engine.tree import Tree
 from insitu.graph.changes import Changes, changing

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from insitu.engine.dataflow import Dataflow
+from insitu.engine.dataflow import Applied, Dataflow, Value
 from insitu.engine.fallback import Fallback, tried
-from insitu.engine.forward_calls import Applied, Value
 from insitu.graph.structure import map_structure
 from insitu.models.anatomy.reading import RESHAPES
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from insitu.batching.procedure import Procedure
-from insitu.engine.counts import Counts
+from insitu.engine.counting import Counts
 from insitu.engine.eager import uncompiled
 from insitu.engine.exclusive import Exclusive, exclusive
 from insitu.engine.foreign_hooks import users_hooks_hang_on

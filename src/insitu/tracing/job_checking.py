@@ -11,7 +11,7 @@ import torch
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned, Summary
 from insitu.engine.budget import Beforehand, Budget
-from insitu.engine.counts import Counts
+from insitu.engine.counting import Counts
 from insitu.engine.job import Job
 from insitu.engine.limits import Limits
 from insitu.engine.probe import Call

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from insitu.batching.layout import UnexpectedShapeError
 from insitu.batching.pass_plan import renumbered
 from insitu.batching.procedure import Outputs, Subject
-from insitu.engine.ambient import ambient
+from insitu.engine.probe import ambient
 from insitu.engine.arrivals import Arrivals
 from insitu.engine.backward_passes import run_backwards
 from insitu.engine.eager import eagerly

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from insitu.engine.forward_calls import Event
+from insitu.engine.dataflow import Event
 from insitu.graph.node import SEPARATOR
 from insitu.models.anatomy.heads import Core
 from insitu.models.anatomy.reading import RESHAPES, Reading

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from insitu.engine.forward_calls import Event
+from insitu.engine.dataflow import Event
 from insitu.graph.node import SEPARATOR
 from insitu.models.anatomy.reading import FUSED, MOVES, Reading
 from insitu.models.parts import Heads, Spot
