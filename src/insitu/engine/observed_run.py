@@ -290,10 +290,6 @@ def _scopes(graph: Graph) -> list[frozenset[int]]:
     """The invocations that each node's value is computed of."""
     found: list[frozenset[int]] = []
     for operation, args, _, inputs, _, _ in graph.rows:
-        if operation is READ:
-            found.append(frozenset([args[0]]))
-        elif len(inputs) == 1:
-            found.append(found[inputs[0]])
-        else:
-            found.append(frozenset[int]().union(*(found[source] for source in inputs)))
+        own = [args[0]] if operation is READ else ()
+        found.append(frozenset(own).union(*(found[source] for source in inputs)))
     return found

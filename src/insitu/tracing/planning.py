@@ -21,14 +21,13 @@ from insitu.batching.demand import Work
 from insitu.batching.pass_plan import PassPlan, alone
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned, summaries
-from insitu.engine.call_path import CallPath
 from insitu.engine.eager import is_compiled
 from insitu.engine.exclusive import Exclusive
 from insitu.engine.fallback import logger
 from insitu.engine.model_call import Pass
 from insitu.engine.plan import Plan, make_plan
 from insitu.engine.probe import Ambient, ambient
-from insitu.engine.tree import Tree, Watched
+from insitu.engine.tree import CallPath, Tree, Watched
 from insitu.graph.errors import PathError, ShapeError
 from insitu.graph.location import Location
 from insitu.graph.node import SEPARATOR, Graph, ModuleRef, Place, Site, WeightRef, readable
