@@ -16,7 +16,15 @@ import torch
 from insitu.engine.fingerprint import other_habits, other_structure, other_weights
 from insitu.engine.job import Job
 from insitu.engine.job_outcome import Failure, Outputs
-from insitu.engine.job_parts import Demanded, JobBlock, JobModel, JobPart, JobPrompt, Share
+from insitu.engine.job_parts import (
+    Demanded,
+    JobBlock,
+    JobModel,
+    JobPart,
+    JobPrompt,
+    Share,
+    earlier_of,
+)
 from insitu.engine.results import Results
 from insitu.graph.errors import JobError
 from insitu.graph.location import here
@@ -241,7 +249,7 @@ def _check(number: int, job: Job) -> None:
                 here(),
             )
         for row in block.graph.rows:
-            for item in _earlier_of(row):
+            for item in earlier_of(row):
                 kept = job.blocks[item.block].graph.rows if 0 <= item.block < at else []
                 if not 0 <= item.node < len(kept) or kept[item.node][0] not in (SAVE, KEEP):
                     raise JobError(
@@ -251,24 +259,11 @@ def _check(number: int, job: Job) -> None:
                     )
 
 
-def _earlier_of(row: Row) -> list[Earlier]:
-    """The values of earlier blocks among the arguments of a node."""
-    found: list[Earlier] = []
-
-    def leaf(item: Any) -> None:
-        if type(item) is Earlier:
-            found.append(item)
-
-    if row[4]:
-        map_structure(leaf, (row[1], dict(row[2])))
-    return found
-
-
 def _with_earlier(
     graph: Graph, shares: Sequence[Share], moved: Sequence[Mapping[int, int]]
 ) -> Graph:
     """A graph in which values of earlier blocks have the places that they have when joined."""
-    if not any(map(_earlier_of, graph.rows)):
+    if not any(map(earlier_of, graph.rows)):
         return graph
 
     def leaf(item: Any) -> Any:

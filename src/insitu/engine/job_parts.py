@@ -12,9 +12,14 @@ import torch
 from insitu.engine.fingerprint import Digest, Fingerprint, Text
 from insitu.graph.context import NO_CASTS, Casts
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Graph
+from insitu.graph.node import Earlier, Graph, Row
 from insitu.graph.save_names import LONGEST_NAME
+<<<<<<< HEAD
 from insitu.graph.wire_message import Index, Part
+=======
+from insitu.graph.structure import map_structure
+from insitu.graph.wire_parts import Index, Part
+>>>>>>> e78f43c (Let stand-ins tell numbers apart in kept plans, as they tell tensors, in place of a table of types)
 
 MOST_BLOCKS = 10_000
 """How many blocks a job that is read may have."""
@@ -141,3 +146,20 @@ class JobPart(Part, frozen=True, eq=False):
 
     shares: Annotated[Sequence[Share], msgspec.Meta(max_length=MOST_BLOCKS)]
     names: Mapping[Name, Name]
+
+
+def earlier_of(row: Row) -> list[Earlier]:
+    """Returns the values of earlier blocks among the arguments of a node.
+
+    Args:
+        row: the node.
+    """
+    found: list[Earlier] = []
+
+    def leaf(item: Any) -> None:
+        if type(item) is Earlier:
+            found.append(item)
+
+    if row[4]:
+        map_structure(leaf, (row[1], dict(row[2])))
+    return found

@@ -7,7 +7,8 @@ is made once. Errors show the lines of the graph that runs, which the plan does 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping
+from functools import lru_cache
 from types import CodeType
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -33,25 +34,14 @@ class _Kept(NamedTuple, Generic[Planned]):
     """A plan, and what it is for.
 
     Attributes:
-        outline: what the graph holds, without the content of its tensors.
+        outline: what the graph holds, with stand-ins for its tensors and numbers.
         saves: the nodes that it saves.
-        numbers: its numbers.
         planned: what was planned for it.
     """
 
     outline: dict[str, Any]
     saves: list[int]
-    numbers: _Numbers
     planned: Planned
-
-
-_Numbers = Mapping[tuple[int | str, tuple[Any, ...], type], Sequence[int]]
-"""The types of the numbers among the arguments of nodes.
-
-`True`, 1, 1.0 and a tensor of one element may all be equal, and they are something else as an
-index, as a factor and for autograd. The nodes that have a number of a type in the same place: in
-which argument, by place or name, and which keys lead to it there.
-"""
 
 
 class PlanCache(Generic[Planned]):
@@ -60,7 +50,7 @@ class PlanCache(Generic[Planned]):
     def __init__(self) -> None:
         self._by_line: dict[_Where, _Kept[Planned]] = {}
         self._by_content: dict[_Where, _Kept[Planned]] = {}
-        self._last: tuple[_Where, _Kept[Any]] = (None,), _Kept({}, [], {}, None)
+        self._last: tuple[_Where, _Kept[Any]] = (None,), _Kept({}, [], None)
 
     def __len__(self) -> int:
         return len(self._by_content)
@@ -85,8 +75,8 @@ class PlanCache(Generic[Planned]):
                     return where, self._of_other_lines(where, key, graph, saves)
         except _INCOMPARABLE:
             return _where(key, graph), None
-        _, saved, numbers, planned = found
-        if saved != [*saves] or (numbers and not _are_alike(numbers, graph.rows)):
+        _, saved, planned = found
+        if saved != [*saves]:
             return where, self._of_other_lines(where, key, graph, saves)
         self._last = where, found
         return where, planned
@@ -106,7 +96,7 @@ class PlanCache(Generic[Planned]):
             rows = [_outlined(row) for row in graph.rows]
         except _UnlikeAnyError:
             return
-        kept = _Kept({**vars(graph), "rows": rows}, [*saves], _numbers(graph.rows), planned)
+        kept = _Kept({**vars(graph), "rows": rows}, [*saves], planned)
         self._put(self._by_content, _content(where[0], graph, saves), kept)
         self._put(self._by_line, where, kept)
         self._last = where, kept
@@ -121,8 +111,6 @@ class PlanCache(Generic[Planned]):
             if found is None or _without_lines(found.outline) != _without_lines(vars(graph)):
                 return None
         except _INCOMPARABLE:
-            return None
-        if not _are_alike(found.numbers, graph.rows):
             return None
         rows = zip(found.outline["rows"], graph.rows, strict=True)
         outline = {**vars(graph), "rows": [(*row[:-1], own[-1]) for row, own in rows]}
@@ -183,6 +171,25 @@ class _Like:
         return isinstance(other, torch.Tensor) and self.form == _form(other)
 
 
+class _Number:
+    """Stands for a number, and equals the same of the same type.
+
+    `True`, 1, 1.0 and a tensor of one element may all be equal, and they are something else as an
+    index, as a factor and for autograd.
+    """
+
+    __slots__ = ("kind", "number")
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, number: Any) -> None:
+        self.kind: Any = type(number)
+        self.number = number
+
+    def __eq__(self, other: object) -> bool:
+        # The same object first: no other equals NaN.
+        return type(other) is self.kind and (other is self.number or other == self.number)
+
+
 class _AnyGenerator:
     """Stands for a generator, and equals all of its device."""
 
@@ -202,13 +209,20 @@ def _form(tensor: torch.Tensor) -> tuple[object, ...]:
     return (type(tensor), tensor.shape, strides, dtype, device, tensor.requires_grad)
 
 
-_PLAIN = (Ref, str, int, float, type(None), ModuleRef, torch.dtype, torch.device)
+_NUMBERS = (bool, int, float, complex)
+_PLAIN = (Ref, str, type(None), ModuleRef, torch.dtype, torch.device)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _number(number: Any) -> _Number:
+    """The stand-in for a number: one for all graphs, since a cycle of the collector visits each."""
+    return _Number(number)
 
 
 def _outlined(row: Row) -> Row:
-    """A row with a stand-in for each tensor."""
+    """A row with a stand-in for each tensor and each number."""
     operation, args, kwargs, inputs, nested, mark = row
-    if not kwargs and all(isinstance(arg, _PLAIN) for arg in args):
+    if operation is READ or (not kwargs and all(isinstance(arg, _PLAIN) for arg in args)):
         return row
     replaced = False
 
@@ -217,6 +231,9 @@ def _outlined(row: Row) -> Row:
         if isinstance(item, torch.Tensor):
             replaced = True
             return _Like(item)
+        if isinstance(item, _NUMBERS):
+            replaced = True
+            return _number(item)
         if isinstance(item, torch.Generator):
             replaced = True
             return _AnyGenerator(item.device)
@@ -226,51 +243,3 @@ def _outlined(row: Row) -> Row:
 
     args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
     return (operation, args, kwargs or NO_KWARGS, inputs, nested, mark) if replaced else row
-
-
-_NUMBERS = (bool, int, float, complex)
-
-
-def _are_alike(numbers: _Numbers, rows: Sequence[Row]) -> bool:
-    """Whether equal nodes have numbers of the same types."""
-    for (argument, path, kind), nodes in numbers.items():
-        for node in nodes:
-            _, args, kwargs, *_ = rows[node]
-            item: Any = args[argument] if isinstance(argument, int) else kwargs[argument]
-            for key in path:
-                item = _bounds(item)[key] if type(item) is slice else item[key]
-            if type(item) is not kind:
-                return False
-    return True
-
-
-def _numbers(rows: Sequence[Row]) -> _Numbers:
-    """The types of the numbers among the arguments of nodes."""
-    found: dict[tuple[int | str, tuple[Any, ...], type], list[int]] = {}
-    for node, (operation, args, kwargs, *_) in enumerate(rows):
-        if operation is READ:
-            continue
-        for argument, given in (*enumerate(args), *kwargs.items()):
-            for path, kind in _numbers_in(given, ()):
-                found.setdefault((argument, path, kind), []).append(node)
-    return found
-
-
-def _numbers_in(item: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], type]]:
-    """The numbers in a structure: which keys lead to each, and its type."""
-    kind = cast("type[Any]", type(item))
-    if kind in _NUMBERS:
-        yield path, kind
-        return
-    if kind is slice:
-        item = _bounds(item)
-    if isinstance(item, Mapping):
-        parts = cast("Mapping[Any, Any]", item).items()
-    else:
-        parts = enumerate(cast("list[Any]", item)) if isinstance(item, tuple | list) else ()
-    for key, part in parts:
-        yield from _numbers_in(part, (*path, key))
-
-
-def _bounds(key: slice) -> tuple[Any, Any, Any]:
-    return key.start, key.stop, key.step

@@ -14,17 +14,16 @@ from insitu.engine.failures import FailedInvocations, first_error
 from insitu.engine.fingerprint import other_habits, other_structure, other_weights
 from insitu.engine.job import Job
 from insitu.engine.job_outcome import Failure, Outputs
-from insitu.engine.job_parts import JobBlock, Share
+from insitu.engine.job_parts import JobBlock, Share, earlier_of
 from insitu.engine.results import Results
 from insitu.engine.seams import seams
 from insitu.graph.cells import Missing
 from insitu.graph.context import as_begun
 from insitu.graph.errors import InsituError, JobError, NoValueError
 from insitu.graph.location import here
-from insitu.graph.node import Earlier
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import calls_function
-from insitu.graph.structure import map_structure, only_data
+from insitu.graph.structure import only_data
 from insitu.tracing.job_blocks import RanBlock, run_job_block
 
 
@@ -136,15 +135,10 @@ def _failures(
 def _used_later(job: Job) -> list[set[int]]:
     """The nodes of each block whose values later blocks use."""
     found: list[set[int]] = [set() for _ in job.blocks]
-
-    def leaf(item: Any) -> None:
-        if type(item) is Earlier:
-            found[item.block].add(item.node)
-
     for block in job.blocks[1:]:
         for row in block.graph.rows:
-            if row[4]:
-                map_structure(leaf, (row[1], dict(row[2])))
+            for item in earlier_of(row):
+                found[item.block].add(item.node)
     return found
 
 
