@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from insitu.graph.wire_message import printable
-from insitu.graph.wire_message import Part
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _LONGEST = 200  # characters of what is under one path
@@ -33,7 +32,7 @@ Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 _Settings = Mapping[Text, bool | int | float | Text | None]
 
 
-class Fingerprint(Part, frozen=True):
+class Fingerprint(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     """What a model is like, in the form in which it travels.
 
     Attributes:

@@ -14,12 +14,8 @@ from insitu.graph.context import NO_CASTS, Casts
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Earlier, Graph, Row
 from insitu.graph.save_names import LONGEST_NAME
-<<<<<<< HEAD
-from insitu.graph.wire_message import Index, Part
-=======
 from insitu.graph.structure import map_structure
-from insitu.graph.wire_parts import Index, Part
->>>>>>> e78f43c (Let stand-ins tell numbers apart in kept plans, as they tell tensors, in place of a table of types)
+from insitu.graph.wire_message import Index
 
 MOST_BLOCKS = 10_000
 """How many blocks a job that is read may have."""
@@ -101,7 +97,7 @@ class JobBlock:
     dtype: torch.dtype = torch.float32
 
 
-class JobModel(Part, frozen=True):
+class JobModel(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     """Which model a job was made for, in the form in which it travels.
 
     Attributes:
@@ -118,7 +114,7 @@ class JobModel(Part, frozen=True):
     fingerprint: Fingerprint
 
 
-class Share(Part, frozen=True):
+class Share(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     """What of a block of a joined job is of one of the jobs, in the form in which it travels.
 
     Attributes:
@@ -136,7 +132,7 @@ class Share(Part, frozen=True):
     size: Index
 
 
-class JobPart(Part, frozen=True, eq=False):
+class JobPart(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True, eq=False):
     """One of the jobs of which a joined job is made, in the form in which it travels.
 
     Attributes:

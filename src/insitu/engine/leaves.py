@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import CodeType
 from typing import Any, cast
 
@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from insitu.engine.autograd_graph import computed_of
+from insitu.engine.plan import Gradients
 from insitu.graph.node import Function, Graph, Ref, Subgraph, WeightRef
 
 
 def leaves_of(
-    graph: Graph, constants: Collection[int], requests: object, model: nn.Module
+    graph: Graph, gradients: Gradients, requests: object, model: nn.Module
 ) -> list[torch.Tensor]:
     """Returns the user's own tensors that want a gradient, and none of the model's parameters.
 
@@ -23,13 +24,16 @@ def leaves_of(
 
     Args:
         graph: what is to be done, with its constants.
-        constants: the nodes that have such tensors among them.
+        gradients: which of its nodes have such tensors among their constants, once that is known.
         requests: what the model is called with.
         model: the wrapped module.
     """
     found: dict[int, torch.Tensor] = {}
-    for index in constants:
-        found |= constants_of(graph, index)
+    if gradients.constants is None:
+        rows = range(len(graph))
+        gradients.constants = [index for index in rows if _constants_of(graph, index)]
+    for index in gradients.constants:
+        found |= _constants_of(graph, index)
     _search(requests, found)
     for tensor in [tensor for tensor in found.values() if not tensor.is_leaf]:
         del found[id(tensor)]
@@ -40,13 +44,8 @@ def leaves_of(
     return list(found.values())
 
 
-def constants_of(graph: Graph, index: int) -> dict[int, torch.Tensor]:
-    """Returns what requires a gradient among the constants of a node, by identity.
-
-    Args:
-        graph: the graph.
-        index: the node.
-    """
+def _constants_of(graph: Graph, index: int) -> dict[int, torch.Tensor]:
+    """What requires a gradient among the constants of a node, by identity."""
     found: dict[int, torch.Tensor] = {}
     _, args, kwargs, *_ = graph.rows[index]
     for arg in (*args, *kwargs.values()):
@@ -69,7 +68,7 @@ def _search(value: Any, found: dict[int, torch.Tensor]) -> None:
             _search(item, found)
     elif isinstance(value, Subgraph):
         for index in range(len(value.graph)):
-            found |= constants_of(value.graph, index)
+            found |= _constants_of(value.graph, index)
         _search(value.output, found)
     elif isinstance(value, Function):
         _search(value.function, found)

@@ -14,7 +14,6 @@ import torch
 
 from insitu.engine.copies import reusable
 from insitu.engine.gradient_binding import Backward, Path, bound_to, joined, place_of
-from insitu.engine.leaves import constants_of
 from insitu.graph.errors import CausalityError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Mark
@@ -56,8 +55,9 @@ class Gradients:
             with a node that stands for its gradient.
         losses: where backward passes start, of what stands at a site or is a view of that.
         joint: the backward passes in their order, together those that run as one.
-        constants: the nodes among whose constants are tensors that require a gradient.
-        opaque: whether a Python function is called, which may use such tensors too.
+        opaque: whether a Python function is called, which may use any tensors that require one.
+        constants: the nodes among whose constants are tensors that require a gradient; None before
+            the first run.
         overwritten: whether the model was seen to write into what was made a new tensor, or into
             something in the same memory; None before the first run.
     """
@@ -67,8 +67,8 @@ class Gradients:
     renewed: dict[int, dict[Path, int]]
     losses: Collection[int]
     joint: Sequence[Backward]
-    constants: Sequence[int]
     opaque: bool
+    constants: Sequence[int] | None = None
     overwritten: bool | None = None
 
 
@@ -279,9 +279,8 @@ def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradient
     starts = {arg.index for index in backwards for arg in graph.rows[index][1]}
     losses = [node for node in starts if graph.rows[place_of(graph, node)[0]][0] is READ]
     bound, joint = bound_to(graph, grads, backwards), joined(graph, backwards)
-    constants = [index for index in range(len(graph)) if constants_of(graph, index)]
     opaque = any(row[0] is APPLY and isinstance(row[1][0], Function) for row in graph.rows)
-    return Gradients(bound, wanted, renewed, losses, joint, constants, opaque)
+    return Gradients(bound, wanted, renewed, losses, joint, opaque)
 
 
 def _check_gradients(graph: Graph, plan: Plan, late: Sequence[int]) -> None:
