@@ -55,6 +55,24 @@ def compiled_blocks(build: Callable[[], Any], folder: Path) -> LanguageModel:
     return LanguageModel(module)
 
 
+@pytest.mark.parametrize("make", [offloaded, on_disk, divided, compiled, compiled_blocks])
+def test_the_functions_inside_of_a_forward_are_those_of_a_plain_model(
+    make: Callable[..., LanguageModel], tmp_path: Path
+) -> None:
+    model, plain = make(tiny_gpt2, tmp_path), LanguageModel(tiny_gpt2())
+    model.load()
+    found: dict[LanguageModel, str] = {}
+    values: list[torch.Tensor] = []
+    for one in (model, plain):
+        with one.trace(PROMPTS[0]):
+            found[one] = repr(one.transformer.h[1].mlp.c_fc.ops)
+            product = one.transformer.h[1].mlp.c_fc.ops.addmm[-1].output.save()
+        values.append(product.value)
+    assert found[model] == found[plain]
+    assert "addmm[0]: torch.Size([7, 64])" in found[model]
+    assert torch.equal(*values)
+
+
 # What 4.57 says in `generate` itself, where the model says that it is on the meta device.
 @pytest.mark.filterwarnings("ignore:You are calling .generate")
 @pytest.mark.parametrize("make", [offloaded, on_disk, divided, compiled, compiled_blocks])
