@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from insitu.batching.layout import UnexpectedShapeError
 from insitu.batching.pass_plan import renumbered
 from insitu.batching.procedure import Outputs, Subject
-from insitu.engine.probe import ambient
 from insitu.engine.arrivals import Arrivals
 from insitu.engine.backward_passes import run_backwards
 from insitu.engine.eager import eagerly
@@ -24,6 +23,7 @@ from insitu.engine.model_call import Pass
 from insitu.engine.order import unexcused
 from insitu.engine.passes import run_pass
 from insitu.engine.plan import Plan
+from insitu.engine.probe import ambient
 from insitu.engine.seams import seams
 from insitu.graph.bounds import counting
 from insitu.graph.errors import BlockError, NeverRanError, OptionError
