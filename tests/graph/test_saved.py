@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import re
+import time
 import weakref
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
@@ -707,3 +708,21 @@ def _run(model: Model) -> Any:
     with model.trace(X):
         value = model[0].output.save()
     return value
+
+
+@pytest.mark.parametrize("options", ["name", "optional"])
+def test_many_saves_take_as_long_each_as_few(options: str) -> None:
+    model = Model(nn.Identity())
+
+    def seconds(count: int) -> float:
+        with model.trace(torch.zeros(3)):
+            start = time.process_time()
+            for number in range(count):
+                given = {"name": f"value {number}"} if options == "name" else {"optional": True}
+                model.output.save(**given)
+            took = time.process_time() - start
+        return took
+
+    few = min(seconds(500 + more) for more in range(3))
+    many = min(seconds(5000 + more) for more in range(2))
+    assert many < 20 * few

@@ -27,6 +27,7 @@ from insitu.graph.node import (
     Ref,
     Subgraph,
     WeightRef,
+    own,
     ref,
 )
 from insitu.graph.operations import GETITEM, INPUT, SAVE, Operation
@@ -265,7 +266,7 @@ def _carried(value: AnyRecorded, mark: Mark) -> Carried:
     source, rows = recording.current(value._ref), recording.graph.rows
     cell = Cell()
     recording.saves[len(rows)] = cell
-    recording.lent = {**recording.lent, len(rows): cell}
+    own(recording, "lent")[len(rows)] = cell
     rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark))
     return Carried(cell, lambda: fake_value(recording, source.index))
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Graph
+from insitu.graph.node import Graph, own
 from insitu.graph.operations import GETITEM, GRAD, PUT, READ, SKIP, WRITE
 from insitu.graph.put import Step
 
@@ -85,7 +85,7 @@ class HandingOver:
     def give(self, place: Place, node: int) -> None:
         """Lets the model be given the value of a node."""
         if place.skipped:
-            self._graph.skips = {**self._graph.skips, place.read: node}
+            own(self._graph, "skips")[place.read] = node
         else:
             self._graph.writes[place.read] = node
 

@@ -11,7 +11,7 @@ import torch
 from insitu.graph.encoding import encoded
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import EVERY, NO_KWARGS, Address, Ref, Row, Site, ref
+from insitu.graph.node import EVERY, NO_KWARGS, Address, Ref, Row, Site, own, ref
 from insitu.graph.operations import (
     APPLY,
     COND,
@@ -248,7 +248,7 @@ def skip(recording: Recording, address: Address, value: Any, mark: Mark) -> None
         value = Recorded(recording, recording.current(value._ref))  # a whole tuple may stand there
     inputs = ref(recording.graph.original(inputs.index))
     skipped = _of_site(recording, SKIP, inputs, (value,), mark)
-    recording.graph.skips = {**recording.graph.skips, inputs.index: skipped.index}
+    own(recording.graph, "skips")[inputs.index] = skipped.index
     recording.sites[address] = skipped
 
 

@@ -6,7 +6,7 @@ for the value of an earlier node. Nothing here knows how values are computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -212,6 +212,19 @@ class Node(NamedTuple):
 _HANDED_OVER = (PUT, SKIP, WRITE)
 
 
+def own(thing: object, field: str, kind: type[Any] = dict) -> Any:
+    """Returns what an object holds in a field, to add to.
+
+    Most graphs have nothing in most of their fields, and share what is empty of the class.
+
+    Args:
+        thing: a graph, or what records one.
+        field: the name of the field.
+        kind: what is made for it: a dictionary or a set.
+    """
+    return vars(thing).setdefault(field, kind())
+
+
 class Graph:
     """What is to be done: nodes, and what the run hands over to the model.
 
@@ -236,15 +249,14 @@ class Graph:
 
     rows: list[Row]
     writes: dict[int, int]
-    # Most graphs have none of these, and nothing is made for it: what has some gets anew what
-    # holds it.
+    # Most graphs have none of these, and nothing is made for them: see `own`.
     skips: Mapping[int, int] = MappingProxyType({})
     stops: Mapping[int, Mark] = MappingProxyType({})
-    optional: frozenset[int] = frozenset()
+    optional: Set[int] = frozenset()
     repeats: tuple[tuple[int, int], ...] = ()
     differentiates: bool = False
     after: Mapping[int, int] = MappingProxyType({})
-    unfused: frozenset[int] = frozenset()
+    unfused: Set[int] = frozenset()
     contexts: Mapping[int, Context] = MappingProxyType({})
     scopes: Sequence[tuple[int, int, int]] = ()
 
@@ -283,7 +295,7 @@ class Graph:
         made = len(self.rows)
         self.rows.append(row)
         if index in self.contexts:
-            self.contexts = {**self.contexts, made: self.contexts[index]}
+            own(self, "contexts")[made] = self.contexts[index]
         return made
 
     def runnable(self) -> list[Row]:

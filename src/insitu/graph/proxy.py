@@ -40,7 +40,7 @@ from insitu.graph.habits import OF_VALUES, habit
 from insitu.graph.in_place import mutate
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, here, mark
-from insitu.graph.node import NO_KWARGS
+from insitu.graph.node import NO_KWARGS, own
 from insitu.graph.operations import (
     ATTRIBUTE,
     BY_FUNCTION,
@@ -56,7 +56,7 @@ from insitu.graph.operations import (
 )
 from insitu.graph.operators import Operators
 from insitu.graph.recorded import Recorded, holds
-from insitu.graph.save_names import with_name
+from insitu.graph.save_names import add_name
 from insitu.graph.saved import blank, device_name, set_class, spent
 from insitu.graph.structured import is_structure
 from insitu.graph.whole_calls import call_operator, is_custom_operator
@@ -111,11 +111,11 @@ class AnyProxy(Operators, Answers):
             source = recording.views.resolved(source)
         index = len(rows)
         if optional:
-            recording.graph.optional |= {index}
+            own(recording.graph, "optional", set).add(index)
         if keep_graph:
             recording.graph.differentiates = True
         if name is not None:
-            recording.names = with_name(recording.names, index, name)
+            add_name(recording, index, name)
         kind = KEEP if keep_graph else SAVE
         args = (source,) if to is None else (source, device_name(to))
         frame = _getframe(1)

@@ -30,7 +30,7 @@ from insitu.graph.context import (
 from insitu.graph.errors import OperationError
 from insitu.graph.lines import ShapeSource
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import EVERY, NO_KWARGS, Address, Graph, Ref, Site, ref
+from insitu.graph.node import EVERY, NO_KWARGS, Address, Graph, Ref, Site, own, ref
 from insitu.graph.operations import INPUT, READ, REPLACE, SKIP, WRITE, Operation
 from insitu.graph.views import Views
 
@@ -65,6 +65,7 @@ class Recording:
         lent: where later blocks of the session find values of this one, by the node that saves it.
         kept: none: what later blocks use has a node of its own, in `lent`.
         names: the names of saved values that were given one, by the node that saves it.
+        taken: the nodes that save values by these names.
         numbers: None: it is no part of a block.
         shapes: gives the shapes at sites; None where no model is behind the recording.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
@@ -89,6 +90,7 @@ class Recording:
     kept: tuple[int, ...] = ()
     numbers: None = None
     names: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
+    taken: Mapping[str, int] = NO_KWARGS
     dtype: torch.dtype = torch.float32
     as_first_step: bool = False
     counting: AbstractContextManager[Any] | None = None
@@ -126,7 +128,7 @@ class Recording:
             if context is not None:
                 if not context.grad:
                     refuse_inside_forward(self.graph.rows[index][-1])
-                self.graph.contexts = {**self.graph.contexts, index: context}
+                own(self.graph, "contexts")[index] = context
 
     def read(self, address: Address, mark: Mark) -> Ref:
         """Returns what stands at a site for lines that come now.
@@ -149,7 +151,7 @@ class Recording:
             every = self.sites.get((*address[:4], EVERY))
             original = -1 if every is None else self.graph.original(every.index)
             if original in self.graph.writes:
-                self.graph.after = {**self.graph.after, len(rows): original}
+                own(self.graph, "after")[len(rows)] = original
             elif address[4] == EVERY:
                 refuse_unseen(self, address, mark)
         index = len(rows)
@@ -164,7 +166,7 @@ class Recording:
             output: what it returns.
             mark: the user's line.
         """
-        self.graph.stops = {**self.graph.stops, self.graph.original(output.index): mark}
+        own(self.graph, "stops")[self.graph.original(output.index)] = mark
 
     def current(self, source: Ref) -> Ref:
         """Returns what a value of this recording stands for in a line that comes now."""

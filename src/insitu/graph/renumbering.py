@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-from insitu.graph.node import Address, Graph, Row, rewired
+from insitu.graph.node import Address, Graph, Row, own, rewired
 from insitu.graph.operations import BACKWARD, GRAD, KEEP, READ
 
 _DIFFERENTIATED = (BACKWARD, GRAD, KEEP)
@@ -53,21 +53,17 @@ def _add_fields(
 ) -> None:
     """Adds what a graph says of nodes that were moved."""
     target.writes.update(_pairs(graph.writes, moved))
-    # Nothing is made for what the graph has none of: others have these of their class.
-    if graph.skips:
-        target.skips = {**target.skips, **_pairs(graph.skips, moved)}
-    if graph.after:
-        target.after = {**target.after, **_pairs(graph.after, moved)}
-    if graph.stops:
-        stops = {moved[at]: mark for at, mark in graph.stops.items() if at in moved}
-        target.stops = {**target.stops, **stops}
-    if graph.contexts:
-        contexts = {moved[at]: one for at, one in graph.contexts.items() if at in moved}
-        target.contexts = {**target.contexts, **contexts}
-    if graph.optional:
-        target.optional |= {moved[at] for at in graph.optional if at in moved}
-    if graph.unfused:
-        target.unfused |= {moved[at] for at in graph.unfused if at in moved}
+    for field in ("skips", "after"):
+        if found := _pairs(getattr(graph, field), moved):
+            own(target, field).update(found)
+    for field in ("stops", "contexts"):
+        for at, value in getattr(graph, field).items():
+            if at in moved:
+                own(target, field)[moved[at]] = value
+    for field in ("optional", "unfused"):
+        for at in getattr(graph, field):
+            if at in moved:
+                own(target, field, set).add(moved[at])
     if graph.repeats or graph.scopes:
         before = [start]  # how many nodes of the target there are in front of each of the graph's
         for index in range(len(graph)):
@@ -76,8 +72,8 @@ def _add_fields(
         known = [scope for scope in graph.scopes if scope[0] in numbers]
         found = [(numbers[of], before[first], before[end]) for of, first, end in known]
         target.scopes = [*target.scopes, *(one for one in found if one[1] < one[2])]
-    own = (graph.rows[at][0] for at in moved)
-    if graph.differentiates and any(operation in _DIFFERENTIATED for operation in own):
+    done = (graph.rows[at][0] for at in moved)
+    if graph.differentiates and any(operation in _DIFFERENTIATED for operation in done):
         target.differentiates = True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from insitu.graph.node import EVERY, Address, Graph, ref, rewired
+from insitu.graph.node import EVERY, Address, Graph, own, ref, rewired
 from insitu.graph.operations import READ
 from insitu.graph.recording import Recording
 
@@ -34,14 +34,14 @@ def replay(recording: Recording, graph: Graph, number: int, step: int) -> None:
         recording.sites[cast("Address", rows[original][1])] = ref(moved[write])
     for read, skip in graph.skips.items():
         number, path, _, call, step = cast("Address", rows[moved[read]][1])
-        recording.graph.skips = {**recording.graph.skips, moved[read]: moved[skip]}
+        own(recording.graph, "skips")[moved[read]] = moved[skip]
         recording.sites[number, path, "output", call, step] = ref(moved[skip])
     for read, mark in graph.stops.items():
         recording.stop(ref(moved[read]), mark)
-    whole = recording.graph
-    whole.unfused |= {whole.original(moved[index]) for index in graph.unfused}
-    if graph.contexts:
-        moving = {moved[index]: context for index, context in graph.contexts.items()}
-        recording.graph.contexts = {**recording.graph.contexts, **moving}
+    for index in graph.unfused:
+        original = recording.graph.original(moved[index])
+        own(recording.graph, "unfused", set).add(original)
+    for index, context in graph.contexts.items():
+        own(recording.graph, "contexts")[moved[index]] = context
     if step == EVERY:
         recording.graph.repeats = (*recording.graph.repeats, (start, len(rows)))

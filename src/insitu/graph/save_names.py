@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
+from insitu.graph.node import own
+from insitu.graph.recording import Recording
 
 LONGEST_NAME = 200
 """How many characters a name may have."""
 
 
-def with_name(names: Mapping[int, str], index: int, name: object) -> Mapping[int, str]:
-    """Returns the names of the saved values of a block with one more.
+def add_name(recording: Recording, index: int, name: object) -> None:
+    """Names a saved value.
 
     Args:
-        names: the names so far, by the node that saves each.
+        recording: where it is saved.
         index: the node that saves the value.
         name: its name.
 
@@ -29,13 +29,14 @@ def with_name(names: Mapping[int, str], index: int, name: object) -> Mapping[int
         )
     if why := unfit(name):
         raise OptionError(f"A value cannot be saved as {name!r:.40}: {why}.", here(3))
-    if name in names.values():
+    if name in recording.taken:
         raise OptionError(
             f"Another value of this block is saved as {name!r}: give each its own name, such as "
             f'`save(f"{name}.{{number}}")` in a loop.',
             here(3),
         )
-    return {**names, index: name}
+    own(recording, "names")[index] = name
+    own(recording, "taken")[name] = index
 
 
 def unfit(name: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -280,8 +280,8 @@ def _entries(name: str, field: Any) -> list[Sequence[Any]]:
         return [()] * field
     if isinstance(field, Mapping):
         return list(cast("Mapping[Any, Any]", field).items())
-    if isinstance(field, frozenset):  # in one order, so that the bytes are the same every time
-        return [(item,) for item in sorted(cast("frozenset[int]", field))]
+    if isinstance(field, Set):  # in one order, so that the bytes are the same every time
+        return [(item,) for item in sorted(cast("Set[int]", field))]
     return [item if isinstance(item, tuple) else (item,) for item in field]
 
 

@@ -213,7 +213,7 @@ class Reader:
             for entry in entries
         ]
         made = field.kind([row[0] for row in rows] if len(field.columns) == 1 else rows)
-        if field.kind in (dict, frozenset) and len(made) != len(entries):
+        if field.kind in (dict, set) and len(made) != len(entries):
             raise WireError(f"{name} has two entries for one node")
         return made
 
@@ -283,11 +283,11 @@ FIELDS: Mapping[FieldName, Field] = {
     "writes": Field(dict, (_node(READ, GRAD), _node(WRITE, PUT))),
     "skips": Field(dict, (_node(READ), _node(SKIP, PUT))),
     "stops": Field(dict, (_node(READ), line_column)),
-    "optional": Field(frozenset, (_node(SAVE, KEEP),)),
+    "optional": Field(set, (_node(SAVE, KEEP),)),
     "repeats": Field(tuple, (_bound, _bound)),
     "differentiates": Field(bool, ()),
     "after": Field(dict, (_node(READ), _node(READ))),
-    "unfused": Field(frozenset, (_node(READ),)),
+    "unfused": Field(set, (_node(READ),)),
     "contexts": Field(_contexts, (_node(), _number)),
     "scopes": Field(_scopes, (_number, _bound, _bound)),
 }
