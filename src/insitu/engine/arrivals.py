@@ -21,7 +21,7 @@ from insitu.engine.functions import called_at_its_places
 from insitu.engine.interpose import Hooks, Own, Taps, put_hook, put_last, remove_hook, take_last
 from insitu.engine.model_call import Pass
 from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
-from insitu.engine.plan import Plan, Readers
+from insitu.engine.plan import Readers
 from insitu.engine.probe import fake_result
 from insitu.engine.written_value import changed_value
 from insitu.graph.changes import Changes, set_grad_enabled
@@ -41,14 +41,11 @@ class Arrivals:
 
     Args:
         execution: takes the values.
-        plan: which nodes read which sites, and what is done there.
         single: the pass.
         readers: who waits for what, by moment. What has come is taken out.
         hooks: the hooks that the pass has put on modules, by the first moment of their place.
         modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
-        returned: what modules that are skipped would return, as fake tensors, by the node that
-            reads their arguments.
         caches: the Python modules of caches, which forwards leave to themselves.
         changes: notes what is changed for the time of the pass.
         is_own: whether a call of a module is one of the pass.
@@ -61,26 +58,22 @@ class Arrivals:
     def __init__(
         self,
         execution: Execution,
-        plan: Plan,
         single: Pass,
         readers: Readers,
         hooks: Hooks,
         modules: Mapping[str, nn.Module],
         views: Mapping[str, View],
-        returned: Mapping[int, Any],
         caches: Collection[str],
         changes: Changes,
         is_own: Own,
     ) -> None:
         self._execution = execution
-        self._plan = plan
-        self._after = plan.after
+        self._plan = execution.plan
         self._single = single
         self._readers = readers
         self._hooks = hooks
         self._modules = modules
         self._views = views
-        self._returned = returned
         self._caches = caches
         self._changes, self._is_own = changes, is_own
         self._taps = Taps(changes, is_own)
@@ -143,7 +136,7 @@ class Arrivals:
         if self._single.may_stop and not self._readers:
             raise Stop
         cuts = self._single.cuts
-        return changed_value(execution, self._plan, place, value, found, cuts, self.clock.step)
+        return changed_value(execution, place, value, found, cuts, self.clock.step)
 
     def _going_on(self) -> list[int]:
         """The invocations of the pass that have not ended."""
@@ -183,7 +176,7 @@ class Arrivals:
         skips = [pair for pair in found if pair[0] in plan.skips]
         if skips:
             self._skipping[module] = place, skips
-        value = changed_value(execution, plan, place, value, found, cuts, self.clock.step)
+        value = changed_value(execution, place, value, found, cuts, self.clock.step)
         if value is arriving:
             return None
         return handed_over(place[1], view, module, args, rest, value)
@@ -200,8 +193,8 @@ class Arrivals:
                 own = cut.take(site, value)
                 if execution.tape is not None and index in execution.renewed:
                     execution.tape.parts.note(own, value, partial(cut.take, site))
-            if index in self._after:
-                own = execution.standing(self._after[index])
+            if index in self._plan.after:
+                own = execution.standing(self._plan.after[index])
             execution.arrive(index, own)
 
     def _stand_in(
@@ -223,7 +216,7 @@ class Arrivals:
             index, invocation = skips[0]
             alone = self._single.cuts[invocation] is None
             plain = _is_plain((args, kwargs))  # a cache is not, which later steps read
-            returned = self._returned[index]
+            returned = self._plan.returned[index]
             if plain and (self.clock.step or not alone):  # sizes are not those that are known
                 returned = fake_result(module, forward, args, kwargs)
             if not plain or (view is not None and view.returns_more(returned)):
@@ -249,7 +242,7 @@ class Arrivals:
         execution, view = self._execution, self._views.get(place[0])
         own: dict[int, Any] = {}
         for index, invocation in skips:
-            value, returned = execution.skipped(index), self._returned[index]
+            value, returned = execution.skipped(index), self._plan.returned[index]
             execution.checked(index, partial(_standing_in, view, returned, value))
             own[invocation] = value
         device = next(tensor.device for value in own.values() for tensor in tensors_of(value))

@@ -67,13 +67,13 @@ def run_backwards(
 def _of_pass(execution: Execution, failures: Failures, nodes: Sequence[int]) -> Collection[int]:
     """The invocations that a backward pass goes through, of which one may be to blame."""
     if len(nodes) == 1 and execution.tape is not None and execution.tape.is_batched:
-        return {address[0] for address in execution._plan.reads}
+        return {address[0] for address in execution.plan.reads}
     return failures.dependence.invocations(nodes)
 
 
 def _check_complete(execution: Execution, index: int) -> None:
     """Raises if what a backward pass starts with is not there."""
-    graph, tape = execution._graph, execution.tape
+    graph, tape = execution.graph, execution.tape
     assert tape is not None
     if tape.done.issuperset(graph.rows[index][3]):
         return
@@ -86,7 +86,7 @@ def _check_complete(execution: Execution, index: int) -> None:
 
 def _starts_well(execution: Execution, index: int) -> bool:
     """Whether a backward pass may be one with others, of which none is to fail for it."""
-    losses = [execution._values[source] for source in execution._graph.rows[index][3]]
+    losses = [execution._values[source] for source in execution.graph.rows[index][3]]
     return all(
         isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1
         for loss in losses
@@ -97,7 +97,7 @@ def _run(
     execution: Execution, group: Sequence[int], leaves: Sequence[torch.Tensor], goes_on: bool
 ) -> None:
     """Runs one backward pass, or several as one; others of the run may come after it."""
-    graph, tape = execution._graph, execution.tape
+    graph, tape = execution.graph, execution.tape
     assert tape is not None
     first = group[0]
     starts: dict[int, Any] = {}

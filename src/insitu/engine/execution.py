@@ -50,6 +50,9 @@ class Execution:
         modules: the model's modules, by path.
 
     Attributes:
+        graph: as of the arguments, and so are the next two.
+        plan: likewise.
+        modules: likewise.
         differentiates: whether the run has to record autograd.
         busy: whether an operation is running that may call the model's modules.
         ended: the invocations that have no further steps, with how many they had.
@@ -75,10 +78,10 @@ class Execution:
     def __init__(
         self, graph: Graph, plan: Plan, modules: Mapping[str, nn.Module] = NO_MODULES
     ) -> None:
-        self._graph = graph
+        self.graph = graph
         self._rows = graph.rows
-        self._modules = modules
-        self._plan = plan
+        self.modules = modules
+        self.plan = plan
         self._bits = plan.bits
         self._groups = plan.groups
         self._uses = plan.uses.copy()
@@ -108,7 +111,7 @@ class Execution:
                 self._values[index] = _PENDING
         if plan.gradients is not None:
             self.renewed = plan.gradients.renewed
-            root = self._modules.get("")
+            root = self.modules.get("")
             changed = plan.writes
             self.tape = Tape(graph, plan.gradients, changed, self._come, self._gradient, root)
         if plan.held:
@@ -120,7 +123,7 @@ class Execution:
         Args:
             seeds: the seeds, by the numbers of the invocations.
         """
-        self._rows = Draws(seeds).rows(self._graph, self._plan, self._rows)
+        self._rows = Draws(seeds).rows(self.graph, self.plan, self._rows)
 
     def observe(
         self, observed: ObservedPasses, telling: Callable[[Sequence[Row]], list[Row]]
@@ -185,7 +188,7 @@ class Execution:
                 if isinstance(error, InsituError) and error.location is not None:
                     raise
                 cause = None if isinstance(error, InsituError) else error  # it is said once
-                raise operation_error(self._graph, values, step, error) from cause
+                raise operation_error(self.graph, values, step, error) from cause
             if tape is not None:
                 if step in self.renewed:
                     result = tape.renewed(step, result)
@@ -239,7 +242,7 @@ class Execution:
         Raises:
             CausalityError: if the value depends on what has not arrived yet.
         """
-        return self._handed_over(index, self._plan.writes[index])
+        return self._handed_over(index, self.plan.writes[index])
 
     def standing(self, index: int) -> Any:
         """Returns what a write is about to put at a site.
@@ -250,7 +253,7 @@ class Execution:
         Raises:
             CausalityError: if the value depends on what has not arrived yet.
         """
-        self._uses[self._plan.writes[index]] += 1
+        self._uses[self.plan.writes[index]] += 1
         return self.written(index)
 
     def skipped(self, index: int) -> Any:
@@ -262,15 +265,15 @@ class Execution:
         Raises:
             CausalityError: if the value depends on what has not arrived yet.
         """
-        return self._handed_over(index, self._plan.skips[index])
+        return self._handed_over(index, self.plan.skips[index])
 
     def _handed_over(self, read: int, node: int) -> Any:
         """What the model gets at a site, from the node that makes it."""
         value = self._values[node]
         if value is _PENDING:
             self.failing = (node,)
-            missing = self._plan.needs[node] & ~self._arrived
-            raise too_early(self._graph, self._plan, read, node, missing, self.ended)
+            missing = self.plan.needs[node] & ~self._arrived
+            raise too_early(self.graph, self.plan, read, node, missing, self.ended)
         self._uses[node] -= 1
         if not self._uses[node]:
             self._values[node] = None
@@ -286,14 +289,14 @@ class Execution:
         try:
             return make()
         except InsituError as error:
-            self.failing = (self._plan.skips[index],)
-            raise located(self._graph, self._plan.skips[index], error) from error
+            self.failing = (self.plan.skips[index],)
+            raise located(self.graph, self.plan.skips[index], error) from error
 
     def next_step(self) -> None:
         """Ends a step of a run, also the last: keeps what it saves, and makes ready for another."""
         if self._counter is not None:
             self._counter.tick()
-        repeated = self._plan.repeated
+        repeated = self.plan.repeated
         if repeated is None:
             return
         values, uses = self._values, self._uses
@@ -304,10 +307,10 @@ class Execution:
             self.tape.done.difference_update(repeated.nodes)
         for index in repeated.nodes:
             values[index] = None
-            uses[index] = self._plan.uses[index]
-        handed_over = (*self._plan.writes.values(), *self._plan.skips.values())
+            uses[index] = self.plan.uses[index]
+        handed_over = (*self.plan.writes.values(), *self.plan.skips.values())
         for index in (*repeated.saves, *handed_over):
-            if self._plan.needs[index] & repeated.sites:
+            if self.plan.needs[index] & repeated.sites:
                 values[index] = _PENDING
         self._arrived &= ~repeated.sites
         self._wait()
@@ -337,7 +340,7 @@ class Execution:
             else:
                 holder._put(value)
         # Copies to the CPU may still be on their way.
-        if self._plan.moves and torch.cuda.is_initialized():
+        if self.plan.moves and torch.cuda.is_initialized():
             for number in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(number)
 
@@ -348,7 +351,7 @@ class Execution:
             args: its arguments.
             kwargs: its keyword arguments.
         """
-        return resolved(args, kwargs, self._values, self._modules.__getitem__)
+        return resolved(args, kwargs, self._values, self.modules.__getitem__)
 
     def _come(self, index: int, value: torch.Tensor) -> None:
         """Takes a gradient."""
@@ -357,7 +360,7 @@ class Execution:
     def _gradient(self, index: int, value: torch.Tensor) -> Any:
         """Takes a gradient on its way, and returns what goes on in its place, or None."""
         self._come(index, value)
-        return self.written(index) if index in self._plan.writes else None
+        return self.written(index) if index in self.plan.writes else None
 
     def _use(self, index: int) -> None:
         self._uses[index] -= 1
@@ -370,7 +373,7 @@ class Execution:
         Modules may write into what they returned or were given (`nn.ReLU(inplace=True)`, a
         residual stream added up in place). Only memory that came from the model is copied.
         """
-        held = [index for index in self._plan.held.get(bit, ()) if self._uses[index]]
+        held = [index for index in self.plan.held.get(bit, ()) if self._uses[index]]
         if not held:
             return
         memory = memory_of(arrived)

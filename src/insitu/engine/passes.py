@@ -27,8 +27,6 @@ from insitu.graph.changes import Changes, set_grad_enabled
 from insitu.graph.context import is_grad_enabled
 from insitu.graph.node import NO_KWARGS, SEPARATOR, Kind, Site
 
-_NO_RETURNED: Mapping[int, Any] = {}
-
 
 def _readers(plan: Plan, single: Pass) -> tuple[Readers, bool]:
     """Who reads what in a pass, and whether any of it is of a later call or inside of a forward."""
@@ -47,26 +45,19 @@ def _readers(plan: Plan, single: Pass) -> tuple[Readers, bool]:
 
 def run_pass(
     execution: Execution,
-    plan: Plan,
     single: Pass,
-    modules: Mapping[str, nn.Module],
     views: Mapping[str, View],
     hooks: Hooks,
-    returned: Mapping[int, Any] = _NO_RETURNED,
     caches: Collection[str] = (),
 ) -> tuple[Any, list[int], Arrivals | None]:
     """Runs a pass and gives an execution what arrives at its sites.
 
     Args:
         execution: takes the values.
-        plan: which nodes read which sites, and what is written.
         single: the pass.
-        modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
         hooks: gets the hooks that are put on modules, for the time that they are there. It is
             that of who may use the model: see `Exclusive`.
-        returned: what modules that are skipped would return, as fake tensors, by the node that
-            reads their arguments.
         caches: the Python modules of caches: what they call is not a forward's own.
 
     Returns:
@@ -75,6 +66,7 @@ def run_pass(
     """
     # By name each takes longer.
     call, cuts, may_stop, steps, reads, through, differentiates = single
+    plan, modules = execution.plan, execution.modules
     writes, renewed, tape = plan.writes, execution.renewed, execution.tape
     found = plan.readers.get((*cuts,)) if reads is None else None
     kept, special = _readers(plan, single) if found is None else found
@@ -128,7 +120,7 @@ def run_pass(
         if may_stop and not readers:
             raise Stop
         if written:
-            value = changed_value(execution, plan, moment[:3], value, found, cuts)
+            value = changed_value(execution, moment[:3], value, found, cuts)
         return None if value is arriving else handed_over(kind, view, module, args, rest, value)
 
     arrivals = None
@@ -137,7 +129,7 @@ def run_pass(
     try:
         try:
             if special:
-                given = (execution, plan, single, readers, hooks, modules, views, returned, caches)
+                given = (execution, single, readers, hooks, modules, views, caches)
                 arrivals = Arrivals(*given, Changes(sys._getframe()), own_call)
                 arrivals.begin()
                 deliver = arrivals.pass_on

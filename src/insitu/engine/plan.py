@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -102,6 +103,8 @@ class Plan:
         plain: whether there is nothing to do but to read, once, and to compute with what was read
             at one site each.
         moves: whether copies of values go to devices other than their own.
+        returned: what modules that are skipped would return, as fake tensors, by the node that
+            reads their arguments. Who makes the plan adds it.
         readers: what passes found out about who reads what in them, by their invocations.
     """
 
@@ -123,6 +126,7 @@ class Plan:
     special: bool = False
     plain: bool = False
     moves: bool = False
+    returned: Mapping[int, Any] = field(default_factory=dict[int, Any])
     readers: dict[tuple[int, ...], tuple[Readers, bool]] = field(
         default_factory=dict[tuple[int, ...], tuple[Readers, bool]]
     )

@@ -11,14 +11,12 @@ import torch
 
 from insitu.engine.execution import Execution
 from insitu.engine.model_call import Cut
-from insitu.engine.plan import Plan
 from insitu.graph.node import Place, Site
 from insitu.graph.structure import clone, map_structure
 
 
 def changed_value(
     execution: Execution,
-    plan: Plan,
     place: Place,
     value: Any,
     found: Sequence[tuple[int, int]],
@@ -32,14 +30,13 @@ def changed_value(
 
     Args:
         execution: has the values.
-        plan: its plan.
         place: where the value arrived.
         value: what arrived. It is returned itself if nothing is written.
         found: the nodes that read it, each with its invocation.
         cuts: the invocations' own parts of it.
         step: in which step it arrived.
     """
-    fresh = value
+    plan, fresh = execution.plan, value
     for index, invocation in found:
         if index not in plan.writes:
             continue

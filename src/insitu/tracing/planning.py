@@ -37,8 +37,6 @@ from insitu.tracing.graph_check import absent
 from insitu.tracing.never_ran import never_ran
 from insitu.tracing.run import Run
 
-_NOTHING_RETURNED: Mapping[int, Any] = {}
-
 
 @dataclass(slots=True, eq=False)
 class Prepared:
@@ -47,20 +45,17 @@ class Prepared:
     Attributes:
         plan: which nodes run when.
         passes: what each pass does, in their order.
-        returned: what modules that are skipped would return, as fake tensors, by the node that
-            reads their arguments.
         compiled: whether any of the model's parts is under `torch.compile`.
         tree: the model's tree.
         exclusive: who may use the model.
         path: the part of the tree that the block is about.
         alone: whether it is of one invocation in which no module is skipped: then it depends on
             no other part.
-        ambient: what settings of torch the dtypes in `returned` depend on.
+        ambient: the settings of torch on which the dtypes in `plan.returned` depend.
     """
 
     plan: Plan
     passes: Sequence[PassPlan]
-    returned: Mapping[int, Any]
     compiled: bool
     tree: Tree
     exclusive: Exclusive
@@ -124,15 +119,14 @@ def plan_run(run: Run) -> tuple[Prepared, Sequence[Pass]]:
     passes = procedure.passes(tree.root, plans, requests)
     if plan.crosses or plan.skips:
         check_order(work, plans)
-    returned = _NOTHING_RETURNED
     if plan.skips or plan.stops:
-        returned = _returned(run)
+        plan.returned = _returned(run)
         check_cuts(work)
     tree = model.snapshot
     compiled = is_compiled(tree.parts)
-    by_itself = len(requests) == 1 and not returned
+    by_itself = len(requests) == 1 and not plan.returned
     found = (compiled, tree, model.exclusive, CallPath(watched), by_itself, ambient())
-    return Prepared(plan, plans, returned, *found), passes
+    return Prepared(plan, plans, *found), passes
 
 
 def _log(plans: Sequence[PassPlan], count: int) -> None:

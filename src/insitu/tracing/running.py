@@ -240,7 +240,7 @@ def _all_holds(prepared: Prepared, model: Subject) -> bool:
     What may be shared by several invocations depends on that, and so does what a module that is
     skipped would return.
     """
-    if prepared.returned and (model.look_at_weights() or prepared.ambient != ambient()):
+    if prepared.plan.returned and (model.look_at_weights() or prepared.ambient != ambient()):
         return False
     return not (model.snapshot.has_changed() or model.snapshot.runs_otherwise())
 
@@ -287,7 +287,7 @@ def run_passes(
         What they returned; the node that reads a site where something had to arrive and did
         not, if that ends the run; and how the pass went in which it had to.
     """
-    plan, returned, graph = prepared.plan, prepared.returned, run.lines.graph
+    plan, graph = prepared.plan, run.lines.graph
     modules, hooks, observed = prepared.tree.modules, prepared.exclusive.hooks, execution.observed
     views, caches = run.procedure.views, run.model.caches
     results: list[Any] = [None] * len(passes)
@@ -300,9 +300,7 @@ def run_passes(
             observed.begins(at)
         numbers, goes_into_others = single.cuts.keys(), single.through is not None
         try:
-            results[at], missing, went = run_pass(
-                execution, plan, single, modules, views, hooks, returned, caches
-            )
+            results[at], missing, went = run_pass(execution, single, views, hooks, caches)
         except Exception as error:
             if failures is None or ends_all(error):
                 raise
