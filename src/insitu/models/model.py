@@ -163,7 +163,7 @@ class Model(WrappedModule):
             `results = model.run(Job.from_bytes(data))`, and then `results["logits"]`.
         """
         from insitu.engine.seams import around
-        from insitu.tracing.job_checking import checked_budget
+        from insitu.tracing.job_check import checked_budget
         from insitu.tracing.job_running import run_job
 
         self._notice()
@@ -189,7 +189,7 @@ class Model(WrappedModule):
             InsituError: for what is wrong with the run, as far as that is found beforehand.
         """
         from insitu.engine.budget import Budget
-        from insitu.tracing.job_checking import check_job
+        from insitu.tracing.job_check import check_job
 
         self._notice()
         return check_job(self, job, None if limits is None else Budget(limits))

@@ -1,19 +1,24 @@
-"""What is behind a block: its recording, its invocations, and its run.
+"""A block: its `with` statement, its recording, its invocations, and its run.
 
-The user holds a `Tracer` (`tracer.py`), which answers for the names that it does not have. With
-that, Python takes several times as long to find any attribute of an object. So the work of a block
-is done here, in an object that the user does not see. How a run is planned is in `planning.py`, and
-how it is done in `running.py`.
+When it ends without an error the model runs, once, with the experiment inside. The user holds a
+`Tracer` (`tracer.py`), which answers for the names that it does not have. With that, Python takes
+several times as long to find any attribute of an object. So the work is done in a `Block`, which
+the user does not see. How a run is planned is in `planning.py`, and how it is done in `running.py`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from sys import _getframe  # pyright: ignore[reportPrivateUsage]
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from insitu.batching.procedure import Procedure, Subject
 from insitu.engine.failures import first_error
+from insitu.graph import location
+from insitu.graph.cells import Missing
 from insitu.graph.context import (
     as_begun,
     default_dtype,
@@ -22,13 +27,15 @@ from insitu.graph.context import (
     is_inference_mode_enabled,
 )
 from insitu.graph.errors import BlockError, InsituError
-from insitu.graph.location import Mark, here, mark
+from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Site
 from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordinary_tensors
 from insitu.graph.recording import Recording
 from insitu.graph.replaying import replay
+from insitu.graph.saved_proxy import withdraw
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.invocation import Invocation, Invoked, innermost
+from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.run import Run
 from insitu.tracing.running import Ran, run_block
 from insitu.tracing.scanning import scan_block
@@ -204,7 +211,7 @@ class Block:
     @property
     def job(self) -> Job:
         """The block as data: see `Tracer.job`."""
-        from insitu.tracing.job_making import job_of
+        from insitu.tracing.jobs import job_of
 
         return job_of(self.model, [self])
 
@@ -292,3 +299,69 @@ class Block:
             self.result = outputs.whole
             for invocation, result in zip(self.invocations, outputs.each, strict=True):
                 invocation.result = result
+
+
+class BlockContext:
+    """The `with` statement of a block: it begins the recording, and runs what was recorded.
+
+    Attributes:
+        block: what is behind it.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    def __enter__(self) -> Self:
+        frame = _getframe(1)
+        if frame.f_code is not location.users_code:
+            frame = user_frame(2)
+        self.block.enter(frame)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        block = self.block
+        if block.leave(kind):
+            block.run()
+        elif error is not None:
+            raise_explained(error)
+            shortened(error)
+
+    async def __aenter__(self) -> Self:
+        self.block.enter(user_frame(2))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Runs the model in another thread, so that the event loop goes on.
+
+        A run that has begun is not broken off: if the task is cancelled, that takes effect when
+        the model has run, and nothing is saved.
+        """
+        block = self.block
+        if not block.leave(kind):
+            if error is not None:
+                raise_explained(error)
+                shortened(error)
+            return
+        running = asyncio.ensure_future(asyncio.to_thread(block.run))
+        try:
+            await asyncio.shield(running)
+        except InsituError as failure:  # with the frames of the thread that it ran in
+            shortened(failure)
+            raise
+        except asyncio.CancelledError:
+            recording, saves = block.recording, dict(block.recording.saves)
+            with contextlib.suppress(BaseException):
+                await running
+            for index, holder in saves.items():
+                withdraw(holder, recording, index, Missing("its task was cancelled."))
+            raise

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from insitu.batching.procedure import Subject
 from insitu.engine.budget import Budget
 from insitu.engine.dependence import Dependence, Lost
 from insitu.engine.failures import FailedInvocations, ends_all
-from insitu.engine.job_outcome import Outputs
-from insitu.engine.job_parts import JobBlock, Share
+from insitu.engine.job_parts import JobBlock, earlier_of
 from insitu.graph.cells import Cell, Holder, Missing
 from insitu.graph.errors import (
     ExecutionError,
@@ -29,56 +28,10 @@ from insitu.graph.errors import (
 from insitu.graph.expression import expression
 from insitu.graph.node import Earlier, Graph
 from insitu.graph.operations import KEEP, SAVE
-from insitu.graph.shapes import fake_value
-from insitu.graph.structure import map_structure
 from insitu.tracing.isolation import Rest, rest_of, spread_outputs
-from insitu.tracing.job_binding import bind
+from insitu.tracing.jobs import RanBlock, bind
 from insitu.tracing.run import Run
 from insitu.tracing.running import Ran, prepare, run_block, verify
-
-
-@dataclass(slots=True, eq=False)
-class RanBlock:
-    """What a block of a job gives: for the results, and for the blocks after it.
-
-    Attributes:
-        saves: where the values are that it saves, by the node.
-        failed: what failed in it.
-        run: what has run of it, None if nothing has.
-        outputs: what its generation returned, None for a trace.
-        rest: what has run of it, if something was left out.
-    """
-
-    saves: Mapping[int, Holder]
-    failed: Sequence[FailedInvocations]
-    run: Run | None = None
-    outputs: Outputs | None = None
-    rest: Rest | None = None
-
-    def fake(self, index: int) -> Any:
-        """Returns the value of a node with fake tensors.
-
-        Args:
-            index: the node.
-        """
-        assert self.run is not None  # nobody has the value of a block that has not run
-        return fake_value(self.run.lines, index if self.rest is None else self.rest.moved[index])
-
-    def output_of(self, share: Share) -> Any:
-        """Returns what one call on the invocations of one of the jobs of a block would return.
-
-        Args:
-            share: what of the block is of that job.
-        """
-        outputs, run = self.outputs, self.run
-        if outputs is None or run is None or share.count == len(outputs.each):
-            return None if outputs is None else outputs.whole
-        numbers = range(share.first, share.first + share.count)
-        each = [outputs.each[number] for number in numbers]
-        if any(one is None for one in each):
-            return None
-        own = numbers if self.rest is None else map(self.rest.numbers.index, numbers)
-        return run.procedure.whole(each, [run.requests[at] for at in own])
 
 
 def run_job_block(
@@ -261,16 +214,8 @@ def _absent_values(graph: Graph, missing: Callable[[Earlier], Missing | None]) -
         missing: says why a value is not there, None if it is.
     """
     found: dict[int, InsituError] = {}
-    for index, (_, args, kwargs, _, nested, _) in enumerate(graph.rows):
-        reasons: list[Missing] = []
-
-        def leaf(item: Any, reasons: list[Missing] = reasons) -> None:
-            reason = missing(item) if type(item) is Earlier else None
-            if reason is not None:
-                reasons.append(reason)
-
-        if nested:
-            map_structure(leaf, (args, dict(kwargs)))
+    for index, row in enumerate(graph.rows):
+        reasons = [reason for item in earlier_of(row) if (reason := missing(item)) is not None]
         if reasons:
             found[index] = NoValueError(
                 f"`{expression(graph, index)}` uses a value of an earlier block that has none: "

@@ -24,7 +24,8 @@ from insitu.graph.location import here
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.shapes import calls_function
 from insitu.graph.structure import only_data
-from insitu.tracing.job_blocks import RanBlock, run_job_block
+from insitu.tracing.job_blocks import run_job_block
+from insitu.tracing.jobs import RanBlock
 
 
 def run_job(model: Subject, job: Job, budget: Budget | None = None, raises: bool = True) -> Results:

@@ -89,7 +89,7 @@ class Session:
         Raises:
             BlockError: before the session has ended, or if it has raised.
         """
-        from insitu.tracing.job_making import job_of
+        from insitu.tracing.jobs import job_of
 
         if self.blocks is None:
             state = "raised, so it is not whole, and no job" if self._done else "has not ended"

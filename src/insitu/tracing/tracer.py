@@ -1,35 +1,26 @@
 """Blocks as the user holds them: what `model.trace()` and `model.generate()` give.
 
-A tracer collects invocations and one recording for all of them. When its `with` block ends
-without an error the model runs, once, with the experiment inside. That is the work of what is
-behind it, in `block.py`.
+A tracer gives names to what a block has: its prompts, steps, output, plan and job. How it is
+entered, recorded and run is in `block.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Iterator
-from sys import _getframe  # pyright: ignore[reportPrivateUsage]
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned
-from insitu.graph import location
-from insitu.graph.cells import Missing
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
 from insitu.graph.habits import OF_BLOCKS, habit
-from insitu.graph.location import here, mark, user_frame
+from insitu.graph.location import here, mark
 from insitu.graph.node import EVERY, Graph
-from insitu.graph.saved_proxy import withdraw
 from insitu.graph.tracebacks import shortened
-from insitu.tracing.block import Block
+from insitu.tracing.block import BlockContext
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.planning import explained
-from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 if TYPE_CHECKING:
@@ -39,15 +30,8 @@ _INTERNAL = frozenset(["block", "is_open", "only_invocation"])
 """What other parts of Insitu use of a tracer; not in `dir`."""
 
 
-class Tracer:
-    """A block of recorded lines.
-
-    Attributes:
-        block: what is behind it.
-    """
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
+class Tracer(BlockContext):
+    """A block of recorded lines."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -92,61 +76,6 @@ class Tracer:
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__()} - _INTERNAL)
-
-    def __enter__(self) -> Tracer:
-        frame = _getframe(1)
-        if frame.f_code is not location.users_code:
-            frame = user_frame(2)
-        self.block.enter(frame)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        block = self.block
-        if block.leave(kind):
-            block.run()
-        elif error is not None:
-            raise_explained(error)
-            shortened(error)
-
-    async def __aenter__(self) -> Tracer:
-        self.block.enter(user_frame(2))
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Runs the model in another thread, so that the event loop goes on.
-
-        A run that has begun is not broken off: if the task is cancelled, that takes effect when
-        the model has run, and nothing is saved.
-        """
-        block = self.block
-        if not block.leave(kind):
-            if error is not None:
-                raise_explained(error)
-                shortened(error)
-            return
-        running = asyncio.ensure_future(asyncio.to_thread(block.run))
-        try:
-            await asyncio.shield(running)
-        except InsituError as failure:  # with the frames of the thread that it ran in
-            shortened(failure)
-            raise
-        except asyncio.CancelledError:
-            recording, saves = block.recording, dict(block.recording.saves)
-            with contextlib.suppress(BaseException):
-                await running
-            for index, holder in saves.items():
-                withdraw(holder, recording, index, Missing("its task was cancelled."))
-            raise
 
     @property
     def job(self) -> Job:
