@@ -8,7 +8,6 @@ operation on tensors asks for nothing but the type of its first operand.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -217,26 +216,17 @@ def _lshift(first: Any, second: Any, /) -> Any:
     return first << second
 
 
-def _in_place(name: str, check: Callable[[Any, Any], None]) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(operator, name)
-
-    @wraps(function)
-    def called(first: Any, second: Any, /) -> Any:
-        check(first, second)
-        return function(first, second)
-
-    return called
-
-
 OPERATORS: Mapping[str, Callable[..., Any]] = {
-    **{"add": _add, "mul": _mul, "pow": _pow, "mod": _mod, "lshift": _lshift},
-    "iadd": _in_place("iadd", _check_sum),
-    "imul": _in_place("imul", _check_product),
-    "ipow": _in_place("ipow", _check_power),
-    "imod": _in_place("imod", _check_remainder),
-    "ilshift": _in_place("ilshift", _check_shift),
+    "add": _add,
+    "mul": _mul,
+    "pow": _pow,
+    "mod": _mod,
+    "lshift": _lshift,
 }
-"""Operators by their names that make large values of small ones, each with its bound."""
+"""Operators by their names that make large values of small ones, each with its bound.
+
+Those that write in place write into tensors only: see `put.py`.
+"""
 
 
 def _parts(name: str, tensor: Tensor, given: Sequence[Any]) -> int:

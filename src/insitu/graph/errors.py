@@ -109,16 +109,19 @@ class LimitError(InsituError, RuntimeError):
         self.allowed = allowed
 
 
-def at_line(error: LimitError, location: Location | None) -> LimitError:
+def at_line(
+    error: InsituError, location: Location | None, message: str | None = None
+) -> InsituError:
     """Returns an error with the line that it is about.
 
     Args:
         error: an error without one.
         location: the user's line.
+        message: what it says instead, None for what it says.
     """
-    return LimitError(
-        str(error), location, limit=error.limit, found=error.found, allowed=error.allowed
-    )
+    made = type(error)(str(error) if message is None else message, location)
+    vars(made).update({**vars(error), "location": location})
+    return made
 
 
 class NeverRanError(InsituError, RuntimeError):

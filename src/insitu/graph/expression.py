@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from insitu.graph.errors import InsituError, LimitError, ShapeError
+from insitu.graph.errors import InsituError, LimitError, ShapeError, at_line
 from insitu.graph.node import (
     Function,
     Graph,
@@ -97,25 +97,13 @@ def located(graph: Graph, index: int, error: InsituError) -> InsituError:
         message = f"`{expression(graph, index)}` cannot be given this value{by}: {message}."
     elif isinstance(error, LimitError):
         message = f"`{expression(graph, index)}` {message}."
-    made = type(error)(message, node.location)
-    vars(made).update({**vars(error), "location": node.location})
-    return made
+    return at_line(error, node.location, message)
 
 
 def _invocations(graph: Graph, index: int) -> set[int]:
     """The invocations whose values a node is made of."""
-    found: set[int] = set()
-    seen: set[int] = set()
-    pending = [index]
-    while pending:
-        current = pending.pop()
-        if current not in seen:
-            seen.add(current)
-            node = graph[current]
-            pending.extend(node.inputs)
-            if node.site is not None:
-                found.add(node.site.invocation)
-    return found
+    sites = [graph[at].site for at in graph.needed_by(index)]
+    return {site.invocation for site in sites if site is not None}
 
 
 class _Writer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from torch._subclasses import FakeTensorMode
@@ -24,7 +25,10 @@ def on_fake_tensors(
         others: further contexts, entered in their order.
     """
     with changing() as changes:  # a mode that stayed would make all tensors fake
-        changes.enter(unlogged_failures())
+        # It prints failures, which are raised too.
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        changes.afterwards(partial(setattr, log, "disabled", log.disabled))
+        log.disabled = True
         changes.enter(ordinary_tensors())
         changes.enter(mode)
         changes.gradients(False)
@@ -32,18 +36,3 @@ def on_fake_tensors(
             if context is not None:
                 changes.enter(context)
         yield
-
-
-@contextmanager
-def unlogged_failures() -> Generator[None, None, None]:
-    """Keeps torch from printing failures on fake tensors, which are raised too."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled = log.disabled
-    try:
-        try:
-            log.disabled = True
-            yield
-        finally:
-            log.disabled = was_disabled
-    finally:
-        log.disabled = was_disabled  # an exception may come at any line, also at the one above

@@ -6,7 +6,7 @@ for the value of an earlier node. Nothing here knows how values are computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -284,6 +284,22 @@ class Graph:
         while self.rows[index][0] in _HANDED_OVER:
             index = self.rows[index][3][0]
         return index
+
+    def needed_by(self, index: int, known: Container[int] = ()) -> set[int]:
+        """Returns the nodes that a node is computed of, and itself.
+
+        Args:
+            index: the node.
+            known: nodes that are left out, with all that only they are computed of.
+        """
+        found: set[int] = set()
+        pending = [index]
+        while pending:
+            current = pending.pop()
+            if current not in found and current not in known:
+                found.add(current)
+                pending.extend(self.rows[current][3])
+        return found
 
     def add_like(self, index: int, row: Row) -> int:
         """Adds a node in the context of another, and returns its index.

@@ -290,9 +290,7 @@ def _set(target: Any, key: Any, value: Any) -> Any:
 def _writing() -> dict[str, Operation]:
     """Operations that write in place."""
     listed = {
-        f"operator.{name}": Operation(
-            f"operator.{name}", OPERATORS.get(name) or getattr(operator, name), True, False
-        )
+        f"operator.{name}": Operation(f"operator.{name}", getattr(operator, name), True, False)
         for name in _AUGMENTED.split()
     }
     listed["operator.setitem"] = Operation("operator.setitem", _set, True)

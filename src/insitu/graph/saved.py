@@ -37,14 +37,14 @@ class SavedTensor(torch.Tensor):
     @property
     def value(self) -> torch.Tensor:
         """The value as a plain `torch.Tensor`, in the same memory: the same object each time."""
-        kept: Any = _entries(self).get("_kept")
+        kept: Any = vars(self).get("_kept")
         if self.requires_grad:
             # Gradients have to arrive here: where the value came with its history, they do.
             if kept is None or not kept.requires_grad:
                 return self.as_subclass(torch.Tensor)
         elif kept is None or not _same_memory(self, kept):
             # No view: that would refer to this from within torch, where no garbage is collected.
-            kept = _entries(self)["_kept"] = torch.Tensor.detach(self)
+            kept = vars(self)["_kept"] = torch.Tensor.detach(self)
         return cast(torch.Tensor, kept)
 
     def constant(self) -> torch.Tensor:
@@ -71,7 +71,7 @@ class SavedTensor(torch.Tensor):
     def _is_param(self, value: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         # How `nn.Parameter(x)` marks tensors of other classes. Such a parameter would be left
         # alone by code that asks for its type, and it is nothing but a parameter.
-        _entries(self).clear()
+        vars(self).clear()
         become(self, nn.Parameter)
 
     @property
@@ -80,7 +80,7 @@ class SavedTensor(torch.Tensor):
 
     @_is_buffer.setter
     def _is_buffer(self, value: bool) -> None:
-        _entries(self).pop("_kept", None)
+        vars(self).pop("_kept", None)
         become(self, torch.Tensor)._is_buffer = value
 
     def __copy__(self) -> SavedTensor:
@@ -116,9 +116,9 @@ class SavedList(list[Any]):
     @property
     def value(self) -> list[Any]:
         """The values as a plain list: the same object each time, unless the list has changed."""
-        kept = _entries(self).get("_kept")
+        kept = vars(self).get("_kept")
         if kept is None or len(kept) != len(self) or not all(map(operator.is_, kept, self)):
-            kept = _entries(self)["_kept"] = list(self)
+            kept = vars(self)["_kept"] = list(self)
         return kept
 
     @property
@@ -136,10 +136,6 @@ class SavedList(list[Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return list, (list(self),)
-
-
-def _entries(thing: object) -> dict[str, Any]:
-    return thing.__dict__
 
 
 def become(thing: Any, kind: type[Any]) -> Any:
@@ -176,8 +172,8 @@ def fill(holder: Any, value: torch.Tensor) -> None:
 
 def hold(holder: Any, value: object) -> None:
     """Notes in what `blank` gave a value that is no ordinary tensor."""
-    _entries(holder).clear()
-    _entries(holder)["_held"] = value
+    vars(holder).clear()
+    vars(holder)["_held"] = value
     if isinstance(value, bool | int | float | complex):
         # Torch's C code looks into the memory: `torch.tensor(x)` is then of that number.
         # An integer may have more than 64 bits.
@@ -185,29 +181,14 @@ def hold(holder: Any, value: object) -> None:
             swap(holder, torch.tensor(value, device="cpu"))
 
 
-def fill_list(holder: Any, values: list[Any]) -> None:
-    """Makes a list that stands for the values of every step a `SavedList` of them.
-
-    Args:
-        holder: an empty list, of a class of proxies.
-        values: the values.
-    """
-    _entries(holder).clear()
-    become(holder, SavedList).extend(values)
-
-
-def empty_list(holder: SavedList, entries: dict[str, Any]) -> None:
-    """Empties such a list again, and gives it other attributes."""
-    holder.clear()
-    _entries(holder).clear()
-    _entries(holder).update(entries)
-
-
 def empty(holder: Any, entries: dict[str, Any]) -> None:
-    """Makes a tensor one without any content again, with other attributes."""
-    _entries(holder).clear()
-    _entries(holder).update(entries)
-    swap(holder, _EMPTY.data)
+    """Takes the content of a tensor or a list, and gives it other attributes."""
+    vars(holder).clear()
+    vars(holder).update(entries)
+    if isinstance(holder, torch.Tensor):
+        swap(holder, _EMPTY.data)
+    else:
+        holder.clear()
 
 
 def device_name(device: str | torch.device) -> str:

@@ -23,9 +23,7 @@ from insitu.graph.saved import (
     SavedList,
     become,
     empty,
-    empty_list,
     fill,
-    fill_list,
     hold,
 )
 
@@ -98,7 +96,8 @@ class SavedSteps(_Waiting, list[Any]):  # pyright: ignore
     def _put(self, content: Any) -> None:
         """Makes this what the run has saved."""
         if type(content) is list:
-            fill_list(self, cast("list[Any]", content))
+            vars(self).clear()
+            become(self, SavedList).extend(cast("list[Any]", content))
         else:
             vars(self)["_missing"] = content
 
@@ -156,14 +155,10 @@ def withdraw(holder: Any, recording: Recording, index: int, missing: Missing) ->
         index: the node that saves it.
         missing: why there is none.
     """
-    if isinstance(holder, torch.Tensor):
+    if isinstance(holder, torch.Tensor | SavedList):
         source = ref(recording.graph.rows[index][3][0])
         empty(holder, {"_recording": recording, "_ref": source})
-        become(holder, SavedProxy)
-    elif isinstance(holder, SavedList):
-        source = ref(recording.graph.rows[index][3][0])
-        empty_list(holder, {"_recording": recording, "_ref": source})
-        become(holder, SavedSteps)
+        become(holder, SavedSteps if isinstance(holder, list) else SavedProxy)
     cast(Any, holder)._put(missing)
 
 

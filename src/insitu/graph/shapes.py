@@ -21,6 +21,7 @@ from insitu.graph.errors import (
     OperationError,
     ShapeError,
     UnknownShapeError,
+    at_line,
 )
 from insitu.graph.evaluation import held_by, meaning
 from insitu.graph.expression import expression, located
@@ -127,17 +128,9 @@ def _is_whole_number(key: Any) -> bool:
 
 def _is_of_later_steps(recording: Lines, index: int) -> bool:
     """Whether a value is, or may be, of a step other than the first."""
-    seen: set[int] = set()
-    pending = [index]
-    while pending:
-        current = pending.pop()
-        if current not in seen:
-            seen.add(current)
-            operation, args, _, inputs, _, _ = recording.graph.rows[current]
-            if operation is READ and args[4] != 0:
-                return True
-            pending.extend(inputs)
-    return False
+    rows = recording.graph.rows
+    nodes = [rows[at] for at in recording.graph.needed_by(index)]
+    return any(operation is READ and args[4] != 0 for operation, args, *_ in nodes)
 
 
 @contextmanager
@@ -153,7 +146,7 @@ def _as_in_first_step(recording: Lines) -> Generator[None]:
 
 def _fake_value(recording: Lines, index: int) -> Any:
     fakes = recording.fakes
-    for ancestor in _unknown_ancestors(recording, index):
+    for ancestor in sorted(recording.graph.needed_by(index, fakes)):
         node = recording.graph[ancestor]
         site = node.site
         if site is not None and recording.as_first_step:
@@ -170,7 +163,7 @@ def _fake_value(recording: Lines, index: int) -> Any:
             except InsituError as error:
                 if error.location is not None:
                     raise
-                raise type(error)(str(error), node.location) from error
+                raise at_line(error, node.location) from error
     return fakes[index]
 
 
@@ -211,18 +204,6 @@ def _plain(value: Any, leaf: Callable[[Any], Any]) -> Any:
         items = [_plain(item, leaf) for item in cast("tuple[Any, ...]", value)]
         return tuple(items) if isinstance(value, tuple) else items
     return leaf(value)
-
-
-def _unknown_ancestors(recording: Lines, index: int) -> list[int]:
-    """The nodes that must be computed first, in their order, and the node itself."""
-    needed: set[int] = set()
-    pending = [index]
-    while pending:
-        current = pending.pop()
-        if current not in needed and current not in recording.fakes:
-            needed.add(current)
-            pending.extend(recording.graph[current].inputs)
-    return sorted(needed)
 
 
 def works_in_one_dtype(recording: Lines, index: int) -> bool:
