@@ -172,8 +172,9 @@ def fill(holder: Any, value: torch.Tensor) -> None:
 
 def hold(holder: Any, value: object) -> None:
     """Notes in what `blank` gave a value that is no ordinary tensor."""
-    vars(holder).clear()
-    vars(holder)["_held"] = value
+    entries: dict[str, Any] = holder.__dict__
+    entries.clear()
+    entries["_held"] = value
     if isinstance(value, bool | int | float | complex):
         # Torch's C code looks into the memory: `torch.tensor(x)` is then of that number.
         # An integer may have more than 64 bits.
@@ -183,8 +184,9 @@ def hold(holder: Any, value: object) -> None:
 
 def empty(holder: Any, entries: dict[str, Any]) -> None:
     """Takes the content of a tensor or a list, and gives it other attributes."""
-    vars(holder).clear()
-    vars(holder).update(entries)
+    own: dict[str, Any] = holder.__dict__
+    own.clear()
+    own.update(entries)
     if isinstance(holder, torch.Tensor):
         swap(holder, _EMPTY.data)
     else:
