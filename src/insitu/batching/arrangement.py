@@ -19,7 +19,7 @@ from insitu.batching.pass_plan import Row, rows_by_level
 Key = TypeVar("Key", bound=Hashable)
 
 Edges = Mapping[tuple[int, int], bool]
-"""Which row uses values of which: the pair of their numbers, the one that is used first, and
+"""Pairs of rows, the second of which uses values of the first, by their numbers, and
 whether one pass would do for both."""
 
 Group = tuple[list[int], int]
@@ -52,7 +52,7 @@ def arrange(
     Args:
         rows: the rows.
         keys: equal for rows that may share a pass.
-        edges: which of them use values of which.
+        edges: which rows use values of others.
         costs: what passes cost; None if they are divided by the budget alone.
         budget: how many tokens a pass may have, where it has more than one row.
 
@@ -133,7 +133,7 @@ def rings(edges: Collection[tuple[int, int]], count: int) -> list[int]:
     """Returns for each number the first of those that it needs, and that need it.
 
     Args:
-        edges: pairs of numbers, of which the second needs the first.
+        edges: pairs of numbers: the second needs the first.
         count: how many numbers there are, from 0.
     """
     merged = list(range(count))
@@ -164,7 +164,7 @@ def ranks(count: int, edges: Edges) -> list[tuple[list[int], bool]]:
 
     Args:
         count: how many rows there are.
-        edges: which of them use values of which.
+        edges: which rows use values of others.
     """
     merged = rings(edges, count)  # who needs each other in both directions is one
     order = list(TopologicalSorter(_between(edges, merged)).static_order())

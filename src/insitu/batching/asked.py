@@ -113,7 +113,7 @@ def _differentiated(graph: Graph, plan: Plan) -> set[int]:
     """The invocations whose values a loss depends on, or of which a gradient is read."""
     nodes = [row[3] for row in graph.rows if row[0] in (BACKWARD, GRAD, KEEP)]
     found = _invocations(plan, chain.from_iterable(nodes))
-    edges = uses(graph, plan, lambda _: None)
+    edges = uses(graph, plan)
     while True:  # what is written into a run of these is of their loss too
         more = {source for source, target in edges if target in found} - found
         if not more:

@@ -20,10 +20,10 @@ class Costs:
         pair: in one block, for each pair of a position and one that it attends to.
         moved: in one block, for each token: what takes as long as moving its values through memory
             where nothing is multiplied with weights, as activation functions and norms do.
-        scored: in one block, for each pair, likewise, as softmax does.
-        block: for each call of a block, whatever its tokens: what takes as long as that many.
-        call: for each pass, outside of its blocks, likewise.
-        unembedding: for each token of which there are logits.
+        scored: in one block, for each pair: the same for pairs, as in softmax.
+        block: for each call of a block, for any number of tokens: operations that take as long.
+        call: for each pass, outside of its blocks: operations that take as long.
+        unembedding: for each token whose logits are made.
     """
 
     blocks: int

@@ -1,10 +1,9 @@
-"""Which invocations use values of which others, and whether these are there in time in one pass."""
+"""Which invocations use values of others, and whether those are there in time in one pass."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import NamedTuple
 
 from insitu.engine.plan import Plan
@@ -67,21 +66,16 @@ def in_time(crossing: Crossing, moments: Moments) -> bool:
     return here is None or there is None or there <= here
 
 
-def uses(graph: Graph, plan: Plan, moments: Moments) -> dict[tuple[int, int], bool]:
-    """Returns which invocations are used by which others, and whether one pass would do.
+def uses(graph: Graph, plan: Plan) -> list[tuple[int, int]]:
+    """Returns which invocations are used by which others, as pairs, the used one first.
 
     Args:
         graph: what is to be done.
         plan: its plan.
-        moments: when sites come.
     """
-    found = dict.fromkeys(steps_together(plan), True)
-    known = cache(moments)
-    for crossing in crossings(graph, plan):
-        pair = crossing.source[0], crossing.target[0]
-        if pair[0] != pair[1]:
-            found[pair] = found.get(pair, True) and in_time(crossing, known)
-    return found
+    pairs = [(one.source[0], one.target[0]) for one in crossings(graph, plan)]
+    found = [*steps_together(plan), *(pair for pair in pairs if pair[0] != pair[1])]
+    return list(dict.fromkeys(found))
 
 
 def steps_together(plan: Plan) -> list[tuple[int, int]]:

@@ -133,7 +133,7 @@ class Demands(NamedTuple):
         each: what each invocation demands.
         budget: how many tokens a pass may have, where it has several invocations.
         costs: what forwards cost; None where only the budget divides prompts.
-        always: whether blocks that can run once for several invocations do, whatever that costs.
+        always: whether blocks run once for several invocations wherever they can, also at a loss.
         chains: the blocks at which a forward can begin, or why it can begin at none, by the number
             of the terms. It is asked for those of `may_branch`.
         blocks: the paths of the model's blocks.

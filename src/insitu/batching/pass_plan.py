@@ -21,10 +21,10 @@ class Row(NamedTuple):
         invocation: whose prompt it is.
         rows: how many rows the prompt has.
         length: how many positions each of them has.
-        reads: the sites of which it gives the values. Some are of other invocations, if their
+        reads: the sites whose values it gives. Some are of other invocations, if their
             prompts are equal.
         first_block: how many blocks it leaves out, because another row has run them.
-        first_position: how many positions it leaves out likewise.
+        first_position: how many positions it leaves out for the same reason.
         origin: the invocation of that other row, which begins at the model's beginning.
         tokens: how many tokens it may get at most, where it is generated.
     """
@@ -94,12 +94,12 @@ class PassPlan(NamedTuple):
 
     @property
     def reads(self) -> list[Address]:
-        """The sites of which it gives the values."""
+        """The sites whose values it gives."""
         return [address for row in self.rows for address in row.reads]
 
     @property
     def invocations(self) -> list[int]:
-        """The invocations of which it computes something."""
+        """The invocations for which it computes something."""
         own = {row.invocation for row in self.rows}
         return sorted(own.union(address[0] for address in self.reads))
 
@@ -110,7 +110,7 @@ def alone(number: int, demand: Demand, reads: Sequence[Address]) -> PassPlan:
     Args:
         number: the number of the invocation.
         demand: what it demands.
-        reads: the sites of which it needs the values.
+        reads: the sites whose values it needs.
     """
     row = Row(number, demand.rows, demand.length, reads, tokens=demand.tokens)
     rest = (0, None, demand.apart, demand.differentiates)

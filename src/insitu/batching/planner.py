@@ -66,7 +66,7 @@ def _edges(
     demands: Demands,
     crossing: Sequence[Crossing],
 ) -> dict[tuple[int, int], bool]:
-    """Which rows use values of which, and whether one pass would do for both."""
+    """Which rows use values of other rows, and whether one pass would do for both."""
     edges: dict[tuple[int, int], bool] = {}
     whole = {row.invocation: at for at, row in enumerate(rows) if not row.first_block}
     for at, row in enumerate(rows):

@@ -124,7 +124,7 @@ def _take_logits(
     """A prompt's part of a value in which not all positions have become logits.
 
     Args:
-        value: the logits, or what the whole model returns, with whatever it was asked for besides.
+        value: the logits, or all that the model returns.
         layout: its layout.
         logits: gives the prompt's part of logits, with their layout.
         others: gives its part of other values.

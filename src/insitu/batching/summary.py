@@ -19,7 +19,7 @@ class Summary:
     """What one pass does.
 
     Attributes:
-        invocations: the numbers of the invocations of which it computes something.
+        invocations: the numbers of the invocations for which it computes something.
         rows: how many rows its batch has in the end; 0 where that is not known.
         positions: how many positions of each row it computes.
         run: how many blocks of the model it runs.
@@ -63,7 +63,7 @@ class Planned:
 
     @property
     def costs(self) -> list[float]:
-        """What each pass costs beside the others: operations, or whatever else is known."""
+        """What each pass costs beside the others: operations, or places if these are not known."""
         if all(single.flops for single in self.passes):
             return [single.flops for single in self.passes]
         places = [single.rows * single.positions * single.run for single in self.passes]

@@ -197,8 +197,7 @@ def _joint_demands(requests: Sequence[Prompt], work: Work) -> list[Mapping[str, 
     """The options that each invocation demands, and those that cannot run without it."""
     demands = [prompt.demands for prompt in requests]
     if len({(*each.items(),) for each in demands}) > 1 and work.plan.crosses:
-        edges = uses(work.graph, work.plan, work.moments)
-        firsts = rings(edges, len(requests))
+        firsts = rings(uses(work.graph, work.plan), len(requests))
         for number, first in enumerate(firsts):
             demands[first] = {**demands[first], **demands[number]}
         demands = [demands[first] for first in firsts]

@@ -75,7 +75,7 @@ def _fallible(run: Run) -> list[int]:
     """The nodes whose values may not fit together, of a few forms of prompt."""
     rows = run.lines.graph.rows
     found: list[int] = []
-    needs: list[frozenset[int]] = []  # of which invocations
+    needs: list[frozenset[int]] = []  # the invocations that a node's value depends on
     forms: set[str] = set()
     opaque: set[int] = set()  # what functions of the user's make: those are called in the run only
     for index, row in enumerate(rows):

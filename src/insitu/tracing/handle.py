@@ -97,7 +97,7 @@ class Handle(Call):
 
         Args:
             args: recorded values, constants, or containers of both.
-            kwargs: likewise.
+            kwargs: the same, by keyword.
 
         Returns:
             A proxy for what the module returns.
@@ -132,7 +132,7 @@ class Handle(Call):
     def role(self) -> Names:
         """The standard names of the module, also those that a child of its own is called by.
 
-        `handle.role["attention"]` is the module that attends, whatever else is called so.
+        `handle.role["attention"]` is the module that attends, also where a child has that name.
         """
         return Names(self)
 

@@ -92,7 +92,7 @@ class Invocation:
         _open.set((*_open.get(), self))
 
     def leave(self) -> None:
-        """Closes it if it is open, from whatever frame, thread or context."""
+        """Closes it if it is open. Any frame, thread or context may do so."""
         if self._owner is None:
             return
         self._owner = None

@@ -29,7 +29,7 @@ class Rest(NamedTuple):
     Attributes:
         graph: its graph.
         numbers: the invocations that are left, by their numbers in the block.
-        nodes: the nodes that are left, likewise.
+        nodes: the nodes that are left, by their numbers in the block.
         moved: the number of each of these nodes in the graph of the rest.
     """
 
@@ -79,7 +79,7 @@ class Isolation:
 
     Attributes:
         numbers: the invocations that ran last, by their numbers in the block.
-        nodes: the nodes that ran last, likewise.
+        nodes: the nodes that ran last, by their numbers in the block.
         apart: whether each backward pass is to run by itself.
     """
 

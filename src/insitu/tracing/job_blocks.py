@@ -173,7 +173,7 @@ def _of_block(failed: FailedInvocations, rest: Rest) -> FailedInvocations:
 
 
 def _without_values(block: JobBlock, failed: Sequence[FailedInvocations]) -> RanBlock:
-    """A block of which nothing is there, and why."""
+    """A block that has no values, and why."""
     saves: dict[int, Holder] = {}
     for index, row in enumerate(block.graph.rows):
         if row[0] in (SAVE, KEEP):

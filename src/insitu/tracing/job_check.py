@@ -40,8 +40,8 @@ class Expected:
     Attributes:
         shape: the size of the tensor, or sizes in the structure of a nested value; None if that is
             not known before the run.
-        dtype: its dtype, or dtypes in the structure of the value; likewise.
-        bytes: how many bytes it takes; likewise.
+        dtype: its dtype, or dtypes in the structure of the value; None if not known.
+        bytes: how many bytes it takes; None if not known.
         reason: why something of it is not known, or what it is an estimate of; "" if it is certain.
     """
 
@@ -294,7 +294,7 @@ class _PassCosts(NamedTuple):
     Attributes:
         flops: floating-point operations of the model.
         bytes: what the largest pass holds at once, beside the weights.
-        how: how that was found out.
+        how: how the numbers were made.
     """
 
     flops: float

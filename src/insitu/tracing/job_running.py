@@ -109,7 +109,7 @@ def _run_blocks(
 
 
 def _shares(job: Job, number: int) -> dict[int, Share]:
-    """What of a block of a joined job is of which of its jobs, by their numbers."""
+    """The part of a block that each job of a joined job has, by the number of the job."""
     return {
         part: share
         for part, one in enumerate(job.parts)

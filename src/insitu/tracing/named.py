@@ -60,7 +60,7 @@ class Named:
         """Returns a proxy for the value.
 
         Args:
-            invocation: in the processing of which prompt.
+            invocation: the invocation whose value it is.
             line: the user's line.
 
         Raises:
@@ -134,7 +134,7 @@ class Named:
         """Puts a value in the place of the one that there is.
 
         Args:
-            invocation: in the processing of which prompt.
+            invocation: the invocation whose value it is.
             value: of the shape of what is shown.
             line: the user's line.
         """

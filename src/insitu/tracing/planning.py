@@ -40,7 +40,7 @@ from insitu.tracing.run import Run
 
 @dataclass(slots=True, eq=False)
 class Prepared:
-    """How a graph is run: what is found out once for all graphs of its shape.
+    """How a graph is run. It holds for all graphs of its shape.
 
     Attributes:
         plan: which nodes run when.
