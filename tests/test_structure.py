@@ -83,7 +83,7 @@ TOUCHING = {"insitu.engine.interpose", "insitu.engine.keeping"}
 READING = {
     "insitu.engine.foreign_hooks",  # whose the hooks are that are there
     "insitu.graph.dispatch",  # which module's forward is running, for a message
-    "insitu.graph.habits",  # what is written here in the place of other libraries' methods
+    "insitu.habits",  # what is written here in the place of other libraries' methods
     "insitu.models.spellings",
     "insitu.graph.before_torch",  # torch's own classes, once, when it is imported
 }

@@ -32,10 +32,10 @@ from insitu.graph.errors import (
     UnknownShapeError,
     WireError,
 )
-from insitu.graph.habits import OF_PACKAGE, habit
 from insitu.graph.location import here
 from insitu.graph.node import Graph
 from insitu.graph.proxy import AnyProxy as Proxy
+from insitu.habits import OF_PACKAGE, habit
 from insitu.models.cache import ActivationCache
 from insitu.models.language_model import LanguageModel
 from insitu.models.model import Model

@@ -49,8 +49,8 @@ def check_files(given: Mapping[str, Any]) -> None:
         SaveError: if the file or its folder is read-only.
         MissingPackageError: if what draws pictures is not installed.
     """
+    from insitu.disk import check_target
     from insitu.display.page import check_drawing, picture_form
-    from insitu.graph.disk import check_target
 
     for name, path in given.items():
         if isinstance(path, Path):

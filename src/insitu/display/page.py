@@ -10,12 +10,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from insitu import disk
 from insitu.display.canvas import plotly
 from insitu.display.figure import figure
 from insitu.display.graph_picture import graph_mermaid, graph_svg, graph_text
 from insitu.display.numbers import Numbers
 from insitu.display.table import table
-from insitu.graph import disk
 from insitu.graph.errors import InsituError, MissingPackageError, OptionError
 from insitu.graph.location import here
 from insitu.graph.node import Graph

@@ -9,9 +9,9 @@ import os
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from insitu import disk
 from insitu.display.canvas import INK, MONOSPACE
 from insitu.display.page import picture_form, svg_figure, write_picture
-from insitu.graph import disk
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

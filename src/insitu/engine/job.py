@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from insitu import disk
 from insitu.engine.job_parts import JobBlock, JobModel, JobPart
 from insitu.engine.limits import Limits
-from insitu.graph import disk
 from insitu.graph.expression import expression
 
 

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 
+from insitu import disk
 from insitu.display.saved_values import SavedValue
 from insitu.engine.job_outcome import Failure, Outputs
-from insitu.graph import disk
 from insitu.graph.errors import (
     LoadError,
     NotCachedError,

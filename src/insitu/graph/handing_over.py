@@ -7,25 +7,13 @@ the run of the first knows nothing of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph, own
 from insitu.graph.operations import GETITEM, GRAD, PUT, READ, SKIP, WRITE
 from insitu.graph.put import Step
-
-
-class Place(NamedTuple):
-    """Where the model is given a value.
-
-    Attributes:
-        skipped: whether it stands for the output of a module that does not run.
-        read: the node that reads what arrives there, or what that module is called with.
-    """
-
-    skipped: bool
-    read: int
 
 
 class HandingOver:
@@ -43,7 +31,7 @@ class HandingOver:
 
     def place(
         self, base: int, steps: Sequence[Step], writer: int | None, mark: Mark
-    ) -> Place | None:
+    ) -> tuple[dict[int, int], int] | None:
         """Returns where the model is given what a write in place makes of a base.
 
         Args:
@@ -53,8 +41,9 @@ class HandingOver:
             mark: the user's line.
 
         Returns:
-            The place; None if the base stands nowhere, if a later line has put something else
-            there, or if the write is another invocation's.
+            The table of the graph that says so, `writes` or `skips`, and the place in it; None if
+            the base stands nowhere, if a later line has put something else there, or if the write
+            is another invocation's.
 
         Raises:
             OperationError: if another invocation has written into it before.
@@ -64,13 +53,13 @@ class HandingOver:
             node = rows[node][3][0]
         operation, args, _, inputs, _, _ = rows[node]
         if operation is SKIP:
-            place, args = Place(True, inputs[0]), rows[inputs[0]][1]
+            given, place = own(self._graph, "skips"), inputs[0]
+            args = rows[place][1]
         elif operation in (READ, GRAD):
-            place = Place(False, node)
+            given, place = self._graph.writes, node
         else:
             return None
-        given = self._graph.skips if place.skipped else self._graph.writes
-        now = given.get(place.read, node)
+        now = given.get(place, node)
         if self._first.get(now, now) != base:
             return None
         if operation is not GRAD and writer is not None and args[0] != writer:
@@ -80,14 +69,7 @@ class HandingOver:
             return None
         if base in self._borrowed:
             raise _refusal(mark)
-        return place
-
-    def give(self, place: Place, node: int) -> None:
-        """Lets the model be given the value of a node."""
-        if place.skipped:
-            own(self._graph, "skips")[place.read] = node
-        else:
-            self._graph.writes[place.read] = node
+        return given, place
 
     @property
     def borrows(self) -> bool:

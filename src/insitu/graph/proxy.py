@@ -36,7 +36,6 @@ from insitu.graph.dispatch import (
 )
 from insitu.graph.encoding import add_node
 from insitu.graph.errors import NoValueError, OperationError, UnknownShapeError, nearest
-from insitu.graph.habits import OF_VALUES, habit
 from insitu.graph.in_place import mutate
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, here, mark
@@ -60,6 +59,7 @@ from insitu.graph.save_names import add_name
 from insitu.graph.saved import blank, device_name, set_class, spent
 from insitu.graph.structured import is_structure
 from insitu.graph.whole_calls import call_operator, is_custom_operator
+from insitu.habits import OF_VALUES, habit
 
 _operation_of = dict(BY_FUNCTION).get  # of a plain dictionary it takes half the time
 

@@ -184,7 +184,8 @@ class Views:
         self._first[index] = place.base
         self._standing[place.base] = index
         if given is not None:
-            self._model.give(given, index)
+            table, read = given
+            table[read] = index
         return ref(place.value)  # recorded again only if a line uses it
 
     def base(self, value: Ref) -> int:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-from insitu.graph import disk
+from insitu import disk
 from insitu.graph.errors import InsituError, LoadError
 from insitu.graph.location import here
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import torch
 
-from insitu.graph import disk
+from insitu import disk
 from insitu.graph.errors import LoadError
 from insitu.graph.location import here
 from insitu.methods.files import Tensors, read_tensors

@@ -15,8 +15,8 @@ from typing import Any, NoReturn, cast
 import torch
 
 from insitu.graph.errors import NotCachedError, OperationError, PathError, ShapeError, nearest
-from insitu.graph.habits import OF_CACHES, habit
 from insitu.graph.location import here
+from insitu.habits import OF_CACHES, habit
 from insitu.models.keys import spelled
 
 _PLACES = ("", "hook_", "attn.hook_", "mlp.hook_")  # of TransformerLens's short names

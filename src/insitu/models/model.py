@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
-from insitu.graph import disk
+from insitu import disk
 from insitu.graph.errors import OptionError, WireError
-from insitu.graph.habits import OF_MODULES
 from insitu.graph.location import here
 from insitu.graph.tracebacks import short_tracebacks
+from insitu.habits import OF_MODULES
 from insitu.models.blocks import find_stacks
 from insitu.models.delegation import DELEGATED, delegated
 from insitu.models.plain import Forward

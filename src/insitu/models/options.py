@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from insitu.graph.errors import OptionError, nearest
-from insitu.graph.habits import OF_RUNS, habit
 from insitu.graph.location import Location, here
+from insitu.habits import OF_RUNS, habit
 from insitu.models.attention import OPTION
 
 # Decorators of Transformers take these out of `**kwargs`, in no signature.

@@ -3,7 +3,7 @@
 TransformerLens, pyvene, nnterp and Hugging Face's own classes have words of their own for what has
 a standard name here. An error for one of their words, or for a standard name asked of the wrong
 module, says the line to write. Methods and options of other libraries are in
-`insitu.graph.habits`.
+`insitu.habits`.
 """
 
 from __future__ import annotations

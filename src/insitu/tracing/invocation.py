@@ -20,12 +20,12 @@ from typing import Any, cast
 from insitu.engine.functions import Called
 from insitu.engine.probe import Call, Probe
 from insitu.graph.errors import BlockError, NoValueError, PathError
-from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.intervention import skip, write
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Kind, Ref, Site, ref
 from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy, StructureProxy
+from insitu.habits import OF_BLOCKS, habit
 from insitu.tracing.around import Around
 from insitu.tracing.site_shapes import arriving_at, called_in
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step

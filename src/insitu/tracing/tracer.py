@@ -14,10 +14,10 @@ import torch
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
-from insitu.graph.habits import OF_BLOCKS, habit
 from insitu.graph.location import here, mark
 from insitu.graph.node import EVERY, Graph
 from insitu.graph.tracebacks import shortened
+from insitu.habits import OF_BLOCKS, habit
 from insitu.tracing.block import BlockContext
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.planning import explained

@@ -12,8 +12,8 @@ from torch import nn
 
 from insitu.batching.procedure import Subject
 from insitu.graph.errors import nearest
-from insitu.graph.habits import OF_MODULES, habit
 from insitu.graph.node import readable
+from insitu.habits import OF_MODULES, habit
 
 
 def no_child(model: Subject, path: str, module: nn.Module, name: str) -> str:

@@ -16,8 +16,8 @@ from torch import nn
 
 from insitu import zoo
 from insitu.graph.errors import LoadError, OptionError
-from insitu.graph.habits import OF_LOADING, habit
 from insitu.graph.location import Location
+from insitu.habits import OF_LOADING, habit
 from insitu.models.loading.adapters import find_adapter
 from insitu.models.loading.new_weights import new_weights, refusal
 from insitu.models.loading.reachability import without_server

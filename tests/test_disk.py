@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from insitu import LoadError, OptionError, SaveError
-from insitu.graph.disk import check_readable, check_target, read, write
+from insitu.disk import check_readable, check_target, read, write
 
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
