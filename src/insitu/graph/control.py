@@ -53,7 +53,9 @@ def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         >>> shape.value
         (1, 3)
     """
-    return _called(Function(function), args, kwargs, "apply", mark())
+    line = mark()
+    recording = _open_recording((args, kwargs), "apply", line)
+    return record_call(Proxy, recording, Function(function), args, kwargs, line)
 
 
 def call_module(path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], line: Mark) -> Any:
@@ -68,7 +70,9 @@ def call_module(path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], lin
     Raises:
         OperationError: if no argument is a value of an open block.
     """
-    return _called(ModuleRef(path), args, kwargs, readable(path), line)
+    recording = _open_recording((args, dict(kwargs)), readable(path), line)
+    args, kwargs = _whole((args, dict(kwargs)))
+    return Proxy(recording, add_node(recording, APPLY, (ModuleRef(path), *args), kwargs, line))
 
 
 def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
@@ -132,20 +136,6 @@ def fold(function: Callable[[Any, Any], Any], init: Any, xs: Any) -> Any:
     body, captured = _recorded(recording, function, 2, [], line)
     args = (body, *_whole((init, xs)), *_from(recording, captured))
     return Proxy(recording, add_node(recording, FOLD, args, NO_KWARGS, line))
-
-
-def _called(
-    function: Function | ModuleRef,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    name: str,
-    line: Mark,
-) -> Any:
-    recording = _open_recording((args, dict(kwargs)), name, line)
-    if isinstance(function, Function):
-        return record_call(Proxy, recording, function, args, kwargs, line)
-    args, kwargs = _whole((args, dict(kwargs)))
-    return Proxy(recording, add_node(recording, APPLY, (function, *args), kwargs, line))
 
 
 def _open_recording(values: Any, name: str, line: Mark) -> Recording:

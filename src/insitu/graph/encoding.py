@@ -35,16 +35,10 @@ from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
 from insitu.graph.recording import Recording
 from insitu.graph.saved import SavedList, SavedTensor
 from insitu.graph.shapes import fake_value
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import CONSTANTS, map_structure
 
 # Constants that a node may hold as they are.
-PLAIN = frozenset(
-    (
-        *(bool, bytes, complex, float, int, str, type(None), type(Ellipsis)),
-        *(torch.Size, torch.Tensor, torch.device, torch.dtype, torch.layout, torch.memory_format),
-        torch.Generator,
-    )
-)
+PLAIN = frozenset((*CONSTANTS, torch.Tensor, torch.Generator))
 # What tensors are indexed with: nearly always constants, so they get a short way of their own.
 KEYS = frozenset([slice, tuple])
 _NAMED = (Function, ModuleRef, Subgraph)

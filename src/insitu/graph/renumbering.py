@@ -1,6 +1,7 @@
 """Nodes of one graph put behind those of another, with other numbers for nodes and invocations.
 
-So a part of a graph becomes a graph of its own, and several graphs become one.
+So a part of a graph becomes a graph of its own, several graphs become one, and what an edit has
+recorded is recorded in a block.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-from insitu.graph.node import Address, Graph, Row, own, rewired
+from insitu.graph.node import EVERY, Address, Graph, Row, own, ref, rewired
 from insitu.graph.operations import BACKWARD, GRAD, KEEP, READ
+from insitu.graph.recording import Recording
 
 _DIFFERENTIATED = (BACKWARD, GRAD, KEEP)
 
@@ -42,6 +44,44 @@ def add_nodes(
         rows.append(row)
     _add_fields(target, graph, moved, numbers, start)
     return moved
+
+
+def replay(recording: Recording, graph: Graph, number: int, step: int) -> None:
+    """Adds what an edit has recorded, as if its lines came now.
+
+    Args:
+        recording: what it is added to.
+        graph: what the edit has recorded.
+        number: the invocation that it is to hold in.
+        step: the step, or `EVERY`.
+    """
+    rows = recording.graph.rows
+    start = len(rows)
+    moved: dict[int, int] = {}
+    for index, row in enumerate(graph.rows):
+        if row[0] is READ:
+            _, path, kind, call, _ = row[1]
+            moved[index] = recording.read((number, path, kind, call, step), row[-1]).index
+        else:
+            moved[index] = len(rows)
+            rows.append(rewired(row, moved))
+    for read, write in graph.writes.items():
+        original = recording.graph.original(moved[read])
+        recording.graph.writes[original] = moved[write]
+        recording.sites[cast("Address", rows[original][1])] = ref(moved[write])
+    for read, skip in graph.skips.items():
+        number, path, _, call, step = cast("Address", rows[moved[read]][1])
+        own(recording.graph, "skips")[moved[read]] = moved[skip]
+        recording.sites[number, path, "output", call, step] = ref(moved[skip])
+    for read, mark in graph.stops.items():
+        recording.stop(ref(moved[read]), mark)
+    for index in graph.unfused:
+        original = recording.graph.original(moved[index])
+        own(recording.graph, "unfused", set).add(original)
+    for index, context in graph.contexts.items():
+        own(recording.graph, "contexts")[moved[index]] = context
+    if step == EVERY:
+        recording.graph.repeats = (*recording.graph.repeats, (start, len(rows)))
 
 
 def _add_fields(

@@ -167,10 +167,13 @@ def _as_data(leaf: Any) -> Any:
 only_data: ContextVar[bool] = ContextVar("only_data", default=False)
 """Whether tensors and plain data alone may be saved, as in jobs that came from elsewhere."""
 
-_DATA = (
-    *(type(None), type(Ellipsis), bool, int, float, complex, str, bytes, range),
+CONSTANTS = (
+    *(type(None), type(Ellipsis), bool, int, float, complex, str, bytes),
     *(torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
+"""The classes of plain data without parts."""
+
+_DATA = (*CONSTANTS, range)
 
 
 def fields_of(value: Any) -> tuple[str, ...]:

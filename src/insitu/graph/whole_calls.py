@@ -20,7 +20,7 @@ from insitu.graph.node import Function
 from insitu.graph.operations import APPLY
 from insitu.graph.recorded import AnyRecorded, Recorded
 from insitu.graph.recording import Recording
-from insitu.graph.structure import map_structure
+from insitu.graph.structure import CONSTANTS, map_structure
 
 
 def record_call(
@@ -45,22 +45,13 @@ def record_call(
     def leaf(item: Any) -> Any:
         if isinstance(item, AnyRecorded) and not item._operand:  # a tuple is given as what it is
             return Recorded(item._recording, item._ref)
-        is_plain = isinstance(item, AnyRecorded | torch.Tensor) or not _is_opaque(item)
-        return item if is_plain else Function(cast(Any, item))
+        if isinstance(item, AnyRecorded | torch.Tensor):
+            return item
+        opaque = callable(item) or not isinstance(item, CONSTANTS)
+        return Function(cast(Any, item)) if opaque else item
 
     args, kwargs = map_structure(leaf, (args, dict(kwargs)))
     return kind(recording, add_node(recording, APPLY, (function, *args), kwargs, line))
-
-
-def _is_opaque(item: Any) -> bool:
-    """Whether a node cannot hold a thing as a constant."""
-    return callable(item) or not isinstance(item, _CONSTANTS)
-
-
-_CONSTANTS = (
-    *(type(None), bool, int, float, complex, str, bytes, type(...), slice),
-    *(torch.Size, torch.device, torch.dtype, torch.layout, torch.memory_format),
-)
 
 
 def call_whole(

@@ -14,6 +14,7 @@ import torch
 
 from insitu.graph.errors import WireError
 from insitu.graph.node import Earlier, Function, Ref, WeightRef, ref
+from insitu.graph.structure import CONSTANTS
 from insitu.graph.wire_message import (
     LARGEST_INTEGER,
     MOST_ENTRIES,
@@ -65,12 +66,7 @@ _LEAVES: Mapping[Any, Callable[[Any], Value]] = {
     torch.layout: lambda value: NamedPart(str(value)),
     torch.memory_format: lambda value: NamedPart(str(value)),
 }
-_KEYS = frozenset(
-    (
-        *(type(None), bool, int, float, complex, str, bytes, type(...)),
-        *(torch.device, torch.dtype, torch.layout, torch.memory_format),
-    )
-)
+_KEYS = frozenset(CONSTANTS) - {torch.Size}
 
 
 class ValueWriter:

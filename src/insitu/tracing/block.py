@@ -31,7 +31,7 @@ from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Site
 from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordinary_tensors
 from insitu.graph.recording import Recording
-from insitu.graph.replaying import replay
+from insitu.graph.renumbering import replay
 from insitu.graph.saved_proxy import withdraw
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.invocation import Invocation, Invoked, innermost
