@@ -11,6 +11,7 @@ import torch
 
 from insitu import InsituError, Job, LanguageModel, LimitError, Limits, Model, OptionError, fold
 from tests.attack.jobs import IDS, READ, X, gpt, job_bytes, quick, ref, row, served, small
+from tests.tracing.test_job_check import gradients
 
 pytestmark = pytest.mark.no_wire
 LIMITS = Limits(peak_bytes=2**26, operations=1e8, nodes=2000, sites=100, seconds=20)
@@ -153,14 +154,6 @@ def usual(model: LanguageModel) -> Any:
     return tracer
 
 
-def gradient(model: LanguageModel) -> Any:
-    with model.trace(IDS) as tracer:
-        hidden = model.transformer.h[1].output[0]
-        model.lm_head.output.logsumexp(-1).sum().backward()
-        hidden.grad.save("grad")
-    return tracer
-
-
 def generation(model: LanguageModel) -> Any:
     with model.generate(IDS, max_new_tokens=4, do_sample=False) as tracer:
         with tracer.every_step():
@@ -170,7 +163,7 @@ def generation(model: LanguageModel) -> Any:
     return tracer
 
 
-@pytest.mark.parametrize("make", [usual, gradient, generation])
+@pytest.mark.parametrize("make", [usual, gradients, generation])
 def test_a_usual_job_within_its_limits_gives_the_same(make: Callable[[Any], Any]) -> None:
     model = gpt()
     job = make(model).job
@@ -181,7 +174,7 @@ def test_a_usual_job_within_its_limits_gives_the_same(make: Callable[[Any], Any]
     assert model.check(job, limits=LIMITS).passes == model.check(job).passes
 
 
-@pytest.mark.parametrize("make", [usual, gradient, generation])
+@pytest.mark.parametrize("make", [usual, gradients, generation])
 @pytest.mark.parametrize("limit", ["peak_bytes", "operations", "nodes", "sites", "seconds"])
 def test_each_limit_holds_for_itself(make: Callable[[Any], Any], limit: str) -> None:
     model = gpt()
@@ -199,7 +192,7 @@ def test_each_limit_holds_for_itself(make: Callable[[Any], Any], limit: str) -> 
         torch.testing.assert_close(logits.value, model.module(torch.tensor(IDS)).logits)
 
 
-@pytest.mark.parametrize("make", [usual, gradient, generation])
+@pytest.mark.parametrize("make", [usual, gradients, generation])
 def test_what_a_check_says_is_enough(make: Callable[[Any], Any]) -> None:
     model = gpt()
     job = make(model).job

@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 from insitu.batching.arrangement import CircleError, Edges, Group, arrange
 from insitu.batching.cost_model import Costs
 from insitu.batching.pass_plan import Row, rows_by_level
-
-# One where calls are dear, and one where tokens are.
-CALLS = Costs(
-    blocks=4, token=1, pair=0, moved=0, scored=0, block=1e6, call=1e6, unembedding=1
-)  # fmt: skip
-TOKENS = Costs(
-    blocks=4, token=1e6, pair=0, moved=0, scored=0, block=1, call=1, unembedding=1
-)  # fmt: skip
+from tests.batching.costs import CALLS, TOKENS
 
 
 def whole(invocation: int, length: int, rows: int = 1) -> Row:

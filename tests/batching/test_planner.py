@@ -32,14 +32,8 @@ from insitu.graph.location import mark
 from insitu.graph.node import EVERY, Place, Site
 from insitu.graph.proxy import Proxy
 from insitu.graph.recording import Recording
+from tests.batching.costs import CALLS, TOKENS
 
-# One where calls are dear, and one where tokens are.
-CALLS = Costs(
-    blocks=4, token=1, pair=0, moved=0, scored=0, block=1e6, call=1e6, unembedding=1
-)  # fmt: skip
-TOKENS = Costs(
-    blocks=4, token=1e6, pair=0, moved=0, scored=0, block=1, call=1, unembedding=1
-)  # fmt: skip
 BLOCKS = [f"h.{number}" for number in range(4)]
 HEAD = "lm_head"
 PLACES: list[Place] = [

@@ -21,6 +21,7 @@ from insitu import (
     ShapeError,
     apply,
 )
+from tests.around import Around
 from tests.conftest import hooked_hidden, tiny_gpt2, tiny_llama
 from tests.fidelity.test_steps_together import alone
 
@@ -482,19 +483,7 @@ def test_gradients_of_the_others_are_theirs(
 
 
 def test_a_backward_pass_of_the_model_that_fails_is_repeated_for_each() -> None:
-    class Wayward(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return Checked.apply(self.inner(x))
-
-    class Checked(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x.clone()
-
+    class Checked(Raising):
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
             if bool((gradient.abs() > 1e4).any()):
@@ -502,7 +491,9 @@ def test_a_backward_pass_of_the_model_that_fails_is_repeated_for_each() -> None:
             return gradient
 
     module = tiny_gpt2()
-    module.transformer.h[2].ln_1 = Wayward(module.transformer.h[2].ln_1)
+    module.transformer.h[2].ln_1 = Around(
+        module.transformer.h[2].ln_1, lambda inner, x: Checked.apply(inner(x))
+    )
     model = LanguageModel(module.eval())
     grads = {}
     with whole(module), pytest.raises(ExecutionError, match="too large"):

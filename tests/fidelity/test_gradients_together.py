@@ -247,14 +247,31 @@ def counted_backwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def in_one_block(
+    monkeypatch: pytest.MonkeyPatch, lines: Callable[[LanguageModel, int], Any]
+) -> tuple[nn.Module, list[list[int]], list[Any], list[int]]:
+    """Runs lines for each prompt of a block.
+
+    Returns the module, which prompts shared a pass, what the lines gave, and how many losses each
+    backward pass started with.
+    """
+    module = tiny_gpt2()
+    model = LanguageModel(module)
+    found = []
+    with model.trace() as tracer:
+        for number, ids in enumerate(PROMPTS):
+            with tracer.invoke(ids):
+                found.append(lines(model, number))
+        counts = counted_backwards(monkeypatch)
+    monkeypatch.undo()
+    return module, shared(tracer.plan), found, counts
+
+
 @pytest.mark.parametrize("spelling", ["retained", "named", "returned"])
 def test_passes_that_ask_for_the_same_run_as_one(
     spelling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else each would go through the whole batch."""
-    module = tiny_gpt2()
-    model = LanguageModel(module)
-    found = []
 
     def taken(loss: Any, hidden: Any, retain: bool) -> Any:
         if spelling == "retained":
@@ -264,15 +281,13 @@ def test_passes_that_ask_for_the_same_run_as_one(
             return loss.backward(inputs=[hidden], retain_graph=retain)[0].save()
         return torch.autograd.grad(loss, hidden, retain_graph=retain)[0].save()
 
-    with model.trace() as tracer:
-        for ids in PROMPTS:
-            with tracer.invoke(ids):
-                hidden, logits = model.transformer.h[1].output[0], model.lm_head.output
-                one = taken(last(logits), hidden, True)
-                found.append((one, taken(squares(logits), hidden, False)))
-        counts = counted_backwards(monkeypatch)
-    monkeypatch.undo()
-    assert shared(tracer.plan) == [[0, 1, 2, 3]]
+    def lines(model: LanguageModel, _: int) -> Any:
+        hidden, logits = model.transformer.h[1].output[0], model.lm_head.output
+        one = taken(last(logits), hidden, True)
+        return one, taken(squares(logits), hidden, False)
+
+    module, together, found, counts = in_one_block(monkeypatch, lines)
+    assert together == [[0, 1, 2, 3]]
     assert counts[-2:] == [4, 4]
     for ids, grads in zip(PROMPTS, found, strict=True):
         for grad, loss in zip(grads, (last, squares), strict=True):
@@ -283,18 +298,14 @@ def test_passes_that_ask_for_the_same_run_as_one(
 def test_one_whose_pass_is_its_own_leaves_the_others_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = tiny_gpt2()
-    model = LanguageModel(module)
-    found = []
-    with model.trace() as tracer:
-        for number, ids in enumerate(PROMPTS):
-            with tracer.invoke(ids):
-                found.append(model.transformer.h[1].output[0].grad.save())
-                loss = last(model.lm_head.output)
-                loss.backward(**({"gradient": torch.tensor(2.0)} if number == 1 else {}))
-        counts = counted_backwards(monkeypatch)
-    monkeypatch.undo()
-    assert shared(tracer.plan) == [[0, 2, 3]]
+    def lines(model: LanguageModel, number: int) -> Any:
+        grad = model.transformer.h[1].output[0].grad.save()
+        loss = last(model.lm_head.output)
+        loss.backward(**({"gradient": torch.tensor(2.0)} if number == 1 else {}))
+        return grad
+
+    module, together, found, counts = in_one_block(monkeypatch, lines)
+    assert together == [[0, 2, 3]]
     assert counts[-2:] == [3, 1]
     for number, (ids, grad) in enumerate(zip(PROMPTS, found, strict=True)):
         right = gradient_alone(module, ids, "transformer.h.1", last)
@@ -322,24 +333,20 @@ def test_passes_that_start_from_gradients_of_earlier_ones_run_as_one_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As edge attribution does: back to a value, and from there on for each part of it."""
-    module = tiny_gpt2()
-    model = LanguageModel(module)
-    found = []
-    with model.trace() as tracer:
-        for ids in PROMPTS:
-            with tracer.invoke(ids):
-                early, late = model.transformer.h[0].output[0], model.transformer.h[2].output[0]
-                slope = late.grad
-                last(model.lm_head.output).backward(retain_graph=True)
-                halves = []
-                for half in (slice(0, 8), slice(8, 16)):
-                    product = (late[..., half] * slope.detach()[..., half]).sum()
-                    (grad,) = product.backward(retain_graph=True, inputs=[early])
-                    halves.append(grad.save())
-                found.append(halves)
-        counts = counted_backwards(monkeypatch)
-    monkeypatch.undo()
-    assert shared(tracer.plan) == [[0, 1, 2, 3]]
+
+    def lines(model: LanguageModel, _: int) -> Any:
+        early, late = model.transformer.h[0].output[0], model.transformer.h[2].output[0]
+        slope = late.grad
+        last(model.lm_head.output).backward(retain_graph=True)
+        halves = []
+        for half in (slice(0, 8), slice(8, 16)):
+            product = (late[..., half] * slope.detach()[..., half]).sum()
+            (grad,) = product.backward(retain_graph=True, inputs=[early])
+            halves.append(grad.save())
+        return halves
+
+    module, together, found, counts = in_one_block(monkeypatch, lines)
+    assert together == [[0, 1, 2, 3]]
     assert counts[-3:] == [4, 4, 4]
     for ids, halves in zip(PROMPTS, found, strict=True):
         right = gradient_alone(module, ids, "transformer.h.0", last)

@@ -264,7 +264,11 @@ def drawn(shard: int, count: int) -> Callable[[Any], Any]:
 
 
 def check(
-    subject: Subject, program: Program, same: Callable[[Any, Any], bool], **options: Any
+    subject: Subject,
+    program: Program,
+    same: Callable[[Any, Any], bool],
+    run: Callable[..., list[torch.Tensor]] = replay,
+    **options: Any,
 ) -> None:
     """Compares what a program saves, or that it is refused, with the oracle."""
     try:
@@ -273,11 +277,11 @@ def check(
         reject()
     except TooLateError:
         with pytest.raises(CausalityError):
-            replay(subject, program, **options)
+            run(subject, program, **options)
         return
     names = [line.source() for line in program.lines if isinstance(line, Save)]
     for time in ("at first", "with the plan of the first time"):
-        saved = replay(subject, program, **options)
+        saved = run(subject, program, **options)
         for name, value, right in zip(names, saved, should_be, strict=True):
             assert same(value, right), f"{name} keeps\n{value}\n, not\n{right}, {time}"
 

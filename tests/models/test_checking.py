@@ -15,6 +15,7 @@ from insitu import LanguageModel, Model, OptionError
 from insitu.display.report import Check, Report
 from insitu.models.checking import blocks, check, logits
 from insitu.models.proof import identities
+from tests.around import Around
 from tests.conftest import tiny_gpt2
 from tests.fidelity.zoo import ZOO, module_of
 
@@ -187,16 +188,11 @@ def test_logits_that_are_not_of_the_last_residual_are_found() -> None:
 
 
 def test_a_site_that_cannot_be_read_is_said() -> None:
-    class Hidden(nn.Module):
-        def __init__(self, mlp: nn.Module) -> None:
-            super().__init__()
-            self.mlp = mlp
-
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            return self.mlp(hidden) if isinstance(hidden, FakeTensor) else hidden * 0
+    def hidden(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return mlp(x) if isinstance(x, FakeTensor) else x * 0
 
     module: Any = tiny_gpt2()
-    module.transformer.h[1].mlp = Hidden(module.transformer.h[1].mlp).eval()
+    module.transformer.h[1].mlp = Around(module.transformer.h[1].mlp, hidden).eval()
     report = check(LanguageModel(module))
     assert list(refused(report)) == ["transformer.h[1]"]
     assert "`mlp.pre`, `mlp.post`" in refused(report)["transformer.h[1]"]

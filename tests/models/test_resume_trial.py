@@ -9,7 +9,7 @@ from insitu.batching.proposed_layouts import SIZES, find_layouts
 from insitu.batching.shared_blocks import Chain
 from insitu.engine.fallback import Fallback
 from insitu.engine.probe import Call
-from insitu.models.resume_trial import find_chain
+from insitu.models.resume_trial import ResumeTrial
 from tests.fidelity.architectures import MAKERS, spread_out
 
 
@@ -19,7 +19,8 @@ def chain_of(module: nn.Module) -> Chain | Fallback:
     calls = [Call((), {"input_ids": torch.zeros(*size).long(), **options}) for size in SIZES]
     layouts = find_layouts([model.probe(call, views).seen for call in calls])
     with model.exclusive:
-        return find_chain(module, model.modules, views, layouts, options, 100, model.device)
+        given = (module, model.modules, views, layouts, options, 100, model.device)
+        return ResumeTrial(*given).chain()
 
 
 def made(name: str) -> nn.Module:

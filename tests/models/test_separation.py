@@ -7,6 +7,7 @@ from torch import nn
 
 from insitu import CausalityError, LanguageModel
 from insitu.models.trial import alike
+from tests.around import Around
 from tests.conftest import tiny_gpt2
 from tests.fidelity.architectures import spread_out, tiny_mixtral
 
@@ -163,18 +164,13 @@ def test_it_is_found_out_once() -> None:
 
 
 def test_a_model_that_fails_on_a_batch_runs_prompts_one_by_one() -> None:
-    class Single(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if x.shape[0] > 1 and type(x) is torch.Tensor:
-                raise ValueError("one row, please")
-            return self.inner(x)
+    def single(inner: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > 1 and type(x) is torch.Tensor:
+            raise ValueError("one row, please")
+        return inner(x)
 
     module = tiny_gpt2()
-    module.transformer.h[1].mlp = Single(module.transformer.h[1].mlp).eval()
+    module.transformer.h[1].mlp = Around(module.transformer.h[1].mlp, single).eval()
     model = LanguageModel(module)
     values, passes = read(model, lambda: model.transformer.h[3].output[0])
     assert passes == len(RAGGED)

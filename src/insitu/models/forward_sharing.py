@@ -45,10 +45,8 @@ class ForwardSharing:
     Args:
         model: the model.
         options: keyword arguments for its forward.
-        budget: how many tokens a pass may have, where it has several invocations; None for what
-            fits into memory.
-        share: whether invocations of one prompt share what they have in common; None for where
-            that is faster.
+        budget: how many tokens a pass may have, as of `LanguageForward`.
+        share: whether invocations of one prompt share, as of `LanguageForward`.
     """
 
     def __init__(

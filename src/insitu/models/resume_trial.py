@@ -29,50 +29,6 @@ from insitu.models.resume import Entering, Prefix, Resumed, blocks_of
 from insitu.models.trial import alike
 
 
-def find_chain(
-    module: nn.Module,
-    modules: Mapping[str, nn.Module],
-    views: Mapping[str, View],
-    layouts: Layouts,
-    options: Mapping[str, Any],
-    vocabulary: int,
-    device: torch.device,
-    inside: Collection[str] = (),
-) -> Chain | Fallback:
-    """Returns the blocks at which a model's forwards can begin, found out by running it.
-
-    Args:
-        module: the model, with its weights. The caller holds it (see `exclusive`).
-        modules: its tree, by path.
-        views: how the outputs of its blocks are shown, by path.
-        layouts: how values are cut.
-        options: keyword arguments for its forward.
-        vocabulary: how many token ids it has.
-        device: where these have to be.
-        inside: the modules in whose forwards there are functions among the places.
-
-    Returns:
-        The blocks and the places at which values are right then; or why no forward can begin at
-        them.
-    """
-
-    def found() -> Chain | Fallback:
-        with undisturbed(modules):
-            given = (module, modules, views, layouts, options, vocabulary, device)
-            trial = _Trial(*given, inside)
-            whole = trial.right_places(0)
-            tails = trial.right_places(2) if trial.looks_back_only() else frozenset[Place]()
-        paths = tuple(views)
-        for path in paths:
-            if (path, "output", 0) not in whole:
-                return Fallback(f"values behind `{path}` differ when a forward begins at a block")
-        if any((path, "output", 0) not in tails for path in paths):
-            tails = frozenset[Place]()
-        return Chain(paths, whole, tails, trial.handed() & tails)
-
-    return tried(found, "a forward that begins at a block")
-
-
 def _has_positions_second(layout: TensorLayout) -> bool:
     """Whether a value is `(rows, position, features)`, or has no positions."""
     axes = layout.axes
@@ -83,8 +39,19 @@ def _always() -> bool:
     return True
 
 
-class _Trial:
-    """A model run in full on a few tokens, and again with rows that enter behind every block."""
+class ResumeTrial:
+    """A model run in full on a few tokens, and again with rows that enter behind every block.
+
+    Args:
+        module: the model, with its weights. The caller holds it (see `exclusive`).
+        modules: its tree, by path.
+        views: how the outputs of its blocks are shown, by path.
+        layouts: how values are cut.
+        options: keyword arguments for its forward.
+        vocabulary: how many token ids it has.
+        device: where these have to be.
+        inside: the modules in whose forwards there are functions among the places.
+    """
 
     _LENGTH = 5
 
@@ -97,7 +64,7 @@ class _Trial:
         options: Mapping[str, Any],
         vocabulary: int,
         device: torch.device,
-        inside: Collection[str],
+        inside: Collection[str] = (),
     ) -> None:
         self._module, self._modules, self._views = module, modules, views
         self._inside = inside
@@ -108,17 +75,42 @@ class _Trial:
         levels = range(1, len(views) + 1)
         self._prefix = Prefix(self._blocks, levels, cached=True)
         self._expected: dict[Place, Any] = {}
-        with self._prefix.left_by(dict(options), _always) as kwargs:
-            module(input_ids=self._ids[:1], **kwargs)
+
+    def chain(self) -> Chain | Fallback:
+        """Returns the blocks at which the model's forwards can begin, found out by running it.
+
+        Returns:
+            The blocks and the places at which values are right then; or why no forward can begin
+            at them.
+        """
+        return tried(self._chain, "a forward that begins at a block")
+
+    def _chain(self) -> Chain | Fallback:
+        with undisturbed(self._modules):
+            self._run_whole()
+            whole = self._right_places(0)
+            tails = self._right_places(2) if self._looks_back_only() else frozenset[Place]()
+        paths = tuple(self._views)
+        for path in paths:
+            if (path, "output", 0) not in whole:
+                return Fallback(f"values behind `{path}` differ when a forward begins at a block")
+        if any((path, "output", 0) not in tails for path in paths):
+            tails = frozenset[Place]()
+        return Chain(paths, whole, tails, self._handed() & tails)
+
+    def _run_whole(self) -> None:
+        """Runs the model in full, and keeps what rows enter with and what is expected of them."""
+        with self._prefix.left_by(dict(self._options), _always) as kwargs:
+            self._module(input_ids=self._ids[:1], **kwargs)
 
         def expect(place: Place, value: Any) -> None:
             self._expected[place] = map_structure(clone, value)
 
-        with self._listening(expect, inside):  # without keys and values, as a trace runs
-            module(input_ids=self._ids[:1], **options)
+        with self._listening(expect, self._inside):  # without keys and values, as a trace runs
+            self._module(input_ids=self._ids[:1], **self._options)
 
-    def looks_back_only(self) -> bool:
-        """Returns whether hidden states are the same with another last token, but for its own."""
+    def _looks_back_only(self) -> bool:
+        """Whether hidden states are the same with another last token, but for its own."""
         ids = self._ids[:1].clone()
         ids[0, -1] = self._ids[1, -1]
         if torch.equal(ids, self._ids[:1]):
@@ -134,8 +126,8 @@ class _Trial:
             self._module(input_ids=ids, **self._options)
         return all(agrees)
 
-    def handed(self) -> frozenset[Place]:
-        """Returns the inputs of blocks that are just what the block before returned."""
+    def _handed(self) -> frozenset[Place]:
+        """The inputs of blocks that are just what the block before returned."""
         paths = self._blocks.paths
         return frozenset(
             place
@@ -144,8 +136,8 @@ class _Trial:
             and alike(self._expected[place], self._expected[before, "output", 0][0])
         )
 
-    def right_places(self, start: int) -> frozenset[Place]:
-        """Returns the places at which each row has the values that it should have.
+    def _right_places(self, start: int) -> frozenset[Place]:
+        """The places at which each row has the values that it should have.
 
         Args:
             start: how many positions the rows leave out.

@@ -27,7 +27,7 @@ from insitu.graph.node import SEPARATOR, Place
 from insitu.models.attention import OPTION, attending
 from insitu.models.later_steps import LaterSteps
 from insitu.models.prompts import Prompt
-from insitu.models.resume_trial import find_chain
+from insitu.models.resume_trial import ResumeTrial
 from insitu.models.separation import Separation, Trial
 from insitu.models.tokens import vocabulary_of
 
@@ -163,7 +163,7 @@ def chain_of(
     key, known = (implementation, inside), model.traits.chains
     if key not in known:
         with model.in_use(), attending(module, implementation):
-            known[key] = find_chain(
+            trial = ResumeTrial(
                 module,
                 model.modules,
                 views,
@@ -173,6 +173,7 @@ def chain_of(
                 model.traits.placement.device,
                 inside,
             )
+            known[key] = trial.chain()
     return known[key]
 
 
