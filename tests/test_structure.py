@@ -12,7 +12,7 @@ import insitu
 from tests.files_entered import files_entered
 
 ROOT = Path(insitu.__file__).parent
-ROOMS = ("graph", "engine", "batching", "tracing")
+ROOMS = ("graph", "display", "engine", "batching", "tracing", "models")
 
 
 def module_of(path: Path) -> str:

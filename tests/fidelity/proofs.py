@@ -65,7 +65,7 @@ def proof_of(model: Model) -> tuple[str, dict[str, Any]]:
     os.environ["INSITU_PROOFS"] = "off"
     try:
         body = body_of(model)
-        proofs = Proofs(body, recalling=False)
+        proofs = Proofs(body, Model, recalling=False)
         proofs.of_whole()
         with contextlib.suppress(UnknownShapeError):  # some cannot run without data
             for kind in {*body.kinds({}).values()}:

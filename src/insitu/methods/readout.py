@@ -69,7 +69,7 @@ def endings_of(model: LanguageModel) -> Endings:
             "what follows a prompt that an encoder has read.",
             here(),
         )
-    return names.body.endings()
+    return names.endings
 
 
 def readout_of(model: LanguageModel) -> Readout:

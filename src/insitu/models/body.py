@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from insitu.engine.dataflow import Dataflow, watch
 from insitu.engine.probe import Call
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
-from insitu.models.agreement import agree
 from insitu.models.anatomy import Reading, block_of
 from insitu.models.anatomy.hidden_states import hidden_sizes
 from insitu.models.anatomy.logits import final_norm_of, logits_of
@@ -24,16 +23,14 @@ from insitu.models.architectures import DESCRIPTIONS, Description
 from insitu.models.attention import OPTION, attending, implementations
 from insitu.models.blocks import CACHES
 from insitu.models.configuration import expert_counts, said, text_config
-from insitu.models.endings import Endings, find_endings
 from insitu.models.parts import Block, Spot
+from insitu.models.proof.outcome import Proven
 from insitu.models.samples import sample_call, sample_lengths
-from insitu.models.visible_softmax import showing_options
-from insitu.models.weights import Weights
+from insitu.models.visible_softmax import VisibleSoftmax
 from insitu.tracing.invocation import innermost
 
 if TYPE_CHECKING:
-    from insitu.models.model import Model
-    from insitu.models.proof.given import Proofs
+    from insitu.models.wrapped_module import WrappedModule
 
 _RESTLESS = (
     "The model exchanges modules of its own in a forward of a few tokens, and has not done so yet, "
@@ -50,22 +47,21 @@ class Body:
         model: the model.
         stacks: the lists of its blocks, by path, and how long they are.
         description: what is said of its blocks; None for what is said of its architecture.
-        proves: whether its parts are to be proven, and not just found.
+        prove: gives what is proven of its parts; None where all that was found counts.
 
     Attributes:
         stacks: the paths of its blocks, a list for each stack, such as encoder and decoder.
         paths: those of all of them.
         lengths: all numbers of positions that hidden states had in the forward that was watched.
-        weights: the weights of its parts.
         description: what is said of its blocks.
     """
 
     def __init__(
         self,
-        model: Model,
+        model: WrappedModule,
         stacks: Mapping[str, int],
         description: Description | None,
-        proves: bool = True,
+        prove: Callable[[Body], Proven] | None = None,
     ) -> None:
         self._model = model
         self.stacks: Sequence[Sequence[str]] = [
@@ -76,27 +72,20 @@ class Body:
         self._found: dict[tuple[tuple[str, Any], ...], Mapping[str, Block]] = {}
         self._kinds: dict[tuple[tuple[str, Any], ...], Mapping[str, str]] = {}
         self._blocks: dict[tuple[tuple[str, Any], ...], Mapping[str, Block]] = {}
-        self._agreed: dict[tuple[tuple[str, Any], ...], bool] = {}
-        # Whether the weights were there, and the options.
-        self._showing: tuple[bool, Mapping[str, Any]] | None = None
+        self._softmax = VisibleSoftmax(model, self._seen, self.placed_sample)
         self._after: tuple[str | None, Spot | None] | None = None
         self.paths = {path for stack in self.stacks for path in stack}
         self._said_eager = False
-        self._endings: Endings | None = None
         self.lengths: frozenset[int] = frozenset()
-        self.weights = Weights(self)
-        self._proves = proves
+        self._prove = prove
 
     @cached_property
-    def proofs(self) -> Proofs | None:
+    def proofs(self) -> Proven | None:
         """What was proven of its parts; None where all that was found counts."""
-        # Loaded here: it takes a fourth of the time that a first block without names does.
-        from insitu.models.proof.given import Proofs
-
-        return Proofs(self) if self._proves else None
+        return None if self._prove is None else self._prove(self)
 
     @property
-    def model(self) -> Model:
+    def model(self) -> WrappedModule:
         """The model."""
         return self._model
 
@@ -174,11 +163,7 @@ class Body:
 
         What the model then computes must be the same; that is tried once the weights are there.
         """
-        loaded = self._model.loaded
-        if self._showing is None or (loaded and not self._showing[0]):
-            proven = None if self.proofs is None else self.proofs.showing()
-            self._showing = (loaded, showing_options(self._seen, self.agrees, proven))
-        return self._showing[1]
+        return self._softmax.options(lambda: None if self.proofs is None else self.proofs.showing())
 
     def agrees(self, options: Mapping[str, Any]) -> bool:
         """Returns whether runs with some options compute what others do, as far as it is known.
@@ -186,12 +171,7 @@ class Body:
         Args:
             options: as of `blocks_of_a_run`.
         """
-        if not options or not self._model.loaded:
-            return True
-        key = tuple(options.items())
-        if key not in self._agreed:
-            self._agreed[key] = agree(self._model, self.placed_sample(), options)
-        return self._agreed[key]
+        return self._softmax.agrees(options)
 
     def block_around(self, path: str) -> Block | None:
         """Returns the block that a module is or is in, None if it is in none."""
@@ -230,12 +210,6 @@ class Body:
         """Returns where the logits are."""
         self.blocks()
         return self._after[1] if self._after else None
-
-    def endings(self) -> Endings:
-        """Returns what the model makes of what leaves its blocks; it loads the model."""
-        if self._endings is None:
-            self._endings = find_endings(self)
-        return self._endings
 
     def stack(self, name: str) -> Sequence[str] | str | None:
         """Returns the blocks that have a name; or why none have it, None if there are none.

@@ -17,11 +17,11 @@ from insitu.tracing.session import open_sessions, session_of
 from insitu.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
-    from insitu.models.language_model import LanguageModel
+    from insitu.batching.procedure import Subject
 
 
 def cached(
-    model: LanguageModel,
+    model: Subject,
     tracer: Tracer,
     names: Filters,
     hooks: TransformerLens,

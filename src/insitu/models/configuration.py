@@ -8,7 +8,7 @@ and the config of the text with `text_config`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = (
@@ -101,3 +101,26 @@ def expert_counts(config: Any) -> tuple[int, int]:
         return next((count for count in counts if isinstance(count, int)), 0)
 
     return number(_EXPERTS), number(_CHOSEN)
+
+
+def config_sizes(config: Any) -> frozenset[int]:
+    """Returns all whole numbers of a config, of those in it too.
+
+    Args:
+        config: a config of Transformers.
+    """
+    found: set[int] = set()
+    waiting: list[Any] = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, int):
+            found.add(value)
+        elif isinstance(value, float) and value.is_integer():
+            found.add(int(value))
+        elif isinstance(value, Mapping):
+            waiting.extend(cast("Mapping[Any, Any]", value).values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting.extend(cast("list[Any]", value))
+        elif hasattr(value, "get_text_config"):
+            waiting.append(vars(value))
+    return frozenset(found)

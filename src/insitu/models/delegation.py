@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from insitu.models.model import Model
+    from insitu.models.wrapped_module import WrappedModule
 
 _CHANGING = frozenset(
     [
@@ -30,7 +30,7 @@ _ASKED = frozenset(["dtype", "device"])
 DELEGATED = _CHANGING | _READING | _ASKED
 
 
-def delegated(model: Model, name: str) -> Any:
+def delegated(model: WrappedModule, name: str) -> Any:
     """Returns what a wrapper has of its module.
 
     Args:
@@ -50,10 +50,10 @@ def delegated(model: Model, name: str) -> Any:
     return _changing(model, name)
 
 
-def _changing(model: Model, name: str) -> Callable[..., Any]:
+def _changing(model: WrappedModule, name: str) -> Callable[..., Any]:
     """A method of the module that changes it in place; it returns the wrapper."""
 
-    def change(*args: Any, **kwargs: Any) -> Model:
+    def change(*args: Any, **kwargs: Any) -> WrappedModule:
         getattr(model.load(), name)(*args, **kwargs)
         return model
 

@@ -15,6 +15,7 @@ from insitu.engine.model_call import Pass
 from insitu.engine.probe import Call
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
+from insitu.models.attention import SETTING
 from insitu.models.calls import alone, arguments, content, default_budget
 from insitu.models.padding import padding_of, positioned
 from insitu.models.prompt_arguments import checked_seed, given_to_invocation
@@ -198,3 +199,31 @@ class LanguageForward:
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns nothing: the output of a forward is a site."""
         return None
+
+
+class Usual:
+    """The forward that a model usually makes, and whether it is still as it was then.
+
+    It is kept in an object of its own, because Python takes several times as long to find an
+    attribute of a model, which answers for the names of its modules.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        forward: the forward.
+    """
+
+    __slots__ = ("_attention", "_settings", "_spine", "forward")
+
+    def __init__(self, model: LanguageSubject) -> None:
+        self.forward = LanguageForward(model, {})
+        self._spine = model.snapshot.spine
+        # A config looks up its attributes in Python, `__dict__` too.
+        self._settings = vars(model.config)
+        self._attention = self._settings.get(SETTING)
+
+    def still_holds(self) -> bool:
+        """Returns whether its blocks, its head and its attention are those that they were."""
+        spine = self._spine
+        return spine.now == spine.then and self._settings.get(SETTING) == self._attention

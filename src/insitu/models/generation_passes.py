@@ -19,7 +19,6 @@ from insitu.engine.seams import listened
 from insitu.models.attention import OPTION
 from insitu.models.choosing import listening, seeded
 from insitu.models.generate_calls import GenerateCalls
-from insitu.models.generated_rows import rows_apart, rows_together
 from insitu.models.joined_prompts import join
 from insitu.models.prompts import Prompt
 from insitu.models.separation import OF_STEPS
@@ -156,7 +155,7 @@ class GenerationPasses:
                 (prompt.ids.shape[0], self._calls.given(prompt), steps)
                 for prompt, steps in zip(prompts, generated.steps.values(), strict=True)
             ]
-            rows = rows_apart(_sequences(generated.result), sizes)
+            rows = _rows_apart(_sequences(generated.result), sizes)
             each.update(zip(generated.steps, rows, strict=True))
         if len(each) < len(requests):
             return Outputs(None, [each.get(number) for number in range(len(requests))])
@@ -171,9 +170,46 @@ class GenerationPasses:
         if len(each) == 1:
             return each[0]
         given = [self._calls.given(prompt) for prompt in requests]
-        return rows_together(each, given, self._calls.pad_id)
+        return _rows_together(each, given, self._calls.pad_id)
 
 
 def _sequences(result: Any) -> torch.Tensor:
     """The token ids in what `generate` returned."""
     return result if isinstance(result, torch.Tensor) else result.sequences
+
+
+def _rows_apart(
+    sequences: torch.Tensor, sizes: Sequence[tuple[int, int, int]]
+) -> list[torch.Tensor]:
+    """Each prompt's rows of a batch, without the padding of its neighbours.
+
+    Args:
+        sequences: what was generated, `(rows, position)`, padded on the left.
+        sizes: each prompt's rows, how many tokens of them were not generated, and how many were.
+    """
+    length = max(given for _, given, _ in sizes)
+    each: list[torch.Tensor] = []
+    first = 0
+    for rows, given, steps in sizes:
+        each.append(sequences[first : first + rows, length - given : length + steps])
+        first += rows
+    return each
+
+
+def _rows_together(each: Sequence[torch.Tensor], given: Sequence[int], pad_id: int) -> torch.Tensor:
+    """Rows that were generated one by one as a batch would have padded them.
+
+    Args:
+        each: each prompt's rows, `(rows, position)`.
+        given: how many tokens of them were not generated.
+        pad_id: the id that fills padding.
+    """
+    before = max(given)
+    pairs = list(zip(each, given, strict=True))
+    after = max(own.shape[1] - length for own, length in pairs)
+    rows: list[torch.Tensor] = []
+    for own, length in pairs:
+        left = before - length
+        right = before + after - left - own.shape[1]
+        rows.append(torch.nn.functional.pad(own, (left, right), value=pad_id))
+    return torch.cat(rows)

@@ -13,7 +13,7 @@ from insitu.tracing.named import Named
 from insitu.tracing.vocabulary import Missing
 
 if TYPE_CHECKING:
-    from insitu.models.language_model import LanguageModel
+    from insitu.batching.procedure import Subject
 
 
 class Hook:
@@ -28,7 +28,7 @@ class Hook:
         PathError: if there is no such hook, or the model has nothing that it could stand for.
     """
 
-    def __init__(self, model: LanguageModel, hooks: TransformerLens, name: str) -> None:
+    def __init__(self, model: Subject, hooks: TransformerLens, name: str) -> None:
         entry = hooks.entry(name) if isinstance(name, str) else None
         if isinstance(entry, Missing):
             raise PathError(f"The model has no `{name}`: {entry.reason}", here())

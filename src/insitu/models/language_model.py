@@ -16,12 +16,11 @@ from insitu.engine.plan_cache import PlanCache
 from insitu.graph.errors import LoadError
 from insitu.graph.location import Mark, here
 from insitu.graph.tracebacks import short_tracebacks
-from insitu.models.forward import LanguageForward
+from insitu.models.forward import LanguageForward, Usual
 from insitu.models.language_traits import LanguageTraits
 from insitu.models.model import Model
 from insitu.models.options import more_prompts
 from insitu.models.prompt_arguments import check_budget, given_to_block
-from insitu.models.usual import Usual
 from insitu.tracing.block import Block
 from insitu.tracing.tracer import Tracer
 

@@ -22,7 +22,7 @@ from insitu.graph.changes import Changes, changing
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.models.attention import OPTION, attending
-from insitu.models.config_sizes import config_sizes
+from insitu.models.configuration import config_sizes
 
 _MOST_COUNTS = 64  # forms of calls of which it is known what they take
 

@@ -21,7 +21,6 @@ from insitu.models.options import check_call
 
 if TYPE_CHECKING:
     from insitu.engine.job_parts import JobPrompt, ProcedureName
-    from insitu.models.wrapped_module import WrappedModule
 
 
 class Forward:
@@ -154,13 +153,11 @@ def _alone(module: nn.Module, request: Call, number: int) -> Pass:
     return Pass(call, {number: None}, True)
 
 
-def plain_procedure(
-    model: WrappedModule, name: ProcedureName, options: Mapping[str, Any], mark: Mark
-) -> Forward:
-    """Returns the procedure that a job names.
+def check_job(kind: str, name: ProcedureName, options: Mapping[str, Any], mark: Mark) -> None:
+    """Raises if what a job names is no plain forward.
 
     Args:
-        model: the model.
+        kind: the class of the model.
         name: the name of the procedure.
         options: its options.
         mark: the user's line.
@@ -168,7 +165,6 @@ def plain_procedure(
     Raises:
         OptionError: if it is no forward, or has options.
     """
-    kind = type(model).__name__
     if name != "trace":
         raise OptionError(
             f"The job generates, and a {kind} does not: run it on a `LanguageModel`.",
@@ -180,4 +176,3 @@ def plain_procedure(
             "`LanguageModel`.",
             Location(*mark),
         )
-    return Forward(model.views, model.module)

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import InsituError
 from insitu.models.parts import Block, Feedforward, Heads, Spot
+from insitu.models.weights import Weights
 from insitu.tracing.forms import Batched, Form, PerHead, Rows, Split, Swapped, WithoutLast
 from insitu.tracing.named import Named
 from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles, Vocabulary
 
 if TYPE_CHECKING:
     from insitu.models.body import Body
+    from insitu.models.endings import Endings
     from insitu.models.transformer_lens import TransformerLens
 
 _STREAM = ("residual_in", "residual_mid", "residual_out")
@@ -55,18 +57,29 @@ class Names(Vocabulary):
 
     Args:
         body: what is known of the model's parts.
+
+    Attributes:
+        weights: the weights of its parts.
     """
 
     names = frozenset((*_STREAM, _RETURNED, *_ADDED, *_ROLES, *_HEADS, *_MLP, *_EXPERTS, *_MODEL))
 
     def __init__(self, body: Body) -> None:
         self._body = body
+        self.weights = Weights(body)
         self._listed: dict[tuple[str, str], Mapping[str, Entry | Later]] = {}
 
     @property
     def body(self) -> Body:
         """What is known of the model's parts."""
         return self._body
+
+    @cached_property
+    def endings(self) -> Endings:
+        """What the model makes of what leaves its blocks; it loads the model."""
+        from insitu.models.endings import find_endings  # most never ask
+
+        return find_endings(self._body)
 
     @cached_property
     def hooks(self) -> TransformerLens:
@@ -237,7 +250,7 @@ class Names(Vocabulary):
             found["z"] = Named(z.path, z.kind, z.call, z.item, Split(heads.count))
             form = PerHead(heads.out, z.call, heads.count)
             found["result"] = Named(heads.out, "output", z.call, (), form)
-        weights = self._body.weights
+        weights = self.weights
         for name in ("W_Q", "W_K", "W_V", "W_O"):
             found[name] = Later(partial(_weight, weights.of_heads, block, heads, name))
         return found
@@ -297,7 +310,7 @@ class Names(Vocabulary):
                 found[name] = Missing("its MLP consists of experts: see `experts`.")
             else:
                 found[name] = Missing("no nonlinearity stands between its layers.")
-        weights = self._body.weights
+        weights = self.weights
         for name in ("W_in", "W_out", "W_gate"):
             found[name] = Later(partial(_weight, weights.of_mlp, block, mlp, name))
         return found
@@ -332,8 +345,8 @@ class Names(Vocabulary):
         found["logits"] = Later(self._logits)
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "vocab_size"):
             found[name] = Later(partial(self._number, name))
-        found["W_E"] = Later(lambda: _given(body.weights.embedding()))
-        found["W_U"] = Later(lambda: _given(body.weights.unembedding()))
+        found["W_E"] = Later(lambda: _given(self.weights.embedding()))
+        found["W_U"] = Later(lambda: _given(self.weights.unembedding()))
         if isinstance(refused, str):
             return dict.fromkeys(found, Missing(refused))
         others = refused.keys() & found.keys() - {"blocks", "encoder_blocks"}

@@ -25,7 +25,7 @@ from insitu.graph.ordinary import ordinary_tensors
 from insitu.models.blocks import CACHES, block_views, find_stacks
 from insitu.models.dropout import INDIFFERENT, drops_out, say_that_it_drops_out, say_that_it_trains
 from insitu.models.own_runs import OwnRuns
-from insitu.models.plain import plain_procedure
+from insitu.models.plain import Forward, check_job
 from insitu.tracing.handle import Handle
 from insitu.tracing.vocabulary import Vocabulary
 
@@ -124,8 +124,7 @@ class WrappedModule(Handle):
         last used. What was known of the tree is then forgotten.
 
         Args:
-            closely: whether to look also in an open block in which that was done before, and
-                for what is seldom done to a module.
+            closely: as of `Subject`.
         """
         looks = self.looks
         if looks.tree and not closely:
@@ -224,7 +223,8 @@ class WrappedModule(Handle):
         self, name: ProcedureName, options: Mapping[str, Any], mark: Mark, dry: bool = False
     ) -> Procedure[Any]:
         """Returns the procedure that a job names: as of `Subject`."""
-        return plain_procedure(self, name, options, mark)
+        check_job(type(self).__name__, name, options, mark)
+        return Forward(self.views, self._module)
 
     @property
     def described(self) -> JobModel:

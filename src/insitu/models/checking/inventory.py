@@ -17,7 +17,7 @@ from insitu.tracing.named import Named
 from insitu.tracing.vocabulary import Entry, Given, Missing, Role, Roles, Vocabulary
 
 if TYPE_CHECKING:
-    from insitu.models.model import Model
+    from insitu.models.wrapped_module import WrappedModule
 
 SIZES = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "vocab_size")
 ROLES = ("attention", "cross_attention", "mlp", "experts")
@@ -29,14 +29,14 @@ Shapes = Mapping[tuple[str, str], tuple[int, ...]]
 """Of values of a run, by the block's path and the name on it."""
 
 
-def sizes_of(model: Model) -> dict[str, int]:
+def sizes_of(model: WrappedModule) -> dict[str, int]:
     """Returns the numbers of a model by their standard names, of those that it has."""
     entries = {name: model.vocabulary.entry("", "", name) for name in SIZES}
     return {name: entry.value for name, entry in entries.items() if isinstance(entry, Given)}
 
 
 def entries_of(
-    model: Model, path: str, vocabulary: Vocabulary | None = None
+    model: WrappedModule, path: str, vocabulary: Vocabulary | None = None
 ) -> Iterator[tuple[str, Entry]]:
     """Yields the standard names on a block, "attention.q" too, and what they stand for.
 
@@ -58,7 +58,7 @@ def entries_of(
                 yield prefix + name, entry
 
 
-def weights_of(model: Model, path: str) -> Iterator[Found]:
+def weights_of(model: WrappedModule, path: str) -> Iterator[Found]:
     """Yields the weights that have standard names on a block.
 
     Args:
@@ -79,7 +79,7 @@ def weights_of(model: Model, path: str) -> Iterator[Found]:
                 yield Found(prefix + name, missing=entry.reason)
 
 
-def parts_of(model: Model, stacks: Mapping[str, int], shapes: Shapes) -> list[Part]:
+def parts_of(model: WrappedModule, stacks: Mapping[str, int], shapes: Shapes) -> list[Part]:
     """Returns what all names stand for: of the model, and of one block of each kind.
 
     Args:
@@ -103,7 +103,7 @@ def parts_of(model: Model, stacks: Mapping[str, int], shapes: Shapes) -> list[Pa
     return parts
 
 
-def module_tree(model: Model, depth: int | None) -> ModuleTree:
+def module_tree(model: WrappedModule, depth: int | None) -> ModuleTree:
     """Returns the tree of a model's modules with what is in them: as of `Model.tree`.
 
     Args:
@@ -121,7 +121,7 @@ def module_tree(model: Model, depth: int | None) -> ModuleTree:
     return ModuleTree(found, names)
 
 
-def names_by_module(model: Model, shown: Collection[str]) -> dict[str, list[str]]:
+def names_by_module(model: WrappedModule, shown: Collection[str]) -> dict[str, list[str]]:
     """Returns the standard names that stand for a module or its values, by the module's path.
 
     Args:
@@ -181,7 +181,7 @@ def _entry(vocabulary: Vocabulary, path: str, part: str, name: str) -> Entry | N
         return Missing(f"it cannot be found out ({type(error).__name__}: {said}).")
 
 
-def _found(model: Model, path: str, name: str, entry: Entry, shapes: Shapes) -> Found:
+def _found(model: WrappedModule, path: str, name: str, entry: Entry, shapes: Shapes) -> Found:
     if isinstance(entry, Missing):
         return Found(name, missing=entry.reason)
     if isinstance(entry, Named):
@@ -201,7 +201,7 @@ def _found(model: Model, path: str, name: str, entry: Entry, shapes: Shapes) -> 
     return Found(name, str(entry.value))
 
 
-def _kind(model: Model, path: str, shapes: Shapes) -> Any:
+def _kind(model: WrappedModule, path: str, shapes: Shapes) -> Any:
     """What two blocks have in common if their names stand for the same in both."""
     found = (_found(model, path, name, entry, shapes) for name, entry in entries_of(model, path))
     inside = readable(path)

@@ -305,7 +305,7 @@ class _Attention:
         named, place = evidence.named(self.path, key), Named(layer, "output")
         assert weight is not None and before is not None and named is not None
         count, size = before.shape[1], before.shape[-1]
-        full = evidence.body.weights.matrix(layer).unflatten(1, (-1, size)).transpose(0, 1)
+        full = evidence.names.weights.matrix(layer).unflatten(1, (-1, size)).transpose(0, 1)
         if full.shape != weight.shape or not torch.equal(full, weight):
             self.refuse(f"how its `{letter}` is made of it cannot be seen.", name)
             return

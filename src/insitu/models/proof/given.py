@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from insitu.graph.errors import UnknownShapeError
 from insitu.models.proof.outcome import Proof
@@ -14,8 +16,8 @@ from insitu.models.samples import sample_call
 if TYPE_CHECKING:
     from insitu.models.architectures import Description
     from insitu.models.body import Body
-    from insitu.models.model import Model
     from insitu.models.parts import Block
+    from insitu.models.wrapped_module import WrappedModule
 
 NAMES = (
     *("residual_in", "residual_mid", "residual_out", "block_out", "attention_out"),
@@ -39,7 +41,7 @@ _UNPROVEN = (
 _FAILED = "it could not be proven, because a small run of the model fails ({why})."
 
 
-def prove(model: Model, description: Description) -> Proof:
+def prove(model: WrappedModule, description: Description) -> Proof:
     """Proves the names of a model: see `proof.py`, which is loaded only where a proof is made."""
     from insitu.models.proof import proof
 
@@ -51,11 +53,17 @@ class Proofs:
 
     Args:
         body: what was found of the model's parts.
+        wrap: makes a model of a module.
         recalling: whether what was proven before counts.
     """
 
-    def __init__(self, body: Body, recalling: bool = True) -> None:
-        self._body = body
+    def __init__(
+        self,
+        body: Body,
+        wrap: Callable[[nn.Module], WrappedModule],
+        recalling: bool = True,
+    ) -> None:
+        self._body, self._wrap = body, wrap
         self._recalling = recalling
         self._known: Proof | None = None
         self._blocks: dict[str, Mapping[str, str]] = {}
@@ -162,18 +170,15 @@ class Proofs:
 
     def _copied(self) -> Proof:
         """The proof on a copy of the model with random weights, whatever it has been made into."""
-        from insitu.models.model import Model
-
-        return prove(Model(random_copy(self._body.model.module)), self._body.description)
+        model = self._wrap(random_copy(self._body.model.module))
+        return prove(model, self._body.description)
 
     def _small(self, depth: int | None, narrow: bool) -> Proof:
-        from insitu.models.model import Model
-
         if not hasattr(type(self._body.model.module), "config_class"):
             raise SmallModelError("it has no config")
         with quiet():
-            small = Model(small_model(self._body.model.module, depth, narrow))
-            call = sample_call(small.module, small.config)
+            small = self._wrap(small_model(self._body.model.module, depth, narrow))
+            call = sample_call(small.module, small.module.config)
             if call is not None:
                 small.settle(call)
             return prove(small, self._body.description)

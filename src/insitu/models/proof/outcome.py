@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from insitu.models.parts import Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +29,32 @@ class Proof:
     whole: Mapping[str, str] = field(default_factory=dict[str, str])
     stacks: Mapping[str, int] = field(default_factory=dict[str, int])
     showing: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+class Proven(Protocol):
+    """What was proven of a model's parts: see `proof/given.py`."""
+
+    def applied(self, block: Block, kind: str) -> Block:
+        """Returns a block without what is refused of it.
+
+        Args:
+            block: what was found of it.
+            kind: the kind of the block: see `proof/signature.py`.
+        """
+        ...
+
+    def of_whole(self) -> Mapping[str, str] | str:
+        """Returns why names of the model itself are refused; or why none could be proven."""
+        ...
+
+    def stack(self, name: str) -> int | str | None:
+        """Returns which list of blocks has a name; why none has, None if there is none.
+
+        Args:
+            name: "blocks" or "encoder_blocks".
+        """
+        ...
+
+    def showing(self) -> Mapping[str, Any] | None:
+        """Returns with which options the model was proven, None if it was not."""
+        ...

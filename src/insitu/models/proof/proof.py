@@ -26,13 +26,14 @@ from insitu.tracing.vocabulary import Entry, Given, Missing, Role
 if TYPE_CHECKING:
     from insitu.models.architectures import Description
     from insitu.models.body import Body
-    from insitu.models.model import Model
+    from insitu.models.vocabulary import Names
+    from insitu.models.wrapped_module import WrappedModule
 
 ROLES = ("attention", "cross_attention")
 _MOVED = 0.05  # some kinds of attention leave out a cap on scores, which a few tokens hardly show
 
 
-def prove(model: Model, description: Description) -> Proof:
+def prove(model: WrappedModule, description: Description) -> Proof:
     """Proves the names of a model in runs of its own.
 
     Args:
@@ -47,7 +48,7 @@ def prove(model: Model, description: Description) -> Proof:
     from insitu.models.vocabulary import Names
 
     stacks = find_stacks(model.module, model.module.config)
-    body = Body(model, stacks, description, proves=False)
+    body = Body(model, stacks, description)
     names = Names(body)
     call = sample_with_content(body)
     kinds = body.kinds({})
@@ -62,7 +63,7 @@ def prove(model: Model, description: Description) -> Proof:
         entries: dict[str, dict[str, Entry]] = {}
         for path in ("", *chosen.values()):
             entries[path] = dict(entries_of(model, path, names))
-            entries[path].update(weights_of_block(body, path))
+            entries[path].update(weights_of_block(names, path))
     with model.in_use(), evaluating(model.module.modules()):
         runs = Runs(model, call, showing)
         reads, places = wanted(body, entries)
@@ -174,9 +175,9 @@ def wanted(body: Body, entries: Mapping[str, Mapping[str, Any]]) -> tuple[list[N
     return reads, places
 
 
-def weights_of_block(body: Body, path: str) -> Iterator[tuple[str, Entry]]:
+def weights_of_block(names: Names, path: str) -> Iterator[tuple[str, Entry]]:
     """The weights that have names on a block, by these."""
-    block = body.blocks().get(path)
+    block, weights = names.body.blocks().get(path), names.weights
     if block is None:
         return
     finding: dict[str, Callable[[], Any]] = {}
@@ -185,11 +186,11 @@ def weights_of_block(body: Body, path: str) -> Iterator[tuple[str, Entry]]:
         if heads is None:
             continue
         for name in ("W_Q", "W_K", "W_V", "W_O"):
-            finding[f"{role}.{name}"] = partial(body.weights.of_heads, block, heads, name)
+            finding[f"{role}.{name}"] = partial(weights.of_heads, block, heads, name)
     mlp = block.mlp
     if mlp is not None:
         for name in ("W_in", "W_out", "W_gate"):
-            finding[f"mlp.{name}"] = partial(body.weights.of_mlp, block, mlp, name)
+            finding[f"mlp.{name}"] = partial(weights.of_mlp, block, mlp, name)
     for key, find in finding.items():
         try:
             found = find()

@@ -28,7 +28,7 @@ from insitu.tracing.forms import PerHead
 from insitu.tracing.named import Named
 
 if TYPE_CHECKING:
-    from insitu.models.model import Model
+    from insitu.models.wrapped_module import WrappedModule
 
 Tensor = torch.Tensor
 Change = Callable[[Tensor], Tensor]
@@ -82,7 +82,7 @@ class Runs:
         options: how it has to run for softmaxes to be seen.
     """
 
-    def __init__(self, model: Model, call: Call, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: WrappedModule, call: Call, options: Mapping[str, Any]) -> None:
         self.model = model
         self.call = call
         self.options = options

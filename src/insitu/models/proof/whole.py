@@ -125,7 +125,7 @@ def reasons_of_ends(evidence: Evidence) -> Reasons:
     if not isinstance(given, torch.Tensor) or not isinstance(made, torch.Tensor):
         found["unembedding"] = found["W_U"] = "it does not run in a forward."
         return found
-    weight = evidence.body.weights.unembedding()
+    weight = evidence.names.weights.unembedding()
     if isinstance(weight, torch.Tensor):
         rows, results = (
             given.reshape(1, -1, given.shape[-1]),
