@@ -91,8 +91,8 @@ def is_own(error: Exception) -> bool:
         code = frame.tb_frame
         name = str(code.f_globals.get("__name__", ""))
         package = name.partition(".")[0]
-        # A mode of ours stands between the model and each function of torch that it calls.
-        if package == "insitu" and not code.f_code.co_name.startswith("__torch_"):
+        # A mode of ours, and who visits it, stand between the model and the functions it calls.
+        if package == "insitu" and not code.f_code.co_name.startswith(("__torch_", "visit")):
             own = True
         elif name.startswith("torch.nn.modules") or package not in _BETWEEN:
             own = False

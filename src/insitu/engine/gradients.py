@@ -194,8 +194,9 @@ class Tape:
             target: what it may have written into.
         """
         memory = storages_of(target)
-        for index, (value, *_) in self._followed.items():
-            if not memory.isdisjoint(storages_of(value)):
+        for index, (value, step, _) in self._followed.items():
+            # What nobody has written into is made by the same step, which is known in no time.
+            if value.grad_fn is not step and not memory.isdisjoint(storages_of(value)):
                 self._followed[index] = value, value.grad_fn, value.output_nr
 
     def backward(
