@@ -15,7 +15,7 @@ import torch
 
 from insitu.engine.plan import Plan
 from insitu.graph.node import Graph, Row
-from insitu.graph.operations import APPLY, COND, FOLD, PUT, RANDOM
+from insitu.graph.operations import APPLY, COND, FOLD, PULL_BACK, PUT, RANDOM
 from insitu.graph.structure import tensors_of
 
 _ATTENTION = {
@@ -40,7 +40,7 @@ def drawing_nodes(graph: Graph, plan: Plan) -> Iterator[tuple[int, set[int]]]:
 
 def _draws(row: Row) -> bool:
     operation, args, kwargs, *_ = row
-    if operation in (APPLY, COND, FOLD):  # what they call may
+    if operation in (APPLY, PULL_BACK, COND, FOLD):  # what they call may
         return True
     if operation is PUT:
         return args[2] in RANDOM

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from insitu.graph.structure import map_structure, storage_of, tensors_of
@@ -32,6 +33,20 @@ def apart_from_weights(module: nn.Module, result: Any) -> Any:
         return item.clone() if shares else item
 
     return map_structure(leaf, result)
+
+
+def pulled_back(module: nn.Module, value: Tensor, gradients: Tensor) -> Tensor:
+    """Returns gradients at what a module is given, for gradients at what it gives.
+
+    Args:
+        module: the module, which does the same to each row.
+        value: what it is given, a row.
+        gradients: those at what it makes of that, a row each.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        given = value.detach().expand_as(gradients).requires_grad_()
+        made = module(given)
+    return torch.autograd.grad(made, given, gradients)[0]
 
 
 def _tensors_in(module: nn.Module) -> Iterator[Tensor]:

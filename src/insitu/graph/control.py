@@ -17,7 +17,7 @@ from insitu.graph.encoding import add_input, add_node, capture, encode
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark, mark
 from insitu.graph.node import NO_KWARGS, Function, ModuleRef, Subgraph, readable, ref
-from insitu.graph.operations import APPLY, COND, FOLD
+from insitu.graph.operations import APPLY, COND, FOLD, PULL_BACK
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording, branches
@@ -73,6 +73,23 @@ def call_module(path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], lin
     recording = _open_recording((args, dict(kwargs)), readable(path), line)
     args, kwargs = _whole((args, dict(kwargs)))
     return Proxy(recording, add_node(recording, APPLY, (ModuleRef(path), *args), kwargs, line))
+
+
+def pull_back(path: str, value: Any, gradients: Any, line: Mark) -> Any:
+    """Records that gradients go back through one of the model's own modules.
+
+    Args:
+        path: the module's path. It does the same to each row.
+        value: what the module is given, `(1, ...)`.
+        gradients: gradients at what it makes of that, `(row, ...)`.
+        line: the user's line.
+
+    Returns:
+        A proxy for the gradients at the value, `(row, ...)`.
+    """
+    recording = _open_recording((value, gradients), "pull_back", line)
+    args = (ModuleRef(path), *_whole((value, gradients)))
+    return Proxy(recording, add_node(recording, PULL_BACK, args, NO_KWARGS, line))
 
 
 def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:

@@ -27,6 +27,7 @@ from insitu.graph.operations import (
     COND,
     FOLD,
     GRAD,
+    PULL_BACK,
     PUT,
     SETITEM,
     SKIP,
@@ -167,6 +168,8 @@ class _Writer:
             called = node.args[0]
             name = readable(called.path) if type(called) is ModuleRef else _named(called)
             return f"{name}({', '.join(args[1:] + self._keywords(node, depth))})"
+        if node.operation is PULL_BACK:
+            return f"{name}({', '.join([readable(node.args[0].path), *args[1:]])})"
         keywords = self._keywords(node, depth)
         if node.operation is BACKWARD and node.kwargs.get("accumulate") is False:
             return f"torch.autograd.grad({', '.join(args + keywords)})"

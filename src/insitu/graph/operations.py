@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional
 
 from insitu.graph.bounds import DIVIDING, OPERATORS, check_entries, divided, is_container, items
-from insitu.graph.called_modules import apart_from_weights
+from insitu.graph.called_modules import apart_from_weights, pulled_back
 from insitu.graph.put import put
 from insitu.graph.structure import attribute, copied, kept
 from insitu.graph.writing import fitted, replaced, standing_in
@@ -155,12 +155,13 @@ BACKWARD = Operation("backward", _backward)
 KEEP = Operation("keep", kept)
 INPUT = Operation("input", _read)
 APPLY = Operation("apply", _apply)
+PULL_BACK = Operation("pull_back", pulled_back)
 COND = Operation("cond", _cond)
 FOLD = Operation("fold", _fold)
 
 _SPECIAL = (
     *(READ, SAVE, ATTRIBUTE, WRITE, REPLACE, SKIP, GRAD, BACKWARD, KEEP),
-    *(INPUT, APPLY, COND, FOLD, PUT),
+    *(INPUT, APPLY, PULL_BACK, COND, FOLD, PUT),
 )
 
 _OPERATORS = """

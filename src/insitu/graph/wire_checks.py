@@ -21,6 +21,7 @@ from insitu.graph.operations import (
     FOLD,
     GRAD,
     KEEP,
+    PULL_BACK,
     PUT,
     READ,
     SAVE,
@@ -36,6 +37,7 @@ _ADDRESS = tuple[Index, str, Kind, Index, Annotated[int, msgspec.Meta(ge=EVERY)]
 # Which of the arguments of an operation are functions, and of what kind they are.
 FUNCTIONS: Mapping[Operation, Mapping[int, type]] = {
     APPLY: {0: ModuleRef},
+    PULL_BACK: {0: ModuleRef},
     COND: {1: Subgraph, 2: Subgraph},
     FOLD: {0: Subgraph},
 }
