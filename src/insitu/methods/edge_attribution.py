@@ -6,7 +6,7 @@ replacing it would change is estimated from gradients: no edge is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ import torch
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
+from insitu.methods.entries import Entry
+from insitu.methods.entry_trial import entries_of
 from insitu.methods.measured_run import Run
-from insitu.methods.metrics import Measure, Metric, as_metric
+from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import Pairs, read_pairs
 from insitu.methods.progress import progress as bar
 from insitu.methods.result import Result
-from insitu.methods.sites import site_of
+from insitu.methods.sites import Site, site_of
 from insitu.methods.survey import wiring_of
 from insitu.methods.wiring import Part, Wiring
 from insitu.models.language_model import LanguageModel
@@ -49,8 +51,9 @@ def edge_attribution(
     adds, as with a norm behind it, "a3" is one sender; where attention reads the stream in other
     ways too, as with a gate, it is one receiver. A state-space layer is "s3".
 
-    It takes two forwards for each pair of prompts; and for each step one, one backward, and for
-    each receiver one backward through its own part. Pairs run together.
+    It takes two forwards and a backward for each pair of prompts; with steps, a forward and a
+    backward for each of them instead. Where a part cannot be taken apart into its receivers, each
+    of these takes a backward through the part, and the log says so. Pairs run together.
 
     Args:
         model: the model.
@@ -134,30 +137,32 @@ def attributed(
             f"`steps` is how many runs gradients are averaged over, or 0, not {steps!r}.", here()
         )
     metric = as_metric(metric)
+    entries = entries_of(model, wiring, pairs.clean.ids[0])
     ends: list[Any] = []
     found: list[list[list[Any]]] = []
     with model.trace() as tracer:
         for pair, measure in enumerate(metric.of(model, len(pairs))):
+            slopes: list[_Slopes] = []
             with tracer.invoke(pairs.clean.ids[pair]):
                 reference = metric.reference(model)
                 reference = None if reference is None else reference.detach()
-                clean_added = _added(model, wiring)
-                ends.append(measure(Run(model), reference).detach().float().save())
+                clean_sent = _sending(model, wiring, entries)
+                end = measure(Run(model), reference)
+                ends.append(end.detach().float().save())
+                if not steps:
+                    slopes.append(_slopes(model, wiring, entries, end))
             with tracer.invoke(pairs.corrupted.ids[pair]):
-                corrupted_added = _added(model, wiring)
+                corrupted_sent = _sending(model, wiring, entries)
                 ends.append(measure(Run(model), reference).detach().float().save())
-            changes = [
-                other.float() - one.float()
-                for one, other in zip(clean_added, corrupted_added, strict=True)
-            ]
-            runs: list[list[Any]] = []
-            for step in range(max(steps, 1)):
+            for step in range(steps):
                 with tracer.invoke(pairs.clean.ids[pair]):
-                    if steps:
-                        start = corrupted_added[0] - changes[0] * ((step + 1) / steps)
-                        site_of("residual_in").write(model, 0, start.type_as(clean_added[0]))
-                    runs.append(_scores(model, wiring, changes, measure, reference))
-            found.append(runs)
+                    first, last = corrupted_sent[0], clean_sent[0]
+                    start = first.float() + (last.float() - first.float()) * ((step + 1) / steps)
+                    site_of("residual_in").write(model, 0, start.type_as(last))
+                    end = measure(Run(model), reference)
+                    slopes.append(_slopes(model, wiring, entries, end))
+            changes = _changes(wiring, entries, clean_sent, corrupted_sent)
+            found.append([_scores(wiring, changes, own) for own in slopes])
     values = [_arranged(wiring, runs) for runs in found]
     measured = torch.stack([end.value for end in ends]).reshape(-1, 2).cpu()
     measured = measured if pairs.clean.many else measured[0]
@@ -175,43 +180,88 @@ def attributed(
     )
 
 
-def _added(model: LanguageModel, wiring: Wiring) -> list[Any]:
-    """What is added to the residual stream: the input, and of each part, `(1, sender, ...)`."""
-    start = site_of("residual_in").read(model, 0).detach()
-    return [start, *(part.added(model).detach()[0] for part in wiring.parts if part.senders)]
+_Slopes = list[Any]
+"""The gradient of a metric at what each receiver of a part reads, `(receiver, position, d_model)`,
+for each part."""
 
 
-def _scores(
-    model: LanguageModel, wiring: Wiring, changes: list[Any], measure: Measure, reference: Any
-) -> list[Any]:
-    """The scores of the edges to each part, `(sender, receiver)`, in an open invocation."""
+def _sending(model: LanguageModel, wiring: Wiring, entries: Sequence[Entry | None]) -> list[Any]:
+    """What is added to the residual stream is linear in: the input, and of each part that sends."""
+    found = [site_of("residual_in").read(model, 0).detach()]
+    for part, entry in zip(wiring.parts, entries, strict=True):
+        if part.senders:
+            own = part.added(model)[0] if entry is None else entry.sending(model, part)
+            found.append(own.detach())
+    return found
+
+
+def _changes(
+    wiring: Wiring, entries: Sequence[Entry | None], clean: list[Any], corrupted: list[Any]
+) -> Any:
+    """By how much what is added differs in the corrupted run, `(sender, position, d_model)`."""
+    first, *others = [
+        other.float() - one.float() for one, other in zip(clean, corrupted, strict=True)
+    ]
+    senders = (entry for part, entry in zip(wiring.parts, entries, strict=True) if part.senders)
+    pairs = zip(others, senders, strict=True)
+    return torch.cat([first, *(own if entry is None else entry.sent(own) for own, entry in pairs)])
+
+
+def _slopes(
+    model: LanguageModel, wiring: Wiring, entries: Sequence[Entry | None], measured: Any
+) -> _Slopes:
+    """The gradients of what is measured in an open invocation, at what receivers read."""
     streams = [part.reads.read(model, part.layer) for part in wiring.parts]
     made: list[list[Any]] = []
-    for part in wiring.parts:
-        sites = dict.fromkeys(r.site for r in part.receivers if r.site is not None)
-        made.append([(site, site.read(model, part.layer)) for site in sites])
-    slopes = [{site: value.grad for site, value in of_part} for of_part in made]
-    last = streams[-1].grad
-    measure(Run(model), reference).backward(retain_graph=True)
-    bank = torch.cat(changes)
-    scores: list[Any] = []
-    for part, stream, of_part, slope in zip(wiring.parts, streams, made, slopes, strict=True):
-        values = dict(of_part)
-        gradients: list[Any] = []
-        for receiver in part.receivers:
-            if receiver.site is None:
-                gradients.append(last)
-                continue
-            # Back through this receiver alone, from what it has made of the stream to the stream.
-            value, weight = values[receiver.site], slope[receiver.site].detach()
-            if receiver.head is not None:
-                value, weight = value[:, receiver.head], weight[:, receiver.head]
-            product = (value * weight).sum()
-            gradients += product.backward(retain_graph=True, inputs=[stream])
-        whole = torch.cat(gradients).float()
-        products: Any = torch.einsum("spd,rpd->sr", bank[: part.upstream], whole)
-        scores.append(products.save())
-    return scores
+    for part, stream, entry in zip(wiring.parts, streams, entries, strict=True):
+        if not part.senders:
+            made.append([stream])
+        elif entry is not None:
+            made.append(entry.made(model))
+        else:
+            made.append([site.read(model, part.layer) for site in _sites(part)])
+    again = any(
+        part.senders and entry is None for part, entry in zip(wiring.parts, entries, strict=True)
+    )
+    flat = [value for of_part in made for value in of_part]
+    left = iter(measured.backward(retain_graph=again, inputs=flat))
+    found: _Slopes = []
+    for part, stream, entry, values in zip(wiring.parts, streams, entries, made, strict=True):
+        slopes = [next(left).detach() for _ in values]
+        if not part.senders:
+            found.append(slopes[0].float())
+        elif entry is not None:
+            found.append(entry.back(stream, slopes).float())
+        else:
+            found.append(_by_autograd(part, stream, values, slopes).float())
+    return found
+
+
+def _sites(part: Part) -> list[Site]:
+    return [*dict.fromkeys(r.site for r in part.receivers if r.site is not None)]
+
+
+def _by_autograd(part: Part, stream: Any, values: Sequence[Any], slopes: Sequence[Any]) -> Any:
+    """Gradients at the stream, each by a backward pass from what one receiver makes of it."""
+    of_site = dict(zip(_sites(part), zip(values, slopes, strict=True), strict=True))
+    gradients: list[Any] = []
+    for receiver in part.receivers:
+        assert receiver.site is not None
+        value, weight = of_site[receiver.site]
+        if receiver.head is not None:
+            value, weight = value[:, receiver.head], weight[:, receiver.head]
+        product = (value * weight).sum()
+        gradients += product.backward(retain_graph=True, inputs=[stream])
+    return torch.cat(gradients)
+
+
+def _scores(wiring: Wiring, changes: Any, slopes: _Slopes) -> list[Any]:
+    """The scores of the edges to each part, `(sender, receiver)`."""
+    flat = changes.flatten(1)  # `einsum` copies, and takes several times as long
+    return [
+        (flat[: part.upstream] @ whole.flatten(1).mT).save()
+        for part, whole in zip(wiring.parts, slopes, strict=True)
+    ]
 
 
 def _arranged(wiring: Wiring, runs: list[list[Any]]) -> torch.Tensor:

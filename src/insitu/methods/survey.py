@@ -16,6 +16,7 @@ from insitu.models.language_model import LanguageModel
 from insitu.tracing.named import Named
 
 _TOLERANCE = 0.05  # between what is equal but for rounding, in bfloat16 too; scales are far from it
+_POSITIONS = 8  # of the prompt: what a model consists of does not depend on how long that is
 _LETTERS = {"attention_out": "a", "mixer_out": "s", "mlp_out": "m"}
 
 
@@ -32,6 +33,7 @@ def wiring_of(model: LanguageModel, ids: torch.Tensor) -> Wiring:
     Raises:
         OptionError: if it has no such stream.
     """
+    ids = ids[:_POSITIONS]
     layers = [_places(model, layer) for layer in range(len(model.blocks))]
     beside: dict[int, Any] = {}
     with model.trace() as tracer:
@@ -69,7 +71,8 @@ def wiring_of(model: LanguageModel, ids: torch.Tensor) -> Wiring:
             )
     whole = {layer for layer, differ in split.items() if not differ.value < _TOLERANCE}
     more = {layer for layer, differ in told.items() if not differ.value < _TOLERANCE}
-    return _wired(layers, heads, whole, more)
+    counts = [{name: len(one.value) for name, one in of_layer.items()} for of_layer in heads]
+    return _wired(layers, counts, whole, more)
 
 
 def _places(model: LanguageModel, layer: int) -> dict[str, str]:
@@ -112,18 +115,21 @@ def _values(model: LanguageModel, layer: int, names: Mapping[str, str]) -> dict[
     return {name: site_of(name).read(model, layer) for name in wanted}
 
 
-def _heads(model: LanguageModel, layer: int, names: Mapping[str, str]) -> dict[str, int]:
-    """How many heads there are of queries, keys, values and what is added, where they are told."""
+def _heads(model: LanguageModel, layer: int, names: Mapping[str, str]) -> dict[str, Any]:
+    """A number of each head of queries, keys, values and what is added, where they are told.
+
+    How many there are is known after the run: a shape would take a run without data for each block.
+    """
     if "attention_out" not in names:
         return {}
     return {
-        name: site_of(name).read(model, layer).shape[1]
+        name: site_of(name).read(model, layer)[0, :, 0, 0].save()
         for name in ("q", "k", "v", "result")
         if _has(model, layer, f"attention.{name}")
     }
 
 
-def _read(model: LanguageModel, layer: int, heads: Mapping[str, int]) -> dict[str, Any]:
+def _read(model: LanguageModel, layer: int, heads: Mapping[str, Any]) -> dict[str, Any]:
     """The queries, keys and values of a block, if all of them are told."""
     if not all(name in heads for name in "qkv"):
         return {}
@@ -132,7 +138,7 @@ def _read(model: LanguageModel, layer: int, heads: Mapping[str, int]) -> dict[st
 
 def _told(
     model: LanguageModel,
-    heads: Sequence[Mapping[str, int]],
+    heads: Sequence[Mapping[str, Any]],
     turned: Sequence[Mapping[str, Any]],
     after: Sequence[Mapping[str, Any]],
 ) -> dict[int, Any]:
