@@ -21,7 +21,18 @@ from typing import Any
 
 import torch
 import transformers
-from cases import Cases, Subject, batches, generations, gradients, patching, runs, subject, sweep
+from cases import (
+    Cases,
+    Subject,
+    batches,
+    edges,
+    generations,
+    gradients,
+    patching,
+    runs,
+    subject,
+    sweep,
+)
 from peers import ask
 from subjects import fingerprint, gpt2, llama
 from tables import Figure, Table, figures
@@ -60,6 +71,7 @@ EXPERIMENTS = (
     Experiment("logit lens", runs.lens, more=4),
     Experiment("attribution patching", gradients.attribution, more=4),
     Experiment("attribution patching of 16 pairs", gradients.pairs, (SMALL,)),
+    Experiment("edge attribution of 16 pairs", edges.edges, (SMALL,)),
     Experiment("gradients of 32 ragged prompts", gradients.ragged, (SMALL,)),
     Experiment("64 ragged prompts", batches.ragged, (SMALL,)),
     Experiment("64 ragged prompts", batches.ragged, (NARROW,), more=20),
@@ -111,6 +123,7 @@ def held(measured: Sequence[Measured], counted: Sequence[Figure]) -> list[Figure
         ("64 ragged prompts", NARROW, "hooks, one by one", "insitu", 4, True),
         ("block 6 of 512 prompts", SMALL, "insitu", "hooks, full forwards", 0.6, False),
         ("attribution patching of 16 pairs", SMALL, "insitu", "hooks, one batch", 1.3, False),
+        ("edge attribution of 16 pairs", SMALL, "insitu", "hooks, one batch", 1.3, False),
         ("gradients of 32 ragged prompts", SMALL, "insitu", "hooks, one batch", 1.15, False),
         ("32 steered generations", SMALL, "insitu", "hooks, one batch", 1.15, False),
         ("32 steered generations", SMALL, "hooks, one by one", "insitu", 8, True),
