@@ -52,25 +52,11 @@ def is_the_models(hook: Any, module: nn.Module) -> bool:
     return library == _library(type(module).__module__) and _is_installed(library)
 
 
-def hooked(parts: Iterable[nn.Module]) -> list[nn.Module]:
-    """Returns the modules on whose forwards hooks hang.
-
-    Args:
-        parts: the modules of a model.
-    """
-    found: list[nn.Module] = []
-    for part in parts:  # in each block of several prompts: without a call for each
-        state = part.__dict__
-        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-            found.append(part)
-    return found
-
-
 def users_hooks_hang_on(parts: Iterable[nn.Module]) -> bool:
     """Returns whether hooks of the user's see the forwards of a model.
 
     Args:
-        parts: the modules of the model. Those without hooks may be left out.
+        parts: the modules of the model.
     """
     return next(users_hooks(parts), None) is not None
 
@@ -82,10 +68,12 @@ def users_hooks(parts: Iterable[nn.Module]) -> Iterator[tuple[dict[Any, Any], An
         parts: the modules of the model.
     """
     for part in parts:
-        for table in cast("_Tables", (part._forward_pre_hooks, part._forward_hooks)):
-            for key, hook in [*table.items()] if table else ():
-                if not is_the_models(hook, part):
-                    yield table, key, hook
+        state = part.__dict__  # each block of several prompts asks all, and few have any
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            for table in cast("_Tables", (part._forward_pre_hooks, part._forward_hooks)):
+                for key, hook in [*table.items()]:
+                    if not is_the_models(hook, part):
+                        yield table, key, hook
     for table in _global_tables():
         for key, hook in [*table.items()]:
             if _is_the_users(hook):

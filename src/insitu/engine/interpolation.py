@@ -80,18 +80,20 @@ class _Value(NamedTuple):
         return map_structure(lambda number: made[number], self.structure)
 
 
-class Interpolation:
-    """What fake runs give at all lengths between two."""
+class Interpolation(NamedTuple):
+    """What fake runs give at all lengths between two.
 
-    def __init__(
-        self,
-        seen: Mapping[Any, _Value | None],
-        returned: Mapping[str, _Value | None],
-        called: Sequence[tuple[str, _Value, _Value]],
-        moments: Mapping[Any, int],
-    ) -> None:
-        self._seen, self._returned, self._called = seen, returned, called
-        self._moments = moments
+    Attributes:
+        seen: the forms of what passes each place, None for those that have no general answer.
+        returned: the forms of what each module returns, likewise.
+        called: the torch functions that were called, with the forms of arguments and result.
+        moments: when each place is passed.
+    """
+
+    seen: Mapping[Any, _Value | None]
+    returned: Mapping[str, _Value | None]
+    called: Sequence[tuple[str, _Value, _Value]]
+    moments: Mapping[Any, int]
 
     def at(self, length: int, run: Callable[[], Probe]) -> Probe:
         """Returns what a fake run gives at a length.
@@ -101,13 +103,13 @@ class Interpolation:
             run: makes that run, for values that have no general answer.
         """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        seen = _Between(self._seen, length, mode, lambda: run().seen)
-        returned = _Between(self._returned, length, mode, lambda: run().returned)
+        seen = _Between(self.seen, length, mode, lambda: run().seen)
+        returned = _Between(self.returned, length, mode, lambda: run().returned)
         called = [
             Called(name, inputs.at(length, mode), output.at(length, mode))
-            for name, inputs, output in self._called
+            for name, inputs, output in self.called
         ]
-        return Probe(seen, returned, called, self._moments)
+        return Probe(seen, returned, called, self.moments)
 
 
 class _Between(Mapping[Key, Any]):

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from insitu.engine.eager import is_compiled
-from insitu.engine.foreign_hooks import hooked
 from insitu.engine.interpose import CALL
 from insitu.graph.changes import Changes, restore
 
@@ -117,10 +116,6 @@ class Tree:
         except KeyError:  # a scripted module keeps it elsewhere
             pass
         return [part for part in self.parts if part.training]
-
-    def hooked(self) -> list[nn.Module]:
-        """Returns the modules on whose forwards hooks hang."""
-        return hooked(self.parts)
 
     def _own_forwards(self) -> list[Any]:
         return [state["forward"] for state in self._states if "forward" in state]
