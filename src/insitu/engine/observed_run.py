@@ -278,7 +278,7 @@ def _keys(lines: NamedLines, block: int) -> dict[int, SaveKey]:
         name = lines.names.get(index, str(len(found)))
         own = scopes[index]
         invocation = next(iter(own)) if len(own) == 1 else None
-        every = any(start <= index < end for start, end in lines.graph.repeats)
+        every = lines.graph.repeats_node(index)
         if invocation is not None and lines.numbers is not None:
             invocation = lines.numbers[invocation]
         key = SaveKey(name, block, invocation, 0 if every else None)

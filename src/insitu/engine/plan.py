@@ -319,7 +319,7 @@ def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int)
     joint: list[tuple[int, frozenset[int]]] = []
     for index in nodes:
         needed = [places[bit] for bit in places if plan.needs[index] & bit]
-        if not any(start <= index < end for start, end in graph.repeats):
+        if not graph.repeats_node(index):
             raise OperationError(
                 f"`{expression(graph, index)}` uses values of every step: write it inside the "
                 "`every_step` block, or save them there.",

@@ -279,6 +279,10 @@ class Graph:
     def __getitem__(self, index: int) -> Node:
         return Node._make(self.rows[index])
 
+    def repeats_node(self, index: int) -> bool:
+        """Returns whether a node is recorded for every step, so that a save of it gives a list."""
+        return any(start <= index < end for start, end in self.repeats)
+
     def original(self, index: int) -> int:
         """Returns the node that reads a site, from one that gives what stands there now."""
         while self.rows[index][0] in _HANDED_OVER:

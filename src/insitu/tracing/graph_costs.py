@@ -145,7 +145,7 @@ class _Meter:
     def add(self, index: int, value: Any, counting: Counting) -> None:
         """Adds a node, whose value was just inferred."""
         counts = counting.counts
-        times = self._steps if self._repeats(index) else 1
+        times = self._steps if self._lines.graph.repeats_node(index) else 1
         self.flops += (counts.flops - self._counted) * times
         self._counted = counts.flops
         made = 0
@@ -163,9 +163,6 @@ class _Meter:
         self._check(index, times)
         if not self._keeps:
             self._free(index)
-
-    def _repeats(self, index: int) -> bool:
-        return any(start <= index < end for start, end in self._lines.graph.repeats)
 
     def _free(self, index: int) -> None:
         for source in (*self._rows[index][3], index):

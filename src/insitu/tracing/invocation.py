@@ -26,9 +26,8 @@ from insitu.graph.node import EVERY, NO_KWARGS, Address, Kind, Ref, Site, ref
 from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy, StructureProxy
 from insitu.habits import OF_BLOCKS, habit
-from insitu.tracing.around import Around
 from insitu.tracing.site_shapes import arriving_at, called_in
-from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
+from insitu.tracing.steps import Around, AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 
 class Invocation:

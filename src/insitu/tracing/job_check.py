@@ -268,7 +268,7 @@ def _expected(run: Run, index: int) -> Expected:
         except UnknownShapeError as error:
             return Expected(None, None, None, str(error).splitlines()[0])
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))
-    if any(start <= index < end for start, end in graph.repeats):
+    if graph.repeats_node(index):
         counts = [procedure.steps_of(request) for request in run.requests]
         known = [count for count in counts if count is not None]
         steps = max(known) if len(known) == len(counts) else None

@@ -26,7 +26,7 @@ def scan_block(run: Run) -> None:
         with contextlib.suppress(UnknownShapeError):
             fake_value(lines, index)
     for index, holder in lines.saves.items():
-        repeated = any(start <= index < end for start, end in lines.graph.repeats)
+        repeated = lines.graph.repeats_node(index)
         if index in lines.fakes and not repeated:
             holder._put(lines.fakes[index])
         else:
