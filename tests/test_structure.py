@@ -66,6 +66,11 @@ def test_one_value_enters_few_files() -> None:
     assert len(files_entered()) <= 25
 
 
+def test_no_file_is_longer_than_400_lines() -> None:
+    long = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
+    assert {name: lines for name, lines in long.items() if lines > 400} == {}
+
+
 # What is hung on modules, or taken from them, has these names. They are written in `engine/` alone.
 TABLES = frozenset(
     [
