@@ -57,7 +57,7 @@ def faults_taken(faults: _Faults) -> Iterator[None]:
     [
         (separation.Trial, "verified", PROMPTS),
         (parted, "cut", PROMPTS),
-        (resume_trial._Trial, "looks_back_only", None),
+        (resume_trial.ResumeTrial, "_looks_back_only", None),
         (resume_trial, "cut", None),
     ],
     ids=["batch", "batch_inside", "chain", "chain_inside"],
