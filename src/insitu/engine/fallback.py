@@ -22,6 +22,9 @@ _LONGEST = 120  # characters of a message that are shown in a table
 # Whose frames do not tell whether the model or Insitu called them.
 _BETWEEN = frozenset(["insitu", "torch", *sys.stdlib_module_names])
 
+_CALLS_FOR_THE_MODEL = ("__torch_", "visit", "called_at_its_places")
+"""How functions of ours begin that stand between a model and the functions of torch it calls."""
+
 logger = logging.getLogger("insitu")
 
 
@@ -91,8 +94,7 @@ def is_own(error: Exception) -> bool:
         code = frame.tb_frame
         name = str(code.f_globals.get("__name__", ""))
         package = name.partition(".")[0]
-        # A mode of ours, and who visits it, stand between the model and the functions it calls.
-        if package == "insitu" and not code.f_code.co_name.startswith(("__torch_", "visit")):
+        if package == "insitu" and not code.f_code.co_name.startswith(_CALLS_FOR_THE_MODEL):
             own = True
         elif name.startswith("torch.nn.modules") or package not in _BETWEEN:
             own = False

@@ -69,9 +69,9 @@ def _named_of(model: LanguageModel, part: Part) -> Entry | Fallback:
     names, block = model.vocabulary, _block(model, part)
     if block is None or not isinstance(names, Names):
         return Fallback("what its block consists of is not known")
-    heads, weights = block.attention, names.body.weights
+    heads, weights = block.attention, names.weights
     if part.by_heads and heads is not None:
-        made = [head_projection(names.body, block, heads, letter) for letter in "qkv"]
+        made = [head_projection(names.weights, block, heads, letter) for letter in "qkv"]
         why = next((one for one in made if isinstance(one, str)), None)
         if why is not None:
             return Fallback(why.removesuffix("."))

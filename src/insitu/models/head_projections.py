@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from insitu.models.body import Body
 from insitu.models.parts import Block, Heads, Spot
-from insitu.models.weights import NoMatrixError
+from insitu.models.weights import NoMatrixError, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +28,13 @@ class HeadProjection:
     weight: torch.Tensor
 
 
-def head_projection(body: Body, block: Block, heads: Heads, letter: str) -> HeadProjection | str:
+def head_projection(
+    weights: Weights, block: Block, heads: Heads, letter: str
+) -> HeadProjection | str:
     """Returns which part of which layer makes the queries, keys or values; or why that is unknown.
 
     Args:
-        body: what is known of the model's parts.
+        weights: the weights of the model's parts.
         block: the block.
         heads: its attention.
         letter: "q", "k" or "v".
@@ -43,14 +44,14 @@ def head_projection(body: Body, block: Block, heads: Heads, letter: str) -> Head
     if refused is not None or path is None:
         return refused or f"no linear layer makes its {letter}."
     try:
-        matrix = body.weights.matrix(path)
+        matrix = weights.matrix(path)
     except NoMatrixError as error:
         return str(error)
-    count, size = body.weights._count(heads, letter)
+    count, size = weights._count(heads, letter)
     spot: Spot | None = heads.raw.get(letter)
     columns = None
     if spot is not None:
-        columns = body.weights._found(block, path, spot, matrix.shape[1])
+        columns = weights._found(block, path, spot, matrix.shape[1])
     if columns is None:
         if matrix.shape[1] != count * size:
             return f"its {letter} cannot be told from what else its layer makes."
