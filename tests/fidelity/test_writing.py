@@ -1,5 +1,6 @@
 """Writes, against the same experiment done by hand with PyTorch's own hooks."""
 
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -515,3 +516,52 @@ def test_an_entry_that_was_read_before_a_write_can_be_put_back(kind: type, whole
         other[0] = before
         result = model.output.save()
     assert torch.equal(result, x * 10 + x + 1)
+
+
+class _Parts(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x, x + 1, x + 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_entries_are_what_was_last_written_to_each(seed: int) -> None:
+    choose = random.Random(seed)
+    steps = [
+        (choose.choice(["assign", "from another", "in place"]), *choose.sample(range(3), 2), number)
+        for number in range(12)
+    ]
+    model, x = Model(nn.Sequential(_Parts())), torch.arange(6.0).view(2, 3)
+
+    def written(entries: Callable[[], Any], earlier: Any) -> None:
+        for kind, entry, other, number in steps:
+            target = earlier if number % 3 == 0 else entries()
+            if kind == "assign":
+                target[entry] = entries()[entry] * 2 - number
+            elif kind == "from another":
+                target[entry] = entries()[other] + number
+            else:
+                entries()[entry][:, number % 3] += number
+
+    with model.trace(x):
+        written(lambda: model[0].output, model[0].output)
+        result = [part.save() for part in model.output]
+    parts = [x, x + 1, x + 2]
+    parts = [part.clone() for part in parts]
+    written(lambda: parts, parts)
+    assert all(torch.equal(*pair) for pair in zip(result, parts, strict=True))
+
+
+def test_an_entry_that_is_written_often_makes_as_many_nodes_each_time() -> None:
+    model = Model(nn.Sequential(_Parts()))
+
+    def nodes(count: int) -> int:
+        with model.trace(torch.zeros(2, 3)) as tracer:
+            entries = model[0].output
+            for number in range(count):
+                entries[1][:, number % 3] += 1.0
+                entries[0] = entries[0] + 1.0
+            saved = model.output.save()
+        assert saved[0].unique().tolist() == [count] and saved[1].sum() == 2 * count + 6
+        return len(tracer.graph)
+
+    assert nodes(60) < 2.2 * nodes(30)

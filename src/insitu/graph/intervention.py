@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -148,17 +149,26 @@ def _with_entries(recording: Recording, source: Ref, address: Address) -> Ref:
 
     It is not what stands there now if all of it was assigned since.
     """
+    standing = recording.current(recording.sites.get(address, source))
+    same = _without_entries(recording, standing) == _without_entries(recording, source)
+    return standing if same else source
+
+
+def _without_entries(recording: Recording, value: Ref) -> int:
+    """The node that gives a site's value before any entry of it was written."""
     rows = recording.graph.rows
-    standing = at = recording.current(recording.sites.get(address, source))
-    while at.index != source.index:
-        operation, args, *_ = rows[at.index]
-        if operation is WRITE and type(args[1]) is Ref and rows[args[1].index][0] is REPLACE:
-            at = args[1]
-        elif operation in (PUT, REPLACE):
-            at = cast("Ref", args[0])
-        else:
-            return source
-    return standing
+    while (below := _below(rows, value)) is not None:
+        value = below
+    return value.index
+
+
+def _below(rows: Sequence[Row], value: Ref) -> Ref | None:
+    """What a value was before an entry of it was written last, None if none was."""
+    operation, args, *_ = rows[value.index]
+    if operation in (REPLACE, PUT):
+        return cast("Ref", args[0])
+    entry = operation is WRITE and type(args[1]) is Ref and rows[args[1].index][0] is REPLACE
+    return cast("Ref", args[1]) if entry else None
 
 
 def _is_whole(recording: Recording, value: Any) -> bool:
@@ -185,18 +195,18 @@ def _without_part(recording: Recording, source: Ref, key: Any) -> Ref:
     """
     rows = recording.graph.rows
     base, changes = source, list[int]()
-    while True:
+    while (below := _below(rows, base)) is not None:
         operation, args, *_ = rows[base.index]
-        if operation in (REPLACE, PUT):
+        if operation is not WRITE:
             changes.append(base.index)
-            base = cast("Ref", args[0])
-        elif operation is WRITE and type(args[1]) is Ref and rows[args[1].index][0] is REPLACE:
-            base = args[1]
-        else:
-            break
-    others = [index for index in reversed(changes) if _changed_part(rows[index]) != key]
-    if len(others) == len(changes):
+        base = below
+        if operation is REPLACE and args[1] == key:
+            break  # when that was written, what was below it of this part was left out
+    while changes and _changed_part(rows[changes[-1]]) != key:
+        base = ref(changes.pop())  # stays as it is, below what is left out
+    if not changes:
         return source
+    others = [index for index in reversed(changes) if _changed_part(rows[index]) != key]
     for index in others:
         operation, args, kwargs, inputs, nested, mark = rows[index]
         of_base = (base.index, *inputs[1:])
