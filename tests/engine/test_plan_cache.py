@@ -371,6 +371,28 @@ def test_a_leaf_of_one_element_in_the_place_of_a_number_has_its_gradient(
     assert [float(leaf.grad) for leaf in leaves] == [2.0 if by_name else 6.0] * 3
 
 
+def test_numbers_that_are_made_anew_find_their_plan(identity: Model, planned: list[int]) -> None:
+    given = torch.arange(12.0).view(3, 4)
+
+    def block(number: int) -> None:
+        factor, last, name = number / 4e5, -(number // 100_000), {"dim": 1, "keepdim": number > 9}
+        with identity.trace(given):
+            value = identity[0].output
+            value[:2, last] = torch.nan  # equal to nothing, also not to itself
+            most = (value * factor + number)[..., last - 1 :].amax(**name).save()
+        expected = given.clone()
+        expected[:2, last] = torch.nan
+        expected = (expected * factor + number)[..., last - 1 :].amax(**name)
+        torch.testing.assert_close(most.value, expected, equal_nan=True)
+
+    for _ in range(3):
+        block(int("300000"))  # too large to be one object always
+    count = len(planned)
+    for _ in range(3):
+        block(int("300000"))
+    assert len(planned) == count
+
+
 def test_the_same_experiment_at_other_lines_has_the_same_plan(
     gpt2: LanguageModel, planned: list[int]
 ) -> None:

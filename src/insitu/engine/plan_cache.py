@@ -186,8 +186,11 @@ class _Number:
         self.number = number
 
     def __eq__(self, other: object) -> bool:
-        # The same object first: no other equals NaN.
-        return type(other) is self.kind and (other is self.number or other == self.number)
+        return type(other) is self.kind and (
+            other is self.number
+            or other == self.number
+            or (other != other and self.number != self.number)  # NaN
+        )
 
 
 class _AnyGenerator:
