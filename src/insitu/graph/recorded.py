@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 import torch
 
+from insitu.graph.cells import Cell as Cell  # scripts of others take it from here
 from insitu.graph.cells import Holder, Missing
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.expression import expression
