@@ -551,43 +551,6 @@ def test_entries_are_what_was_last_written_to_each(seed: int) -> None:
     assert all(torch.equal(*pair) for pair in zip(result, parts, strict=True))
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_all_names_of_a_structure_are_the_same_one(seed: int) -> None:
-    """As the names of a list are in Python; an entry that was taken out stays what it was."""
-    choose = random.Random(seed)
-    steps = [
-        (choose.choice(["assign", "take", "into taken", "into entry", "read"]), number)
-        for number in range(16)
-    ]
-    picks = [(choose.randrange(3), choose.randrange(3), choose.randrange(9)) for _ in steps]
-    model, x = Model(nn.Sequential(_Parts())), torch.arange(6.0).view(2, 3)
-
-    def run(names: list[Any], keep: Callable[[Any], Any]) -> list[Any]:
-        taken, kept = [names[0][0]], list[Any]()
-        for (kind, number), (name, entry, which) in zip(steps, picks, strict=True):
-            whole, one = names[name], taken[which % len(taken)]
-            if kind == "assign":
-                whole[entry] = one * 2 - number
-            elif kind == "take":
-                taken.append(whole[entry])
-            elif kind == "into taken":
-                one[:, number % 3] += number
-            elif kind == "into entry":
-                whole[entry][:, number % 3] *= -1
-            else:
-                kept.append(keep(whole[entry]))
-                kept.append(keep(one))
-        return [*kept, *(keep(names[which % 3][which % 3]) for which in range(9))]
-
-    with model.trace(x):
-        saved = run([model[0].output for _ in range(3)], lambda value: value.save())
-        result = [part.save() for part in model.output]
-    parts = [x.clone(), x + 1, x + 2]
-    right = run([parts] * 3, lambda value: value.clone())
-    assert all(torch.equal(*pair) for pair in zip(saved, right, strict=True))
-    assert all(torch.equal(*pair) for pair in zip(result, parts, strict=True))
-
-
 def test_an_entry_that_is_written_often_makes_as_many_nodes_each_time() -> None:
     model = Model(nn.Sequential(_Parts()))
 

@@ -138,11 +138,28 @@ def write_part(
     node = recording.graph[recording.graph.original(source.index)]
     if node.operation is not READ or recording.graph.rows[source.index][0] is SKIP:
         return None
-    part = _of_site(recording, REPLACE, _without_part(recording, source, key), (key, value), mark)
     address = cast("Address", node.args)
-    written = write(recording, address, Recorded(recording, part), block, mark)
-    recording.written_into().enter(source, written)
-    return written
+    source = _without_part(recording, _with_entries(recording, source, address), key)
+    part = _of_site(recording, REPLACE, source, (key, value), mark)
+    return write(recording, address, Recorded(recording, part), block, mark)
+
+
+def _with_entries(recording: Recording, source: Ref, address: Address) -> Ref:
+    """Returns a site's value with the entries of it that were written since it was read.
+
+    It is not what stands there now if all of it was assigned since.
+    """
+    standing = recording.current(recording.sites.get(address, source))
+    same = _without_entries(recording, standing) == _without_entries(recording, source)
+    return standing if same else source
+
+
+def _without_entries(recording: Recording, value: Ref) -> int:
+    """The node that gives a site's value before any entry of it was written."""
+    rows = recording.graph.rows
+    while (below := _below(rows, value)) is not None:
+        value = below
+    return value.index
 
 
 def _below(rows: Sequence[Row], value: Ref) -> Ref | None:

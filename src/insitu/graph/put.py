@@ -9,7 +9,7 @@ chain of views, and no view needs an inverse.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,25 +19,6 @@ from insitu.graph.writing import replaced
 
 Step = tuple[str, int | str, tuple[Any, ...], Mapping[str, Any]]
 """An operation's name, which argument the value is (a position or a keyword), and the others."""
-
-
-class Located(NamedTuple):
-    """Where a value lies.
-
-    Attributes:
-        value: its node.
-        base: the value with memory of its own that it is, or is a view of.
-        steps: the views that lead from there to it.
-        inputs: the nodes that their geometry comes from.
-        nested: whether the steps hold anything that is known in the run only.
-    """
-
-    value: int
-    base: int
-    steps: tuple[Step, ...]
-    inputs: Sequence[int]
-    nested: bool
-
 
 WHOLE = object()
 """In the place of a key: all of a value."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from insitu.graph.lines import ShapeSource
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Graph, Ref, Site, own, ref
 from insitu.graph.operations import INPUT, READ, REPLACE, SKIP, WRITE, Operation
-from insitu.graph.shapes import shares_memory
 from insitu.graph.views import Views
 
 _NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference to these
@@ -169,13 +167,6 @@ class Recording:
             mark: the user's line.
         """
         own(self.graph, "stops")[self.graph.original(output.index)] = mark
-
-    def written_into(self) -> Views:
-        """Returns what values stand for now; from here on that may not be what they were."""
-        if self.views is None:
-            self.views = Views(self.graph, partial(shares_memory, self))
-            self.direct = False
-        return self.views
 
     def current(self, source: Ref) -> Ref:
         """Returns what a value of this recording stands for in a line that comes now."""

@@ -22,7 +22,7 @@ knows of a model. Torch's `functionalize` and JAX's `.at[].set` do the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from insitu.graph.errors import OperationError
 from insitu.graph.expression import expression
@@ -37,10 +37,28 @@ from insitu.graph.operations import (
     WRITE,
     Operation,
 )
-from insitu.graph.put import WHOLE, Located, Step, is_entry
+from insitu.graph.put import WHOLE, Step, is_entry
 from insitu.graph.view_operations import is_view
 
 _OWN, _OF_SEVERAL = -1, -2  # in the place of the node that a node is a view of
+
+
+class Located(NamedTuple):
+    """Where a value lies.
+
+    Attributes:
+        value: its node.
+        base: the value with memory of its own that it is, or is a view of.
+        steps: the views that lead from there to it.
+        inputs: the nodes that their geometry comes from.
+        nested: whether the steps hold anything that is known in the run only.
+    """
+
+    value: int
+    base: int
+    steps: tuple[Step, ...]
+    inputs: Sequence[int]
+    nested: bool
 
 
 class Views:
@@ -68,7 +86,6 @@ class Views:
         self._unsure: set[int] = set()  # of which strides or dtypes decide, and nobody has asked
         self._renewed: dict[int, int] = {}  # a view from before, as it was last recorded again
         self._followed: dict[int, tuple[int, int | str]] = {}  # by an assignment of one entry
-        self._entered: dict[int, int] = {}  # a structure, as it was after such an assignment
         self._model = HandingOver(graph, self._first)
         if graph.writes:
             self._assign_from_before()
@@ -100,28 +117,6 @@ class Views:
                 self._followed[before] = write, key
                 if before in self._standing:
                     self._standing[write] = write
-
-    def enter(self, before: Ref, written: Ref) -> None:
-        """Notes that an entry of a structure was assigned, for all names that it has.
-
-        An entry that was taken before is what it was; one that is taken now is what was assigned.
-
-        Args:
-            before: the structure.
-            written: the structure with that entry.
-        """
-        index = self._latest(before.index)
-        if index != written.index:
-            self._entered[index] = written.index
-
-    def _latest(self, index: int) -> int:
-        """A structure with all entries that were assigned since; of anything else, its base."""
-        index = base = self._first.get(index, index)
-        while (after := self._entered.get(index)) is not None:
-            index = after
-        if index != base:
-            self._entered[base] = index
-        return index
 
     def located(self, target: Ref, mark: Mark) -> Located:
         """Returns where a value lies: in which base, and which views lead to it.
@@ -214,10 +209,6 @@ class Views:
         Args:
             value: the value, as it was when it was recorded or last used.
         """
-        if self._entered:
-            latest = self._latest(value.index)
-            if latest != self._first.get(value.index, value.index):
-                value = ref(latest)
         if not self._standing:
             return value
         chain: list[int] = []  # the views on the way to a base, innermost first
@@ -262,10 +253,6 @@ class Views:
         operation, args, *_ = self._rows[index]
         if operation is not GETITEM or not is_entry(args[1], key):
             return False
-        if self._entered:
-            of = self._parent(index)
-            if self._first.get(of, of) in self._entered:
-                return False  # another one was assigned since it was taken
         of = args[0].index if type(args[0]) is Ref else -1
         if self._first.get(of, of) == self._first.get(source.index, source.index):
             return True  # nothing has to be recorded again to see it
@@ -341,8 +328,8 @@ class Views:
         known = self._parents.get(index)
         if known is None:
             known = self._parents[index] = self._found_parent(index)
-        while (after := self._followed.get(self._first.get(known, known))) is not None:
-            write, key = after
+        while known in self._followed:
+            write, key = self._followed[known]
             if self._is_entry_at(index, key):
                 break  # what stood there before the assignment
             known = write
