@@ -551,6 +551,41 @@ def test_entries_are_what_was_last_written_to_each(seed: int) -> None:
     assert all(torch.equal(*pair) for pair in zip(result, parts, strict=True))
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_what_was_taken_out_of_a_tuple_is_a_part_of_it_until_that_is_replaced(seed: int) -> None:
+    choose = random.Random(seed)
+    kinds = ["assign", "take", "into taken", "into entry", "read"]
+    steps = [
+        (choose.choice(kinds), number, choose.randrange(3), choose.randrange(9))
+        for number in range(16)
+    ]
+    model, x = Model(nn.Sequential(_Parts())), torch.arange(6.0).view(2, 3)
+
+    def run(entries: Callable[[], Any], keep: Callable[[Any], Any]) -> list[Any]:
+        taken, kept = [entries()[0]], list[Any]()
+        for kind, number, entry, which in steps:
+            one = taken[which % len(taken)]
+            if kind == "assign":
+                entries()[entry] = one * 2 - number
+            elif kind == "take":
+                taken.append(entries()[entry])
+            elif kind == "into taken":
+                one[:, number % 3] += number
+            elif kind == "into entry":
+                entries()[entry][:, number % 3] *= -1
+            else:
+                kept.extend((keep(entries()[entry]), keep(one)))
+        return [*kept, *(keep(entries()[entry]) for entry in range(3)), *map(keep, taken)]
+
+    with model.trace(x):
+        saved = run(lambda: model[0].output, lambda value: value.save())
+        result = [part.save() for part in model.output]
+    parts = [x.clone(), x + 1, x + 2]
+    right = run(lambda: parts, lambda value: value.clone())
+    assert all(torch.equal(*pair) for pair in zip(saved, right, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(result, parts, strict=True))
+
+
 def test_an_entry_that_is_written_often_makes_as_many_nodes_each_time() -> None:
     model = Model(nn.Sequential(_Parts()))
 

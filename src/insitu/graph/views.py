@@ -328,8 +328,8 @@ class Views:
         known = self._parents.get(index)
         if known is None:
             known = self._parents[index] = self._found_parent(index)
-        while known in self._followed:
-            write, key = self._followed[known]
+        while (after := self._followed.get(self._first.get(known, known))) is not None:
+            write, key = after
             if self._is_entry_at(index, key):
                 break  # what stood there before the assignment
             known = write
