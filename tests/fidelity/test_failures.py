@@ -586,3 +586,34 @@ def test_a_prompt_that_alone_is_left_runs_alone(model: LanguageModel) -> None:
     assert torch.allclose(logits.value, logits_of(model.module, PROMPTS[1])[:, -1], atol=1e-5)
     tokens, _ = alone(model, PROMPTS[1], "lm_head", max_new_tokens=2)
     assert torch.equal(invoker.output[:, :6], tokens[:, :6])
+
+
+class _Catching(nn.Module):
+    """Catches what its part raises, as decorators of Transformers do: it tries once more."""
+
+    def __init__(self, words_it_anew: bool) -> None:
+        super().__init__()
+        self.part = nn.Linear(4, 4)
+        self.words_it_anew = words_it_anew
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.part(x)
+        except Exception:
+            again = self.part(x)
+            if self.words_it_anew:
+                raise TypeError("something else") from None
+            return again
+
+
+@pytest.mark.parametrize("words_it_anew", [False, True])
+def test_what_a_line_raises_is_raised_whatever_the_model_makes_of_it(words_it_anew: bool) -> None:
+    model, x = Model(_Catching(words_it_anew)), torch.ones(2, 4)
+    index = torch.tensor([9])
+    with pytest.raises(ShapeError, match="index 9 is out of bounds"):
+        with model.trace(x):
+            model.part.output[index].save()
+            model.output.save()
+    with model.trace(x):
+        right = model.output.save()
+    assert torch.equal(right, model.module.part(x))

@@ -59,11 +59,13 @@ class Execution:
         tape: what autograd is asked for, if anything is.
         renewed: the nodes whose values are made new tensors, so that they have gradients.
         failing: the nodes one of which has failed, if any has.
+        raised: the error of that, until the pass raises it.
         observed: who looks at the run, None if nobody does.
     """
 
     busy = False
     failing: Sequence[int] = ()
+    raised: Exception | None = None
     ended: Mapping[int, int] = MappingProxyType({})
     tape: Tape | None = None
     observed: ObservedPasses | None = None
@@ -186,9 +188,11 @@ class Execution:
                 self.busy = False
                 self.failing = (step,)
                 if isinstance(error, InsituError) and error.location is not None:
+                    self.raised = error
                     raise
                 cause = None if isinstance(error, InsituError) else error  # it is said once
-                raise operation_error(self.graph, values, step, error) from cause
+                self.raised = operation_error(self.graph, values, step, error)
+                raise self.raised from cause
             if tape is not None:
                 if step in self.renewed:
                     result = tape.renewed(step, result)

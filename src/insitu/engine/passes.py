@@ -143,6 +143,9 @@ def run_pass(
             stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
             if arrivals is not None:
                 arrivals.stopped = True
+        except Exception:
+            if execution.raised is None:
+                raise
         finally:
             set_grad_enabled(grad_enabled)
             if tape is not None and differentiates and len(cuts) > 1:
@@ -157,6 +160,12 @@ def run_pass(
             if arrivals is not None:
                 arrivals.end()
             remove_hooks(hooks)
+    if execution.raised is not None:  # the model may have caught it, or raised another for it
+        raised, execution.raised = execution.raised, None
+        try:
+            raise raised
+        finally:
+            del raised  # else the error and this frame would keep each other
     if arrivals is not None:
         if steps is not None:
             execution.next_step()
