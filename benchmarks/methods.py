@@ -54,7 +54,13 @@ def main() -> int:
     def insitu() -> torch.Tensor:
         metric = logit_difference(ANSWER, INSTEAD)
         return activation_patching(
-            model, clean[0], corrupted[0], metric, normalised=False, progress=True
+            model,
+            clean[0],
+            corrupted[0],
+            metric,
+            sites="residual_in",
+            normalised=False,
+            progress=True,
         ).values
 
     def hooks() -> torch.Tensor:
