@@ -7,14 +7,13 @@ pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
-from insitu.engine.plan import Plan
-from insitu.graph.node import Graph, Row
+from insitu.graph.node import Row
 from insitu.graph.operations import APPLY, COND, FOLD, PULL_BACK, PUT, RANDOM
 from insitu.graph.structure import tensors_of
 
@@ -25,30 +24,32 @@ _ATTENTION = {
 """Operations that drop attention out: at which place they take the chance, and its default."""
 
 
-def drawing_nodes(graph: Graph, plan: Plan) -> Iterator[tuple[int, set[int]]]:
-    """Gives the nodes that may draw random numbers, each with the invocations that it is made of.
+_SELDOM = {APPLY.name, PULL_BACK.name, COND.name, FOLD.name, PUT.name, *_ATTENTION}
+
+
+def drawing_nodes(rows: Sequence[Row]) -> list[int]:
+    """Returns the nodes that may draw random numbers.
 
     Args:
-        graph: what is to be done.
-        plan: its plan.
+        rows: the nodes of a graph.
     """
-    for index, row in enumerate(graph.rows):
-        if _draws(row):
-            need = plan.needs[index]
-            yield index, {place[0] for bit, place in plan.places.items() if need & bit}
+    return [
+        index
+        for index, row in enumerate(rows)
+        if row[0].name in RANDOM or (row[0].name in _SELDOM and _draws(row))
+    ]
 
 
 def _draws(row: Row) -> bool:
+    """Whether one draws that does not always do so."""
     operation, args, kwargs, *_ = row
-    if operation in (APPLY, PULL_BACK, COND, FOLD):  # what they call may
-        return True
     if operation is PUT:
         return args[2] in RANDOM
     if operation.name in _ATTENTION:
         place, default = _ATTENTION[operation.name]
         chance = args[place] if len(args) > place else kwargs.get("dropout_p", default)
         return not (isinstance(chance, int | float) and chance == 0)
-    return operation.name in RANDOM
+    return True  # what it calls may
 
 
 class Draws:
@@ -62,18 +63,17 @@ class Draws:
         self._seeds = seeds
         self._states: dict[tuple[int, torch.device], torch.Tensor] = {}
 
-    def rows(self, graph: Graph, plan: Plan, rows: Sequence[Row]) -> list[Row]:
+    def rows(self, drawing: Mapping[int, Collection[int]], rows: Sequence[Row]) -> list[Row]:
         """Returns nodes of which those that draw do so from the seeds.
 
         One that is made of several invocations draws from the first of them that has a seed.
 
         Args:
-            graph: what is to be done.
-            plan: its plan.
-            rows: its nodes, as they are to run.
+            drawing: the nodes that may draw, each with the invocations that it is made of.
+            rows: the nodes of the graph, as they are to run.
         """
         found = [*rows]
-        for index, invocations in drawing_nodes(graph, plan):
+        for index, invocations in drawing.items():
             seeded = [number for number in sorted(invocations) if number in self._seeds]
             if seeded:
                 operation, *rest = found[index]

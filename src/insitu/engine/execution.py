@@ -125,7 +125,7 @@ class Execution:
         Args:
             seeds: the seeds, by the numbers of the invocations.
         """
-        self._rows = Draws(seeds).rows(self.graph, self.plan, self._rows)
+        self._rows = Draws(seeds).rows(self.plan.drawing, self._rows)
 
     def observe(
         self, observed: ObservedPasses, telling: Callable[[Sequence[Row]], list[Row]]

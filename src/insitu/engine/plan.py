@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from insitu.engine.copies import reusable
+from insitu.engine.draws import drawing_nodes
 from insitu.engine.gradient_binding import Backward, Path, bound_to, joined, place_of
 from insitu.graph.errors import CausalityError, OperationError
 from insitu.graph.expression import expression
@@ -103,6 +104,8 @@ class Plan:
         plain: whether there is nothing to do but to read, once, and to compute with what was read
             at one site each.
         moves: whether copies of values go to devices other than their own.
+        drawing: the nodes that may draw random numbers, each with the invocations that it is made
+            of.
         returned: what modules that are skipped would return, as fake tensors, by the node that
             reads their arguments. Who makes the plan adds it.
         readers: what passes found out about who reads what in them, by their invocations.
@@ -126,6 +129,7 @@ class Plan:
     special: bool = False
     plain: bool = False
     moves: bool = False
+    drawing: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     returned: Mapping[int, Any] = field(default_factory=dict[int, Any])
     readers: dict[tuple[int, ...], tuple[Readers, bool]] = field(
         default_factory=dict[tuple[int, ...], tuple[Readers, bool]]
@@ -206,6 +210,9 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     skips, stops, after = graph.skips, graph.stops, graph.after
     plan = Plan(reads, bits, groups, uses, graph.writes, needs, held, skips, stops, after)
     plan.moves = moves
+    for index in drawing_nodes(rows):
+        sites = [place for bit, place in plan.places.items() if needs[index] & bit]
+        plan.drawing[index] = {invocation for invocation, *_ in sites}
     for index in graph.writes.values():
         uses[index] += 1
         if needs[index] & (needs[index] - 1):

@@ -191,8 +191,8 @@ class CallPath:
     """
 
     __slots__ = (
-        *("_compiled", "_entry", "_forward", "_modules", "_own", "_root", "_sizes", "_states"),
-        *("now", "then"),
+        *("_compiled", "_entry", "_forward", "_modules", "_own", "_root", "_sizes"),
+        *("_states", "now", "then"),
     )
 
     def __init__(self, watched: Watched) -> None:
@@ -208,11 +208,11 @@ class CallPath:
         """Returns whether calls lead on through the same modules, and enter what they entered."""
         if self.now != self.then:
             return False
-        if (
-            [*map(len, self._states)] == self._sizes
-            and type(self._root).forward is self._forward
-            and (not self._own or self._own == self._forwards())
-        ):
+        same = [*map(len, self._states)] == self._sizes
+        same = same and type(self._root).forward is self._forward
+        for state, forward in self._own:
+            same = same and state.get("forward") is forward
+        if same:
             return True
         if self._entry != self._entered() or self._compiled != is_compiled(self._modules):
             return False
@@ -221,10 +221,7 @@ class CallPath:
 
     def _remember(self) -> None:
         self._sizes = [*map(len, self._states)]
-        self._own = self._forwards()
-
-    def _forwards(self) -> list[Any]:
-        return [state["forward"] for state in self._states if "forward" in state]
+        self._own = [(state, state["forward"]) for state in self._states if "forward" in state]
 
     def _entered(self) -> tuple[object, ...]:
         """What a call of the root enters."""

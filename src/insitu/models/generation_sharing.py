@@ -17,7 +17,6 @@ from transformers import GenerationMixin
 from insitu.batching.asked import NOTHING
 from insitu.batching.demand import Demand, Demands, Terms, Work
 from insitu.batching.layout import Axis, Layouts, TensorLayout
-from insitu.engine.draws import drawing_nodes
 from insitu.engine.fallback import SEEN_ALONE, Fallback, tried, uncut
 from insitu.engine.keeping import undisturbed
 from insitu.graph.node import Address, Site
@@ -126,7 +125,7 @@ class GenerationSharing:
         used = partial(entries_used, work.graph, work.plan)
         written = set(work.written)
         most = max(self._calls.at_most(prompt) for prompt in requests)
-        draw = set[int]().union(*(own for _, own in drawing_nodes(work.graph, work.plan)))
+        draw = set[int]().union(*work.plan.drawing.values())
         whys: list[Fallback | None] = []
         for number, own in reads.items():
             prompt = requests[number]

@@ -37,7 +37,7 @@ from insitu.graph.tracebacks import shortened
 from insitu.tracing.invocation import Invocation, Invoked, innermost
 from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.run import Run
-from insitu.tracing.running import Ran, run_block
+from insitu.tracing.running import run_block
 from insitu.tracing.scanning import scan_block
 from insitu.tracing.session import Session, open_sessions, session_of
 from insitu.tracing.watching import watcher
@@ -64,16 +64,12 @@ class Block:
         is_open: whether the `with` block is being executed.
         is_done: whether that has ended.
         ran: its run, None before it ends.
-        result: what the run returned, where the block promises it.
-        is_stopped: whether a line of the user's ended the run.
         is_dry: whether the run is only planned.
         raised: the name of the error that the block has raised, None if it has raised none.
     """
 
     # What most blocks never use is of the class.
     request: Any = None
-    result: Any = None
-    is_stopped = False
     raised: str | None = None
     ran: Run | None = None
 
@@ -185,11 +181,12 @@ class Block:
             if self.is_dry:
                 scan_block(run)
             else:
-                ran = run_block(run)
-                if self.promises_output:
-                    self._take_outputs(ran)
-                if ran.failed:
-                    failed = first_error(ran.failed)
+                run_block(run)
+                if run.outputs is not None:
+                    for invocation, own in zip(self.invocations, run.outputs.each, strict=True):
+                        invocation.result = own
+                if run.failed:
+                    failed = first_error(run.failed)
         except BaseException as failure:
             recording.fail(f"its run raised {type(failure).__name__}.")
             if watching is not None:
@@ -290,15 +287,6 @@ class Block:
             return 0
         invocation, _ = innermost(self.model, 1)
         return None if invocation is None else invocation.number
-
-    def _take_outputs(self, ran: Ran) -> None:
-        """Makes what the passes returned into what the block and its invocations give."""
-        self.is_stopped = ran.is_stopped
-        outputs = ran.outputs
-        if outputs is not None:
-            self.result = outputs.whole
-            for invocation, result in zip(self.invocations, outputs.each, strict=True):
-                invocation.result = result
 
 
 class BlockContext:

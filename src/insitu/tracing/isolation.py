@@ -110,13 +110,14 @@ class Isolation:
         rest = rest_of(lines.graph, len(run.requests), self._lost)
         self.numbers, self.nodes = rest.numbers, rest.nodes
         saves = {rest.moved[at]: one for at, one in lines.saves.items() if at in rest.moved}
-        return replace(
+        part = replace(
             run,
             procedure=self._narrow or run.procedure,
             lines=HeldLines(rest.graph, saves, lines.casts, lines.dtype),
             requests=[run.requests[number] for number in rest.numbers],
-            observed=None if run.observed is None else run.observed.part(rest.numbers),
         )
+        part.observed = None if run.observed is None else run.observed.part(rest.numbers)
+        return part
 
     def take(self, found: Sequence[Failed]) -> None:
         """Takes what failed in the last run, and decides how the rest is run.

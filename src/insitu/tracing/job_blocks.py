@@ -31,7 +31,7 @@ from insitu.graph.operations import KEEP, SAVE
 from insitu.tracing.isolation import Rest, rest_of, spread_outputs
 from insitu.tracing.jobs import RanBlock, bind
 from insitu.tracing.run import Run
-from insitu.tracing.running import Ran, prepare, run_block, verify
+from insitu.tracing.running import prepare, run_block, verify
 
 
 def run_job_block(
@@ -62,8 +62,8 @@ def run_job_block(
     if not absent:
         try:
             run = bind(model, block, earlier, kept)
-            ran = _run(run, block)
-            return RanBlock(run.lines.saves, ran.failed, run, ran.outputs)
+            _run(run, block)
+            return RanBlock(run.lines.saves, run.failed, run, run.outputs)
         except InsituError as error:
             if ends_all(error):
                 raise
@@ -113,35 +113,36 @@ def _run_part(
         try:
             there = [at for at, node in enumerate(rest.nodes) if node in kept]
             run = bind(model, part, earlier, there, rest.numbers)
-            ran = _run(run, part)
+            _run(run, part)
         except InsituError as error:
             if ends_all(error):
                 raise
             failed.append(_of_block(_whole(part, error), rest))
             return _without_values(block, failed)
-    failed += [_of_block(one, rest) for one in ran.failed]
+    failed += [_of_block(one, rest) for one in run.failed]
     saves = {node: run.lines.saves.get(at) for node, at in rest.moved.items()}
     there = {node: holder for node, holder in saves.items() if holder is not None}
     saves = {**_without_values(block, failed).saves, **there}
-    outputs = ran.outputs
+    outputs = run.outputs
     if outputs is not None:
         outputs = spread_outputs(outputs, rest.numbers, len(block.prompts))
     return RanBlock(saves, failed, run, outputs, rest)
 
 
-def _run(run: Run, block: JobBlock) -> Ran:
+def _run(run: Run, block: JobBlock) -> None:
     """Runs a block, or a part of one. What invocations raise is Insitu's own."""
     location = block.prompts[0].location
     try:
-        ran = run_block(run)
+        run_block(run)
     except InsituError as error:
         if isinstance(error, LimitError) and error.location is None:
             raise at_line(error, location) from None
         raise
     except Exception as error:
         raise _explained(error, block, [0]) from error
-    failed = [replace(one, error=_explained(one.error, block, one.blamed)) for one in ran.failed]
-    return ran._replace(failed=failed)
+    run.failed = [
+        replace(one, error=_explained(one.error, block, one.blamed)) for one in run.failed
+    ]
 
 
 def _explained(error: Exception, block: JobBlock, blamed: Sequence[int]) -> InsituError:

@@ -93,7 +93,7 @@ def _owner(model: Subject, weight: str, location: Location) -> str:
     return path
 
 
-def plan_run(run: Run) -> tuple[Prepared, Sequence[Pass]]:
+def plan_run(run: Run) -> tuple[Prepared, list[Pass]]:
     """Plans the run of a block, and returns its passes too.
 
     Args:

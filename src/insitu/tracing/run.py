@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from insitu.batching.pass_plan import PassPlan
-from insitu.batching.procedure import Procedure, Subject
+from insitu.batching.procedure import Outputs, Procedure, Subject
+from insitu.engine.failures import FailedInvocations
 from insitu.engine.probe import Call, Probe
 from insitu.graph.cells import Holder
 from insitu.graph.context import Casts
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from insitu.graph.recording import Recording
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Run:
     """One run of a block.
 
@@ -36,6 +37,9 @@ class Run:
             there are none.
         passes: what each pass does, once it is planned.
         observed: the run, as far as others look at it; None if nobody does.
+        outputs: what its passes returned, once it has run; None if the procedure promises none.
+        is_stopped: whether a line of the user's ended the run.
+        failed: what its invocations raised, none if all have run.
     """
 
     model: Subject
@@ -43,8 +47,11 @@ class Run:
     lines: NamedLines
     requests: Sequence[Any]
     demanded: tuple[Mapping[str, Any], Mark] | None = None
-    passes: Sequence[PassPlan] = ()
-    observed: ObservedRun | None = None
+    passes: Sequence[PassPlan] = field(default=(), init=False)
+    observed: ObservedRun | None = field(default=None, init=False)
+    outputs: Outputs | None = field(default=None, init=False)
+    is_stopped: bool = field(default=False, init=False)
+    failed: Sequence[FailedInvocations] = field(default=(), init=False)
 
     def call(self, number: int) -> Call:
         """Returns the first call of the module that an invocation alone would lead to."""

@@ -5,19 +5,19 @@ How a plan is made is in `planning.py`, and what is run again after a failure in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from insitu.batching.layout import UnexpectedShapeError
 from insitu.batching.pass_plan import renumbered
-from insitu.batching.procedure import Outputs, Subject
+from insitu.batching.procedure import Subject
 from insitu.engine.arrivals import Arrivals
 from insitu.engine.backward_passes import run_backwards
 from insitu.engine.eager import eagerly
 from insitu.engine.execution import Execution
-from insitu.engine.failures import Failed, FailedInvocations, Failures, ends_all
+from insitu.engine.failures import Failed, Failures, ends_all
 from insitu.engine.leaves import leaves_of
 from insitu.engine.model_call import Pass
 from insitu.engine.order import unexcused
@@ -37,21 +37,7 @@ if TYPE_CHECKING:
     from insitu.engine.observed_run import ObservedRun
 
 
-class Ran(NamedTuple):
-    """How a block ran.
-
-    Attributes:
-        outputs: what its passes returned, None if the procedure promises no output.
-        is_stopped: whether a line of the user's ended the run.
-        failed: what its invocations raised, none if all have run.
-    """
-
-    outputs: Outputs | None
-    is_stopped: bool
-    failed: Sequence[FailedInvocations] = ()
-
-
-def run_block(run: Run) -> Ran:
+def run_block(run: Run) -> None:
     """Runs a block and fills its saved values, those that no sink takes.
 
     If one of several invocations fails, the others run all the same, and what they save is there.
@@ -63,19 +49,15 @@ def run_block(run: Run) -> Ran:
         InsituError: for what is wrong with the run, if nothing of it can run.
     """
     around = seams.get()
-    if around is None:
-        return _run(run)
-    from insitu.engine.observed_run import run_observed  # of use only where somebody looks
+    if around is not None and run.observed is None:
+        from insitu.engine.observed_run import run_observed  # of use only where somebody looks
 
-    def run_so(observed: ObservedRun) -> Ran:
-        run.observed = observed
-        return _run(run)
+        def run_so(observed: ObservedRun) -> None:
+            run.observed = observed
+            run_block(run)
 
-    return run_observed(around, run.lines, run_so)
-
-
-def _run(run: Run) -> Ran:
-    """Runs a block, as of `run_block`, that others may look at."""
+        run_observed(around, run.lines, run_so)
+        return
     model, requests = run.model, run.requests
     if not model.loaded:
         check_fit(run)
@@ -85,13 +67,16 @@ def _run(run: Run) -> Ran:
     failures = None if len(requests) == 1 else Failures(run.lines.graph)
     plan, results = run_once(run, failures)
     if failures is not None and failures.found:
-        return _run_rest(run, failures, plan, results)
-    stopped = plan.stops and len(requests) == 1
-    outputs = None if stopped else run.procedure.outputs(results, requests)
-    return Ran(outputs, bool(plan.stops))
+        _run_rest(run, failures, plan, results)
+    elif plan.stops:
+        run.is_stopped = True
+        if len(requests) > 1:
+            run.outputs = run.procedure.outputs(results, requests)
+    else:
+        run.outputs = run.procedure.outputs(results, requests)
 
 
-def _run_rest(run: Run, failures: Failures, plan: Plan, results: list[Any]) -> Ran:
+def _run_rest(run: Run, failures: Failures, plan: Plan, results: list[Any]) -> None:
     """Runs what is left of a block in which something failed, and fills the saved values.
 
     Args:
@@ -116,13 +101,13 @@ def _run_rest(run: Run, failures: Failures, plan: Plan, results: list[Any]) -> R
         run.passes = [renumbered(single, isolation.numbers) for single in part.passes]
         if failures.found:
             isolation.take(failures.found)
-    failed = isolation.ended()
+    run.failed = isolation.ended()
+    run.is_stopped = bool(plan.stops)
     if not part.requests or (plan.stops and len(part.requests) == 1):
-        return Ran(None, bool(plan.stops), failed)
+        return
     outputs = run.procedure.outputs(results, part.requests)
     if outputs is not None:
-        outputs = spread_outputs(outputs, isolation.numbers, len(run.requests))
-    return Ran(outputs, bool(plan.stops), failed)
+        run.outputs = spread_outputs(outputs, isolation.numbers, len(run.requests))
 
 
 def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[Plan, list[Any]]:
@@ -141,7 +126,7 @@ def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[
         prepared, passes = prepare(run)
         tree, held = prepared.tree, prepared.exclusive
         execution = Execution(lines.graph, prepared.plan, tree.modules)
-        if seeds := run.procedure.seeds(run.requests):
+        if prepared.plan.drawing and (seeds := run.procedure.seeds(run.requests)):
             execution.draw_from(seeds)
         if observed is not None:
             _observe(observed, execution, prepared, run, again)
@@ -190,7 +175,7 @@ def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[
     return prepared.plan, results
 
 
-def prepare(run: Run, dry: bool = False) -> tuple[Prepared, list[Pass | None]]:
+def prepare(run: Run, dry: bool = False) -> tuple[Prepared, list[Pass]]:
     """Plans the run of a block, or finds how one like it was planned, and gives its passes too.
 
     The passes are the caller's to take out of their list: what they hold goes with them.
@@ -219,7 +204,7 @@ def prepare(run: Run, dry: bool = False) -> tuple[Prepared, list[Pass | None]]:
             prepared = None
     if prepared is not None:
         run.passes = prepared.passes
-        return prepared, [*procedure.passes(module, prepared.passes, requests)]
+        return prepared, procedure.passes(module, prepared.passes, requests)
     if not dry:
         model.warn_of_noise()
     model.look_at_weights()
@@ -231,7 +216,7 @@ def prepare(run: Run, dry: bool = False) -> tuple[Prepared, list[Pass | None]]:
     run.passes = prepared.passes
     if key is not None:
         plans.keep(key, graph, saves, prepared)
-    return prepared, [*passes]
+    return prepared, passes
 
 
 def _all_holds(prepared: Prepared, model: Subject) -> bool:
@@ -268,7 +253,7 @@ def run_passes(
     run: Run,
     execution: Execution,
     prepared: Prepared,
-    passes: list[Pass | None],
+    passes: list[Pass],
     failures: Failures | None,
     apart: bool,
 ) -> tuple[list[Any], int | None, Arrivals | None]:
@@ -291,9 +276,8 @@ def run_passes(
     modules, hooks, observed = prepared.tree.modules, prepared.exclusive.hooks, execution.observed
     views, caches = run.procedure.views, run.model.caches
     results: list[Any] = [None] * len(passes)
-    for at, single in enumerate(passes):
-        passes[at] = None
-        assert single is not None
+    for at in range(len(passes)):
+        single = passes.pop(0)
         if failures is not None and failures.found and failures.hold_up(single.cuts):
             continue
         if observed is not None:

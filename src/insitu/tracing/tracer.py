@@ -153,16 +153,17 @@ class Tracer(BlockContext):
                     here(),
                 )
             return block.alone.output
-        if block.result is None:
+        ran = block.ran
+        if ran is None or ran.outputs is None or ran.outputs.whole is None:
             reason = "its run failed" if block.is_done else "the model runs when the block ends"
             if not (block.is_done or block.is_open):
                 reason = (
                     "its block was never entered: write `with model.generate(...) as generator:`"
                 )
-            if block.is_stopped:
+            if ran is not None and ran.is_stopped:
                 reason = "`stop` ended the run"
             raise NoValueError(f"`generator.output` has no value: {reason}.", here())
-        return block.result
+        return ran.outputs.whole
 
     @property
     def ids(self) -> Any:
