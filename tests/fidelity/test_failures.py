@@ -3,7 +3,10 @@
 What the others save is compared with plain hooks on their prompts alone.
 """
 
+import contextlib
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -617,3 +620,98 @@ def test_what_a_line_raises_is_raised_whatever_the_model_makes_of_it(words_it_an
     with model.trace(x):
         right = model.output.save()
     assert torch.equal(right, model.module.part(x))
+
+
+class _GoingOn(nn.Module):
+    """Goes on without what its first part makes, if that raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.whole = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with contextlib.suppress(Exception):
+            x = self.first(x)
+        with contextlib.suppress(Exception):
+            self.whole(torch.arange(3))
+        with contextlib.suppress(Exception):
+            return self.second(x)
+        return x
+
+
+def _bad_skip(model: Any) -> None:
+    model.first.skip(torch.ones(3, 5))
+
+
+def _bad_write(model: Any) -> None:
+    model.first.output = model.first.output[[0, 0, 1]]
+
+
+def _gradient_of_integers(model: Any) -> None:
+    model.whole.output.grad.save()
+    model.second.output.sum().backward()
+
+
+def _two_bad_lines(model: Any) -> None:
+    index = torch.tensor([9])
+    taken = model.first.output[index]
+    model.second.output = model.second.output + taken
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (_bad_skip, "cannot be given this value by `skip`"),
+        (_bad_write, "cannot be given this value"),
+        (_gradient_of_integers, "only tensors of floats have a gradient"),
+        (_two_bad_lines, "index 9 is out of bounds"),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_no_model_goes_on_after_a_line_that_fails(
+    lines: Callable[[Any], None], said: str, several: bool
+) -> None:
+    model, x = Model(_GoingOn()), torch.ones(2, 4)
+    with pytest.raises(ShapeError, match=said) as raised:
+        if several:
+            with model.trace() as tracer:
+                with tracer.invoke(x):
+                    lines(model)
+                with tracer.invoke(x):
+                    other = model.output.save()
+        else:
+            with model.trace(x):
+                lines(model)
+    assert raised.value.location is not None
+    assert raised.value.location.code.co_name == lines.__name__
+    if several:
+        assert torch.equal(other, model.module(x))
+    with model.trace(x):
+        right = model.output.save()
+    assert torch.equal(right, model.module(x))
+
+
+@pytest.mark.no_wire  # it keeps values
+def test_a_failure_goes_with_its_block() -> None:
+    model, x = Model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), torch.ones(2, 4)
+
+    def fails() -> weakref.ref[InsituError] | None:
+        try:
+            with model.trace() as tracer:
+                with tracer.invoke(x):
+                    model[0].output[torch.tensor([9])].save()
+                with tracer.invoke(x):
+                    model[1].output.save()
+        except InsituError as error:
+            return weakref.ref(error)
+        return None
+
+    gc.collect()
+    gc.disable()
+    try:
+        failure = fails()
+        assert failure is not None
+        assert failure() is None
+    finally:
+        gc.enable()

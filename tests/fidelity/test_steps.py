@@ -16,6 +16,7 @@ from insitu import (
     NeverRanError,
     OperationError,
     OptionError,
+    Tracer,
 )
 from tests.fidelity.test_writing import IDS, OTHER, SHORT, blocks
 
@@ -459,3 +460,54 @@ def test_a_loop_over_steps_asks_how_many_there_are(gpt2: LanguageModel) -> None:
         with generator.step(2):
             last = gpt2.lm_head.output.save()
     assert torch.equal(last, ids[2])
+
+
+def _in_one_step(generator: Tracer) -> object:
+    return generator.step(1)
+
+
+def _in_every_step(generator: Tracer) -> object:
+    return generator.every_step()
+
+
+@pytest.mark.parametrize("steps", [_in_one_step, _in_every_step])
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_invocation_does_not_begin_among_the_lines_of_a_step(
+    gpt2: LanguageModel, steps: Callable[[Tracer], Any], others: int
+) -> None:
+    with pytest.raises(BlockError, match="inside of the invocation") as raised:
+        with gpt2.generate(max_new_tokens=3) as generator:
+            for _ in range(others):
+                with generator.invoke(IDS):
+                    pass
+            with steps(generator):
+                with generator.invoke(IDS):  # here
+                    gpt2.logits.save()
+    assert raised.value.location is not None
+    assert "here" in raised.value.location.text or not others
+
+
+def test_without_a_prompt_there_are_no_steps(gpt2: LanguageModel) -> None:
+    with pytest.raises(BlockError, match="no prompt so far"):
+        with gpt2.generate(max_new_tokens=3) as generator:
+            generator.next()
+    with pytest.raises(BlockError, match="no prompt so far"):
+        with gpt2.generate(max_new_tokens=3) as generator:
+            for _ in generator.steps:
+                pass
+
+
+def test_tokens_and_logits_are_read_inside_of_the_block(gpt2: LanguageModel) -> None:
+    with gpt2.generate(max_new_tokens=3) as generator:
+        with generator.invoke(IDS) as invoker:
+            tokens = invoker.tokens(1).save()
+    recorded = len(generator.graph)
+    for late in (
+        lambda: invoker.tokens(1),
+        lambda: invoker.logits[1],
+        lambda: invoker.tokens.__setitem__(1, 2),
+    ):
+        with pytest.raises(BlockError, match="inside the block"):
+            late()
+    assert len(generator.graph) == recorded
+    assert torch.equal(tokens, invoker.output[:, -2])

@@ -308,3 +308,21 @@ def test_attention_with_dropout_in_a_generation_draws_from_the_seed(gpt2: Langua
     together = run(RAGGED)
     for seed, ids in RAGGED.items():
         torch.testing.assert_close(run({seed: ids})[seed], together[seed])
+
+
+def test_lines_on_gradients_draw_from_the_seed_too(gpt2: LanguageModel) -> None:
+    torch.manual_seed(7)
+    first, second = torch.rand(1, 4, 16), torch.randn(1, 4, 16)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        made: list[Any] = []
+        with gpt2.trace() as tracer:
+            for seed in (7, 7):
+                with tracer.invoke(PROMPT, seed=seed):
+                    hidden = gpt2.transformer.h[2].output[0]
+                    made.append(torch.rand_like(hidden).save())
+                    made.append(torch.randn_like(hidden.grad).save())
+                    gpt2.logits.sum().backward()
+        for drawn, expected in zip(made, (first, second, first, second), strict=True):
+            torch.testing.assert_close(drawn.value, expected)
+    assert torch.equal(torch.get_rng_state(), before)

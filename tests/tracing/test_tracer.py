@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from transformers import BatchEncoding
 
 from insitu import BlockError, InsituError, LanguageModel, Model, NoValueError, ShapeError
 from tests.conftest import hooked_hidden, tiny_gpt2
@@ -411,6 +412,34 @@ def test_a_prompt_may_be_filled_anew_for_the_next_invocation(gpt2: LanguageModel
             with tracer.invoke(ids):
                 saved.append(gpt2.transformer.wte.input.save())
     assert [value[0, 0].item() for value in saved] == [10, 11, 12]
+
+
+def test_a_prompt_of_any_form_may_be_filled_anew(gpt2: LanguageModel) -> None:
+    mask = torch.ones_like(IDS)
+    given = BatchEncoding({"input_ids": IDS.clone(), "attention_mask": mask})
+    ids, saved = IDS.clone(), []
+    with gpt2.trace() as tracer:
+        for first in (10, 11):
+            given["input_ids"][0, 0] = first
+            with tracer.invoke(given):
+                saved.append(gpt2.transformer.wte.input.save())
+    with gpt2.session():
+        for first in (12, 13):
+            ids[0, 0] = first
+            with gpt2.trace(ids):
+                saved.append(gpt2.transformer.wte.input.save())
+        for first in (14, 15):
+            ids[0, 0] = first
+            with gpt2.trace(input_ids=ids, attention_mask=mask):
+                saved.append(gpt2.transformer.wte.input.save())
+    assert [value[0, 0].item() for value in saved] == [10, 11, 12, 13, 14, 15]
+    plain, x, kept = Model(nn.Identity()), torch.zeros(1), []
+    with plain.session():
+        for number in (1.0, 2.0):
+            x.fill_(number)
+            with plain.trace(x):
+                kept.append(plain.output.save())
+    assert [value.item() for value in kept] == [1.0, 2.0]
 
 
 def test_a_missing_site_is_reported_for_its_own_invocation() -> None:

@@ -93,7 +93,7 @@ def check_order(work: Work, passes: Sequence[PassPlan]) -> None:
             late.setdefault((target, node), set()).add(plan.reads[source])
     if late:
         (target, node), reads = next(iter(late.items()))
-        raise causality_error(graph, plan, plan.reads[target], node, reads)
+        raise causality_error(graph, plan.reads[target], node, reads)
 
 
 def check_cuts(work: Work) -> None:

@@ -8,24 +8,23 @@ skipped, and the end of a run at a line of the user's.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import nn
 
+from insitu.engine.clock import Clock
 from insitu.engine.execution import Execution
 from insitu.engine.functions import called_at_its_places
 from insitu.engine.interpose import Hooks, Own, Taps, put_hook, put_last, remove_hook, take_last
-from insitu.engine.model_call import Pass
 from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
 from insitu.engine.plan import Readers
 from insitu.engine.probe import fake_result
 from insitu.engine.written_value import changed_value
 from insitu.graph.changes import Changes, set_grad_enabled
-from insitu.graph.node import EVERY, NO_KWARGS, SEPARATOR, Kind, Place, Site
+from insitu.graph.node import NO_KWARGS, SEPARATOR, Kind, Place, Site
 from insitu.graph.structure import clone, map_structure, tensors_of
 from insitu.graph.writing import fitted
 
@@ -34,6 +33,25 @@ if TYPE_CHECKING:
     from insitu.engine.observed_passes import ObservedPasses
 
 _OF_MODULES = frozenset(["output", "input", "inputs"])
+
+Of = ParamSpec("Of")
+Result = TypeVar("Result")
+
+
+def _of_lines(
+    method: Callable[Concatenate[Arrivals, Of], Result],
+) -> Callable[Concatenate[Arrivals, Of], Result]:
+    """Lets the pass raise what a method raises, whatever the model makes of it."""
+
+    @wraps(method)
+    def noting(self: Arrivals, *args: Of.args, **kwargs: Of.kwargs) -> Result:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self._execution.fail(error)
+            raise
+
+    return noting
 
 
 class Arrivals:
@@ -115,6 +133,7 @@ class Arrivals:
         """Returns the nodes that read what never came."""
         return self.clock.missing()
 
+    @_of_lines
     def pass_on(self, kind: Kind, value: Any, path: str = "") -> Any:
         """Takes what passes a place that has no hook, and returns what is to stand there.
 
@@ -124,6 +143,8 @@ class Arrivals:
             path: of what.
         """
         execution = self._execution
+        if execution.raised is not None:
+            return value
         if kind == "tokens" and execution.observed is not None:
             self._tell_chosen(execution.observed, value)
         first: Moment = (path, kind, 0, 0)
@@ -150,6 +171,7 @@ class Arrivals:
             own = tokens if cut is None else cut.take(Site(number, "", "tokens", 0, step), tokens)
             observed.chosen(number, step, own)
 
+    @_of_lines
     def _arrived(
         self, first: Moment, view: View | None, module: nn.Module, args: tuple[Any, ...], *rest: Any
     ) -> Any:
@@ -169,11 +191,11 @@ class Arrivals:
         arriving = passing_value(place[1], view, module, args, rest)
         value = execution.made_new(found, arriving)
         self._hand_out(found, place, value)
-        if may_stop and not self._readers:
+        skips = [pair for pair in found if pair[0] in plan.skips]
+        if may_stop and not self._readers and not skips:
             raise Stop
         if any(index in plan.stops for index, _ in found):
             raise Stop
-        skips = [pair for pair in found if pair[0] in plan.skips]
         if skips:
             self._skipping[module] = place, skips
         value = changed_value(execution, place, value, found, cuts, self.clock.step)
@@ -205,10 +227,22 @@ class Arrivals:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Is the forward of a module that is skipped."""
-        execution = self._execution
+        """Is the forward of a module of which calls may be skipped."""
         if module not in self._skipping:
             return forward(*args, **kwargs)
+        return self._skip(path, module, forward, args, kwargs)
+
+    @_of_lines
+    def _skip(
+        self,
+        path: str,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What stands for the output of a module that is skipped."""
+        execution = self._execution
         (*_, call), skips = self._skipping.pop(module)
         view = self._views.get(path)
         execution.busy = True  # what it calls inside is no part of the run
@@ -225,11 +259,16 @@ class Arrivals:
             execution.busy = False
         if alone:
             value = map_structure(clone, execution.skipped(index))
-            return execution.checked(index, lambda: _standing_in(view, returned, value))
-        shown = returned
-        if view is not None:
-            shown = view(returned, args, kwargs if view.takes_arguments else NO_KWARGS)
-        return _standing_in(view, returned, self._joined((path, "output", call), skips, shown))
+            made = execution.checked(index, lambda: _standing_in(view, returned, value))
+        else:
+            shown = returned
+            if view is not None:
+                shown = view(returned, args, kwargs if view.takes_arguments else NO_KWARGS)
+            whole = self._joined((path, "output", call), skips, shown)
+            made = _standing_in(view, returned, whole)
+        if self._single.may_stop and not self._readers:
+            raise Stop
+        return made
 
     def _joined(self, place: Place, skips: Sequence[tuple[int, int]], shown: Any) -> Any:
         """What stands for the output of a module for several invocations, as one batch.
@@ -268,6 +307,7 @@ class Arrivals:
         path = f"{owner}{SEPARATOR}{name}"
         return called_at_its_places(function, args, kwargs, partial(self.pass_on, path=path))
 
+    @_of_lines
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         if self.clock.next_step():
             self._execution.next_step()
@@ -281,79 +321,6 @@ class Arrivals:
         """Lets `generate` have autograd off between two steps, as it wants."""
         take_last(self._modules[""], self._end_step_hook)
         set_grad_enabled(False)
-
-
-class Clock:
-    """Tells calls and steps apart, where an experiment does.
-
-    Args:
-        readers: who waits for what, by moment. What has come is taken out.
-        ended: the invocations that have no further steps, with how many they had. They are added
-            as the pass runs.
-
-    Attributes:
-        step: the step that runs. What runs before the first forward, as an encoder does, is of
-            the first step too.
-        calls: how often each place was passed in it.
-        most: how often each module was called in one step, at most.
-    """
-
-    def __init__(self, readers: Readers, ended: Mapping[int, int]) -> None:
-        self.readers = readers
-        self._ended = ended
-        self.step = 0
-        self._begun = False
-        self.calls: Counter[Moment] = Counter()
-        self.most: Counter[str] = Counter()
-        self._came: set[Moment] = set()
-
-    def next_step(self) -> bool:
-        """Goes on to the next step, and returns whether there was one before."""
-        if not self._begun:
-            self._begun = True
-            return False
-        self.step += 1
-        self.calls.clear()
-        return True
-
-    def take(self, first: Moment) -> list[tuple[int, int]]:
-        """Returns who waits for what passes now at a place, given by its first moment."""
-        path, kind, _, _ = first
-        call = self.calls[first]
-        self.calls[first] += 1
-        self.most[path] = max(self.most[path], call + 1)
-        every = (path, kind, call, EVERY)
-        if every in self.readers:
-            self._came.add(every)
-        now = self.readers.pop((path, kind, call, self.step), ())
-        if not self._ended:
-            return [*self.readers.get(every, ()), *now]
-        beyond = [(index, number) for index, number in now if number in self._ended]
-        if beyond:  # it never comes
-            self.readers[path, kind, call, self.step] = beyond
-        found = (*self.readers.get(every, ()), *now)
-        return [(index, number) for index, number in found if number not in self._ended]
-
-    def steps(self, invocation: int) -> int:
-        """Returns how many steps an invocation has had so far."""
-        return self._ended.get(invocation, self.step + 1)
-
-    def place(self, first: Moment) -> Place:
-        """Returns the place that was passed last, given by its first moment."""
-        return (first[0], first[1], self.calls[first] - 1)
-
-    def is_done(self, first: Moment) -> bool:
-        """Returns whether nobody waits for anything more at a place."""
-        return not any(moment[:2] == first[:2] for moment in self.readers)
-
-    def missing(self) -> list[int]:
-        """Returns the nodes that read what never came."""
-        return [
-            index
-            for moment, found in self.readers.items()
-            if moment not in self._came
-            for index, _ in found
-        ]
 
 
 def _is_plain(arguments: Any) -> bool:

@@ -7,11 +7,11 @@ into which that is written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from insitu.engine.gradient_binding import bound_to
-from insitu.graph.node import Graph, Site
+from insitu.graph.node import Graph
 from insitu.graph.operations import BACKWARD, GRAD, READ
 
 
@@ -47,23 +47,17 @@ class Dependence:
         bound = bound_to(graph, grads, backwards) if grads and backwards else {}
         for backward, found in bound.items():
             self._passes.update(dict.fromkeys(found, backward))
-        self._own: list[frozenset[int]] = []
         everybody = {row[1][0] for row in rows if row[0] is READ}
         # A block of one prompt has no `with` for it.
         alone = not graph.scopes and len(everybody) == 1
         self._only: int | None = everybody.pop() if alone else None
-        for _ in range(2):  # a pass may be recorded after gradients of it
-            before, self._own = self._own, []
-            for index in range(len(rows)):
-                self._own.append(self._read_by(index, before))
-
-    def _read_by(self, index: int, before: Sequence[frozenset[int]]) -> frozenset[int]:
-        """The invocations whose sites a node is computed of."""
-        operation, args, _, inputs, *_ = self._graph.rows[index]
-        if operation is READ:
-            return frozenset([Site(*args).invocation])
-        found = frozenset[int]().union(*(self._own[source] for source in inputs))
-        return found | before[self._passes[index]] if before and index in self._passes else found
+        read_by = self._own = graph.invocations()
+        if self._passes:  # a gradient is computed of all that its pass is, recorded before or after
+            self._own = list[frozenset[int]]()
+            for index, row in enumerate(rows):
+                found = read_by[index].union(*(self._own[source] for source in row[3]))
+                backward = self._passes.get(index)
+                self._own.append(found if backward is None else found | read_by[backward])
 
     def invocations(self, nodes: Collection[int]) -> frozenset[int]:
         """Returns the invocations whose sites some nodes are computed of."""

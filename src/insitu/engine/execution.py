@@ -30,7 +30,7 @@ from insitu.graph.evaluation import resolved
 from insitu.graph.expression import located
 from insitu.graph.node import Graph, Ref, Row
 from insitu.graph.operations import APPLY
-from insitu.graph.saved import SavedTensor, set_class, spent, swap
+from insitu.graph.saved import ALONE, SavedTensor, set_class, spent, swap
 from insitu.graph.saved_proxy import SavedProxy
 from insitu.graph.structure import map_structure, memory_of
 
@@ -50,16 +50,15 @@ class Execution:
         modules: the model's modules, by path.
 
     Attributes:
-        graph: as of the arguments, and so are the next two.
-        plan: likewise.
-        modules: likewise.
+        graph: as of the arguments, and so are `plan` and `modules`.
         differentiates: whether the run has to record autograd.
-        busy: whether an operation is running that may call the model's modules.
+        busy: whether calls of the model's modules are no part of the run: an operation is running
+            that may make some, or a line has failed.
         ended: the invocations that have no further steps, with how many they had.
         tape: what autograd is asked for, if anything is.
         renewed: the nodes whose values are made new tensors, so that they have gradients.
         failing: the nodes one of which has failed, if any has.
-        raised: the error of that, until the pass raises it.
+        raised: what the pass raises when the model has ended, whatever the model makes of it.
         observed: who looks at the run, None if nobody does.
     """
 
@@ -188,11 +187,9 @@ class Execution:
                 self.busy = False
                 self.failing = (step,)
                 if isinstance(error, InsituError) and error.location is not None:
-                    self.raised = error
                     raise
                 cause = None if isinstance(error, InsituError) else error  # it is said once
-                self.raised = operation_error(self.graph, values, step, error)
-                raise self.raised from cause
+                raise operation_error(self.graph, values, step, error) from cause
             if tape is not None:
                 if step in self.renewed:
                     result = tape.renewed(step, result)
@@ -209,6 +206,16 @@ class Execution:
             values[index] = None
         if self._waiting:
             self._keep(bit, value)
+
+    def fail(self, error: Exception) -> None:
+        """Notes what a line has raised, or putting its value where it goes. Nothing more arrives.
+
+        Args:
+            error: what was raised, inside of the model: it may catch that, or raise another.
+        """
+        if self.raised is None:
+            self.raised = error
+        self.busy = True
 
     def made_new(self, found: Sequence[tuple[int, int]], value: Any) -> Any:
         """Returns what arrived at a place with new tensors where gradients are wanted.
@@ -339,7 +346,7 @@ class Execution:
                 holder.__dict__.clear()  # pyright: ignore
                 swap(holder, value)
                 set_class(holder, SavedTensor)
-                if getrefcount(value) == _ALONE:
+                if getrefcount(value) == ALONE:
                     spent.append(value)
             else:
                 holder._put(value)
@@ -389,11 +396,4 @@ class Execution:
             self._values[index] = map_structure(leaf, self._values[index])
 
 
-def _references(values: Sequence[Any]) -> int:
-    """How many references `Execution.fill` counts to a value that nobody else has."""
-    value = values[0]
-    return getrefcount(value)
-
-
-_ALONE = _references([object()])
 _TENSOR = torch.Tensor

@@ -226,17 +226,16 @@ class Taps:
         self._changes = changes
         self._is_own = in_this_thread() if is_own is None else is_own
 
-    def before(self, module: nn.Module, function: Callable[..., Any], first: bool = False) -> None:
+    def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Sees the arguments of a module's calls.
 
         Args:
             module: the module.
             function: is given the module, its arguments and its keyword arguments. It may return
                 others, as `(args, kwargs)`; None leaves them.
-            first: whether it comes before the hooks that are there.
         """
         table = cast("dict[Any, Any]", module._forward_pre_hooks)
-        self._hang(table, module._forward_pre_hooks_with_kwargs, function, first)
+        self._hang(table, module._forward_pre_hooks_with_kwargs, function)
 
     def after(self, module: nn.Module, function: Callable[..., Any], first: bool = False) -> None:
         """Sees what a module's calls return.
@@ -285,7 +284,7 @@ class Taps:
         table: dict[Any, Any],
         flags: dict[Any, bool],
         function: Callable[..., Any],
-        first: bool,
+        first: bool = False,
     ) -> None:
         key = partial(_if_own, self._is_own, function)
         self._changes.put(flags, key, True)

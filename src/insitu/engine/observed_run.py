@@ -23,8 +23,8 @@ from insitu.engine.sinks import SaveKey
 from insitu.graph.cells import Holder, Missing
 from insitu.graph.errors import CancelledError
 from insitu.graph.lines import Lines
-from insitu.graph.node import Graph, Row, readable
-from insitu.graph.operations import KEEP, READ, SAVE, Operation
+from insitu.graph.node import Row, readable
+from insitu.graph.operations import KEEP, SAVE, Operation
 from insitu.graph.structure import tensors_of
 
 Result = TypeVar("Result")
@@ -271,7 +271,7 @@ def unwrapped(run: Callable[[], Result]) -> Result:
 def _keys(lines: NamedLines, block: int) -> dict[int, SaveKey]:
     """The keys of what a block saves, by the identity of where it is put."""
     found: dict[int, SaveKey] = {}
-    scopes = _scopes(lines.graph)
+    scopes = lines.graph.invocations()
     for index, row in enumerate(lines.graph.rows):
         if row[0] not in (SAVE, KEEP) or index in lines.lent or index not in lines.saves:
             continue
@@ -283,13 +283,4 @@ def _keys(lines: NamedLines, block: int) -> dict[int, SaveKey]:
             invocation = lines.numbers[invocation]
         key = SaveKey(name, block, invocation, 0 if every else None)
         found[id(lines.saves[index])] = key
-    return found
-
-
-def _scopes(graph: Graph) -> list[frozenset[int]]:
-    """The invocations that each node's value is computed of."""
-    found: list[frozenset[int]] = []
-    for operation, args, _, inputs, _, _ in graph.rows:
-        own = [args[0]] if operation is READ else ()
-        found.append(frozenset(own).union(*(found[source] for source in inputs)))
     return found

@@ -28,14 +28,11 @@ def unexcused(graph: Graph, plan: Plan, missing: Collection[int]) -> int | None:
     return None
 
 
-def causality_error(
-    graph: Graph, plan: Plan, read: int, write: int, late: Collection[int]
-) -> CausalityError:
+def causality_error(graph: Graph, read: int, write: int, late: Collection[int]) -> CausalityError:
     """Returns the error for a write, or a skip, that needs what comes after it.
 
     Args:
         graph: what is to be done.
-        plan: its plan.
         read: the node that reads the site that is written, or the arguments of what is skipped.
         write: the write or the skip.
         late: the nodes that read what comes too late.
@@ -73,4 +70,4 @@ def too_early(
                 f"{ended[site.invocation]} steps, and this one goes on; it stands at",
                 graph[write].location,
             )
-    return causality_error(graph, plan, read, write, late)
+    return causality_error(graph, read, write, late)

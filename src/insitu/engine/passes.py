@@ -95,33 +95,37 @@ def run_pass(
             remove_hook(hooks[moment])
             del hooks[moment]
         path, kind, call, _ = moment
-        if kind != "output":
-            value = passing_value(kind, view, module, args, rest)
-        elif view is None:
-            value = rest[-1]
-        else:
-            value = view(rest[-1], args, rest[0] if view.takes_arguments else NO_KWARGS)
-        arriving = value
-        if renewed:
-            value = execution.made_new(found, value)
-        written = False
-        for index, invocation in found:
-            cut = cuts[invocation]
-            if cut is None:
-                execution.arrive(index, value)
+        try:
+            if kind != "output":
+                value = passing_value(kind, view, module, args, rest)
+            elif view is None:
+                value = rest[-1]
             else:
-                site = Site(invocation, path, kind, call)
-                own = cut.take(site, value)
-                if tape is not None and index in renewed:
-                    tape.parts.note(own, value, partial(cut.take, site))
-                execution.arrive(index, own)
-            if index in writes:
-                written = True
-        if may_stop and not readers:
-            raise Stop
-        if written:
-            value = changed_value(execution, moment[:3], value, found, cuts)
-        return None if value is arriving else handed_over(kind, view, module, args, rest, value)
+                value = view(rest[-1], args, rest[0] if view.takes_arguments else NO_KWARGS)
+            arriving = value
+            if renewed:
+                value = execution.made_new(found, value)
+            written = False
+            for index, invocation in found:
+                cut = cuts[invocation]
+                if cut is None:
+                    execution.arrive(index, value)
+                else:
+                    site = Site(invocation, path, kind, call)
+                    own = cut.take(site, value)
+                    if tape is not None and index in renewed:
+                        tape.parts.note(own, value, partial(cut.take, site))
+                    execution.arrive(index, own)
+                if index in writes:
+                    written = True
+            if may_stop and not readers:
+                raise Stop
+            if written:
+                value = changed_value(execution, moment[:3], value, found, cuts)
+            return None if value is arriving else handed_over(kind, view, module, args, rest, value)
+        except Exception as error:
+            execution.fail(error)
+            raise
 
     arrivals = None
     result, deliver = None, _nobody
@@ -161,7 +165,7 @@ def run_pass(
                 arrivals.end()
             remove_hooks(hooks)
     if execution.raised is not None:  # the model may have caught it, or raised another for it
-        raised, execution.raised = execution.raised, None
+        raised, execution.raised, execution.busy = execution.raised, None, False
         try:
             raise raised
         finally:

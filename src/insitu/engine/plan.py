@@ -129,7 +129,7 @@ class Plan:
     special: bool = False
     plain: bool = False
     moves: bool = False
-    drawing: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+    drawing: Mapping[int, Collection[int]] = field(default_factory=dict[int, Collection[int]])
     returned: Mapping[int, Any] = field(default_factory=dict[int, Any])
     readers: dict[tuple[int, ...], tuple[Readers, bool]] = field(
         default_factory=dict[tuple[int, ...], tuple[Readers, bool]]
@@ -210,9 +210,10 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     skips, stops, after = graph.skips, graph.stops, graph.after
     plan = Plan(reads, bits, groups, uses, graph.writes, needs, held, skips, stops, after)
     plan.moves = moves
-    for index in drawing_nodes(rows):
-        sites = [place for bit, place in plan.places.items() if needs[index] & bit]
-        plan.drawing[index] = {invocation for invocation, *_ in sites}
+    drawing = drawing_nodes(rows)
+    if drawing:
+        invocations = graph.invocations()
+        plan.drawing = {index: invocations[index] for index in drawing}
     for index in graph.writes.values():
         uses[index] += 1
         if needs[index] & (needs[index] - 1):

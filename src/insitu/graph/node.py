@@ -289,6 +289,16 @@ class Graph:
             index = self.rows[index][3][0]
         return index
 
+    def invocations(self) -> list[frozenset[int]]:
+        """Returns, for each node, the invocations at whose sites its value is read."""
+        found: list[frozenset[int]] = []
+        for operation, args, _, inputs, _, _ in self.rows:
+            if operation is READ:
+                found.append(frozenset([Site(*args).invocation]))
+            else:
+                found.append(frozenset[int]().union(*(found[source] for source in inputs)))
+        return found
+
     def needed_by(self, index: int, known: Container[int] = ()) -> set[int]:
         """Returns the nodes that a node is computed of, and itself.
 

@@ -15,6 +15,7 @@ import copy
 import operator
 from collections import deque
 from collections.abc import Callable
+from sys import getrefcount
 from typing import Any, Self, cast
 
 import torch
@@ -224,3 +225,12 @@ _EMPTY = torch.empty(0, dtype=torch.bits8)
 
 spent: deque[torch.Tensor] = deque(maxlen=64)
 """Tensors that runs have left without content, which are as good as what `blank` makes."""
+
+
+def _references(values: list[Any]) -> int:
+    value = values[0]
+    return getrefcount(value)
+
+
+ALONE = _references([object()])
+"""How many references a function counts to a value of a list that is one of its variables too."""

@@ -75,21 +75,19 @@ def _fallible(run: Run) -> list[int]:
     """The nodes whose values may not fit together, of a few forms of prompt."""
     rows = run.lines.graph.rows
     found: list[int] = []
-    needs: list[frozenset[int]] = []  # the invocations that a node's value depends on
+    invocations = run.lines.graph.invocations()
     forms: set[str] = set()
     opaque: set[int] = set()  # what functions of the user's make: those are called in the run only
     for index, row in enumerate(rows):
         operation, args, _, inputs, _, _ = row
         if operation is READ:
-            needs.append(frozenset([args[0]]))
             continue
-        needs.append(frozenset().union(*(needs[source] for source in inputs)))
         if calls_function(args) or not opaque.isdisjoint(inputs):
             opaque.add(index)
             continue
         if operation in _NEVER_FAIL or _is_safe(rows, row):
             continue
-        now = forms.union(run.call(number).signature() for number in needs[-1])
+        now = forms.union(run.call(number).signature() for number in invocations[index])
         if len(now) <= _MOST:
             forms = now
             found.append(index)

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import UserDict
 from collections.abc import Mapping
+from copy import copy
 from sys import _getframe  # pyright: ignore[reportPrivateUsage]
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
 
 from insitu.batching.procedure import Procedure, Subject
 from insitu.engine.failures import first_error
@@ -33,6 +37,7 @@ from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordina
 from insitu.graph.recording import Recording
 from insitu.graph.renumbering import replay
 from insitu.graph.saved_proxy import withdraw
+from insitu.graph.structure import clone, map_structure
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.invocation import Invocation, Invoked, innermost
 from insitu.tracing.raw_errors import raise_explained
@@ -66,12 +71,14 @@ class Block:
         ran: its run, None before it ends.
         is_dry: whether the run is only planned.
         raised: the name of the error that the block has raised, None if it has raised none.
+        in_steps: how many contexts are open that say which step lines mean.
     """
 
     # What most blocks never use is of the class.
     request: Any = None
     raised: str | None = None
     ran: Run | None = None
+    in_steps = 0
 
     def __init__(
         self,
@@ -109,8 +116,9 @@ class Block:
             raise BlockError("This block was entered before: make a new one for a new run.", here())
         recording, model = self.recording, self.model
         recording.begin()
+        session = session_of(model) if open_sessions.get() else None
         if self.prompt is not None:
-            args, kwargs = self.prompt
+            args, kwargs = self.prompt if session is None else copied(*self.prompt)
             try:
                 invocation = self.add(args, kwargs, (frame.f_code, frame.f_lasti))
             except InsituError as error:
@@ -119,11 +127,9 @@ class Block:
             self.alone = invocation
             self.request = invocation.request
             invocation.enter(frame)
-        if open_sessions.get():
-            self._session = session = session_of(model)
-            if session is not None:
-                recording.session, recording.direct = session, False
-                recording.order = session.begin()
+        if session is not None:
+            self._session = recording.session = session
+            recording.direct, recording.order = False, session.begin()
         looks = self._looks
         looks.tree, looks.weights = None, False
         self.is_open = True
@@ -186,7 +192,7 @@ class Block:
                     for invocation, own in zip(self.invocations, run.outputs.each, strict=True):
                         invocation.result = own
                 if run.failed:
-                    failed = first_error(run.failed)
+                    failed, run.failed = first_error(run.failed), ()  # they would keep each other
         except BaseException as failure:
             recording.fail(f"its run raised {type(failure).__name__}.")
             if watching is not None:
@@ -287,6 +293,28 @@ class Block:
             return 0
         invocation, _ = innermost(self.model, 1)
         return None if invocation is None else invocation.number
+
+
+def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns arguments with copies of their tensors.
+
+    The model runs later, and what is given here may be filled anew for the next prompt.
+
+    Args:
+        args: what is given by place.
+        kwargs: what is given by keyword.
+    """
+    if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor:  # as loops have it
+        return (args[0].clone(),), kwargs
+    return map_structure(_copy, (args, kwargs))
+
+
+def _copy(item: Any) -> Any:
+    if isinstance(item, UserDict):  # as tokenizers give
+        made = copy(cast("UserDict[Any, Any]", item))
+        made.data = map_structure(_copy, made.data)
+        return made
+    return clone(item)
 
 
 class BlockContext:

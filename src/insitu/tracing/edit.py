@@ -48,7 +48,10 @@ class Edit(Generic[Edited]):
         model: the model that the lines are about.
         recording: what they are recorded in.
         procedure: how outputs are shown.
+        in_steps: how many contexts are open that say which step lines mean.
     """
+
+    in_steps = 0
 
     def __init__(self, model: Edited) -> None:
         self.model = model

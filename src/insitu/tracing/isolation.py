@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from insitu.batching.procedure import Outputs, Procedure
+from insitu.batching.procedure import Procedure
 from insitu.engine.dependence import Lost
 from insitu.engine.failures import Failed, FailedInvocations, Failures, is_out_of_memory
 from insitu.engine.fallback import logger
+from insitu.engine.job_outcome import Outputs
 from insitu.graph.cells import Missing
 from insitu.graph.node import Graph
 from insitu.graph.renumbering import add_nodes

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from insitu.batching.pass_plan import PassPlan
-from insitu.batching.procedure import Outputs, Procedure, Subject
+from insitu.batching.procedure import Procedure, Subject
 from insitu.engine.failures import FailedInvocations
+from insitu.engine.job_outcome import Outputs
 from insitu.engine.probe import Call, Probe
 from insitu.graph.cells import Holder
 from insitu.graph.context import Casts

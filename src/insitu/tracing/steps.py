@@ -30,6 +30,7 @@ class Around(Protocol):
         recording: what its lines are recorded in.
         procedure: how the model runs.
         is_open: whether its `with` block is being executed.
+        in_steps: how many contexts are open that say which step lines mean.
         promises_output: whether `output` is the result of the run and not a proxy.
     """
 
@@ -37,6 +38,7 @@ class Around(Protocol):
     recording: Recording
     procedure: Procedure[Any]
     is_open: bool
+    in_steps: int
     promises_output: bool
 
     def demand(self, invocation: Any, options: Mapping[str, Any]) -> None:
@@ -67,17 +69,25 @@ class Stepping(Protocol):
 
 
 class AtStep:
-    """A context whose lines mean one step, or every step, of some invocations."""
+    """A context whose lines mean one step, or every step, of some invocations.
 
-    __slots__ = ("_before", "_invocations", "_start", "_step")
+    Args:
+        invocations: the invocations, all that the block has where none is named.
+        step: which step.
+    """
+
+    __slots__ = ("_before", "_given", "_invocations", "_start", "_step")
 
     def __init__(self, invocations: Sequence[Stepping], step: int) -> None:
-        self._invocations = invocations
+        self._given = invocations
+        self._invocations: Sequence[Stepping] = ()
         self._step = step
         self._before: list[int] = []
         self._start = 0
 
     def __enter__(self) -> AtStep:
+        self._invocations = [*_some(self._given, mark())]
+        self._invocations[0].block.in_steps += 1
         self._before = [invocation.current_step for invocation in self._invocations]
         self._start = self._recorded()
         for invocation in self._invocations:
@@ -93,18 +103,34 @@ class AtStep:
     ) -> None:
         for invocation, step in zip(self._invocations, self._before, strict=True):
             invocation.current_step = step
-        self._repeat(self._before[:1] == [EVERY])
-        if self._step == EVERY and self._invocations:
+        self._invocations[0].block.in_steps -= 1
+        self._repeat(self._before[0] == EVERY)
+        if self._step == EVERY:
             graph = self._invocations[0].block.recording.graph
             graph.repeats = (*graph.repeats, (self._start, self._recorded()))
 
     def _repeat(self, repeating: bool) -> None:
         """Says whether what is saved now becomes a list."""
-        for invocation in self._invocations[:1]:
-            invocation.block.recording.repeating = repeating
+        self._invocations[0].block.recording.repeating = repeating
 
     def _recorded(self) -> int:
-        return len(self._invocations[0].block.recording.graph) if self._invocations else 0
+        return len(self._invocations[0].block.recording.graph)
+
+
+def _some(invocations: Sequence[Stepping], line: Mark) -> Sequence[Stepping]:
+    """Returns invocations of whose steps something is said, if there are any.
+
+    Raises:
+        BlockError: if there are none.
+    """
+    if not invocations:
+        raise BlockError(
+            "The block has no prompt so far, so there are no steps of it: say which step lines "
+            "mean inside of the invocation, `with generator.invoke(prompt) as invoker:` and "
+            "`with invoker.step(1):`.",
+            Location(*line),
+        )
+    return invocations
 
 
 class StepPicker:
@@ -148,6 +174,12 @@ class StepValues(ABC):
 
     def _which(self, step: int | None, line: Mark) -> int:
         invocation = self._invocation
+        if not invocation.block.is_open:
+            raise BlockError(
+                "Tokens and logits of steps are values of the run: read and save them inside the "
+                "block.",
+                Location(*line),
+            )
         if step is None:
             return invocation.current_step
         return checked_step(step, invocation.most_steps, line)
@@ -255,7 +287,7 @@ def _rounds(invocations: Sequence[Stepping], steps: int) -> Iterator[int]:
 
 def next_step(invocations: Sequence[Stepping], steps: int | None, line: Mark) -> int:
     """Lets the lines that come now mean the step after the one that they mean, and returns it."""
-    for invocation in invocations:
+    for invocation in _some(invocations, line):
         if invocation.current_step == EVERY:
             raise BlockError(
                 "There is no next step in `every_step`: its lines mean all of them.",

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
@@ -18,7 +16,7 @@ from insitu.graph.location import here, mark
 from insitu.graph.node import EVERY, Graph
 from insitu.graph.tracebacks import shortened
 from insitu.habits import OF_BLOCKS, habit
-from insitu.tracing.block import BlockContext
+from insitu.tracing.block import BlockContext, copied
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.planning import explained
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
@@ -122,13 +120,15 @@ class Tracer(BlockContext):
                 "`invoke`.",
                 here(),
             )
-        # The model runs later, and what is given here may be filled anew for the next prompt.
-        given = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        for name, value in kwargs.items():
-            if isinstance(value, torch.Tensor):
-                kwargs[name] = value.clone()
+        if block.in_steps:
+            raise BlockError(
+                "An invocation that begins among lines of a step would mean another step itself: "
+                "say which step lines mean inside of the invocation, "
+                "`with generator.invoke(prompt) as invoker:` and `with invoker.step(1):`.",
+                here(),
+            )
         try:
-            return block.add((*given,), kwargs, mark())
+            return block.add(*copied(args, kwargs), mark())
         except InsituError as error:
             shortened(error)
             raise
