@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import pickle
+import re
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -132,3 +133,55 @@ def tiny() -> LanguageModel:
     config = transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=4, n_layer=2, n_head=2)
     torch.manual_seed(0)
     return LanguageModel(transformers.GPT2LMHeadModel(config).eval())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_truth_value_is_no_whole_number(function: Any) -> None:
+    """In Python `True` is 1, so a flag in the wrong place would be taken for a count."""
+    parameters = inspect.signature(function).parameters.values()
+    numbers = [p.name for p in parameters if "int" in re.findall(r"\w+", str(p.annotation))]
+    needed = {p.name: None for p in parameters if p.default is p.empty and p.kind <= p.KEYWORD_ONLY}
+    for name in numbers:
+        for wrong in (True, [False]):
+            error = _refused(lambda given={**needed, name: wrong}: function(**given))
+            assert name in str(error)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: RESULT.top(True),
+        lambda: RESULT.at(layer=True),
+        lambda: RESULT.select(layer=True),
+        lambda: _vector()[True],
+        lambda: _vector().select(True),
+        lambda: _vector().select([True]),
+        lambda: insitu.methods.Circuit("c", "n", (), 1).top(True),
+        lambda: insitu.methods.Circuit("c", "n", (), 1).plot(most=True),
+    ],
+)
+def test_a_truth_value_is_no_number_of_results_vectors_and_circuits(
+    call: Callable[[], Any],
+) -> None:
+    _refused(call)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, m: insitu.methods.causal_tracing(
+            model, [1, 2], [0], metric=m, window={"mlp_out": True}
+        ),
+        lambda model, m: insitu.methods.edge_attribution(model, [1, 2], [1, 3], m, steps=-1),
+        lambda model, m: insitu.methods.edge_attribution(model, [1, 2], [1, 3], m, steps=1.0),  # pyright: ignore
+        lambda model, m: insitu.methods.edge_attribution(model, [1, 2], [1, 3], m, steps=True),
+        lambda model, m: insitu.methods.discover_circuit(
+            model, [1, 2], [1, 3], m, edges=3, steps=True
+        ),
+        lambda model, m: insitu.methods.integrated_gradients(model, [1, 2], m, steps=True),
+    ],
+)
+def test_counts_are_whole_numbers(
+    tiny: LanguageModel, call: Callable[[LanguageModel, Metric], Any]
+) -> None:
+    _refused(lambda: call(tiny, logit_difference(1, 2)))

@@ -147,3 +147,88 @@ def test_what_no_matrix_makes_goes_back_by_autograd(caplog: pytest.LogCaptureFix
         result = edge_attribution(LanguageModel(module), CLEAN, CORRUPTED, difference)
     assert_same(result, expected)
     assert gone_back_by_autograd(caplog) == ["a1"]
+
+
+def attributed(model: LanguageModel) -> Any:
+    return edge_attribution(model, CLEAN, CORRUPTED, difference)
+
+
+def assert_as_plain(name: str, model: LanguageModel, module: nn.Module) -> None:
+    assert_same(attributed(model), scores(module, PATHS[name], CLEAN, CORRUPTED, difference))
+
+
+@pytest.mark.parametrize("how", ["in place", "data"])
+def test_norms_that_are_equal_at_first_are_told_apart(how: str) -> None:
+    module: Any = module_of("llama")
+    for block in module.model.layers:
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            nn.init.ones_(norm.weight)
+    model = LanguageModel(module)
+    assert_as_plain("llama", model, module)
+    for block in module.model.layers:
+        with torch.no_grad():
+            weight = block.post_attention_layernorm.weight
+            (weight.data if how == "data" else weight).copy_(torch.linspace(-1, 2, len(weight)))
+    assert_as_plain("llama", model, module)
+
+
+def test_norms_side_by_side_are_told_apart_once_they_differ() -> None:
+    module: Any = module_of("gpt-neox")
+    for block in module.gpt_neox.layers:
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            nn.init.ones_(norm.weight)
+            nn.init.zeros_(norm.bias)
+    model = LanguageModel(module)
+    assert_as_plain("gpt-neox", model, module)
+    with torch.no_grad():
+        for block in module.gpt_neox.layers:
+            weight = block.post_attention_layernorm.weight
+            weight.copy_(torch.linspace(-1, 2, len(weight)))
+    assert_as_plain("gpt-neox", model, module)
+
+
+def test_a_layer_that_is_replaced_after_the_trial_goes_back_by_autograd() -> None:
+    module: Any = module_of("llama")
+    model = LanguageModel(module)
+    assert_as_plain("llama", model, module)
+    attention = module.model.layers[1].self_attn
+    attention.q_proj = Scaled(attention.q_proj).eval()
+    assert_as_plain("llama", model, module)
+
+
+class Doubled(nn.Module):
+    """A layer whose output is twice what it was."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, given: Tensor) -> Tensor:
+        return 2 * self.layer(given)
+
+
+def doubled_scores() -> dict[tuple[str, str], float]:
+    module: Any = module_of("llama")
+    attention = module.model.layers[1].self_attn
+    attention.q_proj = Doubled(attention.q_proj).eval()
+    return scores(module, PATHS["llama"], CLEAN, CORRUPTED, difference)
+
+
+def test_a_hook_that_is_hung_on_a_layer_after_the_trial_counts() -> None:
+    module: Any = module_of("llama")
+    model = LanguageModel(module)
+    assert_as_plain("llama", model, module)
+    layer = module.model.layers[1].self_attn.q_proj
+    layer.register_forward_hook(lambda layer, args, output: output * 2)
+    assert_same(attributed(model), doubled_scores())
+
+
+def test_an_edit_that_is_made_after_the_trial_counts() -> None:
+    module: Any = module_of("llama")
+    model = LanguageModel(module)
+    assert_as_plain("llama", model, module)
+    with model.edit() as edited:
+        layer = edited.model.layers[1].self_attn.q_proj
+        layer.output = layer.output * 2
+    assert_same(attributed(edited), doubled_scores())
+    assert_as_plain("llama", model, module)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
 from insitu import LanguageModel, Model, OptionError
+from insitu.graph.errors import PromptTypeError
 from insitu.models.options import forward_options
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.models.kinds import bert, t5, vit
@@ -214,3 +215,9 @@ def test_a_session_and_an_edit_take_no_options(option: str) -> None:
         with pytest.raises(OptionError, match=f"has no option `{option}`") as caught:
             method(**{option: True})
         assert "test_options.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [True, 1.5, "1", 2**63])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(PromptTypeError, match="`seed` is an integer"):
+        traced(LanguageModel(tiny_gpt2()), seed=seed)

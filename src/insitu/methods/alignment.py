@@ -121,7 +121,7 @@ def distributed_alignment_search(
         place.name, block, position, where, None, 0.0, 0.0, course(torch.zeros(0))
     )
     if dimensions is not None:
-        if not isinstance(dimensions, int) or not 0 < dimensions <= width:
+        if type(dimensions) is not int or not 0 < dimensions <= width:
             raise OptionError(f"There are 1 to {width} dimensions, not {dimensions!r}.", here())
         directions = _rotation(dimensions, width, seed).to(model.device)
         batches = [

@@ -15,7 +15,7 @@ import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, wraps
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 import torch
 
@@ -62,8 +62,8 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            if any(map(_is_nan, (*args, *kwargs.values()))):
-                _check(function, args, kwargs)
+            if any(map(_goes_unnoticed, (*args, *kwargs.values()))):
+                _check(function, args, kwargs, _goes_unnoticed)
             return function(*args, **kwargs)
         except InsituError as error:
             failed = error
@@ -82,13 +82,20 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _is_nan(value: Any) -> bool:
-    """Whether a value is a NaN, which nothing stumbles over."""
-    return isinstance(value, float) and math.isnan(value)
+def _goes_unnoticed(value: Any) -> bool:
+    """Whether nothing stumbles over a value: a NaN, or a truth value, which counts as 0 or 1."""
+    if isinstance(value, list | tuple):
+        return any(isinstance(item, bool) for item in cast("Sequence[Any]", value))
+    return isinstance(value, bool) or (isinstance(value, float) and math.isnan(value))
 
 
-def _check(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises an `OptionError` if an argument is of a wrong kind."""
+def _check(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    looked_at: Callable[[Any], bool] = lambda value: True,
+) -> None:
+    """Raises an `OptionError` if one of the arguments that are looked at is of a wrong kind."""
     signature, kinds = _known(function)
     try:
         given = signature.bind(*args, **kwargs).arguments
@@ -101,7 +108,7 @@ def _check(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         ) from None
     for name, value in given.items():
         kind = kinds.get(name)
-        if kind is not None and not _fits(value, kind):
+        if kind is not None and looked_at(value) and not _fits(value, kind):
             shown = repr(value) if len(repr(value)) < 80 else f"a {type(value).__name__}"
             raise OptionError(
                 f"`{name}` of `{function.__qualname__}` is {_told(kind)}, not {shown}.", here()
@@ -143,7 +150,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is bool:
         return isinstance(value, bool) or hasattr(value, "dtype")
     if kind is int:
-        return hasattr(value, "__index__")
+        return hasattr(value, "__index__") and not isinstance(value, bool)
     if kind is float:
         number = hasattr(value, "__float__") or hasattr(value, "__index__")
         return number and not (isinstance(value, float) and math.isnan(value))

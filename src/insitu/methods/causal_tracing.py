@@ -19,7 +19,14 @@ from insitu.methods.metrics import Measure, Metric, Tokens, as_metric, token_ids
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, check_positions, layers_with, site_of, stream_of
+from insitu.methods.sites import (
+    Site,
+    check_count,
+    check_positions,
+    layers_with,
+    site_of,
+    stream_of,
+)
 from insitu.methods.subjects import Subject, positions_of
 from insitu.models.language_model import LanguageModel
 from insitu.tracing.tracer import Tracer
@@ -125,8 +132,7 @@ def causal_tracing(
         for site in found
         for middle in middles
     }
-    if not isinstance(samples, int) or samples < 1:
-        raise OptionError(f"`samples` is a number from 1 on, not {samples!r}.", here())
+    check_count("samples", samples)
     if noise is not None and (isinstance(noise, str) or not noise >= 0):
         raise OptionError(f"`noise` is a standard deviation, so not {noise!r}.", here())
     strength = 3 * embedding_std(model) if noise is None else float(noise)
@@ -293,6 +299,5 @@ def _widths(window: int | Mapping[str, int], sites: Sequence[Site]) -> dict[Site
             raise OptionError(
                 f"`window` has {name!r}{nearest(name, names)}: {names} are restored.", here()
             )
-        if not isinstance(width, int) or width < 1:
-            raise OptionError(f"`window` is a number of layers from 1 on, not {width!r}.", here())
+        check_count("window", width)
     return {site: given.get(site.name, 1) for site in sites}

@@ -205,5 +205,5 @@ def _check(method: str, edges: int | None, threshold: float | None, steps: int) 
         )
     if edges is not None:
         check_count("edges", edges)
-    if method == "eap-ig" and not (isinstance(steps, int) and steps > 0):
-        raise OptionError(f"`steps` is a number of runs from 1 on, not {steps!r}.", here())
+    if method == "eap-ig":
+        check_count("steps", steps)

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from insitu.display.axis import Axis
-from insitu.graph.errors import OptionError, PromptError
+from insitu.graph.errors import PromptError
 from insitu.graph.location import here
-from insitu.methods.entries import Entry
-from insitu.methods.entry_trial import entries_of
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import Pairs, read_pairs
 from insitu.methods.progress import progress as bar
+from insitu.methods.reading_layers import ReadingLayers
+from insitu.methods.reading_trial import reading_layers_of
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, site_of
+from insitu.methods.sites import Site, check_count, site_of
 from insitu.methods.survey import wiring_of
 from insitu.methods.wiring import Part, Wiring
 from insitu.models.language_model import LanguageModel
@@ -51,9 +51,12 @@ def edge_attribution(
     adds, as with a norm behind it, "a3" is one sender; where attention reads the stream in other
     ways too, as with a gate, it is one receiver. A state-space layer is "s3".
 
-    It takes two forwards and a backward for each pair of prompts; with steps, a forward and a
-    backward for each of them instead. Where a part cannot be taken apart into its receivers, each
-    of these takes a backward through the part, and the log says so. Pairs run together.
+    It takes two forwards and a backward for each pair of prompts; with steps, two forwards, and one
+    more and a backward for each step. Pairs run together: 16 of them with five steps are one
+    forward of 16 * (2 + 5) rows. Each call first runs three rows of eight tokens, to see what the
+    parts are, and tries on eight tokens, with a backward for each part, whether parts can be taken
+    apart into their receivers. Where one cannot, each receiver takes a backward through the part,
+    and the log says so.
 
     Args:
         model: the model.
@@ -132,12 +135,9 @@ def attributed(
         wiring: the model's.
         steps: likewise.
     """
-    if not isinstance(steps, int) or steps < 0:
-        raise OptionError(
-            f"`steps` is how many runs gradients are averaged over, or 0, not {steps!r}.", here()
-        )
+    check_count("steps", steps, least=0)
     metric = as_metric(metric)
-    entries = entries_of(model, wiring, pairs.clean.ids[0])
+    reading = reading_layers_of(model, wiring, pairs.clean.ids[0])
     ends: list[Any] = []
     found: list[list[list[Any]]] = []
     with model.trace() as tracer:
@@ -146,13 +146,13 @@ def attributed(
             with tracer.invoke(pairs.clean.ids[pair]):
                 reference = metric.reference(model)
                 reference = None if reference is None else reference.detach()
-                clean_sent = _sending(model, wiring, entries)
+                clean_sent = _sending(model, wiring, reading)
                 end = measure(Run(model), reference)
                 ends.append(end.detach().float().save())
                 if not steps:
-                    slopes.append(_slopes(model, wiring, entries, end))
+                    slopes.append(_slopes(model, wiring, reading, end))
             with tracer.invoke(pairs.corrupted.ids[pair]):
-                corrupted_sent = _sending(model, wiring, entries)
+                corrupted_sent = _sending(model, wiring, reading)
                 ends.append(measure(Run(model), reference).detach().float().save())
             for step in range(steps):
                 with tracer.invoke(pairs.clean.ids[pair]):
@@ -160,8 +160,8 @@ def attributed(
                     start = first.float() + (last.float() - first.float()) * ((step + 1) / steps)
                     site_of("residual_in").write(model, 0, start.type_as(last))
                     end = measure(Run(model), reference)
-                    slopes.append(_slopes(model, wiring, entries, end))
-            changes = _changes(wiring, entries, clean_sent, corrupted_sent)
+                    slopes.append(_slopes(model, wiring, reading, end))
+            changes = _changes(wiring, reading, clean_sent, corrupted_sent)
             found.append([_scores(wiring, changes, own) for own in slopes])
     values = [_arranged(wiring, runs) for runs in found]
     measured = torch.stack([end.value for end in ends]).reshape(-1, 2).cpu()
@@ -185,53 +185,57 @@ _Slopes = list[Any]
 for each part."""
 
 
-def _sending(model: LanguageModel, wiring: Wiring, entries: Sequence[Entry | None]) -> list[Any]:
+def _sending(
+    model: LanguageModel, wiring: Wiring, reading: Sequence[ReadingLayers | None]
+) -> list[Any]:
     """What is added to the residual stream is linear in: the input, and of each part that sends."""
     found = [site_of("residual_in").read(model, 0).detach()]
-    for part, entry in zip(wiring.parts, entries, strict=True):
+    for part, layers in zip(wiring.parts, reading, strict=True):
         if part.senders:
-            own = part.added(model)[0] if entry is None else entry.sending(model, part)
+            own = part.added(model)[0] if layers is None else layers.sending(model, part)
             found.append(own.detach())
     return found
 
 
 def _changes(
-    wiring: Wiring, entries: Sequence[Entry | None], clean: list[Any], corrupted: list[Any]
+    wiring: Wiring, reading: Sequence[ReadingLayers | None], clean: list[Any], corrupted: list[Any]
 ) -> Any:
     """By how much what is added differs in the corrupted run, `(sender, position, d_model)`."""
     first, *others = [
         other.float() - one.float() for one, other in zip(clean, corrupted, strict=True)
     ]
-    senders = (entry for part, entry in zip(wiring.parts, entries, strict=True) if part.senders)
+    senders = (layers for part, layers in zip(wiring.parts, reading, strict=True) if part.senders)
     pairs = zip(others, senders, strict=True)
-    return torch.cat([first, *(own if entry is None else entry.sent(own) for own, entry in pairs)])
+    return torch.cat(
+        [first, *(own if layers is None else layers.sent(own) for own, layers in pairs)]
+    )
 
 
 def _slopes(
-    model: LanguageModel, wiring: Wiring, entries: Sequence[Entry | None], measured: Any
+    model: LanguageModel, wiring: Wiring, reading: Sequence[ReadingLayers | None], measured: Any
 ) -> _Slopes:
     """The gradients of what is measured in an open invocation, at what receivers read."""
     streams = [part.reads.read(model, part.layer) for part in wiring.parts]
     made: list[list[Any]] = []
-    for part, stream, entry in zip(wiring.parts, streams, entries, strict=True):
+    for part, stream, layers in zip(wiring.parts, streams, reading, strict=True):
         if not part.senders:
             made.append([stream])
-        elif entry is not None:
-            made.append(entry.made(model))
+        elif layers is not None:
+            made.append(layers.made(model))
         else:
             made.append([site.read(model, part.layer) for site in _sites(part)])
     again = any(
-        part.senders and entry is None for part, entry in zip(wiring.parts, entries, strict=True)
+        part.senders and layers is None for part, layers in zip(wiring.parts, reading, strict=True)
     )
     flat = [value for of_part in made for value in of_part]
     left = iter(measured.backward(retain_graph=again, inputs=flat))
     found: _Slopes = []
-    for part, stream, entry, values in zip(wiring.parts, streams, entries, made, strict=True):
+    for part, stream, layers, values in zip(wiring.parts, streams, reading, made, strict=True):
         slopes = [next(left).detach() for _ in values]
         if not part.senders:
             found.append(slopes[0].float())
-        elif entry is not None:
-            found.append(entry.back(stream, slopes).float())
+        elif layers is not None:
+            found.append(layers.back(stream, slopes).float())
         else:
             found.append(_by_autograd(part, stream, values, slopes).float())
     return found

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from insitu.graph.errors import OptionError
-from insitu.graph.location import here
+from insitu.methods.sites import check_count
 from insitu.models.language_model import LanguageModel
 from insitu.models.tokens import vocabulary_of
 
@@ -39,8 +38,7 @@ def repeated_tokens(
         ("count", count, 1),
         ("repeats", repeats, 2),
     ):
-        if number < least:
-            raise OptionError(f"`{name}` is at least {least}, not {number!r}.", here())
+        check_count(name, number, least)
     size, special, start = vocabulary_of(model.module, model.config), set(), []
     tokenizer = model._tokenizer
     if tokenizer is not None and not isinstance(tokenizer, Exception):

@@ -154,6 +154,8 @@ def counted_from_end(axis: Axis, place: Any) -> Any:
     if not is_counted(axis):
         return place
     try:
+        if isinstance(place, bool):
+            raise TypeError(place)
         return range(len(axis))[place] - len(axis)
     except (IndexError, TypeError):
         raise OptionError(

@@ -272,15 +272,16 @@ def whole(given: Any) -> int:
     return index(given)
 
 
-def check_count(name: str, given: Any) -> None:
-    """Refuses what is no number from 1 on.
+def check_count(name: str, given: Any, least: int = 1) -> None:
+    """Refuses what is no whole number from some least one on; `True` is none, though Python's 1.
 
     Args:
         name: of which parameter, such as "batch_size".
         given: what was given.
+        least: the least that it may be.
 
     Raises:
         OptionError: if it is none.
     """
-    if not isinstance(given, int) or given < 1:
-        raise OptionError(f"`{name}` is a whole number from 1 on, not {given!r}.", here())
+    if type(given) is not int or given < least:
+        raise OptionError(f"`{name}` is a whole number from {least} on, not {given!r}.", here())

@@ -10,13 +10,13 @@ import torch
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.methods.sites import site_of
+from insitu.methods.trial import POSITIONS, difference
 from insitu.methods.wiring import Group, Part, Receiver, Wiring
 from insitu.models.keys import entry_of
 from insitu.models.language_model import LanguageModel
 from insitu.tracing.named import Named
 
 _TOLERANCE = 0.05  # between what is equal but for rounding, in bfloat16 too; scales are far from it
-_POSITIONS = 8  # of the prompt: what a model consists of does not depend on how long that is
 _LETTERS = {"attention_out": "a", "mixer_out": "s", "mlp_out": "m"}
 
 
@@ -33,7 +33,7 @@ def wiring_of(model: LanguageModel, ids: torch.Tensor) -> Wiring:
     Raises:
         OptionError: if it has no such stream.
     """
-    ids = ids[:_POSITIONS]
+    ids = ids[:POSITIONS]
     layers = [_places(model, layer) for layer in range(len(model.blocks))]
     beside: dict[int, Any] = {}
     with model.trace() as tracer:
@@ -54,7 +54,7 @@ def wiring_of(model: LanguageModel, ids: torch.Tensor) -> Wiring:
                 with tracer.invoke(ids):
                     site_of(of_input[0]).write(model, layer, after[layer][of_input[0]])
                     left = site_of(of_input[-1]).read(model, layer)
-                    beside[layer] = _differ(left, before[layer][of_input[-1]])
+                    beside[layer] = difference(left, before[layer][of_input[-1]]).save()
     for layer, differ in enumerate(sums):
         if not differ.value < _TOLERANCE:
             raise OptionError(
@@ -152,7 +152,7 @@ def _told(
             site_of(name).write(model, layer, value)
         if given:
             added = site_of("attention_out").read(model, layer)
-            found[layer] = _differ(added, after[layer]["attention_out"])
+            found[layer] = difference(added, after[layer]["attention_out"]).save()
     return found
 
 
@@ -177,17 +177,12 @@ def _compared(
         for name in _LETTERS:
             if name in change:
                 stream = stream + change[name]
-        sums.append(_differ(stream, change["residual_out"]))
+        sums.append(difference(stream, change["residual_out"]).save())
         stream = change["residual_out"]
         if "result" in change:
-            split[layer] = _differ(change["result"].sum(1), change["attention_out"])
+            heads = change["result"].sum(1)
+            split[layer] = difference(heads, change["attention_out"]).save()
     return sums, split
-
-
-def _differ(value: Any, other: Any) -> Any:
-    """By how much two values differ, as a share."""
-    size = other.float().norm().clamp(min=1e-12)
-    return ((value.float() - other.float()).norm() / size).save()
 
 
 def _wired(

@@ -18,6 +18,7 @@ from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import Prompts, read_prompts, token_id
 from insitu.methods.result import Result
+from insitu.methods.sites import check_count
 from insitu.models.configuration import said, text_config
 from insitu.models.language_model import LanguageModel
 
@@ -75,10 +76,7 @@ def integrated_gradients(
     measured, read = as_metric(metric), read_prompts(model, prompts)
     measures = measured.of(model, len(read))
     points, weights = _quadrature(rule, steps)
-    if max_tokens_per_pass < 1:
-        raise OptionError(
-            f"`max_tokens_per_pass` is at least 1, not {max_tokens_per_pass!r}.", here()
-        )
+    check_count("max_tokens_per_pass", max_tokens_per_pass)
     start = _baseline(model, baseline)
     attributions, inputs, baselines = [], [], []
     with bar("Integrated gradients", progress), model.trace() as tracer:
@@ -211,8 +209,7 @@ def _quadrature(rule: str, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     least = {"gauss-legendre": 1, "trapezoid": 2}
     if rule not in least:
         raise OptionError(f'`rule` is "gauss-legendre" or "trapezoid", not {rule!r}.', here())
-    if not isinstance(steps, int) or steps < least[rule]:
-        raise OptionError(f"`steps` is at least {least[rule]}, not {steps!r}.", here())
+    check_count("steps", steps, least[rule])
     if rule == "trapezoid":
         weights = torch.ones(steps, dtype=torch.float64) / (steps - 1)
         weights[[0, -1]] /= 2

@@ -54,6 +54,7 @@ class Body:
         paths: those of all of them.
         lengths: all numbers of positions that hidden states had in the forward that was watched.
         description: what is said of its blocks.
+        softmax: finds with which options the softmax of its attention can be seen.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Body:
         self._found: dict[tuple[tuple[str, Any], ...], Mapping[str, Block]] = {}
         self._kinds: dict[tuple[tuple[str, Any], ...], Mapping[str, str]] = {}
         self._blocks: dict[tuple[tuple[str, Any], ...], Mapping[str, Block]] = {}
-        self._softmax = VisibleSoftmax(model, self._seen, self.placed_sample)
+        self.softmax = VisibleSoftmax(model, self._seen, self.placed_sample, self._proven_options)
         self._after: tuple[str | None, Spot | None] | None = None
         self.paths = {path for stack in self.stacks for path in stack}
         self._said_eager = False
@@ -157,21 +158,9 @@ class Body:
             self._found[key] = self._watch(options)
         return self._found[key]
 
-    @property
-    def showing_softmax(self) -> Mapping[str, Any]:
-        """The options of a run in which attention computes its softmax where it can be seen.
-
-        What the model then computes must be the same; that is tried once the weights are there.
-        """
-        return self._softmax.options(lambda: None if self.proofs is None else self.proofs.showing())
-
-    def agrees(self, options: Mapping[str, Any]) -> bool:
-        """Returns whether runs with some options compute what others do, as far as it is known.
-
-        Args:
-            options: as of `blocks_of_a_run`.
-        """
-        return self._softmax.agrees(options)
+    def _proven_options(self) -> Mapping[str, Any] | None:
+        """With which options the softmax was seen in a proof, None if there is no proof."""
+        return None if self.proofs is None else self.proofs.showing()
 
     def block_around(self, path: str) -> Block | None:
         """Returns the block that a module is or is in, None if it is in none."""

@@ -150,9 +150,7 @@ class LanguageModel(Model):
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
-        spine = self.snapshot.spine
-        if spine.now != spine.then:
-            self._renew()
+        super()._notice()
         if not self._usual.still_holds():  # another implementation of attention
             self._forget_runs(self._own_runs.substitute)
             vars(self)["plans"] = PlanCache()

@@ -94,7 +94,7 @@ def checked_seed(seed: Any, location: Location) -> int | None:
     Raises:
         PromptTypeError: if it is no integer.
     """
-    if seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+    if seed is None or (type(seed) is int and -(2**63) <= seed < 2**63):
         return seed
     raise PromptTypeError(
         "`seed` is an integer of at most 64 bits, from which what is drawn for a prompt starts, "

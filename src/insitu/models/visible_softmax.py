@@ -40,6 +40,7 @@ class VisibleSoftmax:
         blocks: finds the blocks of a run with some options.
         sample: gives what the model is called with, once its weights are there; None if that is
             not known, and then nothing is known to agree.
+        proven: gives the options that a proof of the model used, None if there are none.
     """
 
     def __init__(
@@ -47,28 +48,27 @@ class VisibleSoftmax:
         model: WrappedModule,
         blocks: Callable[[Mapping[str, Any]], Mapping[str, Block]],
         sample: Callable[[], Call | None],
+        proven: Callable[[], Mapping[str, Any] | None],
     ) -> None:
-        self._model, self._blocks, self._sample = model, blocks, sample
+        self._model, self._blocks, self._sample, self._proven = model, blocks, sample, proven
         self._agreed: dict[tuple[tuple[str, Any], ...], bool] = {}
         # Whether the weights were there, and the options.
         self._found: tuple[bool, Mapping[str, Any]] | None = None
 
-    def options(self, proven: Callable[[], Mapping[str, Any] | None]) -> Mapping[str, Any]:
-        """Returns the first options with which all attention shows its patterns; empty without any.
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The first options with which all attention shows its patterns; empty without any.
 
-        They are looked for again once the weights are there, when it can be tried whether the model
-        computes the same with them.
-
-        Args:
-            proven: gives the options that a proof used, which are tried first; None if there are
-                none.
+        Those of a proof are tried first. All are tried again once the weights are there, when it
+        can be seen whether the model computes the same with them.
         """
         loaded = self._model.loaded
         if self._found is None or (loaded and not self._found[0]):
-            self._found = (loaded, self._first(proven()))
+            self._found = (loaded, self._first())
         return self._found[1]
 
-    def _first(self, proven: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    def _first(self) -> Mapping[str, Any]:
+        proven = self._proven()
         for options in _TRIED if proven is None else (proven, *_TRIED):
             with contextlib.suppress(UnknownShapeError):  # not all models can run so
                 if _has_softmax(self._blocks(options)) and self.agrees(options):

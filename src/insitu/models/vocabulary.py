@@ -122,11 +122,11 @@ class Names(Vocabulary):
 
     def unfused(self) -> Mapping[str, Any]:
         """Returns how the model has to run for its attention to be no one fused function."""
-        return self._body.showing_softmax
+        return self._body.softmax.options
 
     def verify(self, options: Mapping[str, Any]) -> bool:
         """Returns whether runs with some options compute what others do."""
-        return self._body.agrees(options)
+        return self._body.softmax.agrees(options)
 
     def quiet(self) -> AbstractContextManager[None]:
         """Returns a context in which names are only looked up, and nothing is said of runs."""
@@ -271,7 +271,7 @@ class Names(Vocabulary):
                     "switched to it computes something else, or does not run. Give "
                     "`attn_implementation='eager'` where the model is made."
                 )
-            options = tuple(self._body.showing_softmax.items())
+            options = tuple(self._body.softmax.options.items())
             self._body.say_eager()
         if spot is None:
             return Missing("it cannot be told apart.")
@@ -285,7 +285,7 @@ class Names(Vocabulary):
         return Named(spot.path, spot.kind, spot.call, spot.item, form, options)
 
     def _eager(self, block: Block, heads: Heads, name: str) -> Spot | None:
-        options = self._body.showing_softmax
+        options = self._body.softmax.options
         other = self._body.blocks_of_a_run(options).get(block.path) if options else None
         for found in (other.attention, other.cross_attention) if other else ():
             if found is not None and found.path == heads.path:

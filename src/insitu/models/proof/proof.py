@@ -52,7 +52,7 @@ def prove(model: WrappedModule, description: Description) -> Proof:
     names = Names(body)
     call = sample_with_content(body)
     kinds = body.kinds({})
-    showing = body.showing_softmax
+    showing = body.softmax.options
     shown = body.kinds(showing) if showing else {}
     chosen: dict[Any, str] = {}
     for stack in body.stacks:

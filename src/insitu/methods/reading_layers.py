@@ -1,10 +1,10 @@
-"""Entries: what a part first makes of the residual stream, known well enough to go back through it.
+"""The layers with which a part reads the residual stream, through which gradients go back into it.
 
 A gradient at the queries of its heads, or at another thing that a part makes of the stream, is
 brought back to the stream for each receiver alone. Autograd takes a backward pass for each, and
-each goes through the whole layer that makes all heads. With an entry each head goes through its own
-weights, and all receivers of a part go through its norm together. Which parts have one is found in
-`entry_trial.py`; the others go back by autograd.
+each goes through the whole layer that makes all heads. Where these layers are known, each head goes
+back through its own weights, and all receivers of a part go through its norm together. Of which
+parts they are known is found in `reading_trial.py`; the others go back by autograd.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from insitu.tracing.handle import Handle
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """What a part first makes of the residual stream.
+class ReadingLayers:
+    """The layers with which a part reads the residual stream, and the one that heads add with.
 
     Attributes:
         norm: the path of the norm that the stream goes through; None if it goes through none.
