@@ -19,7 +19,7 @@ from insitu.graph.errors import OperationError
 from insitu.graph.evaluation import meaning
 from insitu.graph.location import mark
 from insitu.graph.node import NO_KWARGS, Address, Graph, Ref
-from insitu.graph.operations import BY_NAME, GETITEM, PUT_INTO, READ, SETITEM, Operation
+from insitu.graph.operations import BY_NAME, GETITEM, READ, SETITEM, Operation, put_into
 from insitu.graph.put import put
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording
@@ -294,7 +294,7 @@ def test_a_thousand_writes_copy_once() -> None:
     rows = lines.recording.graph.rows
     puts = [index for index, row in enumerate(rows) if row[0].name == "put"]
     assert len(puts) == 1024 and len(rows) < 3 * 1024
-    assert reusable(Graph(rows), [1] * len(rows)) == dict.fromkeys(puts[1:], PUT_INTO)
+    assert reusable(Graph(rows), [1] * len(rows)) == dict.fromkeys(puts[1:], put_into(0))
 
 
 @pytest.mark.parametrize("view", [True, False])

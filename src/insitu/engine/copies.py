@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from insitu.graph.node import Graph
-from insitu.graph.operations import PUT, PUT_INTO, PUT_INTO_TENSOR, Operation
+from insitu.graph.node import Graph, Ref
+from insitu.graph.operations import ATTRIBUTE, GETITEM, PUT, Operation, put_into
 from insitu.graph.put import Step
 from insitu.graph.view_operations import may_be_view
 
@@ -25,34 +25,43 @@ def reusable(graph: Graph, needs: Sequence[int]) -> dict[int, Operation]:
         needs: the sites that each node waits for, as bits.
     """
     rows = graph.rows
-    last = [-1] * len(rows)  # the last node that uses a value or what may be a view of it
+    last = [-1] * len(rows)  # the last node that uses a value or what may share memory with it
     late = [0] * len(rows)  # all sites that the users wait for
-    writes = [0] * len(rows)  # how many writes begin with a value
+    begun: dict[int, list[int]] = {}  # the writes that begin with a value
+    found: dict[int, Operation] = {}
     for given in (*graph.writes.values(), *graph.skips.values()):
         last[given] = len(rows)  # the model, which comes after all nodes
     for index in range(len(rows) - 1, -1, -1):
-        operation, _, _, inputs, _, _ = rows[index]
+        operation, args, _, inputs, _, _ = rows[index]
+        writes = begun.pop(index, [])
+        if operation is PUT and len(writes) == 1:
+            write = writes[0]  # this alone may go on with the copy, once nobody else uses it
+            if last[index] < write and not late[index] & ~needs[write]:
+                found[write] = put_into(_same(args[1], rows[write][1][1]))
+        for write in writes:  # for what this value was made of, it is a user like any other
+            last[index] = max(last[index], write, last[write])  # it hands on the other entries
+            late[index] |= needs[write] | late[write]
         for place, source in enumerate(inputs):
             if operation is PUT and not place:
-                writes[source] += 1
-                continue  # the write itself, which may be the one that goes on with the copy
+                begun.setdefault(source, []).append(index)
+                continue
             last[source] = max(last[source], index)
             late[source] |= needs[index]
-            if operation is not PUT and may_be_view(operation):
+            if may_be_view(operation):
                 last[source] = max(last[source], last[index])
                 late[source] |= late[index]
-    found: dict[int, Operation] = {}
-    for index, (operation, args, _, inputs, _, _) in enumerate(rows):
-        if operation is not PUT or rows[inputs[0]][0] is not PUT or writes[inputs[0]] > 1:
-            continue
-        if last[inputs[0]] < index and not late[inputs[0]] & ~needs[index]:
-            before: tuple[Any, ...] = rows[inputs[0]][1]
-            alike = _entry(before[1]) == _entry(args[1])
-            found[index] = PUT_INTO if alike else PUT_INTO_TENSOR
     return found
 
 
-def _entry(steps: Sequence[Step]) -> list[Any]:
-    """The keys that may lead to an entry of a structure, and to the tensor that was copied."""
-    keys = [others[0] if len(others) == 1 else None for _, _, others, _ in steps]
-    return list(takewhile(lambda key: isinstance(key, int | str), keys))
+def _same(before: Sequence[Step], steps: Sequence[Step]) -> int:
+    """How many of the first steps of two writes certainly take the same entry of a structure."""
+    entries = zip(map(_entry, before), map(_entry, steps), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] is not None, entries))
+
+
+def _entry(step: Step) -> tuple[str, Any] | None:
+    """What a step may take out of a structure; None if it leads to a part of a tensor."""
+    name, place, others, _ = step
+    if name not in (ATTRIBUTE.name, GETITEM.name) or place != 0:
+        return None
+    return (name, others[0]) if type(others[0]) in (int, str, slice, Ref) else None

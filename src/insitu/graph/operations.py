@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -114,7 +115,7 @@ def _put(base: Any, steps: Any, name: str, *args: Any, **kwargs: Any) -> Any:
 
     Args:
         base: a tensor, or a tuple, list or dictionary with tensors in it.
-        steps: the views that lead to the part: `insitu.graph.views.Step`.
+        steps: the views that lead to the part: `insitu.graph.put.Step`.
         name: the operation that writes in place.
         *args: its arguments behind the first one.
         **kwargs: its keyword arguments.
@@ -122,15 +123,18 @@ def _put(base: Any, steps: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     return put(base, steps, _taken(name, True), args, kwargs, _taken)
 
 
-def _put_into(base: Any, steps: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-    """As `_put`, of a copy that an earlier one has made and nobody else needs."""
-    return put(base, steps, _taken(name, True), args, kwargs, _taken, reuse=True)
+@cache
+def put_into(same: int) -> Operation:
+    """Returns what runs in the place of `PUT` where nobody else needs the copy of an earlier one.
+
+    Args:
+        same: how many of its first steps are those of the earlier one.
+    """
+    return Operation("put", partial(_put_into, same))
 
 
-def _put_into_tensor(base: Any, steps: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-    """As `_put_into`, but not of a structure, of which another entry was copied."""
-    reuse = isinstance(base, torch.Tensor)
-    return put(base, steps, _taken(name, True), args, kwargs, _taken, reuse)
+def _put_into(same: int, base: Any, steps: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    return put(base, steps, _taken(name, True), args, kwargs, _taken, reuse=same)
 
 
 def _taken(name: str, in_place: bool = False) -> Callable[..., Any]:
@@ -143,8 +147,6 @@ def _taken(name: str, in_place: bool = False) -> Callable[..., Any]:
 
 READ = Operation("read", _read)
 PUT = Operation("put", _put)
-PUT_INTO = Operation("put", _put_into)  # in the place of `PUT`, where a run may do that
-PUT_INTO_TENSOR = Operation("put", _put_into_tensor)
 SAVE = Operation("save", copied)
 ATTRIBUTE = Operation("attribute", attribute, casts=False)
 WRITE = Operation("write", fitted)

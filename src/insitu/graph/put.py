@@ -36,7 +36,7 @@ def put(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     function: Callable[[str], Callable[..., Any]],
-    reuse: bool = False,
+    reuse: int = -1,
 ) -> Any:
     """Returns a value with a part of it written; nothing else changes.
 
@@ -47,7 +47,9 @@ def put(
         args: its arguments behind the first one.
         kwargs: its keyword arguments.
         function: gives the function of an operation by its name.
-        reuse: whether what is written into is a copy that nobody else needs.
+        reuse: how many of the first steps lead to the tensor that an earlier write has copied, and
+            that nobody else needs; -1 if there is none. A tensor that is reached by then is
+            written into, and no copy of it.
 
     Raises:
         OperationError: if a step gives memory of its own, so that the write would be lost.
@@ -59,14 +61,14 @@ def put(
             )
         name, place, others, _ = steps[0]
         taken = step_taken(base, steps[0], function)
-        entry = put(taken, steps[1:], write, args, kwargs, function, reuse)
+        entry = put(taken, steps[1:], write, args, kwargs, function, reuse - 1)
         if name not in ("operator.getitem", "attribute") or place != 0:
             raise OperationError(
                 f"what `{name}` makes of a structure is not written in place: write into an entry "
                 "of it, such as `value[0]`"
             )
         return replaced(base, others[0], entry)
-    copy = base if reuse else _copied(base)
+    copy = base if reuse >= 0 else _copied(base)
     part: Any = copy
     for step in steps:
         part = step_taken(part, step, function)
