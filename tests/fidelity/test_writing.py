@@ -1,5 +1,6 @@
 """Writes, against the same experiment done by hand with PyTorch's own hooks."""
 
+import dataclasses
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.utils.generic import ModelOutput
 
 from insitu import CausalityError, LanguageModel, Model, NeverRanError, OperationError, ShapeError
 from tests.conftest import hooked_hidden, tiny_gpt2
@@ -551,17 +553,19 @@ def test_entries_are_what_was_last_written_to_each(seed: int) -> None:
     assert all(torch.equal(*pair) for pair in zip(result, parts, strict=True))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(80))
 def test_what_was_taken_out_of_a_tuple_is_a_part_of_it_until_that_is_replaced(seed: int) -> None:
     choose = random.Random(seed)
-    kinds = ["assign", "take", "into taken", "into entry", "read"]
+    kinds = ["assign", "take", "into taken", "into entry", "read", "put back", "assign all"]
     steps = [
         (choose.choice(kinds), number, choose.randrange(3), choose.randrange(9))
         for number in range(16)
     ]
     model, x = Model(nn.Sequential(_Parts())), torch.arange(6.0).view(2, 3)
 
-    def run(entries: Callable[[], Any], keep: Callable[[Any], Any]) -> list[Any]:
+    def run(
+        entries: Callable[[], Any], assign: Callable[[Any], None], keep: Callable[[Any], Any]
+    ) -> list[Any]:
         taken, kept = [entries()[0]], list[Any]()
         for kind, number, entry, which in steps:
             one = taken[which % len(taken)]
@@ -573,15 +577,29 @@ def test_what_was_taken_out_of_a_tuple_is_a_part_of_it_until_that_is_replaced(se
                 one[:, number % 3] += number
             elif kind == "into entry":
                 entries()[entry][:, number % 3] *= -1
+            elif kind == "put back":  # which changes nothing, whatever is assigned beside it
+                taken.append(entries()[entry])
+                entries()[(entry + 1) % 3] = entries()[entry] + number
+                entries()[entry] = taken[-1]
+            elif kind == "assign all":
+                assign((entries()[1], entries()[2] + number, one))
             else:
                 kept.extend((keep(entries()[entry]), keep(one)))
         return [*kept, *(keep(entries()[entry]) for entry in range(3)), *map(keep, taken)]
 
     with model.trace(x):
-        saved = run(lambda: model[0].output, lambda value: value.save())
+
+        def write(values: Any) -> None:
+            model[0].output = values
+
+        saved = run(lambda: model[0].output, write, lambda value: value.save())
         result = [part.save() for part in model.output]
     parts = [x.clone(), x + 1, x + 2]
-    right = run(lambda: parts, lambda value: value.clone())
+
+    def replace(values: Any) -> None:  # what is assigned is a value of its own
+        parts[:] = [value.clone() for value in values]
+
+    right = run(lambda: parts, replace, lambda value: value.clone())
     assert all(torch.equal(*pair) for pair in zip(saved, right, strict=True))
     assert all(torch.equal(*pair) for pair in zip(result, parts, strict=True))
 
@@ -600,3 +618,102 @@ def test_an_entry_that_is_written_often_makes_as_many_nodes_each_time() -> None:
         return len(tracer.graph)
 
     assert nodes(60) < 2.2 * nodes(30)
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", ["an older name", "a new name"])
+def test_an_entry_that_is_put_back_as_it_is_stays_a_part_of_its_tuple(
+    kind: type, in_place: bool, name: str
+) -> None:
+    model, x = Model(_Sum(kind)), torch.tensor([1.0, 3.0])
+    with model.trace(x):
+        entries = model.entries.output
+        if in_place:
+            entries[1].add_(1.0)
+        taken = entries[0]
+        model.entries.output[1] = taken * 0
+        if name == "an older name":
+            entries[0] = taken
+        else:
+            model.entries.output[0] = taken
+        taken.mul_(2)
+        result = model.output.save()
+    parts = [x.clone(), x + 1]
+    taken, parts[1] = parts[0], x * 0
+    parts[0] = taken
+    taken.mul_(2)
+    assert torch.equal(result, parts[0] * 10 + parts[1])
+
+
+@dataclasses.dataclass
+class _Fields(ModelOutput):
+    one: torch.Tensor | None = None
+    other: torch.Tensor | None = None
+
+
+class _OfFields(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return _Fields(x, x + 1)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_field_that_is_put_back_as_it_is_stays_a_part_of_its_structure(in_place: bool) -> None:
+    model, x = Model(nn.Sequential(_OfFields())), torch.tensor([1.0, 3.0])
+    with model.trace(x):
+        if in_place:
+            model[0].output.other.add_(1.0)
+        taken = model[0].output.one
+        model[0].output["other"] = taken * 0
+        model[0].output["one"] = taken
+        taken.mul_(2)
+        result = [model.output["one"].save(), model.output["other"].save()]
+    assert torch.equal(result[0], x * 2) and torch.equal(result[1], x * 0)
+
+
+def test_an_entry_of_what_stands_for_a_skipped_module_is_augmented_or_refused() -> None:
+    model, x = Model(_Sum(tuple)), torch.tensor([1.0, 3.0])
+    with model.trace(x):
+        model.entries.skip((model.entries.input * 2, model.entries.input * 3))
+        model.entries.output[0] += 1.0
+        result = model.output.save()
+    assert torch.equal(result, (x * 2 + 1) * 10 + x * 3)
+    with pytest.raises(OperationError, match="assign a whole new one"), model.trace(x):
+        args = model.entries.inputs[0]
+        model.entries.skip((args[0] * 2, args[0] * 3))
+        model.entries.output[0].add_(1.0)
+        model.entries.output[0] = model.entries.output[1]
+
+
+class _Counted(list[Any]):
+    """A list that counts how often something is looked up in it."""
+
+    count = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.count += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("way", ["beside", "augmented", "two names"])
+def test_lines_that_write_entries_look_at_as_many_nodes_each_time(way: str) -> None:
+    model = Model(nn.Sequential(_Parts()))
+
+    def looked_up(count: int) -> int:
+        with model.trace(torch.zeros(2, 3)):
+            entries = model[0].output
+            rows = entries._recording.graph.rows = _Counted(entries._recording.graph.rows)
+            for _ in range(count):
+                if way == "augmented":
+                    model[0].output[0] += 1.0
+                else:
+                    model[0].output[0].add_(1.0)
+                    named = entries if way == "two names" else model[0].output
+                    named[1] = model[0].output[1] + 1.0
+            seen = rows.count
+            saved = model.output[0].save()
+        assert saved.unique().tolist() == [count]
+        return seen
+
+    looked_up(1)
+    assert looked_up(200) < 5 * looked_up(50)

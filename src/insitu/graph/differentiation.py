@@ -15,8 +15,9 @@ from insitu.graph.errors import BlockError, OperationError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import NO_KWARGS, Ref, WeightRef, ref
 from insitu.graph.operations import BACKWARD, GETITEM, GRAD, WRITE
-from insitu.graph.recorded import AnyRecorded, Recorded, holds, refuse_structure
+from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
 from insitu.graph.recording import Recording
+from insitu.graph.standing import holds
 
 
 def read_gradient(recording: Recording, source: Ref, mark: Mark, of: Ref | None = None) -> Ref:

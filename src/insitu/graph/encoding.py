@@ -27,8 +27,8 @@ from insitu.graph.node import (
     Ref,
     Subgraph,
     WeightRef,
-    own,
     ref,
+    table_of,
 )
 from insitu.graph.operations import GETITEM, INPUT, SAVE, Operation
 from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
@@ -260,7 +260,7 @@ def _carried(value: AnyRecorded, mark: Mark) -> Carried:
     source, rows = recording.current(value._ref), recording.graph.rows
     cell = Cell()
     recording.saves[len(rows)] = cell
-    own(recording, "lent")[len(rows)] = cell
+    table_of(recording, "lent")[len(rows)] = cell
     rows.append((SAVE, (source,), NO_KWARGS, source.inputs, False, mark))
     return Carried(cell, lambda: fake_value(recording, source.index))
 

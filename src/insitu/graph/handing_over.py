@@ -11,7 +11,7 @@ from typing import Any
 
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Graph, own
+from insitu.graph.node import Graph, table_of
 from insitu.graph.operations import GETITEM, GRAD, PUT, READ, SKIP, WRITE
 from insitu.graph.put import Step
 
@@ -53,7 +53,7 @@ class HandingOver:
             node = rows[node][3][0]
         operation, args, _, inputs, _, _ = rows[node]
         if operation is SKIP:
-            given, place = own(self._graph, "skips"), inputs[0]
+            given, place = table_of(self._graph, "skips"), inputs[0]
             args = rows[place][1]
         elif operation in (READ, GRAD):
             given, place = self._graph.writes, node

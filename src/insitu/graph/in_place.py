@@ -8,7 +8,6 @@ What they become is in `views.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 
 from insitu.graph.context import default_dtype, is_autocast_enabled, is_grad_enabled
@@ -20,7 +19,7 @@ from insitu.graph.node import Address, Ref
 from insitu.graph.operations import PUT, READ, SKIP, Operation
 from insitu.graph.recorded import AnyRecorded, refuse_structure
 from insitu.graph.recording import Recording
-from insitu.graph.shapes import shares_memory
+from insitu.graph.standing import followed
 from insitu.graph.views import Views
 
 
@@ -57,10 +56,8 @@ def mutate(
     if not target._operand:
         refuse_structure(target, Location(*mark))
     others, kwargs, inputs, nested = encoded(recording, args[1:], kwargs, mark)
-    views = recording.views
-    if views is None:
-        views = recording.views = Views(recording.graph, partial(shares_memory, recording))
-        recording.direct = False
+    views = followed(recording)
+    recording.direct = False
     if recording.computed:
         _refuse_computed(recording, views, target, Location(*mark))
     place = views.located(target._ref, mark)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from insitu.graph.encoding import encoded
 from insitu.graph.errors import OperationError
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import EVERY, NO_KWARGS, Address, Ref, Row, Site, own, ref
+from insitu.graph.node import EVERY, NO_KWARGS, Address, Ref, Row, Site, ref, table_of
 from insitu.graph.operations import (
     APPLY,
     COND,
@@ -27,8 +26,9 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.put import Step
-from insitu.graph.recorded import AnyRecorded, Recorded, holds
+from insitu.graph.recorded import AnyRecorded, Recorded
 from insitu.graph.recording import Recording, refuse_mixed
+from insitu.graph.standing import below, holds, site_of, with_entries
 from insitu.graph.structure import map_structure
 
 _STRUCTURES = (APPLY, COND, FOLD, INPUT, READ, REPLACE, SKIP, WRITE)  # give tuples, or may do so
@@ -135,40 +135,12 @@ def write_part(
     if recording.views is not None:
         recording.views.check_entry(source, key, mark)
         source = recording.views.resolved(source)
-    node = recording.graph[recording.graph.original(source.index)]
-    if node.operation is not READ or recording.graph.rows[source.index][0] is SKIP:
+    address = site_of(recording, source)
+    if address is None:
         return None
-    address = cast("Address", node.args)
-    source = _without_part(recording, _with_entries(recording, source, address), key)
+    source = _without_part(recording, with_entries(recording, source, address), key)
     part = _of_site(recording, REPLACE, source, (key, value), mark)
     return write(recording, address, Recorded(recording, part), block, mark)
-
-
-def _with_entries(recording: Recording, source: Ref, address: Address) -> Ref:
-    """Returns a site's value with the entries of it that were written since it was read.
-
-    It is not what stands there now if all of it was assigned since.
-    """
-    standing = recording.current(recording.sites.get(address, source))
-    same = _without_entries(recording, standing) == _without_entries(recording, source)
-    return standing if same else source
-
-
-def _without_entries(recording: Recording, value: Ref) -> int:
-    """The node that gives a site's value before any entry of it was written."""
-    rows = recording.graph.rows
-    while (below := _below(rows, value)) is not None:
-        value = below
-    return value.index
-
-
-def _below(rows: Sequence[Row], value: Ref) -> Ref | None:
-    """What a value was before an entry of it was written last, None if none was."""
-    operation, args, *_ = rows[value.index]
-    if operation in (REPLACE, PUT):
-        return cast("Ref", args[0])
-    entry = operation is WRITE and type(args[1]) is Ref and rows[args[1].index][0] is REPLACE
-    return cast("Ref", args[1]) if entry else None
 
 
 def _is_whole(recording: Recording, value: Any) -> bool:
@@ -195,11 +167,11 @@ def _without_part(recording: Recording, source: Ref, key: Any) -> Ref:
     """
     rows = recording.graph.rows
     base, changes = source, list[int]()
-    while (below := _below(rows, base)) is not None:
+    while (before := below(rows, base)) is not None:
         operation, args, *_ = rows[base.index]
         if operation is not WRITE:
             changes.append(base.index)
-        base = below
+        base = before
         if operation is REPLACE and args[1] == key:
             break  # when that was written, what was below it of this part was left out
     while changes and _changed_part(rows[changes[-1]]) != key:
@@ -258,7 +230,7 @@ def skip(recording: Recording, address: Address, value: Any, mark: Mark) -> None
         value = Recorded(recording, recording.current(value._ref))  # a whole tuple may stand there
     inputs = ref(recording.graph.original(inputs.index))
     skipped = _of_site(recording, SKIP, inputs, (value,), mark)
-    own(recording.graph, "skips")[inputs.index] = skipped.index
+    table_of(recording.graph, "skips")[inputs.index] = skipped.index
     recording.sites[address] = skipped
 
 

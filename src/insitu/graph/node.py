@@ -212,7 +212,7 @@ class Node(NamedTuple):
 _HANDED_OVER = (PUT, SKIP, WRITE)
 
 
-def own(thing: object, field: str, kind: type[Any] = dict) -> Any:
+def table_of(thing: object, field: str, kind: type[Any] = dict) -> Any:
     """Returns what an object holds in a field, to add to.
 
     Most graphs have nothing in most of their fields, and share what is empty of the class.
@@ -249,7 +249,7 @@ class Graph:
 
     rows: list[Row]
     writes: dict[int, int]
-    # Most graphs have none of these, and nothing is made for them: see `own`.
+    # Most graphs have none of these, and nothing is made for them: see `table_of`.
     skips: Mapping[int, int] = MappingProxyType({})
     stops: Mapping[int, Mark] = MappingProxyType({})
     optional: Set[int] = frozenset()
@@ -325,7 +325,7 @@ class Graph:
         made = len(self.rows)
         self.rows.append(row)
         if index in self.contexts:
-            own(self, "contexts")[made] = self.contexts[index]
+            table_of(self, "contexts")[made] = self.contexts[index]
         return made
 
     def runnable(self) -> list[Row]:

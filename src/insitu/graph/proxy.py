@@ -39,7 +39,7 @@ from insitu.graph.errors import NoValueError, OperationError, UnknownShapeError,
 from insitu.graph.in_place import mutate
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, here, mark
-from insitu.graph.node import NO_KWARGS, own
+from insitu.graph.node import NO_KWARGS, table_of
 from insitu.graph.operations import (
     ATTRIBUTE,
     BY_FUNCTION,
@@ -54,9 +54,10 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.operators import Operators
-from insitu.graph.recorded import Recorded, holds
+from insitu.graph.recorded import Recorded
 from insitu.graph.save_names import add_name
 from insitu.graph.saved import blank, device_name, set_class, spent
+from insitu.graph.standing import holds
 from insitu.graph.structured import is_structure
 from insitu.graph.whole_calls import call_operator, is_custom_operator
 from insitu.habits import OF_VALUES, habit
@@ -111,7 +112,7 @@ class AnyProxy(Operators, Answers):
             source = recording.views.resolved(source)
         index = len(rows)
         if optional:
-            own(recording.graph, "optional", set).add(index)
+            table_of(recording.graph, "optional", set).add(index)
         if keep_graph:
             recording.graph.differentiates = True
         if name is not None:

@@ -13,9 +13,7 @@ from insitu.graph.cells import Holder, Missing
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.expression import expression
 from insitu.graph.location import Location, here
-from insitu.graph.node import Address, Ref
-from insitu.graph.operations import GETITEM, READ
-from insitu.graph.put import WHOLE, is_entry
+from insitu.graph.node import Ref
 from insitu.graph.recording import Recording
 
 
@@ -101,32 +99,3 @@ def unassignable(name: str, location: Location) -> OperationError:
     if not hasattr(torch.Tensor, name):
         instead = f'write `value["{name}"] = new` for a field of a value, such as of an output'
     return OperationError(f"`.{name}` of a recorded value cannot be assigned: {instead}.", location)
-
-
-def holds(recording: Recording, source: Ref, value: Any, key: Any = WHOLE) -> bool:
-    """Returns whether a value is what stands there already, so that assigning it is idle.
-
-    Python assigns what it has written in place once more: `x[0] += 1` is a write in place to
-    `x[0]`, and then an assignment of `x[0]` to itself.
-
-    Args:
-        recording: where it is recorded.
-        source: what stands there, or what it is a part of.
-        value: what is assigned.
-        key: which part.
-    """
-    if not isinstance(value, AnyRecorded) or value._recording is not recording:
-        return False
-    rows = recording.graph.rows
-    if key is not WHOLE:
-        read, address, *_ = rows[recording.graph.original(source.index)]
-        if read is READ:  # it may have been read before something else was written there
-            standing = recording.sites[cast("Address", address)]
-            if recording.current(standing).index != recording.current(source).index:
-                return False
-    if recording.views is not None:
-        return recording.views.holds(source, value._ref, key)
-    if key is WHOLE:
-        return value._ref == source
-    operation, args, *_ = rows[value._ref.index]
-    return operation is GETITEM and args[0] == source and is_entry(args[1], key)

@@ -30,7 +30,7 @@ from insitu.graph.context import (
 from insitu.graph.errors import OperationError
 from insitu.graph.lines import ShapeSource
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import EVERY, NO_KWARGS, Address, Graph, Ref, Site, own, ref
+from insitu.graph.node import EVERY, NO_KWARGS, Address, Graph, Ref, Site, ref, table_of
 from insitu.graph.operations import INPUT, READ, REPLACE, SKIP, WRITE, Operation
 from insitu.graph.views import Views
 
@@ -128,7 +128,7 @@ class Recording:
             if context is not None:
                 if not context.grad:
                     refuse_inside_forward(self.graph.rows[index][-1])
-                own(self.graph, "contexts")[index] = context
+                table_of(self.graph, "contexts")[index] = context
 
     def read(self, address: Address, mark: Mark) -> Ref:
         """Returns what stands at a site for lines that come now.
@@ -151,7 +151,7 @@ class Recording:
             every = self.sites.get((*address[:4], EVERY))
             original = -1 if every is None else self.graph.original(every.index)
             if original in self.graph.writes:
-                own(self.graph, "after")[len(rows)] = original
+                table_of(self.graph, "after")[len(rows)] = original
             elif address[4] == EVERY:
                 refuse_unseen(self, address, mark)
         index = len(rows)
@@ -166,7 +166,7 @@ class Recording:
             output: what it returns.
             mark: the user's line.
         """
-        own(self.graph, "stops")[self.graph.original(output.index)] = mark
+        table_of(self.graph, "stops")[self.graph.original(output.index)] = mark
 
     def current(self, source: Ref) -> Ref:
         """Returns what a value of this recording stands for in a line that comes now."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-from insitu.graph.node import EVERY, Address, Graph, Row, own, ref, rewired
+from insitu.graph.node import EVERY, Address, Graph, Row, ref, rewired, table_of
 from insitu.graph.operations import BACKWARD, GRAD, KEEP, READ
 from insitu.graph.recording import Recording
 
@@ -71,15 +71,15 @@ def replay(recording: Recording, graph: Graph, number: int, step: int) -> None:
         recording.sites[cast("Address", rows[original][1])] = ref(moved[write])
     for read, skip in graph.skips.items():
         number, path, _, call, step = cast("Address", rows[moved[read]][1])
-        own(recording.graph, "skips")[moved[read]] = moved[skip]
+        table_of(recording.graph, "skips")[moved[read]] = moved[skip]
         recording.sites[number, path, "output", call, step] = ref(moved[skip])
     for read, mark in graph.stops.items():
         recording.stop(ref(moved[read]), mark)
     for index in graph.unfused:
         original = recording.graph.original(moved[index])
-        own(recording.graph, "unfused", set).add(original)
+        table_of(recording.graph, "unfused", set).add(original)
     for index, context in graph.contexts.items():
-        own(recording.graph, "contexts")[moved[index]] = context
+        table_of(recording.graph, "contexts")[moved[index]] = context
     if step == EVERY:
         recording.graph.repeats = (*recording.graph.repeats, (start, len(rows)))
 
@@ -95,15 +95,15 @@ def _add_fields(
     target.writes.update(_pairs(graph.writes, moved))
     for field in ("skips", "after"):
         if found := _pairs(getattr(graph, field), moved):
-            own(target, field).update(found)
+            table_of(target, field).update(found)
     for field in ("stops", "contexts"):
         for at, value in getattr(graph, field).items():
             if at in moved:
-                own(target, field)[moved[at]] = value
+                table_of(target, field)[moved[at]] = value
     for field in ("optional", "unfused"):
         for at in getattr(graph, field):
             if at in moved:
-                own(target, field, set).add(moved[at])
+                table_of(target, field, set).add(moved[at])
     if graph.repeats or graph.scopes:
         before = [start]  # how many nodes of the target there are in front of each of the graph's
         for index in range(len(graph)):

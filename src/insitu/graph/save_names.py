@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.graph.node import own
+from insitu.graph.node import table_of
 from insitu.graph.recording import Recording
 
 LONGEST_NAME = 200
@@ -35,8 +35,8 @@ def add_name(recording: Recording, index: int, name: object) -> None:
             f'`save(f"{name}.{{number}}")` in a loop.',
             here(3),
         )
-    own(recording, "names")[index] = name
-    own(recording, "taken")[name] = index
+    table_of(recording, "names")[index] = name
+    table_of(recording, "taken")[name] = index
 
 
 def unfit(name: str) -> str:

@@ -86,6 +86,7 @@ class Views:
         self._unsure: set[int] = set()  # of which strides or dtypes decide, and nobody has asked
         self._renewed: dict[int, int] = {}  # a view from before, as it was last recorded again
         self._followed: dict[int, tuple[int, int | str]] = {}  # by an assignment of one entry
+        self._origins: dict[int, int] = {}  # what `_origin` has found
         self._model = HandingOver(graph, self._first)
         if graph.writes:
             self._assign_from_before()
@@ -110,10 +111,7 @@ class Views:
         before = self._first.get(before, before)
         if type(value) is Ref and self._rows[value.index][0] is REPLACE:
             _, (_, key, _), _, inputs, _, _ = self._rows[value.index]
-            index = inputs[0]
-            while self._rows[index][0] in (PUT, REPLACE, WRITE):
-                index = self._rows[index][3][0]
-            if index == self._graph.original(before):  # the other entries are what they were
+            if self._origin(inputs[0]) == self._origin(before):  # the others are what they were
                 self._followed[before] = write, key
                 if before in self._standing:
                     self._standing[write] = write
@@ -188,6 +186,10 @@ class Views:
             table[read] = index
         return ref(place.value)  # recorded again only if a line uses it
 
+    def first(self, index: int) -> int:
+        """Returns the base that a write in place has changed; another node as it is."""
+        return self._first.get(index, index)
+
     def base(self, value: Ref) -> int:
         """Returns the value with memory of its own that a value is, or is a view of."""
         index = self.resolved(value).index
@@ -251,17 +253,30 @@ class Views:
             return self._is_same(value, source)
         index = value.index
         operation, args, *_ = self._rows[index]
-        if operation is not GETITEM or not is_entry(args[1], key):
+        if operation not in (ATTRIBUTE, GETITEM) or not is_entry(args[1], key):
             return False
         of = args[0].index if type(args[0]) is Ref else -1
         if self._first.get(of, of) == self._first.get(source.index, source.index):
             return True  # nothing has to be recorded again to see it
-        index = self.resolved(value).index
-        return self._parent(index) >= 0 and self._is_same(ref(self._parent(index)), source)
+        try:
+            index = self.resolved(value).index
+            return self._parent(index) >= 0 and self._is_same(ref(self._parent(index)), source)
+        except OperationError:  # not known: it is assigned, and a write in place says why not
+            return False
 
     def check_entry(self, source: Ref, key: Any, mark: Mark) -> None:
         """Raises if an entry of a structure cannot be assigned: see `HandingOver`."""
         self._model.check_entry(self.base(source), key, mark)
+
+    def _origin(self, index: int) -> int:
+        """The value from before all writes that a node comes after."""
+        path: list[int] = []
+        while index not in self._origins and self._rows[index][0] in (PUT, REPLACE, WRITE):
+            path.append(index)
+            index = self._rows[index][3][0]
+        index = self._origins.get(index, index)
+        self._origins.update(dict.fromkeys(path, index))  # else each write would walk all of it
+        return index
 
     def _is_same(self, value: Ref, other: Ref) -> bool:
         """Whether two values are the same part of the same base."""
@@ -345,7 +360,8 @@ class Views:
         if not alike:
             raise OperationError(
                 f"It is not known whether the entries {own!r} and {key!r} of a value are the same "
-                "one: write both in the same way, counted from the front."
+                "one: write both in the same way, counted from the front.",
+                here(),
             )
         return own == key
 

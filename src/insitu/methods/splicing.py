@@ -10,7 +10,7 @@ from weakref import ref as weakref
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Mark, here, mark
-from insitu.graph.node import own
+from insitu.graph.node import table_of
 from insitu.graph.proxy import AnyProxy, Proxy
 from insitu.methods.prompts import read_prompts
 from insitu.methods.result import Result
@@ -91,7 +91,7 @@ class Spliced:
         whole = made if self.error is None else made + self.error
         self._hook._named.write(invocation, whole.view_as(self._value), line)
         recording = features._recording
-        own(recording, "computed")[features._ref.index] = _INSTEAD
+        table_of(recording, "computed")[features._ref.index] = _INSTEAD
         shown: Any = ComputedProxy(recording, features._ref)
         shown._name, shown._base, shown._reading = self, features._ref, weakref(invocation)
         shown._step = invocation.current_step

@@ -21,13 +21,14 @@ from insitu.graph.encoding import add_node
 from insitu.graph.errors import OperationError, PathError, ShapeError, UnknownShapeError
 from insitu.graph.intervention import write_part
 from insitu.graph.location import Location, Mark, here, mark
-from insitu.graph.node import NO_KWARGS, Kind, Ref, own
+from insitu.graph.node import NO_KWARGS, Kind, Ref, table_of
 from insitu.graph.operations import REPLACE
 from insitu.graph.proxy import AnyProxy, Proxy, StructureProxy
-from insitu.graph.recorded import Recorded, holds
+from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording
 from insitu.graph.saved import become
 from insitu.graph.saved_proxy import SavedProxy, SavedSteps
+from insitu.graph.standing import holds
 from insitu.tracing.forms import Computed, Form
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Named:
         recording = site._recording
         if self.options:
             invocation.demand(dict(self.options))
-            own(recording.graph, "unfused", set).add(recording.graph.original(site._ref.index))
+            table_of(recording.graph, "unfused", set).add(recording.graph.original(site._ref.index))
         if recording.shown is None:
             recording.shown = {}
         key = (site._ref.index, self)
@@ -103,7 +104,7 @@ class Named:
     def _refuse_writes(self, recording: Recording, shown: Ref) -> None:
         """Notes that what is read by this name is no part of the model."""
         instead = "assign to it, or to a part of it by an index."
-        own(recording, "computed")[shown.index] = instead
+        table_of(recording, "computed")[shown.index] = instead
 
     def _checked(self, current: Proxy, value: Any, line: Mark) -> None:
         """Raises if something cannot be brought into the form of the site.
