@@ -54,9 +54,8 @@ def compare(
     for seed, (ids, invoker) in enumerate(zip(prompts, invokers, strict=True)):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            given = {**options, "pad_token_id": model.traits.pad_id}
             mask = torch.ones_like(ids)
-            expected: Any = model.module.generate(ids, attention_mask=mask, **given)
+            expected: Any = model.module.generate(ids, attention_mask=mask, **options)
         assert torch.equal(invoker.output, expected), (seed, invoker.output, expected)
     return [invoker.output for invoker in invokers]
 

@@ -351,15 +351,41 @@ def test_a_value_can_keep_its_graph(gpt2: LanguageModel) -> None:
     assert torch.equal(found, vector.grad)
 
 
-def test_gradients_within_a_step_of_a_generation(language_model: LanguageModel) -> None:
+def test_logits_of_a_generation_can_keep_their_graph(gpt2: LanguageModel) -> None:
+    vector = torch.zeros(16, requires_grad=True)
+    with gpt2.generate(IDS, max_new_tokens=2, eos_token_id=None) as generator:
+        gpt2.transformer.h[1].output = gpt2.transformer.h[1].output[0] + vector
+        kept = [generator.logits(step).save(keep_graph=True) for step in range(2)]
+    sum(loss_of(logits.value[:, None]) for logits in kept).backward()
+    found, vector.grad = vector.grad, None
+
+    def steer(hidden: torch.Tensor) -> torch.Tensor:
+        changed = hidden.clone()
+        changed[:, : IDS.shape[1]] += vector  # in step 0
+        return changed
+
+    logits, _ = run(gpt2, {"transformer.h.1": steer}, generator.output[:, :-1])
+    (loss_of(logits[:, :-1]) + loss_of(logits)).backward()
+    clear(gpt2.module)
+    torch.testing.assert_close(found, vector.grad)
+
+
+@pytest.mark.parametrize("of", ["the head", "what the model returns", "logits"])
+def test_gradients_within_a_step_of_a_generation(language_model: LanguageModel, of: str) -> None:
     model = language_model
     options: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None}
+
+    def loss(step: int) -> Any:
+        if of == "logits":
+            return loss_of(generator.logits(step)[:, None])
+        return loss_of(model.output.logits if of != "the head" else model.lm_head.output)
+
     with model.generate(IDS, **options) as generator:
         grad = blocks(model)[1].output[0].grad.save()
-        loss_of(model.lm_head.output).backward()
+        loss(0).backward()
         with generator.step(2):
             later = blocks(model)[1].output[0].grad.save()
-            loss_of(model.lm_head.output).backward()
+            loss(2).backward()
     path = blocks(model)[1].path
     logits, kept = run(model, {path: None})
     loss_of(logits).backward()
@@ -502,7 +528,8 @@ def test_training_a_linear_probe_goes_as_in_plain_pytorch(eiffel: LanguageModel)
 
     found, expected = losses(traced, 12), losses(plain, 12)
     clear(module)
-    assert found == expected and found[-1] < found[0] / 2
+    # The prompts share a batch, which some processors round otherwise than each alone.
+    assert found == pytest.approx(expected, rel=1e-5) and found[-1] < found[0] / 2
     torch.testing.assert_close(linear.weight, twin.weight)
     assert all(parameter.grad is None for parameter in module.parameters())
 

@@ -18,6 +18,7 @@ from insitu import (
     OptionError,
     Tracer,
 )
+from tests.conftest import tiny_gpt2
 from tests.fidelity.test_writing import IDS, OTHER, SHORT, blocks
 
 NEW = 4
@@ -511,3 +512,85 @@ def test_tokens_and_logits_are_read_inside_of_the_block(gpt2: LanguageModel) -> 
             late()
     assert len(generator.graph) == recorded
     assert torch.equal(tokens, invoker.output[:, -2])
+
+
+MORE_FORWARDS = [
+    {"guidance_scale": 1.5},
+    {"prefill_chunk_size": 2},
+    {"prompt_lookup_num_tokens": 2},
+]
+
+
+@pytest.mark.no_wire  # chunks are not in Hugging Face's list of what travels
+@pytest.mark.parametrize("options", MORE_FORWARDS, ids=str)
+@pytest.mark.parametrize("config", [False, True])
+def test_steps_that_are_not_one_forward_are_refused(
+    gpt2: LanguageModel, options: dict[str, Any], config: bool
+) -> None:
+    module: Any = gpt2.module
+    expected = module.generate(IDS, max_new_tokens=NEW, pad_token_id=0, **options)
+    given = {} if config else options
+    if config:
+        module.generation_config.update(**options)
+
+    def one_step(generator: Tracer) -> None:
+        with generator.step(1):
+            gpt2.transformer.h[1].output[0].save()  # this line
+
+    def every_step(generator: Tracer) -> None:
+        with generator.every_step():
+            gpt2.transformer.h[1].output[0].save()  # this line
+
+    def logits(generator: Tracer) -> None:
+        generator.logits(1).save()  # this line
+
+    def tokens(generator: Tracer) -> None:
+        generator.tokens(1).save()  # this line
+
+    for lines in (one_step, every_step, logits, tokens):
+        with pytest.raises(OptionError, match=next(iter(options))) as raised:
+            with gpt2.generate(IDS, max_new_tokens=NEW, **given) as generator:
+                lines(generator)
+        assert "this line" in str(raised.value)
+    with gpt2.generate(IDS, max_new_tokens=NEW, **given) as generator:
+        pass
+    assert torch.equal(generator.output, expected)
+
+
+@pytest.mark.parametrize("token", [60000, -1])
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_a_token_that_is_not_in_the_vocabulary_is_refused_at_its_line(
+    gpt2: LanguageModel, token: int, prompts: int
+) -> None:
+    size = gpt2.config.vocab_size
+    with pytest.raises(IndexOutOfRangeError, match=f"tokens 0 to {size - 1}") as raised:
+        with gpt2.generate(max_new_tokens=NEW) as generator:
+            for _ in range(prompts):
+                with generator.invoke(IDS) as invoker:
+                    invoker.tokens[1] = torch.full(IDS.shape[:1], token)  # this line
+    assert "this line" in str(raised.value)
+    with gpt2.generate(IDS, max_new_tokens=NEW) as generator:
+        generator.tokens[1] = torch.full(IDS.shape[:1], size - 1)
+    assert (generator.output[:, IDS.shape[1] + 1] == size - 1).all()
+
+
+@pytest.mark.parametrize("ends", [[41, 2], 41])
+def test_rows_that_have_ended_are_padded_as_generate_pads_them(ends: Any) -> None:
+    model = LanguageModel(tiny_gpt2())
+    module: Any = model.module
+    module.generation_config.pad_token_id = module.config.pad_token_id = None
+    ids = torch.cat([IDS, IDS.flip(1)])
+    plain = module.generate(ids, max_new_tokens=8, eos_token_id=None, pad_token_id=0)
+    end = int(plain[0, IDS.shape[1] + 1])  # that the first row chooses, and perhaps not the second
+    given = [end, *ends[1:]] if isinstance(ends, list) else end
+    mask = torch.ones_like(ids)
+    expected = module.generate(ids, max_new_tokens=8, eos_token_id=given, attention_mask=mask)
+    assert (expected[0, -1] == end).all()
+    with model.generate(ids, max_new_tokens=8, eos_token_id=given) as generator:
+        pass
+    assert torch.equal(generator.output, expected)
+    with model.generate(max_new_tokens=8, eos_token_id=given) as generator:
+        for row in ids:
+            with generator.invoke(row):
+                pass
+    assert torch.equal(generator.output, expected)

@@ -22,7 +22,7 @@ from insitu.engine.interpose import Hooks, Own, Taps, put_hook, put_last, remove
 from insitu.engine.places import Moment, Stop, View, handed_over, passing_value
 from insitu.engine.plan import Readers
 from insitu.engine.probe import fake_result
-from insitu.engine.written_value import changed_value
+from insitu.engine.written_value import changed_value, check_tokens
 from insitu.graph.changes import Changes, set_grad_enabled
 from insitu.graph.node import NO_KWARGS, SEPARATOR, Kind, Place, Site
 from insitu.graph.structure import clone, map_structure, tensors_of
@@ -113,6 +113,8 @@ class Arrivals:
             root = self._modules[""]
             self._taps.before(root, self._begin_step)
             self._changes.afterwards(partial(take_last, root, self._end_step_hook))
+            if self._differentiates:  # so that lines at the output stand among hooks, before it
+                put_last(root, self._end_step_hook)
         owners: set[str] = set()
         for path, kind, _, _ in self._readers:
             first = (path, kind, 0, 0)
@@ -134,13 +136,17 @@ class Arrivals:
         return self.clock.missing()
 
     @_of_lines
-    def pass_on(self, kind: Kind, value: Any, path: str = "") -> Any:
+    def pass_on(self, kind: Kind, value: Any, path: str = "", vocabulary: int | None = None) -> Any:
         """Takes what passes a place that has no hook, and returns what is to stand there.
 
         Args:
             kind: which value it is.
             value: what passes.
             path: of what.
+            vocabulary: of the choice of tokens, how many there are.
+
+        Raises:
+            IndexOutOfRangeError: for a token that is not among them.
         """
         execution = self._execution
         if execution.raised is not None:
@@ -157,7 +163,16 @@ class Arrivals:
         if self._single.may_stop and not self._readers:
             raise Stop
         cuts = self._single.cuts
-        return changed_value(execution, place, value, found, cuts, self.clock.step)
+        changed = changed_value(execution, place, value, found, cuts, self.clock.step)
+        if vocabulary is not None and changed is not value:
+            written = next(self._plan.writes[n] for n, _ in found if n in self._plan.writes)
+            check_tokens(changed[changed != value], vocabulary, execution.graph[written].location)
+        return changed
+
+    @property
+    def _differentiates(self) -> bool:
+        """Whether autograd records the steps."""
+        return self._single.differentiates and self._execution.differentiates
 
     def _going_on(self) -> list[int]:
         """The invocations of the pass that have not ended."""
@@ -313,8 +328,9 @@ class Arrivals:
             self._execution.next_step()
         if self._execution.observed is not None:
             self._execution.observed.step_begins(self.clock.step, self._going_on())
-        if self._single.differentiates and self._execution.differentiates:  # `generate` ends it
+        if self._differentiates:  # `generate` ends it
             set_grad_enabled(True)
+            take_last(module, self._end_step_hook)
             put_last(module, self._end_step_hook)
 
     def _end_step(self, *_: Any) -> None:

@@ -8,9 +8,19 @@ from typing import Any, NamedTuple, Protocol
 from insitu.engine.interpose import Own
 from insitu.graph.node import Address, Kind, Place, Site
 
-Deliver = Callable[[Kind, Any], Any]
-"""Hands what passes a place that is no module's to the experiment, given which value of the whole
-model it is; returns what is to stand there: the value itself, unless it is written."""
+
+class Deliver(Protocol):
+    """Hands what passes a place that is no module's to the experiment."""
+
+    def __call__(self, kind: Kind, value: Any, *, vocabulary: int | None = None) -> Any:
+        """Returns what is to stand there: the value itself, unless it is written.
+
+        Args:
+            kind: which value of the whole model it is.
+            value: what passes.
+            vocabulary: of the choice of tokens, how many there are.
+        """
+        ...
 
 
 class Cut(Protocol):

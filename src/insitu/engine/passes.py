@@ -178,5 +178,5 @@ def run_pass(
     return result, missing, None
 
 
-def _nobody(kind: Kind, value: Any) -> Any:
+def _nobody(kind: Kind, value: Any, *, vocabulary: int | None = None) -> Any:
     return value

@@ -11,6 +11,8 @@ import torch
 
 from insitu.engine.execution import Execution
 from insitu.engine.model_call import Cut
+from insitu.graph.errors import IndexOutOfRangeError
+from insitu.graph.location import Location
 from insitu.graph.node import Place, Site
 from insitu.graph.structure import clone, map_structure
 
@@ -50,6 +52,25 @@ def changed_value(
             fresh = map_structure(clone, cut.widen(site, value))
         cut.put(site, fresh, own)
     return fresh
+
+
+def check_tokens(tokens: torch.Tensor, vocabulary: int, location: Location) -> None:
+    """Raises if tokens that a line chooses are not in the vocabulary.
+
+    Args:
+        tokens: the tokens.
+        vocabulary: how many tokens there are.
+        location: the line.
+
+    Raises:
+        IndexOutOfRangeError: if one is not.
+    """
+    wrong = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if wrong.numel():
+        raise IndexOutOfRangeError(
+            f"There is no token {int(wrong[0])}: the model has tokens 0 to {vocabulary - 1}.",
+            location,
+        )
 
 
 def _copied_where_new(own: Any, value: Any) -> Any:

@@ -15,7 +15,7 @@ import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, wraps
-from typing import Any, Literal, Union, cast, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
@@ -62,8 +62,8 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            if any(map(_goes_unnoticed, (*args, *kwargs.values()))):
-                _check(function, args, kwargs, _goes_unnoticed)
+            if any(map(_may_go_unnoticed, (*args, *kwargs.values()))):
+                _check(function, args, kwargs, _is_refused_first)
             return function(*args, **kwargs)
         except InsituError as error:
             failed = error
@@ -82,18 +82,26 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _goes_unnoticed(value: Any) -> bool:
-    """Whether nothing stumbles over a value: a NaN, or a truth value, which counts as 0 or 1."""
-    if isinstance(value, list | tuple):
-        return any(isinstance(item, bool) for item in cast("Sequence[Any]", value))
+def _may_go_unnoticed(value: Any) -> bool:
+    """Whether nothing may stumble over a value: a NaN, or a truth value, which counts as 0 or 1."""
     return isinstance(value, bool) or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_refused_first(value: Any, kind: Any) -> bool:
+    """Whether that is so where such a value is wrong.
+
+    Where one number or several may be given, methods refuse truth values in words of their own.
+    """
+    if isinstance(value, bool):
+        return kind is int or {*get_args(kind)} == {int, type(None)}
+    return _may_go_unnoticed(value)
 
 
 def _check(
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    looked_at: Callable[[Any], bool] = lambda value: True,
+    looked_at: Callable[[Any, Any], bool] = lambda value, kind: True,
 ) -> None:
     """Raises an `OptionError` if one of the arguments that are looked at is of a wrong kind."""
     signature, kinds = _known(function)
@@ -108,7 +116,7 @@ def _check(
         ) from None
     for name, value in given.items():
         kind = kinds.get(name)
-        if kind is not None and looked_at(value) and not _fits(value, kind):
+        if kind is not None and looked_at(value, kind) and not _fits(value, kind):
             shown = repr(value) if len(repr(value)) < 80 else f"a {type(value).__name__}"
             raise OptionError(
                 f"`{name}` of `{function.__qualname__}` is {_told(kind)}, not {shown}.", here()

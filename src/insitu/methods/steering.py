@@ -124,9 +124,7 @@ class SteeringVector:
         Raises:
             OptionError: if it has no such layer.
         """
-        numbers = [layers] if isinstance(layers, int) else list(layers)
-        if not numbers:
-            raise OptionError("No layer was chosen: name at least one.", here())
+        numbers = numbers_of("layer", layers) or []
         return replace(
             self, layers=tuple(numbers), vectors=torch.stack([self[layer] for layer in numbers])
         )

@@ -27,7 +27,7 @@ def listening(deliver: Deliver, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
     def choose(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         greedy = scores.argmax(-1)
-        chosen = deliver("choice", greedy)
+        chosen = deliver("choice", greedy, vocabulary=scores.shape[-1])
         return scores if chosen is greedy else only(scores, chosen)
 
     def chose(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:

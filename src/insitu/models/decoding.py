@@ -230,7 +230,7 @@ class _Chooser:
         tokens = self._drawn(scores) if self._draws else None
         if self._deliver is not None:
             asked = torch.full_like(ids[:, -1], NO_CHOICE)
-            chosen = self._deliver("choice", asked)
+            chosen = self._deliver("choice", asked, vocabulary=scores.shape[-1])
             if chosen is not asked:
                 tokens = scores.argmax(-1) if tokens is None else tokens
                 tokens = torch.where(chosen == NO_CHOICE, tokens, chosen)

@@ -31,6 +31,12 @@ _OTHER_SEARCHES = (
 )
 """Options with which `generate` chooses other than step by step."""
 
+_MORE_FORWARDS = (
+    *("assistant_early_exit", "assistant_model", "penalty_alpha", "prefill_chunk_size"),
+    "prompt_lookup_num_tokens",
+)
+"""Options with which `generate` runs the model more than once for a token, or for several."""
+
 
 class GenerateCalls:
     """Calls of a model's `generate`.
@@ -82,12 +88,13 @@ class GenerateCalls:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills padding: the user's, or the model's own."""
-        given, known = (
-            self.setting(self.model.module, "pad_token_id"),
-            self.model.traits.reader.limits,
-        )
-        if not isinstance(given, int) or not 0 <= given < (known.vocabulary or given + 1):
+        """The id that fills padding: the user's, or what `generate` takes, or the model's own."""
+        module, limits = self.model.module, self.model.traits.reader.limits
+        given = self.setting(module, "pad_token_id")
+        if given is None:
+            ends = self.setting(module, "eos_token_id")
+            given = ends[0] if isinstance(ends, list | tuple) and ends else ends
+        if not isinstance(given, int) or not 0 <= given < (limits.vocabulary or given + 1):
             return self.model.traits.pad_id
         return given
 
@@ -102,12 +109,20 @@ class GenerateCalls:
         return self.options.get(name, getattr(config, name, None))
 
     @property
-    def chooses_step_by_step(self) -> bool:
-        """Whether each step chooses one token for each row, on which nothing goes back."""
+    def other_search(self) -> str | None:
+        """The option with which steps do not choose one token for each row, for good; else None."""
         module = self.model.module
         if self.setting(module, "num_beams") not in (None, 1):
-            return False
-        return not any(self.setting(module, name) for name in _OTHER_SEARCHES)
+            return "num_beams"
+        return next((name for name in _OTHER_SEARCHES if self.setting(module, name)), None)
+
+    @property
+    def more_forwards(self) -> str | None:
+        """The option with which a step is not one forward for one token more; else None."""
+        module = self.model.module
+        if self.setting(module, "guidance_scale") not in (None, 1):
+            return "guidance_scale"
+        return next((name for name in _MORE_FORWARDS if self.setting(module, name)), None)
 
     def given(self, prompt: Prompt) -> int:
         """Returns how many tokens that a generation returns of a prompt were not generated."""

@@ -16,6 +16,7 @@ from insitu.engine.model_call import Pass
 from insitu.engine.probe import Call
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark, here
+from insitu.graph.node import EVERY
 from insitu.models.generate_calls import GenerateCalls
 from insitu.models.generation_passes import GenerationPasses
 from insitu.models.padding import positioned, warn_of_counting
@@ -27,6 +28,7 @@ from insitu.models.prompt_arguments import (
 )
 from insitu.models.prompts import Prompt
 from insitu.models.sent_prompts import received, sent
+from insitu.models.separation import OF_STEPS
 from insitu.tracing.block import Block
 from insitu.tracing.tracer import Tracer
 
@@ -153,11 +155,13 @@ class Generation:
         """Raises if the steps choose no token for each row.
 
         Raises:
-            OptionError: under beam search, which goes back on what it chose.
+            OptionError: in a search that goes back on what it chose, or chooses several at once.
         """
-        if self._calls.setting(self._model.module, "num_beams") not in (None, 1):
+        option = self._calls.other_search
+        if option is not None:
+            search = "Beam search" if option == "num_beams" else f"A generation with `{option}`"
             raise OptionError(
-                "Beam search chooses no tokens step by step: read them from `generator.output`.",
+                f"{search} chooses no tokens step by step: read them from `generator.output`.",
                 location,
             )
 
@@ -170,7 +174,12 @@ class Generation:
         return ("generate", prompt.ids.shape, module.training, self._fixed, demands)
 
     def demands(self, module: nn.Module, requests: Sequence[Prompt], work: Work) -> Demands:
-        """Returns what the prompts demand: one pass for those that go on in it as alone."""
+        """Returns what the prompts demand: one pass for those that go on in it as alone.
+
+        Raises:
+            OptionError: if a line is about a step that is not one forward.
+        """
+        self._check_steps(work)
         for prompt in requests:
             if prompt.mask is not None:
                 most = self._calls.at_most(prompt)
@@ -205,6 +214,23 @@ class Generation:
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""
         return self._passes.outputs(results, requests)
+
+    def _check_steps(self, work: Work) -> None:
+        """Raises where a site would have been passed other than once in its step."""
+        option, repeated = self._calls.more_forwards, work.plan.repeated
+        if option is None:
+            return
+        saves = repeated is not None and repeated.saves
+        for (_, _, kind, _, step), index in work.plan.reads.items():
+            first = step == 0 and option != "prefill_chunk_size" and kind not in OF_STEPS
+            # With guidance all forwards are alike: what is written in each holds in all of them.
+            always = step == EVERY and option == "guidance_scale" and not saves
+            if not first and not always:
+                raise OptionError(
+                    f"With `{option}` a step is not one forward of the model, so nothing is read "
+                    "or written in single steps: leave it out, or read `generator.output`.",
+                    work.graph[index].location,
+                )
 
     def _warn_of_counting(self, module: nn.Module, mask: torch.Tensor) -> None:
         """Says which settings of this generation take padding for tokens of the shorter rows."""

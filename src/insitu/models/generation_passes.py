@@ -127,7 +127,7 @@ class GenerationPasses:
 
     def _tells_tokens(self) -> bool:
         """Whether somebody hears which token each step chooses, and steps choose tokens."""
-        return listened() and self._calls.chooses_step_by_step
+        return listened() and not (self._calls.other_search or self._calls.more_forwards)
 
     def _without_criteria(
         self, kwargs: dict[str, Any]
