@@ -339,3 +339,15 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises(error, match=says) as raised:
         ablate(hooks_of("gpt2").model, FIRST, METRIC, **options)
     assert Path(__file__).name in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("by_position", [False, True])
+def test_means_are_in_the_dtype_of_the_model(dtype: torch.dtype, by_position: bool) -> None:
+    model = LanguageModel(module_of("gpt2").to(dtype))
+    plain = LanguageModel(module_of("gpt2"))
+    given = [FIRST, THIRD], METRIC
+    options = {"mode": "mean", "positions": -1, "by_position": by_position}
+    found, expected = (ablate(one, *given, **options) for one in (model, plain))  # pyright: ignore
+    apart = (found.values - expected.values).abs().max()
+    assert apart < 0.05 * expected.values.abs().max()

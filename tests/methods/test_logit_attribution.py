@@ -275,3 +275,12 @@ def test_what_cannot_be_attributed_says_why(gpt2: LanguageModel) -> None:
         direct_logit_attribution(LanguageModel(module_of("bert")), IDS, ANSWER)
     with pytest.raises(OptionError, match="no affine map"):  # a GELU stands before its unembedding
         direct_logit_attribution(LanguageModel(module_of("modernbert")), IDS, ANSWER)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_models_in_double_precision_can_be_taken_apart(name: str) -> None:
+    module = module_of(name).double()
+    result = direct_logit_attribution(LanguageModel(module), [5, 17, 42], 3, by="block")
+    with torch.no_grad():
+        logit = module(torch.tensor([[5, 17, 42]])).logits[0, -1, 3]
+    torch.testing.assert_close(result.values.sum().double(), logit, rtol=1e-5, atol=1e-5)

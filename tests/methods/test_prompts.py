@@ -70,3 +70,18 @@ def test_prompts_that_the_model_cannot_have_are_refused(gpt2: LanguageModel) -> 
         read_prompts(gpt2, [[1, 2], [100]])
     with pytest.raises(PromptError):
         read_prompts(gpt2, [[1] * 41])
+
+
+def test_what_goes_with_a_prompt_is_not_left_out(eiffel: LanguageModel) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    embeddings = eiffel.load().get_input_embeddings()(ids).detach()  # pyright: ignore
+    for given, name in (
+        (embeddings, "inputs_embeds"),
+        ({"inputs_embeds": embeddings}, "inputs_embeds"),
+        ({"input_ids": ids, "position_ids": torch.tensor([[4, 5, 6]])}, "position_ids"),
+        ({"input_ids": ids, "token_type_ids": torch.tensor([[0, 0, 1]])}, "token_type_ids"),
+    ):
+        with pytest.raises(PromptError, match=f"`{name}` would be left out"):
+            read_prompts(eiffel, given)
+    said = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
+    assert torch.equal(read_prompts(eiffel, said).ids[0], ids[0])

@@ -347,3 +347,26 @@ def test_a_strength_that_comes_again_is_drawn_again(gpt2: LanguageModel) -> None
     assert (
         len({tuple(one.ids.tolist()) for one in found}) > 1
     )  # of 100 tokens, all nearly as likely
+
+
+def test_strengths_are_numbers_of_any_kind(gpt2: LanguageModel) -> None:
+    vector = steering_vector(gpt2, POSITIVE, NEGATIVE, layers=[1])
+    expected = steer(gpt2, PROMPTS[0], vector, strength=[2.0], max_new_tokens=3)
+    for one in (torch.tensor(2.0), np.float32(2), [torch.tensor(2.0)], np.array([2.0])):
+        found = steer(gpt2, PROMPTS[0], vector, strength=one, max_new_tokens=3)
+        assert torch.equal(found[0].ids, expected[0].ids)
+    assert vector.select(np.int64(1)).layers == (1,)
+    for wrong in ("2", ["2"]):
+        with pytest.raises(OptionError, match="A strength is a number"):
+            steer(gpt2, PROMPTS[0], vector, strength=wrong)  # pyright: ignore
+    with pytest.raises(OptionError, match="num_return_sequences"):
+        steer(gpt2, PROMPTS[0], vector, do_sample=True, num_return_sequences=2)
+    with gpt2.trace(PROMPTS[:1] * 2):
+        vector.apply(gpt2, [2.0, 0.0])
+        logits = gpt2.logits.save()
+    with gpt2.trace(PROMPTS[0]):
+        vector.apply(gpt2, 2)
+        alone = gpt2.logits.save()
+    torch.testing.assert_close(logits[:1], alone)
+    with pytest.raises(OptionError, match="A strength is a number"), gpt2.trace(PROMPTS[0]):
+        vector.apply(gpt2, "1")

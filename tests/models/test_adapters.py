@@ -311,3 +311,25 @@ def test_names_are_proven_where_a_weight_is_known_by_a_call_only(
     with model.trace(IDS):
         z = model.blocks[1].attention.z.save()
     assert z.value.shape == (1, 4, IDS.shape[-1], 4)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_z_is_what_the_whole_output_projection_is_given(make: Callable[[], Any]) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=make is tiny_gpt2, **TASK)
+    module: Any = get_peft_model(make(), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora" in name:
+                parameter.normal_()
+    model = LanguageModel(module)
+    with model.trace(IDS):
+        model.blocks[1].attention.z = torch.zeros_like(model.blocks[1].attention.z)
+        found = model.logits.save()
+    ends = ("h.1.attn.c_proj", "layers.1.self_attn.o_proj")
+    layer = next(part for name, part in module.named_modules() if name.endswith(ends))
+    handle = layer.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]),))
+    with torch.no_grad():
+        expected = module(IDS).logits
+    handle.remove()
+    torch.testing.assert_close(found.value, expected)

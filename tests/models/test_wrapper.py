@@ -11,7 +11,8 @@ from accelerate import cpu_offload
 from torch import nn
 
 from insitu import InsituError, LanguageModel, Model, PathError
-from tests.conftest import tiny_gpt2
+from insitu.methods import direct_logit_attribution
+from tests.conftest import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
 
@@ -166,3 +167,33 @@ def test_a_part_that_is_compiled_after_a_block_was_planned_runs_as_written(
     for _ in range(2):
         torch.testing.assert_close(written_logits().value, halved)
     assert not counters["frames"]  # nothing was compiled
+
+
+@pytest.mark.filterwarnings("ignore:The model is in training mode:UserWarning")
+@pytest.mark.filterwarnings("ignore:Attention scores and patterns exist:UserWarning")
+def test_what_is_found_out_in_training_mode_holds_after_it_and_leaves_no_hooks() -> None:
+    module = tiny_gpt2()
+    expected: dict[int, torch.Tensor] = {}
+    model = LanguageModel(module.train())
+    with model.trace(IDS):
+        model.blocks[0].attention.pattern.save()
+    assert not any(part._forward_hooks for part in module.modules())
+    pickle.dumps(module)
+    module.eval()
+    other = LanguageModel(copy.deepcopy(module))
+    for number, one in enumerate((model, other)):
+        with one.trace(IDS):
+            pattern = one.blocks[0].attention.pattern.save()
+        expected[number] = pattern.value
+        direct_logit_attribution(one, IDS, 3, by="head")
+    torch.testing.assert_close(expected[0], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_have_their_names_in_16_bits(dtype: torch.dtype) -> None:
+    module = tiny_llama().to(dtype)
+    model = LanguageModel(module)
+    with model.trace(IDS):
+        query = model.blocks[1].attention.q.save()
+    assert query.shape[:3] == (1, module.config.num_attention_heads, IDS.shape[1])
+    assert model.blocks[1].attention.W_K.dtype == dtype

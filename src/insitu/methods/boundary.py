@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
-from insitu.graph.errors import InsituError, OptionError, nearest
+from insitu.graph.errors import InsituError, OptionError, PathError, nearest
 from insitu.graph.location import here
 from insitu.graph.recorded import AnyRecorded
 from insitu.graph.tracebacks import shortened
@@ -65,6 +65,12 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             if any(map(_may_go_unnoticed, (*args, *kwargs.values()))):
                 _check(function, args, kwargs, _is_refused_first)
             return function(*args, **kwargs)
+        except PathError as error:
+            failed = error
+            try:  # a bare module has no names that a method asks a language model for
+                _check(function, args, kwargs)
+            except InsituError as wrong:
+                failed = wrong
         except InsituError as error:
             failed = error
         except _RAW as error:

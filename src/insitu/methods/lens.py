@@ -20,7 +20,7 @@ from insitu.methods.metrics import Tokens, token_ids
 from insitu.methods.prompts import read_prompts, words
 from insitu.methods.readout import Readout, readout_of
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, chosen, site_of, stream_of
+from insitu.methods.sites import Site, check_count, chosen, site_of, stream_of
 from insitu.models.language_model import LanguageModel
 
 Translate = Callable[[int, Any], Any]
@@ -160,8 +160,7 @@ def look(
     given = read_prompts(model, prompts)
     looked, places = given.at(positions)
     wanted = None if token is None else token_ids(model, token, len(given))
-    if top < 1:
-        raise OptionError(f"`top` is how many tokens are kept, at least 1, not {top}.", here())
+    check_count("top", top)
     top = min(top, model.vocab_size)
     kept: list[list[tuple[Any, ...]]] = []
     with model.trace() as tracer:

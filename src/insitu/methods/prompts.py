@@ -109,9 +109,17 @@ def read_prompts(model: LanguageModel, prompts: Any) -> Prompts:
 
     Raises:
         PromptTypeError: if it is of no known form.
-        PromptError: if it is empty, too long, or has ids that the model does not know.
+        PromptError: if it is empty, too long, or has ids that the model does not know; or if more
+            goes with it than a mask, such as embeddings or token types, which would be left out.
     """
     read = model.traits.reader.read(prompts, "right", mark())
+    beside = [name for name, value in read.extras.items() if not _says_nothing(name, value)]
+    if beside:
+        raise PromptError(
+            f"Methods take prompts as token ids, and `{beside[0]}` would be left out: write the "
+            "experiment as a trace, which takes it.",
+            here(),
+        )
     model.traits.reader.check_length(read)
     model.traits.reader.check_ids(read)
     rows = tuple(ids[mask.bool()] for ids, mask in zip(read.ids, read.visible_mask, strict=True))
@@ -156,6 +164,11 @@ def token_id(model: LanguageModel, token: str | int) -> int:
     hint = f" With a space, {' ' + token!r}, it is one." if len(spaced) == 1 else ""
     parts = ", ".join(repr(word) for word in words(model, ids))
     raise PromptError(f"{token!r} is {len(ids)} tokens ({parts}), not one.{hint}", here())
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether what goes with a prompt is what the model would take without it."""
+    return name == "token_type_ids" and isinstance(value, torch.Tensor) and not value.any()
 
 
 def _many(prompts: Any) -> bool:

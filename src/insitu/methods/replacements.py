@@ -91,17 +91,23 @@ class Replacement:
 
     def _mean(self, layer: int) -> Any:
         """The mean in a layer: of each position, or with one entry for all of them."""
-        values = [self.states[number, layer].float() for number in self.sources]
-        if not self.by_position:
-            total = sum(value.sum(-2, keepdim=True) for value in values)
-            return total / sum(self.lengths)
+        states = [self.states[number, layer] for number in self.sources]
+        values = [value.float() for value in states]
+        if self.by_position:
+            mean = self._by_position(values)
+        else:
+            total: Any = sum(value.sum(-2, keepdim=True) for value in values)
+            mean = total / sum(self.lengths)
+        return mean.type_as(states[0])
+
+    def _by_position(self, values: list[Any]) -> Any:
         longest = max(self.lengths)
         filled = [
             F.pad(value, (0, 0, 0, longest - length))
             for value, length in zip(values, self.lengths, strict=True)
         ]
         counts = [sum(length > position for length in self.lengths) for position in range(longest)]
-        total = sum(filled)
+        total: Any = sum(filled)
         return total / torch.tensor(counts)[:, None].to(total)
 
 

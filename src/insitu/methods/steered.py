@@ -153,11 +153,18 @@ def steer(
     Example:
         `steer(model, prompt, vector, strength=[-2, 0, 2], max_new_tokens=5).texts`
     """
-    strengths = [strength] if isinstance(strength, int | float) else list(strength)
+    strengths = _strengths(strength)
     if not strengths:
         raise OptionError("There is no strength: give a number, or several.", here())
     if any(one != one for one in strengths):
         raise OptionError("A strength is a number, not nan.", here())
+    several = kwargs.get("num_return_sequences", _setting(model, "num_return_sequences"))
+    if several not in (None, 1):
+        raise OptionError(
+            "`steer` gives one continuation for each prompt and strength, so "
+            "`num_return_sequences` means nothing: give the prompt several times.",
+            here(),
+        )
     vector = vector if layers is None else vector.select(layers)
     read = read_prompts(model, prompts)
     where = positions if isinstance(positions, str) else numbers_of("position", positions)
@@ -231,6 +238,16 @@ def _check(model: LanguageModel, shortest: int, positions: Any, kwargs: dict[str
             f'{positions!r} means another one in each: leave `use_cache` on, or use "all".',
             here(),
         )
+
+
+def _strengths(given: Any) -> list[Any]:
+    """One strength or several as a list."""
+    one = hasattr(given, "__float__") and not getattr(given, "ndim", 0)
+    strengths = [given] if one or isinstance(given, str) else list(given)
+    for strength in strengths:
+        if not hasattr(strength, "__float__"):
+            raise OptionError(f"A strength is a number, not {strength!r}.", here())
+    return [one if isinstance(one, int | float) else float(one) for one in strengths]
 
 
 def _setting(model: LanguageModel, name: str) -> Any:

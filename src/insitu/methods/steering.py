@@ -149,7 +149,11 @@ class SteeringVector:
             BlockError: outside of an invocation.
         """
         site = stream_site(self.site)
-        factor = strength if isinstance(strength, int | float) else strength.reshape(-1, 1, 1)
+        if isinstance(strength, str):
+            raise OptionError(f"A strength is a number, not {strength!r}.", here())
+        if isinstance(strength, list | tuple):
+            strength = torch.tensor(strength)
+        factor = strength.reshape(-1, 1, 1) if hasattr(strength, "reshape") else strength
         layers = chosen("layer", self.layers, model.n_layers)
         for layer, vector in zip(layers, self.vectors, strict=True):
             value = site.read(model, layer)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from insitu.engine.fallback import Fallback, tried
+from insitu.engine.keeping import evaluating, undisturbed
 from insitu.engine.probe import Call
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.structure import tensors_of
@@ -104,7 +105,13 @@ def _computed(model: WrappedModule, call: Call, options: Mapping[str, Any]) -> t
     """What a model returns for a call, None if it cannot run so."""
     kwargs = {**call.kwargs, **options}
     implementation = kwargs.pop(OPTION, None)
-    with model.in_use(), attending(model.module, implementation), torch.no_grad():
+    parts = model.modules
+    with (
+        model.in_use(),
+        undisturbed(parts),
+        evaluating(parts.values()),
+        attending(model.module, implementation),
+    ):
         returned = tried(lambda: tensors_of(model.module(**kwargs)), "another implementation")
     if isinstance(returned, Fallback):
         return None

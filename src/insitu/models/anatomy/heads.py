@@ -243,7 +243,24 @@ def _output_projection(reading: Reading, core: Core, end: int) -> tuple[str | No
         if derived.isdisjoint(event.inputs):
             continue
         if not event.function and reading.is_linear(event.path) and event.inputs[0] in derived:
+            whole = _whole_layer(reading, core, event, end)
             shape = flow.shapes[event.inputs[0]]
-            return event.path, Spot(event.path, "input", event.call, (), shape)
+            return whole.path, Spot(whole.path, "input", whole.call, (), shape)
         derived.update(event.outputs)
     return None, None
+
+
+def _whole_layer(reading: Reading, core: Core, layer: Event, end: int) -> Event:
+    """The outermost layer around a linear one that takes the same: adapters stand around theirs."""
+    whole = layer
+    for event in reading.flow.events[:end]:
+        around = layer.path.startswith(f"{event.path}.") and len(event.path) < len(whole.path)
+        if (
+            around
+            and not event.function
+            and event.path != core.path
+            and event.inputs[:1] == layer.inputs[:1]
+            and reading.is_linear(event.path)
+        ):
+            whole = event
+    return whole

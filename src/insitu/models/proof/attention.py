@@ -231,7 +231,8 @@ class _Attention:
         visible = (scores > -1e4) & (base > -1e4)
         added = scores.double() - base.double()
         caps = [None, *numbers(self.evidence.config, _CAPS)]
-        found = [identities.scored(added, products, visible, cap) for cap in caps]
+        stored = (q, k, scores)
+        found = [identities.scored(added, products, visible, cap, stored) for cap in caps]
         if not any(one.is_rounding for one in found):
             self.refuse(
                 "the products of `q` and `k`, scaled, are not what makes its scores.", *names

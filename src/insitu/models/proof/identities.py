@@ -168,7 +168,9 @@ def projected(given: Tensor, weight: Tensor, made: Tensor) -> Difference:
     return compared(left, bias, size + bias.abs(), (given, weight, made))
 
 
-def scored(added: Tensor, products: Tensor, visible: Tensor, cap: float | None) -> Difference:
+def scored(
+    added: Tensor, products: Tensor, visible: Tensor, cap: float | None, stored: Sequence[Tensor]
+) -> Difference:
     """Returns how far scores are from a multiple of products, but for a shift of each query's.
 
     Args:
@@ -176,6 +178,7 @@ def scored(added: Tensor, products: Tensor, visible: Tensor, cap: float | None) 
         products: of that form, those of queries and keys.
         visible: which of them are not masked.
         cap: what a tanh keeps the scores below, None if none does.
+        stored: as of `compared`.
     """
     if added.shape != products.shape:
         return Difference(math.inf, note=f"{tuple(added.shape)} is not {tuple(products.shape)}")
@@ -191,7 +194,7 @@ def scored(added: Tensor, products: Tensor, visible: Tensor, cap: float | None) 
         return Difference(math.inf, note="scores do not depend on queries")
     scale = (found * expected).sum() / (expected * expected).sum().clamp_min(_SINGLE.tiny)
     size = wide.masked_fill(~visible, 0).abs().amax()
-    return compared(found, scale * expected, size, (added, products))
+    return compared(found, scale * expected, size, stored)
 
 
 def rising(logits: Tensor, made: Tensor) -> Difference:
