@@ -366,3 +366,47 @@ def test_passes_that_start_from_gradients_of_earlier_ones_run_as_one_too(
         slope = torch.autograd.grad(loss, seen[1], retain_graph=True)[0]
         product = (seen[1][..., :8] * slope[..., :8]).sum()
         torch.testing.assert_close(halves[0].value, torch.autograd.grad(product, seen[0])[0])
+
+
+@pytest.mark.parametrize("written", [float("nan"), float("inf"), 1e30])
+def test_what_is_no_number_does_not_come_back_through_padding(
+    language_model: LanguageModel, written: float
+) -> None:
+    model = language_model
+    first, second = block_paths(model)[:2]
+    module = model.module
+
+    def alone(ids: torch.Tensor) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+
+        def keep(part: nn.Module, args: Any, output: Any) -> Any:
+            kept.append(hidden_of(output).detach().requires_grad_())
+            return (kept[0], *output[1:]) if isinstance(output, tuple) else kept[0]
+
+        def fill(part: nn.Module, args: Any, output: Any) -> Any:
+            new = torch.full_like(hidden_of(output), written)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        handles = [
+            module.get_submodule(first).register_forward_hook(keep),
+            module.get_submodule(second).register_forward_hook(fill),
+        ]
+        loss = module(ids, use_cache=False).logits[:, -1].sin().sum()
+        for handle in handles:
+            handle.remove()
+        if not loss.requires_grad:  # with frozen weights nothing is left of it
+            return torch.zeros_like(kept[0])
+        (gradient,) = torch.autograd.grad(loss, kept[0], allow_unused=True)
+        return torch.zeros_like(kept[0]) if gradient is None else gradient
+
+    found = []
+    with model.trace() as tracer:
+        for ids in ([[5, 6, 7]], [[8, 9, 10, 11, 2, 7]]):
+            with tracer.invoke(ids):
+                found.append(model.blocks[0].output[0].grad.save())
+                hidden = model.blocks[1].output[0]
+                hidden[:] = written
+                model.logits[:, -1].sin().sum().backward()
+    assert len(tracer.plan.passes) == 1
+    for gradient, ids in zip(found, ([[5, 6, 7]], [[8, 9, 10, 11, 2, 7]]), strict=True):
+        assert torch.equal(gradient.value, alone(torch.tensor(ids)))

@@ -14,6 +14,7 @@ from insitu import (
     CausalityError,
     Job,
     LanguageModel,
+    Limits,
     Model,
     NeverRanError,
     ShapeError,
@@ -229,3 +230,18 @@ def test_what_is_wrong_is_found_at_its_line(
     with pytest.raises(kind) as caught:
         model.check(Job.from_bytes(tracer.job.to_bytes()))
     assert "test_job_check.py" in str(caught.value)
+
+
+def test_a_list_of_values_is_not_known_before_the_run(gpt2: LanguageModel) -> None:
+    def record(opened: Any) -> Any:
+        with opened as tracer:
+            gpt2.lm_head.output[0, -1, :3].tolist().save("numbers")
+        return tracer.job
+
+    job = record(gpt2.trace(IDS))
+    check = gpt2.check(record(gpt2.scan(IDS)))
+    assert check.results["numbers"].bytes is None
+    with torch.no_grad():
+        expected = gpt2.module(IDS, use_cache=False).logits[0, -1, :3].tolist()
+    for limits in (None, Limits(operations=1e12, peak_bytes=2**30)):
+        assert gpt2.run(job, limits=limits)["numbers"] == pytest.approx(expected)

@@ -181,3 +181,15 @@ def test_a_job_of_one_prompt_that_fails_has_no_results(model: LanguageModel) -> 
     with pytest.raises(ShapeError) as caught:
         model.run(tracer.job)
     assert not caught.value.results and len(caught.value.results.failed) == 1
+
+
+def test_a_generation_of_which_everything_fails_has_outputs_without_values(
+    model: LanguageModel,
+) -> None:
+    with model.scan(PROMPTS[0], generate=True, max_new_tokens=2) as tracer:
+        of_a_value(model)
+    results = model.run(tracer.job, raises=False)
+    (outputs,) = results.outputs
+    assert outputs is not None and (outputs.whole, [*outputs.each]) == (None, [None])
+    with pytest.raises(NoValueError, match="has failed"):
+        _ = results.output

@@ -141,13 +141,21 @@ def put(site: Site, value: Any, layout: Any, part: Part, own: Any) -> None:
 
     def fill(layout: TensorLayout, whole: Any, own: Any) -> None:
         axis = flat_axis(layout)
+        # No gradient goes back through padding: what is written may be no finite number, and then
+        # attention makes NaN of the zeros that come from there.
+        padded = whole.requires_grad and not part.spans_length
         if axis is None:
+            if padded and Axis.ROWS in layout.axes:
+                all_of_it = (*[_ALL] * layout.axes.index(Axis.ROWS), part.rows)
+                whole[all_of_it] = whole[all_of_it].detach()
             _cut_tensor(site, whole, layout, part, all_rows=True).copy_(own)
             return
         positions, length = part.along(layout.axes[axis])
         apart = whole.unflatten(axis, (part.batch, length))
         rows = part.rows.stop - part.rows.start
-        lead = (slice(None),) * axis
+        lead = (_ALL,) * axis
+        if padded:
+            apart[(*lead, part.rows)] = apart[(*lead, part.rows)].detach()
         apart[(*lead, part.rows, positions)] = own.unflatten(axis, (rows, -1))
 
     _by_layout(fill, layout, value, own)

@@ -281,7 +281,8 @@ def _compute(recording: Lines, index: int, one_dtype: bool = False) -> Any:
     except InsituError as error:
         raise located(recording.graph, index, error) from None
     except Exception as error:
-        if "DataDependent" in type(error).__name__ or "DynamicOutput" in type(error).__name__:
+        unknown = "DataDependent" in type(error).__name__ or "DynamicOutput" in type(error).__name__
+        if unknown or ".tolist() is not supported" in str(error):
             written = expression(recording.graph, index)
             raise UnknownShapeError(
                 f"The shape of `{written}` depends on values, so it is not known before the run.",

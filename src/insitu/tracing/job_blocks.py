@@ -16,6 +16,7 @@ from insitu.batching.procedure import Subject
 from insitu.engine.budget import Budget
 from insitu.engine.dependence import Dependence, Lost
 from insitu.engine.failures import FailedInvocations, ends_all
+from insitu.engine.job_outcome import Outputs
 from insitu.engine.job_parts import JobBlock, earlier_of
 from insitu.graph.cells import Cell, Holder, Missing
 from insitu.graph.errors import (
@@ -182,7 +183,9 @@ def _without_values(block: JobBlock, failed: Sequence[FailedInvocations]) -> Ran
             why = next((one.error for one in failed if index in one.nodes), None)
             if why is not None:
                 cell.content = Missing(f"its run raised {type(why).__name__}.")
-    return RanBlock(saves, failed)
+    generates = block.procedure == "generate"
+    outputs = Outputs(None, [None] * len(block.prompts)) if generates else None
+    return RanBlock(saves, failed, outputs=outputs)
 
 
 def _part_of(block: JobBlock, lost: Lost) -> tuple[JobBlock, Rest]:
