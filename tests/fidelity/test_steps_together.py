@@ -55,7 +55,7 @@ def alone(
     part = model.module.get_submodule(read)
     keep = lambda part, args, output: seen.append(first(output).detach().clone())  # noqa: E731
     handles.append(part.register_forward_hook(keep))
-    options = {"pad_token_id": model.traits.pad_id, **PLAIN, **options}
+    options = {**PLAIN, **options}
     try:
         tokens = model.module.generate(ids, attention_mask=torch.ones_like(ids), **options)
     finally:

@@ -264,8 +264,8 @@ def test_parameters_and_leaves_stay_untouched() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"steps": 0}, OptionError, "at least 1"),
-        ({"steps": 1, "rule": "trapezoid"}, OptionError, "at least 2"),
+        ({"steps": 0}, OptionError, "from 1 on"),
+        ({"steps": 1, "rule": "trapezoid"}, OptionError, "from 2 on"),
         ({"rule": "simpson"}, OptionError, "gauss-legendre"),
         ({"baseline": "mean"}, OptionError, "pad token"),
         ({"baseline": torch.tensor([1])}, OptionError, "tensor of embeddings"),

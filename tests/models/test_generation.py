@@ -11,14 +11,15 @@ IDS = torch.tensor([[3, 14, 15, 92, 65]])
 RAGGED = [[3, 14, 15, 92, 65], [7, 8], [9, 10, 11]]
 
 
-def generated(model: LanguageModel, rows: list[list[int]], **options: object) -> torch.Tensor:
-    """The oracle: Hugging Face's own `generate` on rows padded by hand."""
-    length = max(map(len, rows))
-    ids = torch.tensor([[model.traits.pad_id] * (length - len(row)) + row for row in rows])
+def generated(model: LanguageModel, rows: list[list[int]], **options: Any) -> torch.Tensor:
+    """The oracle: Hugging Face's own `generate` on rows padded by hand, with what it pads with."""
+    module: Any = model.module
+    length, config = max(map(len, rows)), module.generation_config
+    end = options.get("eos_token_id", config.eos_token_id)
+    pad = next(one for one in (config.pad_token_id, end, model.traits.pad_id) if one is not None)
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return model.module.generate(
-        ids, attention_mask=mask, pad_token_id=model.traits.pad_id, **options
-    )
+    return module.generate(ids, attention_mask=mask, **options)
 
 
 def test_output_is_what_generate_returns(language_model: LanguageModel) -> None:
