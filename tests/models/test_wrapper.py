@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import transformers
 from accelerate import cpu_offload
 from torch import nn
 
@@ -170,11 +169,6 @@ def test_a_part_that_is_compiled_after_a_block_was_planned_runs_as_written(
     assert not counters["frames"]  # nothing was compiled
 
 
-@pytest.mark.xfail(
-    int(transformers.__version__.partition(".")[0]) < 5,
-    reason="with Transformers 4.57 patterns are refused while a model is in training mode",
-    raises=PathError,
-)
 @pytest.mark.filterwarnings("ignore:The model is in training mode:UserWarning")
 @pytest.mark.filterwarnings("ignore:Attention scores and patterns exist:UserWarning")
 def test_what_is_found_out_in_training_mode_holds_after_it_and_leaves_no_hooks() -> None:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from insitu.engine.functions import in_cache
 from insitu.engine.interpose import Taps
+from insitu.engine.keeping import evaluating
 from insitu.engine.probe import Call, fake_run
 from insitu.graph.changes import changing
 from insitu.graph.ordinary import made_ordinary, ordinary_tensors
@@ -299,7 +300,7 @@ def watch(
     caches: Collection[str] = (),
     contents: bool = False,
 ) -> Dataflow:
-    """Makes a call of a module and returns its dataflow.
+    """Makes a call of a module and returns its dataflow: that without dropout, in either mode.
 
     Args:
         module: the module. It is changed for the duration, so the caller must hold it.
@@ -318,6 +319,7 @@ def watch(
             for part, path in {part: path for path, part in reversed([*modules.items()])}.items():
                 taps.before(part, partial(recorder.enter, path))
                 taps.after(part, partial(recorder.leave, path))
+            changes.enter(evaluating(modules.values()))
             changes.enter(_Watch(recorder.visit, caches))
             if fake:
                 fake_run(module, call, contents)

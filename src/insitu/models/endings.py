@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from insitu.engine.dataflow import Dataflow, watch
-from insitu.engine.keeping import evaluating
 from insitu.graph.node import SEPARATOR
 from insitu.models.blocks import CACHES
 from insitu.models.norms import norm_of
@@ -51,7 +50,7 @@ def find_endings(body: Body) -> Endings:
     if call is None or not body.stacks:
         why = "it is not known what this model is called with, or it has no list of blocks."
         return Endings(why, why, {}, {})
-    with model.in_use(), evaluating(model.modules.values()):
+    with model.in_use():
         flow = watch(model.module, model.modules, call, fake=False, keeping=True, caches=CACHES)
         ways = _Ways(flow, model.modules)
         last = next(flow.calls(body.stacks[-1][-1]), None)
