@@ -86,6 +86,56 @@ HUGE: dict[str, tuple[list[str], list[Any]]] = {
         ["Tensor.abs", "operator.mul", "Tensor.long", "Tensor.flatten", "torch.repeat_interleave"],
         [row(1, ref(0)), row(2, ref(1), 1e9), row(3, ref(2)), row(4, ref(3)), row(5, ref(4))],
     ),
+    "covariance": (
+        ["Tensor.repeat", "torch.cov"],
+        [row(1, ref(0), 5000, 1), row(2, ref(1))],
+    ),
+    "correlation": (
+        ["Tensor.repeat", "torch.corrcoef"],
+        [row(1, ref(0), 5000, 1), row(2, ref(1))],
+    ),
+    "where alone": (
+        ["Tensor.expand", "torch.where"],
+        [row(1, ref(0), 2 * 10**7, 3, 4), row(2, ref(1))],
+    ),
+    "least squares": (
+        ["Tensor.repeat", "linalg.lstsq"],
+        [row(1, ref(0), 700, 500), row(2, ref(1), ref(1))],
+    ),
+    "all close": (
+        ["Tensor.expand", "torch.allclose"],
+        [row(1, ref(0), 2 * 10**7, 3, 4), row(2, ref(1), ref(0))],
+    ),
+    "equal": (
+        ["Tensor.expand", "torch.equal"],
+        [row(1, ref(0), 5 * 10**8, 3, 4), row(2, ref(1), ref(1))],
+    ),
+    "sums of logarithms": (
+        ["Tensor.abs", "operator.add", "torch.mvlgamma"],
+        [row(1, ref(0)), row(2, ref(1), 1e9), row(3, ref(2), 10**7)],
+    ),
+    "wide window": (
+        ["Tensor.repeat", "functional.avg_pool1d"],
+        [row(1, ref(0), 1, 40000), row(2, ref(1), 20000, 1)],
+    ),
+    "wide window of two axes": (
+        ["Tensor.repeat", "operator.getitem", "functional.max_pool2d"],
+        [row(1, ref(0), 200, 200), row(2, ref(1), None), row(3, ref(2), 300, 1)],
+    ),
+    "distances": (
+        ["Tensor.repeat", "functional.pdist"],
+        [row(1, ref(0), 1000, 1000), row(2, ref(1))],
+    ),
+    "margins": (
+        [
+            *("Tensor.flatten", "Tensor.repeat", "operator.mul", "Tensor.long"),
+            "functional.multilabel_margin_loss",
+        ],
+        [
+            *(row(1, ref(0)), row(2, ref(1), 4000), row(3, ref(2), 0.0), row(4, ref(3))),
+            row(5, ref(2), ref(4)),
+        ],
+    ),
     "size of a value": (
         [*NUMBER, "Tensor.new_zeros"],
         [*A_NUMBER, row(6, ref(0), ref(5))],
@@ -305,3 +355,64 @@ def test_a_limit_is_an_error_that_one_expects() -> None:
 
 def plain() -> bytes:
     return job_bytes(small(), ["read", "save"], [READ, row(1, ref(0))])
+
+
+ONES = ["list", [1] * 800]
+# Each asks for a tensor of hundreds of axes.
+MANY_AXES: dict[str, tuple[list[str], list[Any]]] = {
+    "reshape": (["Tensor.reshape"], [row(1, ref(0), ["list", [*ONES[1], 12]])]),
+    "view": (["Tensor.view"], [row(1, ref(0), *ONES[1], 12)]),
+    "repeat": (["Tensor.repeat"], [row(1, ref(0), *ONES[1])]),
+    "tile": (["torch.tile"], [row(1, ref(0), ONES)]),
+    "expand": (["Tensor.expand"], [row(1, ref(0), *ONES[1], 3, 4)]),
+    "new_zeros": (["Tensor.new_zeros"], [row(1, ref(0), ONES)]),
+    "index": (["operator.getitem"], [row(1, ref(0), ["tuple", [None] * 800])]),
+    "unravel": (
+        ["Tensor.long", "torch.unravel_index"],
+        [row(1, ref(0)), row(2, ref(1), ["tuple", [1] * 800])],
+    ),
+    "sizes of a run": (
+        ["Tensor.flatten", "Tensor.tolist", "operator.getitem", "operator.mul", "Tensor.reshape"],
+        [
+            *(row(1, ref(0)), row(2, ref(1)), row(3, ref(2), ["slice", 0, 1, None])),
+            *(row(4, ref(3), 800), row(5, ref(0), ref(4))),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MANY_AXES)
+def test_a_tensor_has_no_hundreds_of_axes(name: str) -> None:
+    model = small()
+    operations, rows = MANY_AXES[name]
+    names = ["read", *operations, "save"]
+    made = [READ, *rows, row(len(names) - 1, ref(len(rows)))]
+    job = Job.from_bytes(job_bytes(model, names, made))
+    with model.trace(X):
+        model[1].output.save()
+    for call in (model.run, model.check):
+        error = quick(lambda call=call: call(job))
+        if call == model.check and name == "sizes of a run":
+            continue  # a list of values is not known before
+        assert isinstance(error, LimitError) and "axes" in str(error)
+        assert error.allowed == 64 < error.found
+
+
+@pytest.mark.parametrize("make", [usual, generation])
+def test_what_is_counted_in_the_check_is_not_counted_again_in_the_run(
+    make: Callable[[Any], Any],
+) -> None:
+    model = gpt()
+    job = make(model).job
+    most = model.check(job).flops
+    model.run(job, limits=Limits(operations=1.01 * most))
+
+
+def test_lines_in_later_steps_are_counted_once() -> None:
+    model = gpt()
+    weight = torch.randn(16, 1000)
+    with model.scan(IDS, generate=True, max_new_tokens=2, do_sample=False) as tracer:
+        with tracer.step(1):
+            (model.transformer.h[1].output[0] @ weight).relu().sum().save("sum")
+    most = model.check(tracer.job).flops
+    assert model.run(tracer.job, limits=Limits(operations=1.01 * most))["sum"].ndim == 0

@@ -105,7 +105,10 @@ class Counting(TorchDispatchMode):
         for tensor in tensors_of(result):
             if storage_of(tensor) not in there:
                 self._made += self._held.add(tensor)
-        self._peak = max(self._peak, self._held.bytes)
+        beside = 0
+        if packet.__name__ == "mvlgamma":  # it makes them all at once, and adds them up
+            beside = given[0].numel() * given[0].element_size() * cast(int, args[1])
+        self._peak = max(self._peak, self._held.bytes + beside)
         return result
 
 
@@ -118,18 +121,35 @@ def _flops(
         return float(cast(Any, flop_registry)[packet](*args, **kwargs, out_val=result))
     name = str(packet.__name__)
     made = tensors_of(result)
-    if not made or name in _FREE:
+    if name in _FREE:
         return 0.0
-    largest = max(tensor.numel() for tensor in (*given, *made))
+    largest = max((tensor.numel() for tensor in (*given, *made)), default=0)
+    if not made:  # a number, or a truth value
+        return float(largest)
+    if "_pool" in name and "adaptive" not in name:
+        return float(max(tensor.numel() for tensor in made)) * _window(name, args)
+    if name.startswith("multilabel_margin_loss"):
+        return float(largest) * given[0].shape[-1]
+    if name == "mvlgamma":
+        return float(largest) * cast(int, args[1])
     decomposes = name.lstrip("_").startswith(_DECOMPOSITIONS) and name not in _NO_DECOMPOSITIONS
     if decomposes and given and given[0].ndim > 1:
         rows, columns = given[0].shape[-2:]
         return _CUBIC * given[0].numel() * min(rows, columns)
     if any(word in name for word in _SORTS):
         return largest * math.log2(max(largest, 2))
-    if "cdist" in name:
+    if "cdist" in name or "pdist" in name:
         return 3.0 * made[0].numel() * given[0].shape[-1]
     return float(largest)
+
+
+def _window(name: str, args: tuple[Any, ...]) -> int:
+    """How many numbers each of a pooling's results is made of."""
+    sizes = next((arg for arg in args if isinstance(arg, int | list | tuple)), 1)
+    if isinstance(sizes, int):
+        sizes = [sizes]
+    axes = int(next((letter for letter in name if letter.isdigit()), "1"))
+    return math.prod(sizes) if len(sizes) == axes else cast(int, sizes[0]) ** axes
 
 
 _FREE = frozenset(

@@ -37,6 +37,18 @@ def largest(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return first[_without_masks(args[1])]
     if name in ("unique", "unique_consecutive"):
         return _unique(first, args, kwargs)
+    if name == "where" and len(args) + len(kwargs) == 1:
+        return _new(first, (first.numel(), first.ndim), torch.int64).unbind(1)
+    if name in ("cov", "corrcoef"):
+        rows = first.reshape(1, -1) if first.ndim < 2 else first
+        products = rows @ rows.mT
+        return products.squeeze() if first.ndim < 2 else products
+    if name == "lstsq" and len(given) > 1:
+        return _least_squares(first, given[1])
+    if name in ("allclose", "equal") and len(given) > 1:
+        compare = torch.eq if name == "equal" else torch.isclose
+        compare(first, given[1])  # what it takes
+        return True
     return None
 
 
@@ -98,6 +110,16 @@ def _without_masks(key: Any) -> Any:
 
 def _is_mask(part: Any) -> bool:
     return isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8)
+
+
+def _least_squares(left: Tensor, right: Tensor) -> Any:
+    """What `linalg.lstsq` gives, with all that it may leave empty."""
+    torch.linalg.svd(left)  # what it takes
+    solution = left.mT @ right.reshape(*left.shape[:-1], -1)
+    residuals = _new(left, (*solution.shape[:-2], solution.shape[-1]), left.dtype)
+    rank = _new(left, tuple(left.shape[:-2]), torch.int64)
+    values = _new(left, (*left.shape[:-2], min(left.shape[-2:])), left.dtype)
+    return cast(Any, torch.return_types).linalg_lstsq((solution, residuals, rank, values))
 
 
 def _unique(first: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

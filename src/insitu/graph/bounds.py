@@ -27,6 +27,9 @@ MOST_ENTRIES = 2**16
 MOST_NUMBERS = 2**20
 """Of the list that `tolist` makes, and the characters of a string."""
 
+MOST_AXES = 64
+"""Of a tensor: as many as most of what torch computes takes."""
+
 MOST_ITEMS = 2**20
 """Of a `fold`, times those of the ones around it."""
 
@@ -275,6 +278,48 @@ def divided(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return called
+
+
+def shaped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that gives a tensor other sizes, of so many axes only as there may be.
+
+    Args:
+        function: the function: one of `SHAPING`.
+    """
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > MOST_AXES:
+            check_axes(len(args) - 1)
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, tuple | list) and len(cast("list[Any]", arg)) > MOST_AXES:
+                check_axes(len(cast("list[Any]", arg)))
+        return function(*args, **kwargs)
+
+    return called
+
+
+SHAPING = frozenset(
+    (
+        *("broadcast_to", "expand", "new_full", "new_ones", "new_zeros", "repeat", "reshape"),
+        *("tile", "unflatten", "unravel_index", "view"),
+    )
+)
+"""The names of operations that are given the sizes of what they make."""
+
+
+def check_axes(axes: int) -> None:
+    """Raises if a tensor would have more axes than it may have.
+
+    Args:
+        axes: how many.
+
+    Raises:
+        LimitError: if it would.
+    """
+    if axes > MOST_AXES:
+        what = f"makes a tensor of {axes:,} axes"
+        raise exceeded(what, axes, MOST_AXES, "give it fewer axes")
 
 
 DIVIDING = frozenset(

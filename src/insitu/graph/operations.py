@@ -19,10 +19,19 @@ from typing import Any
 import torch
 import torch.nn.functional
 
-from insitu.graph.bounds import DIVIDING, OPERATORS, check_entries, divided, is_container, items
+from insitu.graph.bounds import (
+    DIVIDING,
+    OPERATORS,
+    SHAPING,
+    check_entries,
+    divided,
+    is_container,
+    items,
+    shaped,
+)
 from insitu.graph.called_modules import apart_from_weights, pulled_back
 from insitu.graph.put import put
-from insitu.graph.structure import attribute, copied, kept
+from insitu.graph.structure import attribute, copied, item, kept
 from insitu.graph.writing import fitted, replaced, standing_in
 
 
@@ -319,9 +328,11 @@ def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
         if not callable(function):
             continue
         if namespace is operator:
-            function = OPERATORS.get(name, function)
+            function = item if name == "getitem" else OPERATORS.get(name, function)
         elif name in DIVIDING:
             function = divided(name, function)
+        elif name in SHAPING:
+            function = shaped(function)
         full = f"{prefix}.{name}"
         listed[full] = Operation(full, function, casts=name not in never_cast)
     return listed
@@ -377,7 +388,7 @@ def unbounded(operation: Operation) -> Callable[..., Any]:
         operation: the operation.
     """
     name = operation.short
-    if operation.name.startswith("operator.") and name in OPERATORS:
+    if operation.name.startswith("operator.") and (name in OPERATORS or operation is GETITEM):
         return getattr(operator, name)
     return getattr(operation.function, "__wrapped__", operation.function)
 

@@ -92,6 +92,23 @@ def kept(value: Any, to: str | None = None) -> Any:
     return map_structure(leaf, value)
 
 
+def item(value: Any, key: Any, /) -> Any:
+    """Returns what a key takes out of a value: a key of a tensor has an entry for each axis.
+
+    Args:
+        value: a tensor, or a structure.
+        key: the key.
+    """
+    if type(key) is tuple and len(cast("tuple[Any, ...]", key)) > _LONG_KEY:
+        from insitu.graph.bounds import check_axes  # nobody has such a key
+
+        check_axes(len(cast("tuple[Any, ...]", key)))
+    return value[key]
+
+
+_LONG_KEY = 16  # longer ones are looked at
+
+
 def clone(leaf: Any) -> Any:
     """Returns a copy of a tensor with its history for autograd; anything else as it is.
 

@@ -16,6 +16,7 @@ from insitu.batching.demand import Side
 from insitu.engine.probe import Call
 from insitu.models.attention import OPTION, attending
 from insitu.models.choosing import only
+from insitu.models.generation_obstacles import is_set
 from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
 
@@ -27,13 +28,13 @@ _NO_EXTRAS: Mapping[str, Any] = {}
 
 _OTHER_SEARCHES = (
     *("assistant_early_exit", "assistant_model", "constraints", "custom_generate", "dola_layers"),
-    *("force_words_ids", "penalty_alpha", "prompt_lookup_num_tokens"),
+    *("force_words_ids", "num_beams", "penalty_alpha", "prompt_lookup_num_tokens"),
 )
 """Options with which `generate` chooses other than step by step."""
 
 _MORE_FORWARDS = (
-    *("assistant_early_exit", "assistant_model", "penalty_alpha", "prefill_chunk_size"),
-    "prompt_lookup_num_tokens",
+    *("assistant_early_exit", "assistant_model", "guidance_scale", "penalty_alpha"),
+    *("prefill_chunk_size", "prompt_lookup_num_tokens"),
 )
 """Options with which `generate` runs the model more than once for a token, or for several."""
 
@@ -111,18 +112,17 @@ class GenerateCalls:
     @property
     def other_search(self) -> str | None:
         """The option with which steps do not choose one token for each row, for good; else None."""
-        module = self.model.module
-        if self.setting(module, "num_beams") not in (None, 1):
-            return "num_beams"
-        return next((name for name in _OTHER_SEARCHES if self.setting(module, name)), None)
+        return self._first_set(_OTHER_SEARCHES)
 
     @property
     def more_forwards(self) -> str | None:
         """The option with which a step is not one forward for one token more; else None."""
+        return self._first_set(_MORE_FORWARDS)
+
+    def _first_set(self, names: Sequence[str]) -> str | None:
+        """The first of some options that says something, None if none does."""
         module = self.model.module
-        if self.setting(module, "guidance_scale") not in (None, 1):
-            return "guidance_scale"
-        return next((name for name in _MORE_FORWARDS if self.setting(module, name)), None)
+        return next((name for name in names if is_set(name, self.setting(module, name))), None)
 
     def given(self, prompt: Prompt) -> int:
         """Returns how many tokens that a generation returns of a prompt were not generated."""

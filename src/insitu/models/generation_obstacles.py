@@ -41,6 +41,16 @@ _OFF: Mapping[str, Collection[Any]] = {
 }
 
 
+def is_set(name: str, value: Any) -> bool:
+    """Returns whether an option of a generation says something.
+
+    Args:
+        name: the option.
+        value: its value.
+    """
+    return bool(value) and value not in _OFF.get(name, ())
+
+
 def unlike_alone(options: Mapping[str, Any], configs: Sequence[Any]) -> str | None:
     """Returns an option with which a prompt may go on otherwise in a batch, None if there is none.
 

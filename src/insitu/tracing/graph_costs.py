@@ -33,6 +33,7 @@ class GraphCosts(NamedTuple):
 
     Attributes:
         flops: floating-point operations.
+        sure: those of them of the nodes whose values have one size, which is known.
         bytes: the most that recorded values hold at once.
         unknown: of how many nodes nothing is known.
         largest: how many are counted with the largest size that they can have.
@@ -40,6 +41,7 @@ class GraphCosts(NamedTuple):
     """
 
     flops: float
+    sure: float
     bytes: int
     unknown: int
     largest: int
@@ -64,7 +66,8 @@ def graph_costs(lines: Lines, plan: Plan, steps: int, budget: Budget | None = No
         meter.add(index, value, inferred.counting)
     counted, known = len(inferred.estimates.fakes), frozenset(lines.fakes)
     unknown = len(lines.graph.rows) - counted
-    return GraphCosts(meter.flops, meter.most, unknown, counted - len(known), known)
+    sure = sum(meter.each[index] for index in known)
+    return GraphCosts(meter.flops, sure, meter.most, unknown, counted - len(known), known)
 
 
 class _Inferred:
@@ -139,6 +142,7 @@ class _Meter:
         self._values: dict[int, Sequence[torch.Tensor]] = {}
         self._counted = 0.0
         self._now = 0
+        self.each: list[float] = []  # what each node takes
         self.flops = 0.0
         self.most = 0
 
@@ -146,7 +150,8 @@ class _Meter:
         """Adds a node, whose value was just inferred."""
         counts = counting.counts
         times = self._steps if self._lines.graph.repeats_node(index) else 1
-        self.flops += (counts.flops - self._counted) * times
+        self.each.append((counts.flops - self._counted) * times)
+        self.flops += self.each[-1]
         self._counted = counts.flops
         made = 0
         self._values[index] = found = tensors_of(value)

@@ -177,7 +177,7 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
     limits.check_graphs([block.graph for block in job.blocks])
     results: dict[str, Expected] = {}
     plans: list[Planned] = []
-    model_flops = graph_flops = 0.0
+    model_flops = graph_flops = sure = 0.0
     peak = kept = unknown = at_most = 0
     ways: set[str] = set()
     earlier: list[RanBlock] = []
@@ -196,6 +196,7 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
         results |= found
         ways.add(costs.how)
         model_flops, graph_flops = model_flops + costs.flops, graph_flops + recorded.flops
+        sure += costs.flops + recorded.sure
         unknown, at_most = unknown + recorded.unknown, at_most + recorded.largest
         peak = max(peak, kept + costs.bytes + recorded.bytes)
         blocks.append(Beforehand(recorded.known, kept + costs.bytes))
@@ -206,7 +207,7 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
         what = f"The job takes {peak:,} bytes at once beside the model's weights"
         limits.check("peak_bytes", peak, what, line)
     if budget is not None:
-        budget.blocks, budget.flops = blocks, model_flops + graph_flops
+        budget.blocks, budget.flops = blocks, sure  # the others are counted when they come
     weights = _weight_bytes(model)
     beside = f"; {at_most} at the largest size that they can have" * (at_most > 0)
     beside += f"; {unknown} of unknown size left out" * (unknown > 0)
