@@ -26,6 +26,9 @@ from insitu.graph.changes import changing
 from insitu.graph.ordinary import made_ordinary, ordinary_tensors
 from insitu.graph.structure import map_structure, tensors_of
 
+CASTS = frozenset(["bfloat16", "double", "float", "half", "to", "type", "type_as"])
+"""Functions that bring a tensor to a dtype."""
+
 
 class Event(NamedTuple):
     """A call of a module, or of a torch function in a module's own forward.
@@ -105,6 +108,7 @@ class Dataflow:
         results: what each call of a module returned, likewise.
         applied: what each event was called with; of a forward that was kept.
         tensors: what each value was, likewise.
+        casts: the events that only brought a value to 16 bits, or back from them.
     """
 
     events: list[Event] = field(default_factory=list[Event])
@@ -117,6 +121,7 @@ class Dataflow:
     results: dict[int, Any] = field(default_factory=dict[int, Any])
     applied: dict[int, Applied] = field(default_factory=dict[int, Applied])
     tensors: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    casts: set[int] = field(default_factory=set[int])
 
     def maker(self, value: int) -> Event | None:
         """Returns the event that made a value, None if it came from outside."""
@@ -255,6 +260,8 @@ class _Recorder:
                     self.flow.tensors[value] = tensor.detach().clone()
         if outputs:
             self.flow.events.append(Event(path, name, call, inputs, tuple(outputs), index))
+            if name in CASTS and _is_narrowed(args, result):
+                self.flow.casts.add(index)
             if self._keeping:
                 self.flow.applied[index] = Applied(function, *given)
 
@@ -327,6 +334,16 @@ def watch(
                 changes.gradients(False)
                 module(*args, **kwargs)
     return recorder.flow
+
+
+def _is_narrowed(args: Any, result: Any) -> bool:
+    """Whether a call made a floating-point tensor of 16 bits of another one, or the reverse."""
+    given = next((one for one in args if isinstance(one, torch.Tensor)), None)
+    if given is None or not isinstance(result, torch.Tensor):
+        return False
+    kinds = (given.dtype, result.dtype)
+    floating = all(kind.is_floating_point for kind in kinds)
+    return floating and kinds[0] != kinds[1] and 2 in (kind.itemsize for kind in kinds)
 
 
 def _numbers(items: Any) -> Any:

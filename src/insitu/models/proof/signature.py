@@ -32,8 +32,10 @@ def signatures(
         modules: the model's tree, by path.
     """
     traits: dict[str, set[str]] = {path: set() for path in blocks}
-    for event in flow.events:
+    for index, event in enumerate(flow.events):
         path = _block_around(event.path, blocks)
+        if index in flow.casts:  # what runs in 16 bits is of the kind that it is of in 32
+            continue
         if path is not None and not (event.function == "to" and event.call < 0):
             traits[path].add(f"{_within(event.path, path)}>{event.function}")
     for place, module in modules.items():
