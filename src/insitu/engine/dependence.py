@@ -36,6 +36,9 @@ class Dependence:
 
     Args:
         graph: the graph.
+
+    Attributes:
+        passes: the backward pass of each node that stands for a gradient, by that node.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -43,20 +46,20 @@ class Dependence:
         rows = graph.rows
         grads = [index for index, row in enumerate(rows) if row[0] is GRAD]
         backwards = [index for index, row in enumerate(rows) if row[0] is BACKWARD]
-        self._passes: dict[int, int] = {}  # the backward pass of each gradient
+        self.passes: dict[int, int] = {}
         bound = bound_to(graph, grads, backwards) if grads and backwards else {}
         for backward, found in bound.items():
-            self._passes.update(dict.fromkeys(found, backward))
+            self.passes.update(dict.fromkeys(found, backward))
         everybody = {row[1][0] for row in rows if row[0] is READ}
         # A block of one prompt has no `with` for it.
         alone = not graph.scopes and len(everybody) == 1
         self._only: int | None = everybody.pop() if alone else None
         read_by = self._own = graph.invocations()
-        if self._passes:  # a gradient is computed of all that its pass is, recorded before or after
+        if self.passes:  # a gradient is computed of all that its pass is, recorded before or after
             self._own = list[frozenset[int]]()
             for index, row in enumerate(rows):
                 found = read_by[index].union(*(self._own[source] for source in row[3]))
-                backward = self._passes.get(index)
+                backward = self.passes.get(index)
                 self._own.append(found if backward is None else found | read_by[backward])
 
     def invocations(self, nodes: Collection[int]) -> frozenset[int]:
@@ -104,6 +107,23 @@ class Dependence:
                 return number
         return self._only
 
+    def scopes(self) -> list[int | None]:
+        """Returns what `scope` does, for all nodes."""
+        count = len(self._graph)
+        found: list[int | None] = [self._only] * count
+        free = [*range(count + 1)]  # from where on to look for a node that has none yet
+        for number, first, end in self._graph.scopes:  # inner ones come first
+            node = first
+            while True:
+                while node < count and free[node] != node:
+                    free[node] = free[min(free[node], count)]
+                    node = free[node]
+                if node >= min(end, count):
+                    break
+                found[node] = number
+                free[node] = node + 1
+        return found
+
     def blamed(self, nodes: Collection[int], invocations: Collection[int]) -> Collection[int]:
         """Returns the invocations that one failure is of; none for a line outside of them.
 
@@ -141,7 +161,7 @@ class Dependence:
                 if index not in gone and (
                     not without.isdisjoint(self._own[index])
                     or not gone.isdisjoint(row[3])
-                    or self._passes.get(index) in gone
+                    or self.passes.get(index) in gone
                 ):
                     gone.add(index)
             for read, made in (*graph.writes.items(), *graph.skips.items()):

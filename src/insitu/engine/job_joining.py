@@ -25,14 +25,14 @@ from insitu.engine.job_parts import (
     Share,
     earlier_of,
 )
+from insitu.engine.partial_blocks import with_earlier
 from insitu.engine.results import Results
 from insitu.graph.errors import JobError
 from insitu.graph.location import here
-from insitu.graph.node import Address, Earlier, Graph, Row
+from insitu.graph.node import Address, Graph
 from insitu.graph.operations import KEEP, READ, SAVE
 from insitu.graph.renumbering import add_nodes
 from insitu.graph.save_names import LONGEST_NAME
-from insitu.graph.structure import map_structure
 
 
 def join(jobs: Sequence[Job]) -> Job:
@@ -142,7 +142,8 @@ class _Joined:
         first, start = len(self.prompts), len(self.graph)
         count = len(block.prompts)
         numbers = {number: first + number for number in range(count)}
-        graph = _with_earlier(block.graph, shares, moved)
+        blocks = [share.block for share in shares]
+        graph = with_earlier(block.graph, blocks, moved)
         nodes = add_nodes(self.graph, graph, range(len(graph)), numbers)
         if not graph.scopes and count == 1 and len(graph):  # a failing line is of its prompt
             self.graph.scopes = [*self.graph.scopes, (first, start, start + len(graph))]
@@ -257,28 +258,6 @@ def _check(number: int, job: Job) -> None:
                         "saves.",
                         here(),
                     )
-
-
-def _with_earlier(
-    graph: Graph, shares: Sequence[Share], moved: Sequence[Mapping[int, int]]
-) -> Graph:
-    """A graph in which values of earlier blocks have the places that they have when joined."""
-    if not any(map(earlier_of, graph.rows)):
-        return graph
-
-    def leaf(item: Any) -> Any:
-        if type(item) is not Earlier:
-            return item
-        return Earlier(shares[item.block].block, moved[item.block][item.node])
-
-    made = Graph([])
-    vars(made).update(vars(graph))
-    made.rows = []
-    for operation, args, kwargs, inputs, nested, mark in graph.rows:
-        if nested:
-            args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
-        made.rows.append(cast(Row, (operation, args, kwargs, inputs, nested, mark)))
-    return made
 
 
 def _named(number: int, block: JobBlock, names: dict[str, str]) -> dict[int, str]:

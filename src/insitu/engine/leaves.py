@@ -44,6 +44,18 @@ def leaves_of(
     return list(found.values())
 
 
+def has_leaves(graph: Graph, requests: object) -> bool:
+    """Returns whether tensors of the user's, or weights of the model, may get gradients in a block.
+
+    Args:
+        graph: what is to be done, with its constants.
+        requests: what the model is called with.
+    """
+    found: dict[int, torch.Tensor] = {}
+    _search(requests, found)
+    return bool(found) or any(_constants_of(graph, index) for index in range(len(graph)))
+
+
 def _constants_of(graph: Graph, index: int) -> dict[int, torch.Tensor]:
     """What requires a gradient among the constants of a node, by identity."""
     found: dict[int, torch.Tensor] = {}

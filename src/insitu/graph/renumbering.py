@@ -6,12 +6,13 @@ recorded is recorded in a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from insitu.graph.node import EVERY, Address, Graph, Row, ref, rewired, table_of
 from insitu.graph.operations import BACKWARD, GRAD, KEEP, READ
 from insitu.graph.recording import Recording
+from insitu.graph.structure import map_structure
 
 _DIFFERENTIATED = (BACKWARD, GRAD, KEEP)
 
@@ -44,6 +45,25 @@ def add_nodes(
         rows.append(row)
     _add_fields(target, graph, moved, numbers, start)
     return moved
+
+
+def exchanged(graph: Graph, leaf: Callable[[Any], Any]) -> Graph:
+    """Returns a graph with other things in containers among the arguments of its nodes.
+
+    Values of other blocks stand nowhere else: a node that has one counts as nested.
+
+    Args:
+        graph: the graph.
+        leaf: what to put in the place of each leaf.
+    """
+    made = Graph([])
+    vars(made).update(vars(graph))
+    made.rows = []
+    for operation, args, kwargs, inputs, nested, mark in graph.rows:
+        if nested:
+            args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
+        made.rows.append(cast(Row, (operation, args, kwargs, inputs, nested, mark)))
+    return made
 
 
 def replay(recording: Recording, graph: Graph, number: int, step: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
-from insitu.methods.measured_run import Run
+from insitu.methods.measured_run import Run, stacked_values
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
@@ -132,7 +132,7 @@ def ablate(
             scores.append(ablated)
         tracer.block.demand_alike()
     clean_values = read.stacked([one.value.float() for one in clean_scores])
-    values = [torch.stack([one.value.float() for one in ablated]) for ablated in scores]
+    values = [stacked_values(ablated) for ablated in scores]
     details = {"clean": clean_values}
     if put.drawn:
         details["drawn"] = read.stacked([torch.tensor(number) for number in put.drawn])

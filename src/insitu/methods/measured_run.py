@@ -7,6 +7,7 @@ these.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,3 +101,12 @@ class Run(Proxy):
                 here(3),
             )
         return self._invocation
+
+
+def stacked_values(saved: Sequence[Any]) -> torch.Tensor:
+    """Returns what was measured in some runs, as numbers in float32, `(run,)`.
+
+    Args:
+        saved: what was saved in each.
+    """
+    return torch.stack([one.value for one in saved]).float()

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.grid import Patch, grid_of
-from insitu.methods.measured_run import Run
+from insitu.methods.measured_run import Run, stacked_values
 from insitu.methods.metrics import Measure, Metric, as_metric
 from insitu.methods.pairs import Choice, read_pairs, share
 from insitu.methods.progress import progress as bar
@@ -105,31 +103,29 @@ def activation_patching(
     run, other = pairs.corrupted, pairs.clean
     if direction == "noising":
         run, other = other, run
-    found: list[tuple[Any, list[int]]] = []
+    found: list[tuple[list[Any], list[int]]] = []
     ends: list[Any] = []
+    # Each score is saved by itself: then the sweep can be cut where others wait for their turn.
     with bar("Activation patching", progress), model.trace() as tracer:
         for at, measure in enumerate(metric.of(model, len(pairs))):
             with tracer.invoke(pairs.clean.ids[at]):
                 reference = metric.reference(model)
                 donors = grid.read(model) if direction == "denoising" else {}
-                ends.append(measure(Run(model), reference))
+                ends.append(measure(Run(model), reference).save())
             with tracer.invoke(pairs.corrupted.ids[at]):
                 donors = donors or grid.read(model)
-                ends.append(measure(Run(model), reference))
+                ends.append(measure(Run(model), reference).save())
             sizes = grid.sizes(model, donors)
             lengths = run.lengths[at], other.lengths[at]
             scores: list[Any] = []
             for patches in grid.runs(sizes, *lengths):
                 with tracer.invoke(run.ids[at]):
-                    scores.append(_patched(model, patches, donors, measure, reference))
-            patched: Any = torch.stack(scores)
-            found.append((patched.save(), grid.shape(sizes, lengths[0])))
-        unpatched: Any = torch.stack(ends)
-        unpatched = unpatched.save()
+                    scores.append(_patched(model, patches, donors, measure, reference).save())
+            found.append((scores, grid.shape(sizes, lengths[0])))
         tracer.block.demand_alike()
-    values = [scores.value.float().reshape(shape) for scores, shape in found]
+    values = [stacked_values(scores).reshape(shape) for scores, shape in found]
     stacked = pairs.clean.stacked(values, *grid.ragged)
-    details, start, end = pairs.ends(unpatched.value.reshape(-1, 2), direction == "noising")
+    details, start, end = pairs.ends(stacked_values(ends).reshape(-1, 2), direction == "noising")
     quantity, centre = metric.name, None if pairs.clean.many else float(start)
     if normalised:
         stacked, centre = share(stacked, start, end, pairs), 0.0

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.grid import Choice
-from insitu.methods.measured_run import Run
+from insitu.methods.measured_run import Run, stacked_values
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.pairs import read_pairs, share
 from insitu.methods.patching import Direction, check_direction
@@ -126,10 +124,10 @@ def path_patching(
             with tracer.invoke(pairs.clean.ids[at]):
                 reference = metric.reference(model)
                 values[direction == "noising"] = paths.read(model)
-                start = measure(Run(model), reference)
+                start = measure(Run(model), reference).save()
             with tracer.invoke(pairs.corrupted.ids[at]):
                 values[direction != "noising"] = paths.read(model)
-                end = measure(Run(model), reference)
+                end = measure(Run(model), reference).save()
             ends.extend((start, end))
             own = start if direction == "noising" else end
             places = None if asked is None else chosen("position", asked, run.lengths[at])
@@ -142,16 +140,13 @@ def path_patching(
                     with tracer.invoke(run.ids[at]):
                         heard = paths.send(model, sender, values[True], values[False])
                         if not paths.receivers:
-                            found.append(measure(Run(model), reference))
+                            found.append(measure(Run(model), reference).save())
                     if paths.receivers:
                         with tracer.invoke(run.ids[at]):
-                            found.append(paths.hear(model, heard, measure, reference))
-        both: Any = torch.stack(ends)
-        scores: Any = torch.stack(found)
-        both, scores = both.save(), scores.save()
-    measured = both.value.float().reshape(-1, 2)
+                            found.append(paths.hear(model, heard, measure, reference).save())
+    measured = stacked_values(ends).reshape(-1, 2)
     shape = [len(pairs), len(blocks), *([len(numbers)] if paths.of_heads else [])]
-    stacked = scores.value.float().reshape(shape)
+    stacked = stacked_values(found).reshape(shape)
     if not pairs.clean.many:
         measured, stacked = measured[0], stacked[0]
     details = {"clean": measured[..., 0], "corrupted": measured[..., 1]}

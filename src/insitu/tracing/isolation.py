@@ -9,50 +9,18 @@ The runs themselves are in `running.py`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from insitu.batching.procedure import Procedure
 from insitu.engine.dependence import Lost
 from insitu.engine.failures import Failed, FailedInvocations, Failures, is_out_of_memory
 from insitu.engine.fallback import logger
 from insitu.engine.job_outcome import Outputs
+from insitu.engine.partial_blocks import rest_of
 from insitu.graph.cells import Missing
-from insitu.graph.node import Graph
-from insitu.graph.renumbering import add_nodes
 from insitu.tracing.run import HeldLines, Run
-
-
-class Rest(NamedTuple):
-    """What is left of a block.
-
-    Attributes:
-        graph: its graph.
-        numbers: the invocations that are left, by their numbers in the block.
-        nodes: the nodes that are left, by their numbers in the block.
-        moved: the number of each of these nodes in the graph of the rest.
-    """
-
-    graph: Graph
-    numbers: Sequence[int]
-    nodes: Sequence[int]
-    moved: Mapping[int, int]
-
-
-def rest_of(graph: Graph, count: int, lost: Lost) -> Rest:
-    """Returns a block without some of its invocations and nodes.
-
-    Args:
-        graph: what the block has recorded.
-        count: how many invocations it has.
-        lost: what is left out.
-    """
-    numbers = [number for number in range(count) if number not in lost.invocations]
-    nodes = [index for index in range(len(graph)) if index not in lost.nodes]
-    own = {number: at for at, number in enumerate(numbers)}
-    left = Graph([])
-    return Rest(left, numbers, nodes, add_nodes(left, graph, nodes, own))
 
 
 def spread_outputs(outputs: Outputs, numbers: Sequence[int], count: int) -> Outputs:

@@ -18,6 +18,7 @@ from insitu.engine.dependence import Dependence, Lost
 from insitu.engine.failures import FailedInvocations, ends_all
 from insitu.engine.job_outcome import Outputs
 from insitu.engine.job_parts import JobBlock, earlier_of
+from insitu.engine.partial_blocks import Rest, part_of
 from insitu.graph.cells import Cell, Holder, Missing
 from insitu.graph.errors import (
     ExecutionError,
@@ -29,7 +30,7 @@ from insitu.graph.errors import (
 from insitu.graph.expression import expression
 from insitu.graph.node import Earlier, Graph
 from insitu.graph.operations import KEEP, SAVE
-from insitu.tracing.isolation import Rest, rest_of, spread_outputs
+from insitu.tracing.isolation import spread_outputs
 from insitu.tracing.jobs import RanBlock, bind
 from insitu.tracing.run import Run
 from insitu.tracing.running import prepare, run_block, verify
@@ -107,7 +108,7 @@ def _run_part(
     for one in _failing_beforehand(block, dependence, lost, check):
         failed.append(one)
         lost |= Lost(one.nodes, frozenset(one.invocations))
-    part, rest = _part_of(block, lost)
+    part, rest = part_of(block, lost)
     if not part.prompts:
         return _without_values(block, failed)
     with nullcontext() if budget is None else budget.part(rest.nodes):
@@ -188,28 +189,6 @@ def _without_values(block: JobBlock, failed: Sequence[FailedInvocations]) -> Ran
     return RanBlock(saves, failed, outputs=outputs)
 
 
-def _part_of(block: JobBlock, lost: Lost) -> tuple[JobBlock, Rest]:
-    """Returns a block without some of its invocations and nodes, and what is left of it.
-
-    Args:
-        block: the block.
-        lost: what is left out.
-    """
-    rest = rest_of(block.graph, len(block.prompts), lost)
-    demanded = block.demanded
-    if demanded is not None:
-        prompts = [at for at, number in enumerate(rest.numbers) if number in demanded.prompts]
-        demanded = demanded._replace(prompts=prompts) if rest.graph.unfused else None
-    part = replace(
-        block,
-        prompts=[block.prompts[number] for number in rest.numbers],
-        graph=rest.graph,
-        saves={rest.moved[at]: name for at, name in block.saves.items() if at in rest.moved},
-        demanded=demanded,
-    )
-    return part, rest
-
-
 def _absent_values(graph: Graph, missing: Callable[[Earlier], Missing | None]) -> dict[int, Any]:
     """Returns the errors for nodes that use values of earlier blocks that are not there.
 
@@ -250,7 +229,7 @@ def _failing_beforehand(
     def wrong_with(numbers: Collection[int]) -> InsituError | None:
         others = [number for number in everything if number not in numbers]
         gone = dependence.lost(lost.nodes, {*lost.invocations, *others})
-        return check(_part_of(block, gone)[0])
+        return check(part_of(block, gone)[0])
 
     def fails(numbers: Collection[int], error: InsituError) -> None:
         gone = dependence.lost((), numbers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -13,17 +13,18 @@ from insitu.engine.failures import FailedInvocations
 from insitu.engine.job import Job
 from insitu.engine.job_outcome import Outputs
 from insitu.engine.job_parts import Demanded, JobBlock, JobPrompt, Share
+from insitu.engine.partial_blocks import Rest
 from insitu.graph.cells import Cell, Holder
 from insitu.graph.errors import BlockError, JobError
 from insitu.graph.location import here
 from insitu.graph.location import mark as here_mark
-from insitu.graph.node import Carried, Earlier, Graph, Row
+from insitu.graph.node import Carried, Earlier, Graph
 from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.recording import Recording
+from insitu.graph.renumbering import exchanged
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import map_structure
 from insitu.tracing.graph_check import check_graph
-from insitu.tracing.isolation import Rest
 from insitu.tracing.run import HeldLines, RecordedBlock, Run
 from insitu.tracing.site_shapes import SiteShapes
 
@@ -109,25 +110,7 @@ def _sendable(graph: Graph, lent: Mapping[int, Earlier]) -> Graph:
             )
         return lent[id(item.cell)]
 
-    return _exchanged(graph, leaf)
-
-
-def _exchanged(graph: Graph, leaf: Any) -> Graph:
-    """Returns a graph with other things among the arguments of its nodes.
-
-    Args:
-        graph: the graph.
-        leaf: what to put in the place of each leaf.
-    """
-    made = Graph([])
-    vars(made).update(vars(graph))
-    made.rows = []
-    for row in graph.rows:
-        operation, args, kwargs, inputs, nested, mark = row
-        if nested:  # what is looked for stands in no other row
-            args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
-        made.rows.append(cast(Row, (operation, args, kwargs, inputs, nested, mark)))
-    return made
+    return exchanged(graph, leaf)
 
 
 @dataclass(slots=True, eq=False)
@@ -213,7 +196,7 @@ def bind(
         return Carried(before.saves[item.node], lambda: before.fake(item.node))
 
     if any(row[4] for row in graph.rows):
-        graph = _exchanged(graph, leaf)
+        graph = exchanged(graph, leaf)
     saves: dict[int, Holder] = {
         index: Cell() for index, row in enumerate(graph.rows) if row[0] in (SAVE, KEEP)
     }
