@@ -32,6 +32,8 @@ class Job:
         model: which model it is for.
         blocks: its blocks, in their order. Later ones may use values of earlier ones.
         parts: the jobs of which it is made, if `join` has made it.
+        leaves: of a job that was read, the tensors that are trained where it was recorded. What a
+            run adds to their `.grad` is for there: see `to_bytes`.
 
     Example:
         >>> from insitu import Job, LanguageModel
@@ -47,6 +49,7 @@ class Job:
     model: JobModel
     blocks: Sequence[JobBlock]
     parts: Sequence[JobPart] = ()
+    leaves: Sequence[torch.Tensor] = ()
 
     @property
     def saves(self) -> Mapping[str, str]:
@@ -57,7 +60,7 @@ class Job:
             for index, name in block.saves.items()
         }
 
-    def to_bytes(self, without: Collection[str] = ()) -> bytes:
+    def to_bytes(self, without: Collection[str] = (), *, trains: bool = False) -> bytes:
         """Returns the job as bytes, for `from_bytes` in another process.
 
         Tensors are copied as they are now. The user's lines go with it, each with its text and the
@@ -65,14 +68,16 @@ class Job:
 
         Args:
             without: the digests of tensors that the reader has already: see `tensors`.
+            trains: whether tensors that require grad may travel. They are leaves over there,
+                `job.leaves`, in the order in which `trained` has them here.
 
         Raises:
-            WireError: if it holds what cannot travel, such as a function or a tensor that requires
-                grad, naming it and the line.
+            WireError: if it holds what cannot travel, such as a function or, unless it `trains`, a
+                tensor that requires grad, naming it and the line.
         """
         from insitu.engine.job_wire import to_bytes
 
-        return to_bytes(self.model, self.blocks, without, self.parts)
+        return to_bytes(self.model, self.blocks, without, self.parts, trains)
 
     @classmethod
     def from_bytes(
@@ -81,6 +86,7 @@ class Job:
         tensors: Mapping[str, torch.Tensor] | None = None,
         *,
         limits: Limits | None = None,
+        device: torch.device | None = None,
     ) -> Job:
         """Returns the job that `to_bytes` made bytes of.
 
@@ -91,6 +97,8 @@ class Job:
             tensors: tensors that are not among them, by digest.
             limits: how many bytes, nodes and sites it may have. Rows that are too many are not
                 even read. Its other limits are those of `model.check` and `model.run`.
+            device: the device that its tensors are put on; None for those that they were on, as
+                far as this machine has them.
 
         Raises:
             LimitError: if it has more.
@@ -99,7 +107,7 @@ class Job:
         """
         from insitu.engine.job_wire import from_bytes
 
-        return cls(*from_bytes(data, tensors or {}, limits or Limits()))
+        return cls(*from_bytes(data, tensors or {}, limits or Limits(), device))
 
     def save(self, path: str | os.PathLike[str], without: Collection[str] = ()) -> None:
         """Writes the job to a file, whole or not at all.
@@ -148,7 +156,18 @@ class Job:
         """
         from insitu.engine.job_wire import tensors_of
 
-        return tensors_of(self.blocks)
+        return tensors_of(self.blocks)[0]
+
+    @property
+    def trained(self) -> Sequence[torch.Tensor]:
+        """The tensors in it that require grad, in the order in which `leaves` has them elsewhere.
+
+        Raises:
+            WireError: if the job holds what cannot travel.
+        """
+        from insitu.engine.job_wire import tensors_of
+
+        return tensors_of(self.blocks, trains=True)[1]
 
     def __repr__(self) -> str:
         prompts = sum(len(block.prompts) for block in self.blocks)

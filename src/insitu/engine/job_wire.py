@@ -35,7 +35,9 @@ from insitu.graph.wire import Frame, Writer, decoded, said_of
 from insitu.graph.wire_message import DigestedTensor, Fields, Index, LinePart, Part, Value
 from insitu.graph.wire_reader import Reader
 from insitu.graph.wire_tensors import (
+    Identity,
     digest_of,
+    digests_in,
     restored_by_digest,
     stored_by_digest,
 )
@@ -96,15 +98,20 @@ class _Writer(Writer):
     """Writes what blocks hold, and of equal tensors one.
 
     Attributes:
-        by_digest: the tensors, by their digests and devices, in the order of their numbers.
+        by_digest: the tensors, by what tells them apart, in the order of their numbers.
+        leaves: those whose gradients are to come back.
     """
 
-    def __init__(self) -> None:
-        self.by_digest: dict[tuple[str, str], torch.Tensor] = {}
-        super().__init__(ValueWriter(identity=self._identity))
+    def __init__(self, trains: bool = False) -> None:
+        self.by_digest: dict[Identity, torch.Tensor] = {}
+        self.leaves: list[torch.Tensor] = []
+        super().__init__(ValueWriter(identity=self._identity, trains=trains))
 
-    def _identity(self, tensor: torch.Tensor) -> tuple[str, str]:
-        key = digest_of(tensor), str(tensor.device)
+    def _identity(self, tensor: torch.Tensor) -> Identity:
+        if tensor.requires_grad:
+            self.leaves.append(tensor)
+        leaf = len(self.leaves) if tensor.requires_grad else 0
+        key = digest_of(tensor), str(tensor.device), leaf
         self.by_digest.setdefault(key, tensor)
         return key
 
@@ -114,9 +121,10 @@ def to_bytes(
     blocks: Sequence[JobBlock],
     without: Collection[str],
     joined: Sequence[JobPart] = (),
+    trains: bool = False,
 ) -> bytes:
     """Returns a job as bytes; see `Job.to_bytes`."""
-    writer = _Writer()
+    writer = _Writer(trains)
     parts = [_block_part(writer, block) for block in blocks]
     described, tensors = stored_by_digest(writer.by_digest, frozenset(without))
     message = JobMessage(
@@ -131,24 +139,35 @@ def to_bytes(
     return _FRAME.around(msgspec.msgpack.encode(message), tensors)
 
 
-def tensors_of(blocks: Sequence[JobBlock]) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a job; see `Job.tensors`."""
-    writer = _Writer()
+def tensors_of(
+    blocks: Sequence[JobBlock], trains: bool = False
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Returns the tensors of a job by digest, and those whose gradients are to come back.
+
+    Args:
+        blocks: its blocks.
+        trains: as of `Job.to_bytes`.
+    """
+    writer = _Writer(trains)
     for block in blocks:
         _block_part(writer, block)
-    return {digest: tensor for (digest, _), tensor in writer.by_digest.items()}
+    tensors = {digest: tensor for (digest, _, _), tensor in writer.by_digest.items()}
+    return tensors, writer.leaves
 
 
 def from_bytes(
-    data: bytes, elsewhere: Mapping[str, torch.Tensor], limits: Limits
-) -> tuple[JobModel, list[JobBlock], list[JobPart]]:
-    """Returns the model, blocks and parts of the job in some bytes; see `Job.from_bytes`."""
+    data: bytes,
+    elsewhere: Mapping[str, torch.Tensor],
+    limits: Limits,
+    place: torch.device | None = None,
+) -> tuple[JobModel, list[JobBlock], list[JobPart], list[torch.Tensor]]:
+    """Returns the model, blocks, parts and leaves of a job in bytes; see `Job.from_bytes`."""
     limits.check("peak_bytes", len(data), f"The job has {len(data):,} bytes")
     encoded, tensors = _FRAME.opened(data)
     message = decoded(_DECODER, encoded, "job")
     # What is run in blocks of any kind must not be made in inference mode.
     with said_of("job"), ordinary_tensors():
-        found = restored_by_digest(message.tensors, tensors, elsewhere)
+        found = restored_by_digest(message.tensors, tensors, elsewhere, place)
         reader = Reader(message, found, limits.nodes, limits.sites)
         names: set[str] = set()
         blocks = [_block(reader, part, names) for part in message.blocks]
@@ -157,7 +176,41 @@ def from_bytes(
             raise WireError("it has no block")
         for part in message.parts:
             _check_part(part, blocks)
-    return message.model, blocks, message.parts
+    leaves = [tensor for tensor, one in zip(found, message.tensors, strict=True) if one.leaf]
+    return message.model, blocks, message.parts, leaves
+
+
+def without_source(data: bytes) -> bytes:
+    """Returns the bytes of a job without the texts of the user's lines: their numbers stay.
+
+    Args:
+        data: the bytes of a job.
+
+    Raises:
+        WireError: if they are none.
+    """
+    encoded, tensors = _FRAME.opened(data)
+    message = decoded(_DECODER, encoded, "job")
+    lines = [msgspec.structs.replace(line, text="") for line in message.lines]
+    message = msgspec.structs.replace(message, lines=lines)
+    return _FRAME.around(msgspec.msgpack.encode(message), tensors)
+
+
+def absent_from(data: bytes) -> list[str]:
+    """Returns the digests of the tensors that a job takes and that are not among its bytes.
+
+    Args:
+        data: the bytes of a job.
+
+    Raises:
+        WireError: if they are none.
+    """
+    encoded, tensors = _FRAME.opened(data)
+    message = decoded(_DECODER, encoded, "job")
+    with said_of("job"):
+        there = digests_in(tensors)
+    taken = [described.digest for described in message.tensors]
+    return [digest for digest in dict.fromkeys(taken) if digest not in there]
 
 
 def _check_part(part: JobPart, blocks: Sequence[JobBlock]) -> None:

@@ -94,7 +94,7 @@ class Limits:
         """
         nodes = sites = 0
         for graph in graphs:
-            for row in _rows(graph):
+            for row in rows_of(graph):
                 nodes += 1
                 sites += row[0] is READ
                 if self.nodes is not None and nodes > self.nodes:
@@ -105,10 +105,14 @@ class Limits:
                     self.check("sites", sites, what, Location(*row[5]))
 
 
-def _rows(graph: Graph) -> Iterator[Row]:
-    """The nodes of a graph and of the functions in it."""
+def rows_of(graph: Graph) -> Iterator[Row]:
+    """Gives the nodes of a graph and of the functions in it.
+
+    Args:
+        graph: the graph.
+    """
     for row in graph.rows:
         yield row
         for arg in row[1]:
             if isinstance(arg, Subgraph):
-                yield from _rows(arg.graph)
+                yield from rows_of(arg.graph)

@@ -36,6 +36,7 @@ class Results(Mapping[str, Any]):
         outputs: likewise.
         differences: likewise.
         failed: likewise.
+        gradients: likewise.
 
     Attributes:
         about: the expression that each value was saved of, such as "transformer.h[3].output[0]".
@@ -43,6 +44,8 @@ class Results(Mapping[str, Any]):
         differences: how the model differs from the one that the job was made for, as far as that
             is known without comparing weights.
         failed: what failed, in the order of the blocks and of their invocations.
+        gradients: of a job that came from elsewhere, what its run has added to the gradient of
+            each of `job.leaves`, None where it has none.
     """
 
     def __init__(
@@ -52,12 +55,14 @@ class Results(Mapping[str, Any]):
         outputs: Sequence[Outputs | None] = (),
         differences: Sequence[str] = (),
         failed: Sequence[Failure] = (),
+        gradients: Sequence[torch.Tensor | None] = (),
     ) -> None:
         self._values = dict(values)
         self.about = about
         self.outputs = outputs
         self.differences = differences
         self.failed = failed
+        self.gradients = gradients
 
     @property
     def output(self) -> Any:
@@ -112,8 +117,9 @@ class Results(Mapping[str, Any]):
         """
         from insitu.engine.results_file import Stored, to_bytes
 
+        about, outputs, gradients = self.about, self.outputs, self.gradients
         return to_bytes(
-            Stored(self._values, self.about, self.outputs, self.differences, self.failed)
+            Stored(self._values, about, outputs, self.differences, self.failed, gradients)
         )
 
     @classmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
@@ -17,6 +18,7 @@ import torch
 from insitu.engine.job_outcome import Failure, Outputs
 from insitu.graph import errors
 from insitu.graph.errors import ExecutionError, InsituError, WireError
+from insitu.graph.location import Location, SourceLine
 from insitu.graph.wire_message import Part, StoredTensor, Value
 from insitu.graph.wire_tensors import bytes_of, tensor_of
 from insitu.graph.wire_values import ValueReader, ValueWriter
@@ -46,7 +48,7 @@ class OutputsPart(Part):
 
 
 class FailurePart(Part):
-    """What failed: fields as of `Failure`, the error as its class and its message."""
+    """What failed: fields as of `Failure`, the error as its class, its message and its line."""
 
     block: int
     invocations: list[int]
@@ -54,6 +56,7 @@ class FailurePart(Part):
     error: str
     message: str
     part: int
+    line: tuple[str, int, str] | None = None
 
 
 class Told(msgspec.Struct, forbid_unknown_fields=True):
@@ -68,6 +71,7 @@ class Told(msgspec.Struct, forbid_unknown_fields=True):
         outputs: as of `Results`.
         differences: as of `Results`.
         failed: as of `Results`.
+        gradients: as of `Results`.
     """
 
     kind: Literal["results of a job"]
@@ -78,6 +82,7 @@ class Told(msgspec.Struct, forbid_unknown_fields=True):
     outputs: list[OutputsPart | None]
     differences: list[str]
     failed: list[FailurePart] = msgspec.field(default_factory=list[FailurePart])
+    gradients: list[Value] = msgspec.field(default_factory=list[Value])
 
 
 class Stored(NamedTuple):
@@ -88,6 +93,7 @@ class Stored(NamedTuple):
     outputs: Sequence[Outputs | None]
     differences: Sequence[str]
     failed: Sequence[Failure] = ()
+    gradients: Sequence[torch.Tensor | None] = ()
 
 
 def to_bytes(stored: Stored) -> bytes:
@@ -95,6 +101,7 @@ def to_bytes(stored: Stored) -> bytes:
     writer = _Writer()
     saved = {name: writer.saved(value, name) for name, value in stored.values.items()}
     outputs = [_outputs_part(writer, at, one) for at, one in enumerate(stored.outputs)]
+    gradients = [writer.saved(one, f"gradient {at}") for at, one in enumerate(stored.gradients)]
     rows: dict[str, torch.Tensor] = {}
     places: list[TensorPlace] = []
     for key, tensor in zip(writer.keys, writer.tensors, strict=True):
@@ -111,6 +118,7 @@ def to_bytes(stored: Stored) -> bytes:
         outputs,
         list(stored.differences),
         [_failure_part(one) for one in stored.failed],
+        gradients,
     )
     return safetensors.torch.save(rows, {_KEY: msgspec.json.encode(told).decode()})
 
@@ -133,12 +141,15 @@ def from_bytes(data: bytes) -> Stored:
         reader = ValueReader([_tensor(rows[place.key], place.how) for place in told.tensors])
         values = {name: reader.value(part, 0) for name, part in told.values.items()}
         outputs = [part and _outputs(reader, part) for part in told.outputs]
+        gradients = [reader.value(part, 0) for part in told.gradients]
+        if not all(one is None or isinstance(one, torch.Tensor) for one in gradients):
+            raise WireError("a gradient in it is no tensor")
         if reader.weights:
             raise WireError("a weight of a model is no result")
     except WireError as error:
         raise WireError(f"The results cannot be read: {error}.") from None
     failed = [_failure(part) for part in told.failed]
-    return Stored(values, told.about, outputs, told.differences, failed)
+    return Stored(values, told.about, outputs, told.differences, failed, gradients)
 
 
 class _Writer(ValueWriter):
@@ -219,8 +230,12 @@ def _outputs(reader: ValueReader, part: OutputsPart) -> Outputs:
 
 def _failure_part(failure: Failure) -> FailurePart:
     kind, error = type(failure.error).__name__, failure.error
+    location, message, line = error.location, str(error), None
+    if location is not None:
+        message = message.removesuffix(f"\n{location}")
+        line = PurePath(location.file).name, location.line, location.text
     return FailurePart(
-        failure.block, [*failure.invocations], [*failure.names], kind, str(error), failure.part
+        failure.block, [*failure.invocations], [*failure.names], kind, message, failure.part, line
     )
 
 
@@ -228,7 +243,9 @@ def _failure(part: FailurePart) -> Failure:
     """A failure with an error of Insitu's own, of the class that it had."""
     kind: Any = vars(errors).get(part.error)
     known = isinstance(kind, type) and issubclass(kind, InsituError)
-    error: InsituError = kind(part.message) if known else ExecutionError(part.message)
+    location = None if part.line is None else Location(SourceLine(*part.line), 0)
+    made = cast("type[InsituError]", kind) if known else ExecutionError
+    error = made(part.message, location)
     return Failure(part.block, part.invocations, part.names, error, part.part)
 
 

@@ -171,10 +171,12 @@ class DigestedTensor(Part):
     Attributes:
         tensor: what its bytes mean.
         digest: as of `wire_tensors.digest_of`.
+        leaf: of a tensor whose gradient is to come back, its number among those, from 1; else 0.
     """
 
     tensor: StoredTensor
     digest: str
+    leaf: int = 0
 
 
 FieldName = Literal[

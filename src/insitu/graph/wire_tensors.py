@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
+import msgspec
 import safetensors.torch
 import torch
 
@@ -52,27 +54,37 @@ def digest_of(tensor: torch.Tensor) -> str:
     return found.hexdigest()
 
 
+_MOST_ALIKE = 16
+"""How many leaves may be equal: each is memory of its own, and came with the bytes of one."""
+
+Identity = tuple[str, str, int]
+"""What tells tensors of a message apart: digest, device, and the number of a leaf."""
+
+
 def stored_by_digest(
-    tensors: Mapping[tuple[str, str], torch.Tensor], without: Collection[str]
+    tensors: Mapping[Identity, torch.Tensor], without: Collection[str]
 ) -> tuple[list[DigestedTensor], bytes]:
     """Returns what tensors look like, and their bytes.
 
     Args:
-        tensors: the tensors, by their digests and devices.
+        tensors: the tensors, by what tells them apart.
         without: the digests of those whose bytes are left out.
     """
     described: list[DigestedTensor] = []
     rows: dict[str, torch.Tensor] = {}
-    for (digest, place), tensor in tensors.items():
+    for (digest, place, leaf), tensor in tensors.items():
         how = StoredTensor(str(tensor.dtype), list(tensor.shape), place)
-        described.append(DigestedTensor(how, digest))
+        described.append(DigestedTensor(how, digest, leaf))
         if digest not in without:
             rows[digest] = bytes_of(tensor)
     return described, safetensors.torch.save(rows) if rows else b""
 
 
 def restored_by_digest(
-    described: Sequence[DigestedTensor], data: bytes, elsewhere: Mapping[str, torch.Tensor]
+    described: Sequence[DigestedTensor],
+    data: bytes,
+    elsewhere: Mapping[str, torch.Tensor],
+    place: torch.device | None = None,
 ) -> list[torch.Tensor]:
     """Returns the tensors of `stored_by_digest`.
 
@@ -80,6 +92,7 @@ def restored_by_digest(
         described: what they look like.
         data: the bytes of those that came with the message.
         elsewhere: the others, by digest.
+        place: the device that all of them are put on; None for those that they were on.
 
     Raises:
         WireError: if one is missing, or is not what its digest says.
@@ -87,28 +100,45 @@ def restored_by_digest(
     rows = _rows(data)
     if not rows.keys() <= {one.digest for one in described}:
         raise WireError("it comes with tensors that it does not name")
-    known: set[tuple[str, str]] = set()
+    known: set[Identity] = set()
+    alike = Counter([one.digest for one in described if one.leaf])
+    if any(count > _MOST_ALIKE for count in alike.values()):
+        raise WireError(f"it has more than {_MOST_ALIKE} leaves that are equal")
     # One on many devices is read once: bytes must not cost more than their length.
     read: dict[str, torch.Tensor] = {}
     restored: list[torch.Tensor] = []
     for one in described:
-        if (one.digest, one.tensor.device) in known:
+        identity = (one.digest, one.tensor.device, one.leaf)
+        if identity in known:
             raise WireError("it names a tensor twice")
-        known.add((one.digest, one.tensor.device))
+        known.add(identity)
+        to = device(one.tensor.device) if place is None else place
         if one.digest not in read:
-            read[one.digest] = _by_digest(one, rows, elsewhere)
+            read[one.digest] = _by_digest(one, rows, elsewhere, to)
         found = read[one.digest]
         if (str(found.dtype), list(found.shape)) != (one.tensor.dtype, one.tensor.shape):
             raise WireError(f"the tensor {one.digest:.16}... is not what its digest says")
-        restored.append(_placed(found, device(one.tensor.device)))
+        placed = _placed(found, to)
+        restored.append(_leaf_of(placed) if one.leaf else placed)
     return restored
 
 
+def _leaf_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose gradient is to come back, in memory of its own."""
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        raise WireError(f"a tensor of {tensor.dtype} has no gradient")
+    return tensor.clone().requires_grad_()
+
+
 def _by_digest(
-    one: DigestedTensor, rows: Mapping[str, torch.Tensor], elsewhere: Mapping[str, torch.Tensor]
+    one: DigestedTensor,
+    rows: Mapping[str, torch.Tensor],
+    elsewhere: Mapping[str, torch.Tensor],
+    place: torch.device,
 ) -> torch.Tensor:
     """A tensor that came with a message, or is elsewhere, if it is what its digest says."""
-    found = tensor_of(rows[one.digest], one.tensor) if one.digest in rows else None
+    how = msgspec.structs.replace(one.tensor, device=str(place))
+    found = tensor_of(rows[one.digest], how) if one.digest in rows else None
     found = elsewhere.get(one.digest) if found is None else found
     if found is None:
         raise WireError(
@@ -125,6 +155,18 @@ def _rows(data: bytes) -> dict[str, torch.Tensor]:
         return safetensors.torch.load(data) if data else {}
     except Exception as error:  # it raises several kinds, not all of them its own
         raise WireError(f"its tensors cannot be read: {error}") from None
+
+
+def digests_in(data: bytes) -> set[str]:
+    """Returns the digests of the tensors that came with a message, as it says.
+
+    Args:
+        data: the bytes of those tensors.
+
+    Raises:
+        WireError: if they are no such bytes.
+    """
+    return set(_rows(data))
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

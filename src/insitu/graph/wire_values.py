@@ -75,15 +75,19 @@ class ValueWriter:
     Args:
         finite: whether the message can hold finite numbers only, as JSON does.
         identity: gives what is equal for tensors of which one is enough.
+        trains: whether tensors that require grad may be among them, as leaves that are trained.
 
     Attributes:
         tensors: each tensor that was met, once.
     """
 
     def __init__(
-        self, finite: bool = False, identity: Callable[[torch.Tensor], Hashable] = id
+        self,
+        finite: bool = False,
+        identity: Callable[[torch.Tensor], Hashable] = id,
+        trains: bool = False,
     ) -> None:
-        self._finite = finite
+        self._finite, self._trains = finite, trains
         self._identity = identity
         self.tensors: list[torch.Tensor] = []
         self._numbers: dict[int, int] = {}
@@ -141,7 +145,7 @@ class ValueWriter:
     def _number(self, tensor: torch.Tensor) -> int:
         """The number under which a tensor travels."""
         if id(tensor) not in self._numbers:
-            if why := _live(tensor):
+            if why := _live(tensor, self._trains):
                 raise WireError(why)
             number = self._met.setdefault(self._identity(tensor), len(self.tensors))
             if number == len(self.tensors):
@@ -271,8 +275,10 @@ def _refused(value: Any, kind: Any) -> str:
     return f"a value of type {name} is not plain data"
 
 
-def _live(tensor: torch.Tensor) -> str:
+def _live(tensor: torch.Tensor, trains: bool) -> str:
     """Why a tensor cannot travel, or ""."""
+    if trains and tensor.requires_grad and type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        tensor = tensor.detach()
     if isinstance(tensor, torch.nn.Parameter):
         return (
             "only a copy of an nn.Parameter could travel, which would not follow it when it is "
