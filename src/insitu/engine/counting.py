@@ -35,12 +35,15 @@ class Counts(NamedTuple):
         peak: the most bytes of values that it made and that were there at once.
         made: the bytes of all values that it made. Autograd may keep all of them.
         left: the bytes of those that were there at the end.
+        numbers: the operations that are one for each number that is read or made. They take as
+            long as memory does, which is longer than those of a matrix product.
     """
 
     flops: float
     peak: int
     made: int
     left: int
+    numbers: float = 0.0
 
 
 class Held:
@@ -80,14 +83,14 @@ class Counting(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._flops = 0.0
+        self._flops = self._numbers = 0.0
         self._held = Held()
         self._peak = self._made = 0
 
     @property
     def counts(self) -> Counts:
         """What was counted so far."""
-        return Counts(self._flops, self._peak, self._made, self._held.bytes)
+        return Counts(self._flops, self._peak, self._made, self._held.bytes, self._numbers)
 
     def restart(self) -> None:
         """Lets `peak` be of what is made from now on, and of what is there now."""
@@ -100,7 +103,9 @@ class Counting(TorchDispatchMode):
         result = func(*args, **kwargs)
         packet = func._overloadpacket
         given = tensors_of((args, dict(kwargs)))
-        self._flops += _flops(packet, args, kwargs, given, result)
+        flops = _flops(packet, args, kwargs, given, result)
+        self._flops += flops
+        self._numbers += 0.0 if _is_product(packet) else flops
         there = set(map(storage_of, given))
         for tensor in tensors_of(result):
             if storage_of(tensor) not in there:
@@ -141,6 +146,15 @@ def _flops(
     if "cdist" in name or "pdist" in name:
         return 3.0 * made[0].numel() * given[0].shape[-1]
     return float(largest)
+
+
+def _is_product(packet: Any) -> bool:
+    """Whether an operation computes much with each number that it reads."""
+    from torch.utils.flop_counter import flop_registry
+
+    name = str(packet.__name__).lstrip("_")
+    decomposes = name.startswith(_DECOMPOSITIONS) and not name.startswith(_NO_DECOMPOSITIONS)
+    return packet in flop_registry or decomposes or "cdist" in name
 
 
 def _window(name: str, args: tuple[Any, ...]) -> int:

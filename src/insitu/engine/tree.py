@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any
 
@@ -143,6 +143,13 @@ class Tree:
         tables = [table for pair in both for table in pair if table]  # most are empty
         tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
         return [tensor.dtype for tensor in tensors], [tensor.shape for tensor in tensors]
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """The memory of the weights and buffers, in the dtypes that they have, or will have."""
+        tensors = {id(one): one for one in self.root.parameters()}
+        tensors |= {id(one): one for one in self.root.buffers()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def keep(self, changes: Changes) -> None:
         """Lets what a forward changes of the tree be undone.

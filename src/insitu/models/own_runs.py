@@ -80,6 +80,11 @@ class OwnRuns:
             raise UnknownShapeError(*found.args)
         return found
 
+    def depends_on_contents(self, call: Call) -> bool:
+        """Returns whether a probe of a call depends on contents: as of `Subject`."""
+        known = self._probes.get(f" {ambient()} {call.signature()}")
+        return isinstance(known, UnknownShapeError)
+
     def _probed(
         self,
         signature: str,

@@ -38,6 +38,8 @@ class GraphCosts(NamedTuple):
         unknown: of how many nodes nothing is known.
         largest: how many are counted with the largest size that they can have.
         known: the nodes whose values have one size, which is known.
+        numbers: those of the operations that are as of `Counts.numbers`.
+        heaviest: the node that takes most of them, None if there is no node.
     """
 
     flops: float
@@ -46,6 +48,8 @@ class GraphCosts(NamedTuple):
     unknown: int
     largest: int
     known: frozenset[int]
+    numbers: float = 0.0
+    heaviest: int | None = None
 
 
 def graph_costs(lines: Lines, plan: Plan, steps: int, budget: Budget | None = None) -> GraphCosts:
@@ -67,7 +71,11 @@ def graph_costs(lines: Lines, plan: Plan, steps: int, budget: Budget | None = No
     counted, known = len(inferred.estimates.fakes), frozenset(lines.fakes)
     unknown = len(lines.graph.rows) - counted
     sure = sum(meter.each[index] for index in known)
-    return GraphCosts(meter.flops, sure, meter.most, unknown, counted - len(known), known)
+    at_most = counted - len(known)
+    heaviest = max(range(len(meter.each)), key=meter.each.__getitem__, default=None)
+    return GraphCosts(
+        meter.flops, sure, meter.most, unknown, at_most, known, meter.numbers, heaviest
+    )
 
 
 class _Inferred:
@@ -140,10 +148,10 @@ class _Meter:
         self._budget = budget
         self._held: dict[int, tuple[int, int]] = {}  # how many values have a storage, and its bytes
         self._values: dict[int, Sequence[torch.Tensor]] = {}
-        self._counted = 0.0
+        self._counted = self._numbers = 0.0
         self._now = 0
         self.each: list[float] = []  # what each node takes
-        self.flops = 0.0
+        self.flops = self.numbers = 0.0
         self.most = 0
 
     def add(self, index: int, value: Any, counting: Counting) -> None:
@@ -152,7 +160,8 @@ class _Meter:
         times = self._steps if self._lines.graph.repeats_node(index) else 1
         self.each.append((counts.flops - self._counted) * times)
         self.flops += self.each[-1]
-        self._counted = counts.flops
+        self.numbers += (counts.numbers - self._numbers) * times
+        self._counted, self._numbers = counts.flops, counts.numbers
         made = 0
         self._values[index] = found = tensors_of(value)
         for tensor in found:

@@ -5,50 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from insitu.batching.procedure import Subject
-from insitu.batching.summary import Planned, Summary
+from insitu.batching.summary import Planned
 from insitu.display.saved_values import SavedValue
 from insitu.engine.budget import Beforehand, Budget
-from insitu.engine.counting import Counts
 from insitu.engine.job import Job
 from insitu.engine.limits import Limits
-from insitu.engine.probe import Call
 from insitu.engine.results import structure
 from insitu.graph.context import as_begun
-from insitu.graph.errors import UnknownShapeError
+from insitu.graph.location import Location
 from insitu.graph.ordinary import ordinary_tensors
-from insitu.graph.shapes import dtype_of, outlined, shape_of
-from insitu.graph.structure import tensors_of
-from insitu.tracing.graph_costs import graph_costs
+from insitu.tracing.block_check import Expected, check_block
 from insitu.tracing.job_running import check_model
 from insitu.tracing.jobs import RanBlock, bind
-from insitu.tracing.planning import explained
-from insitu.tracing.run import Run
-from insitu.tracing.running import prepare
-
-_NONE = Counts(0.0, 0, 0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """A saved value, before there is one.
-
-    Attributes:
-        shape: the size of the tensor, or sizes in the structure of a nested value; None if that is
-            not known before the run.
-        dtype: its dtype, or dtypes in the structure of the value; None if not known.
-        bytes: how many bytes it takes; None if not known.
-        reason: why something of it is not known, or what it is an estimate of; "" if it is certain.
-    """
-
-    shape: Any
-    dtype: Any
-    bytes: int | None
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +47,10 @@ class JobCheck:
         peak_bytes: the most memory that is in use at once, the weights included.
         weight_bytes: the memory of the weights.
         differences: how the model differs from the one that the job was made for.
+        is_bounded: whether no recorded value can be larger than it was counted as.
+        graph_numbers: of the operations of what was recorded, those that are one for each number
+            that is read or made.
+        heaviest: the line that takes most of what was recorded, None if there is none.
     """
 
     results: Mapping[str, Expected]
@@ -85,6 +60,9 @@ class JobCheck:
     peak_bytes: Estimate
     weight_bytes: int
     differences: Sequence[str]
+    is_bounded: bool
+    graph_numbers: float = 0.0
+    heaviest: Location | None = None
 
     @property
     def passes(self) -> int:
@@ -177,7 +155,8 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
     limits.check_graphs([block.graph for block in job.blocks])
     results: dict[str, Expected] = {}
     plans: list[Planned] = []
-    model_flops = graph_flops = sure = 0.0
+    model_flops = graph_flops = sure = numbers = most = 0.0
+    heaviest: Location | None = None
     peak = kept = unknown = at_most = 0
     ways: set[str] = set()
     earlier: list[RanBlock] = []
@@ -186,21 +165,20 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
         spending = nullcontext() if budget is None else budget.spending()
         with spending, ordinary_tensors(), as_begun(block.casts, block.dtype):
             run = bind(model, block, earlier, dry=True)
-            prepared, _ = prepare(run, dry=True)
-            plan = explained(run)
-            costs = _pass_costs(run, plan)
-            recorded = graph_costs(run.lines, prepared.plan, steps_of(run), budget)
-            found = {name: _expected(run, index) for index, name in block.saves.items()}
+            found = check_block(run, budget)
+        costs, recorded = found.costs, found.recorded
         earlier.append(RanBlock(run.lines.saves, (), run))
-        plans.append(plan)
-        results |= found
+        plans.append(found.plan)
+        results |= {name: found.saves[index] for index, name in block.saves.items()}
         ways.add(costs.how)
         model_flops, graph_flops = model_flops + costs.flops, graph_flops + recorded.flops
-        sure += costs.flops + recorded.sure
+        sure, numbers = sure + costs.flops + recorded.sure, numbers + recorded.numbers
+        if recorded.heaviest is not None and recorded.flops > most:
+            most, heaviest = recorded.flops, run.lines.graph[recorded.heaviest].location
         unknown, at_most = unknown + recorded.unknown, at_most + recorded.largest
         peak = max(peak, kept + costs.bytes + recorded.bytes)
         blocks.append(Beforehand(recorded.known, kept + costs.bytes))
-        kept += sum(one.bytes or 0 for one in found.values())
+        kept += sum(found.saves[index].bytes or 0 for index in block.saves)
         flops = model_flops + graph_flops
         line = block.prompts[0].location
         limits.check("operations", flops, f"The job takes {flops:.3g} operations", line)
@@ -208,7 +186,7 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
         limits.check("peak_bytes", peak, what, line)
     if budget is not None:
         budget.blocks, budget.flops = blocks, sure  # the others are counted when they come
-    weights = _weight_bytes(model)
+    weights = model.snapshot.weight_bytes
     beside = f"; {at_most} at the largest size that they can have" * (at_most > 0)
     beside += f"; {unknown} of unknown size left out" * (unknown > 0)
     return JobCheck(
@@ -223,6 +201,9 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
         ),
         weights,
         differences,
+        not unknown,
+        numbers,
+        heaviest,
     )
 
 
@@ -245,129 +226,3 @@ def checked_budget(model: Subject, job: Job, limits: Limits) -> Budget:
     else:
         limits.check_graphs([block.graph for block in job.blocks])
     return budget
-
-
-def steps_of(run: Run) -> int:
-    """Returns how many steps a block has at most, as far as that is known.
-
-    Args:
-        run: the block.
-    """
-    counts = [run.procedure.steps_of(request) for request in run.requests]
-    return max([count or 1 for count in counts])
-
-
-def _expected(run: Run, index: int) -> Expected:
-    """What a save would give."""
-    lines, procedure = run.lines, run.procedure
-    graph = lines.graph
-    try:
-        value, reason = lines.fakes[index], ""
-    except KeyError:
-        try:
-            value, reason = outlined(lines, index), "of a later step: sizes are those of the first"
-        except UnknownShapeError as error:
-            return Expected(None, None, None, str(error).splitlines()[0])
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))
-    if graph.repeats_node(index):
-        counts = [procedure.steps_of(request) for request in run.requests]
-        known = [count for count in counts if count is not None]
-        steps = max(known) if len(known) == len(counts) else None
-        if steps is None:
-            return Expected(shape_of(value), dtype_of(value), None, "a list, of unknown length")
-        size *= steps
-        reason = f"a list of at most {steps}, of which the first has this shape"
-    if index in graph.optional:
-        reason = reason or "it may be missing"
-    return Expected(shape_of(value), dtype_of(value), size, reason)
-
-
-def _weight_bytes(model: Subject) -> int:
-    """The memory of the weights, in the dtypes that they have or will have."""
-    tensors = {id(one): one for one in model.snapshot.root.parameters()}
-    tensors |= {id(one): one for one in model.snapshot.root.buffers()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-class _PassCosts(NamedTuple):
-    """What the passes of a block take.
-
-    Attributes:
-        flops: floating-point operations of the model.
-        bytes: what the largest pass holds at once, beside the weights.
-        how: how the numbers were made.
-    """
-
-    flops: float
-    bytes: int
-    how: str
-
-
-def _pass_costs(run: Run, plan: Planned) -> _PassCosts:
-    """Returns what the model's passes of a block take.
-
-    Args:
-        run: the block.
-        plan: its passes.
-    """
-    calls = [run.call(number) for number in range(len(run.requests))]
-    counts = _counted(run.model, calls)
-    steps = [run.procedure.steps_of(request) or 1 for request in run.requests]
-    keeps = run.lines.graph.differentiates
-    flops, most = 0.0, 0
-    ways: set[str] = set()
-    for single in plan.passes:
-        own = [(calls[number], counts[number]) for number in single.invocations]
-        most_steps = max(steps[number] for number in single.invocations)
-        if single.flops:
-            flops += single.flops
-            ways.add("by the sizes of the blocks that its passes run")
-        else:
-            flops += sum(
-                counts[at].flops * (1 + (steps[at] - 1) / _places(calls[at])[1])
-                for at in single.invocations
-            )
-            ways.add(
-                "left out: no forward can be made without data"
-                if _NONE in (count for _, count in own)
-                else "in forwards without data" + ", further steps in proportion" * (most_steps > 1)
-            )
-        most = max(most, _bytes(single, own, most_steps, keeps))
-    return _PassCosts(flops, most, " and ".join(sorted(ways)))
-
-
-def _counted(model: Subject, calls: Sequence[Call]) -> list[Counts]:
-    """What a forward of each prompt takes; nothing where that cannot be counted."""
-    known: dict[str, Counts] = {}
-    found: list[Counts] = []
-    for call in calls:
-        signature = call.signature()
-        if signature not in known:
-            try:
-                known[signature] = model.count(call)
-            except UnknownShapeError:
-                known[signature] = _NONE
-        found.append(known[signature])
-    return found
-
-
-def _places(call: Call) -> tuple[int, int]:
-    """How many rows and positions a call has: those of a decoder, if it has one."""
-    for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"):
-        given = call.kwargs.get(name)
-        if isinstance(given, torch.Tensor):
-            return given.shape[0], max(given.shape[1], 1)
-    return 1, 1
-
-
-def _bytes(single: Summary, own: Sequence[tuple[Call, Counts]], steps: int, keeps: bool) -> int:
-    """What a pass holds at once: with `keeps`, all that autograd may keep of it."""
-    found = 0.0
-    for call, count in own:
-        rows, positions = _places(call)
-        held = count.peak + (count.made if keeps else 0)
-        held += count.left * (steps - 1) / positions  # its cache grows with each step
-        if single.rows:  # which of its own places it shares with others is not looked at
-            held *= single.rows * single.positions / (rows * positions * len(own))
-        found += held
-    return int(found)

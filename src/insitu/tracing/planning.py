@@ -8,8 +8,8 @@ invocations were given. Plans are kept and found again in `running.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ class Prepared:
         alone: whether it is of one invocation in which no module is skipped: then it depends on
             no other part.
         ambient: the settings of torch on which the dtypes in `plan.returned` depend.
+        checks: what blocks of this plan would give and take, as it was found out before.
     """
 
     plan: Plan
@@ -62,6 +63,7 @@ class Prepared:
     path: CallPath
     alone: bool
     ambient: Ambient
+    checks: dict[Hashable, object] = field(default_factory=dict[Hashable, object])
 
 
 def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
