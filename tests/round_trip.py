@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -28,7 +29,12 @@ def round_trip(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("no_wire"):
         yield
         return
-    before = watcher.set(Twice())
+    if os.environ.get("INSITU_SERVED"):
+        from tests.against_server import AgainstServer  # which starts servers
+
+        before = watcher.set(AgainstServer())
+    else:
+        before = watcher.set(Twice())
     yield
     watcher.reset(before)
 
@@ -44,7 +50,8 @@ class Twice:
         own = isinstance(running, Session) or not self.within
         self.within = self.within or isinstance(running, Session)
         blocks = parts(running)
-        if own and blocks and not any(block.is_dry for block in blocks):
+        away = running.away or running.model.away  # that it is sent is what happens anyway
+        if own and blocks and away is None and not any(block.is_dry for block in blocks):
             holders = [dict(block.recording.saves) for block in blocks]
             self.jobs[id(running)] = (sent(running.job), torch.get_rng_state(), holders)
 

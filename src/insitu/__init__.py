@@ -26,6 +26,7 @@ from insitu.graph.errors import (
     PathError,
     PromptError,
     PromptTypeError,
+    RemoteError,
     SaveError,
     ShapeError,
     UnknownNameError,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from insitu.engine.seams import Cancel, cancellable, listening, saving_to
     from insitu.engine.sinks import MemorySink, SaveKey, Sink
     from insitu.methods.result import Result
+    from insitu.server.running import serve
     from insitu.tracing.invocation import Invocation
     from insitu.tracing.tracer import Tracer
 
@@ -75,6 +77,7 @@ _LATER = {
     "join": "insitu.engine.job_joining",
     "listening": "insitu.engine.seams",
     "saving_to": "insitu.engine.seams",
+    "serve": "insitu.server.running",
     "split": "insitu.engine.job_joining",
 }
 
@@ -108,6 +111,7 @@ __all__ = [
     "PromptError",
     "PromptTypeError",
     "Proxy",
+    "RemoteError",
     "Result",
     "Results",
     "SaveError",
@@ -127,6 +131,7 @@ __all__ = [
     "join",
     "listening",
     "saving_to",
+    "serve",
     "split",
 ]
 
@@ -135,12 +140,9 @@ def __getattr__(name: str) -> Any:
     if name in _LATER:
         found = getattr(import_module(_LATER[name]), name)
     elif name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from insitu.about import installed_version
 
-        try:
-            found = version("insitu")
-        except PackageNotFoundError:  # its source alone is on the path
-            found = "0+unknown"
+        found = installed_version()
     elif name == "methods":  # a subpackage, which nothing has imported yet
         found = import_module("insitu.methods")
     else:

@@ -139,6 +139,7 @@ OF_LOADING: Mapping[str, str] = {
     "move_to_device": "write `device_map=`",
     "n_devices": "write `device_map=`",
     "refactor_factored_attn_matrices": _UNTRAINED,
+    "remote": "a server has language models: write `LanguageModel(name, remote=url)`",
 }
 """Options given where a model is made."""
 
@@ -151,8 +152,8 @@ OF_RUNS: Mapping[str, str] = {
     "padding_side": "each prompt is padded as the model reads: leave it out",
     "prepend_bos": "the tokenizer decides what is put before a prompt: leave it out",
     "remote": (
-        "a block runs here: leave it out, or send what `tracer.job.to_bytes()` gives to where "
-        "`model.run(job)` is to run it"
+        "give it where the block begins, `model.trace(prompt, remote=url)`, or where the model is "
+        "made, `LanguageModel(name, remote=url)`"
     ),
     "remove_batch_dim": "write `value[0]`",
     "return_cache_object": "it returns a cache that is a mapping: leave it out",

@@ -153,6 +153,12 @@ def test_importing_insitu_does_not_import_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_importing_insitu_imports_nothing_of_servers() -> None:
+    names = ("starlette", "uvicorn", "httpx", "insitu.server", "insitu.remote")
+    code = f"import insitu, sys; assert not sys.modules.keys() & {{*{names}}}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_making_a_model_of_a_config_is_quick(tmp_path) -> None:
     GPT2Config().save_pretrained(tmp_path)
     LanguageModel(tmp_path)

@@ -200,6 +200,14 @@ class Subject(Protocol):
         """
         ...
 
+    def depends_on_contents(self, call: Call) -> bool:
+        """Returns whether a probe of a call was found to depend on what its tensors hold.
+
+        Args:
+            call: the call. It was probed before.
+        """
+        ...
+
     def count(self, call: Call) -> Counts:
         """Returns what a call of the module takes, counted in a run on fake tensors.
 
@@ -238,6 +246,11 @@ class Subject(Protocol):
     @property
     def edits(self) -> Sequence[Graph]:
         """What holds in every run, in the order in which it was recorded."""
+        ...
+
+    @property
+    def away(self) -> Any:
+        """Where its blocks are run, if not here: see `insitu.tracing.away`."""
         ...
 
     @property

@@ -166,6 +166,33 @@ class UnknownNameError(InsituError, ImportError):
     """A name that is imported from `insitu`, and that is called something else there."""
 
 
+class RemoteError(InsituError, RuntimeError):
+    """A server that cannot be reached, that refuses, or that has failed.
+
+    What is wrong with an experiment itself raises the same error as without a server.
+
+    Attributes:
+        code: what it is, for programs: "busy", "quota", "never_fits", "not_found", "unauthorised",
+            "engine_died", "protocol", "unreachable", "timeout" and others.
+        status: the HTTP status that came with it, 0 if none did.
+        retry_after: after how many seconds to try again; 0 if that would not help.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        location: Location | None = None,
+        *,
+        code: str = "remote",
+        status: int = 0,
+        retry_after: float = 0.0,
+    ) -> None:
+        super().__init__(message, location)
+        self.code = code
+        self.status = status
+        self.retry_after = retry_after
+
+
 def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
     """Returns " (nearest: 'a', 'b')" for the candidates closest to a name, or "" if none is."""
     close = closest(name, candidates, most)

@@ -84,6 +84,7 @@ def direct_logit_attribution(
         raise OptionError(f'`by` is "block", "head" or "neuron", not {by!r}.', here())
     if len(numbers_of("position", position) or ()) != 1:
         raise OptionError(f"`position` is one position, not {position!r}.", here())
+    model.load()
     endings, given = endings_of(model), read_prompts(model, prompts)
     right = token_ids(model, answer, len(given))
     wrong = [None] * len(given) if instead is None else token_ids(model, instead, len(given))

@@ -51,7 +51,9 @@ class Readout:
 
 
 def endings_of(model: LanguageModel) -> Endings:
-    """Returns what is known of how values reach the logits of a model, which is loaded.
+    """Returns what is known of how values reach the logits of a model.
+
+    It is loaded, unless a server has it.
 
     Args:
         model: the model.
@@ -59,7 +61,8 @@ def endings_of(model: LanguageModel) -> Endings:
     Raises:
         OptionError: if its blocks do not process the prompt.
     """
-    model.load()
+    if model.away is None:
+        model.load()
     names = model.vocabulary
     if not isinstance(names, Names):
         raise OptionError("Only models of Transformers have logits that are known as such.", here())

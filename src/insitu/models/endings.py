@@ -1,13 +1,14 @@
 """Endings: what a model makes of its last residual, and what blocks make of heads and neurons.
 
-They are found together in one small forward of the model with its weights.
+They are found together in one small forward of the model with its weights, or, where these are
+somewhere else, in one without data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -20,6 +21,9 @@ from insitu.models.ways import Way, find_way
 
 if TYPE_CHECKING:
     from insitu.models.body import Body
+
+
+_UNKNOWN = "it is not known what this model is called with, or it has no list of blocks."
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,51 +44,93 @@ class Endings:
 
 
 def find_endings(body: Body) -> Endings:
-    """Returns the endings of a model whose weights are there.
+    """Returns the endings of a model.
 
     Args:
         body: what is known of its parts.
     """
-    model, call = body.model, body.placed_sample()
-    blocks = body.blocks()
+    model = body.model
+    if model.away is not None:
+        return _endings_without_weights(body)
+    call = body.placed_sample()
     if call is None or not body.stacks:
-        why = "it is not known what this model is called with, or it has no list of blocks."
-        return Endings(why, why, {}, {})
+        return Endings(_UNKNOWN, _UNKNOWN, {}, {})
     with model.in_use():
         flow = watch(model.module, model.modules, call, fake=False, keeping=True, caches=CACHES)
-        ways = _Ways(flow, model.modules)
-        last = next(flow.calls(body.stacks[-1][-1]), None)
-        final = None if last is None else flow.events[last].outputs[0]
-        head = body.unembedding
-        made = None if head is None else Spot(head, "output", 0, (), ())
-        heads, neurons = {}, {}
-        for path, block in blocks.items():
-            z = None if block.attention is None else block.attention.z
-            post = None if block.mlp is None else block.mlp.post
-            heads[path] = ways.between(ways.value(z), block.added.get("attention_out"))
-            neurons[path] = ways.between(ways.value(post), block.added.get("mlp_out"))
-        spot = body.logits()
-        return Endings(
-            "it gives no logits." if spot is None else ways.between(final, spot),
-            ways.between(final, made),
-            heads,
-            neurons,
-        )
+        return _endings(body, _Ways(flow, model.modules))
+
+
+def _endings_without_weights(body: Body) -> Endings:
+    """The endings of a model whose weights are somewhere else.
+
+    They are found in a forward without data. What they compute is verified in a small random model
+    of the same class, with as many blocks; where the way there is another one, it is not known.
+    """
+    model, call, proofs = body.model, body.sample(), body.proofs
+    small = "nothing is proven of it." if proofs is None else proofs.small()
+    if isinstance(small, str) or call is None or not body.stacks:
+        why = f"its weights are somewhere else: {small}" if isinstance(small, str) else _UNKNOWN
+        return Endings(why, why, {}, {})
+    with model.in_use():
+        flow = watch(model.module, model.modules, call, fake=True, keeping=True, caches=CACHES)
+        found = _endings(body, _Ways(flow, model.modules, verified=False))
+    names: Any = small.vocabulary
+    known: Endings = names.endings
+    return Endings(
+        _alike(found.logits, known.logits),
+        _alike(found.unembedded, known.unembedded),
+        {path: _alike(way, known.heads.get(path)) for path, way in found.heads.items()},
+        {path: _alike(way, known.neurons.get(path)) for path, way in found.neurons.items()},
+    )
+
+
+def _alike(found: Way | str, small: Way | str | None) -> Way | str:
+    """A way that was found without data, if a small model has the same."""
+    if not isinstance(found, Way) or not isinstance(small, Way):
+        return small if isinstance(small, str) else "it is not known without the weights."
+    if found.outline == small.outline and not small.constants:
+        return found
+    return "it takes weights of the model, which are not here."
+
+
+def _endings(body: Body, ways: _Ways) -> Endings:
+    """The endings that a forward of a model shows."""
+    flow = ways.flow
+    last = next(flow.calls(body.stacks[-1][-1]), None)
+    final = None if last is None else flow.events[last].outputs[0]
+    head = body.unembedding
+    made = None if head is None else Spot(head, "output", 0, (), ())
+    heads, neurons = {}, {}
+    for path, block in body.blocks().items():
+        z = None if block.attention is None else block.attention.z
+        post = None if block.mlp is None else block.mlp.post
+        heads[path] = ways.between(ways.value(z), block.added.get("attention_out"))
+        neurons[path] = ways.between(ways.value(post), block.added.get("mlp_out"))
+    spot = body.logits()
+    return Endings(
+        "it gives no logits." if spot is None else ways.between(final, spot),
+        ways.between(final, made),
+        heads,
+        neurons,
+    )
 
 
 class _Ways:
     """The ways between values of a forward."""
 
-    def __init__(self, flow: Dataflow, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, flow: Dataflow, modules: Mapping[str, nn.Module], verified: bool = True
+    ) -> None:
         self.flow = flow
         self._modules = modules
+        self._verified = verified
 
     def between(self, start: int | None, spot: Spot | None) -> Way | str:
         """The way from a value to another, or why there is none."""
         end = self.value(spot)
         if start is None or end is None:
             return "one of them is not known."
-        return find_way(self.flow, self._modules, start, end, self._is_unit)
+        return find_way(self.flow, self._modules, start, end, self._is_unit, self._verified)
 
     def value(self, spot: Spot | None) -> int | None:
         """The value at a spot, None if nothing came there."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -18,9 +17,9 @@ from insitu.graph.location import Mark, here
 from insitu.graph.tracebacks import short_tracebacks
 from insitu.models.forward import LanguageForward, Usual
 from insitu.models.language_traits import LanguageTraits
-from insitu.models.model import Model
 from insitu.models.options import more_prompts
 from insitu.models.prompt_arguments import check_budget, given_to_block
+from insitu.models.served_model import ServedModel
 from insitu.tracing.block import Block
 from insitu.tracing.tracer import Tracer
 
@@ -31,9 +30,10 @@ if TYPE_CHECKING:
     from insitu.models.loading.opened import Opened
     from insitu.models.selection import Filters
     from insitu.models.vocabulary import Names
+    from insitu.remote.away import Remote
 
 
-class LanguageModel(Model):
+class LanguageModel(ServedModel):
     """A language model of Hugging Face, whose inside can be read while it runs.
 
     It may be causal, masked, or an encoder and decoder. Config and tokenizer are read at once; the
@@ -51,6 +51,9 @@ class LanguageModel(Model):
             saved from: what was saved without a head has no logits.
         allow_new_weights: whether weights that the files lack may be drawn at random, others at
             each load. Unless given, that is an error.
+        remote: the URL of a server that has the model, or a `Connection` to one; True for the URL
+            in `INSITU_REMOTE`. Its config, tokenizer and tree come from there, and whatever is run
+            is run there.
         kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision`,
             `quantization_config` and whatever else it takes.
 
@@ -76,27 +79,15 @@ class LanguageModel(Model):
         *,
         task: str | None = None,
         allow_new_weights: bool = False,
+        remote: Remote | None = None,
         **kwargs: Any,
     ) -> None:
-        from insitu.models.loading import opened as loading  # most of it only files need
+        from insitu.models.loading import language  # most of it only files need
 
-        location = here()
-        loading.check_given(model, tokenizer, location)
-        if isinstance(model, nn.Module):
-            given = dict(kwargs) if task is None else {"task": task, **kwargs}
-            if allow_new_weights:
-                given["allow_new_weights"] = True
-            opened = loading.opened_language_module(model, given, location)
-        else:
-            from insitu.models.loading.tasks import language_class
-
-            choose, asked = partial(language_class, asked=task), task is not None
-            opened, source = loading.opened_language_files(
-                os.fspath(model), kwargs, choose, location, allow_new_weights, asked
-            )
-            if tokenizer is None:
-                tokenizer = source.tokenizer()
+        given = language.Given(model, tokenizer, task, allow_new_weights, remote, kwargs)
+        opened, tokenizer, away = language.opened_language_model(given, here())
         self._open(opened, tokenizer)
+        vars(self)["away"] = away
 
     def _open(self, opened: Opened, tokenizer: Any, processor: Any = None) -> None:
         """Wraps a model, with what reads its prompts."""
@@ -105,7 +96,7 @@ class LanguageModel(Model):
         vars(self).update(_config=opened.config, _tokenizer=tokenizer, _processor=processor)
         self._describe()
 
-    _internal = Model._internal | {"traits"}
+    _internal = ServedModel._internal | {"traits"}
     _config: Any
     _tokenizer: Any
     _processor: Any = None
@@ -143,10 +134,11 @@ class LanguageModel(Model):
     def device(self) -> torch.device:
         """Where token ids have to be: the device of the input embedding.
 
-        It is known when the weights are there, so this loads them.
+        It is known when the weights are there, so this loads them. With `remote=` it is the CPU.
         """
-        self.load()
-        return self.traits.placement.device
+        if self.away is None:
+            self.load()
+        return self.traits.placement.device if self.loaded else torch.device("cpu")
 
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
@@ -170,6 +162,8 @@ class LanguageModel(Model):
         *others: Any,
         max_tokens_per_pass: int | None = None,
         share_prefixes: bool | None = None,
+        remote: Remote | None = None,
+        wait: bool = True,
         **kwargs: Any,
     ) -> Tracer:
         """Opens a block that runs one forward of the model when it ends.
@@ -183,6 +177,9 @@ class LanguageModel(Model):
                 pass. Unless given, what fits into a quarter of the free memory.
             share_prefixes: whether invocations of one prompt share what comes before their first
                 write. Unless given, where that is faster.
+            remote: the server that runs it, as of the class; None for where the model is.
+            wait: whether the block waits for what a server gives. If not, `tracer.remote_job` has
+                it later.
             kwargs: keyword arguments of the model's forward. `use_cache` is False unless given.
                 A prompt may be among them, as `input_ids=` or `inputs_embeds=`, and what goes with
                 it, such as `attention_mask=`; with a chat, `add_generation_prompt=`. `seed=` is
@@ -208,7 +205,10 @@ class LanguageModel(Model):
         if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
             check_budget(max_tokens_per_pass)
             forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
-        return Tracer(Block(self, forward, given))
+        block = Block(self, forward, given)
+        if remote is not None or not wait:
+            self._send_away(block, remote, wait)
+        return Tracer(block)
 
     def scan(
         self,
@@ -258,6 +258,8 @@ class LanguageModel(Model):
         prompt: Any = None,
         *others: Any,
         max_tokens_per_pass: int | None = None,
+        remote: Remote | None = None,
+        wait: bool = True,
         **kwargs: Any,
     ) -> Tracer:
         """Opens a block that generates when it ends, with the model's own `generate`.
@@ -272,6 +274,8 @@ class LanguageModel(Model):
             max_tokens_per_pass: how many tokens, with padding and those to come, several
                 invocations may have in one batch. Unless given, what fits into a quarter of the
                 free memory.
+            remote: as of `trace`.
+            wait: likewise.
             kwargs: keyword arguments of `generate`, such as `max_new_tokens` and `do_sample`;
                 with a prompt, `seed` too, and a prompt by keyword as in `trace`.
 
@@ -285,7 +289,10 @@ class LanguageModel(Model):
         """
         if others:
             raise more_prompts("generate", others)
-        return self._generating(prompt, kwargs, max_tokens_per_pass)
+        tracer = self._generating(prompt, kwargs, max_tokens_per_pass)
+        if remote is not None or not wait:
+            self._send_away(tracer.block, remote, wait)
+        return tracer
 
     def _generating(
         self, prompt: Any, kwargs: dict[str, Any], budget: int | None, dry: bool = False

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 
 _USED_INSIDE = """
-    caches count described edited exclusive fake_module has_hooks in_use is_training knows_dtypes
-    look look_at_weights looks plans probe procedure settle snapshot trains views vocabulary
-    warn_of_noise without_data
+    away caches count depends_on_contents described edited exclusive fake_module has_hooks in_use
+    is_training knows_dtypes look look_at_weights looks plans probe procedure settle snapshot trains
+    views vocabulary warn_of_noise without_data
 """
 """What other parts of Insitu use of a model; not in `dir`."""
 
@@ -169,6 +169,11 @@ class Model(WrappedModule):
         from insitu.tracing.job_running import run_job
 
         self._notice()
+        if self.away is not None:
+            from insitu.tracing.away import run_job_away  # of use only with a server
+
+            others = {"limits": limits, "sink": sink, "events": events, "cancel": cancel}
+            return run_job_away(self.away, job, raises, **others)
         budget = None if limits is None else checked_budget(self, job, limits)
         with around(sink, events, cancel):
             return run_job(self, job, budget, raises)

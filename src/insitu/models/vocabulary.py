@@ -76,7 +76,7 @@ class Names(Vocabulary):
 
     @cached_property
     def endings(self) -> Endings:
-        """What the model makes of what leaves its blocks; it loads the model."""
+        """What the model makes of what leaves its blocks; it loads the model, if it is here."""
         from insitu.models.endings import find_endings  # most never ask
 
         return find_endings(self._body)

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
-from insitu.engine.dataflow import Applied, Dataflow, Value
+from insitu.engine.dataflow import CASTS, Applied, Dataflow, Value
 from insitu.engine.fallback import Fallback, tried
 from insitu.graph.structure import map_structure
 from insitu.models.anatomy.reading import RESHAPES
@@ -24,7 +25,6 @@ from insitu.models.anatomy.reading import RESHAPES
 Call = Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any]
 """Calls a module, given its path and its arguments."""
 
-_CASTS = frozenset(["bfloat16", "double", "float", "half", "to", "type", "type_as"])
 _CHOICES = frozenset(["getitem", "index_select", "narrow", "select"])
 
 
@@ -70,6 +70,19 @@ class Way:
         """The paths of the modules on it."""
         return [step.path for step in self.steps if step.path is not None]
 
+    @property
+    def outline(self) -> list[tuple[Any, ...]]:
+        """What is called on it, in order, without what it is called with."""
+        return [
+            (
+                step.path,
+                None if step.applied is None or step.path else step.applied.function,
+                step.item,
+                step.dtype is None,
+            )
+            for step in self.steps
+        ]
+
     def apply(self, value: Any, call: Call) -> Any:
         """Returns what the model would make of a value.
 
@@ -107,6 +120,7 @@ def find_way(
     start: int,
     end: int,
     is_unit: Callable[[str], bool],
+    verified: bool = True,
 ) -> Way | str:
     """Returns the way from one value of a forward to another, or why there is none.
 
@@ -117,6 +131,7 @@ def find_way(
         end: the value at its end.
         is_unit: whether a module, by its path, is called as a whole; of others, the functions in
             their forward are.
+        verified: whether the values of the forward have to bear it out; they have to be there.
     """
     search = _Search(flow, modules, start, is_unit)
     steps: dict[int, Step] = {start: Step(start, start)}
@@ -134,7 +149,8 @@ def find_way(
     del steps[start]
     ordered = [steps[value] for value in sorted(steps)]  # values are numbered as they are made
     way = Way(start, end, ordered, search.constants)
-    return way if _is_right(way, flow, modules) else "what stands between them is not understood."
+    right = not verified or _is_right(way, flow, modules)
+    return way if right else "what stands between them is not understood."
 
 
 class _Search:
@@ -193,12 +209,12 @@ class _Search:
         """The step of a function that leaves numbers as they are, None if it does not."""
         flow = self.flow
         before, after = flow.shapes[taken], flow.shapes[value]
-        if function in _CASTS:
+        if function in CASTS:
             return Step(taken, value, dtype=flow.tensors[value].dtype)
         if function in _CHOICES and before != after:
             return "only a part of one is in the other."
         whole = before[-1:] == after[-1:] and _count(before) == _count(after)
-        if function == "dropout":
+        if function == "dropout" and not isinstance(flow.tensors[value], FakeTensor):
             whole = whole and torch.equal(flow.tensors[taken], flow.tensors[value])
         if function in (*RESHAPES, *_CHOICES) and whole:
             return Step(taken, value)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from insitu.models.fingerprints import Structure
     from insitu.models.loading.opened import Opened
     from insitu.models.loading.source import Source
+    from insitu.tracing.away import Away
 
 
 class WrappedModule(Handle):
@@ -50,6 +51,7 @@ class WrappedModule(Handle):
         views: how the outputs of transformer blocks are shown, by path, if there are any.
         caches: the Python modules of Transformers' caches of keys and values.
         plans: how blocks were run before.
+        away: where its blocks are run, None for here.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -60,6 +62,7 @@ class WrappedModule(Handle):
 
     snapshot: Tree
     looks: Looks
+    away: Away | None = None
     exclusive: Exclusive
     edits: Sequence[Graph]
     caches: Collection[str] = CACHES
@@ -237,6 +240,10 @@ class WrappedModule(Handle):
             vars(self)["_structure"] = self.snapshot, structure_of(self)
         assert self._structure is not None
         return described(self, self._origin, self._structure[1])
+
+    def depends_on_contents(self, call: Call) -> bool:
+        """Returns whether a probe of a call depends on contents: as of `Subject`."""
+        return self._own_runs.depends_on_contents(call)
 
     def count(self, call: Call) -> Counts:
         """Returns what a call of the module takes: as of `Subject`."""

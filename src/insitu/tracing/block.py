@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import UserDict
 from collections.abc import Mapping
-from copy import copy
 from sys import _getframe  # pyright: ignore[reportPrivateUsage]
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, Self
 
 from insitu.batching.procedure import Procedure, Subject
 from insitu.engine.failures import first_error
@@ -37,8 +33,8 @@ from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordina
 from insitu.graph.recording import Recording
 from insitu.graph.renumbering import replay
 from insitu.graph.saved_proxy import withdraw
-from insitu.graph.structure import clone, map_structure
 from insitu.graph.tracebacks import shortened
+from insitu.tracing.given import copied
 from insitu.tracing.invocation import Invocation, Invoked, innermost
 from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.run import Run
@@ -49,6 +45,8 @@ from insitu.tracing.watching import watcher
 
 if TYPE_CHECKING:
     from insitu.engine.job import Job
+    from insitu.engine.job_outcome import Outputs
+    from insitu.tracing.away import Away
 
 
 class Block:
@@ -71,12 +69,18 @@ class Block:
         ran: its run, None before it ends.
         is_dry: whether the run is only planned.
         raised: the name of the error that the block has raised, None if it has raised none.
+        away: where it is run, None for where its model is.
+        waits: whether it waits for its results, where it is run somewhere else.
+        sent: what its results can be had from, if it did not wait.
         in_steps: how many contexts are open that say which step lines mean.
     """
 
     # What most blocks never use is of the class.
     request: Any = None
     raised: str | None = None
+    away: Away | None = None
+    waits = True
+    sent: Any = None
     ran: Run | None = None
     in_steps = 0
 
@@ -183,14 +187,23 @@ class Block:
         watching = watcher.get()
         if watching is not None:
             watching.begins(self)
+        away = self.away or self.model.away
         try:
             if self.is_dry:
                 scan_block(run)
+            elif away is not None and not self.waits:
+                self.sent = away.send(self.job)
+                recording.fail(
+                    "its job was sent without waiting for it: `tracer.remote_job.result()` has it."
+                )
+            elif away is not None:
+                from insitu.tracing.away import run_away  # of use only with a server
+
+                (run.outputs,), failed = run_away(self.model, [self], away)
+                self._spread(run)
             else:
                 run_block(run)
-                if run.outputs is not None:
-                    for invocation, own in zip(self.invocations, run.outputs.each, strict=True):
-                        invocation.result = own
+                self._spread(run)
                 if run.failed:
                     failed, run.failed = first_error(run.failed), ()  # they would keep each other
         except BaseException as failure:
@@ -210,6 +223,24 @@ class Block:
                 raise shortened(failed)
             finally:
                 del failed  # else the error and this frame would keep each other
+
+    def came(self, outputs: Outputs | None) -> None:
+        """Takes what the block's run somewhere else returned, beside its saved values.
+
+        Args:
+            outputs: what its generation returned, None for a trace.
+        """
+        self.ran = run = self.recorded()
+        run.outputs = outputs
+        self._spread(run)
+        self.recording.forget()
+        self.invocations, self.alone = [], None
+
+    def _spread(self, run: Run) -> None:
+        """Gives each invocation what its generation returned."""
+        if run.outputs is not None:
+            for invocation, own in zip(self.invocations, run.outputs.each, strict=True):
+                invocation.result = own
 
     @property
     def job(self) -> Job:
@@ -293,28 +324,6 @@ class Block:
             return 0
         invocation, _ = innermost(self.model, 1)
         return None if invocation is None else invocation.number
-
-
-def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns arguments with copies of their tensors.
-
-    The model runs later, and what is given here may be filled anew for the next prompt.
-
-    Args:
-        args: what is given by place.
-        kwargs: what is given by keyword.
-    """
-    if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor:  # as loops have it
-        return (args[0].clone(),), kwargs
-    return map_structure(_copy, (args, kwargs))
-
-
-def _copy(item: Any) -> Any:
-    if isinstance(item, UserDict):  # as tokenizers give
-        made = copy(cast("UserDict[Any, Any]", item))
-        made.data = map_structure(_copy, made.data)
-        return made
-    return clone(item)
 
 
 class BlockContext:

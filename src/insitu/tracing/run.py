@@ -71,6 +71,7 @@ class RecordedBlock(Protocol):
     """A block, as far as its session and its job need it."""
 
     recording: Recording
+    is_dry: bool
 
     def run(self) -> None:
         """Runs what was recorded, and fills the saved values."""
@@ -78,6 +79,10 @@ class RecordedBlock(Protocol):
 
     def recorded(self) -> Run:
         """Returns what is to run, once the block has ended."""
+        ...
+
+    def came(self, outputs: Outputs | None) -> None:
+        """Takes what its run somewhere else returned, beside its saved values."""
         ...
 
 

@@ -17,6 +17,7 @@ from insitu.tracing.watching import watcher
 if TYPE_CHECKING:
     from insitu.batching.procedure import Subject
     from insitu.engine.job import Job
+    from insitu.tracing.away import Away
     from insitu.tracing.run import RecordedBlock
 
 
@@ -28,11 +29,12 @@ class Session:
 
     Attributes:
         model: whose blocks it holds.
+        away: where they are run, None for where the model is.
         blocks: its blocks, in their order, once it has ended; None before that, or if it raised.
     """
 
-    def __init__(self, model: Subject) -> None:
-        self.model = model
+    def __init__(self, model: Subject, away: Away | None = None) -> None:
+        self.model, self.away = model, away
         self._blocks: list[RecordedBlock] = []
         self.blocks: Sequence[RecordedBlock] | None = None
         self._done = False
@@ -69,7 +71,11 @@ class Session:
             watching.begins(self)
         failure: BaseException | None = None
         try:
-            _run_all(waiting)
+            away = self.away or self.model.away
+            if away is None:
+                _run_all(waiting)
+            else:
+                _run_all_away(self.model, waiting, away)
         except BaseException as raised:
             failure = raised
             raise
@@ -118,6 +124,27 @@ def _run_all(waiting: list[RecordedBlock]) -> None:
                     f"an earlier block of its session raised {type(failure).__name__}."
                 )
             raise
+
+
+def _run_all_away(model: Subject, waiting: list[RecordedBlock], away: Away) -> None:
+    """Runs blocks somewhere else, as one job; those that run nothing are looked at here."""
+    from insitu.tracing.away import run_away  # of use only with a server
+
+    _run_all([block for block in waiting if block.is_dry])
+    waiting = [block for block in waiting if not block.is_dry]
+    if not waiting:
+        return
+    try:
+        came = run_away(model, waiting, away)
+    except BaseException as failure:
+        for block in waiting:
+            block.recording.fail(f"its run raised {type(failure).__name__}.")
+        shortened(failure)
+        raise
+    for block, outputs in zip(waiting, came.outputs, strict=True):
+        block.came(outputs)
+    if came.failed is not None:
+        raise shortened(came.failed)
 
 
 def session_of(model: object) -> Session | None:

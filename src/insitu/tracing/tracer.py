@@ -16,7 +16,8 @@ from insitu.graph.location import here, mark
 from insitu.graph.node import EVERY, Graph
 from insitu.graph.tracebacks import shortened
 from insitu.habits import OF_BLOCKS, habit
-from insitu.tracing.block import BlockContext, copied
+from insitu.tracing.block import BlockContext
+from insitu.tracing.given import copied
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.planning import explained
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
@@ -86,6 +87,21 @@ class Tracer(BlockContext):
                 blocks of its session, whose job is `session.job`.
         """
         return self.block.job
+
+    @property
+    def remote_job(self) -> Any:
+        """The job that the block has sent to a server, with `wait=False`: a `RemoteJob`.
+
+        Raises:
+            NoValueError: if it has sent none.
+        """
+        sent = self.block.sent
+        if sent is None:
+            raise NoValueError(
+                "The block has sent no job: with `remote=` and `wait=False` it does, when it ends.",
+                here(),
+            )
+        return sent
 
     @property
     def plan(self) -> Planned:

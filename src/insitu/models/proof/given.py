@@ -93,6 +93,13 @@ class Proofs:
         refused = self.of_block(kind)
         return block.without(dict.fromkeys(NAMES, refused) if isinstance(refused, str) else refused)
 
+    def small(self) -> WrappedModule | str:
+        """Returns a small random model of the class, with as many blocks; or why there is none."""
+        try:
+            return self._wrapped(None, narrow=True)
+        except SmallModelError as error:
+            return str(error)
+
     def of_whole(self) -> Mapping[str, str] | str:
         """Returns the same of the names of the model itself."""
         while self._whole is None and self._further():
@@ -174,6 +181,12 @@ class Proofs:
         return prove(model, self._body.description)
 
     def _small(self, depth: int | None, narrow: bool) -> Proof:
+        small = self._wrapped(depth, narrow)
+        with quiet():
+            return prove(small, self._body.description)
+
+    def _wrapped(self, depth: int | None, narrow: bool) -> WrappedModule:
+        """A small model, whose own changes to its tree are done."""
         if not hasattr(type(self._body.model.module), "config_class"):
             raise SmallModelError("it has no config")
         with quiet():
@@ -181,7 +194,7 @@ class Proofs:
             call = sample_call(small.module, small.module.config)
             if call is not None:
                 small.settle(call)
-            return prove(small, self._body.description)
+            return small
 
     def _depth(self) -> int:
         """How many blocks it takes to have one of each kind."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from insitu.models.parts import Block
+    from insitu.models.wrapped_module import WrappedModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,10 @@ class Proven(Protocol):
         Args:
             name: "blocks" or "encoder_blocks".
         """
+        ...
+
+    def small(self) -> WrappedModule | str:
+        """Returns a small random model of the class, with as many blocks; or why there is none."""
         ...
 
     def showing(self) -> Mapping[str, Any] | None:

@@ -1,0 +1,50 @@
+"""A model whose blocks can be run by a server: where `remote=` is given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from insitu.graph.errors import OptionError
+from insitu.graph.location import here
+from insitu.models.model import Model
+from insitu.tracing.block import Block
+from insitu.tracing.session import Session
+
+if TYPE_CHECKING:
+    from insitu.remote.away import Remote
+    from insitu.tracing.away import Away
+
+
+class ServedModel(Model):
+    """A model whose blocks and sessions can be run by a server."""
+
+    def session(self, *, remote: Remote | None = None, **unknown: Any) -> Session:
+        """Opens a context for several blocks: as of `Model`.
+
+        Args:
+            remote: the server that runs them, as one job; None for where the model is.
+            unknown: nothing.
+
+        Raises:
+            OptionError: if it is given another option.
+        """
+        session = super().session(**unknown)
+        if remote is not None:
+            session.away = self._on_server(remote)
+        return session
+
+    def _on_server(self, remote: Remote) -> Away:
+        """The model on a server."""
+        from insitu.remote.away import away_at
+
+        return away_at(remote, self._origin[0])
+
+    def _send_away(self, block: Block, remote: Remote | None, wait: bool) -> None:
+        """Lets a block be run by a server."""
+        if remote is not None:
+            block.away = self._on_server(remote)
+        if not wait and block.away is None and self.away is None:
+            raise OptionError(
+                "`wait=False` is for a block that a server runs: give `remote=` too.", here()
+            )
+        block.waits = wait

@@ -1,0 +1,116 @@
+"""Blocks whose model is somewhere else: they are sent as a job, and its results are theirs.
+
+What is wrong with the run is found there, and raised here, at the line that was recorded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from insitu.engine.seams import seams
+from insitu.graph.cells import Missing
+from insitu.graph.errors import InsituError, OptionError
+from insitu.graph.location import here
+from insitu.tracing.jobs import job_of
+
+if TYPE_CHECKING:
+    from insitu.batching.procedure import Subject
+    from insitu.engine.job import Job
+    from insitu.engine.job_outcome import Outputs
+    from insitu.engine.results import Results
+    from insitu.tracing.run import RecordedBlock
+
+
+class Away(Protocol):
+    """Where the jobs of a model are run, if not here."""
+
+    def run(self, job: Job) -> Results:
+        """Runs a job, and returns its results.
+
+        What its invocations raise is in the results. All errors are about lines of the job as it
+        was recorded here.
+
+        Raises:
+            InsituError: for what is wrong with all of it.
+        """
+        ...
+
+    def send(self, job: Job) -> Any:
+        """Sends a job, and returns what its results can be had from later."""
+        ...
+
+
+class Came(NamedTuple):
+    """What has come of blocks that were run somewhere else.
+
+    Attributes:
+        outputs: what the generation of each returned, None for a trace.
+        failed: what the first invocation that failed has raised, None if none has.
+    """
+
+    outputs: Sequence[Outputs | None]
+    failed: InsituError | None
+
+
+def run_away(model: Subject, blocks: Sequence[RecordedBlock], away: Away) -> Came:
+    """Runs blocks somewhere else, and fills their saved values.
+
+    Args:
+        model: their model, which need not have its weights here.
+        blocks: the blocks of one job.
+        away: where they are run.
+
+    Raises:
+        InsituError: what is wrong with all of it, at the line that was recorded here.
+    """
+    around = seams.get()
+    if around is not None and around.sink is not None:
+        raise OptionError(
+            "`saving_to` takes what runs of this process save: what a server gives comes all at "
+            "once, when its run has ended.",
+            here(),
+        )
+    job = job_of(model, blocks)
+    results = away.run(job)
+    for block, sent in zip(blocks, job.blocks, strict=True):
+        saves = block.recording.saves
+        for index, name in sent.saves.items():
+            saves[index]._put(results[name] if name in results else _missing(name, results))
+    failed = results.failed[0].error if results.failed else None
+    return Came(results.outputs, failed)
+
+
+def run_job_away(away: Away, job: Job, raises: bool, **others: Any) -> Results:
+    """Runs a job somewhere else.
+
+    Args:
+        away: where.
+        job: the job.
+        raises: whether what invocations raise is raised.
+        others: what only a run of this process can be given.
+
+    Raises:
+        OptionError: if there is any of these.
+        InsituError: for what is wrong with the run, with what there is as its `results`.
+    """
+    for name, given in others.items():
+        if given is not None:
+            raise OptionError(
+                f"`{name}=` is for a model whose weights are here: this one is on a server, whose "
+                "own limits hold, and whose `RemoteJob` has events and can be cancelled.",
+                here(),
+            )
+    results = away.run(job)
+    if results.failed and raises:
+        error = results.failed[0].error
+        error.results = results
+        raise error
+    return results
+
+
+def _missing(name: str, results: Results) -> Any:
+    for one in results.failed:
+        if name in one.names:
+            return Missing(f"its run raised {type(one.error).__name__}.")
+    return Missing("its run failed.")
