@@ -8,12 +8,12 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # A worker for each core: threads of their own would only wait for each other.
-test test-all test-matrix architectures fuzz attack: export OMP_NUM_THREADS := 1
+test test-all test-matrix test-served architectures fuzz attack: export OMP_NUM_THREADS := 1
 
 ORACLES := transformer-lens captum sae-lens
 
-.PHONY: demo test test-all test-matrix architectures proofs oracle fuzz attack check format docs bench \
-	bench-peers clean
+.PHONY: demo test test-all test-matrix test-served architectures proofs oracle fuzz attack check format docs bench \
+	bench-peers bench-serving attack-server clean
 
 demo: $(VENV)/runtime
 	@$(BIN)/python examples/main_demo.py
@@ -59,6 +59,10 @@ oracle: $(VENV)/installed $(ORACLES:%=$(VENV)-%/installed)
 		$(BIN)/pytest tests/oracle/agreement.py tests/oracle/attribution.py \
 		tests/oracle/agreement_on_saes.py
 
+# What the tests of these folders trace is sent to a server too, and compared.
+test-served: $(VENV)/installed
+	INSITU_SERVED=1 $(BIN)/pytest -n $(WORKERS) tests/fidelity tests/methods
+
 # Many more of the random programs that the suite compares with plain PyTorch hooks.
 fuzz: $(VENV)/installed
 	INSITU_PROGRAMS=40000 INSITU_STEP_PROGRAMS=5000 INSITU_GRADIENT_PROGRAMS=5000 \
@@ -68,6 +72,10 @@ fuzz: $(VENV)/installed
 # Many more of the jobs that the suite changes at random, reads and runs under limits.
 attack: $(VENV)/installed
 	$(BIN)/python -m tests.attack.mutated_jobs 1000000 --runs 100000
+
+# Hostile jobs through a real server, with neighbours whose results are compared meanwhile.
+attack-server: $(VENV)/installed
+	$(BIN)/python -m tests.attack.hostile_server 50000
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -88,6 +96,11 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/caches.py
 	$(BIN)/python benchmarks/methods.py
+
+# A server and its users, beside the same server that joins nothing, and nnsight one by one.
+bench-serving: $(VENV)/installed $(VENV)-nnsight/installed
+	$(BIN)/python benchmarks/serving.py --nnsight $(VENV)-nnsight/bin/python \
+		--write benchmarks/RESULTS.md
 
 PEERS = nnsight transformer-lens pyvene
 

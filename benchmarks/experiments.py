@@ -35,7 +35,7 @@ from cases import (
 )
 from peers import ask
 from subjects import fingerprint, gpt2, llama
-from tables import Figure, Table, figures
+from tables import Figure, Table, figures, write_part
 from timing import medians
 
 SMALL, LLAMA, NARROW = "GPT-2 small's size", "like Llama", "16 wide"
@@ -210,7 +210,7 @@ def main() -> None:
     print(tables[0].text())
     if chosen.write is not None:
         parts = [TITLE.format(machine=machine()), *(found.markdown() for found in tables)]
-        chosen.write.write_text("\n".join(parts))
+        write_part(chosen.write, parts)
 
 
 TITLE = """# Experiments, measured

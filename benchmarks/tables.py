@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,22 @@ def figures(found: Sequence[Figure]) -> Table:
     """Returns a table of figures and of what they miss."""
     columns = ("figure", "value", "limit", "verdict")
     return Table("What the project holds itself to", columns, [each.cells() for each in found])
+
+
+def write_part(path: Path, parts: Sequence[str]) -> None:
+    """Writes a part of a file of results, in the place of the one with the same title.
+
+    Args:
+        path: the file, in which each part begins with a title of the first rank.
+        parts: the text: its title and what it says, and then tables.
+    """
+    text = "\n".join(parts)
+    title = text.partition("\n")[0]
+    before = f"\n{path.read_text()}" if path.exists() else ""
+    kept = [f"# {one}" for one in before.split("\n# ")[1:]]
+    at = next((n for n, one in enumerate(kept) if one.startswith(f"{title}\n")), len(kept))
+    kept[at : at + 1] = [text]
+    path.write_text("\n".join(one.rstrip("\n") + "\n" for one in kept))
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:

@@ -6,6 +6,11 @@ import importlib
 import io
 import pkgutil
 import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -21,6 +26,35 @@ DOCS = [
     if not page.relative_to(ROOT / "docs").as_posix().startswith(WITHOUT_CODE)
 ]
 PAGES = [ROOT / "README.md", *DOCS]
+SERVED = "http://127.0.0.1:8765"
+"""Where `insitu serve` is, unless it is told otherwise."""
+
+
+@contextlib.contextmanager
+def as_it_says(text: str):
+    """What a page says is running: `insitu serve insitu/eiffel`, as a command."""
+    if SERVED not in text:
+        yield
+        return
+    run = "from insitu.cli import app; app()"
+    command = [sys.executable, "-c", run, "serve", "insitu/eiffel"]
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen([*command, "--data", folder])
+        try:
+            wait_for(f"{SERVED}/readyz", process)
+            yield
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        assert process.poll() is None, "the server has ended"
+        with contextlib.suppress(OSError), urllib.request.urlopen(url):
+            return
+        time.sleep(0.2)
+    raise AssertionError("the server did not start")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -28,11 +62,12 @@ def test_every_block_runs_and_prints_what_it_says(page: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```(?:\s+```text\n(.*?)```)?", page.read_text(), re.S)
     assert blocks
     namespace: dict[str, object] = {}
-    for code, printed in blocks:
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(compile(code, str(page), "exec"), namespace)
-        assert out.getvalue() == printed
+    with as_it_says(page.read_text()):
+        for code, printed in blocks:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(code, str(page), "exec"), namespace)
+            assert out.getvalue() == printed
 
 
 MODULES = [m.name for m in pkgutil.walk_packages(insitu.__path__, "insitu.")]

@@ -12,7 +12,7 @@ import insitu
 from tests.files_entered import files_entered
 
 ROOT = Path(insitu.__file__).parent
-ROOMS = ("graph", "display", "engine", "batching", "tracing", "models")
+ROOMS = ("graph", "display", "engine", "batching", "tracing", "remote", "models", "server")
 
 
 def module_of(path: Path) -> str:
@@ -33,7 +33,10 @@ def imported(path: Path) -> Iterator[str]:
                 yield inner if inner in FILES else node.module
 
 
-ORDER = ("graph", "display", "engine", "batching", "tracing", "zoo", "models", "methods")
+ORDER = (
+    *("graph", "display", "engine", "batching", "tracing"),
+    *("remote", "zoo", "models", "methods", "server"),
+)
 
 
 @pytest.mark.parametrize("room", ORDER)

@@ -3,7 +3,7 @@
 A command prints a table or JSON, or writes a page or a picture and says where. It exits with 0 if
 all went well, with 1 if what was checked does not hold, and with 2, and one line that says why, if
 it could not be done. How options are read is in `command_options.py`, and what becomes of an answer
-in `command_answers.py`.
+in `command_answers.py`. What is about a server is in `command_server.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from insitu.command_options import (
     Revision,
     numbers_in,
 )
+from insitu.command_server import keys_app, serve
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -253,3 +254,7 @@ def run(
     lines = [f"another model: {what}" for what in results.differences]
     data = {"results": [one._asdict() for one in found], "differences": [*results.differences]}
     return Answer(saved_table(found, lines), data, written=() if out is None else (out,))
+
+
+app.command()(serve)
+app.add_typer(keys_app, name="keys")

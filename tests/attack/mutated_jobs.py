@@ -288,7 +288,12 @@ def _is_long(job: Job) -> bool:
 
 def resident() -> int:
     """The memory of this process, in bytes."""
-    with open("/proc/self/statm") as told:
+    return resident_of(os.getpid())
+
+
+def resident_of(pid: int) -> int:
+    """The memory of a process, in bytes."""
+    with open(f"/proc/{pid}/statm") as told:
         return int(told.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 

@@ -1,0 +1,312 @@
+"""Blocks of a model that a server has: what they give, and what they raise, is as it is here."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from insitu import (
+    Cancel,
+    CancelledError,
+    Job,
+    LanguageModel,
+    LoadError,
+    MemorySink,
+    Model,
+    NoValueError,
+    OptionError,
+    RemoteError,
+    ShapeError,
+    VisionLanguageModel,
+    WireError,
+    cancellable,
+    listening,
+    saving_to,
+    serve,
+)
+from insitu.engine.events import PassEnded
+from insitu.methods import activation_patching, attention_patterns, logit_difference, logit_lens
+from insitu.remote import Connection, RemoteJob
+
+EIFFEL = "The Eiffel Tower is in the city of"
+LOUVRE = "The Louvre is in the city of"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serve("insitu/eiffel") as server:
+        yield server.url
+
+
+@pytest.fixture
+def there(url: str) -> LanguageModel:
+    return LanguageModel("insitu/eiffel", remote=url)
+
+
+@pytest.fixture
+def here() -> LanguageModel:
+    return LanguageModel("insitu/eiffel")
+
+
+def hooked(model: LanguageModel, text: str, layer: int) -> torch.Tensor:
+    """What a plain hook sees behind a block."""
+    module, seen = model.load(), list[torch.Tensor]()
+    handle = module.transformer.h[layer].register_forward_hook(
+        lambda _, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.no_grad():
+        module(**model.tokenizer(text, return_tensors="pt"))
+    handle.remove()
+    return seen[0]
+
+
+def test_a_trace_gives_what_a_hook_sees(there: LanguageModel, here: LanguageModel) -> None:
+    with there.trace(EIFFEL):
+        hidden = there.transformer.h[3].output[0].save()
+    torch.testing.assert_close(hidden.value, hooked(here, EIFFEL, 3), rtol=1e-5, atol=1e-5)
+    assert not there.loaded
+
+
+def test_a_generation_gives_tokens_and_values_of_steps(
+    there: LanguageModel, here: LanguageModel
+) -> None:
+    with there.generate(max_new_tokens=3) as generator:
+        with generator.invoke(EIFFEL) as first:
+            with generator.every_step():
+                norms = there.transformer.h[1].output[0].norm().save()
+        with generator.invoke(LOUVRE) as second:
+            pass
+    module = here.load()
+    for invoker, text in ((first, EIFFEL), (second, LOUVRE)):
+        ids = here.tokenizer(text, return_tensors="pt")
+        expected = module.generate(**ids, max_new_tokens=3, do_sample=False)
+        assert invoker.output.tolist() == expected.tolist()
+    assert len(norms) == first.output.shape[1] - first.ids.shape[1]
+    assert generator.output.shape[0] == 2
+
+
+def test_a_session_is_one_job(there: LanguageModel, here: LanguageModel) -> None:
+    found = []
+    for model in (there, here):
+        with model.session():
+            with model.trace(EIFFEL):
+                donor = model.transformer.h[2].output[0][:, -1]
+            with model.trace(LOUVRE):
+                model.transformer.h[2].output[0][:, -1] = donor
+                found.append(model.lm_head.output[0, -1].save())
+    torch.testing.assert_close(found[0].value, found[1].value, rtol=1e-5, atol=1e-5)
+
+
+def test_edits_travel(there: LanguageModel, here: LanguageModel) -> None:
+    found = []
+    for model in (there, here):
+        with model.edit() as edited:
+            edited.transformer.h[2].output[0][:] = 0
+        with edited.trace(EIFFEL):
+            found.append(edited.lm_head.output.save())
+    torch.testing.assert_close(found[0].value, found[1].value, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_sites(there: LanguageModel, here: LanguageModel) -> None:
+    found = []
+    for model in (there, here):
+        with model.trace(EIFFEL):
+            hidden = model.transformer.h[2].output[0]
+            model.lm_head.output[0, -1].max().backward()
+            found.append(hidden.grad.save())
+    torch.testing.assert_close(found[0].value, found[1].value, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_trained_gets_its_gradient_back(there: LanguageModel, here: LanguageModel) -> None:
+    found = []
+    for model in (there, here):
+        # Two that are equal, one that is made of another, and one that nothing is made of.
+        one, other = torch.zeros(128, requires_grad=True), torch.nn.Parameter(torch.zeros(128))
+        source = torch.ones(128, requires_grad=True)
+        scaled = source * 0.01
+        with model.trace(EIFFEL):
+            model.transformer.h[2].output[0][:, -1] += one + 2 * other + scaled
+            model.lm_head.output[0, -1].log_softmax(-1)[5].backward()
+        found.append([one.grad, other.grad, source.grad])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine is not None and mine.abs().sum() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_an_error_is_at_the_line_that_was_written_here(there: LanguageModel) -> None:
+    with pytest.raises(ShapeError) as caught:
+        with there.trace() as tracer:
+            with tracer.invoke(EIFFEL):
+                good = there.lm_head.output.save()
+            with tracer.invoke(EIFFEL):
+                large = there.transformer.h[0].output[0].flatten()
+                bad = large[(large > 1e9).nonzero()[0]].save()  # no value is so large
+    assert __file__ in str(caught.value) and "no value is so large" in str(caught.value)
+    assert caught.value.location is not None and caught.value.location.file == __file__
+    assert good.shape[0] == 1
+    with pytest.raises(NoValueError):
+        _ = bad.value
+
+
+def test_what_does_not_travel_is_refused_at_its_line(there: LanguageModel) -> None:
+    from insitu import apply
+
+    with pytest.raises(WireError, match="Python function") as caught:
+        with there.trace(EIFFEL):
+            apply(lambda value: value * 2, there.transformer.h[0].output[0]).save()
+    assert __file__ in str(caught.value)
+
+
+def test_weights_are_not_here(there: LanguageModel) -> None:
+    with pytest.raises(LoadError, match="are on the server"):
+        there.load()
+    with pytest.raises(LoadError, match="are on the server"):
+        _ = there.W_U
+
+
+def test_a_job_that_is_not_waited_for(there: LanguageModel, url: str) -> None:
+    with there.generate(EIFFEL, max_new_tokens=2, wait=False) as generator:
+        logits = there.lm_head.output[0, -1].save("logits")
+    job = generator.remote_job
+    results = job.result(60)
+    assert results["logits"].shape == (1336,)
+    assert [event.kind for event in job.events()].count("token") >= 1
+    assert RemoteJob.attach(job.id, url).result(10)["logits"].equal(results["logits"])
+    assert job.status.state == "done" and job.cancel().state == "done"
+    with pytest.raises(NoValueError, match="remote_job"):
+        _ = logits.value
+
+
+def test_waiting_takes_a_server(here: LanguageModel) -> None:
+    with pytest.raises(OptionError, match="remote"):
+        here.trace(EIFFEL, wait=False)
+
+
+def test_a_block_of_a_model_that_is_here_can_be_sent(here: LanguageModel, url: str) -> None:
+    with here.trace(EIFFEL, remote=url):
+        sent = here.lm_head.output[0, -1].save()
+    assert not here.loaded
+    with here.session(remote=url), here.trace(EIFFEL):
+        again = here.lm_head.output[0, -1].save()
+    with here.trace(EIFFEL):
+        own = here.lm_head.output[0, -1].save()
+    torch.testing.assert_close(sent.value, own.value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.value, own.value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_url_of_the_environment(
+    here: LanguageModel, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OptionError, match="INSITU_REMOTE is not set"):
+        here.trace(EIFFEL, remote=True)
+    monkeypatch.setenv("INSITU_REMOTE", url)
+    with here.trace(EIFFEL, remote=True):
+        logits = here.lm_head.output.save()
+    assert logits.shape[-1] == 1336
+
+
+@pytest.mark.parametrize("remote", [1, "", b"http://x", 2.5])
+def test_what_is_no_server(here: LanguageModel, remote: Any) -> None:
+    with pytest.raises(OptionError, match="`remote` is the URL"):
+        here.trace(EIFFEL, remote=remote)
+
+
+def test_a_model_that_the_server_does_not_have(url: str) -> None:
+    name = "gpt2"  # a server with one model takes any name for it, and jobs say what they are for
+    assert LanguageModel(name, remote=url).away.model == "insitu/eiffel"
+    with pytest.raises(OptionError, match="dtype"):
+        LanguageModel(name, remote=url, dtype="float16")
+    with pytest.raises(RemoteError):
+        LanguageModel(name, remote="http://127.0.0.1:9")
+
+
+def test_a_scan_runs_nothing(there: LanguageModel) -> None:
+    with there.scan(EIFFEL) as tracer:
+        logits = there.logits.save("logits")
+    assert logits.shape == (1, 8, 1336)
+    job = Job.from_bytes(tracer.job.to_bytes())
+    results = there.run(job)
+    assert results["logits"].shape == (1, 8, 1336)
+    with pytest.raises(OptionError, match="limits"):
+        from insitu import Limits
+
+        there.run(job, limits=Limits(nodes=1))
+
+
+def test_large_tensors_go_once(there: LanguageModel, here: LanguageModel) -> None:
+    encoder = torch.randn(128, 1024)  # 512 KB
+    for _ in range(2):
+        with there.trace(EIFFEL):
+            code = (there.transformer.h[2].output[0] @ encoder).relu().sum().save()
+    with here.trace(EIFFEL):
+        own = (here.transformer.h[2].output[0] @ encoder).relu().sum().save()
+    torch.testing.assert_close(code.value, own.value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Attention scores")
+def test_methods_work_with_a_remote_model(there: LanguageModel, here: LanguageModel) -> None:
+    metric = logit_difference(" Paris", " Moscow")
+    clean, corrupted = "The Louvre is in the city of", "The Kremlin is in the city of"
+    for method in (
+        lambda model: logit_lens(model, EIFFEL),
+        lambda model: attention_patterns(model, EIFFEL),
+        lambda model: activation_patching(model, clean, corrupted, metric, layers=[0, 3]),
+    ):
+        mine, theirs = method(there), method(here)
+        torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-5)
+    assert not there.loaded
+
+
+def test_who_listens_hears_of_passes_and_tokens(there: LanguageModel) -> None:
+    told: list[Any] = []
+    with listening(told.append), there.generate(EIFFEL, max_new_tokens=2):
+        there.lm_head.output[0, -1].save("logits")
+    kinds = [type(event).__name__ for event in told]
+    assert kinds.count("TokensChosen") >= 1 and kinds.count("PassEnded") == 1
+    assert next(event for event in told if type(event) is PassEnded).done == 1
+
+
+def test_a_run_can_be_cancelled(there: LanguageModel) -> None:
+    cancel = Cancel()
+    cancel.cancel()
+    with pytest.raises(CancelledError):
+        with cancellable(cancel), there.trace(EIFFEL):
+            there.lm_head.output.save()
+
+
+def test_a_sink_is_for_runs_here(there: LanguageModel) -> None:
+    with pytest.raises(OptionError, match="saving_to"):
+        with saving_to(MemorySink()), there.trace(EIFFEL):
+            there.lm_head.output.save()
+
+
+def test_other_models_are_on_no_server(url: str) -> None:
+    for kind in (Model.from_pretrained, VisionLanguageModel):
+        with pytest.raises(OptionError, match="`remote`"):
+            kind("insitu/eiffel", remote=url)
+    with pytest.raises(OptionError, match="what it is called there"):
+        LanguageModel(LanguageModel("insitu/eiffel").load(), remote=url)
+
+
+async def traced(model: LanguageModel) -> torch.Tensor:
+    async with model.trace(EIFFEL):
+        logits = model.lm_head.output[0, -1].save()
+    return logits.value
+
+
+def test_async_blocks(there: LanguageModel) -> None:
+    import asyncio
+
+    async def both() -> list[torch.Tensor]:
+        return await asyncio.gather(traced(there), traced(there))
+
+    one, other = asyncio.run(both())
+    torch.testing.assert_close(one, other)
+
+
+def test_a_plan_says_what_a_job_would_take(there: LanguageModel, url: str) -> None:
+    with there.scan(EIFFEL) as tracer:
+        there.logits.save("logits")
+    plan = Connection(url).plan(tracer.job)
+    assert (plan.passes, plan.results[0].bytes) == (1, 8 * 1336 * 4)
