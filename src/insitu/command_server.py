@@ -97,7 +97,7 @@ def serve(
 ) -> None:
     """Serves models to many users, until it is interrupted.
 
-    Users write `LanguageModel("gpt2", remote="http://...")`, and the rest as without a server.
+    Users write `LanguageModel(MODEL, remote="http://...")`, and the rest as without a server.
     Only the user who started it can use it, from the same machine: for others, give it keys.
 
     **Example:** `insitu serve insitu/eiffel --port 8765`
