@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -79,9 +79,7 @@ def command_of(found: Callable[..., Answer]) -> Callable[..., None]:
         except typer.BadParameter:
             raise
         except Exception as error:  # such as of a file that cannot be written
-            said = as_options(first_line(error), [*own, *added])
-            typer.secho(said, fg=typer.colors.RED, err=True)
-            raise typer.Exit(2) from None
+            fail(as_options(first_line(error), [*own, *added]))
         raise typer.Exit(0 if answer.ok else 1)
 
     parameters = [*own.values()]
@@ -92,6 +90,16 @@ def command_of(found: Callable[..., Answer]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return command
+
+
+def fail(said: str) -> NoReturn:
+    """Ends a command that cannot be done, with 2.
+
+    Args:
+        said: the line that says why.
+    """
+    typer.secho(said, fg=typer.colors.RED, err=True)
+    raise typer.Exit(2) from None
 
 
 def _write(answer: Answer, as_json: bool, html: Path | None, picture: Path | None) -> None:

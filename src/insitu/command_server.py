@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from insitu.command_answers import first_line
+from insitu.command_answers import fail, first_line
 from insitu.command_options import check_dtype
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ def said_in_a_line(command: Callable[Arguments, None]) -> Callable[Arguments, No
         except (typer.Exit, typer.BadParameter):
             raise
         except Exception as error:  # such as of a file that cannot be read
-            typer.secho(first_line(error), fg=typer.colors.RED, err=True)
-            raise typer.Exit(2) from None
+            fail(first_line(error))
 
     return wrapped
 

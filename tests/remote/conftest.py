@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from insitu import LanguageModel
+from insitu import Job, LanguageModel
 from insitu.remote import retrying
 from insitu.remote.remote_job import RemoteJob
 from tests.conftest import tiny_gpt2
@@ -46,6 +46,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture(scope="session")
 def model() -> LanguageModel:
     return LanguageModel(tiny_gpt2())
+
+
+@pytest.fixture(scope="session")
+def job(model: LanguageModel) -> Job:
+    return job_of(model)
 
 
 @pytest.fixture

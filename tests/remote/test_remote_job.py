@@ -26,14 +26,9 @@ from tests.remote.fake_server import (
     problem,
     streamed,
 )
-from tests.remote.jobs import ID, STREAM, job_of, of_events
+from tests.remote.jobs import ID, STREAM, of_events
 
 pytestmark = pytest.mark.no_wire
-
-
-@pytest.fixture(scope="module")
-def job(model: LanguageModel) -> Job:
-    return job_of(model)
 
 
 class TestResult:

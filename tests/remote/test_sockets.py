@@ -18,14 +18,8 @@ from insitu.remote.key_files import write_key
 from insitu.remote.remote_job import RemoteJob
 from tests.remote.conftest import Clock
 from tests.remote.fake_server import KEY, FakeServer, listening
-from tests.remote.jobs import job_of
 
 pytestmark = pytest.mark.no_wire
-
-
-@pytest.fixture(scope="module")
-def job(model: LanguageModel) -> Job:
-    return job_of(model)
 
 
 @pytest.fixture(autouse=True)

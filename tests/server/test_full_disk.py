@@ -32,7 +32,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         capture_output=True,
     )
     if made.returncode:
-        pytest.skip("no disk can be mounted here")
+        pytest.skip("a disk of its own, to be filled, is mounted by root alone")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 

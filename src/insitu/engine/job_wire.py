@@ -163,8 +163,7 @@ def from_bytes(
 ) -> tuple[JobModel, list[JobBlock], list[JobPart], list[torch.Tensor]]:
     """Returns the model, blocks, parts and leaves of a job in bytes; see `Job.from_bytes`."""
     limits.check("peak_bytes", len(data), f"The job has {len(data):,} bytes")
-    encoded, tensors = _FRAME.opened(data)
-    message = decoded(_DECODER, encoded, "job")
+    message, tensors = _opened(data)
     # What is run in blocks of any kind must not be made in inference mode.
     with said_of("job"), ordinary_tensors():
         found = restored_by_digest(message.tensors, tensors, elsewhere, place)
@@ -180,6 +179,12 @@ def from_bytes(
     return message.model, blocks, message.parts, leaves
 
 
+def _opened(data: bytes) -> tuple[JobMessage, bytes]:
+    """The message in the bytes of a job, and the bytes of its tensors."""
+    encoded, tensors = _FRAME.opened(data)
+    return decoded(_DECODER, encoded, "job"), tensors
+
+
 def without_source(data: bytes) -> bytes:
     """Returns the bytes of a job without the texts of the user's lines: their numbers stay.
 
@@ -189,8 +194,7 @@ def without_source(data: bytes) -> bytes:
     Raises:
         WireError: if they are none.
     """
-    encoded, tensors = _FRAME.opened(data)
-    message = decoded(_DECODER, encoded, "job")
+    message, tensors = _opened(data)
     lines = [msgspec.structs.replace(line, text="") for line in message.lines]
     message = msgspec.structs.replace(message, lines=lines)
     return _FRAME.around(msgspec.msgpack.encode(message), tensors)
@@ -205,8 +209,7 @@ def absent_from(data: bytes) -> list[str]:
     Raises:
         WireError: if they are none.
     """
-    encoded, tensors = _FRAME.opened(data)
-    message = decoded(_DECODER, encoded, "job")
+    message, tensors = _opened(data)
     with said_of("job"):
         there = digests_in(tensors)
     taken = [described.digest for described in message.tensors]

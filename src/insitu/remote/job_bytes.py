@@ -14,10 +14,7 @@ from insitu.engine.limits import rows_of
 from insitu.graph.structure import tensors_of
 from insitu.remote.answers import Asking
 from insitu.remote.http_client import HttpClient
-from insitu.remote.protocol import INLINE_BYTES
-
-BLOB_NAME = "tensor"
-"""What the tensor of a blob is called in its file."""
+from insitu.remote.protocol import BLOB_NAME, INLINE_BYTES
 
 _TYPE = "application/octet-stream"
 _STORABLE = {

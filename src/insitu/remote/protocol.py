@@ -28,6 +28,9 @@ PROBLEM_TYPE = "application/problem+json"
 PROTOCOL = 1
 """The version of this protocol. Clients send it as the header `Insitu-Protocol`."""
 
+BLOB_NAME = "tensor"
+"""What the tensor of a blob is called in its safetensors file."""
+
 INLINE_BYTES = 256 * 2**10
 """Tensors of a job that are larger are sent apart, once, by their digest."""
 

@@ -31,5 +31,7 @@ def _sample(tensor: torch.Tensor) -> bytes:
     try:
         values = tensor.reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)][:_SAMPLES]
         return values.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-    except (RuntimeError, TypeError, NotImplementedError):  # a quantised one, of a class of its own
+    except (RuntimeError, TypeError, NotImplementedError):
+        # Of a class of its own, such as a quantised one, which has no numbers to pick from: its
+        # name, dtype and shape are told of all the same.
         return b""

@@ -11,9 +11,7 @@ import torch
 from insitu.engine.job import Job
 from insitu.engine.limits import Limits
 from insitu.graph.errors import WireError
-
-BLOB = "tensor"
-"""The name of the one tensor in the file of a blob."""
+from insitu.remote.protocol import BLOB_NAME
 
 
 def job_in(
@@ -50,6 +48,6 @@ def blob_in(path: str) -> torch.Tensor:
         WireError: if the file holds none.
     """
     try:
-        return safetensors.torch.load_file(path)[BLOB]
+        return safetensors.torch.load_file(path)[BLOB_NAME]
     except (KeyError, safetensors.SafetensorError) as error:
         raise WireError(f"a blob cannot be read: {error}") from None
