@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import queue
 import random
 import sqlite3
 import threading
@@ -69,7 +68,7 @@ class Crashes:
         self._jobs, self._dice = jobs, random.Random(seed)
         dice = [random.Random(f"{seed} {number}") for number in range(clients)]
         self._clients = [Client(self.server, one) for one in dice]
-        self._left: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._numbers, self._sent, self._killed = threading.Lock(), 0, False
         self._raised: list[BaseException] = []
         self._kills = Counter[str]()
 
@@ -77,18 +76,16 @@ class Crashes:
         """Sends jobs, and kills processes meanwhile.
 
         Args:
-            jobs: how many jobs.
+            jobs: how many jobs, at least: more are sent until all is killed.
             kills: what is killed, in this order.
 
         Returns:
             What has happened, once all of it was checked.
         """
         begun = time.monotonic()
-        for number in range(jobs):
-            self._left.put(number)
         self.server.start()
         threads = [
-            threading.Thread(target=self._work, args=[client], daemon=True)
+            threading.Thread(target=self._work, args=[client, jobs], daemon=True)
             for client in self._clients
         ]
         try:
@@ -97,6 +94,7 @@ class Crashes:
                 thread.start()
             for number, kind in enumerate(kills, 1):
                 self._kill(kind, jobs * number / (len(kills) + 1))
+            self._killed = True
             self._wait_for(jobs)
             for thread in threads:
                 thread.join()
@@ -110,7 +108,7 @@ class Crashes:
         # A job is refused only if the second worker that has looked at it was killed too.
         assert 2 * sum(client.unchecked for client in self._clients) <= self._kills["worker"]
         outcomes = [one for client in self._clients for one in client.outcomes]
-        again = self._check(outcomes, jobs)
+        again = self._check(outcomes)
         return Report(
             Counter(one.state for one in outcomes),
             self._kills,
@@ -123,13 +121,12 @@ class Crashes:
     def _ended(self) -> int:
         return sum(len(client.outcomes) for client in self._clients)
 
-    def _work(self, client: Client) -> None:
+    def _work(self, client: Client, jobs: int) -> None:
         try:
-            while not self._raised:
-                number = self._left.get_nowait()
+            while not self._raised and (self._sent < jobs or not self._killed):
+                with self._numbers:
+                    number, self._sent = self._sent, self._sent + 1
                 client.run(f"job-{number}", self._jobs[number % len(self._jobs)])
-        except queue.Empty:
-            pass
         except BaseException as error:
             self._raised.append(error)
 
@@ -149,10 +146,14 @@ class Crashes:
             kind = "front"
             for client in self._clients:
                 client.refusals = 0
-        if kind == "worker":
-            self._wait_until(self._has_worker, 5)
+        self._wait_until(lambda: self._kills_one(kind), _PATIENCE)
+
+    def _kills_one(self, kind: Kind) -> bool:
+        """Kills something if it is there: there are workers only while they look at jobs."""
         if self.server.kill(kind):
             self._kills[kind] += 1
+            return True
+        return False
 
     def _wait_for(self, ended: float) -> None:
         """Waits until so many jobs have ended."""
@@ -183,12 +184,9 @@ class Crashes:
                 return bool(db.execute("select 1 from jobs where state = 'running'").fetchall())
         return False
 
-    def _has_worker(self) -> bool:
-        return bool(self.server.processes()["worker"])
-
-    def _check(self, outcomes: Sequence[Outcome], jobs: int) -> int:
+    def _check(self, outcomes: Sequence[Outcome]) -> int:
         """Compares what clients have seen with what there is, and returns how many ran again."""
-        assert len({one.id for one in outcomes}) == len(outcomes) == jobs
+        assert len({one.id for one in outcomes}) == len(outcomes) == self._sent
         files = Files(self.server.data)
         store = SqliteStore(self.server.data / STORE)
         try:
