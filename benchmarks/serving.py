@@ -229,7 +229,7 @@ def curves(
             order = list(variants)
             rng.shuffle(order)
             for name in order:
-                requests = max(3 * WARM_UP, 4 * count)
+                requests = max(3 * WARM_UP, 8 * count)
                 told = variants[name].ask(what="loop", users=count, count=requests, first=first)
                 first += requests
                 found[name, count].rounds.append(told)

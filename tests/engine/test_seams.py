@@ -32,6 +32,7 @@ from insitu.engine.events import (
     TokensChosen,
     ValueSaved,
 )
+from insitu.engine.observed_run import blocks_in
 
 pytestmark = pytest.mark.no_wire  # another run would be told of too
 
@@ -418,6 +419,19 @@ def test_a_run_ends_between_modules(reads: str) -> None:
     check()
     with pytest.raises(NoValueError, match="CancelledError"):
         _ = kept.value
+
+
+def test_whether_to_end_is_asked_before_blocks_or_all_modules_where_there_are_none(
+    gpt2: LanguageModel,
+) -> None:
+    blocks = len(gpt2.transformer.h)
+    paths = dict(gpt2.load().named_modules())
+    assert blocks_in(paths) == [f"transformer.h.{number}" for number in range(blocks)]
+    experts = nn.ModuleList(nn.ModuleList([nn.Linear(2, 2)]) for _ in range(2))
+    assert blocks_in(dict(experts.named_modules())) == ["0", "1"]
+    assert blocks_in(dict(paths["transformer.h.0.mlp"].named_modules())) == [
+        "c_fc", "c_proj", "act", "dropout",
+    ]  # fmt: skip
 
 
 def test_a_run_ends_before_it_begins_and_between_passes(gpt2: LanguageModel) -> None:

@@ -68,6 +68,19 @@ def test_nobody_is_waited_for_once_all_have_come_back() -> None:
     assert company.seconds_left(10.002) == 0.0
 
 
+def test_as_many_are_waited_for_as_use_to_come_back() -> None:
+    company = Company()
+    for at in range(40):
+        company.batch_ended(float(at), 0.2, 8)
+        for _ in range(6):
+            company.came(at + 0.01)
+    company.batch_ended(40.0, 0.2, 8)
+    for number in range(6):
+        assert company.seconds_left(40.01) > 0, number
+        company.came(40.01)
+    assert company.seconds_left(40.01) == 0.0
+
+
 def test_users_who_do_not_come_back_are_not_waited_for_until_they_do() -> None:
     company = Company()
     for at in range(20):
@@ -85,7 +98,9 @@ def test_jobs_that_fill_a_batch_wait_for_nobody() -> None:
     one = pace()
     one.ended(0.0, 0.2, [job()] * 4)
     assert one.seconds_to_wait(0.0, [job()], True) > 0
-    assert one.seconds_to_wait(0.0, [job()] * 60, True) == 0.0
+    assert one.seconds_to_wait(0.0, [job(500.0)] * 2, True) == 0.0
+    assert one.seconds_to_wait(0.0, [job(0.1)] * 63, True) > 0
+    assert one.seconds_to_wait(0.0, [job(0.1)] * 64, True) == 0.0
 
 
 def test_jobs_that_share_no_passes_wait_for_nobody() -> None:

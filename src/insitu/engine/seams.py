@@ -23,8 +23,8 @@ Told = tuple[str, int, int | None]
 class Cancel:
     """Ends runs from outside, such as from another thread.
 
-    A run that it is given to raises `Cancelled` between modules, passes and steps, and leaves the
-    model as it was.
+    A run that it is given to raises `CancelledError` between blocks, passes and steps, and leaves
+    the model as it was.
 
     Example:
         >>> cancel = Cancel()

@@ -11,7 +11,7 @@ tells of changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import itemgetter
@@ -172,13 +172,22 @@ class Tree:
                 restore(now, then)
 
     def _spine(self) -> Watched:
-        lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-        paths: list[str] = []
-        for path, part in self.modules.items():
-            inside = any(not outer or path.startswith(f"{outer}.") for outer in paths)
-            if isinstance(part, lists) and not inside:
-                paths.append(path)
-        return self.on_the_way([f"{path}." for path in paths])
+        return self.on_the_way([f"{path}." for path in outermost_lists(self.modules)])
+
+
+def outermost_lists(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the paths of a model's lists of modules that are in no other list.
+
+    Args:
+        modules: the model's tree, by path.
+    """
+    lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    paths: list[str] = []
+    for path, part in modules.items():
+        inside = any(not outer or path.startswith(f"{outer}.") for outer in paths)
+        if isinstance(part, lists) and not inside:
+            paths.append(path)
+    return paths
 
 
 class CallPath:

@@ -15,15 +15,18 @@ from insitu.server.engines.messages import Ready
 from insitu.server.engines.scheduler import Capacity
 from insitu.server.records import JobRecord
 
-BATCH_SECONDS = 0.5
-"""How long a batch may take, as planned, and a piece of a job: others wait for no longer."""
+BATCH_SECONDS = 1.0
+"""How long jobs may take that share passes, as planned: the more they are, the less each takes."""
+
+PIECE_SECONDS = 0.5
+"""The same of a piece of a job that runs by itself: others wait for no longer."""
 
 _MOST_JOBS = 64
 
-MOST_SHARE = 0.1
+MOST_SHARE = 0.25
 """For how much of the time that its last batch took an engine may wait."""
 
-MOST_SECONDS = 0.05
+MOST_SECONDS = 0.1
 _ENOUGH = 0.4  # the part of those whose jobs have ended that has to come back in that time
 _FADES = 0.8  # what the past counts with each batch
 _FIRST_SECONDS = 0.5  # how long a batch the speed that was measured at the start counts for
@@ -111,7 +114,7 @@ class Company:
         Args:
             now: the time.
         """
-        if self._share < _ENOUGH or self._came >= self._jobs:
+        if self._share < _ENOUGH or self._came >= round(self._share * self._jobs):
             return 0.0
         return max(0.0, self._ended + self._most - now)
 
@@ -172,7 +175,8 @@ class Pace:
         if not joins or not first.price.joins:
             return 0.0
         most = self.capacity(joins, False).operations_of(first)
-        if sum(job.price.operations for job in waiting[:_MOST_JOBS]) >= most:
+        planned = sum(job.price.operations for job in waiting[:_MOST_JOBS])
+        if len(waiting) >= _MOST_JOBS or planned >= most:
             return 0.0
         return self.company.seconds_left(now)
 
@@ -185,6 +189,6 @@ class Pace:
         (job, *others) = jobs
         price = job.price
         seconds = price.operations / self._speeds.of(price.joins)
-        if others or price.invocations < 2 or seconds <= BATCH_SECONDS:
+        if others or price.invocations < 2 or seconds <= PIECE_SECONDS:
             return 0
-        return max(1, int(price.invocations * BATCH_SECONDS / seconds))
+        return max(1, int(price.invocations * PIECE_SECONDS / seconds))

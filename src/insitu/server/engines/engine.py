@@ -54,6 +54,8 @@ _WARM_UP_TOKENS = 64
 _NUMBERS = 2**23
 _MOMENT = 0.004
 """After how many seconds the front is told of what happens, if nothing else is told before."""
+_SOON = 0.1
+"""The same of a value that was saved: to tell of each takes the processor from the forward."""
 _MOST_AT_ONCE = 1024
 _MEMORY_SHARE = 0.5
 """The part of the memory that is free beside the weights that passes may take."""
@@ -93,7 +95,7 @@ class Engine:
         self._frames, self._settings = frames, settings
         self._sending = threading.Lock()
         self._happened: list[Told | Ended] = []  # what the front was not told of yet
-        self._happens = threading.Event()
+        self._happens, self._presses = threading.Event(), threading.Event()
         self._asked: queue.SimpleQueue[RunBatch | None] = queue.SimpleQueue()
         self._batches: list[tuple[int, Batch]] = []  # the inner ones between pieces of the outer
         self._progress = 0
@@ -113,14 +115,18 @@ class Engine:
         """Tells the front what has happened, soon: with what else happens in the same moment."""
         with self._sending:
             self._happened.append(happened)
+        if isinstance(happened, Ended) or happened.kind != "value":
+            self._presses.set()
         self._happens.set()
 
     def _tell_what_happens(self) -> None:
         """Tells the front what has happened a moment ago."""
         while True:
             self._happens.wait()
+            self._presses.wait(_SOON)
             time.sleep(_MOMENT)
             self._happens.clear()
+            self._presses.clear()
             with suppress(OSError):
                 self.send(None)
 
