@@ -1,0 +1,148 @@
+"""Who gets how much of an engine, through a whole server: counted in batches and in jobs.
+
+How a batch is chosen from jobs that wait is tested in `test_scheduler.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from insitu.remote.problems import ProblemError
+from insitu.server.core import Server
+from insitu.server.records import Asked, JobRecord, Tenant
+from insitu.server.storage.keys import make_key
+from insitu.server.storage.keys_file import write_keys
+from tests.server.samples import Sample, samples, small_model
+from tests.server.whole_server import MODEL, ended, is_ready, running, stopped
+
+pytestmark = pytest.mark.no_wire
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fairness") / "model"
+    small_model(folder, layers=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(model: Path) -> Sample:
+    return samples(model, 1)[0]
+
+
+class Shared:
+    """A server with several tenants, and the batches that it has chosen, by tenants."""
+
+    def __init__(self, server: Server, keys: Mapping[str, str]) -> None:
+        self.server, self._keys = server, keys
+        self.batches: list[list[str]] = []
+        scheduler = server.hosts[MODEL].scheduler
+        pick = scheduler.pick
+
+        def noted(*given: Any) -> Sequence[JobRecord]:
+            picked = pick(*given)
+            if picked:
+                self.batches.append([self._name(one) for one in picked])
+            return picked
+
+        scheduler.pick = noted
+
+    async def send(self, name: str, job: Sample, count: int = 1, **asked: Any) -> list[JobRecord]:
+        """Lets a tenant send a job some times."""
+        tenant = self.server.tenant_of(self._keys[name])
+        return [await self.server.submit(tenant, job.body, Asked(**asked)) for _ in range(count)]
+
+    def _name(self, job: JobRecord) -> str:
+        return job.tenant if job.priority == "interactive" else f"{job.tenant} {job.priority}"
+
+
+@asynccontextmanager
+async def shared(
+    folder: Path, model: Path, weights: Mapping[str, float], **settings: Any
+) -> AsyncIterator[Shared]:
+    """A server whose engine begins with nothing but one job while the block is entered."""
+    tenants = [Tenant(name, name, weight) for name, weight in weights.items()]
+    keys = {name: make_key(name) for name in weights}
+    write_keys(folder / "keys.json", tenants, [kept for _, kept in keys.values()])
+    given = {"keys": folder / "keys.json", **settings}
+    async with running(folder / "data", model, **given) as server:
+        yield Shared(server, {name: text for name, (text, _) in keys.items()})
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_who_comes_with_one_job_waits_for_no_more_than_the_batch_that_runs(
+    tmp_path: Path, model: Path, job: Sample, joins: bool
+) -> None:
+    async def run() -> None:
+        weights = {"many": 1.0, "one": 1.0}
+        async with shared(tmp_path, model, weights, joins=joins) as found:
+            async with stopped(await is_ready(found.server)):
+                jobs = await found.send("many", job, 100)
+                before = len(found.batches)  # the one that runs
+                jobs += await found.send("one", job)
+            await ended(found.server, *jobs)
+            assert before == 1
+            assert "one" in found.batches[before]
+
+    asyncio.run(run())
+
+
+def test_tenants_get_as_much_as_their_weights_say_while_both_wait(
+    tmp_path: Path, model: Path, job: Sample
+) -> None:
+    async def run() -> None:
+        async with shared(tmp_path, model, {"a": 3.0, "b": 1.0}, joins=False) as found:
+            async with stopped(await is_ready(found.server)):
+                jobs = await found.send("a", job, 60)
+                jobs += await found.send("b", job, 60)
+            await ended(found.server, *jobs)
+            order = [name for batch in found.batches for name in batch]
+            assert Counter(order) == {"a": 60, "b": 60}
+            for count in range(1, 80):
+                had = Counter(order[:count])
+                assert abs(had["a"] - 3 * had["b"]) <= 4, (count, had)
+
+    asyncio.run(run())
+
+
+def test_what_nobody_waits_for_gets_a_tenth_and_no_less(
+    tmp_path: Path, model: Path, job: Sample
+) -> None:
+    async def run() -> None:
+        async with shared(tmp_path, model, {"a": 1.0, "b": 1.0}, joins=False) as found:
+            async with stopped(await is_ready(found.server)):
+                jobs = await found.send("a", job, 60)
+                jobs += await found.send("b", job, 20, priority="batch")
+            await ended(found.server, *jobs)
+            order = [name for batch in found.batches for name in batch]
+            had = Counter(order[:55])
+            assert 4 <= had["b batch"] <= 7, order
+
+    asyncio.run(run())
+
+
+def test_a_tenant_who_may_not_queue_more_is_refused_and_no_other(
+    tmp_path: Path, model: Path, job: Sample
+) -> None:
+    async def run() -> None:
+        weights, limits = {"a": 1.0, "b": 1.0}, {"queued_jobs": 5.0}
+        async with shared(tmp_path, model, weights, tenant_limits=limits) as found:
+            async with stopped(await is_ready(found.server)):
+                jobs: list[JobRecord] = []
+                with pytest.raises(ProblemError) as refused:
+                    for _ in range(100):
+                        jobs += await found.send("a", job)
+                assert refused.value.problem.status == 429
+                assert (refused.value.problem.retry_after or 0) > 0
+                assert len(jobs) <= 7  # of which one runs
+                jobs += await found.send("b", job)
+            assert {one.state for one in await ended(found.server, *jobs)} == {"done"}
+
+    asyncio.run(run())
