@@ -416,3 +416,15 @@ def test_lines_in_later_steps_are_counted_once() -> None:
             (model.transformer.h[1].output[0] @ weight).relu().sum().save("sum")
     most = model.check(tracer.job).flops
     assert model.run(tracer.job, limits=Limits(operations=1.01 * most))["sum"].ndim == 0
+
+
+def test_blocks_of_a_session_count_their_nodes_together() -> None:
+    model = small()
+    with model.session() as session:
+        for _ in range(3):
+            with model.trace(X):
+                flat = model[1].output.flatten()
+                fold(lambda carry, row: carry + row * 2, 0.0, flat[flat > -1e9]).save()
+    with pytest.raises(LimitError, match="nodes"):
+        model.run(session.job, limits=Limits(nodes=2 * (6 + 12 * 4)))
+    model.run(session.job, limits=Limits(nodes=3 * (6 + 12 * 4)))

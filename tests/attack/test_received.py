@@ -9,7 +9,21 @@ import torch
 
 from insitu import InsituError, Job, JobError, LimitError, Limits, OperationError, WireError
 from insitu.display import graph_text
-from tests.attack.jobs import IDS, READ, X, gpt, job_bytes, quick, ref, row, served, small
+from tests.attack.jobs import (
+    IDS,
+    READ,
+    X,
+    framed,
+    gpt,
+    job_bytes,
+    opened,
+    plain_job,
+    quick,
+    ref,
+    row,
+    served,
+    small,
+)
 
 pytestmark = pytest.mark.no_wire
 LONG = ["int", b"\x01" * 3000]
@@ -224,3 +238,18 @@ def test_a_function_that_writes_into_its_arguments_writes_into_copies() -> None:
 def test_a_job_for_another_model_is_refused() -> None:
     with pytest.raises(JobError):
         served(gpt(), job_bytes(small(), ["read", "save"], [READ, row(1, ref(0))]))
+
+
+def test_a_function_returns_no_weights() -> None:
+    function = ["function", [row(1, 0), row(1, 1)], ["weight", "1.weight"], {}]
+    rows = [READ, row(2, function, ref(0), ref(0)), row(3, ref(1))]
+    with pytest.raises(WireError, match="returns weights"):
+        Job.from_bytes(job_bytes(small(), ["read", "input", "fold", "save"], rows))
+
+
+def test_texts_of_lines_are_no_longer_than_what_is_shown() -> None:
+    message, tensors = opened(plain_job(gpt(), [1, 2]))
+    message[2] = [[0, 1, "x" * 1_000_000]]
+    message[1] = ["file.py"]
+    with pytest.raises(WireError):
+        Job.from_bytes(framed(message, tensors))

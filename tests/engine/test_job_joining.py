@@ -230,3 +230,12 @@ def test_long_names_are_kept_apart(model: LanguageModel) -> None:
     joined = join([tracer.job, tracer.job])
     results = split(joined, model.run(Job.from_bytes(joined.to_bytes())))[1]
     assert_same(results, model.run(tracer.job))
+
+
+def test_names_that_are_made_of_long_ones_are_kept_apart_too(model: LanguageModel) -> None:
+    with model.scan(PROMPTS[0]) as tracer:
+        for at, name in enumerate(("x" * 190 + "00000002", "x" * 199, "x" * 200)):
+            model.transformer.h[at].output[0].save(name)
+    results = split(joined := join([tracer.job] * 2), model.run(joined))
+    for one in results:
+        assert_same(one, model.run(tracer.job))

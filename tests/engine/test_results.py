@@ -15,8 +15,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
-from insitu import LoadError, NoValueError, Results, WireError
-from insitu.engine.job_outcome import Outputs
+from insitu import LoadError, NoValueError, Results, ShapeError, WireError
+from insitu.engine.job_outcome import Failure, Outputs
+from insitu.graph.location import Location, SourceLine
 from tests.round_trip import same
 
 pytestmark = pytest.mark.no_wire
@@ -183,3 +184,17 @@ def test_mutated_results_give_documented_errors_only() -> None:
         read += 1
         assert repr(results) and Results.from_bytes(results.to_bytes()).keys() == results.keys()
     assert read > 30, read
+
+
+def test_truth_values_are_true_or_false() -> None:
+    data = Results({"mask": torch.tensor([True, False])}, {"mask": "expression"}).to_bytes()
+    assert data.endswith(b"\1\0")
+    with pytest.raises(WireError, match="true and false"):
+        Results.from_bytes(data[:-2] + b"\2\0")
+
+
+def test_what_failures_say_is_shown_without_what_a_terminal_obeys() -> None:
+    line = SourceLine("/a/\x1b[2Jfile.py", 3, "x\x1b]0;title")
+    failure = Failure(0, [0], [], ShapeError("no \x1b[31m such\nshape", Location(line, 0)))
+    (found,) = Results.from_bytes(Results({}, {}, failed=[failure]).to_bytes()).failed
+    assert "\x1b" not in str(found.error) and "such\nshape" in str(found.error)

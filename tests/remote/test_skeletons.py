@@ -319,3 +319,11 @@ def test_a_config_that_makes_no_model_is_an_error_of_insitu() -> None:
         folder = skeleton_folder(skeleton)
         with pytest.raises(InsituError):
             LanguageModel(folder, local_files_only=True)
+
+
+def test_what_names_files_is_left_out_of_special_tokens(tmp_path: Path) -> None:
+    good = skeleton_of(LanguageModel("insitu/eiffel"))
+    hostile = {"tokenizer_file": "/etc/passwd", "vocab_file": "/etc/passwd", "bos_token": "<s>"}
+    files = {**good.files, "special_tokens_map.json": json.dumps(hostile).encode()}
+    found = checked_files(Skeleton("m", files, "float32"))["special_tokens_map.json"]
+    assert json.loads(found) == {"bos_token": "<s>"}

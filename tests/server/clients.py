@@ -105,7 +105,7 @@ class Client:
     def _submitted(self, sample: Sample) -> RemoteJob:
         connection = self._connection
         if connection is None:
-            connection = Connection(self.server.url, self.server.key, timeout=_PATIENCE)
+            connection = Connection(self.server.url, timeout=_PATIENCE)  # each start has a new key
         for _ in self._attempts():
             try:
                 if self._connection is None:  # it gives up early what has never answered

@@ -127,6 +127,10 @@ class FakeServed:
     def result_path(self, record: JobRecord) -> Path:
         return self.settings.data / record.result
 
+    def check_blob(self, tenant: Tenant, size: int) -> None:
+        if self.raised is not None:
+            raise self.raised
+
     async def put_blob(self, tenant: Tenant, digest: str, body: bytes | memoryview) -> None:
         if self.raised is not None:
             raise self.raised

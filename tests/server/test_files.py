@@ -49,17 +49,9 @@ def all_files(files: Files) -> list[Path]:
     return sorted(path for path in files.folder.rglob("*") if path.is_file())
 
 
-@pytest.fixture(params=["whole", "pieces"])
-def put(request: pytest.FixtureRequest, files: Files) -> Callable[[str, bytes], None]:
-    """Puts a blob at once, and in pieces."""
-
-    def in_pieces(digest: str, data: bytes) -> None:
-        with files.receive_blob(digest) as incoming:
-            for place in range(0, len(data), 7):
-                incoming.write(data[place : place + 7])
-            incoming.keep()
-
-    return files.put_blob if request.param == "whole" else in_pieces
+@pytest.fixture
+def put(files: Files) -> Callable[[str, bytes], None]:
+    return files.put_blob
 
 
 # What is written.
@@ -99,7 +91,7 @@ def test_what_lies_under_a_name_is_replaced_as_a_whole(files: Files) -> None:
     "digest", ["", "ab", "../" + "a" * 61, "A" * 64, "a" * 64 + "\n", "a" * 65, "٣" * 64, "/" * 64]
 )
 def test_a_name_that_is_no_digest_is_no_path(files: Files, digest: str) -> None:
-    for path in (files.body_path, files.result_path, files.blob_path, files.receive_blob):
+    for path in (files.body_path, files.result_path, files.blob_path):
         with pytest.raises(ProblemError) as raised:
             path(digest)
         assert (raised.value.problem.code, raised.value.problem.status) == ("digest", 422)
@@ -152,6 +144,15 @@ BAD = {
     "too large": raw(
         {"tensor": {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]}}, b""
     ),
+    "said twice": raw(
+        b'{"tensor":{"dtype":"F32","dtype":"F32","shape":[3,4],"data_offsets":[0,48]}}',
+        blob(TENSOR)[-48:],
+    ),
+    "two of metadata": raw(
+        b'{"tensor":{"dtype":"F32","shape":[3,4],"data_offsets":[0,48]},'
+        b'"__metadata__":{},"__metadata__":{}}',
+        blob(TENSOR)[-48:],
+    ),
     "half a byte": raw({"tensor": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"\0"),
     "boolean": raw(
         {"tensor": {"dtype": "BOOL", "shape": [2], "data_offsets": [0, 2]}}, b"\1\2"
@@ -179,13 +180,6 @@ def test_another_tensor_is_refused_also_where_the_right_one_is(
             put(DIGEST, blob(other))
         assert (raised.value.problem.code, raised.value.problem.status) == ("digest", 422)
     assert files.blob_path(DIGEST).read_bytes() == before and len(all_files(files)) == 1
-
-
-def test_of_a_blob_that_breaks_off_nothing_stays(files: Files) -> None:
-    with files.receive_blob(DIGEST) as incoming:
-        incoming.write(blob(TENSOR)[:20])
-        assert len(all_files(files)) == 1 and incoming.size == 20
-    assert all_files(files) == []
 
 
 # What is removed.
@@ -262,16 +256,10 @@ def test_a_full_disk_is_a_problem_and_leaves_nothing(
             return real(args[0], args[1][:2])
         raise OSError(number, os.strerror(number))
 
-    def receive() -> None:
-        with files.receive_blob(DIGEST) as incoming:
-            incoming.write(blob(TENSOR))
-            incoming.keep()
-
     for act in (
         lambda: files.put_body(b"some job"),
         lambda: files.put_blob(DIGEST, blob(TENSOR)),
         lambda: put_result(files.results, b"some results", durable=True),
-        receive,
     ):
         calls = 0
         with monkeypatch.context() as patch:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +265,64 @@ def test_what_a_server_leaves_behind_is_taken_over_by_the_next(model: Model) -> 
     gone = store.job(other.id)
     assert gone is not None and gone.problem is not None
     assert (gone.state, gone.problem.code) == ("failed", "model_changed")
+
+
+def test_a_job_that_hangs_its_engine_counts_once_also_if_it_was_cancelled(model: Model) -> None:
+    _, (job,) = model.begun()
+    model.store.move(job.id, "running", "cancelled")
+    model.held.take_back("e1", hung=True)
+    tenant = model.store.tenant("ada")
+    assert tenant is not None and tenant.strikes == 1
+    _, (again,) = model.begun()
+    for attempt in (1, 2, 3):
+        model.held.take_back(f"e{attempt}", hung=True)
+        number, _ = model.held.lease([*model.waiting.in_order()], f"e{attempt + 1}", False)
+        model.held.began(number)
+    tenant = model.store.tenant("ada")
+    assert tenant is not None and tenant.strikes == 2 and model.state(again)[0] == "failed"
+
+
+def test_who_waits_between_its_pieces_is_not_struck_for_another(model: Model) -> None:
+    model.store.put_tenant(Tenant("bo", "Bo"))
+    number, _ = model.held.lease(model.queued(), "e1", True)
+    model.held.began(number)
+    inner = model.store.add(replace(new_job(), tenant="bo"))
+    number, _ = model.held.lease([inner], "e1", False)
+    model.held.began(number)
+    model.held.take_back("e1", hung=True)
+    struck = [model.store.tenant(name) for name in ("ada", "bo")]
+    assert [one.strikes for one in struck if one is not None] == [0, 1]
+
+
+def test_no_attempt_tells_of_a_token_or_a_value_that_another_has_told_of(model: Model) -> None:
+    first = [{"block": 0, "invocation": 0, "step": step, "ids": [step]} for step in (0, 1, 2)]
+    value = {"name": "logits", "bytes": 8, "step": None}
+    _, (job,) = model.begun()
+    model.held.happened([Told(job.id, 1, "token", one) for one in first[:2]])
+    model.held.happened([Told(job.id, 1, "value", value)])
+    model.held.take_back("e1")
+    number, (job,) = model.held.lease([*model.waiting.in_order()], "e2", False)
+    model.held.began(number)
+    model.held.happened([Told(job.id, 2, "token", one) for one in first])
+    model.held.happened([Told(job.id, 2, "value", one) for one in (value, {**value, "step": 1})])
+    told = [one for one in model.store.events(job.id) if one.kind in ("token", "value")]
+    assert [one.data["step"] for one in told] == [0, 1, None, 2, 1]
+
+
+def test_what_an_engine_left_that_could_not_be_given_back_is_queued_later(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, (job,) = model.begun()
+
+    def broken(*given: Any) -> Any:
+        raise RuntimeError("a fault of the store")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.store, "give_back", broken)
+        with pytest.raises(RuntimeError):
+            model.held.take_back("e1")
+    now = model.store.now()
+    monkeypatch.setattr(model.store, "_clock", lambda: now + 1000.0)
+    assert model.state(job) == ("running", 1)
+    model.held.take_overdue("e2")
+    assert model.state(job) == ("queued", 1) and len(model.waiting) == 1

@@ -23,7 +23,7 @@ from insitu.server.storage.keys import (
     make_key,
     own_key,
 )
-from insitu.server.storage.keys_file import load_keys, read_keys, write_keys
+from insitu.server.storage.keys_file import WatchedKeys, load_keys, read_keys, write_keys
 from insitu.server.storage.sqlite_store import SqliteStore
 from tests.server.stores import Clocks
 
@@ -145,7 +145,7 @@ def test_keys_are_good_for_their_scopes(store: SqliteStore) -> None:
 # The key of the user who runs the server.
 
 
-def test_the_users_own_key_is_in_a_private_file_and_stays(
+def test_the_users_own_key_is_in_a_private_file_and_another_at_each_start(
     store: SqliteStore, tmp_path: Path
 ) -> None:
     mask = os.umask(0)
@@ -157,11 +157,11 @@ def test_the_users_own_key_is_in_a_private_file_and_stays(
     assert path.stat().st_mode & 0o777 == 0o600 and path.read_text() == f"{text}\n"
     for scope in ("jobs", "admin"):
         assert authenticate(store, text, scope).id == LOCAL
-    assert own_key(store, tmp_path) == text
+    assert own_key(store, tmp_path) != text and "revoked" in refused(store, text)[2]
 
 
 @pytest.mark.parametrize("how", ["readable", "link", "pipe", "folder", "text", "empty"])
-def test_a_key_file_that_is_not_private_is_not_used(
+def test_a_key_file_that_others_could_read_or_have_made_is_replaced(
     store: SqliteStore, tmp_path: Path, how: str
 ) -> None:
     path, old = tmp_path / KEY_FILE, own_key(store, tmp_path)
@@ -311,3 +311,21 @@ def test_a_file_that_is_not_there_or_open_to_all_is_refused(
     assert store.keys() == [
         Key(KEY["prefix"], KEY["digest"], "ada", frozenset(("jobs",)), None, False)
     ]
+
+
+def test_keys_of_a_file_that_changes_are_taken_while_the_server_runs(
+    store: SqliteStore, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.json"
+    (one, first), (two, second) = make_key("ada"), make_key("ada")
+    write_keys(path, [ADA], [first])
+    watched = WatchedKeys(store, path)
+    assert authenticate(store, one) == ADA and refused(store, two)[0] == "unauthorised"
+    write_keys(path, [ADA], [replace(first, revoked=True), second])
+    watched.look()
+    assert "revoked" in refused(store, one)[2] and authenticate(store, two) == ADA
+    path.write_text("{")
+    watched.look()  # nobody is shut out by a file that is broken, or gone
+    path.unlink()
+    watched.look()
+    assert authenticate(store, two) == ADA

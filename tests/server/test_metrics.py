@@ -138,7 +138,7 @@ def test_all_that_happens_is_in_the_text() -> None:
     metrics.queue("m", "batch", 4, 1.5)
     metrics.batch("m", 8)
     metrics.batch_ended("m", 0.5, 3, 1e12, 16)
-    metrics.batch_ended("m", 0.5, 1)
+    metrics.batch_ended("m", 0.5, 1, 0.0, 1)
     metrics.engine_died("m")
     metrics.tenants({"a": 1.0, "b": 2.0})
     metrics.tenants({"a": 3.0})
@@ -154,7 +154,7 @@ def test_all_that_happens_is_in_the_text() -> None:
     assert found["insitu_jobs_ended_total", (model, ("state", "done"))] == 1
     assert found["insitu_job_state_seconds_count", (("state", "queued"),)] == 1
     assert found["insitu_batch_jobs_sum", (model,)] == 8
-    assert found["insitu_batch_rows_count", (model,)] == 1
+    assert found["insitu_batch_prompts_sum", (model,)] == 17
     assert found["insitu_passes_total", (model,)] == 4
     assert found["insitu_planned_operations_total", (model,)] == 1e12
     assert found["insitu_engine_seconds_total", (model,)] == 1

@@ -1,5 +1,6 @@
 """Blocks of a model that a server has: what they give, and what they raise, is as it is here."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ from insitu import (
 from insitu.engine.events import PassEnded
 from insitu.methods import activation_patching, attention_patterns, logit_difference, logit_lens
 from insitu.remote import Connection, RemoteJob
+from insitu.tracing import away
 
 EIFFEL = "The Eiffel Tower is in the city of"
 LOUVRE = "The Louvre is in the city of"
@@ -310,3 +312,75 @@ def test_a_plan_says_what_a_job_would_take(there: LanguageModel, url: str) -> No
         there.logits.save("logits")
     plan = Connection(url).plan(tracer.job)
     assert (plan.passes, plan.results[0].bytes) == (1, 8 * 1336 * 4)
+
+
+def test_gradients_come_back_also_if_nobody_has_waited(there: LanguageModel) -> None:
+    leaf = torch.zeros(128, requires_grad=True)
+    with there.trace(EIFFEL, wait=False) as tracer:
+        there.transformer.h[2].output[0][:, -1] += leaf
+        there.lm_head.output[0, -1, 5].backward()
+    job = tracer.remote_job
+    job.result()
+    assert leaf.grad is not None
+    before = leaf.grad.clone()
+    job.result()
+    assert leaf.grad.equal(before) and before.abs().sum() > 0
+
+
+def test_many_leaves_may_be_equal(there: LanguageModel) -> None:
+    leaves = [torch.zeros(128, requires_grad=True) for _ in range(24)]
+    with there.trace(EIFFEL):
+        for leaf in leaves:
+            there.transformer.h[2].output[0][:, -1] += leaf
+        there.lm_head.output[0, -1, 5].backward()
+    first = leaves[0].grad
+    assert first is not None and all(
+        leaf.grad is not None and leaf.grad.equal(first) for leaf in leaves
+    )
+
+
+def test_weights_of_a_model_that_is_here_are_not_trained_by_a_server(
+    here: LanguageModel, url: str
+) -> None:
+    weight = here.load().lm_head.weight
+    with pytest.raises(OptionError, match="detach"):
+        with here.trace(EIFFEL, remote=url):
+            (here.transformer.h[0].output[0] @ weight.T).sum().backward()
+    assert weight.grad is None
+
+
+def test_blocks_of_a_session_may_save_by_the_same_names(there: LanguageModel) -> None:
+    with there.session():
+        with there.trace(EIFFEL):
+            one = there.lm_head.output[0, -1].save("logits")
+        with there.trace(LOUVRE):
+            other = there.lm_head.output[0, -1].save("logits")
+    assert one.shape == other.shape and not one.value.equal(other.value)
+
+
+def test_a_block_of_a_session_is_not_sent_by_itself(there: LanguageModel, url: str) -> None:
+    for options in ({"remote": url}, {"wait": False}):
+        with pytest.raises(OptionError, match="session"), there.session():
+            with there.trace(EIFFEL, **options):
+                there.lm_head.output.save()
+
+
+def test_any_of_several_cancels_ends_a_run(there: LanguageModel) -> None:
+    first, second = Cancel(), Cancel()
+    second.cancel()
+    with pytest.raises(CancelledError), cancellable(first), cancellable(second):
+        with there.trace(EIFFEL):
+            there.lm_head.output.save()
+
+
+def test_large_results_are_said_before_they_are_sent(
+    there: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(away, "LARGE_BYTES", 30_000)
+    with pytest.warns(UserWarning, match=r"42,752 bytes(.|\n)*too many logits"):
+        with there.trace(EIFFEL):
+            there.lm_head.output.save()  # too many logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with there.trace(EIFFEL):
+            there.lm_head.output[0, -1].save()

@@ -55,7 +55,7 @@ class Budget:
         self.limits = limits
         self.blocks: Sequence[Beforehand] = ()
         self.flops = 0.0
-        self._nodes = 0
+        self._nodes = self._before = 0  # so far, and in the blocks before
         self._begun: float | None = None
         self._block = Beforehand((), 0)
         self._held = Held()
@@ -68,7 +68,8 @@ class Budget:
         Args:
             block: which block of the job runs; None if it is only checked.
         """
-        self._nodes = 0
+        self._before = self._nodes if block else 0
+        self._nodes = self._before
         if block is not None and block < len(self.blocks):
             self._block = self.blocks[block]
         token = counting.set(self)
@@ -127,7 +128,7 @@ class Budget:
         Args:
             rows: the nodes.
         """
-        self._nodes = len(rows)
+        self._nodes = self._before + len(rows)
         self.tick()
         known, made = self._block.known, list[Row]()
         looks = self.limits.bounds_costs

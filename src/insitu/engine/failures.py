@@ -9,16 +9,19 @@ from __future__ import annotations
 import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from insitu.engine.dependence import Dependence, Lost
-from insitu.graph.errors import ExecutionError, InsituError, LimitError
+from insitu.engine.job_outcome import Failure
+from insitu.graph.errors import ExecutionError, InsituError, LimitError, NoValueError
 from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph
 from insitu.graph.operations import BACKWARD
 from insitu.graph.shapes import misfit
+
+Raised = TypeVar("Raised", bound=Exception)
 
 
 @dataclass(slots=True, eq=False)
@@ -65,21 +68,32 @@ class FailedInvocations:
     nodes: frozenset[int]
 
 
-def first_error(failed: Sequence[FailedInvocations]) -> Exception:
+def first_error(errors: Sequence[Raised]) -> Raised:
     """Returns the first of some errors, with the others as notes.
 
     Args:
-        failed: what failed, in the order in which it is to be told.
+        errors: the errors, in the order in which they are to be told.
     """
-    first, *others = [one.error for one in failed]
-    told = {str(first)}
+    first, *others = errors
+    told = {str(first), *getattr(first, "__notes__", ())}
     for one in others[:_MOST_NOTES]:
-        if str(one) not in told:
-            told.add(str(one))
-            first.add_note(f"Another invocation raised {type(one).__name__}: {one}")
+        note = f"Another invocation raised {type(one).__name__}: {one}"
+        if not told & {str(one), note}:
+            told |= {str(one), note}
+            first.add_note(note)
     if len(others) > _MOST_NOTES:
         first.add_note(f"And {len(others) - _MOST_NOTES} more failed.")
     return first
+
+
+def error_of(failures: Sequence[Failure]) -> InsituError:
+    """Returns the error that the run of a job raises for what has failed in it.
+
+    Args:
+        failures: what has failed. What only lacks the value of another comes last.
+    """
+    errors = [one.error for one in failures]
+    return first_error([one for one in errors if not isinstance(one, NoValueError)] or errors)
 
 
 _MOST_NOTES = 10

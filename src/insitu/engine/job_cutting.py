@@ -75,25 +75,50 @@ def merge(job: Job, pieces: Sequence[Job], results: Sequence[Results]) -> Result
         return results[0]
     nodes = places_of(job)
     groups = groups_of(job, nodes)
-    held = _held(groups, [_count(piece) for piece in pieces])
+    places = _places(_held(groups, [_count(piece) for piece in pieces]))
     found = {name: value for one in results for name, value in one.items()}
     about = job.saves
     outputs: list[Outputs | None] = [None] * len(job.blocks)
     failed = any(one.failed for one in results)
     merged = _Failures(_lines_of_several(job, nodes, groups) if failed else set())
-    for own, piece, one in zip(held, pieces, results, strict=True):
-        blocks = sorted({at for at, _ in own})
+    for own, piece, one in zip(places, pieces, results, strict=True):
+        blocks = [at for at, _ in own]
         if len(blocks) != len(piece.blocks) or len(one.outputs) != len(blocks):
             raise JobError("These are not the pieces of this job, or not their results.", here())
         for at, output in zip(blocks, one.outputs, strict=True):
             outputs[at] = output or outputs[at]  # a generation is in one piece
-        numbers = {at: sorted(number for block, number in own if block == at) for at in blocks}
+        numbers = dict(own)
         for failure in one.failed:
             at = blocks[failure.block]
             merged.add(failure, at, [numbers[at][number] for number in failure.invocations])
     differences = dict.fromkeys(text for one in results for text in one.differences)
     values = {name: found[name] for name in about if name in found}
     return Results(values, about, outputs, [*differences], merged.ordered(about))
+
+
+def invocations_of(job: Job, pieces: Sequence[Job]) -> list[list[tuple[int, list[int]]]]:
+    """Returns for each block of each piece which block of the job it is, and of which invocations.
+
+    Args:
+        job: the job.
+        pieces: what `cut` made of it.
+
+    Raises:
+        JobError: if they are no pieces of this job.
+    """
+    if len(pieces) == 1:
+        return [[(at, [*range(len(block.prompts))]) for at, block in enumerate(job.blocks)]]
+    groups = groups_of(job, places_of(job))
+    return _places(_held(groups, [_count(piece) for piece in pieces]))
+
+
+def _places(held: Sequence[Places]) -> list[list[tuple[int, list[int]]]]:
+    """The blocks that pieces have invocations of, and the numbers of these, in their order."""
+    found: list[list[tuple[int, list[int]]]] = []
+    for own in held:
+        blocks = sorted({at for at, _ in own})
+        found.append([(at, sorted(n for block, n in own if block == at)) for at in blocks])
+    return found
 
 
 def _count(job: Job) -> int:

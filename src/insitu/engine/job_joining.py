@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -270,9 +271,9 @@ def _named(number: int, block: JobBlock, names: dict[str, str]) -> dict[int, str
     """
     found: dict[int, str] = {}
     for index, name in block.saves.items():
-        joined = f"{number}/{name}"[:LONGEST_NAME]
-        while joined in names:  # longer ones may begin alike
-            joined = f"{joined[: LONGEST_NAME - 8]}{len(names):08}"
+        joined, more = f"{number}/{name}"[:LONGEST_NAME], count(len(names))
+        while joined in names:  # longer ones may begin alike, or be named like this
+            joined = f"{joined[: LONGEST_NAME - 8]}{next(more):08}"
         names[joined] = name
         found[index] = joined
     return found

@@ -8,7 +8,7 @@ operations are looked up in the registry, options in a list, and every number is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -32,7 +32,15 @@ from insitu.graph.operations import KEEP, SAVE
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.save_names import unfit
 from insitu.graph.wire import Frame, Writer, decoded, said_of
-from insitu.graph.wire_message import DigestedTensor, Fields, Index, LinePart, Part, Value
+from insitu.graph.wire_message import (
+    DigestedTensor,
+    Fields,
+    FileTable,
+    Index,
+    LineTable,
+    Part,
+    Value,
+)
 from insitu.graph.wire_reader import Reader
 from insitu.graph.wire_tensors import (
     Identity,
@@ -86,12 +94,24 @@ class JobMessage(Part):
     """A job. The first tables are as of the message of a graph, and all its blocks share them."""
 
     operations: list[str]
-    files: list[str]
-    lines: list[LinePart]
+    files: FileTable
+    lines: LineTable
     tensors: list[DigestedTensor]
     model: JobModel
     blocks: Annotated[list[BlockPart], msgspec.Meta(max_length=MOST_BLOCKS)]
     parts: Annotated[list[JobPart], msgspec.Meta(max_length=MOST_BLOCKS)]
+
+
+class _JobLines(Part):
+    """A job of which only the lines are read: whoever reads no more of it needs no limits."""
+
+    operations: msgspec.Raw
+    files: msgspec.Raw
+    lines: LineTable
+    tensors: msgspec.Raw
+    model: msgspec.Raw
+    blocks: msgspec.Raw
+    parts: msgspec.Raw
 
 
 class _Writer(Writer):
@@ -173,8 +193,9 @@ def from_bytes(
         reader.check_tensors()
         if not blocks:
             raise WireError("it has no block")
+        saved = {name for block in blocks for name in block.saves.values()}
         for part in message.parts:
-            _check_part(part, blocks)
+            _check_part(part, blocks, saved)
     leaves = [tensor for tensor, one in zip(found, message.tensors, strict=True) if one.leaf]
     return message.model, blocks, message.parts, leaves
 
@@ -194,9 +215,9 @@ def without_source(data: bytes) -> bytes:
     Raises:
         WireError: if they are none.
     """
-    message, tensors = _opened(data)
-    lines = [msgspec.structs.replace(line, text="") for line in message.lines]
-    message = msgspec.structs.replace(message, lines=lines)
+    encoded, tensors = _FRAME.opened(data)
+    message = decoded(_LINES_DECODER, encoded, "job")
+    message.lines = [msgspec.structs.replace(line, text="") for line in message.lines]
     return _FRAME.around(msgspec.msgpack.encode(message), tensors)
 
 
@@ -216,7 +237,7 @@ def absent_from(data: bytes) -> list[str]:
     return [digest for digest in dict.fromkeys(taken) if digest not in there]
 
 
-def _check_part(part: JobPart, blocks: Sequence[JobBlock]) -> None:
+def _check_part(part: JobPart, blocks: Sequence[JobBlock], saved: Set[str]) -> None:
     """Raises if one of several jobs names what is not there."""
     for share in part.shares:
         block = blocks[share.block] if share.block < len(blocks) else None
@@ -228,7 +249,6 @@ def _check_part(part: JobPart, blocks: Sequence[JobBlock]) -> None:
             raise WireError("a job that is a part of it has what is not there")
     if len({share.block for share in part.shares}) < len(part.shares):
         raise WireError("two blocks of a job that is a part of it are one")
-    saved = {name for block in blocks for name in block.saves.values()}
     if not part.names.keys() <= saved or len({*part.names.values()}) < len(part.names):
         raise WireError("a job that is a part of it names what is not saved, or twice the same")
 
@@ -386,3 +406,4 @@ def _begun(numbers: Sequence[int]) -> tuple[Mapping[str, torch.dtype], torch.dty
 
 
 _DECODER = msgspec.msgpack.Decoder(JobMessage)
+_LINES_DECODER = msgspec.msgpack.Decoder(_JobLines)

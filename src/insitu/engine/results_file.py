@@ -19,7 +19,14 @@ from insitu.engine.job_outcome import Failure, Outputs
 from insitu.graph import errors
 from insitu.graph.errors import ExecutionError, InsituError, WireError
 from insitu.graph.location import Location, SourceLine
-from insitu.graph.wire_message import Part, StoredTensor, Value
+from insitu.graph.wire_message import (
+    MOST_TEXT,
+    Part,
+    StoredTensor,
+    Value,
+    file_name,
+    printable,
+)
 from insitu.graph.wire_tensors import bytes_of, tensor_of
 from insitu.graph.wire_values import ValueReader, ValueWriter
 
@@ -243,14 +250,19 @@ def _failure(part: FailurePart) -> Failure:
     """A failure with an error of Insitu's own, of the class that it had."""
     kind: Any = vars(errors).get(part.error)
     known = isinstance(kind, type) and issubclass(kind, InsituError)
-    location = None if part.line is None else Location(SourceLine(*part.line), 0)
+    location: Location | None = None
+    if part.line is not None:
+        file, number, text = part.line
+        location = Location(SourceLine(file_name(file), number, printable(text)[:MOST_TEXT]), 0)
     made = cast("type[InsituError]", kind) if known else ExecutionError
-    error = made(part.message, location)
+    error = made("\n".join(map(printable, part.message.split("\n"))), location)
     return Failure(part.block, part.invocations, part.names, error, part.part)
 
 
 def _tensor(row: torch.Tensor, how: StoredTensor) -> torch.Tensor:
     if str(row.dtype) == how.dtype and list(row.shape) == how.shape:
+        if row.dtype is torch.bool and bool((row.view(torch.uint8) > 1).any()):
+            raise WireError("a boolean tensor holds other values than true and false")
         return row
     return tensor_of(row, how)
 

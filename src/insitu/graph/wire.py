@@ -28,6 +28,7 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph, ModuleRef, Row, Subgraph
 from insitu.graph.operations import BY_NAME
 from insitu.graph.wire_message import (
+    MOST_TEXT,
     Fields,
     LinePart,
     Message,
@@ -98,8 +99,6 @@ class Frame:
 
 FRAME = Frame(b"insitu", 1, "graph")
 """What a graph that travels by itself stands in. A job has a frame of its own."""
-
-_LONGEST_TEXT = 200
 
 
 def to_bytes(graph: Graph) -> bytes:
@@ -261,7 +260,7 @@ class Writer:
         if known not in self._marks:
             line = Location(*mark)
             file = self.files.setdefault(file_name(line.file), len(self.files))
-            entry = (file, line.line, printable(line.text)[:_LONGEST_TEXT])
+            entry = (file, line.line, printable(line.text)[:MOST_TEXT])
             self._marks[known] = self.lines.setdefault(entry, len(self.lines))
         return self._marks[known]
 

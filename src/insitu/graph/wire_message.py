@@ -196,12 +196,29 @@ FieldName = Literal[
 Fields = dict[FieldName, list[list[Index]]]
 
 
+MOST_TEXT = 200
+"""How many characters of a line travel: it is there to be shown."""
+
+_LONGEST_NAME = 1_000
+_MOST_LINES = 200_000  # each takes five bytes at least, and a hundred times as many in memory
+
+
 class LinePart(Part):
     """A line of the user's: which of the files, its number and its text."""
 
     file: Index
     number: Index
-    text: str
+    text: Annotated[str, msgspec.Meta(max_length=MOST_TEXT)]
+
+
+FileTable = Annotated[
+    list[Annotated[str, msgspec.Meta(max_length=_LONGEST_NAME)]],
+    msgspec.Meta(max_length=_MOST_LINES),
+]
+"""The names of the files that the user's lines are in."""
+
+LineTable = Annotated[list[LinePart], msgspec.Meta(max_length=_MOST_LINES)]
+"""The user's lines."""
 
 
 class ModulePart(Part, tag="module"):
@@ -240,8 +257,8 @@ class Message(Part):
     """
 
     operations: list[str]
-    files: list[str]
-    lines: list[LinePart]
+    files: FileTable
+    lines: LineTable
     tensors: list[StoredTensor]
     rows: msgspec.Raw
     fields: Fields

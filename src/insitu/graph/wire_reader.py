@@ -197,7 +197,14 @@ class Reader:
             raise WireError(f"functions are nested more than {DEEPEST} deep")
         graph = self._graph(part.rows, part.fields, inputs)
         self._depth -= 1
-        return Subgraph(graph, self.values.value(part.output, len(graph)))
+        values = self.values
+        values.references, values.earlier, values.weights = [], 0, 0
+        output = values.value(part.output, len(graph))
+        if values.earlier:
+            raise WireError("a function returns a value of an earlier block")
+        if values.weights:
+            raise WireError("a function returns weights of the model")
+        return Subgraph(graph, output)
 
     def _field(self, name: str, field: Field, entries: list[list[int]], graph: Graph) -> Any:
         for entry in entries:

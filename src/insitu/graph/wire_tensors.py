@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
@@ -54,8 +53,8 @@ def digest_of(tensor: torch.Tensor) -> str:
     return found.hexdigest()
 
 
-_MOST_ALIKE = 16
-"""How many leaves may be equal: each is memory of its own, and came with the bytes of one."""
+_MOST_COPIED = 2**28
+"""How many bytes of leaves may be copies of others, which came with the bytes of one."""
 
 Identity = tuple[str, str, int]
 """What tells tensors of a message apart: digest, device, and the number of a leaf."""
@@ -101,9 +100,7 @@ def restored_by_digest(
     if not rows.keys() <= {one.digest for one in described}:
         raise WireError("it comes with tensors that it does not name")
     known: set[Identity] = set()
-    alike = Counter([one.digest for one in described if one.leaf])
-    if any(count > _MOST_ALIKE for count in alike.values()):
-        raise WireError(f"it has more than {_MOST_ALIKE} leaves that are equal")
+    leaves, copied = set[str](), 0
     # One on many devices is read once: bytes must not cost more than their length.
     read: dict[str, torch.Tensor] = {}
     restored: list[torch.Tensor] = []
@@ -118,6 +115,11 @@ def restored_by_digest(
         found = read[one.digest]
         if (str(found.dtype), list(found.shape)) != (one.tensor.dtype, one.tensor.shape):
             raise WireError(f"the tensor {one.digest:.16}... is not what its digest says")
+        if one.leaf:
+            copied += found.nbytes if one.digest in leaves else 0
+            leaves.add(one.digest)
+            if copied > _MOST_COPIED:
+                raise WireError(f"its equal leaves take more than {_MOST_COPIED:,} bytes")
         placed = _placed(found, to)
         restored.append(_leaf_of(placed) if one.leaf else placed)
     return restored

@@ -8,7 +8,7 @@ from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.models.model import Model
 from insitu.tracing.block import Block
-from insitu.tracing.session import Session
+from insitu.tracing.session import Session, session_of
 
 if TYPE_CHECKING:
     from insitu.remote.away import Remote
@@ -41,6 +41,12 @@ class ServedModel(Model):
 
     def _send_away(self, block: Block, remote: Remote | None, wait: bool) -> None:
         """Lets a block be run by a server."""
+        if (remote is not None or not wait) and session_of(self) is not None:
+            raise OptionError(
+                "A block of a session runs with it: give `remote=` to `model.session`, and no "
+                "`remote=` or `wait=` to its blocks.",
+                here(),
+            )
         if remote is not None:
             block.away = self._on_server(remote)
         if not wait and block.away is None and self.away is None:

@@ -48,7 +48,7 @@ class AwayModel:
         if around is None:
             return self.connection.run(job, model=self.model, raises=False)
         on_event = _Telling(around.listeners) if around.listeners else None
-        cancel = around.cancels[0] if around.cancels else None
+        cancel = around.cancels or None
         return self.connection.run(job, on_event, cancel, model=self.model, raises=False)
 
     def send(self, job: Job) -> RemoteJob:
@@ -87,11 +87,13 @@ def _event_of(event: JobEvent) -> Event | None:
     try:
         match event.kind:
             case "progress":
-                return PassEnded(0, data["number"], data["passes"], (), data["done"])
+                block = data.get("block", 0)
+                return PassEnded(block, data["number"], data["passes"], (), data["done"])
             case "token":
                 return TokensChosen(data["block"], data["invocation"], data["step"], data["ids"])
             case "value":
-                return ValueSaved(SaveKey(data["name"], step=data["step"]), data["bytes"])
+                key = SaveKey(data["name"], data.get("block", 0), step=data["step"])
+                return ValueSaved(key, data["bytes"])
             case _:
                 return None
     except KeyError:  # of a server that tells less

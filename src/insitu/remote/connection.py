@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 from urllib.parse import quote
-
-import torch
 
 from insitu.engine.job import Job
 from insitu.engine.results import Results
@@ -115,7 +113,7 @@ class Connection:
         self,
         job: Job,
         on_event: Callable[[JobEvent], object] | None = None,
-        cancel: Cancel | None = None,
+        cancel: Cancel | Sequence[Cancel] | None = None,
         *,
         model: str = "",
         priority: Priority = "interactive",
@@ -130,7 +128,8 @@ class Connection:
         Args:
             job: the job.
             on_event: is told what happens to it. What it raises cancels the job.
-            cancel: ends it from outside, when `cancel.cancel()` is called.
+            cancel: ends it from outside, when `cancel.cancel()` is called; or several, of which
+                each does.
             model: as of `submit`, and so are the others.
             priority: likewise.
             seconds: likewise.
@@ -144,18 +143,17 @@ class Connection:
             InsituError: what is wrong with the run, as without a server.
         """
         params = checked_params(model, priority, seconds)
-        if cancel is not None and cancel.is_cancelled:
+        cancels = [] if cancel is None else [cancel] if isinstance(cancel, Cancel) else [*cancel]
+        if _is_cancelled(cancels):
             raise CancelledError("The job was cancelled before it was sent.", here())
         if wait is None:
-            wait = _WAIT if on_event is None and cancel is None else 0.0
+            wait = _WAIT if on_event is None and not cancels else 0.0
         sent = _sent(Submission(self._http, job, self._sent, params, attended=True), wait)
         try:
-            with _cancelled_by(cancel, sent):
+            with _cancelled_by(cancels, sent):
                 if on_event is not None and not sent.has_results:
                     _tell(sent, on_event)
-                results = sent.result(raises=raises)
-                add_gradients(job, results)
-                return results
+                return sent.result(raises=raises)
         except BaseException as error:
             if not isinstance(error, Exception):  # an interrupt
                 sent.give_up()
@@ -270,32 +268,6 @@ def _sent(submission: Submission, wait: float) -> RemoteJob:
         raise
 
 
-def add_gradients(job: Job, results: Results) -> None:
-    """Adds what a run has added to the gradients of a job's leaves to those of one's own.
-
-    Args:
-        job: the job, as it was recorded.
-        results: its results.
-
-    Raises:
-        RemoteError: if they are none of these leaves.
-    """
-    if not results.gradients:
-        return
-    trained = job.trained
-    shapes = [None if one is None else one.shape for one in results.gradients]
-    if len(trained) != len(shapes) or any(
-        shape not in (None, leaf.shape) for leaf, shape in zip(trained, shapes, strict=True)
-    ):
-        raise RemoteError("The server gave gradients of other tensors.", here(), code="strange")
-    pairs = [
-        (leaf, gradient.to(leaf.device, leaf.dtype))
-        for leaf, gradient in zip(trained, results.gradients, strict=True)
-        if gradient is not None
-    ]
-    torch.autograd.backward([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])
-
-
 def _tell(job: RemoteJob, on_event: Callable[[JobEvent], object]) -> None:
     """Tells somebody of the events of a job. What he raises cancels it."""
     for event in job.events():
@@ -304,19 +276,24 @@ def _tell(job: RemoteJob, on_event: Callable[[JobEvent], object]) -> None:
         except Exception:
             job.give_up()
             raise
+    _ = job.status  # it has ended, so that nobody follows it again
+
+
+def _is_cancelled(cancels: Sequence[Cancel]) -> bool:
+    return any(one.is_cancelled for one in cancels)
 
 
 @contextmanager
-def _cancelled_by(cancel: Cancel | None, job: RemoteJob) -> Generator[None]:
+def _cancelled_by(cancels: Sequence[Cancel], job: RemoteJob) -> Generator[None]:
     """Cancels a job on its server as soon as a run is cancelled here."""
-    if cancel is None:
+    if not cancels:
         yield
         return
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(_LOOK):
-            if cancel.is_cancelled and job.give_up():
+            if _is_cancelled(cancels) and job.give_up():
                 return
 
     thread = threading.Thread(target=watch, name="insitu-cancel", daemon=True)

@@ -11,11 +11,8 @@ from collections.abc import Iterator
 from insitu.engine.job import Job
 from insitu.engine.limits import rows_of
 from insitu.graph.location import Location, Mark
-from insitu.graph.wire_message import file_name, printable
+from insitu.graph.wire_message import MOST_TEXT, file_name, printable
 from insitu.remote.problems import Line
-
-_LONGEST_TEXT = 200
-"""How much of a line travels with a job."""
 
 
 class JobLines:
@@ -37,8 +34,8 @@ class JobLines:
             line: the line as a server has it; its text is "" if that does not keep texts.
         """
         found = self._by_number().get((line.file, line.line), [])
-        text = line.text[:_LONGEST_TEXT]
-        same = [one for one in found if printable(one.text)[:_LONGEST_TEXT] == text]
+        text = line.text[:MOST_TEXT]
+        same = [one for one in found if printable(one.text)[:MOST_TEXT] == text]
         places = same or (found if not text else [])
         one_file = len({place.file for place in places}) == 1
         return places[0] if one_file else None

@@ -16,7 +16,7 @@ import msgspec
 from insitu.graph import errors
 from insitu.graph.errors import InsituError, LimitError, LoadError, RemoteError, SaveError, at_line
 from insitu.graph.location import Location, SourceLine
-from insitu.graph.wire_message import file_name, printable
+from insitu.graph.wire_message import MOST_TEXT, file_name, printable
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -217,7 +217,7 @@ def _line(location: Location | None) -> Line | None:
     """A line as it travels: without the folders of its file, which tell who the user is."""
     if location is None:
         return None
-    return Line(file_name(location.file), location.line, printable(location.text))
+    return Line(file_name(location.file), location.line, printable(location.text)[:MOST_TEXT])
 
 
 def _shown(line: Line) -> tuple[str, int, str]:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
+import torch
+
+from insitu.engine.failures import error_of
+from insitu.engine.job import Job
 from insitu.engine.results import Results
 from insitu.graph.errors import (
     CancelledError,
     InsituError,
-    NoValueError,
     OptionError,
     RemoteError,
     WireError,
@@ -28,7 +31,6 @@ from insitu.remote.result_bytes import check_digest, result_bytes
 from insitu.remote.retrying import Retries
 
 _ID = re.compile("[0-9a-f]{32}")
-_MOST_NOTES = 10
 LAST_WORD = 3.0
 """For how many seconds a client that ends tries to cancel its job."""
 
@@ -43,6 +45,8 @@ class RemoteJob:
         id: its id there.
         line_of: finds the client's own lines.
         status: what the server has said of it, None if nothing yet.
+        job: what was sent; None for one that another process has sent. The gradients of its leaves
+            come back with its results.
 
     Attributes:
         id: its id.
@@ -50,11 +54,16 @@ class RemoteJob:
     """
 
     def __init__(
-        self, http: HttpClient, id: str, line_of: LineOf, status: JobStatus | None = None
+        self,
+        http: HttpClient,
+        id: str,
+        line_of: LineOf,
+        status: JobStatus | None = None,
+        job: Job | None = None,
     ) -> None:
         self.id, self.url = id, http.url
         self._http, self._line_of = http, line_of
-        self._status, self._results = status, None
+        self._status, self._results, self._job = status, None, job
 
     _status: JobStatus | None
     _results: Results | None
@@ -126,7 +135,9 @@ class RemoteJob:
             self.take(result_bytes(self._http, self.id, status.digest), status.digest or "")
         assert self._results is not None
         if self._results.failed and raises:
-            raise _first_error(self._results)
+            error = error_of(self._results.failed)
+            error.results = self._results
+            raise error
         return self._results
 
     @short_tracebacks
@@ -165,7 +176,9 @@ class RemoteJob:
         results.failed = [
             replace(one, error=relocated(one.error, self._line_of)) for one in results.failed
         ]
-        self._results = results
+        if self._job is not None:
+            _add_gradients(self._http, self._job, results)
+        self._results, self._job = results, None
 
     def _ended(self, timeout: float | None) -> JobStatus:
         """What the server says of it when it has ended."""
@@ -220,15 +233,19 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
-def _first_error(results: Results) -> InsituError:
-    """The error that the run of the job would have raised here: the first, the others as notes."""
-    causes = [one.error for one in results.failed if not isinstance(one.error, NoValueError)]
-    first, *others = causes or [one.error for one in results.failed]
-    first.results = results
-    told = {str(first), *getattr(first, "__notes__", ())}
-    for other in others[:_MOST_NOTES]:
-        note = f"Another invocation raised {type(other).__name__}: {other}"
-        if not told & {str(other), note}:
-            told |= {str(other), note}
-            first.add_note(note)
-    return first
+def _add_gradients(http: HttpClient, job: Job, results: Results) -> None:
+    """Adds what a run has added to the gradients of a job's leaves to those of one's own."""
+    if not results.gradients:
+        return
+    trained = job.trained
+    shapes = [None if one is None else one.shape for one in results.gradients]
+    if len(trained) != len(shapes) or any(
+        shape not in (None, leaf.shape) for leaf, shape in zip(trained, shapes, strict=True)
+    ):
+        raise http.strange("gradients of other tensors")
+    pairs = [
+        (leaf, gradient.to(leaf.device, leaf.dtype))
+        for leaf, gradient in zip(trained, results.gradients, strict=True)
+        if gradient is not None
+    ]
+    torch.autograd.backward([leaf for leaf, _ in pairs], [gradient for _, gradient in pairs])

@@ -27,7 +27,7 @@ def result_bytes(http: HttpClient, id: str, digest: str | None) -> bytes:
         RemoteError: if they are there no longer, are too large, or are not what their digest says.
         InsituError: what the job has failed with.
     """
-    retries, body, tag = Retries(http.timeout), io.BytesIO(), digest or ""
+    retries, body, tag, most = Retries(http.timeout), io.BytesIO(), digest or "", 0
     while True:
         start = body.tell()
         headers = {"Range": f"bytes={start}-", "If-Range": f'"{tag}"'} if start and tag else {}
@@ -49,7 +49,9 @@ def result_bytes(http: HttpClient, id: str, digest: str | None) -> bytes:
                 for piece in pieces:
                     body.write(piece)
                     check_size(http, body.tell())
-                    retries.went_well()
+                    if body.tell() > most:  # else it is what had come before
+                        most = body.tell()
+                        retries.went_well()
         except TransportError as error:
             http.try_again(retries, error)
             continue

@@ -14,7 +14,7 @@ class Retries:
     """Waits between one attempt and the next, longer each time.
 
     Args:
-        seconds: how long to go on, from now.
+        seconds: how long to go on, from the first failure on.
 
     Attributes:
         made: how many attempts followed the first, since the last that went well.
@@ -27,7 +27,7 @@ class Retries:
     def went_well(self) -> None:
         """Begins anew: what fails from now on is another failure."""
         self.made = 0
-        self._end = now() + self._seconds
+        self._end: float | None = None
 
     def another(self, after: float = 0.0) -> bool:
         """Waits, and returns whether to try again.
@@ -38,6 +38,8 @@ class Retries:
         """
         backoff = min(_FIRST * 2 ** min(self.made, 10), _LONGEST) * _DICE.uniform(0.5, 1.0)
         wait = max(after, backoff)
+        if self._end is None:
+            self._end = now() + self._seconds
         if now() + wait > self._end:
             return False
         self.made += 1

@@ -43,7 +43,10 @@ FILES = frozenset(
 MOST_BYTES = 256 * 2**20
 """How many bytes a skeleton may have."""
 
-_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+_SETTINGS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json"),
+    "special_tokens_map.json",  # Transformers takes what is in it for settings of the tokenizer
+)
 _MOST_SETTINGS = 8 * 2**20
 _MOST_DEPTH = 20
 _LEFT_OUT = frozenset(

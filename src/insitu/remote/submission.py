@@ -49,7 +49,7 @@ class Submission:
         params: dict[str, str],
         attended: bool = False,
     ) -> None:
-        self._http, self._params, self._attended = http, params, attended
+        self._http, self._params, self._attended, self._job = http, params, attended, job
         self._lines = JobLines(job)
         self._bytes = JobBytes(http, job, sent)
         digest = hashlib.sha256(self._bytes.body).hexdigest()[:32]
@@ -72,13 +72,13 @@ class Submission:
             id = answer.headers.get("insitu-job", "")
             if not is_id(id):
                 raise self._http.strange("results of no job")
-            job = RemoteJob(self._http, id, self._lines)
+            job = RemoteJob(self._http, id, self._lines, job=self._job)
             job.take(answer.body, answer.digest)
             return job
         status = self._http.told(answer, JobStatus, self._lines)
         if not is_id(status.id):
             raise self._http.strange("a job without an id")
-        return RemoteJob(self._http, status.id, self._lines, status)
+        return RemoteJob(self._http, status.id, self._lines, status, self._job)
 
     def withdraw(self) -> None:
         """Cancels the job, of which nobody has the id yet. Raises nothing."""

@@ -40,7 +40,7 @@ from insitu.server.states import has_ended, status_of
 from insitu.server.storage.data_folder import locked, make_private
 from insitu.server.storage.files import Files
 from insitu.server.storage.keys import authenticate, own_key
-from insitu.server.storage.keys_file import load_keys
+from insitu.server.storage.keys_file import WatchedKeys
 from insitu.server.storage.left_behind import take_over
 from insitu.server.storage.sqlite_store import SqliteStore
 
@@ -73,10 +73,11 @@ class Server:
         self._attended = Attended(self._news.is_followed)
         self._tasks: list[asyncio.Task[None]] = []
         self._own_key = ""
+        self._keys: WatchedKeys | None = None
         if settings.keys is None:
             self._own_key = own_key(self.store, settings.data)
         else:
-            load_keys(self.store, settings.keys)
+            self._keys = WatchedKeys(self.store, settings.keys)
         self._port: int | None = None
         take_over(self.store, {model.id for model in settings.models})
         self.hosts = {
@@ -137,6 +138,8 @@ class Server:
         Raises:
             ProblemError: if it is nobody's, or not good for that.
         """
+        if self._keys is not None:
+            self._keys.look()
         return authenticate(self.store, key, scope)
 
     # Jobs.
@@ -299,6 +302,18 @@ class Server:
 
     # Blobs, models and the rest.
 
+    def check_blob(self, tenant: Tenant, size: int) -> None:
+        """Raises if a tenant may not send a tensor of a size now: before it is sent.
+
+        Args:
+            tenant: who sends it.
+            size: its bytes.
+
+        Raises:
+            ProblemError: in that case, saying when it may.
+        """
+        self._pricing.check_blob(tenant, size, counts=False)
+
     async def put_blob(self, tenant: Tenant, digest: str, body: bytes | memoryview) -> None:
         """Keeps a tensor of a tenant.
 
@@ -378,8 +393,10 @@ class Server:
         """Deletes what nobody may ask for any more."""
         while True:
             await asyncio.sleep(_FORGET_SECONDS)
-            for job in self.store.forget(self.store.now()):
-                self._news.tell(job.id)
+            while gone := self.store.forget(self.store.now()):
+                for job in gone:
+                    self._news.tell(job.id)
+                await asyncio.sleep(0)  # others have their turn
             self.store.release(self.store.now() - self.settings.stored_seconds)
             await self.files.sweep_in_turns(self.store.refers)
             for what, size in (await asyncio.to_thread(self.files.sizes)).items():

@@ -29,7 +29,7 @@ class Metrics:
             "insitu_job_state_seconds", "How long jobs were in a state.", ("state",)
         )
         self._jobs = Histogram("insitu_batch_jobs", "Jobs that shared a batch.", model, ROWS)
-        self._rows = Histogram("insitu_batch_rows", "Rows of a batch.", model, ROWS)
+        self._prompts = Histogram("insitu_batch_prompts", "Prompts of a batch.", model, ROWS)
         self._passes = Counter("insitu_passes_total", "Passes of a model.", model)
         self._operations = Counter(
             "insitu_planned_operations_total", "Planned operations of what was run.", model
@@ -101,7 +101,7 @@ class Metrics:
         self._jobs.see(jobs, model=model)
 
     def batch_ended(
-        self, model: str, seconds: float, passes: int, operations: float = 0.0, rows: int = 0
+        self, model: str, seconds: float, passes: int, operations: float, prompts: int
     ) -> None:
         """Counts a batch that was run.
 
@@ -110,13 +110,12 @@ class Metrics:
             seconds: how long it took.
             passes: how many passes of the model it took.
             operations: the operations that were planned for it.
-            rows: how many rows it had, 0 if that is not known.
+            prompts: how many prompts it had.
         """
         self._seconds.add(max(seconds, 0.0), model=model)
         self._passes.add(passes, model=model)
         self._operations.add(operations, model=model)
-        if rows:
-            self._rows.see(rows, model=model)
+        self._prompts.see(prompts, model=model)
 
     def engine_died(self, model: str) -> None:
         """Counts an engine that has died.

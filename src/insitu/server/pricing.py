@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from msgspec import structs
 
@@ -73,10 +75,12 @@ class Pricing:
         Raises:
             ProblemError: if it cannot be run.
         """
+        self._check_received(tenant, len(body))
         self._files.check_space(len(body), self._store.reserved())
-        digest = await self._files.put_body_in_turn(body)
+        digest = (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
         self._under_way[digest] += 1
         try:
+            await self._files.put_body_in_turn(body)
             yield (*await self._price(tenant, host, digest), digest)
         finally:
             self._under_way[digest] -= 1
@@ -84,6 +88,12 @@ class Pricing:
                 del self._under_way[digest]
                 if not self._store.refers(digest):
                     self._files.remove(self._files.body_path(digest))
+
+    def _check_received(self, tenant: Tenant, size: int) -> None:
+        """Raises if a tenant has sent too much lately. It counts from then on, also if refused."""
+        recent, now = self._recent.setdefault(tenant.id, Recent()), self._store.now()
+        check_limits(self.limits(tenant), {}, None, now, recent, received=float(size))
+        recent.add(now, received=float(size))
 
     async def _price(self, tenant: Tenant, host: Host, digest: str) -> tuple[Price, Admitted]:
         """What a job takes, and what it would give."""
@@ -133,21 +143,21 @@ class Pricing:
         """
         self._files.check_space(price.result_bytes + received, self._store.reserved())
         recent, now = self._recent.setdefault(tenant.id, Recent()), self._store.now()
-        lengths = host.lengths.new(answer.lengths)
-        amounts = {"received": float(received), "lengths": float(len(lengths))}
-        check_limits(
-            self.limits(tenant), self._store.usage(tenant.id), price, now, recent,
-            turn=host.seconds_to_wait(), **amounts,
-        )  # fmt: skip
-        recent.add(now, price.operations, **amounts)
+        lengths, limits = host.lengths.new(answer.lengths), self.limits(tenant)
+        kept = replace(price, result_bytes=price.result_bytes + received)
+        new, turn = float(len(lengths)), host.seconds_to_wait()
+        usage = self._store.usage(tenant.id)
+        check_limits(limits, usage, kept, now, recent, lengths=new, turn=turn)
+        recent.add(now, price.operations, lengths=new)
         host.lengths.know(lengths)
 
-    def check_blob(self, tenant: Tenant, size: int) -> None:
-        """Raises if a tenant may not send a tensor now. It counts from then on.
+    def check_blob(self, tenant: Tenant, size: int, counts: bool = True) -> None:
+        """Raises if a tenant may not send a tensor now.
 
         Args:
             tenant: who sends it.
             size: how many bytes it has.
+            counts: whether it counts from then on.
 
         Raises:
             ProblemError: in that case, saying when it may.
@@ -156,6 +166,8 @@ class Pricing:
         recent, now = self._recent.setdefault(tenant.id, Recent()), self._store.now()
         usage = self._store.usage(tenant.id)
         check_limits(self.limits(tenant), usage, None, now, recent, received=float(size))
+        if not counts:
+            return
         recent.add(now, received=float(size))
         self._store.used(tenant.id, received=float(size))
 
@@ -184,11 +196,12 @@ class Pricing:
 
 
 def _price(answer: Admitted, blobs: Mapping[str, str], limits: JobLimits) -> Price:
+    unknown = max(_UNKNOWN_RESULT_BYTES, answer.peak_bytes)
     return Price(
         answer.passes,
         answer.operations + limits.beside(answer),
         answer.peak_bytes,
-        _UNKNOWN_RESULT_BYTES if answer.result_bytes is None else answer.result_bytes,
+        int(unknown) if answer.result_bytes is None else answer.result_bytes,
         answer.invocations,
         answer.positions,
         answer.joins,

@@ -5,9 +5,12 @@ What is wrong with the run is found there, and raised here, at the line that was
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from insitu.engine.autograd_graph import computed_of
+from insitu.engine.failures import error_of
 from insitu.engine.seams import seams
 from insitu.graph.cells import Missing
 from insitu.graph.errors import InsituError, OptionError
@@ -20,6 +23,12 @@ if TYPE_CHECKING:
     from insitu.engine.job_outcome import Outputs
     from insitu.engine.results import Results
     from insitu.tracing.run import RecordedBlock
+
+
+LARGE_BYTES = 100 * 10**6
+"""How many bytes of a result take so long to come that somebody is told before."""
+
+_NUMBER_BYTES = 4
 
 
 class Away(Protocol):
@@ -71,14 +80,74 @@ def run_away(model: Subject, blocks: Sequence[RecordedBlock], away: Away) -> Cam
             "once, when its run has ended.",
             here(),
         )
-    job = job_of(model, blocks)
+    job = job_of(model, blocks, renames=True)
+    check_sent(model, job)
     results = away.run(job)
     for block, sent in zip(blocks, job.blocks, strict=True):
         saves = block.recording.saves
         for index, name in sent.saves.items():
             saves[index]._put(results[name] if name in results else _missing(name, results))
-    failed = results.failed[0].error if results.failed else None
-    return Came(results.outputs, failed)
+    return Came(results.outputs, error_of(results.failed) if results.failed else None)
+
+
+def check_sent(model: Subject, job: Job) -> None:
+    """Looks at a job before it is sent, for what would be wrong here, or take long to come.
+
+    Args:
+        model: the model, as it is here.
+        job: the job.
+
+    Raises:
+        OptionError: if the job would give the model's weights here gradients.
+    """
+    if model.loaded:
+        own = {id(one) for one in model.snapshot.root.parameters() if one.requires_grad}
+        trained = job.trained if own else ()
+        if not own.isdisjoint({*map(id, trained), *computed_of(*trained)}):
+            raise OptionError(
+                "The block uses weights of the model itself as tensors that are trained, and a run "
+                "leaves no gradients on these: write `weight.detach()`.",
+                here(),
+            )
+    if _most_bytes(model, job) > LARGE_BYTES:
+        _warn_of_large_results(model, job)
+
+
+def _most_bytes(model: Subject, job: Job) -> int:
+    """About how many bytes a value of the model has at most: what is small is not looked at."""
+    root = model.snapshot.root
+    widest = max((max(one.shape, default=1) for one in root.parameters()), default=1)
+    most = 0
+    for block in job.blocks:
+        steps = block.options.get("max_new_tokens")
+        for prompt in block.prompts:
+            if prompt.ids is not None:
+                rows, length = prompt.ids.shape
+                length += prompt.steps or (steps if isinstance(steps, int) else 0)
+                most = max(most, rows * length * max(widest, length) * _NUMBER_BYTES)
+    return most
+
+
+def _warn_of_large_results(model: Subject, job: Job) -> None:
+    """Warns of values that take long to come, at the lines that save them."""
+    from insitu.tracing.job_check import check_job  # of use only where something is large
+
+    try:
+        results = check_job(model, job).results
+    except InsituError:  # the server says what is wrong
+        return
+    places = {
+        name: block.graph[index].location
+        for block in job.blocks
+        for index, name in block.saves.items()
+    }
+    for name, one in results.items():
+        if one.bytes is not None and one.bytes > LARGE_BYTES:
+            warnings.warn(
+                f"{one.bytes:,} bytes are saved at\n{places[name]}\nand have to come from the "
+                "server: save less of it, such as `x[:, -1]` in place of `x`.",
+                stacklevel=2,
+            )
 
 
 def run_job_away(away: Away, job: Job, raises: bool, **others: Any) -> Results:
@@ -103,7 +172,7 @@ def run_job_away(away: Away, job: Job, raises: bool, **others: Any) -> Results:
             )
     results = away.run(job)
     if results.failed and raises:
-        error = results.failed[0].error
+        error = error_of(results.failed)
         error.results = results
         raise error
     return results

@@ -192,6 +192,9 @@ class Block:
             if self.is_dry:
                 scan_block(run)
             elif away is not None and not self.waits:
+                from insitu.tracing.away import check_sent  # of use only with a server
+
+                check_sent(self.model, self.job)
                 self.sent = away.send(self.job)
                 recording.fail(
                     "its job was sent without waiting for it: `tracer.remote_job.result()` has it."
@@ -205,7 +208,8 @@ class Block:
                 run_block(run)
                 self._spread(run)
                 if run.failed:
-                    failed, run.failed = first_error(run.failed), ()  # they would keep each other
+                    failed = first_error([one.error for one in run.failed])
+                    run.failed = ()  # they would keep each other
         except BaseException as failure:
             recording.fail(f"its run raised {type(failure).__name__}.")
             if watching is not None:

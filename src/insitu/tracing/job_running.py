@@ -102,7 +102,7 @@ def _run_blocks(
         values |= {name: one for name, one in found.items() if type(one) is not Missing}
     results = Results(values, job.saves, outputs, differences, failures)
     if failures and raises:
-        error = cast(InsituError, first_error(causes or every))
+        error = cast(InsituError, first_error([one.error for one in causes or every]))
         error.results = results
         raise error
     return results

@@ -29,16 +29,17 @@ from insitu.tracing.run import HeldLines, RecordedBlock, Run
 from insitu.tracing.site_shapes import SiteShapes
 
 
-def job_of(model: Subject, blocks: Sequence[RecordedBlock]) -> Job:
+def job_of(model: Subject, blocks: Sequence[RecordedBlock], renames: bool = False) -> Job:
     """Returns the job of some blocks.
 
     Args:
         model: their model.
         blocks: the blocks, in the order in which they run.
+        renames: whether a second value of a name gets another, as its own does not matter.
 
     Raises:
         BlockError: if a block has no prompt, or uses values of a block that is not among these.
-        JobError: if two values have one name.
+        JobError: if two values have one name, and are not renamed.
     """
     lent: dict[int, Earlier] = {}  # by the cell in which a value waits
     names: set[str] = set()
@@ -58,7 +59,7 @@ def job_of(model: Subject, blocks: Sequence[RecordedBlock]) -> Job:
                 procedure.given,
                 [procedure.prompt(request) for request in run.requests],
                 graph,
-                _named(recording, names),
+                _named(recording, names, renames),
                 _demanded(run),
                 recording.casts,
                 recording.dtype,
@@ -78,7 +79,7 @@ def _demanded(run: Run) -> Demanded | None:
     return Demanded(options, mark, [number for number, has in enumerate(have) if has])
 
 
-def _named(recording: Recording, names: set[str]) -> dict[int, str]:
+def _named(recording: Recording, names: set[str], renames: bool) -> dict[int, str]:
     """The names of a block's saved values: those that were given, and the number of each other."""
     graph, given = recording.graph, recording.names
     found: dict[int, str] = {}
@@ -86,6 +87,8 @@ def _named(recording: Recording, names: set[str]) -> dict[int, str]:
         if row[0] not in (SAVE, KEEP) or index in recording.lent:
             continue
         name = given.get(index, str(len(names)))
+        if name in names and renames:
+            name = str(len(names))
         if name in names:
             raise JobError(
                 f"Another value of the session is saved as {name!r}: give each its own name.",

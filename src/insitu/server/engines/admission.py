@@ -36,7 +36,7 @@ from insitu.remote.protocol import SavedShape
 from insitu.server.background import noted
 from insitu.server.engines.batches import COPIES
 from insitu.server.engines.frames import Frames
-from insitu.server.engines.messages import Admitted, Check, Refused, Stop, ToAdmission
+from insitu.server.engines.messages import Admitted, Check, Refused, ToAdmission
 from insitu.server.served_options import check_options, times_counted
 from insitu.server.storage.job_files import job_in
 
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from insitu.engine.job_parts import JobBlock
     from insitu.models.language_model import LanguageModel
     from insitu.tracing.job_check import JobCheck
+
+MOST_BLOBS = 512
+"""How many tensors of a job may be sent apart: their names go to an engine with a batch."""
 
 _OF_JOBS = ("peak_bytes", "operations", "nodes", "sites")
 """Limits that a smaller job keeps."""
@@ -83,9 +86,10 @@ def check(model: LanguageModel, asked: Check) -> Admitted | Refused:
     start = time.process_time()
     limits = Limits(**asked.limits)  # pyright: ignore[reportArgumentType]
     try:
-        absent = [
-            one for one in absent_from(Path(asked.body).read_bytes()) if one not in asked.blobs
-        ]
+        apart = absent_from(Path(asked.body).read_bytes())
+        if len(apart) > MOST_BLOBS:
+            return Refused(_too_many_blobs(len(apart)))
+        absent = [one for one in apart if one not in asked.blobs]
         if absent:
             return Refused(_missing(absent))
         job = job_in(asked.body, asked.blobs, limits, torch.device("cpu"))
@@ -171,6 +175,12 @@ def _missing(digests: Sequence[str]) -> Problem:
     return Problem("missing_blobs", "Missing blobs", 409, what, digests=tuple(digests))
 
 
+def _too_many_blobs(found: int) -> Problem:
+    what = f"The job takes {found:,} tensors beside its own bytes, and {MOST_BLOBS} are allowed."
+    limit = {"limit": "blobs", "found": found, "allowed": MOST_BLOBS}
+    return Problem("limit", "Too many tensors", 413, what, **limit)
+
+
 def refuse_weights(job: Job) -> None:
     """Raises if a job reads weights, or calls modules as functions, which tells of weights.
 
@@ -208,7 +218,10 @@ def joins_of(job: Job) -> str:
     Args:
         job: the job.
     """
-    told: list[Any] = [_model_text(job.model.fingerprint), [*job.model.edits]]
+    if job.parts:
+        return ""
+    model = job.model
+    told: list[Any] = [_model_text(model.fingerprint), [*model.edits], model.name, model.revision]
     for block in job.blocks:
         options = dict(block.options)
         if block.procedure == "generate":
@@ -231,7 +244,9 @@ def _is_number(options: dict[str, Any]) -> bool:
 
 
 def _model_text(fingerprint: Fingerprint) -> str:
-    return f"{fingerprint.kind} {fingerprint.order} {fingerprint.tokens}"
+    generation = None if fingerprint.generation is None else sorted(fingerprint.generation.items())
+    same = fingerprint.kind, fingerprint.order, fingerprint.tokens
+    return f"{same} {[*fingerprint.dtypes]} {generation}"
 
 
 def _positions(block: JobBlock) -> int:
@@ -257,7 +272,7 @@ def _work(end: socket.socket, model: LanguageModel, settings: AdmissionSettings)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     while True:
         asked = frames.receive()
-        if asked is None or isinstance(asked, Stop):
+        if asked is None:
             return
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = int(used.ru_utime + used.ru_stime + settings.seconds) + 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +24,9 @@ from insitu.engine.events import (
     TokensChosen,
     ValueSaved,
 )
+from insitu.engine.failures import is_out_of_memory
 from insitu.engine.job import Job
-from insitu.engine.job_cutting import cut, merge
+from insitu.engine.job_cutting import cut, invocations_of, merge
 from insitu.engine.job_joining import join, split
 from insitu.engine.job_parts import JobBlock
 from insitu.engine.limits import Limits
@@ -72,12 +73,15 @@ class Task:
         job: the job.
         cancelled: whether somebody has asked to give it up.
         late: whether it has run for longer than it may.
+        chosen: the tokens that were told, by block, invocation and step: a run that is made again
+            tells of none of them twice.
     """
 
     asked: EngineJob
     job: Job
     cancelled: bool = False
     late: bool = False
+    chosen: set[tuple[int, int, int]] = field(default_factory=set[tuple[int, int, int]])
 
     @property
     def is_given_up(self) -> bool:
@@ -124,11 +128,13 @@ class Batch:
     progress: int = 0
     passes: int = 0
 
-    def run(self, asked: Sequence[EngineJob]) -> None:
+    def run(self, asked: Sequence[EngineJob], given_up: Collection[str] = ()) -> None:
         """Runs jobs, and tells of each what has become of it.
 
         Args:
             asked: the jobs.
+            given_up: the ids of those that nobody wants any more. Another thread may add some
+                until they are in `tasks`.
         """
         ready: list[Task] = []
         for one in asked:
@@ -139,6 +145,8 @@ class Batch:
                 status = 422 if isinstance(error, InsituError) else 500
                 self._fails(one, problem_of(error, status))
         self.tasks = {task.asked.id: task for task in ready}
+        for task in ready:
+            task.cancelled = task.cancelled or task.asked.id in given_up
         self._run(ready)
         self.tasks = {}
 
@@ -186,7 +194,7 @@ class Batch:
             return
         except Exception as error:  # a job's own, or one of ours: the front hears which
             problem = noted("running a batch", error)
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 problem = _of_memory(problem)
             elif isinstance(error, JobError):  # it was for the model that was there before
                 problem = structs.replace(CHANGED, detail=f"{CHANGED.detail} {problem.detail}")
@@ -222,13 +230,14 @@ class Batch:
     def _alone(self, task: Task, limits: Limits | None) -> Results:
         """The results of a job that shares no pass, in pieces if others are to get their turn."""
         pieces = cut(task.job, self.piece) if self.piece else [task.job]
+        places = invocations_of(task.job, pieces) if len(pieces) > 1 else [None]
         found: list[Results] = []
         for number, job in enumerate(pieces):
             if found:
                 self.between()
             if task.is_given_up:
                 raise CancelledError("The job was given up between its pieces.")
-            tell = _Telling(self, [task], None, (number, len(pieces)))
+            tell = _Telling(self, [task], None, (number, len(pieces)), places[number])
             found.append(
                 self.model.run(job, limits=limits, raises=False, events=tell, cancel=self.cancel)
             )
@@ -242,12 +251,15 @@ class Batch:
         if not any(task.asked.limits for task in tasks):
             return None if seconds is None else Limits(seconds=seconds)
         of_all = [task.asked.limits for task in tasks]
-        operations = [one["operations"] for one in of_all if "operations" in one]
+        operations, nodes = (
+            [one[name] for one in of_all if name in one] for name in ("operations", "nodes")
+        )
         given = [one["peak_bytes"] for one in of_all if "peak_bytes" in one]
         peak = min(given, default=self.budget)
         return Limits(
             peak_bytes=None if peak is None else int(peak),
             operations=sum(operations) if len(operations) == len(tasks) else None,
+            nodes=int(sum(nodes)) if len(nodes) == len(tasks) else None,
             seconds=seconds,
         )
 
@@ -279,6 +291,10 @@ class Batch:
             status = 422 if isinstance(error, InsituError) else 507
             self._fails(asked, problem_of(error, status))
             return
+        except Exception as error:  # its neighbours have their results all the same
+            problem = noted("writing results", error)
+            self._fails(asked, _of_memory(problem) if is_out_of_memory(error) else problem)
+            return
         self.tasks.pop(asked.id, None)
         self.tell(Ended(asked.id, asked.attempt, digest, len(data)))
 
@@ -302,6 +318,7 @@ class _Telling:
         tasks: the jobs.
         joined: the one that they were made, None if there is one only.
         piece: which piece of that one it is, and of how many.
+        places: the block of the job that each block of the piece is, and of which invocations.
     """
 
     def __init__(
@@ -310,9 +327,11 @@ class _Telling:
         tasks: Sequence[Task],
         joined: Job | None,
         piece: tuple[int, int] = (0, 1),
+        places: Sequence[tuple[int, Sequence[int]]] | None = None,
     ) -> None:
         self._batch, self._tasks, self._joined = batch, tasks, joined
         self._piece, self._pieces = piece
+        self._places = places
         self._names: dict[str, tuple[Task, str]] = {}
         self._owners: dict[tuple[int, int], tuple[Task, int, int]] = {}
         if joined is None:
@@ -340,6 +359,10 @@ class _Telling:
                     self._tell(task, "progress", data)
             case TokensChosen(block, invocation, step, ids):
                 task, own_block, number = self._owner(block, invocation)
+                place = own_block, number, step
+                if place in task.chosen:
+                    return
+                task.chosen.add(place)
                 data = {"block": own_block, "invocation": number, "step": step, "ids": [*ids]}
                 self._tell(task, "token", data)
             case ValueSaved(key, size):
@@ -349,6 +372,9 @@ class _Telling:
                 pass
 
     def _owner(self, block: int, invocation: int) -> tuple[Task, int, int]:
+        if self._places is not None:
+            own_block, numbers = self._places[block]
+            return self._tasks[0], own_block, numbers[invocation]
         if self._joined is None:
             return self._tasks[0], block, invocation
         return self._owners[block, invocation]
@@ -372,13 +398,6 @@ def _without_sharing(job: Job) -> Job:
         options = {**block.options, "share_prefixes": False} if shares else block.options
         blocks.append(replace(block, options=options))
     return replace(job, blocks=blocks)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, MemoryError | torch.OutOfMemoryError):
-        seen = seen.__cause__
-    return seen is not None
 
 
 def _of_memory(problem: Problem) -> Problem:

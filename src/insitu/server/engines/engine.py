@@ -38,7 +38,6 @@ from insitu.server.engines.messages import (
     Happened,
     Ready,
     RunBatch,
-    Stop,
     ToEngine,
     Told,
 )
@@ -96,11 +95,10 @@ class Engine:
         self._sending = threading.Lock()
         self._happened: list[Told | Ended] = []  # what the front was not told of yet
         self._happens, self._presses = threading.Event(), threading.Event()
-        self._asked: queue.SimpleQueue[RunBatch | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[RunBatch] = queue.SimpleQueue()
         self._batches: list[tuple[int, Batch]] = []  # the inner ones between pieces of the outer
         self._progress = 0
-        self._stops = False
-        self._given_up: set[str] = set()  # before their batch began
+        self._given_up: set[str] = set()  # jobs of batches that run or are to come
 
     def send(self, message: Any) -> None:
         """Tells the front something, and before it what has happened. Any thread may."""
@@ -131,7 +129,7 @@ class Engine:
                 self.send(None)
 
     def run(self) -> None:
-        """Loads the model, and runs what comes until the front is gone or asks to stop."""
+        """Loads the model, and runs what comes until the front is gone."""
         threading.Thread(target=self._tell_that_it_lives, daemon=True).start()
         threading.Thread(target=self._listen, daemon=True).start()
         threading.Thread(target=self._tell_what_happens, daemon=True).start()
@@ -141,15 +139,8 @@ class Engine:
             self.send(Failed(structs.replace(noted("loading the model", error), status=503)))
             return
         self.send(ready)
-        while not self._stops:
-            self._next(model, ready.budget, self._asked.get())
-
-    def _next(self, model: LanguageModel, budget: int, asked: RunBatch | None) -> None:
-        """Runs a batch, or notes that there are no more."""
-        if asked is None:
-            self._stops = True
-        else:
-            self._run(model, asked, budget)
+        while True:
+            self._run(model, self._asked.get(), ready.budget)
 
     def _run(self, model: LanguageModel, asked: RunBatch, budget: int) -> None:
         def write(folder: Path, data: bytes, digest: str) -> None:
@@ -158,7 +149,7 @@ class Engine:
         def between() -> None:
             with suppress(queue.Empty):
                 while True:
-                    self._next(model, budget, self._asked.get_nowait())
+                    self._run(model, self._asked.get_nowait(), budget)
 
         batch = Batch(
             model,
@@ -175,16 +166,14 @@ class Engine:
         start = time.monotonic()
         self._batches.append((asked.number, batch))
         self.send(Began(asked.number))
-        gone = {one.id for one in asked.jobs} & self._given_up
-        self._given_up -= gone
-        for one in asked.jobs:
-            if one.id in gone:
-                self.tell(Ended(one.id, one.attempt, cancelled=True))
         try:
-            batch.run([one for one in asked.jobs if one.id not in gone])
+            batch.run(asked.jobs, self._given_up)
         finally:
             self._progress += batch.progress
             self._batches.pop()
+            known = {*self._given_up}
+            if not self._batches and self._asked.empty():  # none of these is to come
+                self._given_up -= known
         self.send(BatchEnded(asked.number, time.monotonic() - start, batch.passes))
 
     def _listen(self) -> None:
@@ -195,13 +184,9 @@ class Engine:
                 case RunBatch():
                     self._asked.put(message)
                 case CancelJob(id):
-                    having = [batch for _, batch in [*self._batches] if id in batch.tasks]
-                    for batch in having:
+                    self._given_up.add(id)  # first: a batch looks there once it has its tasks
+                    for _, batch in [*self._batches]:
                         batch.give_up(id)
-                    if not having:
-                        self._given_up.add(id)
-                case Stop():
-                    self._asked.put(None)
                 case None:  # the front is gone: what runs has nobody to be told of
                     os._exit(0)
 

@@ -36,6 +36,7 @@ DIED = Problem(
 )
 _LOST = Problem("storage", "Results lost", 507, "The results of the job were deleted by somebody.")
 _HELD = ("leased", "running")
+_PLACE = ("block", "invocation", "name", "step")  # what is told once of a token or a value
 
 
 class HeldJobs:
@@ -71,6 +72,7 @@ class HeldJobs:
         self._numbers = 0
         self.batches: dict[int, Running] = {}
         self.unwritten = Unwritten()
+        self._struck: set[str] = set()  # the jobs for which their tenant has a strike
 
     def lease(
         self, picked: Sequence[JobRecord], engine: str, in_pieces: bool
@@ -111,6 +113,10 @@ class HeldJobs:
         batches = self.batches.values()
         return Counter([job.tenant for batch in batches for job in batch.jobs.values()])
 
+    def left(self) -> list[JobRecord]:
+        """Returns the jobs that the engine has, and has not ended."""
+        return [job for batch in self.batches.values() for job in batch.jobs.values()]
+
     def began(self, number: int) -> None:
         """Takes that an engine has begun a batch.
 
@@ -142,6 +148,7 @@ class HeldJobs:
 
     def _told(self, told: Sequence[Told]) -> None:
         told = [one for one in told if self._batch_of(one.id, one.attempt) is not None]
+        told = [one for one in told if one.attempt == 1 or not self._was_told(one)]
         if told and not self.unwritten:
             with suppress(StorageError):
                 with self._store.together(cheaply=True):
@@ -149,6 +156,20 @@ class HeldJobs:
                         self._store.tell(one.id, one.kind, one.data, one.attempt)
                 for id in dict.fromkeys(one.id for one in told):
                     self._changed(id)
+
+    def _was_told(self, told: Told) -> bool:
+        """Whether an earlier attempt has told of a token or of a value."""
+        if told.kind not in ("token", "value"):
+            return False
+        place = [told.data.get(name) for name in _PLACE]
+        found, after = self._store.events(told.id), 0
+        while found:
+            for one in found:
+                if one.kind == told.kind and [one.data.get(name) for name in _PLACE] == place:
+                    return True
+                after = one.number
+            found = self._store.events(told.id, after)
+        return False
 
     def batch_ended(self, number: int, seconds: float, passes: int) -> Running:
         """Takes the end of a batch, and returns it.
@@ -166,30 +187,46 @@ class HeldJobs:
             raise ValueError(f"{len(batch.jobs)} jobs of a batch have no end")
         del self.batches[number]
         self.unwritten.write(partial(self._write_seconds, batch.tenants, seconds))
-        self._metrics.batch_ended(self._model, seconds, passes)
+        prices = [job.price for job in batch.all]
+        operations = sum(price.operations for price in prices)
+        invocations = sum(price.invocations for price in prices)
+        self._metrics.batch_ended(self._model, seconds, passes, operations, invocations)
         return batch
 
-    def take_back(self, engine: str, counts: bool = True) -> None:
+    def take_back(self, engine: str, counts: bool = True, hung: bool = False) -> None:
         """Queues again what an engine had, which has ended.
 
         Args:
             engine: the engine.
             counts: whether what had begun was begun once more: no job is begun for ever.
+            hung: whether the engine was ended because it did not come on.
         """
         batches, self.batches = self.batches, {}
         company: dict[str, int] = {}
-        alone: set[str] = set()
         spared: list[JobRecord] = []
         for batch in batches.values():
+            waits = batch.in_pieces and len(batches) > 1  # another ran between its pieces
+            if batch.began and counts and not waits:
+                self._strike(batch.all, hung)
             for job in batch.jobs.values():
                 if not (batch.began and counts):
                     spared.append(job)
                     continue
                 # The third time it is alone, so that no neighbour's fault makes it fail.
                 company[job.id] = max(0, len(batch.all) // 8 - 1) if job.attempt == 1 else 0
-                if len(batch.all) == 1:
-                    alone.add(job.id)
-        self.unwritten.write(partial(self._write_back, engine, company, alone, spared))
+        self.unwritten.write(partial(self._write_back, engine, company, spared))
+
+    def take_overdue(self, engine: str) -> None:
+        """Queues again what an earlier engine has left, if that could not be written at its end.
+
+        Args:
+            engine: the one that there is now.
+        """
+        if self.unwritten:
+            return
+        engines = {job.engine for job in self._store.overdue() if job.model == self._model}
+        for one in engines - {engine}:
+            self.unwritten.write(partial(self._write_back, one, {}, []))
 
     def fail(self, jobs: Sequence[JobRecord], problem: Problem) -> None:
         """Fails jobs that wait, and cannot be run any more.
@@ -201,6 +238,17 @@ class HeldJobs:
         self._waiting.remove([job.id for job in jobs])
         for job in jobs:
             self.unwritten.write(partial(self._write_failed, job.id, problem))
+
+    def _strike(self, jobs: Sequence[JobRecord], hung: bool) -> None:
+        """Notes whose job has ended an engine, also if it was cancelled meanwhile. Once for each.
+
+        An engine that dies may have been ended by somebody else, so that counts the last time. One
+        that hangs over a job does so because of it.
+        """
+        job = jobs[0]
+        if len(jobs) == 1 and (hung or job.attempt >= MOST_ATTEMPTS) and job.id not in self._struck:
+            self._struck.add(job.id)
+            self.unwritten.write(partial(self._store.strike, job.tenant))
 
     def _batch_of(self, id: str, attempt: int) -> Running | None:
         """The batch that has a job in an attempt."""
@@ -278,7 +326,6 @@ class HeldJobs:
         self,
         engine: str,
         company: Mapping[str, int],
-        alone: set[str],
         spared: Sequence[JobRecord],
     ) -> None:
         for job in spared:
@@ -292,8 +339,6 @@ class HeldJobs:
                 continue
             self._metrics.ended(self._model, job.state)
             self._changed(job.id)
-            if job.id in alone:
-                self.unwritten.write(partial(self._store.strike, job.tenant))
 
     def _wait_again(self, job: JobRecord | None) -> None:
         if job is not None:

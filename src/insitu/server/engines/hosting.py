@@ -40,7 +40,7 @@ from insitu.server.engines.messages import (
 )
 from insitu.server.engines.processes import Child, engine_process
 from insitu.server.engines.scheduler import Capacity, Scheduler
-from insitu.server.engines.sent_batches import Pulse
+from insitu.server.engines.sent_batches import Pulse, Running
 from insitu.server.engines.waiting_jobs import KnownLengths, WaitingJobs
 from insitu.server.job_limits import MOST_STRIKES, JobLimits, banned
 from insitu.server.limits import TenantLimits
@@ -117,6 +117,7 @@ class Host:
     _was_ready: bool = False
     _ready_at: float = 0.0
     _stopping: bool = False
+    _hung: bool = False
     _waiting_until: float = 0.0
     _tasks: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
 
@@ -293,7 +294,7 @@ class Host:
 
     async def _live(self) -> None:
         """Starts an engine, and listens to it until it ends."""
-        self._name = secrets.token_hex(8)
+        self._name, self._hung = secrets.token_hex(8), False
         self.state, self.ready = "loading", None
         self._pulse = Pulse(time.monotonic())
         self._short_lives += 1
@@ -318,7 +319,9 @@ class Host:
             if self.state == "ready":
                 self.state = "loading"
             await engine.close()
-        self.held.take_back(self._name)
+        for job in self.held.left():  # charged again when it is sent again
+            self.scheduler.refund(job.tenant, job.price.operations)
+        self.held.take_back(self._name, hung=self._hung)
 
     def _take(self, message: FromEngine) -> None:
         """Takes what the engine says."""
@@ -352,10 +355,18 @@ class Host:
                 batch = held.batch_ended(number, seconds, passes)
                 if self.pace is not None and not batch.in_pieces:
                     self.pace.ended(now, seconds, batch.all)
+                self._charge_rest(batch, seconds)
         if isinstance(message, Began | Happened):
             self._pulse.moved = now
         if isinstance(message, Ready | BatchEnded | Began):
             self.dispatch()
+
+    def _charge_rest(self, batch: Running, seconds: float) -> None:
+        """Charges for a job whose size was not known before what it has taken beside its price."""
+        job = batch.all[0]
+        if len(batch.all) == 1 and not job.price.is_bounded and self.ready is not None:
+            more = seconds * self.ready.speed - job.price.operations
+            self.scheduler.charge(job.tenant, max(more, 0.0))
 
     def _take_weights(self, weights: str) -> None:
         """Fails the jobs that were accepted when the model had other weights."""
@@ -381,8 +392,10 @@ class Host:
             last = now
             if self._engine is not None and self._hangs(now):
                 logger.warning("the engine of %s does not come on, and is ended", self.model.id)
+                self._hung = True
                 self._engine.kill()
             self.held.unwritten.again()
+            self.held.take_overdue(self._name)
             self.dispatch()
 
     def _hangs(self, now: float) -> bool:

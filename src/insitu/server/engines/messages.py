@@ -123,10 +123,6 @@ class CancelJob(_Message, frozen=True):
     id: str
 
 
-class Stop(_Message, frozen=True):
-    """Asks a process to end when it has done what it does."""
-
-
 # From an engine.
 
 
@@ -226,7 +222,7 @@ class BatchEnded(_Message, frozen=True):
     passes: int
 
 
-ToAdmission = Check | Stop
+ToAdmission = Check
 FromAdmission = Admitted | Refused
-ToEngine = RunBatch | CancelJob | Stop
+ToEngine = RunBatch | CancelJob
 FromEngine = Ready | Failed | Alive | Began | Happened | BatchEnded

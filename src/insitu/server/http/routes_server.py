@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from insitu.remote.protocol import SKELETON_TYPE
+from insitu.server.http.bodies import declared_length
 from insitu.server.http.front_parts import FrontParts, json_answer
 from insitu.server.http.query_values import query_of
 from insitu.server.http.ranges import is_known
@@ -54,6 +55,7 @@ class ServerRoutes:
         if not _DIGEST.fullmatch(digest):
             raise refused(404, "not_found", "This is no digest: it has 64 hexadecimal digits.")
         if request.method == "PUT":
+            self._server.check_blob(tenant, declared_length(request) or 0)
             async with self._parts.blob_body(request, tenant) as body:
                 await self._server.put_blob(tenant, digest, body)
         elif not self._server.has_blob(tenant, digest):
@@ -87,10 +89,9 @@ class ServerRoutes:
         return json_answer({"status": "ok"})
 
     async def readiness(self, request: Request) -> Response:
-        """Says whether every model runs jobs, and how each is."""
-        states = dict(self._server.ready())
-        ready = all(state == "ready" for state in states.values())
-        return json_answer(states, 200 if ready else 503)
+        """Says whether every model runs jobs. How each is takes a key: `/v1/models` says it."""
+        ready = all(state == "ready" for state in self._server.ready().values())
+        return json_answer({"ready": ready}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Says what was measured, to who has a key for that."""

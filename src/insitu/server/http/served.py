@@ -77,6 +77,10 @@ class Served(Protocol):
         """Returns the file with the results of a job that is done."""
         ...
 
+    def check_blob(self, tenant: Tenant, size: int) -> None:
+        """Raises if a tenant may not send a tensor of a size now: before it is sent."""
+        ...
+
     async def put_blob(self, tenant: Tenant, digest: str, body: bytes | memoryview) -> None:
         """Keeps a tensor, once it was seen to have that digest.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import math
 import struct
 from typing import Annotated, NoReturn
@@ -83,6 +84,8 @@ def check_blob(digest: str, data: memoryview) -> None:
         tensor = _header_of(data[_SIZE.size : start]).tensor
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         _refuse(f"its header cannot be read: {error}")
+    if _doubled(data[_SIZE.size : start]):
+        _refuse("its header says something twice, which readers take in different ways")
     if tensor.dtype not in DTYPES:
         _refuse(f"it has the dtype {tensor.dtype[:40]!r}")
     name, width = DTYPES[tensor.dtype]
@@ -108,6 +111,18 @@ def check_blob(digest: str, data: memoryview) -> None:
                 f"The tensor has the digest {found.hexdigest()}, and was sent as {digest:.64}.",
             )
         )
+
+
+def _doubled(header: memoryview) -> bool:
+    """Whether an object of a header has a field twice. What is behind it is of no interest."""
+    found = False
+
+    def seen(pairs: list[tuple[str, object]]) -> None:
+        nonlocal found
+        found = found or len({name for name, _ in pairs}) < len(pairs)
+
+    json.loads(header.tobytes(), object_pairs_hook=seen)
+    return found
 
 
 def _refuse(why: str) -> NoReturn:

@@ -10,24 +10,19 @@ import asyncio
 import contextlib
 import hashlib
 import math
-import mmap
 import os
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 from insitu.remote.problems import Problem, ProblemError
 from insitu.server.storage.blob_format import check_blob
 from insitu.server.storage.data_folder import (
     TEMPORARY,
     StorageError,
-    create,
     full_disk_is_a_problem,
     make_private,
-    put_in_place,
-    write_all,
     write_whole,
 )
 
@@ -137,21 +132,6 @@ class Files:
         with full_disk_is_a_problem("the tensor"):
             write_whole(target, data, self.durable)
 
-    def receive_blob(self, digest: str) -> IncomingBlob:
-        """Begins to write a tensor that comes in pieces.
-
-        Args:
-            digest: as of `put_blob`.
-
-        Returns:
-            What takes the pieces. It is used with `with`, and `keep()` called after the last.
-
-        Raises:
-            ProblemError: 422 if it is no digest.
-            StorageError: if the disk is full.
-        """
-        return IncomingBlob(digest, self.blob_path(digest), self.durable)
-
     def check_space(self, wanted: int, reserved: float = 0.0) -> None:
         """Raises if the disk has no space for something.
 
@@ -260,63 +240,6 @@ def _removed(path: Path, refers: Callable[[str], bool]) -> bool:
         return False
     path.unlink(missing_ok=True)
     return True
-
-
-class IncomingBlob:
-    """A tensor that comes in pieces. Without `keep` nothing of it stays.
-
-    Args:
-        digest: its digest.
-        target: where it goes.
-        durable: whether it is to be there after a power failure.
-    """
-
-    def __init__(self, digest: str, target: Path, durable: bool) -> None:
-        self._digest, self._target, self._durable = digest, target, durable
-        with full_disk_is_a_problem("the tensor"):
-            self._number, self._path = create(target.parent)
-        self.size = 0
-
-    def write(self, piece: bytes | memoryview) -> None:
-        """Writes the next piece.
-
-        Args:
-            piece: the bytes.
-
-        Raises:
-            StorageError: if the disk is full.
-        """
-        with full_disk_is_a_problem("the tensor"):
-            write_all(self._number, piece)
-        self.size += len(piece)
-
-    def keep(self) -> None:
-        """Looks at the tensor, and puts it in its place.
-
-        Raises:
-            ProblemError: as of `Files.put_blob`.
-            StorageError: if the disk is full.
-        """
-        if self.size == 0:
-            check_blob(self._digest, memoryview(b""))
-        # Mapped, it takes no memory of the server's own, however large it is.
-        with mmap.mmap(self._number, 0, access=mmap.ACCESS_READ) as mapped:
-            with memoryview(mapped) as view:
-                check_blob(self._digest, view)
-        with full_disk_is_a_problem("the tensor"):
-            put_in_place(self._number, self._path, self._target, self._durable)
-
-    def __enter__(self) -> IncomingBlob:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        os.close(self._number)
-        self._path.unlink(missing_ok=True)
 
 
 def put_result(folder: Path, data: bytes, digest: str = "", durable: bool = False) -> str:

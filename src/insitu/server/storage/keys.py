@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
-import stat
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +33,6 @@ LOCAL = "local"
 _LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"
 _FORM = re.compile(r"(insitu_[a-z0-9]{8})_[A-Za-z0-9_-]{43}")
 _NOBODY = hashlib.sha256(b"").hexdigest()
-_LONGEST_FILE = 4096
 
 
 def make_key(
@@ -177,8 +174,8 @@ def install(
 def own_key(store: Store, folder: Path) -> str:
     """Returns the key of the user who runs a server, and makes it the only one.
 
-    It is in the file "key" of the data folder, which only that user can read. It is the same
-    after a restart, unless others could have read the file.
+    It is in the file "key" of the data folder, which only that user can read. Each start has
+    another: after a crash somebody else may have been at the port, and been shown the one before.
 
     Args:
         store: keeps what there is to keep of it.
@@ -187,32 +184,9 @@ def own_key(store: Store, folder: Path) -> str:
     Raises:
         StorageError: if the disk is full.
     """
-    path = folder / KEY_FILE
-    text = read_own_key(path)
-    if text is None:
-        text, _ = make_key(LOCAL)
-        with full_disk_is_a_problem("the key"):
-            write_whole(path, f"{text}\n".encode(), durable=True)
+    text, _ = make_key(LOCAL)
+    with full_disk_is_a_problem("the key"):
+        write_whole(folder / KEY_FILE, f"{text}\n".encode(), durable=True)
     # Whoever can start the server has had the chance to look into what ended its engine.
     install(store, [Tenant(LOCAL, LOCAL)], [key_of(text, LOCAL, SCOPES)], forgives=True)
     return text
-
-
-def read_own_key(path: Path) -> str | None:
-    """Returns the key in a file, None if there is none that only this user could have read.
-
-    Args:
-        path: the file.
-    """
-    try:
-        # Opening a pipe would wait, and a link may lead to what somebody else has written.
-        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with open(number, "rb") as file:
-        state = os.fstat(number)
-        private = state.st_uid == os.geteuid() and not stat.S_IMODE(state.st_mode) & 0o077
-        if not private or not stat.S_ISREG(state.st_mode):
-            return None
-        text = file.read(_LONGEST_FILE).decode("ascii", "replace").strip()
-    return text if _FORM.fullmatch(text) else None

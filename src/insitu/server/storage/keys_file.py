@@ -30,6 +30,7 @@ has the names of `TenantLimits`, and null is no limit.
 
 from __future__ import annotations
 
+import logging
 import math
 import stat
 from collections import Counter
@@ -41,12 +42,14 @@ from typing import Annotated
 import msgspec
 
 from insitu import disk
-from insitu.graph.errors import LoadError, OptionError
+from insitu.graph.errors import InsituError, LoadError, OptionError
 from insitu.server.limits import TenantLimits
 from insitu.server.records import Key, Tenant
 from insitu.server.storage.data_folder import write_whole
 from insitu.server.storage.keys import SCOPES, checked_scopes, install
 from insitu.server.storage.store import Store
+
+logger = logging.getLogger(__name__)
 
 _LONGEST = 64 * 2**20
 _NAME = msgspec.Meta(min_length=1, max_length=200)
@@ -132,7 +135,43 @@ def write_keys(path: Path, tenants: Sequence[Tenant], keys: Sequence[Key]) -> No
     write_whole(path, data + b"\n", durable=True)
 
 
-def load_keys(store: Store, path: Path) -> None:
+class WatchedKeys:
+    """The keys of a file, as those of a server: also when the file is changed.
+
+    Args:
+        store: keeps them.
+        path: the file.
+
+    Raises:
+        LoadError: as of `load_keys`.
+        OptionError: likewise.
+    """
+
+    def __init__(self, store: Store, path: Path) -> None:
+        self._store, self._path = store, path
+        self._state = self._now()
+        load_keys(store, path, forgives=True)
+
+    def look(self) -> None:
+        """Takes the keys of the file, if it has changed. A file that is none changes nothing."""
+        state = self._now()
+        if state == self._state or state is None:
+            return
+        self._state = state
+        try:
+            load_keys(self._store, self._path)
+        except InsituError as error:
+            logger.warning("the keys stay as they were: %s", error)
+
+    def _now(self) -> tuple[int, ...] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def load_keys(store: Store, path: Path, forgives: bool = False) -> None:
     """Makes the keys of a file those of a server, when it starts or when the file has changed.
 
     A key that is no longer in the file is revoked.
@@ -140,6 +179,8 @@ def load_keys(store: Store, path: Path) -> None:
     Args:
         store: keeps them.
         path: the file.
+        forgives: whether the strikes of tenants are taken away, as they are when a server starts:
+            somebody has had the chance to look into what ended its engine.
 
     Raises:
         LoadError: as of `read_keys`, and if there is no key in the file.
@@ -148,7 +189,7 @@ def load_keys(store: Store, path: Path) -> None:
     tenants, keys = read_keys(path)
     if not any(not key.revoked for key in keys):
         raise LoadError(f"There is no key in {str(path)!r}: make one with `insitu keys`.")
-    install(store, tenants, keys)
+    install(store, tenants, keys, forgives)
 
 
 def _tenant(part: TenantPart) -> Tenant:

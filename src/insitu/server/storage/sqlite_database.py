@@ -18,6 +18,8 @@ from insitu.server.storage.sqlite_schema import opened
 _NOTE_SECONDS = 1.0  # the time is written down no more often
 _TO_COME = (("jobs", "expires"), ("jobs", "lease_until"), ("grants", "used"))
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+_PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR)
+"""Of errors that pass: somebody else has the file, or the disk does not write, as with a quota."""
 
 
 class Database:
@@ -161,4 +163,6 @@ def _full_disk() -> Iterator[None]:
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode in _FULL:
             raise StorageError("The disk of the server is full: no space for its store.") from error
+        if error.sqlite_errorcode & 0xFF in _PASSING:
+            raise StorageError(f"The store of the server cannot be written: {error}.") from error
         raise
