@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from insitu import Job, LanguageModel, WireError
-from insitu.engine.job_wire import absent_from, without_source
+from insitu.engine.unread_jobs import absent_from, without_source
 
 
 def job_with(value: torch.Tensor) -> Job:

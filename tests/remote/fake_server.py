@@ -113,7 +113,7 @@ class FakeServer:
         return record(kept.status, 202 if kept.status.state == "queued" else 200)
 
     def missing(self, body: bytes) -> list[str]:
-        from insitu.engine.job_wire import absent_from
+        from insitu.engine.unread_jobs import absent_from
 
         return [digest for digest in absent_from(body) if digest not in self.blobs]
 

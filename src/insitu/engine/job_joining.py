@@ -279,6 +279,22 @@ def _named(number: int, block: JobBlock, names: dict[str, str]) -> dict[int, str
     return found
 
 
+def without_sharing(job: Job) -> Job:
+    """Returns a job whose prompts share no prefixes with others.
+
+    Args:
+        job: the job.
+    """
+    blocks: list[JobBlock] = []
+    for block in job.blocks:
+        shares = block.procedure == "trace" and any(
+            prompt.ids is not None for prompt in block.prompts
+        )
+        options = {**block.options, "share_prefixes": False} if shares else block.options
+        blocks.append(replace(block, options=options))
+    return replace(job, blocks=blocks)
+
+
 def _results_of(number: int, part: JobPart, results: Results) -> Results:
     """The results of one of several jobs."""
     values = {own: results[name] for name, own in part.names.items() if name in results}

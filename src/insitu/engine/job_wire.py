@@ -45,7 +45,6 @@ from insitu.graph.wire_reader import Reader
 from insitu.graph.wire_tensors import (
     Identity,
     digest_of,
-    digests_in,
     restored_by_digest,
     stored_by_digest,
 )
@@ -54,7 +53,7 @@ from insitu.graph.wire_values import ValueWriter
 VERSION = 1
 """The version of the format. Another one cannot be read."""
 
-_FRAME = Frame(b"insitu job", VERSION, "job")
+JOB_FRAME = Frame(b"insitu job", VERSION, "job")
 
 
 class PromptPart(Part):
@@ -102,18 +101,6 @@ class JobMessage(Part):
     parts: Annotated[list[JobPart], msgspec.Meta(max_length=MOST_BLOCKS)]
 
 
-class _JobLines(Part):
-    """A job of which only the lines are read: whoever reads no more of it needs no limits."""
-
-    operations: msgspec.Raw
-    files: msgspec.Raw
-    lines: LineTable
-    tensors: msgspec.Raw
-    model: msgspec.Raw
-    blocks: msgspec.Raw
-    parts: msgspec.Raw
-
-
 class _Writer(Writer):
     """Writes what blocks hold, and of equal tensors one.
 
@@ -156,7 +143,7 @@ def to_bytes(
         parts,
         [*joined],
     )
-    return _FRAME.around(msgspec.msgpack.encode(message), tensors)
+    return JOB_FRAME.around(msgspec.msgpack.encode(message), tensors)
 
 
 def tensors_of(
@@ -183,7 +170,7 @@ def from_bytes(
 ) -> tuple[JobModel, list[JobBlock], list[JobPart], list[torch.Tensor]]:
     """Returns the model, blocks, parts and leaves of a job in bytes; see `Job.from_bytes`."""
     limits.check("peak_bytes", len(data), f"The job has {len(data):,} bytes")
-    message, tensors = _opened(data)
+    message, tensors = opened(data)
     # What is run in blocks of any kind must not be made in inference mode.
     with said_of("job"), ordinary_tensors():
         found = restored_by_digest(message.tensors, tensors, elsewhere, place)
@@ -200,41 +187,10 @@ def from_bytes(
     return message.model, blocks, message.parts, leaves
 
 
-def _opened(data: bytes) -> tuple[JobMessage, bytes]:
-    """The message in the bytes of a job, and the bytes of its tensors."""
-    encoded, tensors = _FRAME.opened(data)
+def opened(data: bytes) -> tuple[JobMessage, bytes]:
+    """Returns the message in the bytes of a job, and the bytes of its tensors."""
+    encoded, tensors = JOB_FRAME.opened(data)
     return decoded(_DECODER, encoded, "job"), tensors
-
-
-def without_source(data: bytes) -> bytes:
-    """Returns the bytes of a job without the texts of the user's lines: their numbers stay.
-
-    Args:
-        data: the bytes of a job.
-
-    Raises:
-        WireError: if they are none.
-    """
-    encoded, tensors = _FRAME.opened(data)
-    message = decoded(_LINES_DECODER, encoded, "job")
-    message.lines = [msgspec.structs.replace(line, text="") for line in message.lines]
-    return _FRAME.around(msgspec.msgpack.encode(message), tensors)
-
-
-def absent_from(data: bytes) -> list[str]:
-    """Returns the digests of the tensors that a job takes and that are not among its bytes.
-
-    Args:
-        data: the bytes of a job.
-
-    Raises:
-        WireError: if they are none.
-    """
-    message, tensors = _opened(data)
-    with said_of("job"):
-        there = digests_in(tensors)
-    taken = [described.digest for described in message.tensors]
-    return [digest for digest in dict.fromkeys(taken) if digest not in there]
 
 
 def _check_part(part: JobPart, blocks: Sequence[JobBlock], saved: Set[str]) -> None:
@@ -406,4 +362,3 @@ def _begun(numbers: Sequence[int]) -> tuple[Mapping[str, torch.dtype], torch.dty
 
 
 _DECODER = msgspec.msgpack.Decoder(JobMessage)
-_LINES_DECODER = msgspec.msgpack.Decoder(_JobLines)

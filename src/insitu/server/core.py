@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,6 +32,7 @@ from insitu.server.background import kept_up, note
 from insitu.server.engines.hosting import Host
 from insitu.server.engines.measuring import measure
 from insitu.server.engines.scheduler import Scheduler
+from insitu.server.forgetting import forget_now_and_then
 from insitu.server.metrics import Metrics
 from insitu.server.news import News
 from insitu.server.pricing import Pricing
@@ -43,8 +45,6 @@ from insitu.server.storage.keys import authenticate, own_key
 from insitu.server.storage.keys_file import WatchedKeys
 from insitu.server.storage.left_behind import take_over
 from insitu.server.storage.sqlite_store import SqliteStore
-
-_FORGET_SECONDS = 60.0
 
 
 class Server:
@@ -97,7 +97,8 @@ class Server:
         """Starts the processes of all models, and waits until jobs can be admitted."""
         self.files.sweep(self.store.refers, grace=0)
         await asyncio.gather(*(host.start() for host in self.hosts.values()))
-        self._tasks.append(kept_up("deleting what is old", self._forget_now_and_then))
+        old = (self.store, self.files, self._metrics, self.settings.stored_seconds, self._news.tell)
+        self._tasks.append(kept_up("deleting what is old", partial(forget_now_and_then, *old)))
         self._tasks.append(kept_up("looking who is there", self._look_who_is_there))
 
     async def stop(self) -> None:
@@ -359,16 +360,7 @@ class Server:
         Args:
             tenant: whose.
         """
-        used = self.store.usage(tenant.id)
-        return Usage(
-            used.get("operations", 0.0),
-            used.get("seconds", 0.0),
-            int(used.get("received", 0)),
-            int(used.get("sent", 0)),
-            int(used.get("queued", 0)),
-            int(used.get("stored", 0)),
-            self._pricing.limits(tenant).as_dict(),
-        )
+        return self._pricing.usage(tenant)
 
     def ready(self) -> Mapping[str, str]:
         """Returns the state of each model, by its id."""
@@ -388,19 +380,6 @@ class Server:
             what = f"There is no model {id!r:.100} here{near}." if id else "Say which model."
             raise ProblemError(Problem("unknown_model", "Unknown model", 404, what))
         return host
-
-    async def _forget_now_and_then(self) -> None:
-        """Deletes what nobody may ask for any more."""
-        while True:
-            await asyncio.sleep(_FORGET_SECONDS)
-            while gone := self.store.forget(self.store.now()):
-                for job in gone:
-                    self._news.tell(job.id)
-                await asyncio.sleep(0)  # others have their turn
-            self.store.release(self.store.now() - self.settings.stored_seconds)
-            await self.files.sweep_in_turns(self.store.refers)
-            for what, size in (await asyncio.to_thread(self.files.sizes)).items():
-                self._metrics.stored(what, size)
 
     async def _look_who_is_there(self) -> None:
         """Gives up jobs whose clients have said that they wait, and have vanished."""

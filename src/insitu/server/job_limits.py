@@ -6,7 +6,7 @@ What a tenant may take with all of its jobs is another matter: `limits.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from insitu.engine.limits import Limits
@@ -82,6 +82,18 @@ class JobLimits:
             # What is not known before is of values that are looked up, moved and made.
             found["operations"] = min(found.get("operations", math.inf), most) / self.weight
         return found
+
+    def unplanned(self, jobs: Sequence[JobRecord], seconds: float) -> float:
+        """Returns what a job has taken beside its price, of which not all was known before.
+
+        Args:
+            jobs: the jobs of its batch: it has none beside it.
+            seconds: how long that took.
+        """
+        price = jobs[0].price
+        if price.is_bounded or self.measured is None:
+            return 0.0
+        return max(0.0, seconds * self.speed - price.operations)
 
     def refusal(self, job: JobRecord) -> Problem | None:
         """Returns why a job can never be run, None if it can.

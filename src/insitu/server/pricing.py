@@ -11,9 +11,10 @@ from dataclasses import replace
 
 from msgspec import structs
 
-from insitu.engine.job_wire import without_source
+from insitu.engine.unread_jobs import without_source
 from insitu.graph.errors import InsituError
 from insitu.remote.problems import ProblemError, problem_of
+from insitu.remote.protocol import Usage
 from insitu.server.engines.hosting import Host
 from insitu.server.engines.messages import Admitted, Check, Refused
 from insitu.server.job_limits import MOST_STRIKES, JobLimits, banned
@@ -170,6 +171,23 @@ class Pricing:
             return
         recent.add(now, received=float(size))
         self._store.used(tenant.id, received=float(size))
+
+    def usage(self, tenant: Tenant) -> Usage:
+        """Returns what a tenant has used today.
+
+        Args:
+            tenant: whose.
+        """
+        used = self._store.usage(tenant.id)
+        return Usage(
+            used.get("operations", 0.0),
+            used.get("seconds", 0.0),
+            int(used.get("received", 0)),
+            int(used.get("sent", 0)),
+            int(used.get("queued", 0)),
+            int(used.get("stored", 0)),
+            self.limits(tenant).as_dict(),
+        )
 
     def limits(self, tenant: Tenant) -> TenantLimits:
         """Returns what a tenant may take.

@@ -24,8 +24,8 @@ import msgspec
 import torch
 
 from insitu.engine.fingerprint import Fingerprint
-from insitu.engine.job_wire import absent_from
 from insitu.engine.limits import Limits, rows_of
+from insitu.engine.unread_jobs import absent_from
 from insitu.graph.errors import InsituError, LimitError, OptionError
 from insitu.graph.location import Location
 from insitu.graph.node import SEPARATOR, ModuleRef, Site, WeightRef

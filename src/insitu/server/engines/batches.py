@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +27,7 @@ from insitu.engine.events import (
 from insitu.engine.failures import is_out_of_memory
 from insitu.engine.job import Job
 from insitu.engine.job_cutting import cut, invocations_of, merge
-from insitu.engine.job_joining import join, split
-from insitu.engine.job_parts import JobBlock
+from insitu.engine.job_joining import join, split, without_sharing
 from insitu.engine.limits import Limits
 from insitu.engine.results import Results
 from insitu.engine.seams import Cancel
@@ -219,7 +218,7 @@ class Batch:
             return [self._alone(tasks[0], limits)]
         jobs = [task.job for task in tasks]
         if not self.shares and len({task.asked.tenant for task in tasks}) > 1:
-            jobs = [_without_sharing(job) for job in jobs]
+            jobs = [without_sharing(job) for job in jobs]
         joined = join(jobs)
         tell = _Telling(self, tasks, joined)
         results = self.model.run(
@@ -386,18 +385,6 @@ class _Telling:
     def _tell(self, task: Task, kind: Any, data: Mapping[str, Any]) -> None:
         if not task.is_given_up:
             self._batch.tell(Told(task.asked.id, task.asked.attempt, kind, data))
-
-
-def _without_sharing(job: Job) -> Job:
-    """A job whose prompts share no prefixes with others."""
-    blocks: list[JobBlock] = []
-    for block in job.blocks:
-        shares = block.procedure == "trace" and any(
-            prompt.ids is not None for prompt in block.prompts
-        )
-        options = {**block.options, "share_prefixes": False} if shares else block.options
-        blocks.append(replace(block, options=options))
-    return replace(job, blocks=blocks)
 
 
 def _of_memory(problem: Problem) -> Problem:

@@ -40,7 +40,7 @@ from insitu.server.engines.messages import (
 )
 from insitu.server.engines.processes import Child, engine_process
 from insitu.server.engines.scheduler import Capacity, Scheduler
-from insitu.server.engines.sent_batches import Pulse, Running
+from insitu.server.engines.sent_batches import Pulse
 from insitu.server.engines.waiting_jobs import KnownLengths, WaitingJobs
 from insitu.server.job_limits import MOST_STRIKES, JobLimits, banned
 from insitu.server.limits import TenantLimits
@@ -355,18 +355,12 @@ class Host:
                 batch = held.batch_ended(number, seconds, passes)
                 if self.pace is not None and not batch.in_pieces:
                     self.pace.ended(now, seconds, batch.all)
-                self._charge_rest(batch, seconds)
+                more = self.limits.unplanned(batch.all, seconds)
+                self.scheduler.charge(batch.all[0].tenant, more)
         if isinstance(message, Began | Happened):
             self._pulse.moved = now
         if isinstance(message, Ready | BatchEnded | Began):
             self.dispatch()
-
-    def _charge_rest(self, batch: Running, seconds: float) -> None:
-        """Charges for a job whose size was not known before what it has taken beside its price."""
-        job = batch.all[0]
-        if len(batch.all) == 1 and not job.price.is_bounded and self.ready is not None:
-            more = seconds * self.ready.speed - job.price.operations
-            self.scheduler.charge(job.tenant, max(more, 0.0))
 
     def _take_weights(self, weights: str) -> None:
         """Fails the jobs that were accepted when the model had other weights."""
