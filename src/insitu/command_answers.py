@@ -22,12 +22,15 @@ from insitu.command_options import (
     Html,
     Json,
     Picture,
+    Remote,
     Revision,
     as_options,
     check_files,
 )
 
-_LOADING = {"revision": Revision, "dtype": Dtype, "device_map": DeviceMap}
+_LOADING = {
+    "revision": Revision, "dtype": Dtype, "device_map": DeviceMap, "remote": Remote,
+}  # fmt: skip
 _WRITING = {"as_json": Json, "html": Html, "picture": Picture}
 
 

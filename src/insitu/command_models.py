@@ -43,6 +43,8 @@ def any_model(name: str, loading: Loading, load: bool = True) -> Model:
     try:
         return _loaded(LanguageModel, name, loading, load)
     except InsituError as error:
+        if "remote" in loading:
+            raise
         try:
             return _loaded(Model.from_pretrained, name, loading, load)
         except InsituError:
@@ -58,7 +60,7 @@ def _loaded(
     check_dtype(loading.get("dtype"))
     try:
         model = opener(name, **loading)
-        if load:
+        if load and "remote" not in loading:  # else the server has its weights
             model.load()
     except InsituError:
         raise

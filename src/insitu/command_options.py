@@ -24,6 +24,10 @@ Positions = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Which revision of a repository.")]
 Dtype = Annotated[str | None, typer.Option(help="Such as `bfloat16`, or `auto`.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Such as `auto`, or `cuda`.")]
+Remote = Annotated[
+    str | None,
+    typer.Option(help="The URL of a server that has the model and runs it: see `insitu serve`."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page to this file.")]
 Picture = Annotated[

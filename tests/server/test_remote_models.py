@@ -1,11 +1,13 @@
 """Blocks of a model that a server has: what they give, and what they raise, is as it is here."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from insitu import (
     Cancel,
@@ -26,6 +28,7 @@ from insitu import (
     saving_to,
     serve,
 )
+from insitu.cli import app
 from insitu.engine.events import PassEnded
 from insitu.methods import activation_patching, attention_patterns, logit_difference, logit_lens
 from insitu.remote import Connection, RemoteJob
@@ -384,3 +387,38 @@ def test_large_results_are_said_before_they_are_sent(
         warnings.simplefilter("error")
         with there.trace(EIFFEL):
             there.lm_head.output[0, -1].save()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("lens", LOUVRE, "--layers", "1,5"),
+        ("attention", LOUVRE, "--layers", "2"),
+        ("patch", EIFFEL, LOUVRE, "--answer", "Paris", "--instead", "Rome", "--positions", "-1"),
+    ],
+    ids=lambda args: args[0],
+)
+def test_commands_take_a_server(url: str, args: tuple[str, ...]) -> None:
+    command, *others = args
+    found = [
+        CliRunner().invoke(app, [command, "insitu/eiffel", *others, "--json", *remote])
+        for remote in ([], ["--remote", url])
+    ]
+    assert [one.exit_code for one in found] == [0, 0], [one.output for one in found]
+    own, sent = (numbers(json.loads(one.stdout)) for one in found)
+    assert own and torch.allclose(torch.tensor(own), torch.tensor(sent), rtol=1e-4, atol=1e-5)
+
+
+def numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [one for item in value.values() for one in numbers(item)]
+    if isinstance(value, list):
+        return [one for item in value for one in numbers(item)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def test_what_loads_a_model_means_nothing_with_a_server(url: str) -> None:
+    found = CliRunner().invoke(
+        app, ["lens", "insitu/eiffel", "The", "--remote", url, "--dtype", "float16"]
+    )
+    assert found.exit_code == 2 and "dtype" in found.output
