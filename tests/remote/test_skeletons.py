@@ -327,3 +327,11 @@ def test_what_names_files_is_left_out_of_special_tokens(tmp_path: Path) -> None:
     files = {**good.files, "special_tokens_map.json": json.dumps(hostile).encode()}
     found = checked_files(Skeleton("m", files, "float32"))["special_tokens_map.json"]
     assert json.loads(found) == {"bos_token": "<s>"}
+
+
+@pytest.mark.parametrize("name", ["n_layer", "num_hidden_layers", "num_local_experts", "depth"])
+def test_a_config_has_no_more_layers_than_any_model(name: str) -> None:
+    for sizes in ({name: 10**8}, {"text_config": {name: 10**8}}):
+        config = {**json.loads(CONFIG), **sizes}
+        with pytest.raises(LoadError, match="100,000,000"):
+            checked_files(Skeleton("m", {"config.json": json.dumps(config).encode()}, "float32"))

@@ -59,6 +59,9 @@ _LEFT_OUT = frozenset(
 """Settings that name code, files or repositories, or that are of the server's machine alone."""
 _LEFT_OUT_ENDINGS = ("_implementation", "_implementation_internal", "_file", "_files", "_path")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
+_COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|experts|blocks)|(\w+_)?(depth|layers)")
+_MOST_PARTS = 10_000
+"""How many layers or experts a config may have: all of them are made, if without weights."""
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -301,6 +304,9 @@ def _without(value: Any, depth: int) -> Any:
     if not isinstance(value, dict):
         return value
     entries = cast("dict[str, Any]", value)
+    for key, item in entries.items():
+        if _COUNTS.fullmatch(key) and isinstance(item, int) and item > _MOST_PARTS:
+            raise ValueError(f"it has {item:,} as `{key:.100}`")
     return {key: _without(item, depth + 1) for key, item in entries.items() if _stays(key, item)}
 
 
