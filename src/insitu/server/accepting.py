@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import hashlib
 import secrets
 
 from insitu.remote.problems import Problem, ProblemError
@@ -14,7 +12,7 @@ from insitu.server.pricing import Pricing
 from insitu.server.records import Asked, JobRecord, Price, Tenant
 from insitu.server.settings import Settings
 from insitu.server.storage.data_folder import StorageError
-from insitu.server.storage.files import Files
+from insitu.server.storage.files import Files, digest_in_turn
 from insitu.server.storage.store import Store
 
 _OTHER_BODY = Problem(
@@ -58,7 +56,7 @@ class Accepting:
         kept = self._store.sent(tenant.id, asked.idempotency) if asked.idempotency else None
         if kept is None:
             kept = await self._new(tenant, host, body, asked)
-        elif kept.body != (await asyncio.to_thread(hashlib.sha256, body)).hexdigest():
+        elif kept.body != await digest_in_turn(body):
             raise ProblemError(_OTHER_BODY)
         return kept
 
@@ -91,7 +89,7 @@ class Accepting:
         )
         # In the same turn as `add`, so that nothing deletes the file between.
         while not self._files.body_path(digest).exists():
-            await self._files.put_body_in_turn(body)
+            await self._files.put_body_in_turn(body, digest)
         with self._store.together():
             kept = self._store.add(record)
             if kept.id == record.id:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
@@ -22,7 +21,7 @@ from insitu.server.limits import Recent, TenantLimits, check_limits
 from insitu.server.metrics import Metrics
 from insitu.server.records import Price, Tenant
 from insitu.server.settings import Settings
-from insitu.server.storage.files import Files
+from insitu.server.storage.files import Files, digest_in_turn
 from insitu.server.storage.store import Store
 
 _UNKNOWN_RESULT_BYTES = 2**20
@@ -78,10 +77,10 @@ class Pricing:
         """
         self._check_received(tenant, len(body))
         self._files.check_space(len(body), self._store.reserved())
-        digest = (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
+        digest = await digest_in_turn(body)
         self._under_way[digest] += 1
         try:
-            await self._files.put_body_in_turn(body)
+            await self._files.put_body_in_turn(body, digest)
             yield (*await self._price(tenant, host, digest), digest)
         finally:
             self._under_way[digest] -= 1

@@ -37,6 +37,17 @@ _FILES_IN_TURN = 100
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
+async def digest_in_turn(data: bytes) -> str:
+    """Returns the SHA-256 digest of the bytes of a job; in a thread of its own if there are many.
+
+    Args:
+        data: the bytes.
+    """
+    if len(data) <= QUICK_BYTES:
+        return hashlib.sha256(data).hexdigest()
+    return (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
+
+
 class Files:
     """The files of a server in its data folder.
 
@@ -66,33 +77,36 @@ class Files:
             for path in one.glob(f"{TEMPORARY}*"):
                 path.unlink(missing_ok=True)
 
-    def put_body(self, data: bytes) -> str:
+    def put_body(self, data: bytes, digest: str = "") -> str:
         """Writes the bytes of a job.
 
         Args:
             data: the bytes.
+            digest: their SHA-256 digest, "" if it is not known.
 
         Returns:
-            Their SHA-256 digest.
+            Their digest.
 
         Raises:
             StorageError: if the disk is full.
         """
-        digest = hashlib.sha256(data).hexdigest()
+        digest = digest or hashlib.sha256(data).hexdigest()
         with full_disk_is_a_problem("the job"):
             # Also if there is one: after a power failure it may be there and be empty.
             write_whole(self.bodies / digest, data, self.durable)
         return digest
 
-    async def put_body_in_turn(self, data: bytes) -> str:
+    async def put_body_in_turn(self, data: bytes, digest: str) -> None:
         """Does what `put_body` does, in a thread of its own if that takes a while.
 
         Args:
             data: the bytes.
+            digest: as of `put_body`.
         """
         if len(data) <= QUICK_BYTES and not self.durable:  # a thread would take longer
-            return self.put_body(data)
-        return await asyncio.to_thread(self.put_body, data)
+            self.put_body(data, digest)
+        else:
+            await asyncio.to_thread(self.put_body, data, digest)
 
     def body_path(self, digest: str) -> Path:
         """Returns where the bytes of a job are.
