@@ -94,38 +94,44 @@ def test_who_comes_with_one_job_waits_for_two_batches_at_most(
     asyncio.run(run())
 
 
+def order_of(
+    folder: Path,
+    model: Path,
+    weights: Mapping[str, float],
+    job: Sample,
+    *sent: tuple[str, int, str],
+) -> list[str]:
+    """Whose jobs run one by one, in their order, of tenants who send all of theirs at once."""
+
+    async def run() -> list[str]:
+        async with shared(folder, model, weights, joins=False) as found:
+            jobs: list[JobRecord] = []
+            async with stopped(await is_ready(found.server)):
+                for name, count, priority in sent:
+                    jobs += await found.send(name, job, count, priority=priority)
+            await ended(found.server, *jobs)
+            return [name for batch in found.batches for name in batch]
+
+    return asyncio.run(run())
+
+
 def test_tenants_get_as_much_as_their_weights_say_while_both_wait(
     tmp_path: Path, model: Path, job: Sample
 ) -> None:
-    async def run() -> None:
-        async with shared(tmp_path, model, {"a": 3.0, "b": 1.0}, joins=False) as found:
-            async with stopped(await is_ready(found.server)):
-                jobs = await found.send("a", job, 60)
-                jobs += await found.send("b", job, 60)
-            await ended(found.server, *jobs)
-            order = [name for batch in found.batches for name in batch]
-            assert Counter(order) == {"a": 60, "b": 60}
-            for count in range(1, 80):
-                had = Counter(order[:count])
-                assert abs(had["a"] - 3 * had["b"]) <= 4, (count, had)
-
-    asyncio.run(run())
+    sent = ("a", 60, "interactive"), ("b", 60, "interactive")
+    order = order_of(tmp_path, model, {"a": 3.0, "b": 1.0}, job, *sent)
+    assert Counter(order) == {"a": 60, "b": 60}
+    for count in range(1, 80):
+        had = Counter(order[:count])
+        assert abs(had["a"] - 3 * had["b"]) <= 4, (count, had)
 
 
 def test_what_nobody_waits_for_gets_a_tenth_and_no_less(
     tmp_path: Path, model: Path, job: Sample
 ) -> None:
-    async def run() -> None:
-        async with shared(tmp_path, model, {"a": 1.0, "b": 1.0}, joins=False) as found:
-            async with stopped(await is_ready(found.server)):
-                jobs = await found.send("a", job, 60)
-                jobs += await found.send("b", job, 20, priority="batch")
-            await ended(found.server, *jobs)
-            order = [name for batch in found.batches for name in batch]
-            had = Counter(order[:55])
-            assert 4 <= had["b batch"] <= 7, order
-
-    asyncio.run(run())
+    sent = ("a", 60, "interactive"), ("b", 20, "batch")
+    order = order_of(tmp_path, model, {"a": 1.0, "b": 1.0}, job, *sent)
+    assert 4 <= Counter(order[:55])["b batch"] <= 7, order
 
 
 def test_a_tenant_who_may_not_queue_more_is_refused_and_no_other(
