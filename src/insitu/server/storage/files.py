@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from insitu.remote.problems import Problem, ProblemError
@@ -176,6 +176,19 @@ class Files:
             path: the file, of `body_path`, `result_path` or `blob_path`.
         """
         path.unlink(missing_ok=True)
+
+    def remove_unneeded(self, paths: Iterable[Path], refers: Callable[[str], bool]) -> None:
+        """Removes files that nothing refers to any more, unless they were written lately.
+
+        Args:
+            paths: the files; those that are not there count as removed.
+            refers: as of `sweep`.
+        """
+        youngest = time.time() - _GRACE_SECONDS
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < youngest:
+                    _removed(path, refers)
 
     def sweep(self, refers: Callable[[str], bool], grace: float = _GRACE_SECONDS) -> int:
         """Removes all files that nothing refers to.
