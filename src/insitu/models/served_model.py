@@ -43,8 +43,8 @@ class ServedModel(Model):
         """Lets a block be run by a server."""
         if (remote is not None or not wait) and session_of(self) is not None:
             raise OptionError(
-                "A block of a session runs with it: give `remote=` to `model.session`, and no "
-                "`remote=` or `wait=` to its blocks.",
+                "A block of a session runs with it, so that `remote` and `wait` mean nothing to "
+                "it: write `model.session(remote=...)`.",
                 here(),
             )
         if remote is not None:
