@@ -170,7 +170,7 @@ def from_bytes(
 ) -> tuple[JobModel, list[JobBlock], list[JobPart], list[torch.Tensor]]:
     """Returns the model, blocks, parts and leaves of a job in bytes; see `Job.from_bytes`."""
     limits.check("peak_bytes", len(data), f"The job has {len(data):,} bytes")
-    message, tensors = opened(data)
+    message, tensors = _opened(data)
     # What is run in blocks of any kind must not be made in inference mode.
     with said_of("job"), ordinary_tensors():
         found = restored_by_digest(message.tensors, tensors, elsewhere, place)
@@ -187,8 +187,8 @@ def from_bytes(
     return message.model, blocks, message.parts, leaves
 
 
-def opened(data: bytes) -> tuple[JobMessage, bytes]:
-    """Returns the message in the bytes of a job, and the bytes of its tensors."""
+def _opened(data: bytes) -> tuple[JobMessage, bytes]:
+    """The message in the bytes of a job, and the bytes of its tensors."""
     encoded, tensors = JOB_FRAME.opened(data)
     return decoded(_DECODER, encoded, "job"), tensors
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from insitu.engine.job_wire import JOB_FRAME, opened
+from insitu.engine.job_wire import JOB_FRAME
 from insitu.graph.wire import decoded, said_of
-from insitu.graph.wire_message import LineTable, Part
+from insitu.graph.wire_message import DigestedTensor, LineTable, Part
 from insitu.graph.wire_tensors import digests_in
 
 
@@ -17,6 +17,18 @@ class _JobLines(Part):
     files: msgspec.Raw
     lines: LineTable
     tensors: msgspec.Raw
+    model: msgspec.Raw
+    blocks: msgspec.Raw
+    parts: msgspec.Raw
+
+
+class _JobTensors(Part):
+    """A job of which only is read what its tensors look like."""
+
+    operations: msgspec.Raw
+    files: msgspec.Raw
+    lines: msgspec.Raw
+    tensors: list[DigestedTensor]
     model: msgspec.Raw
     blocks: msgspec.Raw
     parts: msgspec.Raw
@@ -46,11 +58,12 @@ def absent_from(data: bytes) -> list[str]:
     Raises:
         WireError: if they are none.
     """
-    message, tensors = opened(data)
+    encoded, tensors = JOB_FRAME.opened(data)
     with said_of("job"):
         there = digests_in(tensors)
-    taken = [described.digest for described in message.tensors]
+    taken = [one.digest for one in decoded(_TENSORS_DECODER, encoded, "job").tensors]
     return [digest for digest in dict.fromkeys(taken) if digest not in there]
 
 
 _LINES_DECODER = msgspec.msgpack.Decoder(_JobLines)
+_TENSORS_DECODER = msgspec.msgpack.Decoder(_JobTensors)
