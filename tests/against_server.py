@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from insitu import InsituError, LanguageModel, RemoteError
+from insitu.engine.fingerprint import other_structure
 from insitu.engine.results import Results
 from insitu.remote import Connection
 from insitu.server.running import Running
@@ -80,7 +81,9 @@ def can_be_served(model: Any) -> bool:
 def served(model: Any) -> str | None:
     """The URL of a server with the model; None if it cannot be saved."""
     module = model.load()
-    found = hashlib.sha256(f"{type(module)} {module.config.to_json_string()}".encode())
+    attention = module.config._attn_implementation
+    what = f"{type(module)} {attention} {module.config.to_json_string()}"
+    found = hashlib.sha256(what.encode())
     for name, tensor in module.state_dict().items():
         found.update(name.encode())
         found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -93,11 +96,13 @@ def served(model: Any) -> str | None:
                 model._tokenizer.save_pretrained(folder)
         except Exception:  # whatever a class cannot save
             return None
+        dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+        loading = {"dtype": dtype, "attn_implementation": attention}
+        again = LanguageModel(folder, **loading).described.fingerprint
+        if other_structure(model.described.fingerprint, again):  # parts of it were exchanged
+            return None
         while len(_SERVERS) >= _MOST_SERVERS:
             _SERVERS.popitem(last=False)[1].stop()
-        dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-        attention = module.config._attn_implementation
-        loading = {"dtype": dtype, "attn_implementation": attention}
         _SERVERS[key] = Running(folder, loading=loading).start()
     _SERVERS.move_to_end(key)
     return _SERVERS[key].url
