@@ -253,3 +253,10 @@ def test_texts_of_lines_are_no_longer_than_what_is_shown() -> None:
     message[1] = ["file.py"]
     with pytest.raises(WireError):
         Job.from_bytes(framed(message, tensors))
+
+
+def test_an_operation_that_is_not_there_is_named_in_short() -> None:
+    data = job_bytes(small(), ["read", "x" * 100_000], [READ, row(1, ref(0))])
+    with pytest.raises(WireError, match="no operation") as caught:
+        Job.from_bytes(data)
+    assert len(str(caught.value)) < 1000
