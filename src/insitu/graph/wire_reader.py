@@ -318,7 +318,7 @@ def _check_flags(graph: Graph) -> None:
 def _operation(name: str) -> Operation:
     if name not in BY_NAME:
         raise WireError(
-            f"there is no operation {name!r:.200} in this version of Insitu and PyTorch: install the "
-            "same ones in both places"
+            f"there is no operation {name!r:.200} in this version of Insitu and PyTorch: install "
+            "the same ones in both places"
         )
     return BY_NAME[name]
