@@ -18,7 +18,7 @@ LIMITS = Limits(peak_bytes=2**26, operations=1e8, nodes=2000, sites=100, seconds
 
 BIG = 10**11
 NUMBER = ["Tensor.abs", "operator.mul", "Tensor.long", "Tensor.sum", "Tensor.item"]
-A_NUMBER = [row(1, ref(0)), row(2, ref(1), 1e9), row(3, ref(2)), row(4, ref(3)), row(5, ref(4))]
+A_NUMBER = [row(1, ref(0)), row(2, ref(1), 1e12), row(3, ref(2)), row(4, ref(3)), row(5, ref(4))]
 # Each makes something huge of what the first layer returns, (3, 4), in a few bytes.
 HUGE: dict[str, tuple[list[str], list[Any]]] = {
     "sum of an expanded view": (

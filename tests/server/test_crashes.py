@@ -6,16 +6,9 @@ import pytest
 
 from tests.server.crashes import Crashes
 from tests.server.killed_server import Kind
-from tests.server.samples import Sample, samples, small_model
+from tests.server.samples import Sample, samples
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes in /proc")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("crashes") / "model"
-    small_model(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,23 +14,11 @@ import pytest
 
 from insitu.remote.problems import ProblemError
 from insitu.server.records import JobRecord
-from tests.server.samples import Sample, samples, small_model
+from tests.server.samples import Sample
 from tests.server.shared_server import shared
 from tests.server.whole_server import ended, is_ready, stopped
 
 pytestmark = pytest.mark.no_wire
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fairness") / "model"
-    small_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def job(model: Path) -> Sample:
-    return samples(model, 1)[0]
 
 
 @pytest.mark.parametrize("joins", [True, False])

@@ -10,7 +10,7 @@ from insitu.server import core
 from insitu.server.core import Server
 from insitu.server.engines import admission_pool, hosting
 from insitu.server.records import JobRecord
-from tests.server.samples import Sample, agrees, samples, small_model
+from tests.server.samples import Sample, agrees
 from tests.server.whole_server import (
     MODEL,
     begun,
@@ -22,18 +22,6 @@ from tests.server.whole_server import (
     until,
     user,
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hanging") / "model"
-    small_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def jobs(model: Path) -> list[Sample]:
-    return samples(model, 1)
 
 
 def test_an_engine_that_hangs_is_ended_and_its_jobs_run_again(

@@ -12,23 +12,11 @@ import torch
 from insitu.graph.wire_tensors import digest_of
 from insitu.remote.problems import ProblemError
 from insitu.server.records import Asked
-from tests.server.samples import Sample, samples, small_model
+from tests.server.samples import Sample
 from tests.server.shared_server import shared
 from tests.server.whole_server import ended, is_ready, stopped
 
 pytestmark = pytest.mark.no_wire
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("quotas") / "model"
-    small_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def job(model: Path) -> Sample:
-    return samples(model, 1)[0]
 
 
 def test_no_more_jobs_of_a_tenant_run_at_once_than_may(
