@@ -95,7 +95,8 @@ def _digests():
             yield f"{kind} {name} {tensor.dtype} {shape} {hashlib.sha256(held).hexdigest()}"
             yield f"{name} grad {tensor.grad is not None} {tensor.requires_grad}"
     for name, module in root.named_modules():
-        hooks = sum(len(found) for key, found in vars(module).items() if "hooks" in key and found)
+        tables = [found for key, found in vars(module).items() if key.endswith("_hooks")]
+        hooks = sum(map(len, tables))
         own = "forward" in vars(module)
         yield f"module {name} {type(module).__name__} {module.training} {hooks} {own}"
 
