@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch._subclasses.schema_check_mode  # else torch opens it over some job
 from msgspec import structs
 
 from insitu.engine.events import (

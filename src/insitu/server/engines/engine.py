@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -273,6 +274,7 @@ def main() -> None:
     """Runs an engine on the socket whose number is its first argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front tells it when to end
     logging.basicConfig(level=logging.WARNING)
+    warnings.simplefilter("ignore")  # of jobs: what these warn of may quote their prompts
     end = socket.socket(fileno=int(sys.argv[1]))
     settings = msgspec.json.decode(sys.argv[2], type=EngineSettings)
     with suppress(BrokenPipeError):
