@@ -29,7 +29,7 @@ from insitu import (
     serve,
 )
 from insitu.cli import app
-from insitu.engine.events import PassEnded
+from insitu.engine.events import PassEnded, ValueSaved
 from insitu.methods import activation_patching, attention_patterns, logit_difference, logit_lens
 from insitu.remote import Connection, RemoteJob
 from insitu.tracing import away
@@ -270,6 +270,19 @@ def test_who_listens_hears_of_passes_and_tokens(there: LanguageModel) -> None:
     kinds = [type(event).__name__ for event in told]
     assert kinds.count("TokensChosen") >= 1 and kinds.count("PassEnded") == 1
     assert next(event for event in told if type(event) is PassEnded).done == 1
+
+
+def test_who_listens_hears_in_which_block_of_a_session_it_is(there: LanguageModel) -> None:
+    told: list[Any] = []
+    with listening(told.append), there.session():
+        with there.trace(EIFFEL):
+            hidden = there.transformer.h[0].output[0].save("hidden")
+        with there.trace(LOUVRE):
+            there.transformer.h[0].output[0][:, 0] = hidden[:, 0]
+            there.lm_head.output.save("logits")
+    saved = [event.key for event in told if isinstance(event, ValueSaved)]
+    assert [(key.name, key.block) for key in saved] == [("hidden", 0), ("logits", 1)]
+    assert [event.block for event in told if isinstance(event, PassEnded)] == [0, 1]
 
 
 def test_a_run_can_be_cancelled(there: LanguageModel) -> None:

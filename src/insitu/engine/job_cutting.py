@@ -96,7 +96,7 @@ def merge(job: Job, pieces: Sequence[Job], results: Sequence[Results]) -> Result
     return Results(values, about, outputs, [*differences], merged.ordered(about))
 
 
-def invocations_of(job: Job, pieces: Sequence[Job]) -> list[list[tuple[int, list[int]]]]:
+def invocations_of(job: Job, pieces: Sequence[Job]) -> list[list[tuple[int, Sequence[int]]]]:
     """Returns for each block of each piece which block of the job it is, and of which invocations.
 
     Args:
@@ -107,14 +107,14 @@ def invocations_of(job: Job, pieces: Sequence[Job]) -> list[list[tuple[int, list
         JobError: if they are no pieces of this job.
     """
     if len(pieces) == 1:
-        return [[(at, [*range(len(block.prompts))]) for at, block in enumerate(job.blocks)]]
+        return [[(at, range(len(block.prompts))) for at, block in enumerate(job.blocks)]]
     groups = groups_of(job, places_of(job))
     return _places(_held(groups, [_count(piece) for piece in pieces]))
 
 
-def _places(held: Sequence[Places]) -> list[list[tuple[int, list[int]]]]:
+def _places(held: Sequence[Places]) -> list[list[tuple[int, Sequence[int]]]]:
     """The blocks that pieces have invocations of, and the numbers of these, in their order."""
-    found: list[list[tuple[int, list[int]]]] = []
+    found: list[list[tuple[int, Sequence[int]]]] = []
     for own in held:
         blocks = sorted({at for at, _ in own})
         found.append([(at, sorted(n for block, n in own if block == at)) for at in blocks])

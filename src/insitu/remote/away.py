@@ -87,12 +87,12 @@ def _event_of(event: JobEvent) -> Event | None:
     try:
         match event.kind:
             case "progress":
-                block = data.get("block", 0)
-                return PassEnded(block, data["number"], data["passes"], (), data["done"])
+                passes = data["number"], data["passes"]
+                return PassEnded(data["block"], *passes, (), data["done"])
             case "token":
                 return TokensChosen(data["block"], data["invocation"], data["step"], data["ids"])
             case "value":
-                key = SaveKey(data["name"], data.get("block", 0), step=data["step"])
+                key = SaveKey(data["name"], data["block"], step=data["step"])
                 return ValueSaved(key, data["bytes"])
             case _:
                 return None

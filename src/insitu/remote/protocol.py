@@ -97,10 +97,11 @@ class JobEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         number: its number among the events of the job, from 1. It is the id of the event.
-        kind: what happened: "state" (`state`, `attempt`), "progress" (`done`, and the `number` of
-            the pass that has ended and how many `passes` there are, those of jobs that share them
-            included), "token" (`block`, `invocation`, `step`, `ids`), or "value" (`name`, `bytes`,
-            `step`). The last event of a job is the "state" that is its end.
+        kind: what happened: "state" (`state`, `attempt`), "progress" (`done`, the `block`, and the
+            `number` of the pass that has ended and how many `passes` there are, those of jobs that
+            share them included), "token" (`block`, `invocation`, `step`, `ids`), or "value"
+            (`block`, `name`, `bytes`, `step`). The last event of a job is the "state" that is its
+            end.
         data: what there is to say of it.
     """
 

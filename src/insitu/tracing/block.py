@@ -194,8 +194,9 @@ class Block:
             elif away is not None and not self.waits:
                 from insitu.tracing.away import check_sent  # of use only with a server
 
-                check_sent(self.model, self.job)
-                self.sent = away.send(self.job)
+                job = self.job
+                check_sent(self.model, job)
+                self.sent = away.send(job)
                 recording.fail(
                     "its job was sent without waiting for it: `tracer.remote_job.result()` has it."
                 )

@@ -7,24 +7,16 @@ alone. What only fails in an invocation is in that job's results, with its line.
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch._subclasses.schema_check_mode  # else torch opens it over some job
 from msgspec import structs
 
-from insitu.engine.events import (
-    Event,
-    PassEnded,
-    PassStarted,
-    StepStarted,
-    TokensChosen,
-    ValueSaved,
-)
+from insitu.engine.events import Event
 from insitu.engine.failures import is_out_of_memory
 from insitu.engine.job import Job
 from insitu.engine.job_cutting import cut, invocations_of, merge
@@ -38,6 +30,7 @@ from insitu.remote.problems import Problem, problem_of
 from insitu.server.background import noted
 from insitu.server.engines.known_weights import CHANGED
 from insitu.server.engines.messages import Ended, EngineJob, Told
+from insitu.server.engines.telling import Task, Telling, owners_of_parts, owners_of_piece
 from insitu.server.storage.job_files import job_in
 
 COPIES = 4
@@ -62,31 +55,6 @@ class Runs(Protocol):
     ) -> Results:
         """Runs a job: `Model.run`."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class Task:
-    """A job of a batch that has been read.
-
-    Attributes:
-        asked: what the front has said of it.
-        job: the job.
-        cancelled: whether somebody has asked to give it up.
-        late: whether it has run for longer than it may.
-        chosen: the tokens that were told, by block, invocation and step: a run that is made again
-            tells of none of them twice.
-    """
-
-    asked: EngineJob
-    job: Job
-    cancelled: bool = False
-    late: bool = False
-    chosen: set[tuple[int, int, int]] = field(default_factory=set[tuple[int, int, int]])
-
-    @property
-    def is_given_up(self) -> bool:
-        """Whether nobody wants its results any more."""
-        return self.cancelled or self.late
 
 
 @dataclass(slots=True, eq=False)
@@ -221,7 +189,12 @@ class Batch:
         if not self.shares and len({task.asked.tenant for task in tasks}) > 1:
             jobs = [without_sharing(job) for job in jobs]
         joined = join(jobs)
-        tell = _Telling(self, tasks, joined)
+        names = {
+            name: (task, own)
+            for task, part in zip(tasks, joined.parts, strict=True)
+            for name, own in part.names.items()
+        }
+        tell = Telling(self, owners_of_parts(tasks, joined.parts), names)
         results = self.model.run(
             joined, limits=limits, raises=False, events=tell, cancel=self.cancel
         )
@@ -230,14 +203,15 @@ class Batch:
     def _alone(self, task: Task, limits: Limits | None) -> Results:
         """The results of a job that shares no pass, in pieces if others are to get their turn."""
         pieces = cut(task.job, self.piece) if self.piece else [task.job]
-        places = invocations_of(task.job, pieces) if len(pieces) > 1 else [None]
+        places = invocations_of(task.job, pieces)
         found: list[Results] = []
         for number, job in enumerate(pieces):
             if found:
                 self.between()
             if task.is_given_up:
                 raise CancelledError("The job was given up between its pieces.")
-            tell = _Telling(self, [task], None, (number, len(pieces)), places[number])
+            owners = owners_of_piece(task, places[number])
+            tell = Telling(self, owners, piece=(number, len(pieces)))
             found.append(
                 self.model.run(job, limits=limits, raises=False, events=tell, cancel=self.cancel)
             )
@@ -308,84 +282,6 @@ class Batch:
     def _fails(self, asked: EngineJob, problem: Problem) -> None:
         self.tasks.pop(asked.id, None)
         self.tell(Ended(asked.id, asked.attempt, problem=problem))
-
-
-class _Telling:
-    """Tells the jobs of a run what happens in it, each what is its own.
-
-    Args:
-        batch: what runs.
-        tasks: the jobs.
-        joined: the one that they were made, None if there is one only.
-        piece: which piece of that one it is, and of how many.
-        places: the block of the job that each block of the piece is, and of which invocations.
-    """
-
-    def __init__(
-        self,
-        batch: Batch,
-        tasks: Sequence[Task],
-        joined: Job | None,
-        piece: tuple[int, int] = (0, 1),
-        places: Sequence[tuple[int, Sequence[int]]] | None = None,
-    ) -> None:
-        self._batch, self._tasks, self._joined = batch, tasks, joined
-        self._piece, self._pieces = piece
-        self._places = places
-        self._names: dict[str, tuple[Task, str]] = {}
-        self._owners: dict[tuple[int, int], tuple[Task, int, int]] = {}
-        if joined is None:
-            return
-        for task, part in zip(tasks, joined.parts, strict=True):
-            self._names |= {name: (task, own) for name, own in part.names.items()}
-            for block, share in enumerate(part.shares):
-                for number in range(share.count):
-                    place = (share.block, share.first + number)
-                    self._owners[place] = task, block, number
-
-    def __call__(self, event: Event) -> None:
-        """Takes an event of the run."""
-        batch = self._batch
-        batch.progress += 1
-        match event:
-            case PassStarted():
-                if batch.begun is None:
-                    batch.begun = time.monotonic()
-            case PassEnded(block, number, passes, invocations, done):
-                batch.passes += 1
-                done = (self._piece + done) / self._pieces
-                for task in self._tasks_of(block, invocations):
-                    data = {"done": round(done, 4), "number": number, "passes": passes}
-                    self._tell(task, "progress", data)
-            case TokensChosen(block, invocation, step, ids):
-                task, own_block, number = self._owner(block, invocation)
-                place = own_block, number, step
-                if place in task.chosen:
-                    return
-                task.chosen.add(place)
-                data = {"block": own_block, "invocation": number, "step": step, "ids": [*ids]}
-                self._tell(task, "token", data)
-            case ValueSaved(key, size):
-                task, name = self._names.get(key.name, (self._tasks[0], key.name))
-                self._tell(task, "value", {"name": name, "bytes": size, "step": key.step})
-            case StepStarted():
-                pass
-
-    def _owner(self, block: int, invocation: int) -> tuple[Task, int, int]:
-        if self._places is not None:
-            own_block, numbers = self._places[block]
-            return self._tasks[0], own_block, numbers[invocation]
-        if self._joined is None:
-            return self._tasks[0], block, invocation
-        return self._owners[block, invocation]
-
-    def _tasks_of(self, block: int, invocations: Sequence[int]) -> list[Task]:
-        found = {id(task): task for n in invocations for task in [self._owner(block, n)[0]]}
-        return [*found.values()]
-
-    def _tell(self, task: Task, kind: Any, data: Mapping[str, Any]) -> None:
-        if not task.is_given_up:
-            self._batch.tell(Told(task.asked.id, task.asked.attempt, kind, data))
 
 
 def _of_memory(problem: Problem) -> Problem:

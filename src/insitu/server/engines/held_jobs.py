@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from insitu.remote.problems import Problem
-from insitu.remote.protocol import JobState
+from insitu.remote.protocol import JobEvent, JobState
 from insitu.server.engines.messages import Ended, Told
 from insitu.server.engines.sent_batches import Running
 from insitu.server.engines.waiting_jobs import WaitingJobs
@@ -36,7 +36,8 @@ DIED = Problem(
 )
 _LOST = Problem("storage", "Results lost", 507, "The results of the job were deleted by somebody.")
 _HELD = ("leased", "running")
-_PLACE = ("block", "invocation", "name", "step")  # what is told once of a token or a value
+_ONCE = ("token", "value")
+"""The kinds of events of which each is told once, whatever is run again."""
 
 
 class HeldJobs:
@@ -72,6 +73,7 @@ class HeldJobs:
         self._numbers = 0
         self.batches: dict[int, Running] = {}
         self.unwritten = Unwritten()
+        self._told_before: dict[str, set[tuple[object, ...]]] = {}
         self._struck: set[str] = set()  # the jobs for which their tenant has a strike
 
     def lease(
@@ -142,6 +144,7 @@ class HeldJobs:
                 batch = self._batch_of(one.id, one.attempt)
                 if batch is not None:
                     del batch.jobs[one.id]
+                    self._told_before.pop(one.id, None)
                     ends.append(one)
         if ends:
             self.unwritten.write(partial(self._write_ends, ends))
@@ -159,17 +162,18 @@ class HeldJobs:
 
     def _was_told(self, told: Told) -> bool:
         """Whether an earlier attempt has told of a token or of a value."""
-        if told.kind not in ("token", "value"):
-            return False
-        place = [told.data.get(name) for name in _PLACE]
-        found, after = self._store.events(told.id), 0
-        while found:
-            for one in found:
-                if one.kind == told.kind and [one.data.get(name) for name in _PLACE] == place:
-                    return True
-                after = one.number
-            found = self._store.events(told.id, after)
-        return False
+        before = self._told_before.get(told.id)
+        if before is None:  # nothing of this attempt is among the events
+            before = self._told_before[told.id] = self._places_told(told.id)
+        return _place(told) in before
+
+    def _places_told(self, id: str) -> set[tuple[object, ...]]:
+        """What the events of a job tell of that is told once."""
+        places, after = set[tuple[object, ...]](), 0
+        while found := self._store.events(id, after):
+            places |= {_place(one) for one in found if one.kind in _ONCE}
+            after = found[-1].number
+        return places
 
     def batch_ended(self, number: int, seconds: float, passes: int) -> Running:
         """Takes the end of a batch, and returns it.
@@ -202,6 +206,7 @@ class HeldJobs:
             hung: whether the engine was ended because it did not come on.
         """
         batches, self.batches = self.batches, {}
+        self._told_before.clear()
         company: dict[str, int] = {}
         spared: list[JobRecord] = []
         for batch in batches.values():
@@ -344,3 +349,9 @@ class HeldJobs:
         if job is not None:
             self._waiting.add(job)
             self._changed(job.id)
+
+
+def _place(event: Told | JobEvent) -> tuple[object, ...]:
+    """What tells a token or a value of a job from others."""
+    names = ("block", "invocation", "name", "step")
+    return (event.kind, *(event.data.get(name) for name in names))
