@@ -254,6 +254,16 @@ def test_augmented_assignment_to_a_site_and_to_its_part(gpt2: LanguageModel) -> 
     assert torch.equal(result, logits(gpt2, edits, IDS))
 
 
+def test_augmented_assignment_to_a_part_of_a_tensor_records_one_write(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS) as tracer:
+        for _ in range(3):
+            gpt2.transformer.h[3].output[0][:, -1] += 1
+    names = [row[0].name for row in tracer.graph.rows]
+    assert names.count("put") == 3
+    # The read, and once for each line the hidden states and what is written into.
+    assert len(names) == 1 + 3 * (2 + 1), names
+
+
 @pytest.mark.parametrize("spelling", ["part", "augmented", "method", "assigned", "inputs"])
 def test_a_write_to_an_input_is_one_write_however_it_is_spelled(
     gpt2: LanguageModel, spelling: str

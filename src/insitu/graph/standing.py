@@ -42,6 +42,8 @@ def holds(recording: Recording, source: Ref, value: Any, key: Any = WHOLE) -> bo
     operation, args, *_ = recording.graph.rows[value._ref.index]
     if operation not in (ATTRIBUTE, GETITEM) or not is_entry(args[1], key):
         return False
+    if views is not None and args[0] == source and not isinstance(key, int | str):
+        return not views.borrows(source)  # a view of that tensor: nothing has to be recorded again
     source = recording.current(source)
     address = site_of(recording, source)
     if address is not None:  # it may have been read before something else was written there

@@ -29,14 +29,7 @@ from insitu.graph.expression import expression
 from insitu.graph.handing_over import HandingOver
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph, Ref, ref, rewired
-from insitu.graph.operations import (
-    ATTRIBUTE,
-    GETITEM,
-    PUT,
-    REPLACE,
-    WRITE,
-    Operation,
-)
+from insitu.graph.operations import ATTRIBUTE, GETITEM, PUT, REPLACE, WRITE, Operation
 from insitu.graph.put import WHOLE, Step, is_entry
 from insitu.graph.view_operations import is_view
 
@@ -247,7 +240,7 @@ class Views:
             value: the value.
             key: which part, or `WHOLE`.
         """
-        if self._model.borrows and self._model.is_borrowed(self.base(source)):
+        if self.borrows(source):
             return False
         if key is WHOLE:
             return self._is_same(value, source)
@@ -263,6 +256,10 @@ class Views:
             return self._parent(index) >= 0 and self._is_same(ref(self._parent(index)), source)
         except OperationError:  # not known: it is assigned, and a write in place says why not
             return False
+
+    def borrows(self, source: Ref) -> bool:
+        """Returns whether another invocation has written into what a value is, or is a part of."""
+        return self._model.borrows and self._model.is_borrowed(self.base(source))
 
     def check_entry(self, source: Ref, key: Any, mark: Mark) -> None:
         """Raises if an entry of a structure cannot be assigned: see `HandingOver`."""
