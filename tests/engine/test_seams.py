@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from insitu import (
     MemorySink,
     Model,
     NoValueError,
+    OptionError,
     SaveKey,
     cancellable,
     listening,
@@ -315,6 +317,35 @@ def test_the_tokens_that_steps_choose_are_those_of_the_output(
     assert torch.equal(output[1:, -second.shape[1] :], second) or torch.equal(
         output[1:, 3 : 3 + second.shape[1]], second
     )
+
+
+def test_a_function_is_given_tokens_as_they_come(gpt2: LanguageModel) -> None:
+    told: list[TokensChosen] = []
+    with gpt2.generate(IDS, max_new_tokens=4, on_token=told.append) as generator:
+        assert told == []
+    assert [event.step for event in told] == [0, 1, 2, 3]
+    assert [token for event in told for token in event.ids] == generator.output[0, -4:].tolist()
+    before = len(told)
+    with gpt2.generate(IDS, max_new_tokens=2):
+        pass
+    assert len(told) == before
+
+    async def block() -> torch.Tensor:
+        async with gpt2.generate(IDS, max_new_tokens=2, on_token=told.append) as generator:
+            pass
+        return generator.output
+
+    output = asyncio.run(block())
+    assert [event.ids[0] for event in told[before:]] == output[0, -2:].tolist()
+
+
+def test_tokens_come_to_a_function_only_where_the_block_runs_when_it_ends(
+    gpt2: LanguageModel,
+) -> None:
+    with pytest.raises(OptionError, match="around the session"), gpt2.session():
+        gpt2.generate(IDS, max_new_tokens=2, on_token=print)
+    with pytest.raises(OptionError, match="is a function"):
+        gpt2.generate(IDS, max_new_tokens=2, on_token=3)  # pyright: ignore[reportArgumentType]
 
 
 def test_listening_changes_nothing_of_a_generation(gpt2: LanguageModel) -> None:

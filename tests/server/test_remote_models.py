@@ -29,7 +29,7 @@ from insitu import (
     serve,
 )
 from insitu.cli import app
-from insitu.engine.events import PassEnded, ValueSaved
+from insitu.engine.events import PassEnded, TokensChosen, ValueSaved
 from insitu.methods import activation_patching, attention_patterns, logit_difference, logit_lens
 from insitu.remote import Connection, RemoteJob
 from insitu.tracing import away
@@ -270,6 +270,15 @@ def test_who_listens_hears_of_passes_and_tokens(there: LanguageModel) -> None:
     kinds = [type(event).__name__ for event in told]
     assert kinds.count("TokensChosen") >= 1 and kinds.count("PassEnded") == 1
     assert next(event for event in told if type(event) is PassEnded).done == 1
+
+
+def test_a_function_is_given_tokens_as_they_come(there: LanguageModel) -> None:
+    told: list[TokensChosen] = []
+    with there.generate(EIFFEL, max_new_tokens=3, on_token=told.append) as generator:
+        pass
+    assert [event.ids[0] for event in told] == generator.output[0, -3:].tolist()
+    with pytest.raises(OptionError, match=r"remote_job\.events"):
+        there.generate(EIFFEL, max_new_tokens=3, wait=False, on_token=told.append)
 
 
 def test_who_listens_hears_in_which_block_of_a_session_it_is(there: LanguageModel) -> None:

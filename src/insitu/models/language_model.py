@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -24,6 +24,7 @@ from insitu.tracing.block import Block
 from insitu.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
+    from insitu.engine.events import TokensChosen
     from insitu.engine.job_parts import ProcedureName
     from insitu.models.cache import ActivationCache
     from insitu.models.hook import Hook
@@ -105,12 +106,7 @@ class LanguageModel(ServedModel):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Returns `LanguageModel(name, **kwargs)`.
-
-        Args:
-            name: as of the class.
-            kwargs: as of the class.
-        """
+        """Returns `LanguageModel(name, **kwargs)`: its arguments are those of the class."""
         return cls(name, **kwargs)
 
     @property
@@ -260,6 +256,7 @@ class LanguageModel(ServedModel):
         max_tokens_per_pass: int | None = None,
         remote: Remote | None = None,
         wait: bool = True,
+        on_token: Callable[[TokensChosen], object] | None = None,
         **kwargs: Any,
     ) -> Tracer:
         """Opens a block that generates when it ends, with the model's own `generate`.
@@ -276,6 +273,8 @@ class LanguageModel(ServedModel):
                 free memory.
             remote: as of `trace`.
             wait: likewise.
+            on_token: is given the tokens of each step of each invocation as they come, here and
+                from a server, while the model is in use. Searches with beams do not tell.
             kwargs: keyword arguments of `generate`, such as `max_new_tokens` and `do_sample`;
                 with a prompt, `seed` too, and a prompt by keyword as in `trace`.
 
@@ -292,7 +291,7 @@ class LanguageModel(ServedModel):
         tracer = self._generating(prompt, kwargs, max_tokens_per_pass)
         if remote is not None or not wait:
             self._send_away(tracer.block, remote, wait)
-        return tracer
+        return tracer if on_token is None else self._streaming(tracer.block, on_token)
 
     def _generating(
         self, prompt: Any, kwargs: dict[str, Any], budget: int | None, dry: bool = False
@@ -394,7 +393,6 @@ class LanguageModel(ServedModel):
 
     def _describe(self) -> None:
         """Looks up what runs need to know about the module, once."""
-        reading = (self._tokenizer, self._processor)
-        rest = (self.snapshot, self._stacks, self.loaded, *reading)
+        rest = (self.snapshot, self._stacks, self.loaded, self._tokenizer, self._processor)
         vars(self)["traits"] = LanguageTraits(self._module, self._config, *rest)
         vars(self)["_usual"] = Usual(self)

@@ -1,7 +1,8 @@
-"""A model whose blocks can be run by a server: where `remote=` is given."""
+"""A model whose blocks can be run by a server, and tell of their tokens: `remote=`, `on_token=`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import OptionError
@@ -11,8 +12,10 @@ from insitu.tracing.block import Block
 from insitu.tracing.session import Session, session_of
 
 if TYPE_CHECKING:
+    from insitu.engine.events import TokensChosen
     from insitu.remote.away import Remote
     from insitu.tracing.away import Away
+    from insitu.tracing.tracer import Tracer
 
 
 class ServedModel(Model):
@@ -54,3 +57,20 @@ class ServedModel(Model):
                 "`wait=False` is for a block that a server runs: give `remote=` too.", here()
             )
         block.waits = wait
+
+    def _streaming(self, block: Block, on_token: Callable[[TokensChosen], object]) -> Tracer:
+        """A block that tells of the tokens of its generation as they come."""
+        if session_of(self) is not None or not block.waits:
+            instead = "`tracer.remote_job.events()` tells of them"
+            if block.waits:
+                instead = "write `with insitu.listening(function):` around the session"
+            raise OptionError(
+                f"`on_token` is for a block that runs when it ends, and this one does not: "
+                f"{instead}.",
+                here(),
+            )
+        if not callable(on_token):
+            raise OptionError(f"`on_token` is a function, not {on_token!r:.100}.", here())
+        from insitu.tracing.streaming import StreamingTracer  # of use only here
+
+        return StreamingTracer(block, on_token)

@@ -44,14 +44,16 @@ def _install(module):
     def hook(event, args):
         if quiet or not event.startswith(_EVENTS):
             return
-        if event in ("compile", "exec"):  # who does it, and of which file
+        source = event == "open" and str(args[0]).endswith(".py")
+        if source or event in ("compile", "exec"):  # who does it, and of which file
             frame, callers = sys._getframe(1), []
-            while frame is not None and len(callers) < 6:
+            while frame is not None and len(callers) < 8:
                 callers.append(
                     f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_code.co_name}"
                 )
                 frame = frame.f_back
-            args = (getattr(args[0], "co_filename", args[-1]), *callers)
+            file = args[0] if source else getattr(args[0], "co_filename", args[-1])
+            args = (file, *callers)
         elif event == "import":
             args = args[:1]
         what = " ".join(str(one)[:200] for one in args).replace("\n", " ")

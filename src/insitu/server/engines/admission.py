@@ -37,6 +37,7 @@ from insitu.remote.protocol import SavedShape
 from insitu.server.background import noted
 from insitu.server.engines.batches import COPIES
 from insitu.server.engines.frames import Frames
+from insitu.server.engines.imports import import_what_runs_need
 from insitu.server.engines.messages import Admitted, Check, Refused, ToAdmission
 from insitu.server.served_options import check_options, times_counted
 from insitu.server.storage.job_files import job_in
@@ -300,6 +301,7 @@ def main() -> None:
     if isinstance(loading.get("dtype"), str) and loading["dtype"] != "auto":
         loading["dtype"] = getattr(torch, loading["dtype"])
     model = LanguageModel(settings.place, **loading)
+    import_what_runs_need()
     _write_skeleton(settings.skeleton, skeleton_to_bytes(skeleton_of(model, settings.id)))
     _warm(model)
     control.sendall(b"r")

@@ -29,6 +29,7 @@ from insitu.graph.errors import InsituError
 from insitu.server.background import noted
 from insitu.server.engines.batches import Batch
 from insitu.server.engines.frames import Frames
+from insitu.server.engines.imports import import_what_runs_need
 from insitu.server.engines.messages import (
     Alive,
     BatchEnded,
@@ -214,6 +215,7 @@ def _loaded(settings: EngineSettings) -> tuple[LanguageModel, Ready]:
     loading = dict(settings.loading)
     if isinstance(loading.get("dtype"), str) and loading["dtype"] != "auto":
         loading["dtype"] = getattr(torch, loading["dtype"])
+    import_what_runs_need()
     model = LanguageModel(settings.place, **loading)
     module = model.load()
     speed = _speed(model)
