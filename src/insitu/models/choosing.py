@@ -61,5 +61,8 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:  # for each device that is not there torch would keep a stack with its source lines
+            torch.default_generator.manual_seed(seed)
         yield
