@@ -17,6 +17,7 @@ import random
 import re
 import signal
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+import insitu
 from insitu import LanguageModel
 from insitu.remote.problems import Problem, problem_of
 from tests.attack.hostile_jobs import Hostile, hand_made
@@ -49,6 +51,15 @@ OWN_CODE = (
 )
 """Who compiles texts that are no stranger's: signatures in the documentation of C functions, and
 types of PyTorch's operators."""
+
+SHOWN = re.compile(r"(\S+)\.py tokenize\.py:open linecache\.py:updatecache ")
+"""Who opens source files to show lines: PyTorch, which keeps the stack of runs on fake tensors."""
+
+INSTALLED = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib")),
+    *insitu.__path__,
+)
+"""Where these files lie: Python's, the packages' and ours."""
 
 _OFTEN = 8  # of so many jobs one was thought of, the others were changed at random
 _UNEXPECTED = ("internal", "engine_died", "unauthorised", "refused", "not_found")
@@ -359,6 +370,9 @@ class Attack:
         _, process, event, *what = line.split(" ", 3)
         rest = what[0] if what else ""
         if event in ("compile", "exec") and any(rest.startswith(one) for one in OWN_CODE):
+            return True
+        shown = SHOWN.match(rest) if event == "open" else None
+        if shown is not None and shown[1].startswith(INSTALLED):
             return True
         data = re.escape(str(self._server.data))
         name = r"[0-9a-f]{64}"
