@@ -18,13 +18,14 @@ _CODE = re.compile(r"^(```|~~~).*?^\1\s*$|<(svg|style|!--).*?(-->|</\2>)", re.M 
 _INLINE = re.compile(r"``.+?``|`[^`]+`|\$[^$]+\$|https?://\S+", re.S)
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _ITEM = re.compile(r"^\s*(?:[-*+]|\d+\.|#{1,6}|>|:::|!!!|\|)\s", re.M)
+_ENTRY = re.compile(r"^ *(?:\*{0,2}\w+(?:, \*{0,2}\w+)*: (?=\S)|[-*] |[A-Z]\w+:$)", re.M)
 _QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”")
 
 
 def faults(text: str) -> Iterator[str]:
     """Why sentences of a text have to be read twice, each with its beginning."""
-    for sentence in _END.split(_LINK.sub(r"\1", _INLINE.sub(" code ", text))):
-        words = re.findall(r"[\w'’.,/%-]*\w[\w'’.,/%-]*", sentence or "")
+    for sentence in _END.split(_LINK.sub(r"\1", _INLINE.sub(" Code ", text))):
+        words = re.findall(r"[\w'.,/%-]*\w[\w'.,/%-]*", sentence or "")
         start = " ".join(words[:8])
         if len(words) > MOST_WORDS:
             yield f"{len(words)} words: {start} ..."
@@ -34,7 +35,7 @@ def faults(text: str) -> Iterator[str]:
 
 
 def page_faults(page: Path) -> list[str]:
-    """The faults of a Markdown page: paragraphs, items of lists and cells of tables by themselves."""
+    """The faults of a Markdown page, each paragraph, item and cell by itself."""
     text = _CODE.sub("\n\n", page.read_text())
     text = re.sub(r"^(\|.*)$", lambda row: row[0].replace("|", "\n\n"), text, flags=re.M)
     return [*faults(_ITEM.sub("\n\n", text))]
@@ -48,9 +49,10 @@ def docstring_faults(source: str) -> list[str]:
         for statement in body if isinstance(body, list) else ():
             text = statement.value if isinstance(statement, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                plain = re.sub(r"^ *(>>>|\.\.\. ).*?(?=\n\s*\n|\Z)", "", text.value, flags=re.M | re.S)
+                plain = re.sub(r"^ *>>>.*?(?=\n\s*\n|\Z)", "", text.value, flags=re.M | re.S)
+                plain = re.sub(r"^.*  # .*$", "\n\n", plain, flags=re.M)  # lines of code
                 # Each argument and each item by itself, without its name.
-                plain = re.sub(r"^ *(?:\*{0,2}[\w, ]+: (?=\w)|[-*] |[A-Z]\w+:$)", "\n\n", plain, flags=re.M)
+                plain = _ENTRY.sub("\n\n", plain)
                 found += [f"line {statement.lineno}: {fault}" for fault in faults(plain)]
     return found
 
@@ -61,7 +63,7 @@ def message_faults(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
         if isinstance(node, ast.Call) and (name.endswith("Error") or name == "warn") and node.args:
-            text = _text(node.args[0])
+            text = _text(node.args[0]).replace("\n", "\n\n")
             found += [f"line {node.lineno}: {fault}" for fault in faults(text)]
     return found
 

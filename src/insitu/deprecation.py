@@ -21,7 +21,7 @@ def warn_deprecated(old: str, *, instead: str, goes_in: str) -> None:
     """Warns that something is deprecated, at the line outside of Insitu that has led here.
 
     Args:
-        old: what is deprecated, as users write it, such as "what=".
+        old: the old name, as users write it, such as "what=".
         instead: what to write instead, as users write it.
         goes_in: the version of Insitu in which the old name goes, such as "0.3".
 
@@ -50,7 +50,7 @@ def deprecated(
     """Makes a function warn where it is called, and then do what it always did.
 
     Args:
-        old: what is deprecated, as users write it.
+        old: the old name, as users write it.
         instead: what to write instead, as users write it.
         goes_in: the version of Insitu in which the old name goes, such as "0.3".
 

@@ -19,8 +19,8 @@ from insitu.batching.pass_plan import Row, rows_by_level
 Key = TypeVar("Key", bound=Hashable)
 
 Edges = Mapping[tuple[int, int], bool]
-"""Pairs of rows, the second of which uses values of the first, by their numbers, and
-whether one pass would do for both."""
+"""Pairs of rows by their numbers, and whether one pass would do for both. The second row of a pair
+uses values of the first."""
 
 Group = tuple[list[int], int]
 """The numbers of rows that share a pass, and how many positions all of them leave out."""

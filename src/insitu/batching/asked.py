@@ -58,7 +58,7 @@ def asked_by(graph: Graph, plan: Plan, count: int) -> list[Asked]:
     """Returns what each invocation of a block asks.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
         count: how many invocations there are.
     """
@@ -110,7 +110,7 @@ def _alone(graph: Graph, plan: Plan) -> dict[int, Fallback]:
 
 
 def _differentiated(graph: Graph, plan: Plan) -> set[int]:
-    """The invocations whose values a loss depends on, or of which a gradient is read."""
+    """The invocations whose values a loss depends on, or whose gradients are read."""
     nodes = [row[3] for row in graph.rows if row[0] in (BACKWARD, GRAD, KEEP)]
     found = _invocations(plan, chain.from_iterable(nodes))
     edges = uses(graph, plan)

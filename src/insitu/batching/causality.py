@@ -1,7 +1,7 @@
 """Which writes are possible: a value must be there before the model needs it.
 
-Inside a pass the order is that of the model's modules. What is wrong is found before the model
-runs, as far as the moments of sites are known without a run.
+Inside a pass the order is that of the model's modules. Faults are found before the model runs, as
+far as the moments of sites are known without a run.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def check_order(work: Work, passes: Sequence[PassPlan]) -> None:
 
 
 def check_cuts(work: Work) -> None:
-    """Finds reads of what is skipped or comes after the end of the run.
+    """Finds reads of sites that are skipped or come after the end of the run.
 
     Args:
         work: what the passes are for.

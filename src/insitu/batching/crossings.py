@@ -20,7 +20,7 @@ class Crossing(NamedTuple):
     Attributes:
         source: the site that is needed.
         target: the site that is written, or the arguments of the call that is skipped.
-        node: what makes what is put there.
+        node: the node that makes the value which is put there.
     """
 
     source: Address
@@ -32,7 +32,7 @@ def crossings(graph: Graph, plan: Plan) -> list[Crossing]:
     """Returns the sites that others need, in the same invocation or in another.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
     """
     if not plan.crosses and not plan.skips:
@@ -70,7 +70,7 @@ def uses(graph: Graph, plan: Plan) -> list[tuple[int, int]]:
     """Returns which invocations are used by which others, as pairs, the used one first.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
     """
     pairs = [(one.source[0], one.target[0]) for one in crossings(graph, plan)]
@@ -117,7 +117,7 @@ def bounding(address: Address, bound: Kind) -> Address:
 
     Args:
         address: the site.
-        bound: which value of the module stands for what is inside of its forward.
+        bound: which value of the module stands for the functions inside of its forward.
     """
     owner, inside, _ = address[1].partition(SEPARATOR)
     return (address[0], owner, bound, 0, address[4]) if inside else address

@@ -1,10 +1,10 @@
 """Which axes of a value are rows and which are positions, proposed from its shapes.
 
-What passes a site is compared at several sizes of input: an axis that grows with the batch holds
-rows, one that grows with the length holds positions, one that grows with both holds rows and
-positions flattened together. In the later steps of a generation an axis may grow with the step
-too. Shapes alone can lie about flattened rows: `models/separation.py` tries by value whether a
-proposal is right.
+Shapes at a site are compared at several sizes of input. An axis that grows with the batch holds
+rows, and one that grows with the length holds positions. One that grows with both holds rows and
+positions flattened together. In the later steps of a generation an axis may grow with the step too.
+Shapes alone can lie about flattened rows: `models/separation.py` tries by value whether a proposal
+is right.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _take_logits(
 
 
 def _packed(leaf: Any) -> Any:
-    """A tensor without gaps in its memory: what is cut out of padding has some."""
+    """A tensor without gaps in its memory: a part that is cut out of padding has some."""
     if not isinstance(leaf, torch.Tensor) or leaf.is_contiguous():
         return leaf
     return leaf.clone()  # of the same order of strides

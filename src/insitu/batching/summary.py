@@ -1,4 +1,4 @@
-"""What a run does, told to the user: its passes, what is left out of each, and why.
+"""What a run does, told to the user: its passes, the blocks that each leaves out, and why.
 
 It is derived from the plans of its passes, when somebody asks.
 """
@@ -138,7 +138,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 class Facts(NamedTuple):
-    """What is known of the model whose passes are told.
+    """The facts of the model whose passes are told.
 
     Attributes:
         blocks: the paths of its blocks.
@@ -156,7 +156,7 @@ def summaries(passes: Sequence[PassPlan], facts: Facts | None, moments: Moments)
 
     Args:
         passes: the passes.
-        facts: what is known of the model; None where a pass is one call of some module.
+        facts: the facts of the model; None where a pass is one call of some module.
         moments: when the sites of an invocation come.
     """
     found = [_summary(single, facts, moments) for single in passes]

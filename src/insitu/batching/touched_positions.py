@@ -1,7 +1,7 @@
 """Which positions of a value an experiment looks at, and from which on it changes them.
 
 Found from the recorded lines alone, and only where they say it plainly: by indices that are
-numbers and slices. Whatever is not understood counts as every position.
+numbers and slices. An index that is not understood counts as every position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Extents:
     Values are `(rows, position, features)` here, or tuples that begin with such a value.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
     """
 
     def __init__(self, graph: Graph) -> None:

@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 def _of_lines(
     method: Callable[Concatenate[Arrivals, Of], Result],
 ) -> Callable[Concatenate[Arrivals, Of], Result]:
-    """Lets the pass raise what a method raises, whatever the model makes of it."""
+    """Lets the pass raise what a method raises, even if the model catches it."""
 
     @wraps(method)
     def noting(self: Arrivals, *args: Of.args, **kwargs: Of.kwargs) -> Result:
@@ -65,7 +65,7 @@ class Arrivals:
         modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
         caches: the Python modules of caches, which forwards leave to themselves.
-        changes: notes what is changed for the time of the pass.
+        changes: notes all that is changed for the time of the pass.
         is_own: whether a call of a module is one of the pass.
 
     Attributes:
@@ -104,7 +104,7 @@ class Arrivals:
         self.stopped = False
 
     def begin(self) -> None:
-        """Puts hooks on the modules, and whatever else it takes to see what passes the sites."""
+        """Puts hooks on the modules, and all else that is needed to see what passes the sites."""
         for (_, path, *_), index in self._plan.reads.items():
             if index in self._plan.skips:
                 module = self._modules[path]
@@ -137,7 +137,7 @@ class Arrivals:
 
     @_of_lines
     def pass_on(self, kind: Kind, value: Any, path: str = "", vocabulary: int | None = None) -> Any:
-        """Takes what passes a place that has no hook, and returns what is to stand there.
+        """Takes the value that passes a place without a hook, and returns the one to stand there.
 
         Args:
             kind: which value it is.
@@ -242,7 +242,7 @@ class Arrivals:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Is the forward of a module of which calls may be skipped."""
+        """Is the forward of a module whose calls may be skipped."""
         if module not in self._skipping:
             return forward(*args, **kwargs)
         return self._skip(path, module, forward, args, kwargs)

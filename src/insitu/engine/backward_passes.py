@@ -65,7 +65,7 @@ def run_backwards(
 
 
 def _of_pass(execution: Execution, failures: Failures, nodes: Sequence[int]) -> Collection[int]:
-    """The invocations that a backward pass goes through, of which one may be to blame."""
+    """The invocations that a backward pass goes through; one of them may be to blame."""
     if len(nodes) == 1 and execution.tape is not None and execution.tape.is_batched:
         return {address[0] for address in execution.plan.reads}
     return failures.dependence.invocations(nodes)
@@ -85,7 +85,7 @@ def _check_complete(execution: Execution, index: int) -> None:
 
 
 def _starts_well(execution: Execution, index: int) -> bool:
-    """Whether a backward pass may be one with others, of which none is to fail for it."""
+    """Whether a backward pass may be one with others, so that none of these fails for it."""
     losses = [execution._values[source] for source in execution.graph.rows[index][3]]
     return all(
         isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1

@@ -30,7 +30,7 @@ class Failed:
 
     Attributes:
         error: what was raised; None where nothing arrived at a site at which it had to.
-        nodes: the nodes one of which failed; none where the model did.
+        nodes: the nodes that may have failed, one of them; none where the model did.
         invocations: those of the pass.
         is_backward: whether it was a backward pass.
         went: how the pass went in which nothing arrived.
@@ -57,8 +57,8 @@ class FailedInvocations:
     Attributes:
         error: what was raised.
         blamed: the invocations that it is of; none for a line outside of them.
-        invocations: all invocations of which nothing is there: these, and those that use
-            something of them.
+        invocations: all invocations that have no values: these, and those that use something of
+            them.
         nodes: the nodes without a value.
     """
 
@@ -112,7 +112,7 @@ class Failures:
     """Collects what fails in a run.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         goes_on: whether the run is to go on after a pass of several invocations has failed, to
             find what else does. Its values are not used then.
 

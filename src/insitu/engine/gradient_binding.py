@@ -29,7 +29,7 @@ def bound_to(graph: Graph, grads: Sequence[int], backwards: Sequence[int]) -> di
     step of a generation.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         grads: the nodes that stand for gradients.
         backwards: the backward passes.
 
@@ -81,7 +81,7 @@ def joined(graph: Graph, backwards: Sequence[int]) -> list[Backward]:
     and all ask for the same. Those of one invocation keep their order.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         backwards: the backward passes.
     """
     if len(backwards) < 2:
@@ -134,7 +134,7 @@ class _Reached(NamedTuple):
         """Whether the loss may depend on a value, or on the site where what it is a view of stands.
 
         Args:
-            graph: what is to be done.
+            graph: the recorded experiment.
             source: the node of the value.
             base: the node that gives what it is a view of.
         """
@@ -178,7 +178,7 @@ def place_of(graph: Graph, source: int) -> tuple[int, Path]:
     That of a view belongs to the value that it is a view of, and that of an entry to the structure.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         source: the node of the value whose gradient is wanted.
 
     Returns:

@@ -24,8 +24,8 @@ Place = torch.Tensor | GradientEdge
 class Parts:
     """The values that are parts of a batch's values.
 
-    To autograd a part is a value of its own, of which no loss depends through the model. So it is
-    asked for the gradient of the whole value, of which the invocation gets its part.
+    To autograd a part is a value of its own, and no loss depends on it through the model. So it is
+    asked for the gradient of the whole value, and the invocation gets its part of that.
     """
 
     def __init__(self) -> None:

@@ -190,7 +190,7 @@ def remove_hooks(hooks: Hooks) -> None:
 
 
 def _reorder(table: dict[Any, Any], order: Collection[Any]) -> None:
-    """Brings entries of a table to its end, in some order, of which some may be gone."""
+    """Brings entries of a table to its end, in some order. Some of them may be gone."""
     for key in order:
         if key in table:
             move_to_end(table, key)

@@ -184,7 +184,7 @@ def _draw(job: Job, donors: Places, drawing: Iterable[Places]) -> bool:
 
 
 def _joined(places: Iterable[Place], together: Iterable[Places]) -> list[Places]:
-    """Returns invocations in groups, of which those that stay together are in one."""
+    """Returns invocations in groups; those that stay together are in one."""
     leader = {place: place for place in places}
 
     def found(place: Place) -> Place:

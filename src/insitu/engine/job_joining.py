@@ -82,7 +82,7 @@ def join(jobs: Sequence[Job]) -> Job:
 
 
 def split(job: Job, results: Results) -> list[Results]:
-    """Returns the results of each of the jobs of which a job is made.
+    """Returns the results of each of the jobs that a job is made of.
 
     Args:
         job: what `join` gave.
@@ -238,7 +238,7 @@ def _model_of(jobs: Sequence[Job]) -> JobModel:
 
 
 def _check(number: int, job: Job) -> None:
-    """Raises if the lines of a job name what is not its own."""
+    """Raises if the lines of a job name invocations that are not its own."""
     for at, block in enumerate(job.blocks):
         count = len(block.prompts)
         reads = [cast(Address, row[1])[0] for row in block.graph.rows if row[0] is READ]

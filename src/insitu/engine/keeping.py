@@ -49,7 +49,7 @@ def undisturbed(modules: Mapping[str, nn.Module]) -> Generator[None]:
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Generator[None]:
-    """Lets modules run without dropout, whatever mode they are in.
+    """Lets modules run without dropout, in either mode.
 
     Args:
         modules: the modules of a model.

@@ -1,7 +1,7 @@
 """A run that somebody looks at from outside: what it tells, gives away, and asks.
 
-It is made once for a block, whatever its passes are repeated for. So what is told of a saved value
-is told once, and a sink gets it once.
+It is made once for a block, also where its passes are repeated. So a saved value is told once, and
+a sink gets it once.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def unwrapped(run: Callable[[], Result]) -> Result:
 
 
 def blocks_in(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Returns the paths of a model's blocks: of what is in its lists, or of all if it has none.
+    """Returns the paths of a model's blocks: of the modules in its lists, or of all if it has none.
 
     Args:
         modules: the model's tree, by path.

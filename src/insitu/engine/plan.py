@@ -36,8 +36,8 @@ class Repeated:
         sites: its sites, as a set of bits.
         nodes: the indices of its nodes.
         saves: those of them whose values the user keeps, one a step.
-        joint: those of them that use values of several invocations, and of which: these take their
-            steps together.
+        joint: those of them that use values of several invocations, with their numbers: these take
+            their steps together.
     """
 
     sites: int
@@ -156,7 +156,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     """Returns the plan of a graph.
 
     Args:
-        graph: what is to be done. A site is read by at most one of its nodes.
+        graph: the recorded experiment. A site is read by at most one of its nodes.
         saves: holds the indices of the nodes whose values the user keeps.
 
     Raises:
@@ -245,7 +245,7 @@ def written(graph: Graph, plan: Plan) -> list[Address]:
     """Returns the sites that are written, in place or not.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
     """
     found: list[Address] = []
@@ -257,7 +257,7 @@ def written(graph: Graph, plan: Plan) -> list[Address]:
 
 
 def _is_unshared(graph: Graph, plan: Plan, read: int) -> bool:
-    """Whether what is written to a site is certainly a tensor in memory that nothing else has."""
+    """Whether a value written to a site is certainly a tensor in memory that nothing else has."""
     write = graph.writes[read]
     if graph.rows[write][0] is PUT:
         return _is_copy(graph, plan, write, read)
@@ -280,7 +280,7 @@ def _is_copy(graph: Graph, plan: Plan, put: int, read: int) -> bool:
 
 
 def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradients:
-    """Finds which gradients there are of which backward passes, and of which values."""
+    """Finds which gradients there are, with their values and backward passes."""
     wanted: dict[int, list[int]] = {}
     renewed: dict[int, dict[Path, int]] = {}
     for index in grads:
@@ -299,7 +299,7 @@ def _check_gradients(graph: Graph, plan: Plan, late: Sequence[int]) -> None:
     """Raises if there are gradients that cannot be had.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
         late: the nodes that come after the model has run.
     """

@@ -203,7 +203,8 @@ def fake_run(
         module: the module; it is changed for the duration, as in `probe`.
         call: its arguments; the tensors' shapes and dtypes count.
         contents: whether integers in the call and in the weights count too. It takes longer.
-        forward: what is called in the place of the module, with fake tensors; it calls the module.
+        forward: the function called in the place of the module, with fake tensors; it calls the
+            module.
         device: the kind of device that the fake tensors are on.
     """
     known = Contents() if contents else None
@@ -234,7 +235,7 @@ def fake_result(
         module: the module; it is changed for the duration, as in `probe`.
         forward: its forward.
         args: the arguments of a call; the tensors' shapes and dtypes count.
-        kwargs: likewise.
+        kwargs: the keyword arguments of the call.
 
     Raises:
         UnknownShapeError: if that cannot be known without data.

@@ -39,7 +39,7 @@ class CallForm(NamedTuple):
     sizes: tuple[int, ...]
 
     def without(self, at: int) -> _Family:
-        """Returns what is equal for calls that differ in one size only."""
+        """Returns a key that is equal for calls that differ in one size only."""
         return self.text, at, (*self.sizes[:at], *self.sizes[at + 1 :])
 
 
@@ -150,7 +150,7 @@ class ProbeCache:
     def _near(
         self, family: _Family, at: int, size: int, thresholds: Collection[int]
     ) -> _Near | None:
-        """What is known between the thresholds around a size, None if it is one itself."""
+        """The runs known between the thresholds around a size, None if it is one itself."""
         if size in thresholds or size <= 1:
             return None
         low = max((wall for wall in thresholds if 1 < wall < size), default=1)
@@ -190,7 +190,7 @@ def _three(known: Collection[int], size: int) -> tuple[int, int, int] | None:
     """Three sizes around one whose distances have no common divisor, None if there are none.
 
     If a model fills sizes up to a multiple of anything, three such sizes do not agree, or they lie
-    within one multiple, and so does what is between.
+    within one multiple, and so do those between.
     """
     if len(known) < 3 or not min(known) < size < max(known):
         return None

@@ -70,7 +70,7 @@ class Told(msgspec.Struct, forbid_unknown_fields=True):
     """The metadata of a file of results.
 
     Attributes:
-        kind: what is in the file.
+        kind: the kind of the file's content.
         version: the version of the format.
         tensors: its tensors, which the values refer to by their place here.
         values: the saved values, by name.

@@ -1,10 +1,10 @@
 """The tree of a module as it was when it was last looked at, and whether it has changed since.
 
 Users add adapters to a module that is wrapped, and replace, append, move and remove its parts.
-What is known of the module holds for one tree, so each block begins by comparing. A plan holds for
-the part of it through which calls lead to the sites of a block: its `CallPath` is compared before
-the plan is used again, and after each run. The module itself is untouched: it has no hook that
-tells of changes.
+The facts about a module hold for one tree, so each block begins by comparing. A plan holds for the
+part of it through which calls lead to the sites of a block: its `CallPath` is compared before the
+plan is used again, and after each run. The module itself is untouched: it has no hook that tells of
+changes.
 """
 
 # pyright: reportPrivateUsage=false
@@ -71,8 +71,8 @@ class Tree:
         root: the module.
         modules: all modules of the tree by path, shared ones under each of their paths.
         parts: all modules, each once.
-        spine: the children of the root, and what is on the way to its lists of modules: it
-            differs if a head or a list is replaced, or an item of a list.
+        spine: the children of the root, and those on the way to its lists of modules: it differs if
+            a head or a list is replaced, or an item of a list.
         exchanges: whether a forward is known to exchange some of the modules.
     """
 

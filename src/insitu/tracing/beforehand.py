@@ -41,7 +41,7 @@ def check_fit(run: Run) -> None:
     """Raises at the first line whose values do not fit together, as far as that can be known.
 
     Args:
-        run: what is about to run.
+        run: the run that is about to begin.
 
     Raises:
         InsituError: pointing at that line.

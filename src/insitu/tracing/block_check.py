@@ -87,7 +87,7 @@ def check_block(run: Run, budget: Budget | None = None) -> BlockCheck:
 
     Raises:
         LimitError: if it takes more, at the line of the operation.
-        InsituError: for what is wrong with the run, as far as that is found beforehand.
+        InsituError: if something is wrong with the run, as far as that is found beforehand.
     """
     prepared, _ = prepare(run, dry=True)
     form = _form(run, budget)

@@ -1,8 +1,8 @@
 """What recorded operations would take: arithmetic, memory and how many they are.
 
 All values are inferred without data. Where the size of one depends on values, the largest that it
-can have stands for it, and what is made of it is inferred with that. Where there is no largest, the
-node is left out, and a run with limits looks at it when it comes.
+can have stands for it, and later values are inferred with that. Where there is no largest, the node
+is left out, and a run with limits looks at it when it comes.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Isolation:
         return self._narrow is not None or self.apart
 
     def rest(self) -> Run:
-        """Returns what is left of the block, to be run as a block of its own."""
+        """Returns the rest of the block, to be run as a block of its own."""
         run, lines = self._run, self._run.lines
         rest = rest_of(lines.graph, len(run.requests), self._lost)
         self.numbers, self.nodes = rest.numbers, rest.nodes

@@ -1,8 +1,8 @@
 """Running a block of a job. What fails in it takes what uses something of it, and nothing else.
 
-A job may be made of several, of people who know nothing of each other. So a prompt that the model
-cannot take, a write that comes too late, or a value of an earlier block that is not there, is
-found before the block runs, and the rest runs without it.
+A job may be made of several, of people who know nothing of each other. It may be a prompt that the
+model cannot take, a write that comes too late, or a value of an earlier block that is not there. So
+it is found before the block runs, and the rest runs without it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _run_part(
     budget: Budget | None,
     kept: Collection[int],
 ) -> RanBlock:
-    """Runs what is left of a block without what cannot run."""
+    """Runs a block without the invocations that cannot run."""
     dependence, failed, lost = Dependence(block.graph), list[FailedInvocations](), Lost()
 
     for node, error in absent.items():
@@ -220,7 +220,7 @@ def _failing_beforehand(
         block: the block, which cannot run as it is.
         dependence: which of its nodes and invocations use which.
         lost: what of it is left out already.
-        check: returns what is wrong with a block, as far as that is found before it runs.
+        check: returns the faults of a block, as far as they are found before it runs.
     """
     everything = range(len(block.prompts))
     left = [number for number in everything if number not in lost.invocations]

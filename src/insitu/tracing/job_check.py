@@ -148,7 +148,7 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
     Raises:
         LimitError: if it takes more.
         JobError: if it is for another model.
-        InsituError: for what is wrong with the run, as far as that is found beforehand.
+        InsituError: if something is wrong with the run, as far as that is found beforehand.
     """
     differences = check_model(model, job)
     limits = Limits() if budget is None else budget.limits

@@ -40,7 +40,7 @@ def run_job(model: Subject, job: Job, budget: Budget | None = None, raises: bool
     Raises:
         LimitError: if it takes more.
         JobError: if it is for another model.
-        InsituError: for what is wrong with the run, with what there is as its `results`.
+        InsituError: if something is wrong with the run, with what there is as its `results`.
     """
     around = seams.get()
     if around is None:

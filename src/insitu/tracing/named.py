@@ -102,7 +102,7 @@ class Named:
         return proxy
 
     def _refuse_writes(self, recording: Recording, shown: Ref) -> None:
-        """Notes that what is read by this name is no part of the model."""
+        """Notes that the value read by this name is no part of the model."""
         instead = "assign to it, or to a part of it by an index."
         table_of(recording, "computed")[shown.index] = instead
 
@@ -136,7 +136,7 @@ class Named:
 
         Args:
             invocation: the invocation whose value it is.
-            value: of the shape of what is shown.
+            value: of the shape that is shown.
             line: the user's line.
         """
         current = self.read(invocation, line)
@@ -298,7 +298,7 @@ def _as(source: Proxy, saved: Any) -> Any:
 class ComputedProxy(NamedProxy):
     """Stands for a value by a standard name that is computed, and is no part of the model.
 
-    What is assigned to it, or to a part of it by an index, is put into the model as a whole.
+    A value assigned to it, or to a part of it by an index, is put into the model as a whole.
     """
 
     __slots__ = ()

@@ -52,7 +52,7 @@ class Prepared:
         alone: whether it is of one invocation in which no module is skipped: then it depends on
             no other part.
         ambient: the settings of torch on which the dtypes in `plan.returned` depend.
-        checks: what blocks of this plan would give and take, as it was found out before.
+        checks: what blocks of this plan would give and take, as earlier checks have found.
     """
 
     plan: Plan
@@ -67,7 +67,7 @@ class Prepared:
 
 
 def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
-    """The part of the tree that a block is about, all of which has to be there."""
+    """The part of the tree that a block is about. All of it has to be there."""
     modules = model.snapshot.modules
     paths: dict[str, int] = {}
     for (_, path, kind, *_), index in plan.reads.items():
@@ -102,7 +102,7 @@ def plan_run(run: Run) -> tuple[Prepared, list[Pass]]:
         run: the block.
 
     Raises:
-        InsituError: for what is wrong with the run, as far as that is found beforehand.
+        InsituError: if something is wrong with the run, as far as that is found beforehand.
     """
     model, procedure, graph, requests = run.model, run.procedure, run.lines.graph, run.requests
     tree = model.snapshot

@@ -1,6 +1,6 @@
 """Running a block: its plan is found or made, and its passes run, forward and backward.
 
-How a plan is made is in `planning.py`, and what is run again after a failure in `isolation.py`.
+How a plan is made is in `planning.py`, and which lines run again after a failure in `isolation.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run_block(run: Run) -> None:
         run: the block.
 
     Raises:
-        InsituError: for what is wrong with the run, if nothing of it can run.
+        InsituError: if something is wrong with the run, if nothing of it can run.
     """
     around = seams.get()
     if around is not None and run.observed is None:
@@ -77,7 +77,7 @@ def run_block(run: Run) -> None:
 
 
 def _run_rest(run: Run, failures: Failures, plan: Plan, results: list[Any]) -> None:
-    """Runs what is left of a block in which something failed, and fills the saved values.
+    """Runs the rest of a block in which something failed, and fills the saved values.
 
     Args:
         run: the block.
@@ -185,7 +185,7 @@ def prepare(run: Run, dry: bool = False) -> tuple[Prepared, list[Pass]]:
         dry: whether it will not run.
 
     Raises:
-        InsituError: for what is wrong with the run, as far as that is found beforehand.
+        InsituError: if something is wrong with the run, as far as that is found beforehand.
     """
     model, procedure, lines, requests = run.model, run.procedure, run.lines, run.requests
     if not requests:

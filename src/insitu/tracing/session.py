@@ -25,7 +25,7 @@ class Session:
     """What `model.session()` gives: a context in which blocks are recorded and none runs yet.
 
     When it ends, they run in the order in which they ended. A value of one can be used in those
-    after it as if it were there already; only what is to outlive the session is saved.
+    after it as if it were there already; only values that are to outlive the session are saved.
 
     Attributes:
         model: whose blocks it holds.

@@ -110,7 +110,7 @@ class AtStep:
             graph.repeats = (*graph.repeats, (self._start, self._recorded()))
 
     def _repeat(self, repeating: bool) -> None:
-        """Says whether what is saved now becomes a list."""
+        """Says whether a value that is saved now becomes a list."""
         self._invocations[0].block.recording.repeating = repeating
 
     def _recorded(self) -> int:
@@ -154,7 +154,7 @@ class StepValues(ABC):
     """One value of each step that is no module's: `invoker.tokens`, `invoker.logits`.
 
     `tokens(2)` and `tokens[2]` read step 2, `tokens()` the step that lines mean here, and
-    `tokens[2] = x` replaces what is there.
+    `tokens[2] = x` replaces the tokens there.
     """
 
     __slots__ = ("_invocation",)
