@@ -37,6 +37,8 @@ def circle_error(
         each: what all invocations of the block demand.
     """
     graph, plan = work.graph, work.plan
+    # What keeps one of the circle apart explains most; otherwise any reason of the block is better
+    # than none.
     reasons = [each[number].apart for number in (*sorted(circle), *range(len(each)))]
     apart = next((why for why in reasons if why is not None), None)
     for index, together in plan.repeated.joint if plan.repeated is not None else ():
@@ -85,10 +87,13 @@ def check_order(work: Work, passes: Sequence[PassPlan]) -> None:
     moments = cache(work.moments)
     late: dict[tuple[Address, int], set[int]] = {}
     for source, target, node in found:
+        # Of another pass it is there before; at the same place the write uses what has just
+        # arrived.
         if home[source] != home[target] or same_place(source, target):
             continue
         order = moments(target[0])
         own = moment(target, order)
+        # A source whose moment is not known counts as too late only if the target's is known.
         if own is not None and (moment(source, order) or _NEVER) > own:
             late.setdefault((target, node), set()).add(plan.reads[source])
     if late:

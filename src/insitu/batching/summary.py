@@ -184,6 +184,7 @@ def _summary(single: PassPlan, facts: Facts | None, moments: Moments) -> Summary
         unembedded = rows * logits
     counts = [rows] * run
     if skipped:
+        # Rows enter at blocks, so that each block has as many as have entered by then.
         counts = rows_by_level(single.rows, costs.blocks)[: max(run - skipped, 0)]
     longest = max(row.length for row in single.rows)
     flops = costs.flops(counts, single.positions, longest, unembedded)
@@ -192,6 +193,7 @@ def _summary(single: PassPlan, facts: Facts | None, moments: Moments) -> Summary
         whole = costs.flops(
             [row.rows] * costs.blocks, row.length, row.length, row.rows * row.length
         )
+        # By invocation: one that runs in two passes would be run alone once.
         alone.update(dict.fromkeys([row.invocation, *(at[0] for at in row.reads)], whole))
     why = single.why or apart or "one prompt"
     return Summary(single.invocations, *shape, len(counts), skipped, flops, why + ending, alone)

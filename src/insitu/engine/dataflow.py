@@ -152,6 +152,8 @@ class _Watch(TorchFunctionMode):
         if name in ("get", "set", ""):  # properties
             return func(*args, **(kwargs or {}))
         target = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        # Torch counts the writes into a tensor: so a write in place is seen whatever the function
+        # is called.
         version = None if target is None else target._version
         result = func(*args, **(kwargs or {}))
         written = target is not None and target._version != version
@@ -323,6 +325,8 @@ def watch(
         args, kwargs = made_ordinary(tuple(call))
         with changing() as changes:
             taps = Taps(changes)
+            # A module with two names gets its first one: the dictionary keeps the last that it is
+            # given.
             for part, path in {part: path for path, part in reversed([*modules.items()])}.items():
                 taps.before(part, partial(recorder.enter, path))
                 taps.after(part, partial(recorder.leave, path))

@@ -131,6 +131,7 @@ class Dependence:
             nodes: the nodes that may have failed, one of them; none where the model has.
             invocations: those of the pass in which it was.
         """
+        # Several lines may have failed, so that no line says whose the failure is.
         if len(nodes) != 1:
             return invocations
         (node,) = nodes

@@ -45,6 +45,7 @@ class Failed:
     @property
     def is_known(self) -> bool:
         """Whether it is known which node or invocation failed."""
+        # Alone in its pass it is the one.
         if len(self.invocations) == 1:
             return True
         return len(self.nodes) == 1 and not is_out_of_memory(self.error)
@@ -167,6 +168,8 @@ class Failures:
             traceback.clear_frames(failed.error.__traceback__)
         self.found.append(failed)
         before, own = self.lost, self.dependence.lost_by(failed.nodes, failed.invocations)
+        # In a backward pass gradients of others may be missing, and rows that begin where this pass
+        # ended have begun with what it left.
         harmless = failed.is_known and not (failed.is_backward or goes_into_others)
         if not (harmless and own.invocations.issuperset(failed.invocations)):
             self.is_spoiled = True

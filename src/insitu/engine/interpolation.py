@@ -208,6 +208,7 @@ class _Fit:
         found = [self._leaf(row) for row in rows]
         memories = [[storage_of(leaf) for leaf in row if _is_tensor(leaf)] for row in rows]
         for at, own in enumerate(memories):
+            # Views of one tensor have to stay views: a write into one is seen through the other.
             if own and memories.count(own) > 1:
                 found[at] = self._sharing(rows[at], found[at], memories.index(own))
             elif any({*own} & {*other} for other in memories if other is not own):

@@ -184,6 +184,8 @@ def _piece(job: Job, nodes: Sequence[NodePlaces], held: Places, given: set[_Node
         without = frozenset(index for index in range(len(block.graph)) if index not in kept[at])
         part, rest = part_of(block, Lost(without, others))
         saves = {n: one for n, one in part.saves.items() if (at, rest.nodes[n]) not in given}
+        # Values of earlier blocks are named by block and node, which have other numbers in the
+        # piece.
         graph = with_earlier(part.graph, numbers, moved)
         blocks.append(replace(part, graph=graph, saves=saves))
         moved.append(rest.moved)
@@ -200,6 +202,7 @@ def _kept(job: Job, nodes: Sequence[NodePlaces], held: Places, given: set[_Node]
     kept: list[set[int]] = [set() for _ in job.blocks]
     used = set[_Node]()
     there = {at for at, _ in held}
+    # From the last block back: what a later one uses is needed in those before it.
     for at in sorted(there, reverse=True):
         graph, of = job.blocks[at].graph, nodes[at]
         # What the model is given is used.

@@ -59,6 +59,7 @@ def join(jobs: Sequence[Job]) -> Job:
     blocks: list[_Joined] = []
     parts: list[JobPart] = []
     for number, job in enumerate(jobs):
+        # Results are split by one level of jobs: jobs in jobs would come back as one.
         if job.parts:
             raise JobError(
                 f"Job {number} is made of several jobs: join all of them at once.", here()
@@ -152,6 +153,8 @@ class _Joined:
         self.steps = max(self.steps, steps or 0)
         for prompt in block.prompts:
             self.prompts.append(
+                # The block runs as long as its longest prompt, so each keeps how many tokens it may
+                # get itself.
                 prompt if steps is None else replace(prompt, steps=prompt.steps or steps)
             )
         self.saves |= {nodes[index]: name for index, name in names.items()}

@@ -217,6 +217,7 @@ def fake_run(
             known.give(fake, item)
         return fake
 
+    # Constants that a forward makes of its own are real tensors.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with on_fake_tensors(mode, known), fake_weights(module, leaf):
         args, kwargs = map_structure(leaf, tuple(call))
@@ -242,6 +243,7 @@ def fake_result(
     """
     call = Call(args, dict(kwargs))
     try:
+        # Without contents first: keeping them slows each function down.
         return fake_run(module, call, forward=forward)
     except Exception:  # some modules ask what integers say, and some kernels are not for fakes
         pass
@@ -256,6 +258,7 @@ def fake_result(
 
 def _fake(tensor: torch.Tensor, device: str = "cpu") -> torch.Tensor:
     """A fake tensor like another, in the fake mode that is active."""
+    # On the CPU, not on the meta device: masks, `generate` and some rotary embeddings fail there.
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
@@ -266,6 +269,7 @@ def _autocast(kind: str) -> tuple[str, AbstractContextManager[Any]]:
     """
     if kind in ("cpu", "meta") or not torch.amp.is_autocast_available(kind):
         return "cpu", nullcontext()
+    # Autocast of the CPU must not stand in for that of a device where it is off.
     if autocast_dtype(kind) is None:
         return "cpu", torch.autocast("cpu", enabled=False)
     return kind, nullcontext()

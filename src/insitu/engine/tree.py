@@ -147,6 +147,7 @@ class Tree:
     @cached_property
     def weight_bytes(self) -> int:
         """The memory of the weights and buffers, in the dtypes that they have, or will have."""
+        # By identity: tied weights are there once.
         tensors = {id(one): one for one in self.root.parameters()}
         tensors |= {id(one): one for one in self.root.buffers()}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -160,6 +161,8 @@ class Tree:
         Args:
             changes: notes it.
         """
+        # Some models exchange modules in their first long forward. A run of the library's own must
+        # not cause that.
         changes.afterwards(partial(self._put_back, [dict(state) for state in self._states]))
 
     def _put_back(self, states: list[dict[str, Any]]) -> None:
@@ -222,8 +225,11 @@ class CallPath:
 
     def still_holds(self) -> bool:
         """Returns whether calls lead on through the same modules, and enter what they entered."""
+        # Tables are compared in C, and dictionaries that are the same object at once.
         if self.now != self.then:
             return False
+        # Compiling a module, or giving it a forward of its own, adds an attribute. Comparing all
+        # entries took 0.1 us a module.
         same = [*map(len, self._states)] == self._sizes
         same = same and type(self._root).forward is self._forward
         for state, forward in self._own:

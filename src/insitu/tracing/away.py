@@ -116,6 +116,7 @@ def check_sent(model: Subject, job: Job) -> None:
 def _most_bytes(model: Subject, job: Job) -> int:
     """About how many bytes a value of the model has at most: a smaller one is not looked at."""
     root = model.snapshot.root
+    # The vocabulary, mostly: a bound that takes no look at the graph.
     widest = max((max(one.shape, default=1) for one in root.parameters()), default=1)
     most = 0
     for block in job.blocks:

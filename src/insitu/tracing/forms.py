@@ -150,6 +150,7 @@ class WithoutLast:
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
         """Returns the value that is to stand at the site."""
+        # The others stay as the model made them: nobody can see them to write them.
         others: Any = site[..., -self.others :]
         return torch.cat([value, others], dim=-1)
 
@@ -199,6 +200,7 @@ class PerHead(Computed):
         heads = z.unflatten(-1, (self.heads, -1)).transpose(-1, -2)
         # Each head beside zeros in the place of the others: (batch, position, head, head, size).
         apart = torch.diag_embed(heads).permute(0, 1, 3, 4, 2).flatten(-2)
+        # The projection has its bias once, and would add it to each head.
         made = call_module(self.path, (apart,), {}, line) - self._bias(z, line)
         return made.movedim(2, self.axis)
 

@@ -75,9 +75,11 @@ class Named:
             )
         site = invocation.read(self.path, self.kind, line, self.call)
         recording = site._recording
+        # Patterns of attention exist only with an implementation that computes them.
         if self.options:
             invocation.demand(dict(self.options))
             table_of(recording.graph, "unfused", set).add(recording.graph.original(site._ref.index))
+        # Few blocks use standard names, and none of the others pays for the table.
         if recording.shown is None:
             recording.shown = {}
         key = (site._ref.index, self)
@@ -286,6 +288,7 @@ class _StepsAs(SavedSteps):
 
 def _as(source: Proxy, saved: Any) -> Any:
     """Returns what `.save()` gave, with the meaning that its source has while the block is open."""
+    # Lines behind `.save()` may go on with what it gave, which has to mean the same as its source.
     if isinstance(saved, SavedProxy | SavedSteps):
         vars(saved)["_saved"] = source
         return become(saved, _SavedAs if isinstance(saved, SavedProxy) else _StepsAs)

@@ -70,12 +70,15 @@ def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
     """The part of the tree that a block is about. All of it has to be there."""
     modules = model.snapshot.modules
     paths: dict[str, int] = {}
+    # The values of steps have no module of their own.
     for (_, path, kind, *_), index in plan.reads.items():
         if kind in ("output", "input", "inputs"):
             paths.setdefault(path.partition(SEPARATOR)[0], index)
+    # A module may be called as a function, outside of the model's flow.
     for index, (_, args, *_) in enumerate(graph.rows):
         if args and type(args[0]) is ModuleRef:
             paths.setdefault(args[0].path, index)
+    # Weights that are named in `backward(inputs=)` must be there as well.
     for index, row in enumerate(graph.rows) if graph.differentiates else ():
         for weight in row[2].get("inputs", ()) if row[0] is BACKWARD else ():
             if type(weight) is WeightRef:
@@ -111,6 +114,7 @@ def plan_run(run: Run) -> tuple[Prepared, list[Pass]]:
     watched = _watched(model, graph, plan)
     work = Work(graph, plan, asked_by(graph, plan, len(requests)), partial(_moments, run))
     demands = procedure.demands(tree.root, requests, work)
+    # Most blocks are of one prompt, and there is nothing to plan in them.
     if len(requests) == 1:
         plans = [alone(0, demands.each[0], [*plan.reads])]
     else:
@@ -119,6 +123,7 @@ def plan_run(run: Run) -> tuple[Prepared, list[Pass]]:
         plans = plan_passes(work, demands)
         _log(plans, len(requests))
     passes = procedure.passes(tree.root, plans, requests)
+    # Only then a value can come too late.
     if plan.crosses or plan.skips:
         check_order(work, plans)
     if plan.skips or plan.stops:

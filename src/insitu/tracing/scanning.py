@@ -23,6 +23,7 @@ def scan_block(run: Run) -> None:
     lines = run.lines
     prepare(run, dry=True)
     for index in range(len(lines.graph)):
+        # Sizes that depend on values are no faults: the run will tell.
         with contextlib.suppress(UnknownShapeError):
             fake_value(lines, index)
     for index, holder in lines.saves.items():

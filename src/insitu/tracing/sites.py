@@ -70,6 +70,8 @@ class Sites:
     def inputs(self, value: Any) -> None: ...
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # Anything else is a slip, or a standard name: an attribute of the handle would be lost in
+        # silence.
         if name not in SITES:
             self._assign(name, value)
             return
