@@ -8,12 +8,12 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # A worker for each core: threads of their own would only wait for each other.
-test test-all test-matrix test-served architectures fuzz attack: export OMP_NUM_THREADS := 1
+test test-all test-matrix test-served coverage architectures fuzz attack: export OMP_NUM_THREADS := 1
 
 ORACLES := transformer-lens captum sae-lens
 
-.PHONY: demo test test-all test-matrix test-served architectures proofs oracle fuzz attack check format docs bench \
-	bench-peers bench-serving attack-server clean
+.PHONY: demo test test-all test-matrix test-served coverage architectures proofs oracle fuzz attack \
+	check format docs bench bench-peers bench-serving attack-server clean
 
 demo: $(VENV)/runtime
 	@$(BIN)/python examples/main_demo.py
@@ -23,6 +23,12 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS)
+
+# Which lines the tests run, and a floor below which this fails: see pyproject.toml. COVERED takes
+# a part of the suite, as in `make coverage COVERED="tests/graph --cov-fail-under=0"`.
+COVERED ?= -m "not slow"
+coverage: $(VENV)/installed
+	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term --cov-report=html:build/coverage $(COVERED)
 
 NEWEST := $(BIN)/python
 OLDEST := $(VENV)-transformers4/bin/python

@@ -161,7 +161,7 @@ Graph.picture = _picture
 
 
 def _unknown(name: str) -> Exception:
-    """What is raised for a name that is not here, with the line to write if it is known."""
+    """The error for a name that is not here, with the line to write if it is known."""
     if name.startswith("_") or find_spec(f"insitu.{name}"):  # a question of Python's
         return AttributeError(f"module {__name__!r} has no attribute {name!r}")
     instead = habit(name, OF_PACKAGE, __all__)

@@ -3,7 +3,7 @@
 A command prints a table or JSON, or writes a page or a picture and says where. It exits with 0 if
 all went well, with 1 if what was checked does not hold, and with 2, and one line that says why, if
 it could not be done. How options are read is in `command_options.py`, and what becomes of an answer
-in `command_answers.py`. What is about a server is in `command_server.py`.
+in `command_answers.py`. Commands about a server are in `command_server.py`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Answer:
     Attributes:
         shown: a result, or what rich can print.
         data: the same for JSON; of a result, None for its own.
-        said: what is printed before it, also where it is written to a file.
+        said: text that is printed before it, also where it is written to a file.
         printed: what rich prints in a terminal, if it is not all of it.
         written: files that the command itself has written.
         ok: whether what was checked holds.

@@ -1,6 +1,6 @@
 """Options of commands: their types, how they are read, and how an error names them.
 
-What is checked here is checked before a model is loaded. What the commands do is in `cli.py`.
+All checks here come before a model is loaded. What the commands do is in `cli.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MOST_NUMBERS = 100_000  # what is more than any model has is a slip
 
 
 def check_files(given: Mapping[str, Any]) -> None:
-    """Raises if a file cannot be written, before a model is loaded for what is in it.
+    """Raises if a file cannot be written, before a model is loaded for its content.
 
     All options that name a file are those of files that are written.
 

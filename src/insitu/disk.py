@@ -1,7 +1,7 @@
 """Files, written whole or not at all and read only where they are plain files.
 
 Everything that Insitu writes or reads by itself goes through `write` and `read`: edits, results,
-vectors, pages and pictures. What is in a file is not the business of this module.
+vectors, pages and pictures. The content of a file is not the business of this module.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def write(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def read(path: str | os.PathLike[str], largest: int | None = None) -> bytes:
-    """Returns what is in a file.
+    """Returns the content of a file.
 
     Args:
         path: the file.

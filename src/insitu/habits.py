@@ -1,4 +1,4 @@
-"""Words of other libraries that are typed by habit, and what is written here instead.
+"""Words of other libraries that are typed by habit, and the lines to write here instead.
 
 nnsight, TransformerLens, pyvene and baukit have methods that this library does not have. An error
 for one of their names says the line to write. Here are the words of methods and options; what
@@ -236,12 +236,12 @@ OF_PACKAGE: Mapping[str, str] = {
 
 
 def habit(name: str, known: Mapping[str, str], there: Collection[str] = ()) -> str:
-    """Returns the end of a message about a name that there is not: what is written instead.
+    """Returns the end of a message about a name that does not exist: the line to write instead.
 
     Args:
         name: what was asked for.
-        known: what is written instead of some names.
-        there: the names that there are, of which the nearest is named otherwise.
+        known: the lines to write instead of some names.
+        there: the names that there are; the nearest one is offered if the name is not known.
     """
     instead = known.get(name)
     return f": {instead}" if instead is not None else nearest(name, there)

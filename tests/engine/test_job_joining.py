@@ -216,10 +216,10 @@ def test_parts_that_are_not_there_are_not_read(model: LanguageModel) -> None:
     for wrong in ({"block": 1}, {"first": 2}, {"size": 1000}, {"count": 2}):
         part = replace(joined.parts[1], shares=[replace(share, **wrong)])
         data = Job(joined.model, joined.blocks, [joined.parts[0], part]).to_bytes()
-        with pytest.raises(WireError, match="what is not there"):
+        with pytest.raises(WireError, match="that are not there"):
             Job.from_bytes(data)
     part = replace(joined.parts[1], names={"other": "mine"})
-    with pytest.raises(WireError, match="what is not saved"):
+    with pytest.raises(WireError, match="that is not saved"):
         Job.from_bytes(Job(joined.model, joined.blocks, [part]).to_bytes())
 
 

@@ -299,7 +299,7 @@ def test_what_is_no_circuit_of_the_model_says_so() -> None:
             faithfulness_curve(*run, Circuit.of(scores), sizes=sizes)  # pyright: ignore
     every = Circuit.of(scores)
     for size in (-1, len(every) + 1):
-        with pytest.raises(OptionError, match=rf"there are {len(every)}, not \[{size}\]"):
+        with pytest.raises(OptionError, match=rf"at most {len(every)}, and not \[{size}\]"):
             faithfulness_curve(*run, every, sizes=[size])
     with pytest.raises(OptionError, match="'sender' and 'receiver'"):
         Circuit.of(Result("", "", torch.zeros(()), ()))

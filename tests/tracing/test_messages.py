@@ -123,8 +123,8 @@ CASES: list[tuple[Callable[[LanguageModel], None], type[InsituError], str, str]]
         CausalityError,
         "`transformer.h[1].output` is given a value that depends on `transformer.h[2].output`, "
         "which comes later in the run and is read at\nLINE\n    later = "
-        "model.transformer.h[2].output[0]\nA write can only use what is there when the model "
-        "passes the site; it stands at",
+        "model.transformer.h[2].output[0]\nA write can only use values that are there when "
+        "the model passes the site; it stands at",
         "model.transformer.h[1].output = later * 2",
     ),
     (
@@ -132,8 +132,8 @@ CASES: list[tuple[Callable[[LanguageModel], None], type[InsituError], str, str]]
         CausalityError,
         "`transformer.h[0].output` is given a value that depends on `lm_head.input`, which comes "
         "later in the run and is read at\nLINE\n    model.transformer.h[0].output[0][:, 0] = "
-        "model.lm_head.input[:, 0]\nA write can only use what is there when the model passes the "
-        "site; it stands at",
+        "model.lm_head.input[:, 0]\nA write can only use values that are there when "
+        "the model passes the site; it stands at",
         "model.transformer.h[0].output[0][:, 0] = model.lm_head.input[:, 0]",
     ),
     (

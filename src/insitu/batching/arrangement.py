@@ -19,8 +19,8 @@ from insitu.batching.pass_plan import Row, rows_by_level
 Key = TypeVar("Key", bound=Hashable)
 
 Edges = Mapping[tuple[int, int], bool]
-"""Pairs of rows, the second of which uses values of the first, by their numbers, and
-whether one pass would do for both."""
+"""Pairs of rows by their numbers, and whether one pass would do for both. The second row of a pair
+uses values of the first."""
 
 Group = tuple[list[int], int]
 """The numbers of rows that share a pass, and how many positions all of them leave out."""
@@ -76,9 +76,12 @@ def _divided(
     """Divides rows by what they use, by who may share a pass, and by what that costs."""
     groups: list[Group] = []
     for together, mutual in ranks(len(rows), edges):
+        # Rows that wait for each other run side by side from the first block on: the planner tries
+        # again without rows that begin later.
         if mutual and any(rows[number].first_block for number in together):
             return None
         for part in grouped(sorted(together), keys.__getitem__).values():
+            # Rows that need each other must stay in one pass, whatever their lengths cost.
             groups.extend([(part, 0)] if mutual else of_like_terms(part))
     return groups
 
@@ -89,6 +92,7 @@ def _in_order(groups: list[Group] | None, edges: Edges) -> list[Group] | None:
         return None
     home = {number: at for at, (numbers, _) in enumerate(groups) for number in numbers}
     needs = [(home[source], home[target]) for source, target in edges]
+    # Nearly always: then the order of the lines stays, which is what `explain` shows.
     if all(source <= target for source, target in needs):
         return groups
     sorter = TopologicalSorter[int](dict.fromkeys(range(len(groups)), ()))
@@ -107,6 +111,7 @@ def _of_like_terms(
 ) -> list[Group]:
     """Divides rows that may share a pass into those that do."""
     whole = [number for number in numbers if not rows[number].first_block]
+    # Without costs nothing says whether padding or a further call is dearer, so all share.
     parts = [whole] if costs is None else _by_length(rows, whole, costs, budget)
     groups = [(part, 0) for own in parts for part in _within(rows, own, 0, budget)]
     later = [number for number in numbers if rows[number].first_block]
@@ -143,6 +148,7 @@ def rings(edges: Collection[tuple[int, int]], count: int) -> list[int]:
         except CycleError as error:
             cycle = set(error.args[1])
             first = min(cycle)
+            # One ring a round: two that touch are found as one in the next.
             merged = [first if number in cycle else number for number in merged]
         else:
             return merged
@@ -175,6 +181,7 @@ def ranks(count: int, edges: Edges) -> list[tuple[list[int], bool]]:
             incoming.setdefault(merged[target], []).append((merged[source], shares))
     rank: dict[int, int] = {}
     for at in order:
+        # A row that is in time for another may share its pass; one that is not comes a rank later.
         after = [rank[source] + (not shares) for source, shares in incoming.get(at, ())]
         rank[at] = max(after, default=0)
     ranks: list[tuple[list[int], bool]] = []
@@ -191,14 +198,17 @@ def _by_length(
     rows: Sequence[Row], numbers: Sequence[int], costs: Costs, budget: int
 ) -> list[list[int]]:
     """Divides rows into batches of like length, the cheapest way."""
+    # Rows of one length are never parted here: that would save no padding.
     classes = sorted(grouped(numbers, lambda number: rows[number].length).items())
     sizes = [sum(rows[number].rows for number in part) for _, part in classes]
     before = [0, *accumulate(sizes)]
 
     def cost(begin: int, end: int) -> float | None:
         length, count = classes[end - 1][0], before[end] - before[begin]
+        # One length alone may be over the budget: `_within` divides it, since no cut here could.
         if end - begin > 1 and count * length > budget:
             return None
+        # All rows are padded to the longest, and pay for it in every block.
         return costs.time([count] * costs.blocks, length, length, 0)
 
     parts = _cheapest(len(classes), cost)
@@ -221,6 +231,7 @@ def _by_start(
     for begin, end in _cheapest(len(classes), cost):
         start = classes[begin][0]
         part = [number for _, same in classes[begin:end] for number in same]
+        # The pass is entered block by block, so that rows that enter first lie first.
         part.sort(key=lambda number: (rows[number].first_block, number))
         groups.extend((own, start) for own in _within(rows, part, start, budget))
     return groups
@@ -237,6 +248,7 @@ def _cheapest(count: int, cost: Callable[[int, int], float | None]) -> list[tupl
     best: list[tuple[float, int]] = [(0.0, 0)]  # up to each class: its cost, and the last cut
     for end in range(1, count + 1):
         found: tuple[float, int] | None = None
+        # From the end backwards: once a part is too large, longer ones are too.
         for begin in range(end - 1, -1, -1):
             own = cost(begin, end)
             if own is None:
@@ -271,6 +283,7 @@ def _within(
     parts: list[list[int]] = []
     count = 0
     for number in sorted(numbers, key=longest):
+        # Sorted by length, so that the row at hand is the longest, to which all are padded.
         count += rows[number].rows
         if not parts or count * (longest(number) - start) > budget:
             parts.append([])

@@ -58,7 +58,7 @@ def asked_by(graph: Graph, plan: Plan, count: int) -> list[Asked]:
     """Returns what each invocation of a block asks.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
         count: how many invocations there are.
     """
@@ -68,11 +68,13 @@ def asked_by(graph: Graph, plan: Plan, count: int) -> list[Asked]:
     for kind, reads in (("skip", plan.skips), ("stop", plan.stops)):
         for read in reads:
             address = plan.places[plan.bits[read]]
+            # Without the invocation, so that two that cut the same can share a pass.
             cuts[address[0]].add((kind, (0, *address[1:])))
     if plan.gradients is None:
         return [Asked(frozenset(own)) for own in cuts]
     differentiated, alone = _differentiated(graph, plan), _alone(graph, plan)
     if plan.gradients.opaque:
+        # Nothing here sees through which values such a function lets gradients pass.
         alone |= dict.fromkeys(differentiated, _OPAQUE)
     return [
         Asked(frozenset(own), number in differentiated, alone.get(number))
@@ -93,6 +95,7 @@ def _alone(graph: Graph, plan: Plan) -> dict[int, Fallback]:
     found: dict[int, Fallback] = {}
     for index, (operation, _, kwargs, inputs, _, _) in enumerate(graph.rows):
         why: Fallback | None = None
+        # The hook that changes a gradient sees that of the whole batch.
         if operation is GRAD and index in graph.writes:
             why = _CHANGED
         elif operation is KEEP:
@@ -102,6 +105,7 @@ def _alone(graph: Graph, plan: Plan) -> dict[int, Fallback]:
         if why is not None:
             found |= dict.fromkeys(_invocations(plan, inputs), why)
     passes = () if plan.gradients is None else plan.gradients.joint
+    # A single pass goes through the whole batch anyhow.
     for group in passes if len(passes) > 1 else ():
         if not group.joins and len(group.invocations) == 1:
             (number,) = group.invocations  # it would go through the whole batch for one prompt
@@ -110,7 +114,7 @@ def _alone(graph: Graph, plan: Plan) -> dict[int, Fallback]:
 
 
 def _differentiated(graph: Graph, plan: Plan) -> set[int]:
-    """The invocations whose values a loss depends on, or of which a gradient is read."""
+    """The invocations whose values a loss depends on, or whose gradients are read."""
     nodes = [row[3] for row in graph.rows if row[0] in (BACKWARD, GRAD, KEEP)]
     found = _invocations(plan, chain.from_iterable(nodes))
     edges = uses(graph, plan)

@@ -1,7 +1,7 @@
 """Which writes are possible: a value must be there before the model needs it.
 
-Inside a pass the order is that of the model's modules. What is wrong is found before the model
-runs, as far as the moments of sites are known without a run.
+Inside a pass the order is that of the model's modules. Faults are found before the model runs, as
+far as the moments of sites are known without a run.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def circle_error(
         each: what all invocations of the block demand.
     """
     graph, plan = work.graph, work.plan
+    # What keeps one of the circle apart explains most; otherwise any reason of the block is better
+    # than none.
     reasons = [each[number].apart for number in (*sorted(circle), *range(len(each)))]
     apart = next((why for why in reasons if why is not None), None)
     for index, together in plan.repeated.joint if plan.repeated is not None else ():
@@ -85,10 +87,13 @@ def check_order(work: Work, passes: Sequence[PassPlan]) -> None:
     moments = cache(work.moments)
     late: dict[tuple[Address, int], set[int]] = {}
     for source, target, node in found:
+        # Of another pass it is there before; at the same place the write uses what has just
+        # arrived.
         if home[source] != home[target] or same_place(source, target):
             continue
         order = moments(target[0])
         own = moment(target, order)
+        # A source whose moment is not known counts as too late only if the target's is known.
         if own is not None and (moment(source, order) or _NEVER) > own:
             late.setdefault((target, node), set()).add(plan.reads[source])
     if late:
@@ -97,7 +102,7 @@ def check_order(work: Work, passes: Sequence[PassPlan]) -> None:
 
 
 def check_cuts(work: Work) -> None:
-    """Finds reads of what is skipped or comes after the end of the run.
+    """Finds reads of sites that are skipped or come after the end of the run.
 
     Args:
         work: what the passes are for.

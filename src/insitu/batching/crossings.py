@@ -20,7 +20,7 @@ class Crossing(NamedTuple):
     Attributes:
         source: the site that is needed.
         target: the site that is written, or the arguments of the call that is skipped.
-        node: what makes what is put there.
+        node: the node that makes the value which is put there.
     """
 
     source: Address
@@ -32,7 +32,7 @@ def crossings(graph: Graph, plan: Plan) -> list[Crossing]:
     """Returns the sites that others need, in the same invocation or in another.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
     """
     if not plan.crosses and not plan.skips:
@@ -42,8 +42,10 @@ def crossings(graph: Graph, plan: Plan) -> list[Crossing]:
         operation, target, *_ = graph.rows[read]
         if operation is not READ:
             continue  # a gradient: its order is that of the backward pass
+        # What arrives at the written site itself is there, by definition.
         mask = plan.needs[node] & ~plan.bits[read]
         while mask:
+            # The lowest bit: sites are taken out one by one.
             bit = mask & -mask
             mask ^= bit
             if bit in plan.places:
@@ -61,8 +63,11 @@ def in_time(crossing: Crossing, moments: Moments) -> bool:
     source, target, _ = crossing
     if same_place(source, target):
         return True
+    # For a function the module around it bounds the moment: it cannot come before the module is
+    # called.
     here = moment(bounding(target, "inputs"), moments(target[0]))
     there = moment(bounding(source, "output"), moments(source[0]))
+    # Where nothing is known one pass is tried: the run refuses what comes too late, at its line.
     return here is None or there is None or there <= here
 
 
@@ -70,7 +75,7 @@ def uses(graph: Graph, plan: Plan) -> list[tuple[int, int]]:
     """Returns which invocations are used by which others, as pairs, the used one first.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
     """
     pairs = [(one.source[0], one.target[0]) for one in crossings(graph, plan)]
@@ -103,6 +108,7 @@ def moment(address: Address, moments: Mapping[Place, int] | None) -> tuple[float
         moments: when places come in a step.
     """
     _, path, kind, call, step = address
+    # Tokens are chosen when the forward of their step has ended.
     within = {"choice": math.inf, "tokens": math.inf}.get(kind)
     if within is None and moments is not None:
         within = moments.get((path, kind, call))
@@ -117,7 +123,7 @@ def bounding(address: Address, bound: Kind) -> Address:
 
     Args:
         address: the site.
-        bound: which value of the module stands for what is inside of its forward.
+        bound: which value of the module stands for the functions inside of its forward.
     """
     owner, inside, _ = address[1].partition(SEPARATOR)
     return (address[0], owner, bound, 0, address[4]) if inside else address

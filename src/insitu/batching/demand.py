@@ -29,7 +29,7 @@ class Work(NamedTuple):
     """What the passes of a run are for.
 
     Attributes:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
         asked: what each invocation asks of the pass that it runs in.
         moments: when the sites of an invocation come.
@@ -99,7 +99,7 @@ class Demand(NamedTuple):
     tokens: int = 0
 
     def key(self, number: int) -> Hashable:
-        """Returns what is equal for invocations that may share a pass.
+        """Returns a key that is equal for invocations that may share a pass.
 
         Args:
             number: the number of the invocation.

@@ -120,9 +120,11 @@ def cut(site: Site, value: Any, layout: Any, part: Part) -> Any:
         entries = cast("Mapping[str, Any]", value)
         kind = cast(Any, type(entries))
         inner = cast("dict[str, Any]", layout)
+        # Entries that cannot be cut, such as a cache, are left out of what the invocation sees.
         some = isinstance(layout, Entries) and entries.keys() >= inner.keys()
         if some or entries.keys() == inner.keys():
             return kind({name: cut(site, entries[name], inner[name], part) for name in inner})
+    # A constant, such as a flag, is the same for all.
     if layout is None and not isinstance(value, torch.Tensor):
         return cast(Any, value)
     raise _unexpected(site, value)
@@ -144,6 +146,7 @@ def put(site: Site, value: Any, layout: Any, part: Part, own: Any) -> None:
         # No gradient goes back through padding: what is written may be no finite number, and then
         # attention makes NaN of the zeros that come from there.
         padded = whole.requires_grad and not part.spans_length
+        # Rows and positions have axes of their own: a slice of the value is the part.
         if axis is None:
             if padded and Axis.ROWS in layout.axes:
                 all_of_it = (*[_ALL] * layout.axes.index(Axis.ROWS), part.rows)
@@ -217,8 +220,10 @@ def widened(value: Any, layout: Any, batch: int) -> Any:
     """
 
     def widen(layout: TensorLayout, whole: torch.Tensor) -> torch.Tensor:
+        # It was widened before, for another row of the batch.
         if Axis.SHARED not in layout.axes or whole.shape[0] == batch:
             return whole
+        # Cloned: rows of an expanded tensor are one memory, so that a write to one would reach all.
         return whole.expand(batch, *whole.shape[1:]).clone()
 
     return _by_layout(widen, layout, value)
@@ -243,12 +248,16 @@ def spread(value: Any, layout: Any, positions: Sequence[int] | slice, length: in
         if Axis.POSITIONS not in layout.axes and Axis.BOTH not in layout.axes:
             return some
         axis = layout.axes.index(Axis.POSITIONS)
+        # Patterns of attention have two such axes, and rows that leave out positions compute them
+        # for some queries only.
         if Axis.POSITIONS in layout.axes[axis + 1 :]:
             raise ValueError("a pair of positions is not left out with one of them")
         shape = list(some.shape)
         shape[axis] = length
+        # One value that holds for all positions is no position that was computed.
         if some.shape[axis] == 1:
             return some.expand(shape)
+        # Nobody looks at the other positions: that is why they were left out.
         whole = some.new_empty(shape)
         whole[(*(_ALL,) * axis, positions)] = some
         return whole
@@ -267,10 +276,13 @@ def _cut_tensor(
     flat: int | None = None
     for at, axis in enumerate(axes):
         if axis is Axis.FIXED or axis is Axis.CHOSEN:
+            # A fixed size that differs shows a layout that does not hold here: cutting on would
+            # give a wrong number in silence.
             if shape[at] != layout.sizes[at] + (step if axis is Axis.CHOSEN else 0):
                 raise _unexpected(site, value)
             key.append(_ALL)
             continue
+        # It is there once for all rows, and so it is in a run alone.
         if axis is Axis.SHARED and shape[at] == 1:
             key.append(_ALL)
             continue

@@ -149,6 +149,7 @@ def rows_by_level(rows: Sequence[Row], blocks: int) -> list[int]:
     count = 0
     for block in range(blocks):
         count += entering[block]
+        # Blocks before the first entry do not run at all.
         if count:
             counts.append(count)
     return counts

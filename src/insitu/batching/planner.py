@@ -68,9 +68,11 @@ def _edges(
 ) -> dict[tuple[int, int], bool]:
     """Which rows use values of other rows, and whether one pass would do for both."""
     edges: dict[tuple[int, int], bool] = {}
+    # A row that begins at a block needs the run of its prompt that begins at the beginning.
     whole = {row.invocation: at for at, row in enumerate(rows) if not row.first_block}
     for at, row in enumerate(rows):
         if row.origin is not None:
+            # Never in one pass: what it begins with has to be there.
             edges[whole[row.origin], at] = False
     last = {row.invocation: at for at, row in enumerate(rows)}
     for one, other in steps_together(work.plan):
@@ -85,6 +87,7 @@ def _edges(
         shares = shares and not (rows[source].first_block or rows[at].first_block)
         if demands.costs is not None:  # by which lengths may be parted
             shares = shares and rows[source].length == rows[at].length
+        # Two rows may cross at several sites: one that is too late is enough to part them.
         shares = shares and edges.get((source, at), True) and in_time(each, known)
         edges[source, at] = shares
     return edges
@@ -111,6 +114,7 @@ def _passes(
         own.sort(key=lambda row: row.first_block)
         demand = demands.each[own[0].invocation]
         terms = demand.terms
+        # It shares with nobody, for the reason that its demand gives.
         if terms is None:
             passes.append(alone(own[0].invocation, demand, own[0].reads))
             continue
@@ -122,6 +126,8 @@ def _passes(
         through: Place | None = None
         if blocks or single.first_block:
             last = own[-1].first_block if single.first_block else max(blocks)
+            # A pass must not end before the states that others begin with exist; keys and values
+            # are those of all blocks.
             through = (demands.blocks[(len(demands.blocks) if caches else last) - 1], "output", 0)
         passes.append(
             single._replace(
@@ -164,15 +170,18 @@ def _logits(
 ) -> Logits | None:
     """Which positions of a pass have to become logits; None for all."""
     head = demands.head
+    # Positions are counted from the front here, which padding on the left would move.
     if head is None or terms.side == "left" or single.differentiates:
         return None
     places = frozenset[Place]([("", "output", 0), (head, "output", 0)])
+    # If logits cannot be cut out of a batch, they are not for some positions either.
     if not places <= terms.layouts.keys():
         return None
     found: list[Sequence[int]] = []
     for row in single.rows:
         wanted: set[int] = set()
         for address in row.reads:
+            # The hidden states before the unembedding are asked for, which would be fewer.
             if address[1:4] in ((head, "input", 0), (head, "inputs", 0)):
                 return None
             if address[1:4] not in places:
@@ -183,6 +192,7 @@ def _logits(
                 return None
             wanted.update(position - single.first_position for position in looked_at)
         found.append(tuple(sorted(wanted)))
+    # With most positions looked at, picking them costs more than it saves.
     if not 0 < max(map(len, found)) <= single.positions // 2:
         return None
     return Logits(places, tuple(found))

@@ -151,7 +151,7 @@ class Procedure(Protocol, Generic[Request]):
 
     @property
     def facts(self) -> Facts | None:
-        """What is known of the model to tell of its passes; None if a pass is just a call."""
+        """The facts of the model that its passes are told with; None if a pass is just a call."""
         ...
 
     def whole(self, each: Sequence[Any], requests: Sequence[Request]) -> Any:
@@ -225,8 +225,8 @@ class Subject(Protocol):
         """Takes the module's tree as it is now; returns whether it had changed.
 
         Args:
-            closely: whether to look also in an open block in which that was done before, and
-                for what is seldom done to a module.
+            closely: whether to look also in an open block that was looked at before, and for
+                changes that are seldom made to a module.
         """
         ...
 

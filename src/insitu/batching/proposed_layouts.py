@@ -1,10 +1,10 @@
 """Which axes of a value are rows and which are positions, proposed from its shapes.
 
-What passes a site is compared at several sizes of input: an axis that grows with the batch holds
-rows, one that grows with the length holds positions, one that grows with both holds rows and
-positions flattened together. In the later steps of a generation an axis may grow with the step
-too. Shapes alone can lie about flattened rows: `models/separation.py` tries by value whether a
-proposal is right.
+Shapes at a site are compared at several sizes of input. An axis that grows with the batch holds
+rows, and one that grows with the length holds positions. One that grows with both holds rows and
+positions flattened together. In the later steps of a generation an axis may grow with the step too.
+Shapes alone can lie about flattened rows: `models/separation.py` tries by value whether a proposal
+is right.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _INSEPARABLE = (_InseparableError, ValueError, KeyError, AttributeError)
 
 
 # (batch, length) of the three probes.
+# Primes, so that no product of two sizes equals another: 2 * 5, 3 * 5 and 2 * 7 tell rows and
+# positions apart also where they are flattened.
 SIZES = ((2, 5), (3, 5), (2, 7))
 
 
@@ -75,6 +77,7 @@ def _layout(values: Sequence[Any], sizes: Sequence[Size], some: bool = False) ->
         found = [_axis(along, sizes) for along in zip(*shapes, strict=True)]
         axes = tuple(axis for axis, _ in found)
         bare = WITH_ROWS.isdisjoint(axes)
+        # Position embeddings and masks are often there once for the whole batch.
         if bare and len(axes) > 1 and first.shape[0] == 1 and axes[0] is Axis.FIXED:
             axes = (Axis.SHARED, *axes[1:])
         return TensorLayout(axes, tuple(size for _, size in found))
@@ -109,6 +112,7 @@ def _layout_of_mapping(
 
 def _axis(along: Sequence[int], sizes: Sequence[Size]) -> tuple[Axis, int]:
     """What an axis counts, from how long it is at each size; and how long it is without steps."""
+    # With a step of 0 growing axes look like positions: the order says which is meant.
     for axis, expected in _AXES.items():
         if all(size == expected(at) for size, at in zip(along, sizes, strict=True)):
             return axis, along[0]

@@ -52,6 +52,7 @@ def find_rows(
     for address in work.plan.reads:
         reads[address[0]].append(address)
     groups = _of_one_prompt(each)
+    # No two prompts are equal, so there is nothing to share.
     if len(groups) == len(each):
         return [_row(number, each[number], own) for number, own in enumerate(reads)]
     writes: list[list[Address]] = [[] for _ in each]
@@ -73,6 +74,7 @@ def find_rows(
             found = (branching.branch(n, each[n], reads[n], writes[n]) for n in touched)
             branches = [branch for branch in found if branch is not None]
             costs = None if demands.always else demands.costs
+            # A pass more has a price of its own, which few rows of a small model do not earn back.
             if costs is not None and not _pays(branches, bool(untouched), costs):
                 branches = []
         if branches or len(untouched) > 1:
@@ -148,18 +150,25 @@ class _Branching:
                 return None
             spans[address] = span
         first = min(spans[address][0] for address in writes)
+        # As many blocks as have ended before the first write are the prompt's own.
         level = sum(end <= first for end in self._ends)
+        # It differs within the first block.
         if not level:
             return None
         entry = self._ends[level - 1]
         begin = entry if first == entry else entry + 1
         before = [address for address in reads if spans[address][1] < begin]
         after = [address for address in reads if spans[address][0] >= begin]
+        # A site that spans the entry would be seen half from each run.
         if len(before) + len(after) < len(reads):
             return None
+        # The trial has not shown that a forward that begins there gives this site as a whole one
+        # does.
         if any(address[1:4] not in chain.whole for address in after):
             return None
         start = 0
+        # Positions before the write do not differ only where attention looks back and the write is
+        # handed on as it is.
         if self._tails and len(writes) == 1 and (first == entry or writes[0][1:4] in chain.handed):
             start = self._start(demand.length, writes[0], after)
         return _row(number, demand, after, level, start), before
@@ -168,10 +177,12 @@ class _Branching:
         """From which position on an invocation's run differs, where only these are looked at."""
         part = part_of(written, self._chain.paths)
         start = self._extents.changed_from(self._plan.reads[written], length, part)
+        # One position at least: a forward of none is no forward.
         start = min(start, length - 1)
         for address in after:
             if address == written or not start:
                 continue
+            # Not shown by the trial to be right with the first positions left out.
             if address[1:4] not in self._chain.tails:
                 return 0
             looked_at = self._extents.read(
@@ -217,6 +228,8 @@ def _span(address: Address, order: Mapping[Place, int]) -> tuple[int, int] | Non
     inputs, output = bounding(address, "inputs")[1:4], bounding(address, "output")[1:4]
     if inputs not in order or output not in order:
         return None
+    # The module is called several times, and which call a function belongs to is not known
+    # beforehand.
     if SEPARATOR in address[1] and (inputs[0], "inputs", 1) in order:
         return None
     return order[inputs], order[output]

@@ -62,6 +62,7 @@ class Share(NamedTuple):
     def take(self, site: Site, value: Any) -> Any:
         """Returns the prompt's own part of what arrived at a site."""
         layout, part = self._in_step(site)
+        # Of these only the positions exist that somebody looks at.
         if self.logits is not None and site[1:4] in self.logits.places:
             own = partial(self._own, site, part)
             return _take_logits(value, layout, partial(self._unembedded, site, part), own)
@@ -70,6 +71,7 @@ class Share(NamedTuple):
     def put(self, site: Site, value: Any, own: Any) -> None:
         """Fills the prompt's own part of a copy of what arrived at a site."""
         layout, part = self._in_step(site)
+        # The batch has only the positions from the start on, and the value to write has all.
         if self.offset is not None and self.offset.start:
             rows = part.rows.stop - part.rows.start
             computed = slice(self.offset.start, self.offset.length)
@@ -83,9 +85,12 @@ class Share(NamedTuple):
 
     def _in_step(self, site: Site) -> tuple[Any, Part]:
         """How the value at a site is cut in its step, and where the prompt lies there."""
+        # Later steps have layouts of their own: values there have one position, or a cache that has
+        # grown.
         if site[4]:
             return self.later[site[1:4]], self.part._replace(step=site[4])
         if self.offset is not None:
+            # Rows enter from block to block, so the batch is as large as it is at this moment.
             return self.layouts[site[1:4]], self.part._replace(batch=self.offset.batch())
         return self.layouts[site[1:4]], self.part
 
@@ -104,6 +109,8 @@ class Share(NamedTuple):
         if site[1:4] in offset.entry:
             own = map_structure(clone, own)
             hidden = own if isinstance(own, torch.Tensor) else own[0]
+            # Where the rows enter, the positions before are known: the prompt's own run has left
+            # them.
             hidden[:, : offset.start] = offset.before()
         return own
 
@@ -140,7 +147,7 @@ def _take_logits(
 
 
 def _packed(leaf: Any) -> Any:
-    """A tensor without gaps in its memory: what is cut out of padding has some."""
+    """A tensor without gaps in its memory: a part that is cut out of padding has some."""
     if not isinstance(leaf, torch.Tensor) or leaf.is_contiguous():
         return leaf
     return leaf.clone()  # of the same order of strides

@@ -1,4 +1,4 @@
-"""What a run does, told to the user: its passes, what is left out of each, and why.
+"""What a run does, told to the user: its passes, the blocks that each leaves out, and why.
 
 It is derived from the plans of its passes, when somebody asks.
 """
@@ -138,7 +138,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 class Facts(NamedTuple):
-    """What is known of the model whose passes are told.
+    """The facts of the model whose passes are told.
 
     Attributes:
         blocks: the paths of its blocks.
@@ -156,7 +156,7 @@ def summaries(passes: Sequence[PassPlan], facts: Facts | None, moments: Moments)
 
     Args:
         passes: the passes.
-        facts: what is known of the model; None where a pass is one call of some module.
+        facts: the facts of the model; None where a pass is one call of some module.
         moments: when the sites of an invocation come.
     """
     found = [_summary(single, facts, moments) for single in passes]
@@ -184,6 +184,7 @@ def _summary(single: PassPlan, facts: Facts | None, moments: Moments) -> Summary
         unembedded = rows * logits
     counts = [rows] * run
     if skipped:
+        # Rows enter at blocks, so that each block has as many as have entered by then.
         counts = rows_by_level(single.rows, costs.blocks)[: max(run - skipped, 0)]
     longest = max(row.length for row in single.rows)
     flops = costs.flops(counts, single.positions, longest, unembedded)
@@ -192,6 +193,7 @@ def _summary(single: PassPlan, facts: Facts | None, moments: Moments) -> Summary
         whole = costs.flops(
             [row.rows] * costs.blocks, row.length, row.length, row.rows * row.length
         )
+        # By invocation: one that runs in two passes would be run alone once.
         alone.update(dict.fromkeys([row.invocation, *(at[0] for at in row.reads)], whole))
     why = single.why or apart or "one prompt"
     return Summary(single.invocations, *shape, len(counts), skipped, flops, why + ending, alone)

@@ -1,7 +1,7 @@
 """Which positions of a value an experiment looks at, and from which on it changes them.
 
 Found from the recorded lines alone, and only where they say it plainly: by indices that are
-numbers and slices. Whatever is not understood counts as every position.
+numbers and slices. An index that is not understood counts as every position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Extents:
     Values are `(rows, position, features)` here, or tuples that begin with such a value.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -49,6 +49,7 @@ class Extents:
         found: set[int] = set()
         for user in self._users.get(index, ()):
             operation, args, _, inputs, _, _ = self._rows[user]
+            # Any other operation may look at all of it.
             if operation not in (GETITEM, ATTRIBUTE) or len(inputs) != 1:
                 return None
             key = args[1]
@@ -85,6 +86,7 @@ class Extents:
         _, (_, steps, name, *others), *_ = self._rows[put]
         keys: list[Any] = []
         for step, place, arguments, _ in steps:
+            # Behind any other view it is not followed which positions are meant.
             if step != GETITEM.name or place != 0:
                 break
             keys.append(arguments[0])
@@ -152,6 +154,7 @@ def positions(key: Any, length: int, axis: int = 1, axes: int = 3) -> Sequence[i
         axes: how many axes there are.
     """
     entries = cast("tuple[Any, ...]", key if isinstance(key, tuple) else (key,))
+    # New axes and masks stand for another number of axes than one each.
     if any(entry is Ellipsis for entry in entries) and not _count_axes(entries):
         return None
     at = 0
@@ -165,10 +168,12 @@ def positions(key: Any, length: int, axis: int = 1, axes: int = 3) -> Sequence[i
         elif at < axis:
             at += 1
         elif isinstance(entry, int):
+            # Out of range: the run raises at the user's line.
             return [entry % length] if -length <= entry < length else None
         else:
             taken = cast("slice[Any, Any, Any]", entry)
             bounds = (taken.start, taken.stop, taken.step)
+            # Bounds that the run computes are not known yet.
             if any(bound is not None and type(bound) is not int for bound in bounds):
                 return None
             return range(length)[taken]

@@ -48,9 +48,9 @@ class Canvas:
         width: of the part in which numbers are drawn, in pixels.
         height: of that part.
         left: the room beside it, for labels.
-        right: likewise.
-        above: likewise, without the title.
-        below: likewise.
+        right: the room on its right.
+        above: the room above it, without the title.
+        below: the room below it.
         over: the room above that, for a list to choose from.
         under: the room below all, for a slider.
         annotations: texts that stand somewhere, as plotly takes them.

@@ -28,7 +28,7 @@ class Node(NamedTuple):
         name: what it is called, such as "3.head.5"; each has a name of its own.
         layer: where it stands, the lowest first. Those of one layer that lead to each other stand
             above each other.
-        kind: what it is, such as "head" or "mlp": those of a kind have one colour. What is of no
+        kind: what it is, such as "head" or "mlp": those of a kind have one colour. A part of no
             kind, such as the embedding, stands beside no number of a layer.
     """
 
@@ -193,7 +193,7 @@ def _lines(
     shift: float,
     quantity: str,
 ) -> Iterator[Any]:
-    """The edges, one trace for those of a sign and a strength, and what is said of each."""
+    """The edges, one trace for those of a sign and a strength, and the text of each."""
     largest = max((abs(edge.score) for edge in edges), default=0.0) or 1.0
     groups: dict[tuple[bool, int], list[int]] = defaultdict(list)
     for index, edge in enumerate(edges):
@@ -239,7 +239,7 @@ def _lines(
 
 
 def _said(node: Node, edges: Sequence[Arrow]) -> list[str]:
-    """What is said of a part that is pointed at: what goes in and out, the strongest first."""
+    """The text of a part that is pointed at: what goes in and out, the strongest first."""
     said = [node.name]
     incoming = [edge for edge in edges if edge.target == node.name][:5]
     outgoing = [edge for edge in edges if edge.source == node.name][:5]

@@ -30,18 +30,18 @@ def figure(
 
     Args:
         numbers: what to draw.
-        kind: "heat map" of two axes or more; "bars" or a "line" along one axis, of two one for
-            each entry of the other; or "text", a prompt whose tokens have the numbers' colours.
-            None for what suits the axes.
+        kind: "heat map" of two axes or more; "bars" or a "line" along one axis, of two one for each
+            entry of the other. "text" is a prompt whose tokens have the numbers' colours. None for
+            what suits the axes.
         x: the name of the axis from left to right.
         y: of a heat map, the axis at its side.
-        grid: of a heat map, the axis of which all are drawn, a panel each. Of axes that are left
-            one entry is shown, and another can be chosen.
+        grid: of a heat map, the axis whose entries are all drawn, a panel each. Of axes that are
+            left one entry is shown, and another can be chosen.
         in_cells: of a heat map, whether texts, or numbers where there are none, stand in the
             cells; None for where they are few enough.
         title: what stands over it; None for the numbers' own title.
         width: of the whole, in pixels; None for what suits it.
-        height: likewise.
+        height: of the whole, in pixels; None for what suits it.
 
     Raises:
         OptionError: if an option has no meaning for these numbers.

@@ -127,8 +127,8 @@ def graph_mermaid(graph: Graph) -> str:
 def graph_svg(graph: Graph, most: int = 300) -> str:
     """Returns a graph as a picture in SVG, which any browser and notebook shows.
 
-    Reads are at the top, and what is made of them is below; the line of the source that recorded
-    a node is shown where it is pointed at.
+    Reads are at the top, and the values made of them below; the line of the source that recorded a
+    node is shown where it is pointed at.
 
     Args:
         graph: such as `tracer.graph`.

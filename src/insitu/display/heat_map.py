@@ -1,4 +1,4 @@
-"""Heat maps: panels of coloured cells, one or a grid of them, and a menu for what is left."""
+"""Heat maps: panels of coloured cells, one or a grid of them, and a menu for the other axes."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _trace(
 
 
 def _hovers(panel: Panel, quantity: str) -> list[list[str]]:
-    """What is said of a cell that is pointed at."""
+    """The text of a cell that is pointed at."""
     at_y = [told(panel.y, index) for index in range(len(panel.y))]
     at_x = [told(panel.x, index) for index in range(len(panel.x))]
     head = [panel.heading] if panel.heading else []

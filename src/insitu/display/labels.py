@@ -1,7 +1,7 @@
 """Labels as one can read them: tokens with their spaces, long ones shortened.
 
 A token may be anything: a space, a control character, something that looks like HTML, or a
-hundred characters. What is made of it here can be put into a picture or on a terminal.
+hundred characters. Labels made here can be put into a picture or on a terminal.
 """
 
 from __future__ import annotations

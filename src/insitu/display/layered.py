@@ -1,8 +1,8 @@
 """Graphs in layers: where nodes stand, so that edges go one way and cross little.
 
-The method of Sugiyama, Tagawa and Toda (1981): an edge over several layers passes through a place
-of its own in each, the places of a layer are put in the order of their neighbours' means, and
-then moved towards them.
+The method of Sugiyama, Tagawa and Toda (1981). An edge over several layers passes through a place
+of its own in each. The places of a layer are put in the order of their neighbours' means, and then
+moved towards them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is beside the numbers of a picture: the bar of colours, and what is chosen with."""
+"""The bar of colours beside a picture, and the menu with which one entry is chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Module trees with what is in them: shapes, numbers of parameters, and standard names."""
+"""Module trees with their contents: shapes, numbers of parameters, and standard names."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Arrangement:
         y: the axis from top to bottom of a panel.
         x: the axis from left to right.
         grid: the axis that there is a panel of each for, beside each other; None for one panel.
-        menu: the axes of which one entry is shown, and another can be chosen.
+        menu: the axes with one entry shown, where another can be chosen.
     """
 
     y: str
@@ -74,8 +74,8 @@ def arrange(
         grid: the axis of the panels, if it was chosen.
 
     Raises:
-        OptionError: if there is no axis of a name, one is chosen twice, or what is left are more
-            pictures than one can choose of.
+        OptionError: if there is no axis of a name, one is chosen twice, or more pictures are left
+            than one can choose of.
     """
     sizes = {axis.name: len(axis) for axis in axes}
     given = [name for name in (y, x, grid) if name is not None]

@@ -162,7 +162,7 @@ def write_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
     Raises:
         OptionError: if the name ends in something else.
         MissingPackageError: of PNGs, if plotly or Kaleido is not installed.
-        PictureError: likewise, if there is no Chromium.
+        PictureError: of PNGs, if there is no Chromium.
     """
     ending = Path(path).suffix
     if ending == ".png":

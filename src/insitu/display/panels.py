@@ -1,4 +1,4 @@
-"""Panels of a heat map: what is in each, how large it is and where it stands."""
+"""Panels of a heat map: the content, the size and the place of each."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def panels_of(
     """Returns what there is to choose from, and the panels of each choice.
 
     Args:
-        numbers: what is drawn.
+        numbers: the numbers that are drawn.
         arrangement: which axis goes where.
         in_cells: whether texts, or numbers where there are none, stand in the cells; None for
             where they are few enough.

@@ -1,4 +1,4 @@
-"""What is printed in a terminal as a file: tables, trees and text as a page or a picture.
+"""Output of a terminal as a file: tables, trees and text as a page or a picture.
 
 Numbers with axes have pictures of their own: see `insitu.display.page`.
 """

@@ -155,7 +155,7 @@ def _alike(checks: Sequence[Check]) -> Iterator[tuple[str, Outcome, list[Check]]
 
 
 def _said(alike: Sequence[Check]) -> str:
-    """What is to be said of checks of one name and outcome."""
+    """The notes of the checks of one name and outcome."""
     first = alike[0]
     where = first.where if len(alike) == 1 else f"{len(alike)} times"
     worst = max((c for c in alike if c.difference is not None), key=_difference, default=None)

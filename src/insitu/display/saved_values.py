@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 
 class SavedValue(NamedTuple):
-    """What is known of a saved value.
+    """The facts of a saved value.
 
     Attributes:
         name: its name.
         saved_of: the expression that it was saved of.
         shape: its sizes, in the structure of the value; "?" if they are not known.
-        dtype: its dtypes, likewise.
+        dtype: its dtypes, in the same structure.
         bytes: how many it takes, None if that is not known.
         note: what else there is to say, "" if nothing.
     """

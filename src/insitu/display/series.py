@@ -167,7 +167,7 @@ def _hovers(
     quantity: str,
     texts: Sequence[Sequence[str]],
 ) -> list[list[str]]:
-    """What is said of a number that is pointed at."""
+    """The text of a number that is pointed at."""
     said = []
     for at, row in enumerate(rows):
         head = [told(groups, at)] if groups is not None else []

@@ -61,7 +61,7 @@ def token_text(numbers: Numbers, title: str, wanted: tuple[float | None, float |
     states = [*product(*(range(len(axis)) for axis in menu))]
     if len(states) > MOST_STATES:
         raise OptionError(
-            f"These are {len(states)} texts, of which one is shown: choose some with `select`.",
+            f"These are {len(states)} texts, too many to choose from: choose some with `select`.",
             here(),
         )
     chosen = [_chosen(numbers, menu, state) for state in states]

@@ -14,7 +14,7 @@ class Branch:
     Attributes:
         name: the attribute or index that leads to it; "0-11" for a run.
         kind: its class, with the sizes that its class shows.
-        children: what is in it.
+        children: the nodes in it.
     """
 
     name: str

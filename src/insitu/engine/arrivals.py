@@ -41,12 +41,14 @@ Result = TypeVar("Result")
 def _of_lines(
     method: Callable[Concatenate[Arrivals, Of], Result],
 ) -> Callable[Concatenate[Arrivals, Of], Result]:
-    """Lets the pass raise what a method raises, whatever the model makes of it."""
+    """Lets the pass raise what a method raises, even if the model catches it."""
 
     @wraps(method)
     def noting(self: Arrivals, *args: Of.args, **kwargs: Of.kwargs) -> Result:
         try:
             return method(self, *args, **kwargs)
+        # A model may catch what a line raises, and go on with other numbers. The pass raises it
+        # when the model has ended.
         except Exception as error:
             self._execution.fail(error)
             raise
@@ -65,7 +67,7 @@ class Arrivals:
         modules: the wrapped module's tree, by path.
         views: how outputs are shown, by path.
         caches: the Python modules of caches, which forwards leave to themselves.
-        changes: notes what is changed for the time of the pass.
+        changes: notes all that is changed for the time of the pass.
         is_own: whether a call of a module is one of the pass.
 
     Attributes:
@@ -104,13 +106,16 @@ class Arrivals:
         self.stopped = False
 
     def begin(self) -> None:
-        """Puts hooks on the modules, and whatever else it takes to see what passes the sites."""
+        """Puts hooks on the modules, and all else that is needed to see what passes the sites."""
+        # A module that is skipped keeps its hooks: readers of its inputs and outputs are called as
+        # in any run. Only its forward is another.
         for (_, path, *_), index in self._plan.reads.items():
             if index in self._plan.skips:
                 module = self._modules[path]
                 self._taps.forward(module, partial(self._stand_in, path, module))
         if self._single.steps is not None:
             root = self._modules[""]
+            # Each call of the root is a step: the loop itself is Hugging Face's own.
             self._taps.before(root, self._begin_step)
             self._changes.afterwards(partial(take_last, root, self._end_step_hook))
             if self._differentiates:  # so that lines at the output stand among hooks, before it
@@ -118,8 +123,10 @@ class Arrivals:
         owners: set[str] = set()
         for path, kind, _, _ in self._readers:
             first = (path, kind, 0, 0)
+            # Functions have no hooks of their own: their owner's forward is watched instead.
             if SEPARATOR in path:
                 owners.add(path.partition(SEPARATOR)[0])
+            # One hook serves all calls and steps of a place: the clock knows which one comes.
             elif first not in self._hooks and kind in _OF_MODULES:
                 view = self._views.get(path)
                 put_hook(self._hooks, self._modules[path], first, view, self._arrived)
@@ -137,7 +144,7 @@ class Arrivals:
 
     @_of_lines
     def pass_on(self, kind: Kind, value: Any, path: str = "", vocabulary: int | None = None) -> Any:
-        """Takes what passes a place that has no hook, and returns what is to stand there.
+        """Takes the value that passes a place without a hook, and returns the one to stand there.
 
         Args:
             kind: which value it is.
@@ -149,6 +156,7 @@ class Arrivals:
             IndexOutOfRangeError: for a token that is not among them.
         """
         execution = self._execution
+        # The pass has failed, and the model has swallowed it: what comes now is of no run.
         if execution.raised is not None:
             return value
         if kind == "tokens" and execution.observed is not None:
@@ -160,10 +168,13 @@ class Arrivals:
         place = self.clock.place(first)
         value = execution.made_new(found, value)
         self._hand_out(found, place, value)
+        # Nothing more is read: the rest of the model would only take time.
         if self._single.may_stop and not self._readers:
             raise Stop
         cuts = self._single.cuts
         changed = changed_value(execution, place, value, found, cuts, self.clock.step)
+        # A token outside of the vocabulary would be an error deep inside of the model, at no line
+        # of the user's.
         if vocabulary is not None and changed is not value:
             written = next(self._plan.writes[n] for n, _ in found if n in self._plan.writes)
             check_tokens(changed[changed != value], vocabulary, execution.graph[written].location)
@@ -181,6 +192,8 @@ class Arrivals:
     def _tell_chosen(self, observed: ObservedPasses, tokens: Any) -> None:
         """Tells which tokens a step has chosen."""
         step = self.clock.step
+        # A row that has ended is filled up with padding by `generate`: these tokens are nobody's
+        # choice.
         for number in self._going_on():
             cut = self._single.cuts[number]
             own = tokens if cut is None else cut.take(Site(number, "", "tokens", 0, step), tokens)
@@ -199,6 +212,7 @@ class Arrivals:
             if may_stop and not self._readers:  # the pass had to come this far
                 raise Stop
             return None
+        # A hook costs each further forward time, and nobody waits for it any more.
         if not may_stop and self.clock.is_done(first):  # there are more forwards to come
             remove_hook(self._hooks[first])
             del self._hooks[first]
@@ -209,6 +223,7 @@ class Arrivals:
         skips = [pair for pair in found if pair[0] in plan.skips]
         if may_stop and not self._readers and not skips:
             raise Stop
+        # After the readers of this place have had their value, which is part of the run.
         if any(index in plan.stops for index, _ in found):
             raise Stop
         if skips:
@@ -223,13 +238,18 @@ class Arrivals:
         execution, cuts, step = self._execution, self._single.cuts, self.clock.step
         for index, invocation in found:
             cut = cuts[invocation]
+            # Inputs that are asked for only because the module is skipped are never looked at, so
+            # they need not be cut.
             if cut is None or self._plan.only_skips(index):
                 own = value
             else:
                 site = Site(invocation, *place, step)
                 own = cut.take(site, value)
+                # Autograd knows the batch's value only: the part's gradient is cut out of that
+                # one's.
                 if execution.tape is not None and index in execution.renewed:
                     execution.tape.parts.note(own, value, partial(cut.take, site))
+            # It reads what was written there in every step, which runs before it.
             if index in self._plan.after:
                 own = execution.standing(self._plan.after[index])
             execution.arrive(index, own)
@@ -242,7 +262,9 @@ class Arrivals:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Is the forward of a module of which calls may be skipped."""
+        """Is the forward of a module whose calls may be skipped."""
+        # The hook that sees the arguments has not asked for this call to be skipped: it is another
+        # call of the module.
         if module not in self._skipping:
             return forward(*args, **kwargs)
         return self._skip(path, module, forward, args, kwargs)
@@ -260,6 +282,7 @@ class Arrivals:
         execution = self._execution
         (*_, call), skips = self._skipping.pop(module)
         view = self._views.get(path)
+        # Hooks on modules inside would take these calls for the run's own.
         execution.busy = True  # what it calls inside is no part of the run
         try:
             index, invocation = skips[0]
@@ -268,6 +291,8 @@ class Arrivals:
             returned = self._plan.returned[index]
             if plain and (self.clock.step or not alone):  # sizes are not those that are known
                 returned = fake_result(module, forward, args, kwargs)
+            # Later layers and steps need the rest of what it returns, such as its keys and values,
+            # so it runs all the same.
             if not plain or (view is not None and view.returns_more(returned)):
                 returned = forward(*args, **kwargs)
         finally:
@@ -304,6 +329,7 @@ class Arrivals:
         for invocation, value in own.items():
             cut, site = self._single.cuts[invocation], Site(invocation, *place)
             assert cut is not None
+            # The rest is what the module itself has returned for the batch.
             if isinstance(value, tuple) and len(cast("tuple[Any, ...]", value)) < len(shown):
                 rest = cut.take(site, shown)[len(cast("tuple[Any, ...]", value)) :]
                 value = (*cast("tuple[Any, ...]", value), *rest)  # hidden states alone will do

@@ -60,8 +60,8 @@ def derivatives(
 
     Args:
         losses: where they start.
-        wanted: of which tensors, or outputs of steps of autograd. If there are none, the pass
-            runs all the same, for what is on its way.
+        wanted: the tensors, or outputs of steps of autograd, whose gradients are wanted. If there
+            are none, the pass runs all the same, for the steps on its way.
         options: what the user gave: `gradient`, `retain_graph` and `create_graph` among it.
         goes_on: whether another pass through the same graph comes after it.
 

@@ -41,13 +41,17 @@ def run_backwards(
         InsituError: if one fails, pointing at its line.
     """
     for number, (group, *_) in enumerate(groups):
+        # A loss of an invocation that has failed has no value.
         if failures is not None and failures.found:
             group = [index for index in group if index not in failures.lost.nodes]
+        # One of a group that cannot start would fail the others: alone it fails alone.
         as_one = not apart and all(_starts_well(execution, index) for index in group)
         parts = [group] if as_one else [[index] for index in group]
         for at, part in enumerate(parts if group else ()):
             if execution.observed is not None:
                 execution.observed.backward_begins()
+            # Autograd frees its graph in the last pass, and must keep it for those before: a batch
+            # has one graph for all.
             last = number + 1 == len(groups) and at + 1 == len(parts)
             try:
                 for index in part:
@@ -65,7 +69,8 @@ def run_backwards(
 
 
 def _of_pass(execution: Execution, failures: Failures, nodes: Sequence[int]) -> Collection[int]:
-    """The invocations that a backward pass goes through, of which one may be to blame."""
+    """The invocations that a backward pass goes through; one of them may be to blame."""
+    # In a batch autograd goes through rows of all prompts, and an error names none of them.
     if len(nodes) == 1 and execution.tape is not None and execution.tape.is_batched:
         return {address[0] for address in execution.plan.reads}
     return failures.dependence.invocations(nodes)
@@ -85,7 +90,7 @@ def _check_complete(execution: Execution, index: int) -> None:
 
 
 def _starts_well(execution: Execution, index: int) -> bool:
-    """Whether a backward pass may be one with others, of which none is to fail for it."""
+    """Whether a backward pass may be one with others, so that none of these fails for it."""
     losses = [execution._values[source] for source in execution.graph.rows[index][3]]
     return all(
         isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1
@@ -107,6 +112,8 @@ def _run(
     try:
         context = graph.contexts.get(first)
         with changing() as changes, entered(context and context._replace(grad=True)):
+            # Also if the user's line stood in `torch.no_grad()`: a backward pass that was asked for
+            # is made.
             changes.gradients(True)
             found = tape.backward(starts, options, leaves, tape.is_batched and goes_on)
             if execution._uses[first]:

@@ -1,4 +1,4 @@
-"""A run with limits: counts what is spent, and looks at operations before they run.
+"""A run with limits: counts what it has spent, and looks at operations before they run.
 
 What has a size that is known beforehand was looked at in the check. Other operations are run
 without data first, with the sizes that their arguments have by then.
@@ -46,8 +46,8 @@ class Budget:
         limits: what it may take in all.
 
     Attributes:
-        limits: likewise.
-        blocks: what was found out beforehand of each of its blocks, where that was needed.
+        limits: as given.
+        blocks: the facts that were found beforehand of each of its blocks, where that was needed.
         flops: floating-point operations so far, those that are sure to come included.
     """
 

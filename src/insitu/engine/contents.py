@@ -1,4 +1,4 @@
-"""What a run on fake tensors can know of contents: whatever follows from given integers alone.
+"""What a run on fake tensors can know of contents: all that follows from given integers alone.
 
 Some models ask what their input says before they go on: whether there is padding, where images
 are. That depends on token ids and masks and not on weights, so beside the fake tensors it is
@@ -24,7 +24,7 @@ _MOST = 1 << 20  # of how many numbers contents are kept
 
 
 def has_contents(value: Any) -> bool:
-    """Returns whether something is a tensor of which contents are kept: of integers, and small.
+    """Returns whether something is a tensor whose contents are kept: of integers, and small.
 
     Args:
         value: anything.
@@ -43,7 +43,7 @@ class Contents(TorchDispatchMode):
         self._lost: set[int] = set()  # storages that were written with what is not known
 
     def give(self, fake: torch.Tensor, content: torch.Tensor) -> None:
-        """Says what is in a fake tensor.
+        """Notes the content of a fake tensor.
 
         Args:
             fake: the fake tensor.
@@ -101,7 +101,7 @@ class Contents(TorchDispatchMode):
         return found
 
     def _both(self, on_fakes: Callable[[], Any], on_contents: Callable[[], Any]) -> Any:
-        """The result on fake tensors, of which the content is noted."""
+        """The result on fake tensors, with its content noted."""
         try:
             found = on_fakes()
         except Exception:  # it depends on contents: how large it is, or what it is
@@ -118,7 +118,7 @@ class Contents(TorchDispatchMode):
         return found
 
     def _content(self, leaf: torch.Tensor) -> torch.Tensor | None:
-        """What is in a tensor, if it is known."""
+        """The content of a tensor, if it is known."""
         if not isinstance(leaf, FakeTensor) and leaf not in self._known:
             if leaf.is_meta or leaf.numel() > _MOST:
                 return None
@@ -130,7 +130,7 @@ class Contents(TorchDispatchMode):
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A real copy of a real tensor, whatever mode is active."""
+    """A real copy of a real tensor, in any mode."""
     with _disable_current_modes():
         return tensor.detach().to("cpu", copy=True)
 

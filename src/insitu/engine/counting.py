@@ -93,7 +93,7 @@ class Counting(TorchDispatchMode):
         return Counts(self._flops, self._peak, self._made, self._held.bytes, self._numbers)
 
     def restart(self) -> None:
-        """Lets `peak` be of what is made from now on, and of what is there now."""
+        """Lets `peak` be of values that are made from now on, and of those that are there now."""
         self._peak = self._held.bytes
 
     def __torch_dispatch__(

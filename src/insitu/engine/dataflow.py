@@ -84,7 +84,7 @@ class Applied(NamedTuple):
     Attributes:
         function: the torch function, None for a call of the module.
         args: its arguments, with a `Value` in the place of each tensor.
-        kwargs: its keyword arguments, likewise.
+        kwargs: its keyword arguments, in the same form.
     """
 
     function: Callable[..., Any] | None
@@ -104,10 +104,10 @@ class Dataflow:
         made: the event that made each value, None for what came from outside.
         returned: the modules that returned each value, innermost first.
         arguments: what each call of a module was given, by position and by keyword: the numbers
-            of values in the place of tensors, None in that of whatever else there is.
-        results: what each call of a module returned, likewise.
+            of values in the place of tensors, None in that of all else.
+        results: what each call of a module returned, in the same form.
         applied: what each event was called with; of a forward that was kept.
-        tensors: what each value was, likewise.
+        tensors: what each value was; of a forward that was kept.
         casts: the events that only brought a value to 16 bits, or back from them.
     """
 
@@ -152,6 +152,8 @@ class _Watch(TorchFunctionMode):
         if name in ("get", "set", ""):  # properties
             return func(*args, **(kwargs or {}))
         target = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        # Torch counts the writes into a tensor: so a write in place is seen whatever the function
+        # is called.
         version = None if target is None else target._version
         result = func(*args, **(kwargs or {}))
         written = target is not None and target._version != version
@@ -268,7 +270,7 @@ class _Recorder:
     def _values_before(
         self, args: Any, kwargs: Any, written: torch.Tensor, version: int | None
     ) -> tuple[Any, tuple[int, ...]]:
-        """Arguments and their values, of which one was written to meanwhile."""
+        """Arguments and their values; one of them was written to meanwhile."""
         known = self._current.get(id(written))
         if known is None or known[1] != version:
             known = (self._new(written, None if known is None else self._last_write), -1)
@@ -323,6 +325,8 @@ def watch(
         args, kwargs = made_ordinary(tuple(call))
         with changing() as changes:
             taps = Taps(changes)
+            # A module with two names gets its first one: the dictionary keeps the last that it is
+            # given.
             for part, path in {part: path for path, part in reversed([*modules.items()])}.items():
                 taps.before(part, partial(recorder.enter, path))
                 taps.after(part, partial(recorder.leave, path))

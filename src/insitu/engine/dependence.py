@@ -1,8 +1,8 @@
-"""What is lost if a node or an invocation fails: all that uses something of it, and nothing else.
+"""What goes with a node or an invocation that fails: all that uses it, and nothing else.
 
-An invocation uses what is written into its run. A node that fails takes the invocation in whose
-`with` its line stands; a line outside of them takes what is computed of it, and the invocations
-into which that is written.
+An invocation uses the values that are written into its run. A node that fails takes the invocation
+in whose `with` its line stands; a line outside of them takes the values computed of it, and the
+invocations into which these are written.
 """
 
 from __future__ import annotations
@@ -128,9 +128,10 @@ class Dependence:
         """Returns the invocations that one failure is of; none for a line outside of them.
 
         Args:
-            nodes: the nodes one of which has failed; none where the model has.
+            nodes: the nodes that may have failed, one of them; none where the model has.
             invocations: those of the pass in which it was.
         """
+        # Several lines may have failed, so that no line says whose the failure is.
         if len(nodes) != 1:
             return invocations
         (node,) = nodes
@@ -142,7 +143,7 @@ class Dependence:
 
         Args:
             nodes: as of `blamed`.
-            invocations: likewise.
+            invocations: as of `blamed`.
         """
         return self.lost(nodes, self.blamed(nodes, invocations))
 

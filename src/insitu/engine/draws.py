@@ -1,7 +1,7 @@
-"""Random numbers that lines draw: which lines do, and from the seed of which invocation.
+"""Random numbers that lines draw: which lines do, and from which invocation's seed.
 
 Without a seed they come from PyTorch's generators, as in a hook. With one, the lines of an
-invocation draw what they would draw alone after `torch.manual_seed(seed)`, whatever else is in its
+invocation draw what they would draw alone after `torch.manual_seed(seed)`, with any others in its
 pass.
 """
 
@@ -64,7 +64,7 @@ class Draws:
         self._states: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def rows(self, drawing: Mapping[int, Collection[int]], rows: Sequence[Row]) -> list[Row]:
-        """Returns nodes of which those that draw do so from the seeds.
+        """Returns the nodes anew, so that those that draw do so from the seeds.
 
         One that is made of several invocations draws from the first of them that has a seed.
 

@@ -44,6 +44,8 @@ def run_uncompiled(changes: Changes, compiled: bool) -> None:
         changes: notes it.
         compiled: whether any of them is compiled: if none is, there is nothing to be done.
     """
+    # Hooks that come and go would have compiled parts traced anew for each block, until the limit
+    # of recompiling is reached.
     if compiled:
         stances: list[Any] = []
         changes.afterwards(partial(_leave_all, stances))
@@ -71,4 +73,5 @@ def eagerly(held: Exclusive) -> Generator[None, None, None]:
 def uncompiled(module: nn.Module) -> nn.Module:
     """Returns the module that `torch.compile(module)` has wrapped, or else the module itself."""
     inner = module._modules.get("_orig_mod")
+    # By its name: the class is in a private module of torch.
     return module if inner is None or type(module).__name__ != "OptimizedModule" else inner

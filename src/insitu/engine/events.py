@@ -16,7 +16,7 @@ class PassStarted:
         block: which block of the job or session it is of, from 0.
         number: its number among the passes of the run, from 0.
         passes: how many there are.
-        invocations: the invocations of which it computes something.
+        invocations: the invocations that it computes something of.
         done: the part of the run's work that is done, from 0 to 1: by floating-point operations
             where they are known.
     """
@@ -34,10 +34,10 @@ class PassEnded:
 
     Attributes:
         block: as of `PassStarted`, and so are the others.
-        number: likewise.
-        passes: likewise.
-        invocations: likewise.
-        done: likewise, with the work of this pass.
+        number: as of `PassStarted`.
+        passes: as of `PassStarted`.
+        invocations: as of `PassStarted`.
+        done: as of `PassStarted`, with the work of this pass.
     """
 
     block: int

@@ -1,7 +1,7 @@
 """Runs the nodes of a graph as the values that they wait for arrive.
 
-An execution holds the values of one run. It knows nothing of modules or hooks: a pass tells it
-what arrived, and it runs whatever has become possible and drops what is used up.
+An execution holds the values of one run. It knows nothing of modules or hooks: a pass tells it what
+arrived, and it runs the nodes that have become possible and drops values that are used up.
 """
 
 # pyright: reportPrivateUsage=false
@@ -45,7 +45,7 @@ class Execution:
     """The values of one run of a graph.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
         modules: the model's modules, by path.
 
@@ -57,8 +57,8 @@ class Execution:
         ended: the invocations that have no further steps, with how many they had.
         tape: what autograd is asked for, if anything is.
         renewed: the nodes whose values are made new tensors, so that they have gradients.
-        failing: the nodes one of which has failed, if any has.
-        raised: what the pass raises when the model has ended, whatever the model makes of it.
+        failing: the nodes that may have failed, if one has.
+        raised: what the pass raises when the model has ended, even if the model catches it.
         observed: who looks at the run, None if nobody does.
     """
 

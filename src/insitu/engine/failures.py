@@ -30,7 +30,7 @@ class Failed:
 
     Attributes:
         error: what was raised; None where nothing arrived at a site at which it had to.
-        nodes: the nodes one of which failed; none where the model did.
+        nodes: the nodes that may have failed, one of them; none where the model did.
         invocations: those of the pass.
         is_backward: whether it was a backward pass.
         went: how the pass went in which nothing arrived.
@@ -45,6 +45,7 @@ class Failed:
     @property
     def is_known(self) -> bool:
         """Whether it is known which node or invocation failed."""
+        # Alone in its pass it is the one.
         if len(self.invocations) == 1:
             return True
         return len(self.nodes) == 1 and not is_out_of_memory(self.error)
@@ -57,8 +58,8 @@ class FailedInvocations:
     Attributes:
         error: what was raised.
         blamed: the invocations that it is of; none for a line outside of them.
-        invocations: all invocations of which nothing is there: these, and those that use
-            something of them.
+        invocations: all invocations that have no values: these, and those that use something of
+            them.
         nodes: the nodes without a value.
     """
 
@@ -112,7 +113,7 @@ class Failures:
     """Collects what fails in a run.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         goes_on: whether the run is to go on after a pass of several invocations has failed, to
             find what else does. Its values are not used then.
 
@@ -167,6 +168,8 @@ class Failures:
             traceback.clear_frames(failed.error.__traceback__)
         self.found.append(failed)
         before, own = self.lost, self.dependence.lost_by(failed.nodes, failed.invocations)
+        # In a backward pass gradients of others may be missing, and rows that begin where this pass
+        # ended have begun with what it left.
         harmless = failed.is_known and not (failed.is_backward or goes_into_others)
         if not (harmless and own.invocations.issuperset(failed.invocations)):
             self.is_spoiled = True

@@ -75,7 +75,7 @@ def tree_of(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def order_of(modules: Mapping[str, nn.Module]) -> str:
-    """Returns a digest of which module there is under each path.
+    """Returns a digest of the modules and of the path of each.
 
     Args:
         modules: all its modules by path, with weights or without.

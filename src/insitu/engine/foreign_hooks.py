@@ -42,13 +42,17 @@ def is_the_models(hook: Any, module: nn.Module) -> bool:
         hook: the hook.
         module: the module that it hangs on.
     """
+    # Libraries hang partials of their functions, too, whose module is that of `functools`.
     while isinstance(hook, partial):
         hook = hook.func  # pyright: ignore[reportUnknownVariableType]
+    # A method of a module is code that the model was made with.
     if isinstance(getattr(hook, "__self__", None), nn.Module):
         return True
     library = _library(getattr(hook, "__module__", None))
     if library in _LIBRARIES:
         return True
+    # A model's own package may hang hooks on its modules. A user's script defines both, too, and is
+    # no package.
     return library == _library(type(module).__module__) and _is_installed(library)
 
 

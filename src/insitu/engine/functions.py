@@ -28,7 +28,7 @@ class Called(NamedTuple):
     Attributes:
         name: its name, such as "softmax".
         inputs: `(args, kwargs)`, with fake tensors.
-        output: what it returned, likewise.
+        output: what it returned, with fake tensors.
     """
 
     name: str
@@ -61,8 +61,9 @@ class Inside(TorchFunctionMode):
 def in_cache(caches: Collection[str]) -> bool:
     """Returns whether it is a cache of keys and values that calls a torch function.
 
-    To be called by what is handed the call. What a cache does is not counted among the functions
-    that a forward calls, so that these have the same numbers whether there is a cache or not.
+    To be called by the function that is handed the call. What a cache does is not counted among the
+    functions that a forward calls, so that these have the same numbers whether there is a cache or
+    not.
 
     Args:
         caches: the names of the Python modules that caches are written in.
@@ -83,7 +84,7 @@ def observed(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Calls a forward, of which the torch functions are handed over.
+    """Calls a forward, and hands its torch functions over.
 
     Args:
         is_own: whether the call belongs to the run.
@@ -114,7 +115,7 @@ def unobserved(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Calls a module inside of such a forward, of which functions are its own.
+    """Calls a module inside of such a forward; its functions are its own.
 
     Args:
         is_own: as of `observed`.
@@ -139,13 +140,13 @@ def called_at_its_places(
     kwargs: dict[str, Any],
     pass_on: Callable[[Kind, Any], Any],
 ) -> Any:
-    """Calls a torch function, of which the arguments and the result pass three places.
+    """Calls a torch function. Its arguments and its result pass three places.
 
     Args:
         function: the function.
         args: what it is called with.
         kwargs: its keyword arguments.
-        pass_on: is given what passes each place, and returns what is to stand there.
+        pass_on: is given the value that passes each place, and returns the one to stand there.
     """
     args, kwargs = pass_on("inputs", (args, kwargs))
     if args:

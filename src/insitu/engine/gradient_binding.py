@@ -29,7 +29,7 @@ def bound_to(graph: Graph, grads: Sequence[int], backwards: Sequence[int]) -> di
     step of a generation.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         grads: the nodes that stand for gradients.
         backwards: the backward passes.
 
@@ -46,15 +46,18 @@ def bound_to(graph: Graph, grads: Sequence[int], backwards: Sequence[int]) -> di
                 "is none: write `loss.backward()` in the block.",
                 graph[grad].location,
             )
+        # `.grad` inside of `with loss.backward():` names its pass.
         if named:
             bound[named[0]].append(grad)
             continue
         possible = backwards
+        # With a single pass there is nothing to decide, and following what it reaches takes time.
         if len(backwards) > 1:
             reached = reached or [(index, _reached(graph, index)) for index in backwards]
             base, _ = place_of(graph, source)
             possible = [index for index, found in reached if found.may_hold(graph, source, base)]
             possible = possible or backwards  # the run says that the loss does not depend on it
+        # As in PyTorch, `.grad` is what the last backward before this line has left.
         before = [index for index in possible if index < grad]
         bound[before[-1] if before else possible[0]].append(grad)
     return bound
@@ -81,7 +84,7 @@ def joined(graph: Graph, backwards: Sequence[int]) -> list[Backward]:
     and all ask for the same. Those of one invocation keep their order.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         backwards: the backward passes.
     """
     if len(backwards) < 2:
@@ -98,6 +101,7 @@ def joined(graph: Graph, backwards: Sequence[int]) -> list[Backward]:
         joins = asks is not None and changed.isdisjoint(own)
         first: Backward | None = None  # the first that it can be run with
         for group, asked in zip(reversed(groups), reversed(asking), strict=True):
+            # Passes of one invocation depend on each other's order: gradients accumulate.
             if not group.invocations.isdisjoint(own):
                 break
             first = group if joins and group.joins and asked == asks else first
@@ -134,7 +138,7 @@ class _Reached(NamedTuple):
         """Whether the loss may depend on a value, or on the site where what it is a view of stands.
 
         Args:
-            graph: what is to be done.
+            graph: the recorded experiment.
             source: the node of the value.
             base: the node that gives what it is a view of.
         """
@@ -178,7 +182,7 @@ def place_of(graph: Graph, source: int) -> tuple[int, Path]:
     That of a view belongs to the value that it is a view of, and that of an entry to the structure.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         source: the node of the value whose gradient is wanted.
 
     Returns:
@@ -192,6 +196,7 @@ def place_of(graph: Graph, source: int) -> tuple[int, Path]:
             index = graph.writes[graph.after[index]]
             continue
         context = graph.contexts.get(index)
+        # Up to here it is a view: the gradient of a part is that part of its base's gradient.
         anew = operation in _MADE_ANEW or not inputs or is_view(operation, args) is False
         if anew or operation.short == "detach" or (context is not None and not context.grad):
             return index, tuple(reversed(keys))

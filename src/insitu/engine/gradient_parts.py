@@ -24,8 +24,8 @@ Place = torch.Tensor | GradientEdge
 class Parts:
     """The values that are parts of a batch's values.
 
-    To autograd a part is a value of its own, of which no loss depends through the model. So it is
-    asked for the gradient of the whole value, of which the invocation gets its part.
+    To autograd a part is a value of its own, and no loss depends on it through the model. So it is
+    asked for the gradient of the whole value, and the invocation gets its part of that.
     """
 
     def __init__(self) -> None:
@@ -76,6 +76,8 @@ class Parts:
             return gradient
         part = self._parts[id(value)][2](gradient)
         step = place.grad_fn if isinstance(place, torch.Tensor) else place.node
+        # Zeros may be a true gradient, or mean that this loss does not depend on the value, which
+        # is an error alone.
         if not bool(part.any()) and not is_computed_of(losses, step):  # others' losses may do so
             return None
         return part
@@ -88,5 +90,7 @@ class Parts:
 def _part_of(cut: Callable[[Any], Any], whole: Any, number: int, gradient: torch.Tensor) -> Any:
     """An invocation's part of the gradient of one of the tensors of a batch's value."""
     tensor = tensors_of(whole)[number]
+    # The gradient of one tensor is cut as a part of the whole structure, since layouts are of
+    # structures.
     given = map_structure(lambda item: gradient if item is tensor else item, whole)
     return tensors_of(cut(given))[number]

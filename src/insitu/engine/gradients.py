@@ -32,9 +32,9 @@ from insitu.graph.structure import map_structure, storages_of
 from insitu.graph.writing import replaced
 
 _Made = tuple[torch.Tensor, Any, Any, int, int]
-"""A new tensor in the place of another; the step that made it; the step that made the other, or the
-tensor that the other is a view of, None if autograd begins there; how often their memory was
-written into before; a node that stands for its gradient."""
+"""A new tensor in the place of another, and the step that made it. Then the step that made the
+other, or the tensor that the other is a view of; None if autograd begins there. Then how often
+their memory was written into before, and a node that stands for its gradient."""
 
 _FIRST = (0,)
 
@@ -47,11 +47,12 @@ class Tape:
     there, and of nothing else that has the same memory.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         gradients: which gradients belong to which backward pass.
         changed: the nodes that are written, among them those that stand for gradients.
         arrive: takes a gradient, given the node that stands for it.
-        exchange: takes a gradient on its way, likewise, and returns what goes on in its place.
+        exchange: takes a gradient on its way, given the same node, and returns what goes on in its
+            place.
         model: the wrapped module.
 
     Attributes:

@@ -21,7 +21,7 @@ Key = TypeVar("Key")
 
 
 class _UncertainError(Exception):
-    """The values at three lengths do not say what is between."""
+    """The values at three lengths do not tell those between."""
 
 
 class _Affine(NamedTuple):
@@ -85,7 +85,7 @@ class Interpolation(NamedTuple):
 
     Attributes:
         seen: the forms of what passes each place, None for those that have no general answer.
-        returned: the forms of what each module returns, likewise.
+        returned: the forms of what each module returns, None for those that have no general answer.
         called: the torch functions that were called, with the forms of arguments and result.
         moments: when each place is passed.
     """
@@ -208,6 +208,7 @@ class _Fit:
         found = [self._leaf(row) for row in rows]
         memories = [[storage_of(leaf) for leaf in row if _is_tensor(leaf)] for row in rows]
         for at, own in enumerate(memories):
+            # Views of one tensor have to stay views: a write into one is seen through the other.
             if own and memories.count(own) > 1:
                 found[at] = self._sharing(rows[at], found[at], memories.index(own))
             elif any({*own} & {*other} for other in memories if other is not own):

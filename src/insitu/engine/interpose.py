@@ -69,6 +69,7 @@ def put_hook(
         and not state["_forward_hooks"]
         and type(module)._call_impl is _PLAIN
     ):
+        # Around the call: a hook in a table would lead torch into its slower way of calling.
         hooks[first] = state, None, CALL, None
         state[CALL] = partial(_called, arrived, first, view, module, state)
         return
@@ -135,6 +136,7 @@ def _called(
         or everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
     ):
+        # Pre-hooks may change the arguments, and global hooks hold for this module too.
         output = module._call_impl(*args, **kwargs)
     else:
         output = module.forward(*args, **kwargs)  # which is all that `_call_impl` does then
@@ -190,7 +192,7 @@ def remove_hooks(hooks: Hooks) -> None:
 
 
 def _reorder(table: dict[Any, Any], order: Collection[Any]) -> None:
-    """Brings entries of a table to its end, in some order, of which some may be gone."""
+    """Brings entries of a table to its end, in some order. Some of them may be gone."""
     for key in order:
         if key in table:
             move_to_end(table, key)
@@ -257,6 +259,7 @@ class Taps:
             function: is given the module's forward, its arguments and its keyword arguments, and
                 returns what the module is to return.
         """
+        # Other threads, and calls inside of operations, go on through the module's own forward.
         replaced = partial(_instead, self._is_own, function, module.forward)
         self._changes.put(vars(module), "forward", replaced)
 
@@ -275,6 +278,7 @@ class Taps:
         active: list[Inside] = []
         forward = partial(observed, self._is_own, visit, caches, module.forward, active)
         self._changes.put(vars(module), "forward", forward)
+        # What a child's forward calls is the child's own: watching stops where a child is called.
         for child in dict.fromkeys(module.children()):
             call = cast("Callable[..., Any]", child._call_impl)
             self._changes.put(vars(child), _INNER, partial(unobserved, self._is_own, call, active))
@@ -286,6 +290,7 @@ class Taps:
         function: Callable[..., Any],
         first: bool = False,
     ) -> None:
+        # A fresh object, so that two taps of one function are two entries.
         key = partial(_if_own, self._is_own, function)
         self._changes.put(flags, key, True)
         self._changes.put(table, key, key)

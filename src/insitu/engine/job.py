@@ -31,7 +31,7 @@ class Job:
     Attributes:
         model: which model it is for.
         blocks: its blocks, in their order. Later ones may use values of earlier ones.
-        parts: the jobs of which it is made, if `join` has made it.
+        parts: the jobs that it is made of, if `join` has made it.
         leaves: of a job that was read, the tensors that are trained where it was recorded. What a
             run adds to their `.grad` is for there: see `to_bytes`.
 

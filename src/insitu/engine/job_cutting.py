@@ -97,7 +97,7 @@ def merge(job: Job, pieces: Sequence[Job], results: Sequence[Results]) -> Result
 
 
 def invocations_of(job: Job, pieces: Sequence[Job]) -> list[list[tuple[int, Sequence[int]]]]:
-    """Returns for each block of each piece which block of the job it is, and of which invocations.
+    """Returns for each block of each piece which block of the job it is, and its invocations.
 
     Args:
         job: the job.
@@ -140,7 +140,7 @@ def _packed(groups: Sequence[Group], most: int) -> list[Places]:
 
 
 def _held(groups: Sequence[Group], counts: Sequence[int]) -> list[Places]:
-    """Returns which invocations pieces have, of which only the numbers are known.
+    """Returns which invocations pieces have, from how many each has.
 
     Args:
         groups: the groups that were put into pieces.
@@ -184,6 +184,8 @@ def _piece(job: Job, nodes: Sequence[NodePlaces], held: Places, given: set[_Node
         without = frozenset(index for index in range(len(block.graph)) if index not in kept[at])
         part, rest = part_of(block, Lost(without, others))
         saves = {n: one for n, one in part.saves.items() if (at, rest.nodes[n]) not in given}
+        # Values of earlier blocks are named by block and node, which have other numbers in the
+        # piece.
         graph = with_earlier(part.graph, numbers, moved)
         blocks.append(replace(part, graph=graph, saves=saves))
         moved.append(rest.moved)
@@ -195,11 +197,12 @@ def _kept(job: Job, nodes: Sequence[NodePlaces], held: Places, given: set[_Node]
     """Returns the nodes of each block that a piece has.
 
     What a piece before it has is left out, unless it uses that: lines outside of invocations, and
-    what is saved. Other lines of a donor stay, for if one fails, all that uses the donor does.
+    saved values. Other lines of a donor stay, for if one fails, all that uses the donor does.
     """
     kept: list[set[int]] = [set() for _ in job.blocks]
     used = set[_Node]()
     there = {at for at, _ in held}
+    # From the last block back: what a later one uses is needed in those before it.
     for at in sorted(there, reverse=True):
         graph, of = job.blocks[at].graph, nodes[at]
         # What the model is given is used.

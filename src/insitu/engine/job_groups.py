@@ -116,6 +116,7 @@ def groups_of(job: Job, nodes: Sequence[NodePlaces]) -> list[Group]:
     for whole in _joined(everybody, together):
         own = whole & donors
         parts = dict.fromkeys(apart[place] for place in sorted(whole - donors))
+        # Donors run again in each piece, which pays only where few of them serve many.
         many = len(parts) > 1 and _FEW * len(own) <= len(whole) - len(own)
         if many and not _draw(job, own, drawing):
             found += [Group(part, own) for part in parts]
@@ -184,7 +185,7 @@ def _draw(job: Job, donors: Places, drawing: Iterable[Places]) -> bool:
 
 
 def _joined(places: Iterable[Place], together: Iterable[Places]) -> list[Places]:
-    """Returns invocations in groups, of which those that stay together are in one."""
+    """Returns invocations in groups; those that stay together are in one."""
     leader = {place: place for place in places}
 
     def found(place: Place) -> Place:

@@ -59,6 +59,7 @@ def join(jobs: Sequence[Job]) -> Job:
     blocks: list[_Joined] = []
     parts: list[JobPart] = []
     for number, job in enumerate(jobs):
+        # Results are split by one level of jobs: jobs in jobs would come back as one.
         if job.parts:
             raise JobError(
                 f"Job {number} is made of several jobs: join all of them at once.", here()
@@ -82,7 +83,7 @@ def join(jobs: Sequence[Job]) -> Job:
 
 
 def split(job: Job, results: Results) -> list[Results]:
-    """Returns the results of each of the jobs of which a job is made.
+    """Returns the results of each of the jobs that a job is made of.
 
     Args:
         job: what `join` gave.
@@ -152,6 +153,8 @@ class _Joined:
         self.steps = max(self.steps, steps or 0)
         for prompt in block.prompts:
             self.prompts.append(
+                # The block runs as long as its longest prompt, so each keeps how many tokens it may
+                # get itself.
                 prompt if steps is None else replace(prompt, steps=prompt.steps or steps)
             )
         self.saves |= {nodes[index]: name for index, name in names.items()}
@@ -238,7 +241,7 @@ def _model_of(jobs: Sequence[Job]) -> JobModel:
 
 
 def _check(number: int, job: Job) -> None:
-    """Raises if the lines of a job name what is not its own."""
+    """Raises if the lines of a job name invocations that are not its own."""
     for at, block in enumerate(job.blocks):
         count = len(block.prompts)
         reads = [cast(Address, row[1])[0] for row in block.graph.rows if row[0] is READ]

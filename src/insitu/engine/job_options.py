@@ -1,8 +1,8 @@
 """Which options of a run may travel in a job: an explicit list, with what each may be.
 
 An option of `generate` can be code in disguise (`custom_generate` runs what a repository holds), so
-what is not listed here stays at home. The forward of a model only computes: what it takes by name
-may travel if it is plain data, and the model that runs the job checks the name.
+options that are not listed here stay at home. The forward of a model only computes: what it takes
+by name may travel if it is plain data, and the model that runs the job checks the name.
 """
 
 from __future__ import annotations

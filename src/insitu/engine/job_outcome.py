@@ -27,12 +27,12 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Failure:
-    """What failed in a job, and what is missing for it.
+    """What failed in a job, and the values that are missing for it.
 
     Attributes:
         block: the number of the block in which it was.
-        invocations: the numbers of the invocations of which nothing is there: the one that failed,
-            and those that use something of it. None for a line outside of invocations.
+        invocations: the numbers of the invocations that have no values: the one that failed, and
+            those that use something of it. None for a line outside of invocations.
         names: the names of the saved values that are missing.
         error: what was raised, with its line.
         part: of a joined job, the number of the job in which it was.

@@ -80,8 +80,8 @@ class JobBlock:
         options: the options of that, such as `max_new_tokens`.
         prompts: what its invocations are given.
         graph: what was recorded.
-        saves: the name of each saved value, by the node that saves it. What is saved for later
-            blocks only has none.
+        saves: the name of each saved value, by the node that saves it. A value that is saved for
+            later blocks only has none.
         demanded: options that its values take, None if there are none.
         casts: the dtype of autocast on each kind of device on which the block began with it.
         dtype: the default dtype that it began with.
@@ -133,7 +133,7 @@ class Share(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=
 
 
 class JobPart(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True, eq=False):
-    """One of the jobs of which a joined job is made, in the form in which it travels.
+    """One of the jobs that a joined job is made of, in the form in which it travels.
 
     Attributes:
         shares: where each of its blocks is.

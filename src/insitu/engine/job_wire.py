@@ -2,8 +2,8 @@
 
 A frame with a version and a checksum holds a msgpack message, and the tensors that it refers to,
 each by its digest. What a message may look like is declared as types, and msgspec reads nothing
-else. Reading is safe whatever the bytes are: nothing is evaluated, imported or unpickled,
-operations are looked up in the registry, options in a list, and every number is checked.
+else. Reading is safe for any bytes: nothing is evaluated, imported or unpickled, operations are
+looked up in the registry, options in a list, and every number is checked.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _opened(data: bytes) -> tuple[JobMessage, bytes]:
 
 
 def _check_part(part: JobPart, blocks: Sequence[JobBlock], saved: Set[str]) -> None:
-    """Raises if one of several jobs names what is not there."""
+    """Raises if one of several jobs names something that is not there."""
     for share in part.shares:
         block = blocks[share.block] if share.block < len(blocks) else None
         if (
@@ -202,11 +202,11 @@ def _check_part(part: JobPart, blocks: Sequence[JobBlock], saved: Set[str]) -> N
             or share.first + share.count > len(block.prompts)
             or share.start + share.size > len(block.graph)
         ):
-            raise WireError("a job that is a part of it has what is not there")
+            raise WireError("a job that is a part of it has lines or prompts that are not there")
     if len({share.block for share in part.shares}) < len(part.shares):
         raise WireError("two blocks of a job that is a part of it are one")
     if not part.names.keys() <= saved or len({*part.names.values()}) < len(part.names):
-        raise WireError("a job that is a part of it names what is not saved, or twice the same")
+        raise WireError("a job that is a part of it names a value that is not saved, or one twice")
 
 
 def _block_part(writer: Writer, block: JobBlock) -> BlockPart:
@@ -283,7 +283,7 @@ def _block(reader: Reader, part: BlockPart, names: set[str]) -> JobBlock:
     saved = frozenset(at for at, row in enumerate(graph.rows) if row[0] in (SAVE, KEEP))
     saves = dict(part.saves)
     if len(saves) < len(part.saves) or not saves.keys() <= saved:
-        raise WireError("a name is given to what is not saved, or two names to one value")
+        raise WireError("a name is given to a value that is not saved, or two names to one value")
     for name in saves.values():
         if not name.isdigit() and (why := unfit(name)):
             raise WireError(f"a value is saved as {name!r:.40}: {why}")

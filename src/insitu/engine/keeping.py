@@ -32,10 +32,12 @@ def undisturbed(modules: Mapping[str, nn.Module]) -> Generator[None]:
         modules: the model's tree, by path. The caller holds it (see `exclusive`).
     """
     parts = set(modules.values())
+    # A forward may write into buffers in place, which the tables do not tell.
     tensors = [(buffer, buffer.clone()) for buffer in modules[""].buffers()]
     devices = {tensor.device for tensor in modules[""].parameters() if tensor.is_cuda}
     tables: list[dict[Any, Any]] = [vars(part) for part in parts]
     for part in parts:
+        # Caches that a module keeps in a dictionary of its own would be filled by a trial.
         for kept in vars(part).values():
             if isinstance(kept, dict):
                 tables.append(cast("dict[Any, Any]", kept))
@@ -49,7 +51,7 @@ def undisturbed(modules: Mapping[str, nn.Module]) -> Generator[None]:
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Generator[None]:
-    """Lets modules run without dropout, whatever mode they are in.
+    """Lets modules run without dropout, in either mode.
 
     Args:
         modules: the modules of a model.
@@ -102,6 +104,7 @@ def fake_weights(
     fakes: dict[int, torch.Tensor] = {}  # one for each weight, also of two names
     with changing() as changes:
         changes.afterwards(partial(_without_fakes, before))
+        # Undone first: then only names are left that a forward has assigned fakes to.
         changes.afterwards(partial(_update_all, weights))
         # Accelerate's wrappers of forwards put the real weights in, from where they are kept.
         for part in parts:
@@ -110,6 +113,7 @@ def fake_weights(
         for table, own in weights:
             for name, tensor in own.items():
                 if tensor is not None:
+                    # Tied weights stay one tensor, as they are in the model.
                     if id(tensor) not in fakes:
                         fakes[id(tensor)] = fake(tensor)
                     table[name] = fakes[id(tensor)]
@@ -135,6 +139,7 @@ def _update_all(tables: Tables) -> None:
 def _without_fakes(tables: Tables) -> None:
     """Undoes the assignments of fake tensors to names, and no others."""
     for now, before in tables:
+        # Other assignments of a forward are the model's business, as in any forward.
         for name in [name for name, value in now.items() if isinstance(value, FakeTensor)]:
             if name in before:
                 now[name] = before[name]

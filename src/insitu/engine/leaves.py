@@ -23,7 +23,7 @@ def leaves_of(
     what it was computed of.
 
     Args:
-        graph: what is to be done, with its constants.
+        graph: the recorded experiment, with its constants.
         gradients: which of its nodes have such tensors among their constants, once that is known.
         requests: what the model is called with.
         model: the wrapped module.
@@ -48,7 +48,7 @@ def has_leaves(graph: Graph, requests: object) -> bool:
     """Returns whether tensors of the user's, or weights of the model, may get gradients in a block.
 
     Args:
-        graph: what is to be done, with its constants.
+        graph: the recorded experiment, with its constants.
         requests: what the model is called with.
     """
     found: dict[int, torch.Tensor] = {}

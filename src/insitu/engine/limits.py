@@ -13,7 +13,7 @@ from insitu.graph.operations import READ
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a job may take; what is None has no limit.
+    """What a job may take; a field that is None has no limit.
 
     `model.check(job, limits=...)` and `model.run(job, limits=...)` raise a `LimitError` that names
     the limit and the line. They hold before anything is run, as far as sizes are known then, and

@@ -1,4 +1,4 @@
-"""One call of the wrapped module, as a pass makes it: what is known of it beforehand."""
+"""One call of the wrapped module, as a pass makes it: the facts that are known beforehand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Deliver(Protocol):
     """Hands what passes a place that is no module's to the experiment."""
 
     def __call__(self, kind: Kind, value: Any, *, vocabulary: int | None = None) -> Any:
-        """Returns what is to stand there: the value itself, unless it is written.
+        """Returns the value that is to stand there: the same one, unless it is written.
 
         Args:
             kind: which value of the whole model it is.
@@ -59,7 +59,7 @@ class Steps(NamedTuple):
     """The steps of a generation.
 
     Attributes:
-        path: the module of which each call is a step of its own. That is the wrapped one, or what
+        path: the module whose calls are each a step of their own. That is the wrapped one, or what
             it wraps, which then stands for it.
         ended: the invocations that have ended before others of their pass, with how many steps
             each had. What runs the pass adds them while it runs.

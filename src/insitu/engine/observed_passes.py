@@ -1,4 +1,4 @@
-"""The passes of a run that somebody looks at from outside: what is told while they run."""
+"""The passes of a run that somebody looks at from outside: the events while they run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A run that somebody looks at from outside: what it tells, gives away, and asks.
 
-It is made once for a block, whatever its passes are repeated for. So what is told of a saved value
-is told once, and a sink gets it once.
+It is made once for a block, also where its passes are repeated. So a saved value is told once, and
+a sink gets it once.
 """
 
 from __future__ import annotations
@@ -147,6 +147,7 @@ class ObservedRun:
 
         with ExitStack() as hung:  # which are taken off too where one cannot be hung
             taps = hung.enter_context(tapped())
+            # Blocks alone: hooks on all modules took 6 ms of a job.
             for path in blocks_in(modules):
                 taps.before(modules[path], partial(before, path))
             hooks = hung.pop_all()
@@ -198,9 +199,11 @@ class ObservedRun:
             if key.step is not None:  # it is saved in every step
                 step += 1
                 own = key._replace(step=step)
+            # The run will be made again, and this is not the value that stays.
             if not holds():
                 return value
             told = own.name, own.block, own.step
+            # A pass that is repeated saves again what was told before.
             if told not in self._told:
                 self._told.add(told)
                 if sink is not None:
@@ -232,6 +235,7 @@ class ObservedRun:
 
     def _outside(self, call: Callable[[], object]) -> None:
         """Calls somebody outside, whose own runs are none of this one's."""
+        # A listener may run a model itself, and is not to be told of that run.
         token = seams.set(None)
         try:
             call()
@@ -269,7 +273,7 @@ def unwrapped(run: Callable[[], Result]) -> Result:
 
 
 def blocks_in(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Returns the paths of a model's blocks: of what is in its lists, or of all if it has none.
+    """Returns the paths of a model's blocks: of the modules in its lists, or of all if it has none.
 
     Args:
         modules: the model's tree, by path.

@@ -32,8 +32,8 @@ def causality_error(graph: Graph, read: int, write: int, late: Collection[int]) 
     """Returns the error for a write, or a skip, that needs what comes after it.
 
     Args:
-        graph: what is to be done.
-        read: the node that reads the site that is written, or the arguments of what is skipped.
+        graph: the recorded experiment.
+        read: the node that reads the site that is written, or the arguments of the skipped module.
         write: the write or the skip.
         late: the nodes that read what comes too late.
     """
@@ -41,8 +41,8 @@ def causality_error(graph: Graph, read: int, write: int, late: Collection[int]) 
     return CausalityError(
         f"`{expression(graph, read)}` is given a value that depends on "
         f"`{expression(graph, min(late))}`, which comes "
-        f"later in the run and is read at\n{source.location}\nA write can only use what is there "
-        f"when the model passes the site; it stands at",
+        f"later in the run and is read at\n{source.location}\nA write can only use values "
+        f"that are there when the model passes the site; it stands at",
         graph[write].location,
     )
 
@@ -53,10 +53,10 @@ def too_early(
     """Returns the error for a write, or a skip, whose value is not there when it is needed.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
         read: as of `causality_error`.
-        write: likewise.
+        write: as of `causality_error`.
         missing: the sites that it waits for, as a set of bits.
         ended: the invocations that have no further steps, with how many they had.
     """

@@ -13,7 +13,7 @@ from insitu.graph.renumbering import add_nodes, exchanged
 
 
 class Rest(NamedTuple):
-    """What is left of a block.
+    """A block without some of its lines.
 
     Attributes:
         graph: its graph.
@@ -34,7 +34,7 @@ def rest_of(graph: Graph, count: int, lost: Lost) -> Rest:
     Args:
         graph: what the block has recorded.
         count: how many invocations it has.
-        lost: what is left out.
+        lost: the nodes and invocations that are left out.
     """
     numbers = [number for number in range(count) if number not in lost.invocations]
     nodes = [index for index in range(len(graph)) if index not in lost.nodes]
@@ -44,11 +44,11 @@ def rest_of(graph: Graph, count: int, lost: Lost) -> Rest:
 
 
 def part_of(block: JobBlock, lost: Lost) -> tuple[JobBlock, Rest]:
-    """Returns a block of a job without some of its invocations and nodes, and what is left of it.
+    """Returns a block of a job without some of its invocations and nodes, and its `Rest`.
 
     Args:
         block: the block.
-        lost: what is left out.
+        lost: the nodes and invocations that are left out.
     """
     rest = rest_of(block.graph, len(block.prompts), lost)
     demanded = block.demanded

@@ -38,6 +38,7 @@ def _readers(plan: Plan, single: Pass) -> tuple[Readers, bool]:
             readers.setdefault((path, kind, call, step), []).append((index, invocation))
             special = special or call > 0 or SEPARATOR in path
     found: tuple[Readers, bool] = ({**readers}, special)
+    # A pass of all of a plan is met again by each block of its shape.
     if single.reads is None:
         plan.readers[(*single.cuts,)] = found
     return found
@@ -73,10 +74,13 @@ def run_pass(
     readers = kept.copy()
     if steps is not None or plan.special:
         special = True
+    # In an encoder-decoder model the steps are calls of the decoder, not of the whole model.
     if steps is not None and steps.path:
         modules = {**modules, "": modules[steps.path]}
     if through is not None:
+        # A reader without nodes: it only keeps the pass from ending before this place.
         readers.setdefault((*through, 0), [])
+    # Another thread may call the same module, outside of Insitu, while this pass has hooks on it.
     thread = get_ident()
 
     def own_call() -> bool:
@@ -141,17 +145,21 @@ def run_pass(
                 for moment in readers:
                     path = moment[0]
                     put_hook(hooks, modules[path], moment, views.get(path), arrived)
+            # Passes of invocations without gradients are spared what autograd keeps.
             set_grad_enabled(differentiates and execution.differentiates)
             result = call(deliver, own_call)
         except Stop as stop:
             stop.__traceback__ = None  # it would keep every frame of the forward, and their tensors
             if arrivals is not None:
                 arrivals.stopped = True
+        # What a line has raised is noted already, and the model may have made another exception of
+        # it.
         except Exception:
             if execution.raised is None:
                 raise
         finally:
             set_grad_enabled(grad_enabled)
+            # From now on a backward pass may go through rows of several invocations.
             if tape is not None and differentiates and len(cuts) > 1:
                 tape.is_batched = True
             if arrivals is not None:

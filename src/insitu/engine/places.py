@@ -43,7 +43,7 @@ class View(Protocol):
 
         Args:
             output: what it returned.
-            shown: what is to be shown.
+            shown: the value that is to be shown.
             args: as of `__call__`.
             kwargs: as of `__call__`.
         """
@@ -58,7 +58,7 @@ class View(Protocol):
 
         Args:
             returned: what it would return, as fake tensors.
-            shown: what is to be shown.
+            shown: the value that is to be shown.
 
         Raises:
             ShapeError: if it would return something else.

@@ -25,6 +25,7 @@ from insitu.graph.operations import APPLY, ARITHMETIC, BACKWARD, GRAD, PUT, READ
 Readers = dict[tuple[str, Kind, int, int], Sequence[tuple[int, int]]]
 """The nodes that read what passes a place in a step, each with its invocation."""
 
+# So many that the count never reaches zero: the last step must find the value too.
 _MANY = 1 << 40  # uses of a value that is there for every step
 
 
@@ -36,8 +37,8 @@ class Repeated:
         sites: its sites, as a set of bits.
         nodes: the indices of its nodes.
         saves: those of them whose values the user keeps, one a step.
-        joint: those of them that use values of several invocations, and of which: these take their
-            steps together.
+        joint: those of them that use values of several invocations, with their numbers: these take
+            their steps together.
     """
 
     sites: int
@@ -156,7 +157,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
     """Returns the plan of a graph.
 
     Args:
-        graph: what is to be done. A site is read by at most one of its nodes.
+        graph: the recorded experiment. A site is read by at most one of its nodes.
         saves: holds the indices of the nodes whose values the user keeps.
 
     Raises:
@@ -182,6 +183,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
                 for source in inputs:
                     uses[source] += 1
             continue
+        # Most nodes have one input, and planning is paid for by each new block.
         if len(inputs) == 1:
             source = inputs[0]
             uses[source] += 1
@@ -196,6 +198,8 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
                 need |= needs[source]
                 uses[source] += 1
             for source in inputs:
+                # It has to be kept until the other sites have come, and the model may write into
+                # its memory before that.
                 if needs[source] != need:
                     held.setdefault(needs[source], []).append(source)
         needs[index] = need
@@ -204,8 +208,11 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         else:
             groups[need] = [index]
     moves = False
+    # A save is a use by the user, which never ends.
     for index in saves:
         uses[index] += 1
+        # A save with a device copies while the model goes on: the run has to wait for these copies
+        # in the end.
         moves = moves or len(rows[index][1]) > 1
     skips, stops, after = graph.skips, graph.stops, graph.after
     plan = Plan(reads, bits, groups, uses, graph.writes, needs, held, skips, stops, after)
@@ -216,6 +223,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         plan.drawing = {index: invocations[index] for index in drawing}
     for index in graph.writes.values():
         uses[index] += 1
+        # More than one bit: the value needs a site beside its own, so that order matters.
         if needs[index] & (needs[index] - 1):
             plan.crosses = True
     if skips or stops or after:
@@ -233,7 +241,10 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         plan.repeated = _repeated(graph, plan, saves, sites)
     puts = sum(row[0] is PUT for row in rows)
     if puts > 1 and not graph.differentiates:
+        # Autograd needs the values from before a write, so copies are not shared there.
         plan.reused = reusable(graph, needs)
+    # Only in the plain case it is certain that nobody else holds the tensor: elsewhere the write is
+    # copied.
     if not (sites or plan.special or graph.differentiates):
         plan.unshared = [read for read in graph.writes if _is_unshared(graph, plan, read)]
     more = graph.writes or held or sites or plan.special or graph.differentiates
@@ -245,7 +256,7 @@ def written(graph: Graph, plan: Plan) -> list[Address]:
     """Returns the sites that are written, in place or not.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
     """
     found: list[Address] = []
@@ -257,10 +268,11 @@ def written(graph: Graph, plan: Plan) -> list[Address]:
 
 
 def _is_unshared(graph: Graph, plan: Plan, read: int) -> bool:
-    """Whether what is written to a site is certainly a tensor in memory that nothing else has."""
+    """Whether a value written to a site is certainly a tensor in memory that nothing else has."""
     write = graph.writes[read]
     if graph.rows[write][0] is PUT:
         return _is_copy(graph, plan, write, read)
+    # Arithmetic with a float makes a tensor in new memory, and nobody else uses that one.
     source = graph.rows[write][1][1]
     if type(source) is not Ref or plan.uses[write] > 1 or plan.uses[source.index] > 1:
         return False
@@ -274,13 +286,14 @@ def _is_unshared(graph: Graph, plan: Plan, read: int) -> bool:
 
 def _is_copy(graph: Graph, plan: Plan, put: int, read: int) -> bool:
     """Whether writes in place have made a copy of what arrived, and nothing else uses that."""
+    # A chain of writes into the same copy: only the first one copied.
     while graph.rows[put][0] is PUT and plan.uses[put] == 1:
         put = graph.rows[put][3][0]
     return put == read
 
 
 def _gradients(graph: Graph, grads: list[int], backwards: list[int]) -> Gradients:
-    """Finds which gradients there are of which backward passes, and of which values."""
+    """Finds which gradients there are, with their values and backward passes."""
     wanted: dict[int, list[int]] = {}
     renewed: dict[int, dict[Path, int]] = {}
     for index in grads:
@@ -299,7 +312,7 @@ def _check_gradients(graph: Graph, plan: Plan, late: Sequence[int]) -> None:
     """Raises if there are gradients that cannot be had.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
         late: the nodes that come after the model has run.
     """
@@ -311,6 +324,7 @@ def _check_gradients(graph: Graph, plan: Plan, late: Sequence[int]) -> None:
                 "gradients come when the model has run.",
                 graph[write].location,
             )
+    # A backward pass runs when all steps have ended: the values of a step are gone by then.
     every = sum(plan.bits[index] for address, index in plan.reads.items() if address[4] == EVERY)
     for index in late:
         if any(plan.needs[source] & every for source in graph.rows[index][3]):
@@ -337,6 +351,7 @@ def _repeated(graph: Graph, plan: Plan, saves: Mapping[int, object], sites: int)
         if len(of) > 1:
             joint.append((index, of))
         for address in needed:
+            # Nodes of every step begin to run in the first one.
             if address[4] > 0:
                 raise CausalityError(
                     f"`{expression(graph, index)}` runs in every step, and `{Site(*address)}` is "

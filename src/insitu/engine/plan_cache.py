@@ -76,6 +76,7 @@ class PlanCache(Generic[Planned]):
         except _INCOMPARABLE:
             return _where(key, graph), None
         _, saved, planned = found
+        # The graph is alike and other values are saved: uses differ, and so does the plan.
         if saved != [*saves]:
             return where, self._of_other_lines(where, key, graph, saves)
         self._last = where, found
@@ -94,6 +95,7 @@ class PlanCache(Generic[Planned]):
         """
         try:
             rows = [_outlined(row) for row in graph.rows]
+        # A function may do anything the next time, so nothing that was planned for it is certain.
         except _UnlikeAnyError:
             return
         kept = _Kept({**vars(graph), "rows": rows}, [*saves], planned)
@@ -114,6 +116,8 @@ class PlanCache(Generic[Planned]):
             return None
         rows = zip(found.outline["rows"], graph.rows, strict=True)
         outline = {**vars(graph), "rows": [(*row[:-1], own[-1]) for row, own in rows]}
+        # Put at the end of the table, since it was of use: what was not asked for longest is
+        # dropped.
         self._put(self._by_content, content, found)
         self._put(self._by_line, where, found._replace(outline=outline))
         self._last = where, self._by_line[where]
@@ -149,6 +153,7 @@ def _content(key: Hashable, graph: Graph, saves: Mapping[int, object]) -> _Where
 def _without_lines(held: Mapping[str, Any]) -> dict[str, Any]:
     """What a graph holds, but for the lines that recorded it."""
     others = {**held, "rows": [row[:-1] for row in held["rows"]]}
+    # Its values are the lines of the user's.
     if "stops" in others:
         others["stops"] = [*others["stops"]]
     return others
@@ -225,6 +230,7 @@ def _number(number: Any) -> _Number:
 def _outlined(row: Row) -> Row:
     """A row with a stand-in for each tensor and each number."""
     operation, args, kwargs, inputs, nested, mark = row
+    # Nothing in it differs from run to run, so the row itself is kept.
     if operation is READ or (not kwargs and all(isinstance(arg, _PLAIN) for arg in args)):
         return row
     replaced = False
@@ -240,6 +246,7 @@ def _outlined(row: Row) -> Row:
         if isinstance(item, torch.Generator):
             replaced = True
             return _AnyGenerator(item.device)
+        # What they hold would be kept as long as the plan, and compares as nothing else does.
         if isinstance(item, Function | Carried | Subgraph):
             raise _UnlikeAnyError
         return item

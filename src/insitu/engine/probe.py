@@ -203,7 +203,8 @@ def fake_run(
         module: the module; it is changed for the duration, as in `probe`.
         call: its arguments; the tensors' shapes and dtypes count.
         contents: whether integers in the call and in the weights count too. It takes longer.
-        forward: what is called in the place of the module, with fake tensors; it calls the module.
+        forward: the function called in the place of the module, with fake tensors; it calls the
+            module.
         device: the kind of device that the fake tensors are on.
     """
     known = Contents() if contents else None
@@ -216,6 +217,7 @@ def fake_run(
             known.give(fake, item)
         return fake
 
+    # Constants that a forward makes of its own are real tensors.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with on_fake_tensors(mode, known), fake_weights(module, leaf):
         args, kwargs = map_structure(leaf, tuple(call))
@@ -234,13 +236,14 @@ def fake_result(
         module: the module; it is changed for the duration, as in `probe`.
         forward: its forward.
         args: the arguments of a call; the tensors' shapes and dtypes count.
-        kwargs: likewise.
+        kwargs: the keyword arguments of the call.
 
     Raises:
         UnknownShapeError: if that cannot be known without data.
     """
     call = Call(args, dict(kwargs))
     try:
+        # Without contents first: keeping them slows each function down.
         return fake_run(module, call, forward=forward)
     except Exception:  # some modules ask what integers say, and some kernels are not for fakes
         pass
@@ -255,6 +258,7 @@ def fake_result(
 
 def _fake(tensor: torch.Tensor, device: str = "cpu") -> torch.Tensor:
     """A fake tensor like another, in the fake mode that is active."""
+    # On the CPU, not on the meta device: masks, `generate` and some rotary embeddings fail there.
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
@@ -265,6 +269,7 @@ def _autocast(kind: str) -> tuple[str, AbstractContextManager[Any]]:
     """
     if kind in ("cpu", "meta") or not torch.amp.is_autocast_available(kind):
         return "cpu", nullcontext()
+    # Autocast of the CPU must not stand in for that of a device where it is off.
     if autocast_dtype(kind) is None:
         return "cpu", torch.autocast("cpu", enabled=False)
     return kind, nullcontext()

@@ -23,6 +23,7 @@ _MOST = 16  # fake runs and interpolations that are kept: some 10 MB of GPT-2's
 Result = Probe | UnknownShapeError
 
 _Family = tuple[str, int, tuple[int, ...]]
+# Longer than any prompt.
 _ENDLESS = 1 << 62
 
 
@@ -39,7 +40,7 @@ class CallForm(NamedTuple):
     sizes: tuple[int, ...]
 
     def without(self, at: int) -> _Family:
-        """Returns what is equal for calls that differ in one size only."""
+        """Returns a key that is equal for calls that differ in one size only."""
         return self.text, at, (*self.sizes[:at], *self.sizes[at + 1 :])
 
 
@@ -105,12 +106,15 @@ class ProbeCache:
         for at, size in enumerate(form.sizes):
             family = form.without(at)
             for key, found in [*self._between.items()]:
+                # Strictly between: beyond the known lengths nothing is certain.
                 if found is not None and key[0] == family and key[1][0] < size < key[1][-1]:
                     _touch(self._between, key, found)
                     return found.at(size, run)
             thresholds = self._thresholds() if self._alike(family, at) else None
             near = None if thresholds is None else self._near(family, at, size, thresholds)
             three = None if near is None else _three(near.runs, size)
+            # An interpolation that failed is kept as None, so that it is not tried for each length
+            # again.
             if near is None or three is None or (family, three) in self._between:
                 continue
             found = interpolation(three, [near.runs[length] for length in three], near.walls)
@@ -133,6 +137,7 @@ class ProbeCache:
         """
         for at, size in enumerate(form.sizes):
             family = form.without(at)
+            # Three runs of their own have to come first: whoever asks once need not pay for more.
             if len(self._alike(family, at)) < 3:
                 continue
             thresholds = self._thresholds()
@@ -140,6 +145,7 @@ class ProbeCache:
             if near is None or len(near.runs) < 3 or min(near.runs) < size < max(near.runs):
                 continue
             if size == max(near.runs):
+                # Doubling reaches all lengths with few runs.
                 wanted = min(2 * size, near.high - 1)
             else:
                 wanted = max(size // 2, near.low + 1)
@@ -150,7 +156,7 @@ class ProbeCache:
     def _near(
         self, family: _Family, at: int, size: int, thresholds: Collection[int]
     ) -> _Near | None:
-        """What is known between the thresholds around a size, None if it is one itself."""
+        """The runs known between the thresholds around a size, None if it is one itself."""
         if size in thresholds or size <= 1:
             return None
         low = max((wall for wall in thresholds if 1 < wall < size), default=1)
@@ -179,6 +185,8 @@ def form_of(call: Call, rest: str) -> CallForm:
     def leaf(item: Any) -> str:
         if not isinstance(item, torch.Tensor):
             return repr(item)
+        # Sizes are told apart by equality only: two that are equal by chance are one here, and so
+        # another form.
         which = [numbers.setdefault(size, len(numbers)) for size in item.shape]
         return f"{item.dtype}{which}"
 
@@ -190,12 +198,14 @@ def _three(known: Collection[int], size: int) -> tuple[int, int, int] | None:
     """Three sizes around one whose distances have no common divisor, None if there are none.
 
     If a model fills sizes up to a multiple of anything, three such sizes do not agree, or they lie
-    within one multiple, and so does what is between.
+    within one multiple, and so do those between.
     """
     if len(known) < 3 or not min(known) < size < max(known):
         return None
     first, *middle, last = sorted(known)
     for one in middle:
+        # With a common divisor a size that is filled up to a multiple of it could pass for an
+        # affine one.
         if gcd(one - first, last - one) == 1:
             return first, one, last
     return None

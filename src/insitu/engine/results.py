@@ -1,4 +1,4 @@
-"""`Results`: what a job gives, by the names of what is saved, and as a safetensors file."""
+"""`Results`: what a job gives, by the names of saved values, and as a safetensors file."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Results(Mapping[str, Any]):
     Args:
         values: the saved values, by name.
         about: as of the attributes, and so are the others.
-        outputs: likewise.
-        differences: likewise.
-        failed: likewise.
-        gradients: likewise.
+        outputs: as of the attributes.
+        differences: as of the attributes.
+        failed: as of the attributes.
+        gradients: as of the attributes.
 
     Attributes:
         about: the expression that each value was saved of, such as "transformer.h[3].output[0]".

@@ -70,7 +70,7 @@ class Told(msgspec.Struct, forbid_unknown_fields=True):
     """The metadata of a file of results.
 
     Attributes:
-        kind: what is in the file.
+        kind: the kind of the file's content.
         version: the version of the format.
         tensors: its tensors, which the values refer to by their place here.
         values: the saved values, by name.
@@ -115,6 +115,8 @@ def to_bytes(stored: Stored) -> bytes:
         how = StoredTensor(str(tensor.dtype), list(tensor.shape), "cpu")
         places.append(TensorPlace(key, how))
         row = bytes_of(tensor)
+        # Of other dtypes, such as complex numbers, the file has the bytes, and `how` says what they
+        # mean.
         rows[key] = tensor_of(row, how) if tensor.dtype in _NATIVE else row
     told = Told(
         "results of a job",
@@ -212,6 +214,7 @@ def _as_data(value: Any) -> Any:
         return {key: _as_data(item) for key, item in entries.items()}
     if isinstance(value, tuple) and not isinstance(value, torch.Size):
         items = [_as_data(item) for item in cast("tuple[Any, ...]", value)]
+        # Any other class may be the user's, and not be there where the file is read.
         kind: Any = cast(Any, type)(value)
         return kind(items) if kind.__module__ == "torch.return_types" else tuple(items)
     if isinstance(value, list):
@@ -249,6 +252,7 @@ def _failure_part(failure: Failure) -> FailurePart:
 def _failure(part: FailurePart) -> Failure:
     """A failure with an error of Insitu's own, of the class that it had."""
     kind: Any = vars(errors).get(part.error)
+    # The name comes from anybody too, and may name nothing but errors of Insitu's.
     known = isinstance(kind, type) and issubclass(kind, InsituError)
     location: Location | None = None
     if part.line is not None:
@@ -270,6 +274,7 @@ def _tensor(row: torch.Tensor, how: StoredTensor) -> torch.Tensor:
 def _told(data: bytes) -> Told:
     """The metadata of a file."""
     what = "The bytes are no results of a job"
+    # The length comes from anybody: it is bounded before anything of that size is made.
     size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else -1
     if not 0 <= size <= min(_LONGEST_HEADER, len(data) - 8):
         raise WireError(f"{what}: they are no safetensors file.")

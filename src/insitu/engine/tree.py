@@ -1,10 +1,10 @@
 """The tree of a module as it was when it was last looked at, and whether it has changed since.
 
 Users add adapters to a module that is wrapped, and replace, append, move and remove its parts.
-What is known of the module holds for one tree, so each block begins by comparing. A plan holds for
-the part of it through which calls lead to the sites of a block: its `CallPath` is compared before
-the plan is used again, and after each run. The module itself is untouched: it has no hook that
-tells of changes.
+The facts about a module hold for one tree, so each block begins by comparing. A plan holds for the
+part of it through which calls lead to the sites of a block: its `CallPath` is compared before the
+plan is used again, and after each run. The module itself is untouched: it has no hook that tells of
+changes.
 """
 
 # pyright: reportPrivateUsage=false
@@ -71,8 +71,8 @@ class Tree:
         root: the module.
         modules: all modules of the tree by path, shared ones under each of their paths.
         parts: all modules, each once.
-        spine: the children of the root, and what is on the way to its lists of modules: it
-            differs if a head or a list is replaced, or an item of a list.
+        spine: the children of the root, and those on the way to its lists of modules: it differs if
+            a head or a list is replaced, or an item of a list.
         exchanges: whether a forward is known to exchange some of the modules.
     """
 
@@ -147,6 +147,7 @@ class Tree:
     @cached_property
     def weight_bytes(self) -> int:
         """The memory of the weights and buffers, in the dtypes that they have, or will have."""
+        # By identity: tied weights are there once.
         tensors = {id(one): one for one in self.root.parameters()}
         tensors |= {id(one): one for one in self.root.buffers()}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -160,6 +161,8 @@ class Tree:
         Args:
             changes: notes it.
         """
+        # Some models exchange modules in their first long forward. A run of the library's own must
+        # not cause that.
         changes.afterwards(partial(self._put_back, [dict(state) for state in self._states]))
 
     def _put_back(self, states: list[dict[str, Any]]) -> None:
@@ -222,8 +225,11 @@ class CallPath:
 
     def still_holds(self) -> bool:
         """Returns whether calls lead on through the same modules, and enter what they entered."""
+        # Tables are compared in C, and dictionaries that are the same object at once.
         if self.now != self.then:
             return False
+        # Compiling a module, or giving it a forward of its own, adds an attribute. Comparing all
+        # entries took 0.1 us a module.
         same = [*map(len, self._states)] == self._sizes
         same = same and type(self._root).forward is self._forward
         for state, forward in self._own:

@@ -1,4 +1,4 @@
-"""What is done with the bytes of a job before anybody reads all of it."""
+"""What can be done with the bytes of a job before anybody reads all of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from insitu.graph.wire_tensors import digests_in
 
 
 class _JobLines(Part):
-    """A job of which only the lines are read: whoever reads no more of it needs no limits."""
+    """A job; only its lines are read. Whoever reads no more of it needs no limits."""
 
     operations: msgspec.Raw
     files: msgspec.Raw
@@ -23,7 +23,7 @@ class _JobLines(Part):
 
 
 class _JobTensors(Part):
-    """A job of which only is read what its tensors look like."""
+    """A job; only the descriptions of its tensors are read."""
 
     operations: msgspec.Raw
     files: msgspec.Raw

@@ -1,1 +1,1 @@
-"""What is to be done: nodes, proxies, the operation registry and shapes."""
+"""The recorded experiment: nodes, proxies, the operation registry and shapes."""

@@ -41,7 +41,7 @@ def _apply(cls: type[AutogradFunction], *args: Any, **kwargs: Any) -> Any:
 
 
 def _holds_recorded(value: Any) -> bool:
-    """Whether a value of a run is in a structure, of which nothing is built anew."""
+    """Whether a value of a run is in a structure. Nothing of the structure is built anew."""
     if isinstance(value, dict):
         value = list(cast("dict[Any, Any]", value).values())
     if isinstance(value, tuple | list):

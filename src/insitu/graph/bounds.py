@@ -334,7 +334,7 @@ def items(xs: Any, function: Any) -> Generator[None]:
 
     Args:
         xs: the items.
-        function: what is called. It has `nodes` if it was recorded.
+        function: the function that is called. It has `nodes` if it was recorded.
 
     Raises:
         LimitError: if there are too many, counted together with the loops around this one.

@@ -50,7 +50,7 @@ def pulled_back(module: nn.Module, value: Tensor, gradients: Tensor) -> Tensor:
 
 
 def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors that are plain attributes, of it and of what is in it."""
+    """Parameters, buffers, and tensors that are plain attributes, of it and of its submodules."""
     for part in module.modules():
         own = vars(part)
         for held in (own["_parameters"], own["_buffers"], own):

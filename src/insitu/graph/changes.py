@@ -1,8 +1,8 @@
 """Changes for a while: each is noted before it is made, and all are undone in reverse.
 
 An exception may come at any line: Ctrl-C, a signal, a lack of memory. So an undoing may be
-repeated: it is begun again if it was interrupted, and does nothing where it was done. What is still
-changed when a block begins, although the function that changed it has ended, is undone then.
+repeated: it is begun again if it was interrupted, and does nothing where it was done. A change that
+is still there when a block begins, although its function has ended, is undone then.
 
 Nothing here knows what a module is: see `interpose.py` and `keeping.py`.
 """
@@ -51,7 +51,7 @@ class Changes:
         Args:
             table: the table, such as `vars(module)`.
             key: the key.
-            value: what is put there.
+            value: the value that is put there.
         """
         before = table.get(key, ABSENT)
         self._notes.append(partial(_put_back, table, key, value, before))
@@ -133,7 +133,7 @@ def _name(frame: FrameType) -> Any:
 
 
 def is_running(frame: FrameType | None) -> bool:
-    """Returns whether a function has not ended, in whatever thread.
+    """Returns whether a function has not ended, in any thread.
 
     Args:
         frame: its frame; None for one of a thread that has gone with a fork.

@@ -192,8 +192,8 @@ def context_of(numbers: list[int]) -> Context:
 def refuse_inside_forward(line: Mark) -> None:
     """Raises if a line is recorded while torch runs the forward of an `autograd.Function`.
 
-    That happens where the value came in by another way than as an argument. What is recorded then
-    would lose the function's own backward.
+    That happens where the value came in by another way than as an argument. Lines that were
+    recorded then would lose the function's own backward.
 
     Args:
         line: the user's line.
@@ -203,10 +203,10 @@ def refuse_inside_forward(line: Mark) -> None:
         if frame.f_code is APPLY_IN_TORCH.__code__:
             name = frame.f_locals["cls"].__qualname__
             raise OperationError(
-                f"The forward of {name} uses a value of the run that it is not given as an "
-                f"argument, or its `apply` was taken before insitu was imported, so that its own "
-                f"backward would be lost: call `{name}.apply(...)`, by that name, with all values "
-                "of the run that it needs.",
+                f"The own backward of {name} would be lost: its forward uses a value of the run "
+                "that it is not given as an argument, or its `apply` was taken before insitu was "
+                f"imported. Call `{name}.apply(...)`, by that name, with all values of the run "
+                "that it needs.",
                 Location(*line),
             )
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Control flow and functions: what is decided by values, and what is no recorded operation.
+"""Control flow and functions: decisions by values, and calls that are no recorded operations.
 
 `cond` and `fold` record the functions that they are given as graphs of their own, so that they
 remain data. `apply` takes any function, which the wire format refuses.
@@ -36,7 +36,7 @@ def apply(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Args:
         function: any function, or a module of the user's own.
         args: recorded values, constants, or containers of both.
-        kwargs: likewise.
+        kwargs: the same, by keyword.
 
     Returns:
         A proxy for what the function returns.
@@ -99,7 +99,7 @@ def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *op
         pred: a proxy for one number or truth value.
         then: a function of the operands, used if the value is true. It may use other values of the
             block, and returns values or containers of them.
-        otherwise: likewise, used if it is not.
+        otherwise: a function of the same kind, used if the value is false.
         operands: what the functions are called with.
 
     Returns:
@@ -131,7 +131,7 @@ def fold(function: Callable[[Any, Any], Any], init: Any, xs: Any) -> Any:
     Args:
         function: of the carry and an item; it returns the next carry.
         init: the first carry: a value, a constant or a container of both.
-        xs: a tensor, of which the items lie along the first axis, or a tuple or list.
+        xs: a tensor with its items along the first axis, or a tuple or list.
 
     Returns:
         A proxy for the last carry.

@@ -115,7 +115,7 @@ def backward_pass(
     """Records a backward pass.
 
     Args:
-        losses: where it starts: recorded values, of which the first tells the block.
+        losses: where it starts: recorded values. The first one tells the block.
         options: keyword arguments of the operation, but for `inputs`.
         inputs: whose gradients it returns: values of this block, weights of the model, tensors of
             the user's, or one of them alone. None for none.

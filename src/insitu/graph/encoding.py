@@ -1,8 +1,8 @@
 """How a line becomes a node: what an argument may be, and how the node holds it.
 
-A node holds plain constants as they are, and references in the place of recorded values. A value
-of another block comes in by what it is there: the function of a `cond` captures those from around
-it, a later block of a session waits for them, and of what has run they are constants.
+A node holds plain constants as they are, and references in the place of recorded values. A value of
+another block comes in by what it is there. The function of a `cond` captures those from around it,
+a later block of a session waits for them, and values of a block that has run are constants.
 """
 
 # pyright: reportPrivateUsage=false
@@ -68,7 +68,7 @@ def add_node(
         recording: where it is recorded.
         operation: an entry of the registry.
         args: its arguments: recorded values, constants, or containers of both.
-        kwargs: its keyword arguments, likewise.
+        kwargs: its keyword arguments, of the same kinds.
         mark: the user's line.
 
     Raises:
@@ -241,7 +241,7 @@ def capture(branch: Recording, value: AnyRecorded, mark: Mark) -> Ref:
 
     Args:
         branch: what records that function.
-        value: a value of what it is used in, or of what is around that.
+        value: a value of the recording that uses it, or of one around that.
         mark: the user's line.
     """
     parent = cast(Recording, branch.parent)

@@ -169,7 +169,7 @@ class UnknownNameError(InsituError, ImportError):
 class RemoteError(InsituError, RuntimeError):
     """A server that cannot be reached, that refuses, or that has failed.
 
-    What is wrong with an experiment itself raises the same error as without a server.
+    A fault of the experiment itself raises the same error as without a server.
 
     Attributes:
         code: what it is, for programs: "busy", "quota", "never_fits", "not_found", "unauthorised",

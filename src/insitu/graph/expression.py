@@ -70,7 +70,7 @@ Written = Callable[[int], str]
 def expression(graph: Graph, index: int, depth: int = 0, other: Written | None = None) -> str:
     """Returns a node as an expression, such as "transformer.h[3].output[0].mean(-1)".
 
-    What is too deep, too wide or too long is left out as "...".
+    A part that is too deep, too wide or too long is left out as "...".
 
     Args:
         graph: the graph that the node is in.
@@ -243,7 +243,7 @@ class _Writer:
         return _Writer(lines, written, self._left).node(value.index, 0)
 
     def _given(self, node: Node, other: Written) -> str:
-        """What is put somewhere, where the values of other nodes have names."""
+        """The code of a value that is put somewhere, where the values of other nodes have names."""
         place = other(node.inputs[0])
         if node.operation is GRAD:
             named = "".join(f" of {other(backward)}" for backward in node.inputs[1:])

@@ -18,7 +18,7 @@ from insitu.graph.ordinary import ordinary_tensors
 def on_fake_tensors(
     mode: FakeTensorMode, *others: AbstractContextManager[Any] | None
 ) -> Generator[None, None, None]:
-    """Runs its block on tensors without data, of which autograd records nothing.
+    """Runs its block on tensors without data. Autograd records nothing of it.
 
     Args:
         mode: makes the tensors.

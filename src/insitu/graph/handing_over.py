@@ -20,7 +20,7 @@ class HandingOver:
     """Finds where the bases of a recording stand.
 
     Args:
-        graph: what is recorded.
+        graph: the recorded experiment.
         first: the base that each write in place has changed, by its node.
     """
 
@@ -36,12 +36,12 @@ class HandingOver:
 
         Args:
             base: the base.
-            steps: the views that lead to what is written into.
+            steps: the views that lead to the part that is written into.
             writer: the invocation in which that stands; None for whichever it writes into.
             mark: the user's line.
 
         Returns:
-            The table of the graph that says so, `writes` or `skips`, and the place in it; None if
+            The table of the graph that says so, `writes` or `skips`, and the place in it. None if
             the base stands nowhere, if a later line has put something else there, or if the write
             is another invocation's.
 
@@ -81,7 +81,7 @@ class HandingOver:
         return base in self._borrowed
 
     def check_entry(self, base: int, key: Any, mark: Mark) -> None:
-        """Raises if an entry of a structure cannot be assigned without what is not the model's.
+        """Raises if assigning an entry of a structure would take values that are not the model's.
 
         Args:
             base: the structure.

@@ -36,7 +36,7 @@ def mutate(
         recording: where it is recorded.
         operation: an entry of the registry.
         args: as of `add_node`, and so are its errors.
-        kwargs: likewise.
+        kwargs: as of `add_node`.
         mark: the user's line.
 
     Returns:
@@ -97,7 +97,7 @@ def _refuse_computed(
     found = next((at for at in views.chain(target._ref) if at in recording.computed), None)
     if found is not None:
         raise OperationError(
-            f"`{target.written()}` is computed and no part of the model, which would not see what "
-            f"is written into it: {recording.computed[found]}",
+            f"`{target.written()}` is computed and no part of the model, which would not see a "
+            f"write into it: {recording.computed[found]}",
             location,
         )

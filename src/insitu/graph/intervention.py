@@ -85,7 +85,7 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
 def _of_site(
     recording: Recording, operation: Operation, site: Ref, args: tuple[Any, ...], mark: Mark
 ) -> Ref:
-    """Records an operation on what stands at a site, whatever was written into that."""
+    """Records an operation on the value that stands at a site, with all writes into it."""
     made, _, inputs, nested = encoded(recording, args, NO_KWARGS, mark)
     rows = recording.graph.rows
     sources = (site.index, *inputs)
@@ -144,7 +144,7 @@ def write_part(
 
 
 def _is_whole(recording: Recording, value: Any) -> bool:
-    """Whether a value has all parts of what is to stand at a site: see `write_part`."""
+    """Whether a value has all parts of the one to stand at a site: see `write_part`."""
     if not isinstance(value, AnyRecorded) or value._recording is not recording:
         return False
     return recording.graph.rows[recording.current(value._ref).index][0] is REPLACE
@@ -247,7 +247,7 @@ def _refuse_both_inputs(recording: Recording, address: Address, mark: Mark) -> N
 
 
 def _leaves(value: Any) -> list[Any]:
-    """What is in a value, however deep."""
+    """The leaves of a value, however deep."""
     found: list[Any] = []
     map_structure(found.append, value)
     return found

@@ -49,7 +49,7 @@ class Lines(Protocol):
 
     Attributes:
         graph: the nodes so far.
-        saves: where the run has to put what is saved, by the index of the node that saves it.
+        saves: where the run has to put saved values, by the index of the node that saves each.
         shapes: gives the shapes at sites; None where no model is behind the recording.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
         casts: where autocast was enabled where the block began.

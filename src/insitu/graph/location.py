@@ -1,7 +1,7 @@
 """Where in the user's source something was written.
 
-Taken for every recorded operation, so it must cost next to nothing: a location is a code object
-and the offset of an instruction; the line number and the text are looked up when they are shown.
+Taken for every recorded operation, so it must cost next to nothing. A location is a code object and
+the offset of an instruction. The line number and the text are looked up when they are shown.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class Node(NamedTuple):
         operation: what to do.
         args: positional arguments: constants, containers of constants, and `Ref`s in either; of
             a read, the address of the site.
-        kwargs: keyword arguments, likewise.
+        kwargs: keyword arguments, of the same kinds.
         inputs: the indices of all nodes that the arguments refer to, one entry a reference.
         nested: whether a reference stands inside a container, or among the keyword arguments.
         mark: the user's line, as `location` shows it.
@@ -215,18 +215,18 @@ _HANDED_OVER = (PUT, SKIP, WRITE)
 def table_of(thing: object, field: str, kind: type[Any] = dict) -> Any:
     """Returns what an object holds in a field, to add to.
 
-    Most graphs have nothing in most of their fields, and share what is empty of the class.
+    Most graphs have nothing in most of their fields, and share the empty tables of the class.
 
     Args:
         thing: a graph, or what records one.
         field: the name of the field.
-        kind: what is made for it: a dictionary or a set.
+        kind: the type that is made for it: a dictionary or a set.
     """
     return vars(thing).setdefault(field, kind())
 
 
 class Graph:
-    """What is to be done: nodes, and what the run hands over to the model.
+    """The recorded experiment: nodes, and what the run hands over to the model.
 
     Attributes:
         rows: the nodes, in the order of the lines that recorded them. Arguments refer to earlier
@@ -241,7 +241,7 @@ class Graph:
         differentiates: whether the run has to record autograd.
         after: the nodes that read a site in one step after it is written in every step, and the
             nodes that read it there.
-        unfused: the nodes that read what is only there if attention is not one fused function.
+        unfused: the nodes that read values which exist only if attention is not one fused function.
         contexts: what differs around a node from what the block runs in, by the node.
         scopes: the nodes that stand in the `with` of an invocation: its number, and from which
             node to which, without it. An inner one comes before the one around it.
@@ -320,7 +320,7 @@ class Graph:
 
         Args:
             index: the other.
-            row: what is added.
+            row: the row that is added.
         """
         made = len(self.rows)
         self.rows.append(row)

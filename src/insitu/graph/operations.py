@@ -2,9 +2,9 @@
 
 Every operation here reads its arguments and returns a value, or writes into the first of them. Some
 draw random numbers, from the generator of the process in which they run and in the order in which
-they run. What touches files or other global state, looks at storage or strides, or returns
-uninitialised memory is not in the list, because what is recorded is what may later travel to a
-process that trusts nothing but this list.
+they run. Not in the list is what touches files or other global state, looks at storage or strides,
+or returns uninitialised memory. A recorded operation may later travel to a process that trusts
+nothing but this list.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ def _backward(
         *losses: where it starts.
         gradient: what it starts with, one for each loss; None where a loss is one number.
         retain_graph: as of `torch.autograd.grad`, and so are the other options.
-        create_graph: likewise.
+        create_graph: as of `torch.autograd.grad`.
         inputs: weights of the model and tensors of the user's whose gradients it returns; None for
             none, and then the user's tensors that require gradients accumulate them.
         accumulate: whether the user's tensors among `inputs` accumulate them too.
-        allow_unused: likewise.
-        materialize_grads: likewise.
+        allow_unused: as of `torch.autograd.grad`.
+        materialize_grads: as of `torch.autograd.grad`.
     """
     return tuple(map(torch.empty_like, inputs or ()))
 
@@ -319,7 +319,7 @@ def _writing() -> dict[str, Operation]:
 def _listed(prefix: str, namespace: Any, names: str) -> dict[str, Operation]:
     """Operations of one namespace.
 
-    What the installed torch does not have, or what is no function there, is left out.
+    Names that the installed torch does not have, or that are no functions there, are left out.
     """
     never_cast = _NEVER_CAST.split()
     listed: dict[str, Operation] = {}

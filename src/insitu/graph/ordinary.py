@@ -1,8 +1,8 @@
 """Ordinary tensors, also where the user's code is in `torch.inference_mode()`.
 
-What is made in that mode has no version counter and can never take part in autograd. Finding out
-what a model does needs the one, gradients need the other, and what is kept from one run to the
-next must be fit for both.
+A tensor made in that mode has no version counter and can never take part in autograd. Finding out
+what a model does needs the one, gradients need the other, and values that are kept from one run to
+the next must be fit for both.
 """
 
 from __future__ import annotations

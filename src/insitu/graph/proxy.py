@@ -1,4 +1,4 @@
-"""Proxies: what stands for a value that does not exist yet, and records what is done to it.
+"""Proxies: they stand for values that do not exist yet, and record the operations on them.
 
 A proxy takes operators, indexing, tensor methods, attributes and `torch` functions. While its
 block is open each of them adds a node and returns another proxy. After the run a saved proxy
@@ -91,7 +91,7 @@ class AnyProxy(Operators, Answers):
             keep_graph: whether the value keeps its history for autograd, so that a loss can be
                 made of it after the block. The run records autograd then.
             to: the device of the copy, such as "cpu"; None for the one that the value is on. The
-                model goes on while what is on a GPU is copied to the CPU.
+                model goes on while values on a GPU are copied to the CPU.
 
         Returns:
             A proxy for the same value. Once the model has run, it is that copy: a tensor, with
@@ -196,7 +196,7 @@ class AnyProxy(Operators, Answers):
     ) -> BackwardPass:
         """Records a backward pass from this value; it runs when the model has run.
 
-        Gradients go to whatever `.grad` is read or written of in the block, and to the user's
+        Gradients go to the values whose `.grad` is read or written in the block, and to the user's
         own tensors and parameters that require them. The model's parameters get none.
 
         Args:
@@ -377,8 +377,8 @@ class StructureProxy(Proxy):
 SAVED: dict[type[Any], Any] = {}
 """The classes that `.save()` makes, which `saved_proxy.py` enters: they inherit from those here.
 
-They are there by `torch.Tensor` of what may be a tensor, by `list` of what every step saves, and
-by the class of the proxy of what is known to be no tensor.
+`torch.Tensor` has them for a value that may be a tensor, `list` for what every step saves, and the
+class of the proxy for a value that is known to be no tensor.
 """
 
 _TENSOR = torch.Tensor

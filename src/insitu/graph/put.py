@@ -92,7 +92,7 @@ def _shares(part: Any, copy: torch.Tensor) -> bool:
 
 
 def _copied(base: torch.Tensor) -> torch.Tensor:
-    """A copy. What is written under `torch.no_grad` changes numbers, and not their history."""
+    """A copy. A write under `torch.no_grad` changes numbers, and not their history."""
     if not base.requires_grad or torch.is_grad_enabled():
         return base.clone()
     with torch.enable_grad():

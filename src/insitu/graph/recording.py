@@ -1,8 +1,8 @@
-"""What a block records, and what is known of it until the block ends.
+"""What a block records, and the facts about it until the block ends.
 
 A recording owns the graph that a block writes, the cells that its saved values will be put into,
-and what is known of shapes. How a line becomes a node is in `encoding.py`, what takes the place of
-a value in `intervention.py` and `in_place.py`, and gradients in `differentiation.py`.
+and the shapes that are known. How a line becomes a node is in `encoding.py`, what takes the place
+of a value in `intervention.py` and `in_place.py`, and gradients in `differentiation.py`.
 """
 
 # pyright: reportPrivateUsage=false
@@ -38,11 +38,11 @@ _NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference t
 
 
 class Recording:
-    """What one block records: the graph that it writes, and what is known of it.
+    """What one block records: the graph that it writes, and the facts about it.
 
     Attributes:
         graph: the nodes so far.
-        saves: where the run has to put what is saved, by the index of the node that saves it.
+        saves: where the run has to put saved values, by the index of the node that saves each.
         sites: what lines that come now read at a site: what arrives, or what was last assigned.
         views: what values stand for now, once anything was written in place; None before that.
         direct: whether lines are recorded with values as they are: nothing was written in place,
@@ -173,7 +173,7 @@ class Recording:
         return source if self.views is None else self.views.resolved(source)
 
     def forget_contexts(self, start: int) -> None:
-        """Lets the nodes from one on run in the context of the block, whatever is around them.
+        """Lets the nodes from one on run in the block's context, and not in that of their lines.
 
         Args:
             start: the first of them.
@@ -222,7 +222,7 @@ def refuse_unseen(recording: Recording, address: Address, mark: Mark) -> None:
 
 
 def refuse_mixed(recording: Recording, address: Address, mark: Mark) -> None:
-    """Raises if a site is used in every step after a single one, of which one is a write."""
+    """Raises if a site is used in a single step and then in every one, and one use is a write."""
     for other in recording.sites:
         if other[:4] == address[:4] and other[4] != EVERY:
             raise OperationError(

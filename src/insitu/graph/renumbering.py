@@ -138,7 +138,7 @@ def _add_fields(
 
 
 def _pairs(field: Mapping[int, int], moved: Mapping[int, int]) -> dict[int, int]:
-    """The entries of a field of which both nodes were moved."""
+    """The entries of a field whose nodes were both moved."""
     pairs = field.items()
     return {moved[one]: moved[other] for one, other in pairs if one in moved and other in moved}
 

@@ -26,7 +26,7 @@ from insitu.graph.location import here
 
 
 class SavedTensor(torch.Tensor):
-    """A tensor that was saved. What is computed with it is a plain `torch.Tensor`.
+    """A tensor that was saved. Values computed with it are plain `torch.Tensor`s.
 
     It keeps nothing of the run but its memory. It is pickled as a plain tensor, so that what reads
     the file needs no Insitu.

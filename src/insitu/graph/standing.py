@@ -1,4 +1,4 @@
-"""What stands at a site now, through whichever name of it a line asks, and what is idle there.
+"""What stands at a site now, through whichever name of it a line asks, and which writes are idle.
 
 How something is put there is in `intervention.py` and `in_place.py`.
 """
@@ -31,7 +31,7 @@ def holds(recording: Recording, source: Ref, value: Any, key: Any = WHOLE) -> bo
     Args:
         recording: where it is recorded.
         source: what stands there, or what it is a part of.
-        value: what is assigned.
+        value: the value that is assigned.
         key: which part.
     """
     if not isinstance(value, AnyRecorded) or value._recording is not recording:
@@ -120,7 +120,7 @@ def _without_entries(rows: Sequence[Row], value: Ref) -> int:
 
 
 def _root(recording: Recording, value: Any) -> int | None:
-    """The node of which a value is a part, through whatever was written there."""
+    """The node that a value is a part of, through all that was written there."""
     if type(value) is not Ref:
         return None
     rows, index = recording.graph.rows, value.index

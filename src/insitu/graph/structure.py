@@ -21,7 +21,7 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
     """Returns a value of the same structure with a function applied to each leaf.
 
     Args:
-        function: what to do with whatever is no container.
+        function: what to do with each value that is no container.
         value: a leaf or containers of leaves. Dictionaries of other classes (such as
             `transformers.utils.ModelOutput`) keep their class.
     """
@@ -113,7 +113,7 @@ def clone(leaf: Any) -> Any:
     """Returns a copy of a tensor with its history for autograd; anything else as it is.
 
     Args:
-        leaf: what is no container; `map_structure` brings it to the leaves of one.
+        leaf: a value that is no container; `map_structure` brings it to the leaves of one.
     """
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 

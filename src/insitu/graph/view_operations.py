@@ -63,7 +63,7 @@ def is_view(operation: Operation, args: tuple[Any, ...]) -> bool | None:
 
 
 def may_be_view(operation: Operation) -> bool:
-    """Returns whether an operation may hand on the memory of its inputs, whatever the strides."""
+    """Returns whether an operation may hand on the memory of its inputs, for any strides."""
     return operation in _HANDING_ON or operation.short in VIEWS | SOMETIMES_VIEWS
 
 

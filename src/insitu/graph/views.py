@@ -15,8 +15,8 @@ One write, step by step:
     after = last.save()    # node 4: getitem of 3; node 5: save of 4
 
 The site that node 0 reads is given node 3: `Graph.writes` says so. An assignment makes a new base
-for its site, of which only the entries that it leaves alone are views from before. Nothing here
-knows of a model. Torch's `functionalize` and JAX's `.at[].set` do the same.
+for its site: only the entries that it leaves alone are views from before. Nothing here knows of a
+model. Torch's `functionalize` and JAX's `.at[].set` do the same.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Views:
         """Begins with what was recorded so far.
 
         Args:
-            graph: what is recorded, to which writes and renewed views are added.
+            graph: the recorded experiment, to which writes and renewed views are added.
             shares: whether the value of a node shares memory with what it was made of, where
                 strides or dtypes decide: those of one invocation alone, never of a batch. None if
                 that is not known before the run. It is asked of views of what was written only.
@@ -154,7 +154,7 @@ class Views:
         """Records a write in place.
 
         Args:
-            place: what is written into.
+            place: the part that is written into.
             operation: what writes.
             args: its encoded arguments behind the first one.
             kwargs: its encoded keyword arguments.

@@ -38,7 +38,7 @@ def record_call(
         recording: where it is recorded.
         function: the function.
         args: recorded values, constants and other Python objects, or containers of them.
-        kwargs: likewise.
+        kwargs: the same, by keyword.
         line: the user's line.
     """
 
@@ -69,10 +69,10 @@ def call_whole(
     Args:
         kind: the class of proxies.
         name: what it is called in messages.
-        function: what is called.
+        function: the function that is called.
         args: its arguments, a recorded value among them.
         kwargs: its keyword arguments.
-        on_fakes: what is called with fake tensors if a shape is asked for, if not the function.
+        on_fakes: called with fake tensors if a shape is asked for; None for the function itself.
     """
     recording = recording_of((args, dict(kwargs)))
     if recording is None:

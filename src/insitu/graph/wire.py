@@ -2,8 +2,8 @@
 
 A frame with a version and a checksum holds a msgpack message, and the tensors that the graph
 refers to. What a message may look like is declared as types, and msgspec reads nothing else.
-Reading is safe whatever the bytes are: nothing is evaluated or imported, operations are looked up
-in the registry, and every number is checked.
+Reading is safe for any bytes: nothing is evaluated or imported, operations are looked up in the
+registry, and every number is checked.
 
 The user's lines travel too, so that an error in another process names them: of each the text, the
 line number and the last part of the file's name. Folders stay at home, since they tell who and
@@ -56,7 +56,7 @@ class Frame:
     Attributes:
         magic: what its bytes begin with.
         version: the version of the format. Another one cannot be read.
-        what: what is in it, for errors: "graph".
+        what: the name of its content, for errors: "graph".
     """
 
     magic: bytes
@@ -151,7 +151,7 @@ def decoded(decoder: msgspec.msgpack.Decoder[Read], encoded: memoryview, what: s
     Args:
         decoder: reads it as what it is declared to be.
         encoded: its bytes.
-        what: what is in it, for errors: "graph".
+        what: the name of its content, for errors: "graph".
 
     Raises:
         WireError: if it is anything else.
@@ -167,7 +167,7 @@ def said_of(what: str) -> Generator[None, None, None]:
     """Makes sentences of the errors of a reader that name no line.
 
     Args:
-        what: what is read: "graph".
+        what: the name of the message, for errors: "graph".
     """
     try:
         yield

@@ -23,7 +23,7 @@ Index = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Part(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """Of the message, whatever is more than a number or a string."""
+    """All parts of the message that are more than a number or a string."""
 
 
 class RefPart(Part, tag="ref"):
@@ -191,7 +191,7 @@ FieldName = Literal[
     "contexts",
     "scopes",
 ]
-"""The fields of a graph but its rows. Another name is refused before what is under it is made."""
+"""The fields of a graph but its rows. Another name is refused before the value under it is made."""
 
 Fields = dict[FieldName, list[list[Index]]]
 

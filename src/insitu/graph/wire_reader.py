@@ -72,7 +72,7 @@ class Reader:
         tables: what the graphs refer to.
         tensors: the tensors that come with the message.
         most_nodes: how many nodes all graphs may have together, None for any number.
-        most_sites: how many sites, likewise.
+        most_sites: how many sites they may have together, None for any number.
 
     Attributes:
         marks: the user's lines.

@@ -31,7 +31,7 @@ def stored(tensors: Sequence[torch.Tensor]) -> tuple[list[StoredTensor], bytes]:
 
 
 def restored(described: Sequence[StoredTensor], data: bytes) -> list[torch.Tensor]:
-    """Returns the tensors of `stored`, none of which shares memory with another.
+    """Returns the tensors of `stored`. None shares memory with another.
 
     Raises:
         WireError: if the bytes are not those of tensors that look so.

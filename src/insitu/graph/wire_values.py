@@ -74,7 +74,7 @@ class ValueWriter:
 
     Args:
         finite: whether the message can hold finite numbers only, as JSON does.
-        identity: gives what is equal for tensors of which one is enough.
+        identity: gives a key that is equal for tensors if one of them is enough.
         trains: whether tensors that require grad may be among them, as leaves that are trained.
 
     Attributes:
@@ -160,7 +160,7 @@ class ValueReader:
 
     Attributes:
         references: the nodes that were referred to since this was last emptied, in order.
-        weights: how many weights of the model were named, likewise.
+        weights: how many weights of the model were named since then.
         used: the numbers of the tensors that were referred to.
         earlier: how many values of earlier blocks were referred to since it was last set to 0.
         saved: the nodes of each earlier block of a job whose values it keeps for later ones.

@@ -18,9 +18,9 @@ def fitted(original: Any, value: Any, block: bool, move: bool = True) -> Any:
 
     Args:
         original: what arrived at the site.
-        value: what is to stand there instead.
-        block: whether the site is the output of a transformer block, of which the first part
-            alone, or the first parts, may be given.
+        value: the value that is to stand there instead.
+        block: whether the site is the output of a transformer block: then the first part alone, or
+            the first parts, may be given.
         move: whether to put it on the original's device.
 
     Raises:
@@ -124,7 +124,7 @@ def standing_in(inputs: Any, value: Any) -> Any:
 
     Args:
         inputs: what the module was called with: its tensors tell the device.
-        value: what is to stand there.
+        value: the value that is to stand there.
     """
     device = next((tensor.device for tensor in tensors_of(inputs)), None)
 

@@ -73,7 +73,7 @@ def check_arguments(graph: Graph) -> None:
     """Checks that no operation writes into a value of the run without saying so.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
 
     Raises:
         OperationError: if one does.

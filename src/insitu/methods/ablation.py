@@ -61,13 +61,13 @@ def ablate(
     Args:
         model: the model.
         prompts: one or several, of any length.
-        metric: what is measured: a metric, or a function of the run to a number, such as
+        metric: a metric, or a function of the run to a number, such as
             `lambda run: run.logits[0, -1, 5]`: see `insitu.methods.Run`.
         what: which parts. "heads": what a head gives, before the output projection; "neurons":
             what goes into the last layer of an MLP; "attention", "mlps" and "mixers": what these
             add to the residual stream.
-        mode: what is put in the place of a part's value. "zero": zeros; "mean": its mean over the
-            reference prompts and their positions; "resample": its values in another reference
+        mode: the value that is put in the place of a part's. "zero": zeros; "mean": its mean over
+            the reference prompts and their positions; "resample": its values in another reference
             prompt of the same length.
         reference: prompts to take means of or to draw from; None for `prompts` themselves.
         by_position: whether means are of each position by itself, over the reference prompts that
@@ -78,7 +78,7 @@ def ablate(
         positions: at which positions, from the end of each prompt if negative; None for all.
         together: parts to be ablated all at once, in the place of one after another: pairs
             (layer, head) or (layer, neuron), or layers.
-        seed: of which reference prompt is drawn for each prompt.
+        seed: decides which reference prompt is drawn for each prompt.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:

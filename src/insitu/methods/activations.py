@@ -46,7 +46,7 @@ def gather(
 ) -> torch.Tensor:
     """Returns the activations of prompts at a site, in one trace.
 
-    Args, errors and what is returned are those of `gather_each`, for one site.
+    Arguments, errors and the result are those of `gather_each`, for one site.
     """
     return gather_each(model, prompts, [site], layers, position)[0]
 

@@ -94,7 +94,7 @@ def distributed_alignment_search(
         lr: the learning rate of Adam.
         batch_size: how many pairs a step is made of.
         held_out: which part of the pairs is not trained on.
-        seed: of the first rotation, of which pairs are held out, and of the order of the others.
+        seed: decides the first rotation, the pairs that are held out, and the order of the others.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:

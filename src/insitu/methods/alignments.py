@@ -110,8 +110,8 @@ class Alignment:
         Args:
             model: the model.
             bases: as of `distributed_alignment_search`.
-            sources: likewise.
-            answers: likewise.
+            sources: as of `distributed_alignment_search`.
+            answers: as of `distributed_alignment_search`.
 
         Raises:
             OptionError: if there are not as many sources and answers as bases.
@@ -189,7 +189,7 @@ def exchanged(base: Any, source: Any, rotation: Any) -> Any:
 
     Args:
         base: `(rows, width)`.
-        source: likewise.
+        source: `(rows, width)`.
         rotation: the directions, `(dimension, width)`, orthonormal; None for all.
     """
     source = source.type_as(base)
@@ -217,8 +217,8 @@ def read_pairs(
     Args:
         model: the model.
         bases: as of `distributed_alignment_search`.
-        sources: likewise.
-        answers: likewise.
+        sources: as of `distributed_alignment_search`.
+        answers: as of `distributed_alignment_search`.
 
     Raises:
         OptionError: if there are not as many of each.

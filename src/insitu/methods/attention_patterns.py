@@ -99,7 +99,7 @@ def head_scores(
     - "duplicate token": from a token to its earlier occurrences (Wang et al., "Interpretability in
       the Wild", 2022).
 
-    Without prompts they are taken on random tokens that come twice, of which nothing can be told
+    Without prompts they are taken on random tokens that come twice: nothing can be told of these
     but by looking back.
 
     Args:

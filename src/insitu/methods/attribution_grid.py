@@ -19,7 +19,7 @@ from insitu.models.language_model import LanguageModel
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Of which parts of sites there are estimates.
+    """The parts of sites that there are estimates of.
 
     Attributes:
         sites: the sites.
@@ -27,7 +27,7 @@ class Grid:
         by: the axes behind that.
         layers: the layers.
         positions: the positions that were chosen, None for all.
-        given: what was chosen of heads and of neurons, likewise.
+        given: the heads and the neurons that were chosen, None for all.
     """
 
     sites: tuple[Site, ...]
@@ -74,7 +74,7 @@ class Grid:
         ]
 
     def arranged(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Returns sums over what is patched together, of all parts, with the axes of the result.
+        """Returns sums over values patched together, of all parts, with the axes of the result.
 
         Raises:
             OptionError: if parts have axes of different length.

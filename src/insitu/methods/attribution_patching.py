@@ -40,11 +40,11 @@ def attribution_patching(
     """Returns an estimate of what `activation_patching` would find, from one backward pass.
 
     It is linear: the difference of the two runs at a site, times the gradient of the metric there
-    in the run that would be patched, summed over what is patched together (Nanda 2023,
-    https://www.neelnanda.io/mechanistic-interpretability/attribution-patching; Syed et al. 2023,
-    https://arxiv.org/abs/2310.10348). It is good for small differences and sites such as the
-    outputs of heads, and bad where a nonlinearity is saturated, as for a whole residual stream.
-    It takes two forwards and one backward for each pair of prompts, which have passes of their own.
+    in the run that would be patched. It is summed over all that would be patched together (Nanda
+    2023, https://www.neelnanda.io/mechanistic-interpretability/attribution-patching; Syed et al.
+    2023, https://arxiv.org/abs/2310.10348). It is good for small differences and sites such as the
+    outputs of heads, and bad where a nonlinearity is saturated, as for a whole residual stream. It
+    takes two forwards and one backward for each pair of prompts, which have passes of their own.
 
     Args:
         model: the model.
@@ -52,30 +52,31 @@ def attribution_patching(
             several, which may differ in length.
         corrupted: the prompt without it, or one for each. The two of a pair have the same length,
             unless positions are chosen that mean something in both, such as -1.
-        metric: what is measured, as of `activation_patching`, and can be differentiated. A KL
-            divergence has no gradient in the clean run.
+        metric: as of `activation_patching`; it has to be differentiable. A KL divergence has no
+            gradient in the clean run.
         sites: what would be patched, by its standard name, such as "z" or "pattern"; None as of
             `activation_patching`. Several are an axis "site" of the result.
         by: along which axes it would be patched: "layer", and those of the site: "position",
-            "head", "neuron", "query", "key". What is not among them is patched whole.
+            "head", "neuron", "query", "key". Other axes are patched whole.
         layers: which layers, all if None.
         positions: which positions, from the end if negative; all if None. Of scores and patterns,
             which queries.
-        heads: which heads, likewise. Of "k" and "v" they are those of the keys.
-        neurons: which neurons, likewise.
+        heads: which heads, from the end if negative; all if None. Of "k" and "v" they are those of
+            the keys.
+        neurons: which neurons, from the end if negative; all if None.
         direction: "denoising", the corrupted prompt with values of the clean one, or "noising",
             the clean prompt with values of the corrupted one.
         normalised: whether the change of the metric is given as a share, as by
             `activation_patching`: 0 is no change, and 1 all of the difference between the run that
             would be patched and the other. If not it is the change itself, which is a sum of parts;
-            `activation_patching` then gives the metric, of which "corrupted" (or "clean", for
-            noising) of `details` has to be subtracted to compare them.
+            `activation_patching` then gives the metric: subtract "corrupted" (or "clean", for
+            noising) of `details` from it to compare them.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
-        By how much each patch would change the metric, with the axes "prompt" (if several were
-        given), "site" (likewise) and those of `by`. `details` has the metric of the prompts as
-        they are, "clean" and "corrupted", `(prompt,)`.
+        By how much each patch would change the metric, with the axes "prompt" and "site" (where
+        several were given) and those of `by`. `details` has the metric of the prompts as they are,
+        "clean" and "corrupted", `(prompt,)`.
 
     Raises:
         OptionError: if there is no such site, axis, layer, head or direction, or if shares are

@@ -131,7 +131,7 @@ def _check(
 
 @cache
 def _known(function: Callable[..., Any]) -> tuple[inspect.Signature, Mapping[str, Any]]:
-    """A function's signature, and what is known of its parameters' kinds."""
+    """A function's signature, and the kinds of its parameters as far as they are known."""
     signature = inspect.signature(function)
     kinds: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():

@@ -1,6 +1,6 @@
 """Causal tracing: a subject drowned in noise, and which states bring the answer back.
 
-The prompts' own clean run is what is put in, where activation patching has another prompt.
+Values of the prompts' own clean run are put in, where activation patching has another prompt.
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ def causal_tracing(
     Args:
         model: the model.
         prompts: a prompt in any form that `invoke` takes, or several, of any length.
-        subject: what is drowned: its text as it stands in the prompt, of one token or several, or
-            their positions. Of several prompts a text that all of them have, or one for each.
+        subject: the words that are drowned: their text as it stands in the prompt, of one token or
+            several, or their positions. Of several prompts a text that all of them have, or one for
+            each.
         answer: the token whose probability is measured at the last position, as text such as
             " Paris" or as its id; or one for each prompt.
-        metric: what is measured in the place of that probability, as of `activation_patching`: of
-            each noise by itself, and then as a mean.
+        metric: measured in the place of that probability, as of `activation_patching`: of each
+            noise by itself, and then as a mean.
         samples: how many noises there are. Each prompt, and each restored state, has the same ones:
             `torch.randn(samples, tokens of the subject, d_model)` times `noise`, of a generator
             with the seed.
@@ -76,9 +77,10 @@ def causal_tracing(
         window: in how many layers at once values are restored: `window // 2` before the layer, and
             the rest from it on, as far as there are layers. Or that by site: the paper has 1 for
             states and 10 for "mlp_out" and "attention_out".
-        sites: what is restored, by standard names. A list is an axis of the result. None for
-            "residual_out", "mlp_out" and "attention_out"; in a model whose blocks normalise the
-            sum, for "block_out", since nothing else that they make is added to a stream.
+        sites: the values that are restored, by standard names. A list is an axis of the result.
+            None for "residual_out", "mlp_out" and "attention_out"; in a model whose blocks
+            normalise the sum, for "block_out", since nothing else that they make is added to a
+            stream.
         layers: the layers in the middle of the windows; None for all that have the sites. Of a
             window those layers are restored that have them.
         positions: at which positions values are restored, from the end if negative; all if None.
@@ -87,7 +89,7 @@ def causal_tracing(
 
     Returns:
         The probability of the answer, or the metric, as a mean over the samples, with the axes
-        "prompt" (if several were given), "site" (likewise), "layer" and "position". `details` has
+        "prompt" and "site" (where several were given), "layer" and "position". `details` has
         "clean" and "corrupted", the same in the clean run and in the noised ones with nothing
         restored, `(prompt,)`, and "noise", its standard deviation.
 
@@ -123,7 +125,7 @@ def causal_tracing(
         sites = [stream, *(("mlp_out", "attention_out") if stream == "residual_out" else ())]
     names = [sites] if isinstance(sites, str) else list(sites)
     if not names:
-        raise OptionError("`sites` is empty: name what is to be restored.", here())
+        raise OptionError("`sites` is empty: name the values that are to be restored.", here())
     found = [_site(name) for name in names]
     widths = _widths(window, found)
     middles = layers_with(model, found, layers)
@@ -220,10 +222,10 @@ class _Noised:
         tracer: the open block.
         ids: the prompt, `(position,)`.
         places: the subject's positions.
-        noises: what is added there, `(rows, place, d_model)`; each in a run of its own.
+        noises: the noises that are added there, `(rows, place, d_model)`; each in a run of its own.
         token: as of `_scored`.
-        measure: likewise.
-        reference: likewise.
+        measure: as of `_scored`.
+        reference: as of `_scored`.
     """
 
     model: LanguageModel
@@ -236,7 +238,7 @@ class _Noised:
     reference: Any
 
     def score(self, restored: Mapping[tuple[Site, int], Any], position: int) -> Any:
-        """Returns what is measured, as a mean over noises.
+        """Returns the measured numbers, as a mean over noises.
 
         Args:
             restored: the values of the clean run that are put back, by site and layer.
@@ -266,7 +268,7 @@ def _drown(model: LanguageModel, places: list[int], added: torch.Tensor) -> None
 def _scored(
     model: LanguageModel, token: int | None, measure: Measure | None, reference: Any
 ) -> Any:
-    """What is measured: the probability of a token at the last position, as a mean over rows."""
+    """The measured number: the probability of a token at the last position, as a mean over rows."""
     if measure is not None:
         return measure(Run(model), reference).float()
     logits: Any = model.logits

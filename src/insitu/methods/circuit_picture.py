@@ -39,7 +39,7 @@ def picture(
 
 
 def _parts(receiver: str, senders: set[str], sharing: int) -> list[str]:
-    """What is drawn in the place of a receiver: the heads whose queries, keys or values it is."""
+    """The parts drawn in the place of a receiver: the heads whose queries, keys or values it is."""
     attention, dot, role = receiver.partition(".")
     if not dot:
         return [receiver]

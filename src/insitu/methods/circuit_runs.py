@@ -1,7 +1,8 @@
 """Runs of a model with a circuit: with edges left out of it that carry what another prompt has.
 
-Nothing is computed twice: what reads the same of the residual stream is the same, whichever circuit
-it belongs to, and what reads all of the clean run or nothing of it is read from the plain runs.
+Nothing is computed twice. Parts that read the same of the residual stream give the same, whichever
+circuit they belong to. Those that read all of the clean run or nothing of it are read from the
+plain runs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Plain:
     Attributes:
         ids: the prompt, `(position,)`.
         start: what the blocks start from, `(1, position, d_model)`.
-        streams: what each part reads, likewise.
+        streams: what each part reads, of the same shape.
         made: queries, keys and values of each part that is read by heads, by their names.
         added: what the senders of each part add, `(sender, position, d_model)`; None of logits.
         logits: its logits, `(position, vocabulary)`.

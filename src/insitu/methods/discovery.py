@@ -43,7 +43,7 @@ def discover_circuit(
     """Returns the edges that a behaviour is made of.
 
     "eap" and "eap-ig" attribute all edges (see `edge_attribution`), take those whose scores are
-    largest by size, and leave out what is then on no way from the input to the logits.
+    largest by size, and leave out edges that are then on no way from the input to the logits.
 
     "acdc" (Conmy et al. 2023, https://arxiv.org/abs/2304.14997) removes edges one by one: from the
     logits back to the input, those of each receiver from the latest sender to the first. An edge is
@@ -57,8 +57,8 @@ def discover_circuit(
         clean: the prompt with the behaviour in question, in any form that `invoke` takes; or
             several, which may differ in length. Of several the mean counts.
         corrupted: the prompt without it, of the same length; or one for each.
-        metric: what is measured of the logits of each run. For "eap" and "eap-ig" it is
-            differentiated, and a KL divergence has no gradient in the clean run: take "eap-ig".
+        metric: a metric of the logits of each run. For "eap" and "eap-ig" it is differentiated, and
+            a KL divergence has no gradient in the clean run: take "eap-ig".
         method: "acdc", "eap" or "eap-ig".
         edges: of "eap" and "eap-ig", how many edges are taken before those that lead nowhere are
             left out.

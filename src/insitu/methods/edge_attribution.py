@@ -38,17 +38,17 @@ def edge_attribution(
 ) -> Result:
     """Returns for each edge by how much it would change a metric to corrupt it, estimated.
 
-    The estimate is linear: by how much what the sender adds differs in the corrupted run from the
-    clean one, times the gradient of the metric with respect to what the receiver reads, summed over
+    The estimate is linear. It is the difference of what the sender adds in the corrupted run and in
+    the clean one, times the gradient of the metric at what the receiver reads, summed over
     positions. Without steps the gradient is that of the clean run (edge attribution patching, Syed
     et al. 2023, https://arxiv.org/abs/2310.10348). With steps it is the mean of gradients of runs
-    whose embeddings lie between the corrupted and the clean ones: the k-th of m is k/m of the way
+    whose embeddings lie between the corrupted and the clean ones. The k-th of m is k/m of the way
     from the corrupted to the clean (EAP-IG, Hanna et al. 2024, https://arxiv.org/abs/2403.17806).
 
     Senders are "input" (the embeddings), "a3.h5" (head 5 of layer 3) and "m3" (its MLP). Receivers
     are "a3.q5", "a3.k5" and "a3.v5" (queries, keys and values of a head), "m3" and "logits". Where
     heads share keys, those of the keys are counted. Where heads do not add up to what attention
-    adds, as with a norm behind it, "a3" is one sender; where attention reads the stream in other
+    adds, as with a norm behind it, "a3" is one sender. Where attention reads the stream in other
     ways too, as with a gate, it is one receiver. A state-space layer is "s3".
 
     It takes two forwards and a backward for each pair of prompts; with steps, two forwards, and one
@@ -63,8 +63,8 @@ def edge_attribution(
         clean: the prompt with the behaviour in question, in any form that `invoke` takes; or
             several, which may differ in length.
         corrupted: the prompt without it, of the same length; or one for each.
-        metric: what is measured of the logits, and can be differentiated. A KL divergence has no
-            gradient in the clean run: give it steps.
+        metric: a metric of the logits that can be differentiated. A KL divergence has no gradient
+            in the clean run: give it steps.
         steps: how many, 0 for the gradient of the clean run alone. Five are mostly enough.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
@@ -133,7 +133,7 @@ def attributed(
         pairs: the prompts.
         metric: as of `edge_attribution`.
         wiring: the model's.
-        steps: likewise.
+        steps: as of `edge_attribution`.
     """
     check_count("steps", steps, least=0)
     metric = as_metric(metric)
@@ -188,7 +188,7 @@ for each part."""
 def _sending(
     model: LanguageModel, wiring: Wiring, reading: Sequence[ReadingLayers | None]
 ) -> list[Any]:
-    """What is added to the residual stream is linear in: the input, and of each part that sends."""
+    """The values that the residual stream is linear in: the input, and of each part that sends."""
     found = [site_of("residual_in").read(model, 0).detach()]
     for part, layers in zip(wiring.parts, reading, strict=True):
         if part.senders:
@@ -200,7 +200,7 @@ def _sending(
 def _changes(
     wiring: Wiring, reading: Sequence[ReadingLayers | None], clean: list[Any], corrupted: list[Any]
 ) -> Any:
-    """By how much what is added differs in the corrupted run, `(sender, position, d_model)`."""
+    """By how much the added values differ in the corrupted run, `(sender, position, d_model)`."""
     first, *others = [
         other.float() - one.float() for one, other in zip(clean, corrupted, strict=True)
     ]
@@ -214,7 +214,7 @@ def _changes(
 def _slopes(
     model: LanguageModel, wiring: Wiring, reading: Sequence[ReadingLayers | None], measured: Any
 ) -> _Slopes:
-    """The gradients of what is measured in an open invocation, at what receivers read."""
+    """The gradients of the measured number in an open invocation, at the values receivers read."""
     streams = [part.reads.read(model, part.layer) for part in wiring.parts]
     made: list[list[Any]] = []
     for part, stream, layers in zip(wiring.parts, streams, reading, strict=True):

@@ -32,7 +32,7 @@ def run_circuit(
     metric: Metric | Callable[[Any], Any],
     circuit: Circuit,
 ) -> Result:
-    """Returns a metric of a model of which only a circuit is left, and of all that is left of it.
+    """Returns a metric of a model with a circuit alone, and of its complement.
 
     Edges that are left out carry what their sender adds in the corrupted run, and the others what
     it adds in this one: what each part reads is put together from both. In the complement the
@@ -44,8 +44,8 @@ def run_circuit(
         clean: the prompt with the behaviour in question, in any form that `invoke` takes; or
             several, which may differ in length.
         corrupted: the prompt without it, of the same length; or one for each.
-        metric: what is measured of the logits of each run: see `insitu.methods.logit_difference`
-            and those beside it; or a function of `run.logits`, `(1, position, vocabulary)`.
+        metric: a metric of the logits of each run: see `insitu.methods.logit_difference` and those
+            beside it; or a function of `run.logits`, `(1, position, vocabulary)`.
         circuit: the circuit.
 
     Returns:
@@ -109,9 +109,9 @@ def faithfulness_curve(
 
     Args:
         model: as of `run_circuit`.
-        clean: likewise.
-        corrupted: likewise.
-        metric: likewise.
+        clean: as of `run_circuit`.
+        corrupted: as of `run_circuit`.
+        metric: as of `run_circuit`.
         circuit: the edges with their scores, such as `Circuit.of(edge_attribution(...))`.
         sizes: how many edges; about ten numbers up to all, each twice the one before, if None.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
@@ -144,12 +144,12 @@ def completeness_curve(
 
     Args:
         model: as of `run_circuit`.
-        clean: likewise.
-        corrupted: likewise.
-        metric: likewise.
+        clean: as of `run_circuit`.
+        corrupted: as of `run_circuit`.
+        metric: as of `run_circuit`.
         circuit: as of `faithfulness_curve`.
-        sizes: likewise.
-        progress: likewise.
+        sizes: as of `faithfulness_curve`.
+        progress: as of `faithfulness_curve`.
 
     Returns:
         The share of the way from clean to corrupted that the complement of each circuit makes: 1
@@ -175,7 +175,7 @@ class _Runs:
         counts: how many edges the circuits have.
         values: of each, `(prompt, size)`.
         of_clean: of the clean runs, `(prompt, 1)`.
-        of_corrupted: of the corrupted ones, likewise.
+        of_corrupted: of the corrupted ones, `(prompt, 1)`.
     """
 
     pairs: Pairs
@@ -213,12 +213,12 @@ def _sized(
     progress: bool | None,
     complement: bool,
 ) -> _Runs:
-    """Measures circuits of the edges that matter most, or what is left without them."""
+    """Measures circuits of the edges that matter most, or the model without these edges."""
     _check_circuit(circuit)
     counts = _sizes(len(circuit)) if sizes is None else numbers_of("size", sizes) or []
     if not counts or min(counts) < 0 or max(counts) > len(circuit):
         raise OptionError(
-            f"`sizes` are numbers of edges, of which there are {len(circuit)}, not {counts}.",
+            f"`sizes` are numbers of edges, at most {len(circuit)}, and not {counts}.",
             here(),
         )
     pairs = read_equal_pairs(model, clean, corrupted)

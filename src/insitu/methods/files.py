@@ -37,7 +37,7 @@ class _About(msgspec.Struct):
     """The metadata of a file.
 
     Attributes:
-        kind: what is in it.
+        kind: the kind of its content.
         version: the version of the format.
         told: the description, which is read as a type of its own.
     """
@@ -116,7 +116,7 @@ def write(
 
     Args:
         path: where to. A file that is there is replaced once the new one is complete.
-        kind: what is in it, such as "result".
+        kind: the kind of its content, such as "result".
         tensors: its tensors by name.
         told: the description, an instance of the type that `read` is given.
 
@@ -144,11 +144,11 @@ def read(
         path: the file.
         kind: what has to be in it.
         description: the type of its description.
-        made: makes of the description and the tensors what is returned.
+        made: makes the result of the description and the tensors.
 
     Raises:
-        LoadError: if there is no such file, if something else is in it, or if what is in it is
-            not as its kind has to be.
+        LoadError: if there is no such file, if something else is in it, or if its content is not as
+            its kind has to be.
     """
     tensors, metadata = read_tensors(path)
     written = metadata.get(_FORMAT)

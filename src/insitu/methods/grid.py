@@ -1,4 +1,4 @@
-"""Which parts of which sites are patched, each in a run of its own, and what is an axis of that."""
+"""The parts of sites that are patched, each in a run of its own, and the axes of that."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Grid:
         pairs.check(self.sites, self.given["position"])
 
     def read(self, model: LanguageModel) -> dict[tuple[Site, int], Any]:
-        """Returns the proxies of what is taken, in an open invocation."""
+        """Returns the proxies of the values that are taken, in an open invocation."""
         return {(s, layer): s.read(model, layer) for s in self.sites for layer in self.layers}
 
     def sizes(self, model: LanguageModel, donors: Mapping[tuple[Site, int], Any]) -> dict[str, int]:

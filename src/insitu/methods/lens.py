@@ -1,8 +1,9 @@
 """The logit lens: what a model would predict if it stopped after a block.
 
-nostalgebraist, "interpreting GPT: the logit lens", 2020. What the model makes of what leaves its
-last block is made of what leaves each of them: the final norm, the unembedding, and whatever else
-there is, such as a soft cap. So the last row is what the model itself predicts.
+nostalgebraist, "interpreting GPT: the logit lens", 2020. The model turns the output of its last
+block into logits: by the final norm, the unembedding, and all else that it has, such as a soft cap.
+The lens does the same to the output of each block. So the last row is what the model itself
+predicts.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from insitu.methods.sites import Site, check_count, chosen, site_of, stream_of
 from insitu.models.language_model import LanguageModel
 
 Translate = Callable[[int, Any], Any]
-"""From the number of a stage and hidden states `(1, position, d_model)` there to what is read out
-in their place. Both may be proxies."""
+"""From the number of a stage and hidden states `(1, position, d_model)` there to the hidden states
+that are read out in their place. Both may be proxies."""
 
 _STREAM = ("position", "d_model")
 
@@ -37,7 +38,7 @@ class Stage:
     Attributes:
         number: how many blocks come before it: 0 for the embedding.
         label: what it is called on the axis of layers.
-        site: what is read there.
+        site: the site that is read there.
         layer: in which block.
     """
 
@@ -66,9 +67,9 @@ def logit_lens(
     Args:
         model: the model.
         prompts: one prompt or several, in any form that `invoke` takes.
-        site: what is read in each block: a value of the width of the residual stream, such as
-            "residual_mid", or "mlp_out" for what one MLP alone speaks for; None for "residual_out",
-            or "block_out" of blocks that normalise the sum.
+        site: the value that is read in each block, of the width of the residual stream. "mlp_out"
+            shows what one MLP alone speaks for. None is "residual_out", or "block_out" of blocks
+            that normalise the sum.
         layers: which blocks; None for all, and before them the embedding: what the first block is
             given, where that is the residual stream.
         positions: which positions, from the end if negative; None for all.
@@ -114,7 +115,7 @@ def stages_of(model: LanguageModel, site: str, layers: int | Iterable[int] | Non
     Args:
         model: the model.
         site: as of `logit_lens`.
-        layers: likewise.
+        layers: as of `logit_lens`.
 
     Raises:
         OptionError: if there is no such site or layer.
@@ -122,7 +123,7 @@ def stages_of(model: LanguageModel, site: str, layers: int | Iterable[int] | Non
     found = site_of(site)
     if found.axes != _STREAM:
         raise OptionError(
-            f"A lens reads what is as wide as the residual stream, which {site!r} is not: "
+            f"A lens reads values as wide as the residual stream, which {site!r} is not: "
             '"residual_out", "residual_mid", "attention_out" or "mlp_out".',
             here(),
         )
@@ -144,17 +145,17 @@ def look(
     token: Tokens | None,
     top: int,
 ) -> Result:
-    """Returns what is read out at each stage.
+    """Returns the readout of each stage.
 
     Args:
         model: the model.
         prompts: as of `logit_lens`.
         title: that of the result.
         stages: where to look.
-        translate: what is done to hidden states before they are read out.
+        translate: changes hidden states before they are read out.
         positions: as of `logit_lens`.
-        token: likewise.
-        top: likewise.
+        token: as of `logit_lens`.
+        top: as of `logit_lens`.
     """
     readout = readout_of(model)
     given = read_prompts(model, prompts)
@@ -197,7 +198,7 @@ def _seen(readout: Readout, value: Any) -> Any:
 
 
 def _kept(probabilities: Any, wanted: int | None, top: int) -> tuple[Any, ...]:
-    """What is saved of probabilities, which are gone before those of the next stage are there."""
+    """The saved parts of probabilities, which are gone before those of the next stage are there."""
     best = probabilities.topk(top)
     value = best.values[:, 0] if wanted is None else probabilities[:, wanted]
     return value.save(to="cpu"), best.values.save(to="cpu"), best.indices.save(to="cpu")

@@ -55,7 +55,7 @@ def direct_logit_attribution(
         prompts: one prompt or several, in any form that `invoke` takes.
         answer: the token whose logit it is, as text such as " Paris" or as its id; or a list with
             one for each prompt.
-        instead: the token whose logit is subtracted, likewise; None for none.
+        instead: the token whose logit is subtracted, in the same form; None for none.
         by: of what: "block" for the embedding, each attention and each MLP; "head" for each head;
             "neuron" for each neuron of the MLPs.
         position: at which position, from the end if negative.
@@ -63,10 +63,10 @@ def direct_logit_attribution(
     Returns:
         Logits with the axis component, or layer and head, or layer and neuron; before them prompt
         if several were given. By block, the last component is "bias": what the final norm and the
-        unembedding add of their own. By head or neuron, the details have what is not theirs:
-        `bias`, `(layer)`, what the output projection adds of its own, and `others`, what all
-        other components add, with the bias of the end. In any case `total` is the logit. Layers
-        that have no heads, or no neurons, are NaN.
+        unembedding add of their own. By head or neuron, the details have the rest: `bias`,
+        `(layer)`, what the output projection adds of its own, and `others`, what all other
+        components add, with the bias of the end. In any case `total` is the logit. Layers that have
+        no heads, or no neurons, are NaN.
 
     Raises:
         OptionError: if there is no such position, or the model's logits are no such sum.
@@ -111,7 +111,7 @@ class _Run:
     """What was read of a prompt at one position.
 
     Attributes:
-        parts: what is added to the residual stream, by component, `(d_model,)` each.
+        parts: the values added to the residual stream, by component, `(d_model,)` each.
         inside: of each layer that has it `z`, `(head, d_head)`, or `post`, `(neuron, 1)`.
         end: the residual stream at its end, `(d_model,)`.
     """

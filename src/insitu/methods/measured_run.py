@@ -1,7 +1,7 @@
 """What a metric is given: the run of one prompt, with all values that can be read in it.
 
 A metric may be any function of any value of the run. That it may also be written as a function of
-the logits of the prompt is the same thing in short: what is done with the run itself is done with
+the logits of the prompt is the same thing in short: operations on the run itself are done with
 these.
 """
 

@@ -1,4 +1,4 @@
-"""Metrics: what is measured of the run of a prompt, mostly of the logits that it ends in.
+"""Metrics: numbers of the run of a prompt, mostly of the logits that it ends in.
 
 Each is a function that is recorded in the run itself, so that of a forward of the model no more
 than a number is kept.
@@ -27,7 +27,7 @@ Tokens: TypeAlias = str | int | Sequence[str | int]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What is measured of the logits that a prompt ends in.
+    """A number of the logits that a prompt ends in.
 
     Attributes:
         name: what the number is, such as "logit difference".
@@ -58,7 +58,7 @@ def logit_difference(answer: Tokens, instead: Tokens) -> Metric:
     Args:
         answer: the token that counts for it, as text such as " Paris" or as its id; or a list
             with one for each prompt.
-        instead: the token that counts against it, likewise.
+        instead: the token that counts against it, in the same form.
     """
 
     def of(model: LanguageModel, count: int) -> Sequence[Measure]:
@@ -142,8 +142,8 @@ def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
         raise OptionError(
             "A metric is a function of one argument, the run or in short its logits (position, "
             "vocabulary), and "
-            f"{getattr(function, '__name__', 'this one')}{signature(function)} is not: what else "
-            "it needs it can have from where it is made, as in "
+            f"{getattr(function, '__name__', 'this one')}{signature(function)} is not. What "
+            "else it needs it can have from where it is made, as in "
             "`lambda logits: metric(logits, answer)`.",
             here(),
         ) from None

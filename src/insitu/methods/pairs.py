@@ -51,7 +51,7 @@ class Pairs:
         """Raises a `PromptError` if the prompts of a pair have no parts for each other.
 
         Args:
-            sites: what is taken of both.
+            sites: the values that are taken of both.
             positions: which positions were chosen; None if none were.
         """
         number = self.unequal
@@ -137,7 +137,7 @@ def share(
     Args:
         values: measured, with an axis of pairs first if there are several.
         start: where that share is 0, `(prompt,)` or `()`.
-        end: where it is 1, likewise.
+        end: where it is 1, of the same shape.
         pairs: the pairs.
 
     Raises:

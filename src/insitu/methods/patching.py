@@ -51,29 +51,29 @@ def activation_patching(
             several, which may differ in length.
         corrupted: the prompt without it, or one for each. The two of a pair have the same length,
             unless positions are chosen that mean something in both, such as -1.
-        metric: what is measured in each run: see `insitu.methods.logit_difference` and those
-            beside it; or any function of the run to a number, such as
+        metric: a metric of each run: see `insitu.methods.logit_difference` and those beside it; or
+            any function of the run to a number, such as
             `lambda run: run.output.last_hidden_state[0, 0] @ direction`: see `insitu.methods.Run`.
-        sites: what is patched, by its standard name, such as "attention_out", "mlp_out", "z",
-            "q" or "pattern"; None for "residual_out", or "block_out" of blocks that normalise the
-            sum. Several are an axis "site" of the result.
+        sites: the value that is patched, by its standard name, such as "attention_out", "mlp_out",
+            "z", "q" or "pattern"; None for "residual_out", or "block_out" of blocks that normalise
+            the sum. Several are an axis "site" of the result.
         by: along which axes it is patched, each index in a run of its own: "layer", and those of
-            the site: "position", "head", "neuron", "query", "key". What is not among them is
-            patched whole.
+            the site: "position", "head", "neuron", "query", "key". Other axes are patched whole.
         layers: which layers, all if None.
         positions: which positions, from the end if negative; all if None. Of scores and patterns,
             which queries.
-        heads: which heads, likewise. Of "k" and "v" they are those of the keys.
-        neurons: which neurons, likewise.
+        heads: which heads, from the end if negative; all if None. Of "k" and "v" they are those of
+            the keys.
+        neurons: which neurons, from the end if negative; all if None.
         direction: "denoising" or "noising".
         normalised: whether the metric is given as a share: 0 is that of the prompt that is run, so
             that nothing has changed, and 1 that of the other, whose values are put in.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
 
     Returns:
-        The metric of each run, with the axes "prompt" (if several were given), "site" (likewise)
-        and those of `by`. `details` has the metric of the prompts as they are, "clean" and
-        "corrupted", `(prompt,)`.
+        The metric of each run, with the axes "prompt" and "site" (where several were given) and
+        those of `by`. `details` has the metric of the prompts as they are, "clean" and "corrupted",
+        `(prompt,)`.
 
     Raises:
         OptionError: if there is no such site, axis, layer, head or direction, or if shares are
@@ -148,7 +148,7 @@ def _patched(
     measure: Measure,
     reference: Any,
 ) -> Any:
-    """What is measured of a run with parts of another."""
+    """The metric of a run with parts of another."""
     for patch in patches:
         donor = donors[patch.site, patch.layer]
         for into, out_of in patch.parts():

@@ -44,24 +44,23 @@ def path_patching(
 
     Goldowsky-Dill et al. (2023), "Localizing Model Behavior with Path Patching"; Wang et al.
     (2023), "Interpretability in the Wild". Noising runs the clean prompt. In it a sender gets its
-    value of the corrupted one, all other heads and MLPs (and whatever else adds to the residual
-    stream, such as state-space layers) keep those of the clean one, and so the inputs of the
-    receivers change by what comes straight from the sender. Only these are then put into a run of
-    the clean prompt.
+    value of the corrupted one. All other parts that add to the residual stream (heads, MLPs,
+    state-space layers) keep those of the clean one. So the inputs of the receivers change by what
+    comes straight from the sender. Only these are then put into a run of the clean prompt.
 
     Args:
         model: the model.
         clean: the prompt with the behaviour in question, in any form that `invoke` takes; or
             several, which may differ in length.
         corrupted: the prompt without it, or one for each, of the same length.
-        metric: what is measured of the logits: see `insitu.methods.activation_patching`.
+        metric: a metric of the logits: see `insitu.methods.activation_patching`.
         senders: "heads" for what each head gives, at the axes "layer" and "head", or "mlps", at the
             axis "layer". Each is sent by itself.
         receivers: "logits" for what goes into the final norm, or one or several inputs of later
-            components, all of which are patched together: `("q", 9, 6)` for the queries of head 6
-            in layer 9, "k" and "v" likewise (by the key's head), `("head", 9, 6)` for all three,
-            `("mlp", 10)` for an MLP. Negative numbers count from the end.
-        layers: of which layers senders are, all that have some if None.
+            components, which are all patched together. `("q", 9, 6)` is the queries of head 6 in
+            layer 9; "k" and "v" are alike (by the key's head), `("head", 9, 6)` is all three, and
+            `("mlp", 10)` an MLP. Negative numbers count from the end.
+        layers: the layers of senders, all that have some if None.
         heads: which heads send, all if None.
         positions: at which positions senders get their other value, all if None.
         through_mlps: whether MLPs between are computed anew, so that what they make of a sender

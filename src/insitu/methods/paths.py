@@ -17,8 +17,8 @@ from insitu.models.language_model import LanguageModel
 from insitu.tracing.named import Named
 
 Receiver = tuple[str, int] | tuple[str, int, int]
-"""An input of a later component: ("q", layer, head), and likewise "k", "v" and "head", which is all
-three of them; or ("mlp", layer)."""
+"""An input of a later component: ("q", layer, head), the same with "k", "v" and "head", which is
+all three of them; or ("mlp", layer)."""
 
 _ADDED = ("mixer_out", "attention_out", "cross_attention_out", "mlp_out", "extra_out")
 _RECEIVERS = {"q": "q", "k": "k", "v": "v", "head": "z", "mlp": "mlp_out"}
@@ -26,7 +26,7 @@ _RECEIVERS = {"q": "q", "k": "k", "v": "v", "head": "z", "mlp": "mlp_out"}
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """What is sent: a head's part of a site, or all of it, at all positions or some.
+    """A sent value: a head's part of a site, or all of it, at all positions or some.
 
     Attributes:
         site: what heads or MLPs give.
@@ -83,7 +83,7 @@ class Paths:
         return not self.receivers or layer <= max(layer for _, layer, _ in self.receivers)
 
     def read(self, model: LanguageModel) -> dict[tuple[Site, int], Any]:
-        """Returns what is frozen in each block, in an open invocation: heads, MLPs and the like.
+        """Returns the values frozen in each block, in an open invocation: heads, MLPs and the like.
 
         Raises:
             OptionError: if that is not all that adds to the residual stream.

@@ -88,8 +88,9 @@ class Probes:
 class Probe:
     """Linear maps from activations to labels: one in each layer, and at each of several positions.
 
-    What a map gives of an activation x is `weights @ x + biases`: the log-odds of the second class
-    if there are two, a logit for each class if there are more, the label itself if it is a number.
+    A map gives `weights @ x + biases` of an activation x. That is the log-odds of the second class
+    if there are two, a logit for each class if there are more, or the label itself if it is a
+    number.
 
     Attributes:
         kind: "logistic" or "linear".
@@ -118,8 +119,8 @@ class Probe:
         """Returns the direction in which a label becomes likelier, or larger, of length 1.
 
         Args:
-            layer: of which layer.
-            label: of which class, if there are more than two; None for the second of two.
+            layer: the number of the layer.
+            label: the class, if there are more than two; None for the second of two.
 
         Returns:
             `(width,)`, or `(position, width)` for several positions.
@@ -278,7 +279,7 @@ def scored(
     """Returns the scores of a probe.
 
     Args:
-        kind: of which kind.
+        kind: the kind of the probe.
         site: the standard name of what it reads.
         layers: in which blocks.
         positions: the labels of several positions; empty for one or the mean.

@@ -73,10 +73,10 @@ def probe(
         prompts: the prompts, of any lengths.
         labels: the label of each: of a logistic probe texts, whole numbers or truth values, of a
             linear one numbers.
-        site: the standard name of what is read: a value that is a vector at each position, such as
+        site: the standard name of the value that is read: a vector at each position, such as
             "mlp_out" or "post"; None for "residual_out", or "block_out" of blocks that normalise
-            the sum. Of several there is a probe each, all from the same
-            runs and the same training prompts.
+            the sum. Of several there is a probe each, all from the same runs and the same training
+            prompts.
         layers: in which blocks; None for all that have it.
         position: where: at one position; at several, each by itself; as the mean over all
             ("mean"); or at all, each by itself ("all"), of prompts of one length.
@@ -89,7 +89,7 @@ def probe(
     Returns:
         The probe; of several sites `Probes`, which has one for each: `probes["mlp_out"]`. In both
         `scores` has the scores on held-out prompts, by site if several were given, layer, and
-        position if there are several; in `details` are those on training prompts ("train"), and for
+        position if there are several. In `details` are those on training prompts ("train"), and for
         a logistic probe what always saying the most frequent class would score ("majority").
 
     Raises:

@@ -29,7 +29,7 @@ class Bar:
 
     Args:
         progress: where it is shown; None if it is not.
-        title: what is being done.
+        title: the name of the work.
     """
 
     def __init__(self, progress: Progress | None, title: str) -> None:
@@ -110,7 +110,7 @@ def progress(title: str, shown: bool | None = None) -> Generator[Bar, None, None
     The bar is gone when the block ends, however it ends.
 
     Args:
-        title: what is being done, such as "Patching".
+        title: the name of the work, such as "Patching".
         shown: whether it is shown; None for on a terminal or in a notebook, unless the
             environment variable INSITU_PROGRESS is "0".
 

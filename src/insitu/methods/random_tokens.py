@@ -15,7 +15,7 @@ from insitu.models.tokens import vocabulary_of
 def repeated_tokens(
     model: LanguageModel, *, length: int = 25, count: int = 10, repeats: int = 2, seed: int = 0
 ) -> torch.Tensor:
-    """Returns prompts of random tokens, each of which is repeated as a whole.
+    """Returns prompts of random tokens, each repeated as a whole.
 
     Tokens are drawn without replacement where the vocabulary is large enough, and none of them is
     special; where the tokenizer begins a text with a token of its own, so do they.
@@ -25,7 +25,7 @@ def repeated_tokens(
         length: how many tokens come before they come again.
         count: how many prompts.
         repeats: how many times they come in all.
-        seed: what is drawn depends on nothing else.
+        seed: the tokens depend on nothing else.
 
     Returns:
         Token ids, `(prompt, position)`, on the CPU.

@@ -3,8 +3,8 @@
 A gradient at the queries of its heads, or at another thing that a part makes of the stream, is
 brought back to the stream for each receiver alone. Autograd takes a backward pass for each, and
 each goes through the whole layer that makes all heads. Where these layers are known, each head goes
-back through its own weights, and all receivers of a part go through its norm together. Of which
-parts they are known is found in `reading_trial.py`; the others go back by autograd.
+back through its own weights, and all receivers of a part go through its norm together.
+`reading_trial.py` finds for which parts they are known; the others go back by autograd.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Readout:
 
     Attributes:
         model: the model.
-        way: what is done.
+        way: its operations.
     """
 
     model: LanguageModel
@@ -51,7 +51,7 @@ class Readout:
 
 
 def endings_of(model: LanguageModel) -> Endings:
-    """Returns what is known of how values reach the logits of a model.
+    """Returns the facts of how values reach the logits of a model.
 
     It is loaded, unless a server has it.
 

@@ -1,4 +1,4 @@
-"""What is put in the place of a value that is ablated: zeros, a mean, or another prompt's value."""
+"""The replacement of a value that is ablated: zeros, a mean, or another prompt's value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from insitu.methods.sites import Site
 from insitu.models.language_model import LanguageModel
 
 Mode: TypeAlias = Literal["zero", "mean", "resample"]
-"""What is put there: see `insitu.methods.ablate`."""
+"""The kind of value that is put there: see `insitu.methods.ablate`."""
 
 Positions: TypeAlias = Sequence[list[int] | None]
 """Of each prompt, which positions are ablated; None for all."""
@@ -29,7 +29,7 @@ class Replacement:
 
     Attributes:
         site: the site.
-        mode: what is put there.
+        mode: the value that is put there.
         by_position: whether means are of each position by itself.
         lengths: how many positions each reference prompt has.
         drawn: of each prompt, the number of the reference prompt whose values it gets; empty
@@ -56,7 +56,7 @@ class Replacement:
     def read(
         self, model: LanguageModel, invocations: Mapping[int, Any], layers: Iterable[int]
     ) -> None:
-        """Reads what is needed of the reference prompts.
+        """Reads the values that are needed of the reference prompts.
 
         Args:
             model: the model.
@@ -124,12 +124,12 @@ def replacement(
 
     Args:
         site: the site.
-        mode: what is put there.
+        mode: the value that is put there.
         by_position: whether means are of each position by itself.
         prompts: the prompts in which it is replaced.
         reference: the prompts whose values are used.
         positions: which positions are ablated.
-        seed: of what is drawn.
+        seed: of all draws.
 
     Raises:
         OptionError: if there is no such mode, or by_position means nothing in it.

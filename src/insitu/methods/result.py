@@ -116,7 +116,7 @@ class Result(Drawable):
         """Returns a part of it.
 
         With a prompt chosen, the positions are those of the prompt, and their labels its tokens.
-        Details that begin with the same axes as the result are cut likewise.
+        Details that begin with the same axes as the result are cut in the same way.
 
         Args:
             chosen: by the name of an axis: a number or a label, and the axis is gone; a slice or
@@ -154,8 +154,8 @@ class Result(Drawable):
     def mean(self, name: str) -> Result:
         """Returns the mean over an axis, of the values that are there.
 
-        Details that begin with the same axes as the result, up to that one, are averaged likewise,
-        and left out if they are whole numbers, such as ids.
+        Details that begin with the same axes as the result, up to that one, are averaged too, and
+        left out if they are whole numbers, such as ids.
 
         Args:
             name: the axis, such as "prompt".
@@ -217,20 +217,20 @@ class Result(Drawable):
     ) -> Figure:
         """Returns a picture of it, as a figure of plotly.
 
-        One axis gives bars, or a line if it is measured; two a heat map; of more there is a grid
-        of heat maps, and what is shown of the rest can be chosen in the picture.
+        One axis gives bars, or a line if it is measured, and two a heat map. Of more there is a
+        grid of heat maps, and the entries of the other axes can be chosen in the picture.
 
         Args:
             kind: "heat map", "bars", "line", or "text", which is a prompt whose tokens have the
                 colours of their numbers; None for what suits the axes.
             x: the name of the axis from left to right.
             y: of a heat map, the axis at its side.
-            grid: of a heat map, the axis of which all entries are drawn, in a panel each.
+            grid: of a heat map, the axis whose entries are all drawn, in a panel each.
             in_cells: of a heat map, whether texts, or numbers where there are none, stand in the
                 cells; None for where they are few enough.
             title: what stands over it; None for its own title.
             width: of the whole, in pixels; None for what suits it.
-            height: likewise.
+            height: of the whole, in pixels; None for what suits it.
 
         Raises:
             OptionError: if an option has no meaning for its axes, or there is too much to draw.
@@ -361,7 +361,7 @@ def _column(axis: Axis, labels: list[str]) -> list[int] | list[str]:
 
 
 def _listed(values: torch.Tensor) -> Any:
-    """A tensor as lists, with None for what is not there."""
+    """A tensor as lists, with None for numbers that are not there."""
     if values.is_floating_point() and values.isnan().any():
         return [_listed(part) for part in values] if values.ndim else None
     return values.tolist()

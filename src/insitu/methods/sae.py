@@ -37,8 +37,8 @@ class SparseAutoencoder:
             width)`, `b_dec` `(width,)`, and by architecture `b_enc`, `threshold`, `b_gate`, `b_mag`
             and `r_mag`, `(feature,)`.
         hook_name: where it belongs, by TransformerLens's name, such as "blocks.8.hook_resid_pre".
-        centred: whether `b_dec` is subtracted from what is encoded.
-        normalisation: what is done to activations before, and undone behind: "none",
+        centred: whether `b_dec` is subtracted before encoding.
+        normalisation: how activations are scaled before, and scaled back behind: "none",
             "constant_norm_rescale" or "layer_norm".
         k: of "topk", how many features are kept.
         by_norm: of "topk", whether features are measured by the lengths of their directions.

@@ -39,7 +39,7 @@ class _Kept(msgspec.Struct):
 
 
 class _Config(msgspec.Struct):
-    """The fields of a config that say what is computed, by SAELens's names.
+    """The fields of a config that define the computation, by SAELens's names.
 
     Before version 6 all of them stood on one level, and some had other names.
     """
@@ -81,7 +81,7 @@ def read(folder: str | os.PathLike[str], scale: float | None) -> dict[str, Any]:
 
 
 def _config(path: Path) -> tuple[dict[str, Any], _Config]:
-    """A config as it stands in its file, and what is used of it."""
+    """A config as it stands in its file, and its fields that are used."""
     try:
         # Not msgspec: SAELens writes with `json`, whose NaN and Infinity are no JSON.
         told = json.loads(disk.read(path, _LARGEST))

@@ -26,7 +26,7 @@ def selected(result: Result, name: str, index: Chosen) -> Result:
     Args:
         result: the result.
         name: the axis that is chosen of.
-        index: what is chosen.
+        index: the entries that are chosen.
 
     Raises:
         OptionError: if there is no such axis, label or index.
@@ -57,8 +57,8 @@ def details_of(
 ) -> dict[str, torch.Tensor]:
     """Returns the details of a result, those changed that have one of its axes.
 
-    A detail has an axis of the result if it begins with all its axes as far as that one: the metric
-    of the clean run with "prompt", the ids of a lens with "prompt", "layer" and "position".
+    A detail has an axis of the result if it begins with all its axes as far as that one. The metric
+    of the clean run begins with "prompt", the ids of a lens with "prompt", "layer" and "position".
 
     Args:
         result: the result.
@@ -108,7 +108,7 @@ def of_prompt(result: Result, index: Any) -> Result:
 
 
 def _part(values: torch.Tensor, number: int, chosen: int | list[int]) -> torch.Tensor:
-    """What is left of numbers if some of an axis are chosen."""
+    """The numbers that are left if some of an axis are chosen."""
     if isinstance(chosen, int):
         return values.select(number, chosen)
     places = torch.tensor(chosen, dtype=torch.long, device=values.device)
@@ -142,7 +142,7 @@ def is_counted(axis: Axis) -> bool:
 
 
 def counted_from_end(axis: Axis, place: Any) -> Any:
-    """Returns what chooses the entry at a place of an axis, whatever number the entry has.
+    """Returns what chooses the entry at a place of an axis, by place and not by number.
 
     Args:
         axis: the axis.
@@ -217,7 +217,7 @@ def _place(axis: Axis, index: Any) -> int:
 
 def _refused(axis: Axis, index: Any) -> OptionError:
     return OptionError(
-        f"What is chosen of {axis.name!r} is a number, a label, a slice or several of them, not "
+        f"Of {axis.name!r} one chooses a number, a label, a slice or several of them, not "
         f"{index!r}.",
         here(),
     )

@@ -124,7 +124,7 @@ def stream_of(model: LanguageModel) -> str:
 def check_positions(model: LanguageModel) -> None:
     """Raises an `OptionError` if positions of a model's blocks are not those of its prompt.
 
-    In a decoder that an encoder's states are given to, they are those of what is generated.
+    In a decoder that an encoder's states are given to, they are those of the generated tokens.
     """
     if model.traits.is_encoder_decoder:
         raise OptionError(
@@ -145,7 +145,7 @@ def layers_with(
 
     Args:
         model: the model.
-        sites: the site; or several, of which a layer has to have all.
+        sites: the site; or several: then a layer has to have all of them.
         given: one layer or several, from the end if negative; None for all.
         stack: the list of blocks, by its standard name.
 
@@ -186,7 +186,7 @@ def sites_along(
     """
     listed = [names] if isinstance(names, str) else list(names)
     if not listed:
-        raise OptionError("`sites` is empty: name what is to be patched.", here())
+        raise OptionError("`sites` is empty: name the values that are to be patched.", here())
     found = tuple(site_of(name) for name in listed)
     along = (by,) if isinstance(by, str) else tuple(by)
     for site in found:
@@ -273,10 +273,10 @@ def whole(given: Any) -> int:
 
 
 def check_count(name: str, given: Any, least: int = 1) -> None:
-    """Refuses what is no whole number from some least one on; `True` is none, though Python's 1.
+    """Refuses all but whole numbers from some least one on; `True` is none, though Python's 1.
 
     Args:
-        name: of which parameter, such as "batch_size".
+        name: the name of the parameter, such as "batch_size".
         given: what was given.
         least: the least that it may be.
 

@@ -27,7 +27,7 @@ class Spliced:
 
     Args:
         hook: the value, as `model.hook` gives it.
-        invocation: in the processing of which prompt.
+        invocation: the invocation whose processing it is in.
         sae: the sparse autoencoder.
         error: whether what it does not reconstruct is added.
         line: the user's line.
@@ -55,7 +55,7 @@ class Spliced:
 
     @property
     def features(self) -> Any:
-        """The features, `(batch, position, feature)`. What is assigned to them, the model gets.
+        """The features, `(batch, position, feature)`. Values assigned to them reach the model.
 
         A part is assigned by an index: `spliced.features[..., 123] = 0`.
         """
@@ -83,7 +83,7 @@ class Spliced:
         """Lets the model go on with what features add up to.
 
         Args:
-            invocation: in the processing of which prompt.
+            invocation: the invocation whose processing it is in.
             features: `(batch, position, feature)`.
             line: the user's line.
         """

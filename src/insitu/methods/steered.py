@@ -132,7 +132,7 @@ def steer(
     Args:
         model: the model.
         prompts: one prompt or several, of any lengths.
-        vector: what is added.
+        vector: the vector that is added.
         strength: what it is multiplied with; of several, each prompt is continued under each. 0 is
             the model as it is.
         layers: in which of its layers it is added; None for all that it has.

@@ -204,7 +204,7 @@ def steering_vector(
 
     Args:
         model: the model.
-        positive: prompts that have what is looked for, of any lengths.
+        positive: prompts that have the wanted property, of any lengths.
         negative: prompts that do not.
         site: the standard name of where to look: a value that is a vector at each position. None
             for "residual_out", or "block_out" of blocks that normalise the sum.

@@ -23,8 +23,8 @@ _LETTERS = {"attention_out": "a", "mixer_out": "s", "mlp_out": "m"}
 def wiring_of(model: LanguageModel, ids: torch.Tensor) -> Wiring:
     """Returns what a model consists of, as far as it is connected by a residual stream.
 
-    What names say of it is tried: whether what is added makes up the stream, whether heads add up,
-    and whether what seems to stand side by side does.
+    What names say of it is tried: whether the added values make up the stream, whether heads add
+    up, and whether parts that seem to stand side by side do.
 
     Args:
         model: the model.
@@ -116,7 +116,7 @@ def _values(model: LanguageModel, layer: int, names: Mapping[str, str]) -> dict[
 
 
 def _heads(model: LanguageModel, layer: int, names: Mapping[str, str]) -> dict[str, Any]:
-    """A number of each head of queries, keys, values and what is added, where they are told.
+    """A number of each head of queries, keys, values and results, where they are told.
 
     How many there are is known after the run: a shape would take a run without data for each block.
     """
@@ -164,7 +164,7 @@ def _compared(
     Biases are in no sum of heads, and are the same of both runs.
 
     Returns:
-        The sum of what is added of each block; and that of heads, of each block that has them.
+        The sum of the added values of each block; and that of heads, of each block that has them.
     """
     changes = [
         {name: value.float() - old[name].float() for name, value in new.items()}
@@ -240,7 +240,7 @@ def _groups(sizes: Sequence[int], result: int, read: int, given: int) -> tuple[G
 
     Args:
         sizes: how many heads queries, keys and values have, 0 if these are not told.
-        result: how many heads what is added has, likewise.
+        result: how many heads the added value has, 0 if that is not told.
         read: how many receivers there are.
         given: how many senders.
     """

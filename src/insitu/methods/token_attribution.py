@@ -50,11 +50,11 @@ def integrated_gradients(
     Args:
         model: the model.
         prompts: one or several, of any length.
-        metric: what is attributed: a metric, or a function of the run to a number: see
+        metric: the number to attribute: a metric, or a function of the run: see
             `insitu.methods.Run`.
-        baseline: where the path begins. "zero": embeddings of zeros; "pad token": each token is
-            the model's padding token, which is seen like any other; an id: each token is that
-            one; a tensor: the embeddings themselves, `(d_model,)` for all positions or
+        baseline: where the path begins. "zero": embeddings of zeros. "pad token": each token is the
+            model's padding token, which is seen like any other. An id: each token is that one. A
+            tensor: the embeddings themselves, `(d_model,)` for all positions or
             `(position, d_model)`.
         steps: at how many points of the path the gradient is taken.
         rule: which points, and their weights. "gauss-legendre" is exact for polynomials of degree
@@ -125,14 +125,14 @@ def gradient_times_input(
 ) -> Result:
     """Returns the gradient of the metric at each token's embedding, times that embedding.
 
-    It is the first-order estimate of what setting the embedding to zero takes away, with one
+    It is the first-order estimate of what setting the embedding to zero takes away. It takes one
     forward and one backward pass (Simonyan et al., "Deep Inside Convolutional Networks", 2013;
     Shrikumar et al., "Not Just a Black Box", 2016).
 
     Args:
         model: the model.
         prompts: one or several, of any length.
-        metric: what is attributed: a metric, or a function of the run to a number: see
+        metric: the number to attribute: a metric, or a function of the run: see
             `insitu.methods.Run`.
 
     Returns:

@@ -1,8 +1,8 @@
 """The tuned lens: a logit lens that has learned to translate what each layer says.
 
-Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", 2023,
-https://arxiv.org/abs/2303.08112. An affine translator for each layer is added to what is there,
-and trained so that the prediction that follows is the one that the model ends in.
+The paper is "Eliciting Latent Predictions from Transformers with the Tuned Lens" (Belrose et al.
+2023, https://arxiv.org/abs/2303.08112). An affine translator for each layer is added to the hidden
+states there. It is trained so that the prediction that follows is the one that the model ends in.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class TunedLens:
         return cls(weight, torch.zeros(layers, width, device=model.device), torch.zeros(0, layers))
 
     def translate(self, number: int, value: Any) -> Any:
-        """Returns what is read out in the place of hidden states.
+        """Returns the hidden states that are read out in the place of others.
 
         Args:
             number: how many blocks they come after.
@@ -159,9 +159,9 @@ def tuned_lens(
         prompts: one prompt or several, in any form that `invoke` takes.
         lens: a lens that was trained for the model.
         layers: as of `logit_lens`.
-        positions: likewise.
-        token: likewise.
-        top: likewise.
+        positions: as of `logit_lens`.
+        token: as of `logit_lens`.
+        top: as of `logit_lens`.
 
     Returns:
         As of `logit_lens`.

@@ -36,7 +36,7 @@ class Group:
 
     Attributes:
         receivers: their numbers in the part.
-        senders: likewise.
+        senders: their numbers in the part.
     """
 
     receivers: tuple[int, ...]
@@ -51,12 +51,12 @@ class Part:
         layer: the number of the block.
         reads: where it reads the residual stream.
         gives: what it adds to it, "result" if that is told by heads; None of the logits.
-        receivers: what is made of the stream in it.
+        receivers: the values that it makes of the stream.
         senders: the names of what it adds to the stream.
         groups: which of them depend on which receivers.
         upstream: how many senders there are before what it reads.
         first_receiver: the number that its first receiver has in the model.
-        first_sender: likewise.
+        first_sender: the number that its first sender has in the model.
     """
 
     layer: int

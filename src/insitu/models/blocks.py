@@ -1,4 +1,4 @@
-"""The block contract: what `.output` of a transformer block is, whatever the block returns.
+"""The block contract: what `.output` of a transformer block is, with any return value.
 
 Blocks of some families and versions return a tensor, others a tuple with various things behind
 the hidden states. Here it is always a tuple: the hidden states, and with a key-value cache on,

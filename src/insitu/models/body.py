@@ -1,4 +1,4 @@
-"""What is known of a Transformers model's parts: found in one forward, when first asked for."""
+"""The facts of a Transformers model's parts: found in one forward, when first asked for."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Body:
     Args:
         model: the model.
         stacks: the lists of its blocks, by path, and how long they are.
-        description: what is said of its blocks; None for what is said of its architecture.
-        prove: gives what is proven of its parts; None where all that was found counts.
+        description: the description of its blocks; None for that of its architecture.
+        prove: gives the proofs of its parts; None where all that was found counts.
 
     Attributes:
         stacks: the paths of its blocks, a list for each stack, such as encoder and decoder.
         paths: those of all of them.
         lengths: all numbers of positions that hidden states had in the forward that was watched.
-        description: what is said of its blocks.
+        description: the description of its blocks.
         softmax: finds with which options the softmax of its attention can be seen.
     """
 
@@ -247,7 +247,7 @@ class Body:
         if not self._said_eager:
             self._said_eager = True
             warnings.warn(
-                "Attention scores and patterns exist in eager attention only, so runs in which "
+                "Attention scores and patterns exist in eager attention only. Runs in which "
                 "they are used have that in the place of the model's own implementation. "
                 "`attn_implementation='eager'`, given where the model is made, says so for all.",
                 stacklevel=2,

@@ -36,15 +36,15 @@ class ActivationCache(Mapping[str, torch.Tensor]):
     Args:
         values: the values by key.
         ids: the token ids of the prompt, `(batch, position)`, None if it was given as embeddings.
-        mask: 1 where these hold tokens and 0 where padding, likewise.
+        mask: 1 where these hold tokens and 0 where padding, of the same shape; None like `ids`.
         layers: how many blocks the model has.
         aliases: what else the keys are called, with whether the axes of heads and positions are
             the other way round.
 
     Attributes:
         ids: the token ids of the prompt, `(batch, position)`, None if it was given as embeddings.
-        mask: 1 where these hold tokens and 0 where padding, likewise. There is padding only where
-            prompts of different length were given together.
+        mask: 1 where these hold tokens and 0 where padding, of the same shape; None like `ids`.
+            There is padding only where prompts of different length were given together.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
             name: such as "residual_out", or "attention.z" or just "z".
 
         Returns:
-            `(layer, batch, position, d_model)`, or whatever shape the values have behind `layer`.
+            `(layer, batch, position, d_model)`, or any shape that the values have behind `layer`.
 
         Raises:
             NotCachedError: if there is none.

@@ -35,7 +35,7 @@ def cached(
         tracer: the block.
         names: which values.
         hooks: the model's TransformerLens names.
-        to: the device of what is kept.
+        to: the device of the values that are kept.
         dtype: its dtype.
 
     Raises:
@@ -44,7 +44,7 @@ def cached(
     """
     if open_sessions.get() and session_of(model) is not None:
         raise BlockError(
-            "`run_with_cache` runs the model at once, but what is in a session runs when that "
+            "`run_with_cache` runs the model at once, but blocks of a session run when that "
             "ends: write it before the session, or save what you need in a `trace`.",
             here(),
         )

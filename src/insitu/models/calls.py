@@ -41,7 +41,7 @@ def default_budget(model: LanguageSubject, tokens: int) -> int:
 
 
 def content(number: int, prompt: Prompt) -> Hashable:
-    """Returns what is equal for invocations of equal prompts, as far as that is found out.
+    """Returns a key that is equal for invocations of equal prompts, as far as that is known.
 
     Args:
         number: the number of the invocation.
@@ -87,7 +87,7 @@ def alone(
         model: the model.
         module: the wrapped module.
         options: keyword arguments for the forward.
-        single: what is planned of it.
+        single: its plan.
         prompt: the invocation's prompt.
     """
     call = partial(forward, model, module, arguments(model, prompt, options), [prompt])

@@ -11,7 +11,7 @@ import torch
 from insitu.engine.model_call import Deliver
 
 NO_CHOICE = torch.iinfo(torch.int64).min
-"""Stands for the token of a row of which no token is asked for: no vocabulary has such an id."""
+"""Stands for the token of a row that is asked for none: no vocabulary has such an id."""
 
 
 def listening(deliver: Deliver, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def said(config: Any, *names: str, default: Any = None) -> Any:
     Args:
         config: a config, a generation config, or None.
         names: the attributes, the preferred ones first.
-        default: what is returned if it has none of them.
+        default: the value to return if it has none of them.
     """
     for name in names:
         # A config that computes an attribute from others may lack those.

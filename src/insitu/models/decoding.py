@@ -1,9 +1,9 @@
 """How several prompts of one generation choose their tokens: each as it would alone.
 
 `generate` of Transformers prepares a batch and hands its loop to us (`custom_generate`). The loop
-is Transformers' own; what it asks in each step is answered here for each prompt: logits processors
-and stopping criteria see the prompt's own rows without padding, sampling draws from its own seed,
-and a prompt whose rows have all ended has no further steps.
+is Transformers' own; what it asks in each step is answered here for each prompt. Logits processors
+and stopping criteria see the prompt's own rows without padding. Sampling draws from its own seed. A
+prompt whose rows have all ended has no further steps.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Decoding:
             model: what generates.
             input_ids: the prompts, padded.
             logits_processor: those of the batch.
-            stopping_criteria: likewise.
+            stopping_criteria: those of the batch.
             generation_config: the options.
             model_kwargs: what its forwards are called with.
         """

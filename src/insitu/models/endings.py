@@ -32,7 +32,7 @@ class Endings:
 
     Attributes:
         logits: what the model makes of what leaves its last block.
-        unembedded: likewise, as far as its unembedding: without what caps logits behind it.
+        unembedded: the same as far as its unembedding: without what caps logits behind it.
         heads: what each block makes of its heads' `z`, as far as what attention adds; by path.
         neurons: what each block makes of its MLP's `post`, as far as what the MLP adds; by path.
     """
@@ -47,7 +47,7 @@ def find_endings(body: Body) -> Endings:
     """Returns the endings of a model.
 
     Args:
-        body: what is known of its parts.
+        body: the facts of its parts.
     """
     model = body.model
     if model.away is not None:

@@ -72,9 +72,9 @@ class Structure(NamedTuple):
 
     Attributes:
         kind: as of `Fingerprint`, and so are the others.
-        tree: likewise.
-        order: likewise.
-        dtypes: likewise.
+        tree: as of `Fingerprint`.
+        order: as of `Fingerprint`.
+        dtypes: as of `Fingerprint`.
     """
 
     kind: str
@@ -192,7 +192,7 @@ _OF_TRAINING = ("training", "momentum", "p", "inplace")
 
 
 def _digest(edit: Graph) -> str:
-    """A digest of an edit. One that holds what is no data is like no other."""
+    """A digest of an edit. One that holds something that is no data is like no other."""
     try:
         data = wire.to_bytes(edit)
     except WireError:
@@ -205,7 +205,7 @@ _DIGESTS: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 
 
 def _vocabulary_digest(tokenizer: Any) -> str:
-    """A digest of which token ids mean what; "" if there is no tokenizer."""
+    """A digest of the meanings of token ids; "" if there is no tokenizer."""
     if not (hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "__len__")):
         return ""  # any function from texts to ids can be a tokenizer
     count = len(tokenizer)

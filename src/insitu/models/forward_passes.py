@@ -145,6 +145,6 @@ class ForwardPasses:
         return call, shares
 
     def _entering(self, row: Row) -> Entering:
-        """Where a row enters, and which rows of which forward it is like until there."""
+        """Where a row enters, and the rows of an earlier forward that it is like until there."""
         assert row.origin is not None
         return Entering(row.first_block, *self._left[row.origin])

@@ -80,7 +80,7 @@ def entries_used(graph: Graph, plan: Plan, address: Address) -> Collection[str] 
     None if it may be all of it.
 
     Args:
-        graph: what is to be done.
+        graph: the recorded experiment.
         plan: its plan.
         address: the site.
     """

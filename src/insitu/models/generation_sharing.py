@@ -208,7 +208,7 @@ class GenerationSharing:
         return None
 
     def _likes(self, requests: Sequence[Prompt]) -> list[Hashable]:
-        """What is equal for prompts that do not change each other in a batch."""
+        """Keys that are equal for prompts that do not change each other in a batch."""
         lengths = lengths_of(self._calls.model)
         padded = is_ragged(requests) and padding_shows(self._calls.model) is not None
         steps = [self._calls.at_most(prompt) for prompt in requests]
@@ -236,5 +236,5 @@ class GenerationSharing:
         return any(isinstance(window, int) and longest + steps >= window for window in windows)
 
     def _has_cache(self, site: Address) -> bool:
-        """Whether keys and values are a part of what is at a site."""
+        """Whether keys and values are a part of the value at a site."""
         return self._calls.cached and site[2] == "output" and site[1] in self._calls.views

@@ -1,4 +1,4 @@
-"""Which numbers of a linear layer's output are the queries, keys or values of which head."""
+"""Which numbers of a linear layer's output are the queries, keys or values of each head."""
 
 # pyright: reportPrivateUsage=false
 
@@ -31,7 +31,7 @@ class HeadProjection:
 def head_projection(
     weights: Weights, block: Block, heads: Heads, letter: str
 ) -> HeadProjection | str:
-    """Returns which part of which layer makes the queries, keys or values; or why that is unknown.
+    """Returns the part of a layer that makes the queries, keys or values; or why it is unknown.
 
     Args:
         weights: the weights of the model's parts.

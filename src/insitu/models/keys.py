@@ -64,7 +64,7 @@ def layers(vocabulary: Vocabulary, stack: str = "blocks") -> int:
 
     Args:
         vocabulary: the model's standard names.
-        stack: of which stack.
+        stack: the name of the stack.
     """
     blocks = vocabulary.entry("", "", stack)
     return len(blocks.paths) if isinstance(blocks, Roles) else 0

@@ -53,10 +53,10 @@ class LanguageModel(ServedModel):
         allow_new_weights: whether weights that the files lack may be drawn at random, others at
             each load. Unless given, that is an error.
         remote: the URL of a server that has the model, or a `Connection` to one; True for the URL
-            in `INSITU_REMOTE`. Its config, tokenizer and tree come from there, and whatever is run
-            is run there.
+            in `INSITU_REMOTE`. Its config, tokenizer and tree come from there, and all runs are
+            there.
         kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision`,
-            `quantization_config` and whatever else it takes.
+            `quantization_config` and all others that it takes.
 
     Raises:
         LoadError: if there is no such model. `load()` and the first run raise it if the files lack
@@ -217,9 +217,9 @@ class LanguageModel(ServedModel):
     ) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.
 
-        The weights are not loaded. What is saved in the block is then a fake tensor: it has a
-        shape and a dtype, and no content. `tracer.plan` tells how it would run, and `tracer.job`
-        can be run by a model that is somewhere else.
+        The weights are not loaded. A value saved in the block is then a fake tensor: it has a shape
+        and a dtype, and no content. `tracer.plan` tells how it would run, and `tracer.job` can be
+        run by a model that is somewhere else.
 
         Args:
             prompt: as of `trace`.
@@ -272,7 +272,7 @@ class LanguageModel(ServedModel):
                 invocations may have in one batch. Unless given, what fits into a quarter of the
                 free memory.
             remote: as of `trace`.
-            wait: likewise.
+            wait: as of `trace`.
             on_token: is given the tokens of each step of each invocation as they come, here and
                 from a server, while the model is in use. Searches with beams do not tell.
             kwargs: keyword arguments of `generate`, such as `max_new_tokens` and `do_sample`;
@@ -326,9 +326,9 @@ class LanguageModel(ServedModel):
                 list of these. A name in short, "residual_out", is meant of all blocks. They are
                 standard names or TransformerLens's; patterns and functions are tried on the
                 former first. None for all that the model computes, scores and patterns of
-                attention too, which takes the eager implementation of it. What is meant by a
-                pattern and not there in the model is left out.
-            to: the device of what is kept, such as "cpu"; None for the one that it is on.
+                attention too, which takes the eager implementation of it. Names that a pattern
+                means, and that the model does not have, are left out.
+            to: the device of the kept values, such as "cpu"; None for the one that each is on.
             dtype: its dtype, None for that of the model.
             kwargs: as of `trace`.
 

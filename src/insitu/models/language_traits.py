@@ -55,7 +55,7 @@ class LanguageTraits:
         separations: how values are cut out of batches, as far as that was tried.
         chains: at which blocks forwards can begin, as far as that was tried.
         paddings: how it is padded, by implementation of attention, as far as that was tried.
-        padded_generations: why padding shows in a generation, likewise.
+        padded_generations: why padding shows in a generation, as far as that was tried.
     """
 
     def __init__(

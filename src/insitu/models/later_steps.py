@@ -1,7 +1,8 @@
 """Whether what passes a site in the later steps of a generation can be cut out of a batch.
 
-As in `separation.py`, shapes propose and values decide: a batch of a few short prompts and each of
-them alone go on for some steps, with tokens that are given, and what passes each site is compared.
+As in `separation.py`, shapes propose and values decide. A batch of a few short prompts and each of
+them alone go on for some steps, with tokens that are given, and the values at each site are
+compared.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def find_later_steps(
         parts: where each of them lies in it.
         modules: the model's tree, by path. The caller holds it (see `exclusive`).
         views: how outputs are shown, by path.
-        stepped: the path of the module of which each call is a step.
+        stepped: the path of the module whose calls are the steps.
         inside: the modules in whose forwards there are places too.
     """
     draw = torch.Generator().manual_seed(1)
@@ -110,7 +111,7 @@ class _Steps:
     """Keeps what passes each place in each step of a generation.
 
     Args:
-        stepped: the path of the module of which each call is a step.
+        stepped: the path of the module whose calls are the steps.
     """
 
     def __init__(self, stepped: str) -> None:

@@ -1,6 +1,6 @@
 """Linearised ways: with what norms divide by held as it was in a run, most ways are affine.
 
-So what comes out is a sum over whatever the value at the beginning is a sum of.
+So the result is a sum over the terms that the value at the beginning is a sum of.
 """
 
 from __future__ import annotations

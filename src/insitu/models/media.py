@@ -21,7 +21,7 @@ def processed(
     mark: Mark,
     choice: bool | None = None,
 ) -> Mapping[str, Any]:
-    """Returns what a processor makes of a prompt: `input_ids` and whatever else the model takes.
+    """Returns what a processor makes of a prompt: `input_ids` and all else that the model takes.
 
     Args:
         processor: the model's own, or the error with which loading it failed; None if there is

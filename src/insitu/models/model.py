@@ -79,8 +79,8 @@ class Model(WrappedModule):
             name: a repo id or a folder. It may have an adapter of PEFT in place of a model.
             allow_new_weights: whether weights that the files lack may be drawn at random, others
                 at each load. Unless given, that is an error.
-            kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision`
-                and whatever else it takes.
+            kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision` and
+                all others that it takes.
 
         Returns:
             The model. `model.trace(...)` takes the arguments of its forward: what a processor
@@ -158,7 +158,7 @@ class Model(WrappedModule):
             LimitError: if it takes more than the limits allow, naming the limit and the line.
             JobError: if the job is for a model of another structure, saying what differs, or if
                 other edits are in force than those that it was recorded with.
-            InsituError: for what is wrong with the run, at the line that was recorded; an
+            InsituError: if something is wrong with the run, at the line that was recorded; an
                 `ExecutionError` for what the model itself raises.
 
         Example:
@@ -193,7 +193,7 @@ class Model(WrappedModule):
         Raises:
             JobError: as of `run`.
             LimitError: if it would take more than the limits allow.
-            InsituError: for what is wrong with the run, as far as that is found beforehand.
+            InsituError: if something is wrong with the run, as far as that is found beforehand.
         """
         from insitu.engine.budget import Budget
         from insitu.tracing.job_check import check_job
@@ -204,7 +204,7 @@ class Model(WrappedModule):
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
         """Opens a block like `trace`, which checks everything when it ends and runs nothing.
 
-        What is saved in it is then a fake tensor: it has a shape and a dtype, and no content.
+        A value saved in it is then a fake tensor: it has a shape and a dtype, and no content.
         """
         self._notice()
         given = (args, kwargs) if args or kwargs else None
@@ -245,7 +245,7 @@ class Model(WrappedModule):
         return Edit(self)
 
     def tree(self, depth: int | None = None) -> ModuleTree:
-        """Returns the tree of modules with what is in them, to be printed.
+        """Returns the tree of modules with their contents, to be printed.
 
         Beside each module are its weights' shapes, how many numbers these are, and the standard
         names that stand for it or for its values: "attention.z (input)" is what it is given. Like
@@ -272,7 +272,8 @@ class Model(WrappedModule):
             path: the file. It holds data and no code, and can be read by anybody.
 
         Raises:
-            WireError: if an edit holds what is no data: a function, or a tensor that is trained.
+            WireError: if an edit holds something that is no data: a function, or a tensor that is
+                trained.
             OptionError: if there is no such folder.
             SaveError: if the file cannot be written.
         """
@@ -310,7 +311,7 @@ class Model(WrappedModule):
         return super()._unknown(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raises: what is pickled is the module."""
+        """Raises: the module is to be pickled instead."""
         raise WireError(
             "A wrapped model cannot be pickled: pickle the module, `model.load()`, and wrap it "
             "again where it arrives; or send its name and load it there.",
@@ -321,7 +322,7 @@ class Model(WrappedModule):
         return "\n".join([super().__repr__(), *(f"edit: {line}" for line in described(self))])
 
     def _names(self, module: nn.Module) -> Names:
-        """The standard names of a Transformers model, of which nothing is found out yet."""
+        """The standard names of a Transformers model, before anything is known of it."""
         from insitu.models.body import Body
         from insitu.models.vocabulary import Names
 
@@ -333,7 +334,7 @@ class Model(WrappedModule):
         """Says what the parts of its blocks are, where the dataflow of a forward does not tell.
 
         Args:
-            description: where values stand. What is found in the dataflow gives way to it.
+            description: where values stand. Findings of the dataflow give way to it.
 
         Raises:
             OptionError: if it is no model of Transformers.
@@ -345,7 +346,7 @@ class Model(WrappedModule):
 
 
 def _proofs(body: Body) -> Proofs:
-    """What is proven of a model's parts, on small ones of its kind."""
+    """The proofs of a model's parts, on small ones of its kind."""
     # Loaded here: it takes a fourth of the time that a first block without names does.
     from insitu.models.proof.given import Proofs
 

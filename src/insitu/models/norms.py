@@ -30,7 +30,7 @@ class Norm:
     Attributes:
         path: its module.
         centred: whether the mean is subtracted first.
-        eps: what is added to the mean of the squares.
+        eps: the number added to the mean of the squares.
     """
 
     path: str
@@ -155,7 +155,7 @@ class Scale(Computed):
         return self.norm.scale(self.norm.centre(given)).type_as(given)
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
-        """Returns what is to stand at the site."""
+        """Returns the value that is to stand at the site."""
         bias = self.norm.bias(site, self.norm.recorded(line))
         own = self.shown(site, invocation, line)
         return ((site - bias) * (own / value) + bias).type_as(site)
@@ -188,11 +188,11 @@ class Normalised(Computed):
         return (centred / self.norm.scale(centred)).type_as(given)
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
-        """Returns what is to stand at the site."""
+        """Returns the value that is to stand at the site."""
         applied = self.norm.recorded(line)
         weight, bias = self.norm.weight(site, applied), self.norm.bias(site, applied)
         return (value * weight + bias).type_as(site)
 
     def gradient(self, value: Proxy) -> Proxy:
-        """Returns the gradient of what is shown."""
+        """Returns the gradient of the shown value."""
         return value * self.norm.weight(value, self.norm.recorded(mark()))

@@ -138,7 +138,7 @@ class Options:
             raise OptionError(self._unknown(name, method), where())
 
     def _unknown(self, name: str, method: str) -> str:
-        """Says what is wrong with an option, and what was meant or where it belongs."""
+        """The message for an unknown option: what was meant, or where it belongs."""
         generates = method == "generate"
         what = f"`{method}` takes no option `{name}`"
         if name in OF_RUNS:

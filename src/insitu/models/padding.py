@@ -146,7 +146,7 @@ def _supposed(model: LanguageSubject) -> Padding:
 
 
 def _tried(model: LanguageSubject) -> Padding:
-    """How a model is padded, as a few short runs of it show; what is amiss is said."""
+    """How a model is padded, as a few short runs of it show; warns of all that is amiss."""
 
     def run(prompt: Prompt, further: Mapping[str, Any]) -> Any:
         options = {"use_cache": False} if model.traits.takes_use_cache else {}

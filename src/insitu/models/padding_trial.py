@@ -171,7 +171,7 @@ def _padded(
 
 
 def _lengths(config: Any, context: int | None) -> list[int]:
-    """Lengths of prompts, one of which a small window does not hold."""
+    """Lengths of prompts; one of them is more than a small window holds."""
     text = text_config(config)
     windows = all_said(text, "sliding_window", "attention_chunk_size")
     small = [w for w in windows if isinstance(w, int) and 0 < w <= _LONGEST_WINDOW]

@@ -33,9 +33,9 @@ class Heads:
 
     Attributes:
         path: the module in whose forward the attention is computed.
-        q: what is multiplied with the keys, in the form that it first has with an axis of heads.
-        k: the keys, likewise, before they are repeated or cached.
-        v: the values, likewise.
+        q: the queries, in the form that they first have with an axis of heads.
+        k: the keys in the same form, before they are repeated or cached.
+        v: the values, in the same form.
         raw: the same of q, k and v before the rotary embedding and norms, where they can be told.
         scores: what goes into the softmax; None where no softmax can be seen.
         pattern: what comes out of it.
@@ -92,8 +92,8 @@ class Summed:
     """A sum in a block that normalises what it adds up.
 
     Attributes:
-        added: the names of what is added to what the block is given, or to what the norm before
-            has returned.
+        added: the names of the values that are added to what the block is given, or to what the
+            norm before has returned.
         norm: the norm that the sum goes into; None if the block returns it.
         call: which of its calls.
     """
@@ -111,8 +111,8 @@ class Block:
         path: its path.
         width: the length of the last axis of its hidden states.
         stream: the residual stream by name: `residual_in`, `residual_mid` and `residual_out`.
-        added: what is added to it by name: `attention_out`, `cross_attention_out`, `mlp_out`, of a
-            state-space block `mixer_out`, and what is added behind these as `extra_out`.
+        added: the values added to it by name: `attention_out`, `cross_attention_out`, `mlp_out`, of
+            a state-space block `mixer_out`, and those added behind these as `extra_out`.
         norms: the norms, in the order of their outputs' use.
         attention: its attention.
         cross_attention: its attention to an encoder's states.

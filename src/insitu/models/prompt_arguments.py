@@ -97,7 +97,7 @@ def checked_seed(seed: Any, location: Location) -> int | None:
     if seed is None or (type(seed) is int and -(2**63) <= seed < 2**63):
         return seed
     raise PromptTypeError(
-        "`seed` is an integer of at most 64 bits, from which what is drawn for a prompt starts, "
+        "`seed` is an integer of at most 64 bits, from which the draws for a prompt start, "
         f"not {seed!r:.100}.",
         location,
     )

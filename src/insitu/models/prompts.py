@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
         ids: token ids `(rows, position)`, int64.
         mark: the user's line.
         mask: 1 for tokens and 0 for padding, of the same shape; None if there is no padding.
-        extras: whatever else a tokenizer or a processor returned for the model, or the user gave
+        extras: all else that a tokenizer or a processor returned for the model, or the user gave
             with the prompt. Of embeddings, `inputs_embeds` among them, `ids` have the shape only.
         seed: where the sampling of this invocation starts, or None.
         positions: position ids of the same shape, where padding would shift those that the model
@@ -237,8 +237,8 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
     """Returns the position ids `(rows, position)` of rows with padding before them.
 
     Args:
-        mask: 1 for tokens and 0 for padding, of the same shape. What is hidden behind the first
-            token still counts.
+        mask: 1 for tokens and 0 for padding, of the same shape. Tokens that are hidden behind the
+            first one still count.
     """
     before = (mask.cumsum(1) == 0).sum(1, keepdim=True)
     return (torch.arange(mask.shape[1], device=mask.device) - before).clamp_min(0)

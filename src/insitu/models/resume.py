@@ -1,8 +1,8 @@
 """Forwards that begin at a block: what one of them has computed, others go on from.
 
 The first leaves hidden states at blocks, and keys and values. In another the blocks before are
-not run: rows enter its batch behind the block up to which they are like the first. Whether a
-model can be run so is found out elsewhere (`resume_trial.py`).
+not run: rows enter its batch behind the block up to which they are like the first. Whether a model
+can be run so is found in `resume_trial.py`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Prefix:
 
     @contextmanager
     def left_by(self, kwargs: dict[str, Any], is_own: Own) -> Iterator[dict[str, Any]]:
-        """Lets the forwards in it leave what is wanted, called with the arguments it gives.
+        """Lets the forwards in it leave the wanted values, called with the arguments it gives.
 
         Args:
             kwargs: the arguments of the forward.

@@ -99,7 +99,7 @@ class ResumeTrial:
         return Chain(paths, whole, tails, self._handed() & tails)
 
     def _run_whole(self) -> None:
-        """Runs the model in full, and keeps what rows enter with and what is expected of them."""
+        """Runs the model in full, and keeps what rows enter with and what they should give."""
         with self._prefix.left_by(dict(self._options), _always) as kwargs:
             self._module(input_ids=self._ids[:1], **kwargs)
 

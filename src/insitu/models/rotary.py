@@ -33,7 +33,7 @@ class LengthDependence(NamedTuple):
     pieces: int | None = None
 
     def sharing(self, length: int, steps: int = 1) -> Hashable:
-        """Returns what is equal for prompts that have what they have alone, whoever is beside.
+        """Returns a key that is equal for prompts that are beside each other what they are alone.
 
         Args:
             length: how many tokens a prompt has.

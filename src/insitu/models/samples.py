@@ -1,4 +1,4 @@
-"""A small call of a Transformers model, to see how it works: what is given matters to nobody."""
+"""A small call of a Transformers model, to see how it works: its tokens do not matter."""
 
 from __future__ import annotations
 

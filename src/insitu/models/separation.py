@@ -1,9 +1,9 @@
 """Whether what passes a site of a batch can be cut into the parts of its invocations.
 
-Shapes propose how, and values decide: the model is run on a few short prompts of different
-length, as one batch and each alone, and a site where an invocation's part is not what it would be
-alone cannot be cut. Inside of an expert layer tokens lie in the order of the experts, whatever
-the shape says.
+Shapes propose how, and values decide. The model is run on a few short prompts of different length,
+as one batch and each alone. A site where an invocation's part is not what it would be alone cannot
+be cut. Inside of an expert layer tokens lie in the order of the experts, and the shape does not
+tell.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Separation:
 
     Attributes:
         layouts: the layouts of the sites that can be cut.
-        some: the layouts of those of which only some entries can be.
+        some: the layouts of sites with some entries that can be cut and others that cannot.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ class Trial:
 
         Args:
             go_on: generates tokens that are given, `(rows, step)`.
-            stepped: the path of the module of which each call is a step.
+            stepped: the path of the module whose calls are the steps.
             inside: the modules in whose forwards there are places too.
         """
         batch, whole = self._batch()

@@ -50,7 +50,7 @@ def separation_of(
     """Returns how values at sites are cut into rows and positions, or why none can be.
 
     It is tried once, with the weights if they are there. Without them it is read from shapes
-    alone, which is enough for what is not run.
+    alone, which is enough for a plan that is not run.
 
     Args:
         model: the model.

@@ -75,7 +75,7 @@ _STANDARD = (
     *(key.partition(".")[2] or key for key in OF_BLOCK if not key.startswith(("norm", "cross"))),
     *("attention", "embedding", "unembedding", "final_norm", "logits"),
 )
-"""The standard names themselves, of which somebody's word may be a slip."""
+"""The standard names themselves: somebody's word may be a slip for one."""
 
 
 def _of_hooks() -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -104,7 +104,7 @@ _MEANT: Mapping[str, tuple[str, ...]] = {
 
 
 def line_instead(vocabulary: Vocabulary, path: str, name: str) -> str:
-    """Returns what is to be written for another library's word, or for one that is elsewhere.
+    """Returns the line to write for another library's word, or for one that is elsewhere.
 
     Args:
         vocabulary: the model's standard names.

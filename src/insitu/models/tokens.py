@@ -1,7 +1,7 @@
 """What a Transformers model says of its token ids: how many there are, and what some are for.
 
-It is read from the module and its configs, whatever the tokenizer says. How prompts become token
-ids is in `prompts.py`.
+It is read from the module and its configs, and not from the tokenizer. How prompts become token ids
+is in `prompts.py`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def vocabulary_of(module: Any, config: Any) -> int:
 
 
 def padding(module: Any, config: Any) -> int:
-    """Returns the token with which shorter prompts are filled up, whatever it is: it is masked.
+    """Returns the token with which shorter prompts are filled up. Any would do: it is masked.
 
     Args:
         module: the model.

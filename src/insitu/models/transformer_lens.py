@@ -76,7 +76,7 @@ class OfNorm:
 
     Attributes:
         norm: which norm.
-        form: what is computed.
+        form: the form that shows its value.
     """
 
     norm: str
@@ -177,11 +177,11 @@ class TransformerLens:
     """The hook names of a model.
 
     Args:
-        body: what is known of the model's parts.
+        body: the facts of the model's parts.
         vocabulary: the model's standard names.
 
     Attributes:
-        vocabulary: likewise.
+        vocabulary: as given.
     """
 
     def __init__(self, body: Body, vocabulary: Vocabulary) -> None:

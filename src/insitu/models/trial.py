@@ -10,7 +10,7 @@ from insitu.graph.structure import map_structure
 
 
 def alike(found: Any, expected: Any) -> bool:
-    """Returns whether two values are equal to rounding; what is no number must be so in both.
+    """Returns whether two values are equal to rounding; NaN must be so in both.
 
     Args:
         found: a value.

@@ -26,7 +26,7 @@ class VisionLanguageModel(LanguageModel):
         processor: a processor to use in place of the model's own.
         allow_new_weights: as of `LanguageModel`.
         kwargs: keyword arguments for `from_pretrained`: `device_map`, `dtype`, `revision`,
-            `quantization_config` and whatever else it takes.
+            `quantization_config` and all others that it takes.
 
     Raises:
         LoadError: if there is no such model. `load()` and the first run raise it if the files lack

@@ -56,7 +56,7 @@ class Names(Vocabulary):
     """The standard names of a model.
 
     Args:
-        body: what is known of the model's parts.
+        body: the facts of the model's parts.
 
     Attributes:
         weights: the weights of its parts.
@@ -71,7 +71,7 @@ class Names(Vocabulary):
 
     @property
     def body(self) -> Body:
-        """What is known of the model's parts."""
+        """The facts of the model's parts."""
         return self._body
 
     @cached_property

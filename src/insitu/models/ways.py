@@ -3,7 +3,7 @@
 What stands between the last block and the logits differs from model to model: a norm and the
 unembedding, and with them a projection, a scale or a soft cap. It is found in the dataflow of one
 small forward as calls of modules and of torch functions, and verified on the values of that
-forward. Ways are for what is done to each position alone; where positions mix there is none.
+forward. Ways are for operations on each position alone; where positions mix there is none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Step:
         makes: the value that it makes.
         path: the module that is called; None for a function.
         applied: what it is called with; None if numbers stay as they are.
-        item: where in what is returned the value is.
+        item: where the value is in the result of the call.
         dtype: the dtype that it is brought to; None if it is left.
     """
 
@@ -56,7 +56,7 @@ class Way:
     Attributes:
         start: the value at its beginning.
         end: the value at its end.
-        steps: what is done, in order.
+        steps: its operations, in order.
         constants: the model's own tensors that have a part in it.
     """
 
@@ -72,7 +72,7 @@ class Way:
 
     @property
     def outline(self) -> list[tuple[Any, ...]]:
-        """What is called on it, in order, without what it is called with."""
+        """The modules and functions of its steps, in order, without arguments."""
         return [
             (
                 step.path,

@@ -27,7 +27,7 @@ def in_memory(module: nn.Module) -> Generator[None, None, None]:
     """Has the weights of a module where Accelerate computes with them, and not on disk or away.
 
     Args:
-        module: the module, of which Accelerate's hook fetches the weights for each call.
+        module: the module; Accelerate's hook fetches its weights for each call.
     """
     away = any(weight.is_meta for weight in module.parameters())
     if not away or not any("_hf_hook" in vars(part) for part in module.modules()):
@@ -60,7 +60,7 @@ class Weights:
     """Finds the weights of a model's parts.
 
     Args:
-        body: what is known of the model's parts.
+        body: the facts of the model's parts.
     """
 
     def __init__(self, body: Body) -> None:

@@ -176,7 +176,7 @@ class WrappedModule(Handle):
         """Returns fake values of what passes every site in a call, from a cache if it can.
 
         Args:
-            call: arguments for the module, of which shapes and dtypes matter.
+            call: arguments for the module; their shapes and dtypes matter.
             views: how outputs are shown in such a call.
             inside: the module in whose forward the calls of torch functions are wanted too.
 

@@ -1,4 +1,4 @@
-"""What is sent to a server and what comes back, as plain data."""
+"""Requests to a server and its answers, as plain data."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class AwayModel:
             job: the job.
 
         Raises:
-            InsituError: for what is wrong with all of it, or with the server.
+            InsituError: if something is wrong with all of it, or with the server.
         """
         around = seams.get()
         if around is None:
@@ -58,7 +58,7 @@ class AwayModel:
             job: the job.
 
         Raises:
-            InsituError: for what is wrong with it, as far as that is found before it runs.
+            InsituError: if something is wrong with it, as far as that is found before it runs.
         """
         return self.connection.submit(job, model=self.model)
 

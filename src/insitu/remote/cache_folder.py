@@ -72,6 +72,6 @@ def check_private(path: Path, state: os.stat_result) -> None:
         mode = "700" if stat.S_ISDIR(state.st_mode) else "600"
         raise LoadError(
             f"Other users have access to '{path}', so it is not used: "
-            f"`chmod {mode} '{path}'`, if you trust what is in it.",
+            f"`chmod {mode} '{path}'`, if you trust its content.",
             here(),
         )

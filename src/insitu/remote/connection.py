@@ -103,7 +103,7 @@ class Connection:
         Raises:
             WireError: if it holds what cannot travel.
             RemoteError: if the server cannot be reached, or refuses it.
-            InsituError: for what is wrong with it, at the line that was recorded.
+            InsituError: if something is wrong with it, at the line that was recorded.
         """
         params = checked_params(model, priority, seconds)
         return _sent(Submission(self._http, job, self._sent, params), wait)
@@ -128,11 +128,11 @@ class Connection:
         Args:
             job: the job.
             on_event: is told what happens to it. What it raises cancels the job.
-            cancel: ends it from outside, when `cancel.cancel()` is called; or several, of which
-                each does.
+            cancel: ends it from outside, when `cancel.cancel()` is called; or several, and each of
+                them does.
             model: as of `submit`, and so are the others.
-            priority: likewise.
-            seconds: likewise.
+            priority: as of `submit`.
+            seconds: as of `submit`.
             wait: for how many seconds the results are awaited before anything is told. Unless
                 given, none if there is `on_event` or `cancel`.
             raises: as of `model.run`: whether what single invocations raise is raised.
@@ -140,7 +140,7 @@ class Connection:
         Raises:
             CancelledError: if it was cancelled.
             RemoteError: if the server cannot be reached, refuses it, or has failed.
-            InsituError: what is wrong with the run, as without a server.
+            InsituError: if something is wrong with the run, as without a server.
         """
         params = checked_params(model, priority, seconds)
         cancels = [] if cancel is None else [cancel] if isinstance(cancel, Cancel) else [*cancel]
@@ -169,7 +169,7 @@ class Connection:
 
         Raises:
             RemoteError: if the server cannot be reached, or would refuse it.
-            InsituError: for what is wrong with it, at the line that was recorded.
+            InsituError: if something is wrong with it, at the line that was recorded.
         """
         params = {"model": model} if model else {}
         return Submission(self._http, job, self._sent, params).plan()
@@ -233,7 +233,7 @@ class Connection:
         return found_job(self._http, id)
 
     def close(self) -> None:
-        """Closes what is open. What is asked for later opens it again."""
+        """Closes all open connections. A later request opens one again."""
         self._http.close()
 
     def __enter__(self) -> Self:

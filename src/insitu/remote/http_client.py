@@ -1,7 +1,7 @@
 """Requests to a server: sent again where that is safe, and read no further than is sensible.
 
-Every request can be sent twice without harm: jobs go with a key of their own, and all others say
-what is to be, not what to add. Nothing follows a redirect, and nothing is unpacked.
+Every request can be sent twice without harm: jobs go with a key of their own, and all others give a
+state to reach, not a change to make. Nothing follows a redirect, and nothing is unpacked.
 """
 
 from __future__ import annotations
@@ -99,10 +99,11 @@ class HttpClient:
         Args:
             asking: the request.
             retries: how long to try; None for `timeout`.
-            then: what is sent in its place once it was lost on the way; None for the same.
+            then: the request that is sent in its place once it was lost on the way; None for the
+                same.
 
         Raises:
-            RemoteError: if the server cannot be reached, or sends what is no answer.
+            RemoteError: if the server cannot be reached, or sends something that is no answer.
         """
         retries = retries or Retries(self.timeout)
         while True:
@@ -131,7 +132,7 @@ class HttpClient:
             self.unreachable(str(error))
 
     def asked_for(self, asking: Asking, kind: type[Told], line_of: LineOf | None = None) -> Told:
-        """Sends a request, and returns what is answered, as a record.
+        """Sends a request, and returns the answer as a record.
 
         Args:
             asking: the request.

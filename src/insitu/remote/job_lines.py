@@ -19,7 +19,7 @@ class JobLines:
     """Finds where lines of a job were written.
 
     Args:
-        job: the job; None for one of which nothing is known here.
+        job: the job; None for one that is not known here.
     """
 
     def __init__(self, job: Job | None) -> None:

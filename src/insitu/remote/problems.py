@@ -34,12 +34,12 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True, rename={"kind": "type"}):
-    """What is wrong with a request or with a job, as RFC 9457 has it.
+    """A fault of a request or of a job, as RFC 9457 describes it.
 
     Attributes:
-        code: what it is, for machines: "shape", "path", "limit", ... for errors of Insitu (the
-            name of the class without `Error`, in small letters with underscores), and others for
-            what only a server has, such as "not_found", "too_large", "engine_died".
+        code: its name for machines. An error of Insitu has the name of its class without `Error`,
+            in small letters with underscores: "shape", "path", "limit". A server has others too,
+            such as "not_found", "too_large", "engine_died".
         title: the same in a few words.
         status: the HTTP status.
         detail: what was found, and what to write or do instead; without the line.
@@ -127,12 +127,12 @@ def class_of(code: str) -> type[InsituError]:
 def problem_of(error: BaseException, status: int = 422) -> Problem:
     """Returns an error as a problem.
 
-    What is no error of Insitu is a fault of the server's, and its text stays there: it may name
+    An error that is not of Insitu is a fault of the server's, and its text stays there: it may name
     files.
 
     Args:
         error: the error.
-        status: the HTTP status of what is wrong with a job.
+        status: the HTTP status for a fault of a job.
     """
     if isinstance(error, ProblemError):
         return error.problem

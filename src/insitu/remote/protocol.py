@@ -38,7 +38,7 @@ Priority = Literal["interactive", "batch"]
 """What goes first. Somebody waits for an interactive job."""
 
 JobState = Literal["queued", "leased", "running", "done", "failed", "cancelled", "expired"]
-"""Where a job is. The last four are its ends; what may follow what is in `server/states.py`."""
+"""Where a job is. The last four are its ends; which may follow which is in `server/states.py`."""
 
 ENDS: frozenset[JobState] = frozenset(("done", "failed", "cancelled", "expired"))
 """The states in which nothing more happens to a job, but that its results are deleted."""
@@ -97,11 +97,11 @@ class JobEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         number: its number among the events of the job, from 1. It is the id of the event.
-        kind: what happened: "state" (`state`, `attempt`), "progress" (`done`, the `block`, and the
-            `number` of the pass that has ended and how many `passes` there are, those of jobs that
-            share them included), "token" (`block`, `invocation`, `step`, `ids`), or "value"
-            (`block`, `name`, `bytes`, `step`). The last event of a job is the "state" that is its
-            end.
+        kind: what happened: "state" (`state`, `attempt`), "progress" (`done`, `block`, `number`,
+            `passes`), "token" (`block`, `invocation`, `step`, `ids`), or "value" (`block`, `name`,
+            `bytes`, `step`). Of progress, `number` is the pass that has ended and `passes` how many
+            there are, with those of jobs that share them. The last event of a job is the "state"
+            that is its end.
         data: what there is to say of it.
     """
 

@@ -125,8 +125,8 @@ class RemoteJob:
         Raises:
             CancelledError: if it was cancelled.
             RemoteError: if the time is over, or for what only a server can be wrong with.
-            InsituError: what is wrong with the run, as without a server: at the user's own line,
-                with what there is as `results`.
+            InsituError: if something is wrong with the run, as without a server: at the user's own
+                line, with what there is as `results`.
         """
         if self._results is None:
             status = self._ended(timeout)

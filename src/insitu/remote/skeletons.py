@@ -1,8 +1,8 @@
 """From a server's model to files on a client's disk from which a model without weights is made.
 
-A client trusts a server as little as a server trusts a client. Files have names of a list, their
-content is JSON, text or a tokenizer's own format, and whatever in a config could name code,
-another repository or a file of the client's is left out.
+A client trusts a server as little as a server trusts a client. Files have names of a list, and
+their content is JSON, text or a tokenizer's own format. A setting that could name code, another
+repository or a file of the client's is left out.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Submission:
         http: sends requests.
         job: the job.
         sent: the digests of tensors that the server has. Those that are sent are added.
-        params: what is asked for beside the job.
+        params: the options that go beside the job.
         attended: whether the client waits for the job: it is given up if the client vanishes.
 
     Raises:
@@ -81,7 +81,7 @@ class Submission:
         return RemoteJob(self._http, status.id, self._lines, status, self._job)
 
     def withdraw(self) -> None:
-        """Cancels the job, of which nobody has the id yet. Raises nothing."""
+        """Cancels the job, whose id nobody has yet. Raises nothing."""
         if not self._is_under_way:
             return
         with suppress(Exception):  # sent again, the job is the one that was sent before

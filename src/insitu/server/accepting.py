@@ -31,7 +31,7 @@ class Accepting:
         store: what it remembers.
         files: where bytes are.
         pricing: says what jobs take.
-        metrics: counts what is accepted.
+        metrics: counts accepted jobs.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The server without HTTP: what is asked of it, and what it says.
+"""The server without HTTP: the questions that it is asked, and its answers.
 
 A job is looked at by an admission worker, kept, and then it waits for an engine (`hosting.py`).
 Nobody is told that a job was accepted before it is in the store.
@@ -54,7 +54,7 @@ class Server:
         settings: what it was told.
 
     Attributes:
-        settings: likewise.
+        settings: as given.
         store: what it remembers.
         files: where bytes are.
         hosts: its models, by id.
@@ -102,7 +102,7 @@ class Server:
         self._tasks.append(kept_up("looking who is there", self._look_who_is_there))
 
     async def stop(self) -> None:
-        """Ends all processes. What is queued or runs will run when the server starts again."""
+        """Ends all processes. Jobs that are queued or run will run when the server starts again."""
         for task in self._tasks:
             task.cancel()
         ends = [host.stop() for host in self.hosts.values()]

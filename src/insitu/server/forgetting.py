@@ -21,14 +21,14 @@ async def forget_now_and_then(
     stored_seconds: float,
     changed: Callable[[str], None],
 ) -> None:
-    """Deletes what is old, again and again.
+    """Deletes old jobs and files, again and again.
 
     Args:
         store: as of `forget`.
-        files: likewise.
+        files: as of `forget`.
         metrics: takes how much there is.
         stored_seconds: as of `forget`.
-        changed: likewise.
+        changed: as of `forget`.
     """
     number = 0
     while True:

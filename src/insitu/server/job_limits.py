@@ -84,7 +84,7 @@ class JobLimits:
         return found
 
     def unplanned(self, jobs: Sequence[JobRecord], seconds: float) -> float:
-        """Returns what a job has taken beside its price, of which not all was known before.
+        """Returns what a job has taken beside its price. Not all of that was known before.
 
         Args:
             jobs: the jobs of its batch: it has none beside it.
@@ -128,7 +128,7 @@ class JobLimits:
         That is the time of memory and of Python.
 
         Args:
-            answer: what was found out about it.
+            answer: what admission found about it.
         """
         seconds = answer.nodes * _NODE_SECONDS
         if not answer.is_bounded:  # its run begins with another check

@@ -22,7 +22,7 @@ _MINUTE = 60
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
-    """What a tenant may take; what is None has no limit.
+    """What a tenant may take; a field that is None has no limit.
 
     Attributes:
         queued_jobs: jobs that wait.
@@ -77,8 +77,8 @@ class TenantLimits:
 class Window:
     """Amounts of the last minute, added up by the second.
 
-    An amount counts for up to a second less than the minute, so that what is said of when there
-    is room again is true to the second.
+    An amount counts for up to a second less than the minute, so that the time at which there is
+    room again is true to the second.
     """
 
     def __init__(self) -> None:
@@ -200,9 +200,9 @@ def check_limits(
         frees: after how many seconds something of what it has stored is deleted, 0 if unknown.
 
     Raises:
-        ProblemError: 413 "never_fits" for what is more than a limit at any time, and 429 "quota"
-            for what is too much now. `retry_after` holds if it sends nothing else meanwhile; of
-            several limits it is that which takes longest.
+        ProblemError: 413 "never_fits" for a job that is more than a limit at any time, and 429
+            "quota" for one that is too much now. `retry_after` holds if it sends nothing else
+            meanwhile; of several limits it is that which takes longest.
     """
     recent = recent or Recent()
     operations = 0.0 if price is None else price.operations

@@ -1,10 +1,10 @@
 """How fast an engine is, and whether it is worth a moment's wait for jobs to join a batch.
 
 An engine that is free begins at once with what waits. But who has just had an answer often sends
-the next job a moment later, and would find the engine busy: users would form two groups, of which
-one waits while the other runs, and batches would be half as large as they could be. So an engine
-that has ended a batch waits a little for those whose jobs it had, if they use to come back. Whoever
-comes after that moment is begun at once.
+the next job a moment later, and would find the engine busy. Users would form two groups: one waits
+while the other runs, and batches are half as large as they could be. So an engine that has ended a
+batch waits a little for those whose jobs it had, if they use to come back. Whoever comes after that
+moment is begun at once.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Pace:
 
         Args:
             joins: as of `Capacity`.
-            only_short: likewise.
+            only_short: as of `Capacity`.
         """
         return Capacity(
             self._budget,

@@ -1,4 +1,4 @@
-"""What a job would take, and whether it may: all that is found out before a job is accepted."""
+"""What a job would take, and whether it may: all that is known before a job is accepted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Pricing:
         settings: what the server was told.
         store: what it remembers.
         files: where bytes are.
-        metrics: counts what is refused.
+        metrics: counts refused jobs.
     """
 
     def __init__(self, settings: Settings, store: Store, files: Files, metrics: Metrics) -> None:
@@ -44,7 +44,7 @@ class Pricing:
         self._under_way: Counter[str] = Counter()  # jobs that are looked at, by their digests
 
     async def kept_part(self, body: bytes) -> bytes:
-        """Returns what is kept of the bytes of a job: with or without the texts of lines.
+        """Returns the bytes that are kept of a job: with or without the texts of lines.
 
         Args:
             body: the bytes.
@@ -135,7 +135,7 @@ class Pricing:
             tenant: whose job it is.
             host: the model that it is for.
             price: what it takes.
-            answer: what was found out about it.
+            answer: what admission found about it.
             received: how many bytes it has.
 
         Raises:

@@ -58,9 +58,9 @@ def serve(
 
     Args:
         models: as of `Running`, and so are the others.
-        data: likewise.
-        loading: likewise.
-        others: likewise.
+        data: as of `Running`.
+        loading: as of `Running`.
+        others: as of `Running`.
 
     Raises:
         MissingPackageError: if what a server takes is not installed.

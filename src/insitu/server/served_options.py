@@ -38,7 +38,7 @@ def check_options(job: Job) -> None:
 
     Raises:
         OptionError: for one that makes a library do more than compute, at the line of the prompt.
-        LimitError: for one that is too long, likewise.
+        LimitError: for one that is too long, at the line of the prompt.
     """
     for block in job.blocks:
         given = [block.options, *(prompt.kwargs for prompt in block.prompts)]

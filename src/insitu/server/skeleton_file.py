@@ -18,7 +18,7 @@ class SkeletonFile:
         path: where it is.
 
     Attributes:
-        path: likewise.
+        path: as given.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Blocks whose model is somewhere else: they are sent as a job, and its results are theirs.
 
-What is wrong with the run is found there, and raised here, at the line that was recorded here.
+A fault of the run is found there, and raised here, at the line that was recorded here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Away(Protocol):
         was recorded here.
 
         Raises:
-            InsituError: for what is wrong with all of it.
+            InsituError: if something is wrong with all of it.
         """
         ...
 
@@ -71,7 +71,7 @@ def run_away(model: Subject, blocks: Sequence[RecordedBlock], away: Away) -> Cam
         away: where they are run.
 
     Raises:
-        InsituError: what is wrong with all of it, at the line that was recorded here.
+        InsituError: if something is wrong with all of it, at the line that was recorded here.
     """
     around = seams.get()
     if around is not None and around.sink is not None:
@@ -114,8 +114,9 @@ def check_sent(model: Subject, job: Job) -> None:
 
 
 def _most_bytes(model: Subject, job: Job) -> int:
-    """About how many bytes a value of the model has at most: what is small is not looked at."""
+    """About how many bytes a value of the model has at most: a smaller one is not looked at."""
     root = model.snapshot.root
+    # The vocabulary, mostly: a bound that takes no look at the graph.
     widest = max((max(one.shape, default=1) for one in root.parameters()), default=1)
     most = 0
     for block in job.blocks:
@@ -161,7 +162,7 @@ def run_job_away(away: Away, job: Job, raises: bool, **others: Any) -> Results:
 
     Raises:
         OptionError: if there is any of these.
-        InsituError: for what is wrong with the run, with what there is as its `results`.
+        InsituError: if something is wrong with the run, with what there is as its `results`.
     """
     for name, given in others.items():
         if given is not None:

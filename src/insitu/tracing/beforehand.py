@@ -41,7 +41,7 @@ def check_fit(run: Run) -> None:
     """Raises at the first line whose values do not fit together, as far as that can be known.
 
     Args:
-        run: what is about to run.
+        run: the run that is about to begin.
 
     Raises:
         InsituError: pointing at that line.
@@ -88,6 +88,7 @@ def _fallible(run: Run) -> list[int]:
         if operation in _NEVER_FAIL or _is_safe(rows, row):
             continue
         now = forms.union(run.call(number).signature() for number in invocations[index])
+        # A fake run for each of many lengths would take longer than it is worth.
         if len(now) <= _MOST:
             forms = now
             found.append(index)
@@ -101,6 +102,7 @@ def _is_safe(rows: list[Row], row: Row) -> bool:
     `hidden[:, -1] = 0`, and writing such a value where its first operand was read.
     """
     operation, args, kwargs, inputs, _, _ = row
+    # Keywords are rare here, and what they mean is not looked into.
     if kwargs:
         return False
     if operation is WRITE:
@@ -129,6 +131,7 @@ def _is_plain_key(key: Any) -> bool:
 def _origin(rows: list[Row], index: int, block: bool) -> int:
     """The site's node whose shape a value has, or its hidden states if it is that of a block."""
     operation, args, _, inputs, _, _ = rows[index]
+    # Arithmetic with numbers leaves the shape as it was.
     while len(inputs) == 1 and operation.short in _WITH_NUMBERS and _is_safe(rows, rows[index]):
         index = inputs[0]
         operation, args, _, inputs, _, _ = rows[index]

@@ -114,7 +114,7 @@ class Block:
 
         Raises:
             BlockError: if it was entered before.
-            InsituError: for what is wrong with its prompt.
+            InsituError: if something is wrong with its prompt.
         """
         if self.is_open or self.is_done:
             raise BlockError("This block was entered before: make a new one for a new run.", here())
@@ -277,7 +277,7 @@ class Block:
             mark: the user's line.
 
         Raises:
-            InsituError: for what is wrong with the prompt.
+            InsituError: if something is wrong with the prompt.
         """
         procedure = self.procedure
         request = procedure.request(args, kwargs, mark)
@@ -335,7 +335,7 @@ class BlockContext:
     """The `with` statement of a block: it begins the recording, and runs what was recorded.
 
     Attributes:
-        block: what is behind it.
+        block: the block behind it.
     """
 
     def __init__(self, block: Block) -> None:

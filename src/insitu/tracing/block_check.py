@@ -87,11 +87,12 @@ def check_block(run: Run, budget: Budget | None = None) -> BlockCheck:
 
     Raises:
         LimitError: if it takes more, at the line of the operation.
-        InsituError: for what is wrong with the run, as far as that is found beforehand.
+        InsituError: if something is wrong with the run, as far as that is found beforehand.
     """
     prepared, _ = prepare(run, dry=True)
     form = _form(run, budget)
     known = prepared.checks.get(form)
+    # A server checks the same form again and again: that takes a quarter of the first time.
     if isinstance(known, BlockCheck):
         return known
     found = _checked(run, prepared, budget)
@@ -123,6 +124,7 @@ def _checked(run: Run, prepared: Prepared, budget: Budget | None) -> BlockCheck:
     plan, lines = explained(run), run.lines
     costs = _pass_costs(run, plan)
     counts = [run.procedure.steps_of(request) for request in run.requests]
+    # As many as any of the prompts may have.
     steps = max([count or 1 for count in counts])
     recorded = graph_costs(lines, prepared.plan, steps, budget)
     saves = {
@@ -149,6 +151,7 @@ def _expected(run: Run, index: int) -> Expected:
         counts = [procedure.steps_of(request) for request in run.requests]
         known = [count for count in counts if count is not None]
         steps = max(known) if len(known) == len(counts) else None
+        # The generation says when it ends, which no check can know.
         if steps is None:
             return Expected(shape_of(value), dtype_of(value), None, "a list, of unknown length")
         size *= steps
@@ -220,6 +223,7 @@ def _bytes(single: Summary, own: Sequence[tuple[Call, Counts]], steps: int, keep
     found = 0.0
     for call, count in own:
         rows, positions = _places(call)
+        # Autograd may keep all that the forward has made.
         held = count.peak + (count.made if keeps else 0)
         held += count.left * (steps - 1) / positions  # its cache grows with each step
         if single.rows:  # which of its own places it shares with others is not looked at

@@ -56,6 +56,8 @@ class Edit(Generic[Edited]):
     def __init__(self, model: Edited) -> None:
         self.model = model
         self.recording = Recording()
+        # Outputs are shown as in a trace: an edit holds in generations too, whose steps are
+        # forwards.
         self.procedure = model.trace().block.procedure
         self.is_open = False
         self.promises_output = True
@@ -119,6 +121,7 @@ def check_edit(graph: Graph) -> None:
     for index, node in enumerate(graph):
         site = node.site
         elsewhere = site is not None and (
+            # An edit is replayed for each invocation and step, so it can name none.
             site.invocation or site.step or site.kind in ("tokens", "choice")
         )
         if node.operation in _OF_ONE_RUN or elsewhere:

@@ -28,7 +28,7 @@ def edits_to_bytes(edits: Sequence[Graph]) -> bytes:
         edits: the edits, in the order in which they hold.
 
     Raises:
-        WireError: if one holds what is no data.
+        WireError: if one holds something that is no data.
     """
     from insitu.graph import wire  # of no use to most who import this
 

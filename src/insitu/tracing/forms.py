@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Form(Protocol):
     """How a value is shown.
 
-    What is shown is a view of the value, so that what is written into it in place reaches the
-    model; but for what is `Computed`.
+    The form that is shown is a view of the value, so a write in place into it reaches the model.
+    `Computed` forms are the exception.
     """
 
     def shown(self, value: Proxy, invocation: Invocation, line: Mark) -> Proxy:
@@ -34,10 +34,10 @@ class Form(Protocol):
         ...
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
-        """Returns what is to stand at the site, for something else to be shown.
+        """Returns the value that is to stand at the site, for something else to be shown.
 
         Args:
-            value: what is to be shown.
+            value: the value that is to be shown.
             site: what stands there.
             invocation: as of `shown`.
             line: as of `shown`.
@@ -52,7 +52,7 @@ class Computed:
 
     Attributes:
         unwritable: why its gradient cannot be written, and what to write instead.
-        gradient: gives the gradient of what is shown for that of what stands at the site.
+        gradient: gives the gradient of the shown form for that of the value at the site.
     """
 
     __slots__ = ()
@@ -69,7 +69,7 @@ class Swapped:
         return value.transpose(1, 2)
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
-        """Returns what is to stand at the site."""
+        """Returns the value that is to stand at the site."""
         return value.transpose(1, 2)
 
 
@@ -88,7 +88,7 @@ class Split:
         return value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
-        """Returns what is to stand at the site."""
+        """Returns the value that is to stand at the site."""
         return value.transpose(1, 2).flatten(2)
 
 
@@ -107,7 +107,7 @@ class Batched:
         return value.unflatten(0, (-1, self.heads))
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
-        """Returns what is to stand at the site."""
+        """Returns the value that is to stand at the site."""
         return value.flatten(0, 1)
 
 
@@ -130,7 +130,7 @@ class Rows:
         return value.view_as(stream.flatten(2)[..., :1].expand(-1, -1, self.size))
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
-        """Returns what is to stand at the site."""
+        """Returns the value that is to stand at the site."""
         return value.flatten(0, 1)
 
 
@@ -149,7 +149,8 @@ class WithoutLast:
         return value[..., : -self.others]
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
-        """Returns what is to stand at the site."""
+        """Returns the value that is to stand at the site."""
+        # The others stay as the model made them: nobody can see them to write them.
         others: Any = site[..., -self.others :]
         return torch.cat([value, others], dim=-1)
 
@@ -169,7 +170,7 @@ class Apart:
         return value.unflatten(-1, (self.heads, -1))
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
-        """Returns what is to stand at the site."""
+        """Returns the value that is to stand at the site."""
         return value.flatten(2)
 
 
@@ -177,7 +178,7 @@ class Apart:
 class PerHead(Computed):
     """What an output projection makes of each head alone, `(batch, head, position, d_model)`.
 
-    The site is the projection's output, of which these are the summands, but for its bias.
+    The site is the projection's output. These are its summands, but for the bias.
 
     Attributes:
         path: the projection.
@@ -199,11 +200,12 @@ class PerHead(Computed):
         heads = z.unflatten(-1, (self.heads, -1)).transpose(-1, -2)
         # Each head beside zeros in the place of the others: (batch, position, head, head, size).
         apart = torch.diag_embed(heads).permute(0, 1, 3, 4, 2).flatten(-2)
+        # The projection has its bias once, and would add it to each head.
         made = call_module(self.path, (apart,), {}, line) - self._bias(z, line)
         return made.movedim(2, self.axis)
 
     def restored(self, value: Any, site: Proxy, invocation: Invocation, line: Mark) -> Any:
-        """Returns what is to stand at the site."""
+        """Returns the value that is to stand at the site."""
         z = invocation.read(self.path, "input", line, self.call)
         return value.sum(self.axis) + self._bias(z, line)
 

@@ -14,11 +14,11 @@ from insitu.graph.structure import clone, map_structure
 def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns arguments with copies of their tensors.
 
-    The model runs later, and what is given here may be filled anew for the next prompt.
+    The model runs later, and a tensor given here may be filled anew for the next prompt.
 
     Args:
-        args: what is given by place.
-        kwargs: what is given by keyword.
+        args: the arguments by place.
+        kwargs: the arguments by keyword.
     """
     if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor:  # as loops have it
         return (args[0].clone(),), kwargs

@@ -77,6 +77,7 @@ def check_modules(graph: Graph, modules: Collection[str]) -> None:
         for path in named:
             if path not in modules:
                 raise absent(path, modules, node.location)
+        # Functions of `cond` and `fold` are graphs of their own.
         for arg in node.args:
             if isinstance(arg, Subgraph):
                 check_modules(arg.graph, modules)

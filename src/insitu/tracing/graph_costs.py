@@ -1,8 +1,8 @@
 """What recorded operations would take: arithmetic, memory and how many they are.
 
 All values are inferred without data. Where the size of one depends on values, the largest that it
-can have stands for it, and what is made of it is inferred with that. Where there is no largest, the
-node is left out, and a run with limits looks at it when it comes.
+can have stands for it, and later values are inferred with that. Where there is no largest, the node
+is left out, and a run with limits looks at it when it comes.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def graph_costs(lines: Lines, plan: Plan, steps: int, budget: Budget | None = No
     inferred, meter = _Inferred(lines), _Meter(lines, plan, steps, budget)
     for index in range(len(lines.graph.rows)):
         value = inferred.value(index)
+        # At once: a job that takes too much is refused before its later lines are inferred.
         meter.add(index, value, inferred.counting)
     counted, known = len(inferred.estimates.fakes), frozenset(lines.fakes)
     unknown = len(lines.graph.rows) - counted
@@ -117,6 +118,7 @@ class _Inferred:
         operation, args, kwargs, inputs, _, _ = self._lines.graph.rows[index]
         fakes = self.estimates.fakes
         first = next((one for source in inputs for one in tensors_of(fakes.get(source))), None)
+        # Without its inputs nothing can be said of it.
         if not isinstance(first, FakeTensor) or any(source not in fakes for source in inputs):
             return
 
@@ -157,6 +159,7 @@ class _Meter:
     def add(self, index: int, value: Any, counting: Counting) -> None:
         """Adds a node, whose value was just inferred."""
         counts = counting.counts
+        # Lines of every step run as often as there can be steps.
         times = self._steps if self._lines.graph.repeats_node(index) else 1
         self.each.append((counts.flops - self._counted) * times)
         self.flops += self.each[-1]
@@ -165,10 +168,12 @@ class _Meter:
         made = 0
         self._values[index] = found = tensors_of(value)
         for tensor in found:
+            # By storage: views of a value take no memory of their own.
             storage = tensor.untyped_storage()
             count, size = self._held.get(id(storage), (0, int(storage.nbytes())))
             self._held[id(storage)] = count + 1, size
             made += 0 if count else size
+        # What every step saves is a list of all of them.
         if self._rows[index][0] is SAVE:
             made *= times
         self._now += made

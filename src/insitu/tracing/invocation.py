@@ -1,4 +1,4 @@
-"""Invocations: one prompt, what is read while the model processes it, and which one is current.
+"""Invocations: one prompt, the reads while the model processes it, and which one is current.
 
 An invocation is current for the code that its `with` statement encloses, and for functions called
 from there. A `ContextVar` alone cannot say that: a generator that is suspended inside a `with`
@@ -152,7 +152,7 @@ class Invocation:
         return self.block.procedure.example(self.request)
 
     def forget_shapes(self) -> None:
-        """Forgets what is known of the run's shapes, since it will run otherwise."""
+        """Forgets the shapes that are known of the run, since it will run otherwise."""
         self._probe = None
 
     def skip(self, path: str, value: Any, mark: Mark, call: int = 0) -> None:
@@ -201,7 +201,7 @@ class Invocation:
     def every_step(self) -> AtStep:
         """Returns a context whose lines are recorded once and run in every step.
 
-        What is saved in it becomes a list with one value a step, of the steps in which there was
+        A value saved in it becomes a list with one value a step, for the steps in which there was
         one.
         """
         return AtStep([self], EVERY)
@@ -268,9 +268,9 @@ class Invocation:
     def mask(self) -> Any:
         """Which positions of `ids` hold tokens (1) and which padding (0), `(rows, position)`.
 
-        There is padding only where several prompts of different length were given as one: before
-        them where the model looks back only, so that the last position is a token in every row,
-        else behind them.
+        There is padding only where several prompts of different length were given as one. It stands
+        before them where the model looks back only, so that the last position is a token in every
+        row, and else behind them.
         """
         return self.request.visible_mask
 

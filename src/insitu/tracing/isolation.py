@@ -31,11 +31,13 @@ def spread_outputs(outputs: Outputs, numbers: Sequence[int], count: int) -> Outp
         numbers: their numbers in the block.
         count: how many invocations the block has.
     """
+    # Nothing was left out, and padding of the whole is as it was.
     if len(numbers) == count:
         return outputs
     each: list[Any] = [None] * count
     for number, output in zip(numbers, outputs.each, strict=True):
         each[number] = output
+    # One output of all would have rows missing in the middle.
     return Outputs(None, each)
 
 
@@ -74,7 +76,7 @@ class Isolation:
         return self._narrow is not None or self.apart
 
     def rest(self) -> Run:
-        """Returns what is left of the block, to be run as a block of its own."""
+        """Returns the rest of the block, to be run as a block of its own."""
         run, lines = self._run, self._run.lines
         rest = rest_of(lines.graph, len(run.requests), self._lost)
         self.numbers, self.nodes = rest.numbers, rest.nodes
@@ -98,11 +100,13 @@ class Isolation:
         found = [self._in_block(failed) for failed in found]
         unknown = list[Failed]()
         for failed in found:
+            # Known, or already tried as small as it gets: halving again would give the same.
             if failed.is_known or frozenset(failed.invocations) in self._undivided:
                 self._leave_out(failed)
             else:
                 unknown.append(failed)
         too_large = [failed for failed in unknown if not self._is_joint(failed)]
+        # A backward pass that was one of several is tried alone before anything else is blamed.
         self.apart = len(too_large) < len(unknown)
         if not unknown and self._narrow is None and self._rounds > 1:
             too_large = found  # finding the rest one by one would take a run for each

@@ -1,8 +1,8 @@
 """Running a block of a job. What fails in it takes what uses something of it, and nothing else.
 
-A job may be made of several, of people who know nothing of each other. So a prompt that the model
-cannot take, a write that comes too late, or a value of an earlier block that is not there, is
-found before the block runs, and the rest runs without it.
+A job may be made of several, of people who know nothing of each other. It may be a prompt that the
+model cannot take, a write that comes too late, or a value of an earlier block that is not there. So
+it is found before the block runs, and the rest runs without it.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def run_job_block(
             if ends_all(error):
                 raise
             found = error
+        # There are no others that could be run without it.
         if len(block.prompts) == 1:
             return _without_values(block, [_whole(block, found)])
     return _run_part(model, block, earlier, absent, budget, kept)
@@ -83,7 +84,7 @@ def _run_part(
     budget: Budget | None,
     kept: Collection[int],
 ) -> RanBlock:
-    """Runs what is left of a block without what cannot run."""
+    """Runs a block without the invocations that cannot run."""
     dependence, failed, lost = Dependence(block.graph), list[FailedInvocations](), Lost()
 
     for node, error in absent.items():
@@ -93,6 +94,7 @@ def _run_part(
             blamed = sorted(dependence.blamed([node], ()))
             failed.append(FailedInvocations(error, blamed, own, gone.nodes))
             lost |= gone
+    # Whether the model can give what values demand is known only with its weights.
     model.load()
 
     def check(part: JobBlock) -> InsituError | None:
@@ -105,6 +107,7 @@ def _run_part(
             return error
         return None
 
+    # Found before the run: otherwise one prompt that is too long would cost the others a run.
     for one in _failing_beforehand(block, dependence, lost, check):
         failed.append(one)
         lost |= Lost(one.nodes, frozenset(one.invocations))
@@ -117,6 +120,7 @@ def _run_part(
             run = bind(model, part, earlier, there, rest.numbers)
             _run(run, part)
         except InsituError as error:
+            # A limit of the whole job was passed: nothing more of it may run.
             if ends_all(error):
                 raise
             failed.append(_of_block(_whole(part, error), rest))
@@ -220,7 +224,7 @@ def _failing_beforehand(
         block: the block, which cannot run as it is.
         dependence: which of its nodes and invocations use which.
         lost: what of it is left out already.
-        check: returns what is wrong with a block, as far as that is found before it runs.
+        check: returns the faults of a block, as far as they are found before it runs.
     """
     everything = range(len(block.prompts))
     left = [number for number in everything if number not in lost.invocations]
@@ -238,8 +242,10 @@ def _failing_beforehand(
 
     def within(groups: Sequence[frozenset[int]]) -> None:
         error = wrong_with(frozenset[int]().union(*groups))
+        # All of these can be planned together, so none has to be looked at by itself.
         if error is None:
             return
+        # In halves: of many prompts a few that fail are found in few trials.
         if len(groups) > 1:
             before, half = len(found), len(groups) // 2
             within(groups[:half])
@@ -250,6 +256,8 @@ def _failing_beforehand(
         (group,) = groups
         before = len(found)
         for number in sorted(group) if len(group) > 1 else ():
+            # An invocation is tried with those whose values it uses, since it is nothing without
+            # them.
             needed = dependence.used_by(number)
             if not any(needed.intersection(one.invocations) for one in found[before:]):
                 own = wrong_with(needed)

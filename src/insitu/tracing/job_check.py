@@ -148,7 +148,7 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
     Raises:
         LimitError: if it takes more.
         JobError: if it is for another model.
-        InsituError: for what is wrong with the run, as far as that is found beforehand.
+        InsituError: if something is wrong with the run, as far as that is found beforehand.
     """
     differences = check_model(model, job)
     limits = Limits() if budget is None else budget.limits
@@ -163,6 +163,7 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
     blocks: list[Beforehand] = []
     for block in job.blocks:
         spending = nullcontext() if budget is None else budget.spending()
+        # In the context in which the block was recorded: dtypes depend on it.
         with spending, ordinary_tensors(), as_begun(block.casts, block.dtype):
             run = bind(model, block, earlier, dry=True)
             found = check_block(run, budget)
@@ -176,6 +177,7 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
         if recorded.heaviest is not None and recorded.flops > most:
             most, heaviest = recorded.flops, run.lines.graph[recorded.heaviest].location
         unknown, at_most = unknown + recorded.unknown, at_most + recorded.largest
+        # What earlier blocks have saved is in memory while later ones run.
         peak = max(peak, kept + costs.bytes + recorded.bytes)
         blocks.append(Beforehand(recorded.known, kept + costs.bytes))
         kept += sum(found.saves[index].bytes or 0 for index in block.saves)
@@ -220,8 +222,10 @@ def checked_budget(model: Subject, job: Job, limits: Limits) -> Budget:
         InsituError: as of `check_job`.
     """
     budget = Budget(limits)
+    # Only these limits need the size of every value.
     if limits.bounds_costs:
         check_job(model, job, budget)
+        # Looking is not running: the clock begins anew with the run.
         budget.stop_clock()
     else:
         limits.check_graphs([block.graph for block in job.blocks])

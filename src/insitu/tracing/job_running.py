@@ -40,7 +40,7 @@ def run_job(model: Subject, job: Job, budget: Budget | None = None, raises: bool
     Raises:
         LimitError: if it takes more.
         JobError: if it is for another model.
-        InsituError: for what is wrong with the run, with what there is as its `results`.
+        InsituError: if something is wrong with the run, with what there is as its `results`.
     """
     around = seams.get()
     if around is None:
@@ -58,6 +58,8 @@ def run_job(model: Subject, job: Job, budget: Budget | None = None, raises: bool
 def _run(model: Subject, job: Job, budget: Budget | None, raises: bool, gives: bool) -> Results:
     """Runs a job, as of `run_job`; with `gives`, a sink has its saved values."""
     differences = check_model(model, job)
+    # A job with a function of this process cannot have come from elsewhere, and its values may be
+    # of any kind.
     own = any(calls_function(row[1]) for block in job.blocks for row in block.graph.rows)
     token = only_data.set(not own)
     try:
@@ -96,6 +98,7 @@ def _run_blocks(
             failures += _failures(number, block, failed, shares)
             if not isinstance(failed.error, NoValueError):  # which an earlier block is the cause of
                 causes.append(failed)
+        # The sink has the values already, and the results are to hold none of them.
         if gives:
             continue
         found = {name: ran.saves[index]._content for index, name in block.saves.items()}  # pyright: ignore[reportPrivateUsage]
@@ -159,6 +162,7 @@ def check_model(model: Subject, job: Job) -> list[str]:
         raise JobError(
             f"The job is for another model than this one: {'; '.join(different)}.", here()
         )
+    # The job's own edits are among its lines: the model without any runs it.
     if there.edits and [*there.edits] != [*wanted.edits]:
         raise JobError(
             "This model has edits that the job was not recorded with, and a job is all that it "
@@ -168,6 +172,7 @@ def check_model(model: Subject, job: Job) -> list[str]:
     found = other_weights(wanted.fingerprint, there.fingerprint)
     for what in ("name", "revision"):
         then, now = getattr(wanted, what), getattr(there, what)
+        # A name that one side does not know says nothing.
         if then and now and then != now:
             found.append(f"its {what} is {now!r:.200}, and not {then!r:.200}")
     given = [set(block.options) for block in job.blocks if block.procedure == "generate"]

@@ -66,6 +66,7 @@ def job_of(model: Subject, blocks: Sequence[RecordedBlock], renames: bool = Fals
             )
         )
         for node, cell in recording.lent.items():
+            # By identity: a cell is put where its value will be, and equals nothing.
             lent[id(cell)] = Earlier(number, node)
     return Job(model.described, made)
 
@@ -84,6 +85,7 @@ def _named(recording: Recording, names: set[str], renames: bool) -> dict[int, st
     graph, given = recording.graph, recording.names
     found: dict[int, str] = {}
     for index, row in enumerate(graph.rows):
+        # Values that only later blocks use have no name, and are no results.
         if row[0] not in (SAVE, KEEP) or index in recording.lent:
             continue
         name = given.get(index, str(len(names)))
@@ -198,6 +200,7 @@ def bind(
         before = earlier[item.block]
         return Carried(before.saves[item.node], lambda: before.fake(item.node))
 
+    # Only nested arguments can hold a value of another block.
     if any(row[4] for row in graph.rows):
         graph = exchanged(graph, leaf)
     saves: dict[int, Holder] = {
@@ -224,6 +227,7 @@ def _copied(prompt: JobPrompt) -> JobPrompt:
     def leaf(item: Any) -> Any:
         if not isinstance(item, torch.Tensor):
             return item
+        # A tensor that is trained must stay itself, or its gradient would be that of a copy.
         return item if item.requires_grad else item.clone()
 
     ids, mask, args, kwargs = map_structure(

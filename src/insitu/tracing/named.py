@@ -75,9 +75,11 @@ class Named:
             )
         site = invocation.read(self.path, self.kind, line, self.call)
         recording = site._recording
+        # Patterns of attention exist only with an implementation that computes them.
         if self.options:
             invocation.demand(dict(self.options))
             table_of(recording.graph, "unfused", set).add(recording.graph.original(site._ref.index))
+        # Few blocks use standard names, and none of the others pays for the table.
         if recording.shown is None:
             recording.shown = {}
         key = (site._ref.index, self)
@@ -102,7 +104,7 @@ class Named:
         return proxy
 
     def _refuse_writes(self, recording: Recording, shown: Ref) -> None:
-        """Notes that what is read by this name is no part of the model."""
+        """Notes that the value read by this name is no part of the model."""
         instead = "assign to it, or to a part of it by an index."
         table_of(recording, "computed")[shown.index] = instead
 
@@ -136,7 +138,7 @@ class Named:
 
         Args:
             invocation: the invocation whose value it is.
-            value: of the shape of what is shown.
+            value: of the shape that is shown.
             line: the user's line.
         """
         current = self.read(invocation, line)
@@ -286,6 +288,7 @@ class _StepsAs(SavedSteps):
 
 def _as(source: Proxy, saved: Any) -> Any:
     """Returns what `.save()` gave, with the meaning that its source has while the block is open."""
+    # Lines behind `.save()` may go on with what it gave, which has to mean the same as its source.
     if isinstance(saved, SavedProxy | SavedSteps):
         vars(saved)["_saved"] = source
         return become(saved, _SavedAs if isinstance(saved, SavedProxy) else _StepsAs)
@@ -298,7 +301,7 @@ def _as(source: Proxy, saved: Any) -> Any:
 class ComputedProxy(NamedProxy):
     """Stands for a value by a standard name that is computed, and is no part of the model.
 
-    What is assigned to it, or to a part of it by an index, is put into the model as a whole.
+    A value assigned to it, or to a part of it by an index, is put into the model as a whole.
     """
 
     __slots__ = ()

@@ -42,6 +42,7 @@ def never_ran(
             node.location,
         )
     calls = 0 if clock is None else clock.most.get(site.path, 0)
+    # The run may have ended early. A fake run goes through all of a forward.
     if ran is not None:
         calls = max(calls, sum(place[:2] == site[1:3] for place in ran))
     if site.call and calls and SEPARATOR not in site.path:

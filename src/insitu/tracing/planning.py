@@ -52,7 +52,7 @@ class Prepared:
         alone: whether it is of one invocation in which no module is skipped: then it depends on
             no other part.
         ambient: the settings of torch on which the dtypes in `plan.returned` depend.
-        checks: what blocks of this plan would give and take, as it was found out before.
+        checks: what blocks of this plan would give and take, as earlier checks have found.
     """
 
     plan: Plan
@@ -67,15 +67,18 @@ class Prepared:
 
 
 def _watched(model: Subject, graph: Graph, plan: Plan) -> Watched:
-    """The part of the tree that a block is about, all of which has to be there."""
+    """The part of the tree that a block is about. All of it has to be there."""
     modules = model.snapshot.modules
     paths: dict[str, int] = {}
+    # The values of steps have no module of their own.
     for (_, path, kind, *_), index in plan.reads.items():
         if kind in ("output", "input", "inputs"):
             paths.setdefault(path.partition(SEPARATOR)[0], index)
+    # A module may be called as a function, outside of the model's flow.
     for index, (_, args, *_) in enumerate(graph.rows):
         if args and type(args[0]) is ModuleRef:
             paths.setdefault(args[0].path, index)
+    # Weights that are named in `backward(inputs=)` must be there as well.
     for index, row in enumerate(graph.rows) if graph.differentiates else ():
         for weight in row[2].get("inputs", ()) if row[0] is BACKWARD else ():
             if type(weight) is WeightRef:
@@ -102,7 +105,7 @@ def plan_run(run: Run) -> tuple[Prepared, list[Pass]]:
         run: the block.
 
     Raises:
-        InsituError: for what is wrong with the run, as far as that is found beforehand.
+        InsituError: if something is wrong with the run, as far as that is found beforehand.
     """
     model, procedure, graph, requests = run.model, run.procedure, run.lines.graph, run.requests
     tree = model.snapshot
@@ -111,6 +114,7 @@ def plan_run(run: Run) -> tuple[Prepared, list[Pass]]:
     watched = _watched(model, graph, plan)
     work = Work(graph, plan, asked_by(graph, plan, len(requests)), partial(_moments, run))
     demands = procedure.demands(tree.root, requests, work)
+    # Most blocks are of one prompt, and there is nothing to plan in them.
     if len(requests) == 1:
         plans = [alone(0, demands.each[0], [*plan.reads])]
     else:
@@ -119,6 +123,7 @@ def plan_run(run: Run) -> tuple[Prepared, list[Pass]]:
         plans = plan_passes(work, demands)
         _log(plans, len(requests))
     passes = procedure.passes(tree.root, plans, requests)
+    # Only then a value can come too late.
     if plan.crosses or plan.skips:
         check_order(work, plans)
     if plan.skips or plan.stops:

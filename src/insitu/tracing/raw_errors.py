@@ -20,7 +20,7 @@ from insitu.graph.structure import map_structure
 
 
 def raise_explained(error: BaseException) -> None:
-    """Raises what is to be raised instead of an error that a block raised; does nothing if it fits.
+    """Raises an error of Insitu instead of one that a block raised; does nothing if that fits.
 
     Args:
         error: the error.
@@ -56,7 +56,7 @@ def _saved(error: BaseException, last: TracebackType) -> InsituError | None:
     filled = "values[name] = x.save()" if found[1] == "dict" else "values.append(x.save())"
     empty = {"list": "[]", "dict": "{}"}.get(found[1])
     return PathError(
-        f"A {found[1]} of Python's has no `.save()`: save what is put into it. "
+        f"A {found[1]} of Python's has no `.save()`: save the values in it. "
         + (f"Write `values = {empty}`, and `{filled}`." if empty else "Write `x.save()`."),
         _location(last),
     )
@@ -69,7 +69,7 @@ def _transformed(error: BaseException, steps: list[TracebackType]) -> InsituErro
         return None
     return OperationError(
         "`torch.vmap` and the functions of `torch.func` need values, and a recorded one has none "
-        "while the block is open: write `insitu.apply(torch.vmap(f), value)`, which calls it while "
+        "while the block is open. Write `insitu.apply(torch.vmap(f), value)`, which calls it while "
         "the model runs, or save what it needs and call it after the block. (torch: "
         f"{str(error).partition(chr(10))[0]})",
         _location(steps[inside[0] - 1]),

@@ -78,7 +78,7 @@ class RecordedBlock(Protocol):
         ...
 
     def recorded(self) -> Run:
-        """Returns what is to run, once the block has ended."""
+        """Returns the lines that are to run, once the block has ended."""
         ...
 
     def came(self, outputs: Outputs | None) -> None:
@@ -92,7 +92,7 @@ class HeldLines:
 
     Attributes:
         graph: the nodes.
-        saves: where the run has to put what is saved, by the node that saves it.
+        saves: where the run has to put saved values, by the node that saves each.
         casts: the autocast that the block began with.
         dtype: the default dtype that it began with.
         shapes: gives the shapes at sites.

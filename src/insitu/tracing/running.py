@@ -1,6 +1,6 @@
 """Running a block: its plan is found or made, and its passes run, forward and backward.
 
-How a plan is made is in `planning.py`, and what is run again after a failure in `isolation.py`.
+How a plan is made is in `planning.py`, and which lines run again after a failure in `isolation.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run_block(run: Run) -> None:
         run: the block.
 
     Raises:
-        InsituError: for what is wrong with the run, if nothing of it can run.
+        InsituError: if something is wrong with the run, if nothing of it can run.
     """
     around = seams.get()
     if around is not None and run.observed is None:
@@ -59,11 +59,14 @@ def run_block(run: Run) -> None:
         run_observed(around, run.lines, run_so)
         return
     model, requests = run.model, run.requests
+    # Loading takes long: a line that cannot fit is found before it.
     if not model.loaded:
         check_fit(run)
         model.load()
+    # Whether the softmax can be seen was found without weights, and is certain only now.
     if run.demanded is not None:
         verify(model, *run.demanded)
+    # With one prompt there are no others to save: its error is raised as it is.
     failures = None if len(requests) == 1 else Failures(run.lines.graph)
     plan, results = run_once(run, failures)
     if failures is not None and failures.found:
@@ -77,7 +80,7 @@ def run_block(run: Run) -> None:
 
 
 def _run_rest(run: Run, failures: Failures, plan: Plan, results: list[Any]) -> None:
-    """Runs what is left of a block in which something failed, and fills the saved values.
+    """Runs the rest of a block in which something failed, and fills the saved values.
 
     Args:
         run: the block.
@@ -90,6 +93,7 @@ def _run_rest(run: Run, failures: Failures, plan: Plan, results: list[Any]) -> N
 
     isolation = Isolation(run, failures)
     part = run
+    # What failed has gone into values of others, so they are computed anew without it.
     while failures.is_spoiled:
         part = isolation.rest()
         if not part.requests:
@@ -122,9 +126,11 @@ def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[
         How it was run, and what its passes returned: None of those that failed.
     """
     model, lines, observed = run.model, run.lines, run.observed
+    # A second time only if the model has changed under the run, which it does once.
     for again in (True, False):
         prepared, passes = prepare(run)
         tree, held = prepared.tree, prepared.exclusive
+        # Made anew each time: values of a run that did not hold must not be found again.
         execution = Execution(lines.graph, prepared.plan, tree.modules)
         if prepared.plan.drawing and (seeds := run.procedure.seeds(run.requests)):
             execution.draw_from(seeds)
@@ -144,10 +150,13 @@ def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[
                 if checked is not None:
                     checked.close()
                 if execution.tape is not None:
+                    # The same backward pass will run again, and would add to the user's tensors
+                    # twice.
                     if failures is not None and failures.is_spoiled:
                         execution.tape.take_back()
                     execution.tape.release()
         unexpected = failures is not None and failures.are_of(UnexpectedShapeError)
+        # The same in a block of several, where the error was noted and not raised.
         if failures is not None and unexpected and again and model.look_at_weights():
             failures.forget()
             continue
@@ -169,6 +178,7 @@ def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[
         if failed.error is None:
             (node,) = failed.nodes
             failed.error = _missing(run, node, failed.went)
+    # What failed has touched nobody else: the values of the others are those that they have alone.
     if not failures.is_spoiled:
         there = {n: one for n, one in lines.saves.items() if n not in failures.lost.nodes}
         execution.fill(there if observed is None else observed.left(there))
@@ -185,7 +195,7 @@ def prepare(run: Run, dry: bool = False) -> tuple[Prepared, list[Pass]]:
         dry: whether it will not run.
 
     Raises:
-        InsituError: for what is wrong with the run, as far as that is found beforehand.
+        InsituError: if something is wrong with the run, as far as that is found beforehand.
     """
     model, procedure, lines, requests = run.model, run.procedure, run.lines, run.requests
     if not requests:
@@ -205,9 +215,11 @@ def prepare(run: Run, dry: bool = False) -> tuple[Prepared, list[Pass]]:
     if prepared is not None:
         run.passes = prepared.passes
         return prepared, procedure.passes(module, prepared.passes, requests)
+    # A scan runs nothing, so there is nothing to be random.
     if not dry:
         model.warn_of_noise()
     model.look_at_weights()
+    # The tree has changed, so that plans of before are gone, and the key is another.
     if model.look(closely=True) or model.plans is not plans:
         key, plans = procedure.key(module, requests), model.plans
         if key is not None:
@@ -277,7 +289,10 @@ def run_passes(
     views, caches = run.procedure.views, run.model.caches
     results: list[Any] = [None] * len(passes)
     for at in range(len(passes)):
+        # Taken out, so that what it refers to is gone before the next one runs: memory is that of
+        # one pass.
         single = passes.pop(0)
+        # It would only run on values that are not there.
         if failures is not None and failures.found and failures.hold_up(single.cuts):
             continue
         if observed is not None:

@@ -12,17 +12,18 @@ from insitu.tracing.running import prepare
 
 
 def scan_block(run: Run) -> None:
-    """Finds what is wrong with a run, and fills the saved values with fake ones.
+    """Finds the faults of a run, and fills the saved values with fake ones.
 
     Args:
         run: the block.
 
     Raises:
-        InsituError: for what is wrong, at its line.
+        InsituError: if something is wrong, at its line.
     """
     lines = run.lines
     prepare(run, dry=True)
     for index in range(len(lines.graph)):
+        # Sizes that depend on values are no faults: the run will tell.
         with contextlib.suppress(UnknownShapeError):
             fake_value(lines, index)
     for index, holder in lines.saves.items():

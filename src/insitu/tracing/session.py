@@ -25,7 +25,7 @@ class Session:
     """What `model.session()` gives: a context in which blocks are recorded and none runs yet.
 
     When it ends, they run in the order in which they ended. A value of one can be used in those
-    after it as if it were there already; only what is to outlive the session is saved.
+    after it as if it were there already; only values that are to outlive the session are saved.
 
     Attributes:
         model: whose blocks it holds.
@@ -52,6 +52,7 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self._done = True
+        # Not the last one: sessions of several models may end in any order.
         open_sessions.set(tuple(session for session in open_sessions.get() if session is not self))
         for block in self._blocks:
             block.recording.open = False
@@ -76,6 +77,7 @@ class Session:
                 _run_all(waiting)
             else:
                 _run_all_away(self.model, waiting, away)
+        # Also Ctrl-C: whoever watches is told how the session ended.
         except BaseException as raised:
             failure = raised
             raise
@@ -130,6 +132,7 @@ def _run_all_away(model: Subject, waiting: list[RecordedBlock], away: Away) -> N
     """Runs blocks somewhere else, as one job; those that run nothing are looked at here."""
     from insitu.tracing.away import run_away  # of use only with a server
 
+    # A scan asks for shapes alone, which are known without the server.
     _run_all([block for block in waiting if block.is_dry])
     waiting = [block for block in waiting if not block.is_dry]
     if not waiting:

@@ -80,6 +80,7 @@ def arriving_at(
         UnknownShapeError: if it is of a later step, or a token that a step chooses.
         NeverRanError: if nothing arrives there.
     """
+    # A fake run is one forward: it knows nothing of later steps, nor which token is chosen.
     if site.step not in (0, EVERY) or site.kind in ("tokens", "choice"):
         raise UnknownShapeError(f"The shape of `{site}` is not known before the run.")
     path, inside, function = site.path.partition(SEPARATOR)

@@ -70,6 +70,8 @@ class Sites:
     def inputs(self, value: Any) -> None: ...
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # Anything else is a slip, or a standard name: an attribute of the handle would be lost in
+        # silence.
         if name not in SITES:
             self._assign(name, value)
             return
@@ -80,7 +82,7 @@ class Sites:
         invocation.write(path, name, value, mark, call)
 
     def _assign(self, name: str, value: Any) -> None:
-        """Assigns to what is no site."""
+        """Assigns to a name that is no site."""
         raise PathError(
             f"`{self._written()}.{name}` cannot be assigned to: a handle only stands for its "
             "module. Change the module itself through `.module`.",
@@ -98,7 +100,7 @@ class Sites:
         """The invocation in which the user's line stands, and that line.
 
         Args:
-            use: what is asked for there.
+            use: what the line asks for there.
             depth: how many frames between are ours at least.
         """
         invocation, mark = innermost(self._model, depth)

@@ -107,10 +107,11 @@ class AtStep:
         self._repeat(self._before[0] == EVERY)
         if self._step == EVERY:
             graph = self._invocations[0].block.recording.graph
+            # Noted as a range of lines: all that stands between is run in every step.
             graph.repeats = (*graph.repeats, (self._start, self._recorded()))
 
     def _repeat(self, repeating: bool) -> None:
-        """Says whether what is saved now becomes a list."""
+        """Says whether a value that is saved now becomes a list."""
         self._invocations[0].block.recording.repeating = repeating
 
     def _recorded(self) -> int:
@@ -154,7 +155,7 @@ class StepValues(ABC):
     """One value of each step that is no module's: `invoker.tokens`, `invoker.logits`.
 
     `tokens(2)` and `tokens[2]` read step 2, `tokens()` the step that lines mean here, and
-    `tokens[2] = x` replaces what is there.
+    `tokens[2] = x` replaces the tokens there.
     """
 
     __slots__ = ("_invocation",)
@@ -224,6 +225,8 @@ class Logits(StepValues):
     def _write(self, step: int, value: Any, line: Mark) -> None:
         output, start = self._output(step, line)
         logits = output.logits
+        # The model returns logits of all positions in step 0, and only the last are for the next
+        # token.
         output["logits"] = torch.cat([logits[:, :-1], value[:, None]], 1)
         output._recording.forget_contexts(start)
 
@@ -281,6 +284,8 @@ def each_step(invocations: Sequence[Stepping], steps: int | None, line: Mark) ->
 
 def _rounds(invocations: Sequence[Stepping], steps: int) -> Iterator[int]:
     for step in range(steps):
+        # Left when the loop asks for the next number, also by `break`: the generator is closed
+        # then.
         with AtStep(invocations, step):
             yield step
 
@@ -293,5 +298,6 @@ def next_step(invocations: Sequence[Stepping], steps: int | None, line: Mark) ->
                 "There is no next step in `every_step`: its lines mean all of them.",
                 Location(*line),
             )
+        # Checked first, so that an error leaves the lines that follow where they were.
         invocation.current_step = checked_step(invocation.current_step + 1, steps, line)
     return invocations[0].current_step

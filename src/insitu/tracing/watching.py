@@ -28,7 +28,7 @@ class Watcher(Protocol):
     """Is told of the blocks and sessions of a context."""
 
     def begins(self, running: Running) -> None:
-        """Is told of what is about to run. Its lines have ended, so that it has a job."""
+        """Is told of a run that is about to begin. Its lines have ended, so that it has a job."""
         ...
 
     def ended(self, running: Running, failure: BaseException | None) -> None:

@@ -1,7 +1,7 @@
 """Which part of a transformer block is what, found in the dataflow of a forward.
 
 Nothing here knows an architecture by name. Attention is where a softmax stands between two
-products; the residual stream is what a block adds to; what it adds is what is named.
+products; the residual stream is what a block adds to; the parts that it adds are named.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _of_a_kind(reading: Reading, one: str, other: str) -> bool:
 
 
 def _summed(way: Stream, added: Mapping[str, int], flow: Dataflow) -> list[Summed]:
-    """What is added before each norm on the way, and behind the last of them."""
+    """The values added before each norm on the way, and behind the last of them."""
     names = {value: name for name, value in added.items()}
     found: list[Summed] = []
     first = 0

@@ -187,7 +187,7 @@ def _router(reading: Reading, path: str, events: Sequence[int]) -> tuple[Spot | 
 def _chosen(
     reading: Reading, scores: int, path: str, at: int, events: Sequence[int]
 ) -> Spot | None:
-    """What the chosen experts are weighted with: what is last made of the choice in its forward.
+    """The weights of the chosen experts: the last value made of the choice in its forward.
 
     It has a number for each of the chosen, or for each of all, 0 for those that are not.
     """

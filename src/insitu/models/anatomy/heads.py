@@ -208,7 +208,7 @@ def _has_heads(reading: Reading, shape: Sequence[int], size: int) -> bool:
 
 
 def _is_cache(reading: Reading, maker: Event) -> bool:
-    """Whether what is put together are things from outside and then one value: a cache."""
+    """Whether the parts put together are things from outside and then one value: a cache."""
     shapes = [reading.flow.shapes[part] for part in maker.inputs]
     return len(shapes) == 2 and 0 in shapes[0]
 
@@ -216,7 +216,7 @@ def _is_cache(reading: Reading, maker: Event) -> bool:
 def _before_embedding(
     reading: Reading, value: int, shape: Sequence[int], events: Sequence[int], within: str
 ) -> Spot | None:
-    """Where a projection's output first has the axes of `shape`, in whatever order."""
+    """Where a projection's output first has the axes of `shape`, in any order."""
     flow = reading.flow
     behind = set(reading.cone(value, (), events[0]))
     moved = set(flow.events[events[0]].outputs)

@@ -65,10 +65,10 @@ class Reading:
     def spot(self, value: int, within: str) -> Spot | None:
         """Returns where a value is to be read and written.
 
-        That is the output of the outermost module in a block that returns it, as what is written
-        to modules further inside is then in it; or of the function that makes it. A module that
-        has used the value itself before it returns it, as a router does that returns its scores
-        beside its choice, is none of these: what is written to its output would come too late.
+        That is the output of the outermost module in a block that returns it, as writes to modules
+        further inside are then in it; or of the function that makes it. A module that has used the
+        value itself before it returns it is none of these: a write to its output would come too
+        late. A router that returns its scores beside its choice is one.
 
         Args:
             value: the value.
@@ -159,7 +159,7 @@ class Reading:
         return None
 
     def is_linear(self, path: str) -> bool:
-        """Returns whether a module is a linear layer, of whatever kind.
+        """Returns whether a module is a linear layer, of any kind.
 
         Args:
             path: its path.

@@ -1,4 +1,4 @@
-"""The residual stream of a block: what it is, what is added to it, and what norms it."""
+"""The residual stream of a block: its values, the parts added to it, and the norms on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stream:
 
     Attributes:
         chain: its values from first to last, without the input; none if the output is not reached.
-        leaves: what is added, in the order in which it is.
+        leaves: the added values, in the order in which they are added.
         sums: those values of the chain that something is added in.
         norms: the calls of norms on the way, and how many leaves are added before each.
     """
@@ -40,7 +40,7 @@ class Stream:
 def find_stream(
     reading: Reading, exit: int, entry: int, within: str, through: Through = "sums"
 ) -> Stream:
-    """The residual stream from a block's input to its output, and what is added to it.
+    """The residual stream from a block's input to its output, and the values added to it.
 
     Args:
         reading: the forward.
@@ -181,7 +181,7 @@ def named(
 
     Args:
         reading: the forward.
-        leaves: what is added.
+        leaves: the added values.
         stream: the values of the residual stream.
         attention: the block's attention.
         cross: its attention to an encoder's states.
@@ -245,7 +245,7 @@ def middle(
 def norms(
     reading: Reading, path: str, events: Sequence[int], stream: Sequence[int], leaves: Sequence[int]
 ) -> list[str]:
-    """The norms of a block: those of the residual stream, else those of what is added to it."""
+    """The norms of a block: those of the residual stream, else those of the values added to it."""
     flow = reading.flow
     width = flow.shapes[stream[0]][-1]
     before: list[str] = []

@@ -1,4 +1,4 @@
-"""What is said of an architecture where the dataflow of a forward does not tell.
+"""Descriptions of architectures where the dataflow of a forward does not tell.
 
 Most need nothing. A description names places in a block as one would write them behind the block's
 handle: `mlp.down.output`, `attn.output[0]`, `ops.add[1].output`, `attn.ops.softmax[0].input`.
@@ -25,13 +25,13 @@ _PLACE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What is said of the blocks of an architecture.
+    """A description of the blocks of an architecture.
 
     Attributes:
         begins: the module in a block whose output is where the residual stream begins, in those
             blocks that have it; None where it begins with what a block is given.
-        names: where values stand, by the standard names of a block: of the residual stream, and
-            of what is added to it. What is found in the dataflow gives way to this.
+        names: where values stand, by the standard names of a block: of the residual stream, and of
+            the values added to it. Findings of the dataflow give way to this.
 
     Raises:
         ValueError: if a name is none of these, or a place cannot be read.
@@ -57,7 +57,7 @@ class Description:
                 )
 
     def applied(self, block: Block, flow: Dataflow) -> Block:
-        """Returns what a block consists of, by what is said of it.
+        """Returns what a block consists of, by its description.
 
         Args:
             block: what was found of it.

@@ -104,7 +104,7 @@ def parts_of(model: WrappedModule, stacks: Mapping[str, int], shapes: Shapes) ->
 
 
 def module_tree(model: WrappedModule, depth: int | None) -> ModuleTree:
-    """Returns the tree of a model's modules with what is in them: as of `Model.tree`.
+    """Returns the tree of a model's modules with their contents: as of `Model.tree`.
 
     Args:
         model: the model.
@@ -173,7 +173,7 @@ def _owners(vocabulary: Vocabulary, path: str) -> Iterator[tuple[str, str, str]]
 
 
 def _entry(vocabulary: Vocabulary, path: str, part: str, name: str) -> Entry | None:
-    """What a name stands for; of a model of which that cannot be found out, why."""
+    """What a name stands for, or why that cannot be known of the model."""
     try:
         return vocabulary.entry(path, part, name)
     except Exception as error:  # with eager attention, a model may not run

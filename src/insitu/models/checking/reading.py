@@ -1,4 +1,4 @@
-"""One small run of a model, in which whatever can be read is read."""
+"""One small run of a model, in which all that can be read is read."""
 
 from __future__ import annotations
 

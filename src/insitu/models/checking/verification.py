@@ -1,7 +1,7 @@
 """Whether a model's parts are what they seem.
 
-What a standard name stands for is found out on tensors without data. Here the values that stand
-there are read in a run of the model, and must hang together as the values of such parts do.
+What a standard name stands for is found on tensors without data. Here the values that stand there
+are read in a run of the model, and must hang together as the values of such parts do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check(model: Model, name: str | None = None) -> Report:
     Raises:
         LoadError: if the weights cannot be loaded.
         OptionError: if it is no Transformers model, or in training mode, in which dropout changes
-            what is read.
+            the values that are read.
         UnknownShapeError: if it is not known what the model is called with.
 
     Example:

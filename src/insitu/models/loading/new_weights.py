@@ -1,8 +1,8 @@
 """Weights that a load made anew, because no file has them.
 
 Transformers draws them at random with a warning, so a model gives other numbers each time that it
-is loaded. What is left out here: buffers, weights that are tied to ones that a file has, and what
-the model's class says that files may lack.
+is loaded. Left out here are buffers, weights that are tied to ones that a file has, and weights
+that files may lack by the model's class.
 """
 
 from __future__ import annotations
@@ -73,5 +73,5 @@ def refusal(name: str, kind: str, anew: Iterable[str], asked: bool) -> str:
 
 
 def _plain(key: str) -> str:
-    """The name of an adapter's weight, whatever model the adapter was put into when saved."""
+    """The name of an adapter's weight, the same for every model that the adapter was saved in."""
     return key.removeprefix("base_model.model.")

@@ -48,7 +48,7 @@ class ServedSource(Source):
         """
         raise LoadError(
             f"The weights of {self.name!r} are on the server {self._away.connection.url}, which "
-            "runs what is written in blocks: what needs them here cannot be done with `remote=`.",
+            "runs the lines of blocks. Lines that need them here cannot be run with `remote=`.",
             location,
         )
 

@@ -31,13 +31,13 @@ def parameters_of(kind: Any, config: Any) -> set[str] | None:
 
 
 def fullest(classes: Sequence[Any], config: Any, place: str) -> Any:
-    """Returns the class of which the files lack the fewest weights, the first of equal ones.
+    """Returns the class whose weights the files lack the fewest of, the first of equal ones.
 
     Args:
         classes: classes of Transformers, the likeliest first.
         config: the config that they are made from.
-        place: the folder of the files. Of a repository, and where there are none, the first
-            class is returned: a load says what is missing.
+        place: the folder of the files. Of a repository, and where there are none, the first class
+            is returned: a load names the missing weights.
     """
     there = _names_in(Path(place))
     if there is None:

@@ -125,7 +125,7 @@ class _Attention:
             self.refuse("its pattern is not the softmax of its scores.", *both)
 
     def _raw(self, name: str) -> Tensor | None:
-        """A value with what is no position in it."""
+        """A value with all that it has beside positions."""
         named = self.evidence.named(self.path, f"{self.role}.{name}")
         if named is None or f"{self.role}.{name}" in self.refused:
             return None
@@ -239,7 +239,7 @@ class _Attention:
             )
 
     def _projection(self, name: str) -> None:
-        """`x @ W_Q` is what is there before norms and rotary embeddings, but for a bias."""
+        """`x @ W_Q` is the value before norms and rotary embeddings, but for a bias."""
         letter, evidence = _LETTERS[name], self.evidence
         weight = evidence.weight(self.path, f"{self.role}.{name}")
         if weight is None or f"{self.role}.{name}" in self.refused:

@@ -1,4 +1,4 @@
-"""What is read of a model to prove its names: values of runs, and what names stand for."""
+"""The readings of a model that prove its names: values of runs, and what names stand for."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class Evidence:
 
         Args:
             path: the block's path.
-            changes: what is made of values, by their names.
-            keys: the names of what is read in it.
+            changes: functions that change values, by the values' names.
+            keys: the names of the values that are read in it.
         """
         found = {self.named(path, key): change for key, change in changes.items()}
         reads = [named for key in keys if (named := self.named(path, key)) is not None]

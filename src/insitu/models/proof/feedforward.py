@@ -215,7 +215,7 @@ class _Mlp:
         return _first(seen.places.get((owner, "output", 0)))
 
     def _is_without_experts(self, none: Tensor) -> bool:
-        """Whether without weights there is what is left of experts that give nothing."""
+        """Whether weights of zero leave what experts leave that give nothing."""
         runs, owner = self.evidence.runs, self.mlp.path or ""
         experts = [Named(path, "output") for path in runs.model.modules if _is_experts(path, owner)]
         silent = dict.fromkeys(experts, torch.zeros_like)
@@ -237,7 +237,7 @@ def _first(returned: object) -> Tensor | None:
 
 
 def _is_multiple(made: Tensor, found: Tensor) -> bool:
-    """Whether a value is a multiple of another one, but for what is the same everywhere."""
+    """Whether a value is a multiple of another one, but for one offset everywhere."""
     first, second = (one.double() - one[:1, :1].double() for one in (made, found))
     scale = (first * second).sum() / (first * first).sum().clamp_min(1e-30)
     return _alike(second, scale * first, found)

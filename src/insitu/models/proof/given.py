@@ -1,4 +1,4 @@
-"""Which names a model is given: those that a proof holds for, on whatever model it was made."""
+"""Which names a model is given: those that a proof holds for."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Proofs:
         return self._blocks[kind] if kind in self._blocks else self._why_not()
 
     def applied(self, block: Block, kind: str) -> Block:
-        """Returns a block without what is refused of it.
+        """Returns a block without its refused names.
 
         Args:
             block: what was found of it.
@@ -176,7 +176,7 @@ class Proofs:
                 yield proof  # not within `quiet`, which would silence the caller's warnings
 
     def _copied(self) -> Proof:
-        """The proof on a copy of the model with random weights, whatever it has been made into."""
+        """The proof on a copy of the model with random weights, as the model is now."""
         model = self._wrap(random_copy(self._body.model.module))
         return prove(model, self._body.description)
 

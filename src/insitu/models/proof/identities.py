@@ -1,7 +1,7 @@
 """What has to hold between values of a run: plain torch on tensors, and nothing of the library's.
 
-Both sides are known up to rounding, so they are compared in proportion to what they are summed up
-of, and what rounding may make of that depends on the dtype in which the model computes.
+Both sides are known up to rounding, so they are compared in proportion to the terms that they are
+sums of. How much rounding may change depends on the dtype in which the model computes.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def combined(terms: Sequence[Tensor], total: Tensor, beside: Tensor | None = Non
     """Returns how far a value is from a sum of others with factors, channel by channel.
 
     The factors, and a bias beside them, are those that fit best. They are the same at all
-    positions, of which there are many more than factors, so that only a true sum fits.
+    positions. There are many more positions than factors, so that only a true sum fits.
 
     Args:
         terms: `(batch, position, d_model)` each.
         total: what they make together.
-        beside: what is in it besides, as it is; None for nothing.
+        beside: a further term of it, without a factor; None for none.
     """
     if any(term.shape != total.shape for term in terms):
         shapes = " + ".join(str(tuple(term.shape)) for term in terms)
@@ -124,8 +124,9 @@ def normalised(pattern: Tensor, sinks: bool) -> Difference:
     """Returns how far the weights of a query are from 1 in sum.
 
     Args:
-        pattern: `(batch, head, query, key)`, none of which is negative.
-        sinks: whether a part of the weights goes to what is no position: then it may be less.
+        pattern: `(batch, head, query, key)`, without negative numbers.
+        sinks: whether a part of the weights goes to something that is no position: then it may be
+            less.
     """
     if bool((pattern < 0).any()):
         return Difference(math.inf, note="there are negative weights")

@@ -36,7 +36,7 @@ class Proven(Protocol):
     """What was proven of a model's parts: see `proof/given.py`."""
 
     def applied(self, block: Block, kind: str) -> Block:
-        """Returns a block without what is refused of it.
+        """Returns a block without its refused names.
 
         Args:
             block: what was found of it.

@@ -38,10 +38,10 @@ def prove(model: WrappedModule, description: Description) -> Proof:
 
     Args:
         model: the model, with its weights.
-        description: what is said of its blocks.
+        description: the description of its blocks.
 
     Raises:
-        Exception: whatever the model raises if it cannot be run.
+        Exception: any that the model raises if it cannot be run.
     """
     from insitu.models.body import Body
     from insitu.models.checking.inventory import entries_of
@@ -141,7 +141,7 @@ def moved(evidence: Evidence, path: str) -> Reasons:
 
 
 def wanted(body: Body, entries: Mapping[str, Mapping[str, Any]]) -> tuple[list[Named], list[Place]]:
-    """What is read to begin with: all that has a name, and what stands around it."""
+    """The values that are read to begin with: all that have names, and those around them."""
     reads = [one for found in entries.values() for one in found.values() if isinstance(one, Named)]
     places: list[Place] = [("", "output", 0)]
 

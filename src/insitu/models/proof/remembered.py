@@ -57,7 +57,7 @@ def key_of(
     Args:
         module: the model.
         modules: its tree, by path.
-        description: what is said of its blocks.
+        description: the description of its blocks.
     """
     kind = type(module)
     source = _source(kind.__module__)
@@ -134,7 +134,7 @@ def from_data(data: Any) -> Proof | None:
     """Returns a proof of plain data, None if that is none.
 
     Args:
-        data: whatever was in a file.
+        data: the content of a file, which may be anything.
     """
     if not isinstance(data, dict):
         return None

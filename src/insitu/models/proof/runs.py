@@ -1,6 +1,6 @@
 """Runs of a model in which values are read, and some changed, by plain hooks.
 
-A proof must not rest on what it is to prove, so nothing here plans or records: a value is taken
+A proof must not rest on what it is to prove, so nothing here plans or records. A value is taken
 where its name says that it stands, and brought into the form in which it is shown.
 """
 
@@ -98,7 +98,7 @@ class Runs:
 
         Args:
             reads: what to read, by name or by place.
-            changes: what is made of some values, in the form in which they are shown.
+            changes: functions that change some values, in the form in which they are shown.
             options: how the model is to run in place of `self.options`.
             hooked: the paths of modules on which there are plain hooks too.
         """

@@ -1,7 +1,7 @@
 """A small random model of the class of another one, made from its config.
 
-It has blocks of each kind, as narrow as the config lets it be, and weights of a healthy size, none
-of which is 0 or 1: what holds in it does not hold because a bias is nothing.
+It has blocks of each kind, as narrow as the config lets it be, and weights of a healthy size. None
+of these is 0 or 1: what holds in it does not hold because a bias is nothing.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _shrink_vocabulary(table: dict[str, Any]) -> None:
 
 
 def randomise(module: nn.Module) -> None:
-    """Gives a model random weights of a healthy size, none of which is nothing.
+    """Gives a model random weights of a healthy size, all different from zero.
 
     Args:
         module: the model. It is changed.

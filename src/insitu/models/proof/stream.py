@@ -1,4 +1,4 @@
-"""What has to hold of a block's residual stream, and of what is added to it."""
+"""What has to hold of a block's residual stream, and of the values added to it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def reasons_of_stream(evidence: Evidence, path: str) -> Reasons:
 
 
 def _adds_up(stream: Tensor, added: Sequence[Tensor], total: Tensor, scaled: bool) -> bool:
-    """Whether a value is the stream with what is added to it.
+    """Whether a value is the stream with the values added to it.
 
     Where there are factors, either the stream has one before something is added, or the sum has
     one. Of several that are added one after the other, each may have its own.

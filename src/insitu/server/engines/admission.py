@@ -63,8 +63,8 @@ class AdmissionSettings(msgspec.Struct, frozen=True):
 
     Attributes:
         id: as of `ServedModel`.
-        place: likewise.
-        loading: likewise.
+        place: as of `ServedModel`.
+        loading: as of `ServedModel`.
         seconds: how many seconds of a processor a check may take.
         bytes: how much memory it may take, beside what the template has.
         skeleton: the path that the model's skeleton is written to.

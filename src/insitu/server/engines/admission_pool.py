@@ -219,8 +219,8 @@ class _Worker:
         frames: the way to it and back.
 
     Attributes:
-        pid: likewise.
-        frames: likewise.
+        pid: as given.
+        frames: as given.
     """
 
     def __init__(self, pid: int, frames: AsyncFrames[FromAdmission]) -> None:

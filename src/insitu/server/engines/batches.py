@@ -70,7 +70,7 @@ class Batch:
         budget: the bytes that a run may take, of jobs whose sizes depend on values.
         piece: how many invocations of a job run before others get their turn; 0 for all.
         between: gives others their turn.
-        device: what tensors of jobs are put on, whatever the jobs say.
+        device: where tensors of jobs are put, even if the jobs name another one.
         seconds: how long a run of one job may take, or of a piece of it; None for no limit.
         tasks: the jobs that are in it now, by id. Another thread may give them up.
         cancel: ends the run that is going on.
@@ -218,7 +218,7 @@ class Batch:
         return found[0] if len(pieces) == 1 else merge(task.job, pieces, found)
 
     def _limits(self, tasks: Sequence[Task]) -> Limits | None:
-        """What a run of jobs may take, of which some have sizes that depend on values."""
+        """What a run of jobs may take. Some of them have sizes that depend on values."""
         seconds = self.seconds
         if seconds is not None and len(tasks) > 1:  # planned to take less than one
             seconds = min(seconds, _TOGETHER_SECONDS)

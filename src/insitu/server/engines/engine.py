@@ -67,7 +67,7 @@ class EngineSettings(msgspec.Struct, frozen=True):
 
     Attributes:
         place: as of `ServedModel`.
-        loading: likewise.
+        loading: as of `ServedModel`.
         results: the folder that results are written to.
         durable: whether they survive a power failure.
         shares: whether prefixes of prompts are shared between tenants.

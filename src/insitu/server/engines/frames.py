@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class BrokenFrameError(Exception):
-    """The other process sent what is no frame of its kind, or ended in the middle of one."""
+    """The other process sent something that is no frame, or ended in the middle of one."""
 
 
 def encoded(message: Any) -> bytes:
@@ -113,7 +113,7 @@ class AsyncFrames(Generic[T]):
         await self._writer.drain()
 
     def post(self, message: Any) -> None:
-        """Sends a record without waiting: for what is small, and seldom.
+        """Sends a record without waiting: for records that are small, and seldom.
 
         Raises:
             ConnectionError: if the other process is known to be gone.

@@ -1,7 +1,7 @@
 """The jobs that an engine has, and what the store is told of them. Nothing here waits.
 
-A disk that is full stops no engine and no server: what has happened to a job is written as soon as
-there is room, and what is only good to know on the way, such as its progress, is left out.
+A disk that is full stops no engine and no server. The state of a job is written as soon as there is
+room. News that are only good to know on the way, such as its progress, are left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DIED = Problem(
 _LOST = Problem("storage", "Results lost", 507, "The results of the job were deleted by somebody.")
 _HELD = ("leased", "running")
 _ONCE = ("token", "value")
-"""The kinds of events of which each is told once, whatever is run again."""
+"""The kinds of events that are told once each, even if passes run again."""
 
 
 class HeldJobs:
@@ -132,7 +132,7 @@ class HeldJobs:
             self.unwritten.write(partial(self._write_begun, begun))
 
     def happened(self, found: Sequence[Told | Ended]) -> None:
-        """Takes what has happened to jobs. What is of another attempt counts for nothing.
+        """Takes what has happened to jobs. News of another attempt count for nothing.
 
         Args:
             found: what happens to them while they run, and their ends.

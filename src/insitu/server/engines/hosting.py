@@ -1,8 +1,8 @@
 """A model of a server: its engine and its admission workers, and what the engine does next.
 
 All of it is one thread's, that of the event loop. What a job is and has been is in the store, so
-that nothing is lost with this process; an engine that ends is started again, and what it had is
-run again, with fewer others each time.
+that nothing is lost with this process. An engine that ends is started again, and its jobs run
+again, with fewer others each time.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Host:
         await self.admission.stop()
 
     def dispatch(self) -> None:
-        """Gives the engine what is to run next, if it is free."""
+        """Gives the engine the next jobs, if it is free."""
         try:
             self._dispatch()
         except Exception as error:  # whoever has woken it is not to blame: it is tried again

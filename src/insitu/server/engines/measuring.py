@@ -1,4 +1,4 @@
-"""What is measured when somebody asks, and not when it happens: queues, and work of tenants."""
+"""Measurements made when somebody asks, and not when things happen: queues, work of tenants."""
 
 from __future__ import annotations
 

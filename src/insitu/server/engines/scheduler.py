@@ -1,11 +1,11 @@
 """`Scheduler`: which jobs run next, together. No clock, no files, no processes.
 
-An engine that is free gets a batch as soon as anybody waits: nothing is waited for. Interactive
-jobs come before those of the class "batch", which get a tenth of the work all the same. In a class,
-tenants take turns by their virtual work. The first job says what the batch is of: others join it
-that can share its passes. A batch goes as deep into the model as its deepest job, so those that go
-as deep as the first are taken before others of their round. A job instead of which others were
-taken eight times goes when its tenant's turn comes, alone if need be.
+A batch is picked when an engine is free and `pace.py` waits for no company. Interactive jobs come
+before those of the class "batch", which get a tenth of the work all the same. In a class, tenants
+take turns by their virtual work. The first job says what the batch is of: others join it that can
+share its passes. A batch goes as deep into the model as its deepest job, so those that go as deep
+as the first are taken before others of their round. A job that was passed over eight times goes
+when its tenant's turn comes, alone if need be.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ class _Turn:
         return self._work[line.tenant], kind, line.jobs[0].sequence
 
     def _left(self, line: _Line) -> Iterator[JobRecord]:
-        """The jobs of a tenant of which one may be next: none behind one that is overdue."""
+        """The jobs of a tenant that may be next: none behind one that is overdue."""
         for job in line.jobs:
             if job.id not in self._taken:
                 yield job
@@ -331,7 +331,7 @@ class _Turn:
         )
 
     def passed_over(self, line: _Line) -> list[JobRecord]:
-        """Returns the jobs of a tenant instead of which jobs were taken that were due later."""
+        """Returns the jobs of a tenant that were passed over for jobs that were due later."""
         there = [job.id in self._taken for job in line.jobs]
         last = max((at for at, taken in enumerate(there) if taken), default=0)
         found = [job for job, taken in zip(line.jobs[:last], there, strict=False) if not taken]

@@ -1,4 +1,4 @@
-"""What the jobs of a batch are told while it runs, each what is its own."""
+"""What the jobs of a batch are told while it runs, each its own part."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ Owners = Mapping[tuple[int, int], tuple[Task, int, int]]
 
 
 class Telling:
-    """Tells the jobs of a run what happens in it, each what is its own.
+    """Tells the jobs of a run what happens in it, each its own part.
 
     Args:
         batch: what runs.
@@ -123,7 +123,7 @@ def owners_of_piece(task: Task, places: Sequence[tuple[int, Sequence[int]]]) -> 
 
     Args:
         task: the job.
-        places: the block of the job that each block of the piece is, and of which invocations.
+        places: the block of the job that each block of the piece is, and its invocations.
     """
     return {
         (at, one): (task, block, number)

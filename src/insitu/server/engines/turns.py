@@ -1,7 +1,7 @@
-"""Turns of tenants at things of which there are few, such as workers that look at jobs.
+"""Turns of tenants at scarce things, such as workers that look at jobs.
 
-Who has kept them for the shortest time is next, whatever others have sent before. So somebody whose
-jobs take long to look at waits for himself, and others wait for one of them at most.
+Who has kept them for the shortest time is next, even if others have sent something before. So
+somebody whose jobs take long to look at waits for himself, and others wait for one of them at most.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class Bodies:
 
     Args:
         limits: what a client may take.
-        folder: where files are made. They have no name, so that none is left by whatever happens.
+        folder: where files are made. They have no name, so that none is left when the server ends
+            in any way.
     """
 
     def __init__(self, limits: FrontLimits, folder: Path) -> None:
@@ -54,8 +55,8 @@ class Bodies:
             limit: the name of that limit.
 
         Raises:
-            ProblemError: 413 if it has more, without reading on; 408 if it does not come in time;
-                400 if it is not as long as it says; 429 if the tenant sends too many; 507 if the
+            ProblemError: 413 if it has more, without reading on. 408 if it does not come in time.
+                400 if it is not as long as it says. 429 if the tenant sends too many. 507 if the
                 disk is full.
             ClientGoneError: if the client goes away.
         """
@@ -92,7 +93,7 @@ class Bodies:
     async def _arrived(
         self, request: Request, tenant: str, most: int, limit: str
     ) -> AsyncIterator[tuple[bytearray, IO[bytes] | None]]:
-        """Gives all of a body: what is in memory, or the file with it."""
+        """Gives all of a body: the bytes in memory, or the file with them."""
         declared = declared_length(request)
         if declared is not None and declared > most:
             raise too_large(limit, declared, most)

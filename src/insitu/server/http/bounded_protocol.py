@@ -85,7 +85,7 @@ class BoundedProtocol(H11Protocol):
             self._counted.leave(self._place)
 
     def data_received(self, data: bytes) -> None:
-        """Reads on, with a deadline for what is not yet a head."""
+        """Reads on, with a deadline for a head that is not complete."""
         if self._timer is None and not self._has_request():
             self._await_head()
         super().data_received(data)
@@ -113,7 +113,7 @@ class BoundedProtocol(H11Protocol):
         super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP with a problem. It is called where h11 has raised."""
+        """Answers bytes that are no HTTP with a problem. It is called where h11 has raised."""
         error = sys.exc_info()[1]
         status = getattr(error, "error_status_hint", 400)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):

@@ -49,5 +49,5 @@ def app_of(server: Served, limits: FrontLimits | None = None) -> Starlette:
 
 
 async def _raise(request: Any, error: Exception) -> Any:
-    """Leaves it to the guard to say what is wrong, so that all is said in one form."""
+    """Leaves it to the guard to report faults, so that all have one form."""
     raise error

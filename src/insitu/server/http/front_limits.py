@@ -20,7 +20,7 @@ class FrontLimits:
         body_memory: bytes of a body that are kept in memory while it comes. More go to a file.
         ready_memory: bytes of all bodies together that are complete and are being looked at. A
             body that is larger is looked at alone.
-        bodies: how many bodies a tenant may send at once, until what is asked for is answered.
+        bodies: how many bodies a tenant may send at once, until their requests are answered.
         uploads: how many bodies larger than `body_memory` a tenant may send at once. Others wait.
         connections: how many connections there may be, without streams.
         connections_of_address: how many of them from one address.
@@ -28,7 +28,7 @@ class FrontLimits:
         streams_of_tenant: how many of them a tenant may have.
         downloads: how many results a tenant may be sent at once.
         waits: how many requests of a tenant may wait for their jobs. Others are answered at once.
-        longest_wait: seconds that a request may wait for its job, whatever it prefers.
+        longest_wait: seconds that a request may wait for its job, even if it prefers more.
         heartbeat_seconds: after how long without an event a stream says that it is alive.
         queued_events: how many events are kept for a client that is slow to read them.
         queue_seconds: how long they may stay that many before its stream is closed.

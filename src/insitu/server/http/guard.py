@@ -1,7 +1,7 @@
 """What stands around all routes: who may ask, errors as problems, slow clients, and headers.
 
-`bounded_protocol.py` stands before it, while there is no request yet. `bodies.py` bounds what is
-read.
+`bounded_protocol.py` stands before it, while there is no request yet. `bodies.py` bounds the bodies
+that are read.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ HEAD_BYTES = 16 * 2**10
 """How long the head of a request may be."""
 
 STOPPING = refused(503, "stopping", "The server stops. Ask again later.", retry_after=5.0).problem
-"""What is said to who waits for something while the server stops."""
+"""The answer to who waits for something while the server stops."""
 
 
 class Guard:
     """An ASGI middleware around all routes.
 
-    It lets in who asks for this server and from no other site, answers whatever is raised with a
-    problem, closes connections of clients that do not read what they asked for, and does not read
-    the body of a request that was refused.
+    It lets in who asks for this server and from no other site, and answers every exception with a
+    problem. It closes connections of clients that do not read what they asked for, and does not
+    read the body of a request that was refused.
 
     Args:
-        app: what is inside.
+        app: the application inside.
         settings: what the server was told.
         limits: what a client may take.
         metrics: where requests are counted.
@@ -240,7 +240,7 @@ def _has_body(scope: MutableMapping[str, Any]) -> bool:
 
 
 def _problem_of_route(error: HTTPException) -> Problem:
-    """What is said where there is no route, or not with that method."""
+    """The answer where there is no route, or not with that method."""
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         return refused(405, "method", f"This takes the methods {allowed}.").problem

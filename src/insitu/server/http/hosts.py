@@ -1,8 +1,8 @@
 """For which host a request may be, and from which page: against DNS rebinding and other sites.
 
-A page of any site can make a browser send requests to a server on the same machine, and a name
-that its owner points to 127.0.0.1 makes these requests look like those of one site. The name is in
-the header `Host`, and the site in `Origin`.
+A page of any site can make a browser send requests to a server on the same machine. A name that its
+owner points to 127.0.0.1 makes these requests look like those of one site. The name is in the
+header `Host`, and the site in `Origin`.
 """
 
 from __future__ import annotations

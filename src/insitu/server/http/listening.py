@@ -27,7 +27,7 @@ from insitu.server.settings import Settings
 _BACKLOG = 1024
 _STOP_SECONDS = 5
 _OTHER_FILES = 256
-"""What is open beside connections: the store, results that are sent, pipes to processes."""
+"""Open files beside connections: the store, results that are sent, pipes to processes."""
 
 
 async def serve(
@@ -140,7 +140,7 @@ def _protocol_of(
 
 
 def check_exposure(settings: Settings, addresses: Sequence[str] = ()) -> None:
-    """Raises if others could reach a server that anybody may use, or read what is sent to it.
+    """Raises if others could reach a server that anybody may use, or read the requests to it.
 
     Args:
         settings: what the server was told.
@@ -252,7 +252,7 @@ def fitting(limits: FrontLimits) -> FrontLimits:
     """Returns limits for as many connections as this process may have files.
 
     Args:
-        limits: what is wanted.
+        limits: the limits that are wanted.
     """
     wanted = limits.connections + limits.streams + _OTHER_FILES
     try:

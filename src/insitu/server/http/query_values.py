@@ -33,8 +33,8 @@ def query_of(request: Request, known: Collection[str]) -> dict[str, str]:
         known: the parameters that there are.
 
     Raises:
-        ProblemError: 422 for another one, naming the nearest, for one that is there twice, and
-            for what is no text.
+        ProblemError: 422 for another one, naming the nearest, for one that is there twice, and for
+            bytes that are no text.
     """
     raw = request.scope["query_string"].decode("latin-1")
     try:

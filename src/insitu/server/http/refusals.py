@@ -68,7 +68,7 @@ INTERNAL = Problem(
     500,
     "The server failed, and its log says where. What was accepted before is not lost.",
 )
-"""What is said where the server itself is wrong: nothing of the inside."""
+"""The answer where the server itself is wrong: nothing of the inside."""
 
 
 def answer_of(problem: Problem) -> Response:

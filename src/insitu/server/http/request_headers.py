@@ -138,8 +138,8 @@ def wait_of(request: Request, longest: float) -> float | None:
 def preferences(headers: Sequence[str]) -> dict[str, str]:
     """Returns preferences with their values, by their names in small letters (RFC 7240).
 
-    Of a name that is there more than once the first counts. Parameters of preferences are left
-    out, as none is known here that has any, and so is what is not written as the RFC has it.
+    Of a name that is there more than once the first counts. Parameters of preferences are left out,
+    as none is known here that has any. So is text that is not written as the RFC has it.
 
     Args:
         headers: the `Prefer` headers, in their order.

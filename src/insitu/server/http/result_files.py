@@ -37,8 +37,8 @@ async def results_answer(
         digest: the SHA-256 digest of the results.
         headers: further headers.
         counted: a block in which it is sent.
-        parts: whether parts may be asked for, and whether what is known is not sent. An answer to
-            `POST` is always whole.
+        parts: whether parts may be asked for, and whether a result that the client has is not sent.
+            An answer to `POST` is always whole.
 
     Raises:
         ProblemError: 410 if the file is gone.
@@ -96,7 +96,7 @@ class OpenFile:
 
 
 class FileAnswer(Response):
-    """An answer with what is in a file.
+    """An answer with the content of a file.
 
     Args:
         file: the file.

@@ -42,7 +42,7 @@ def job_routes(parts: FrontParts) -> list[Route]:
 
 
 class JobRoutes:
-    """What is answered under each path.
+    """The answers under each path.
 
     Args:
         parts: what routes stand on.
@@ -109,7 +109,7 @@ class JobRoutes:
     async def _end_of(
         self, request: Request, tenant: Tenant, record: JobRecord, headers: dict[str, str]
     ) -> Response:
-        """What is answered to somebody who has waited for a job to end."""
+        """The answer to somebody who has waited for a job to end."""
         headers = {**headers, "Insitu-Job": record.id}
         if record.state != "done":
             return json_answer(self._server.status(record), 200, headers)

@@ -38,7 +38,7 @@ def server_routes(parts: FrontParts) -> list[Route]:
 
 
 class ServerRoutes:
-    """What is answered under each path.
+    """The answers under each path.
 
     Args:
         parts: what routes stand on.

@@ -12,7 +12,7 @@ from insitu.server.settings import Settings
 
 
 class Served(Protocol):
-    """A server without HTTP. Whatever is wrong with what is asked raises a `ProblemError`."""
+    """A server without HTTP. A request that cannot be answered raises a `ProblemError`."""
 
     @property
     def settings(self) -> Settings:
@@ -39,7 +39,7 @@ class Served(Protocol):
         """Returns a job of a tenant.
 
         Raises:
-            ProblemError: 404 for what is none, and for that of another tenant.
+            ProblemError: 404 for an id of no job, and for a job of another tenant.
         """
         ...
 
@@ -55,7 +55,7 @@ class Served(Protocol):
         ...
 
     def status(self, record: JobRecord) -> JobStatus:
-        """Returns what is said of a job."""
+        """Returns the status of a job, as its client is told."""
         ...
 
     async def cancel(self, tenant: Tenant, id: str) -> JobRecord:
@@ -84,7 +84,7 @@ class Served(Protocol):
     async def put_blob(self, tenant: Tenant, digest: str, body: bytes | memoryview) -> None:
         """Keeps a tensor, once it was seen to have that digest.
 
-        What is large comes as a view of a file, which takes no memory, and which is gone when this
+        A large one comes as a view of a file, which takes no memory, and which is gone when this
         returns.
         """
         ...
@@ -110,5 +110,5 @@ class Served(Protocol):
         ...
 
     def metrics(self) -> str:
-        """Returns what is measured, in the text format of Prometheus."""
+        """Returns the measurements, in the text format of Prometheus."""
         ...

@@ -114,7 +114,7 @@ def check_blob(digest: str, data: memoryview) -> None:
 
 
 def _doubled(header: memoryview) -> bool:
-    """Whether an object of a header has a field twice. What is behind it is of no interest."""
+    """Whether an object of a header has a field twice. The bytes behind it are of no interest."""
     found = False
 
     def seen(pairs: list[tuple[str, object]]) -> None:

@@ -42,7 +42,7 @@ def full_disk_is_a_problem(what: str) -> Iterator[None]:
     """Raises a `StorageError` in the place of what the system says when a disk is full.
 
     Args:
-        what: what is written, such as "the job".
+        what: the content in words, such as "the job".
     """
     try:
         yield

@@ -59,8 +59,8 @@ class Files:
         durable: whether what was written is there after a power failure.
 
     Attributes:
-        folder: likewise.
-        durable: likewise.
+        folder: as given.
+        durable: as given.
         bodies: the folder of the bodies of jobs.
         results: the folder of results. Engines write there with `put_result`.
         blobs: the folder of tensors.
@@ -217,7 +217,7 @@ class Files:
 
         Args:
             refers: as of `sweep`.
-            grace: likewise.
+            grace: as of `sweep`.
 
         Returns:
             How many files were removed.

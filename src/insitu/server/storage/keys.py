@@ -46,7 +46,7 @@ def make_key(
         expires: when it ends, in seconds since 1970; None for never.
 
     Returns:
-        The key itself, which nobody can find again, and what is kept of it.
+        The key itself, which nobody can find again, and the record that is kept of it.
 
     Raises:
         OptionError: if there is no such scope.
@@ -59,13 +59,13 @@ def make_key(
 def key_of(
     text: str, tenant: str, scopes: Collection[str] = ("jobs",), expires: float | None = None
 ) -> Key:
-    """Returns what is kept of a key.
+    """Returns the record that is kept of a key.
 
     Args:
         text: the key.
         tenant: as of `make_key`.
-        scopes: likewise.
-        expires: likewise.
+        scopes: as of `make_key`.
+        expires: as of `make_key`.
 
     Raises:
         OptionError: if it is no key, or if there is no such scope.

@@ -144,7 +144,7 @@ class WatchedKeys:
 
     Raises:
         LoadError: as of `load_keys`.
-        OptionError: likewise.
+        OptionError: as of `load_keys`.
     """
 
     def __init__(self, store: Store, path: Path) -> None:

@@ -58,7 +58,8 @@ class Database:
     def change(self, cheaply: bool = False) -> Iterator[sqlite3.Connection]:
         """A transaction that writes: all of it, or nothing if something is raised in it.
 
-        One in another is a part of it, and what is raised in a part is raised by the whole too.
+        One in another is a part of it, and an error that is raised in a part is raised by the whole
+        too.
 
         Args:
             cheaply: whether it need not survive a power failure.
@@ -89,7 +90,7 @@ class Database:
 
     @contextlib.contextmanager
     def _part(self) -> Iterator[None]:
-        """Remembers what is raised, so that the whole fails even if somebody suppresses that."""
+        """Remembers an error, so that the whole fails even if somebody suppresses that."""
         if self._failed is not None:  # SQLite may have ended the transaction
             raise self._failed
         try:
@@ -143,7 +144,7 @@ class Database:
             self._noted = now
 
     def _go_on(self) -> None:
-        """Moves what is to come by the time that has passed since the last server, if any.
+        """Moves all that is to come by the time that has passed since the last server, if any.
 
         Nobody could fetch results in that time, and a clock that was set looks the same.
         """

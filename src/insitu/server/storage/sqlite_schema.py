@@ -1,7 +1,7 @@
 """The tables of `SqliteStore`, and how its file is opened.
 
 A table of jobs has the fields of `JobRecord` as its columns. What a tenant has stored is added up
-by triggers, so it is right whatever is changed, and costs no look at all of its jobs.
+by triggers, so it is right after every change, and costs no look at all of its jobs.
 """
 
 from __future__ import annotations

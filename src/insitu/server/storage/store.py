@@ -1,4 +1,4 @@
-"""What a server remembers, whatever happens to its processes: the interface of a store.
+"""What a server remembers when its processes end: the interface of a store.
 
 Every change of a job's state is a compare-and-set with an event in the same transaction, so a job
 ends once, and who follows its events misses none and sees none twice. The clock is the store's.
@@ -64,8 +64,8 @@ class Store(Protocol):
     def add(self, job: JobRecord) -> JobRecord:
         """Takes a job in the state "queued", with its first event, and returns it as it is kept.
 
-        A job of the same tenant with the same idempotency key is returned in its place, whatever
-        has become of it.
+        A job of the same tenant with the same idempotency key is returned in its place, in any
+        state.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The clock of a store: it does not jump, whatever is done to the clock of the machine.
+"""The clock of a store: it does not jump, even if the clock of the machine does.
 
 A server looks at the clock of the machine once, when it starts. From then on it adds the seconds
 of a clock that nobody can set. So a clock that is put forward ends no lease and deletes no
@@ -6,7 +6,7 @@ results, and one that is put back lets none of them live for longer.
 
 Between two servers on one folder the clock of the machine may have been moved too, and nothing
 tells that from a server that was off for a while. Hence time in which no server runs does not
-count: `SqliteStore` moves what is to come by the time that has passed since the last one.
+count: `SqliteStore` moves all that is to come by the time that has passed since the last one.
 
 The clock of the machine counts again for what people read, such as when a job was made, from the
 next start. A machine that sleeps is late by that time until then.
