@@ -1,0 +1,1 @@
+"""Activations of whole data sets, on disk: `harvest` writes them, and `Activations` reads them."""
