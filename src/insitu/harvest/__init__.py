@@ -1,1 +1,7 @@
 """Activations of whole data sets, on disk: `harvest` writes them, and `Activations` reads them."""
+
+from insitu.harvest.harvesting import Harvested, harvest
+from insitu.harvest.progress import HarvestProgress
+from insitu.harvest.sites import SaeSite
+
+__all__ = ["HarvestProgress", "Harvested", "SaeSite", "harvest"]
