@@ -16,7 +16,8 @@ from insitu.about import installed_version
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.harvest.batch import Taking, check_reduction, keeps_rows_apart
-from insitu.harvest.documents import Documents, documents_of
+from insitu.harvest.data import documents_of
+from insitu.harvest.documents import Documents
 from insitu.harvest.metrics import Metric, metric_of
 from insitu.harvest.sequences import Cutting
 from insitu.harvest.shapes import shapes_of
