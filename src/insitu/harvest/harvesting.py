@@ -94,7 +94,7 @@ def harvest(
     to: str | os.PathLike[str],
     tokens: int | None = None,
     dtype: str | torch.dtype | None = None,
-    context: int = 128,
+    context: int | None = None,
     pack: bool = False,
     reduce: Literal["last", "mean"] | int | Sequence[int] | None = None,
     split: str | None = None,
@@ -127,7 +127,8 @@ def harvest(
         to: the folder. It is made if it is not there.
         tokens: how many tokens the model is given in all; the last sequence is cut. None for all.
         dtype: the dtype that is stored, such as "bfloat16"; None for that of the values.
-        context: how many tokens a sequence has at most. Longer documents become several.
+        context: how many tokens a sequence has at most. Longer documents become several. None for
+            128, or as many as the model takes.
         pack: whether documents are put one behind the other, so that each sequence is full.
         reduce: what is kept of a sequence: its "last" position, the "mean" over all, or some
             positions, from the end if negative. A sequence gives those that it has. None for all.

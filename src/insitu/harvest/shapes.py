@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from insitu.graph.errors import OptionError
+from insitu.graph.errors import NoValueError, OptionError, UnknownShapeError
 from insitu.graph.location import here
 from insitu.harvest.sites import HarvestSite
 from insitu.models.language_model import LanguageModel
+from insitu.tracing.tracer import Tracer
 
 # Two sizes tell which axes are those of rows and positions: no other number moves with them.
 _SIZES = ((2, 5), (3, 7))
@@ -28,7 +29,11 @@ def shapes_of(
     Raises:
         OptionError: if values of a site are not `(rows, position, ...)`.
     """
-    seen = [_seen(model, sites, *size) for size in _SIZES]
+    try:
+        seen = [_seen(model.scan, model, sites, *size) for size in _SIZES]
+    except (NoValueError, UnknownShapeError):
+        # Where a forward depends on what it computes, such as which experts it calls, it is run.
+        seen = [_seen(model.trace, model, sites, *size) for size in _SIZES]
     found = dict[str, tuple[tuple[int, ...], torch.dtype]]()
     for site in sites:
         one, other = (values[site.label] for values in seen)
@@ -54,11 +59,15 @@ def shapes_of(
 
 
 def _seen(
-    model: LanguageModel, sites: Sequence[HarvestSite], rows: int, positions: int
+    opened: Callable[[torch.Tensor], Tracer],
+    model: LanguageModel,
+    sites: Sequence[HarvestSite],
+    rows: int,
+    positions: int,
 ) -> dict[str, Any]:
-    """Fake values of the sites, for so many rows and positions."""
+    """Values of the sites, fake ones of a scan, for so many rows and positions."""
     saved = dict[str, Any]()
-    with model.scan(torch.zeros(rows, positions, dtype=torch.long)):
+    with opened(torch.zeros(rows, positions, dtype=torch.long)):
         for site in sites:
             saved[site.label] = site.place.arranged(site.place.read(model)).save()
     return {label: value.value for label, value in saved.items()}

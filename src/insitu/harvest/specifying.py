@@ -30,6 +30,7 @@ from insitu.models.fingerprints import described, structure_of
 from insitu.models.language_model import LanguageModel
 from insitu.models.weights_digest import weights_digest
 
+_CONTEXT = 128
 _BATCH_TOKENS = {"cpu": 2048, "remote": 2048}
 _LARGE_BATCH_TOKENS = 16_384  # of an accelerator, which is idle with fewer
 _SHARD_BYTES = 256 * 2**20
@@ -42,7 +43,7 @@ class Options:
 
     tokens: int | None = None
     dtype: str | torch.dtype | None = None
-    context: int = 128
+    context: int | None = None
     pack: bool = False
     reduce: Any = None
     split: str | None = None
@@ -93,6 +94,7 @@ def ordered(
         InsituError: for what is wrong with any of them.
     """
     _check_numbers(model, options)
+    context = options.context or min(_CONTEXT, model.traits.reader.limits.context or _CONTEXT)
     reduce, metric = check_reduction(options.reduce), metric_of(options.metric)
     found = sites_of(model, sites)
     if any(site.gradient for site in found) != (metric is not None):
@@ -108,6 +110,12 @@ def ordered(
         )
     documents = documents_of(data, options.split, options.column, options.revision, options.stream)
     tokenising = tokenising_of(model, options.pack, options.bos, options.separator)
+    if tokenising.bos is not None and context == 1:
+        raise OptionError(
+            "`context` is 1, and each sequence begins with the model's first token: that leaves no "
+            "place for another. Give a longer context, or `bos=False`.",
+            here(),
+        )
     if model.is_training:
         raise OptionError(
             "The model is in training mode, so that its values are drawn at random: call "
@@ -131,7 +139,7 @@ def ordered(
         tokenizer=tokenising.digest,
         data=documents.specification,
         sites=sites_told,
-        context=options.context,
+        context=context,
         pack=options.pack,
         bos=tokenising.bos is not None,
         separator=tokenising.separator,
@@ -147,7 +155,7 @@ def ordered(
     apart = away or not keeps_rows_apart(model, found)
     function = None if metric is None else metric[0]
     taking = Taking(model, found, stored, reduce, function, specification.batch_tokens, apart)
-    cutting = Cutting(options.context, options.pack, tokenising.bos, tokenising.separator)
+    cutting = Cutting(context, options.pack, tokenising.bos, tokenising.separator)
     return Order(specification, documents, tokenising, cutting, taking, options.max_skipped)
 
 
@@ -169,10 +177,8 @@ def _check_numbers(model: LanguageModel, options: Options) -> None:
         value = getattr(options, name)
         if value is not None and (type(value) is not int or value < 1):
             raise OptionError(f"`{name}` is a number of at least 1, not {value!r}.", here())
-    if options.bos is not False and options.context < 2:
-        raise OptionError("`context` is 1: that leaves no place for a token.", here())
     limit = model.traits.reader.limits.context
-    if limit is not None and options.context > limit:
+    if limit is not None and (options.context or 0) > limit:
         raise OptionError(
             f"`context={options.context}` is more than the {limit} positions of the model.", here()
         )
