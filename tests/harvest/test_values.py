@@ -116,6 +116,7 @@ class Counting(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.no_wire  # it counts forwards
 def test_several_sites_come_from_one_forward(tmp_path: Path) -> None:
     module = tiny_gpt2()
     first, last = (Counting(module.transformer.h[at].mlp.act) for at in (0, 3))
