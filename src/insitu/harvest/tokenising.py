@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 from insitu.graph.errors import OptionError
@@ -108,8 +107,7 @@ def tokenised(
     Raises:
         OptionError: if there is text, and the model has no tokenizer.
     """
-    numbered = enumerate(documents, first)
-    while group := list(islice(numbered, _TOGETHER)):
+    for group in _groups(documents, first):
         texts = [one for _, one in group if isinstance(one, str)]
         read = iter(_read(texts, how))
         for number, one in group:
@@ -119,6 +117,21 @@ def tokenised(
                 yield Skipped(number, found.reason)
             else:
                 yield Tokenised(number, found)
+
+
+def _groups(documents: Iterator[Document], first: int) -> Iterator[list[tuple[int, Document]]]:
+    """Some documents at a time, with their numbers."""
+    group = list[tuple[int, Document]]()
+    try:
+        for one in enumerate(documents, first):
+            group.append(one)
+            if len(group) == _TOGETHER:
+                yield group
+                group = []
+    except Exception:  # of the data: what came before it is there all the same
+        yield group
+        raise
+    yield group
 
 
 def _read(texts: list[str], how: Tokenising) -> list[Sequence[int] | Unusable]:
