@@ -61,6 +61,18 @@ class Taking:
             joined.append({name: torch.cat([one[name] for one in own]) for name in own[0]})
         return joined
 
+    def operations(self, groups: Sequence[torch.Tensor]) -> float:
+        """Returns how many floating-point operations a batch takes. It is not run.
+
+        Args:
+            groups: as of `run`.
+        """
+        with self.model.scan() as tracer:
+            for group in groups:
+                with tracer.invoke(group):
+                    self._record(group)
+        return sum(one.flops for one in tracer.plan.passes)
+
     def _run(self, groups: Sequence[torch.Tensor]) -> list[Kept]:
         model = self.model
         saved = list[dict[Any, Any]]()

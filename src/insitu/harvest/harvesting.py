@@ -47,7 +47,7 @@ class Harvested:
         shards: how many shards there are.
         skipped: the rows of the data that could not be used.
         new_tokens: how many tokens this call has run.
-        seconds: how long it took.
+        seconds: how long it took, without the loading of the model.
     """
 
     folder: Path
@@ -179,7 +179,7 @@ def harvest(
     """
     if on not in (None, "ray"):
         raise OptionError(f"`on` is None or 'ray', not {on!r}.", here())
-    started, path = time.monotonic(), Path(os.fspath(to))
+    path = Path(os.fspath(to))
     options = Options(
         tokens, dtype, context, pack, reduce, split, column, revision, stream, bos, separator,
         batch_tokens, shard_tokens, max_skipped, metric,
@@ -190,6 +190,7 @@ def harvest(
         folder = opened_folder(path, order.specification)
         broken, before = folder.broken(verify), len(folder.lines)
         there = [line for line in folder.lines if line.shard not in broken]
+        started = time.monotonic()
         with told(progress) as tell:
             had = sum(line.tokens for line in there), sum(line.bytes for line in there)
             report = Report(tell, order.specification.tokens, *had)
