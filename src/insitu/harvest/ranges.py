@@ -121,7 +121,9 @@ def ranges(
             made = _range(now, found, skipped, last=False)
             yield made
             now, found, skipped, count = now.behind(made), [], [], 0
-        skipped, later, place = skipped + later, [], one.stop
+        skipped, later = skipped + later, []
+        # The end of packed documents comes behind those that were skipped after them.
+        place = max(place, one.stop, key=lambda at: (at.document, at.token))
         left = None if tokens is None else tokens - now.tokens - count
         if left is not None and len(one.ids) >= left:
             found.append(_shortened(one, left))
