@@ -117,27 +117,23 @@ class HarvestFolder:
         return self.path / name
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder for a harvest, if it is not there.
+def check_folder(path: Path) -> None:
+    """Raises if a folder cannot be that of a harvest, before there is anything to write.
 
     Args:
-        path: the folder.
+        path: the folder. It need not be there.
 
     Raises:
-        OptionError: if there is something else, or the folder holds other things.
-        SaveError: if it cannot be made.
+        OptionError: if it is something else, or holds other things.
     """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise OptionError(f"'{path}' is no folder: give one, or none that exists.", here())
+    own = {SPECIFICATION, LOCK, MANIFEST, SHARDS}
     with told_errors(path):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise OptionError(
-                f"'{path}' is no folder: give one, or none that exists.", here()
-            ) from None
-        others = sorted(
-            {one.name for one in path.iterdir()} - {SPECIFICATION, LOCK, MANIFEST, SHARDS}
-        )
-        others = [one for one in others if not one.startswith(".insitu-")]
+        others = sorted(one.name for one in path.iterdir() if one.name not in own)
+    others = [one for one in others if not one.startswith(".insitu-")]
     if others and not (path / SPECIFICATION).exists():
         raise OptionError(
             f"The folder '{path}' holds other things, such as {others[0]!r}: give an empty one.",

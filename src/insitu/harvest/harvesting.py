@@ -16,7 +16,7 @@ from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.graph.tracebacks import short_tracebacks
 from insitu.harvest.ahead import Behind, made_ahead
-from insitu.harvest.folder import HarvestFolder, make_folder, opened_folder
+from insitu.harvest.folder import HarvestFolder, check_folder, opened_folder, told_errors
 from insitu.harvest.layout import Line, Skipped
 from insitu.harvest.lock import locked
 from insitu.harvest.metrics import Metric
@@ -184,9 +184,11 @@ def harvest(
         tokens, dtype, context, pack, reduce, split, column, revision, stream, bos, separator,
         batch_tokens, shard_tokens, max_skipped, metric,
     )  # fmt: skip
-    make_folder(path)
+    check_folder(path)
+    order = ordered(model, data, sites, options)
+    with told_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        order = ordered(model, data, sites, options)
         folder = opened_folder(path, order.specification)
         broken, before = folder.broken(verify), len(folder.lines)
         there = [line for line in folder.lines if line.shard not in broken]
