@@ -97,7 +97,7 @@ def run_on_ray(
     # It would send statistics of its use to its makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise MissingPackageError(
             "`on='ray'` takes Ray, which is not installed: `pip install \"insitu[cluster]\"`.",
@@ -159,7 +159,10 @@ class _Pool:
 
     def _take(self) -> None:
         """Waits for a range, and commits those whose turn it is."""
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import (  # pyright: ignore[reportMissingImports]
+            RayActorError,
+            RayTaskError,
+        )
 
         (done,), _ = self._ray.wait([*self._running], num_returns=1)
         actor, one = self._running.pop(done)
