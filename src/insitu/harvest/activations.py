@@ -1,0 +1,382 @@
+"""`Activations`: a folder that `harvest` has written, as rows that are read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from insitu import disk
+from insitu.display.rows import rows_html
+from insitu.graph.errors import LoadError, NotCachedError, OptionError, nearest
+from insitu.graph.location import here
+from insitu.harvest.batches import Batches, Where
+from insitu.harvest.layout import (
+    DOCUMENT,
+    POSITION,
+    ROW_TENSORS,
+    SEQUENCE,
+    TOKEN_IDS,
+    Skipped,
+    shard_name,
+)
+from insitu.harvest.opening import Contents, read_contents, tensors_of_site
+from insitu.harvest.rows import Rows, Shards, TopFeatures
+from insitu.harvest.shard_file import ROW_DTYPES, open_shard
+from insitu.harvest.shuffling import Shuffle
+from insitu.harvest.specification import SiteSpecification, Specification
+from insitu.harvest.statistics import Statistics, statistics_of
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+_OPEN = 16
+"""How many shards stay mapped. Each takes a file of the process, of which it may have few."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenShard:
+    """A shard that is not as the manifest says.
+
+    Attributes:
+        shard: its number.
+        file: its file, relative to the folder.
+        reason: what is wrong.
+    """
+
+    shard: int
+    file: str
+    reason: str
+
+
+class Activations:
+    """Activations of a data set, in a folder that `harvest` has written.
+
+    `activations["residual_out:6"][rows]` reads rows of a site, and so do `activations.token_ids`,
+    `sequence`, `position` and `document` for what says where rows come from. An index is a number,
+    a slice, a list or tensor of numbers, or a mask; what is given is a copy. Nothing is read that
+    was not asked for, and an object of this class takes next to no memory. It shows the folder as
+    it was when it was opened: open it again for what a running harvest has added.
+
+    It can be used from several threads, pickled, and sent to other processes of this machine.
+
+    Args:
+        folder: the folder.
+        contents: what it says of itself.
+
+    Example:
+        `activations = Activations.open(folder); activations["residual_out:6"][:1000]`
+    """
+
+    def __init__(self, folder: Path, contents: Contents) -> None:
+        self._folder = folder
+        self._contents = contents
+        lines, specification = contents.lines, contents.specification
+
+        def opened(number: int) -> Any:
+            return open_shard(folder, specification, lines[number])
+
+        starts = np.cumsum([0, *(line.rows for line in lines)], dtype=np.int64)
+        self._shards = Shards(lru_cache(_OPEN)(opened), starts)
+        self._sites = {site.label: site for site in specification.sites}
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Self:
+        """Opens a folder. Files that its manifest does not list are not read.
+
+        Args:
+            folder: what `harvest` was told to write to. The harvest need not be at its end.
+
+        Raises:
+            LoadError: if it is no folder of activations, or one that is broken or of another
+                version.
+        """
+        try:
+            path = Path(os.path.abspath(folder))  # still the same after a change of folder
+        except ValueError as error:
+            raise LoadError(f"{folder!r} cannot be opened: {error}", here()) from None
+        return cls(path, read_contents(path))
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+        return self._folder
+
+    @property
+    def specification(self) -> Specification:
+        """Everything that the numbers depend on: the model, the data, the sites."""
+        return self._contents.specification
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The labels of the sites, such as "residual_out:6"."""
+        return tuple(self._sites)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are of each site."""
+        return self._shards.rows
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model was given: as many as rows, unless sequences were reduced."""
+        return sum(line.tokens for line in self._contents.lines)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences the model was given."""
+        return sum(line.sequences for line in self._contents.lines)
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """The rows of the data that could not be used, with the reasons."""
+        return tuple(one for line in self._contents.lines for one in line.skipped)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the harvest has come to its end."""
+        return self._contents.complete
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the shards take on disk."""
+        return sum(line.bytes for line in self._contents.lines)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._sites
+
+    def __iter__(self) -> Any:
+        return iter(self._sites)
+
+    def shape(self, site: str) -> tuple[int, ...]:
+        """Returns the shape of one row of a site; `(k,)` of one that keeps the largest features.
+
+        Raises:
+            NotCachedError: if there is no such site.
+        """
+        return self.site(site).shape
+
+    def dtype(self, site: str) -> torch.dtype:
+        """Returns the dtype in which a site is stored; of features, that of their values.
+
+        Raises:
+            NotCachedError: if there is no such site.
+        """
+        return self[site].dtype
+
+    def site(self, site: str) -> SiteSpecification:
+        """Returns what the specification says of a site.
+
+        Raises:
+            NotCachedError: if there is no such site.
+        """
+        if site not in self._sites:
+            near = nearest(str(site), self._sites)
+            raise NotCachedError(
+                f"No site {site!r} was harvested{near}: there are "
+                f"{', '.join(map(repr, self._sites))}.",
+                here(),
+            )
+        return self._sites[site]
+
+    def __getitem__(self, site: str) -> Rows[Any]:
+        found = self.site(site)
+        tensors = tensors_of_site(found)
+        dtypes = tuple(dtype for dtype, _ in tensors.values())
+        made: Callable[..., Any] = _alone if found.features is None else TopFeatures
+        return Rows(self._shards, tuple(tensors), dtypes, found.shape, made)
+
+    @property
+    def token_ids(self) -> Rows[torch.Tensor]:
+        """The token at each row, int32; -1 for a row that was made of several positions."""
+        return self._of_rows(TOKEN_IDS)
+
+    @property
+    def sequence(self) -> Rows[torch.Tensor]:
+        """The sequence of each row, int64, counted from 0 over the whole folder."""
+        return self._of_rows(SEQUENCE)
+
+    @property
+    def position(self) -> Rows[torch.Tensor]:
+        """The position of each row in its sequence, int32; -1 if it was made of several."""
+        return self._of_rows(POSITION)
+
+    @property
+    def document(self) -> Rows[torch.Tensor]:
+        """The row of the data that each row comes from, int64."""
+        return self._of_rows(DOCUMENT)
+
+    def batches(
+        self,
+        size: int,
+        sites: str | Sequence[str] | None = None,
+        *,
+        shuffle: bool | Shuffle = True,
+        seed: int = 0,
+        buffer: int = 65_536,
+        where: Where | None = None,
+        drop_last: bool = False,
+        resume: Mapping[str, Any] | None = None,
+    ) -> Batches:
+        """Returns batches of rows: each row once an epoch, in an order of its own each epoch.
+
+        `for batch in batches` is an epoch, or the rest of one; the next loop is the next epoch.
+        A batch is a dictionary: each site under its label, and `token_ids`, `sequence`,
+        `position` and `document`. Memory is bounded by `buffer` rows and a batch.
+
+        `shuffle=True` reads runs of 64 rows that follow each other, in an order drawn over the
+        whole folder, gathers `buffer` rows of such runs, and draws the order in which they are
+        given. So reading is nearly sequential. Rows of one run are given within `buffer` rows of
+        each other: a batch has about `64 * size / buffer` rows of a run that it has one of, where
+        a full shuffle has next to none. `shuffle="full"` draws an order of all rows; it takes 8
+        bytes of memory for each row of the folder, and reads single rows.
+
+        Args:
+            size: how many rows a batch has.
+            sites: one or several; None for all.
+            shuffle: True, "full", or False for the order of the data.
+            seed: the order is a function of it, of the number of the epoch, `shuffle` and
+                `buffer`: neither of `size` nor of `sites`.
+            buffer: how many rows are held in memory, and mixed with each other.
+            where: a function of `(token_ids, position, sequence)`, `(rows,)` each, that returns
+                a mask of the rows to give, `(rows,)`. So the first token of each sequence is left
+                out by `where=lambda token_ids, position, sequence: position > 0`.
+            drop_last: whether the last batch of an epoch is left out if it is smaller.
+            resume: the `state` of batches that were given before. They go on behind it.
+
+        Raises:
+            NotCachedError: if there is no such site.
+            OptionError: if an option has no meaning, or the state is of another order.
+        """
+        options: Any = {"shuffle": shuffle, "seed": seed, "buffer": buffer, "state": resume}
+        return Batches(self._columns(sites), size, **options, where=where, drop_last=drop_last)
+
+    def statistics(self, site: str) -> Statistics:
+        """Returns the mean, the mean norm and the trace of the covariance of a site's rows.
+
+        They were summed up when the rows were written: no row is read.
+
+        Args:
+            site: a dense site.
+
+        Raises:
+            NotCachedError: if there is no such site.
+            OptionError: if it keeps the largest features only, or there are no rows.
+            LoadError: if a shard is broken.
+        """
+        found = self.site(site)
+        if found.features is not None:
+            raise OptionError(
+                f"{site!r} keeps the largest features of each row only, so there are no "
+                "statistics of it.",
+                here(),
+            )
+        if not self.rows:
+            raise OptionError("There are no rows yet to have statistics of.", here())
+        shards = map(self._shards.opened, range(len(self._shards)))
+        return statistics_of(shards, site, found.shape, self.rows)
+
+    def check(self) -> list[BrokenShard]:
+        """Reads all shards and compares them with the digests in the manifest.
+
+        Returns:
+            Those that are missing or not as they were written. `harvest(..., verify=True)` makes
+            them anew.
+        """
+        found = map(self._broken, range(len(self._shards)))
+        return [one for one in found if one is not None]
+
+    def __repr__(self) -> str:
+        lines = [self._summary()]
+        lines += [f"  {name}: {dtype} {shape}" for name, shape, dtype, _ in self._table()]
+        return "\n".join(lines)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("site", overflow="fold")
+        table.add_column("shape of a row")
+        table.add_column("dtype")
+        table.add_column("bytes", justify="right")
+        for row in self._table():
+            table.add_row(*map(Text, row))
+        yield Text(self._summary(), style="bold")
+        yield table
+
+    def _repr_html_(self) -> str:
+        head = ("site", "shape of a row", "dtype", "bytes")
+        return rows_html(head, self._table(), head[:3], self._summary())
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._folder, self._contents)
+
+    def _columns(self, sites: str | Sequence[str] | None) -> dict[str, Rows[Any]]:
+        """The rows of chosen sites, and what says where rows come from."""
+        chosen = self.sites if sites is None else sites
+        chosen = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise OptionError(f"`sites` are some labels, each once, not {sites!r}.", here())
+        return {
+            **{s: self[s] for s in chosen},
+            **{name: self._of_rows(name) for name in ROW_TENSORS},
+        }
+
+    def _of_rows(self, name: str) -> Rows[torch.Tensor]:
+        return Rows(self._shards, (name,), (ROW_DTYPES[name],), (), _alone)
+
+    def _summary(self) -> str:
+        ended = "" if self.complete else ", not at its end"
+        skipped = f", {len(self.skipped):,} rows of the data skipped" if self.skipped else ""
+        shards = len(self._shards)
+        return (
+            f"Activations of {self.specification.model} on {self.specification.data.name}: "
+            f"{self.rows:,} rows of {self.tokens:,} tokens in {shards} shard{'s' * (shards != 1)}"
+            f"{skipped}{ended}"
+        )
+
+    def _table(self) -> list[tuple[str, str, str, str]]:
+        """The label, shape, dtype and bytes of each site."""
+        table: list[tuple[str, str, str, str]] = []
+        for site in self._sites.values():
+            shape = str(site.shape)
+            if site.features is not None:
+                shape = f"{site.shape[0]} of {site.features:,} features"
+            row = sum(
+                torch.Size(one).numel() * dtype.itemsize
+                for dtype, one in tensors_of_site(site).values()
+            )
+            table.append((site.label, shape, site.dtype, f"{row * self.rows:,}"))
+        return table
+
+    def _broken(self, number: int) -> BrokenShard | None:
+        line, file = self._contents.lines[number], shard_name(number)
+        try:
+            disk.check_readable(self._folder / file)
+            open_shard(self._folder, self.specification, line)
+            with open(self._folder / file, "rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        except LoadError as error:
+            return BrokenShard(number, file, str(error).splitlines()[0])
+        except OSError as error:
+            return BrokenShard(number, file, error.strerror or str(error))
+        if digest != line.sha256:
+            return BrokenShard(number, file, "its digest is not that in the manifest")
+        return None
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

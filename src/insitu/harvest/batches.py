@@ -1,0 +1,231 @@
+"""`Batches`: rows of a folder in exact epochs, with bounded memory and a state to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import msgspec
+import torch
+
+from insitu.graph.errors import OptionError
+from insitu.graph.location import here
+from insitu.harvest.layout import POSITION, SEQUENCE, TOKEN_IDS
+from insitu.harvest.rows import Rows, TopFeatures
+from insitu.harvest.shuffling import Order, check_shuffle
+from insitu.methods.sites import check_count
+
+Batch: TypeAlias = dict[str, Any]
+"""Rows of some sites: each site under its label, `(size, ...)`, or `TopFeatures` of one that keeps
+the largest features; and `token_ids`, `sequence`, `position` and `document`, `(size,)` each."""
+
+Where: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Which rows are given: a function of `(token_ids, position, sequence)` that returns a mask."""
+
+
+class _State(msgspec.Struct, forbid_unknown_fields=True):
+    """A place in an epoch, and of which order.
+
+    Attributes:
+        seed: of the order, and so are `shuffle`, `buffer` and `rows`.
+        shuffle: likewise.
+        buffer: likewise.
+        rows: likewise.
+        epoch: the number of the epoch.
+        window: the window of it in which the next row lies.
+        row: how many rows of that window have been given, of those that a mask lets through.
+    """
+
+    seed: int
+    shuffle: bool | str
+    buffer: int
+    rows: int
+    epoch: int = 0
+    window: int = 0
+    row: int = 0
+
+
+class Batches:
+    """Batches of rows: see `Activations.batches`.
+
+    Args:
+        columns: the rows of each site, and `token_ids`, `sequence`, `position` and `document`.
+        size: as of `Activations.batches`, and so are the others.
+        shuffle: likewise.
+        seed: likewise.
+        buffer: likewise.
+        where: likewise.
+        drop_last: likewise.
+        state: likewise.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, Rows[Any]],
+        size: int,
+        *,
+        shuffle: Any,
+        seed: Any,
+        buffer: int,
+        where: Where | None,
+        drop_last: bool,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        check_count("size", size)
+        check_count("buffer", buffer)
+        check_shuffle(shuffle, seed)
+        self._columns = columns
+        self._size = size
+        self._where = where
+        self._drop_last = drop_last
+        self._state = _State(seed, shuffle, buffer, len(columns[TOKEN_IDS]))
+        if state is not None:
+            self._state = _resumed(state, self._state)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Where the next batch begins: a few numbers that JSON can hold, for `resume=`.
+
+        In the body of a loop, that is behind the batch that the loop has been given.
+        """
+        return msgspec.to_builtins(self._state)
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that the next batch is of, from 0."""
+        return self._state.epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        now = self._state
+        shuffle: Any = now.shuffle
+        order = Order(now.rows, shuffle, now.seed, now.epoch, now.buffer)
+        columns, size = self._columns, self._size
+        given = rows_of(columns, order, size, self._where, now.window, now.row)
+        for batch, window, row in given:
+            if self._drop_last and len(batch[TOKEN_IDS]) < size:
+                break
+            self._state = msgspec.structs.replace(now, window=window, row=row)
+            yield batch
+        self._state = msgspec.structs.replace(now, epoch=now.epoch + 1, window=0, row=0)
+
+    def forever(self) -> Iterator[Batch]:
+        """Gives batches of one epoch after the other, without an end.
+
+        Raises:
+            OptionError: if an epoch has no batch.
+        """
+        while True:
+            some = False
+            for batch in self:
+                some = True
+                yield batch
+            if not some:
+                raise OptionError(
+                    "There is no batch to give: there are no rows, or `where` lets none through, "
+                    "or fewer than a batch has.",
+                    here(),
+                )
+
+    def __repr__(self) -> str:
+        state = self._state
+        return (
+            f"<Batches of {self._size} of {state.rows:,} rows: {', '.join(self._columns)}; "
+            f"epoch {state.epoch}>"
+        )
+
+
+def rows_of(
+    columns: Mapping[str, Rows[Any]],
+    order: Order,
+    size: int,
+    where: Where | None,
+    window: int = 0,
+    row: int = 0,
+) -> Iterator[tuple[Batch, int, int]]:
+    """Gives rows in an order, as batches, each with the window and the row behind it.
+
+    Args:
+        columns: as of `Batches`.
+        order: the order.
+        size: how many rows a batch has; the last may have fewer.
+        where: as of `Activations.batches`.
+        window: in which window to begin.
+        row: how many of its rows to leave out.
+    """
+    pending: list[Batch] = []
+    count = 0
+    for number in range(window, order.windows):
+        numbers, given = order.window(number)
+        held, given = _read(columns, numbers, given, where)
+        done = row if number == window else 0
+        while done < len(given):
+            taken = torch.from_numpy(given[done : done + size - count])
+            pending.append({name: _at(value, taken) for name, value in held.items()})
+            done, count = done + len(taken), count + len(taken)
+            if count == size:
+                yield _joined(pending), number, done
+                pending, count = [], 0
+        del held  # before the next window is read, or there would be two
+    if pending:
+        yield _joined(pending), order.windows, 0
+
+
+def _read(
+    columns: Mapping[str, Rows[Any]], numbers: Any, given: Any, where: Where | None
+) -> tuple[Batch, Any]:
+    """A window's rows that a mask lets through, and the order in which they are given."""
+    if where is not None:
+        # Of rows that are left out, nothing else is read.
+        mask = _mask(where, [columns[n][numbers] for n in (TOKEN_IDS, POSITION, SEQUENCE)])
+        places = mask.cumsum() - 1
+        given = places[given[mask[given]]]
+        numbers = numbers[mask]
+    return {name: column[numbers] for name, column in columns.items()}, given
+
+
+def _mask(where: Where, given: Sequence[torch.Tensor]) -> Any:
+    """What the user's function says, as an array."""
+    token_ids, position, sequence = given
+    mask: Any = where(token_ids, position, sequence)
+    rows = len(token_ids)
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != (rows,):
+        found = f"{mask!r:.60}"
+        if isinstance(mask, torch.Tensor):
+            found = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
+        raise OptionError(f"`where` returns a boolean tensor ({rows},), not {found}.", here())
+    return mask.cpu().numpy()
+
+
+def _at(value: Any, taken: torch.Tensor) -> Any:
+    if isinstance(value, TopFeatures):
+        return TopFeatures(*(part.index_select(0, taken) for part in value))
+    return value.index_select(0, taken)
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: _concatenated([part[name] for part in parts]) for name in parts[0]}
+
+
+def _concatenated(values: list[Any]) -> Any:
+    if isinstance(values[0], TopFeatures):
+        return TopFeatures(*map(torch.cat, zip(*values, strict=True)))
+    return torch.cat(values)
+
+
+def _resumed(given: Mapping[str, Any], now: _State) -> _State:
+    """The state to go on from, if it is of this order."""
+    try:
+        state = msgspec.convert(dict(given), _State)
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        raise OptionError(f"`resume` is the `state` of batches: {error}.", here()) from None
+    if min(state.epoch, state.window, state.row) < 0:
+        raise OptionError("`resume` is the `state` of batches: it has a negative number.", here())
+    for name in ("seed", "shuffle", "buffer", "rows"):
+        was, asked = getattr(state, name), getattr(now, name)
+        if was != asked:
+            raise OptionError(
+                f"`resume` is of an order with {name} {was!r}, and this one has {asked!r}.", here()
+            )
+    return state

@@ -1,0 +1,178 @@
+"""Rows of one tensor over all shards, read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from insitu.graph.errors import OptionError, ShapeError
+from insitu.graph.location import here
+from insitu.harvest.row_numbers import Numbers, numbers_of
+from insitu.harvest.shard_file import ShardFile
+
+Taken = TypeVar("Taken")
+
+
+class TopFeatures(NamedTuple):
+    """The largest features of some rows, of a site that keeps no others.
+
+    Attributes:
+        values: how large they are, `(rows, k)`, or `(k,)` of one row.
+        indices: which features they are, int32, of the same shape.
+    """
+
+    values: torch.Tensor
+    indices: torch.Tensor
+
+    def to_dense(self, features: int) -> torch.Tensor:
+        """Returns all features, 0 where one was not among the largest.
+
+        Args:
+            features: how many there are.
+
+        Returns:
+            `(rows, features)`, in the dtype of the values.
+
+        Raises:
+            ShapeError: if there is a feature of a higher number.
+        """
+        numbers = self.indices.long()
+        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < features:
+            raise ShapeError(
+                f"There are features {int(numbers.min())} to {int(numbers.max())}, which do not "
+                f"fit into {features}.",
+                here(),
+            )
+        empty = self.values.new_zeros(*self.values.shape[:-1], features)
+        # Added, not put: a feature of size 0 may be listed twice where fewer than k are there.
+        return empty.scatter_add(-1, numbers, self.values)
+
+
+class Shards(NamedTuple):
+    """The shards of a folder, and which rows each has.
+
+    Attributes:
+        opened: gives a shard by its number.
+        starts: the number of the first row of each, and of all rows at the end, int64.
+    """
+
+    opened: Callable[[int], ShardFile]
+    starts: Numbers
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are in all."""
+        return int(self.starts[-1])
+
+
+class Rows(Generic[Taken]):
+    """Rows of a site, or of what says where rows come from: `rows[index]` reads them.
+
+    An index is a number, a slice, a list or tensor of numbers, or a mask. What is given is a copy,
+    and only these rows are read.
+
+    Args:
+        shards: where they are.
+        names: the tensors in the shards.
+        dtype: of what is given.
+        shape: of one row.
+        made: makes what is given of one tensor for each name.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        names: tuple[str, ...],
+        dtypes: tuple[torch.dtype, ...],
+        shape: tuple[int, ...],
+        made: Callable[..., Taken],
+    ) -> None:
+        self._shards = shards
+        self._names = names
+        self._dtypes = dtypes
+        self._row = shape
+        self._made = made
+
+    def __len__(self) -> int:
+        return self._shards.rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all rows together, `(rows, ...)`."""
+        return (len(self), *self._row)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return self._dtypes[0]
+
+    def __getitem__(self, index: Any) -> Taken:
+        found = numbers_of(index, len(self))
+        one = isinstance(found, int)
+        numbers = range(found, found + 1) if isinstance(found, int) else found
+        taken = [
+            self._taken(name, dtype, numbers)
+            for name, dtype in zip(self._names, self._dtypes, strict=True)
+        ]
+        return self._made(*(tensor[0] if one else tensor for tensor in taken))
+
+    def __iter__(self) -> Any:
+        # Python would fall back to `self[0]`, `self[1]`, ...: a call for each row.
+        raise OptionError(
+            "Rows are read with an index, `rows[:1000]`, and all of them in "
+            "`activations.batches(size)`.",
+            here(),
+        )
+
+    def __repr__(self) -> str:
+        return f"<Rows of {self._names[0]}: {self.shape}, {str(self.dtype).removeprefix('torch.')}>"
+
+    def _taken(self, name: str, dtype: torch.dtype, numbers: range | Numbers) -> torch.Tensor:
+        made = torch.empty(len(numbers), *self._row, dtype=dtype)
+        if not made.numel():
+            return made
+        # NumPy has no bfloat16, and takes rows of bytes as fast.
+        target = made.view(torch.uint8) if self._row else made[:, None].view(torch.uint8)
+        flat = target.reshape(len(numbers), -1).numpy()
+        if isinstance(numbers, range):
+            self._copy_range(name, numbers, flat)
+        else:
+            self._copy(name, numbers, flat)
+        return made
+
+    def _copy_range(self, name: str, numbers: range, target: np.ndarray[Any, Any]) -> None:
+        starts = self._shards.starts
+        ordered = numbers if numbers.step > 0 else numbers[::-1]
+        target = target if numbers.step > 0 else target[::-1]
+        done = 0
+        while done < len(ordered):
+            shard = int(np.searchsorted(starts, ordered[done], "right")) - 1
+            start, stop = int(starts[shard]), int(starts[shard + 1])
+            count = len(range(ordered[done], min(stop, ordered.stop), ordered.step))
+            source = self._shards.opened(shard).bytes_of(name)
+            part = source[ordered[done] - start :: ordered.step][:count]
+            target[done : done + count] = part
+            done += count
+
+    def _copy(self, name: str, numbers: Numbers, target: np.ndarray[Any, Any]) -> None:
+        starts = self._shards.starts
+        of_shard = np.searchsorted(starts, numbers, "right") - 1
+        if (of_shard[1:] >= of_shard[:-1]).all():  # each shard's rows lie side by side
+            edges = [0, *(np.flatnonzero(np.diff(of_shard)) + 1).tolist(), len(numbers)]
+            for first, stop in pairwise(edges):
+                shard = int(of_shard[first])
+                source = self._shards.opened(shard).bytes_of(name)
+                own = numbers[first:stop] - starts[shard]
+                np.take(source, own, axis=0, out=target[first:stop], mode="clip")
+            return
+        for shard in np.unique(of_shard).tolist():
+            places = np.flatnonzero(of_shard == shard)
+            source = self._shards.opened(shard).bytes_of(name)
+            target[places] = np.take(source, numbers[places] - starts[shard], axis=0)
