@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from insitu import disk
 from insitu.display.rows import rows_html
 from insitu.graph.errors import LoadError, NotCachedError, OptionError, nearest
 from insitu.graph.location import here
 from insitu.harvest.batches import Batches, Where
+from insitu.harvest.checking import BrokenShard, broken_shards
+from insitu.harvest.drawing import HEAD, site_rows, site_table, summary
 from insitu.harvest.layout import (
     DOCUMENT,
     POSITION,
@@ -25,37 +22,20 @@ from insitu.harvest.layout import (
     SEQUENCE,
     TOKEN_IDS,
     Skipped,
-    shard_name,
 )
 from insitu.harvest.opening import Contents, read_contents, tensors_of_site
-from insitu.harvest.rows import Rows, Shards, TopFeatures
-from insitu.harvest.shard_file import ROW_DTYPES, open_shard
+from insitu.harvest.rows import Rows, TopFeatures
+from insitu.harvest.shard_file import ROW_DTYPES
+from insitu.harvest.shards import Shards
 from insitu.harvest.shuffling import Shuffle
 from insitu.harvest.specification import SiteSpecification, Specification
 from insitu.harvest.statistics import Statistics, statistics_of
+from insitu.harvest.torch_data import ActivationDataset
 
 if TYPE_CHECKING:
     from typing import Self
 
     from rich.console import Console, ConsoleOptions, RenderResult
-
-_OPEN = 16
-"""How many shards stay mapped. Each takes a file of the process, of which it may have few."""
-
-
-@dataclass(frozen=True, slots=True)
-class BrokenShard:
-    """A shard that is not as the manifest says.
-
-    Attributes:
-        shard: its number.
-        file: its file, relative to the folder.
-        reason: what is wrong.
-    """
-
-    shard: int
-    file: str
-    reason: str
 
 
 class Activations:
@@ -80,14 +60,8 @@ class Activations:
     def __init__(self, folder: Path, contents: Contents) -> None:
         self._folder = folder
         self._contents = contents
-        lines, specification = contents.lines, contents.specification
-
-        def opened(number: int) -> Any:
-            return open_shard(folder, specification, lines[number])
-
-        starts = np.cumsum([0, *(line.rows for line in lines)], dtype=np.int64)
-        self._shards = Shards(lru_cache(_OPEN)(opened), starts)
-        self._sites = {site.label: site for site in specification.sites}
+        self._shards = Shards(folder, contents)
+        self._sites = {site.label: site for site in contents.specification.sites}
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Self:
@@ -263,6 +237,47 @@ class Activations:
         options: Any = {"shuffle": shuffle, "seed": seed, "buffer": buffer, "state": resume}
         return Batches(self._columns(sites), size, **options, where=where, drop_last=drop_last)
 
+    def dataset(
+        self,
+        size: int,
+        sites: str | Sequence[str] | None = None,
+        *,
+        shuffle: bool | Shuffle = True,
+        seed: int = 0,
+        buffer: int = 65_536,
+        where: Where | None = None,
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> ActivationDataset:
+        """Returns the same batches as a data set of PyTorch, for `DataLoader(dataset, None)`.
+
+        Each row is given once an epoch, over all workers and all ranks together, however few
+        shards there are: each reader gets as many rows as another, or one more. `set_epoch`
+        chooses the order. Each worker holds up to `buffer` rows.
+
+        Args:
+            size: how many rows a batch has. The `DataLoader` itself is given `batch_size=None`.
+            sites: as of `batches`, and so are `shuffle`, `seed`, `buffer` and `where`. All ranks
+                give the same ones.
+            shuffle: likewise.
+            seed: likewise.
+            buffer: likewise.
+            where: likewise.
+            drop_last: whether all batches have `size` rows. Without `where` all workers and ranks
+                give as many of them then, as training on several ranks needs.
+            rank: of this process; None for that of `torch.distributed`, if it is initialised when
+                the data set is made.
+            world_size: among how many ranks the rows are divided; None likewise.
+
+        Raises:
+            NotCachedError: if there is no such site.
+            OptionError: if an option has no meaning.
+        """
+        options: Any = {"shuffle": shuffle, "seed": seed, "buffer": buffer, "where": where}
+        options.update(drop_last=drop_last, rank=rank, world_size=world_size)
+        return ActivationDataset(self._columns(sites), size, **options)
+
     def statistics(self, site: str) -> Statistics:
         """Returns the mean, the mean norm and the trace of the covariance of a site's rows.
 
@@ -295,31 +310,20 @@ class Activations:
             Those that are missing or not as they were written. `harvest(..., verify=True)` makes
             them anew.
         """
-        found = map(self._broken, range(len(self._shards)))
-        return [one for one in found if one is not None]
+        return broken_shards(self._folder, self._contents)
 
     def __repr__(self) -> str:
-        lines = [self._summary()]
-        lines += [f"  {name}: {dtype} {shape}" for name, shape, dtype, _ in self._table()]
+        lines = [summary(self._contents)]
+        lines += [
+            f"  {site}: {dtype} {shape}" for site, shape, dtype, _ in site_rows(self._contents)
+        ]
         return "\n".join(lines)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("site", overflow="fold")
-        table.add_column("shape of a row")
-        table.add_column("dtype")
-        table.add_column("bytes", justify="right")
-        for row in self._table():
-            table.add_row(*map(Text, row))
-        yield Text(self._summary(), style="bold")
-        yield table
+        yield site_table(self._contents)
 
     def _repr_html_(self) -> str:
-        head = ("site", "shape of a row", "dtype", "bytes")
-        return rows_html(head, self._table(), head[:3], self._summary())
+        return rows_html(HEAD, site_rows(self._contents), HEAD[:3], summary(self._contents))
 
     def __reduce__(self) -> Any:
         return type(self), (self._folder, self._contents)
@@ -337,45 +341,6 @@ class Activations:
 
     def _of_rows(self, name: str) -> Rows[torch.Tensor]:
         return Rows(self._shards, (name,), (ROW_DTYPES[name],), (), _alone)
-
-    def _summary(self) -> str:
-        ended = "" if self.complete else ", not at its end"
-        skipped = f", {len(self.skipped):,} rows of the data skipped" if self.skipped else ""
-        shards = len(self._shards)
-        return (
-            f"Activations of {self.specification.model} on {self.specification.data.name}: "
-            f"{self.rows:,} rows of {self.tokens:,} tokens in {shards} shard{'s' * (shards != 1)}"
-            f"{skipped}{ended}"
-        )
-
-    def _table(self) -> list[tuple[str, str, str, str]]:
-        """The label, shape, dtype and bytes of each site."""
-        table: list[tuple[str, str, str, str]] = []
-        for site in self._sites.values():
-            shape = str(site.shape)
-            if site.features is not None:
-                shape = f"{site.shape[0]} of {site.features:,} features"
-            row = sum(
-                torch.Size(one).numel() * dtype.itemsize
-                for dtype, one in tensors_of_site(site).values()
-            )
-            table.append((site.label, shape, site.dtype, f"{row * self.rows:,}"))
-        return table
-
-    def _broken(self, number: int) -> BrokenShard | None:
-        line, file = self._contents.lines[number], shard_name(number)
-        try:
-            disk.check_readable(self._folder / file)
-            open_shard(self._folder, self.specification, line)
-            with open(self._folder / file, "rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        except LoadError as error:
-            return BrokenShard(number, file, str(error).splitlines()[0])
-        except OSError as error:
-            return BrokenShard(number, file, error.strerror or str(error))
-        if digest != line.sha256:
-            return BrokenShard(number, file, "its digest is not that in the manifest")
-        return None
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

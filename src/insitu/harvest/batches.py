@@ -10,7 +10,7 @@ import torch
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.layout import POSITION, SEQUENCE, TOKEN_IDS
+from insitu.harvest.layout import POSITION, ROW_TENSORS, SEQUENCE, TOKEN_IDS
 from insitu.harvest.rows import Rows, TopFeatures
 from insitu.harvest.shuffling import Order, check_shuffle
 from insitu.methods.sites import check_count
@@ -126,10 +126,51 @@ class Batches:
                     here(),
                 )
 
+    def vectors(
+        self,
+        site: str | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Gives the rows of one site as plain tensors, without an end: what trainers take.
+
+        Args:
+            site: which; None if there is but one.
+            device: where to put them; None to leave them on the CPU.
+            dtype: what to make of them; None for the dtype in which they are stored.
+
+        Returns:
+            An iterator of tensors `(size, width)`. Rows with several axes, such as of heads, are
+            flattened.
+
+        Raises:
+            OptionError: if the site is none of these, or keeps the largest features only.
+        """
+        sites = self.sites
+        if site is None and len(sites) > 1:
+            raise OptionError(f"There are several sites: name one of {list(sites)}.", here())
+        label = next(iter(sites)) if site is None else site
+        if label not in sites:
+            raise OptionError(f"The site {label!r} is not among those chosen: {sites}.", here())
+        if not self._columns[label].dense:
+            raise OptionError(
+                f"{label!r} keeps the largest features only: its rows are no vectors of one width. "
+                "Make them dense with `batch[label].to_dense(features)`.",
+                here(),
+            )
+        given = (batch[label] for batch in self.forever())
+        return (r.reshape(len(r), -1).to(device=device, dtype=dtype) for r in given)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The labels of the sites that are given."""
+        return tuple(name for name in self._columns if name not in ROW_TENSORS)
+
     def __repr__(self) -> str:
         state = self._state
         return (
-            f"<Batches of {self._size} of {state.rows:,} rows: {', '.join(self._columns)}; "
+            f"<Batches of {self._size} of {state.rows:,} rows: {', '.join(self.sites)}; "
             f"epoch {state.epoch}>"
         )
 
@@ -218,7 +259,7 @@ def _resumed(given: Mapping[str, Any], now: _State) -> _State:
     """The state to go on from, if it is of this order."""
     try:
         state = msgspec.convert(dict(given), _State)
-    except (msgspec.ValidationError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:  # msgspec's own is a `ValueError`
         raise OptionError(f"`resume` is the `state` of batches: {error}.", here()) from None
     if min(state.epoch, state.window, state.row) < 0:
         raise OptionError("`resume` is the `state` of batches: it has a negative number.", here())

@@ -12,7 +12,7 @@ import torch
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.harvest.row_numbers import Numbers, numbers_of
-from insitu.harvest.shard_file import ShardFile
+from insitu.harvest.shards import Shards
 
 Taken = TypeVar("Taken")
 
@@ -50,26 +50,6 @@ class TopFeatures(NamedTuple):
         empty = self.values.new_zeros(*self.values.shape[:-1], features)
         # Added, not put: a feature of size 0 may be listed twice where fewer than k are there.
         return empty.scatter_add(-1, numbers, self.values)
-
-
-class Shards(NamedTuple):
-    """The shards of a folder, and which rows each has.
-
-    Attributes:
-        opened: gives a shard by its number.
-        starts: the number of the first row of each, and of all rows at the end, int64.
-    """
-
-    opened: Callable[[int], ShardFile]
-    starts: Numbers
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def rows(self) -> int:
-        """How many rows there are in all."""
-        return int(self.starts[-1])
 
 
 class Rows(Generic[Taken]):
@@ -112,6 +92,11 @@ class Rows(Generic[Taken]):
     def dtype(self) -> torch.dtype:
         """The dtype of the values."""
         return self._dtypes[0]
+
+    @property
+    def dense(self) -> bool:
+        """Whether a row is one tensor, and not the largest of its features."""
+        return len(self._names) == 1
 
     def __getitem__(self, index: Any) -> Taken:
         found = numbers_of(index, len(self))
