@@ -127,6 +127,7 @@ def test_a_mask_goes_to_the_workers(folder: Path) -> None:
     assert sorted(found) == sorted(place for place in every_place(activations) if place[1] > 4)
 
 
+@pytest.mark.slow
 def test_it_goes_to_workers_that_are_spawned(folder: Path) -> None:
     """They unpickle it, in a process that has read nothing."""
     code = f"""
@@ -152,6 +153,7 @@ if __name__ == "__main__":
     assert begun == str(sorted(1000 * s + p for s, p in places(dataset))[:3])
 
 
+@pytest.mark.slow
 def test_ranks_are_those_of_the_process_group(folder: Path) -> None:
     """Two processes with `gloo`, which start a data loader of two workers each."""
     code = f"""

@@ -21,8 +21,8 @@ def summary(contents: Contents) -> str:
     rows, tokens = sum(line.rows for line in lines), sum(line.tokens for line in lines)
     skipped = sum(len(line.skipped) for line in lines)
     return (
-        f"Activations of {told.model} on {told.data.name}: {rows:,} rows of {tokens:,} tokens in "
-        f"{len(lines):,} shard{'s' * (len(lines) != 1)}"
+        f"Activations of {_line(told.model)} on {_line(told.data.name)}: {rows:,} rows of "
+        f"{tokens:,} tokens in {len(lines):,} shard{'s' * (len(lines) != 1)}"
         + (f", {skipped:,} rows of the data skipped" if skipped else "")
         + ("" if contents.complete else ", not at its end")
     )
@@ -38,7 +38,7 @@ def site_rows(contents: Contents) -> list[tuple[str, str, str, str]]:
             shape = f"{site.shape[0]} of {site.features:,} features"
         tensors = tensors_of_site(site).values()
         size = sum(torch.Size(row).numel() * dtype.itemsize for dtype, row in tensors)
-        table.append((site.label, shape, site.dtype, f"{size * rows:,}"))
+        table.append((_line(site.label), shape, site.dtype, f"{size * rows:,}"))
     return table
 
 
@@ -54,3 +54,11 @@ def site_table(contents: Contents) -> RenderableType:
     for row in site_rows(contents):
         table.add_row(*map(Text, row))
     return Group(Text(summary(contents), style="bold"), table)
+
+
+def _line(text: str) -> str:
+    """A text without what would break a line or a terminal: a folder may come from anybody."""
+    plain = (
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+    return "".join(plain)

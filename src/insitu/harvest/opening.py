@@ -86,7 +86,12 @@ def read_contents(folder: str | os.PathLike[str]) -> Contents:
     """
     path = Path(folder)
     specification = _specification(path / SPECIFICATION)
-    return Contents(specification, _lines(path / MANIFEST))
+    row = sum(
+        math.prod(shape) * dtype.itemsize
+        for site in specification.sites
+        for dtype, shape in tensors_of_site(site).values()
+    )
+    return Contents(specification, _lines(path / MANIFEST, max(row, 1)))
 
 
 def tensors_of_site(site: SiteSpecification) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -109,9 +114,10 @@ def sums_of_site(site: SiteSpecification) -> dict[str, tuple[torch.dtype, tuple[
 
 
 def _specification(path: Path) -> Specification:
-    if not path.parent.is_dir():
+    # Not those of `pathlib`, which raise on names that are too long.
+    if not os.path.isdir(path.parent):
         raise LoadError(f"There is no folder {os.fspath(path.parent)!r}.", here())
-    if not path.exists():
+    if not os.path.lexists(path):
         raise LoadError(
             f"{os.fspath(path.parent)!r} is no folder of activations: it has no {SPECIFICATION}, "
             "which `insitu harvest` writes.",
@@ -149,17 +155,14 @@ def _check_site(path: Path, site: SiteSpecification) -> None:
         _refuse(path, f"{said} keeps {list(site.shape)} of {site.features} features")
 
 
-def _lines(path: Path) -> tuple[Line, ...]:
-    try:
-        there = os.path.lexists(path)
-    except ValueError:  # a NUL in the name
-        there = True
-    if not there:  # a harvest that has just begun
+def _lines(path: Path, row: int) -> tuple[Line, ...]:
+    """The lines of a manifest. A row of all sites has so many bytes."""
+    if not os.path.lexists(path):  # a harvest that has just begun
         return ()
     # What stands behind the last end of a line was torn off in the middle of being written.
     data = disk.read(path, _LARGEST_MANIFEST).split(b"\n")[:-1]
     lines: list[Line] = []
-    sequences = 0
+    sequences = size = 0
     for number, text in enumerate(data):
         line = _decoded(path, text, Line, f"line {number + 1} of ")
         if line.shard != number:
@@ -168,12 +171,14 @@ def _lines(path: Path) -> tuple[Line, ...]:
             _refuse(path, f"shard {number} does not begin with sequence {sequences}")
         if min(line.rows, line.tokens, line.sequences, line.bytes) < 0:
             _refuse(path, f"a size of shard {number} is negative")
-        if max(line.rows, line.sequences) > line.bytes:
-            _refuse(path, f"shard {number} would have more rows than bytes")
+        if max(line.rows * row, line.sequences, 1) > line.bytes:
+            _refuse(path, f"the rows of shard {number} would not fit into its file")
         if lines and lines[-1].last:
             _refuse(path, f"shard {number} comes behind the last one")
-        sequences += line.sequences
+        sequences, size = sequences + line.sequences, size + line.bytes
         lines.append(line)
+    if size >= _TOO_LARGE:
+        _refuse(path, "its files would be larger than any disk")
     return tuple(lines)
 
 

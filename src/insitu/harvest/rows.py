@@ -102,6 +102,7 @@ class Rows(Generic[Taken]):
         found = numbers_of(index, len(self))
         one = isinstance(found, int)
         numbers = range(found, found + 1) if isinstance(found, int) else found
+        self._check(numbers)
         taken = [
             self._taken(name, dtype, numbers)
             for name, dtype in zip(self._names, self._dtypes, strict=True)
@@ -118,6 +119,20 @@ class Rows(Generic[Taken]):
 
     def __repr__(self) -> str:
         return f"<Rows of {self._names[0]}: {self.shape}, {str(self.dtype).removeprefix('torch.')}>"
+
+    def _check(self, numbers: range | Numbers) -> None:
+        """Raises if a shard of these rows is broken: a folder may say that rows are huge."""
+        starts = self._shards.starts
+        if isinstance(numbers, range) and len(numbers):
+            ends = (
+                np.searchsorted(
+                    starts, [min(numbers[0], numbers[-1]), max(numbers[0], numbers[-1])], "right"
+                )
+                - 1
+            )
+            self._shards.check(range(int(ends[0]), int(ends[1]) + 1))
+        elif len(numbers):
+            self._shards.check(np.unique(np.searchsorted(starts, numbers, "right") - 1).tolist())
 
     def _taken(self, name: str, dtype: torch.dtype, numbers: range | Numbers) -> torch.Tensor:
         made = torch.empty(len(numbers), *self._row, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Shards:
     def __init__(self, folder: Path, contents: Contents) -> None:
         self._folder = folder
         self._contents = contents
+        self._checked: set[int] = set()
         self._opened = lru_cache(_OPEN)(self._open)
         counts = [0, *(line.rows for line in contents.lines)]
         self.starts = np.cumsum(counts, dtype=np.int64)
@@ -48,6 +50,20 @@ class Shards:
             LoadError: if it is broken.
         """
         return self._opened(number)
+
+    def check(self, numbers: Iterable[int]) -> None:
+        """Raises if a shard is broken, before anything of the size of its rows is made.
+
+        Args:
+            numbers: the numbers of some shards. Each is opened once.
+
+        Raises:
+            LoadError: if one is broken.
+        """
+        for number in numbers:
+            if number not in self._checked:
+                self._opened(number)
+                self._checked.add(number)
 
     def __reduce__(self) -> Any:
         return type(self), (self._folder, self._contents)
