@@ -3,6 +3,7 @@
 from insitu.harvest.activations import Activations
 from insitu.harvest.batches import Batches
 from insitu.harvest.checking import BrokenShard
+from insitu.harvest.live import LiveBatches
 from insitu.harvest.rows import Rows, TopFeatures
 from insitu.harvest.statistics import Statistics
 from insitu.harvest.torch_data import ActivationDataset
@@ -12,6 +13,7 @@ __all__ = [
     "Activations",
     "Batches",
     "BrokenShard",
+    "LiveBatches",
     "Rows",
     "Statistics",
     "TopFeatures",

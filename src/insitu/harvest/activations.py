@@ -12,7 +12,8 @@ import torch
 from insitu.display.rows import rows_html
 from insitu.graph.errors import LoadError, NotCachedError, OptionError, nearest
 from insitu.graph.location import here
-from insitu.harvest.batches import Batches, Where
+from insitu.harvest.batch import Where
+from insitu.harvest.batches import Batches
 from insitu.harvest.checking import BrokenShard, broken_shards
 from insitu.harvest.drawing import HEAD, site_rows, site_table, summary
 from insitu.harvest.layout import (

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import msgspec
 import torch
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
+from insitu.harvest.batch import (
+    Batch,
+    Where,
+    at_rows,
+    epochs_of,
+    joined,
+    mask_of,
+    vectors_of,
+)
 from insitu.harvest.layout import POSITION, ROW_TENSORS, SEQUENCE, TOKEN_IDS
-from insitu.harvest.rows import Rows, TopFeatures
+from insitu.harvest.rows import Rows
 from insitu.harvest.shuffling import Order, check_shuffle
 from insitu.methods.sites import check_count
-
-Batch: TypeAlias = dict[str, Any]
-"""Rows of some sites: each site under its label, `(size, ...)`, or `TopFeatures` of one that keeps
-the largest features; and `token_ids`, `sequence`, `position` and `document`, `(size,)` each."""
-
-Where: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Which rows are given: a function of `(token_ids, position, sequence)` that returns a mask."""
 
 
 class _State(msgspec.Struct, forbid_unknown_fields=True):
@@ -114,17 +116,7 @@ class Batches:
         Raises:
             OptionError: if an epoch has no batch.
         """
-        while True:
-            some = False
-            for batch in self:
-                some = True
-                yield batch
-            if not some:
-                raise OptionError(
-                    "There is no batch to give: there are no rows, or `where` lets none through, "
-                    "or fewer than a batch has.",
-                    here(),
-                )
+        return epochs_of(self)
 
     def vectors(
         self,
@@ -159,8 +151,7 @@ class Batches:
                 "Make them dense with `batch[label].to_dense(features)`.",
                 here(),
             )
-        given = (batch[label] for batch in self.forever())
-        return (r.reshape(len(r), -1).to(device=device, dtype=dtype) for r in given)
+        return vectors_of(self.forever(), label, device, dtype)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -201,14 +192,14 @@ def rows_of(
         done = row if number == window else 0
         while done < len(given):
             taken = torch.from_numpy(given[done : done + size - count])
-            pending.append({name: _at(value, taken) for name, value in held.items()})
+            pending.append(at_rows(held, taken))
             done, count = done + len(taken), count + len(taken)
             if count == size:
-                yield _joined(pending), number, done
+                yield joined(pending), number, done
                 pending, count = [], 0
         del held  # before the next window is read, or there would be two
     if pending:
-        yield _joined(pending), order.windows, 0
+        yield joined(pending), order.windows, 0
 
 
 def _read(
@@ -217,42 +208,11 @@ def _read(
     """A window's rows that a mask lets through, and the order in which they are given."""
     if where is not None:
         # Of rows that are left out, nothing else is read.
-        mask = _mask(where, [columns[n][numbers] for n in (TOKEN_IDS, POSITION, SEQUENCE)])
+        mask = mask_of(where, [columns[n][numbers] for n in (TOKEN_IDS, POSITION, SEQUENCE)])
         places = mask.cumsum() - 1
         given = places[given[mask[given]]]
         numbers = numbers[mask]
     return {name: column[numbers] for name, column in columns.items()}, given
-
-
-def _mask(where: Where, given: Sequence[torch.Tensor]) -> Any:
-    """What the user's function says, as an array."""
-    token_ids, position, sequence = given
-    mask: Any = where(token_ids, position, sequence)
-    rows = len(token_ids)
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != (rows,):
-        found = f"{mask!r:.60}"
-        if isinstance(mask, torch.Tensor):
-            found = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
-        raise OptionError(f"`where` returns a boolean tensor ({rows},), not {found}.", here())
-    return mask.cpu().numpy()
-
-
-def _at(value: Any, taken: torch.Tensor) -> Any:
-    if isinstance(value, TopFeatures):
-        return TopFeatures(*(part.index_select(0, taken) for part in value))
-    return value.index_select(0, taken)
-
-
-def _joined(parts: list[Batch]) -> Batch:
-    if len(parts) == 1:
-        return parts[0]
-    return {name: _concatenated([part[name] for part in parts]) for name in parts[0]}
-
-
-def _concatenated(values: list[Any]) -> Any:
-    if isinstance(values[0], TopFeatures):
-        return TopFeatures(*map(torch.cat, zip(*values, strict=True)))
-    return torch.cat(values)
 
 
 def _resumed(given: Mapping[str, Any], now: _State) -> _State:

@@ -78,7 +78,7 @@ class Order:
             given = np.empty_like(order)
             given[order] = np.arange(len(order))
             return found[order], given
-        return found[order], self._drawn(1, self.reader, number).permutation(len(found))
+        return found[order], self.drawn(1, self.reader, number).permutation(len(found))
 
     def _at(self, first: int, stop: int) -> Numbers:
         """The rows from one place of the epoch to another, before windows are mixed."""
@@ -97,15 +97,21 @@ class Order:
     def _runs(self) -> Numbers:
         """The order of the runs; of a full shuffle, of all rows."""
         count = self.rows if self.shuffle == "full" else -(-self.rows // RUN)
-        return self._drawn(0).permutation(count).astype(np.int64)
+        return self.drawn(0).permutation(count).astype(np.int64)
 
     @cached_property
     def _place_of_last(self) -> int:
         """Where in the order the last run stands, which may be short."""
         return int(np.flatnonzero(self._runs == len(self._runs) - 1)[0])
 
-    def _drawn(self, *purpose: int) -> np.random.RandomState:
-        """Draws for a purpose. NumPy promises the same numbers in all of its versions."""
+    def drawn(self, *purpose: int) -> np.random.RandomState:
+        """Returns what draws for a purpose: other numbers for each.
+
+        Of its classes, this is the one of which NumPy promises the same numbers in all versions.
+
+        Args:
+            purpose: some numbers from 0.
+        """
         words: list[int] = []
         for number in (self.seed, self.epoch, *purpose):
             words += [number & 0xFFFFFFFF, number >> 32]

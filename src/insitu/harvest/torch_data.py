@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.batches import Batch, Where, rows_of
+from insitu.harvest.batch import Batch, Where
+from insitu.harvest.batches import rows_of
 from insitu.harvest.layout import TOKEN_IDS
 from insitu.harvest.rows import Rows
 from insitu.harvest.shuffling import Order, check_shuffle
