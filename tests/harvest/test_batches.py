@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from insitu import OptionError
 from insitu.harvest import Activations, Batches, TopFeatures
-from insitu.harvest.rows import Rows
-from insitu.harvest.shuffling import Order
+from insitu.harvest.shuffling import EpochOrder
+from insitu.harvest.stored_rows import StoredRows
 from tests.harvest.folders import LABEL, dense, sparse, write_folder
 
 SHARDS = [[40, 60, 30], [128, 5], [1], [90, 90, 3], [128]]
@@ -265,14 +265,14 @@ def test_no_more_than_a_buffer_and_a_batch_are_held(
     activations: Activations, shuffle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    taken = Rows._taken
+    taken = StoredRows._taken
 
-    def counted(self: Rows[Any], name: str, dtype: torch.dtype, numbers: Any) -> torch.Tensor:
+    def counted(self: StoredRows[Any], name: str, dtype: torch.dtype, numbers: Any) -> torch.Tensor:
         if name == LABEL:
             read.append(len(numbers))
         return taken(self, name, dtype, numbers)
 
-    monkeypatch.setattr(Rows, "_taken", counted)
+    monkeypatch.setattr(StoredRows, "_taken", counted)
     batches = activations.batches(16, LABEL, shuffle=shuffle, buffer=96)
     given = 0
     for batch in batches:
@@ -285,13 +285,13 @@ def test_rows_that_a_mask_leaves_out_are_not_read(
     activations: Activations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    taken = Rows._taken
+    taken = StoredRows._taken
 
-    def counted(self: Rows[Any], name: str, dtype: torch.dtype, numbers: Any) -> torch.Tensor:
+    def counted(self: StoredRows[Any], name: str, dtype: torch.dtype, numbers: Any) -> torch.Tensor:
         read.extend([len(numbers)] * (name == LABEL))
         return taken(self, name, dtype, numbers)
 
-    monkeypatch.setattr(Rows, "_taken", counted)
+    monkeypatch.setattr(StoredRows, "_taken", counted)
     [*activations.batches(16, LABEL, where=lambda ids, position, sequence: position == 0)]
     assert sum(read) == activations.sequences
 
@@ -299,7 +299,7 @@ def test_rows_that_a_mask_leaves_out_are_not_read(
 def test_a_window_is_read_in_the_order_of_the_files() -> None:
     for shuffle in (False, True, "full"):
         for reader in range(3):
-            order = Order(1000, shuffle, 0, 0, 200, reader, 3)  # type: ignore[arg-type]
+            order = EpochOrder(1000, shuffle, 0, 0, 200, reader, 3)  # type: ignore[arg-type]
             for number in range(order.windows):
                 rows, given = order.window(number)
                 assert (rows[1:] > rows[:-1]).all() and sorted(given) == list(range(len(rows)))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from insitu import OptionError
 from insitu.harvest import Activations
-from insitu.harvest.shuffling import Order
+from insitu.harvest.shuffling import EpochOrder
 from tests.harvest.folders import LABEL, dense, sparse, write_folder
 from tests.harvest.test_batches import every_place, places
 
@@ -74,7 +74,7 @@ def test_any_division_is_exact(
     found: list[int] = []
     sizes: list[int] = []
     for reader in range(readers):
-        order = Order(rows, shuffle, 3, epoch, buffer, reader, readers)
+        order = EpochOrder(rows, shuffle, 3, epoch, buffer, reader, readers)
         own = [int(row) for n in range(order.windows) for row in order.window(n)[0]]
         sizes.append(len(own))
         found += own

@@ -4,8 +4,8 @@ from insitu.harvest.activations import Activations
 from insitu.harvest.batches import Batches
 from insitu.harvest.checking import BrokenShard
 from insitu.harvest.live import LiveBatches
-from insitu.harvest.rows import Rows, TopFeatures
-from insitu.harvest.statistics import Statistics
+from insitu.harvest.site_statistics import Statistics
+from insitu.harvest.stored_rows import StoredRows, TopFeatures
 from insitu.harvest.torch_data import ActivationDataset
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "Batches",
     "BrokenShard",
     "LiveBatches",
-    "Rows",
     "Statistics",
+    "StoredRows",
     "TopFeatures",
 ]

@@ -12,7 +12,7 @@ import torch
 from insitu.display.rows import rows_html
 from insitu.graph.errors import LoadError, NotCachedError, OptionError, nearest
 from insitu.graph.location import here
-from insitu.harvest.batch import Where
+from insitu.harvest.batch_parts import Where
 from insitu.harvest.batches import Batches
 from insitu.harvest.checking import BrokenShard, broken_shards
 from insitu.harvest.drawing import HEAD, site_rows, site_table, summary
@@ -24,13 +24,13 @@ from insitu.harvest.layout import (
     TOKEN_IDS,
     Skipped,
 )
+from insitu.harvest.mapped_shard import ROW_DTYPES
 from insitu.harvest.opening import Contents, read_contents, tensors_of_site
-from insitu.harvest.rows import Rows, TopFeatures
-from insitu.harvest.shard_file import ROW_DTYPES
 from insitu.harvest.shards import Shards
 from insitu.harvest.shuffling import Shuffle
+from insitu.harvest.site_statistics import Statistics, statistics_of
 from insitu.harvest.specification import SiteSpecification, Specification
-from insitu.harvest.statistics import Statistics, statistics_of
+from insitu.harvest.stored_rows import StoredRows, TopFeatures
 from insitu.harvest.torch_data import ActivationDataset
 
 if TYPE_CHECKING:
@@ -166,30 +166,30 @@ class Activations:
             )
         return self._sites[site]
 
-    def __getitem__(self, site: str) -> Rows[Any]:
+    def __getitem__(self, site: str) -> StoredRows[Any]:
         found = self.site(site)
         tensors = tensors_of_site(found)
         dtypes = tuple(dtype for dtype, _ in tensors.values())
         made: Callable[..., Any] = _alone if found.features is None else TopFeatures
-        return Rows(self._shards, tuple(tensors), dtypes, found.shape, made)
+        return StoredRows(self._shards, tuple(tensors), dtypes, found.shape, made)
 
     @property
-    def token_ids(self) -> Rows[torch.Tensor]:
+    def token_ids(self) -> StoredRows[torch.Tensor]:
         """The token at each row, int32; -1 for a row that was made of several positions."""
         return self._of_rows(TOKEN_IDS)
 
     @property
-    def sequence(self) -> Rows[torch.Tensor]:
+    def sequence(self) -> StoredRows[torch.Tensor]:
         """The sequence of each row, int64, counted from 0 over the whole folder."""
         return self._of_rows(SEQUENCE)
 
     @property
-    def position(self) -> Rows[torch.Tensor]:
+    def position(self) -> StoredRows[torch.Tensor]:
         """The position of each row in its sequence, int32; -1 if it was made of several."""
         return self._of_rows(POSITION)
 
     @property
-    def document(self) -> Rows[torch.Tensor]:
+    def document(self) -> StoredRows[torch.Tensor]:
         """The row of the data that each row comes from, int64."""
         return self._of_rows(DOCUMENT)
 
@@ -329,7 +329,7 @@ class Activations:
     def __reduce__(self) -> Any:
         return type(self), (self._folder, self._contents)
 
-    def _columns(self, sites: str | Sequence[str] | None) -> dict[str, Rows[Any]]:
+    def _columns(self, sites: str | Sequence[str] | None) -> dict[str, StoredRows[Any]]:
         """The rows of chosen sites, and what says where rows come from."""
         chosen = self.sites if sites is None else sites
         chosen = (chosen,) if isinstance(chosen, str) else tuple(chosen)
@@ -340,8 +340,8 @@ class Activations:
             **{name: self._of_rows(name) for name in ROW_TENSORS},
         }
 
-    def _of_rows(self, name: str) -> Rows[torch.Tensor]:
-        return Rows(self._shards, (name,), (ROW_DTYPES[name],), (), _alone)
+    def _of_rows(self, name: str) -> StoredRows[torch.Tensor]:
+        return StoredRows(self._shards, (name,), (ROW_DTYPES[name],), (), _alone)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

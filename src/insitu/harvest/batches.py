@@ -10,7 +10,7 @@ import torch
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.batch import (
+from insitu.harvest.batch_parts import (
     Batch,
     Where,
     at_rows,
@@ -20,8 +20,8 @@ from insitu.harvest.batch import (
     vectors_of,
 )
 from insitu.harvest.layout import POSITION, ROW_TENSORS, SEQUENCE, TOKEN_IDS
-from insitu.harvest.rows import Rows
-from insitu.harvest.shuffling import Order, check_shuffle
+from insitu.harvest.shuffling import EpochOrder, check_shuffle
+from insitu.harvest.stored_rows import StoredRows
 from insitu.methods.sites import check_count
 
 
@@ -63,7 +63,7 @@ class Batches:
 
     def __init__(
         self,
-        columns: Mapping[str, Rows[Any]],
+        columns: Mapping[str, StoredRows[Any]],
         size: int,
         *,
         shuffle: Any,
@@ -100,7 +100,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         now = self._state
         shuffle: Any = now.shuffle
-        order = Order(now.rows, shuffle, now.seed, now.epoch, now.buffer)
+        order = EpochOrder(now.rows, shuffle, now.seed, now.epoch, now.buffer)
         columns, size = self._columns, self._size
         given = rows_of(columns, order, size, self._where, now.window, now.row)
         for batch, window, row in given:
@@ -167,8 +167,8 @@ class Batches:
 
 
 def rows_of(
-    columns: Mapping[str, Rows[Any]],
-    order: Order,
+    columns: Mapping[str, StoredRows[Any]],
+    order: EpochOrder,
     size: int,
     where: Where | None,
     window: int = 0,
@@ -203,7 +203,7 @@ def rows_of(
 
 
 def _read(
-    columns: Mapping[str, Rows[Any]], numbers: Any, given: Any, where: Where | None
+    columns: Mapping[str, StoredRows[Any]], numbers: Any, given: Any, where: Where | None
 ) -> tuple[Batch, Any]:
     """A window's rows that a mask lets through, and the order in which they are given."""
     if where is not None:

@@ -17,7 +17,7 @@ import torch
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.batch import (
+from insitu.harvest.batch_parts import (
     Batch,
     Where,
     at_rows,
@@ -28,19 +28,19 @@ from insitu.harvest.batch import (
     vectors_of,
 )
 from insitu.harvest.layout import INDICES, POSITION, ROW_TENSORS, SEQUENCE, TOKEN_IDS, VALUES
-from insitu.harvest.rows import TopFeatures
-from insitu.harvest.shuffling import Order, check_shuffle
+from insitu.harvest.shuffling import EpochOrder, check_shuffle
+from insitu.harvest.stored_rows import TopFeatures
 from insitu.methods.sites import check_count
 
 if TYPE_CHECKING:
     from typing import Self
 
-Range: TypeAlias = Mapping[str, torch.Tensor]
+RangeTensors: TypeAlias = Mapping[str, torch.Tensor]
 """Activations of consecutive sequences: `token_ids`, `sequence`, `position` and `document`,
 `(rows,)`, and each site under its label, `(rows, *shape)`, or `label/values` and `label/indices`.
 """
 
-Ranges: TypeAlias = Callable[[], Iterator[Range]]
+Ranges: TypeAlias = Callable[[], Iterator[RangeTensors]]
 """Begins an epoch: a function that returns the ranges of the data from its start. It is called in
 the thread that runs the model, and its iterator is closed if the epoch is not used to its end."""
 
@@ -163,7 +163,7 @@ class _Mixing:
         self._where = where
         self._drop_last = drop_last
 
-    def batches(self, ranges: Iterator[Range], epoch: int) -> Iterator[Batch]:
+    def batches(self, ranges: Iterator[RangeTensors], epoch: int) -> Iterator[Batch]:
         """Gives the rows of ranges as batches, mixed in a buffer."""
         pool: Batch = {}
         drawn = 0
@@ -183,7 +183,7 @@ class _Mixing:
             pool = self._mixed(pool, epoch, drawn)
             yield from self._cut(pool, len(pool[TOKEN_IDS]))
 
-    def _with(self, pool: Batch, given: Range) -> Batch:
+    def _with(self, pool: Batch, given: RangeTensors) -> Batch:
         """A pool with the rows of a range."""
         new = _as_batch(given)
         if self._where is not None:
@@ -197,7 +197,7 @@ class _Mixing:
         if not self._shuffle:
             return pool
         rows = len(pool[TOKEN_IDS])
-        order = Order(rows, True, self._seed, epoch, max(rows, 1)).drawn(2, drawn)
+        order = EpochOrder(rows, True, self._seed, epoch, max(rows, 1)).drawn(2, drawn)
         return at_rows(pool, torch.from_numpy(order.permutation(rows).astype("int64")))
 
     def _cut(self, pool: Batch, give: int) -> Iterator[Batch]:
@@ -268,7 +268,7 @@ def _work(
         _hand_over(end, ready, closed)
 
 
-def _until(source: Iterator[Range], closed: threading.Event) -> Iterator[Range]:
+def _until(source: Iterator[RangeTensors], closed: threading.Event) -> Iterator[RangeTensors]:
     for one in source:
         if closed.is_set():
             return
@@ -295,7 +295,7 @@ def _stop(closed: threading.Event, ready: queue.Queue[Any]) -> None:
                 ready.get_nowait()
 
 
-def _as_batch(given: Range) -> Batch:
+def _as_batch(given: RangeTensors) -> Batch:
     """A range with the features of a site together, and what says where rows come from last."""
     made: Batch = {}
     for name, tensor in given.items():

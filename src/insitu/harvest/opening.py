@@ -1,6 +1,6 @@
 """What a folder of activations says of itself: its specification and manifest, read and checked.
 
-No shard is opened here: see `shard_file`. The folder may come from anybody.
+No shard is opened here: see `mapped_shard`. The folder may come from anybody.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from insitu.harvest.mapped_shard import MappedShard, open_shard
 from insitu.harvest.opening import Contents
-from insitu.harvest.shard_file import ShardFile, open_shard
 
 _OPEN = 16
 """How many shards stay mapped. Each takes a file of the process, of which it may have few."""
@@ -43,7 +43,7 @@ class Shards:
         """How many rows there are in all."""
         return int(self.starts[-1])
 
-    def opened(self, number: int) -> ShardFile:
+    def opened(self, number: int) -> MappedShard:
         """Returns a shard.
 
         Raises:
@@ -68,5 +68,5 @@ class Shards:
     def __reduce__(self) -> Any:
         return type(self), (self._folder, self._contents)
 
-    def _open(self, number: int) -> ShardFile:
+    def _open(self, number: int) -> MappedShard:
         return open_shard(self._folder, self._contents.specification, self._contents.lines[number])

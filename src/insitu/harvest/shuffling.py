@@ -25,7 +25,7 @@ RUN = 64
 
 
 @dataclass(frozen=True)
-class Order:
+class EpochOrder:
     """The order of the rows of an epoch, or of the part of it that one of several readers gets.
 
     Attributes:

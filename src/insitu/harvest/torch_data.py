@@ -11,11 +11,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.batch import Batch, Where
+from insitu.harvest.batch_parts import Batch, Where
 from insitu.harvest.batches import rows_of
 from insitu.harvest.layout import TOKEN_IDS
-from insitu.harvest.rows import Rows
-from insitu.harvest.shuffling import Order, check_shuffle
+from insitu.harvest.shuffling import EpochOrder, check_shuffle
+from insitu.harvest.stored_rows import StoredRows
 from insitu.methods.sites import check_count
 
 
@@ -36,7 +36,7 @@ class ActivationDataset(IterableDataset[Batch]):
 
     def __init__(
         self,
-        columns: Mapping[str, Rows[Any]],
+        columns: Mapping[str, StoredRows[Any]],
         size: int,
         *,
         shuffle: Any,
@@ -90,7 +90,7 @@ class ActivationDataset(IterableDataset[Batch]):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         rows, readers = len(self._columns[TOKEN_IDS]), self._ranks * workers
-        order = Order(
+        order = EpochOrder(
             rows,
             self._shuffle,
             self._seed,

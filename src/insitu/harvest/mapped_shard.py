@@ -67,7 +67,7 @@ _header = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _tensor = msgspec.json.Decoder(_Tensor).decode
 
 
-class ShardFile:
+class MappedShard:
     """The tensors of a shard, which stay on disk until rows are taken.
 
     Args:
@@ -104,7 +104,7 @@ class ShardFile:
         return made
 
 
-def open_shard(folder: Path, specification: Specification, line: Line) -> ShardFile:
+def open_shard(folder: Path, specification: Specification, line: Line) -> MappedShard:
     """Maps a shard into memory, after its header is checked.
 
     Args:
@@ -143,7 +143,7 @@ def open_shard(folder: Path, specification: Specification, line: Line) -> ShardF
         if not first <= stop <= room or stop - first != math.prod(shape) * dtype.itemsize:
             _refuse(path, f"its tensor {name!r} does not lie within the file")
         places[name] = start + first, dtype, shape
-    return ShardFile(path, data, places)
+    return MappedShard(path, data, places)
 
 
 def _mapped(path: Path, line: Line) -> mmap.mmap:

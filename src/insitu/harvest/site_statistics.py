@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from insitu.harvest.layout import NORM_SUM, SQUARE_SUM, SUM
-from insitu.harvest.shard_file import ShardFile
+from insitu.harvest.mapped_shard import MappedShard
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,7 @@ class Statistics:
 
 
 def statistics_of(
-    shards: Iterable[ShardFile], label: str, shape: tuple[int, ...], rows: int
+    shards: Iterable[MappedShard], label: str, shape: tuple[int, ...], rows: int
 ) -> Statistics:
     """Returns the statistics of a dense site.
 

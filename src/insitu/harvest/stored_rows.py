@@ -52,7 +52,7 @@ class TopFeatures(NamedTuple):
         return empty.scatter_add(-1, numbers, self.values)
 
 
-class Rows(Generic[Taken]):
+class StoredRows(Generic[Taken]):
     """Rows of a site, or of what says where rows come from: `rows[index]` reads them.
 
     An index is a number, a slice, a list or tensor of numbers, or a mask. What is given is a copy,
