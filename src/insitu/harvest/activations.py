@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from insitu.display.rows import rows_html
@@ -16,6 +17,7 @@ from insitu.harvest.batch_parts import Where
 from insitu.harvest.batches import Batches
 from insitu.harvest.checking import BrokenShard, broken_shards
 from insitu.harvest.drawing import HEAD, site_rows, site_table, summary
+from insitu.harvest.exports import Exported, hook_name_of, to_arrow, to_numpy
 from insitu.harvest.layout import (
     DOCUMENT,
     POSITION,
@@ -24,13 +26,12 @@ from insitu.harvest.layout import (
     TOKEN_IDS,
     Skipped,
 )
-from insitu.harvest.mapped_shard import ROW_DTYPES
-from insitu.harvest.opening import Contents, read_contents, tensors_of_site
+from insitu.harvest.opening import Contents, read_contents
 from insitu.harvest.shards import Shards
 from insitu.harvest.shuffling import Shuffle
 from insitu.harvest.site_statistics import Statistics, statistics_of
 from insitu.harvest.specification import SiteSpecification, Specification
-from insitu.harvest.stored_rows import StoredRows, TopFeatures
+from insitu.harvest.stored_rows import StoredRows, rows_of_place, rows_of_site
 from insitu.harvest.torch_data import ActivationDataset
 
 if TYPE_CHECKING:
@@ -167,31 +168,27 @@ class Activations:
         return self._sites[site]
 
     def __getitem__(self, site: str) -> StoredRows[Any]:
-        found = self.site(site)
-        tensors = tensors_of_site(found)
-        dtypes = tuple(dtype for dtype, _ in tensors.values())
-        made: Callable[..., Any] = _alone if found.features is None else TopFeatures
-        return StoredRows(self._shards, tuple(tensors), dtypes, found.shape, made)
+        return rows_of_site(self._shards, self.site(site))
 
     @property
     def token_ids(self) -> StoredRows[torch.Tensor]:
         """The token at each row, int32; -1 for a row that was made of several positions."""
-        return self._of_rows(TOKEN_IDS)
+        return rows_of_place(self._shards, TOKEN_IDS)
 
     @property
     def sequence(self) -> StoredRows[torch.Tensor]:
         """The sequence of each row, int64, counted from 0 over the whole folder."""
-        return self._of_rows(SEQUENCE)
+        return rows_of_place(self._shards, SEQUENCE)
 
     @property
     def position(self) -> StoredRows[torch.Tensor]:
         """The position of each row in its sequence, int32; -1 if it was made of several."""
-        return self._of_rows(POSITION)
+        return rows_of_place(self._shards, POSITION)
 
     @property
     def document(self) -> StoredRows[torch.Tensor]:
         """The row of the data that each row comes from, int64."""
-        return self._of_rows(DOCUMENT)
+        return rows_of_place(self._shards, DOCUMENT)
 
     def batches(
         self,
@@ -292,17 +289,69 @@ class Activations:
             OptionError: if it keeps the largest features only, or there are no rows.
             LoadError: if a shard is broken.
         """
-        found = self.site(site)
-        if found.features is not None:
-            raise OptionError(
-                f"{site!r} keeps the largest features of each row only, so there are no "
-                "statistics of it.",
-                here(),
-            )
+        found = self._check_dense(site)
         if not self.rows:
             raise OptionError("There are no rows yet to have statistics of.", here())
         shards = map(self._shards.opened, range(len(self._shards)))
         return statistics_of(shards, site, found.shape, self.rows)
+
+    def to_numpy(self, site: str, rows: Any = None) -> np.ndarray[Any, Any]:
+        """Returns rows of a dense site as an array of NumPy, in memory.
+
+        Args:
+            site: the site.
+            rows: an index of rows; None for all.
+
+        Returns:
+            `(rows, *shape)`. Of bfloat16, which NumPy has not, float32 with the same values.
+
+        Raises:
+            NotCachedError: if there is no such site.
+            OptionError: if it keeps the largest features only.
+        """
+        self._check_dense(site)
+        return to_numpy(self[site], rows)
+
+    def to_arrow(
+        self,
+        folder: str | os.PathLike[str],
+        site: str,
+        *,
+        context: int | None = None,
+        column: str | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Exported:
+        """Writes a site as the data set of Hugging Face that SAELens reads.
+
+        That is `cached_activations_path=` of its `LanguageModelSAERunnerConfig`. Each row of the
+        data set is a sequence. Those that are shorter than the context are left out, which is
+        counted: harvest with `pack=True`, and there are next to none.
+
+        Args:
+            folder: where to: an empty folder, or none that exists. It is a data set for
+                `datasets.load_from_disk`.
+            site: a dense site. Rows with several axes, such as of heads, are flattened.
+            context: how many rows a sequence has; None for the context of the harvest.
+            column: what the column is called; None for the name that TransformerLens has for the
+                site, such as "blocks.6.hook_resid_post", or else its label.
+            dtype: float16 or float32; None for float16 if it is stored so, else float32.
+
+        Returns:
+            What was written.
+
+        Raises:
+            NotCachedError: if there is no such site.
+            OptionError: if it keeps the largest features only, the folder is not empty, no
+                sequence is so long, or Arrow has no such dtype.
+            MissingPackageError: if datasets is not installed.
+            SaveError: if the folder cannot be written.
+        """
+        found = self._check_dense(site)
+        told = self.specification
+        tensors = self[site], self.token_ids, self.sequence, self._shards
+        options: Any = {"column": column or hook_name_of(site), "dtype": dtype}
+        context = told.context if context is None else context
+        return to_arrow(folder, found, *tensors, context=context, **options)
 
     def check(self) -> list[BrokenShard]:
         """Reads all shards and compares them with the digests in the manifest.
@@ -329,6 +378,16 @@ class Activations:
     def __reduce__(self) -> Any:
         return type(self), (self._folder, self._contents)
 
+    def _check_dense(self, site: str) -> SiteSpecification:
+        found = self.site(site)
+        if found.features is not None:
+            raise OptionError(
+                f"{site!r} keeps the largest features of each row only, and this takes whole "
+                "rows: `activations[site][rows].to_dense(features)` makes some.",
+                here(),
+            )
+        return found
+
     def _columns(self, sites: str | Sequence[str] | None) -> dict[str, StoredRows[Any]]:
         """The rows of chosen sites, and what says where rows come from."""
         chosen = self.sites if sites is None else sites
@@ -337,12 +396,5 @@ class Activations:
             raise OptionError(f"`sites` are some labels, each once, not {sites!r}.", here())
         return {
             **{s: self[s] for s in chosen},
-            **{name: self._of_rows(name) for name in ROW_TENSORS},
+            **{name: rows_of_place(self._shards, name) for name in ROW_TENSORS},
         }
-
-    def _of_rows(self, name: str) -> StoredRows[torch.Tensor]:
-        return StoredRows(self._shards, (name,), (ROW_DTYPES[name],), (), _alone)
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

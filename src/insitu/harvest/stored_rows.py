@@ -11,8 +11,11 @@ import torch
 
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
+from insitu.harvest.mapped_shard import ROW_DTYPES
+from insitu.harvest.opening import tensors_of_site
 from insitu.harvest.row_numbers import Numbers, numbers_of
 from insitu.harvest.shards import Shards
+from insitu.harvest.specification import SiteSpecification
 
 Taken = TypeVar("Taken")
 
@@ -176,3 +179,30 @@ class StoredRows(Generic[Taken]):
             places = np.flatnonzero(of_shard == shard)
             source = self._shards.opened(shard).bytes_of(name)
             target[places] = np.take(source, numbers[places] - starts[shard], axis=0)
+
+
+def rows_of_site(shards: Shards, site: SiteSpecification) -> StoredRows[Any]:
+    """Returns the rows of a site: tensors, or `TopFeatures`.
+
+    Args:
+        shards: where they are.
+        site: which site.
+    """
+    tensors = tensors_of_site(site)
+    dtypes = tuple(dtype for dtype, _ in tensors.values())
+    made: Callable[..., Any] = _alone if site.features is None else TopFeatures
+    return StoredRows(shards, tuple(tensors), dtypes, site.shape, made)
+
+
+def rows_of_place(shards: Shards, name: str) -> StoredRows[torch.Tensor]:
+    """Returns what says where rows come from.
+
+    Args:
+        shards: where it is.
+        name: one of `ROW_TENSORS`.
+    """
+    return StoredRows(shards, (name,), (ROW_DTYPES[name],), (), _alone)
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
