@@ -18,7 +18,7 @@ from rich.console import Console
 from insitu import IndexOutOfRangeError, LoadError, NotCachedError, OptionError
 from insitu.harvest import Activations, TopFeatures
 from insitu.harvest.layout import Skipped
-from tests.harvest.folders import LABEL, dense, sparse, write_folder
+from tests.harvest.made_folders import LABEL, dense, sparse, write_folder
 
 SHARDS = [[3, 5, 2], [8], [1, 1, 7], [4, 4]]
 ROWS = 35

@@ -15,7 +15,7 @@ import torch
 from insitu import MissingPackageError, OptionError, SaveError
 from insitu.harvest import Activations
 from insitu.harvest.exports import hook_name_of
-from tests.harvest.folders import LABEL, dense, sparse, write_folder
+from tests.harvest.made_folders import LABEL, dense, sparse, write_folder
 
 SITES = [dense(), dense("z:0", (2, 3), "bfloat16"), dense("pre:1", (4,), "float16")]
 SHARDS = [[8, 8, 3], [8], [1, 8, 8, 5, 8]]

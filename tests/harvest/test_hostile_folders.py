@@ -19,7 +19,7 @@ from rich.console import Console
 
 from insitu import InsituError, LoadError
 from insitu.harvest import Activations
-from tests.harvest.folders import LABEL, dense, sparse, write_folder
+from tests.harvest.made_folders import LABEL, dense, sparse, write_folder
 
 SITES = [dense(), dense("z:0", (2, 3), "bfloat16"), sparse("sae:1", 3, 20)]
 DEEP = json.loads("[" * 500 + "]" * 500)

@@ -10,7 +10,7 @@ import torch
 
 from insitu import OptionError
 from insitu.harvest import Activations
-from tests.harvest.folders import LABEL, dense, sparse, write_folder
+from tests.harvest.made_folders import LABEL, dense, sparse, write_folder
 
 
 def test_of_four_points_on_a_circle(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from insitu import LanguageModel, OptionError, ShapeError
 from insitu.harvest import Activations
 from insitu.methods import FeatureExamples, SparseAutoencoder, feature_examples
-from tests.harvest.folders import LABEL, dense, sparse, write_folder
+from tests.harvest.made_folders import LABEL, dense, sparse, write_folder
 from tests.methods.test_sae import written
 
 pytestmark = pytest.mark.no_wire

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import hooked_hidden
-from tests.harvest.folders import dense, write_folder
+from tests.harvest.made_folders import dense, write_folder
 
 LABEL = "residual_out:1"
 CONTEXT = 32
