@@ -222,7 +222,15 @@ def a_job() -> str:
     return str(path)
 
 
-JOB = a_job()
+def some_prompts() -> str:
+    """A file with prompts, which is there as long as the tests run."""
+    path = Path(tempfile.mkdtemp(prefix="insitu-tests-")) / "prompts.txt"
+    path.write_text(f"{CLEAN} Paris\n{CORRUPTED} Moscow\n" * 5)
+    return str(path)
+
+
+JOB, PROMPTS = a_job(), some_prompts()
+HARVEST = "harvest", "insitu/eiffel", PROMPTS, "--sites", "residual_out:3,mlp.post:1"
 WRITTEN: dict[str, tuple[tuple[str, ...], str]] = {
     "demo": (("demo",), "Logit lens"),
     "tree": (("tree", "insitu/eiffel"), "final_norm"),
@@ -230,6 +238,7 @@ WRITTEN: dict[str, tuple[tuple[str, ...], str]] = {
     "lens": (("lens", "insitu/eiffel", CLEAN), "Logit lens"),
     "patch": (PATCHED, "Activation patching"),
     "attention": (("attention", "insitu/eiffel", CLEAN, "--layers", "4"), "Attention patterns"),
+    "harvest": ((*HARVEST, "--tokens", "50", "--plan"), "forwards"),
     "run": (("run", JOB, "--model", "insitu/eiffel"), "logits"),
     "steer": ((*STEER, "--strength", "2", "--tokens", "1"), "Moscow"),
 }

@@ -12,7 +12,9 @@ import insitu
 from tests.files_entered import files_entered
 
 ROOT = Path(insitu.__file__).parent
-ROOMS = ("graph", "display", "engine", "batching", "tracing", "remote", "models", "server")
+ROOMS = (
+    *("graph", "display", "engine", "batching", "tracing", "remote", "models", "harvest", "server"),
+)
 
 
 def module_of(path: Path) -> str:
@@ -35,7 +37,7 @@ def imported(path: Path) -> Iterator[str]:
 
 ORDER = (
     *("graph", "display", "engine", "batching", "tracing"),
-    *("remote", "zoo", "models", "methods", "server"),
+    *("remote", "zoo", "models", "methods", "harvest", "server"),
 )
 
 

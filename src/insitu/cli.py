@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from insitu.command_answers import Answer, command_of
+from insitu.command_harvest import harvest
 from insitu.command_models import Loading, any_model, language_model, token
 from insitu.command_options import (
     Layers,
@@ -256,5 +257,6 @@ def run(
     return Answer(saved_table(found, lines), data, written=() if out is None else (out,))
 
 
+_command(harvest)
 app.command()(serve)
 app.add_typer(keys_app, name="keys")

@@ -7,11 +7,11 @@ import torch
 from starlette.requests import Request
 from torch import nn
 
+from insitu.models.weights_digest import weights_digest
 from insitu.server.attended import Attended
 from insitu.server.background import kept_up
 from insitu.server.engines.known_weights import KnownWeights
 from insitu.server.engines.sent_batches import Pulse
-from insitu.server.engines.weights_digest import weights_digest
 from insitu.server.http.query_values import asked_of
 from insitu.server.storage.data_folder import StorageError
 from insitu.server.storage.unwritten import Unwritten

@@ -26,6 +26,7 @@ import torch
 from msgspec import structs
 
 from insitu.graph.errors import InsituError
+from insitu.models.weights_digest import weights_digest
 from insitu.server.background import noted
 from insitu.server.engines.batches import Batch
 from insitu.server.engines.frames import Frames
@@ -42,7 +43,6 @@ from insitu.server.engines.messages import (
     ToEngine,
     Told,
 )
-from insitu.server.engines.weights_digest import weights_digest
 from insitu.server.storage.files import put_result
 
 if TYPE_CHECKING:
