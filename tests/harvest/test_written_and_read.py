@@ -75,7 +75,7 @@ def test_features_on_the_fly_are_those_that_were_stored(
     model: LanguageModel, tmp_path: Path
 ) -> None:
     sae = SparseAutoencoder.load(written(tmp_path / "sae", "standard", width=16))
-    stored = SaeSite(sae, 8, "residual_out:1")
+    stored = SaeSite("residual_out:1", sae, 8)
     harvest(model, IDS, ["residual_out:1", stored], to=tmp_path / "a", context=16)
     activations = Activations.open(tmp_path / "a")
     label = next(site for site in activations.sites if site != "residual_out:1")
