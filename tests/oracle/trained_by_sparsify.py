@@ -38,7 +38,9 @@ def main(folder: Path) -> None:
     activations = Activations.open(folder / "activations")
     losses = {
         "own": trained(module, ids.repeat(2, 1), "h.1"),
-        "folder": trained(FolderModel(activations), row_numbers(len(activations)), "site"),
+        "folder": trained(
+            FolderModel(activations, activations.sites[0]), row_numbers(len(activations)), "site"
+        ),
     }
     save_file(losses, folder / "sparsify.safetensors")
 
@@ -46,25 +48,16 @@ def main(folder: Path) -> None:
 class FolderModel(nn.Module):
     """Stands for a model: what it is given are numbers of rows, and it looks them up."""
 
-    def __init__(self, activations: Activations) -> None:
+    def __init__(self, activations: Activations, site: str) -> None:
         super().__init__()
+        self.rows = activations[site]
         self.site = nn.Identity()
-        self.rows = activations[activations.sites[0]]
-        self.base_model = self
         self.device = torch.device("cpu")
         self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        return iter([("site", self.site)])
-
-    def requires_grad_(self, requires_grad: bool = True) -> FolderModel:
-        return self  # it has no weights
-
-    def parameters(self, recurse: bool = True) -> Any:
-        return iter(())
-
-    def get_submodule(self, target: str) -> nn.Module:
-        return self.site
+    @property
+    def base_model(self) -> nn.Module:
+        return self
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.site(self.rows[input_ids.flatten()].view(*input_ids.shape, -1))
