@@ -173,8 +173,8 @@ def sae_lens(python: str, module: torch.nn.Module, rows: list[list[int]]) -> dic
         Path(folder, "data", "rows.jsonl").write_text(text)
         script = Path(__file__).with_name("harvest_sae_lens.py")
         done = subprocess.run(
-            [python, str(script), folder, str(torch.get_num_threads())], capture_output=True,
-            text=True, check=False,
+            [python, str(script), folder, str(torch.get_num_threads()), str(sum(map(len, rows)))],
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])

@@ -227,35 +227,36 @@ run(sys.argv[1])
 """
 
 
-def killed_at(folder: Path, seconds: float) -> bool:
-    """Runs a harvest in a process that is killed; returns whether it came to its end before."""
+def killed_at(folder: Path, seconds: float) -> float | None:
+    """Runs a harvest in a process that is killed; returns how long it took if it ended before."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder)], env=environment, stdout=subprocess.PIPE
     )
     assert child.stdout is not None
     child.stdout.readline()
+    began = time.monotonic()
     try:
-        return child.wait(seconds) == 0
+        assert child.wait(seconds) == 0
+        return time.monotonic() - began
     except subprocess.TimeoutExpired:
         child.send_signal(signal.SIGKILL)
         child.wait()
-        return False
+        return None
     finally:
         child.stdout.close()
 
 
 def kill_until_it_ends(folder: Path, kills: int, seed: int) -> int:
     draw, killed = random.Random(seed), 0
-    started = time.monotonic()
-    assert killed_at(folder, 120)
-    whole = time.monotonic() - started
+    whole = killed_at(folder, 120)
+    assert whole is not None
     for _ in range(kills):
         # From here on shards are there: some of them are taken away, so that work remains.
         lines = (folder / "manifest.jsonl").read_bytes().splitlines(keepends=True)
-        kept = draw.randrange(len(lines))
+        kept = draw.randrange(len(lines) + 1)
         (folder / "manifest.jsonl").write_bytes(b"".join(lines[:kept]))
-        killed += not killed_at(folder, draw.uniform(0, min(whole, 1.5)))
+        killed += killed_at(folder, draw.uniform(0, whole)) is None
     return killed
 
 

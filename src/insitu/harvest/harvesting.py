@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +18,16 @@ from insitu.graph.location import here
 from insitu.graph.tracebacks import short_tracebacks
 from insitu.harvest.ahead import Behind, made_ahead
 from insitu.harvest.folder import HarvestFolder, check_folder, opened_folder, told_errors
-from insitu.harvest.layout import Line, Skipped
+from insitu.harvest.layout import TOKEN_IDS, Skipped
 from insitu.harvest.lock import locked
 from insitu.harvest.metrics import Metric
 from insitu.harvest.progress import Report, Shown, size, told
-from insitu.harvest.ranges import Range
+from insitu.harvest.ranges import Range, line_of
 from insitu.harvest.running import run_range, unfinished
-from insitu.harvest.shard_file import Written
 from insitu.harvest.sites import AnySite
 from insitu.harvest.specification import Specification
 from insitu.harvest.specifying import Options, Order, ordered
-from insitu.harvest.statistics import statistics_of
+from insitu.harvest.statistics import with_statistics
 from insitu.models.language_model import LanguageModel
 
 _AHEAD = 2  # ranges of token ids that wait for the model
@@ -154,7 +154,9 @@ def harvest(
             that is given a `HarvestProgress` some times a second.
         verify: whether the digests of shards that are there are compared; broken ones are made
             again. Without it, only those are that are missing or of another size.
-        on: None for this process, "ray" for actors of Ray, which take `insitu[cluster]`.
+        on: None for this process; "ray" for actors of Ray, which takes `insitu[cluster]`, as many
+            as there are accelerators or processors, or "ray:4" for so many. All of them reach the
+            folder by the same path.
 
     Returns:
         What is in the folder.
@@ -177,8 +179,8 @@ def harvest(
         >>> harvested.specification.sites[0].shape
         (128,)
     """
-    if on not in (None, "ray"):
-        raise OptionError(f"`on` is None or 'ray', not {on!r}.", here())
+    if on is not None and not re.fullmatch(r"ray(:[1-9]\d{0,4})?", on):
+        raise OptionError(f"`on` is None, 'ray' or 'ray:' and a number, not {on!r}.", here())
     path = Path(os.fspath(to))
     options = Options(
         tokens, dtype, context, pack, reduce, split, column, revision, stream, bos, separator,
@@ -198,10 +200,10 @@ def harvest(
             report = Report(tell, order.specification.tokens, *had)
             if broken or not folder.is_complete or verify:
                 work = unfinished(order, [*folder.lines], broken, verify)
-                if on == "ray":
+                if on is not None:
                     from insitu.harvest.on_ray import run_on_ray
 
-                    run_on_ray(work, model, order, folder, report)
+                    run_on_ray(work, order, folder, report, on)
                 else:
                     _run_here(work, order, folder, report)
             report.ended()
@@ -209,70 +211,26 @@ def harvest(
     return _harvested(folder, order.specification, new, time.monotonic() - started)
 
 
-def _run_here(work: Any, order: Order, folder: HarvestFolder, report: Report) -> None:
+def _run_here(work: Iterator[Range], order: Order, folder: HarvestFolder, report: Report) -> None:
     """Runs ranges, reading those that come next and writing those before at the same time."""
 
     def write(made: tuple[Range, dict[str, torch.Tensor]]) -> None:
         one, tensors = made
-        commit(folder, one, folder.write(one.shard, with_statistics(order, tensors)), tensors)
-        report.wrote(folder.lines[one.shard].bytes)
+        written = folder.write(one.shard, with_statistics(order.specification, tensors))
+        folder.commit(line_of(one, written, len(tensors[TOKEN_IDS])))
+        report.wrote(written.bytes)
 
     writer = Behind(write)
     try:
         with made_ahead(work, _AHEAD) as coming:
             for one in coming:
-                writer.give((one, run_range(one, order, report.ran)))
+                writer.give((one, run_range(one, order.specification, order.taking, report.ran)))
     except BaseException:
         # What has been run is not lost, also if the user has interrupted.
         with suppress(Exception):
             writer.finish()
         raise
     writer.finish()
-
-
-def with_statistics(order: Order, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a shard with the statistics of its dense sites.
-
-    Args:
-        order: the harvest.
-        tensors: what was run.
-    """
-    dense = [site.label for site in order.specification.sites if site.features is None]
-    return {**tensors, **statistics_of({label: tensors[label] for label in dense})}
-
-
-def commit(
-    folder: HarvestFolder,
-    one: Range,
-    written: Written,
-    tensors: Mapping[str, torch.Tensor] | int,
-    mark: str = "",
-) -> None:
-    """Lets a shard count whose file is written.
-
-    Args:
-        folder: the folder.
-        one: the range that it is of.
-        written: its file.
-        tensors: its tensors, or how many rows they have.
-        mark: as of `HarvestFolder.write`.
-    """
-    rows = tensors if isinstance(tensors, int) else len(tensors["token_ids"])
-    line = Line(
-        shard=one.shard,
-        rows=rows,
-        tokens=one.tokens,
-        first_sequence=one.first_sequence,
-        sequences=len(one.sequences),
-        start=one.start,
-        stop=one.stop,
-        source=one.digest(),
-        skipped=one.skipped,
-        bytes=written.bytes,
-        sha256=written.sha256,
-        last=one.last,
-    )
-    folder.commit(line, mark)
 
 
 def _harvested(

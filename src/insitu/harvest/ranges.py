@@ -17,6 +17,7 @@ from insitu.graph.errors import PromptError
 from insitu.graph.location import here
 from insitu.harvest.layout import Line, Place, Skipped
 from insitu.harvest.sequences import Sequence, changed, check_skipped
+from insitu.harvest.shard_file import Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,30 @@ class Range:
                 ids.byteswap()
             told.update(ids.tobytes())
         return told.hexdigest()
+
+
+def line_of(one: Range, written: Written, rows: int) -> Line:
+    """Returns the line of a range whose shard is written.
+
+    Args:
+        one: the range.
+        written: the file of its shard.
+        rows: how many rows that has.
+    """
+    return Line(
+        shard=one.shard,
+        rows=rows,
+        tokens=one.tokens,
+        first_sequence=one.first_sequence,
+        sequences=len(one.sequences),
+        start=one.start,
+        stop=one.stop,
+        source=one.digest(),
+        skipped=one.skipped,
+        bytes=written.bytes,
+        sha256=written.sha256,
+        last=one.last,
+    )
 
 
 class Progress(NamedTuple):

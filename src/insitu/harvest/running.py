@@ -8,26 +8,31 @@ import torch
 
 from insitu.graph.errors import ExecutionError
 from insitu.graph.location import here
+from insitu.harvest.batch import Taking
 from insitu.harvest.documents import Documents
 from insitu.harvest.layout import INDICES, VALUES, Line, Place, Skipped
 from insitu.harvest.ranges import Progress, Range, batches, ranges
 from insitu.harvest.rows import rows_of
 from insitu.harvest.sequences import Sequence, changed, sequences
+from insitu.harvest.specification import Specification
 from insitu.harvest.specifying import Order
 from insitu.harvest.tokenising import tokenised
 
 
 def run_range(
-    one: Range, order: Order, ran: Callable[[int], object] = lambda tokens: None
+    one: Range,
+    told: Specification,
+    taking: Taking,
+    ran: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, torch.Tensor]:
     """Runs a range, and returns the tensors of its shard, without statistics.
 
     Args:
         one: the range.
-        order: the harvest.
+        told: the specification of the harvest.
+        taking: what is taken of forwards.
         ran: is told of each batch how many tokens it had.
     """
-    told, taking = order.specification, order.taking
     rows = rows_of(one, told.reduce)
     tensors = dict(rows.tensors)
     for site in told.sites:
@@ -48,7 +53,7 @@ def run_range(
                     start = rows.starts[place]
                     tensors[name][start : start + len(value)] = value
         ran(sum(ids.numel() for ids in given))
-    _check_range(order, tensors)
+    _check_range(told, tensors)
     return tensors
 
 
@@ -132,9 +137,9 @@ def _check_same(again: Range, line: Line) -> None:
         raise changed(line.start.document)
 
 
-def _check_range(order: Order, tensors: dict[str, torch.Tensor]) -> None:
+def _check_range(told: Specification, tensors: dict[str, torch.Tensor]) -> None:
     """Raises if values were too large for the dtype that they are stored in."""
-    for site in order.specification.sites:
+    for site in told.sites:
         if site.dtype != "float16" or site.model_dtype == "float16" or site.features is not None:
             continue
         values = tensors[site.label]

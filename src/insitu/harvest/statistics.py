@@ -7,10 +7,24 @@ from collections.abc import Mapping
 import torch
 
 from insitu.harvest.layout import NORM_SUM, SQUARE_SUM, SUM
+from insitu.harvest.specification import Specification
 
 # Torch computes on so few numbers in the thread itself. More would wake threads that wait for the
 # processors that the model runs on.
 _TOGETHER = 32_000
+
+
+def with_statistics(
+    told: Specification, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a shard with the statistics of its dense sites.
+
+    Args:
+        told: the specification of the harvest.
+        tensors: what was run.
+    """
+    dense = [site.label for site in told.sites if site.features is None]
+    return {**tensors, **statistics_of({label: tensors[label] for label in dense})}
 
 
 def statistics_of(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
