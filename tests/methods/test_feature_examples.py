@@ -164,6 +164,17 @@ def test_words_are_of_the_models_tokenizer(tmp_path: Path, eiffel: LanguageModel
     assert one.token == eiffel.tokenizer.decode(ids[3:4])
 
 
+@pytest.mark.parametrize("token", [-1, 10**9])
+def test_a_model_without_these_tokens_is_refused(
+    tmp_path: Path, eiffel: LanguageModel, token: int
+) -> None:
+    values = {LABEL: torch.ones(2, 2)}
+    ids = torch.tensor([3, token])
+    write_folder(tmp_path / "a", [[2]], [dense(shape=(2,))], values=values, token_ids=ids)
+    with pytest.raises(OptionError, match="give the model that they were taken from"):
+        feature_examples(Activations.open(tmp_path / "a"), identity(2), 1, model=eiffel)
+
+
 @pytest.fixture
 def found(folder: Path) -> FeatureExamples:
     return feature_examples(Activations.open(folder), identity(3), [0, 1], k=3, context=2)

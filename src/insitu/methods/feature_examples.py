@@ -21,6 +21,7 @@ from insitu.methods.prompts import words
 from insitu.methods.sae import SparseAutoencoder
 from insitu.methods.sites import check_count, chosen
 from insitu.models.language_model import LanguageModel
+from insitu.models.tokens import vocabulary_of
 
 _NUMBERS = 2**22
 """How many features of rows are computed at once: 16 MB of them."""
@@ -61,7 +62,7 @@ def feature_examples(
 
     Raises:
         OptionError: if there is no such feature, the site is not named although there are several,
-            or only some positions of sequences were kept.
+            only some positions of sequences were kept, or the model lacks tokens that are there.
         ShapeError: if the sparse autoencoder is of another width than the site.
 
     Example:
@@ -169,7 +170,7 @@ class _Reading:
         first, stop = first + int(kept[0]), first + int(kept[-1]) + 1
         ids = read.token_ids[first:stop].long()
         values = self.values(slice(first, stop))[:, at]
-        texts = tuple(map(str, ids.tolist())) if model is None else words(model, ids.tolist())
+        texts = tuple(map(str, ids.tolist())) if model is None else self._words(model, ids)
         return FeatureExample(
             number,
             float(values[row - first]),
@@ -182,6 +183,17 @@ class _Reading:
             values.clone(),
             row - first,
         )
+
+    def _words(self, model: LanguageModel, ids: torch.Tensor) -> tuple[str, ...]:
+        count = vocabulary_of(model.module, model.config)
+        if not 0 <= int(ids.min()) <= int(ids.max()) < count:
+            raise OptionError(
+                f"The model has {count} tokens, and the activations are of token "
+                f"{int(ids.max())}: give the model that they were taken from, "
+                f"{self._activations.specification.model!r:.80}.",
+                here(),
+            )
+        return words(model, ids.tolist())
 
 
 class _Best:
