@@ -71,7 +71,8 @@ def live(
     order = ordered(model, data, sites, Options(**options))
 
     def ranges() -> Iterator[RangeTensors]:
-        return (run_range(one, order) for one in ranges_from(order, Progress()))
+        told, taking = order.specification, order.taking
+        return (run_range(one, told, taking) for one in ranges_from(order, Progress()))
 
     mixing: Any = {"shuffle": shuffle, "seed": seed, "buffer": buffer, "ahead": ahead}
     return LiveBatches(ranges, size, **mixing, where=where, drop_last=drop_last)
