@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # A worker for each core: threads of their own would only wait for each other.
 test test-all test-matrix test-served coverage architectures fuzz attack: export OMP_NUM_THREADS := 1
 
-ORACLES := transformer-lens captum sae-lens
+ORACLES := transformer-lens captum sae-lens dictionary-learning eai-sparsify
 
 .PHONY: demo test test-all test-matrix test-served coverage architectures proofs oracle fuzz attack \
 	check format docs bench bench-peers bench-serving attack-server clean
@@ -58,12 +58,16 @@ proofs: $(VENV)/installed $(VENV)-transformers4/installed
 	$(OLDEST) -m tests.fidelity.proofs src/insitu/models/proof/shipped
 
 # What peers make of the same weights, files and prompts, each in an environment of its own:
-# TransformerLens's hooks, captum's attributions and SAELens's features, beside ours.
+# TransformerLens's hooks, captum's attributions and SAELens's features, beside ours. And what
+# SAELens, dictionary_learning and eai-sparsify learn from a folder of activations, beside what
+# they learn from a model.
 oracle: $(VENV)/installed $(ORACLES:%=$(VENV)-%/installed)
 	INSITU_TRANSFORMER_LENS=$(VENV)-transformer-lens/bin/python \
 		INSITU_CAPTUM=$(VENV)-captum/bin/python INSITU_SAE_LENS=$(VENV)-sae-lens/bin/python \
+		INSITU_DICTIONARY_LEARNING=$(VENV)-dictionary-learning/bin/python \
+		INSITU_EAI_SPARSIFY=$(VENV)-eai-sparsify/bin/python \
 		$(BIN)/pytest tests/oracle/agreement.py tests/oracle/attribution.py \
-		tests/oracle/agreement_on_saes.py
+		tests/oracle/agreement_on_saes.py tests/oracle/agreement_on_training.py
 
 # What the tests of these folders trace is sent to a server too, and compared.
 test-served: $(VENV)/installed
@@ -142,11 +146,18 @@ $(VENV)-transformers4/installed: pyproject.toml constraints-transformers4.txt
 
 OTHERS := $(sort $(PEERS) $(ORACLES))
 BESIDE_captum := transformers
+# These read folders of activations. A newer torch would be pulled for a torchvision that they use
+# for nothing, and which fails beside this one.
+BESIDE_sae-lens := -e .
+BESIDE_eai-sparsify := -e .
+BESIDE_dictionary-learning := -e . $(shell grep ^torch== constraints.txt)
+WITHOUT_dictionary-learning := torchvision
 
 $(OTHERS:%=$(VENV)-%/installed): $(VENV)-%/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(VENV)-$*/bin/pip install -q --disable-pip-version-check $* $(BESIDE_$*)
+	$(if $(WITHOUT_$*),$(VENV)-$*/bin/pip uninstall -q -y $(WITHOUT_$*))
 	@touch $@
 
 clean:

@@ -1,9 +1,9 @@
 """Writes down sparse autoencoders with SAELens, and what it makes of activations with them.
 
-Run by `agreement_on_saes.py` in an environment with SAELens, where neither Insitu nor anything of
-these tests is installed: `python saes_of_sae_lens.py FOLDER`. Each gets a folder of its own, as
-SAELens saves it, with `told.safetensors` beside its files: `x`, its `features` and what they are
-`decoded` to.
+Run by `agreement_on_saes.py` in an environment with SAELens, where nothing of these tests is
+installed and Insitu is not used: `python saes_of_sae_lens.py FOLDER`. Each gets a folder of its
+own, as SAELens saves it, with `told.safetensors` beside its files: `x`, its `features` and what
+they are `decoded` to.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ from insitu.methods.causal_tracing import causal_tracing
 from insitu.methods.circuit import Circuit, Edge
 from insitu.methods.discovery import discover_circuit
 from insitu.methods.edge_attribution import edge_attribution
+from insitu.methods.examples import FeatureExample, FeatureExamples
 from insitu.methods.faithfulness import completeness_curve, faithfulness_curve, run_circuit
+from insitu.methods.feature_examples import feature_examples
 from insitu.methods.lens import logit_lens
 from insitu.methods.logit_attribution import direct_logit_attribution
 from insitu.methods.measured_run import Run
@@ -45,6 +47,8 @@ __all__ = [
     "Circuit",
     "Continuation",
     "Edge",
+    "FeatureExample",
+    "FeatureExamples",
     "Metric",
     "Probe",
     "Probes",
@@ -66,6 +70,7 @@ __all__ = [
     "distributed_alignment_search",
     "edge_attribution",
     "faithfulness_curve",
+    "feature_examples",
     "gradient_times_input",
     "head_scores",
     "integrated_gradients",
