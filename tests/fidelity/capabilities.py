@@ -41,9 +41,7 @@ class Capability:
 
 
 TEXT_ONLY = "it takes something else than text, and invocations of it do not share a batch"
-NOT_GENERATED = (
-    "it continues no text, or is given more than text, of which generation is not tested"
-)
+NOT_GENERATED = "it continues no text, or it takes more than text, and its generation is not tested"
 
 CAPABILITIES = (
     Capability(
@@ -112,7 +110,7 @@ CAPABILITIES = (
     ),
     Capability(
         "residual",
-        "`residual_in`, `residual_mid`, `residual_out` and what is added: read and written",
+        "`residual_in`, `residual_mid`, `residual_out` and the additions: read and written",
         (
             "test_what_is_added_to_the_residual_stream_makes_what_leaves_the_block",
             "test_writes_to_what_is_added_reach_what_leaves_the_block",
@@ -259,11 +257,12 @@ def page(
     """
     totals, lines = section(types)
     said = (
-        "Made by `make architectures` on small models with random weights, each compared with "
-        "plain PyTorch hooks. *yes*: right on all layers that have it; a number in parentheses: "
-        "refused before the run, for the reason below; [5], [4]: with that generation of "
-        "Transformers. Where a group has several names, some may be refused and the rest right. "
-        "`insitu check` tells of any other model (see [names](names.md))."
+        "`make architectures` made this page, on small models with random weights. Each was "
+        "compared with plain PyTorch hooks. A cell says *yes* if the names are right on all layers "
+        "that have them. A number in parentheses means: refused before the run, for the reason "
+        "below. [5] and [4] mean: with that generation of Transformers. Where a group has several "
+        "names, some may be refused and the rest right. `insitu check` tells about any other model "
+        "(see [names](names.md))."
     )
     return "\n".join(
         [
@@ -299,10 +298,11 @@ def table(runs: Mapping[str, Mapping[tuple[str, str], Result]]) -> str:
 
 def _head(versions: Sequence[str]) -> list[str]:
     said = (
-        "All tests of what may be done with a model, beyond names, on small models of these "
-        f"architectures with Transformers {' and '.join(versions)}. *both*: all tests passed with "
-        "both; a number: only with that generation of it, as the other fails a test or does not "
-        "have it; **no**: a test fails with both."
+        "These tests go beyond names: reading, writing, gradients, batches and generation, on "
+        f"small models of these architectures, with Transformers {' and '.join(versions)}. A cell "
+        "says *both* if all tests passed with both. A number means: only with that generation, "
+        "because the other fails a test or does not have the architecture. **no** means: a test "
+        "fails with both."
     )
     return [
         "## Tested in depth",

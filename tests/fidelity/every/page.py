@@ -17,7 +17,7 @@ MEANINGS = {
     "opens": "`LanguageModel(module)` takes it",
     "read": "outputs of modules by path are what plain hooks see",
     "blocks": "`blocks` and `encoder_blocks` are what the prompt passes, one after the other",
-    "residual": "`residual_in`, `residual_mid`, `residual_out` and what is added to the stream",
+    "residual": "`residual_in`, `residual_mid`, `residual_out` and the additions to the stream",
     "heads": "`q`, `k`, `v`, `z`, `result`, `W_O`",
     "pattern": "`scores` and `pattern`: also what the model itself returns as its attentions",
     "W_Q": "`W_Q`, `W_K`, `W_V`",

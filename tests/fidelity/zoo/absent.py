@@ -26,7 +26,7 @@ ABSENT: dict[str, dict[str, str]] = {
         if one.generates and not one.cached
     },
     "residual": dict.fromkeys(
-        POST_NORM, "its blocks normalise the sum of the residual stream and what is added to it"
+        POST_NORM, "its blocks normalise the sum of the residual stream and each addition to it"
     ),
     "heads": NO_ATTENTION,
     "W_Q": {
