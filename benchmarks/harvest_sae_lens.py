@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
-ROUNDS = 1
+ROUNDS = 3
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
