@@ -378,6 +378,61 @@ def test_writes_in_place_are_seen_in_the_steps_that_they_hold_in(
     assert not ends(behind) and not ends(alone)
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("way", [*WRITES, "assigned"])
+def test_what_a_write_in_one_step_has_overtaken_is_not_read_in_every_step(
+    gpt2: LanguageModel, way: str, named: bool, first: bool
+) -> None:
+    """In a line behind the write, by the site or by a name from before; also if all were written.
+
+    A name from before an assignment is what it was, as in Python, and the site is not.
+    """
+
+    def write(step: int, value: torch.Tensor) -> torch.Tensor:
+        if way == "assigned":
+            return value * 0 - 3
+        value = value.clone()
+        WRITES[way](value)
+        return value
+
+    def run() -> Any:
+        module = gpt2.transformer.ln_f
+        with gpt2.generate(OTHER, max_new_tokens=3, eos_token_id=None) as generator:
+            with generator.every_step():
+                if first:
+                    module.output[:] = 2.0
+                before = module.output
+                early = before.sum().save()
+            with generator.step(1):
+                if way == "assigned":
+                    module.output = module.output * 0 - 3
+                else:
+                    WRITES[way](module.output)
+                own = module.output.save()
+            with generator.every_step():
+                late = (before if named else module.output).sum().save()
+        return generator.output, early.value, own.value, late.value
+
+    if named and way == "assigned":
+        seen: list[torch.Tensor] = []
+
+        def change(step: int, value: torch.Tensor) -> torch.Tensor:
+            value = value * 0 + 2 if first else value.clone()
+            seen.append(value.sum())
+            return write(step, value) if step == 1 else value
+
+        expected = generated(gpt2, {"transformer.ln_f": change}, input_ids=OTHER, max_new_tokens=3)
+        output, early, own, late = run()
+        assert torch.equal(output, expected)
+        torch.testing.assert_close(torch.stack(early), torch.stack(seen))
+        torch.testing.assert_close(torch.stack(late), torch.stack(seen))
+        assert own.eq(-3).all()
+        return
+    with pytest.raises(OperationError, match=r"for step in generator\.steps"):
+        run()
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_a_value_that_a_write_in_place_only_looks_at_is_no_write_to_its_site(
     gpt2: LanguageModel, every: bool

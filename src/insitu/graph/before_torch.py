@@ -21,7 +21,7 @@ from torch import nn
 from torch.autograd.function import Function as AutogradFunction
 from torch.utils.checkpoint import CheckpointFunction
 
-from insitu.graph.context import APPLY_IN_TORCH
+from insitu.graph.context import apply_in_torch
 from insitu.graph.proxy import Proxy
 from insitu.graph.recorded import AnyRecorded
 from insitu.graph.whole_calls import call_whole
@@ -29,15 +29,15 @@ from insitu.graph.whole_calls import call_whole
 _CONTAINERS = (tuple, list, dict)
 
 
-@functools.wraps(APPLY_IN_TORCH)
+@functools.wraps(cast(Any, AutogradFunction).apply)
 def _apply(cls: type[AutogradFunction], *args: Any, **kwargs: Any) -> Any:
     for arg in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(arg, AnyRecorded) or (isinstance(arg, _CONTAINERS) and _holds_recorded(arg)):
             if cls is CheckpointFunction:  # it saves memory, and changes no result
                 return args[0](*args[2:])
-            function = functools.partial(APPLY_IN_TORCH, cls)
+            function = functools.partial(apply_in_torch, cls)
             return call_whole(Proxy, f"{cls.__qualname__}.apply", function, args, kwargs)
-    return APPLY_IN_TORCH(cls, *args, **kwargs)
+    return apply_in_torch(cls, *args, **kwargs)
 
 
 def _holds_recorded(value: Any) -> bool:

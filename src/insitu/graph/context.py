@@ -8,11 +8,12 @@ for the operations that were recorded there, whenever they run: the graph keeps 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import Function as AutogradFunction
@@ -27,8 +28,22 @@ default_dtype: Callable[[], torch.dtype] = torch.get_default_dtype
 # One question for all kinds of devices.
 is_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue, reportUnknownVariableType]
 
-APPLY_IN_TORCH: Callable[..., Any] = cast(Any, AutogradFunction).apply.__func__
-"""PyTorch's own `torch.autograd.Function.apply`, before which `whole_calls.py` stands."""
+_APPLY: Any = inspect.getattr_static(AutogradFunction, "apply")  # in Python; in C from 2.14 on
+
+
+def apply_in_torch(cls: type[AutogradFunction], *args: Any, **kwargs: Any) -> Any:
+    """PyTorch's own `torch.autograd.Function.apply`, before which `before_torch.py` stands.
+
+    Args:
+        cls: the function.
+        args: what it is applied to.
+        kwargs: likewise.
+    """
+    return _APPLY.__get__(None, cls)(*args, **kwargs)
+
+
+_APPLYING = (apply_in_torch.__code__, getattr(getattr(_APPLY, "__func__", None), "__code__", None))
+"""What runs while torch applies a function, also where its `apply` was taken before."""
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 """The kinds of devices whose autocast is looked at."""
@@ -200,7 +215,7 @@ def refuse_inside_forward(line: Mark) -> None:
     """
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code is APPLY_IN_TORCH.__code__:
+        if frame.f_code in _APPLYING:
             name = frame.f_locals["cls"].__qualname__
             raise OperationError(
                 f"The own backward of {name} would be lost: its forward uses a value of the run "

@@ -15,7 +15,7 @@ from insitu.graph.encoding import described, encoded
 from insitu.graph.errors import OperationError
 from insitu.graph.intervention import check_writable
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Address, Ref
+from insitu.graph.node import EVERY, Address, Ref, Site
 from insitu.graph.operations import PUT, READ, SKIP, Operation
 from insitu.graph.recorded import AnyRecorded, refuse_structure
 from insitu.graph.recording import Recording
@@ -61,7 +61,7 @@ def mutate(
     if recording.computed:
         _refuse_computed(recording, views, target, Location(*mark))
     place = views.located(target._ref, mark)
-    _check(recording, place.base, mark)
+    _check(recording, views, place.base, mark)
     writer = None if recording.shapes is None else recording.shapes.writer()
     nested = nested or place.nested
     written = views.put(place, operation, others, kwargs, inputs, nested, mark, writer)
@@ -75,11 +75,12 @@ def mutate(
     return written
 
 
-def _check(recording: Recording, base: int, mark: Mark) -> None:
+def _check(recording: Recording, views: Views, base: int, mark: Mark) -> None:
     """Raises if a site is not written beside what else was done to it.
 
     Args:
         recording: where it is recorded.
+        views: what knows of its views.
         base: what stands there.
         mark: the user's line.
     """
@@ -87,7 +88,28 @@ def _check(recording: Recording, base: int, mark: Mark) -> None:
         return
     operation, args, *_ = recording.graph.rows[recording.graph.original(base)]
     if operation is READ:
-        check_writable(recording, cast("Address", args), mark)
+        address = cast("Address", args)
+        check_writable(recording, address, mark)
+        if address[4] != EVERY:
+            _overtake(recording, views, address)
+
+
+def _overtake(recording: Recording, views: Views, address: Address) -> None:
+    """Lets no later line use what a site is in every step: in this one it is written.
+
+    Args:
+        recording: where it is recorded.
+        views: what knows of its views.
+        address: the site, in one step.
+    """
+    every = recording.sites.get((*address[:4], EVERY))
+    if every is not None:
+        views.overtake(
+            views.base(every),
+            f"`{Site(*address)}` was written in place after this value was taken in every step, "
+            "and the value would be another in that step: use it before, or write `for step in "
+            "generator.steps:` for all of it.",
+        )
 
 
 def _refuse_computed(

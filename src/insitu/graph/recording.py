@@ -137,7 +137,12 @@ class Recording:
             address: the site.
             mark: the user's line.
         """
-        return self.sites.get(address) or self.first_read(address, mark)
+        found = self.sites.get(address)
+        if found is None:
+            return self.first_read(address, mark)
+        if address[4] == EVERY and self.graph.writes:
+            refuse_overtaken(self, address, mark)
+        return found
 
     def first_read(self, address: Address, mark: Mark) -> Ref:
         """Returns what stands at a site for lines that come now, if none has used it so far.
@@ -218,6 +223,13 @@ def refuse_unseen(recording: Recording, address: Address, mark: Mark) -> None:
     """Raises if a site that is read in every step was written in a single one."""
     written = {recording.graph[read].args for read in recording.graph.writes}
     if any(other[:4] == address[:4] for other in written):
+        refuse_mixed(recording, address, mark)
+
+
+def refuse_overtaken(recording: Recording, address: Address, mark: Mark) -> None:
+    """Raises if a site of every step has since been written in a single one."""
+    written = (recording.graph[read].args for read in recording.graph.writes)
+    if any(other[:4] == address[:4] and other[4] != EVERY for other in written):
         refuse_mixed(recording, address, mark)
 
 

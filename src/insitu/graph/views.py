@@ -31,6 +31,7 @@ from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import Graph, Ref, ref, rewired
 from insitu.graph.operations import ATTRIBUTE, GETITEM, PUT, REPLACE, WRITE, Operation
 from insitu.graph.put import WHOLE, Step, is_entry
+from insitu.graph.steps_to import held_by, step_of
 from insitu.graph.view_operations import is_view
 
 _OWN, _OF_SEVERAL = -1, -2  # in the place of the node that a node is a view of
@@ -80,6 +81,7 @@ class Views:
         self._renewed: dict[int, int] = {}  # a view from before, as it was last recorded again
         self._followed: dict[int, tuple[int, int | str]] = {}  # by an assignment of one entry
         self._origins: dict[int, int] = {}  # what `_origin` has found
+        self._overtaken: dict[int, str] = {}  # of every step, and written in a later line of one
         self._model = HandingOver(graph, self._first)
         if graph.writes:
             self._assign_from_before()
@@ -124,7 +126,7 @@ class Views:
         inputs: list[int] = []
         nested = False
         while (parent := self._sure_parent(base)) >= 0:
-            step, others = self._step(base)
+            step, others = step_of(self._rows[base])
             nested = nested or self._rows[base][4]
             steps.append(step)
             self._unsure.discard(base)  # if it is none, the run says that the write would be lost
@@ -179,6 +181,24 @@ class Views:
             table[read] = index
         return ref(place.value)  # recorded again only if a line uses it
 
+    def overtake(self, base: int, reason: str) -> None:
+        """Notes that a value of every step was written in a single one, so no line may use it.
+
+        Args:
+            base: the value, which has memory of its own.
+            reason: what a line is told that uses it, or a view of it.
+        """
+        self._overtaken[base] = reason
+
+    def _check_overtaken(self, index: int) -> None:
+        while True:
+            reason = self._overtaken.get(self._first.get(index, index))
+            if reason is not None:
+                raise OperationError(reason, here())
+            if (parent := self._parent(index)) < 0:
+                return
+            index = parent
+
     def first(self, index: int) -> int:
         """Returns the base that a write in place has changed; another node as it is."""
         return self._first.get(index, index)
@@ -206,6 +226,8 @@ class Views:
         """
         if not self._standing:
             return value
+        if self._overtaken:
+            self._check_overtaken(value.index)
         chain: list[int] = []  # the views on the way to a base, innermost first
         index = value.index
         while True:
@@ -280,7 +302,7 @@ class Views:
         one, two = self.resolved(value).index, self.resolved(other).index
         while one != two:
             parents = self._parent(one), self._parent(two)
-            if min(parents) < 0 or self._step(one) != self._step(two):
+            if min(parents) < 0 or step_of(self._rows[one]) != step_of(self._rows[two]):
                 return False
             one, two = parents
         return True
@@ -290,7 +312,7 @@ class Views:
         before = self._renewed.get(view)
         if before is not None and self._parents[before] == parent:
             return before
-        held = next(iter(self._held(view)))
+        held = next(iter(held_by(self._rows[view])))
         row = rewired(self._rows[view], {held: parent})
         index = self._renewed[view] = self._graph.add_like(view, row)
         self._parents[index] = parent
@@ -372,25 +394,8 @@ class Views:
             if operation.short in ("broadcast_tensors", "meshgrid"):
                 return _OF_SEVERAL
         first = args[0] if args else None
-        return first.index if type(first) is Ref else next(iter(self._held(index)), _OF_SEVERAL)
-
-    def _held(self, index: int) -> list[int]:
-        """The nodes that are arguments of a node, and not parts of arguments."""
-        _, args, kwargs, *_ = self._rows[index]
-        return [item.index for item in (*args, *kwargs.values()) if type(item) is Ref]
-
-    def _step(self, index: int) -> tuple[Step, list[int]]:
-        """A view as a step from its parent, and the other nodes that its geometry comes from."""
-        operation, args, kwargs, inputs, _, _ = self._rows[index]
-        first = args[0] if args else None
-        if type(first) is Ref and len(inputs) == 1:  # nearly all
-            return (operation.name, 0, args[1:], kwargs), []
-        parent = next(iter(self._held(index)))
-        others = [*inputs]
-        others.remove(parent)
-        for at, arg in enumerate(args):
-            if type(arg) is Ref and arg.index == parent:
-                return (operation.name, at, (*args[:at], *args[at + 1 :]), kwargs), others
-        name = next(key for key, arg in kwargs.items() if type(arg) is Ref and arg.index == parent)
-        kwargs = {key: arg for key, arg in kwargs.items() if key != name}
-        return (operation.name, name, args, kwargs), others
+        return (
+            first.index
+            if type(first) is Ref
+            else next(iter(held_by(self._rows[index])), _OF_SEVERAL)
+        )

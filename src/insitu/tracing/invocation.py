@@ -114,13 +114,14 @@ class Invocation:
         address = (self.number, path, kind, call, self.current_step)
         source = self._reads.get(address)
         if source is None:
-            graph = recording.graph
-            if graph.writes:
+            if recording.graph.writes:
                 source = recording.first_read(address, mark)
             else:  # what that does, without the call: most sites are read once
-                rows = graph.rows
+                rows = recording.graph.rows
                 source = self._reads[address] = ref(len(rows))
                 rows.append((READ, address, NO_KWARGS, (), False, mark))
+        elif self.current_step == EVERY:  # a single step may have overtaken it
+            source = recording.read(address, mark)
         if kind == "output" and path in self._views:
             return StructureProxy(recording, source)
         return Proxy(recording, source)
