@@ -191,13 +191,11 @@ class Views:
         self._overtaken[base] = reason
 
     def _check_overtaken(self, index: int) -> None:
-        while True:
+        while index >= 0:
             reason = self._overtaken.get(self._first.get(index, index))
             if reason is not None:
                 raise OperationError(reason, here())
-            if (parent := self._parent(index)) < 0:
-                return
-            index = parent
+            index = self._parent(index)
 
     def first(self, index: int) -> int:
         """Returns the base that a write in place has changed; another node as it is."""
