@@ -29,7 +29,7 @@ from subjects import gpt2
 
 from insitu import LanguageModel
 from insitu.harvest import harvest
-from insitu.harvest.ranges import batches
+from insitu.harvest.data.ranges import batches
 
 BLOCK, LENGTH, BATCH = 6, 128, 8
 SITE = f"residual_out:{BLOCK}"

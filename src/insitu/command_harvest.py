@@ -86,7 +86,7 @@ def harvest(
     from insitu.graph.errors import OptionError
     from insitu.harvest import harvest as harvested
     from insitu.harvest import plan as planned
-    from insitu.harvest.sites import split_sites
+    from insitu.harvest.running.sites import split_sites
 
     if to is None and not plan:
         raise OptionError("Name the folder that activations are written to: `--to FOLDER`.")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from insitu import OptionError
 from insitu.harvest import Activations, Batches, TopFeatures
-from insitu.harvest.shuffling import EpochOrder
-from insitu.harvest.stored_rows import StoredRows
+from insitu.harvest.reading.shuffling import EpochOrder
+from insitu.harvest.reading.stored_rows import StoredRows
 from tests.harvest.made_folders import LABEL, dense, sparse, write_folder
 
 SHARDS = [[40, 60, 30], [128, 5], [1], [90, 90, 3], [128]]

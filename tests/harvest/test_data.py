@@ -17,10 +17,10 @@ from insitu.graph.errors import (
     PromptError,
 )
 from insitu.harvest import harvest, running
+from insitu.harvest.data.ranges import Progress, batches, ranges
+from insitu.harvest.data.sequences import Cutting, sequences
+from insitu.harvest.data.tokenising import Tokenised
 from insitu.harvest.layout import Place, Skipped
-from insitu.harvest.ranges import Progress, batches, ranges
-from insitu.harvest.sequences import Cutting, sequences
-from insitu.harvest.tokenising import Tokenised
 from tests.conftest import tiny_gpt2
 from tests.harvest.folders import manifest, whole
 

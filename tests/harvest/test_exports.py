@@ -14,7 +14,7 @@ import torch
 
 from insitu import MissingPackageError, OptionError, SaveError
 from insitu.harvest import Activations
-from insitu.harvest.exports import hook_name_of
+from insitu.harvest.reading.exports import hook_name_of
 from tests.harvest.made_folders import LABEL, dense, sparse, write_folder
 
 SITES = [dense(), dense("z:0", (2, 3), "bfloat16"), dense("pre:1", (4,), "float16")]
@@ -111,8 +111,8 @@ def test_sequences_are_cut_for_a_shorter_context(written: Any, tmp_path: Path) -
 
 def test_several_files(written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("insitu.harvest.exports._FILE_BYTES", 250)
-    monkeypatch.setattr("insitu.harvest.exports._PIECE_BYTES", 1)
+    monkeypatch.setattr("insitu.harvest.reading.exports._FILE_BYTES", 250)
+    monkeypatch.setattr("insitu.harvest.reading.exports._PIECE_BYTES", 1)
     activations, whole = written
     activations.to_arrow(tmp_path / "arrow", LABEL)
     names = sorted(path.name for path in (tmp_path / "arrow").glob("*.arrow"))

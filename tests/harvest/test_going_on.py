@@ -17,7 +17,7 @@ import torch
 from insitu import LanguageModel
 from insitu.graph.errors import LoadError, OptionError, SaveError
 from insitu.harvest import harvest
-from insitu.harvest.lock import locked
+from insitu.harvest.folder.lock import locked
 from tests.conftest import tiny_gpt2
 from tests.harvest.folders import digests, files, manifest, whole
 

@@ -8,7 +8,7 @@ import torch
 from insitu import LanguageModel
 from insitu.graph.errors import InsituError, OptionError
 from insitu.harvest import SaeSite, harvest, plan
-from insitu.harvest.sites import sites_of, split_sites
+from insitu.harvest.running.sites import sites_of, split_sites
 from insitu.methods.sae import SparseAutoencoder
 from tests.conftest import tiny_gpt2
 from tests.fidelity.architectures import tiny_bert, tiny_t5

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from insitu import OptionError
 from insitu.harvest import Activations
-from insitu.harvest.shuffling import EpochOrder
+from insitu.harvest.reading.shuffling import EpochOrder
 from tests.harvest.made_folders import LABEL, dense, sparse, write_folder
 from tests.harvest.test_batches import every_place, places
 

@@ -16,18 +16,18 @@ import torch
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.graph.tracebacks import short_tracebacks
-from insitu.harvest.ahead import Behind, made_ahead
-from insitu.harvest.folder import HarvestFolder, check_folder, opened_folder, told_errors
+from insitu.harvest.data.ranges import Range, line_of
+from insitu.harvest.folder.folder import HarvestFolder, check_folder, opened_folder, told_errors
+from insitu.harvest.folder.lock import locked
 from insitu.harvest.layout import TOKEN_IDS, Skipped
-from insitu.harvest.lock import locked
-from insitu.harvest.metrics import Metric
 from insitu.harvest.progress import Report, Shown, size, told
-from insitu.harvest.ranges import Range, line_of
-from insitu.harvest.running import run_range, unfinished
-from insitu.harvest.sites import AnySite
+from insitu.harvest.running.ahead import Behind, made_ahead
+from insitu.harvest.running.metrics import Metric
+from insitu.harvest.running.ranges_run import run_range, unfinished
+from insitu.harvest.running.sites import AnySite
+from insitu.harvest.running.specifying import Options, Order, ordered
+from insitu.harvest.running.statistics import with_statistics
 from insitu.harvest.specification import Specification
-from insitu.harvest.specifying import Options, Order, ordered
-from insitu.harvest.statistics import with_statistics
 from insitu.models.language_model import LanguageModel
 
 _AHEAD = 2  # ranges of token ids that wait for the model
@@ -201,7 +201,7 @@ def harvest(
             if broken or not folder.is_complete or verify:
                 work = unfinished(order, [*folder.lines], broken, verify)
                 if on is not None:
-                    from insitu.harvest.on_ray import run_on_ray
+                    from insitu.harvest.running.on_ray import run_on_ray
 
                     run_on_ray(work, order, folder, report, on)
                 else:

@@ -7,12 +7,12 @@ from typing import Any
 
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
-from insitu.harvest.batch_parts import Where
-from insitu.harvest.live import LiveBatches, RangeTensors
-from insitu.harvest.ranges import Progress
-from insitu.harvest.running import ranges_from, run_range
-from insitu.harvest.sites import AnySite
-from insitu.harvest.specifying import Options, ordered
+from insitu.harvest.data.ranges import Progress
+from insitu.harvest.reading.batch_parts import Where
+from insitu.harvest.reading.live import LiveBatches, RangeTensors
+from insitu.harvest.running.ranges_run import ranges_from, run_range
+from insitu.harvest.running.sites import AnySite
+from insitu.harvest.running.specifying import Options, ordered
 from insitu.models.language_model import LanguageModel
 
 

@@ -13,13 +13,13 @@ import torch
 from insitu.graph.errors import InsituError, OptionError
 from insitu.graph.location import here
 from insitu.graph.tracebacks import short_tracebacks
-from insitu.harvest.metrics import Metric
+from insitu.harvest.data.ranges import Group, Progress, Range, batches
 from insitu.harvest.progress import size
-from insitu.harvest.ranges import Group, Progress, Range, batches
-from insitu.harvest.rows import rows_of
-from insitu.harvest.running import ranges_from
-from insitu.harvest.sites import AnySite
-from insitu.harvest.specifying import Options, Order, ordered, row_bytes
+from insitu.harvest.running.metrics import Metric
+from insitu.harvest.running.ranges_run import ranges_from
+from insitu.harvest.running.rows import rows_of
+from insitu.harvest.running.sites import AnySite
+from insitu.harvest.running.specifying import Options, Order, ordered, row_bytes
 from insitu.models.language_model import LanguageModel
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from insitu.graph.errors import PromptError
 from insitu.graph.location import here
+from insitu.harvest.data.sequences import Sequence, changed, check_skipped
+from insitu.harvest.folder.shard_file import Written
 from insitu.harvest.layout import Line, Place, Skipped
-from insitu.harvest.sequences import Sequence, changed, check_skipped
-from insitu.harvest.shard_file import Written
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import torch
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.batch_parts import (
+from insitu.harvest.layout import POSITION, ROW_TENSORS, SEQUENCE, TOKEN_IDS
+from insitu.harvest.reading.batch_parts import (
     Batch,
     Where,
     at_rows,
@@ -19,9 +20,8 @@ from insitu.harvest.batch_parts import (
     mask_of,
     vectors_of,
 )
-from insitu.harvest.layout import POSITION, ROW_TENSORS, SEQUENCE, TOKEN_IDS
-from insitu.harvest.shuffling import EpochOrder, check_shuffle
-from insitu.harvest.stored_rows import StoredRows
+from insitu.harvest.reading.shuffling import EpochOrder, check_shuffle
+from insitu.harvest.reading.stored_rows import StoredRows
 from insitu.methods.sites import check_count
 
 

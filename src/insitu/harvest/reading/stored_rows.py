@@ -11,10 +11,10 @@ import torch
 
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
-from insitu.harvest.mapped_shard import ROW_DTYPES
-from insitu.harvest.opening import tensors_of_site
-from insitu.harvest.row_numbers import Numbers, numbers_of
-from insitu.harvest.shards import Shards
+from insitu.harvest.reading.mapped_shard import ROW_DTYPES
+from insitu.harvest.reading.opening import tensors_of_site
+from insitu.harvest.reading.row_numbers import Numbers, numbers_of
+from insitu.harvest.reading.shards import Shards
 from insitu.harvest.specification import SiteSpecification
 
 Taken = TypeVar("Taken")

@@ -15,10 +15,10 @@ import torch
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.data_files import documents_of_files
-from insitu.harvest.data_sets import documents_of_data_set, opened_data_set
-from insitu.harvest.documents import Document, Documents, document_of
-from insitu.harvest.shard_file import bytes_of
+from insitu.harvest.data.data_sets import documents_of_data_set, opened_data_set
+from insitu.harvest.data.documents import Document, Documents, document_of
+from insitu.harvest.data.files import documents_of_files
+from insitu.harvest.folder.shard_file import bytes_of
 from insitu.harvest.specification import DataSpecification
 
 _FORMS = (

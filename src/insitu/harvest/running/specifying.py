@@ -15,16 +15,16 @@ import transformers
 from insitu.about import installed_version
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
-from insitu.harvest.batch import Taking, check_reduction, keeps_rows_apart
-from insitu.harvest.data import documents_of
-from insitu.harvest.documents import Documents
-from insitu.harvest.metrics import Metric, metric_of
-from insitu.harvest.sequences import Cutting
-from insitu.harvest.shapes import shapes_of
-from insitu.harvest.shard_file import bytes_of
-from insitu.harvest.sites import AnySite, HarvestSite, sites_of
+from insitu.harvest.data.documents import Documents
+from insitu.harvest.data.given_data import documents_of
+from insitu.harvest.data.sequences import Cutting
+from insitu.harvest.data.tokenising import Tokenising, tokenising_of
+from insitu.harvest.folder.shard_file import bytes_of
+from insitu.harvest.running.batch import Taking, check_reduction, keeps_rows_apart
+from insitu.harvest.running.metrics import Metric, metric_of
+from insitu.harvest.running.shapes import shapes_of
+from insitu.harvest.running.sites import AnySite, HarvestSite, sites_of
 from insitu.harvest.specification import SiteSpecification, Specification
-from insitu.harvest.tokenising import Tokenising, tokenising_of
 from insitu.methods.sae import SparseAutoencoder
 from insitu.models.fingerprints import described, structure_of
 from insitu.models.language_model import LanguageModel

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from insitu.harvest.layout import NORM_SUM, SQUARE_SUM, SUM
-from insitu.harvest.mapped_shard import MappedShard
+from insitu.harvest.reading.mapped_shard import MappedShard
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,9 +20,9 @@ import torch
 from insitu import disk
 from insitu.graph.errors import MissingPackageError, OptionError, SaveError
 from insitu.graph.location import here
-from insitu.harvest.shards import Shards
+from insitu.harvest.reading.shards import Shards
+from insitu.harvest.reading.stored_rows import StoredRows
 from insitu.harvest.specification import SiteSpecification
-from insitu.harvest.stored_rows import StoredRows
 from insitu.methods.sites import check_count
 from insitu.models.keys import spelled
 from insitu.models.transformer_lens import OF_BLOCK, Standard

@@ -9,7 +9,7 @@ import torch
 
 from insitu.graph.errors import NoValueError, OptionError, UnknownShapeError
 from insitu.graph.location import here
-from insitu.harvest.sites import HarvestSite
+from insitu.harvest.running.sites import HarvestSite
 from insitu.models.language_model import LanguageModel
 from insitu.tracing.tracer import Tracer
 

@@ -22,7 +22,7 @@ import torch
 from insitu.graph.errors import LoadError
 from insitu.graph.location import here
 from insitu.harvest.layout import DOCUMENT, POSITION, SEQUENCE, TOKEN_IDS, Line, shard_name
-from insitu.harvest.opening import sums_of_site, tensors_of_site
+from insitu.harvest.reading.opening import sums_of_site, tensors_of_site
 from insitu.harvest.specification import Specification
 
 ROW_DTYPES = {

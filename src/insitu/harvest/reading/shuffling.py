@@ -15,7 +15,7 @@ import numpy as np
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.row_numbers import Numbers
+from insitu.harvest.reading.row_numbers import Numbers
 
 Shuffle = Literal["full"]
 """How rows are shuffled besides `True` and `False`: "full" draws an order of all rows."""

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from insitu.graph.errors import LimitError, LoadError
 from insitu.graph.location import here
+from insitu.harvest.data.tokenising import Tokenised
 from insitu.harvest.layout import Place, Skipped
-from insitu.harvest.tokenising import Tokenised
 
 _ENOUGH = 1_000  # documents that say what share of them is unusable
 

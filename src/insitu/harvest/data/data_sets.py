@@ -8,8 +8,8 @@ from typing import Any
 
 from insitu.graph.errors import LoadError, MissingPackageError, OptionError
 from insitu.graph.location import here
-from insitu.harvest.columns import chosen_column
-from insitu.harvest.documents import Document, Documents, document_of
+from insitu.harvest.data.columns import chosen_column
+from insitu.harvest.data.documents import Document, Documents, document_of
 from insitu.harvest.specification import DataSpecification
 
 _ROWS = 256  # that are in memory at once

@@ -10,7 +10,7 @@ import torch
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.stored_rows import TopFeatures
+from insitu.harvest.reading.stored_rows import TopFeatures
 
 Batch: TypeAlias = dict[str, Any]
 """Rows of some sites: each site under its label, `(size, ...)`, or `TopFeatures` of one that keeps

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from insitu.harvest.mapped_shard import MappedShard, open_shard
-from insitu.harvest.opening import Contents
+from insitu.harvest.reading.mapped_shard import MappedShard, open_shard
+from insitu.harvest.reading.opening import Contents
 
 _OPEN = 16
 """How many shards stay mapped. Each takes a file of the process, of which it may have few."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.documents import Document, Unusable
+from insitu.harvest.data.documents import Document, Unusable
 from insitu.harvest.layout import Skipped
 from insitu.models.language_model import LanguageModel
 from insitu.models.tokens import vocabulary_of

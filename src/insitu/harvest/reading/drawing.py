@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from insitu.harvest.opening import Contents, tensors_of_site
+from insitu.harvest.reading.opening import Contents, tensors_of_site
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -13,11 +13,6 @@ import torch
 from insitu.display.rows import rows_html
 from insitu.graph.errors import LoadError, NotCachedError, OptionError, nearest
 from insitu.graph.location import here
-from insitu.harvest.batch_parts import Where
-from insitu.harvest.batches import Batches
-from insitu.harvest.checking import BrokenShard, broken_shards
-from insitu.harvest.drawing import HEAD, site_rows, site_table, summary
-from insitu.harvest.exports import Exported, hook_name_of, to_arrow, to_numpy
 from insitu.harvest.layout import (
     DOCUMENT,
     POSITION,
@@ -26,13 +21,18 @@ from insitu.harvest.layout import (
     TOKEN_IDS,
     Skipped,
 )
-from insitu.harvest.opening import Contents, read_contents
-from insitu.harvest.shards import Shards
-from insitu.harvest.shuffling import Shuffle
-from insitu.harvest.site_statistics import Statistics, statistics_of
+from insitu.harvest.reading.batch_parts import Where
+from insitu.harvest.reading.batches import Batches
+from insitu.harvest.reading.checking import BrokenShard, broken_shards
+from insitu.harvest.reading.drawing import HEAD, site_rows, site_table, summary
+from insitu.harvest.reading.exports import Exported, hook_name_of, to_arrow, to_numpy
+from insitu.harvest.reading.opening import Contents, read_contents
+from insitu.harvest.reading.shards import Shards
+from insitu.harvest.reading.shuffling import Shuffle
+from insitu.harvest.reading.site_statistics import Statistics, statistics_of
+from insitu.harvest.reading.stored_rows import StoredRows, rows_of_place, rows_of_site
+from insitu.harvest.reading.torch_data import ActivationDataset
 from insitu.harvest.specification import SiteSpecification, Specification
-from insitu.harvest.stored_rows import StoredRows, rows_of_place, rows_of_site
-from insitu.harvest.torch_data import ActivationDataset
 
 if TYPE_CHECKING:
     from typing import Self

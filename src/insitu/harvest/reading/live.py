@@ -17,7 +17,8 @@ import torch
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.batch_parts import (
+from insitu.harvest.layout import INDICES, POSITION, ROW_TENSORS, SEQUENCE, TOKEN_IDS, VALUES
+from insitu.harvest.reading.batch_parts import (
     Batch,
     Where,
     at_rows,
@@ -27,9 +28,8 @@ from insitu.harvest.batch_parts import (
     mask_of,
     vectors_of,
 )
-from insitu.harvest.layout import INDICES, POSITION, ROW_TENSORS, SEQUENCE, TOKEN_IDS, VALUES
-from insitu.harvest.shuffling import EpochOrder, check_shuffle
-from insitu.harvest.stored_rows import TopFeatures
+from insitu.harvest.reading.shuffling import EpochOrder, check_shuffle
+from insitu.harvest.reading.stored_rows import TopFeatures
 from insitu.methods.sites import check_count
 
 if TYPE_CHECKING:

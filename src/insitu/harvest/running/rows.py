@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from insitu.harvest.batch import positions_in
+from insitu.harvest.data.ranges import Range
+from insitu.harvest.data.sequences import Sequence
 from insitu.harvest.layout import DOCUMENT, POSITION, SEQUENCE, TOKEN_IDS
-from insitu.harvest.ranges import Range
-from insitu.harvest.sequences import Sequence
+from insitu.harvest.running.batch import positions_in
 from insitu.harvest.specification import Reduction
 
 

@@ -11,11 +11,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.batch_parts import Batch, Where
-from insitu.harvest.batches import rows_of
 from insitu.harvest.layout import TOKEN_IDS
-from insitu.harvest.shuffling import EpochOrder, check_shuffle
-from insitu.harvest.stored_rows import StoredRows
+from insitu.harvest.reading.batch_parts import Batch, Where
+from insitu.harvest.reading.batches import rows_of
+from insitu.harvest.reading.shuffling import EpochOrder, check_shuffle
+from insitu.harvest.reading.stored_rows import StoredRows
 from insitu.methods.sites import check_count
 
 

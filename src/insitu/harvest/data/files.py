@@ -13,8 +13,8 @@ import msgspec
 from insitu import disk
 from insitu.graph.errors import LoadError, MissingPackageError, OptionError, nearest
 from insitu.graph.location import here
-from insitu.harvest.columns import chosen_column
-from insitu.harvest.documents import Document, Documents, Unusable, document_of
+from insitu.harvest.data.columns import chosen_column
+from insitu.harvest.data.documents import Document, Documents, Unusable, document_of
 from insitu.harvest.specification import DataSpecification
 
 _CHUNK = 1 << 20

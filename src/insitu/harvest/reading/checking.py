@@ -8,8 +8,8 @@ from pathlib import Path
 
 from insitu.graph.errors import LoadError
 from insitu.harvest.layout import Line, shard_name
-from insitu.harvest.mapped_shard import open_shard
-from insitu.harvest.opening import Contents
+from insitu.harvest.reading.mapped_shard import open_shard
+from insitu.harvest.reading.opening import Contents
 from insitu.harvest.specification import Specification
 
 

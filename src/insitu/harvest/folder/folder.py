@@ -15,6 +15,8 @@ import torch
 from insitu import disk
 from insitu.graph.errors import LoadError, OptionError, SaveError
 from insitu.graph.location import here
+from insitu.harvest.folder.manifest import append_line, read_manifest, replace_manifest, sync_folder
+from insitu.harvest.folder.shard_file import Written, digest_of, write_shard
 from insitu.harvest.layout import (
     LOCK,
     MANIFEST,
@@ -23,8 +25,6 @@ from insitu.harvest.layout import (
     Line,
     shard_name,
 )
-from insitu.harvest.manifest import append_line, read_manifest, replace_manifest, sync_folder
-from insitu.harvest.shard_file import Written, digest_of, write_shard
 from insitu.harvest.specification import Specification, differences
 
 _TEMPORARY = ".new"

@@ -8,15 +8,15 @@ import torch
 
 from insitu.graph.errors import ExecutionError
 from insitu.graph.location import here
-from insitu.harvest.batch import Taking
-from insitu.harvest.documents import Documents
+from insitu.harvest.data.documents import Documents
+from insitu.harvest.data.ranges import Progress, Range, batches, ranges
+from insitu.harvest.data.sequences import Sequence, changed, sequences
+from insitu.harvest.data.tokenising import tokenised
 from insitu.harvest.layout import INDICES, VALUES, Line, Place, Skipped
-from insitu.harvest.ranges import Progress, Range, batches, ranges
-from insitu.harvest.rows import rows_of
-from insitu.harvest.sequences import Sequence, changed, sequences
+from insitu.harvest.running.batch import Taking
+from insitu.harvest.running.rows import rows_of
+from insitu.harvest.running.specifying import Order
 from insitu.harvest.specification import Specification
-from insitu.harvest.specifying import Order
-from insitu.harvest.tokenising import tokenised
 
 
 def run_range(

@@ -16,15 +16,15 @@ import torch
 
 from insitu.graph.errors import ExecutionError, MissingPackageError, OptionError
 from insitu.graph.location import here
-from insitu.harvest.batch import Taking
-from insitu.harvest.folder import HarvestFolder
+from insitu.harvest.data.ranges import Range, line_of
+from insitu.harvest.folder.folder import HarvestFolder
 from insitu.harvest.layout import TOKEN_IDS
 from insitu.harvest.progress import Report
-from insitu.harvest.ranges import Range, line_of
-from insitu.harvest.running import run_range
+from insitu.harvest.running.batch import Taking
+from insitu.harvest.running.ranges_run import run_range
+from insitu.harvest.running.specifying import Order
+from insitu.harvest.running.statistics import with_statistics
 from insitu.harvest.specification import Specification
-from insitu.harvest.specifying import Order
-from insitu.harvest.statistics import with_statistics
 from insitu.models.language_model import LanguageModel
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
 

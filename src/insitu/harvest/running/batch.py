@@ -10,8 +10,8 @@ import torch
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.harvest.metrics import MetricFunction
-from insitu.harvest.sites import HarvestSite
+from insitu.harvest.running.metrics import MetricFunction
+from insitu.harvest.running.sites import HarvestSite
 from insitu.harvest.specification import Reduction
 from insitu.models.language_model import LanguageModel
 

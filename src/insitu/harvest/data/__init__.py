@@ -1,0 +1,1 @@
+"""The data of a harvest: documents, tokens, sequences, and the ranges that become shards."""
