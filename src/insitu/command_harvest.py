@@ -79,7 +79,7 @@ def harvest(
 ) -> Answer:
     """Writes the activations of a data set to a folder. The same command goes on with it.
 
-    What is written is read with `insitu.harvest.Activations.open(FOLDER)`.
+    The folder is read with `insitu.harvest.Activations.open(FOLDER)`.
 
     **Example:** `insitu harvest insitu/eiffel prompts.txt --sites residual_out:3 --to activations`
     """

@@ -36,8 +36,8 @@ def apply_in_torch(cls: type[AutogradFunction], *args: Any, **kwargs: Any) -> An
 
     Args:
         cls: the function.
-        args: what it is applied to.
-        kwargs: likewise.
+        args: its positional arguments.
+        kwargs: its named arguments.
     """
     return _APPLY.__get__(None, cls)(*args, **kwargs)
 

@@ -113,14 +113,14 @@ def harvest(
 ) -> Harvested:
     """Writes the activations of a data set to a folder, for `Activations.open(folder)`.
 
-    Called again for the same folder, it goes on behind what is there, and gives the same bytes as
-    if it had never been interrupted. If all is there it returns at once.
+    Called again for the same folder, it goes on behind the shards that are there, and gives the
+    same bytes as if it had never been interrupted. If all are there it returns at once.
 
     Args:
         model: the model, here or on a server.
-        data: a data set of Hugging Face or the id of one, a path or several of .txt (a line is a
-            document), .jsonl or .parquet, texts, lists of token ids, or a tensor of them
-            `(rows, position)`.
+        data: a data set of Hugging Face or the id of one; one or several paths of .txt, .jsonl or
+            .parquet; texts; lists of token ids; or a tensor of them `(rows, position)`. Each line
+            of a .txt is a document.
         sites: one or several: a standard name and blocks, "residual_out:6", "mlp.post:4-7" or
             "residual_out:*"; a module, "transformer.h.6.mlp.output"; a gradient,
             "grad.residual_out:6"; or a `SaeSite`, in text "sae(FOLDER):32@residual_out:6".
@@ -130,7 +130,7 @@ def harvest(
         context: how many tokens a sequence has at most. Longer documents become several. None for
             128, or as many as the model takes.
         pack: whether documents are put one behind the other, so that each sequence is full.
-        reduce: what is kept of a sequence: its "last" position, the "mean" over all, or some
+        reduce: the rows of a sequence: its "last" position, the "mean" over all, or some
             positions, from the end if negative. A sequence gives those that it has. None for all.
         split: which split, of a data set that has several.
         column: the column with texts or token ids; None for "text" or "input_ids".
@@ -147,9 +147,10 @@ def harvest(
         max_skipped: which share of the data's rows may be unusable: no text, empty, or with ids
             that the model does not have. More end the harvest with an error, after 1,000 rows or
             at the end.
-        metric: what gradients are of: "loss", the sum over a sequence of the negative log
-            likelihoods of its next tokens, or a function with a name from logits `(rows, position,
-            vocabulary)` and token ids `(rows, position)` to the sum over the rows.
+        metric: the number whose gradients are taken. "loss" is the sum over a sequence of the
+            negative log likelihoods of its next tokens. A function with a name takes logits `(rows,
+            position, vocabulary)` and token ids `(rows, position)`, and returns the sum over the
+            rows.
         progress: whether a bar is shown, None for on a terminal or in a notebook; or a function
             that is given a `HarvestProgress` some times a second.
         verify: whether the digests of shards that are there are compared; broken ones are made
@@ -159,15 +160,15 @@ def harvest(
             folder by the same path.
 
     Returns:
-        What is in the folder.
+        A summary of the folder: tokens, rows, shards and skipped rows.
 
     Raises:
         OptionError: for arguments that mean nothing, and if the folder holds another harvest,
             naming the fields that differ.
         LoadError: if the data cannot be read, or is not what it was.
         LimitError: if too many rows cannot be used.
-        SaveError: if the folder cannot be written, or another process writes to it. What is
-            written stays, and the same call goes on.
+        SaveError: if the folder cannot be written, or another process writes to it. Shards
+            that are written stay, and the same call goes on behind them.
 
     Example:
         >>> import tempfile

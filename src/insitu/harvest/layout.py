@@ -1,12 +1,11 @@
 """What a folder of activations looks like on disk: its files, their tensors, and its manifest.
 
-    FOLDER/
-        harvest.json                the specification: everything that the numbers depend on
-        manifest.jsonl              one line for each shard that is complete
-        shards/00042.safetensors    activations of consecutive sequences, and where they come from
-        lock                        held by the one process that writes
+- `harvest.json`: the specification, everything that the numbers depend on
+- `manifest.jsonl`: one line for each shard that is complete
+- `shards/00042.safetensors`: activations of consecutive sequences, and where they come from
+- `lock`: held by the one process that writes
 
-A shard counts once its line is in the manifest, and never before. Whatever else lies in the folder
+A shard counts once its line is in the manifest, and never before. Any other shard in the folder
 was left by a process that ended early, and the next one removes it.
 """
 

@@ -37,16 +37,16 @@ def live(
 
     Args:
         model: the model.
-        data: as of `harvest`, and so are `sites`. One that can be read but once gives one epoch.
-        sites: likewise.
+        data: as for `harvest`. Data that can be read only once gives one epoch.
+        sites: as for `harvest`.
         size: how many rows a batch has.
         shuffle: whether rows are mixed.
         seed: what the order is drawn from, with the epoch.
         buffer: how many rows are held and mixed with each other.
         ahead: how many batches are made ready ahead.
-        where: as of `Activations.batches`.
-        drop_last: likewise.
-        options: other arguments of `harvest` that say what is computed, such as `context=`,
+        where: as for `Activations.batches`.
+        drop_last: as for `Activations.batches`.
+        options: other arguments of `harvest` that change the rows, such as `context=`,
             `tokens=` and `dtype=`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Everything that the numbers of a harvest depend on: what is written into `harvest.json`."""
+"""Everything that the numbers of a harvest depend on: the content of `harvest.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from insitu.harvest.layout import FORMAT
 
 Reduction = Literal["last", "mean"] | tuple[int, ...] | None
-"""What is kept of a sequence: its last position, the mean over all, some positions (from the end if
+"""The rows of a sequence: its last position, the mean over all, some positions (from the end if
 negative), or, if None, every position."""
 
 
@@ -20,11 +20,11 @@ class SiteSpecification(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         label: what it is called in the folder, and how it was asked for: "residual_out:6".
         shape: the shape of one row, without the axis of positions; of sparse features `(k,)`.
-        dtype: of what is stored, such as "bfloat16".
-        model_dtype: of what arrives at the site in the run.
+        dtype: of the stored values, such as "bfloat16".
+        model_dtype: of the values that arrive at the site in the run.
         features: how many features there are, of a site that keeps the k largest; else None.
         dictionary: the digest of the sparse autoencoder that makes them; else None.
-        metric: of a gradient, what is differentiated; else None.
+        metric: of a gradient, the name of the metric; else None.
     """
 
     label: str
@@ -68,7 +68,7 @@ class Specification(msgspec.Struct, frozen=True, kw_only=True):
         pack: whether documents are put one behind the other, so that each sequence is full.
         bos: whether each sequence begins with the model's own first token.
         separator: the token between packed documents; None for none.
-        reduce: what is kept of a sequence.
+        reduce: which rows of a sequence are kept.
         tokens: how many tokens the model is given in all; None for all of the data.
         batch_tokens: how many tokens a batch has at most. Batches never depend on the machine's
             memory, so that a harvest that goes on gives the same bits.

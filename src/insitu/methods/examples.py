@@ -39,8 +39,8 @@ class FeatureExample:
         position: the position in it.
         document: the row of the data.
         tokens: the tokens around that place, as text.
-        token_ids: likewise, int64.
-        values: how large the feature is at each of them, float32.
+        token_ids: the ids of these tokens, int64 `(tokens,)`.
+        values: how large the feature is at each of them, float32 `(tokens,)`.
         peak: which of them the place is, from 0.
     """
 
@@ -71,7 +71,7 @@ class FeatureExamples(Drawable):
     """The contexts in which some features are largest.
 
     Attributes:
-        site: of which site.
+        site: the site that the features are of.
         features: the numbers of the features.
         examples: of each feature its examples, the largest first.
         counts: at how many rows each feature is above 0.

@@ -251,7 +251,7 @@ def _parts(activations: Any, rows: int) -> Iterator[tuple[int, int, torch.Tensor
 
 
 def _only(sae: SparseAutoencoder, features: Sequence[int]) -> SparseAutoencoder:
-    """A sparse autoencoder with some of its features, none of which depends on the others."""
+    """A sparse autoencoder with some of its features. None of them depends on the others."""
     weights = dict(sae.weights)
     index = torch.tensor(features, device=weights["W_enc"].device)
     for name in _PER_FEATURE:

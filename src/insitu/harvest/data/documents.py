@@ -25,7 +25,7 @@ class Unusable(NamedTuple):
 
 
 Document = str | Sequence[int] | Unusable
-"""A text, token ids, or what is neither."""
+"""A text, token ids, or a row that is neither."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def documents_of_files(paths: Sequence[Path], column: str | None) -> Documents:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """The digest of what is in files."""
+    """The digest of the contents of files."""
     told = hashlib.sha256()
     try:
         for path in paths:

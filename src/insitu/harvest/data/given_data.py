@@ -1,6 +1,6 @@
 """What may be given as data, and how each form of it gives documents.
 
-How files are read is in `data_files.py`, and data sets of Hugging Face in `data_sets.py`.
+How files are read is in `files.py`, and data sets of Hugging Face in `data_sets.py`.
 """
 
 from __future__ import annotations

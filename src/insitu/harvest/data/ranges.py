@@ -173,7 +173,7 @@ def _range(now: Progress, found: list[Sequence], skipped: list[Skipped], last: b
 
 
 def _shortened(one: Sequence, size: int) -> Sequence:
-    """The beginning of a sequence, of which no more than the tokens asked for are taken."""
+    """The first tokens of a sequence, as many as are still to be harvested."""
     parts, left = list[tuple[int, int]](), size
     for document, count in one.parts:
         if left:

@@ -141,8 +141,8 @@ def check_skipped(skipped: int, place: Place, most: float, last: str, ended: boo
         return
     raise LimitError(
         f"{skipped} of {documents} rows of the data cannot be used, the last of them because "
-        f"{last}. That is more than `max_skipped={most:g}` of them. What is written stays, and "
-        "with a larger `max_skipped` the same call goes on.",
+        f"{last}. That is more than `max_skipped={most:g}` of them. Shards that are written "
+        "stay, and with a larger `max_skipped` the same call goes on.",
         here(),
         limit="max_skipped",
         found=skipped / max(documents, 1),

@@ -40,8 +40,8 @@ class HarvestFolder:
         lines: the lines of its manifest.
 
     Attributes:
-        path: likewise.
-        lines: likewise; with each shard that is committed there is one more.
+        path: the same folder.
+        lines: the same lines, and one more for each shard that is committed.
     """
 
     def __init__(self, path: Path, lines: list[Line]) -> None:
@@ -90,7 +90,7 @@ class HarvestFolder:
                 raise
 
     def commit(self, line: Line, mark: str = "") -> None:
-        """Lets a shard count that was written: from here on it is there, whatever happens.
+        """Lets a shard count that was written: from here on it stays if the process is killed.
 
         Args:
             line: its line. That of a shard which was broken takes the place of the old one.
@@ -144,7 +144,7 @@ def check_folder(path: Path) -> None:
 def opened_folder(path: Path, specification: Specification) -> HarvestFolder:
     """Returns a folder as it is to be gone on with. The process holds its lock.
 
-    Whatever is not in the manifest is removed: it was left by a process that was killed.
+    Shards that the manifest does not list are removed: they were left by a process that was killed.
 
     Args:
         path: the folder.
@@ -226,7 +226,7 @@ def told_errors(path: Path) -> Generator[None]:
         said = (error.strerror or str(error)).rstrip(".")
         why = f"there is no space left for it ({said})" if full else said
         raise SaveError(
-            f"'{path}' cannot be written: {why}. What is written stays, and the same call goes on "
-            "behind it.",
+            f"'{path}' cannot be written: {why}. Shards that are written stay, and the same call "
+            "goes on behind them.",
             here(),
         ) from error

@@ -29,7 +29,7 @@ class Written(NamedTuple):
 
     Attributes:
         bytes: its size.
-        sha256: the digest of what is in it.
+        sha256: the digest of its content.
     """
 
     bytes: int
@@ -70,7 +70,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> Written:
 
 
 def digest_of(path: Path) -> str:
-    """Returns the digest of what is in a file.
+    """Returns the digest of the content of a file.
 
     Args:
         path: the file.

@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 class Activations:
     """Activations of a data set, in a folder that `harvest` has written.
 
-    `activations["residual_out:6"][rows]` reads rows of a site, and so do `activations.token_ids`,
-    `sequence`, `position` and `document` for what says where rows come from. An index is a number,
-    a slice, a list or tensor of numbers, or a mask; what is given is a copy. Nothing is read that
-    was not asked for, and an object of this class takes next to no memory. It shows the folder as
+    `activations["residual_out:6"][rows]` reads rows of a site. `activations.token_ids`, `sequence`,
+    `position` and `document` say where rows come from, and take the same index: a number, a slice,
+    a list or tensor of numbers, or a mask. The result is a copy. Nothing is read that was not
+    asked for, and an object of this class takes next to no memory. It shows the folder as
     it was when it was opened: open it again for what a running harvest has added.
 
     It can be used from several threads, pickled, and sent to other processes of this machine.
@@ -256,17 +256,17 @@ class Activations:
 
         Args:
             size: how many rows a batch has. The `DataLoader` itself is given `batch_size=None`.
-            sites: as of `batches`, and so are `shuffle`, `seed`, `buffer` and `where`. All ranks
-                give the same ones.
-            shuffle: likewise.
-            seed: likewise.
-            buffer: likewise.
-            where: likewise.
+            sites: as for `batches`. All ranks give the same, and so for the next four.
+            shuffle: as for `batches`.
+            seed: as for `batches`.
+            buffer: as for `batches`.
+            where: as for `batches`.
             drop_last: whether all batches have `size` rows. Without `where` all workers and ranks
                 give as many of them then, as training on several ranks needs.
             rank: of this process; None for that of `torch.distributed`, if it is initialised when
                 the data set is made.
-            world_size: among how many ranks the rows are divided; None likewise.
+            world_size: among how many ranks the rows are divided; None for the number of ranks of
+                `torch.distributed`, if it is initialised then.
 
         Raises:
             NotCachedError: if there is no such site.

@@ -1,4 +1,4 @@
-"""What a batch is, and what is done to the parts of one: whatever it was read from."""
+"""The parts of a batch, and operations on them. Where the rows were read from does not matter."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def epochs_of(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Gives one epoch after the other, without an end.
 
     Args:
-        batches: of which each loop is an epoch.
+        batches: an iterable; each loop over it is an epoch.
 
     Raises:
         OptionError: if an epoch has no batch.

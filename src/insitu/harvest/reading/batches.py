@@ -26,13 +26,13 @@ from insitu.methods.sites import check_count
 
 
 class _State(msgspec.Struct, forbid_unknown_fields=True):
-    """A place in an epoch, and of which order.
+    """A place in an epoch, and the order that it is a place in.
 
     Attributes:
-        seed: of the order, and so are `shuffle`, `buffer` and `rows`.
-        shuffle: likewise.
-        buffer: likewise.
-        rows: likewise.
+        seed: the seed of the order.
+        shuffle: how the order mixes rows.
+        buffer: how many rows it mixes with each other.
+        rows: how many rows it has.
         epoch: the number of the epoch.
         window: the window of it in which the next row lies.
         row: how many rows of that window have been given, of those that a mask lets through.
@@ -52,13 +52,13 @@ class Batches:
 
     Args:
         columns: the rows of each site, and `token_ids`, `sequence`, `position` and `document`.
-        size: as of `Activations.batches`, and so are the others.
-        shuffle: likewise.
-        seed: likewise.
-        buffer: likewise.
-        where: likewise.
-        drop_last: likewise.
-        state: likewise.
+        size: as for `Activations.batches`.
+        shuffle: as for `Activations.batches`.
+        seed: as for `Activations.batches`.
+        buffer: as for `Activations.batches`.
+        where: as for `Activations.batches`.
+        drop_last: as for `Activations.batches`.
+        state: its `resume`: a state to go on from, or None.
     """
 
     def __init__(

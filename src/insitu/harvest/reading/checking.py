@@ -20,7 +20,7 @@ class BrokenShard:
     Attributes:
         shard: its number.
         file: its file, relative to the folder.
-        reason: what is wrong.
+        reason: in which way it differs.
     """
 
     shard: int
@@ -44,7 +44,7 @@ def broken_shards(folder: Path, contents: Contents) -> list[BrokenShard]:
 
 
 def _wrong(folder: Path, specification: Specification, line: Line) -> str:
-    """What is wrong with a shard, "" if nothing is."""
+    """Why a shard is broken, "" if it is not."""
     try:
         open_shard(folder, specification, line)
         with open(folder / shard_name(line.shard), "rb") as file:

@@ -51,8 +51,8 @@ class LiveBatches:
     """Batches of rows of a model that runs meanwhile: each row once an epoch.
 
     `for batch in batches` is an epoch, as of `Batches`, and `forever` and `vectors` are those of
-    `Batches`. There is no state to go on from: what a model gives is not kept. The thread that
-    runs it begins with the first batch and ends with the loop; it also ends where `close` is
+    `Batches`. There is no state to go on from: values of the model are not kept. The thread
+    that runs it begins with the first batch and ends with the loop. It also ends where `close` is
     called, at the end of a `with` block, and when nothing refers to the batches any more.
 
     Args:
@@ -63,8 +63,8 @@ class LiveBatches:
         buffer: how many rows are held and mixed with each other. A range more is held while it is
             put in.
         ahead: how many batches are made ready ahead.
-        where: as of `Activations.batches`.
-        drop_last: likewise.
+        where: as for `Activations.batches`.
+        drop_last: as for `Activations.batches`.
 
     Raises:
         OptionError: if an option has no meaning.

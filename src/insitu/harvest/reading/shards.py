@@ -13,7 +13,7 @@ from insitu.harvest.reading.mapped_shard import MappedShard, open_shard
 from insitu.harvest.reading.opening import Contents
 
 _OPEN = 16
-"""How many shards stay mapped. Each takes a file of the process, of which it may have few."""
+"""How many shards stay mapped. Each is an open file, and a process may have only a few hundred."""
 
 
 class Shards:

@@ -107,7 +107,7 @@ class EpochOrder:
     def drawn(self, *purpose: int) -> np.random.RandomState:
         """Returns what draws for a purpose: other numbers for each.
 
-        Of its classes, this is the one of which NumPy promises the same numbers in all versions.
+        Of all its generators, NumPy promises only for this one the same numbers in all versions.
 
         Args:
             purpose: some numbers from 0.
@@ -119,10 +119,10 @@ class EpochOrder:
 
 
 def check_shuffle(shuffle: Any, seed: Any) -> None:
-    """Refuses what is no way of shuffling, and what is no seed.
+    """Refuses a `shuffle` or a `seed` that has no meaning.
 
     Raises:
-        OptionError: if it is none.
+        OptionError: if one of them has none.
     """
     if not isinstance(shuffle, bool) and not (isinstance(shuffle, str) and shuffle == "full"):
         raise OptionError(f'`shuffle` is True, False or "full", not {shuffle!r}.', here())

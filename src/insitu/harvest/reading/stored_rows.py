@@ -56,17 +56,17 @@ class TopFeatures(NamedTuple):
 
 
 class StoredRows(Generic[Taken]):
-    """Rows of a site, or of what says where rows come from: `rows[index]` reads them.
+    """Rows of a site, or of a tensor such as `token_ids`: `rows[index]` reads them.
 
-    An index is a number, a slice, a list or tensor of numbers, or a mask. What is given is a copy,
-    and only these rows are read.
+    An index is a number, a slice, a list or tensor of numbers, or a mask. The result is a copy, and
+    only these rows are read.
 
     Args:
         shards: where they are.
         names: the tensors in the shards.
-        dtype: of what is given.
+        dtypes: the dtype of each of them.
         shape: of one row.
-        made: makes what is given of one tensor for each name.
+        made: makes the result of an index from one tensor for each name.
     """
 
     def __init__(

@@ -24,14 +24,14 @@ class ActivationDataset(IterableDataset[Batch]):
 
     Args:
         columns: the rows of each site, and `token_ids`, `sequence`, `position` and `document`.
-        size: as of `Activations.dataset`, and so are the others.
-        shuffle: likewise.
-        seed: likewise.
-        buffer: likewise.
-        where: likewise.
-        drop_last: likewise.
-        rank: likewise.
-        world_size: likewise.
+        size: as for `Activations.dataset`.
+        shuffle: as for `Activations.dataset`.
+        seed: as for `Activations.dataset`.
+        buffer: as for `Activations.dataset`.
+        where: as for `Activations.dataset`.
+        drop_last: as for `Activations.dataset`.
+        rank: as for `Activations.dataset`.
+        world_size: as for `Activations.dataset`.
     """
 
     def __init__(

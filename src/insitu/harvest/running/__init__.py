@@ -1,1 +1,1 @@
-"""What is run of the model for a harvest, and what is kept of it."""
+"""Runs the model for a harvest, and keeps the values of its sites."""

@@ -30,7 +30,7 @@ def made_ahead(items: Iterable[Item], most: int) -> Generator[Generator[Item]]:
     """Makes items in a thread, ahead of those who take them.
 
     Args:
-        items: what is made.
+        items: the items, made as they are iterated over.
         most: how many are made that nobody has taken.
 
     Returns:
@@ -79,7 +79,7 @@ class Behind(Generic[Item]):
     At most one item waits and one is worked on: `give` waits before there are more.
 
     Args:
-        work: what is done with each, in their order.
+        work: called with each of them, in their order.
     """
 
     def __init__(self, work: Callable[[Item], object]) -> None:

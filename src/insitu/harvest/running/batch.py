@@ -1,4 +1,4 @@
-"""One batch of a harvest: a forward of the model, and what is kept of its sites."""
+"""One batch of a harvest: a forward of the model, and the kept values of its sites."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from insitu.harvest.specification import Reduction
 from insitu.models.language_model import LanguageModel
 
 _FEATURES = 1 << 25  # numbers that an autoencoder makes at once: 128 MiB of float32
-_TRIAL = 8  # tokens of two prompts of which it is seen whether they share a forward
+_TRIAL = 8  # tokens of each of two prompts that show whether prompts share a forward
 
 Kept = dict[str, torch.Tensor]
 """Tensors of one group by their names in a shard, `(sequence, row, ...)`."""
@@ -24,14 +24,14 @@ Kept = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Taking:
-    """What is taken of a forward.
+    """The values that are kept of each forward.
 
     Attributes:
         model: the model.
         sites: the sites.
         dtypes: the dtype that is stored, by label.
-        reduce: what is kept of a sequence.
-        metric: what gradients are of; None if there are none.
+        reduce: which rows of a sequence are kept.
+        metric: the metric whose gradients are kept; None if there are none.
         most_tokens: how many tokens a forward has at most.
         apart: whether each row has to be an invocation of its own, because the model does not
             keep the rows of a batch apart by itself.
@@ -46,7 +46,7 @@ class Taking:
     apart: bool
 
     def run(self, groups: Sequence[torch.Tensor]) -> list[Kept]:
-        """Runs a batch, and returns what is kept of each group.
+        """Runs a batch, and returns the kept values of each group.
 
         Args:
             groups: token ids of sequences of one length, `(sequence, position)`.
@@ -91,7 +91,7 @@ class Taking:
         return [self._kept(one) for one in saved]
 
     def _record(self, group: torch.Tensor) -> dict[Any, Any]:
-        """Records what is read of one group, by what it is of."""
+        """Records the reads of one group, by label, or by place for an autoencoder."""
         model, values, wanted = self.model, dict[Any, Any](), dict[Any, Any]()
         for site in self.sites:
             if site.place not in values:
@@ -127,11 +127,11 @@ class Taking:
 
 
 def reduced(value: Any, reduce: Reduction, length: int) -> Any:
-    """Returns what is kept of values `(sequence, position, ...)`, `(sequence, row, ...)`.
+    """Returns the rows to keep of values `(sequence, position, ...)`, `(sequence, row, ...)`.
 
     Args:
         value: the values. They may be a proxy.
-        reduce: what is kept.
+        reduce: which rows are kept.
         length: how many positions there are.
     """
     if reduce is None:
@@ -205,7 +205,7 @@ def keeps_rows_apart(model: LanguageModel, sites: Sequence[HarvestSite]) -> bool
 
 
 def check_reduction(given: Any) -> Reduction:
-    """Returns what is kept of a sequence, as it was meant.
+    """Returns `reduce` as it is stored: a position becomes a tuple.
 
     Args:
         given: None, "last", "mean", a position or several.

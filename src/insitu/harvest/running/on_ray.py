@@ -39,7 +39,7 @@ class _Sent(NamedTuple):
         module: the model's module.
         edits: its edits.
         told: the specification.
-        taking: what is taken of forwards, by the fields of `Taking`, without the model.
+        taking: the fields of `Taking`, without the model.
         folder: where shards are written.
         threads: how many threads a forward has: with others it would give other bits.
     """
@@ -188,8 +188,8 @@ class _Pool:
         deaths = self._deaths[one.shard] = self._deaths.get(one.shard, 0) + 1
         if deaths >= _DEATHS:
             raise ExecutionError(
-                f"{deaths} actors of Ray died with shard {one.shard}: {error}. What is written "
-                "stays, and the same call goes on behind it.",
+                f"{deaths} actors of Ray died with shard {one.shard}: {error}. Shards that are "
+                "written stay, and the same call goes on behind them.",
                 here(),
             ) from error
         if actor in self._actors:  # the first of its ranges that is noticed

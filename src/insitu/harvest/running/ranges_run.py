@@ -30,7 +30,7 @@ def run_range(
     Args:
         one: the range.
         told: the specification of the harvest.
-        taking: what is taken of forwards.
+        taking: runs a forward and keeps its values.
         ran: is told of each batch how many tokens it had.
     """
     rows = rows_of(one, told.reduce)

@@ -33,7 +33,7 @@ def rows_of(one: Range, reduce: Reduction) -> Rows:
 
     Args:
         one: the range.
-        reduce: what is kept of a sequence.
+        reduce: which rows of a sequence are kept.
     """
     taken = [_positions(reduce, len(each.ids)) for each in one.sequences]
     counts = [1 if own is None else len(own) for own in taken]

@@ -1,10 +1,10 @@
 """Sites of a harvest: how they are written, and where in a model they are.
 
-residual_out:6                      a standard name, and the block; also 4-7, 0,5 or *
-mlp.post:6                          the same by its key in a block
-transformer.h.6.mlp.output          a module by its path; .input too, and a number behind it
-sae(FOLDER):32@residual_out:6       the 32 largest features of a sparse autoencoder
-grad.residual_out:6                 the gradient of the metric
+- `residual_out:6`: a standard name, and the block; also 4-7, 0,5 or *
+- `mlp.post:6`: the same by its key in a block
+- `transformer.h.6.mlp.output`: a module by its path; .input too, and a number behind it
+- `sae(FOLDER):32@residual_out:6`: the 32 largest features of a sparse autoencoder
+- `grad.residual_out:6`: the gradient of the metric
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class NamedSite:
 
     Attributes:
         site: which value.
-        layer: of which block.
+        layer: the number of its block.
     """
 
     site: Site

@@ -67,7 +67,7 @@ class Order:
         documents: the data.
         tokenising: how it becomes token ids.
         cutting: how these become sequences.
-        taking: what is taken of forwards.
+        taking: runs a forward and keeps its values.
         max_skipped: which share of documents may be skipped.
     """
 
@@ -91,7 +91,7 @@ def ordered(
         options: the rest.
 
     Raises:
-        InsituError: for what is wrong with any of them.
+        InsituError: if one of them is wrong, with the reason.
     """
     _check_numbers(model, options)
     context = options.context or min(_CONTEXT, model.traits.reader.limits.context or _CONTEXT)
