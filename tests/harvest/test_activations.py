@@ -47,11 +47,11 @@ INDICES = [
     *(slice(None), slice(5, 20), slice(None, None, 3), slice(30, 2, -4), slice(-3, None)),
     *(slice(9, 9), slice(None, None, -1), range(2, 30, 5), slice(0, 1000)),
     *([], [4], [34, 0, 0, 17, -1], torch.tensor([12, 11, 10]), np.array([1, 30], np.int32)),
-    *(torch.arange(35) % 3 == 1, [True] * 35, np.zeros(35, bool), torch.randperm(35)),
+    *(torch.arange(35) % 3 == 1, [True] * 35, np.zeros(35, bool), torch.arange(35) * 12 % 35),
 ]
 
 
-@pytest.mark.parametrize("index", INDICES, ids=repr)
+@pytest.mark.parametrize("index", INDICES, ids=lambda index: " ".join(repr(index).split())[:60])
 def test_rows_are_what_the_same_index_gives_of_all_of_them(
     folder: Path, whole: dict[str, torch.Tensor], index: object
 ) -> None:
