@@ -2,10 +2,11 @@
 
     python benchmarks/harvest.py [--sae-lens PYTHON]
 
-The model has the size of GPT-2 small, with random weights. Activations behind block 6 of 12 are
-written as bfloat16. The bound is a loop whose hook raises at that block; it runs the same batches,
-and writes the same bytes. All cases run in turn in one process, and ratios are of medians. On a
-busy machine seconds of the processor say more than those of the clock: both are printed.
+The model has the size of GPT-2 small, with random weights. Activations behind the sixth of its
+twelve blocks are written as bfloat16. The bound is a loop whose hook raises at that block; it runs
+the same batches, and writes the same bytes. All cases run in turn in one process, and ratios are of
+medians. On a busy machine seconds of the processor say more than those of the clock: both are
+printed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from insitu import LanguageModel
 from insitu.harvest import harvest
 from insitu.harvest.data.ranges import batches
 
-BLOCK, LENGTH, BATCH = 6, 128, 8
+BLOCK, LENGTH, BATCH = 5, 128, 8  # the sixth block of twelve
 SITE = f"residual_out:{BLOCK}"
 
 

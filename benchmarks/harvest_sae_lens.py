@@ -65,10 +65,10 @@ def main() -> None:
     # It asks the Hub which tokenizer the data set was made with.
     activations_store.validate_pretokenized_dataset_tokenizer = lambda *_, **__: None
     found = {"its Hugging Face loader": taken(
-        folder, "AutoModelForCausalLM", "transformer.h.6", tokens
+        folder, "AutoModelForCausalLM", "transformer.h.5", tokens
     )}  # fmt: skip
     cache_activations_runner.load_model = hooked
-    found["its own model"] = taken(folder, "HookedTransformer", "blocks.6.hook_resid_post", tokens)
+    found["its own model"] = taken(folder, "HookedTransformer", "blocks.5.hook_resid_post", tokens)
     print(json.dumps(found))
 
 

@@ -16,11 +16,12 @@ from insitu.graph.errors import (
     OptionError,
     PromptError,
 )
-from insitu.harvest import harvest, running
+from insitu.harvest import harvest
 from insitu.harvest.data.ranges import Progress, batches, ranges
 from insitu.harvest.data.sequences import Cutting, sequences
 from insitu.harvest.data.tokenising import Tokenised
 from insitu.harvest.layout import Place, Skipped
+from insitu.harvest.running import ranges_run
 from tests.conftest import tiny_gpt2
 from tests.harvest.folders import manifest, whole
 
@@ -105,9 +106,9 @@ def test_a_data_set_goes_on_without_being_read_again(
     with pytest.raises(LoadError, match="The data has changed"):
         harvest(eiffel, changed, SITE, **short)
     began = []
-    tokenised = running.tokenised
+    tokenised = ranges_run.tokenised
     monkeypatch.setattr(
-        running,
+        ranges_run,
         "tokenised",
         lambda rows, first, how: began.append(first) or tokenised(rows, first, how),
     )

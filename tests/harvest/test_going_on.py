@@ -184,6 +184,26 @@ def test_two_on_one_folder_are_refused(tmp_path: Path) -> None:
     run(tmp_path)
 
 
+def test_a_folder_that_another_process_holds_is_refused(unbroken: Path, tmp_path: Path) -> None:
+    holding = (
+        "from insitu.harvest.folder.lock import locked; from pathlib import Path; import sys\n"
+    )
+    holding += (
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holding, str(tmp_path)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(SaveError, match=f"process {other.pid}"):
+            run(tmp_path)
+    finally:
+        other.kill()  # the system takes the lock from it, however it has ended
+        other.communicate()
+    run(tmp_path)
+    assert digests(tmp_path) == digests(unbroken)
+
+
 def test_a_disk_that_is_full_is_said_and_gone_on_with(unbroken: Path, tmp_path: Path) -> None:
     """A limit on the size of files does as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
