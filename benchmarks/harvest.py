@@ -141,8 +141,6 @@ def memory(tokens: int) -> float:
 
 def tiny(tokens: int) -> None:
     """Harvests ragged text of a tiny model, and prints how much memory that took."""
-    import resource
-
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.set_num_threads(1)
@@ -162,7 +160,9 @@ def tiny(tokens: int) -> None:
             model, documents(), "residual_out:1", to=folder, tokens=tokens, shard_tokens=1 << 14,
             batch_tokens=4096,
         )  # fmt: skip
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not `ru_maxrss`, which keeps what the process had before it became this program.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024)
 
 
 def sae_lens(python: str, module: torch.nn.Module, rows: list[list[int]]) -> dict[str, list[float]]:

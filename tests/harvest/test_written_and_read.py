@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from insitu import LanguageModel, OptionError
+from insitu import LanguageModel, NotCachedError, OptionError
 from insitu.harvest import Activations, SaeSite, harvest, live
 from insitu.methods import SparseAutoencoder, feature_examples
 from tests.conftest import hooked_hidden, tiny_gpt2
@@ -88,3 +88,23 @@ def test_features_on_the_fly_are_those_that_were_stored(
     for feature in chosen:
         assert found[feature]
         assert [o.row for o in found[feature][:1]] == [o.row for o in expected[feature][:1]]
+
+
+def test_a_site_is_found_as_it_was_asked_for(eiffel: LanguageModel, tmp_path: Path) -> None:
+    harvest(
+        eiffel,
+        ["The Louvre is in"],
+        ["mlp.post:4", "grad.residual_out:3"],
+        to=tmp_path,
+        metric="loss",
+    )
+    activations = Activations.open(tmp_path)
+    for asked, label in (("mlp.post:4", "post:4"), ("grad.residual_out:3",) * 2):
+        assert asked in activations and label in activations
+        assert torch.equal(activations[asked][:], activations[label][:])
+        mean = activations[label][:].double().mean(0)
+        torch.testing.assert_close(activations.statistics(asked).mean.double(), mean)
+    for wrong in ("mlp.post:3", "residual_out:3", "post", 4):
+        assert wrong not in activations
+        with pytest.raises(NotCachedError, match="post:4"):
+            activations[wrong]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from insitu.display.rows import rows_html
-from insitu.graph.errors import LoadError, NotCachedError, OptionError, nearest
+from insitu.graph.errors import LoadError, NotCachedError, OptionError
 from insitu.graph.location import here
 from insitu.harvest.layout import (
     DOCUMENT,
@@ -29,6 +29,7 @@ from insitu.harvest.reading.exports import Exported, hook_name_of, to_arrow, to_
 from insitu.harvest.reading.opening import Contents, read_contents
 from insitu.harvest.reading.shards import Shards
 from insitu.harvest.reading.shuffling import Shuffle
+from insitu.harvest.reading.site_names import site_called
 from insitu.harvest.reading.site_statistics import Statistics, statistics_of
 from insitu.harvest.reading.stored_rows import StoredRows, rows_of_place, rows_of_site
 from insitu.harvest.reading.torch_data import ActivationDataset
@@ -131,7 +132,10 @@ class Activations:
         return self.rows
 
     def __contains__(self, site: object) -> bool:
-        return site in self._sites
+        try:
+            return site_called(self._sites, site) is not None
+        except NotCachedError:
+            return False
 
     def __iter__(self) -> Any:
         return iter(self._sites)
@@ -153,19 +157,12 @@ class Activations:
         return self[site].dtype
 
     def site(self, site: str) -> SiteSpecification:
-        """Returns what the specification says of a site.
+        """Returns what the specification says of a site, by its label or as it was asked for.
 
         Raises:
             NotCachedError: if there is no such site.
         """
-        if site not in self._sites:
-            near = nearest(str(site), self._sites)
-            raise NotCachedError(
-                f"No site {site!r} was harvested{near}: there are "
-                f"{', '.join(map(repr, self._sites))}.",
-                here(),
-            )
-        return self._sites[site]
+        return site_called(self._sites, site)
 
     def __getitem__(self, site: str) -> StoredRows[Any]:
         return rows_of_site(self._shards, self.site(site))
@@ -293,7 +290,7 @@ class Activations:
         if not self.rows:
             raise OptionError("There are no rows yet to have statistics of.", here())
         shards = map(self._shards.opened, range(len(self._shards)))
-        return statistics_of(shards, site, found.shape, self.rows)
+        return statistics_of(shards, found.label, found.shape, self.rows)
 
     def to_numpy(self, site: str, rows: Any = None) -> np.ndarray[Any, Any]:
         """Returns rows of a dense site as an array of NumPy, in memory.
