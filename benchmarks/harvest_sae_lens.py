@@ -49,6 +49,8 @@ def taken(folder: str, kind: str, hook: str, tokens: int) -> list[float]:
                 model_class_name=kind, model_batch_size=8, hook_name=hook, d_in=768,
                 training_tokens=tokens, context_size=128, new_cached_activations_path=f"{out}/a",
                 shuffle=False, dtype="float32", device="cpu", prepend_bos=False, streaming=False,
+                # It runs whole buffers, whatever is asked for: one that holds all of it.
+                buffer_size_gb=(tokens * 768 * 4 + 1) / 1e9,
             )  # fmt: skip
             runner = CacheActivationsRunner(config)
             before = time.process_time(), time.perf_counter()
