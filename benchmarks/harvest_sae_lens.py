@@ -27,7 +27,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = {"<s>": 0, **{f"w{number}": number for number in range(1, 50257)}}
     inner = Tokenizer(WordLevel(words, unk_token="<s>"))
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="<s>", pad_token="<s>"
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="<s>",
+        pad_token="<s>",
+        name_or_path=f"{sys.argv[1]}/model",
     )
 
 
@@ -54,8 +58,11 @@ def taken(folder: str, kind: str, hook: str, tokens: int) -> list[float]:
             )  # fmt: skip
             runner = CacheActivationsRunner(config)
             before = time.process_time(), time.perf_counter()
-            runner.run()
+            made = runner.run()
             after = time.process_time(), time.perf_counter()
+            rows = len(made) * 128
+            if rows != tokens:
+                raise SystemExit(f"SAELens has made {rows} rows of {tokens}")
             times.append((after[0] - before[0], after[1] - before[1]))
     return [statistics.median(one) for one in zip(*times, strict=True)]
 
