@@ -13,7 +13,7 @@ test test-all test-matrix test-served coverage architectures fuzz attack: export
 ORACLES := transformer-lens captum sae-lens dictionary-learning eai-sparsify
 
 .PHONY: demo test test-all test-matrix test-served coverage architectures proofs oracle fuzz attack \
-	check format docs bench bench-peers bench-serving attack-server clean
+	check format docs bench bench-peers bench-serving bench-harvest attack-server clean
 
 demo: $(VENV)/runtime
 	@$(BIN)/python examples/main_demo.py
@@ -110,6 +110,11 @@ bench: $(VENV)/installed
 # A server and its users, beside the same server that joins nothing, and nnsight one by one.
 bench-serving: $(VENV)/installed $(VENV)-nnsight/installed
 	$(BIN)/python benchmarks/serving.py --nnsight $(VENV)-nnsight/bin/python \
+		--write benchmarks/RESULTS.md
+
+# A harvest beside loops by hand, and SAELens' cache runner.
+bench-harvest: $(VENV)/installed $(VENV)-sae-lens/installed
+	$(BIN)/python benchmarks/harvest.py --sae-lens $(VENV)-sae-lens/bin/python \
 		--write benchmarks/RESULTS.md
 
 PEERS = nnsight transformer-lens pyvene

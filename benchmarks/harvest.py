@@ -25,8 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from experiments import machine
 from safetensors.torch import save_file
 from subjects import gpt2
+from tables import Figure, Table, figures, write_part
 
 from insitu import LanguageModel
 from insitu.harvest import harvest
@@ -118,15 +120,27 @@ def timed(cases: dict[str, Callable[[Path], object]], rounds: int) -> dict[str, 
     }
 
 
-def show(title: str, found: dict[str, list[float]], tokens: int, ours: str = "insitu") -> None:
-    print(title)
-    for name, (processor, clock) in found.items():
-        ratios = [theirs / mine for theirs, mine in zip(found[name], found[ours], strict=True)]
-        print(
-            f"  {name:<28}{tokens / processor:8.0f} tokens a second of the processor, "
-            f"{tokens / clock:6.0f} of the clock; insitu has {ratios[0]:.2f} and {ratios[1]:.2f} "
-            "times as many"
-        )
+COLUMNS = ("", "tokens/s", "tokens/s of a processor", "insitu has, times", "by the processor")
+OURS, BOUND, WHOLE = "insitu", "a hook that raises: the bound", "a hook, whole forwards"
+
+
+def compared(title: str, found: dict[str, list[float]], tokens: int) -> Table:
+    """The tokens a second of each case, and how many times as many a harvest has."""
+    rows = [
+        [
+            name,
+            f"{tokens / clock:,.0f}",
+            f"{tokens / processor:,.0f}",
+            *(f"{gain(found, name, at):.2f}" for at in (1, 0)),
+        ]
+        for name, (processor, clock) in found.items()
+    ]
+    return Table(title, COLUMNS, rows)
+
+
+def gain(found: dict[str, list[float]], over: str, at: int = 1) -> float:
+    """How many times the tokens a second of another case a harvest has: 1 by the clock."""
+    return found[over][at] / found[OURS][at]
 
 
 def memory(tokens: int) -> float:
@@ -189,6 +203,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sae-lens", help="The Python of an environment with SAELens.")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--write", type=Path, help="a file with a part of these tables: RESULTS.md")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     module, draw = gpt2(), random.Random(0)
@@ -206,33 +221,49 @@ def main() -> None:
     sizes: list[float] = []
     even = [[draw.randrange(50257) for _ in range(LENGTH)] for _ in range(chosen.sequences)]
     loops = Loops(module, even)
-    found = timed(
-        {
-            "insitu": lambda folder: insitu(even, folder),
-            "hook that raises (the bound)": loops.bound,
-            "hook, whole forwards": loops.whole,
-        },
-        chosen.rounds,
-    )
-    show(f"{len(even)} sequences of {LENGTH} tokens", found, LENGTH * len(even))
-    print(f"  bytes in the folder: {sizes[-1]:.4f} of tokens x width x item size")
+    cases = {OURS: lambda folder: insitu(even, folder), BOUND: loops.bound, WHOLE: loops.whole}
+    found = timed(cases, chosen.rounds)
+    held = [
+        Figure("of the bound, tokens a second", gain(found, BOUND), 0.93, least=True),
+        Figure("of whole forwards, tokens a second", gain(found, WHOLE), 2.7, least=True),
+        Figure("bytes on disk, of tokens x width x item size", sizes[-1], 1.02),
+    ]
     if chosen.sae_lens:
         peer = sae_lens(chosen.sae_lens, module, even)
-        show("SAELens, in its own environment", {**peer, "insitu": found["insitu"]},
-             LENGTH * len(even))  # fmt: skip
+        found |= {f"SAELens, {name}": times for name, times in peer.items()}
+        for name, least in (("its Hugging Face loader", 2), ("its own model", 1.1)):
+            what = f"of SAELens, {name}, tokens a second"
+            held.append(Figure(what, gain(found, f"SAELens, {name}"), least, least=True))
+    tables = [compared(f"{len(even)} sequences of {LENGTH} tokens", found, LENGTH * len(even))]
     lengths = [min(LENGTH, max(4, int(draw.lognormvariate(4.2, 0.6)))) for _ in range(96)]
     uneven = [[draw.randrange(50257) for _ in range(length)] for length in lengths]
-    found = timed(
-        {
-            "insitu": lambda folder: insitu(uneven, folder),
-            "hook that raises (the bound)": Loops(module, uneven).bound,
-        },
-        chosen.rounds,
+    cases = {OURS: lambda folder: insitu(uneven, folder), BOUND: Loops(module, uneven).bound}
+    found = timed(cases, chosen.rounds)
+    held.append(
+        Figure("of the bound, ragged text, tokens a second", gain(found, BOUND), 0.85, least=True)
     )
-    show(f"{len(uneven)} sequences of {min(lengths)} to {max(lengths)} tokens", found, sum(lengths))
+    title = f"{len(uneven)} sequences of {min(lengths)} to {max(lengths)} tokens"
+    tables.append(compared(title, found, sum(lengths)))
     if not chosen.no_memory:
         few, many = memory(100_000), memory(1_000_000)
-        print(f"Most memory: {few:.0f} MB for 100,000 tokens, {many:.0f} MB for 1,000,000")
+        held.append(Figure("most memory at 10^6 tokens, of that at 10^5", many / few, 1.05))
+    tables.insert(0, figures(held))
+    for table in tables:
+        print(table.text(), end="\n\n", flush=True)
+    if chosen.write is not None:
+        text = TITLE.format(machine=machine(), threads=chosen.threads)
+        write_part(chosen.write, [text, *(table.markdown() for table in tables)])
+
+
+TITLE = """# Harvesting, measured
+
+Written by `make bench-harvest`: {machine}; {threads} threads for torch.
+
+A random model of GPT-2 small's size. Activations behind the sixth of its twelve blocks are written
+as bfloat16. The bound is a loop by hand whose hook raises at that block; it runs the same batches,
+and writes the same bytes. A harvest is timed with its checks of the model and the data. SAELens
+runs in an environment of its own; in version 6.54 its cache runner stops behind the block too.
+"""
 
 
 if __name__ == "__main__":
