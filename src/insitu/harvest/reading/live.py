@@ -220,11 +220,12 @@ class _Ahead:
             target=_work, args=arguments, name="insitu-live", daemon=True
         )
         self._stopping = weakref.finalize(self, _stop, self._closed, self._queue)
-        self._started = False
+        self._starting = threading.Lock()
 
     def __iter__(self) -> Iterator[Batch]:
-        self._started = True
-        self._thread.start()
+        with self._starting:  # another thread may close it at any moment
+            if not self._closed.is_set():
+                self._thread.start()
         while not self._closed.is_set():
             item = self._queue.get()
             if item is _END:
@@ -236,7 +237,9 @@ class _Ahead:
     def close(self) -> None:
         """Ends the thread and waits for it."""
         self._stopping()
-        if self._started and self._thread is not threading.current_thread():
+        with self._starting:
+            started = self._thread.ident is not None
+        if started and self._thread is not threading.current_thread():
             self._thread.join()
 
 
