@@ -74,7 +74,10 @@ class HarvestPlan:
         return [
             ("tokens", f"{self.tokens:,}"),
             ("rows", f"{self.rows:,}"),
-            ("on the disk", f"{size(self.bytes)} in {self.shards:,} shards"),
+            (
+                "on the disk",
+                f"{size(self.bytes)} in {self.shards:,} shard{'s' * (self.shards != 1)}",
+            ),
             ("forwards", f"{self.passes:,}"),
             ("operations", operations),
             ("time on this machine", _duration(self.seconds)),
