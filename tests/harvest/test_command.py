@@ -87,7 +87,7 @@ def test_numbers_of_tokens(text: str, number: int) -> None:
 
 
 def test_an_interrupt_says_how_to_go_on(prompts: Path, tmp_path: Path) -> None:
-    prompts.write_text("\n".join(TEXTS * 400))
+    prompts.write_text("\n".join(TEXTS * 20_000))
     folder = tmp_path / "a"
     args = ["harvest", "insitu/eiffel", str(prompts), "--sites", "residual_out:3"]
     args += ["--to", str(folder), "--shard-tokens", "500", "--quiet"]

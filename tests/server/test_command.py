@@ -245,7 +245,8 @@ def test_a_key_that_is_none_names_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     secret = run("keys", "add", "ada", "--keys", str(path)).stdout
     prefix = secret[:15]
-    line = said(run("keys", "revoke", f"{prefix[:-1]}x", "--keys", str(path)))
+    other = "y" if prefix[-1] == "x" else "x"
+    line = said(run("keys", "revoke", prefix[:-1] + other, "--keys", str(path)))
     assert prefix in line
 
 

@@ -160,7 +160,7 @@ def _checked(ids: Sequence[int], vocabulary: int) -> Sequence[int] | Unusable:
 
 
 def _first_token(model: LanguageModel, tokenizer: Any) -> int | None:
-    """The token that texts begin with: BERT calls it the one of the class."""
+    """The token that texts begin with. Some tokenizers call it the token of the class."""
     for name in ("bos_token_id", "cls_token_id"):
         found = getattr(tokenizer, name, None)
         if found is None and tokenizer is None:
