@@ -59,6 +59,7 @@ class KilledServer:
         with self._log.open("ab") as log:
             self._front = subprocess.Popen(command, cwd=_ROOT, stdout=log, stderr=log)
         self.seen.add(self._front.pid)
+        self._workers: set[int] = set()  # of this front
 
     def wait_until_it_answers(self) -> None:
         """Waits until connections are accepted."""
@@ -83,6 +84,13 @@ class KilledServer:
             elif "insitu.server.engines.admission" in words:
                 parent_is_front = below[pid] == self._front.pid
                 found["template" if parent_is_front else "worker"].append(pid)
+        # One goes on when the template that has forked it has ended, and is no child of it then.
+        found["worker"] += [
+            pid
+            for pid in self._workers - below.keys()
+            if "insitu.server.engines.admission" in _words(pid)
+        ]
+        self._workers.update(found["worker"])
         found["all"] = [pid for kind in KINDS[:-1] for pid in found[kind]]
         self.seen.update(found["all"])
         return found
