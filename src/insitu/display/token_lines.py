@@ -14,6 +14,7 @@ from insitu.display.canvas import MONOSPACE, Canvas, plotly
 from insitu.display.colours import Scale, css, on, scale_of
 from insitu.display.labels import html, number, shortened, visible, width
 from insitu.display.menu import colour_axis
+from insitu.display.token_text import token_row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -129,21 +130,7 @@ def lines_figure(group: TokenLines, title: str | None = None, wide: float | None
             f"{html(visible(token))}<br>{number(value)}"
             for token, value in zip(line.tokens, line.values, strict=True)
         ]
-        traces.append(
-            go.Heatmap(
-                z=[list(line.values)],
-                x=edges,
-                y=(row, row + 1),
-                text=[[html(token) for token in tokens]],
-                texttemplate="%{text}",
-                textfont={"family": MONOSPACE, "size": _FONT},
-                hovertext=[said],
-                hovertemplate="%{hovertext}<extra></extra>",
-                coloraxis="coloraxis",
-                xgap=1,
-                ygap=4,
-            )
-        )
+        traces.append(token_row(row, edges, tokens, line.values, said, _FONT))
     bare = {"showgrid": False, "zeroline": False, "showticklabels": False, "ticks": ""}
     figure = go.Figure(traces)
     figure.update_layout(

@@ -79,7 +79,7 @@ def token_text(numbers: Numbers, title: str, wanted: tuple[float | None, float |
         canvas.height += wanted[1] - canvas.layout()["height"]
     controls = choice(menu, states, [{}] * len(states), [len(text) for text in texts], canvas, at)
     traces = [
-        _trace(go, one, line, row, numbers.quantity, state == at)
+        _trace(one, line, row, numbers.quantity, state == at)
         for state, (one, text) in enumerate(zip(chosen, texts, strict=True))
         for row, line in enumerate(text)
     ]
@@ -123,7 +123,43 @@ def _lines(axis: Axis, wide: float) -> list[Line]:
     return [*lines, Line(first, tuple(edges), tuple(tokens))] if tokens else lines
 
 
-def _trace(go: Any, one: Numbers, line: Line, row: int, quantity: str, shown: bool) -> Any:
+def token_row(
+    row: int,
+    edges: Sequence[float],
+    tokens: Sequence[str],
+    values: Sequence[float],
+    said: Sequence[str],
+    size: int = _FONT,
+    shown: bool = True,
+) -> Any:
+    """Returns a row of tokens coloured by a number each, as a trace of plotly.
+
+    Args:
+        row: which row of the figure, from 0.
+        edges: where tokens begin, in pixels, and where the last ends.
+        tokens: the tokens, shortened.
+        values: the numbers.
+        said: the text that the mouse shows over each.
+        size: of the letters, in pixels.
+        shown: whether it is seen at first.
+    """
+    return plotly().Heatmap(
+        z=[[*values]],
+        x=edges,
+        y=(row, row + 1),
+        text=[[html(token) for token in tokens]],
+        texttemplate="%{text}",
+        textfont={"family": MONOSPACE, "size": size},
+        hovertext=[[*said]],
+        hovertemplate="%{hovertext}<extra></extra>",
+        coloraxis="coloraxis",
+        xgap=1,
+        ygap=4,
+        visible=shown,
+    )
+
+
+def _trace(one: Numbers, line: Line, row: int, quantity: str, shown: bool) -> Any:
     values = one.values.detach().float().cpu()[line.first : line.first + len(line.tokens)]
     said = [
         f"{html(told(one.axes[0], line.first + at))}<br>{html(quantity)} {number(value)}"
@@ -131,17 +167,5 @@ def _trace(go: Any, one: Numbers, line: Line, row: int, quantity: str, shown: bo
     ]
     if one.texts:
         said = [f"{s}<br>{html(visible(one.texts[line.first + n]))}" for n, s in enumerate(said)]
-    return go.Heatmap(
-        z=values.masked_fill(~values.isfinite(), float("nan")).numpy()[None],
-        x=line.edges,
-        y=(row, row + 1),
-        text=[[html(token) for token in line.tokens]],
-        texttemplate="%{text}",
-        textfont={"family": MONOSPACE, "size": _FONT},
-        hovertext=[said],
-        hovertemplate="%{hovertext}<extra></extra>",
-        coloraxis="coloraxis",
-        xgap=1,
-        ygap=4,
-        visible=shown,
-    )
+    seen = values.masked_fill(~values.isfinite(), float("nan")).tolist()
+    return token_row(row, line.edges, line.tokens, seen, said, shown=shown)

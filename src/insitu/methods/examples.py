@@ -17,9 +17,9 @@ from insitu.display.token_lines import (
     lines_html,
     printed_lines,
 )
-from insitu.graph.errors import MissingPackageError, OptionError
+from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.methods.result import Result
+from insitu.methods.result import Result, pandas_package
 
 if TYPE_CHECKING:
     import pandas
@@ -159,12 +159,7 @@ class FeatureExamples(Drawable):
         Raises:
             MissingPackageError: if pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise MissingPackageError(
-                "Tables take pandas, which is not installed: `pip install 'insitu[plot]'`.", here()
-            ) from None
+        pandas = pandas_package()
         names = ("feature", "value", "token", "text", "document", "sequence", "position")
         columns: dict[str, list[Any]] = {name: [] for name in ("feature", "rank", *names[1:])}
         for found in self.examples:

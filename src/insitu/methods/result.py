@@ -249,12 +249,7 @@ class Result(Drawable):
         Raises:
             MissingPackageError: if pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise MissingPackageError(
-                "Tables take pandas, which is not installed: `pip install 'insitu[plot]'`.", here()
-            ) from None
+        pandas = pandas_package()
 
         cells = list(self.cells())
         places = self.values.float().isnan().logical_not().nonzero().T.tolist()
@@ -365,3 +360,18 @@ def _listed(values: torch.Tensor) -> Any:
     if values.is_floating_point() and values.isnan().any():
         return [_listed(part) for part in values] if values.ndim else None
     return values.tolist()
+
+
+def pandas_package() -> Any:
+    """Returns pandas, which tables take.
+
+    Raises:
+        MissingPackageError: if it is not installed.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise MissingPackageError(
+            "Tables take pandas, which is not installed: `pip install 'insitu[plot]'`.", here()
+        ) from None
+    return pandas
