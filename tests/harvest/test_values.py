@@ -183,6 +183,26 @@ def test_bfloat16_is_the_rounding_of_the_same_run(tmp_path: Path) -> None:
         assert torch.equal(rounded, exact.to(dtype))
 
 
+def places(values: torch.Tensor) -> torch.Tensor:
+    """Numbers in 16 bits as integers in the same order, so that neighbours differ by one."""
+    bits = values.view(torch.int16).int()
+    return torch.where(bits < 0, -32768 - bits, bits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_within_a_unit_in_the_last_place_of_hooks(kind: str, tmp_path: Path) -> None:
+    make, path = KINDS[kind]
+    module, data = make(), documents(RAGGED)
+    site = f"{path}.output"
+    harvest(LanguageModel(module), data, site, to=tmp_path, dtype="bfloat16", batch_tokens=60)
+    for one, ids in zip(each_sequence(tmp_path, site), data, strict=True):
+        (expected,) = seen_alone(module, [path], ids)
+        found = one[site]
+        assert found.dtype == torch.bfloat16
+        apart = (places(found) - places(expected.bfloat16())).abs()
+        assert apart.max() <= 1, f"{apart.max()} units in the last place"
+
+
 def test_gradients_are_those_of_autograd(tmp_path: Path) -> None:
     module, data = tiny_gpt2(), documents([6, 6, 9, 4, 1])
     sites = ["grad.residual_out:1", "residual_out:1", "grad.z:2"]
