@@ -14,7 +14,7 @@ from pathlib import Path
 MOST_WORDS = 35
 BANNED = re.compile(r"\b(what is|likewise|whatever|of which|(?:is|are|was) found out)\b", re.I)
 _END = re.compile(r"(?<=[.!?])[\"')*]*\s+(?=[\"'(*]*[A-Z`\d])|\n\s*\n")
-_CODE = re.compile(r"^(```|~~~).*?^\1\s*$|<(svg|style|!--).*?(-->|</\2>)", re.M | re.S)
+_CODE = re.compile(r"^ *(```|~~~).*?^ *\1\s*$|<(svg|style|!--).*?(-->|</\2>)", re.M | re.S)
 _INLINE = re.compile(r"``.+?``|`[^`]+`|\$[^$]+\$|https?://\S+", re.S)
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _ITEM = re.compile(r"^\s*(?:[-*+]|\d+\.|#{1,6}|>|:::|!!!|\|)\s", re.M)
@@ -37,7 +37,7 @@ def faults(text: str) -> Iterator[str]:
 def page_faults(page: Path) -> list[str]:
     """The faults of a Markdown page, each paragraph, item and cell by itself."""
     text = _CODE.sub("\n\n", page.read_text())
-    text = re.sub(r"^(\|.*)$", lambda row: row[0].replace("|", "\n\n"), text, flags=re.M)
+    text = re.sub(r"^( *\|.*)$", lambda row: row[0].replace("|", "\n\n"), text, flags=re.M)
     return [*faults(_ITEM.sub("\n\n", text))]
 
 

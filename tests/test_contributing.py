@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def test_every_folder_has_a_readme_that_names_files_that_are_there(folder: Path)
     assert len(named.splitlines()) <= 30, "what is more belongs to docs/dev"
     inner = [path for path in folder.iterdir() if path.is_dir()]
     assert missing(page, [folder, *inner, PACKAGE, ROOT]) == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_file_is_in_the_readme_of_its_folder(folder: Path) -> None:
+    patterns = [Path(name).name for name in FILE.findall((folder / "README.md").read_text())]
+    files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    assert [name for name in files if not any(fnmatch(name, one) for one in patterns)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

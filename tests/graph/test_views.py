@@ -336,6 +336,7 @@ _VIEWS: Mapping[str, tuple[Any, ...]] = {
     "Tensor.reshape": (-1, 2),
     "Tensor.contiguous": (),
     "Tensor.narrow": (0, 0, 1),
+    "Tensor.unfold": (0, 1, 1),
     "Tensor.detach": (),
     "Tensor.diagonal": (),
 }
