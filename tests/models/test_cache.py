@@ -97,7 +97,24 @@ def test_patterns_are_tried_on_standard_names_first(model: LanguageModel) -> Non
     hooks = model.run_with_cache(IDS, lambda name: name.endswith("hook_z"))
     assert list(hooks) == [f"blocks.{layer}.attn.hook_z" for layer in range(len(model.blocks))]
     assert not any("hook" in key for key in model.run_with_cache(IDS, lambda name: True))
-    assert torch.equal(hooks["z", -1], hooks[list(hooks)[-1]])
+    # In short a value has one order of axes, whichever name has asked for it.
+    last = len(model.blocks) - 1
+    assert torch.equal(hooks["z", -1], model.run_with_cache(IDS, "z")["z", -1])
+    assert torch.equal(hooks[f"blocks.{last}.attention.z"], hooks["z", -1])
+    assert torch.equal(hooks["z", -1, "attn"], hooks["z", -1].transpose(1, 2))
+    assert torch.equal(hooks.stack("z")[-1], hooks["z", -1])
+
+
+def test_a_value_of_the_same_last_word_is_not_taken_for_a_standard_one() -> None:
+    """TransformerLens's queries are those before the rotation, ours those that are compared."""
+    model = LanguageModel(tiny_llama())
+    cache = model.run_with_cache(IDS, lambda name: name.endswith("hook_q"))
+    assert cache["q", 1, "attn"].shape[2] == model.n_heads
+    assert ("q", 1) not in cache
+    with pytest.raises(NotCachedError, match=r"write `cache\['q', 1, 'attn'\]`"):
+        cache["q", 1]
+    with pytest.raises(NotCachedError, match=r"write `cache\['q', 0, 'attn'\]`"):
+        cache.stack("q")
 
 
 @pytest.mark.no_wire

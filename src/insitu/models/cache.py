@@ -58,6 +58,10 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         self._values = dict(values)
         self._layers = layers
         self._aliases = aliases
+        # Standard names of what was asked for by another name only.
+        self._standard = {
+            aliases[key][0]: (key, aliases[key][1]) for key in self._values if key in aliases
+        }
         self.ids = ids
         self.mask = mask
 
@@ -102,8 +106,8 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         value = self._values.get(key)
         if value is not None:
             return value
-        alias, heads_third = self._aliases.get(key, ("", False))
-        value = self._values.get(alias)
+        other, heads_third = self._other(key)
+        value = self._values.get(other)
         if value is None:
             raise self._lacking(key)
         return value.transpose(1, 2) if heads_third else value
@@ -116,7 +120,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
                 return False
         if not isinstance(key, str):
             return False
-        return key in self._values or self._aliases.get(key, ("", False))[0] in self._values
+        return key in self._values or self._other(key)[0] in self._values
 
     def __iter__(self) -> Iterator[str]:
         frame = sys._getframe(1)
@@ -177,10 +181,20 @@ class ActivationCache(Mapping[str, torch.Tensor]):
             raise self._lacking(f"blocks.{layer}.{spelled(name) or name}", name)
         return found
 
+    def _other(self, key: str) -> tuple[str, bool]:
+        """What else a key is called, and whether heads and positions are the other way round."""
+        return self._aliases.get(key) or self._standard.get(key, ("", False))
+
     def _found(self, name: str, layer: int) -> str | None:
-        """The key of a value of a block, by its name in short."""
-        keys = [f"blocks.{layer}.{spelled(name) or name}"]
-        keys += [f"blocks.{layer}.{place}{name}" for place in _PLACES]
+        """The key of a value of a block, by its name in short.
+
+        A standard name means its own value and axes, also where another name has asked for it.
+        """
+        standard = spelled(name)
+        if standard is not None:
+            key = f"blocks.{layer}.{standard}"
+            return key if key in self else None
+        keys = [f"blocks.{layer}.{place}{name}" for place in _PLACES]
         return next((key for key in keys if key in self), None)
 
     def _lacking(self, key: str, name: str | None = None) -> NotCachedError:
@@ -193,6 +207,12 @@ class ActivationCache(Mapping[str, torch.Tensor]):
             words = dict.fromkeys(one.rpartition(".")[2].removeprefix("hook_") for one in there)
             other = next((one for one in meant(name) if one.rpartition(".")[2] in words), None)
             near = nearest(name, words) if other is None else f": write {other!r}"
+            block, number, *_ = key.split(".")
+            if f"{block}.{number}.attn.hook_{name}" in self:  # another value
+                near = (
+                    f": write `cache[{name!r}, {number}, 'attn']` for TransformerLens's, which is "
+                    "another value on this model"
+                )
         if key in self._aliases:
             near = f" (it is {self._aliases[key][0]!r})"
         return NotCachedError(
