@@ -93,6 +93,36 @@ NO_NUMBERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda logits: logits[0, -1].max(),
+        lambda logits: logits[:, -1].softmax(-1).max(),
+        lambda logits: logits[0, -1, 5],
+        lambda logits: logits[:, -1, :].max(),
+    ],
+)
+def test_a_key_for_logits_with_an_axis_of_prompts_is_refused(
+    metric: Any, gpt2: LanguageModel
+) -> None:
+    with pytest.raises(OptionError, match=r"write `logits\[-1, token\]`, or `run.logits\[0, -1"):
+        ablate(gpt2, [1, 2, 3], metric, layers=1)
+
+
+def test_the_short_form_takes_the_keys_of_positions_and_tokens(gpt2: LanguageModel) -> None:
+    with torch.no_grad():
+        logits = gpt2.module(torch.tensor([[1, 2, 3]])).logits[0]
+    for metric, expected in (
+        (lambda run: run[-1, 5], logits[-1, 5]),
+        (lambda run: run[..., -1, 5], logits[-1, 5]),
+        (lambda run: run[0, [5, 7]].sum(), logits[0, [5, 7]].sum()),
+        (lambda run: run[None][0, -1].max(), logits[-1].max()),
+        (lambda run: run.logits[0, -1].max(), logits[-1].max()),
+    ):
+        found = ablate(gpt2, [1, 2, 3], metric, layers=1).details["clean"]
+        torch.testing.assert_close(found.squeeze(), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", NO_NUMBERS)
 @pytest.mark.parametrize("method", [ablate, integrated_gradients, gradient_times_input])
 def test_what_is_no_number_is_refused_and_not_summed(

@@ -72,6 +72,25 @@ class Run(Proxy):
     def _ref(self, ref: Ref) -> None:
         self._node = ref
 
+    def __getitem__(self, key: Any) -> Any:
+        """Takes numbers of the logits of the prompt alone, which have no axis of rows.
+
+        Raises:
+            OptionError: for a key that was written for logits with one, such as `[0, -1]`: of the
+                vocabulary nobody takes the last entry, and a wrong number would come of it.
+        """
+        axes = [one for one in key if one is not None] if isinstance(key, tuple) else [key]
+        plain = [one for one in axes if one is not ...]
+        last = axes[1] if len(axes) == len(plain) == 2 else 0
+        if len(plain) > 2 or (isinstance(last, int) and last < 0):
+            raise OptionError(
+                "As a tensor, what a metric is given are the logits of one prompt, `(position, "
+                "vocabulary)`: write `logits[-1, token]`, or `run.logits[0, -1, token]` with the "
+                "axis of the prompt.",
+                here(),
+            )
+        return super().__getitem__(key)
+
     @property
     def is_short(self) -> bool:
         """Whether it was used in the place of the prompt's logits, which have no axis of rows."""
