@@ -15,6 +15,7 @@ from insitu.graph.errors import BlockError, OperationError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import NO_KWARGS, Ref, WeightRef, ref
 from insitu.graph.operations import BACKWARD, GETITEM, GRAD, WRITE
+from insitu.graph.optimisers import refuse_steps
 from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
 from insitu.graph.recording import Recording
 from insitu.graph.standing import holds
@@ -143,6 +144,7 @@ def backward_pass(
     if recording.gradients is not None:  # lines that come now may mean this one
         recording.gradients.pop(None, None)
     recording.graph.differentiates = True
+    refuse_steps(recording, mark)
     made = BackwardPass(kind(recording, gradient) for gradient in gradients)
     made._recording, made._ref = recording, backward
     return made

@@ -36,9 +36,10 @@ from insitu.graph.recording import Recording
 from insitu.graph.saved import SavedList, SavedTensor
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import CONSTANTS, map_structure
+from insitu.graph.written_arguments import written_arguments
 
-# Constants that a node may hold as they are.
-PLAIN = frozenset((*CONSTANTS, torch.Tensor, torch.Generator))
+# Constants that a node may hold as they are. Tensors may change before the run: `constants.py`.
+PLAIN = frozenset((*CONSTANTS, torch.Generator)) - {torch.Tensor}
 # What tensors are indexed with: nearly always constants, so they get a short way of their own.
 KEYS = frozenset([slice, tuple])
 _NAMED = (Function, ModuleRef, Subgraph)
@@ -99,6 +100,9 @@ def add_node(
         args, inputs, nested = (source, *args[1:]), source.inputs, False
     else:
         tuples = operation is GETITEM
+        for one in written_arguments(operation, args, kwargs)[0]:
+            if type(one) is torch.Tensor:  # such as running statistics
+                recording.hold(one, mark, written=True)
         args, kwargs, inputs, nested = encoded(recording, args, kwargs, mark, tuples)
     rows = recording.graph.rows
     index = len(rows)
@@ -139,6 +143,8 @@ def encoded(
         kind = type(arg)  # pyright: ignore[reportUnknownVariableType]
         if kind in PLAIN or (kind in KEYS and is_constant(arg)):
             made.append(arg)
+        elif kind is torch.Tensor:
+            made.append(recording.hold(arg, mark))
         elif kind in _NAMED:
             made.append(arg)
             nested = True
@@ -176,9 +182,9 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
         NoValueError: if it holds a value of another block that has none.
     """
     if type(value) is SavedTensor:
-        return value.constant()
+        return recording.hold(value.constant(), mark)
     if isinstance(value, torch.Tensor) and not isinstance(value, AnyRecorded):
-        return value
+        return recording.hold(value, mark)
 
     def leaf(item: Any) -> Any:
         if isinstance(item, AnyRecorded):
@@ -197,11 +203,13 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
                 return _carried(item, mark)
             return item.result(Location(*mark))
         if type(item) is SavedTensor:
-            return item.constant()
+            return recording.hold(item.constant(), mark)
         if type(item) is SavedList:
             # Not by `leaf`, which would then refer to itself: a cycle that only the collector ends.
             return encode(recording, item.value, inputs, mark)
-        if type(item) in PLAIN or isinstance(item, torch.Tensor | Function | WeightRef):
+        if isinstance(item, torch.Tensor):
+            return recording.hold(item, mark)
+        if type(item) in PLAIN or isinstance(item, Function | WeightRef):
             return item
         if isinstance(item, Number) and hasattr(item, "item"):  # a NumPy scalar
             return cast(Any, item).item()

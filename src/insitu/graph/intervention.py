@@ -66,8 +66,10 @@ def write(recording: Recording, address: Address, value: Any, block: bool, mark:
         read = ref(recording.graph.original(standing.index))
         if _is_whole(recording, value) or not (block and _may_be_structure(recording, standing)):
             standing = read  # of what was written before, nothing stays
-    inputs = standing.inputs if type(value) is torch.Tensor else None
-    if isinstance(value, AnyRecorded) and value._recording is recording:
+    inputs = None
+    if type(value) is torch.Tensor:
+        value, inputs = recording.hold(value, mark), standing.inputs
+    elif isinstance(value, AnyRecorded) and value._recording is recording:
         value = recording.current(value._ref)  # a whole tuple may be written
         inputs = (standing.index, value.index)
     if inputs is not None:  # nearly always: without a look at each argument

@@ -7,7 +7,7 @@ the next must be fit for both.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -41,15 +41,34 @@ def made_ordinary(value: Any) -> Any:
 
 
 def make_constants_ordinary(graph: Graph) -> None:
-    """Puts such copies into a graph, and into the functions recorded in it."""
+    """Puts such copies into a graph, and into the functions recorded in it.
+
+    Args:
+        graph: the graph, which is changed.
+    """
+    with ordinary_tensors():
+        change_constants(graph, _ordinary)
+
+
+def change_constants(graph: Graph, change: Callable[[Any], Any]) -> None:
+    """Changes the constants of a graph, and those of the functions recorded in it.
+
+    Args:
+        graph: the graph.
+        change: gives what takes the place of a constant.
+    """
+
+    def leaf(item: Any) -> Any:
+        if isinstance(item, Subgraph):
+            change_constants(item.graph, change)
+            return Subgraph(item.graph, map_structure(leaf, item.output))
+        return change(item)
+
     rows = graph.rows
     for index, (operation, args, kwargs, *rest) in enumerate(rows):
-        args, kwargs = cast("tuple[Any, Any]", made_ordinary((args, dict(kwargs))))
+        args, kwargs = cast("tuple[Any, Any]", map_structure(leaf, (args, dict(kwargs))))
         rows[index] = cast(Row, (operation, args, kwargs, *rest))
 
 
 def _ordinary(leaf: Any) -> Any:
-    if isinstance(leaf, Subgraph):
-        make_constants_ordinary(leaf.graph)
-        return Subgraph(leaf.graph, made_ordinary(leaf.output))
     return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_inference() else leaf

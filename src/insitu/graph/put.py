@@ -42,7 +42,7 @@ def put(
 
     Args:
         base: a tensor, or a tuple, list or dictionary. Only the tensor on the way is copied.
-        steps: what leads from it to the part.
+        steps: what leads from it to the part, outermost first.
         write: writes into its first argument.
         args: its arguments behind the first one.
         kwargs: its keyword arguments.

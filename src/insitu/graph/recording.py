@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,13 +28,54 @@ from insitu.graph.context import (
     refuse_inside_forward,
 )
 from insitu.graph.errors import OperationError
+from insitu.graph.given import each
 from insitu.graph.lines import ShapeSource
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Graph, Ref, Site, ref, table_of
 from insitu.graph.operations import INPUT, READ, REPLACE, SKIP, WRITE, Operation
+from insitu.graph.structure import independent, is_counted, is_small
 from insitu.graph.views import Views
 
 _NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference to these
+
+
+_WRITTEN = -1
+
+
+class Held(NamedTuple):
+    """A tensor of the user's own that lines use.
+
+    Attributes:
+        tensor: the tensor. It is kept, so that no other gets its identity.
+        version: how often it had been written into; None if nobody counts that, and `_WRITTEN` if
+            the run itself writes into it.
+        kept: what the graph holds: the tensor itself, or a copy.
+        mark: the user's line.
+    """
+
+    tensor: torch.Tensor
+    version: int | None
+    kept: torch.Tensor
+    mark: Mark
+
+    def check(self) -> None:
+        """Raises if it is held by reference and has changed.
+
+        Raises:
+            OperationError: naming the line.
+        """
+        if self.kept is self.tensor and self.version not in (
+            None,
+            _WRITTEN,
+            self.tensor._version,
+        ):
+            size = " x ".join(map(str, self.tensor.shape)) or "one number"
+            raise OperationError(
+                f"A tensor of yours ({size}) was written into after this line, and a block runs "
+                "when it ends: give this line its own, such as `tensor.clone()`, or write into it "
+                "after the block.",
+                Location(*self.mark),
+            )
 
 
 class Recording:
@@ -59,6 +100,7 @@ class Recording:
         inside: the inputs through which such a function gets values of the parent, by their nodes
             there.
         inputs: how many inputs the function has.
+        held: the user's own tensors in it, by identity, as they are at their lines.
         open: whether lines still add to it.
         repeating: whether lines are recorded for every step, so that what they save is a list.
         carried: how many values of earlier blocks of the session it has taken.
@@ -94,6 +136,7 @@ class Recording:
     dtype: torch.dtype = torch.float32
     as_first_step: bool = False
     counting: AbstractContextManager[Any] | None = None
+    held: Mapping[int, Held] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
         self.graph = Graph([])
@@ -163,6 +206,85 @@ class Recording:
         source = self.sites[address] = ref(index)
         rows.append((READ, address, NO_KWARGS, (), False, mark))
         return source
+
+    def hold(self, tensor: torch.Tensor, mark: Mark, written: bool = False) -> torch.Tensor:
+        """Returns what the graph holds for a tensor of the user's: its value at this line.
+
+        A block runs after its last line, and a loop may have written into the tensor by then:
+        `v += 1` for the next invocation. So small ones are copied. Large ones, and those that want
+        gradients, are held by reference, and PyTorch's version counter tells whether they change.
+
+        Args:
+            tensor: the tensor.
+            mark: the user's line.
+            written: whether the run is to write into it.
+
+        Raises:
+            OperationError: if it is held by reference, and has changed since another line used it.
+        """
+        owner = self
+        while owner.parent is not None:
+            owner = owner.parent
+        held = table_of(owner, "held")
+        known: Held | None = held.get(id(tensor))
+        version = None if tensor.is_inference() else tensor._version
+        if known is not None and known.version is not None and known.version in (version, _WRITTEN):
+            return known.kept
+        if known is not None and known.kept is tensor:
+            known.check()
+        kept = tensor
+        if written:
+            version = _WRITTEN
+        elif type(tensor) is torch.Tensor and not tensor.requires_grad and is_small(tensor):
+            kept = independent(tensor)
+            if not is_counted(tensor):
+                version = None
+        held[id(tensor)] = Held(tensor, version, kept, mark)
+        return kept
+
+    def given(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns what an invocation is given, with its tensors as they are at this line.
+
+        Args:
+            args: its arguments by place.
+            kwargs: its arguments by keyword.
+            mark: the user's line.
+
+        Raises:
+            OperationError: as of `hold`.
+        """
+        if not kwargs and len(args) == 1:  # as nearly always
+            if type(args[0]) is str:
+                return args, kwargs
+            if type(args[0]) is torch.Tensor:
+                return (self.hold(args[0], mark),), kwargs
+
+        def leaf(item: Any) -> Any:
+            return self.hold(item, mark) if isinstance(item, torch.Tensor) else item
+
+        return each(leaf, (args, kwargs))
+
+    def check_held(self) -> None:
+        """Raises if a tensor that is held by reference is not what it was at its line.
+
+        Raises:
+            OperationError: naming that line.
+        """
+        for one in self.held.values():
+            one.check()
+
+    def owned(self, item: Any) -> Any:
+        """Returns a copy of a tensor that is held by reference, and anything else as it is.
+
+        Those that want gradients stay: they are trained, and their changes are meant.
+
+        Args:
+            item: a constant of the graph.
+        """
+        by_reference = isinstance(item, torch.Tensor) and id(item) in self.held
+        return item.detach().clone() if by_reference and not item.requires_grad else item
 
     def stop(self, output: Ref, mark: Mark) -> None:
         """Records that the run ends where a module has returned.

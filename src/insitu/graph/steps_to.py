@@ -1,4 +1,4 @@
-"""A view as a step that leads to it from what it is a view of: see `put.py`."""
+"""One view as the step that leads to it from its parent. `Views.located` strings them together."""
 
 from __future__ import annotations
 

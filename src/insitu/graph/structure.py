@@ -249,3 +249,41 @@ _RETURN_FIELDS = frozenset(
         *("logabsdet", "mantissa", "max", "min", "sign", "values"),
     )
 )
+
+
+_SMALL = 2**20
+"""How many bytes may be copied at each line: a tenth of a millisecond at most."""
+
+
+def is_small(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor of the user's may be copied at each line that uses it.
+
+    Args:
+        tensor: the tensor.
+    """
+    plain = tensor.layout is torch.strided and not tensor.is_quantized
+    return plain and tensor.numel() * tensor.element_size() <= _SMALL
+
+
+def is_counted(tensor: torch.Tensor) -> bool:
+    """Returns whether PyTorch counts all writes into a tensor. NumPy's memory may be under it.
+
+    Args:
+        tensor: the tensor.
+    """
+    try:
+        return tensor.untyped_storage().resizable()
+    except NotImplementedError:  # within `torch.vmap`
+        return False
+
+
+def independent(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy, which is an ordinary tensor also in `torch.inference_mode()`.
+
+    Args:
+        tensor: the tensor.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return tensor.clone()
+    return tensor.clone()

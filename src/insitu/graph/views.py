@@ -138,7 +138,7 @@ class Views:
                 "not written in place: write into the values themselves.",
                 Location(*mark),
             )
-        steps.reverse()
+        steps.reverse()  # they were found innermost first
         nested = nested or bool(inputs)
         return Located(current, self._first.get(base, base), tuple(steps), inputs, nested)
 

@@ -27,6 +27,7 @@ from insitu.graph.context import (
     is_inference_mode_enabled,
 )
 from insitu.graph.errors import BlockError, InsituError
+from insitu.graph.given import copied
 from insitu.graph.location import Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, Site
 from insitu.graph.ordinary import made_ordinary, make_constants_ordinary, ordinary_tensors
@@ -34,7 +35,6 @@ from insitu.graph.recording import Recording
 from insitu.graph.renumbering import replay
 from insitu.graph.saved_proxy import withdraw
 from insitu.graph.tracebacks import shortened
-from insitu.tracing.given import copied
 from insitu.tracing.invocation import Invocation, Invoked, innermost
 from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.run import Run
@@ -189,6 +189,8 @@ class Block:
             watching.begins(self)
         away = self.away or self.model.away
         try:
+            if self._session is None:  # it has looked at those of all of its blocks
+                recording.check_held()
             if self.is_dry:
                 scan_block(run)
             elif away is not None and not self.waits:
@@ -280,7 +282,7 @@ class Block:
             InsituError: if something is wrong with the prompt.
         """
         procedure = self.procedure
-        request = procedure.request(args, kwargs, mark)
+        request = procedure.request(*self.recording.given(args, kwargs, mark), mark)
         if is_inference_mode_enabled():
             request = made_ordinary(request)
         kind = Invoked if self.prompt is None else Invocation

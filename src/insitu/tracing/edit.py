@@ -13,7 +13,7 @@ from insitu.graph.expression import expression
 from insitu.graph.location import here, user_frame
 from insitu.graph.node import Graph
 from insitu.graph.operations import BACKWARD, GRAD, KEEP, PUT, READ, SAVE
-from insitu.graph.ordinary import make_constants_ordinary
+from insitu.graph.ordinary import change_constants, make_constants_ordinary
 from insitu.graph.recording import Recording
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.invocation import Invocation
@@ -103,6 +103,9 @@ class Edit(Generic[Edited]):
         if torch.is_inference_mode_enabled():  # what is kept is used in blocks of any kind
             make_constants_ordinary(graph)
         try:
+            self.recording.check_held()
+            # An edit outlives its lines: what they held by reference it has for itself.
+            change_constants(graph, self.recording.owned)
             check_edit(graph)
         except OperationError:
             graph.rows.clear()

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from insitu.graph.cells import WAITING
-from insitu.graph.errors import BlockError
+from insitu.graph.errors import BlockError, OperationError
 from insitu.graph.location import here
 from insitu.graph.tracebacks import shortened
 from insitu.tracing.raw_errors import raise_explained
@@ -72,6 +72,7 @@ class Session:
             watching.begins(self)
         failure: BaseException | None = None
         try:
+            _check_own_tensors(waiting)
             away = self.away or self.model.away
             if away is None:
                 _run_all(waiting)
@@ -113,6 +114,17 @@ class Session:
     def add(self, block: RecordedBlock) -> None:
         """Takes a block that has been recorded."""
         self._blocks.append(block)
+
+
+def _check_own_tensors(waiting: list[RecordedBlock]) -> None:
+    """Raises if tensors of the user's have changed since. Later, runs may have written there."""
+    try:
+        for block in waiting:
+            block.recording.check_held()
+    except OperationError as error:
+        for block in waiting:
+            block.recording.fail("its session raised OperationError, so the model did not run.")
+        raise shortened(error) from None
 
 
 def _run_all(waiting: list[RecordedBlock]) -> None:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
+from insitu.graph.given import copied
 from insitu.graph.location import here, mark
 from insitu.graph.node import EVERY, Graph
 from insitu.graph.tracebacks import shortened
 from insitu.habits import OF_BLOCKS, habit
 from insitu.tracing.block import BlockContext
-from insitu.tracing.given import copied
 from insitu.tracing.invocation import Invocation
 from insitu.tracing.planning import explained
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step

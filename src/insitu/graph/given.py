@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import UserDict
+from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,12 +24,22 @@ def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str
     """
     if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor:  # as loops have it
         return (args[0].clone(),), kwargs
-    return map_structure(_copy, (args, kwargs))
+    return each(clone, (args, kwargs))
 
 
-def _copy(item: Any) -> Any:
-    if isinstance(item, UserDict):  # as tokenizers give
+def each(change: Callable[[Any], Any], item: Any) -> Any:
+    """Returns a structure with its leaves changed, also in what tokenizers give.
+
+    Args:
+        change: gives what takes the place of a leaf.
+        item: the structure.
+    """
+    return map_structure(partial(_leaf, change), item)
+
+
+def _leaf(change: Callable[[Any], Any], item: Any) -> Any:
+    if isinstance(item, UserDict):
         made = copy(cast("UserDict[Any, Any]", item))
-        made.data = map_structure(_copy, made.data)
+        made.data = each(change, made.data)
         return made
-    return clone(item)
+    return change(item)

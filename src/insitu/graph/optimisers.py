@@ -1,0 +1,51 @@
+"""Optimisers that step before the gradients are there: inside of a block, or of its session.
+
+Blocks run when they end. Until then `optimiser.step()` sees the gradients of nothing, or of an
+earlier block, and would train by these or not at all.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+from typing import Any
+
+import torch.optim.optimizer as optimisation
+
+from insitu.graph.errors import BlockError
+from insitu.graph.location import Location, Mark, here
+from insitu.graph.recording import Recording
+
+_waiting: weakref.WeakKeyDictionary[Recording, Mark] = weakref.WeakKeyDictionary()
+
+
+def refuse_steps(recording: Recording, mark: Mark) -> None:
+    """Lets optimisers of the user's tensors in a recording raise until its block runs.
+
+    Args:
+        recording: one with a backward pass.
+        mark: the user's line that records it.
+    """
+    _waiting.setdefault(recording, mark)
+    _look_before_steps()
+
+
+@cache
+def _look_before_steps() -> None:
+    optimisation.register_optimizer_step_pre_hook(_check)
+
+
+def _check(stepping: Any, args: Any, kwargs: Any) -> None:
+    """Raises if the gradients that an optimiser is to use are still to come."""
+    for recording, mark in [*_waiting.items()]:
+        if not recording.open:
+            del _waiting[recording]
+            continue
+        trained = {id(one) for group in stepping.param_groups for one in group["params"]}
+        if trained & {id(one.tensor) for one in recording.held.values()}:
+            raise BlockError(
+                "This step comes before its gradients: the backward pass of this line runs when "
+                f"its block or session ends.\n{Location(*mark)}\nStep after that, and with a "
+                "block of its own for each step.",
+                here(),
+            )
