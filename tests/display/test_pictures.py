@@ -1,16 +1,19 @@
 """Pictures, looked at as they are drawn by a browser."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import plotly
 import plotly.io
 import pytest
+import torch
 from PIL import Image
 
-from insitu.display import circuit_figure, graph_svg
+from insitu.display import Axis, circuit_figure, graph_svg
 from insitu.display.circuit_picture import Arrow, Node
 from insitu.display.labels import visible
+from insitu.methods import Result
 from tests.display.gallery import LOUVRE, ODD, TOWER, pictures, results
 from tests.display.pages import Drawn, drawn, dumped, needs_chromium
 
@@ -95,6 +98,43 @@ def test_what_looks_like_markup_is_text(seen) -> None:
 def test_texts_stand_in_the_cells_of_a_lens(seen) -> None:
     assert seen["lens"].said().count("·Paris") == 8
     assert "·Paris" not in seen["patching"].said()
+
+
+def luminance(colour: Sequence[float]) -> float:
+    """The relative luminance of red, green and blue from 0 to 255, by WCAG 2."""
+    parts = [part / 255 for part in colour]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def channels(colour: str) -> list[float]:
+    return [float(int(colour[at : at + 2], 16)) for at in (1, 3, 5)]
+
+
+def test_texts_in_cells_stand_out_from_every_colour(figures) -> None:
+    (cells,), axis = figures["lens"].data, figures["lens"].layout.coloraxis
+    colours = torch.tensor([channels(colour) for _, colour in axis.colorscale])
+    for texts, values in zip(cells.text, cells.z.tolist(), strict=True):
+        for text, value in zip(texts, values, strict=True):
+            place = (value - axis.cmin) / (axis.cmax - axis.cmin) * (len(colours) - 1)
+            below = min(int(place), len(colours) - 2)
+            behind = torch.lerp(colours[below], colours[below + 1], place - below).tolist()
+            before = channels(text.removeprefix('<span style="color:'))
+            dark, light = sorted([luminance(behind), luminance(before)])
+            assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG's least for text of this size
+
+
+def test_a_bar_of_colours_has_several_numbers() -> None:
+    values = torch.tensor([[22.4, 23.0], [17.6, 16.2]])
+    axes = Axis.of("layer", (4, 5)), Axis.of("head", (0, 1))
+    bar = Result("Heads", "logit difference", values, axes).plot().layout.coloraxis.colorbar
+    assert len(bar.tickvals) >= 3
+
+
+def test_many_strengths_have_few_ticks_which_lie_flat() -> None:
+    strengths = Axis.of("strength", [step / 10 for step in range(-5, 16)])
+    axis = Result("Steering", "probability", torch.rand(21), (strengths,)).plot().layout.xaxis
+    assert axis.tickangle == 0 and axis.tickvals is None
 
 
 def test_titles_quantities_and_axes_are_written(seen) -> None:

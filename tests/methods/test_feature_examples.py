@@ -185,7 +185,7 @@ def test_they_are_printed_with_coloured_tokens(found: FeatureExamples) -> None:
     Console(file=out, width=80, force_terminal=True, color_system="truecolor").print(found)
     page = found._repr_html_()
     for shown in (out.getvalue(), page):
-        assert "Feature 0 of residual_out:1" in shown and "30.000% of rows" in shown
+        assert "Feature 0 of residual_out:1" in shown and "above 0 at 30% of rows" in shown
         assert "no examples" in shown and "109" in shown
     assert out.getvalue().count("48;2;") == 4  # a background for each number above 0
     assert page.count("background:#") == 4

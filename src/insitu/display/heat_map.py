@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 from insitu.display.axis import Axis
 from insitu.display.canvas import EMPTY, Canvas, plotly
-from insitu.display.colours import scale_of
+from insitu.display.colours import Scale, on, scale_of
 from insitu.display.labels import html, number, shortened, visible
 from insitu.display.menu import choice, colour_axis
 from insitu.display.numbers import Arrangement, Numbers, told
@@ -64,7 +65,7 @@ def heat_map(
     for at, panels in enumerate(drawn):
         options: dict[str, Any] = {}
         for number_, panel in enumerate(panels):
-            traces.append(_trace(go, panel, number_, numbers.quantity, hovered, at == 0))
+            traces.append(_trace(go, panel, number_, numbers.quantity, scale, hovered, at == 0))
             options |= _axes_of(panel, number_, count, grid, canvas)
         axes.append(options)
     for number_, panel in enumerate(drawn[0]):
@@ -99,12 +100,13 @@ def _trace(
     panel: Panel,
     number_: int,
     quantity: str,
+    scale: Scale,
     hovered: bool,
     shown: bool,
 ) -> Any:
     options: dict[str, Any] = {}
     if panel.written:
-        options["text"] = [[html(text) for text in row] for row in panel.written]
+        options["text"] = _coloured(panel, scale)
         options["texttemplate"] = "%{text}"
         options["textfont"] = {"size": 11}
     template = f"{panel.y.name} %{{y}}<br>{panel.x.name} %{{x}}<br>{html(quantity)} %{{z:.4g}}"
@@ -126,6 +128,22 @@ def _trace(
         ygap=1 if panel.values.size <= 2_500 else 0,
         **options,
     )
+
+
+def _coloured(panel: Panel, scale: Scale) -> list[list[str]]:
+    """The text of each cell, in black or white.
+
+    Plotly's own choice is between grey and white, and grey is hard to read on colours between.
+    """
+    return [
+        [
+            f'<span style="color:{on(scale.colour(value))}">{html(text)}</span>'
+            if text and isfinite(value)
+            else html(text)
+            for text, value in zip(texts, values, strict=True)
+        ]
+        for texts, values in zip(panel.written, panel.values.tolist(), strict=True)
+    ]
 
 
 def _hovers(panel: Panel, quantity: str) -> list[list[str]]:

@@ -12,7 +12,7 @@ from insitu.display.labels import POSITIONS, html, labels_of, number, shortened,
 from insitu.display.ticks import CHARACTER
 
 _FEW = 12
-_LIST = 38
+_LIST = 46
 _SLIDER = 76
 
 
@@ -64,7 +64,7 @@ def choice(
             }
         )
     if len(states) <= _FEW:
-        place = {"x": 0, "xanchor": "left", "y": canvas.y(8 - canvas.above), "yanchor": "bottom"}
+        place = {"x": 0, "xanchor": "left", "y": canvas.y(-canvas.above), "yanchor": "bottom"}
         none = {"t": 0, "b": 0, "l": 0, "r": 0}
         look = {"bgcolor": "#ffffff", "pad": none, "active": at}
         return {"updatemenus": [{**place, **look, "buttons": steps}]}
@@ -105,7 +105,7 @@ def colour_axis(scale: Scale, quantity: str, canvas: Canvas) -> dict[str, Any]:
         canvas: beside which it stands.
     """
     length = bar_length(canvas)
-    ticks = scale.ticks(max(length // 36, 3))
+    ticks = scale.ticks(max(length // 20, 3))
     return {
         "colorscale": scale.steps(),
         "cmin": scale.low,

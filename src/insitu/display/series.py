@@ -51,9 +51,12 @@ def series(
     long = max(thick * (1 if len(rows) == 1 else 1.5) * len(axis), 440 if lines else 220)
     canvas = Canvas(title, 420 if lying else max(long, 300), long if lying else 260)
     canvas.right = 24 if groups is None else 64 + 20 * CHARACTER * 12
+    measured = lines and _measured(axis)
+    # Plotly chooses the ticks of a measured axis: a few round numbers, which need not turn.
+    labelled_by = Axis(axis.name, ("",)) if measured else axis
     for _ in range(2):
-        step = (canvas.height if lying else canvas.width) / len(axis)
-        ticks = along_y(axis, step) if lying else along_x(axis, step)
+        step = (canvas.height if lying else canvas.width) / len(labelled_by)
+        ticks = along_y(labelled_by, step) if lying else along_x(labelled_by, step)
         canvas.left = ticks.room + 33 if lying else max(_MARGIN + 16, ticks.before - step / 2)
         canvas.below = 48 if lying else ticks.room + 37
         layout = canvas.layout()
@@ -82,7 +85,7 @@ def series(
     span = [-0.5, len(axis) - 0.5]
     labelled: dict[str, Any] = {**plain, **ticks.of(), "tickangle": ticks.angle}
     labelled |= {"ticks": "outside", "ticklen": 5, "tickcolor": "rgba(0,0,0,0)"}
-    if lines and _measured(axis):
+    if measured:
         labelled = {
             **labelled,
             "tickvals": None,

@@ -182,9 +182,8 @@ class FeatureExamples(Drawable):
     def _lines(self) -> list[TokenLines]:
         groups: list[TokenLines] = []
         for feature, found in zip(self.features, self.examples, strict=True):
-            title = (
-                f"Feature {feature} of {self.site}, above 0 at {self.density(feature):.3%} of rows"
-            )
+            share = f"{self.density(feature) * 100:.3g}%"
+            title = f"Feature {feature} of {self.site}, above 0 at {share} of rows"
             lines = [TokenLine(f"{o.value:.3g}", o.tokens, o.values.tolist()) for o in found]
             groups.append(TokenLines(title, lines))
         return groups
