@@ -180,7 +180,7 @@ def test_positions_are_numbers_also_of_numpy(gpt2: LanguageModel) -> None:
     assert torch.equal(found.weights, expected.weights)
     assert probe(gpt2, EVEN, LATE, positions=np.int64(1), layers=1).positions == 1  # pyright: ignore
     for wrong in ("first", 1.5, [0.5], True, torch.tensor(True), torch.tensor([True, False])):
-        with pytest.raises(OptionError, match="ositions? (is|are)"):
+        with pytest.raises(OptionError, match="position is given|`positions` are"):
             probe(gpt2, EVEN, LATE, positions=wrong)  # pyright: ignore
 
 

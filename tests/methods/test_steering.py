@@ -1,5 +1,6 @@
 """Steering, against forward hooks and Hugging Face's `generate`."""
 
+import json
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from insitu import BlockError, LanguageModel, LoadError, OptionError, PromptError, ShapeError
 from insitu.methods import SteeringVector, steer, steering_vector
-from insitu.methods.steered import Continuation, Steered
+from insitu.methods.continuations import Continuation, Steered
 from tests.conftest import hooked_hidden
 from tests.fidelity.zoo import module_of
 
@@ -312,6 +313,27 @@ def test_continuations_are_printed_as_a_table() -> None:
         ["0", "0", "' [red]Paris'"],
         ["1", "0", "'x'"],
     ]
+
+
+def test_continuations_are_a_table_a_page_and_json(tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    ids = torch.tensor([1, 2])
+    both = tuple(Continuation(p, s, ids, f"{p} <{s}>") for p in (0, 1) for s in (0.0, 2.5))
+    steered = Steered(both, (0.0, 2.5), "Steering along mlp_out, layer 1")
+    assert repr(steered) == "<Steering along mlp_out, layer 1: 4 continuations, strengths 0, 2.5>"
+
+    table = steered.of(prompt=1).to_dataframe()
+    assert [*table.columns] == ["prompt", "strength", "text"]
+    assert table.values.tolist() == [[1, 0.0, "1 <0.0>"], [1, 2.5, "1 <2.5>"]]
+
+    told = json.loads(json.dumps(steered.to_dict()))
+    assert told["title"] == steered.title and told["strengths"] == [0.0, 2.5]
+    last = {"prompt": 1, "strength": 2.5, "ids": [1, 2], "text": "1 <2.5>"}
+    assert len(told["continuations"]) == 4 and told["continuations"][-1] == last
+
+    steered.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "1 &lt;2.5&gt;" in page and "2.5" in page
 
 
 def test_positions_are_numbers_also_of_numpy(gpt2: LanguageModel) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from insitu.deprecation import renamed
-from insitu.display.rows import rows_html
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.activations import stream_site
+from insitu.methods.continuations import Continuation, Steered
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.sites import chosen, numbers_of
@@ -21,100 +20,12 @@ from insitu.methods.steering import SteeringVector
 from insitu.models.language_model import LanguageModel
 from insitu.models.prompt_arguments import check_budget
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
 Positions: TypeAlias = int | Iterable[int] | Literal["last", "generated"] | None
 """Where a vector is added: everywhere, if None; from the last position of the prompt on; to
 generated tokens only; or at those positions of the prompt that have some numbers."""
 
 # Options of `generate` with which rows of one length go on in a batch as each would alone.
 _OF_ROWS = frozenset(["max_new_tokens", "eos_token_id", "pad_token_id", "use_cache"])
-
-
-@dataclass(frozen=True, slots=True)
-class Continuation:
-    """What a model wrote under one strength.
-
-    Attributes:
-        prompt: the number of the prompt, from 0.
-        strength: what the vector was multiplied with.
-        ids: the token ids that it generated, `(position,)`, without the prompt.
-        text: these as text, "" if the model has no tokenizer.
-    """
-
-    prompt: int
-    strength: float
-    ids: torch.Tensor
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Steered:
-    """What a model wrote under some strengths.
-
-    Attributes:
-        continuations: prompt by prompt, and of each strength by strength.
-        strengths: the strengths.
-    """
-
-    continuations: tuple[Continuation, ...]
-    strengths: tuple[float, ...]
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The texts of the continuations, in their order."""
-        return tuple(one.text for one in self.continuations)
-
-    def __iter__(self) -> Iterator[Continuation]:
-        return iter(self.continuations)
-
-    def __len__(self) -> int:
-        return len(self.continuations)
-
-    def __getitem__(self, index: int) -> Continuation:
-        return self.continuations[index]
-
-    def of(self, *, prompt: int | None = None, strength: float | None = None) -> Steered:
-        """Returns those of one prompt, or of one strength.
-
-        Args:
-            prompt: the number of the prompt.
-            strength: the strength.
-        """
-        kept = tuple(
-            one
-            for one in self.continuations
-            if (prompt is None or one.prompt == prompt)
-            and (strength is None or one.strength == strength)
-        )
-        return Steered(kept, self.strengths if strength is None else (strength,))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
-        from rich.text import Text
-
-        head, *rows = self._lines()
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-        for name in head[:-1]:
-            table.add_column(name, justify="right", style="cyan")
-        table.add_column("text", overflow="fold")
-        for row in rows:
-            table.add_row(*row[:-1], Text(row[-1]))
-        yield table
-
-    def _repr_html_(self) -> str:
-        head, *rows = self._lines()
-        return rows_html(head, rows, {"text"})
-
-    def _lines(self) -> list[tuple[str, ...]]:
-        """The names of the columns, and the cells of each continuation."""
-        many = len({one.prompt for one in self.continuations}) > 1
-        lines = [("prompt", "strength", "text")]
-        lines += [
-            (str(one.prompt), f"{one.strength:g}", repr(one.text)) for one in self.continuations
-        ]
-        return lines if many else [line[1:] for line in lines]
 
 
 @renamed(strength="strengths", values={"positions": {"all": None}}, goes_in="0.3")
@@ -210,7 +121,8 @@ def steer(
             ids = _until_end(row[_given(model, read.lengths[prompt]) :], ends)
             text = _text(model, ids)
             found[case] = Continuation(prompt, factors[number], ids, text)
-    return Steered(tuple(found[case] for case in cases), tuple(factors))
+    title = f"Steering along {vector.site}, layer {', '.join(map(str, vector.layers))}"
+    return Steered(tuple(found[case] for case in cases), tuple(factors), title)
 
 
 def _cut(
