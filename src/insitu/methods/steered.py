@@ -49,8 +49,8 @@ def steer(
         model: the model.
         prompts: one prompt or several, of any lengths.
         vector: the vector that is added.
-        strengths: what it is multiplied with: one number, or several, under each of which each
-            prompt is continued. 0 is the model as it is.
+        strengths: what it is multiplied with: one number, or several, with a continuation of each
+            prompt under each. 0 is the model as it is.
         layers: in which of its layers it is added; None for all that it has.
         positions: at which positions of each prompt, from its end if negative; None for all, and
             for all generated tokens. Also "last", from the last position of the prompt on (as
