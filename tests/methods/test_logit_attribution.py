@@ -18,6 +18,7 @@ from tests.fidelity.zoo.absent import lacking
 
 DECODERS = [name for name, one in ZOO.items() if one.kind == "decoder"]
 # What heads or neurons add goes through something else in these: a state-space layer, or a gate.
+PARTS: dict[str, Any] = {"head": "heads", "neuron": "neurons"}
 WITHOUT = {"head": {*lacking("heads"), "zamba2"}, "neuron": {*lacking("MLP"), "rwkv"}}
 IDS = [5, 60, 7, 80, 9]
 ANSWER, INSTEAD = 20, 30
@@ -151,7 +152,9 @@ def test_heads_and_neurons_add_what_their_weights_say(name: str, by: Any, mode: 
     module = module_of(name)
     expected = Expected(name, module)
     with mode():
-        found = direct_logit_attribution(LanguageModel(module), IDS, ANSWER, INSTEAD, by=by)
+        found = direct_logit_attribution(
+            LanguageModel(module), IDS, ANSWER, INSTEAD, part=PARTS[by]
+        )
     count = 4 if by == "head" else 40
     assert found.sizes == {"layer": 3, by: count}
     path = expected.out if by == "head" else expected.down
@@ -184,9 +187,9 @@ def test_the_parts_add_up_to_the_logits_of_the_model(name: str) -> None:
     for by in ("head", "neuron"):
         if name in WITHOUT[by]:
             with pytest.raises(OptionError, match=f"No {by} of this model"):
-                direct_logit_attribution(model, ids, ANSWER, by=by, position=2)
+                direct_logit_attribution(model, ids, ANSWER, part=PARTS[by], position=2)
             continue
-        found = direct_logit_attribution(model, ids, ANSWER, by=by, position=2)
+        found = direct_logit_attribution(model, ids, ANSWER, part=PARTS[by], position=2)
         assert torch.allclose(summed(found), logits[2, ANSWER], atol=1e-5)
 
 
@@ -266,7 +269,7 @@ def test_a_stream_with_factors_is_no_plain_sum() -> None:
 
 def test_what_cannot_be_attributed_says_why(gpt2: LanguageModel) -> None:
     with pytest.raises(OptionError, match="'layer'"):
-        direct_logit_attribution(gpt2, IDS, ANSWER, by="layer")  # pyright: ignore[reportArgumentType]
+        direct_logit_attribution(gpt2, IDS, ANSWER, part="layer")  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match="no position 5"):
         direct_logit_attribution(gpt2, IDS, ANSWER, position=5)
     with pytest.raises(OptionError, match="No head of this model"):
