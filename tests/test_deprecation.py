@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import insitu
-from insitu.deprecation import deprecated, warn_deprecated
+from insitu import OptionError
+from insitu.deprecation import deprecated, renamed, renamed_attribute, renames_of, warn_deprecated
 from insitu.graph.location import here
 
 pytestmark = pytest.mark.no_wire
@@ -87,6 +89,68 @@ def test_python_shows_it_in_a_script_and_hides_it_in_what_the_script_imports(
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     assert done.stderr.count("DeprecationWarning") == 1
     assert f"{script}:4: DeprecationWarning: `old` is deprecated" in done.stderr
+
+
+@renamed(what="part", words="texts", values={"where": {"all": None}}, goes_in="0.3")
+def looked_at(
+    model: str, *, part: str = "heads", texts: int = 0, where: str | None = None
+) -> tuple[str, str, int, str | None]:
+    """Looks at a part."""
+    return model, part, texts, where
+
+
+def test_old_names_of_arguments_are_the_new_ones_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning) as caught:
+        found = looked_at("m", what="mlps", words=2)  # pyright: ignore
+        line = here(1).line - 1
+    assert found == ("m", "mlps", 2, None) == looked_at("m", part="mlps", texts=2)
+    assert [(one.filename, one.lineno) for one in caught] == [(__file__, line)] * 2
+    assert [str(one.message) for one in caught] == [
+        "`what=` is deprecated and goes in Insitu 0.3: write `part=` instead.",
+        "`words=` is deprecated and goes in Insitu 0.3: write `texts=` instead.",
+    ]
+
+
+def test_an_old_value_is_the_new_one_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="`where='all'` .* write `where=None` instead"):
+        assert looked_at("m", where="all")[-1] is None
+    assert looked_at("m", where="last")[-1] == "last"
+
+
+def test_an_argument_under_both_of_its_names_is_refused() -> None:
+    with pytest.raises(OptionError, match="`looked_at` is given `part` and `what`"):
+        looked_at("m", part="heads", what="heads")  # pyright: ignore
+
+
+def test_signatures_have_the_new_names_alone() -> None:
+    assert [*inspect.signature(looked_at).parameters] == ["model", "part", "texts", "where"]
+    assert looked_at.__name__ == "looked_at" and looked_at.__doc__ == "Looks at a part."
+    renames = renames_of(looked_at)
+    assert renames is not None and renames.names == {"what": "part", "words": "texts"}
+    assert renames_of(halved) is None
+
+
+@pytest.mark.parametrize("names", [{"what": "parts"}, {"part": "texts"}])
+def test_a_new_name_that_is_none_is_refused_where_the_function_is_written(
+    names: dict[str, str],
+) -> None:
+    with pytest.raises(TypeError, match="cannot have"):
+        renamed(**names, goes_in="0.3")(lambda part, texts: None)
+
+
+def test_the_old_name_of_an_attribute_is_the_new_one_with_a_warning() -> None:
+    class Thing:
+        new = 3
+        old = renamed_attribute("old", "new", goes_in="0.3")
+
+    with pytest.warns(
+        DeprecationWarning, match=r"`\.old` is deprecated .* write `\.new`"
+    ) as caught:
+        assert Thing().old == 3
+        line = here(1).line - 1
+    assert [one.lineno for one in caught] == [line]
+    with pytest.raises(AttributeError):
+        Thing().old = 4
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -147,7 +147,7 @@ def test_what_is_refused_is_not_offered() -> None:
 
 def test_a_norm_is_a_site_of_methods() -> None:
     bert = LanguageModel(BertForMaskedLM(BERT).eval())
-    found = probe(bert, [[11, 22, 33], [44, 55, 66]] * 8, ["x", "y"] * 8, site="norm_2.output")
+    found = probe(bert, [[11, 22, 33], [44, 55, 66]] * 8, ["x", "y"] * 8, sites="norm_2.output")
     assert isinstance(found, Probe)
     assert found.site == "norm_2.output"
 

@@ -214,7 +214,9 @@ def steer(
     found = steering_vector(opened, toward, away, layers=numbers_in(layers))
     if vector is not None:
         found.save(vector)
-    written = steered(opened, prompt, found, strength=strength or [0.0, 1.0], max_new_tokens=tokens)
+    written = steered(
+        opened, prompt, found, strengths=strength or [0.0, 1.0], max_new_tokens=tokens
+    )
     data = [{"strength": one.strength, "text": one.text} for one in written]
     return Answer(written, data, written=() if vector is None else (vector,))
 

@@ -83,8 +83,8 @@ def test_features_on_the_fly_are_those_that_were_stored(
     features = sae.encode(activations["residual_out:1"][:])
     torch.testing.assert_close(largest.values, features.topk(8).values, atol=1e-4, rtol=1e-4)
     chosen = largest.indices[:, 0].unique().tolist()[:4]
-    found = feature_examples(activations, None, chosen, site=label, k=3)
-    expected = feature_examples(activations, sae, chosen, site="residual_out:1", k=3)
+    found = feature_examples(activations, None, chosen, site=label, top=3)
+    expected = feature_examples(activations, sae, chosen, site="residual_out:1", top=3)
     for feature in chosen:
         assert found[feature]
         assert [o.row for o in found[feature][:1]] == [o.row for o in expected[feature][:1]]

@@ -15,7 +15,7 @@ from insitu.methods import Result, ablate, kl_divergence, logit_difference
 from tests.fidelity.architectures import make
 from tests.fidelity.zoo import module_of
 
-pytestmark = pytest.mark.no_wire  # the sweeps are long, and other tests send what they write
+pytestmark = pytest.mark.no_wire  # the sweeps are long, and other tests send part they write
 
 HEADS, SIZE = 4, 4
 FIRST = [5, 17, 42, 8, 23]
@@ -24,7 +24,7 @@ THIRD = [11, 70, 71, 3, 9]
 FOURTH = [44, 45, 46]
 METRIC = logit_difference(3, 9)
 
-# By the part: the path in a block of these, and whether it is what is given to that module.
+# By the part: the path in a block of these, and whether it is part is given to that module.
 PATHS = {
     "gpt2": {
         "heads": ("attn.c_proj", True),
@@ -52,10 +52,10 @@ class Hooks:
         self.layers = len(self.module.get_submodule(self.blocks))
 
     def run(
-        self, ids: Sequence[int], what: str, edits: dict[int, Callable[[torch.Tensor], None]]
+        self, ids: Sequence[int], part: str, edits: dict[int, Callable[[torch.Tensor], None]]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """The logits, and the value of a part in each layer, once `edits` have changed it."""
-        path, given = self.paths[what]
+        path, given = self.paths[part]
         seen: dict[int, torch.Tensor] = {}
         handles = []
 
@@ -89,8 +89,8 @@ class Hooks:
                 handle.remove()
         return logits, seen
 
-    def score(self, ids: Sequence[int], what: str, edits: dict[int, Any]) -> float:
-        logits, _ = self.run(ids, what, edits)
+    def score(self, ids: Sequence[int], part: str, edits: dict[int, Any]) -> float:
+        logits, _ = self.run(ids, part, edits)
         return float(logits[-1, 3] - logits[-1, 9])
 
 
@@ -99,11 +99,11 @@ def hooks_of(name: str) -> Hooks:
     return Hooks(name)
 
 
-def columns(what: str, unit: int | None) -> slice:
+def columns(part: str, unit: int | None) -> slice:
     """Where a head or a neuron is in the last axis."""
     if unit is None:
         return slice(None)
-    width = SIZE if what == "heads" else 1
+    width = SIZE if part == "heads" else 1
     return slice(unit * width, (unit + 1) * width)
 
 
@@ -123,45 +123,45 @@ def close(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("what", ["heads", "attention", "mlps", "neurons"])
-def test_zeros_are_put_in_the_place_of_each_part_in_turn(name: str, what: Any) -> None:
+@pytest.mark.parametrize("part", ["heads", "attention", "mlps", "neurons"])
+def test_zeros_are_put_in_the_place_of_each_part_in_turn(name: str, part: Any) -> None:
     hooks = hooks_of(name)
-    options: dict[str, Any] = {"neurons": [0, 5, -1]} if what == "neurons" else {}
-    result = ablate(hooks.model, [FIRST, SECOND], METRIC, what=what, **options)
+    options: dict[str, Any] = {"neurons": [0, 5, -1]} if part == "neurons" else {}
+    result = ablate(hooks.model, [FIRST, SECOND], METRIC, part=part, **options)
     width = hooks.run(FIRST, "neurons", {})[1][0].shape[-1]
-    units = {"heads": range(HEADS), "neurons": [0, 5, width - 1]}.get(what, [None])
+    units = {"heads": range(HEADS), "neurons": [0, 5, width - 1]}.get(part, [None])
     expected = torch.tensor(
         [
             [
-                [hooks.score(ids, what, {layer: put(columns(what, unit), 0.0)}) for unit in units]
+                [hooks.score(ids, part, {layer: put(columns(part, unit), 0.0)}) for unit in units]
                 for layer in range(hooks.layers)
             ]
             for ids in (FIRST, SECOND)
         ]
     )
-    if what in ("attention", "mlps"):
+    if part in ("attention", "mlps"):
         expected = expected[..., 0]
         assert [axis.name for axis in result.axes] == ["prompt", "layer"]
     else:
-        assert result.axes[2].name == what[:-1]
+        assert result.axes[2].name == part[:-1]
         assert result.axes[2].labels == tuple(map(str, units))
     close(result.values, expected)
-    clean = torch.tensor([hooks.score(ids, what, {}) for ids in (FIRST, SECOND)])
+    clean = torch.tensor([hooks.score(ids, part, {}) for ids in (FIRST, SECOND)])
     close(result.details["clean"], clean)
     assert ((expected[0] - clean[0]).abs() > 1e-4).all()  # each does something
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("what", ["heads", "mlps"])
+@pytest.mark.parametrize("part", ["heads", "mlps"])
 @pytest.mark.parametrize("by_position", [False, True])
-def test_means_are_over_reference_prompts(name: str, what: Any, by_position: bool) -> None:
+def test_means_are_over_reference_prompts(name: str, part: Any, by_position: bool) -> None:
     hooks = hooks_of(name)
     reference = [FIRST, THIRD, FOURTH]
     result = ablate(
-        hooks.model, SECOND, METRIC, what=what, mode="mean", reference=reference,
+        hooks.model, SECOND, METRIC, part=part, method="mean", reference=reference,
         by_position=by_position, layers=[0, -1],
     )  # fmt: skip
-    states = [hooks.run(ids, what, {})[1] for ids in reference]
+    states = [hooks.run(ids, part, {})[1] for ids in reference]
     for row, layer in enumerate([0, hooks.layers - 1]):
         values = [state[layer][0] for state in states]
         if by_position:
@@ -170,15 +170,15 @@ def test_means_are_over_reference_prompts(name: str, what: Any, by_position: boo
             )
         else:
             mean = torch.cat(values).mean(0)
-        for unit in range(HEADS) if what == "heads" else [None]:
-            expected = hooks.score(SECOND, what, {layer: put(columns(what, unit), mean)})
+        for unit in range(HEADS) if part == "heads" else [None]:
+            expected = hooks.score(SECOND, part, {layer: put(columns(part, unit), mean)})
             close(result.values[row] if unit is None else result.values[row, unit], expected)
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_means_are_over_the_prompts_themselves_without_a_reference(name: str) -> None:
     hooks = hooks_of(name)
-    result = ablate(hooks.model, [FIRST, SECOND], METRIC, mode="mean", layers=1, heads=2)
+    result = ablate(hooks.model, [FIRST, SECOND], METRIC, method="mean", layers=1, heads=2)
     mean = torch.cat([hooks.run(ids, "heads", {})[1][1][0] for ids in (FIRST, SECOND)]).mean(0)
     expected = [
         hooks.score(ids, "heads", {1: put(columns("heads", 2), mean)}) for ids in (FIRST, SECOND)
@@ -195,7 +195,7 @@ def test_resampled_values_are_those_of_another_prompt_of_that_length(
     prompts = [FIRST, SECOND] if given else [FIRST, SECOND, THIRD, FOURTH]
     reference = [SECOND, THIRD, FIRST, FOURTH] if given else None
     result = ablate(
-        hooks.model, prompts, METRIC, mode="resample", reference=reference, heads=[0, 3]
+        hooks.model, prompts, METRIC, method="resample", reference=reference, heads=[0, 3]
     )
     others = reference or prompts
     drawn = result.details["drawn"].tolist()
@@ -214,7 +214,7 @@ def test_what_is_drawn_depends_on_the_seed() -> None:
 
     def drawn(seed: int) -> list[int]:
         result = ablate(
-            hooks_of("gpt2").model, [SECOND] * 4, METRIC, mode="resample", reference=reference,
+            hooks_of("gpt2").model, [SECOND] * 4, METRIC, method="resample", reference=reference,
             layers=0, heads=0, seed=seed,
         )  # fmt: skip
         return result.details["drawn"].tolist()
@@ -223,21 +223,21 @@ def test_what_is_drawn_depends_on_the_seed() -> None:
     assert len({tuple(drawn(seed)) for seed in range(3)}) > 1
 
 
-@pytest.mark.parametrize("what", ["heads", "mlps", "neurons"])
-@pytest.mark.parametrize("mode", ["zero", "resample"])
-def test_only_some_positions_are_ablated(what: Any, mode: Any) -> None:
+@pytest.mark.parametrize("part", ["heads", "mlps", "neurons"])
+@pytest.mark.parametrize("method", ["zero", "resample"])
+def test_only_some_positions_are_ablated(part: Any, method: Any) -> None:
     hooks = hooks_of("llama")
-    options: dict[str, Any] = {"neurons": {"neurons": 3}, "heads": {"heads": 1}}.get(what, {})
+    options: dict[str, Any] = {"neurons": {"neurons": 3}, "heads": {"heads": 1}}.get(part, {})
     unit = next(iter(options.values()), None)
-    if mode == "resample":
+    if method == "resample":
         options["reference"] = [THIRD]
     result = ablate(
-        hooks.model, FIRST, METRIC, what=what, mode=mode, layers=1, positions=[0, -2], **options
+        hooks.model, FIRST, METRIC, part=part, method=method, layers=1, positions=[0, -2], **options
     )
-    value = hooks.run(THIRD, what, {})[1][1][0, [0, 3]] if mode == "resample" else 0.0
-    expected = hooks.score(FIRST, what, {1: put(columns(what, unit), value, [0, 3])})
+    value = hooks.run(THIRD, part, {})[1][1][0, [0, 3]] if method == "resample" else 0.0
+    expected = hooks.score(FIRST, part, {1: put(columns(part, unit), value, [0, 3])})
     close(result.values.flatten()[0], expected)
-    whole = hooks.score(FIRST, what, {1: put(columns(what, unit), 0.0)})
+    whole = hooks.score(FIRST, part, {1: put(columns(part, unit), 0.0)})
     assert abs(expected - whole) > 1e-5
 
 
@@ -254,7 +254,7 @@ def test_several_parts_are_ablated_at_once(name: str) -> None:
     last = put(columns("heads", 2), 0.0)
     expected = hooks.score(FIRST, "heads", {0: both, hooks.layers - 1: last})
     close(result.values, expected)
-    result = ablate(hooks.model, [FIRST, SECOND], METRIC, what="mlps", together=[0, 2])
+    result = ablate(hooks.model, [FIRST, SECOND], METRIC, part="mlps", together=[0, 2])
     edits = {0: put(slice(None), 0.0), 2: put(slice(None), 0.0)}
     close(result.values, torch.tensor([hooks.score(ids, "mlps", edits) for ids in (FIRST, SECOND)]))
 
@@ -272,7 +272,7 @@ def test_a_metric_compares_with_the_clean_run() -> None:
 
 def test_positions_that_can_be_gone_through_once_are_those_of_every_prompt() -> None:
     model, prompts = LanguageModel(module_of("gpt2")), [[5, 17, 3], [7, 9, 30, 2]]
-    options: Any = {"what": "mlps", "layers": 0}
+    options: Any = {"part": "mlps", "layers": 0}
     listed = ablate(model, prompts, logit_difference(11, 23), positions=[1, -1], **options)
     once = ablate(model, prompts, logit_difference(11, 23), positions=iter([1, -1]), **options)
     assert torch.equal(once.values, listed.values)
@@ -292,7 +292,7 @@ def test_layers_without_a_part_are_left_out() -> None:
     model = LanguageModel(module)
     heads = ablate(model, FIRST, METRIC)
     assert heads.axis("layer").labels == ("1",)
-    mixers = ablate(model, FIRST, METRIC, what="mixers")
+    mixers = ablate(model, FIRST, METRIC, part="mixers")
     assert mixers.axis("layer").labels == ("0", "2")
     handle = module.model.layers[2].mamba.register_forward_hook(lambda *seen: seen[-1] * 0)
     with torch.no_grad():
@@ -305,7 +305,7 @@ def test_layers_without_a_part_are_left_out() -> None:
 
 def test_results_say_what_they_are_and_are_kept(eiffel: LanguageModel, tmp_path: Path) -> None:
     metric = logit_difference(" Paris", " Rome")
-    result = ablate(eiffel, "The Eiffel Tower is in the city of", metric, what="mlps")
+    result = ablate(eiffel, "The Eiffel Tower is in the city of", metric, part="mlps")
     assert result.title == "Zero ablation of mlps"
     assert result.quantity == "logit difference"
     assert result.centre == float(result.details["clean"])
@@ -316,18 +316,18 @@ def test_results_say_what_they_are_and_are_kept(eiffel: LanguageModel, tmp_path:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"what": "head"}, OptionError, "'heads'"),
-        ({"mode": "random"}, OptionError, "resample"),
+        ({"part": "head"}, OptionError, "'heads'"),
+        ({"method": "random"}, OptionError, "resample"),
         ({"heads": 4}, OptionError, "no head 4"),
         ({"layers": 7}, OptionError, "no layer 7"),
         ({"neurons": 1}, OptionError, "no part of heads"),
-        ({"heads": 1, "what": "mlps"}, OptionError, "no part of mlps"),
+        ({"heads": 1, "part": "mlps"}, OptionError, "no part of mlps"),
         ({"positions": 5}, OptionError, "no position 5"),
         ({"reference": [THIRD]}, OptionError, "no part in zeros"),
-        ({"by_position": True}, OptionError, "mode='mean'"),
-        ({"by_position": True, "mode": "mean"}, OptionError, "give `reference`"),
-        ({"by_position": True, "mode": "mean", "reference": [SECOND]}, PromptError, "Position 4"),
-        ({"mode": "resample", "reference": [SECOND, FIRST]}, PromptError, "5 tokens of prompt 0"),
+        ({"by_position": True}, OptionError, "method='mean'"),
+        ({"by_position": True, "method": "mean"}, OptionError, "give `reference`"),
+        ({"by_position": True, "method": "mean", "reference": [SECOND]}, PromptError, "Position 4"),
+        ({"method": "resample", "reference": [SECOND, FIRST]}, PromptError, "5 tokens of prompt 0"),
         ({"together": [(0, 1)], "layers": 0}, OptionError, "says which parts"),
         ({"together": [0]}, OptionError, r"pairs \(layer, head\)"),
         ({"together": [(0, 9)]}, OptionError, "no head 9"),
@@ -347,7 +347,7 @@ def test_means_are_in_the_dtype_of_the_model(dtype: torch.dtype, by_position: bo
     model = LanguageModel(module_of("gpt2").to(dtype))
     plain = LanguageModel(module_of("gpt2"))
     given = [FIRST, THIRD], METRIC
-    options = {"mode": "mean", "positions": -1, "by_position": by_position}
+    options = {"method": "mean", "positions": -1, "by_position": by_position}
     found, expected = (ablate(one, *given, **options) for one in (model, plain))  # pyright: ignore
     apart = (found.values - expected.values).abs().max()
     assert apart < 0.05 * expected.values.abs().max()

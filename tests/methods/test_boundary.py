@@ -86,11 +86,11 @@ def test_methods_of_results_and_vectors_refuse_wrong_kinds(call: Callable[[], An
 @pytest.mark.parametrize(
     "options",
     [
-        {"strength": math.nan},
-        {"strength": [1.0, math.nan]},
-        {"strength": "a"},
-        {"strength": None},
-        {"strength": []},
+        {"strengths": math.nan},
+        {"strengths": [1.0, math.nan]},
+        {"strengths": "a"},
+        {"strengths": None},
+        {"strengths": []},
         {"layers": "x"},
         {"layers": [0.5]},
         {"layers": []},

@@ -54,7 +54,7 @@ def test_what_an_encoders_blocks_add_is_ablated(what: Any, part: str) -> None:
     def loss(run: Any) -> Any:
         return run.output.last_hidden_state[0, -1] @ DIRECTION
 
-    found = ablate(LanguageModel(module), CLEAN, loss, what=what)
+    found = ablate(LanguageModel(module), CLEAN, loss, part=what)
     for layer, block in enumerate(blocks):
         dense = block.get_submodule(part).dense
         handle = dense.register_forward_hook(lambda part, args, out: torch.zeros_like(out))

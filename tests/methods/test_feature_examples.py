@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_examples_are_the_largest_of_each_sequence(folder: Path) -> None:
-    found = feature_examples(Activations.open(folder), identity(3), [0, 2, 1], k=3, context=2)
+    found = feature_examples(Activations.open(folder), identity(3), [0, 2, 1], top=3, context=2)
     assert found.features == (0, 2, 1) and found.rows == 20 and len(found) == 3
     first, second, third = found[0]
     # 7 in the third sequence; 5 in the first, whose 2 is another place in it; 5 in the fourth,
@@ -74,10 +74,10 @@ def test_examples_are_the_largest_of_each_sequence(folder: Path) -> None:
 def test_it_does_not_depend_on_how_much_is_read_at_once(
     folder: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = feature_examples(Activations.open(folder), identity(3), [0, 1, 2], k=9)
+    whole = feature_examples(Activations.open(folder), identity(3), [0, 1, 2], top=9)
     module = sys.modules["insitu.methods.feature_examples"]  # the function has its name
     monkeypatch.setattr(module, "_NUMBERS", at_once * 6)
-    parts = feature_examples(Activations.open(folder), identity(3), [0, 1, 2], k=9)
+    parts = feature_examples(Activations.open(folder), identity(3), [0, 1, 2], top=9)
     assert places(parts) == places(whole) and parts.counts == whole.counts
 
 
@@ -93,7 +93,7 @@ def test_as_a_look_at_every_row_finds_them(kind: str, tmp_path: Path) -> None:
     whole = write_folder(tmp_path / "a", lengths, [dense(dtype="bfloat16")])
     features = sae.encode(whole[LABEL])
     chosen = [0, 17, 3, 39]
-    found = feature_examples(Activations.open(tmp_path / "a"), sae, chosen, k=4, context=0)
+    found = feature_examples(Activations.open(tmp_path / "a"), sae, chosen, top=4, context=0)
     some = 0
     for feature in chosen:
         best: dict[int, tuple[float, int]] = {}
@@ -115,7 +115,7 @@ def test_of_a_site_that_keeps_the_largest_features(tmp_path: Path) -> None:
     whole = write_folder(tmp_path / "a", LENGTHS, sites)
     activations = Activations.open(tmp_path / "a")
     every = activations["sae:1"][:].to_dense(20).clamp(min=0)
-    found = feature_examples(activations, None, [4, 11], site="sae:1", k=5)
+    found = feature_examples(activations, None, [4, 11], site="sae:1", top=5)
     for feature in (4, 11):
         expected = []
         for sequence in range(5):
@@ -177,7 +177,7 @@ def test_a_model_without_these_tokens_is_refused(
 
 @pytest.fixture
 def found(folder: Path) -> FeatureExamples:
-    return feature_examples(Activations.open(folder), identity(3), [0, 1], k=3, context=2)
+    return feature_examples(Activations.open(folder), identity(3), [0, 1], top=3, context=2)
 
 
 def test_they_are_printed_with_coloured_tokens(found: FeatureExamples) -> None:
@@ -239,7 +239,7 @@ def test_they_are_tables_and_results(found: FeatureExamples) -> None:
         ({"features": "x"}, OptionError, "A feature is given as a number"),
         ({"sae": None}, OptionError, "give the sparse autoencoder"),
         ({"sae": identity(4)}, ShapeError, "is 3 wide, and the sparse autoencoder 4"),
-        ({"k": 0}, OptionError, "`k` is a whole number from 1"),
+        ({"top": 0}, OptionError, "`top` is a whole number from 1"),
         ({"context": -1}, OptionError, "`context` is a whole number from 0"),
         ({"activations": "folder"}, OptionError, r"Activations\.open\(folder\)"),
         ({"site": "none"}, KeyError, "No site 'none'"),

@@ -18,6 +18,7 @@ from tests.fidelity.zoo.absent import lacking
 
 DECODERS = [name for name, one in ZOO.items() if one.kind == "decoder"]
 # What heads or neurons add goes through something else in these: a state-space layer, or a gate.
+PARTS: dict[str, Any] = {"head": "heads", "neuron": "neurons"}
 WITHOUT = {"head": {*lacking("heads"), "zamba2"}, "neuron": {*lacking("MLP"), "rwkv"}}
 IDS = [5, 60, 7, 80, 9]
 ANSWER, INSTEAD = 20, 30
@@ -151,7 +152,9 @@ def test_heads_and_neurons_add_what_their_weights_say(name: str, by: Any, mode: 
     module = module_of(name)
     expected = Expected(name, module)
     with mode():
-        found = direct_logit_attribution(LanguageModel(module), IDS, ANSWER, INSTEAD, by=by)
+        found = direct_logit_attribution(
+            LanguageModel(module), IDS, ANSWER, INSTEAD, part=PARTS[by]
+        )
     count = 4 if by == "head" else 40
     assert found.sizes == {"layer": 3, by: count}
     path = expected.out if by == "head" else expected.down
@@ -184,9 +187,9 @@ def test_the_parts_add_up_to_the_logits_of_the_model(name: str) -> None:
     for by in ("head", "neuron"):
         if name in WITHOUT[by]:
             with pytest.raises(OptionError, match=f"No {by} of this model"):
-                direct_logit_attribution(model, ids, ANSWER, by=by, position=2)
+                direct_logit_attribution(model, ids, ANSWER, part=PARTS[by], position=2)
             continue
-        found = direct_logit_attribution(model, ids, ANSWER, by=by, position=2)
+        found = direct_logit_attribution(model, ids, ANSWER, part=PARTS[by], position=2)
         assert torch.allclose(summed(found), logits[2, ANSWER], atol=1e-5)
 
 
@@ -204,7 +207,7 @@ def test_prompts_of_any_length_have_answers_of_their_own() -> None:
     module = module_of("llama")
     prompts = [IDS, [10, 11], [5, 60, 7]]
     found = direct_logit_attribution(
-        LanguageModel(module), prompts, [1, 2, 3], [4, 5, 6], by="head"
+        LanguageModel(module), prompts, [1, 2, 3], [4, 5, 6], part="heads"
     )
     assert found.sizes == {"prompt": 3, "layer": 3, "head": 4}
     for number, ids in enumerate(prompts):
@@ -242,7 +245,7 @@ def test_half_precision_is_no_matter_where_the_residual_stream_is_large(name: st
 def test_the_model_is_left_as_it_was(gpt2: LanguageModel) -> None:
     module = gpt2.load()
     before = run(module)
-    direct_logit_attribution(gpt2, IDS, ANSWER, by="neuron")
+    direct_logit_attribution(gpt2, IDS, ANSWER, part="neurons")
     assert torch.equal(run(module), before)
     assert all(part.grad is None and part.requires_grad for part in module.parameters())
     assert not any(part._forward_hooks for part in module.modules())
@@ -266,11 +269,11 @@ def test_a_stream_with_factors_is_no_plain_sum() -> None:
 
 def test_what_cannot_be_attributed_says_why(gpt2: LanguageModel) -> None:
     with pytest.raises(OptionError, match="'layer'"):
-        direct_logit_attribution(gpt2, IDS, ANSWER, by="layer")  # pyright: ignore[reportArgumentType]
+        direct_logit_attribution(gpt2, IDS, ANSWER, part="layer")  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match="no position 5"):
         direct_logit_attribution(gpt2, IDS, ANSWER, position=5)
     with pytest.raises(OptionError, match="No head of this model"):
-        direct_logit_attribution(LanguageModel(module_of("mamba")), IDS, ANSWER, by="head")
+        direct_logit_attribution(LanguageModel(module_of("mamba")), IDS, ANSWER, part="heads")
     with pytest.raises(PathError, match="residual"):
         direct_logit_attribution(LanguageModel(module_of("bert")), IDS, ANSWER)
     with pytest.raises(OptionError, match="no affine map"):  # a GELU stands before its unembedding
@@ -280,7 +283,7 @@ def test_what_cannot_be_attributed_says_why(gpt2: LanguageModel) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_models_in_double_precision_can_be_taken_apart(name: str) -> None:
     module = module_of(name).double()
-    result = direct_logit_attribution(LanguageModel(module), [5, 17, 42], 3, by="block")
+    result = direct_logit_attribution(LanguageModel(module), [5, 17, 42], 3, part="blocks")
     with torch.no_grad():
         logit = module(torch.tensor([[5, 17, 42]])).logits[0, -1, 3]
     torch.testing.assert_close(result.values.sum().double(), logit, rtol=1e-5, atol=1e-5)

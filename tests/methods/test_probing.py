@@ -57,7 +57,7 @@ def expected(inputs: np.ndarray, labels: list[Any], regression: Any, seed: int =
 @pytest.mark.parametrize("position", [-1, 0, "mean"])
 @pytest.mark.parametrize("labels", [LATE, THIRDS], ids=["two classes", "three classes"])
 def test_a_logistic_probe(model: LanguageModel, labels: list[Any], position: Any) -> None:
-    found = probe(model, PROMPTS, labels, position=position, seed=3)
+    found = probe(model, PROMPTS, labels, positions=position, seed=3)
     assert found.scores.sizes == {"layer": model.n_layers} and found.scores.quantity == "accuracy"
     probabilities = found.predict(model, PROMPTS)
     for layer in range(model.n_layers):
@@ -79,7 +79,7 @@ def test_a_logistic_probe(model: LanguageModel, labels: list[Any], position: Any
 
 def test_a_linear_probe(model: LanguageModel) -> None:
     numbers = [float(ids[-1]) for ids in PROMPTS]
-    found = probe(model, PROMPTS, numbers, kind="linear", penalty=0.5, layers=[0, -1])
+    found = probe(model, PROMPTS, numbers, method="linear", penalty=0.5, layers=[0, -1])
     assert found.scores.quantity == "R²" and found.classes == ()
     predicted = found.predict(model, PROMPTS[:7])
     for number, layer in enumerate((0, model.n_layers - 1)):
@@ -94,10 +94,10 @@ def test_a_linear_probe(model: LanguageModel) -> None:
         torch.testing.assert_close(direction, weights / weights.norm(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("position", ["all", [0, -2]])
+@pytest.mark.parametrize("position", [None, [0, -2]])
 def test_several_positions_each_by_itself(language_model: LanguageModel, position: Any) -> None:
-    found = probe(language_model, EVEN, LATE, position=position, layers=[1])
-    places = [0, 1, 2] if position == "all" else [0, 1]
+    found = probe(language_model, EVEN, LATE, positions=position, layers=[1])
+    places = [0, 1, 2] if position is None else [0, 1]
     for number, place in enumerate(places):
         _, scores = expected(seen(language_model, 1, EVEN, place), LATE, LogisticRegression())
         assert found.scores.values[0, number].item() == pytest.approx(scores[0])
@@ -135,7 +135,7 @@ def test_several_sites_in_one_experiment(
     monkeypatch.setattr(
         LanguageModel, "trace", lambda *a, **kw: traces.append(1) or trace(*a, **kw)
     )
-    found = probe(model, PROMPTS, LATE, site=["post", "residual_out"], position=position, seed=2)
+    found = probe(model, PROMPTS, LATE, sites=["post", "residual_out"], positions=position, seed=2)
     assert len(traces) == 1
     places = [position] if isinstance(position, int) else position
     wide = model.n_layers, len(places)
@@ -174,26 +174,26 @@ def given_to(
 
 
 def test_positions_are_numbers_also_of_numpy(gpt2: LanguageModel) -> None:
-    found = probe(gpt2, EVEN, LATE, position=np.array([0, -2]), layers=1)  # pyright: ignore
-    assert found.scores.axis("position").labels == ("0", "-2") and found.position == (0, -2)
-    expected = probe(gpt2, EVEN, LATE, position=[0, -2], layers=1)
+    found = probe(gpt2, EVEN, LATE, positions=np.array([0, -2]), layers=1)  # pyright: ignore
+    assert found.scores.axis("position").labels == ("0", "-2") and found.positions == (0, -2)
+    expected = probe(gpt2, EVEN, LATE, positions=[0, -2], layers=1)
     assert torch.equal(found.weights, expected.weights)
-    assert probe(gpt2, EVEN, LATE, position=np.int64(1), layers=1).position == 1  # pyright: ignore
-    for wrong in (None, 1.5, [0.5], True, torch.tensor(True), torch.tensor([True, False])):
-        with pytest.raises(OptionError, match="position is"):
-            probe(gpt2, EVEN, LATE, position=wrong)  # pyright: ignore
+    assert probe(gpt2, EVEN, LATE, positions=np.int64(1), layers=1).positions == 1  # pyright: ignore
+    for wrong in ("first", 1.5, [0.5], True, torch.tensor(True), torch.tensor([True, False])):
+        with pytest.raises(OptionError, match="position is given|`positions` are"):
+            probe(gpt2, EVEN, LATE, positions=wrong)  # pyright: ignore
 
 
 def test_probes_of_sites_are_those_of_each_by_itself(gpt2: LanguageModel) -> None:
-    both = probe(gpt2, PROMPTS, THIRDS, site=("attention_out", "mlp_out"), layers=[2, 0])
+    both = probe(gpt2, PROMPTS, THIRDS, sites=("attention_out", "mlp_out"), layers=[2, 0])
     assert [one.site for one in both] == ["attention_out", "mlp_out"] and len(both) == 2
     assert both.scores.title == "Logistic probe of attention_out, mlp_out"
-    alone = probe(gpt2, PROMPTS, THIRDS, site="mlp_out", layers=[2, 0])
+    alone = probe(gpt2, PROMPTS, THIRDS, sites="mlp_out", layers=[2, 0])
     assert torch.equal(both["mlp_out"].weights, alone.weights)
     part = both.scores.select(site="mlp_out")
     assert torch.equal(part.values, alone.scores.values) and part.axes == alone.scores.axes
     assert torch.equal(part.details["majority"], alone.scores.details["majority"])
-    assert probe(gpt2, PROMPTS, THIRDS, site=["mlp_out"]).scores.sizes == {"site": 1, "layer": 4}
+    assert probe(gpt2, PROMPTS, THIRDS, sites=["mlp_out"]).scores.sizes == {"site": 1, "layer": 4}
     with pytest.raises(OptionError, match=r"no probe of 'mlp_in' \(nearest: 'mlp_out'\)"):
         both["mlp_in"]
     with pytest.raises(OptionError, match="no probe of 0, but of 'attention_out', 'mlp_out'"):
@@ -201,12 +201,12 @@ def test_probes_of_sites_are_those_of_each_by_itself(gpt2: LanguageModel) -> Non
     assert "mlp_out" in both and "mlp_in" not in both
     for wrong in ([], ["mlp_out", "mlp_out"], ["post", "mlp.post"]):
         with pytest.raises(OptionError, match="each named once"):
-            probe(gpt2, PROMPTS, THIRDS, site=wrong)
+            probe(gpt2, PROMPTS, THIRDS, sites=wrong)
 
 
 def test_layers_without_a_site_are_left_out() -> None:
     model = LanguageModel(module_of("jamba"))
-    found = probe(model, PROMPTS, LATE, site="attention_out")
+    found = probe(model, PROMPTS, LATE, sites="attention_out")
     assert 0 < found.scores.sizes["layer"] < model.n_layers
     layer = found.layers[0]
     path = f"{model.blocks[layer].path}.self_attn"
@@ -242,13 +242,13 @@ def test_directions(gpt2: LanguageModel) -> None:
 
 @pytest.mark.parametrize("position", [-1, [0, 1], "mean"])
 def test_saved_and_loaded(llama: LanguageModel, tmp_path: Path, position: Any) -> None:
-    found = probe(llama, PROMPTS, LATE, position=position, layers=[0, 2])
+    found = probe(llama, PROMPTS, LATE, positions=position, layers=[0, 2])
     found.save(tmp_path / "probe.safetensors")
     loaded = Probe.load(tmp_path / "probe.safetensors")
     assert loaded.scores.axes == found.scores.axes and loaded.scores.title == found.scores.title
     assert torch.equal(loaded.scores.values, found.scores.values)
     assert torch.equal(loaded.scores.details["train"], found.scores.details["train"])
-    for name in ("kind", "site", "layers", "classes"):
+    for name in ("method", "site", "layers", "classes"):
         assert getattr(loaded, name) == getattr(found, name)
     ours, theirs = found.predict(llama, PROMPTS), loaded.predict(llama, PROMPTS)
     assert torch.equal(ours.values, theirs.values) and ours.texts == theirs.texts
@@ -264,19 +264,19 @@ def test_mistakes(gpt2: LanguageModel) -> None:
     with pytest.raises(OptionError, match="one label, 'x'"):
         probe(gpt2, PROMPTS, ["x"] * 60)
     with pytest.raises(OptionError, match="not 'ridge'"):
-        probe(gpt2, PROMPTS, LATE, kind="ridge")
+        probe(gpt2, PROMPTS, LATE, method="ridge")
     with pytest.raises(OptionError, match="numbers as labels"):
-        probe(gpt2, PROMPTS, LATE, kind="linear")
+        probe(gpt2, PROMPTS, LATE, method="linear")
     with pytest.raises(OptionError, match="`held_out` is a part"):
         probe(gpt2, PROMPTS, LATE, held_out=1.0)
     with pytest.raises(OptionError, match="cannot be divided"):
         probe(gpt2, PROMPTS[:3], ["a", "a", "b"])
     with pytest.raises(PromptError, match="have 3 to 7"):
-        probe(gpt2, PROMPTS, LATE, position="all")
+        probe(gpt2, PROMPTS, LATE, positions=None)
     with pytest.raises(OptionError, match="not 'first'"):
-        probe(gpt2, PROMPTS, LATE, position="first")
+        probe(gpt2, PROMPTS, LATE, positions="first")
     with pytest.raises(OptionError, match="axes head, query, key"):
-        probe(gpt2, PROMPTS, LATE, site="pattern")
+        probe(gpt2, PROMPTS, LATE, sites="pattern")
 
 
 def test_without_scikit_learn(gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,14 +308,14 @@ def test_labels_are_plain_values_also_of_numpy_and_torch(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"labels": torch.randn(60, 2), "kind": "linear"}, "one text, number or truth value"),
+        ({"labels": torch.randn(60, 2), "method": "linear"}, "one text, number or truth value"),
         ({"labels": [(0, 1), (1, 0)] * 30}, r"for a prompt, not \(0, 1\)"),
         ({"labels": [None, "a"] * 30}, "for a prompt, not None"),
         ({"labels": [1, "a"] * 30}, "all texts or all numbers"),
-        ({"labels": [0.5, 1.5] * 30}, "see `kind='linear'`"),
-        ({"labels": [float("nan"), 1.0] * 30, "kind": "linear"}, "fitted to a label nan"),
+        ({"labels": [0.5, 1.5] * 30}, "see `method='linear'`"),
+        ({"labels": [float("nan"), 1.0] * 30, "method": "linear"}, "fitted to a label nan"),
         ({"penalty": 0}, "`penalty` is a number above 0"),
-        ({"penalty": -1.0, "kind": "linear", "labels": [0, 1] * 30}, "not -1.0"),
+        ({"penalty": -1.0, "method": "linear", "labels": [0, 1] * 30}, "not -1.0"),
         ({"penalty": "1"}, "not '1'"),
     ],
 )
@@ -328,7 +328,7 @@ def test_labels_and_penalties_that_nothing_can_be_fitted_to(
 
 def test_a_linear_probe_without_a_penalty_is_least_squares(gpt2: LanguageModel) -> None:
     numbers = [float(ids[-1]) for ids in PROMPTS]
-    found = probe(gpt2, PROMPTS, numbers, kind="linear", penalty=0, layers=2)
+    found = probe(gpt2, PROMPTS, numbers, method="linear", penalty=0, layers=2)
     fitted, _ = expected(seen(gpt2, 2, PROMPTS, -1), numbers, LinearRegression())
     weights = torch.tensor(fitted[-1].coef_ / fitted[0].scale_)
     torch.testing.assert_close(

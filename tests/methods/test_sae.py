@@ -167,7 +167,7 @@ def test_spliced_in(language_model: LanguageModel, kind: str, tmp_path: Path) ->
             untouched = use_sae(model, sae)
             features, same = untouched.features.save(), model.logits.save()
         with tracer.invoke(IDS):
-            use_sae(model, sae, error=False)
+            use_sae(model, sae, error_term=False)
             rebuilt = model.logits.save()
         with tracer.invoke(IDS):
             spliced = use_sae(model, sae)
@@ -176,7 +176,7 @@ def test_spliced_in(language_model: LanguageModel, kind: str, tmp_path: Path) ->
             spliced.features *= 2
             changed, seen = model.logits.save(), spliced.features.save()
         with tracer.invoke(IDS):
-            whole = use_sae(model, sae, error=False)
+            whole = use_sae(model, sae, error_term=False)
             whole.features = torch.ones(1, 5, FEATURES)
             ones = model.logits.save()
 
@@ -251,7 +251,7 @@ def test_in_an_edit_of_a_model_that_is_not_loaded_yet(
     sae = SparseAutoencoder.load(written(tmp_path / "sae", "jumprelu", 128))
     assert not eiffel.loaded
     with eiffel.edit() as edited:
-        use_sae(edited, sae, error=False)
+        use_sae(edited, sae, error_term=False)
     with edited.trace(IDS):
         after = edited.blocks[1].residual_out.save()
     x = hooked_hidden(eiffel.module, eiffel.blocks[1].path, torch.tensor([IDS]))
@@ -283,7 +283,7 @@ def test_mistakes(gpt2: LanguageModel, tmp_path: Path) -> None:
         use_sae(gpt2, sae)
     assert "test_sae.py" in str(caught.value)
     with pytest.raises(PathError, match="hook_nothing"), gpt2.trace(IDS):
-        use_sae(gpt2, sae, hook_name="blocks.1.hook_nothing")
+        use_sae(gpt2, sae, site="blocks.1.hook_nothing")
     with pytest.raises(OperationError, match="assign to `features`"), gpt2.trace(IDS):
         use_sae(gpt2, sae).features[..., 3].mul_(2)
     with pytest.raises(OptionError, match="1 to 40 features, not 41"):

@@ -134,7 +134,7 @@ OF_POSITIONS: dict[str, Callable[[LanguageModel], object]] = {
         model, [IDS] * 4, [OTHER] * 4, [3] * 4, layer=0, position=-1, dimensions=1
     ),
     "a steering vector": lambda model: steering_vector(model, [IDS], [OTHER], position=1),
-    "probe": lambda model: probe(model, [IDS, OTHER] * 8, [0, 1] * 8, position="all"),
+    "probe": lambda model: probe(model, [IDS, OTHER] * 8, [0, 1] * 8, positions=None),
 }
 
 

@@ -1,5 +1,6 @@
 """Steering, against forward hooks and Hugging Face's `generate`."""
 
+import json
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from insitu import BlockError, LanguageModel, LoadError, OptionError, PromptError, ShapeError
 from insitu.methods import SteeringVector, steer, steering_vector
-from insitu.methods.steered import Continuation, Steered
+from insitu.methods.continuations import Continuation, Steered
 from tests.conftest import hooked_hidden
 from tests.fidelity.zoo import module_of
 
@@ -59,7 +60,7 @@ def generated(model: LanguageModel, ids: list[int], edits: dict[int, Edit], **kw
     return whole[0, len(ids) :]
 
 
-def adding(vector: torch.Tensor, where: str | list[int]) -> Edit:
+def adding(vector: torch.Tensor, where: str | list[int] | None) -> Edit:
     """An edit for one generation, which counts its forwards."""
     step = -1
 
@@ -67,7 +68,7 @@ def adding(vector: torch.Tensor, where: str | list[int]) -> Edit:
         nonlocal step
         step += 1
         value = value.clone()
-        if where == "all" or (where == "generated" and step > 0):
+        if where is None or (where == "generated" and step > 0):
             value += vector
         elif where == "last":
             value[:, -1] += vector
@@ -125,10 +126,12 @@ def test_the_principal_component(language_model: LanguageModel) -> None:
         torch.testing.assert_close(vector[layer].double(), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("where", ["all", "last", "generated", [0, -1]])
-def test_generations_are_those_with_hooks(model: LanguageModel, where: str | list[int]) -> None:
+@pytest.mark.parametrize("where", [None, "last", "generated", [0, -1]])
+def test_generations_are_those_with_hooks(
+    model: LanguageModel, where: str | list[int] | None
+) -> None:
     vector, strengths = some_vector(model), [0.0, -3.0, 6.0]
-    steered = steer(model, PROMPTS, vector, strength=strengths, positions=where, max_new_tokens=5)
+    steered = steer(model, PROMPTS, vector, strengths=strengths, positions=where, max_new_tokens=5)
     expected = []
     for ids in PROMPTS:
         for factor in strengths:
@@ -147,13 +150,13 @@ def test_generations_are_those_with_hooks(model: LanguageModel, where: str | lis
 
 def test_one_prompt_one_layer_and_an_end_token(gpt2: LanguageModel) -> None:
     vector = some_vector(gpt2)
-    free = generated(gpt2, PROMPTS[0], {2: adding(vector[2] * 4, "all")}, eos_token_id=None)
+    free = generated(gpt2, PROMPTS[0], {2: adding(vector[2] * 4, None)}, eos_token_id=None)
     end = int(free[1])
     steered = steer(
         gpt2,
         PROMPTS[0],
         vector,
-        strength=[4.0, 0.0],
+        strengths=[4.0, 0.0],
         layers=2,
         max_new_tokens=5,
         eos_token_id=end,
@@ -166,21 +169,21 @@ def test_one_prompt_one_layer_and_an_end_token(gpt2: LanguageModel) -> None:
 def test_sampling_takes_a_seed_for_each_continuation(gpt2: LanguageModel) -> None:
     options = {"max_new_tokens": 5, "do_sample": True, "seed": 3}
     vector = some_vector(gpt2)
-    both = steer(gpt2, PROMPTS[:2], vector, strength=[0.0, 2.0], **options)
+    both = steer(gpt2, PROMPTS[:2], vector, strengths=[0.0, 2.0], **options)
     torch.manual_seed(3)
-    edits = {n: adding(vector[n] * 2, "all") for n in vector.layers}
+    edits = {n: adding(vector[n] * 2, None) for n in vector.layers}
     assert both[3].ids.tolist() == generated(gpt2, PROMPTS[1], edits, do_sample=True).tolist()
     assert (
         both[0].ids.tolist()
-        == steer(gpt2, PROMPTS[0], vector, strength=0, **options)[0].ids.tolist()
+        == steer(gpt2, PROMPTS[0], vector, strengths=0, **options)[0].ids.tolist()
     )
 
 
 def test_beams(llama: LanguageModel) -> None:
     vector = some_vector(llama)
-    found = steer(llama, PROMPTS, vector, strength=3.0, max_new_tokens=4, num_beams=2)
+    found = steer(llama, PROMPTS, vector, strengths=3.0, max_new_tokens=4, num_beams=2)
     for one, ids in zip(found, PROMPTS, strict=True):
-        edits = {n: adding(vector[n] * 3, "all") for n in vector.layers}
+        edits = {n: adding(vector[n] * 3, None) for n in vector.layers}
         expected = generated(llama, ids, edits, num_beams=2, max_new_tokens=4)
         assert one.ids.tolist() == expected.tolist()
 
@@ -214,7 +217,7 @@ def test_applied_in_a_trace_and_in_an_edit(model: LanguageModel) -> None:
     with edited.trace(PROMPTS[0]):
         last = edited.logits.save()
 
-    torch.testing.assert_close(everywhere.value, logits(adding(vector[1] * 2, "all")))
+    torch.testing.assert_close(everywhere.value, logits(adding(vector[1] * 2, None)))
     torch.testing.assert_close(one.value, logits(adding(vector[1], [1])))
     torch.testing.assert_close(last.value, logits(adding(vector[1] * -2, "last")))
 
@@ -283,7 +286,7 @@ def test_mistakes(gpt2: LanguageModel) -> None:
     with pytest.raises(PromptError, match="one token"):
         steer(gpt2, [5], vector, positions="generated")
     with pytest.raises(OptionError, match="no strength"):
-        steer(gpt2, PROMPTS, vector, strength=[])
+        steer(gpt2, PROMPTS, vector, strengths=[])
     with pytest.raises(BlockError):
         vector.apply(gpt2)
     with pytest.raises(OptionError, match="of `steer`"), gpt2.trace(PROMPTS[0]):
@@ -312,6 +315,27 @@ def test_continuations_are_printed_as_a_table() -> None:
     ]
 
 
+def test_continuations_are_a_table_a_page_and_json(tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    ids = torch.tensor([1, 2])
+    both = tuple(Continuation(p, s, ids, f"{p} <{s}>") for p in (0, 1) for s in (0.0, 2.5))
+    steered = Steered(both, (0.0, 2.5), "Steering along mlp_out, layer 1")
+    assert repr(steered) == "<Steering along mlp_out, layer 1: 4 continuations, strengths 0, 2.5>"
+
+    table = steered.of(prompt=1).to_dataframe()
+    assert [*table.columns] == ["prompt", "strength", "text"]
+    assert table.values.tolist() == [[1, 0.0, "1 <0.0>"], [1, 2.5, "1 <2.5>"]]
+
+    told = json.loads(json.dumps(steered.to_dict()))
+    assert told["title"] == steered.title and told["strengths"] == [0.0, 2.5]
+    last = {"prompt": 1, "strength": 2.5, "ids": [1, 2], "text": "1 <2.5>"}
+    assert len(told["continuations"]) == 4 and told["continuations"][-1] == last
+
+    steered.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "1 &lt;2.5&gt;" in page and "2.5" in page
+
+
 def test_positions_are_numbers_also_of_numpy(gpt2: LanguageModel) -> None:
     given = [[5, 6, 7], [9, 3, 4]], [[15, 16, 17], [19, 13, 12]]
     expected = steering_vector(gpt2, *given, position=1)
@@ -333,9 +357,9 @@ def test_generations_are_steered_at_positions_of_other_libraries(gpt2: LanguageM
     for wrong in (torch.tensor([True, False, True, False]), [True, False], True, 1.5):
         with pytest.raises(OptionError, match="A position is given as a number"):
             steer(gpt2, PROMPTS[0], vector, positions=wrong)  # pyright: ignore
-    with pytest.raises(OptionError, match='Positions are "all", "last", "generated" or numbers'):
-        steer(gpt2, PROMPTS[0], vector, positions=None)  # pyright: ignore
-    for wrong in (torch.tensor([True, False, True, False]), None):
+    with pytest.raises(OptionError, match="Positions are numbers"):
+        steer(gpt2, PROMPTS[0], vector, positions="first")  # pyright: ignore
+    for wrong in (torch.tensor([True, False, True, False]), "first"):
         with pytest.raises(OptionError, match="osition"), gpt2.trace(PROMPTS[0]):
             vector.apply(gpt2, positions=wrong)  # pyright: ignore
 
@@ -343,7 +367,7 @@ def test_generations_are_steered_at_positions_of_other_libraries(gpt2: LanguageM
 def test_a_strength_that_comes_again_is_drawn_again(gpt2: LanguageModel) -> None:
     torch.manual_seed(0)
     options = {"max_new_tokens": 5, "do_sample": True}
-    found = steer(gpt2, PROMPTS[0], some_vector(gpt2), strength=[0, 0, 0, 0], **options)
+    found = steer(gpt2, PROMPTS[0], some_vector(gpt2), strengths=[0, 0, 0, 0], **options)
     assert (
         len({tuple(one.ids.tolist()) for one in found}) > 1
     )  # of 100 tokens, all nearly as likely
@@ -351,14 +375,14 @@ def test_a_strength_that_comes_again_is_drawn_again(gpt2: LanguageModel) -> None
 
 def test_strengths_are_numbers_of_any_kind(gpt2: LanguageModel) -> None:
     vector = steering_vector(gpt2, POSITIVE, NEGATIVE, layers=[1])
-    expected = steer(gpt2, PROMPTS[0], vector, strength=[2.0], max_new_tokens=3)
+    expected = steer(gpt2, PROMPTS[0], vector, strengths=[2.0], max_new_tokens=3)
     for one in (torch.tensor(2.0), np.float32(2), [torch.tensor(2.0)], np.array([2.0])):
-        found = steer(gpt2, PROMPTS[0], vector, strength=one, max_new_tokens=3)
+        found = steer(gpt2, PROMPTS[0], vector, strengths=one, max_new_tokens=3)
         assert torch.equal(found[0].ids, expected[0].ids)
     assert vector.select(np.int64(1)).layers == (1,)
     for wrong in ("2", ["2"]):
         with pytest.raises(OptionError, match="A strength is a number"):
-            steer(gpt2, PROMPTS[0], vector, strength=wrong)  # pyright: ignore
+            steer(gpt2, PROMPTS[0], vector, strengths=wrong)  # pyright: ignore
     with pytest.raises(OptionError, match="num_return_sequences"):
         steer(gpt2, PROMPTS[0], vector, do_sample=True, num_return_sequences=2)
     with gpt2.trace(PROMPTS[:1] * 2):

@@ -178,7 +178,7 @@ def test_attributions_of_a_linear_function_are_its_terms(baseline: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "steps", "power", "exact"),
+    ("method", "steps", "power", "exact"),
     [
         ("gauss-legendre", 1, 2, True),
         ("gauss-legendre", 1, 3, False),
@@ -189,14 +189,14 @@ def test_attributions_of_a_linear_function_are_its_terms(baseline: Any) -> None:
     ],
 )
 def test_rules_are_exact_for_the_powers_that_they_are_exact_for(
-    rule: Any, steps: int, power: int, exact: bool
+    method: Any, steps: int, power: int, exact: bool
 ) -> None:
     model = linear()
 
     def score(logits: Any) -> Any:
         return logits[-1, 3] ** power
 
-    result = integrated_gradients(model, [5], score, rule=rule, steps=steps)
+    result = integrated_gradients(model, [5], score, method=method, steps=steps)
     with torch.no_grad():
         ends = [score(logits_at(model, embedded(model, [5]) * x)[0]) for x in (1, 0)]
     whole = float(ends[0] - ends[1])
@@ -210,7 +210,7 @@ def test_rules_are_exact_for_the_powers_that_they_are_exact_for(
 def test_trapezoid_is_that_of_torch() -> None:
     model, steps = kept("gpt2"), 6
     result = integrated_gradients(
-        model, FIRST, logit_difference(3, 9), rule="trapezoid", steps=steps
+        model, FIRST, logit_difference(3, 9), method="trapezoid", steps=steps
     )
     end = embedded(model, FIRST)
     points = torch.linspace(0, 1, steps)
@@ -265,8 +265,8 @@ def test_parameters_and_leaves_stay_untouched() -> None:
     ("options", "error", "says"),
     [
         ({"steps": 0}, OptionError, "from 1 on"),
-        ({"steps": 1, "rule": "trapezoid"}, OptionError, "from 2 on"),
-        ({"rule": "simpson"}, OptionError, "gauss-legendre"),
+        ({"steps": 1, "method": "trapezoid"}, OptionError, "from 2 on"),
+        ({"method": "simpson"}, OptionError, "gauss-legendre"),
         ({"baseline": "mean"}, OptionError, "pad token"),
         ({"baseline": torch.tensor([1])}, OptionError, "tensor of embeddings"),
         ({"baseline": "pad token"}, OptionError, "no padding token"),

@@ -185,7 +185,7 @@ def test_what_is_found_out_in_training_mode_holds_after_it_and_leaves_no_hooks()
         with one.trace(IDS):
             pattern = one.blocks[0].attention.pattern.save()
         expected[number] = pattern.value
-        direct_logit_attribution(one, IDS, 3, by="head")
+        direct_logit_attribution(one, IDS, 3, part="heads")
     torch.testing.assert_close(expected[0], expected[1])
 
 

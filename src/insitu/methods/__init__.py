@@ -13,6 +13,7 @@ from insitu.methods.attribution_patching import attribution_patching
 from insitu.methods.boundary import guard
 from insitu.methods.causal_tracing import causal_tracing
 from insitu.methods.circuit import Circuit, Edge
+from insitu.methods.continuations import Continuation, Steered
 from insitu.methods.discovery import discover_circuit
 from insitu.methods.edge_attribution import edge_attribution
 from insitu.methods.examples import FeatureExample, FeatureExamples
@@ -35,7 +36,7 @@ from insitu.methods.probing import probe
 from insitu.methods.result import Cell, Result
 from insitu.methods.sae import SparseAutoencoder
 from insitu.methods.splicing import Spliced, sae_features, use_sae
-from insitu.methods.steered import Continuation, Steered, steer
+from insitu.methods.steered import steer
 from insitu.methods.steering import SteeringVector, steering_vector
 from insitu.methods.token_attribution import gradient_times_input, integrated_gradients
 from insitu.methods.tuned_lens import TunedLens, train_tuned_lens, tuned_lens

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from insitu.deprecation import renamed
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
@@ -14,7 +15,7 @@ from insitu.methods.measured_run import Run, stacked_values
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
-from insitu.methods.replacements import Mode, replacement
+from insitu.methods.replacements import Method, replacement
 from insitu.methods.result import Result
 from insitu.methods.sites import Site, chosen, layers_with, numbers_of, site_of
 from insitu.models.language_model import LanguageModel
@@ -36,13 +37,14 @@ _PARTS: dict[str, tuple[str, str | None]] = {
 """The site of each, and the axis along which there are several in a layer."""
 
 
+@renamed(what="part", mode="method", goes_in="0.3")
 def ablate(
     model: LanguageModel,
     prompts: Any,
     metric: Metric | Callable[[Any], Any],
     *,
-    what: Part = "heads",
-    mode: Mode = "zero",
+    part: Part = "heads",
+    method: Method = "zero",
     reference: Any = None,
     by_position: bool = False,
     layers: _Numbers = None,
@@ -52,6 +54,7 @@ def ablate(
     together: Iterable[int | Sequence[int]] | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns the metric without each part of the model in turn, or without several at once.
 
@@ -63,10 +66,10 @@ def ablate(
         prompts: one or several, of any length.
         metric: a metric, or a function of the run to a number, such as
             `lambda run: run.logits[0, -1, 5]`: see `insitu.methods.Run`.
-        what: which parts. "heads": what a head gives, before the output projection; "neurons":
+        part: which parts. "heads": what a head gives, before the output projection; "neurons":
             what goes into the last layer of an MLP; "attention", "mlps" and "mixers": what these
             add to the residual stream.
-        mode: the value that is put in the place of a part's. "zero": zeros; "mean": its mean over
+        method: the value that is put in the place of a part's. "zero": zeros; "mean": its mean over
             the reference prompts and their positions; "resample": its values in another reference
             prompt of the same length.
         reference: prompts to take means of or to draw from; None for `prompts` themselves.
@@ -80,6 +83,8 @@ def ablate(
             (layer, head) or (layer, neuron), or layers.
         seed: decides which reference prompt is drawn for each prompt.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         The metric with the part ablated. Its axes are (prompt), layer, and head or neuron where
@@ -88,19 +93,21 @@ def ablate(
         "resample" also "drawn", the number of the reference prompt that was drawn.
 
     Raises:
-        OptionError: if there is no such part, mode, layer, head, neuron or position, or an option
+        OptionError: if there is no such part, method, layer, head, neuron or position, or an option
             has no meaning here.
         PromptError: if no reference prompt has the length or the positions that it takes.
     """
-    site, unit = _site(what, heads, neurons)
-    if reference is not None and mode == "zero":
-        raise OptionError("`reference` has no part in zeros: give another `mode` with it.", here())
+    site, unit = _site(part, heads, neurons)
+    if reference is not None and method == "zero":
+        raise OptionError(
+            "`reference` has no part in zeros: give another `method` with it.", here()
+        )
     measured, read = as_metric(metric), read_prompts(model, prompts)
     measures = measured.of(model, len(read))
     others = read if reference is None else read_prompts(model, reference)
     asked = numbers_of("position", positions)
     where = [None if asked is None else chosen("position", asked, n) for n in read.lengths]
-    put = replacement(site, mode, by_position, read, others, where, seed)
+    put = replacement(site, method, by_position, read, others, where, seed)
     axes: tuple[Axis, ...] = ()
     if together is None:
         axes = _axes(model, site, unit, layers, heads if unit == "head" else neurons)
@@ -110,7 +117,7 @@ def ablate(
     else:
         groups = [_together(model, site, unit, together)]
     clean_scores, scores = [], []
-    with bar("Ablation", progress), model.trace() as tracer:
+    with bar("Ablation", progress), model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
         runs = [tracer.invoke(ids) for ids in read.ids]
         sources = dict(enumerate(runs))
         if reference is not None:
@@ -125,9 +132,9 @@ def ablate(
             for group in groups:
                 with tracer.invoke(ids):
                     for layer, number in group:
-                        part = {} if unit is None else {unit: number}
-                        value = put.value(row, layer, at, **part)
-                        site.read(model, layer)[site.index(position=at, **part)] = value
+                        index = {} if unit is None else {unit: number}
+                        value = put.value(row, layer, at, **index)
+                        site.read(model, layer)[site.index(position=at, **index)] = value
                     ablated.append(measure(Run(model), clean).save(to="cpu"))
             scores.append(ablated)
         tracer.block.demand_alike()
@@ -137,7 +144,7 @@ def ablate(
     if put.drawn:
         details["drawn"] = read.stacked([torch.tensor(number) for number in put.drawn])
     return Result(
-        f"{mode.capitalize()} ablation of {what}",
+        f"{method.capitalize()} ablation of {part}",
         measured.name,
         read.stacked([value.reshape([len(axis) for axis in axes]) for value in values]),
         (*read.axis, *axes),
@@ -147,17 +154,17 @@ def ablate(
     )
 
 
-def _site(what: str, heads: _Numbers, neurons: _Numbers) -> tuple[Site, str | None]:
+def _site(part: str, heads: _Numbers, neurons: _Numbers) -> tuple[Site, str | None]:
     """Where a kind of part is seen, and along which axis there are several in a layer."""
-    if what not in _PARTS:
+    if part not in _PARTS:
         names = ", ".join(map(repr, _PARTS))
         raise OptionError(
-            f"`what` is one of {names}, not {what!r}{nearest(str(what), _PARTS)}.", here()
+            f"`part` is one of {names}, not {part!r}{nearest(str(part), _PARTS)}.", here()
         )
-    name, unit = _PARTS[what]
+    name, unit = _PARTS[part]
     for given, of in ((heads, "head"), (neurons, "neuron")):
         if given is not None and of != unit:
-            raise OptionError(f"`{of}s` are no part of {what}: leave them out.", here())
+            raise OptionError(f"`{of}s` are no part of {part}: leave them out.", here())
     return site_of(name), unit
 
 

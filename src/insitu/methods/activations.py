@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,9 +13,9 @@ from insitu.methods.prompts import Prompts
 from insitu.methods.sites import Site, check_positions, numbers_of, site_of, whole
 from insitu.models.language_model import LanguageModel
 
-Position: TypeAlias = int | Sequence[int] | Literal["mean", "all"]
+Positions: TypeAlias = int | Iterable[int] | Literal["mean"] | None
 """Where a value is taken: at one position, from the end if negative; at several, each by itself; as
-the mean over all; or at all, each by itself."""
+the mean over all; or at all, each by itself, if None."""
 
 
 def stream_site(name: str) -> Site:
@@ -42,13 +42,14 @@ def gather(
     prompts: Prompts,
     site: Site,
     layers: Sequence[int],
-    position: Position,
+    positions: Positions,
+    max_tokens_per_pass: int | None = None,
 ) -> torch.Tensor:
     """Returns the activations of prompts at a site, in one trace.
 
     Arguments, errors and the result are those of `gather_each`, for one site.
     """
-    return gather_each(model, prompts, [site], layers, position)[0]
+    return gather_each(model, prompts, [site], layers, positions, max_tokens_per_pass)[0]
 
 
 def gather_each(
@@ -56,7 +57,8 @@ def gather_each(
     prompts: Prompts,
     sites: Sequence[Site],
     layers: Sequence[int],
-    position: Position,
+    positions: Positions,
+    max_tokens_per_pass: int | None = None,
 ) -> list[torch.Tensor]:
     """Returns the activations of prompts at each of some sites, in one trace.
 
@@ -65,7 +67,8 @@ def gather_each(
         prompts: the prompts.
         sites: where, as of `stream_site`.
         layers: in which blocks.
-        position: at which positions.
+        positions: at which positions.
+        max_tokens_per_pass: as of `model.trace`.
 
     Returns:
         Of each site `(prompt, layer, width)`, or `(prompt, layer, position, width)` for several
@@ -76,10 +79,10 @@ def gather_each(
             length.
         OptionError: if the position is of no known kind.
     """
-    taken_at = _index(prompts, position)
+    taken_at = _index(prompts, positions)
     if taken_at not in (-1, None):  # the last one and the mean are something of any values
         check_positions(model)
-    with model.trace() as tracer:
+    with model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
         saved: list[list[list[Any]]] = [[] for _ in sites]
         for ids in prompts.ids:
             with tracer.invoke(ids):
@@ -93,61 +96,63 @@ def gather_each(
     ]
 
 
-def position_of(given: Any) -> int | tuple[int, ...] | Literal["mean", "all"]:
-    """Returns a position as it was meant, also of numbers of NumPy or torch.
+def positions_of(given: Any) -> int | tuple[int, ...] | Literal["mean"] | None:
+    """Returns positions as they were meant, also of numbers of NumPy or torch.
 
     Args:
-        given: a number, several, "mean" or "all".
+        given: a number, several, "mean", or None for all.
 
     Raises:
         OptionError: if it is none of these.
     """
-    if isinstance(given, str) and given in ("mean", "all"):
+    if given is None or (isinstance(given, str) and given == "mean"):
         return given
-    said = f'A position is a number, several numbers, "mean" or "all", not {given!r}.'
-    if given is None or isinstance(given, str):
-        raise OptionError(said, here())
+    if isinstance(given, str):
+        raise OptionError(
+            f'`positions` are a number, several numbers, "mean", or None for all, not {given!r}.',
+            here(),
+        )
     try:
         return whole(given)
     except TypeError:
         return tuple(numbers_of("position", given) or ())
 
 
-def positions_of(prompts: Prompts, position: Position) -> tuple[str, ...] | None:
+def position_labels(prompts: Prompts, positions: Positions) -> tuple[str, ...] | None:
     """Returns the labels of several positions, None for one position or the mean.
 
     Args:
         prompts: the prompts.
-        position: as of `gather`.
+        positions: as of `gather`.
     """
-    if isinstance(position, int) or position == "mean":
+    if isinstance(positions, int | str):
         return None
-    if position != "all":
-        return tuple(map(str, position))
+    if positions is not None:
+        return tuple(map(str, positions))
     if len(set(prompts.tokens)) == 1:
         return prompts.tokens[0]
     return tuple(map(str, range(prompts.lengths[0])))
 
 
-def _index(prompts: Prompts, position: Position) -> int | list[int] | slice | None:
+def _index(prompts: Prompts, given: Positions) -> int | list[int] | slice | None:
     """What indexes the positions of a prompt, None for the mean over them."""
-    position, shortest = position_of(position), min(prompts.lengths)
-    if isinstance(position, str):
-        if position == "all":
-            if len(set(prompts.lengths)) > 1:
-                raise PromptError(
-                    'At `position="all"` prompts need the same number of tokens, and these have '
-                    f"{shortest} to {max(prompts.lengths)}: name positions that mean the same in "
-                    "each, such as `position=[-2, -1]`.",
-                    here(),
-                )
-            return slice(None)
+    positions, shortest = positions_of(given), min(prompts.lengths)
+    if isinstance(positions, str):
         return None
-    numbers = [position] if isinstance(position, int) else list(position)
+    if positions is None:
+        if len(set(prompts.lengths)) > 1:
+            raise PromptError(
+                "With `positions=None` prompts need the same number of tokens, and these have "
+                f"{shortest} to {max(prompts.lengths)}: name positions that mean the same in "
+                "each, such as `positions=[-2, -1]`.",
+                here(),
+            )
+        return slice(None)
+    numbers = [positions] if isinstance(positions, int) else list(positions)
     for number in numbers:
         if not -shortest <= number < shortest:
             raise PromptError(
                 f"There is no position {number} in the shortest prompt, of {shortest} tokens.",
                 here(),
             )
-    return position if isinstance(position, int) else numbers
+    return positions if isinstance(positions, int) else numbers

@@ -71,6 +71,7 @@ def distributed_alignment_search(
     held_out: float = 0.25,
     seed: int = 0,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Alignment:
     """Learns the directions in which a model keeps a variable, from pairs of prompts.
 
@@ -92,10 +93,12 @@ def distributed_alignment_search(
         source_position: at which position of a source; None for the same.
         epochs: how often all pairs are gone through.
         lr: the learning rate of Adam.
-        batch_size: how many pairs a step is made of.
+        batch_size: how many pairs a step of the optimiser is made of; they share a pass.
         held_out: which part of the pairs is not trained on.
         seed: decides the first rotation, the pairs that are held out, and the order of the others.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass that takes no gradient may have;
+            None for as many as fit into a quarter of the free memory.
 
     Returns:
         The alignment, with the interchange-intervention accuracy on both parts of the pairs.
@@ -115,7 +118,8 @@ def distributed_alignment_search(
     draw = torch.Generator().manual_seed(seed)
     train, test = _split(len(read), held_out, draw)
     where = position if source_position is None else source_position
-    pairs = _Pairs(read, gather(model, given, place, [block], where)[:, 0], wanted)
+    values = gather(model, given, place, [block], where, max_tokens_per_pass)
+    pairs = _Pairs(read, values[:, 0], wanted)
     width = pairs.sources.shape[-1]
     alignment = Alignment(
         place.name, block, position, where, None, 0.0, 0.0, course(torch.zeros(0))
@@ -134,10 +138,11 @@ def distributed_alignment_search(
         rotation = directions.weight.detach().cpu().float()
         alignment = replace(alignment, rotation=rotation, losses=course(losses))
     parts = (pairs.only(part) for part in (test, train))
-    accuracy, trained = (
-        alignment.hits(model, part.bases, part.sources, part.answers).float().mean().item()
+    hits = (
+        alignment.hits(model, part.bases, part.sources, part.answers, max_tokens_per_pass)
         for part in parts
     )
+    accuracy, trained = (found.float().mean().item() for found in hits)
     return replace(alignment, accuracy=accuracy, train_accuracy=trained)
 
 

@@ -104,7 +104,15 @@ class Alignment:
         base = value[:, self.position]
         value[:, self.position] = exchanged(base, source, self.rotation)
 
-    def score(self, model: LanguageModel, bases: Any, sources: Any, answers: Tokens) -> float:
+    def score(
+        self,
+        model: LanguageModel,
+        bases: Any,
+        sources: Any,
+        answers: Tokens,
+        *,
+        max_tokens_per_pass: int | None = None,
+    ) -> float:
         """Returns the interchange-intervention accuracy on other pairs.
 
         Args:
@@ -112,6 +120,7 @@ class Alignment:
             bases: as of `distributed_alignment_search`.
             sources: as of `distributed_alignment_search`.
             answers: as of `distributed_alignment_search`.
+            max_tokens_per_pass: as of `distributed_alignment_search`.
 
         Raises:
             OptionError: if there are not as many sources and answers as bases.
@@ -119,12 +128,18 @@ class Alignment:
         """
         read, given, wanted = read_pairs(model, bases, sources, answers)
         check_position(read, self.position)
-        found = gather(model, given, stream_site(self.site), [self.layer], self.source_position)
-        hits = self.hits(model, read, found[:, 0], wanted)
+        site, most = stream_site(self.site), max_tokens_per_pass
+        found = gather(model, given, site, [self.layer], self.source_position, most)
+        hits = self.hits(model, read, found[:, 0], wanted, most)
         return hits.float().mean().item()
 
     def hits(
-        self, model: LanguageModel, bases: Prompts, sources: torch.Tensor, answers: torch.Tensor
+        self,
+        model: LanguageModel,
+        bases: Prompts,
+        sources: torch.Tensor,
+        answers: torch.Tensor,
+        max_tokens_per_pass: int | None = None,
     ) -> torch.Tensor:
         """Returns for which bases the model predicts the answer.
 
@@ -133,11 +148,12 @@ class Alignment:
             bases: the bases.
             sources: what the sources have there, `(prompt, width)`.
             answers: token ids, `(prompt,)`.
+            max_tokens_per_pass: as of `distributed_alignment_search`.
 
         Returns:
             `(prompt,)`, of truth values.
         """
-        with model.trace() as tracer:
+        with model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
             said = []
             for ids, source in zip(bases.ids, sources, strict=True):
                 with tracer.invoke(ids):

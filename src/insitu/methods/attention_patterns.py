@@ -29,6 +29,8 @@ def attention_patterns(
     *,
     layers: int | Iterable[int] | None = None,
     heads: int | Iterable[int] | None = None,
+    progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns how much each position attends to each other one, in every head.
 
@@ -40,6 +42,9 @@ def attention_patterns(
         prompts: one or several, of any length.
         layers: which ones, from the end if negative; None for all that have attention.
         heads: which ones of each layer; None for all.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         Weights between 0 and 1 with the axes (prompt), layer, head, query, key. A layer's label is
@@ -53,7 +58,10 @@ def attention_patterns(
     numbers = layers_with(model, _PATTERN, layers, stack)
     which = chosen("head", heads, model.n_heads)
     saved = []
-    with model.trace() as tracer:
+    with (
+        bar("Attention patterns", progress),
+        model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
+    ):
         for ids in read.ids:
             with tracer.invoke(ids):
                 saved.append(
@@ -79,13 +87,14 @@ def head_scores(
     model: LanguageModel,
     prompts: Any = None,
     *,
-    kinds: str | Sequence[str] = ("induction", "previous token", "duplicate token"),
+    kinds: str | Sequence[str] | None = None,
     layers: int | Iterable[int] | None = None,
     heads: int | Iterable[int] | None = None,
     length: int = 25,
     count: int = 10,
     seed: int = 0,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns how much each head attends to where a head of a kind would.
 
@@ -105,13 +114,15 @@ def head_scores(
     Args:
         model: the model.
         prompts: one or several; None for random ones.
-        kinds: one; or several, which are an axis of the result.
+        kinds: one; or several, which are an axis of the result; None for all three.
         layers: which ones, from the end if negative; None for all that have attention.
         heads: which ones of each layer; None for all.
         length: how many random tokens are repeated.
         count: how many random prompts.
         seed: of the random tokens.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         Scores with the axes (kind), layer, head. Details: "queries", over how many positions of all
@@ -122,7 +133,7 @@ def head_scores(
         PromptError: if nothing in the prompts is to be looked for by one of the kinds.
     """
     many = not isinstance(kinds, str)
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    kinds = [kinds] if isinstance(kinds, str) else list(_KINDS if kinds is None else kinds)
     if not kinds:
         raise OptionError(f"`kinds` is empty: there are {', '.join(map(repr, _KINDS))}.", here())
     if len(set(kinds)) < len(kinds):
@@ -150,7 +161,10 @@ def head_scores(
     numbers = layers_with(model, _PATTERN, layers, stack)
     which = chosen("head", heads, model.n_heads)
     saved: dict[tuple[str, int], list[Any]] = {(k, n): [] for k in kinds for n in numbers}
-    with bar("Head scores", progress), model.trace() as tracer:
+    with (
+        bar("Head scores", progress),
+        model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
+    ):
         for row, ids in enumerate(read.ids):
             with tracer.invoke(ids):
                 for layer in numbers:

@@ -36,6 +36,7 @@ def attribution_patching(
     direction: Direction = "denoising",
     normalised: bool = True,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns an estimate of what `activation_patching` would find, from one backward pass.
 
@@ -72,6 +73,8 @@ def attribution_patching(
             `activation_patching` then gives the metric: subtract "corrupted" (or "clean", for
             noising) of `details` from it to compare them.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         By how much each patch would change the metric, with the axes "prompt" and "site" (where
@@ -107,7 +110,10 @@ def attribution_patching(
     metric = as_metric(metric)
     ends: list[Any] = []
     estimates: list[list[Any]] = []
-    with bar("Attribution patching", progress), model.trace() as tracer:
+    with (
+        bar("Attribution patching", progress),
+        model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
+    ):
         for pair, measure in enumerate(metric.of(model, len(pairs))):
             with tracer.invoke(pairs.clean.ids[pair]):
                 reference = metric.reference(model)

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
+from insitu.deprecation import renames_of
 from insitu.graph.errors import InsituError, OptionError, PathError, nearest
 from insitu.graph.location import here
 from insitu.graph.recorded import AnyRecorded
@@ -30,6 +31,26 @@ _OPERATORS = (
     *("__neg__", "__call__", "__enter__"),
 )
 _RAW = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+_SAME: tuple[tuple[str, ...], ...] = (
+    ("method", "mode", "kind", "rule", "variant"),
+    ("part", "parts", "what", "senders", "component", "by"),
+    ("sites", "site", "hook_name", "hook_point", "hook"),
+    ("layers", "layer"),
+    ("positions", "position", "pos"),
+    ("top", "k", "n", "count", "top_k", "topk", "most"),
+    ("metric", "answer", "answers", "target", "loss"),
+    ("answer", "answers", "token", "tokens", "target"),
+    ("max_tokens_per_pass", "batch_size", "internal_batch_size"),
+    ("progress", "verbose", "progress_bar", "show_progress"),
+    ("seed", "random_state", "generator"),
+    ("error_term", "error", "use_error_term"),
+    ("normalised", "normalized", "normalise", "normalize"),
+    ("strengths", "strength", "coefficient", "multiplier", "alpha"),
+    ("prompts", "prompt", "inputs", "texts", "tokens"),
+)
+"""Words for one thing. Of a word that a method does not have, it names the first that it has: see
+`docs/methods/index.md`. Most are words of other methods, and some of other libraries."""
+
 _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
 
 
@@ -58,10 +79,13 @@ def guard(namespace: dict[str, Any], names: Collection[str]) -> None:
 
 def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose arguments are checked, and whose errors have a short traceback."""
+    renames = renames_of(function)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
+            if renames is not None:  # here, so that what follows knows the new names alone
+                kwargs = renames.applied(kwargs)
             if any(map(_may_go_unnoticed, (*args, *kwargs.values()))):
                 _check(function, args, kwargs, _is_refused_first)
             return function(*args, **kwargs)
@@ -115,7 +139,7 @@ def _check(
         given = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
         wrong = str(error).rpartition("'")[0].rpartition("'")[2]
-        hint = nearest(wrong, kinds) if "unexpected" in str(error) else ""
+        hint = _instead(wrong, signature) if "unexpected" in str(error) else ""
         raise OptionError(
             f"`{function.__qualname__}{signature}` is called with other arguments: {error}{hint}.",
             here(),
@@ -129,10 +153,22 @@ def _check(
             )
 
 
+def _instead(wrong: str, signature: inspect.Signature) -> str:
+    """What to write for an argument that a function does not have, as the end of a message."""
+    for words in _SAME:
+        if wrong in words:
+            own = [name for name in words if name in signature.parameters]
+            if own:
+                return f" (nearest: {own[0]!r})"
+    return nearest(wrong, signature.parameters)
+
+
 @cache
 def _known(function: Callable[..., Any]) -> tuple[inspect.Signature, Mapping[str, Any]]:
     """A function's signature, and the kinds of its parameters as far as they are known."""
     signature = inspect.signature(function)
+    # Annotations mean names of the file that the function stands in, and not of its decorators.
+    names = inspect.unwrap(function).__globals__
     kinds: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -140,7 +176,7 @@ def _known(function: Callable[..., Any]) -> tuple[inspect.Signature, Mapping[str
         kind = parameter.annotation
         if isinstance(kind, str):
             try:
-                kind = eval(kind, {**function.__globals__, "LanguageModel": LanguageModel})
+                kind = eval(kind, {**names, "LanguageModel": LanguageModel})
             except Exception:  # of a name that only type checkers import
                 continue
         if kind is not inspect.Parameter.empty and kind is not Any:

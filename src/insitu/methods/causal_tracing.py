@@ -29,6 +29,7 @@ from insitu.methods.sites import (
 )
 from insitu.methods.subjects import Subject, positions_of
 from insitu.models.language_model import LanguageModel
+from insitu.models.prompt_arguments import check_budget
 from insitu.tracing.tracer import Tracer
 
 _CHUNK = 4096  # of the vocabulary
@@ -49,6 +50,7 @@ def causal_tracing(
     positions: int | Iterable[int] | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns how likely the answer is again where states of a noised run are restored.
 
@@ -63,10 +65,10 @@ def causal_tracing(
         subject: the words that are drowned: their text as it stands in the prompt, of one token or
             several, or their positions. Of several prompts a text that all of them have, or one for
             each.
-        answer: the token whose probability is measured at the last position, as text such as
-            " Paris" or as its id; or one for each prompt.
-        metric: measured in the place of that probability, as of `activation_patching`: of each
-            noise by itself, and then as a mean.
+        answer: short for the metric of the paper, `metric=probability(answer)`: the token, as text
+            such as " Paris" or as its id; or one for each prompt.
+        metric: as of `activation_patching`, in the place of `answer`: of each noise by itself, and
+            then as a mean.
         samples: how many noises there are. Each prompt, and each restored state, has the same ones:
             `torch.randn(samples, tokens of the subject, d_model)` times `noise`, of a generator
             with the seed.
@@ -86,6 +88,8 @@ def causal_tracing(
         positions: at which positions values are restored, from the end if negative; all if None.
         seed: of the noise.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         The probability of the answer, or the metric, as a mean over the samples, with the axes
@@ -135,18 +139,24 @@ def causal_tracing(
         for middle in middles
     }
     check_count("samples", samples)
+    check_budget(max_tokens_per_pass)
     if noise is not None and (isinstance(noise, str) or not noise >= 0):
         raise OptionError(f"`noise` is a standard deviation, so not {noise!r}.", here())
     strength = 3 * embedding_std(model) if noise is None else float(noise)
 
     ends: list[Any] = []
     restored: list[Any] = []
-    with bar("Causal tracing", progress), model.trace() as tracer:
+    with (
+        bar("Causal tracing", progress),
+        model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
+    ):
         each = zip(read.ids, drowned, answers, measures, restored_at, strict=True)
         for ids, places, token, measure, restored_here in each:
             size = (samples, len(places), model.d_model)
             added = strength * torch.randn(size, generator=torch.Generator().manual_seed(seed))
-            noises = [added] if measure is None else added.split(1)
+            # Rows of one invocation share a pass, however many tokens they are.
+            fit = max_tokens_per_pass is None or samples * len(ids) <= max_tokens_per_pass
+            noises = [added] if measure is None and fit else added.split(1)
             reference: Any = None
             with tracer.invoke(ids):
                 clean = {

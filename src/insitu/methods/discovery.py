@@ -22,9 +22,9 @@ from insitu.methods.survey import wiring_of
 from insitu.methods.wiring import Wiring
 from insitu.models.language_model import LanguageModel
 
-Method = Literal["acdc", "eap", "eap-ig"]
+Method = Literal["eap-ig", "eap", "acdc"]
 
-_METHODS = ("acdc", "eap", "eap-ig")
+_METHODS = ("eap-ig", "eap", "acdc")
 _AT_ONCE = 32  # circuits in one experiment: each is a row in the parts where it differs
 
 
@@ -39,6 +39,7 @@ def discover_circuit(
     threshold: float | None = None,
     steps: int = 5,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Circuit:
     """Returns the edges that a behaviour is made of.
 
@@ -59,13 +60,15 @@ def discover_circuit(
         corrupted: the prompt without it, of the same length; or one for each.
         metric: a metric of the logits of each run. For "eap" and "eap-ig" it is differentiated, and
             a KL divergence has no gradient in the clean run: take "eap-ig".
-        method: "acdc", "eap" or "eap-ig".
+        method: "eap-ig", "eap" or "acdc".
         edges: of "eap" and "eap-ig", how many edges are taken before those that lead nowhere are
             left out.
         threshold: of "acdc", by how much the metric may change with one edge; in the place of
             `edges`, which sizes of scores are taken.
         steps: of "eap-ig", over how many runs gradients are averaged.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         The circuit. A score is the estimated change of the metric if the edge is corrupted; of
@@ -98,9 +101,10 @@ def discover_circuit(
     if method == "acdc":
         assert threshold is not None
         with bar("ACDC", progress) as shown:
-            return _acdc(model, pairs, metric, wiring, threshold, shown)
+            return _acdc(model, pairs, metric, wiring, threshold, shown, max_tokens_per_pass)
     with bar("Edge attribution", progress):
-        result = attributed(model, pairs, metric, wiring, steps if method == "eap-ig" else 0)
+        taken = steps if method == "eap-ig" else 0
+        result = attributed(model, pairs, metric, wiring, taken, max_tokens_per_pass)
     found = Circuit.of(result)
     if edges is not None:
         found = found.top(edges)
@@ -122,6 +126,7 @@ def _acdc(
     wiring: Wiring,
     threshold: float,
     shown: Bar,
+    max_tokens_per_pass: int | None,
 ) -> Circuit:
     """Removes edges one by one, from the logits back to the input."""
     kept = wiring.edges()
@@ -142,7 +147,7 @@ def _acdc(
                 without = (circuits[-1] if circuits else kept).clone()
                 without[sender, receiver] = False
                 circuits.append(without)
-            values = measured(model, pairs, metric, wiring, circuits)
+            values = measured(model, pairs, metric, wiring, circuits, max_tokens_per_pass)
             distances = (values[:, 2:] - values[:, :1]).abs().mean(0).tolist()
             gone = 0
             for sender, distance in zip(tried, distances, strict=True):
@@ -188,7 +193,7 @@ def _check(method: str, edges: int | None, threshold: float | None, steps: int) 
     if method not in _METHODS:
         near = nearest(method, _METHODS) if isinstance(method, str) else ""
         raise OptionError(
-            f"`method` is 'acdc', 'eap' or 'eap-ig', not {method!r}{near}.",
+            f"`method` is 'eap-ig', 'eap' or 'acdc', not {method!r}{near}.",
             here(),
         )
     if method == "acdc":

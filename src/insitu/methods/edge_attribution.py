@@ -35,6 +35,7 @@ def edge_attribution(
     *,
     steps: int = 0,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns for each edge by how much it would change a metric to corrupt it, estimated.
 
@@ -67,6 +68,8 @@ def edge_attribution(
             in the clean run: give it steps.
         steps: how many, 0 for the gradient of the clean run alone. Five are mostly enough.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         The estimated change of the metric, with the axes "prompt" (if several were given), "sender"
@@ -94,7 +97,7 @@ def edge_attribution(
     pairs = read_equal_pairs(model, clean, corrupted)
     wiring = wiring_of(model, pairs.clean.ids[0])
     with bar("Edge attribution", progress):
-        return attributed(model, pairs, metric, wiring, steps)
+        return attributed(model, pairs, metric, wiring, steps, max_tokens_per_pass)
 
 
 def read_equal_pairs(model: LanguageModel, clean: Any, corrupted: Any) -> Pairs:
@@ -125,6 +128,7 @@ def attributed(
     metric: Metric | Callable[[Any], Any],
     wiring: Wiring,
     steps: int,
+    max_tokens_per_pass: int | None,
 ) -> Result:
     """Returns what `edge_attribution` does, of a model whose wiring is known.
 
@@ -134,13 +138,14 @@ def attributed(
         metric: as of `edge_attribution`.
         wiring: the model's.
         steps: as of `edge_attribution`.
+        max_tokens_per_pass: as of `edge_attribution`.
     """
     check_count("steps", steps, least=0)
     metric = as_metric(metric)
     reading = reading_layers_of(model, wiring, pairs.clean.ids[0])
     ends: list[Any] = []
     found: list[list[list[Any]]] = []
-    with model.trace() as tracer:
+    with model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
         for pair, measure in enumerate(metric.of(model, len(pairs))):
             slopes: list[_Slopes] = []
             with tracer.invoke(pairs.clean.ids[pair]):

@@ -31,6 +31,9 @@ def run_circuit(
     corrupted: Any,
     metric: Metric | Callable[[Any], Any],
     circuit: Circuit,
+    *,
+    progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns a metric of a model with a circuit alone, and of its complement.
 
@@ -47,6 +50,10 @@ def run_circuit(
         metric: a metric of the logits of each run: see `insitu.methods.logit_difference` and those
             beside it; or a function of `run.logits`, `(1, position, vocabulary)`.
         circuit: the circuit.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory. The circuits of one pair of prompts share their
+            passes in any case.
 
     Returns:
         The metric of each run, with the axes "prompt" (if several were given) and "run": "clean",
@@ -75,7 +82,9 @@ def run_circuit(
     metric = as_metric(metric)
     wiring = wiring_of(model, pairs.clean.ids[0])
     kept = kept_of(wiring, circuit)
-    values = measured(model, pairs, metric, wiring, [kept, wiring.edges() & ~kept])
+    circuits = [kept, wiring.edges() & ~kept]
+    with bar("Running a circuit", progress):
+        values = measured(model, pairs, metric, wiring, circuits, max_tokens_per_pass)
     of_clean, of_corrupted, of_circuit, of_complement = values.unbind(-1)
     way = of_clean - of_corrupted
     details = {
@@ -104,6 +113,7 @@ def faithfulness_curve(
     *,
     sizes: Iterable[int] | None = None,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns how faithful circuits of different sizes are, each of the edges that matter most.
 
@@ -115,6 +125,9 @@ def faithfulness_curve(
         circuit: the edges with their scores, such as `Circuit.of(edge_attribution(...))`.
         sizes: how many edges; about ten numbers up to all, each twice the one before, if None.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory. The circuits of one pair of prompts share their
+            passes in any case.
 
     Returns:
         The share of the way from corrupted to clean that each circuit makes, with the axes "prompt"
@@ -126,7 +139,8 @@ def faithfulness_curve(
         PromptError: if prompts do not go together.
         ShapeError: if the metric is not a number.
     """
-    runs = _sized(model, clean, corrupted, metric, circuit, sizes, progress, complement=False)
+    shown = (progress, max_tokens_per_pass)
+    runs = _sized(model, clean, corrupted, metric, circuit, sizes, *shown, complement=False)
     return runs.curve("Faithfulness by size", "recovered", runs.of_corrupted, runs.of_clean)
 
 
@@ -139,6 +153,7 @@ def completeness_curve(
     *,
     sizes: Iterable[int] | None = None,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns how complete circuits of different sizes are: how much is lost without them.
 
@@ -150,6 +165,7 @@ def completeness_curve(
         circuit: as of `faithfulness_curve`.
         sizes: as of `faithfulness_curve`.
         progress: as of `faithfulness_curve`.
+        max_tokens_per_pass: as of `faithfulness_curve`.
 
     Returns:
         The share of the way from clean to corrupted that the complement of each circuit makes: 1
@@ -161,7 +177,8 @@ def completeness_curve(
         PromptError: if prompts do not go together.
         ShapeError: if the metric is not a number.
     """
-    runs = _sized(model, clean, corrupted, metric, circuit, sizes, progress, complement=True)
+    shown = (progress, max_tokens_per_pass)
+    runs = _sized(model, clean, corrupted, metric, circuit, sizes, *shown, complement=True)
     return runs.curve("Completeness by size", "lost", runs.of_clean, runs.of_corrupted)
 
 
@@ -211,6 +228,7 @@ def _sized(
     circuit: Circuit,
     sizes: Iterable[int] | None,
     progress: bool | None,
+    max_tokens_per_pass: int | None,
     complement: bool,
 ) -> _Runs:
     """Measures circuits of the edges that matter most, or the model without these edges."""
@@ -228,7 +246,7 @@ def _sized(
     if complement:
         kept = [wiring.edges() & ~one for one in kept]
     with bar("Circuits by size", progress):
-        values = measured(model, pairs, metric, wiring, kept)
+        values = measured(model, pairs, metric, wiring, kept, max_tokens_per_pass)
     of_clean, of_corrupted = values[:, :1], values[:, 1:2]
     if bool((of_clean == of_corrupted).any()):
         raise OptionError(
@@ -288,6 +306,7 @@ def measured(
     metric: Metric,
     wiring: Wiring,
     kept: Sequence[torch.Tensor],
+    max_tokens_per_pass: int | None,
 ) -> torch.Tensor:
     """Returns a metric of the clean run, the corrupted run, and runs with some edges.
 
@@ -297,12 +316,13 @@ def measured(
         metric: the metric.
         wiring: the model's.
         kept: of each circuit which edges are in it, `(sender, receiver)`.
+        max_tokens_per_pass: as of `run_circuit`.
 
     Returns:
         `(prompt, 2 + circuit)`.
     """
     found: list[Any] = []
-    with model.trace() as tracer:
+    with model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
         for pair, measure in enumerate(metric.of(model, len(pairs))):
             one = plain(model, tracer, pairs.clean.ids[pair], wiring)
             other = plain(model, tracer, pairs.corrupted.ids[pair], wiring)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from insitu.deprecation import renamed
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.methods.examples import FeatureExample, FeatureExamples
@@ -29,12 +30,13 @@ _NUMBERS = 2**22
 _PER_FEATURE = ("W_enc", "b_enc", "threshold", "b_gate", "b_mag", "r_mag")
 
 
+@renamed(k="top", goes_in="0.3")
 def feature_examples(
     activations: Any,
     sae: SparseAutoencoder | None,
     features: int | Sequence[int],
     *,
-    k: int = 10,
+    top: int = 10,
     context: int = 16,
     site: str | None = None,
     model: LanguageModel | None = None,
@@ -51,7 +53,7 @@ def feature_examples(
         sae: the sparse autoencoder of the features; None if the site itself keeps the largest
             features, as one such as `SaeSite` does.
         features: the number of a feature, or several.
-        k: how many examples of each feature.
+        top: how many examples of each feature.
         context: how many tokens are shown on either side, as far as they are of the same document.
         site: which site of the activations; None if there is but one.
         model: whose tokenizer makes words of token ids; None to show the ids.
@@ -69,9 +71,9 @@ def feature_examples(
         `feature_examples(Activations.open(folder), sae, [3, 17], model=model)`
     """
     reading = _Reading(activations, sae, features, site)
-    check_count("k", k)
+    check_count("top", top)
     check_count("context", context, 0)
-    best = _Best(len(reading.numbers), k)
+    best = _Best(len(reading.numbers), top)
     with bar("Looking for examples", progress) as shown:
         for first, stop, sequence in _parts(activations, reading.rows_at_once):
             best.add(reading.values(slice(first, stop)), sequence, first)
@@ -203,8 +205,8 @@ class _Best:
         counts: at how many rows each is above 0.
     """
 
-    def __init__(self, features: int, k: int) -> None:
-        self._k = k
+    def __init__(self, features: int, top: int) -> None:
+        self._top = top
         self._values = torch.zeros(0, features)
         self._rows = torch.zeros(0, features, dtype=torch.long)
         self.counts = torch.zeros(features, dtype=torch.long)
@@ -223,8 +225,8 @@ class _Best:
             rows.append(at[None] + first + start)
         # Stable, so that of those that are alike the first in the data come first.
         order = torch.cat(largest).sort(stable=True, dim=0, descending=True)
-        self._values = order.values[: self._k]
-        self._rows = torch.cat(rows).gather(0, order.indices[: self._k])
+        self._values = order.values[: self._top]
+        self._rows = torch.cat(rows).gather(0, order.indices[: self._top])
 
     def of(self, feature: int) -> tuple[list[float], list[int]]:
         """Returns the values of a feature above 0, and their rows."""

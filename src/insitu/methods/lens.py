@@ -18,6 +18,7 @@ from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.methods.metrics import Tokens, token_ids
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts, words
 from insitu.methods.readout import Readout, readout_of
 from insitu.methods.result import Result
@@ -60,7 +61,9 @@ def logit_lens(
     layers: int | Iterable[int] | None = None,
     positions: int | Iterable[int] | None = None,
     token: Tokens | None = None,
-    top: int = 5,
+    top: int = 10,
+    progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns what a model would predict from the residual stream after each block.
 
@@ -76,6 +79,9 @@ def logit_lens(
         token: the token whose probability is the value of a cell, as text or id, or one for each
             prompt; None for the most likely token of each cell.
         top: how many of the most likely tokens are kept in the details.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         Probabilities with the axes layer and position, before them prompt if several were given.
@@ -106,6 +112,8 @@ def logit_lens(
         positions,
         token,
         top,
+        progress,
+        max_tokens_per_pass,
     )
 
 
@@ -144,6 +152,8 @@ def look(
     positions: int | Iterable[int] | None,
     token: Tokens | None,
     top: int,
+    progress: bool | None,
+    max_tokens_per_pass: int | None,
 ) -> Result:
     """Returns the readout of each stage.
 
@@ -156,6 +166,8 @@ def look(
         positions: as of `logit_lens`.
         token: as of `logit_lens`.
         top: as of `logit_lens`.
+        progress: as of `logit_lens`.
+        max_tokens_per_pass: as of `logit_lens`.
     """
     readout = readout_of(model)
     given = read_prompts(model, prompts)
@@ -164,7 +176,7 @@ def look(
     check_count("top", top)
     top = min(top, model.vocab_size)
     kept: list[list[tuple[Any, ...]]] = []
-    with model.trace() as tracer:
+    with bar(title, progress), model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
         for number, ids in enumerate(given.ids):
             one = None if wanted is None else wanted[number]
             with tracer.invoke(ids):

@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 import torch
 
+from insitu.deprecation import renamed
 from insitu.display.axis import Axis
-from insitu.graph.errors import OptionError
+from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.structure import map_structure
 from insitu.methods.metrics import Tokens, token_ids
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import Prompts, read_prompts
 from insitu.methods.readout import endings_of
 from insitu.methods.result import Result
@@ -29,11 +31,19 @@ from insitu.models.language_model import LanguageModel
 from insitu.models.linearised import linearised
 from insitu.models.ways import Way
 
-By = Literal["block", "head", "neuron"]
+Part = Literal["blocks", "heads", "neurons"]
+
+_UNITS = {"blocks": "block", "heads": "head", "neurons": "neuron"}
+"""One of each kind of parts."""
 
 _ADDED = ("mixer_out", "attention_out", "cross_attention_out", "mlp_out", "extra_out")
 
 
+@renamed(
+    by="part",
+    values={"part": {"block": "blocks", "head": "heads", "neuron": "neurons"}},
+    goes_in="0.3",
+)
 @ordinary_tensors()
 def direct_logit_attribution(
     model: LanguageModel,
@@ -41,8 +51,10 @@ def direct_logit_attribution(
     answer: Tokens,
     instead: Tokens | None = None,
     *,
-    by: By = "block",
+    part: Part = "blocks",
     position: int = -1,
+    progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns what each component adds directly to a logit, or to a difference of two.
 
@@ -55,21 +67,26 @@ def direct_logit_attribution(
         prompts: one prompt or several, in any form that `invoke` takes.
         answer: the token whose logit it is, as text such as " Paris" or as its id; or a list with
             one for each prompt.
-        instead: the token whose logit is subtracted, in the same form; None for none.
-        by: of what: "block" for the embedding, each attention and each MLP; "head" for each head;
-            "neuron" for each neuron of the MLPs.
+        instead: the token whose logit is subtracted, in the same form, so that shares are of
+            `logit_difference(answer, instead)`; None for none. Other metrics are no sum of shares,
+            so there is no `metric`.
+        part: which parts: "blocks" for the embedding, and the attention and MLP of each block;
+            "heads" for each head; "neurons" for each neuron of the MLPs.
         position: at which position, from the end if negative.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         Logits with the axis component, or layer and head, or layer and neuron; before them prompt
-        if several were given. By block, the last component is "bias": what the final norm and the
-        unembedding add of their own. By head or neuron, the details have the rest: `bias`,
+        if several were given. Of blocks, the last component is "bias": what the final norm and the
+        unembedding add of their own. Of heads or neurons, the details have the rest: `bias`,
         `(layer)`, what the output projection adds of its own, and `others`, what all other
         components add, with the bias of the end. In any case `total` is the logit. Layers that have
         no heads, or no neurons, are NaN.
 
     Raises:
-        OptionError: if there is no such position, or the model's logits are no such sum.
+        OptionError: if there is no such part or position, or the model's logits are no such sum.
         PathError: if its blocks have no residual stream.
 
     Example:
@@ -77,18 +94,21 @@ def direct_logit_attribution(
         >>> from insitu.methods import direct_logit_attribution
         >>> model = LanguageModel("insitu/eiffel", device_map="cpu")
         >>> prompt = "The Eiffel Tower is in the city of"
-        >>> direct_logit_attribution(model, prompt, " Paris", " Rome", by="head").sizes
+        >>> direct_logit_attribution(model, prompt, " Paris", " Rome", part="heads").sizes
         {'layer': 6, 'head': 8}
     """
-    if by not in ("block", "head", "neuron"):
-        raise OptionError(f'`by` is "block", "head" or "neuron", not {by!r}.', here())
+    if part not in _UNITS:
+        near = nearest(str(part), _UNITS)
+        raise OptionError(f'`part` is "blocks", "heads" or "neurons", not {part!r}{near}.', here())
+    by = _UNITS[part]
     if len(numbers_of("position", position) or ()) != 1:
         raise OptionError(f"`position` is one position, not {position!r}.", here())
     model.load()
     endings, given = endings_of(model), read_prompts(model, prompts)
     right = token_ids(model, answer, len(given))
     wrong = [None] * len(given) if instead is None else token_ids(model, instead, len(given))
-    runs = _runs(model, given, by, position)
+    with bar("Direct logit attribution", progress):
+        runs = _runs(model, given, by, position, max_tokens_per_pass)
     with model.in_use():
         way = _ending(model, endings, runs[0])
         found = [
@@ -121,18 +141,24 @@ class _Run:
     end: torch.Tensor
 
 
-def _runs(model: LanguageModel, given: Prompts, by: By, position: int) -> list[_Run]:
+def _runs(
+    model: LanguageModel,
+    given: Prompts,
+    by: str,
+    position: int,
+    max_tokens_per_pass: int | None,
+) -> list[_Run]:
     """Reads all prompts in one experiment."""
     _, places = given.at(position)
     kept: list[tuple[Any, Any, Any]] = []
-    with model.trace() as tracer:
+    with model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
         for ids, (place,) in zip(given.ids, places, strict=True):
             with tracer.invoke(ids):
                 kept.append(_read(model, by, place))
     return [_Run(*map_structure(lambda saved: saved.value, list(one))) for one in kept]
 
 
-def _read(model: LanguageModel, by: By, place: int) -> tuple[Any, Any, Any]:
+def _read(model: LanguageModel, by: str, place: int) -> tuple[Any, Any, Any]:
     """Reads what there is at a position, in an open invocation."""
     blocks = model.blocks
     parts: dict[str, Any] = {"embedding": blocks[0].residual_in[0, place].save()}
@@ -165,7 +191,7 @@ def _attributed(
     endings: Endings,
     way: Way,
     run: _Run,
-    by: By,
+    by: str,
     right: int,
     wrong: int | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -251,7 +277,7 @@ def _check_sum(run: _Run) -> None:
         )
 
 
-def _axes(run: _Run, values: torch.Tensor, by: By) -> tuple[Axis, ...]:
+def _axes(run: _Run, values: torch.Tensor, by: str) -> tuple[Axis, ...]:
     if by == "block":
         return (Axis("component", (*run.parts, "bias")),)
     return Axis.of("layer", range(len(values))), Axis.of(by, range(values.shape[1]))

@@ -37,6 +37,7 @@ def activation_patching(
     direction: Direction = "denoising",
     normalised: bool = True,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns what becomes of a metric if parts of one run are put into another.
 
@@ -69,6 +70,8 @@ def activation_patching(
         normalised: whether the metric is given as a share: 0 is that of the prompt that is run, so
             that nothing has changed, and 1 that of the other, whose values are put in.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         The metric of each run, with the axes "prompt" and "site" (where several were given) and
@@ -106,7 +109,10 @@ def activation_patching(
     found: list[tuple[list[Any], list[int]]] = []
     ends: list[Any] = []
     # Each score is saved by itself: then the sweep can be cut where others wait for their turn.
-    with bar("Activation patching", progress), model.trace() as tracer:
+    with (
+        bar("Activation patching", progress),
+        model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
+    ):
         for at, measure in enumerate(metric.of(model, len(pairs))):
             with tracer.invoke(pairs.clean.ids[at]):
                 reference = metric.reference(model)

@@ -39,6 +39,7 @@ def path_patching(
     direction: Direction = "noising",
     normalised: bool = True,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns what becomes of a metric if receivers hear of one sender from another run.
 
@@ -66,10 +67,14 @@ def path_patching(
         through_mlps: whether MLPs between are computed anew, so that what they make of a sender
             belongs to the direct path, as of Wang et al. If not they are frozen too, as of
             Goldowsky-Dill et al.
-        direction: "noising", or "denoising": the corrupted prompt with values of the clean one.
+        direction: "noising", or "denoising": the corrupted prompt with values of the clean one, as
+            of `activation_patching`. Path patching is defined as noising in both papers, so that
+            is the default here, and denoising is that of the other patching methods.
         normalised: whether the metric is given as a share: 0 is that of the prompt that is run, and
             1 that of the other, whose values are put in.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         The metric for each sender, with the axes "prompt" (if several were given), "layer" and
@@ -117,7 +122,10 @@ def path_patching(
         run, other = other, run
     ends: list[Any] = []
     found: list[Any] = []
-    with bar("Path patching", progress), model.trace() as tracer:
+    with (
+        bar("Path patching", progress),
+        model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
+    ):
         for at, measure in enumerate(metric.of(model, len(pairs))):
             values: dict[bool, Mapping[tuple[Site, int], Any]] = {}
             with tracer.invoke(pairs.clean.ids[at]):

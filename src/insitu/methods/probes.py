@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import msgspec
 import torch
 
+from insitu.deprecation import renamed_attribute
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods import files
-from insitu.methods.activations import Position, gather, stream_site
+from insitu.methods.activations import Positions, gather, stream_site
 from insitu.methods.prompts import read_prompts
 from insitu.methods.result import Result
 from insitu.methods.sites import chosen
@@ -23,7 +24,7 @@ from insitu.models.language_model import LanguageModel
 if TYPE_CHECKING:
     from typing import Self
 
-Kind: TypeAlias = Literal["logistic", "linear"]
+Method: TypeAlias = Literal["logistic", "linear"]
 Label: TypeAlias = str | int | float | bool
 
 
@@ -31,10 +32,12 @@ class _Told(msgspec.Struct):
     """What a file keeps of a probe beside its tensors: fields as of `Probe`.
 
     Attributes:
+        kind: the method. Files have its old name, and can be read by versions before 0.2.
+        position: the positions, under their old name; "all" for None.
         positions: the labels of several positions; empty for one or the mean.
     """
 
-    kind: Kind
+    kind: Method
     site: str
     layers: tuple[int, ...]
     position: int | Literal["mean", "all"] | tuple[int, ...]
@@ -93,24 +96,27 @@ class Probe:
     number.
 
     Attributes:
-        kind: "logistic" or "linear".
+        method: "logistic" or "linear".
         site: the standard name of what it reads, such as "residual_out".
         layers: the blocks, from 0.
-        position: where in a prompt.
+        positions: where in a prompt: a number, several, "mean", or None for all.
         classes: the labels that a logistic one chooses among, sorted.
         weights: `(layer, output, width)`, or `(layer, position, output, width)`, float32.
         biases: `(layer, output)`, or `(layer, position, output)`.
         scores: what it scores on held-out prompts, by layer, and position if there are several.
     """
 
-    kind: Kind
+    method: Method
     site: str
     layers: tuple[int, ...]
-    position: Position
+    positions: Positions
     classes: tuple[Label, ...]
     weights: torch.Tensor
     biases: torch.Tensor
     scores: Result
+
+    kind = renamed_attribute("kind", "method", goes_in="0.3")
+    position = renamed_attribute("position", "positions", goes_in="0.3")
 
     def __repr__(self) -> str:
         return repr(self.scores)
@@ -144,27 +150,33 @@ class Probe:
             found = weights[..., self._class(label), :]
         return torch.nn.functional.normalize(found, dim=-1)
 
-    def outputs(self, model: LanguageModel, prompts: Any) -> torch.Tensor:
+    def outputs(
+        self, model: LanguageModel, prompts: Any, *, max_tokens_per_pass: int | None = None
+    ) -> torch.Tensor:
         """Returns what the maps give of some prompts: `weights @ x + biases`.
 
         Args:
             model: the model.
             prompts: one prompt or several.
+            max_tokens_per_pass: as of `probe`.
 
         Returns:
             `(prompt, layer, output)`, or `(prompt, layer, position, output)`.
         """
         read, site = read_prompts(model, prompts), stream_site(self.site)
         layers = chosen("layer", self.layers, model.n_layers)
-        found = gather(model, read, site, layers, self.position)
+        found = gather(model, read, site, layers, self.positions, max_tokens_per_pass)
         return (self.weights @ found[..., None])[..., 0] + self.biases
 
-    def predict(self, model: LanguageModel, prompts: Any) -> Result:
+    def predict(
+        self, model: LanguageModel, prompts: Any, *, max_tokens_per_pass: int | None = None
+    ) -> Result:
         """Returns what it says of prompts, in each layer.
 
         Args:
             model: the model.
             prompts: one prompt or several, of any lengths.
+            max_tokens_per_pass: as of `probe`.
 
         Returns:
             By prompt if there are several, layer, and position if there are several. Of a logistic
@@ -172,9 +184,9 @@ class Probe:
             which that is; of a linear one they are the label that it expects.
         """
         read = read_prompts(model, prompts)
-        outputs = self.outputs(model, prompts)
+        outputs = self.outputs(model, prompts, max_tokens_per_pass=max_tokens_per_pass)
         texts: tuple[str, ...] = ()
-        if self.kind == "linear":
+        if self.method == "linear":
             values = outputs[..., 0]
         else:
             if len(self.classes) == 2:
@@ -183,7 +195,7 @@ class Probe:
             texts = tuple(str(self.classes[number]) for number in best.flatten().tolist())
         return Result(
             f"Probe of {self.site}",
-            "prediction" if self.kind == "linear" else "probability",
+            "prediction" if self.method == "linear" else "probability",
             values if read.many else values[0],
             (*read.axis, *self.scores.axes),
             texts=texts,
@@ -195,14 +207,16 @@ class Probe:
         Args:
             path: where to.
         """
-        position = self.position
+        positions = self.positions
+        if positions is None:
+            positions = "all"
         told = _Told(
-            self.kind,
+            self.method,
             self.site,
             self.layers,
-            position if isinstance(position, int | str) else tuple(position),
+            positions if isinstance(positions, int | str) else tuple(positions),
             self.classes,
-            self._positions(),
+            self._labels(),
         )
         tensors = {
             "weights": self.weights,
@@ -244,12 +258,12 @@ class Probe:
                 f"a {told.kind} probe of {len(told.classes)} classes has not "
                 f"{biases.shape[-1]} outputs."
             )
-        position = told.position if isinstance(told.position, int | str) else list(told.position)
+        positions = None if told.position == "all" else told.position
         return cls(
-            told.kind, told.site, told.layers, position, told.classes, weights, biases, scores
+            told.kind, told.site, told.layers, positions, told.classes, weights, biases, scores
         )
 
-    def _positions(self) -> tuple[str, ...]:
+    def _labels(self) -> tuple[str, ...]:
         axes = self.scores.axes
         return axes[1].labels if len(axes) > 1 else ()
 
@@ -269,7 +283,7 @@ class Probe:
 
 
 def scored(
-    kind: Kind,
+    method: Method,
     site: str,
     layers: Sequence[int],
     positions: Sequence[str],
@@ -279,7 +293,7 @@ def scored(
     """Returns the scores of a probe.
 
     Args:
-        kind: the kind of the probe.
+        method: the method of the probe.
         site: the standard name of what it reads.
         layers: in which blocks.
         positions: the labels of several positions; empty for one or the mean.
@@ -287,8 +301,8 @@ def scored(
         details: what else was measured, of the same shape.
     """
     axes = (Axis.of("layer", layers), *((Axis("position", tuple(positions)),) if positions else ()))
-    quantity = "accuracy" if kind == "logistic" else "R²"
-    title = f"{kind.capitalize()} probe of {site}"
+    quantity = "accuracy" if method == "logistic" else "R²"
+    title = f"{method.capitalize()} probe of {site}"
     return Result(title, quantity, values, axes, details=details)
 
 
@@ -302,7 +316,7 @@ def together(probes: Sequence[Probe]) -> Probes:
     sites = [one.site for one in probes]
     first = results[0]
     scores = Result(
-        f"{probes[0].kind.capitalize()} probe of {', '.join(sites)}",
+        f"{probes[0].method.capitalize()} probe of {', '.join(sites)}",
         first.quantity,
         torch.stack([one.values for one in results]),
         (Axis.of("site", sites), *first.axes),

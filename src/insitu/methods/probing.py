@@ -14,10 +14,18 @@ from typing import Any, TypedDict, Unpack, overload
 
 import torch
 
+from insitu.deprecation import renamed
 from insitu.graph.errors import MissingPackageError, OptionError
 from insitu.graph.location import here
-from insitu.methods.activations import Position, gather_each, position_of, positions_of, stream_site
-from insitu.methods.probes import Kind, Label, Probe, Probes, scored, together
+from insitu.methods.activations import (
+    Positions,
+    gather_each,
+    position_labels,
+    positions_of,
+    stream_site,
+)
+from insitu.methods.probes import Label, Method, Probe, Probes, scored, together
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.sites import layers_with, stream_of
 from insitu.models.language_model import LanguageModel
@@ -25,11 +33,13 @@ from insitu.models.language_model import LanguageModel
 
 class _Options(TypedDict, total=False):
     layers: int | Iterable[int] | None
-    position: Position
-    kind: Kind
+    positions: Positions
+    method: Method
     penalty: float
     held_out: float
     seed: int
+    progress: bool | None
+    max_tokens_per_pass: int | None
 
 
 @overload
@@ -38,7 +48,7 @@ def probe(
     prompts: Any,
     labels: Sequence[Label] | torch.Tensor,
     *,
-    site: str | None = None,
+    sites: str | None = None,
     **options: Unpack[_Options],
 ) -> Probe: ...
 @overload
@@ -47,21 +57,30 @@ def probe(
     prompts: Any,
     labels: Sequence[Label] | torch.Tensor,
     *,
-    site: Iterable[str],
+    sites: Sequence[str],
     **options: Unpack[_Options],
 ) -> Probes: ...
+@renamed(
+    site="sites",
+    kind="method",
+    position="positions",
+    values={"positions": {"all": None}},
+    goes_in="0.3",
+)
 def probe(
     model: LanguageModel,
     prompts: Any,
     labels: Sequence[Label] | torch.Tensor,
     *,
-    site: str | Iterable[str] | None = None,
+    sites: str | Sequence[str] | None = None,
     layers: int | Iterable[int] | None = None,
-    position: Position = -1,
-    kind: Kind = "logistic",
+    positions: Positions = -1,
+    method: Method = "logistic",
     penalty: float = 1.0,
     held_out: float = 0.25,
     seed: int = 0,
+    progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Probe | Probes:
     """Learns linear maps from activations to labels, and scores them on prompts that are held out.
 
@@ -73,18 +92,22 @@ def probe(
         prompts: the prompts, of any lengths.
         labels: the label of each: of a logistic probe texts, whole numbers or truth values, of a
             linear one numbers.
-        site: the standard name of the value that is read: a vector at each position, such as
+        sites: the standard name of the value that is read: a vector at each position, such as
             "mlp_out" or "post"; None for "residual_out", or "block_out" of blocks that normalise
             the sum. Of several there is a probe each, all from the same runs and the same training
             prompts.
         layers: in which blocks; None for all that have it.
-        position: where: at one position; at several, each by itself; as the mean over all
-            ("mean"); or at all, each by itself ("all"), of prompts of one length.
-        kind: "logistic", a logistic regression, scored by its accuracy; or "linear", a ridge
+        positions: where, from the end if negative: at one position; at several, each by itself;
+            as the mean over all ("mean"); or, if None, at all, each by itself, of prompts of one
+            length.
+        method: "logistic", a logistic regression, scored by its accuracy; or "linear", a ridge
             regression, scored by R².
         penalty: the weight of the squared length of the map beside the loss, summed over prompts.
         held_out: which part of the prompts is not trained on. Classes are held out in proportion.
         seed: which those are.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         The probe; of several sites `Probes`, which has one for each: `probes["mlp_out"]`. In both
@@ -94,51 +117,52 @@ def probe(
 
     Raises:
         MissingPackageError: if scikit-learn is not installed.
-        OptionError: if labels and prompts do not go together, labels are not those of a probe of
-            the kind, or there is no such site, layer, kind or penalty.
+        OptionError: if labels and prompts do not go together, labels are not those of a probe
+            of the method, or there is no such site, layer, method or penalty.
         PromptError: if a prompt has no such position.
     """
     _needed()
-    site = stream_of(model) if site is None else site
-    where = position_of(position)
-    names = [site] if isinstance(site, str) else list(site)
+    sites = stream_of(model) if sites is None else sites
+    where = positions_of(positions)
+    names = [sites] if isinstance(sites, str) else list(sites)
     read, places = read_prompts(model, prompts), [stream_site(name) for name in names]
     if not places or len(set(places)) < len(places):
-        raise OptionError(f"`site` is one or several, each named once, not {names}.", here())
+        raise OptionError(f"`sites` are one or several, each named once, not {names}.", here())
     given = _plain(labels)
-    _check(given, len(read), kind, held_out)
-    _check_penalty(penalty, kind)
-    split = _split(given, kind, held_out, seed)
+    _check(given, len(read), method, held_out)
+    _check_penalty(penalty, method)
+    split = _split(given, method, held_out, seed)
     numbers = layers_with(model, places, layers)
-    found = gather_each(model, read, places, numbers, where)
-    positions = positions_of(read, where) or ()
-    classes = tuple(sorted(set(given))) if kind == "logistic" else ()
+    with bar("Reading activations", progress):
+        found = gather_each(model, read, places, numbers, where, max_tokens_per_pass)
+    labelled = position_labels(read, where) or ()
+    classes = tuple(sorted(set(given))) if method == "logistic" else ()
     learned: list[Probe] = []
     for place, values in zip(places, found, strict=True):
-        weights, biases, scores, details = _learned(values, given, split, kind, penalty)
-        result = scored(kind, place.name, numbers, positions, scores, details)
+        weights, biases, scores, details = _learned(values, given, split, method, penalty)
+        result = scored(method, place.name, numbers, labelled, scores, details)
         maps = (weights, biases, result)
-        learned.append(Probe(kind, place.name, tuple(numbers), where, classes, *maps))
-    return learned[0] if isinstance(site, str) else together(learned)
+        learned.append(Probe(method, place.name, tuple(numbers), where, classes, *maps))
+    return learned[0] if isinstance(sites, str) else together(learned)
 
 
 def _learned(
     found: torch.Tensor,
     labels: Sequence[Any],
     split: tuple[list[int], list[int]],
-    kind: Kind,
+    method: Method,
     penalty: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """The weights and biases of all maps of a site, their scores, and what else was measured."""
     train, test = split
     shape = found.shape[1:-1]
     inputs = found.flatten(1, -2).movedim(1, 0)  # (map, prompt, width)
-    fits = [_fit(x, labels, train, test, kind, penalty) for x in inputs.double()]
+    fits = [_fit(x, labels, train, test, method, penalty) for x in inputs.double()]
     weights, biases, scores, trained = (
         torch.stack(parts).unflatten(0, shape).float() for parts in zip(*fits, strict=True)
     )
     details = {"train": trained}
-    if kind == "logistic":
+    if method == "logistic":
         held = [labels[number] for number in test]
         most = max(set(labels), key=[labels[number] for number in train].count)
         details["majority"] = torch.full(shape, held.count(most) / len(held))
@@ -150,7 +174,7 @@ def _fit(
     labels: Sequence[Any],
     train: Sequence[int],
     test: Sequence[int],
-    kind: Kind,
+    method: Method,
     penalty: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fits one map, and returns its weights and biases and its scores, held out and in training."""
@@ -158,7 +182,7 @@ def _fit(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if kind == "logistic":
+    if method == "logistic":
         regression: Any = LogisticRegression(C=1 / penalty, max_iter=10_000)
     else:
         regression = Ridge(alpha=penalty)
@@ -179,12 +203,12 @@ def _fit(
 
 
 def _split(
-    labels: Sequence[Any], kind: Kind, held_out: float, seed: int
+    labels: Sequence[Any], method: Method, held_out: float, seed: int
 ) -> tuple[list[int], list[int]]:
     """Which prompts are trained on and which are held out."""
     from sklearn.model_selection import train_test_split
 
-    stratify = labels if kind == "logistic" else None
+    stratify = labels if method == "logistic" else None
     try:
         train, test = train_test_split(
             range(len(labels)), test_size=held_out, random_state=seed, stratify=stratify
@@ -194,9 +218,9 @@ def _split(
     return list(train), list(test)
 
 
-def _check(labels: Sequence[Any], count: int, kind: str, held_out: float) -> None:
-    if kind not in ("logistic", "linear"):
-        raise OptionError(f"A probe is 'logistic' or 'linear', not {kind!r}.", here())
+def _check(labels: Sequence[Any], count: int, method: str, held_out: float) -> None:
+    if method not in ("logistic", "linear"):
+        raise OptionError(f"A probe is 'logistic' or 'linear', not {method!r}.", here())
     if len(labels) != count:
         raise OptionError(f"There are {len(labels)} labels for {count} prompts.", here())
     if not 0 < held_out < 1:
@@ -207,10 +231,10 @@ def _check(labels: Sequence[Any], count: int, kind: str, held_out: float) -> Non
                 f"A label is one text, number or truth value for a prompt, not {label!r}.", here()
             )
     texts = sum(isinstance(label, str) for label in labels)
-    if kind == "linear":
+    if method == "linear":
         if texts:
             raise OptionError(
-                "A linear probe has numbers as labels: see `kind='logistic'`.", here()
+                "A linear probe has numbers as labels: see `method='logistic'`.", here()
             )
         for label in labels:
             if not isfinite(label):
@@ -220,10 +244,10 @@ def _check(labels: Sequence[Any], count: int, kind: str, held_out: float) -> Non
     elif not all(isinstance(label, str) or float(label).is_integer() for label in labels):
         raise OptionError(
             "The labels of a logistic probe are classes, and numbers that are not whole are none: "
-            "see `kind='linear'`.",
+            "see `method='linear'`.",
             here(),
         )
-    if kind == "logistic" and len(set(labels)) < 2:
+    if method == "logistic" and len(set(labels)) < 2:
         raise OptionError(f"All prompts have one label, {labels[0]!r}.", here())
 
 
@@ -235,8 +259,8 @@ def _plain(labels: Sequence[Label] | torch.Tensor) -> list[Any]:
     return [label.item() if getattr(label, "ndim", None) == 0 else label for label in given]
 
 
-def _check_penalty(penalty: float, kind: Kind) -> None:
-    least_squares = kind == "linear" and penalty == 0
+def _check_penalty(penalty: float, method: Method) -> None:
+    least_squares = method == "linear" and penalty == 0
     if not least_squares and not (isinstance(penalty, Real) and 0 < penalty < inf):
         raise OptionError(
             f"`penalty` is a number above 0, or 0 for a linear probe without one, not {penalty!r}.",

@@ -16,7 +16,7 @@ from insitu.methods.prompts import Prompts
 from insitu.methods.sites import Site
 from insitu.models.language_model import LanguageModel
 
-Mode: TypeAlias = Literal["zero", "mean", "resample"]
+Method: TypeAlias = Literal["zero", "mean", "resample"]
 """The kind of value that is put there: see `insitu.methods.ablate`."""
 
 Positions: TypeAlias = Sequence[list[int] | None]
@@ -29,7 +29,7 @@ class Replacement:
 
     Attributes:
         site: the site.
-        mode: the value that is put there.
+        method: the value that is put there.
         by_position: whether means are of each position by itself.
         lengths: how many positions each reference prompt has.
         drawn: of each prompt, the number of the reference prompt whose values it gets; empty
@@ -39,7 +39,7 @@ class Replacement:
     """
 
     site: Site
-    mode: Mode
+    method: Method
     by_position: bool
     lengths: tuple[int, ...]
     drawn: tuple[int, ...] = ()
@@ -49,7 +49,7 @@ class Replacement:
     @property
     def sources(self) -> list[int]:
         """The numbers of the reference prompts whose values are used."""
-        if self.mode == "zero":
+        if self.method == "zero":
             return []
         return sorted(set(self.drawn)) if self.drawn else list(range(len(self.lengths)))
 
@@ -67,7 +67,7 @@ class Replacement:
             with invocations[number]:
                 for layer in layers:
                     self.states[number, layer] = self.site.read(model, layer)
-        if self.mode == "mean":
+        if self.method == "mean":
             for layer in layers:
                 self.means[layer] = self._mean(layer)
 
@@ -80,11 +80,11 @@ class Replacement:
             positions: which positions are replaced, as an index.
             chosen: which parts, as of `Site.index`.
         """
-        if self.mode == "zero":
+        if self.method == "zero":
             return 0.0
-        if self.mode == "mean" and not self.by_position:
+        if self.method == "mean" and not self.by_position:
             return self.means[layer][self.site.index(**chosen)]
-        source = self.means[layer] if self.mode == "mean" else None
+        source = self.means[layer] if self.method == "mean" else None
         if source is None:
             source = self.states[self.drawn[prompt], layer]
         return source[self.site.index(position=positions, **chosen)]
@@ -113,7 +113,7 @@ class Replacement:
 
 def replacement(
     site: Site,
-    mode: Mode,
+    method: Method,
     by_position: bool,
     prompts: Prompts,
     reference: Prompts,
@@ -124,7 +124,7 @@ def replacement(
 
     Args:
         site: the site.
-        mode: the value that is put there.
+        method: the value that is put there.
         by_position: whether means are of each position by itself.
         prompts: the prompts in which it is replaced.
         reference: the prompts whose values are used.
@@ -132,20 +132,20 @@ def replacement(
         seed: of all draws.
 
     Raises:
-        OptionError: if there is no such mode, or by_position means nothing in it.
+        OptionError: if there is no such method, or by_position means nothing in it.
         PromptError: if no reference prompt has the length or the positions that it takes.
     """
-    if mode not in ("zero", "mean", "resample"):
-        raise OptionError(f'`mode` is "zero", "mean" or "resample", not {mode!r}.', here())
-    if by_position and mode != "mean":
-        raise OptionError("`by_position` is of means: give `mode='mean'` with it.", here())
+    if method not in ("zero", "mean", "resample"):
+        raise OptionError(f'`method` is "zero", "mean" or "resample", not {method!r}.', here())
+    if by_position and method != "mean":
+        raise OptionError("`by_position` is of means: give `method='mean'` with it.", here())
     if by_position and reference is prompts and len(prompts) == 1:
         raise OptionError(
             "The mean of one prompt at each position is what stands there: give `reference`.",
             here(),
         )
     drawn: tuple[int, ...] = ()
-    if mode == "resample":
+    if method == "resample":
         draw = random.Random(seed)
         drawn = tuple(_drawn(ids, row, reference, draw) for row, ids in enumerate(prompts.ids))
     if by_position:
@@ -158,7 +158,7 @@ def replacement(
                     f"reference prompt has {longest} tokens.",
                     here(),
                 )
-    return Replacement(site, mode, by_position, reference.lengths, drawn)
+    return Replacement(site, method, by_position, reference.lengths, drawn)
 
 
 def _drawn(ids: torch.Tensor, row: int, reference: Prompts, draw: random.Random) -> int:
@@ -171,7 +171,7 @@ def _drawn(ids: torch.Tensor, row: int, reference: Prompts, draw: random.Random)
     if not fitting:
         raise PromptError(
             f"No other reference prompt has the {len(ids)} tokens of prompt {row}, so none can be "
-            "drawn for it: give `reference` with some that have, or use `mode='mean'`.",
+            "drawn for it: give `reference` with some that have, or use `method='mean'`.",
             here(),
         )
     return draw.choice(fitting)

@@ -7,11 +7,13 @@ from __future__ import annotations
 from typing import Any
 from weakref import ref as weakref
 
+from insitu.deprecation import renamed
 from insitu.display.axis import Axis
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Mark, here, mark
 from insitu.graph.node import table_of
 from insitu.graph.proxy import AnyProxy, Proxy
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.result import Result
 from insitu.methods.sae import SparseAutoencoder
@@ -29,7 +31,7 @@ class Spliced:
         hook: the value, as `model.hook` gives it.
         invocation: the invocation whose processing it is in.
         sae: the sparse autoencoder.
-        error: whether what it does not reconstruct is added.
+        error_term: whether what it does not reconstruct is added.
         line: the user's line.
 
     Attributes:
@@ -40,7 +42,7 @@ class Spliced:
     form = None  # features are shown as they are computed
 
     def __init__(
-        self, hook: Any, invocation: Any, sae: SparseAutoencoder, error: bool, line: Mark
+        self, hook: Any, invocation: Any, sae: SparseAutoencoder, error_term: bool, line: Mark
     ) -> None:
         self._hook, self._invocation, self._sae = hook, invocation, sae
         self._value = hook._named.read(invocation, line)
@@ -48,7 +50,7 @@ class Spliced:
         self._flat = self._value.flatten(2) if heads else self._value
         features = sae.encode(self._flat)
         self.error: Any = None
-        if error:
+        if error_term:
             made = sae.decode(features, self._flat).type_as(self._flat)
             self.error = (self._flat - made).detach()
         self.write(invocation, features, line)
@@ -98,12 +100,13 @@ class Spliced:
         self._features = shown
 
 
+@renamed(error="error_term", hook_name="site", goes_in="0.3")
 def use_sae(
     model: LanguageModel,
     sae: SparseAutoencoder,
     *,
-    error: bool = True,
-    hook_name: str | None = None,
+    error_term: bool = True,
+    site: str | None = None,
 ) -> Spliced:
     """Puts a sparse autoencoder in the place of a value, in an open invocation or edit.
 
@@ -114,9 +117,10 @@ def use_sae(
     Args:
         model: the model.
         sae: the sparse autoencoder.
-        error: whether what it does not reconstruct is added. Without it the model sees what the
-            features say and no more.
-        hook_name: where, by TransformerLens's name, if not where it was trained.
+        error_term: whether what it does not reconstruct is added. Without it the model sees what
+            the features say and no more.
+        site: where, by TransformerLens's name, which has a block, such as
+            "blocks.8.hook_resid_pre"; None for where it was trained.
 
     Returns:
         The features and the error, which can be read; and the features written.
@@ -128,20 +132,23 @@ def use_sae(
     Example:
         `spliced = use_sae(model, sae); spliced.features[..., 123] = 0`
     """
-    hook = model.hook(hook_name or sae.hook_name)
+    hook = model.hook(sae.hook_name if site is None else site)
     found, line = innermost(model, 2)
     invocation = hook._inside(found, line)
     model.load()  # before that it is on no device
-    return Spliced(hook, invocation, sae.to(model.device), error, line)
+    return Spliced(hook, invocation, sae.to(model.device), error_term, line)
 
 
+@renamed(hook_name="site", goes_in="0.3")
 def sae_features(
     model: LanguageModel,
     prompts: Any,
     sae: SparseAutoencoder,
     *,
     top: int = 10,
-    hook_name: str | None = None,
+    site: str | None = None,
+    progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns the largest features at each position.
 
@@ -150,7 +157,10 @@ def sae_features(
         prompts: one prompt or several, of any lengths.
         sae: the sparse autoencoder.
         top: how many features at each position.
-        hook_name: where, by TransformerLens's name, if not where it was trained.
+        site: as of `use_sae`.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         How large they are, by prompt if there are several, position and rank. Texts are the
@@ -163,10 +173,10 @@ def sae_features(
     """
     if not 0 < top <= sae.n_features:
         raise OptionError(f"There are 1 to {sae.n_features} features, not {top!r}.", here())
-    read, hook = read_prompts(model, prompts), model.hook(hook_name or sae.hook_name)
+    read, hook = read_prompts(model, prompts), model.hook(sae.hook_name if site is None else site)
     model.load()
     placed = sae.to(model.device)
-    with model.trace() as tracer:
+    with bar("Features", progress), model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
         saved = []
         for ids in read.ids:
             with tracer.invoke(ids):

@@ -2,129 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
-from insitu.display.rows import rows_html
+from insitu.deprecation import renamed
 from insitu.graph.errors import OptionError, PromptError
 from insitu.graph.location import here
 from insitu.methods.activations import stream_site
+from insitu.methods.continuations import Continuation, Steered
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.sites import chosen, numbers_of
 from insitu.methods.steering import SteeringVector
 from insitu.models.language_model import LanguageModel
+from insitu.models.prompt_arguments import check_budget
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
-Positions: TypeAlias = int | Sequence[int] | Literal["all", "last", "generated"]
-"""Where a vector is added: everywhere; from the last position of the prompt on; to generated tokens
-only; or at those positions of the prompt that have some numbers."""
+Positions: TypeAlias = int | Iterable[int] | Literal["last", "generated"] | None
+"""Where a vector is added: everywhere, if None; from the last position of the prompt on; to
+generated tokens only; or at those positions of the prompt that have some numbers."""
 
 # Options of `generate` with which rows of one length go on in a batch as each would alone.
 _OF_ROWS = frozenset(["max_new_tokens", "eos_token_id", "pad_token_id", "use_cache"])
 
 
-@dataclass(frozen=True, slots=True)
-class Continuation:
-    """What a model wrote under one strength.
-
-    Attributes:
-        prompt: the number of the prompt, from 0.
-        strength: what the vector was multiplied with.
-        ids: the token ids that it generated, `(position,)`, without the prompt.
-        text: these as text, "" if the model has no tokenizer.
-    """
-
-    prompt: int
-    strength: float
-    ids: torch.Tensor
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Steered:
-    """What a model wrote under some strengths.
-
-    Attributes:
-        continuations: prompt by prompt, and of each strength by strength.
-        strengths: the strengths.
-    """
-
-    continuations: tuple[Continuation, ...]
-    strengths: tuple[float, ...]
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The texts of the continuations, in their order."""
-        return tuple(one.text for one in self.continuations)
-
-    def __iter__(self) -> Iterator[Continuation]:
-        return iter(self.continuations)
-
-    def __len__(self) -> int:
-        return len(self.continuations)
-
-    def __getitem__(self, index: int) -> Continuation:
-        return self.continuations[index]
-
-    def of(self, *, prompt: int | None = None, strength: float | None = None) -> Steered:
-        """Returns those of one prompt, or of one strength.
-
-        Args:
-            prompt: the number of the prompt.
-            strength: the strength.
-        """
-        kept = tuple(
-            one
-            for one in self.continuations
-            if (prompt is None or one.prompt == prompt)
-            and (strength is None or one.strength == strength)
-        )
-        return Steered(kept, self.strengths if strength is None else (strength,))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
-        from rich.text import Text
-
-        head, *rows = self._lines()
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-        for name in head[:-1]:
-            table.add_column(name, justify="right", style="cyan")
-        table.add_column("text", overflow="fold")
-        for row in rows:
-            table.add_row(*row[:-1], Text(row[-1]))
-        yield table
-
-    def _repr_html_(self) -> str:
-        head, *rows = self._lines()
-        return rows_html(head, rows, {"text"})
-
-    def _lines(self) -> list[tuple[str, ...]]:
-        """The names of the columns, and the cells of each continuation."""
-        many = len({one.prompt for one in self.continuations}) > 1
-        lines = [("prompt", "strength", "text")]
-        lines += [
-            (str(one.prompt), f"{one.strength:g}", repr(one.text)) for one in self.continuations
-        ]
-        return lines if many else [line[1:] for line in lines]
-
-
+@renamed(strength="strengths", values={"positions": {"all": None}}, goes_in="0.3")
 def steer(
     model: LanguageModel,
     prompts: Any,
     vector: SteeringVector,
     *,
-    strength: float | Sequence[float] = 1.0,
-    layers: int | Sequence[int] | None = None,
-    positions: Positions = "all",
+    strengths: float | Sequence[float] = 1.0,
+    layers: int | Iterable[int] | None = None,
+    positions: Positions = None,
     max_new_tokens: int = 20,
+    seed: int | None = None,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
     **kwargs: Any,
 ) -> Steered:
     """Generates with a vector added to what the model computes, at each step.
@@ -133,15 +49,19 @@ def steer(
         model: the model.
         prompts: one prompt or several, of any lengths.
         vector: the vector that is added.
-        strength: what it is multiplied with; of several, each prompt is continued under each. 0 is
-            the model as it is.
+        strengths: what it is multiplied with: one number, or several, with a continuation of each
+            prompt under each. 0 is the model as it is.
         layers: in which of its layers it is added; None for all that it has.
-        positions: "all"; "last", from the last position of the prompt on (as Rimsky et al. 2023
-            do); "generated", to generated tokens only; or numbers, at those positions of each
-            prompt, from its end if negative.
+        positions: at which positions of each prompt, from its end if negative; None for all, and
+            for all generated tokens. Also "last", from the last position of the prompt on (as
+            Rimsky et al. 2023 do), or "generated", to generated tokens only.
         max_new_tokens: how many tokens are generated at most.
-        kwargs: of `model.generate`, such as `do_sample=True`; `seed` is that of each continuation.
+        seed: with sampling, where the draws of each continuation start; None for wherever torch's
+            own are, as of `model.generate`.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding and those to come, a batch may have; None
+            for as many as fit into a quarter of the free memory.
+        kwargs: of `model.generate`, such as `do_sample=True`.
 
     Returns:
         The continuations, of each prompt under each strength.
@@ -151,12 +71,12 @@ def steer(
             a cache that is turned off.
 
     Example:
-        `steer(model, prompt, vector, strength=[-2, 0, 2], max_new_tokens=5).texts`
+        `steer(model, prompt, vector, strengths=[-2, 0, 2], max_new_tokens=5).texts`
     """
-    strengths = _strengths(strength)
-    if not strengths:
+    factors = _strengths(strengths)
+    if not factors:
         raise OptionError("There is no strength: give a number, or several.", here())
-    if any(one != one for one in strengths):
+    if any(one != one for one in factors):
         raise OptionError("A strength is a number, not nan.", here())
     several = kwargs.get("num_return_sequences", _setting(model, "num_return_sequences"))
     if several not in (None, 1):
@@ -166,25 +86,31 @@ def steer(
             here(),
         )
     vector = vector if layers is None else vector.select(layers)
+    check_budget(max_tokens_per_pass)
     read = read_prompts(model, prompts)
     where = positions if isinstance(positions, str) else numbers_of("position", positions)
     _check(model, min(read.lengths), where, kwargs)
-    cases = [(p, s) for p in range(len(read)) for s in range(len(strengths))]
-    seed = {"seed": kwargs.pop("seed")} if "seed" in kwargs else {}
+    cases = [(p, s) for p in range(len(read)) for s in range(len(factors))]
+    given = {} if seed is None else {"seed": seed}
     kwargs["max_new_tokens"] = max_new_tokens
     # Rows of one length need no padding, so they may share an invocation.
-    together = not seed and kwargs.keys() <= _OF_ROWS and _setting(model, "num_beams") in (None, 1)
+    together = (
+        seed is None and kwargs.keys() <= _OF_ROWS and _setting(model, "num_beams") in (None, 1)
+    )
     groups = [[case] for case in cases]
     if together:
         by_length = sorted(cases, key=lambda case: read.lengths[case[0]])
-        groups = [list(g) for _, g in groupby(by_length, lambda case: read.lengths[case[0]])]
-    with bar("Steering", progress), model.generate(**kwargs) as generator:
+        of_length = groupby(by_length, lambda case: read.lengths[case[0]])
+        whole = [(length + max_new_tokens, list(cases)) for length, cases in of_length]
+        groups = [part for size, rows in whole for part in _cut(rows, size, max_tokens_per_pass)]
+    shown = bar("Steering", progress)
+    with shown, model.generate(max_tokens_per_pass=max_tokens_per_pass, **kwargs) as generator:
         invoked = []
         for group in groups:
             ids = torch.stack([read.ids[prompt] for prompt, _ in group])
-            factors: Any = torch.tensor([float(strengths[s]) for _, s in group])
-            with generator.invoke(ids, **seed) as invoker:
-                factor = factors if together else strengths[group[0][1]]
+            rows: Any = torch.tensor([float(factors[s]) for _, s in group])
+            with generator.invoke(ids, **given) as invoker:
+                factor = rows if together else factors[group[0][1]]
                 _add(model, vector, invoker, factor, where)
             invoked.append(invoker)
     ends = _ends(model, kwargs)
@@ -194,8 +120,18 @@ def steer(
             prompt, number = case
             ids = _until_end(row[_given(model, read.lengths[prompt]) :], ends)
             text = _text(model, ids)
-            found[case] = Continuation(prompt, strengths[number], ids, text)
-    return Steered(tuple(found[case] for case in cases), tuple(strengths))
+            found[case] = Continuation(prompt, factors[number], ids, text)
+    title = f"Steering along {vector.site}, layer {', '.join(map(str, vector.layers))}"
+    return Steered(tuple(found[case] for case in cases), tuple(factors), title)
+
+
+def _cut(
+    rows: Sequence[tuple[int, int]], length: int, most: int | None
+) -> Iterator[list[tuple[int, int]]]:
+    """Cuts rows of some length into parts of at most so many tokens: an invocation is never cut."""
+    count = len(rows) if most is None else max(most // max(length, 1), 1)
+    for first in range(0, len(rows), count):
+        yield [*rows[first : first + count]]
 
 
 def _add(
@@ -213,7 +149,7 @@ def _add(
             value = site.read(model, chosen("layer", vector.layers, model.n_layers)[0])
             alone = torch.ones_like(value[:, :, :1]).sum(1) == 1
             vector.apply(model, factor * alone[:, 0])
-    elif positions in ("all", "last"):
+    elif positions in (None, "last"):
         with invoker.every_step():
             vector.apply(model, factor, positions=positions)
     else:
@@ -221,9 +157,10 @@ def _add(
 
 
 def _check(model: LanguageModel, shortest: int, positions: Any, kwargs: dict[str, Any]) -> None:
-    if not isinstance(positions, list) and positions not in ("all", "last", "generated"):
+    if not isinstance(positions, list) and positions not in (None, "last", "generated"):
         raise OptionError(
-            f'Positions are "all", "last", "generated" or numbers, not {positions!r}.', here()
+            f'Positions are numbers, "last", "generated", or None for all, not {positions!r}.',
+            here(),
         )
     if positions == "generated" and shortest == 1:
         raise PromptError(
@@ -232,10 +169,10 @@ def _check(model: LanguageModel, shortest: int, positions: Any, kwargs: dict[str
             here(),
         )
     cached = kwargs.get("use_cache", _setting(model, "use_cache"))
-    if positions != "all" and cached is False:
+    if positions is not None and cached is False:
         raise OptionError(
             f"Without a key-value cache each step computes all positions anew, so positions="
-            f'{positions!r} means another one in each: leave `use_cache` on, or use "all".',
+            f"{positions!r} means another one in each: leave `use_cache` on, or use None.",
             here(),
         )
 

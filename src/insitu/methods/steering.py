@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import msgspec
 import torch
 
+from insitu.deprecation import renamed
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.methods import files
 from insitu.methods.activations import gather, stream_site
+from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.sites import chosen, numbers_of, stream_of, whole
 from insitu.models.language_model import LanguageModel
@@ -129,12 +131,13 @@ class SteeringVector:
             self, layers=tuple(numbers), vectors=torch.stack([self[layer] for layer in numbers])
         )
 
+    @renamed(goes_in="0.3", values={"positions": {"all": None}})
     def apply(
         self,
         model: LanguageModel,
         strength: Any = 1.0,
         *,
-        positions: int | Sequence[int] | Literal["all", "last"] = "all",
+        positions: int | Iterable[int] | Literal["last"] | None = None,
     ) -> None:
         """Adds it, in an open invocation or edit: in a trace, or in a step or every step.
 
@@ -142,7 +145,8 @@ class SteeringVector:
             model: the model that the block is of; of `with model.edit() as edited:`, `edited`.
             strength: what it is multiplied with: a number, or a tensor or proxy `(rows,)` with one
                 for each row of the invocation.
-            positions: where: everywhere, at the last position, or at those of some numbers.
+            positions: where: at one or several, from the end if negative; None for all; "last" is
+                -1.
 
         Raises:
             OptionError: if the model has no such layer, or the positions are of no known kind.
@@ -158,7 +162,7 @@ class SteeringVector:
         for layer, vector in zip(layers, self.vectors, strict=True):
             value = site.read(model, layer)
             added = (vector * factor).type_as(value)
-            if isinstance(positions, str) and positions == "all":
+            if positions is None:
                 site.write(model, layer, value + added)
             else:
                 value[:, _index(positions)] += added
@@ -199,6 +203,8 @@ def steering_vector(
     layers: int | Iterable[int] | None = None,
     position: int | Literal["mean"] = -1,
     method: Method = "difference of means",
+    progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> SteeringVector:
     """Finds the direction from some prompts to others, in each layer.
 
@@ -216,6 +222,9 @@ def steering_vector(
             of length 1 along which the differences of the pairs are largest in the mean square,
             about 0, turned to where positive prompts lie. The i-th positive prompt and the i-th
             negative one are a pair.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         The vector.
@@ -242,7 +251,8 @@ def steering_vector(
     place = stream_site(stream_of(model) if site is None else site)
     numbers = chosen("layer", layers, model.n_layers)
     both = replace(with_it, ids=with_it.ids + without.ids, tokens=with_it.tokens + without.tokens)
-    found = gather(model, both, place, numbers, where)
+    with bar("Reading activations", progress):
+        found = gather(model, both, place, numbers, where, max_tokens_per_pass)
     high, low = found[: len(with_it)], found[len(with_it) :]
     means = high.mean(0) - low.mean(0)
     vectors = _principal((high - low).transpose(0, 1), means) if pairs else means
@@ -273,10 +283,10 @@ def _index(positions: Any) -> Any:
     """What indexes the positions that are written to."""
     if isinstance(positions, str) and positions == "last":
         return slice(-1, None)
-    if positions is None or isinstance(positions, str):
+    if isinstance(positions, str):
         raise OptionError(
-            f'Positions are "all", "last" or numbers here, not {positions!r}; "generated" is of '
-            "`steer`.",
+            f'Positions are numbers, "last", or None for all here, not {positions!r}; '
+            '"generated" is of `steer`.',
             here(),
         )
     return numbers_of("position", positions)

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from insitu.deprecation import renamed
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.methods.measured_run import Run
@@ -25,10 +26,13 @@ from insitu.models.language_model import LanguageModel
 Baseline: TypeAlias = Literal["zero", "pad token"] | int | torch.Tensor
 """Where the path of integrated gradients begins: see `integrated_gradients`."""
 
-Rule: TypeAlias = Literal["gauss-legendre", "trapezoid"]
+Method: TypeAlias = Literal["gauss-legendre", "trapezoid"]
 """How the integral along that path is approximated."""
 
+_TOKENS_PER_PASS = 2048  # of points of a path that run together, each with all its gradients
 
+
+@renamed(rule="method", goes_in="0.3")
 def integrated_gradients(
     model: LanguageModel,
     prompts: Any,
@@ -36,9 +40,9 @@ def integrated_gradients(
     *,
     baseline: Baseline = "zero",
     steps: int = 50,
-    rule: Rule = "gauss-legendre",
-    max_tokens_per_pass: int = 2048,
+    method: Method = "gauss-legendre",
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns integrated gradients: each token's part in metric(prompt) - metric(baseline).
 
@@ -57,12 +61,13 @@ def integrated_gradients(
             tensor: the embeddings themselves, `(d_model,)` for all positions or
             `(position, d_model)`.
         steps: at how many points of the path the gradient is taken.
-        rule: which points, and their weights. "gauss-legendre" is exact for polynomials of degree
+        method: which points, and their weights. "gauss-legendre" is exact for polynomials of degree
             2 * steps - 1 and has no point at the ends; "trapezoid" has evenly spaced points, with
             both ends.
-        max_tokens_per_pass: how many tokens the points that run together have at most: memory
-            grows with it, since gradients need what the forward has computed.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens the points that run together have at most, and a pass
+            of those that take no gradient; None for 2048. Memory grows with it, since gradients
+            need what the forward has computed.
 
     Returns:
         Attributions with the axes (prompt), position, in the metric's unit. Details, of each
@@ -70,16 +75,20 @@ def integrated_gradients(
         fall short of `input - baseline`.
 
     Raises:
-        OptionError: if there are too few steps, no such rule or baseline, or no padding token.
+        OptionError: if there are too few steps, no such method or baseline, or no padding token.
         ShapeError: if a baseline of embeddings does not have the shape of the prompt's.
     """
     measured, read = as_metric(metric), read_prompts(model, prompts)
     measures = measured.of(model, len(read))
-    points, weights = _quadrature(rule, steps)
-    check_count("max_tokens_per_pass", max_tokens_per_pass)
+    points, weights = _quadrature(method, steps)
+    most = _TOKENS_PER_PASS if max_tokens_per_pass is None else max_tokens_per_pass
+    check_count("max_tokens_per_pass", most)
     start = _baseline(model, baseline)
     attributions, inputs, baselines = [], [], []
-    with bar("Integrated gradients", progress), model.trace() as tracer:
+    with (
+        bar("Integrated gradients", progress),
+        model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
+    ):
         for ids, measure in zip(read.ids, measures, strict=True):
             with tracer.invoke(ids):
                 embeddings = model.embedding.output.detach()
@@ -92,7 +101,7 @@ def integrated_gradients(
                 baselines.append(measure(Run(model), clean).save(to="cpu"))
             path, total = embeddings - begin, None
             # What looks at more than logits does not know of rows: a run for each point.
-            rows = max(1, max_tokens_per_pass // len(ids)) if measured.of_logits else 1
+            rows = max(1, most // len(ids)) if measured.of_logits else 1
             for first in range(0, steps, rows):
                 alphas = points[first : first + rows, None, None]
                 weight = weights[first : first + rows, None, None]
@@ -121,7 +130,12 @@ def integrated_gradients(
 
 
 def gradient_times_input(
-    model: LanguageModel, prompts: Any, metric: Metric | Callable[[Any], Any]
+    model: LanguageModel,
+    prompts: Any,
+    metric: Metric | Callable[[Any], Any],
+    *,
+    progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns the gradient of the metric at each token's embedding, times that embedding.
 
@@ -134,6 +148,9 @@ def gradient_times_input(
         prompts: one or several, of any length.
         metric: the number to attribute: a metric, or a function of the run: see
             `insitu.methods.Run`.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         Attributions with the axes (prompt), position, in the metric's unit. Details, of each
@@ -142,7 +159,10 @@ def gradient_times_input(
     measured, read = as_metric(metric), read_prompts(model, prompts)
     measures = measured.of(model, len(read))
     attributions, inputs = [], []
-    with model.trace() as tracer:
+    with (
+        bar("Gradient times input", progress),
+        model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
+    ):
         for ids, measure in zip(read.ids, measures, strict=True):
             with tracer.invoke(ids):
                 embeddings = model.embedding.output
@@ -204,13 +224,13 @@ def _pad_token(model: LanguageModel) -> int:
     return found
 
 
-def _quadrature(rule: str, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quadrature(method: str, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Points between 0 and 1 and their weights, which add up to 1."""
     least = {"gauss-legendre": 1, "trapezoid": 2}
-    if rule not in least:
-        raise OptionError(f'`rule` is "gauss-legendre" or "trapezoid", not {rule!r}.', here())
-    check_count("steps", steps, least[rule])
-    if rule == "trapezoid":
+    if method not in least:
+        raise OptionError(f'`method` is "gauss-legendre" or "trapezoid", not {method!r}.', here())
+    check_count("steps", steps, least[method])
+    if method == "trapezoid":
         weights = torch.ones(steps, dtype=torch.float64) / (steps - 1)
         weights[[0, -1]] /= 2
         return torch.linspace(0, 1, steps, dtype=torch.float64), weights

@@ -150,7 +150,9 @@ def tuned_lens(
     layers: int | Iterable[int] | None = None,
     positions: int | Iterable[int] | None = None,
     token: Tokens | None = None,
-    top: int = 5,
+    top: int = 10,
+    progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> Result:
     """Returns what a model is about to predict after each block, by a tuned lens.
 
@@ -162,6 +164,9 @@ def tuned_lens(
         positions: as of `logit_lens`.
         token: as of `logit_lens`.
         top: as of `logit_lens`.
+        progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have; None for as many as fit
+            into a quarter of the free memory.
 
     Returns:
         As of `logit_lens`.
@@ -179,7 +184,18 @@ def tuned_lens(
         )
     model.load()
     stages, lens = stages_of(model, _SITE, layers), lens.to(model.device)
-    return look(model, prompts, "Tuned lens", stages, lens.translate, positions, token, top)
+    return look(
+        model,
+        prompts,
+        "Tuned lens",
+        stages,
+        lens.translate,
+        positions,
+        token,
+        top,
+        progress,
+        max_tokens_per_pass,
+    )
 
 
 @ordinary_tensors()
@@ -193,6 +209,7 @@ def train_tuned_lens(
     lens: TunedLens | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    max_tokens_per_pass: int | None = None,
 ) -> TunedLens:
     """Trains a tuned lens.
 
@@ -204,11 +221,13 @@ def train_tuned_lens(
         model: the model.
         prompts: what to train on, in any form that `invoke` takes.
         epochs: how often all prompts are gone through.
-        batch_size: how many prompts there are in a step.
+        batch_size: how many prompts there are in a step of the optimiser, as of `torch`.
         optimiser: from the parameters to a torch optimiser; None for Adam with a rate of 1e-3.
         lens: where to begin; None for a lens that translates nothing.
         seed: of the order of the prompts, which is another one in each epoch.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
+        max_tokens_per_pass: how many tokens, with padding, a pass may have, so that a step takes
+            several; None for as many as fit into a quarter of the free memory.
 
     Raises:
         OptionError: if `epochs` or `batch_size` is no number from 1 on.
@@ -231,7 +250,7 @@ def train_tuned_lens(
     steps = epochs * -(-len(given) // batch_size)
     with bar("Training a lens", progress) as shown:
         for numbers in shown.each(_batches(len(given), epochs, batch_size, seed), steps):
-            states = _states(model, [given.ids[number] for number in numbers])
+            states = _states(model, [given.ids[n] for n in numbers], max_tokens_per_pass)
             losses.append(_backward(readout, weights, biases, states))
             shown.say(f"loss {float(losses[-1].mean()):.3f}")
             trained.step()
@@ -248,11 +267,13 @@ def _batches(count: int, epochs: int, batch: int, seed: int) -> Iterator[Sequenc
         yield from (order[at : at + batch] for at in range(0, count, batch))
 
 
-def _states(model: LanguageModel, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _states(
+    model: LanguageModel, prompts: Sequence[torch.Tensor], max_tokens_per_pass: int | None
+) -> list[torch.Tensor]:
     """The residual stream at each stage, `(positions of all prompts, d_model)`."""
     stages = stages_of(model, _SITE, None)
     kept: list[list[Any]] = []
-    with model.trace() as tracer:
+    with model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
         for ids in prompts:
             with tracer.invoke(ids):
                 kept.append([stage.read(model)[0].save() for stage in stages])
