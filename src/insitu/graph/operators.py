@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self
 
 from insitu.graph.recorded import AnyRecorded
+from insitu.graph.tensor_methods import TensorMethods
 
 
-class Operators(AnyRecorded):
+class Operators(AnyRecorded, TensorMethods):
     """What stands between values: each records the operation and gives another proxy."""
 
     __slots__ = ()

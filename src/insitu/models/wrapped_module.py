@@ -26,7 +26,7 @@ from insitu.models.blocks import CACHES, block_views, find_stacks
 from insitu.models.dropout import INDIFFERENT, drops_out, say_that_it_drops_out, say_that_it_trains
 from insitu.models.own_runs import OwnRuns
 from insitu.models.plain import Forward, check_job
-from insitu.tracing.handle import Handle
+from insitu.tracing.handle import Handle, Submodule
 from insitu.tracing.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class WrappedModule(Handle):
     def __copy__(self) -> Self:
         """Returns another wrapper of the same module."""
         other = object.__new__(type(self))
-        own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
+        own = {k: v for k, v in vars(self).items() if type(v) is not Submodule}
         vars(other).update(own, _model=other, _site=(other, "", 0), _items={}, _roles={})
         vars(other).update(plans=PlanCache(), looks=Looks())
         return other

@@ -159,7 +159,7 @@ class Named:
             shown = current.clone()  # so that there is something for later lines to read
             shown[...] = value
         if self.form is not None:
-            base = Proxy(recording, current._base)
+            base = Proxy(recording, cast(Any, current)._base)
             value = self.form.restored(value, base, invocation, line)
         if not self.item:
             invocation.write(self.path, self.kind, value, line, self.call)

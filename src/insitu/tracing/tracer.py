@@ -32,11 +32,13 @@ _INTERNAL = frozenset(["block", "is_open", "only_invocation"])
 class Tracer(BlockContext):
     """A block of recorded lines."""
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        there = [own for own in dir(type(self)) if not own.startswith("_")]
-        raise PathError(f"A block has no `{name}`{habit(name, OF_BLOCKS, there)}.", here())
+    if not TYPE_CHECKING:  # to checkers, what is not declared is not there
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            there = [own for own in dir(type(self)) if not own.startswith("_")]
+            raise PathError(f"A block has no `{name}`{habit(name, OF_BLOCKS, there)}.", here())
 
     def __getitem__(self, key: object) -> NoReturn:
         raise BlockError(
