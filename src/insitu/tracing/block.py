@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from sys import _getframe  # pyright: ignore[reportPrivateUsage]
+from sys import _getframe
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 

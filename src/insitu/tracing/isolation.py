@@ -187,7 +187,7 @@ class Isolation:
                 else:
                     blamed = _listed(one.blamed)
                     reason = f"it uses something of invocation {blamed}, whose run {raised}"
-                saves[index]._put(Missing(reason))  # pyright: ignore[reportPrivateUsage]
+                saves[index]._put(Missing(reason))
 
 
 def _listed(numbers: Sequence[int]) -> str:

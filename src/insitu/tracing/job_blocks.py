@@ -57,7 +57,7 @@ def run_job_block(
     """
 
     def missing(item: Earlier) -> Missing | None:
-        content = earlier[item.block].saves[item.node]._content  # pyright: ignore[reportPrivateUsage]
+        content = earlier[item.block].saves[item.node]._content
         return content if type(content) is Missing else None
 
     absent = _absent_values(block.graph, missing) if earlier else {}

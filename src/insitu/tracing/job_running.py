@@ -101,7 +101,7 @@ def _run_blocks(
         # The sink has the values already, and the results are to hold none of them.
         if gives:
             continue
-        found = {name: ran.saves[index]._content for index, name in block.saves.items()}  # pyright: ignore[reportPrivateUsage]
+        found = {name: ran.saves[index]._content for index, name in block.saves.items()}
         values |= {name: one for name, one in found.items() if type(one) is not Missing}
     results = Results(values, job.saves, outputs, differences, failures)
     if failures and raises:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
@@ -184,7 +186,7 @@ class Tracer(BlockContext):
         return ran.outputs.whole
 
     @property
-    def ids(self) -> Any:
+    def ids(self) -> torch.Tensor:
         """The token ids of a block's one prompt, `(rows, position)`.
 
         Raises:
@@ -193,7 +195,7 @@ class Tracer(BlockContext):
         return self._only_request().token_ids
 
     @property
-    def mask(self) -> Any:
+    def mask(self) -> torch.Tensor:
         """Which positions of `ids` hold tokens and which padding, `(rows, position)`."""
         return self._only_request().visible_mask
 

@@ -63,7 +63,7 @@ def key_of(
     source = _source(kind.__module__)
     if source is None or not hasattr(getattr(module, "config", None), "get_text_config"):
         return None
-    setting: Any = vars(module.config).get(SETTING)  # pyright: ignore[reportArgumentType]
+    setting: Any = vars(module.config).get(SETTING)
     traits = [f"{kind.__module__}.{kind.__qualname__}", source, tree_signature(modules)]
     traits.append(repr(description))
     traits += [str(setting), json.dumps(_traits(module.config), sort_keys=True)]
