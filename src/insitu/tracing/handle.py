@@ -5,6 +5,9 @@ module's values as sites: `.output`, `.input` and `.inputs`. It holds a path and
 so it can be used before the weights are there.
 """
 
+# What a user gives is checked, whatever its type is said to be. Children are what names may mean.
+# pyright: reportPrivateUsage=false, reportUnnecessaryIsInstance=false, reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 import contextlib

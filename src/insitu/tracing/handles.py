@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeVar, overload
+from typing import TYPE_CHECKING, NoReturn, SupportsIndex, TypeVar, overload
 
 from insitu.graph.errors import IndexOutOfRangeError, PathError
 from insitu.graph.location import here
@@ -27,10 +27,11 @@ class Handles(list[Kind]):
     def __getitem__(self, key: SupportsIndex) -> Kind: ...
     @overload
     def __getitem__(self, key: slice) -> Handles[Kind]: ...
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: SupportsIndex | slice) -> Kind | Handles[Kind]:
         try:
-            found = list.__getitem__(self, key)
-            return Handles(sliced(self._name, key), found) if isinstance(key, slice) else found
+            if isinstance(key, slice):
+                return Handles(sliced(self._name, key), super().__getitem__(key))
+            return super().__getitem__(key)
         except IndexError:
             raise IndexOutOfRangeError(
                 f"`{self._name}` has {len(self)} entries, so there is no `{self._name}[{key}]`.",

@@ -6,6 +6,8 @@ block leaves the variable set for its caller. So each open invocation also knows
 `with` statement stands in, and it is current only while that frame is on the stack.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import contextlib

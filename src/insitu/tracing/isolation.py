@@ -6,6 +6,8 @@ Where a pass of several invocations fails and nobody knows which of them did, pa
 The runs themselves are in `running.py`.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import gc

@@ -5,6 +5,8 @@ model cannot take, a write that comes too late, or a value of an earlier block t
 it is found before the block runs, and the rest runs without it.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -1,5 +1,7 @@
 """Running a job on a model: each of its blocks as a block of one's own is run."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
