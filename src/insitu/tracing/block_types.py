@@ -154,7 +154,10 @@ class TransformerBlock(ModuleSites):
 
         @property
         def attention(self) -> Attention:
-            """The attention to the positions of the prompt."""
+            """The attention to the positions of the prompt.
+
+            A child that the architecture calls so comes first: see `role`.
+            """
             ...
 
         @property

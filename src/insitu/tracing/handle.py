@@ -272,7 +272,7 @@ class Handle(ModuleSites):
     def __dir__(self) -> list[str]:
         names: set[str] = set()
         with contextlib.suppress(InsituError):  # where it takes the weights to know them
-            names.update(self._model.vocabulary.listed(self._path, self._part))
+            names.update(Names(self))
         own = {*super().__dir__()} - self._internal
         return sorted({*own, *self.module._modules, *names})
 
