@@ -247,7 +247,7 @@ def _check_penalty(penalty: float, kind: Kind) -> None:
 def _needed() -> None:
     """Raises if scikit-learn is not there."""
     try:
-        import sklearn  # noqa: F401
+        import sklearn  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
         raise MissingPackageError(
             "Probes are fitted by scikit-learn, which is not installed: "

@@ -97,13 +97,14 @@ class WrappedModule(Handle):
             LoadError: if the files cannot be read. The model is as before, and can try again.
         """
         if self._source is not None:
-            # What loads may ask for the weights itself.
+            # What loads may ask for the weights itself, and another thread may have loaded them.
             turn = nullcontext() if self._loading.is_used_here() else self._loading
             with turn, ordinary_tensors():
-                if self._source is not None and self._base is not None:
+                source: Source | None = vars(self)["_source"]
+                if source is not None and self._base is not None:
                     self._take(self._base.load())
-                elif self._source is not None:
-                    self._take(self._source.weights(here()))
+                elif source is not None:
+                    self._take(source.weights(here()))
         return self._module
 
     @property

@@ -248,7 +248,7 @@ def _traits(value: Any) -> Any:
             "negative" if value < 0 else "none" if value == 0 else "one" if value == 1 else "many"
         )
     if isinstance(value, float):
-        return "0.0" if value == 0 else "1.0" if value == 1 else "x"
+        return "0.0" if value == 0.0 else "1.0" if value == 1.0 else "x"
     if isinstance(value, Mapping):
         table = cast("Mapping[Any, Any]", value)
         return {str(name): _traits(part) for name, part in table.items()}
