@@ -91,6 +91,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/mypy
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

@@ -49,7 +49,7 @@ def crossings(graph: Graph, plan: Plan) -> list[Crossing]:
             bit = mask & -mask
             mask ^= bit
             if bit in plan.places:
-                found.append(Crossing(plan.places[bit], target, node))  # pyright: ignore[reportArgumentType]
+                found.append(Crossing(plan.places[bit], target, node))
     return found
 
 

@@ -51,7 +51,7 @@ class Work(NamedTuple):
         if self.plan.gradients is None:
             return []
         rows = [self.graph.rows[base] for base in self.plan.gradients.renewed]
-        return [row[1] for row in rows if row[0] is READ]  # pyright: ignore[reportReturnType]
+        return [row[1] for row in rows if row[0] is READ]
 
 
 class Terms(NamedTuple):

@@ -18,7 +18,7 @@ class Drawable(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def plot(self, **options: Any) -> Figure:
+    def plot(self, *args: Any, **options: Any) -> Figure:
         """Returns a picture of it, as a figure of plotly."""
 
     def to_html(self, path: str | os.PathLike[str], **options: Any) -> None:

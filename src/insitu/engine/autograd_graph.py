@@ -12,7 +12,7 @@ class _Passing(torch.autograd.Function):
     """Hands a tensor on as another one in the same memory."""
 
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
         # Not a view: a write in place into a view moves the view to another step of autograd, and
         # its gradient from before the write is lost. It shares the count of writes with the value,
         # so that autograd notices where it has kept what was overwritten.

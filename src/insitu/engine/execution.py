@@ -343,7 +343,7 @@ class Execution:
             value = values[index]
             # Most are: as `holder._put` does, but for two calls.
             if type(value) is _TENSOR and type(holder) is SavedProxy and not value.requires_grad:
-                holder.__dict__.clear()  # pyright: ignore
+                holder.__dict__.clear()
                 swap(holder, value)
                 set_class(holder, SavedTensor)
                 if getrefcount(value) == ALONE:

@@ -44,7 +44,7 @@ def is_the_models(hook: Any, module: nn.Module) -> bool:
     """
     # Libraries hang partials of their functions, too, whose module is that of `functools`.
     while isinstance(hook, partial):
-        hook = hook.func  # pyright: ignore[reportUnknownVariableType]
+        hook = hook.func
     # A method of a module is code that the model was made with.
     if isinstance(getattr(hook, "__self__", None), nn.Module):
         return True

@@ -190,7 +190,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
             need = needs[source]
         elif operation is READ:
             needs[index] = bits[index] = 1 << len(bits)
-            reads[args] = index  # pyright: ignore[reportArgumentType]
+            reads[args] = index
             continue
         else:
             need = 0
@@ -263,7 +263,7 @@ def written(graph: Graph, plan: Plan) -> list[Address]:
     for index in plan.writes:
         operation, address, *_ = graph.rows[index]
         if operation is READ:
-            found.append(address)  # pyright: ignore[reportArgumentType]
+            found.append(address)
     return found
 
 

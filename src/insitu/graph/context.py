@@ -26,7 +26,7 @@ is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 is_inference_mode_enabled: Callable[[], bool] = torch.is_inference_mode_enabled
 default_dtype: Callable[[], torch.dtype] = torch.get_default_dtype
 # One question for all kinds of devices.
-is_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue, reportUnknownVariableType]
+is_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 _APPLY: Any = inspect.getattr_static(AutogradFunction, "apply")  # in Python; in C from 2.14 on
 

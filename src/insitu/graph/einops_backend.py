@@ -56,10 +56,10 @@ class ProxyBackend(AbstractBackend):
         return x.repeat(tuple(repeats))
 
     def concat(self, tensors: list[Proxy], axis: int) -> Any:  # noqa: D102
-        return torch.cat(tensors, dim=axis)  # pyright: ignore[reportArgumentType,reportCallIssue]
+        return torch.cat(tensors, dim=axis)  # pyright: ignore[reportArgumentType]
 
     def is_float_type(self, x: Proxy) -> bool:  # noqa: D102
         return x.dtype.is_floating_point
 
     def einsum(self, pattern: str, *x: Proxy) -> Any:  # noqa: D102
-        return torch.einsum(pattern, *x)  # pyright: ignore[reportArgumentType,reportCallIssue]
+        return torch.einsum(pattern, *x)

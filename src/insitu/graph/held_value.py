@@ -51,8 +51,8 @@ class HeldValue(AnyRecorded):
     """A value that was saved and is no tensor."""
 
     __slots__ = ()
-    _recording = ENDED  # pyright: ignore[reportAssignmentType]
-    _ref = ref(0)  # pyright: ignore[reportAssignmentType]
+    _recording = ENDED
+    _ref = ref(0)
     _held: Any
 
     @property
@@ -75,7 +75,7 @@ class HeldValue(AnyRecorded):
 _OWN = frozenset(["result", "written"])
 
 
-class SavedNumber(HeldValue, torch.Tensor):  # pyright: ignore[reportIncompatibleVariableOverride]
+class SavedNumber(HeldValue, torch.Tensor):
     """A number that was saved. `x.value` is the plain one, and so is all that is computed with it.
 
     It hands all that it is asked on to its number. It has no `__getitem__` as proxies have:

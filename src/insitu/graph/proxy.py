@@ -6,13 +6,15 @@ does the same things to its value, at once. How that is done is in `dispatch.py`
 `.save()` returns is in `saved_proxy.py`.
 """
 
+# To type checkers a proxy is a tensor (`tensor_methods.py`); when it runs, only a saved one is.
 # pyright: reportPrivateUsage=false, reportUnnecessaryComparison=false
+# pyright: reportUnnecessaryIsInstance=false, reportIncompatibleVariableOverride=false
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from sys import _getframe
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -56,7 +58,7 @@ from insitu.graph.operations import (
 from insitu.graph.operators import Operators
 from insitu.graph.recorded import Recorded
 from insitu.graph.save_names import add_name
-from insitu.graph.saved import blank, device_name, set_class, spent
+from insitu.graph.saved import SavedTensor, blank, device_name, set_class, spent
 from insitu.graph.standing import holds
 from insitu.graph.structured import is_structure
 from insitu.graph.whole_calls import call_operator, is_custom_operator
@@ -80,7 +82,7 @@ class AnyProxy(Operators, Answers):
         optional: bool = False,
         keep_graph: bool = False,
         to: str | torch.device | None = None,
-    ) -> Proxy:
+    ) -> SavedTensor:
         """Keeps a copy of the value, as it is at this line, for after the run.
 
         Args:
@@ -355,10 +357,11 @@ class AnyProxy(Operators, Answers):
         return id(self)
 
     def __dir__(self) -> list[str]:
-        return sorted(set(super().__dir__()) | {operation.short for operation in TENSOR_METHODS})
+        own = cast("list[str]", super().__dir__())
+        return sorted({*own, *(operation.short for operation in TENSOR_METHODS)})
 
 
-class Proxy(AnyProxy, Recorded):  # pyright: ignore[reportIncompatibleVariableOverride]
+class Proxy(AnyProxy, Recorded):
     """A proxy that is no tensor: any but what `.save()` returned."""
 
     __slots__ = ()

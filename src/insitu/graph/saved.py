@@ -59,13 +59,13 @@ class SavedTensor(torch.Tensor):
     def _put(self, content: object) -> None:
         """Does nothing: what a run has saved stays, also if it fails after that."""
 
-    def detach(self) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def detach(self) -> Self:
         """Returns the value without its history, in the same memory."""
         # `nn.Parameter(x)` and `nn.Buffer(x)` require that it is of the same class.
         return become(torch.Tensor.detach(self), type(self))
 
-    @property  # pyright: ignore[reportIncompatibleVariableOverride]
-    def _is_param(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @property
+    def _is_param(self) -> bool:
         return False
 
     @_is_param.setter

@@ -34,11 +34,11 @@ class _Waiting(AnyProxy):
     __slots__ = ()
     _missing: Any = WAITING
     if TYPE_CHECKING:
-        _recording: Recording  # pyright: ignore[reportIncompatibleVariableOverride]
-        _ref: Ref  # pyright: ignore[reportIncompatibleVariableOverride]
+        _recording: Recording
+        _ref: Ref
 
     @property
-    def _cell(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _cell(self) -> Any:
         return self
 
     @_cell.setter

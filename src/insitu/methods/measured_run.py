@@ -53,7 +53,7 @@ class Run(Proxy):
             self._recording = logits._recording
 
     @property
-    def _ref(self) -> Ref:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _ref(self) -> Ref:
         """The node of the logits, which are read when they are first used."""
         if self._node is None:
             try:

@@ -271,7 +271,7 @@ def _check_penalty(penalty: float, method: Method) -> None:
 def _needed() -> None:
     """Raises if scikit-learn is not there."""
     try:
-        import sklearn  # noqa: F401
+        import sklearn  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
         raise MissingPackageError(
             "Probes are fitted by scikit-learn, which is not installed: "

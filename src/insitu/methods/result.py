@@ -236,8 +236,17 @@ class Result(Drawable):
             OptionError: if an option has no meaning for its axes, or there is too much to draw.
             MissingPackageError: if plotly is not installed.
         """
-        options = {"x": x, "y": y, "grid": grid, "in_cells": in_cells, "title": title}
-        return figure(self, kind, **options, width=width, height=height)
+        return figure(
+            self,
+            kind,
+            x=x,
+            y=y,
+            grid=grid,
+            in_cells=in_cells,
+            title=title,
+            width=width,
+            height=height,
+        )
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns a table with a row for each number: a column for each axis, and `value`.

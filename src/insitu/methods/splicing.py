@@ -95,7 +95,7 @@ class Spliced:
         recording = features._recording
         table_of(recording, "computed")[features._ref.index] = _INSTEAD
         shown: Any = ComputedProxy(recording, features._ref)
-        shown._name, shown._base, shown._reading = self, features._ref, weakref(invocation)
+        shown._name, shown._source, shown._reading = self, features._ref, weakref(invocation)
         shown._step = invocation.current_step
         self._features = shown
 

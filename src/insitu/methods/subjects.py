@@ -48,7 +48,7 @@ def positions_of(
 
 def _of(model: LanguageModel, prompts: Prompts, number: int, subject: Subject) -> list[int]:
     if not isinstance(subject, str):
-        if subject is None:
+        if subject is None:  # pyright: ignore[reportUnnecessaryComparison]
             raise OptionError("A subject is given as its text or its positions, not None.", here())
         return sorted(set(chosen("position", subject, prompts.lengths[number])))
     ids = prompts.ids[number].tolist()

@@ -10,7 +10,7 @@ import dis
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
@@ -132,11 +132,13 @@ class ActivationCache(Mapping[str, torch.Tensor]):
             )
         return iter(self._values)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):  # a question of Python's, not of the user's
-            raise AttributeError(name)
-        own = [each for each in dir(type(self)) if not each.startswith("_")]
-        raise PathError(f"A cache has no `{name}`{habit(name, OF_CACHES, own)}.", here())
+    if not TYPE_CHECKING:  # to checkers, what is not declared is not there
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_"):  # a question of Python's, not of the user's
+                raise AttributeError(name)
+            own = [each for each in dir(type(self)) if not each.startswith("_")]
+            raise PathError(f"A cache has no `{name}`{habit(name, OF_CACHES, own)}.", here())
 
     def __len__(self) -> int:
         return len(self._values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +51,7 @@ def only(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
+def seeded(seed: int | None) -> Generator[None, None, None]:
     """Draws random numbers from a seed, and leaves the generators as they were.
 
     Args:

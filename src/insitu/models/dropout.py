@@ -65,7 +65,7 @@ def say_that_it_trains(said: set[str]) -> None:
 def _has_dropout(part: nn.Module) -> bool:
     if type(part) in INDIFFERENT:
         return False
-    if isinstance(part, nn.modules.dropout._DropoutNd):  # pyright: ignore[reportPrivateUsage]
+    if isinstance(part, nn.modules.dropout._DropoutNd):
         return part.p > 0
     numbers = [value for name, value in vars(part).items() if "drop" in name]
     return any(isinstance(value, float) and 0 < value <= 1 for value in numbers)

@@ -153,7 +153,7 @@ def _settings(config: Any, prefix: str) -> Iterator[tuple[str, bool | int | floa
             yield f"{prefix}{name}", _plain(value)
 
 
-_PLAIN = bool | int | float | str | list | tuple
+_PLAIN = bool | int | float | str | list | tuple  # pyright: ignore[reportMissingTypeArgument]
 
 
 def _plain(value: Any) -> bool | int | float | str | None:

@@ -102,7 +102,7 @@ class GenerationPasses:
         prompts = [requests[row.invocation] for row in rows]
         self._calls.check_length(prompts)
         batch = join(prompts, terms.side, self._calls.pad_id)
-        given = {"steps": max(row.tokens for row in rows), "demands": terms.options}
+        given: dict[str, Any] = {"steps": max(row.tokens for row in rows), "demands": terms.options}
         whole = Prompt(batch.ids, prompts[0].mark, batch.mask, **given)
         kwargs, criteria = self._without_criteria(self._calls.arguments(whole))
         implementation = kwargs.pop(OPTION, None)

@@ -13,10 +13,11 @@ from insitu.graph.location import here
 from insitu.graph.tracebacks import short_tracebacks
 from insitu.habits import OF_MODULES
 from insitu.models.blocks import find_stacks
-from insitu.models.delegation import DELEGATED, delegated
+from insitu.models.delegation import DELEGATED, ActsAsModule, delegated
 from insitu.models.plain import Forward
 from insitu.models.wrapped_module import WrappedModule
 from insitu.tracing.block import Block
+from insitu.tracing.block_types import ModelNames
 from insitu.tracing.edit import Edit, described
 from insitu.tracing.edit_files import edits_from_bytes, edits_to_bytes
 from insitu.tracing.session import Session
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from insitu.models.body import Body
     from insitu.models.proof.given import Proofs
     from insitu.models.vocabulary import Names
+    from insitu.tracing.handle import Submodule
     from insitu.tracing.job_check import JobCheck
 
 
@@ -45,7 +47,7 @@ _USED_INSIDE = """
 """What other parts of Insitu use of a model; not in `dir`."""
 
 
-class Model(WrappedModule):
+class Model(WrappedModule, ModelNames, ActsAsModule):
     """A module whose inside can be read while it runs.
 
     It is the handle of the whole module: the module's children are its attributes, and
@@ -296,7 +298,7 @@ class Model(WrappedModule):
             edited = edited.edited(graph)
         return edited
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Submodule:
         own = name in DELEGATED and "_module" in vars(self) and name not in self._module._modules
         return delegated(self, name) if own else super().__getattr__(name)
 

@@ -6,7 +6,7 @@ and what follows from it, is in `padding.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -73,7 +73,7 @@ class TriedModel:
         return _rows(_lengths(self.config, context), self.vocabulary, self.pad_id)
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
+    def undisturbed(self) -> Generator[None, None, None]:
         """Runs its block without dropout, and leaves the model as it was."""
         with undisturbed(self.modules), evaluating(self.modules.values()):
             yield

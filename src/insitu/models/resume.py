@@ -7,7 +7,7 @@ can be run so is found in `resume_trial.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ class Prefix:
         return (self._blocks.paths[last - 1], "output", 0)
 
     @contextmanager
-    def left_by(self, kwargs: dict[str, Any], is_own: Own) -> Iterator[dict[str, Any]]:
+    def left_by(self, kwargs: dict[str, Any], is_own: Own) -> Generator[dict[str, Any], None, None]:
         """Lets the forwards in it leave the wanted values, called with the arguments it gives.
 
         Args:
@@ -153,7 +153,7 @@ class Resumed:
         self._cache: Any = None
 
     @contextmanager
-    def entered(self, kwargs: dict[str, Any], is_own: Own) -> Iterator[dict[str, Any]]:
+    def entered(self, kwargs: dict[str, Any], is_own: Own) -> Generator[dict[str, Any], None, None]:
         """Lets the forward in it run so, called with the arguments that it gives.
 
         Args:

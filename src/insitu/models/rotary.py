@@ -8,7 +8,7 @@ forward with a longer one would get the longer one's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ def warn_of_lengths(dependence: LengthDependence, lengths: Sequence[int], steps:
 
 
 @contextmanager
-def forgetting_lengths(parts: Sequence[nn.Module]) -> Iterator[None]:
+def forgetting_lengths(parts: Sequence[nn.Module]) -> Generator[None, None, None]:
     """Lets forwards not depend on those before them, whose longest row "dynamic" ones remember.
 
     Args:

@@ -15,11 +15,26 @@ if TYPE_CHECKING:
     from insitu.engine.events import TokensChosen
     from insitu.remote.away import Remote
     from insitu.tracing.away import Away
+    from insitu.tracing.block_types import TransformerBlock
+    from insitu.tracing.handle import Submodule
+    from insitu.tracing.handles import Handles
     from insitu.tracing.tracer import Tracer
 
 
 class ServedModel(Model):
     """A model whose blocks and sessions can be run by a server."""
+
+    # What type checkers know of the standard names: a handle looks them up.
+    blocks: Handles[TransformerBlock]
+    """The blocks, in a model with two stacks the decoder's."""
+    encoder_blocks: Handles[TransformerBlock]
+    """The blocks of the encoder."""
+    embedding: Submodule
+    """The embedding of tokens."""
+    final_norm: Submodule
+    """The norm before the unembedding."""
+    unembedding: Submodule
+    """What makes logits."""
 
     def session(self, *, remote: Remote | None = None, **unknown: Any) -> Session:
         """Opens a context for several blocks: as of `Model`.

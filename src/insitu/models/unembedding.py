@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -46,7 +46,7 @@ _WHOLE = nullcontext()
 
 
 @contextmanager
-def _choosing(head: nn.Module, index: torch.Tensor, is_own: Own) -> Iterator[None]:
+def _choosing(head: nn.Module, index: torch.Tensor, is_own: Own) -> Generator[None, None, None]:
     def choose(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: Any) -> Any:
         hidden, *others = args
         rows = torch.arange(index.shape[0], device=hidden.device)[:, None]

@@ -26,7 +26,7 @@ from insitu.models.blocks import CACHES, block_views, find_stacks
 from insitu.models.dropout import INDIFFERENT, drops_out, say_that_it_drops_out, say_that_it_trains
 from insitu.models.own_runs import OwnRuns
 from insitu.models.plain import Forward, check_job
-from insitu.tracing.handle import Handle
+from insitu.tracing.handle import Handle, Submodule
 from insitu.tracing.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -97,13 +97,14 @@ class WrappedModule(Handle):
             LoadError: if the files cannot be read. The model is as before, and can try again.
         """
         if self._source is not None:
-            # What loads may ask for the weights itself.
+            # What loads may ask for the weights itself, and another thread may have loaded them.
             turn = nullcontext() if self._loading.is_used_here() else self._loading
             with turn, ordinary_tensors():
-                if self._source is not None and self._base is not None:
+                source: Source | None = vars(self)["_source"]
+                if source is not None and self._base is not None:
                     self._take(self._base.load())
-                elif self._source is not None:
-                    self._take(self._source.weights(here()))
+                elif source is not None:
+                    self._take(source.weights(here()))
         return self._module
 
     @property
@@ -262,7 +263,7 @@ class WrappedModule(Handle):
     def __copy__(self) -> Self:
         """Returns another wrapper of the same module."""
         other = object.__new__(type(self))
-        own = {k: v for k, v in vars(self).items() if type(v) is not Handle}
+        own = {k: v for k, v in vars(self).items() if type(v) is not Submodule}
         vars(other).update(own, _model=other, _site=(other, "", 0), _items={}, _roles={})
         vars(other).update(plans=PlanCache(), looks=Looks())
         return other

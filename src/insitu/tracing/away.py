@@ -3,6 +3,8 @@
 A fault of the run is found there, and raised here, at the line that was recorded here.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import warnings

@@ -8,7 +8,7 @@ fails at the same lines.
 from __future__ import annotations
 
 from types import EllipsisType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -117,14 +117,14 @@ def _is_safe(rows: list[Row], row: Row) -> bool:
     return all(map(_is_plain_key, args[1:]))
 
 
-_WITH_NUMBERS = {operation.short for operation in ARITHMETIC}
-_WITH_NUMBERS |= {f"i{name}" for name in _WITH_NUMBERS}
+_PLAIN = {operation.short for operation in ARITHMETIC}
+_WITH_NUMBERS = _PLAIN | {f"i{name}" for name in _PLAIN}
 
 
 def _is_plain_key(key: Any) -> bool:
     """Whether something is an index, or an axis, that tensors of nearly every shape have."""
     if isinstance(key, tuple):
-        return all(map(_is_plain_key, key))
+        return all(map(_is_plain_key, cast("tuple[Any, ...]", key)))
     return key in (0, -1) if type(key) is int else isinstance(key, slice | EllipsisType)
 
 

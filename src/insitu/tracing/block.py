@@ -6,12 +6,14 @@ several times as long to find any attribute of an object. So the work is done in
 the user does not see. How a run is planned is in `planning.py`, and how it is done in `running.py`.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from sys import _getframe  # pyright: ignore[reportPrivateUsage]
+from sys import _getframe
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 

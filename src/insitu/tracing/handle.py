@@ -5,11 +5,14 @@ module's values as sites: `.output`, `.input` and `.inputs`. It holds a path and
 so it can be used before the weights are there.
 """
 
+# What a user gives is checked, whatever its type is said to be. Children are what names may mean.
+# pyright: reportPrivateUsage=false, reportUnnecessaryIsInstance=false, reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, ClassVar, NoReturn, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast, overload
 
 from torch import nn
 
@@ -27,6 +30,8 @@ from insitu.graph.errors import (
 )
 from insitu.graph.location import here, mark
 from insitu.graph.node import readable
+from insitu.tracing.block_types import MLP, Attention, ModuleSites, TransformerBlock
+from insitu.tracing.handles import Handles, sliced
 from insitu.tracing.inside import Operations
 from insitu.tracing.named import Named
 from insitu.tracing.sites import SITES, Call
@@ -37,7 +42,7 @@ _ITS_OWN = frozenset(("module", "modules", "_model"))
 _OF_MODULES = frozenset((*SITES, "skip", "stop", "ops", "module", "call"))
 
 
-class Handle(Call):
+class Handle(ModuleSites):
     """Stands for one module of a model; its sites are those of the module's first call.
 
     A child whose name is taken by the handle itself is reached as `handle["output"]`.
@@ -49,8 +54,8 @@ class Handle(Call):
     _call = 0
     _part = ""
     _internal: ClassVar[frozenset[str]] = frozenset()  # other parts of Insitu use it; not in `dir`
-    _items: dict[str | int, Handle]  # children by name, and by index as far as asked for
-    _roles: dict[str, tuple[Entry, Handle | list[Handle]]]  # what standard names stood for
+    _items: dict[str | int, Submodule]  # children by name, and by index as far as asked for
+    _roles: dict[str, tuple[Entry, Submodule | list[Submodule]]]  # what standard names stood for
 
     @property
     def path(self) -> str:
@@ -136,7 +141,7 @@ class Handle(Call):
         """
         return Names(self)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Submodule:
         if name in _ITS_OWN:  # not found by a property, or not there yet in a copy
             return object.__getattribute__(self, name)
         # In a block what is there was looked at once; from the root it takes several times as long.
@@ -182,7 +187,7 @@ class Handle(Call):
             _, found = self._roles[name] = (entry, self._handles_of(entry))
         return Handles(f"model.{name}", found) if isinstance(found, list) else found
 
-    def _handles_of(self, entry: Role | Roles) -> Handle | list[Handle]:
+    def _handles_of(self, entry: Role | Roles) -> Submodule | list[Submodule]:
         """The handles of the modules, or of the part, that a standard name stands for."""
         if isinstance(entry, Roles):
             return [self._at(path) for path in entry.paths]
@@ -201,18 +206,18 @@ class Handle(Call):
         invocation, line = self._invocation(name, 5)
         entry.write(invocation, value, line)
 
-    def _at(self, path: str) -> Handle:
+    def _at(self, path: str) -> Submodule:
         """The handle of a module of the model."""
-        handle = cast("Handle", self._model)
+        handle = cast("Submodule", self._model)
         for name in path.split("."):
             handle = handle._child(name)
         return handle
 
     @overload
-    def __getitem__(self, key: int | str) -> Handle: ...
+    def __getitem__(self, key: int | str, /) -> Submodule: ...
     @overload
-    def __getitem__(self, key: slice) -> list[Handle]: ...
-    def __getitem__(self, key: int | str | slice) -> Handle | list[Handle]:
+    def __getitem__(self, key: slice, /) -> list[Submodule]: ...
+    def __getitem__(self, key: int | str | slice, /) -> Submodule | list[Submodule]:
         if type(key) is int:
             known = self._items.get(key)
             if known is not None:
@@ -220,7 +225,7 @@ class Handle(Call):
         names = list(self.module._modules)
         if isinstance(key, slice):
             found = [self._child(name) for name in names[key]]
-            return Handles(_sliced(self._line(), key), found)
+            return Handles(sliced(self._line(), key), found)
         if isinstance(key, str):
             if key not in names:
                 raise PathError(self._unknown(key), here())
@@ -259,7 +264,7 @@ class Handle(Call):
     def __bool__(self) -> bool:
         return True
 
-    def __iter__(self) -> Iterator[Handle]:
+    def __iter__(self) -> Iterator[Submodule]:
         items = self._items
         names = self.module._modules
         return iter([items[name] if name in items else self._child(name) for name in names])
@@ -267,17 +272,17 @@ class Handle(Call):
     def __dir__(self) -> list[str]:
         names: set[str] = set()
         with contextlib.suppress(InsituError):  # where it takes the weights to know them
-            names.update(self._model.vocabulary.listed(self._path, self._part))
+            names.update(Names(self))
         own = {*super().__dir__()} - self._internal
         return sorted({*own, *self.module._modules, *names})
 
     def __repr__(self) -> str:
         return render(summarise(self._path.rpartition(".")[2] or "model", self.module))
 
-    def _child(self, name: str) -> Handle:
+    def _child(self, name: str) -> Submodule:
         child = self._items.get(name)
         if child is None:
-            child = Handle(self._model, f"{self._path}.{name}" if self._path else name)
+            child = Submodule(self._model, f"{self._path}.{name}" if self._path else name)
             self._items[name] = child
         return child
 
@@ -288,40 +293,22 @@ class Handle(Call):
         return no_child(self._model, self._path, self.module, name)
 
 
-class Handles(list[Handle]):
-    """Handles of modules of one kind, such as `model.blocks`.
+class Submodule(Handle, TransformerBlock, Attention, MLP):
+    """Stands for a module in a model. Which of the standard names it has depends on the module.
 
-    Args:
-        name: how they are written, such as `model.blocks[1:3]`.
-        handles: the handles.
+    To type checkers its other attributes are modules too, by the names of the architecture.
     """
 
-    def __init__(self, name: str, handles: list[Handle]) -> None:
-        super().__init__(handles)
-        self._name = name
-
-    def __getitem__(self, key: Any) -> Any:
-        try:
-            found = list.__getitem__(self, key)
-            return Handles(_sliced(self._name, key), found) if isinstance(key, slice) else found
-        except IndexError:
-            raise IndexOutOfRangeError(
-                f"`{self._name}` has {len(self)} entries, so there is no `{self._name}[{key}]`.",
-                here(),
-            ) from None
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):  # a question of Python's or of a notebook's
-            raise AttributeError(name)
-        raise PathError(
-            f"`{self._name}` is a list of modules and has no `{name}`: write "
-            f"`{self._name}[0].{name}` for one of them, or "
-            f"`[block.{name} for block in {self._name}]`.",
-            here(),
-        )
+    if TYPE_CHECKING:  # by their names in the architecture, its children are there too
+        attention: Submodule
+        cross_attention: Submodule
+        mlp: Submodule
+        experts: Submodule
+        norm_1: Submodule
+        norm_2: Submodule
 
 
-class Part(Handle):
+class Part(Submodule):
     """Stands for a part of a block by its role: its standard names come before its children's.
 
     Where a model has no module for it, it has names only.
@@ -344,7 +331,7 @@ class Part(Handle):
             raise PathError(self._unknown(name), here())
         return super().__getattribute__(name)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Submodule:
         # Also asked after `__getattribute__` has raised: for the error, once more.
         entry = self._entry(name)
         if entry is not None:
@@ -388,9 +375,3 @@ class Names:
 
     def __repr__(self) -> str:
         return f"<standard names of {self._handle._written()}: {', '.join(self)}>"
-
-
-def _sliced(name: str, key: slice) -> str:
-    """A slice of a list as it is written."""
-    bounds = (key.start, key.stop) if key.step is None else (key.start, key.stop, key.step)
-    return f"{name}[{':'.join('' if bound is None else str(bound) for bound in bounds)}]"

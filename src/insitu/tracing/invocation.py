@@ -6,6 +6,8 @@ block leaves the variable set for its caller. So each open invocation also knows
 `with` statement stands in, and it is current only while that frame is on the stack.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import contextlib
@@ -16,6 +18,8 @@ from sys import _getframe
 from threading import get_ident
 from types import FrameType, TracebackType
 from typing import Any, cast
+
+import torch
 
 from insitu.engine.functions import Called
 from insitu.engine.probe import Call, Probe
@@ -244,20 +248,15 @@ class Invocation:
                     here(),
                 )
             return self.read("", "output", mark())
-        if self.result is None and not self._recording.open:
-            raise NoValueError(
-                "`invoker.output` has no value: its run failed, or `stop` ended it.", here()
-            )
         if self.result is None:
-            raise NoValueError(
-                "`invoker.output` has no value yet: the model runs when the outermost `with` block "
-                "ends.",
-                here(),
-            )
+            reason = " yet: the model runs when the outermost `with` block ends"
+            if not self._recording.open:
+                reason = ": its run failed, or `stop` ended it"
+            raise NoValueError(f"`invoker.output` has no value{reason}.", here())
         return self.result
 
     @property
-    def ids(self) -> Any:
+    def ids(self) -> torch.Tensor:
         """The token ids that the prompt became, `(rows, position)`.
 
         Raises:
@@ -266,7 +265,7 @@ class Invocation:
         return self.request.token_ids
 
     @property
-    def mask(self) -> Any:
+    def mask(self) -> torch.Tensor:
         """Which positions of `ids` hold tokens (1) and which padding (0), `(rows, position)`.
 
         There is padding only where several prompts of different length were given as one. It stands

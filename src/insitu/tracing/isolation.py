@@ -6,6 +6,8 @@ Where a pass of several invocations fails and nobody knows which of them did, pa
 The runs themselves are in `running.py`.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import gc
@@ -187,7 +189,7 @@ class Isolation:
                 else:
                     blamed = _listed(one.blamed)
                     reason = f"it uses something of invocation {blamed}, whose run {raised}"
-                saves[index]._put(Missing(reason))  # pyright: ignore[reportPrivateUsage]
+                saves[index]._put(Missing(reason))
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -5,6 +5,8 @@ model cannot take, a write that comes too late, or a value of an earlier block t
 it is found before the block runs, and the rest runs without it.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -57,7 +59,7 @@ def run_job_block(
     """
 
     def missing(item: Earlier) -> Missing | None:
-        content = earlier[item.block].saves[item.node]._content  # pyright: ignore[reportPrivateUsage]
+        content = earlier[item.block].saves[item.node]._content
         return content if type(content) is Missing else None
 
     absent = _absent_values(block.graph, missing) if earlier else {}

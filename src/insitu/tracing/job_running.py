@@ -1,5 +1,7 @@
 """Running a job on a model: each of its blocks as a block of one's own is run."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -101,7 +103,7 @@ def _run_blocks(
         # The sink has the values already, and the results are to hold none of them.
         if gives:
             continue
-        found = {name: ran.saves[index]._content for index, name in block.saves.items()}  # pyright: ignore[reportPrivateUsage]
+        found = {name: ran.saves[index]._content for index, name in block.saves.items()}
         values |= {name: one for name, one in found.items() if type(one) is not Missing}
     results = Results(values, job.saves, outputs, differences, failures)
     if failures and raises:

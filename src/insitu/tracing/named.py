@@ -4,7 +4,11 @@ A name stands for a site and the form in which it is shown. Reading it records t
 give it that form, and writing it those that undo them, so that a graph knows nothing of names.
 """
 
-# pyright: reportPrivateUsage=false
+# To type checkers a proxy is a tensor.
+# pyright: reportPrivateUsage=false, reportUnnecessaryIsInstance=false
+
+# To type checkers a proxy is a tensor.
+# pyright: reportPrivateUsage=false, reportUnnecessaryIsInstance=false
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ from insitu.graph.operations import REPLACE
 from insitu.graph.proxy import AnyProxy, Proxy, StructureProxy
 from insitu.graph.recorded import Recorded
 from insitu.graph.recording import Recording
-from insitu.graph.saved import become
+from insitu.graph.saved import SavedTensor, become
 from insitu.graph.saved_proxy import SavedProxy, SavedSteps
 from insitu.graph.standing import holds
 from insitu.tracing.forms import Computed, Form
@@ -99,7 +103,7 @@ class Named:
         base, source = found
         kind = ComputedProxy if isinstance(self.form, Computed) else NamedProxy
         proxy = kind(recording, source)
-        proxy._name, proxy._base, proxy._reading = self, base, weakref(invocation)
+        proxy._name, proxy._source, proxy._reading = self, base, weakref(invocation)
         proxy._step = invocation.current_step
         return proxy
 
@@ -159,7 +163,7 @@ class Named:
             shown = current.clone()  # so that there is something for later lines to read
             shown[...] = value
         if self.form is not None:
-            base = Proxy(recording, current._base)
+            base = Proxy(recording, current._source)
             value = self.form.restored(value, base, invocation, line)
         if not self.item:
             invocation.write(self.path, self.kind, value, line, self.call)
@@ -187,10 +191,10 @@ class NamedProxy(Proxy):
     in.
     """
 
-    __slots__ = ("_base", "_name", "_reading", "_step")
+    __slots__ = ("_name", "_reading", "_source", "_step")
     _name: Named
     _step: int
-    _base: Ref
+    _source: Ref
     _reading: weakref[Invocation]  # weak: it holds the model, and a proxy may be kept for long
 
     @property
@@ -204,7 +208,7 @@ class NamedProxy(Proxy):
         optional: bool = False,
         keep_graph: bool = False,
         to: str | torch.device | None = None,
-    ) -> Proxy:
+    ) -> SavedTensor:
         """Keeps a copy of the value: see `Proxy.save`."""
         return _as(self, Proxy.save(self, name, optional, keep_graph, to))
 
@@ -215,7 +219,7 @@ class NamedProxy(Proxy):
         if not recording.open or form is None:
             return _GRAD.__get__(self)
         line, start = mark(), len(recording.graph)
-        gradient = Proxy(recording, read_gradient(recording, self._base, line))
+        gradient = Proxy(recording, read_gradient(recording, self._source, line))
         if isinstance(form, Computed):
             shown = form.gradient(gradient)
         else:
@@ -235,9 +239,9 @@ class NamedProxy(Proxy):
                 here(),
             )
         line = mark()
-        base = Proxy(recording, self._base)
+        base = Proxy(recording, self._source)
         value = form.restored(value, base, self._invocation, line)
-        write_gradient(recording, self._base, value, line)
+        write_gradient(recording, self._source, value, line)
 
 
 class _Part(Proxy):
@@ -251,7 +255,7 @@ class _Part(Proxy):
         optional: bool = False,
         keep_graph: bool = False,
         to: str | torch.device | None = None,
-    ) -> Proxy:
+    ) -> SavedTensor:
         """Keeps a copy of the value: see `Proxy.save`."""
         return _as(self, Proxy.save(self, name, optional, keep_graph, to))
 
@@ -281,7 +285,7 @@ class _StepsAs(SavedSteps):
     """The same in every step."""
 
     _saved: Any
-    grad = _SavedAs.grad
+    grad = _SavedAs.grad  # pyright: ignore[reportIncompatibleMethodOverride]
     __getitem__ = cast(Any, _SavedAs.__getitem__)
     __setitem__ = cast(Any, _SavedAs.__setitem__)
 
@@ -293,7 +297,7 @@ def _as(source: Proxy, saved: Any) -> Any:
         vars(saved)["_saved"] = source
         return become(saved, _SavedAs if isinstance(saved, SavedProxy) else _StepsAs)
     if isinstance(source, NamedProxy):
-        saved._name, saved._base, saved._reading = source._name, source._base, source._reading
+        saved._name, saved._source, saved._reading = source._name, source._source, source._reading
         saved._step = source._step
     return saved
 
@@ -329,7 +333,10 @@ def _not_in_place(self: Proxy, other: Any) -> Any:
 
 
 def _as_source(operator: str) -> Any:
-    return lambda self, other: getattr(self._saved, operator)(other)
+    def with_source(self: Any, other: Any) -> Any:
+        return getattr(self._saved, operator)(other)
+
+    return with_source
 
 
 for _operator in AUGMENTED:

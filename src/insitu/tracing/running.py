@@ -305,6 +305,7 @@ def run_passes(
                 raise
             failures.add(Failed(error, execution.failing, numbers), goes_into_others)
             execution.failing = missing = ()
+            went = None
         del single
         if observed is not None:
             observed.ended(at)

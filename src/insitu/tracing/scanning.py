@@ -1,5 +1,7 @@
 """Scanning a block: it is planned and its shapes are inferred, and nothing runs."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import contextlib

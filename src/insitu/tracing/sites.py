@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from insitu.batching.procedure import Subject
 from insitu.graph.errors import BlockError, PathError
@@ -69,17 +69,19 @@ class Sites:
     @inputs.setter
     def inputs(self, value: Any) -> None: ...
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Anything else is a slip, or a standard name: an attribute of the handle would be lost in
-        # silence.
-        if name not in SITES:
-            self._assign(name, value)
-            return
-        model, path, call = self._site
-        invocation, mark = innermost(model, 2)
-        if invocation is None:
-            raise self._outside(name, mark)
-        invocation.write(path, name, value, mark, call)
+    if not TYPE_CHECKING:  # to checkers, what can be assigned is declared
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # Anything else is a slip, or a standard name: an attribute of the handle would be
+            # lost in silence.
+            if name not in SITES:
+                self._assign(name, value)
+                return
+            model, path, call = self._site
+            invocation, mark = innermost(model, 2)
+            if invocation is None:
+                raise self._outside(name, mark)
+            invocation.write(path, name, value, mark, call)
 
     def _assign(self, name: str, value: Any) -> None:
         """Assigns to a name that is no site."""

@@ -4,6 +4,9 @@ Step 0 processes the prompt; each later one the token that was chosen before it.
 unless something here says otherwise.
 """
 
+# What a user gives is checked, whatever its type is said to be.
+# pyright: reportPrivateUsage=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

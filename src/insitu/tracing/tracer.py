@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+
 from insitu.batching.procedure import Subject
 from insitu.batching.summary import Planned
 from insitu.graph.errors import BlockError, InsituError, NoValueError, PathError
@@ -32,11 +34,13 @@ _INTERNAL = frozenset(["block", "is_open", "only_invocation"])
 class Tracer(BlockContext):
     """A block of recorded lines."""
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        there = [own for own in dir(type(self)) if not own.startswith("_")]
-        raise PathError(f"A block has no `{name}`{habit(name, OF_BLOCKS, there)}.", here())
+    if not TYPE_CHECKING:  # to checkers, what is not declared is not there
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            there = [own for own in dir(type(self)) if not own.startswith("_")]
+            raise PathError(f"A block has no `{name}`{habit(name, OF_BLOCKS, there)}.", here())
 
     def __getitem__(self, key: object) -> NoReturn:
         raise BlockError(
@@ -182,7 +186,7 @@ class Tracer(BlockContext):
         return ran.outputs.whole
 
     @property
-    def ids(self) -> Any:
+    def ids(self) -> torch.Tensor:
         """The token ids of a block's one prompt, `(rows, position)`.
 
         Raises:
@@ -191,7 +195,7 @@ class Tracer(BlockContext):
         return self._only_request().token_ids
 
     @property
-    def mask(self) -> Any:
+    def mask(self) -> torch.Tensor:
         """Which positions of `ids` hold tokens and which padding, `(rows, position)`."""
         return self._only_request().visible_mask
 

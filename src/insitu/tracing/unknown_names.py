@@ -3,6 +3,9 @@
 Where a name is looked up is in `handle.py`.
 """
 
+# What a user gives is checked, whatever its type is said to be.
+# pyright: reportPrivateUsage=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable

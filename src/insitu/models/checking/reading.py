@@ -24,7 +24,7 @@ def small_call(model: Model) -> Call | None:
     Args:
         model: the model, with its weights.
     """
-    call = sample_call(model.module, model.module.config)  # pyright: ignore[reportArgumentType]
+    call = sample_call(model.module, model.module.config)
     if call is None:
         return None
     weight = next(p for p in model.module.parameters() if p.is_floating_point())

@@ -22,7 +22,7 @@ def new_weights(module: nn.Module, report: Mapping[str, Any]) -> list[str]:
         module: the loaded model.
         report: what `from_pretrained` told with `output_loading_info=True`.
     """
-    missing = set(report.get("missing_keys") or ())
+    missing: set[str] = set(report.get("missing_keys") or ())
     # Each is a name, with the two shapes behind it.
     resized = {
         one if isinstance(one, str) else one[0] for one in report.get("mismatched_keys") or ()

@@ -63,7 +63,7 @@ def key_of(
     source = _source(kind.__module__)
     if source is None or not hasattr(getattr(module, "config", None), "get_text_config"):
         return None
-    setting: Any = vars(module.config).get(SETTING)  # pyright: ignore[reportArgumentType]
+    setting: Any = vars(module.config).get(SETTING)
     traits = [f"{kind.__module__}.{kind.__qualname__}", source, tree_signature(modules)]
     traits.append(repr(description))
     traits += [str(setting), json.dumps(_traits(module.config), sort_keys=True)]
@@ -248,7 +248,7 @@ def _traits(value: Any) -> Any:
             "negative" if value < 0 else "none" if value == 0 else "one" if value == 1 else "many"
         )
     if isinstance(value, float):
-        return "0.0" if value == 0 else "1.0" if value == 1 else "x"
+        return "0.0" if value == 0.0 else "1.0" if value == 1.0 else "x"
     if isinstance(value, Mapping):
         table = cast("Mapping[Any, Any]", value)
         return {str(name): _traits(part) for name, part in table.items()}

@@ -7,7 +7,7 @@ where its name says that it stands, and brought into the form in which it is sho
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -160,7 +160,7 @@ def _changed(seen: Seen, value: Any, named: Named, change: Change) -> Any:
 @contextlib.contextmanager
 def _hooked(
     modules: Mapping[str, nn.Module], paths: Collection[str]
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor], None, None]:
     """Puts plain hooks on modules, and gives the first tensor that each of them returns."""
     found: dict[str, Tensor] = {}
 

@@ -233,7 +233,7 @@ def _speed(model: LanguageModel) -> float:
         start = time.perf_counter()
         try:
             with model.trace(ids):
-                model.output.save()  # pyright: ignore[reportAttributeAccessIssue]
+                model.output.save()
         except InsituError:  # a model of a kind that takes more than token ids
             return 1e10
         best = min(best, time.perf_counter() - start)
