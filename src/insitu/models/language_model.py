@@ -44,7 +44,8 @@ class LanguageModel(ServedModel):
     Args:
         model: a repo id, a folder, the name of a bundled model such as "insitu/eiffel", or a
             Transformers model in memory. A repository or folder may have an adapter of PEFT in
-            place of a model, and a model in memory may be one of PEFT.
+            place of a model, and a model in memory may be one of PEFT. With `remote=` it is what
+            the server calls it, and need not be given if the server has one model only.
         tokenizer: a tokenizer to use in place of the model's own.
         task: what it is loaded for: "causal", "masked" or "encoder-decoder", or a name that
             Hugging Face has for one of them, such as "text-generation", "fill-mask" or
@@ -75,7 +76,7 @@ class LanguageModel(ServedModel):
     @short_tracebacks
     def __init__(
         self,
-        model: str | os.PathLike[str] | nn.Module,
+        model: str | os.PathLike[str] | nn.Module | None = None,
         tokenizer: Any = None,
         *,
         task: str | None = None,
