@@ -27,6 +27,7 @@ from insitu.graph.errors import (
 )
 from insitu.graph.location import here, mark
 from insitu.graph.node import readable
+from insitu.tracing.indexing import check_indexed, names_of
 from insitu.tracing.inside import Operations
 from insitu.tracing.named import Named
 from insitu.tracing.sites import SITES, Call
@@ -203,7 +204,11 @@ class Handle(Call):
 
     def _at(self, path: str) -> Handle:
         """The handle of a module of the model."""
-        handle = cast("Handle", self._model)
+        return cast("Handle", self._model)._below(path)
+
+    def _below(self, path: str) -> Handle:
+        """The handle of a module below this one."""
+        handle = self
         for name in path.split("."):
             handle = handle._child(name)
         return handle
@@ -217,32 +222,13 @@ class Handle(Call):
             known = self._items.get(key)
             if known is not None:
                 return known
-        names = list(self.module._modules)
-        if isinstance(key, slice):
-            found = [self._child(name) for name in names[key]]
-            return Handles(_sliced(self._line(), key), found)
-        if isinstance(key, str):
-            if key not in names:
-                raise PathError(self._unknown(key), here())
-            return self._child(key)
-        try:
-            name = names[key]
-            child = self._child(name)
-            if name == str(key):  # others, such as the last, may be another after a change
-                self._items[key] = child
-            return child
-        except TypeError:
-            raise PathError(
-                f"Modules are reached by number, name or slice, so there is no "
-                f"`{self._written()}[{key!r}]`.",
-                here(),
-            ) from None
-        except IndexError:
-            raise IndexOutOfRangeError(
-                f"`{self._written()}` holds {len(names)} modules, so there is no "
-                f"`{self._written()}[{key}]`.",
-                here(),
-            ) from None
+        found = names_of(self._model, self._path, self.module, key)
+        if isinstance(found, list):
+            return Handles(_sliced(self._line(), cast("slice", key)), [*map(self._below, found)])
+        child = self._below(found)
+        if type(key) is int and found == str(key):  # others may be another after a change
+            self._items[key] = child
+        return child
 
     def __setitem__(self, key: object, value: object) -> NoReturn:
         written = f"{self._line()}[{key!r}]"
@@ -254,14 +240,17 @@ class Handle(Call):
         )
 
     def __len__(self) -> int:
-        return len(self.module._modules)
+        module = self.module
+        check_indexed(self._path, module)
+        return len(module._modules)
 
     def __bool__(self) -> bool:
         return True
 
     def __iter__(self) -> Iterator[Handle]:
-        items = self._items
-        names = self.module._modules
+        items, module = self._items, self.module
+        check_indexed(self._path, module)
+        names = module._modules
         return iter([items[name] if name in items else self._child(name) for name in names])
 
     def __dir__(self) -> list[str]:
