@@ -191,13 +191,13 @@ def _recorded(
     inputs = [Proxy(branch, add_input(branch, line)) for _ in range(count)]
     for value in _from(parent, captured):
         capture(branch, value, line)
-    was_open, parent.open = parent.open, False
+    was_open, parent.open, parent.suspended = parent.open, False, True
     branches().append(branch)
     try:
         output = encode(branch, function(*inputs), [], line)
     finally:
         branches().pop()
-        parent.open = was_open
+        parent.open, parent.suspended = was_open, False
         branch.open = False
     if branch.saves or branch.graph.differentiates:
         raise OperationError(

@@ -47,6 +47,8 @@ class AnyRecorded:
         if cell is not None and type(content) is not Missing:
             return content
         location = location or here(3)
+        if self._recording.suspended:
+            raise inside_function(location)
         what = f"`{self.written()}`"
         if self._recording.open:
             raise NoValueError(
@@ -84,6 +86,21 @@ def refuse_structure(recorded: AnyRecorded, location: Location) -> NoReturn:
     raise OperationError(
         f"`{written}` is a tuple, not a tensor: write `{written}[0]` for its first element (of a "
         "transformer block, the hidden states).",
+        location,
+    )
+
+
+def inside_function(location: Location) -> OperationError:
+    """Returns the error for a line in a function of `cond` or `fold` that changes what is around.
+
+    Args:
+        location: the user's line.
+    """
+    return OperationError(
+        "Functions of `cond` and `fold` compute: nothing is written to the model inside of them, "
+        "nor to values around them, and nothing there is saved. Return the new value, and write "
+        "it outside: `module.output = cond(pred, then, otherwise, module.output)`. "
+        "A `value.clone()` can be changed inside.",
         location,
     )
 
