@@ -325,10 +325,10 @@ class LanguageModel(ServedModel):
             names: which values: a name, a glob such as "blocks.*.attention.z", a compiled regular
                 expression (searched for), a function from names to whether they are meant, or a
                 list of these. A name in short, "residual_out", is meant of all blocks. They are
-                standard names or TransformerLens's; patterns and functions are tried on the
-                former first. None for all that the model computes, scores and patterns of
-                attention too, which takes the eager implementation of it. Names that a pattern
-                means, and that the model does not have, are left out.
+                standard names, TransformerLens's, or paths of modules for their outputs (of a
+                tuple, its first tensor); patterns and functions are tried in this order. None for
+                all that the model computes, scores and patterns of attention too, which takes the
+                eager implementation. Names that only a pattern means may be missing.
             to: the device of the kept values, such as "cpu"; None for the one that each is on.
             dtype: its dtype, None for that of the model.
             kwargs: as of `trace`.
