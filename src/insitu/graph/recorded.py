@@ -15,6 +15,7 @@ from insitu.graph.expression import expression
 from insitu.graph.location import Location, here
 from insitu.graph.node import Ref
 from insitu.graph.recording import Recording
+from insitu.habits import OF_VALUES, habit
 
 
 class AnyRecorded:
@@ -112,6 +113,9 @@ def unassignable(name: str, location: Location) -> OperationError:
         name: the attribute.
         location: the user's line.
     """
+    if name in OF_VALUES:
+        message = f"`.{name}` of a recorded value cannot be assigned{habit(name, OF_VALUES)}."
+        return OperationError(message, location)
     instead = "`value[...] = new` writes into a tensor"
     if not hasattr(torch.Tensor, name):
         instead = f'write `value["{name}"] = new` for a field of a value, such as of an output'

@@ -226,15 +226,21 @@ class Model(WrappedModule):
             )
         return Session(self)
 
-    def edit(self, **unknown: Any) -> Edit[Self]:
+    def edit(self, *prompts: Any, **unknown: Any) -> Edit[Self]:
         """Opens a block whose lines hold in every later run of the model that it gives.
 
         `with model.edit() as edited:` leaves `model` as it was. Edits stack: `edited.edit()`.
         In a generation they hold in every step. `print(edited)` shows them.
 
         Raises:
-            OptionError: if it is given an option: it has none.
+            OptionError: if it is given a prompt or an option: it has none.
         """
+        if prompts:
+            raise OptionError(
+                "An edit holds for all prompts and takes none: write `with model.edit() as "
+                "edited:`, and then `edited.trace(prompt)`.",
+                here(),
+            )
         if unknown:
             raise OptionError(
                 f"`edit` has no option `{next(iter(unknown))}`: `with model.edit() as edited:` "
@@ -301,6 +307,11 @@ class Model(WrappedModule):
         return delegated(self, name) if own else super().__getattr__(name)
 
     def _unknown(self, name: str) -> str:
+        if self._is_for_language(name):
+            return (
+                f"`{type(self).__name__}` wraps any module and has no `{name}`: write "
+                f"`LanguageModel(module, tokenizer=tokenizer).{name}`, with the module given here."
+            )
         # What other libraries call so has a line of its own to write.
         if isinstance(name, str) and name not in OF_MODULES and hasattr(self._module, name):
             way = "module" if self.loaded else "load()"
@@ -309,6 +320,15 @@ class Model(WrappedModule):
                 f"itself: write `model.{way}.{name}`."
             )
         return super()._unknown(name)
+
+    def _is_for_language(self, name: str) -> bool:
+        """Whether a language model would have a name, and the module could be wrapped as one."""
+        if not hasattr(getattr(self._module, "config", None), "get_text_config"):
+            return False
+        from insitu.models.language_model import LanguageModel  # which is a `Model` itself
+
+        own = set(dir(LanguageModel)) - set(dir(Model)) - LanguageModel._internal
+        return not isinstance(self, LanguageModel) and name in own and name[0] != "_"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raises: the module is to be pickled instead."""

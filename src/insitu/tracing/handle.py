@@ -18,6 +18,7 @@ from insitu.display.tree import render, summarise
 from insitu.graph.control import call_module
 from insitu.graph.dispatch import recording_of
 from insitu.graph.errors import (
+    BlockError,
     IndexOutOfRangeError,
     InsituError,
     OperationError,
@@ -25,10 +26,11 @@ from insitu.graph.errors import (
     ShapeError,
     nearest,
 )
-from insitu.graph.location import here, mark
+from insitu.graph.location import Location, here, mark
 from insitu.graph.node import readable
 from insitu.tracing.indexing import check_indexed, names_of
 from insitu.tracing.inside import Operations
+from insitu.tracing.invocation import innermost
 from insitu.tracing.named import Named
 from insitu.tracing.sites import SITES, Call
 from insitu.tracing.unknown_names import no_child, not_in_part
@@ -84,7 +86,13 @@ class Handle(Call):
         Raises:
             BlockError: outside of an invocation.
         """
-        invocation, _ = self._invocation("ops")
+        invocation, line = innermost(self._model, 2)
+        if invocation is None:
+            raise BlockError(
+                f"`{self._line()}.ops` is found for a prompt, so it belongs inside a block. "
+                f"`with model.scan(prompt): print({self._line()}.ops)` runs nothing.",
+                Location(*line),
+            )
         try:
             called = invocation.called(self._path)
         except ShapeError:
