@@ -25,6 +25,7 @@ from insitu import (
     PromptTypeError,
     UnknownNameError,
 )
+from insitu.models.model import OF_LANGUAGE_MODELS
 from tests.conftest import hooked, hooked_hidden
 
 TEXT = "The Louvre is in the city of"
@@ -158,6 +159,8 @@ def test_a_plain_wrapper_of_a_language_model_names_the_other() -> None:
     mask = torch.ones_like(ids)
     expected = module.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
     assert generator.output.tolist() == expected.tolist()
+    own = {name for name in set(dir(LanguageModel)) - set(dir(Model)) if name[0] != "_"}
+    assert own - LanguageModel._internal - {"device"} == OF_LANGUAGE_MODELS  # modules have it
     other = Model(torch.nn.Linear(2, 2))
     with pytest.raises(PathError) as caught:
         _ = other.generate

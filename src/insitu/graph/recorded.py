@@ -92,7 +92,7 @@ def refuse_structure(recorded: AnyRecorded, location: Location) -> NoReturn:
 
 
 def inside_function(location: Location) -> OperationError:
-    """Returns the error for a line in a function of `cond` or `fold` that changes what is around.
+    """Returns the error for a change of outer values in a function of `cond` or `fold`.
 
     Args:
         location: the user's line.

@@ -45,6 +45,10 @@ _USED_INSIDE = """
 """What other parts of Insitu use of a model; not in `dir`."""
 
 
+OF_LANGUAGE_MODELS = frozenset(["generate", "hook", "run_with_cache", "tokenizer"])
+"""What a `LanguageModel` has and a `Model` has not."""
+
+
 class Model(WrappedModule):
     """A module whose inside can be read while it runs.
 
@@ -325,10 +329,7 @@ class Model(WrappedModule):
         """Whether a language model would have a name, and the module could be wrapped as one."""
         if not hasattr(getattr(self._module, "config", None), "get_text_config"):
             return False
-        from insitu.models.language_model import LanguageModel  # which is a `Model` itself
-
-        own = set(dir(LanguageModel)) - set(dir(Model)) - LanguageModel._internal
-        return not isinstance(self, LanguageModel) and name in own and name[0] != "_"
+        return not hasattr(type(self), name) and name in OF_LANGUAGE_MODELS
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raises: the module is to be pickled instead."""

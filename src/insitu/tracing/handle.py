@@ -230,13 +230,18 @@ class Handle(Call):
             known = self._items.get(key)
             if known is not None:
                 return known
-        found = names_of(self._model, self._path, self.module, key)
+        module = self.module
+        if type(key) is int and isinstance(module, nn.ModuleList):  # nearly always
+            name = str(key if key >= 0 else key + len(module._modules))
+            if name in module._modules:
+                child = self._child(name)
+                if key >= 0:  # the last may be another after a change
+                    self._items[key] = child
+                return child
+        found = names_of(self._model, self._path, module, key)
         if isinstance(found, list):
             return Handles(_sliced(self._line(), cast("slice", key)), [*map(self._below, found)])
-        child = self._below(found)
-        if type(key) is int and found == str(key):  # others may be another after a change
-            self._items[key] = child
-        return child
+        return self._below(found)
 
     def __setitem__(self, key: object, value: object) -> NoReturn:
         written = f"{self._line()}[{key!r}]"

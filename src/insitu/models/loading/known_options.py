@@ -1,7 +1,7 @@
 """Which options loading takes: a slip is told where the model is made, and not at the first run.
 
-`from_pretrained` has `**kwargs`, out of which it takes options by name in its own code. What is
-left goes to the config, where that has such a setting, and then to the class of the model.
+`from_pretrained` has `**kwargs`, and its code takes options from them by name. The others go to the
+config, where that has such a setting, and then to the class of the model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_loading(kind: Any, config: Any, options: Collection[str], location: Lo
 
 
 def _usual() -> tuple[str, ...]:
-    """What is given most often, and stands in no signature."""
+    """The options that are given most often, and stand in no signature."""
     return ("attn_implementation", "device_map", "dtype", "quantization_config", "torch_dtype")
 
 
