@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from insitu import InsituError, LanguageModel, OperationError
 from tests.conftest import hooked, hooked_hidden
@@ -82,6 +83,8 @@ def test_sizes_of_a_tensor_are_as_before(eiffel: LanguageModel) -> None:
 
 
 def test_what_only_eager_attention_gives_is_said(eiffel: LanguageModel) -> None:
+    if transformers.__version__.startswith("4"):
+        pytest.skip("Transformers 4 takes eager attention by itself where these are asked for")
     with pytest.raises(InsituError, match="attn_implementation=.eager."):
         with eiffel.trace(TEXT, output_attentions=True):
             eiffel.output.attentions[0].save()

@@ -38,9 +38,9 @@ def never_ran(
         return NeverRanError(
             f"Step {site.step} never came, so `{site}` has no value: the generation ended "
             f"after {had} step{'s' * (had > 1)} (an end token, a stopping "
-            "criterion, or `stop`). A value that is saved in `with generator.every_step():` is a "
-            "list of the steps that there were: write that in the place of `for step in "
-            "generator.steps:`. `save(optional=True)` lets a single value be missing.",
+            "criterion, or `stop`). `save(optional=True)` lets a value be missing. In the place of "
+            "a loop over `generator.steps`, `with generator.every_step():` saves a list of the "
+            "steps that there were.",
             node.location,
         )
     calls = 0 if clock is None else clock.most.get(site.path, 0)
