@@ -175,4 +175,5 @@ def _unknown(name: str) -> Exception:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # What a user writes; the rest of what stands here is imported for this file.
+    return sorted([*__all__, "methods"])

@@ -6,7 +6,6 @@ is a `DeprecationWarning` at the user's line, which Python shows once for each l
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -14,7 +13,8 @@ from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
 from insitu.graph.errors import OptionError
-from insitu.graph.location import Location, here, user_frame
+from insitu.graph.location import here, user_frame
+from insitu.graph.user_warnings import warn_in
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,20 +33,9 @@ def warn_deprecated(old: str, *, instead: str, goes_in: str) -> None:
     Raises:
         DeprecationWarning: if the user's filters turn such warnings into errors.
     """
-    # Not `warnings.warn`: it counts frames, and between the user's line and this one there are as
-    # many as the library happens to need.
-    frame = user_frame(2)
-    place = Location(frame.f_code, frame.f_lasti)
-    warnings.warn_explicit(
-        f"`{old}` is deprecated and goes in Insitu {goes_in}: write `{instead}` instead.",
-        DeprecationWarning,
-        place.file,
-        place.line,
-        # Python shows such warnings of `__main__` alone, unless it is told otherwise.
-        module=frame.f_globals.get("__name__", "__main__"),
-        # In this table Python remembers at which lines of the file it has warned.
-        registry=frame.f_globals.setdefault("__warningregistry__", {}),
-    )
+    message = f"`{old}` is deprecated and goes in Insitu {goes_in}: write `{instead}` instead."
+    # At a line of an installed package that is built on Insitu too: it is the one to mend.
+    warn_in(user_frame(2), message, DeprecationWarning)
 
 
 def deprecated(

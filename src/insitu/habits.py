@@ -13,6 +13,10 @@ from insitu.graph.errors import nearest
 
 _BIAS = "write it by its path, such as `model.transformer.h[0].attn.c_proj.module.bias`"
 _CACHED = "write `model.run_with_cache(prompt, names)`"
+_CACHED_HERE = (
+    "write `values = {path: model[path].output.save(optional=True) for path in model.modules if "
+    "path}`; `model.run_with_cache(prompt, names)` is without a block"
+)
 _HOOKED = (
     "write `with model.trace(prompt):`, and in it `hook = model.hook(name)` and "
     "`hook.output = f(hook.output)`"
@@ -25,6 +29,7 @@ _STEPS = (
 _TOKENS = "write `model.tokenizer(prompt).input_ids`"
 _HUGGING_FACE = "write `model.load()(**inputs)`"
 _LENS = "write `logit_lens` or `direct_logit_attribution` of `insitu.methods`"
+_PLAIN = "write Python's own, and save what is put in it: `values[name] = x.save()`"
 _SAE = "write `SparseAutoencoder.load(folder)` and `use_sae` of `insitu.methods`"
 _SITE = "write `with model.trace(prompt):`, and in it `model.blocks[3].output.save()`"
 _SWEEP = "write `activation_patching` of `insitu.methods`"
@@ -38,7 +43,8 @@ OF_BLOCKS: Mapping[str, str] = {
     "apply": "write `insitu.apply(function, value)`",
     "backend": "a block runs when it ends: leave it out",
     "barrier": "use a value of one invocation in another, without a barrier",
-    "cache": _CACHED,
+    "cache": _CACHED_HERE,
+    "cond": "write `insitu.cond(pred, then, otherwise, value)`",
     "iter": _STEPS,
     "local": "a block runs here: leave it out",
     "log": "save the value, and print it after the block",
@@ -66,19 +72,22 @@ OF_MODULES: Mapping[str, str] = {
     "all": "write `with generator.every_step():`",
     "blocks_output": "write `model.blocks[3].residual_out`",
     "cfg": "write `model.config`, or `model.n_layers`, `model.d_model`, `model.n_heads`",
+    "clear_edits": "edits leave the model that they were made of as it is: use that one",
     "dispatch": "write `model.load()`",
     "dispatched": "write `model.loaded`",
+    "export_edits": "write `model.save_edits(path)`",
     "forward": "write `model.module(...)` for a plain forward, or `with model.trace(prompt):`",
     "generator": (
         "write `with model.generate(prompt, max_new_tokens=5) as generator:`, and after it "
         "`generator.output`"
     ),
-    "get": "write the path itself, as in `model.transformer.h[3]`",
+    "get": 'write `model["transformer.h.3"]`, with the path of the module',
     "get_caching_hooks": _CACHED,
     "get_token_position": _TOKENS,
     "hook_dict": _HOOKED,
     "hook_points": _HOOKED,
     "hooks": _HOOKED,
+    "import_edits": "write `model = model.load_edits(path)`",
     "input_ids": _TOKENS,
     "invoke": "write `with model.trace() as tracer:`, and `with tracer.invoke(prompt):` in it",
     "iter": _STEPS,
@@ -86,18 +95,23 @@ OF_MODULES: Mapping[str, str] = {
     "loss": "compute it of `model.logits`, with `torch.nn.functional.cross_entropy`",
     "loss_fn": "compute it of `model.logits`, with `torch.nn.functional.cross_entropy`",
     "n_ctx": "write `model.config.max_position_embeddings`",
-    "next": "write `with generator.step(1):`, or `for step in generator.steps:`",
+    "next": (
+        "write `module.call(1).output` for its second call in a forward. Of a generation write "
+        "`with generator.step(1):`, or `for step in generator.steps:`"
+    ),
     "next_token_probs": "write `model.logits[:, -1].softmax(-1)`",
     "nns_input": "write `module.input`",
     "nns_output": "write `module.output`",
     "out": "write `module.output`",
     "outputs": "write `module.output`",
     "patch": _SWEEP,
+    "ping": "write `Connection(url).models()`, with `from insitu.remote import Connection`",
     "probs": "write `model.logits.softmax(-1)`",
     "project_on_vocab": _LENS,
     "register_forward_hook": f"{_HOOKED}; a hook of torch's own goes to `.module`",
     "register_forward_pre_hook": f"{_HOOKED}; a hook of torch's own goes to `.module`",
     "remove_all_hook_fns": _UNHOOKED,
+    "rename": "a name of one's own is a variable, `attention = model.transformer.h[3].attn`",
     "reset_hooks": _UNHOOKED,
     "reset_saes": "`use_sae` gives a model with it, and leaves this one as it is: leave it out",
     "retain_output": "save it in a block: `module.output.save()`",
@@ -112,7 +126,11 @@ OF_MODULES: Mapping[str, str] = {
     "set_use_hook_mlp_in": _ON_DEMAND,
     "set_use_split_qkv_input": _ON_DEMAND,
     "skip_layers": "write `block.skip(value)`",
-    "source": "write `module.ops.softmax[0].output`, by the name of the function",
+    "source": (
+        "write `module.ops.linear[0].output`, by the name of the function, which "
+        "`print(module.ops)` in a block lists. Softmax of attention is among them with "
+        '`LanguageModel(name, attn_implementation="eager")` only, as `block.attention.pattern`'
+    ),
     "steer": "write `steer` of `insitu.methods`",
     "to_single_str_token": "write `model.tokenizer.decode(ids)`",
     "to_single_token": _TOKENS,
@@ -138,13 +156,29 @@ OF_LOADING: Mapping[str, str] = {
     "hf_model": "give the module itself: `LanguageModel(module)`",
     "move_to_device": "write `device_map=`",
     "n_devices": "write `device_map=`",
+    "rename": "a name of one's own is a variable, `attention = model.transformer.h[3].attn`",
     "refactor_factored_attn_matrices": _UNTRAINED,
     "remote": "a server has language models: write `LanguageModel(name, remote=url)`",
 }
 """Options given where a model is made."""
 
 
+OF_FUSED: Mapping[str, str] = dict.fromkeys(
+    ("softmax", "matmul", "baddbmm", "dropout", "masked_fill", "where"),
+    "one function is all of attention here. Read `block.attention.pattern`, or make the model with "
+    '`LanguageModel(name, attn_implementation="eager")`',
+)
+"""Functions that attention calls unless one function computes all of it."""
+
+OF_SESSIONS: Mapping[str, str] = {
+    "apply": "write `insitu.apply(function, value)`, in a block of the session",
+    "iter": "write a loop of Python's, and in it `with model.trace(prompt):`",
+    "log": "save the value, and print it after the session",
+}
+"""Names asked of a session."""
+
 OF_RUNS: Mapping[str, str] = {
+    "blocking": "write `remote=url, wait=False`, and then `tracer.remote_job.result()`",
     "fwd_hooks": _HOOKED,
     "incl_bwd": "gradients are read in a block, `with model.trace(prompt):`: `module.output.grad`",
     "loss_per_token": _HUGGING_FACE,
@@ -188,7 +222,25 @@ OF_CACHES: Mapping[str, str] = {
 }
 """Names asked of a cache."""
 
+_EAGER = (
+    "they are there in eager attention alone, `LanguageModel(name, "
+    'attn_implementation="eager")` with `model.trace(prompt, output_attentions=True)`; of one '
+    "block it is `block.attention.pattern`"
+)
+
+OF_OUTPUTS: Mapping[str, str] = {
+    "attentions": _EAGER,
+    "cross_attentions": _EAGER,
+    "hidden_states": (
+        "write `model.trace(prompt, output_hidden_states=True)`, or `block.residual_out` for one "
+        "of them"
+    ),
+    "past_key_values": "write `model.trace(prompt, use_cache=True)`",
+}
+"""Fields of what a model returns that are there only if they are asked for."""
+
 OF_VALUES: Mapping[str, str] = {
+    "requires_grad": "write `value.grad`, which needs nothing before it: leave it out",
     "retain_grad": "write `value.grad`, which needs nothing before it",
     "requires_grad_": "write `value.grad`, which needs nothing before it",
     "set": "assign to the site: `module.output = value`",
@@ -198,10 +250,15 @@ OF_VALUES: Mapping[str, str] = {
 """Methods called on a recorded value."""
 
 OF_PACKAGE: Mapping[str, str] = {
+    **dict.fromkeys(("bool", "bytes", "dict", "float", "int", "set", "str", "tuple"), _PLAIN),
     "AutoModel": _MODEL,
     "AutoModelForCausalLM": _MODEL,
     "AutoTokenizer": "a model has one: `model.tokenizer`",
-    "CONFIG": "blocks run here, and need no settings: leave it out",
+    "CONFIG": (
+        "the variables INSITU_REMOTE and INSITU_KEY of the environment have a server and its key, "
+        "as `LanguageModel(name, remote=Connection(url, key))` of `insitu.remote` has"
+    ),
+    "DiffusionModel": "write `Model(pipeline.unet)`",
     "Envoy": "write `Model(module)`",
     "HookedEncoder": _MODEL,
     "HookedSAETransformer": _SAE,
@@ -216,6 +273,8 @@ OF_PACKAGE: Mapping[str, str] = {
     "Trace": _SITE,
     "TraceDict": _SITE,
     "TransformerBridge": _MODEL,
+    "UnifiedTransformer": _MODEL,
+    "VLLM": _MODEL,
     "from_pretrained": _MODEL,
     "generate": "write `with model.generate(prompt, max_new_tokens=5) as generator:`",
     "list": "write a plain list, and save what is put in it: `values.append(x.save())`",

@@ -237,3 +237,94 @@ def test_what_control_flow_cannot_do_is_refused_at_its_line(gpt2: LanguageModel)
     with gpt2.trace(IDS):
         after = gpt2.lm_head.output.save()
     assert torch.equal(after, logits(gpt2, {}, IDS))
+
+
+def _lines_that_change_what_is_around(model: LanguageModel) -> dict[str, Any]:
+    layer = model.transformer.h[2]
+
+    def part_of_a_site(h: Any) -> Any:
+        layer.output[0][:] = 0
+        return h
+
+    def site_in_place(h: Any) -> Any:
+        layer.mlp.output.zero_()
+        return h
+
+    def site(h: Any) -> Any:
+        layer.output = h
+        return h
+
+    def entry(h: Any) -> Any:
+        layer.output[0] = h
+        return h
+
+    def skipped(h: Any) -> Any:
+        layer.mlp.skip(h)
+        return h
+
+    def stopped(h: Any) -> Any:
+        layer.stop()
+        return h
+
+    def saved(h: Any) -> Any:
+        layer.mlp.output.save()
+        return h
+
+    def asked(h: Any) -> Any:
+        return h * float(layer.mlp.output.value.sum())
+
+    return {
+        name: function
+        for name, function in locals().items()
+        if callable(function) and function is not model and name not in ("layer", "model")
+    }
+
+
+NAMES = (
+    *("part_of_a_site", "site_in_place", "site", "entry", "skipped", "stopped", "saved", "asked"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_change_nothing_around_them(gpt2: LanguageModel, name: str) -> None:
+    function = _lines_that_change_what_is_around(gpt2)[name]
+    for decide in (
+        lambda h: cond(h.sum() > 0, function, lambda h: h, h),
+        lambda h: fold(lambda carry, _: function(carry), h, [1, 2]),
+    ):
+        with pytest.raises(OperationError, match=r"Functions of `cond`.*outside") as caught:
+            with gpt2.trace(IDS):
+                decide(gpt2.transformer.h[1].output[0]).save()
+        location = caught.value.location
+        assert location is not None and location.file == __file__
+        assert "layer." in location.text
+
+
+def test_values_around_a_function_are_not_written_in_place(gpt2: LanguageModel) -> None:
+    with pytest.raises(OperationError, match="nothing is written") as caught, gpt2.trace(IDS):
+        hidden = gpt2.transformer.h[1].output[0]
+
+        def zeroed() -> Any:
+            hidden[:, 0] = 0  # the line to find
+            return hidden
+
+        cond(hidden.sum() > 0, zeroed, lambda: hidden).save()
+    assert "the line to find" in str(caught.value)
+
+
+def test_the_line_that_writes_by_a_decision_does_so(gpt2: LanguageModel) -> None:
+    def doubled(h: Any) -> Any:
+        own = h.clone()
+        own *= 2  # a copy can be changed inside
+        return own
+
+    for sign in (1, -1):
+        with gpt2.trace(IDS):
+            module = gpt2.transformer.h[1].mlp
+            pred = gpt2.transformer.h[0].output[0].sum() * sign > 0
+            module.output = cond(pred, doubled, lambda h: h * 3, module.output)
+            result = gpt2.lm_head.output.save()
+        total = hooked_hidden(gpt2.module, "transformer.h.0", IDS).sum() * sign
+        factor = 2 if total > 0 else 3
+        expected = logits(gpt2, {"transformer.h.1.mlp": lambda h, by=factor: h * by}, IDS)
+        assert torch.equal(result, expected)

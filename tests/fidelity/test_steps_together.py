@@ -8,7 +8,13 @@ import torch
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
-from insitu import LanguageModel, NeverRanError, OperationError
+from insitu import (
+    BlockError,
+    IndexOutOfRangeError,
+    LanguageModel,
+    NeverRanError,
+    OperationError,
+)
 from tests.conftest import tiny_gpt2
 from tests.fidelity.architectures import GENERATING, make, tiny_t5
 from tests.models import kinds
@@ -534,3 +540,68 @@ def test_a_window_that_is_outgrown_keeps_its_cache_out_of_the_batch() -> None:
         alone(model, ids, "lm_head")
         handle.remove()
         torch.testing.assert_close(keys.value, found[2])
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_the_block_means_the_invocation_around_the_line(steps: int) -> None:
+    """`generator.next()`, `.tokens` and the like, in each invocation, against hooks."""
+    model = make("gpt2")
+    prompts = prompts_of(model, (4, 6))
+    options = {**PLAIN, "max_new_tokens": steps}
+    found: list[tuple[Any, ...]] = []
+    with model.generate(**options) as generator:
+        for ids in prompts:
+            with generator.invoke(ids):
+                chosen = [generator.tokens(step).save() for step in range(steps)]
+                with generator.step[1]:
+                    second = model.lm_head.output.save()
+                with generator.every_step():
+                    every = model.lm_head.output.save()
+                looped = [generator.tokens().save() for _ in generator.steps]
+                assert torch.equal(generator.ids, ids) and generator.mask.all()
+                each = [model.lm_head.output.save()]
+                for _ in range(1, steps):
+                    generator.next()
+                    each.append(model.lm_head.output.save())
+                logits = generator.logits().save()
+                with pytest.raises(IndexOutOfRangeError):
+                    generator.next()
+                found.append((chosen, second, every, looped, each, logits))
+        with pytest.raises(BlockError, match="stands in none of them"):
+            generator.tokens()
+    for ids, (chosen, second, every, looped, each, logits) in zip(prompts, found, strict=True):
+        tokens, seen = alone(model, ids, "lm_head", max_new_tokens=steps)
+        new = [*tokens[0, ids.shape[1] :]]
+        assert [one.value.item() for one in chosen] == [one.value.item() for one in looped] == new
+        for ours in (each, every):
+            for one, other in zip(ours, seen, strict=True):
+                torch.testing.assert_close(torch.as_tensor(one)[:, -1], other[:, -1])
+        torch.testing.assert_close(second.value[:, -1], seen[1][:, -1])
+        torch.testing.assert_close(logits.value, seen[-1][:, -1])
+
+
+def test_a_step_that_begins_outside_of_invocations_is_of_all() -> None:
+    model = make("gpt2")
+    prompts = prompts_of(model, (4, 6))
+    with model.generate(**PLAIN) as generator:
+        invokers = [generator.invoke(ids) for ids in prompts]
+        generator.next()
+        saved = []
+        for invoker in invokers:
+            with invoker:
+                saved.append(model.lm_head.output.save())
+    for ids, one in zip(prompts, saved, strict=True):
+        torch.testing.assert_close(one.value, alone(model, ids, "lm_head")[1][1])
+
+
+def test_the_output_of_a_trace_is_that_of_the_invocation_around_the_line() -> None:
+    model = make("gpt2")
+    prompts = prompts_of(model, (4, 6))
+    with model.trace() as tracer:
+        saved = []
+        for ids in prompts:
+            with tracer.invoke(ids):
+                saved.append(tracer.output.logits.save())
+    for ids, one in zip(prompts, saved, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(one.value, model.module(ids).logits)

@@ -193,3 +193,42 @@ def test_a_run_is_cancelled_from_another_thread(model: LanguageModel, server: Fa
     with pytest.raises(CancelledError, match="before it was sent"):
         server.connection().run(job_of(model), cancel=cancel)
     assert server.asked == []
+
+
+def test_a_server_that_is_gone_is_told_of_while_it_is_tried_again(
+    server: FakeServer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    connection = server.connection()
+    connection.models()
+    for error in (httpx.ConnectError("Connection refused"), None):
+
+        def fault(_: httpx.Request, error: Exception | None = error) -> httpx.Response:
+            if error is not None:
+                raise error
+            return problem("busy", 503, "Not now.")
+
+        server.fault = fault
+        caplog.clear()
+        with pytest.raises(RemoteError):
+            connection.models()
+        (told,) = caplog.records  # once, and not at the end
+        what = "does not answer (Connection refused)" if error else "has no room (503)"
+        assert what in told.getMessage() and connection.url in told.getMessage()
+        assert told.levelname == "WARNING" and "again for 5" in told.getMessage()
+
+
+def test_a_short_break_is_not_told_of(
+    server: FakeServer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    connection, lost = server.connection(), 2
+    connection.models()
+
+    def fault(_: httpx.Request) -> None:
+        nonlocal lost
+        lost -= 1
+        if lost >= 0:
+            raise httpx.ReadError("gone")
+
+    server.fault = fault
+    connection.models()
+    assert lost == -1 and not caplog.records

@@ -1,18 +1,22 @@
 """Blocks of a model that a server has: what they give, and what they raise, is as it is here."""
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from insitu import (
     Cancel,
     CancelledError,
     Job,
+    JobError,
     LanguageModel,
     LoadError,
     MemorySink,
@@ -217,9 +221,8 @@ def test_what_is_no_server(here: LanguageModel, remote: Any) -> None:
         here.trace(EIFFEL, remote=remote)
 
 
-def test_a_model_that_the_server_does_not_have(url: str) -> None:
-    name = "gpt2"  # a server with one model takes any name for it, and jobs say what they are for
-    assert LanguageModel(name, remote=url).away.model == "insitu/eiffel"
+def test_options_of_loading_are_the_servers(url: str) -> None:
+    name = "insitu/eiffel"
     with pytest.raises(OptionError, match="dtype"):
         LanguageModel(name, remote=url, dtype="float16")
     with pytest.raises(RemoteError):
@@ -444,3 +447,57 @@ def test_what_loads_a_model_means_nothing_with_a_server(url: str) -> None:
         app, ["lens", "insitu/eiffel", "The", "--remote", url, "--dtype", "float16"]
     )
     assert found.exit_code == 2 and "dtype" in found.output
+
+
+def test_a_name_that_the_server_does_not_have_is_refused_with_those_that_it_has(url: str) -> None:
+    for name in ("meta-llama/Llama-3.1-70B", "gpt2", "insitu/eifel", ""):
+        with pytest.raises(OptionError, match="Its models: 'insitu/eiffel'") as caught:
+            LanguageModel(name, remote=url)
+        assert caught.value.location is not None and caught.value.location.file == __file__
+        assert ("nearest: 'insitu/eiffel'" in str(caught.value)) == (name == "insitu/eifel")
+
+
+def test_no_name_means_the_only_model_of_a_server(url: str, here: LanguageModel) -> None:
+    model = LanguageModel(remote=url)
+    with model.trace(EIFFEL):
+        hidden = model.transformer.h[3].output[0].save()
+    torch.testing.assert_close(hidden.value, hooked(here, EIFFEL, 3), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_other_than_those_of_the_server_are_refused(here: LanguageModel, url: str) -> None:
+    module = copy.deepcopy(here.load())
+    own = LanguageModel(module, tokenizer=here.tokenizer)
+    with own.trace(EIFFEL, remote=url):  # in memory, with the server's weights
+        hidden = own.transformer.h[3].output[0].save()
+    torch.testing.assert_close(hidden.value, hooked(here, EIFFEL, 3), rtol=1e-5, atol=1e-5)
+    torch.nn.init.normal_(module.transformer.h[0].mlp.c_fc.weight)
+    with pytest.raises(OptionError, match="other values") as caught:
+        own.trace(EIFFEL, remote=url)
+    line = f"LanguageModel('insitu/eiffel', remote='{url}')"
+    assert line in str(caught.value) and __file__ in str(caught.value)
+    with pytest.raises(OptionError, match="other values"):
+        own.session(remote=url)
+
+
+def test_a_model_without_weights_and_name_of_the_server_is_not_sent(
+    here: LanguageModel, url: str, tmp_path: Path
+) -> None:
+    here.load().save_pretrained(tmp_path / "copied")
+    here.tokenizer.save_pretrained(tmp_path / "copied")
+    copied = LanguageModel(tmp_path / "copied")
+    with pytest.raises(OptionError, match=r"model\.load\(\)"):
+        copied.trace(EIFFEL, remote=url)
+    copied.load()
+    with copied.trace(EIFFEL, remote=url):
+        hidden = copied.transformer.h[3].output[0].save()
+    torch.testing.assert_close(hidden.value, hooked(here, EIFFEL, 3), rtol=1e-5, atol=1e-5)
+
+
+def test_an_error_of_the_whole_job_is_at_the_users_line(url: str) -> None:
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=1336)
+    small = LanguageModel(GPT2LMHeadModel(config))
+    with pytest.raises(JobError, match="another model") as caught:
+        with small.trace([1, 2, 3], remote=url):
+            small.lm_head.output.save()
+    assert caught.value.location is not None and caught.value.location.file == __file__
+    assert "runpy" not in str(caught.value)

@@ -1,4 +1,5 @@
 import inspect
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from insitu import (
     LanguageModel,
     Model,
     NeverRanError,
+    OperationError,
     PathError,
 )
 from tests.conftest import hooked, hooked_hidden
@@ -180,3 +182,85 @@ def test_printing_a_model_shows_its_tree(gpt2: LanguageModel) -> None:
     assert "│   ├── wte: Embedding(100, 16)" in lines
     assert "│   │   └── [0-3]: GPT2Block" in lines
     assert repr(gpt2.transformer.h[0].mlp).splitlines()[0] == "mlp: GPT2MLP"
+
+
+def test_a_number_means_what_it_means_to_torch(gpt2: LanguageModel) -> None:
+    """PyTorch indexes no GPT2MLP: `TypeError: 'GPT2MLP' object is not subscriptable`."""
+    for handle, key in ((gpt2.transformer.h[2].mlp, 0), (gpt2.transformer, 0), (gpt2, -1)):
+        with pytest.raises(TypeError):
+            handle.module[key]
+        for use in (lambda h, k: h[k], lambda h, _: h[:1], lambda h, _: len(h), lambda h, _: [*h]):
+            with pytest.raises(OperationError) as caught:
+                use(handle, key)
+            assert isinstance(caught.value, TypeError) and __file__ in str(caught.value)
+            (first, *_) = handle.module._modules
+            line = f"`{handle._line()}.{first}`"
+            assert line in str(caught.value)
+            assert eval(line.strip("`"), {"model": gpt2}).module is handle.module._modules[first]
+
+
+def test_experts_in_one_module_are_not_its_activation() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, vocab_size=32,
+    )  # fmt: skip
+    model = LanguageModel(MixtralForCausalLM(config))
+    experts = model.model.layers[0].mlp.experts
+    if isinstance(experts.module, nn.ModuleList):  # as older versions of Transformers have them
+        pytest.skip("these experts are a list of modules")
+    with pytest.raises(OperationError, match=r"experts\.module\.gate_up_proj"):
+        experts[0]
+
+
+class Own(nn.Module):
+    """A class that says itself what a number means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])
+        self.named = nn.ModuleDict({"0": nn.Tanh(), "a.b".replace(".", "_"): nn.ReLU()})
+        self.numbers = nn.ParameterList([nn.Parameter(torch.ones(2))])
+
+    def __getitem__(self, key: int) -> nn.Module:
+        return self.held[-1 - key]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.named["0"](self[0](self[1](x))) * self.numbers[0]
+
+
+def test_a_class_of_ones_own_says_what_a_number_means() -> None:
+    module = Own()
+    model = Model(module)
+    assert model[0].module is module[0] is module.held[1]
+    assert model[0].path == "held.1"
+    assert model.held[1] is model[0]
+    with model.trace(torch.ones(1, 2)):
+        value = model[0].output.save()
+    assert torch.equal(value, hooked(module, "held.1", torch.ones(1, 2)))
+    with pytest.raises(IndexOutOfRangeError, match="Its modules: 'held', 'named', 'numbers'"):
+        model[7]
+    assert model.named["0"].module is module.named["0"]
+    with pytest.raises(PathError, match=r"Its modules: '0', 'a_b'"):
+        model.named[0]  # a KeyError of PyTorch's
+    with pytest.raises(PathError, match=r"`model\.numbers\.module\[0\]`"):
+        model.numbers[0]
+    assert torch.equal(model.numbers.module[0], torch.ones(2))
+
+
+def test_a_handle_is_reached_by_its_path(gpt2: LanguageModel) -> None:
+    mlp = gpt2.transformer.h[2].mlp
+    assert gpt2["transformer.h.2.mlp"] is mlp and gpt2["transformer.h[2].mlp"] is mlp
+    assert gpt2["transformer.h[-2].mlp"] is mlp and gpt2.transformer["h.2"]["mlp"] is mlp
+    with gpt2.trace(IDS):
+        by_path = [gpt2[path].output.save() for path in ("transformer.h.2.mlp", "lm_head")]
+    assert torch.equal(by_path[0], hooked(gpt2.module, mlp.path, IDS))
+    for path, words in (
+        ("transformer.h.2.mpl", "nearest: 'mlp'"),
+        ("transformer.h.9", "'9'"),
+        ("transformer.h[-9]", "'-9'"),
+        ("transformer..h", "''"),
+    ):
+        with pytest.raises(PathError, match=re.escape(words)):
+            gpt2[path]

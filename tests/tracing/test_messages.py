@@ -155,7 +155,8 @@ CASES: list[tuple[Callable[[LanguageModel], None], type[InsituError], str, str]]
         NeverRanError,
         "Step 2 never came, so `lm_head.output of step 2` has no value: the generation ended after "
         "1 step (an end token, a stopping criterion, or `stop`). `save(optional=True)` lets a "
-        "value be missing.",
+        "value be missing. In the place of a loop over `generator.steps`, "
+        "`with generator.every_step():` saves a list of the steps that there were.",
         "model.lm_head.output.save()",
     ),
     (

@@ -196,7 +196,7 @@ def test_misused_blocks_say_what_to_write(gpt2: LanguageModel) -> None:
     with gpt2.trace() as several:
         with several.invoke(IDS) as invoker:
             pass
-        with pytest.raises(BlockError, match="prompts in invocations"):
+        with pytest.raises(BlockError, match="stands in none of them"):
             _ = several.output
     with pytest.raises(BlockError, match="inside the block"):
         _ = invoker.output

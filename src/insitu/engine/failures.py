@@ -20,6 +20,7 @@ from insitu.graph.expression import expression, located
 from insitu.graph.node import Graph
 from insitu.graph.operations import BACKWARD
 from insitu.graph.shapes import misfit
+from insitu.graph.structure_hints import hint
 
 Raised = TypeVar("Raised", bound=Exception)
 
@@ -229,5 +230,6 @@ def operation_error(
         return misfit(graph, index, found, error)
     kinds = ", ".join(type(value).__name__ for value in found[:20])
     said = f"{type(error).__name__}: {error!s:.2000}"
+    said += hint(graph, index, found, error)
     message = f"`{written}` failed on values of type {kinds}: {said}"
     return ExecutionError(message, node.location)

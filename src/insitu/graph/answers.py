@@ -19,7 +19,7 @@ from insitu.graph.cells import Missing
 from insitu.graph.dispatch import at_once, open_recordings, within_module
 from insitu.graph.errors import NoValueError, OperationError
 from insitu.graph.location import here
-from insitu.graph.recorded import AnyRecorded
+from insitu.graph.recorded import AnyRecorded, refuse_structure
 from insitu.graph.shapes import dtype_of, fake_value, length_of, outlined, shape_of
 
 
@@ -66,7 +66,10 @@ class Answers(AnyRecorded):
 
     def size(self, dim: int | None = None) -> Any:
         """The shape, or the length of one axis."""
-        return self.shape if dim is None else self.shape[dim]
+        shape = self.shape
+        if not isinstance(shape, torch.Size):  # the shapes of what a tuple holds
+            refuse_structure(self, here())
+        return shape if dim is None else shape[dim]
 
     def numel(self) -> int:
         """The number of elements."""

@@ -92,7 +92,16 @@ def pull_back(path: str, value: Any, gradients: Any, line: Mark) -> Any:
     return Proxy(recording, add_node(recording, PULL_BACK, args, NO_KWARGS, line))
 
 
-def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
+def _no_function(*_: Any) -> Any:
+    """Stands for a function that was not given."""
+
+
+def cond(
+    pred: Any,
+    then: Callable[..., Any] = _no_function,
+    otherwise: Callable[..., Any] = _no_function,
+    *operands: Any,
+) -> Any:
     """Records that a value decides which of two functions is computed.
 
     Args:
@@ -106,7 +115,8 @@ def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *op
         A proxy for what the function returns.
 
     Raises:
-        OperationError: if `pred` is no value of an open block, or a function writes to the model.
+        OperationError: if `pred` is no value of an open block, if a function is missing, or if one
+            writes to the model.
 
     Example:
         >>> import torch
@@ -118,6 +128,12 @@ def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *op
         tensor([3.])
     """
     line = mark()
+    if otherwise is _no_function or not (callable(then) and callable(otherwise)):
+        raise OperationError(
+            "`cond` is no context: it takes two functions. Write `y = insitu.cond(pred, lambda x: "
+            "x * 2, lambda x: x, x)`, and write `y` to the model outside of them.",
+            Location(*line),
+        )
     recording = _open_recording((pred, operands), "cond", line)
     first, captured = _recorded(recording, then, len(operands), [], line)
     second, captured = _recorded(recording, otherwise, len(operands), captured, line)
@@ -191,13 +207,13 @@ def _recorded(
     inputs = [Proxy(branch, add_input(branch, line)) for _ in range(count)]
     for value in _from(parent, captured):
         capture(branch, value, line)
-    was_open, parent.open = parent.open, False
+    was_open, parent.open, parent.suspended = parent.open, False, True
     branches().append(branch)
     try:
         output = encode(branch, function(*inputs), [], line)
     finally:
         branches().pop()
-        parent.open = was_open
+        parent.open, parent.suspended = was_open, False
         branch.open = False
     if branch.saves or branch.graph.differentiates:
         raise OperationError(

@@ -26,6 +26,7 @@ from insitu.graph.operations import BY_NAME, GETITEM, TENSOR_METHODS, Operation,
 from insitu.graph.recorded import AnyRecorded, Recorded
 from insitu.graph.recording import Recording, branches
 from insitu.graph.structure import map_structure
+from insitu.graph.structure_hints import part_of
 
 ENDED = Recording()
 """Stands for the recording of a value that needs its own no more."""
@@ -99,8 +100,18 @@ def at_once(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     def leaf(item: Any) -> Any:
         return item.result(location) if isinstance(item, AnyRecorded) else item
 
-    args, kwargs = map_structure(leaf, (args, dict(kwargs)))
-    return function(*args, **kwargs)
+    values, named = map_structure(leaf, (args, dict(kwargs)))
+    try:
+        return function(*values, **named)
+    except (TypeError, AttributeError) as error:
+        for arg, value in zip(args, values, strict=False):
+            if not isinstance(arg, AnyRecorded) or not isinstance(value, tuple | list | Mapping):
+                continue
+            # What is no tensor forgets how it was written.
+            what = part_of("value" if arg._recording is ENDED else arg.written(), value)
+            if what:
+                raise OperationError(f"{error}. {what}", location) from error
+        raise
 
 
 def refuse(func: Callable[..., Any]) -> NoReturn:

@@ -15,9 +15,9 @@ from insitu.graph.encoding import described, encoded
 from insitu.graph.errors import OperationError
 from insitu.graph.intervention import check_writable
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import EVERY, Address, Ref, Site
+from insitu.graph.node import EVERY, Address, Ref, Site, ref
 from insitu.graph.operations import PUT, READ, SKIP, Operation
-from insitu.graph.recorded import AnyRecorded, refuse_structure
+from insitu.graph.recorded import AnyRecorded, inside_function, refuse_structure
 from insitu.graph.recording import Recording
 from insitu.graph.standing import followed
 from insitu.graph.views import Views
@@ -46,6 +46,8 @@ def mutate(
         OperationError: if that is no value of the run, or the write would be lost.
     """
     target = args[0] if args else None
+    if isinstance(target, AnyRecorded) and target._recording.suspended:
+        raise inside_function(Location(*mark))
     if not isinstance(target, AnyRecorded) or target._recording is not recording:
         raise OperationError(
             f"`{operation.short}` would write into {described(target)} that is not a value of "
@@ -61,6 +63,8 @@ def mutate(
     if recording.computed:
         _refuse_computed(recording, views, target, Location(*mark))
     place = views.located(target._ref, mark)
+    if recording.parent is not None and ref(place.base) in recording.inside.values():
+        raise inside_function(Location(*mark))  # it would change there, and not around
     _check(recording, views, place.base, mark)
     writer = None if recording.shapes is None else recording.shapes.writer()
     nested = nested or place.nested

@@ -26,7 +26,7 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.put import Step
-from insitu.graph.recorded import AnyRecorded, Recorded
+from insitu.graph.recorded import AnyRecorded, Recorded, inside_function
 from insitu.graph.recording import Recording, refuse_mixed
 from insitu.graph.standing import below, holds, site_of, with_entries
 from insitu.graph.structure import map_structure
@@ -107,11 +107,7 @@ def check_writable(recording: Recording, address: Address, mark: Mark) -> None:
         OperationError: if it cannot.
     """
     if not recording.open:
-        raise OperationError(
-            "Inside `cond` and `fold` nothing is written to the model: return the value, and "
-            "write it outside.",
-            Location(*mark),
-        )
+        raise inside_function(Location(*mark))
     if address[2] != "output":
         _refuse_both_inputs(recording, address, mark)
     if address[4] == EVERY:
@@ -213,6 +209,8 @@ def skip(recording: Recording, address: Address, value: Any, mark: Mark) -> None
     Raises:
         OperationError: if its own output was used before.
     """
+    if recording.suspended:
+        raise inside_function(Location(*mark))
     if address in recording.sites:
         used = recording.graph[recording.sites[address].index].location
         raise OperationError(

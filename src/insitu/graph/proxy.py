@@ -56,7 +56,7 @@ from insitu.graph.operations import (
     Operation,
 )
 from insitu.graph.operators import Operators
-from insitu.graph.recorded import Recorded
+from insitu.graph.recorded import Recorded, inside_function
 from insitu.graph.save_names import add_name
 from insitu.graph.saved import SavedTensor, blank, device_name, set_class, spent
 from insitu.graph.standing import holds
@@ -105,6 +105,8 @@ class AnyProxy(Operators, Answers):
             OptionError: if there is no such device, or another value of the block has the name.
         """
         recording, source = self._recording, self._ref
+        if recording.suspended:
+            raise inside_function(here())
         if not recording.open:
             raise NoValueError(
                 f"`{self.written()}` cannot be saved any more: its block has ended.", here()

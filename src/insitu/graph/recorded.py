@@ -15,6 +15,7 @@ from insitu.graph.expression import expression
 from insitu.graph.location import Location, here
 from insitu.graph.node import Ref
 from insitu.graph.recording import Recording
+from insitu.habits import OF_VALUES, habit
 
 
 class AnyRecorded:
@@ -47,6 +48,8 @@ class AnyRecorded:
         if cell is not None and type(content) is not Missing:
             return content
         location = location or here(3)
+        if self._recording.suspended:
+            raise inside_function(location)
         what = f"`{self.written()}`"
         if self._recording.open:
             raise NoValueError(
@@ -88,6 +91,21 @@ def refuse_structure(recorded: AnyRecorded, location: Location) -> NoReturn:
     )
 
 
+def inside_function(location: Location) -> OperationError:
+    """Returns the error for a change of outer values in a function of `cond` or `fold`.
+
+    Args:
+        location: the user's line.
+    """
+    return OperationError(
+        "Functions of `cond` and `fold` compute: nothing is written to the model inside of them, "
+        "nor to values around them, and nothing there is saved. Return the new value, and write "
+        "it outside: `module.output = cond(pred, then, otherwise, module.output)`. "
+        "A `value.clone()` can be changed inside.",
+        location,
+    )
+
+
 def unassignable(name: str, location: Location) -> OperationError:
     """Returns the error for an attribute of a recorded value that is assigned.
 
@@ -95,6 +113,9 @@ def unassignable(name: str, location: Location) -> OperationError:
         name: the attribute.
         location: the user's line.
     """
+    if name in OF_VALUES:
+        message = f"`.{name}` of a recorded value cannot be assigned{habit(name, OF_VALUES)}."
+        return OperationError(message, location)
     instead = "`value[...] = new` writes into a tensor"
     if not hasattr(torch.Tensor, name):
         instead = f'write `value["{name}"] = new` for a field of a value, such as of an output'

@@ -102,6 +102,7 @@ class Recording:
         inputs: how many inputs the function has.
         held: the user's own tensors in it, by identity, as they are at their lines.
         open: whether lines still add to it.
+        suspended: whether a function of `cond` or `fold` is being recorded, which is used in it.
         repeating: whether lines are recorded for every step, so that what they save is a list.
         carried: how many values of earlier blocks of the session it has taken.
         lent: where later blocks of the session find values of this one, by the node that saves it.
@@ -125,6 +126,7 @@ class Recording:
     shown: dict[Any, Any] | None = None
     computed: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
     parent: Recording | None = None
+    suspended: bool = False
     session: object = None
     order: int = 0
     carried: int = 0

@@ -40,6 +40,7 @@ from insitu.graph.node import (
 )
 from insitu.graph.operations import APPLY, COND, FOLD, GETITEM, INPUT, READ
 from insitu.graph.structure import map_structure, storages_of
+from insitu.graph.structure_hints import hint
 
 
 def fake_value(recording: Lines, index: int) -> Any:
@@ -326,7 +327,7 @@ def misfit(graph: Graph, index: int, inputs: Sequence[Any], error: Exception) ->
         str(tuple(s)) if isinstance(s, torch.Size) else f"{s!s:.200}" for s in shapes
     )
     listed += ", ..." * (len(inputs) > _MOST_SHAPES)
-    why = f"{error!s:.2000}"
+    why = f"{error!s:.2000}{hint(graph, index, inputs, error)}"
     message = f"`{expression(graph, index)}` does not work on values of shape {listed}: {why}"
     return ShapeError(message, graph[index].location)
 

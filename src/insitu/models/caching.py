@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -51,15 +52,18 @@ def cached(
     vocabulary, line = hooks.vocabulary, mark()
     # Who asks for all asks for patterns too, and needs no warning of what they take.
     with vocabulary.quiet() if names is None else contextlib.nullcontext():
-        wanted = select(names, vocabulary, hooks)
+        wanted = select(names, vocabulary, hooks, model.modules)
     with tracer:
         invocation = tracer.only_invocation()
         saved = {}
         for key, named in wanted.items():
             value = named.read(invocation, line)
-            kept = value if dtype is None else value.to(dtype)
+            # A module may return a tuple, which is looked at once it is there.
+            kept = value if dtype is None or key in model.modules else value.to(dtype)
             saved[key] = kept.save(optional=True, to=to)
-    values = {key: proxy.value for key, proxy in saved.items()}
+    values = {key: _tensor(proxy.value) for key, proxy in saved.items()}
+    if dtype is not None:
+        values = {key: None if one is None else one.to(dtype) for key, one in values.items()}
     embedded = "inputs_embeds" in invocation.request.extras
     return ActivationCache(
         {key: value for key, value in values.items() if value is not None},
@@ -68,3 +72,14 @@ def cached(
         layers(vocabulary),
         {**hooks.aliases, **{key: (other, False) for key, other in doubles(vocabulary).items()}},
     )
+
+
+def _tensor(value: Any) -> torch.Tensor | None:
+    """A value as a cache has it: of several, the first tensor, such as the hidden states."""
+    if isinstance(value, torch.Tensor):
+        return value
+    several = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(several, Iterable):
+        return None
+    entries = cast("Iterable[Any]", several)
+    return next((one for one in entries if isinstance(one, torch.Tensor)), None)

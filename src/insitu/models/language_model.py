@@ -44,7 +44,8 @@ class LanguageModel(ServedModel):
     Args:
         model: a repo id, a folder, the name of a bundled model such as "insitu/eiffel", or a
             Transformers model in memory. A repository or folder may have an adapter of PEFT in
-            place of a model, and a model in memory may be one of PEFT.
+            place of a model, and a model in memory may be one of PEFT. With `remote=` it is what
+            the server calls it, and need not be given if the server has one model only.
         tokenizer: a tokenizer to use in place of the model's own.
         task: what it is loaded for: "causal", "masked" or "encoder-decoder", or a name that
             Hugging Face has for one of them, such as "text-generation", "fill-mask" or
@@ -75,7 +76,7 @@ class LanguageModel(ServedModel):
     @short_tracebacks
     def __init__(
         self,
-        model: str | os.PathLike[str] | nn.Module,
+        model: str | os.PathLike[str] | nn.Module | None = None,
         tokenizer: Any = None,
         *,
         task: str | None = None,
@@ -324,10 +325,10 @@ class LanguageModel(ServedModel):
             names: which values: a name, a glob such as "blocks.*.attention.z", a compiled regular
                 expression (searched for), a function from names to whether they are meant, or a
                 list of these. A name in short, "residual_out", is meant of all blocks. They are
-                standard names or TransformerLens's; patterns and functions are tried on the
-                former first. None for all that the model computes, scores and patterns of
-                attention too, which takes the eager implementation of it. Names that a pattern
-                means, and that the model does not have, are left out.
+                standard names, TransformerLens's, or paths of modules for their outputs (of a
+                tuple, its first tensor); patterns and functions are tried in this order. None for
+                all that the model computes, scores and patterns of attention too, which takes the
+                eager implementation. Names that only a pattern means may be missing.
             to: the device of the kept values, such as "cpu"; None for the one that each is on.
             dtype: its dtype, None for that of the model.
             kwargs: as of `trace`.

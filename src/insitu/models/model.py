@@ -47,6 +47,10 @@ _USED_INSIDE = """
 """What other parts of Insitu use of a model; not in `dir`."""
 
 
+OF_LANGUAGE_MODELS = frozenset(["generate", "hook", "run_with_cache", "tokenizer"])
+"""What a `LanguageModel` has and a `Model` has not."""
+
+
 class Model(WrappedModule, ModelNames, ActsAsModule):
     """A module whose inside can be read while it runs.
 
@@ -228,15 +232,21 @@ class Model(WrappedModule, ModelNames, ActsAsModule):
             )
         return Session(self)
 
-    def edit(self, **unknown: Any) -> Edit[Self]:
+    def edit(self, *prompts: Any, **unknown: Any) -> Edit[Self]:
         """Opens a block whose lines hold in every later run of the model that it gives.
 
         `with model.edit() as edited:` leaves `model` as it was. Edits stack: `edited.edit()`.
         In a generation they hold in every step. `print(edited)` shows them.
 
         Raises:
-            OptionError: if it is given an option: it has none.
+            OptionError: if it is given a prompt or an option: it has none.
         """
+        if prompts:
+            raise OptionError(
+                "An edit holds for all prompts and takes none: write `with model.edit() as "
+                "edited:`, and then `edited.trace(prompt)`.",
+                here(),
+            )
         if unknown:
             raise OptionError(
                 f"`edit` has no option `{next(iter(unknown))}`: `with model.edit() as edited:` "
@@ -303,6 +313,11 @@ class Model(WrappedModule, ModelNames, ActsAsModule):
         return delegated(self, name) if own else super().__getattr__(name)
 
     def _unknown(self, name: str) -> str:
+        if self._is_for_language(name):
+            return (
+                f"`{type(self).__name__}` wraps any module and has no `{name}`: write "
+                f"`LanguageModel(module, tokenizer=tokenizer).{name}`, with the module given here."
+            )
         # What other libraries call so has a line of its own to write.
         if isinstance(name, str) and name not in OF_MODULES and hasattr(self._module, name):
             way = "module" if self.loaded else "load()"
@@ -311,6 +326,12 @@ class Model(WrappedModule, ModelNames, ActsAsModule):
                 f"itself: write `model.{way}.{name}`."
             )
         return super()._unknown(name)
+
+    def _is_for_language(self, name: str) -> bool:
+        """Whether a language model would have a name, and the module could be wrapped as one."""
+        if not hasattr(getattr(self._module, "config", None), "get_text_config"):
+            return False
+        return not hasattr(type(self), name) and name in OF_LANGUAGE_MODELS
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raises: the module is to be pickled instead."""

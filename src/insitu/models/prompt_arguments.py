@@ -64,6 +64,13 @@ def given_to_invocation(
         PromptTypeError: if it was given no prompt, or several.
         OptionError: if something does not belong there.
     """
+    if not args and not kwargs:
+        raise PromptTypeError(
+            "`invoke()` without a prompt does not mean those of the others. Read a value of each "
+            "in its own invocation, or give them as one: `tracer.invoke([first, second])` has both "
+            "as rows.",
+            Location(*mark),
+        )
     if len(args) > 1 or (not args and kwargs.keys().isdisjoint(PROMPTS)):
         raise PromptTypeError(
             "An invocation takes one prompt, as `invoke(prompt)`, `invoke(input_ids=...)` or "

@@ -1,9 +1,9 @@
-"""Which values of a run are kept: from names, patterns and functions to sites."""
+"""Which values of a run are kept: from names, paths, patterns and functions to sites."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias, cast
 
@@ -18,13 +18,19 @@ Filter: TypeAlias = str | re.Pattern[str] | Callable[[str], bool]
 Filters: TypeAlias = Filter | Iterable[Filter] | None
 
 
-def select(filters: Filters, vocabulary: Vocabulary, hooks: TransformerLens) -> dict[str, Named]:
+def select(
+    filters: Filters,
+    vocabulary: Vocabulary,
+    hooks: TransformerLens,
+    modules: Collection[str] = (),
+) -> dict[str, Named]:
     """Returns the values that are meant, by key.
 
     Args:
         filters: the names, patterns and functions: see `LanguageModel.run_with_cache`.
         vocabulary: the model's standard names.
         hooks: its TransformerLens names.
+        modules: the paths of its modules, which stand for their outputs.
 
     Raises:
         OptionError: if a name is none of the model, or a pattern is of no name at all.
@@ -38,6 +44,9 @@ def select(filters: Filters, vocabulary: Vocabulary, hooks: TransformerLens) -> 
     single = isinstance(filters, str | re.Pattern) or callable(filters)
     listed = single or isinstance(filters, Iterable)
     for one in cast("Iterable[Filter]", filters if listed and not single else [filters]):
+        if isinstance(one, str) and one in modules and entry_of(vocabulary, one) is None:
+            chosen[one] = Named(one, "output")
+            continue
         if isinstance(one, str) and not set(one) & set("*?["):
             within = spelled(one)
             if within is None:
@@ -51,6 +60,9 @@ def select(filters: Filters, vocabulary: Vocabulary, hooks: TransformerLens) -> 
         if not found:
             found = [name for name in hooks.names() if matches(name)]
             chosen |= _there(found, hooks.entry)
+        if not found:
+            found = [path for path in modules if path and matches(path)]
+            chosen |= {path: Named(path, "output") for path in found}
         if not found and isinstance(one, str | re.Pattern):
             text = one if isinstance(one, str) else one.pattern
             raise OptionError(f"No value has a name like {text!r}{nearest(text, known)}.", here())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.models.model import Model
+from insitu.models.weights_digest import KnownDigest, have_other_values
 from insitu.tracing.block import Block
 from insitu.tracing.session import Session, session_of
 
@@ -52,10 +53,19 @@ class ServedModel(Model):
         return session
 
     def _on_server(self, remote: Remote) -> Away:
-        """The model on a server."""
-        from insitu.remote.away import away_at
+        """The model on a server, which has to be the one that is here."""
+        from insitu.remote.away import away_at, away_for
 
-        return away_at(remote, self._origin[0])
+        if self.away is not None:  # it has no weights but those of a server
+            return away_at(remote, self._origin[0])
+        if not self.loaded:
+            return away_for(remote, self._origin[0], None)
+        known: KnownDigest = vars(self).setdefault("_digest", KnownDigest())
+
+        def differs(other: str) -> bool:
+            return have_other_values(known.of(self._module), other)
+
+        return away_for(remote, self._origin[0], differs)
 
     def _send_away(self, block: Block, remote: Remote | None, wait: bool) -> None:
         """Lets a block be run by a server."""

@@ -1,30 +1,102 @@
-"""A digest of a model's weights, of samples of them: other weights have another one."""
+"""A digest of a model's weights, of samples of them: other weights have another one.
+
+A server tells the digest of its weights, so that a client whose model has others is told before
+anything runs.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 _SAMPLES = 256
+_HALF = 32
+
+Versions = tuple[tuple[int, int, int], ...]
+"""What changes when a tensor of a model is exchanged, or written by PyTorch."""
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Returns a digest of the names, sizes and dtypes of a model's tensors, and of some values.
+    """Returns a digest of the names, sizes and dtypes of a model's weights, and of some values.
 
     Training changes values everywhere, so a few hundred of each tensor tell. All of them would
     take as long as loading them.
 
     Args:
         module: the model, with its weights.
+
+    Returns:
+        64 hexadecimal digits. The first half is of names, sizes and dtypes, the second of values.
     """
-    told = hashlib.sha256()
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        told.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
-        if tensor.device.type != "meta":  # those are on a disk
-            told.update(_sample(tensor.detach()))
-    return told.hexdigest()
+    structure, values = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in _kept(module):
+        on_disk = tensor.device.type == "meta"
+        structure.update(f"{name} {tensor.dtype} {[*tensor.shape]} {on_disk}\n".encode())
+        if not on_disk:
+            values.update(_sample(tensor.detach()))
+    return structure.hexdigest()[:_HALF] + values.hexdigest()[:_HALF]
+
+
+def have_other_values(one: str, other: str) -> bool:
+    """Returns whether two digests are of the same tensors with other values.
+
+    Of models with other names, sizes or dtypes it says nothing: another version of Transformers
+    has other names for the same weights, and rounding to another dtype changes all values.
+
+    Args:
+        one: a digest, "" if it is not known.
+        other: the other.
+    """
+    comparable = bool(one) and one[:_HALF] == other[:_HALF]
+    return comparable and one != other
+
+
+class KnownDigest:
+    """The digest of a module's weights, computed again only if a weight is another one or written.
+
+    PyTorch counts writes to a tensor. It does not count those through `tensor.data`.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Versions, str] | None = None
+
+    def of(self, module: nn.Module) -> str:
+        """Returns the digest of a module's weights.
+
+        Args:
+            module: the module, with its weights.
+        """
+        versions = tuple((id(one), _version(one), _address(one)) for _, one in _kept(module))
+        if self._known is None or self._known[0] != versions:
+            self._known = versions, weights_digest(module)
+        return self._known[1]
+
+
+def _kept(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model that files have. Others, such as angles, depend on the machine."""
+    yield from module.named_parameters()
+    seen = set[int]()
+    for path, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            passing = part._non_persistent_buffers_set
+            if buffer is not None and name not in passing and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield f"{path}.{name}", buffer
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # A tensor that was made in inference mode has no counter.
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # of a class of its own, which has no memory of one kind
+        return 0
 
 
 def _sample(tensor: torch.Tensor) -> bytes:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from insitu.engine.events import Event, Listener, PassEnded, TokensChosen, ValueSaved
 from insitu.engine.seams import seams
 from insitu.engine.sinks import SaveKey
-from insitu.graph.errors import OptionError
+from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.remote.connection import Connection
 from insitu.remote.protocol import JobEvent
@@ -29,7 +29,7 @@ class AwayModel:
 
     Args:
         connection: the server.
-        model: the id of the model there, "" if the server has one only.
+        model: the id of the model there.
     """
 
     def __init__(self, connection: Connection, model: str) -> None:
@@ -128,21 +128,65 @@ def _connection(url: str) -> Connection:
     return Connection(url)
 
 
-def away_at(remote: Remote, name: str) -> AwayModel:
+def away_at(remote: Remote, name: str | None) -> AwayModel:
     """Returns a model of a server.
 
     Args:
         remote: what was given as `remote=`.
-        name: the name of the model here. Unless the server has a model of that name, it is the
-            only one that it has.
+        name: what it is called there; None for the only one that the server has.
 
     Raises:
-        OptionError: if `remote` is no server, or it has several models and none of this name.
+        OptionError: if `remote` is no server, or the server has no such model.
     """
     connection = connected(remote)
     there = [model.id for model in connection.models().models]
-    if name not in there and len(there) != 1:
+    if name is None and len(there) == 1:
+        return AwayModel(connection, there[0])
+    if name not in there:
+        raise OptionError(_no_model(name or "", there), here())
+    return AwayModel(connection, name)
+
+
+def away_for(remote: Remote, name: str, differs: Callable[[str], bool] | None) -> AwayModel:
+    """Returns the model of a server that is the one that is here.
+
+    Args:
+        remote: what was given as `remote=`.
+        name: the name of the model here, "" for one that was made in memory.
+        differs: whether a digest is of other weights than its own; None if these are not in
+            memory.
+
+    Raises:
+        OptionError: if `remote` is no server, if the server has no such model, or if its weights
+            have other values.
+        RemoteError: if the server does not load its weights in time.
+    """
+    connection = connected(remote)
+    models = connection.models().models
+    there = [model.id for model in models]
+    if name not in there and differs is None:
         raise OptionError(
-            f"The server has no model {name!r:.100}: there are {', '.join(there)}.", here()
+            f"{_no_model(name, there)} Without a name the weights tell: call `model.load()` first.",
+            here(),
         )
-    return AwayModel(connection, name if name in there else there[0])
+    if differs is None:
+        return AwayModel(connection, name)
+    asked = [name] if name in there else there
+    alike = [one for one in asked if not differs(connection.weights_of(one))]
+    if len(alike) == 1:
+        return AwayModel(connection, alike[0])
+    if alike or len(asked) != 1:
+        raise OptionError(_no_model(name, there), here())
+    raise OptionError(
+        f"The weights of this model have other values than those of {asked[0]!r:.100} on the "
+        "server, which would run its own. Run the block here, without `remote=`, or take the "
+        f"server's model: `LanguageModel({asked[0]!r:.100}, remote={connection.url!r})`.",
+        here(),
+    )
+
+
+def _no_model(name: str, there: Sequence[str]) -> str:
+    """Says that a server has no model of a name."""
+    listed = ", ".join(map(repr, there[:20])) or "none"
+    what = f"no model {name!r:.100}{nearest(name, there)}" if name else "several models"
+    return f"The server has {what}. Its models: {listed}."

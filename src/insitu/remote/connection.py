@@ -27,6 +27,7 @@ from insitu.remote.protocol import (
     Usage,
 )
 from insitu.remote.remote_job import RemoteJob, found_job
+from insitu.remote.retrying import now, pause
 from insitu.remote.skeletons import (
     MOST_BYTES,
     cached_skeleton,
@@ -38,6 +39,9 @@ from insitu.remote.submission import Submission, checked_params
 
 _WAIT = 20.0
 """For how many seconds a server is asked to wait for results, which saves two requests."""
+
+_LOADING = 0.2
+"""Every so many seconds a server is asked whether it has loaded a model."""
 
 _LOOK = 0.05
 """Every so many seconds somebody looks whether a run was cancelled."""
@@ -182,6 +186,27 @@ class Connection:
             RemoteError: if it cannot be reached, or refuses.
         """
         return self._http.asked_for(Asking("GET", "/v1/models"), ModelList)
+
+    @short_tracebacks
+    def weights_of(self, id: str) -> str:
+        """Returns the digest of a model's weights, and waits for it while they are loaded.
+
+        Args:
+            id: the model on the server.
+
+        Returns:
+            The digest, "" if the server does not tell.
+
+        Raises:
+            RemoteError: if the server cannot be reached, has no such model, or loads for too long.
+        """
+        end = now() + self._http.timeout
+        while (model := self._model(id)).state == "loading" and not model.weights:
+            if now() > end:
+                what = f"{self.url} still loads {id!r}, so that its weights cannot be compared."
+                raise RemoteError(what, here(), code="busy", status=503)
+            pause(_LOADING)
+        return model.weights
 
     @short_tracebacks
     def skeleton(self, id: str = "") -> Skeleton:

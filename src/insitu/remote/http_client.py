@@ -7,6 +7,7 @@ state to reach, not a change to make. Nothing follows a redirect, and nothing is
 from __future__ import annotations
 
 import io
+import logging
 import os
 import time
 import weakref
@@ -29,6 +30,8 @@ from insitu.remote.retrying import Retries
 if TYPE_CHECKING:
     import httpx
 
+logger = logging.getLogger(__name__)
+
 TRY_AGAIN = (429, 502, 503, 504)
 """What a server, or a proxy before it, answers when it has no room or is starting."""
 
@@ -40,6 +43,9 @@ _CODES = {
 
 _FIRST_ATTEMPTS = 4
 """How often a server is tried that has never answered: its address may be wrong."""
+
+_SILENT = 1.0
+"""After how many seconds of attempts somebody is told that a server does not answer."""
 
 LARGEST_RESULT = 8 * 2**30
 """How many bytes of results a client takes unless told."""
@@ -113,8 +119,10 @@ class HttpClient:
                 self.try_again(retries, error)
                 asking = then or asking
                 continue
-            if answer.status in TRY_AGAIN and retries.another(self._wait_of(answer)):
-                continue
+            if answer.status in TRY_AGAIN:
+                self._tell(retries, f"has no room ({answer.status})")
+                if retries.another(self._wait_of(answer)):
+                    continue
             return answer
 
     def try_again(self, retries: Retries, error: TransportError) -> None:
@@ -128,7 +136,10 @@ class HttpClient:
             RemoteError: if it was tried long enough.
         """
         hopeless = not self._has_answered and retries.made + 1 >= _FIRST_ATTEMPTS
-        if hopeless or not retries.another():
+        if hopeless:
+            self.unreachable(str(error))
+        self._tell(retries, f"does not answer ({str(error).rstrip('.')})")
+        if not retries.another():
             self.unreachable(str(error))
 
     def asked_for(self, asking: Asking, kind: type[Told], line_of: LineOf | None = None) -> Told:
@@ -266,6 +277,12 @@ class HttpClient:
             if most <= MOST_JSON and time.monotonic() > end:  # it sends a byte now and then
                 raise TransportError("it does not come to an end")
         return Answer(answer.status, answer.headers, body.getvalue())
+
+    def _tell(self, retries: Retries, what: str) -> None:
+        """Tells once why nothing happens. No line is at fault, so it is no warning."""
+        if not retries.said and retries.waited > _SILENT:
+            retries.said = True
+            logger.warning("%s %s; tried again for %.0f seconds", self.url, what, retries.left)
 
     def _answer(self, asking: Asking) -> Answer:
         """Sends a request once, and reads the answer."""

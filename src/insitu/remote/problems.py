@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from types import CodeType
 
 import msgspec
 
 from insitu.graph import errors
 from insitu.graph.errors import InsituError, LimitError, LoadError, RemoteError, SaveError, at_line
-from insitu.graph.location import Location, SourceLine
+from insitu.graph.location import Location, SourceLine, is_library
 from insitu.graph.wire_message import MOST_TEXT, file_name, printable
 
 
@@ -214,8 +215,12 @@ def _title(code: str) -> str:
 
 
 def _line(location: Location | None) -> Line | None:
-    """A line as it travels: without the folders of its file, which tell who the user is."""
-    if location is None:
+    """A line as it travels: without the folders of its file, which tell who the user is.
+
+    A line of a library that runs here is no line of the user's: an error of a job says in whose
+    process it was found, and a client gives its own line.
+    """
+    if location is None or (isinstance(location.code, CodeType) and is_library(location.file)):
         return None
     return Line(file_name(location.file), location.line, printable(location.text)[:MOST_TEXT])
 

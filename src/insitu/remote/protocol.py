@@ -164,6 +164,7 @@ class ModelStatus(msgspec.Struct, frozen=True, omit_defaults=True):
         weights_readable: whether jobs may read weights and call modules as functions.
         limits: what one job may take, by the names of `Limits`; those without a limit are not
             among them.
+        weights: the digest of its weights, "" while they are not loaded.
     """
 
     id: str
@@ -173,6 +174,7 @@ class ModelStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     skeleton: str
     weights_readable: bool = True
     limits: Mapping[str, float] = msgspec.field(default_factory=dict[str, float])
+    weights: str = ""
 
 
 class ModelList(msgspec.Struct, frozen=True):

@@ -18,11 +18,23 @@ class Retries:
 
     Attributes:
         made: how many attempts followed the first, since the last that went well.
+        said: whether somebody was told that it is tried again.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
+        self.said = False
         self.went_well()
+
+    @property
+    def left(self) -> float:
+        """For how many seconds it is tried again."""
+        return self._seconds if self._end is None else max(self._end - now(), 0.0)
+
+    @property
+    def waited(self) -> float:
+        """For how many seconds it was tried, since the last that went well."""
+        return self._seconds - self.left
 
     def went_well(self) -> None:
         """Begins anew: what fails from now on is another failure."""

@@ -136,8 +136,7 @@ class Block:
         if session is not None:
             self._session = recording.session = session
             recording.direct, recording.order = False, session.begin()
-        looks = self._looks
-        looks.tree, looks.weights = None, False
+        self._looks.tree, self._looks.weights = None, False
         self.is_open = True
 
     def leave(self, kind: type[BaseException] | None) -> bool:
@@ -162,7 +161,7 @@ class Block:
         recording.open = False
         if kind is not None:
             self.raised = kind.__name__
-            recording.fail(f"its block raised {kind.__name__}, so the model did not run.")
+            recording.fail(f"its block raised {self.raised}, so the model did not run.")
         return kind is None
 
     def run(self) -> None:

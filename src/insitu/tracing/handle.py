@@ -21,6 +21,7 @@ from insitu.display.tree import render, summarise
 from insitu.graph.control import call_module
 from insitu.graph.dispatch import recording_of
 from insitu.graph.errors import (
+    BlockError,
     IndexOutOfRangeError,
     InsituError,
     OperationError,
@@ -28,11 +29,13 @@ from insitu.graph.errors import (
     ShapeError,
     nearest,
 )
-from insitu.graph.location import here, mark
+from insitu.graph.location import Location, here, mark
 from insitu.graph.node import readable
 from insitu.tracing.block_types import MLP, Attention, ModuleSites, TransformerBlock
 from insitu.tracing.handles import Handles, sliced
+from insitu.tracing.indexing import check_indexed, names_of
 from insitu.tracing.inside import Operations
+from insitu.tracing.invocation import innermost
 from insitu.tracing.named import Named
 from insitu.tracing.sites import SITES, Call
 from insitu.tracing.unknown_names import no_child, not_in_part
@@ -88,7 +91,13 @@ class Handle(ModuleSites):
         Raises:
             BlockError: outside of an invocation.
         """
-        invocation, _ = self._invocation("ops")
+        invocation, line = innermost(self._model, 2)
+        if invocation is None:
+            raise BlockError(
+                f"`{self._line()}.ops` is found for a prompt, so it belongs inside a block. "
+                f"`with model.scan(prompt): print({self._line()}.ops)` runs nothing.",
+                Location(*line),
+            )
         try:
             called = invocation.called(self._path)
         except ShapeError:
@@ -208,7 +217,11 @@ class Handle(ModuleSites):
 
     def _at(self, path: str) -> Submodule:
         """The handle of a module of the model."""
-        handle = cast("Submodule", self._model)
+        return cast("Submodule", self._model)._below(path)
+
+    def _below(self, path: str) -> Submodule:
+        """The handle of a module below this one."""
+        handle = cast("Submodule", self)
         for name in path.split("."):
             handle = handle._child(name)
         return handle
@@ -222,32 +235,18 @@ class Handle(ModuleSites):
             known = self._items.get(key)
             if known is not None:
                 return known
-        names = list(self.module._modules)
-        if isinstance(key, slice):
-            found = [self._child(name) for name in names[key]]
-            return Handles(sliced(self._line(), key), found)
-        if isinstance(key, str):
-            if key not in names:
-                raise PathError(self._unknown(key), here())
-            return self._child(key)
-        try:
-            name = names[key]
-            child = self._child(name)
-            if name == str(key):  # others, such as the last, may be another after a change
-                self._items[key] = child
-            return child
-        except TypeError:
-            raise PathError(
-                f"Modules are reached by number, name or slice, so there is no "
-                f"`{self._written()}[{key!r}]`.",
-                here(),
-            ) from None
-        except IndexError:
-            raise IndexOutOfRangeError(
-                f"`{self._written()}` holds {len(names)} modules, so there is no "
-                f"`{self._written()}[{key}]`.",
-                here(),
-            ) from None
+        module = self.module
+        if type(key) is int and isinstance(module, nn.ModuleList):  # nearly always
+            name = str(key if key >= 0 else key + len(module._modules))
+            if name in module._modules:
+                child = self._child(name)
+                if key >= 0:  # the last may be another after a change
+                    self._items[key] = child
+                return child
+        found = names_of(self._model, self._path, module, key)
+        if isinstance(found, list):
+            return Handles(sliced(self._line(), cast("slice", key)), [*map(self._below, found)])
+        return self._below(found)
 
     def __setitem__(self, key: object, value: object) -> NoReturn:
         written = f"{self._line()}[{key!r}]"
@@ -259,14 +258,17 @@ class Handle(ModuleSites):
         )
 
     def __len__(self) -> int:
-        return len(self.module._modules)
+        module = self.module
+        check_indexed(self._path, module)
+        return len(module._modules)
 
     def __bool__(self) -> bool:
         return True
 
     def __iter__(self) -> Iterator[Submodule]:
-        items = self._items
-        names = self.module._modules
+        items, module = self._items, self.module
+        check_indexed(self._path, module)
+        names = module._modules
         return iter([items[name] if name in items else self._child(name) for name in names])
 
     def __dir__(self) -> list[str]:

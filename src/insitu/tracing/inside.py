@@ -10,7 +10,10 @@ from insitu.graph.errors import IndexOutOfRangeError, PathError, nearest
 from insitu.graph.location import here
 from insitu.graph.node import SEPARATOR, readable
 from insitu.graph.shapes import shape_of
+from insitu.habits import OF_FUSED, habit
 from insitu.tracing.sites import Sites
+
+_FUSED = "scaled_dot_product_attention"  # one function for all of attention
 
 
 class Calls:
@@ -64,7 +67,10 @@ class Operations:
             count = names.count(name)
             if not count:
                 listed = ", ".join(map(repr, dict.fromkeys(names)))
-                close = nearest(name, names) or (f" (it calls: {listed})" if listed else "")
+                close = habit(name, OF_FUSED) if _FUSED in names else ""
+                close = (
+                    close or nearest(name, names) or (f" (it calls: {listed})" if listed else "")
+                )
                 raise PathError(
                     f"The forward of `{readable(self._path)}` calls no {name!r}{close}.", here()
                 )

@@ -25,10 +25,11 @@ from insitu.engine.functions import Called
 from insitu.engine.probe import Call, Probe
 from insitu.graph.errors import BlockError, NoValueError, PathError
 from insitu.graph.intervention import skip, write
-from insitu.graph.location import Mark, here, mark, user_frame
+from insitu.graph.location import Location, Mark, here, mark, user_frame
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Kind, Ref, Site, ref
 from insitu.graph.operations import READ
 from insitu.graph.proxy import Proxy, StructureProxy
+from insitu.graph.recorded import inside_function
 from insitu.habits import OF_BLOCKS, habit
 from insitu.tracing.site_shapes import arriving_at, called_in
 from insitu.tracing.steps import Around, AtStep, Logits, StepPicker, Tokens, each_step, next_step
@@ -183,6 +184,8 @@ class Invocation:
         """
         address = (self.number, path, "output", call, self.current_step)
         recording = self._recording
+        if recording.suspended:
+            raise inside_function(Location(*mark))
         recording.stop(recording.read(address, mark), mark)
 
     @property
@@ -206,8 +209,7 @@ class Invocation:
     def every_step(self) -> AtStep:
         """Returns a context whose lines are recorded once and run in every step.
 
-        A value saved in it becomes a list with one value a step, for the steps in which there was
-        one.
+        A value saved in it becomes a list, with one for each step in which there was one.
         """
         return AtStep([self], EVERY)
 
@@ -242,12 +244,11 @@ class Invocation:
             NoValueError: in a generation, before the model has run.
         """
         if not self.block.promises_output:
-            if not self.block.is_open:
-                raise BlockError(
-                    "`invoker.output` is a value of the run: read and save it inside the block.",
-                    here(),
-                )
-            return self.read("", "output", mark())
+            if self.block.is_open:
+                return self.read("", "output", mark())
+            raise BlockError(
+                "`invoker.output` is a value of the run: read and save it inside the block.", here()
+            )
         if self.result is None:
             reason = " yet: the model runs when the outermost `with` block ends"
             if not self._recording.open:
@@ -268,9 +269,8 @@ class Invocation:
     def mask(self) -> torch.Tensor:
         """Which positions of `ids` hold tokens (1) and which padding (0), `(rows, position)`.
 
-        There is padding only where several prompts of different length were given as one. It stands
-        before them where the model looks back only, so that the last position is a token in every
-        row, and else behind them.
+        There is padding only where several prompts of different length were given as one: before
+        them where the model looks back only, so that each row ends in a token, else behind them.
         """
         return self.request.visible_mask
 

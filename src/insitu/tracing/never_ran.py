@@ -38,7 +38,9 @@ def never_ran(
         return NeverRanError(
             f"Step {site.step} never came, so `{site}` has no value: the generation ended "
             f"after {had} step{'s' * (had > 1)} (an end token, a stopping "
-            "criterion, or `stop`). `save(optional=True)` lets a value be missing.",
+            "criterion, or `stop`). `save(optional=True)` lets a value be missing. In the place of "
+            "a loop over `generator.steps`, `with generator.every_step():` saves a list of the "
+            "steps that there were.",
             node.location,
         )
     calls = 0 if clock is None else clock.most.get(site.path, 0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from insitu.graph.cells import WAITING
-from insitu.graph.errors import BlockError, OperationError
+from insitu.graph.errors import BlockError, OperationError, PathError
 from insitu.graph.location import here
 from insitu.graph.tracebacks import shortened
+from insitu.habits import OF_SESSIONS, habit
 from insitu.tracing.raw_errors import raise_explained
 from insitu.tracing.watching import watcher
 
@@ -38,6 +39,14 @@ class Session:
         self._blocks: list[RecordedBlock] = []
         self.blocks: Sequence[RecordedBlock] | None = None
         self._done = False
+
+    if not TYPE_CHECKING:  # to checkers, what is not declared is not there
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            there = [own for own in dir(type(self)) if not own.startswith("_")]
+            raise PathError(f"A session has no `{name}`{habit(name, OF_SESSIONS, there)}.", here())
 
     def __enter__(self) -> Session:
         if self._done or self in open_sessions.get():

@@ -20,7 +20,7 @@ from insitu.graph.node import EVERY, Graph
 from insitu.graph.tracebacks import shortened
 from insitu.habits import OF_BLOCKS, habit
 from insitu.tracing.block import BlockContext
-from insitu.tracing.invocation import Invocation
+from insitu.tracing.invocation import Invocation, innermost
 from insitu.tracing.planning import explained
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
@@ -158,21 +158,21 @@ class Tracer(BlockContext):
         """What the model returned.
 
         In a generation, what one `generate` of the model on all prompts returns: token ids
-        `(rows, position)`, there once the model has run. In a trace of one prompt, a proxy.
+        `(rows, position)`, there once the model has run. In a trace a proxy, as `invoker.output`.
 
         Raises:
             NoValueError: in a generation, before the model has run.
-            BlockError: in a trace of several prompts, whose outputs are `invoker.output`.
+            BlockError: in a trace, outside of the invocations of a block that has its prompts in
+                them.
         """
         block = self.block
         if not block.promises_output:
-            self._only_request()
-            if block.alone is None:
+            if block.is_done:
                 raise BlockError(
                     "`tracer.output` is a value of the run: read and save it inside the block.",
                     here(),
                 )
-            return block.alone.output
+            return self.only_invocation().output
         ran = block.ran
         if ran is None or ran.outputs is None or ran.outputs.whole is None:
             reason = "its run failed" if block.is_done else "the model runs when the block ends"
@@ -187,82 +187,101 @@ class Tracer(BlockContext):
 
     @property
     def ids(self) -> torch.Tensor:
-        """The token ids of a block's one prompt, `(rows, position)`.
+        """The token ids of the prompt, `(rows, position)`: see `invoker.ids`.
 
         Raises:
             PromptError: if it was given as embeddings.
+            BlockError: outside of the invocations of a block that has its prompts in them.
         """
-        return self._only_request().token_ids
+        return self._request().token_ids
 
     @property
     def mask(self) -> torch.Tensor:
         """Which positions of `ids` hold tokens and which padding, `(rows, position)`."""
-        return self._only_request().visible_mask
+        return self._request().visible_mask
 
     @property
     def step(self) -> StepPicker:
         """`generator.step(2)` or `generator.step[2]`: a context whose lines mean step 2.
 
-        It holds for the invocations that there are; `invoker.step` is of one of them.
+        In an invocation it is `invoker.step`. Outside it holds for all invocations so far.
         """
-        return StepPicker(self.block.invocations, self._most_steps)
+        return StepPicker(self._meant(), self._most_steps)
 
     @property
     def steps(self) -> Iterator[int]:
         """The numbers of all steps, for a loop in whose rounds lines mean that step."""
-        return each_step(self.block.invocations, self._most_steps, mark())
+        return each_step(self._meant(), self._most_steps, mark())
 
     def every_step(self) -> AtStep:
         """Returns a context whose lines are recorded once and run in every step."""
-        return AtStep(self.block.invocations, EVERY)
+        return AtStep(self._meant(), EVERY)
 
     def next(self) -> int:
         """Lets the lines that come now mean the step after the present one; returns its number."""
-        return next_step(self.block.invocations, self._most_steps, mark())
+        return next_step(self._meant(), self._most_steps, mark())
 
     @property
     def tokens(self) -> Tokens:
-        """The token ids that steps choose, in a block of one prompt: see `invoker.tokens`."""
+        """The token ids that steps choose: see `invoker.tokens`.
+
+        Raises:
+            BlockError: outside of the invocations of a block that has its prompts in them.
+        """
         return self.only_invocation().tokens
 
     @property
     def logits(self) -> Logits:
-        """The logits for the next token, in a block of one prompt: see `invoker.logits`."""
+        """The logits for the next token: see `invoker.logits`.
+
+        Raises:
+            BlockError: outside of the invocations of a block that has its prompts in them.
+        """
         return self.only_invocation().logits
 
     @property
     def _most_steps(self) -> int | None:
-        """How many steps each of the invocations may have, None if that differs or is not known."""
-        found = {invocation.most_steps for invocation in self.block.invocations}
+        """How many steps each of those may have, None if that differs or is not known."""
+        found = {invocation.most_steps for invocation in self._meant()}
         if not found:
             return self.block.procedure.steps
         return found.pop() if len(found) == 1 else None
 
-    def _only_request(self) -> Any:
-        request = self.block.request
-        if request is None:
-            raise BlockError(
-                "This block has its prompts in invocations: ask the `invoker` of "
-                "`with tracer.invoke(prompt) as invoker:`.",
-                here(3),
-            )
-        return request
+    def _current(self) -> Invocation | None:
+        """The invocation that the user's line means, None outside of those of a block."""
+        block = self.block
+        if block.alone is not None or not block.is_open:
+            return block.alone
+        current, _ = innermost(block.model, 2)
+        return current if current is not None and current.block is block else None
+
+    def _meant(self) -> list[Invocation]:
+        """The same as a list; outside of one, all that there are so far."""
+        current = self._current()
+        return self.block.invocations if current is None else [current]
+
+    def _request(self) -> Any:
+        """What the one prompt that is meant became, also after the block."""
+        if self.block.request is not None:
+            return self.block.request
+        return self.only_invocation().request
 
     def only_invocation(self) -> Invocation:
-        """Returns the invocation of a block that has one.
+        """Returns the invocation around the user's line, or the one of a block that has one.
 
         Raises:
-            BlockError: if it has several, or none so far.
+            BlockError: outside of the invocations of a block that has its prompts in them.
         """
         block = self.block
         if not (block.is_done or block.is_open):
             raise BlockError(
                 "The block was never entered: write `with model.trace(prompt) as tracer:`.", here(3)
             )
-        if len(block.invocations) != 1:
+        current = self._current()
+        if current is None:
             raise BlockError(
-                "This block has its prompts in invocations: ask the `invoker` of "
-                "`with generator.invoke(prompt) as invoker:`.",
+                "This block has its prompts in invocations, and the line stands in none of them: "
+                "ask the `invoker` of `with generator.invoke(prompt) as invoker:`.",
                 here(3),
             )
-        return block.invocations[0]
+        return current

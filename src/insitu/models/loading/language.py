@@ -41,7 +41,7 @@ def opened_language_model(given: Given, location: Location) -> tuple[Opened, Any
         OptionError: if it is no language model, or an option has no meaning.
     """
     model, tokenizer, task, allow_new_weights, remote, kwargs = given
-    check_given(model, tokenizer, location)
+    check_given("" if model is None and remote is not None else model, tokenizer, location)
     asked = dict(kwargs) if task is None else {"task": task, **kwargs}
     if allow_new_weights:
         asked["allow_new_weights"] = True
@@ -52,6 +52,7 @@ def opened_language_model(given: Given, location: Location) -> tuple[Opened, Any
         return opened, found if tokenizer is None else tokenizer, away
     if isinstance(model, nn.Module):
         return opened_language_module(model, asked, location), tokenizer, None
+    assert model is not None  # else `check_given` has raised
     choose = partial(language_class, asked=task)
     opened, source = opened_language_files(
         os.fspath(model), kwargs, choose, location, allow_new_weights, task is not None

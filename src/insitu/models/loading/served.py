@@ -59,7 +59,7 @@ def opened_on_server(
     """Returns a model of a server, its tokenizer, and where its jobs are run.
 
     Args:
-        name: what the model is called there.
+        name: what the model is called there; None for the only one that the server has.
         remote: as of `LanguageModel`.
         kwargs: what was given to load a model with.
         location: the user's line.
@@ -67,7 +67,7 @@ def opened_on_server(
     Raises:
         OptionError: if anything was, or if there is no such model.
     """
-    if not isinstance(name, str):
+    if name is not None and not isinstance(name, str):
         raise OptionError(
             "A model of a server is given by what it is called there, and not as "
             f"{type(name).__name__}: send a block of a model of your own with "
@@ -90,8 +90,8 @@ def opened_on_server(
     except InsituError:
         raise
     except Exception as error:  # whatever a class makes of a config that it does not know
-        what = f"The tree of {name!r} cannot be made: {type(error).__name__}: {error}"
+        what = f"The tree of {away.model!r} cannot be made: {type(error).__name__}: {error}"
         raise LoadError(f"{what:.300}", location) from error
     if tree is None:
-        raise LoadError(f"The tree of {name!r} cannot be made without its weights.", location)
+        raise LoadError(f"The tree of {away.model!r} cannot be made without its weights.", location)
     return Opened(tree, source.config, source, False), source.tokenizer(), away

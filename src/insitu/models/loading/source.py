@@ -19,6 +19,7 @@ from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import Location
 from insitu.habits import OF_LOADING, habit
 from insitu.models.loading.adapters import find_adapter
+from insitu.models.loading.known_options import check_loading
 from insitu.models.loading.new_weights import new_weights, refusal
 from insitu.models.loading.reachability import without_server
 
@@ -45,6 +46,7 @@ class Source:
 
     Raises:
         LoadError: if there is no such model.
+        OptionError: if there is no such option.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Source:
             self._silence = self._silence or self._ask()
         self.config = self._config(location)
         self._class = choose(self.config, location, self._place)
+        check_loading(self._class, self.config, kwargs, location)
 
     @property
     def origin(self) -> tuple[str, str]:

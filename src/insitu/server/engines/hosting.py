@@ -163,9 +163,10 @@ class Host:
         """Returns what a client is told of the model."""
         _, digest = self.skeleton.travels()
         kind, dtype = self.skeleton.described()
-        dtype = self.ready.dtype if self.ready else dtype
+        dtype, weights = (self.ready.dtype, self.ready.weights) if self.ready else (dtype, "")
         readable, limits = self.settings.weights_readable, self.limits.as_dict()
-        return ModelStatus(self.model.id, kind, dtype, self.state, digest, readable, limits)
+        told = digest, readable, limits, weights
+        return ModelStatus(self.model.id, kind, dtype, self.state, *told)
 
     async def start(self) -> None:
         """Starts the processes of the model, and waits until jobs can be admitted.

@@ -1,0 +1,104 @@
+"""Tuples and outputs that are used as tensors: the error names the part to take, and that works."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from insitu import InsituError, LanguageModel, OperationError
+from tests.conftest import hooked, hooked_hidden
+
+TEXT = "The Louvre is in the city of"
+
+
+def layer(model: LanguageModel) -> Any:
+    return model.transformer.h[2]
+
+
+USES: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    "index": (lambda m: layer(m).output, lambda _, x: x[:, -1]),
+    "last": (lambda m: layer(m).output, lambda _, x: x[0, -1]),
+    "ellipsis": (lambda m: layer(m).output, lambda _, x: x[..., 0]),
+    "module": (lambda m: layer(m).output, lambda m, x: m.lm_head(x)),
+    "norm": (lambda m: layer(m).output, lambda m, x: m.transformer.ln_f(x)),
+    "size": (lambda m: layer(m).output, lambda _, x: x.size(-1)),
+    "mean": (lambda m: layer(m).output, lambda _, x: x.mean()),
+    "attention": (lambda m: layer(m).attn.output, lambda _, x: x[:, -1]),
+    "sum of attention": (lambda m: layer(m).attn.output, lambda _, x: x + 1),
+    "output": (lambda m: m.output, lambda _, x: x[0, -1]),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_the_part_that_is_named_works_in_its_place(eiffel: LanguageModel, name: str) -> None:
+    read, use = USES[name]
+    with pytest.raises(InsituError) as caught:
+        with eiffel.trace(TEXT):
+            use(eiffel, read(eiffel)).save()
+    location = caught.value.location
+    assert location is not None and location.file == __file__
+    found = re.search(r"write `(.*?)`", str(caught.value))
+    assert found is not None and "not a tensor" in str(caught.value)
+    line = found[1] if found[1].startswith("model.") else f"model.{found[1]}"
+    with eiffel.trace(TEXT):
+        part = eval(line, {"model": eiffel})
+        result = use(eiffel, part)
+        value = result if name == "size" else result.save()
+    ids = eiffel.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    if "attn" in line:
+        plain = hooked(eiffel.module, "transformer.h.2.attn", ids)[0]
+    elif "logits" in line:
+        plain = eiffel.module(ids).logits
+    else:
+        plain = hooked_hidden(eiffel.module, "transformer.h.2", ids)
+    expected = use(eiffel.module, plain)
+    if name == "size":
+        assert value == expected
+    else:
+        torch.testing.assert_close(value.value, expected.detach())
+
+
+@pytest.mark.parametrize("use", [lambda y: y[:, -1], lambda y: y + 1, lambda y: y.size(-1)])
+def test_a_saved_tuple_says_the_same(eiffel: LanguageModel, use: Callable[[Any], Any]) -> None:
+    with eiffel.trace(TEXT):
+        saved = layer(eiffel).output.save()
+    with pytest.raises(
+        OperationError, match=r"is a tuple, not a tensor: write `.*\[0\]`"
+    ) as caught:
+        use(saved)
+    assert __file__ in str(caught.value)
+    use(saved[0])
+
+
+def test_sizes_of_a_tensor_are_as_before(eiffel: LanguageModel) -> None:
+    with eiffel.trace(TEXT):
+        hidden = layer(eiffel).output[0]
+        assert hidden.size() == (1, 7, 128) and hidden.size(-1) == 128
+        assert layer(eiffel).output.shape == ((1, 7, 128),)
+
+
+def test_what_only_eager_attention_gives_is_said(eiffel: LanguageModel) -> None:
+    if transformers.__version__.startswith("4"):
+        pytest.skip("Transformers 4 takes eager attention by itself where these are asked for")
+    with pytest.raises(InsituError, match="attn_implementation=.eager."):
+        with eiffel.trace(TEXT, output_attentions=True):
+            eiffel.output.attentions[0].save()
+    model = LanguageModel("insitu/eiffel", attn_implementation="eager")
+    with model.trace(TEXT, output_attentions=True):
+        given, named = model.output.attentions[0].save(), model.blocks[0].attention.pattern.save()
+    torch.testing.assert_close(given.value, named.value)
+
+
+def test_what_was_not_asked_for_is_said(eiffel: LanguageModel) -> None:
+    with pytest.raises(InsituError, match="output_hidden_states=True"):
+        with eiffel.trace(TEXT):
+            eiffel.output.hidden_states[0].save()
+    with eiffel.trace(TEXT, output_hidden_states=True):
+        given = eiffel.output.hidden_states[3].save()
+        named = eiffel.blocks[2].residual_out.save()
+    torch.testing.assert_close(given.value, named.value)
