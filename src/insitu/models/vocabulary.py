@@ -109,7 +109,7 @@ class Names(Vocabulary):
         from insitu.models.spellings import line_instead  # only errors ask for it
 
         with contextlib.suppress(InsituError), self.quiet():
-            return line_instead(self, path, name)
+            return line_instead(self.hooks, path, name)
         return ""  # its parts cannot be found out
 
     def whereabouts(self) -> str:
