@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 
 from insitu.graph.errors import nearest
 
-_BIAS = "write it by its path, such as `model.transformer.h[0].attn.c_proj.module.bias`"
 _CACHED = "write `model.run_with_cache(prompt, names)`"
 _HOOKED = (
     "write `with model.trace(prompt):`, and in it `hook = model.hook(name)` and "
@@ -56,10 +55,6 @@ OF_BLOCKS: Mapping[str, str] = {
 """Names asked of a tracer or an invocation."""
 
 OF_MODULES: Mapping[str, str] = {
-    **dict.fromkeys(("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U"), _BIAS),
-    "OV": "write `block.attention.W_V @ block.attention.W_O`",
-    "QK": "write `block.attention.W_Q @ block.attention.W_K.mT`",
-    "W_pos": "write it by its path, such as `model.transformer.wpe.module.weight`",
     "add_hook": _HOOKED,
     "add_perma_hook": _EDITED,
     "add_sae": _SAE,

@@ -300,7 +300,7 @@ class TransformerLens:
         """The path of a layer of the model, or of a block."""
         if block is None:
             if layer == "positions":
-                return self._positions()
+                return position_embedding(self._body)
             entry = self.vocabulary.entry("", "", layer)
             return entry.path if isinstance(entry, Role) else None
         heads, mlp = block.attention, block.mlp
@@ -318,15 +318,19 @@ class TransformerLens:
             return heads.path if layer == "attention" else heads.out
         return heads.projections.get(layer)
 
-    def _positions(self) -> str | None:
-        """The path of the embedding of positions: another one than that of tokens, as long."""
-        body = self._body
-        length = getattr(body.model.module.config, "max_position_embeddings", None)
-        for path, module in body.model.modules.items():
-            rows = getattr(module, "num_embeddings", 0)
-            if length and length <= rows <= length + 8 and path != body.embedding:
-                return path
-        return None
+
+def position_embedding(body: Body) -> str | None:
+    """Returns the path of the embedding of positions: another one than that of tokens, as long.
+
+    Args:
+        body: the facts of the model's parts.
+    """
+    length = getattr(body.model.module.config, "max_position_embeddings", None)
+    for path, module in body.model.modules.items():
+        rows = getattr(module, "num_embeddings", 0)
+        if length and length <= rows <= length + 8 and path != body.embedding:
+            return path
+    return None
 
 
 def _inside(name: str) -> str:

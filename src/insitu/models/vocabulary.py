@@ -107,9 +107,11 @@ class Names(Vocabulary):
     def line_instead(self, path: str, name: str) -> str:
         """Returns the line to write for another library's word, as the end of a message."""
         from insitu.models.spellings import line_instead  # only errors ask for it
+        from insitu.models.weights_instead import weight_instead
 
         with contextlib.suppress(InsituError), self.quiet():
-            return line_instead(self.hooks, path, name)
+            found = weight_instead(self._body, self.weights, path, name)
+            return found or line_instead(self.hooks, path, name)
         return ""  # its parts cannot be found out
 
     def whereabouts(self) -> str:
