@@ -43,7 +43,7 @@ OF_MODELS = {
     "add_hook": "model.hook(name)",
     "add_perma_hook": "model.edit()",
     "to_tokens": "model.tokenizer(prompt)",
-    "to_str_tokens": "model.tokenizer.tokenize(prompt)",
+    "to_str_tokens": "model.tokenizer.decode(one) for one in",
     "to_string": "model.tokenizer.decode(ids)",
     "cfg": "model.n_layers",
     "hook_points": "model.hook(name)",

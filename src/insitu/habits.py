@@ -70,7 +70,9 @@ OF_MODULES: Mapping[str, str] = {
     ),
     "get": "write the path itself, as in `model.transformer.h[3]`",
     "get_caching_hooks": _CACHED,
-    "get_token_position": _TOKENS,
+    "get_token_position": (
+        "write `model.tokenizer(prompt).input_ids.index(model.token_id(token))`"
+    ),
     "hook_dict": _HOOKED,
     "hook_points": _HOOKED,
     "hooks": _HOOKED,
@@ -110,8 +112,10 @@ OF_MODULES: Mapping[str, str] = {
     "source": "write `module.ops.softmax[0].output`, by the name of the function",
     "steer": "write `steer` of `insitu.methods`",
     "to_single_str_token": "write `model.tokenizer.decode(ids)`",
-    "to_single_token": _TOKENS,
-    "to_str_tokens": "write `model.tokenizer.tokenize(prompt)`",
+    "to_single_token": "write `model.token_id(token)`",
+    "to_str_tokens": (
+        "write `[model.tokenizer.decode(one) for one in model.tokenizer(prompt).input_ids]`"
+    ),
     "to_string": "write `model.tokenizer.decode(ids)`",
     "to_tokens": _TOKENS,
     "tokens_to_residual_directions": "write `model.W_U[:, id]`",

@@ -45,6 +45,15 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         ids: the token ids of the prompt, `(batch, position)`, None if it was given as embeddings.
         mask: 1 where these hold tokens and 0 where padding, of the same shape; None like `ids`.
             There is padding only where prompts of different length were given together.
+
+    Example:
+        >>> from insitu import LanguageModel
+        >>> model = LanguageModel("insitu/eiffel")
+        >>> cache = model.run_with_cache("The Louvre is in", ["blocks.*.residual_out"])
+        >>> cache["residual_out", -1].shape
+        torch.Size([1, 4, 128])
+        >>> cache.stack("residual_out").shape
+        torch.Size([6, 1, 4, 128])
     """
 
     def __init__(
