@@ -15,6 +15,7 @@ from insitu.graph.errors import BlockError, OperationError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import NO_KWARGS, Ref, WeightRef, ref
 from insitu.graph.operations import BACKWARD, GETITEM, GRAD, WRITE
+from insitu.graph.read_only import writable
 from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
 from insitu.graph.recording import Recording
 from insitu.graph.standing import holds
@@ -204,7 +205,7 @@ def _checked(recording: Recording, item: Any, mark: Mark) -> Any:
         for path, weight in recording.shapes.model.modules[""].named_parameters():
             if weight is item:
                 return WeightRef(path)
-    return item
+    return writable(item)
 
 
 def _returned(recording: Recording, backward: Ref, inputs: Sequence[Any], mark: Mark) -> list[Ref]:

@@ -31,6 +31,7 @@ from insitu.graph.node import (
     table_of,
 )
 from insitu.graph.operations import GETITEM, INPUT, SAVE, Operation
+from insitu.graph.read_only import writable
 from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
 from insitu.graph.recording import Recording
 from insitu.graph.saved import SavedList, SavedTensor
@@ -178,7 +179,7 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
     if type(value) is SavedTensor:
         return value.constant()
     if isinstance(value, torch.Tensor) and not isinstance(value, AnyRecorded):
-        return value
+        return writable(value)
 
     def leaf(item: Any) -> Any:
         if isinstance(item, AnyRecorded):
@@ -202,7 +203,7 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
             # Not by `leaf`, which would then refer to itself: a cycle that only the collector ends.
             return encode(recording, item.value, inputs, mark)
         if type(item) in PLAIN or isinstance(item, torch.Tensor | Function | WeightRef):
-            return item
+            return writable(item)
         if isinstance(item, Number) and hasattr(item, "item"):  # a NumPy scalar
             return cast(Any, item).item()
         if isinstance(item, int | float):

@@ -9,6 +9,7 @@ model, with the paths of its own modules. Weights with a standard name are in `w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -108,7 +109,8 @@ def _bias_of_heads(body: Body, weights: Weights, block: Block, heads: Heads, let
         return f": {found[:-1]}"
     columns = found.columns.cpu()
     count, size = columns.shape
-    first, total = int(columns[0, 0]), body.model.modules[path].bias.numel()
+    bias: Any = body.model.modules[path].bias
+    first, total = int(columns[0, 0]), bias.numel()
     if torch.equal(columns, first + torch.arange(count * size).view(count, size)):
         return f"{line}[{first}:{first + count * size}].unflatten(0, {(count, size)})"
     step = total // count
