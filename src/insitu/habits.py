@@ -24,6 +24,10 @@ _STEPS = (
 _TOKENS = "write `model.tokenizer(prompt).input_ids`"
 _HUGGING_FACE = "write `model.load()(**inputs)`"
 _LENS = "write `logit_lens` or `direct_logit_attribution` of `insitu.methods`"
+_RESULTS = (
+    "write `model.run_with_cache(prompt, 'attention.result').stack('attention.result')`, with a "
+    "name for each further value in a list"
+)
 _SAE = "write `SparseAutoencoder.load(folder)` and `use_sae` of `insitu.methods`"
 _SITE = "write `with model.trace(prompt):`, and in it `model.blocks[3].output.save()`"
 _SWEEP = "write `activation_patching` of `insitu.methods`"
@@ -169,18 +173,24 @@ OF_RUNS: Mapping[str, str] = {
 """Options given where a block begins."""
 
 OF_CACHES: Mapping[str, str] = {
-    "accumulated_resid": "write `cache.stack('residual_in')`, or `logit_lens` of `insitu.methods`",
+    "accumulated_resid": (
+        "write `torch.cat([cache.stack('residual_in'), cache['residual_out', -1][None]])`, or "
+        "`logit_lens` of `insitu.methods`"
+    ),
     "apply_ln_to_stack": _LENS,
     "cache_dict": "a cache is a mapping: `dict(cache)`",
-    "compute_head_results": "write `cache.stack('attention.result')`",
-    "decompose_resid": "write `cache.stack('attention_out')` and `cache.stack('mlp_out')`",
+    "compute_head_results": _RESULTS,
+    "decompose_resid": (
+        "write `torch.cat([cache['residual_in', 0][None], cache.stack('attention_out'), "
+        "cache.stack('mlp_out')])`, which adds up to `cache['residual_out', -1]`"
+    ),
     "get_full_resid_decomposition": _LENS,
     "get_neuron_results": "write `cache.stack('mlp.post')`, which `W_out` of an MLP multiplies",
     "has_batch_dim": "the first axis is always that of the prompts: leave it out",
     "logit_attrs": "write `direct_logit_attribution` of `insitu.methods`",
     "remove_batch_dim": "write `cache['z', 3][0]`",
     "stack_activation": "write `cache.stack('z')`",
-    "stack_head_results": "write `cache.stack('attention.result')`",
+    "stack_head_results": _RESULTS,
     "stack_neuron_results": "write `cache.stack('mlp.post')`, which `W_out` of an MLP multiplies",
     "to": "write `model.run_with_cache(prompt, to='cpu')`",
     "toggle_autodiff": "gradients are read in a block: `module.output.grad`",

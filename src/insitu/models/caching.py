@@ -67,4 +67,5 @@ def cached(
         invocation.mask,
         layers(vocabulary),
         {**hooks.aliases, **{key: (other, False) for key, other in doubles(vocabulary).items()}},
+        hooks,
     )
