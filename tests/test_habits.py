@@ -206,3 +206,58 @@ def test_arguments_of_a_wrong_kind_are_errors_of_ours(
         use(model)
     assert isinstance(caught.value, InsituError)
     assert os.path.basename(__file__) in str(caught.value)
+
+
+OPTIONS = {
+    "device": "write `to='cpu'`",
+    "pos_slice": "cache['residual_out', 3][:, -1]",
+    "clear_contexts": "leave it out",
+    "add_special_tokens": "model.tokenizer(prompt, add_special_tokens=False).input_ids",
+    "incl_bwd": "hook(name).output.grad.save()",
+    "dispatch": "loaded by the first run",
+    "nonsense": "uses none of this name",
+}
+
+
+@pytest.mark.parametrize(("name", "line"), OPTIONS.items())
+def test_options_of_a_cached_run_are_refused_by_its_name(
+    model: LanguageModel, name: str, line: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        model.run_with_cache(TEXT, **{name: -1})
+    assert "`run_with_cache` takes no option" in str(caught.value)
+    assert line in str(caught.value) and "`trace`" not in str(caught.value).splitlines()[0]
+
+
+def test_what_the_errors_say_of_devices_and_ends_can_be_written(model: LanguageModel) -> None:
+    cache = model.run_with_cache(TEXT, to="cpu", max_tokens_per_pass=100)
+    assert cache.logits.device.type == "cpu"
+    assert LanguageModel("insitu/eiffel", device_map="cpu").device.type == "cpu"
+    ids = model.tokenizer(TEXT, add_special_tokens=False).input_ids
+    assert torch.equal(model.run_with_cache(ids).logits, cache.logits)
+    with pytest.raises(OptionError, match="`eos_token_id=None` goes on"):
+        model.generate(TEXT, stop_at_eos=True)
+    with model.generate(TEXT, max_new_tokens=3, eos_token_id=None) as generator:
+        pass
+    assert generator.output.shape == (1, len(ids) + 3)
+
+
+def test_the_gradient_of_a_hook_is_named_and_is_that_of_torch(model: LanguageModel) -> None:
+    with pytest.raises(PathError, match=r"hook\.output\.grad"):
+        model.add_hook("blocks.2.hook_resid_post", print, dir="bwd")
+    hook = model.hook("blocks.2.hook_resid_post")
+    with model.trace(TEXT):
+        gradient = hook.output.grad.save()
+        model.logits[0, -1].logsumexp(-1).backward()
+    found: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        value.register_hook(found.append)
+
+    handle = model.module.transformer.h[2].register_forward_hook(keep)
+    ids = model.tokenizer(TEXT, return_tensors="pt").input_ids
+    model.module(ids).logits[0, -1].logsumexp(-1).backward()
+    handle.remove()
+    model.module.zero_grad()
+    assert torch.allclose(gradient.value, found[0], atol=1e-6)

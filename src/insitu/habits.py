@@ -14,7 +14,11 @@ from insitu.graph.errors import nearest
 _CACHED = "write `model.run_with_cache(prompt, names)`"
 _HOOKED = (
     "write `with model.trace(prompt):`, and in it `hook = model.hook(name)` and "
-    "`hook.output = f(hook.output)`"
+    "`hook.output = f(hook.output)`; its gradient is `hook.output.grad`, of a `loss.backward()`"
+)
+_GRADIENT = (
+    "write `with model.trace(prompt):`, and in it `gradient = model.hook(name).output.grad.save()` "
+    "and `loss.backward()`"
 )
 _EDITED = "write `with model.edit() as edited:` and the lines that hold in every run of `edited`"
 _STEPS = (
@@ -148,11 +152,22 @@ OF_LOADING: Mapping[str, str] = {
 
 
 OF_RUNS: Mapping[str, str] = {
+    "add_special_tokens": (
+        "give ids: `model.tokenizer(prompt, add_special_tokens=False).input_ids`, in the place of "
+        "the prompt"
+    ),
+    "bwd_hooks": _GRADIENT,
+    "clear_contexts": _UNHOOKED,
+    "device": "write `LanguageModel(name, device_map='cpu')`, where the model is made",
     "fwd_hooks": _HOOKED,
-    "incl_bwd": "gradients are read in a block, `with model.trace(prompt):`: `module.output.grad`",
+    "incl_bwd": _GRADIENT,
     "loss_per_token": _HUGGING_FACE,
     "names_filter": "write `names=`, of `run_with_cache`",
     "padding_side": "each prompt is padded as the model reads: leave it out",
+    "pos_slice": (
+        "it keeps all positions: write `cache['residual_out', 3][:, -1]`, or in a block "
+        "`model.blocks[3].residual_out[:, -1].save()`"
+    ),
     "prepend_bos": "the tokenizer decides what is put before a prompt: leave it out",
     "remote": (
         "give it where the block begins, `model.trace(prompt, remote=url)`, or where the model is "
@@ -171,6 +186,16 @@ OF_RUNS: Mapping[str, str] = {
     "verbose": "it prints nothing: leave it out",
 }
 """Options given where a block begins."""
+
+OF_METHODS: Mapping[tuple[str, str], str] = {
+    ("run_with_cache", "device"): (
+        "write `to='cpu'` for the values that are kept; the model's own device is given where it "
+        "is made, `LanguageModel(name, device_map='cpu')`"
+    ),
+    ("run_with_cache", "clear_contexts"): _UNHOOKED,
+    ("generate", "stop_at_eos"): "a generation ends there by itself; `eos_token_id=None` goes on",
+}
+"""Options of one method, by its name and theirs."""
 
 OF_CACHES: Mapping[str, str] = {
     "accumulated_resid": (
@@ -193,7 +218,7 @@ OF_CACHES: Mapping[str, str] = {
     "stack_head_results": _RESULTS,
     "stack_neuron_results": "write `cache.stack('mlp.post')`, which `W_out` of an MLP multiplies",
     "to": "write `model.run_with_cache(prompt, to='cpu')`",
-    "toggle_autodiff": "gradients are read in a block: `module.output.grad`",
+    "toggle_autodiff": _GRADIENT,
 }
 """Names asked of a cache."""
 

@@ -348,8 +348,9 @@ class LanguageModel(ServedModel):
             OptionError: if the model has no value of such a name.
             BlockError: in a session, whose blocks run when it ends.
         """
-        from insitu.models.caching import cached  # takes a while, and most never ask
+        from insitu.models.caching import cached, check_options  # takes a while
 
+        check_options(self, prompt, kwargs)
         hooks = cast("Names", self.vocabulary).hooks
         return cached(self, self.trace(prompt, **kwargs), names, hooks, to, dtype)
 
