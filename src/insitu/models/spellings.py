@@ -150,6 +150,24 @@ def meant(name: str) -> tuple[str, ...]:
     return _MEANT.get(name, ())
 
 
+def word_instead(name: str) -> str:
+    """Returns the standard name to give in the place of another library's word, as a message's end.
+
+    Args:
+        name: the word, also the name of a hook.
+
+    Returns:
+        The end of a message, "" if the word means no value of a block.
+    """
+    for key in meant(name.rpartition(".")[2]):
+        if spelled(key) != key:
+            continue
+        last = key.rpartition(".")[2]
+        rotated = ", which is the rotated one on a rotary model" if last in ("q", "k") else ""
+        return f": write {(last if spelled(last) == key else key)!r}{rotated}"
+    return ""
+
+
 def whereabouts(vocabulary: Vocabulary) -> str:
     """Returns where the blocks of a model are, for a path that it does not have."""
     entry = vocabulary.entry("", "", "blocks")

@@ -14,7 +14,7 @@ from functools import cached_property
 from insitu.graph.errors import nearest
 from insitu.graph.node import Kind
 from insitu.models.body import Body
-from insitu.models.keys import entry_of, layers
+from insitu.models.keys import HOOK_PLACES, entry_of, layers
 from insitu.models.norms import Normalised, Scale, norm_of
 from insitu.models.parts import Block, Heads, Spot
 from insitu.tracing.forms import Apart, Form, PerHead, Rows, Split, Swapped
@@ -195,8 +195,17 @@ class TransformerLens:
             for name in OF_BLOCK:
                 yield f"blocks.{layer}.{name}"
 
+    def spelled(self, name: str) -> str | None:
+        """Returns the hook of a block that a short name means, such as "resid_post" or "hook_z"."""
+        places = (f"{place}{name.removeprefix('hook_')}" for place in HOOK_PLACES)
+        return next((hook for hook in places if hook in OF_BLOCK), None)
+
     def near(self, name: str) -> str:
-        """Returns the names that are nearest to one, as a part of a message."""
+        """Returns the names that are nearest to one, or why none is, as a part of a message."""
+        block, _, _ = name.removeprefix("blocks.").partition(".")
+        count = layers(self.vocabulary)
+        if name.startswith("blocks.") and block.isdecimal() and int(block) >= count:
+            return f": there is no block {block}, since the model has {count}, 0 to {count - 1}"
         return nearest(name, self.names())
 
     def entry(self, name: str) -> Entry | None:
