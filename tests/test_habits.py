@@ -1,5 +1,6 @@
 """What people type by habit of other libraries: an error with the line to write here."""
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+)
 
 from insitu import (
     BlockError,
@@ -16,6 +23,7 @@ from insitu import (
     LanguageModel,
     NotCachedError,
     NoValueError,
+    OperationError,
     OptionError,
     PathError,
     ShapeError,
@@ -261,3 +269,74 @@ def test_the_gradient_of_a_hook_is_named_and_is_that_of_torch(model: LanguageMod
     handle.remove()
     model.module.zero_grad()
     assert torch.allclose(gradient.value, found[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "line"),
+    [
+        ("insitu.methods", "get_act_patch_resid_pre", "`activation_patching` of"),
+        ("insitu.methods", "path_patch", "`from insitu.methods import path_patching`"),
+        ("insitu.methods", "logit_attrs", "import direct_logit_attribution"),
+        ("insitu.methods", "detect_head", "`head_scores`"),
+        ("insitu.methods", "LanguageModel", "`from insitu import LanguageModel`"),
+        ("insitu", "FactoredMatrix", "torch.linalg.svd(attention.W_V[3] @ attention.W_O[3])"),
+        ("insitu", "head_detector", "`head_scores`"),
+        ("insitu", "HookedTransformerConfig", "AutoModelForCausalLM.from_config(config)"),
+        ("insitu", "test_prompt", "softmax(-1).topk(10)"),
+    ],
+)
+def test_an_import_of_another_librarys_name_leads_on(package: str, name: str, line: str) -> None:
+    with pytest.raises(ImportError) as caught:
+        exec(f"from {package} import {name}")
+    assert isinstance(caught.value, InsituError) and line in str(caught.value)
+    with pytest.raises(PathError) as asked:
+        getattr(importlib.import_module(package), name)
+    assert line in str(asked.value) and __file__ in str(asked.value)
+
+
+def test_the_methods_list_what_they_are_and_not_their_files() -> None:
+    methods = importlib.import_module("insitu.methods")
+    assert {name for name in dir(methods) if not name.startswith("__")} == {*methods.__all__}
+
+
+def test_a_block_lists_the_names_that_it_has(model: LanguageModel) -> None:
+    listed = dir(model.blocks[0])
+    assert {*model.blocks[0].role, "attn", "ln_1"} <= {*listed}
+    assert not {"experts", "mixer_out", "cross_attention", "extra_out"} & {*listed}
+    assert {"W_Q", "pattern", "z"} <= {*dir(model.blocks[0].attention)}
+
+
+def test_a_config_is_told_how_to_become_a_model() -> None:
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30)
+    with pytest.raises(OptionError) as caught:
+        LanguageModel(config)  # pyright: ignore[reportArgumentType]
+    line = str(caught.value).partition("write `")[2].partition("`")[0]
+    names = {"LanguageModel": LanguageModel, "AutoModelForCausalLM": AutoModelForCausalLM}
+    assert eval(line, {**names, "config": config}).n_layers == 1
+
+
+def test_a_tensor_of_before_takes_no_values_of_a_run(model: LanguageModel) -> None:
+    store = torch.zeros(6, 128)
+    with pytest.raises(OperationError, match=r"values\.append\(x\.save\(\)\)"):
+        with model.trace(TEXT):
+            for layer in range(6):
+                store[layer] = model.blocks[layer].residual_out[0, -1]
+    with pytest.raises(OperationError, match=r"values\.append\(x\.save\(\)\)"):
+        with model.trace(TEXT):
+            store[0].copy_(model.blocks[0].residual_out[0, -1])
+    values = []
+    with model.trace(TEXT):
+        for block in model.blocks:
+            values.append(block.residual_out[0, -1].save())
+    stacked = eval("torch.stack([v.value for v in values])", {"torch": torch, "values": values})
+    ids = model.tokenizer(TEXT, return_tensors="pt").input_ids
+    states = model.module(ids, output_hidden_states=True).hidden_states
+    assert torch.allclose(stacked[2], states[3][0, -1], atol=1e-5)
+
+
+def test_a_warning_is_at_the_users_line() -> None:
+    model = LanguageModel("insitu/eiffel")
+    with pytest.warns(UserWarning, match="eager attention only") as caught:
+        with model.trace(TEXT):
+            model.blocks[1].attention.pattern.save()
+    assert [one.filename for one in caught] == [__file__]

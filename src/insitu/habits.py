@@ -20,6 +20,15 @@ _GRADIENT = (
     "write `with model.trace(prompt):`, and in it `gradient = model.hook(name).output.grad.save()` "
     "and `loss.backward()`"
 )
+_CIRCUIT = (
+    "write `torch.linalg.svd(attention.W_V[3] @ attention.W_O[3])`, with "
+    "`attention = model.blocks[2].attention`"
+)
+_COMPOSITION = (
+    "multiply `W_O` of one block with `W_Q`, `W_K` or `W_V` of a later one: see the recipe "
+    "`Composition of two heads`"
+)
+_DETECTED = "write `head_scores` or `attention_patterns` of `insitu.methods`"
 _EDITED = "write `with model.edit() as edited:` and the lines that hold in every run of `edited`"
 _STEPS = (
     "write `with generator.every_step():`, or `for step in generator.steps:`; one step is "
@@ -55,7 +64,7 @@ OF_BLOCKS: Mapping[str, str] = {
     "results": "write `tracer.output`",
     "save": "save the value itself: `module.output.save()`",
     "stop": "write `module.stop()`, at the module after which the run ends",
-    "text": "write `model.tokenizer.batch_decode(generator.output)`",
+    "text": "write `model.tokenizer.batch_decode(generator.output, skip_special_tokens=True)`",
     "tokens": "write `tracer.output`, of a generation, or `invoker.ids`",
     "value": "save a value in the block, and read that after it",
     "values": "save a value in the block, and read that after it",
@@ -63,10 +72,15 @@ OF_BLOCKS: Mapping[str, str] = {
 """Names asked of a tracer or an invocation."""
 
 OF_MODULES: Mapping[str, str] = {
+    "accumulated_bias": "the error of `model.blocks[0].attention.b_O` names the biases: sum them",
     "add_hook": _HOOKED,
     "add_perma_hook": _EDITED,
     "add_sae": _SAE,
     "all": "write `with generator.every_step():`",
+    "all_composition_scores": _COMPOSITION,
+    "all_head_labels": (
+        "write `[f'L{n}H{h}' for n in range(model.n_layers) for h in range(model.n_heads)]`"
+    ),
     "blocks_output": "write `model.blocks[3].residual_out`",
     "cfg": "write `model.config`, or `model.n_layers`, `model.d_model`, `model.n_heads`",
     "dispatch": "write `model.load()`",
@@ -177,7 +191,7 @@ OF_RUNS: Mapping[str, str] = {
     "return_cache_object": "it returns a cache that is a mapping: leave it out",
     "return_type": (
         "write `model.logits` in a block, and save what you need of it; text is "
-        "`model.tokenizer.batch_decode(generator.output)`"
+        "`model.tokenizer.batch_decode(generator.output, skip_special_tokens=True)`"
     ),
     "scan": "write `with model.scan(prompt):`; `trace` checks a block anyway: leave it out",
     "stop_at_layer": "a run ends by itself where all is read, or at `model.blocks[3].stop()`",
@@ -232,6 +246,24 @@ OF_VALUES: Mapping[str, str] = {
 """Methods called on a recorded value."""
 
 OF_PACKAGE: Mapping[str, str] = {
+    **dict.fromkeys(("get_act_patch_resid_pre", "get_act_patch_resid_mid"), _SWEEP),
+    **dict.fromkeys(("get_act_patch_attn_out", "get_act_patch_mlp_out"), _SWEEP),
+    **dict.fromkeys(("get_act_patch_attn_head_out_by_pos", "generic_activation_patch"), _SWEEP),
+    **dict.fromkeys(("get_act_patch_attn_head_out_all_pos", "get_act_patch_block_every"), _SWEEP),
+    "FactoredMatrix": _CIRCUIT,
+    "HookedTransformerConfig": (
+        "write `LanguageModel(AutoModelForCausalLM.from_config(config))`, of `transformers`"
+    ),
+    "SVDInterpreter": _CIRCUIT,
+    "composition_scores": _COMPOSITION,
+    "detect_head": _DETECTED,
+    "head_detector": _DETECTED,
+    "logit_attrs": "write `from insitu.methods import direct_logit_attribution`",
+    "path_patch": "write `from insitu.methods import path_patching`",
+    "test_prompt": (
+        "write `model.run_with_cache(prompt).logits[0, -1].softmax(-1).topk(10)`, and "
+        "`model.tokenizer.decode(one)` for each id"
+    ),
     "AutoModel": _MODEL,
     "AutoModelForCausalLM": _MODEL,
     "AutoTokenizer": "a model has one: `model.tokenizer`",

@@ -267,7 +267,7 @@ class Handle(Call):
     def __dir__(self) -> list[str]:
         names: set[str] = set()
         with contextlib.suppress(InsituError):  # where it takes the weights to know them
-            names.update(self._model.vocabulary.listed(self._path, self._part))
+            names.update(self.role)
         own = {*super().__dir__()} - self._internal
         return sorted({*own, *self.module._modules, *names})
 
