@@ -45,7 +45,8 @@ def deprecated(
         A decorator.
 
     Example:
-        >>>         >>> from insitu.deprecation import deprecated
+        >>> import warnings
+        >>> from insitu.deprecation import deprecated
         >>> @deprecated("double", instead="twice", goes_in="0.3")
         ... def double(number):
         ...     return 2 * number
