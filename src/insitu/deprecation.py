@@ -6,11 +6,12 @@ is a `DeprecationWarning` at the user's line, which Python shows once for each l
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from insitu.graph.warned import warn
+from insitu.graph.location import Location, user_frame
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,8 +28,20 @@ def warn_deprecated(old: str, *, instead: str, goes_in: str) -> None:
     Raises:
         DeprecationWarning: if the user's filters turn such warnings into errors.
     """
-    message = f"`{old}` is deprecated and goes in Insitu {goes_in}: write `{instead}` instead."
-    warn(message, DeprecationWarning, 3)
+    # Not `warnings.warn`: it counts frames, and between the user's line and this one there are as
+    # many as the library happens to need.
+    frame = user_frame(2)
+    place = Location(frame.f_code, frame.f_lasti)
+    warnings.warn_explicit(
+        f"`{old}` is deprecated and goes in Insitu {goes_in}: write `{instead}` instead.",
+        DeprecationWarning,
+        place.file,
+        place.line,
+        # Python shows such warnings of `__main__` alone, unless it is told otherwise.
+        module=frame.f_globals.get("__name__", "__main__"),
+        # In this table Python remembers at which lines of the file it has warned.
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
 
 
 def deprecated(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,7 +16,6 @@ from insitu.engine.dataflow import Dataflow, watch
 from insitu.engine.probe import Call
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.location import here
-from insitu.graph.warned import warn
 from insitu.models.anatomy import Reading, block_of
 from insitu.models.anatomy.hidden_states import hidden_sizes
 from insitu.models.anatomy.logits import final_norm_of, logits_of
@@ -246,10 +246,11 @@ class Body:
         """Says once that runs will be with eager attention."""
         if not self._said_eager:
             self._said_eager = True
-            warn(
+            warnings.warn(
                 "Attention scores and patterns exist in eager attention only. Runs in which "
                 "they are used have that in the place of the model's own implementation. "
                 "`attn_implementation='eager'`, given where the model is made, says so for all.",
+                stacklevel=2,
             )
 
     @contextmanager

@@ -6,11 +6,10 @@ keeps under a name with "drop" in it: `attention_dropout`, `attn_pdrop`, `layerd
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
-
-from insitu.graph.warned import warn
 
 INDIFFERENT = frozenset(
     [
@@ -40,9 +39,10 @@ def say_that_it_drops_out(said: set[str]) -> None:
     """
     if "dropout" not in said:
         said.update(("dropout", "training"))
-        warn(
+        warnings.warn(
             "The model is in training mode, so dropout makes its values random: each run gives "
             "others, and invocations run one by one. `model.module.eval()` turns it off.",
+            stacklevel=3,
         )
 
 
@@ -54,10 +54,11 @@ def say_that_it_trains(said: set[str]) -> None:
     """
     if "training" not in said:
         said.add("training")
-        warn(
+        warnings.warn(
             "The model, or a part of it, is in training mode, where the rows of a batch may "
             "depend on each other: its invocations run one by one. `model.module.eval()` lets "
             "them run together.",
+            stacklevel=3,
         )
 
 

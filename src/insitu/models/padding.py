@@ -6,6 +6,7 @@ row. Whether its rows are then what they are alone is tried in `padding_trial.py
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,6 @@ import torch
 
 from insitu.batching.demand import Side
 from insitu.engine.fallback import Fallback, tried
-from insitu.graph.warned import warn
 from insitu.models.attention import SETTING
 from insitu.models.calls import arguments
 from insitu.models.configuration import said
@@ -189,18 +189,20 @@ def warn_of_counting(setting: str) -> None:
     Args:
         setting: its name.
     """
-    warn(
+    warnings.warn(
         f"`{setting}` counts padding as tokens of the shorter rows of this prompt, which may get "
         "other tokens than alone. An `invoke` for each prompt gives each what it has alone.",
+        stacklevel=2,
     )
 
 
 def _warn_of_padding_behind() -> None:
     """Says that a generation goes on behind padding."""
-    warn(
+    warnings.warn(
         "The prompt is padded on the right, and `generate` goes on behind the padding: the shorter "
         "rows get other tokens than alone. Pad it on the left (`tokenizer.padding_side = 'left'`), "
         "or give the list of prompts itself.",
+        stacklevel=2,
     )
 
 
@@ -217,6 +219,7 @@ def _warn(name: str, side: Side | Literal[""]) -> None:
         if side
         else "computes in other ways for short prompts than for long ones"
     )
-    warn(
+    warnings.warn(
         f"{name} {why}. {what}. An `invoke` for each prompt gives each what it has alone.",
+        stacklevel=2,
     )

@@ -7,6 +7,7 @@ forward with a longer one would get the longer one's.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,7 +16,6 @@ from torch import nn
 
 from insitu.engine.keeping import keep_attributes, set_attribute
 from insitu.graph.changes import changing
-from insitu.graph.warned import warn
 
 
 class LengthDependence(NamedTuple):
@@ -79,11 +79,12 @@ def warn_of_lengths(dependence: LengthDependence, lengths: Sequence[int], steps:
     """
     if len({dependence.sharing(length, steps) for length in lengths}) > 1:
         what = "The pieces of some layers" if dependence.pieces else "The rotary embeddings"
-        warn(
+        warnings.warn(
             f"{what} of this model depend on the longest row of a forward, and the "
             f"rows of this prompt have {min(lengths)} to {max(lengths)} tokens: the shorter have "
             "other values than they have alone. An `invoke` for each prompt gives each what it has "
             "alone.",
+            stacklevel=2,
         )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import warnings
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
-from insitu.graph.warned import warn
 from insitu.remote.key_files import read_key
 
 URL_VARIABLE = "INSITU_REMOTE"
@@ -62,9 +62,10 @@ class Address:
             )
         local = is_loopback(host)
         if parts.scheme == "http" and not local:
-            warn(
+            warnings.warn(
                 f"`{url}` is another machine without TLS: whoever is in between can read the key, "
                 "the prompts and the results. Use `https://`, or a tunnel to this machine.",
+                stacklevel=2,
             )
         return cls(url.rstrip("/"), local, port)
 

@@ -5,6 +5,7 @@ A fault of the run is found there, and raised here, at the line that was recorde
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -14,7 +15,6 @@ from insitu.engine.seams import seams
 from insitu.graph.cells import Missing
 from insitu.graph.errors import InsituError, OptionError
 from insitu.graph.location import here
-from insitu.graph.warned import warn
 from insitu.tracing.jobs import job_of
 
 if TYPE_CHECKING:
@@ -144,9 +144,10 @@ def _warn_of_large_results(model: Subject, job: Job) -> None:
     }
     for name, one in results.items():
         if one.bytes is not None and one.bytes > LARGE_BYTES:
-            warn(
+            warnings.warn(
                 f"{one.bytes:,} bytes are saved at\n{places[name]}\nand have to come from the "
                 "server: save less of it, such as `x[:, -1]` in place of `x`.",
+                stacklevel=2,
             )
 
 
