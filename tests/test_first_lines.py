@@ -301,7 +301,10 @@ def test_a_cache_is_not_unpacked_into_logits_and_a_cache(eiffel: LanguageModel) 
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("stack_head_results", "cache.stack('attention.result')"),
+        (
+            "stack_head_results",
+            "model.run_with_cache(prompt, 'attention.result').stack('attention.result')",
+        ),
         ("decompose_resid", "cache.stack('mlp_out')"),
         ("accumulated_resid", "cache.stack('residual_in')"),
         ("cache_dict", "dict(cache)"),

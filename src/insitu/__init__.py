@@ -1,9 +1,7 @@
 """Insitu opens up a neural network while it runs."""
 
 import contextlib
-import sys
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from insitu.graph.control import apply, cond, fold
@@ -33,10 +31,8 @@ from insitu.graph.errors import (
     UnknownShapeError,
     WireError,
 )
-from insitu.graph.location import here
 from insitu.graph.node import Graph
 from insitu.graph.proxy import AnyProxy as Proxy
-from insitu.habits import OF_PACKAGE, habit
 from insitu.models.cache import ActivationCache
 from insitu.models.language_model import LanguageModel
 from insitu.models.model import Model
@@ -146,7 +142,9 @@ def __getattr__(name: str) -> Any:
     elif name == "methods":  # a subpackage, which nothing has imported yet
         found = import_module("insitu.methods")
     else:
-        raise _unknown(name)
+        from insitu.unknown import unknown_name  # of use only for an error
+
+        raise unknown_name(__name__, name, __all__)
     globals()[name] = found
     return found
 
@@ -158,20 +156,6 @@ def _picture(graph: Graph) -> str:
 
 
 Graph.picture = _picture
-
-
-def _unknown(name: str) -> Exception:
-    """The error for a name that is not here, with the line to write if it is known."""
-    if name.startswith("_") or find_spec(f"insitu.{name}"):  # a question of Python's
-        return AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    instead = habit(name, OF_PACKAGE, __all__)
-    if name not in OF_PACKAGE and name in getattr(import_module("insitu.methods"), "__all__", ()):
-        instead = f": write `from insitu.methods import {name}`"
-    message = f"`insitu` has no `{name}`{instead}."
-    # `from insitu import name` asks by `hasattr` first, and would put an error of its own in the
-    # place of an `AttributeError`.
-    imported = sys._getframe(2).f_globals.get("__name__") == "importlib._bootstrap"
-    return UnknownNameError(message, here()) if imported else PathError(message, here())
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 
 from insitu.graph.errors import nearest
 
-_BIAS = "write it by its path, such as `model.transformer.h[0].attn.c_proj.module.bias`"
 _CACHED = "write `model.run_with_cache(prompt, names)`"
 _CACHED_HERE = (
     "write `values = {path: model[path].output.save(optional=True) for path in model.modules if "
@@ -19,8 +18,21 @@ _CACHED_HERE = (
 )
 _HOOKED = (
     "write `with model.trace(prompt):`, and in it `hook = model.hook(name)` and "
-    "`hook.output = f(hook.output)`"
+    "`hook.output = f(hook.output)`; its gradient is `hook.output.grad`, of a `loss.backward()`"
 )
+_GRADIENT = (
+    "write `with model.trace(prompt):`, and in it `gradient = model.hook(name).output.grad.save()` "
+    "and `loss.backward()`"
+)
+_CIRCUIT = (
+    "write `torch.linalg.svd(attention.W_V[3] @ attention.W_O[3])`, with "
+    "`attention = model.blocks[2].attention`"
+)
+_COMPOSITION = (
+    "multiply `W_O` of one block with `W_Q`, `W_K` or `W_V` of a later one: see the recipe "
+    "`Composition of two heads`"
+)
+_DETECTED = "write `head_scores` or `attention_patterns` of `insitu.methods`"
 _EDITED = "write `with model.edit() as edited:` and the lines that hold in every run of `edited`"
 _STEPS = (
     "write `with generator.every_step():`, or `for step in generator.steps:`; one step is "
@@ -30,6 +42,10 @@ _TOKENS = "write `model.tokenizer(prompt).input_ids`"
 _HUGGING_FACE = "write `model.load()(**inputs)`"
 _LENS = "write `logit_lens` or `direct_logit_attribution` of `insitu.methods`"
 _PLAIN = "write Python's own, and save what is put in it: `values[name] = x.save()`"
+_RESULTS = (
+    "write `model.run_with_cache(prompt, 'attention.result').stack('attention.result')`, with a "
+    "name for each further value in a list"
+)
 _SAE = "write `SparseAutoencoder.load(folder)` and `use_sae` of `insitu.methods`"
 _SITE = "write `with model.trace(prompt):`, and in it `model.blocks[3].output.save()`"
 _SWEEP = "write `activation_patching` of `insitu.methods`"
@@ -54,7 +70,7 @@ OF_BLOCKS: Mapping[str, str] = {
     "results": "write `tracer.output`",
     "save": "save the value itself: `module.output.save()`",
     "stop": "write `module.stop()`, at the module after which the run ends",
-    "text": "write `model.tokenizer.batch_decode(generator.output)`",
+    "text": "write `model.tokenizer.batch_decode(generator.output, skip_special_tokens=True)`",
     "tokens": "write `tracer.output`, of a generation, or `invoker.ids`",
     "value": "save a value in the block, and read that after it",
     "values": "save a value in the block, and read that after it",
@@ -62,14 +78,15 @@ OF_BLOCKS: Mapping[str, str] = {
 """Names asked of a tracer or an invocation."""
 
 OF_MODULES: Mapping[str, str] = {
-    **dict.fromkeys(("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U"), _BIAS),
-    "OV": "write `block.attention.W_V @ block.attention.W_O`",
-    "QK": "write `block.attention.W_Q @ block.attention.W_K.mT`",
-    "W_pos": "write it by its path, such as `model.transformer.wpe.module.weight`",
+    "accumulated_bias": "the error of `model.blocks[0].attention.b_O` names the biases: sum them",
     "add_hook": _HOOKED,
     "add_perma_hook": _EDITED,
     "add_sae": _SAE,
     "all": "write `with generator.every_step():`",
+    "all_composition_scores": _COMPOSITION,
+    "all_head_labels": (
+        "write `[f'L{n}H{h}' for n in range(model.n_layers) for h in range(model.n_heads)]`"
+    ),
     "blocks_output": "write `model.blocks[3].residual_out`",
     "cfg": "write `model.config`, or `model.n_layers`, `model.d_model`, `model.n_heads`",
     "clear_edits": "edits leave the model that they were made of as it is: use that one",
@@ -83,7 +100,9 @@ OF_MODULES: Mapping[str, str] = {
     ),
     "get": 'write `model["transformer.h.3"]`, with the path of the module',
     "get_caching_hooks": _CACHED,
-    "get_token_position": _TOKENS,
+    "get_token_position": (
+        "write `model.tokenizer(prompt).input_ids.index(model.token_id(token))`"
+    ),
     "hook_dict": _HOOKED,
     "hook_points": _HOOKED,
     "hooks": _HOOKED,
@@ -133,8 +152,10 @@ OF_MODULES: Mapping[str, str] = {
     ),
     "steer": "write `steer` of `insitu.methods`",
     "to_single_str_token": "write `model.tokenizer.decode(ids)`",
-    "to_single_token": _TOKENS,
-    "to_str_tokens": "write `model.tokenizer.tokenize(prompt)`",
+    "to_single_token": "write `model.token_id(token)`",
+    "to_str_tokens": (
+        "write `[model.tokenizer.decode(one) for one in model.tokenizer(prompt).input_ids]`"
+    ),
     "to_string": "write `model.tokenizer.decode(ids)`",
     "to_tokens": _TOKENS,
     "tokens_to_residual_directions": "write `model.W_U[:, id]`",
@@ -179,11 +200,22 @@ OF_SESSIONS: Mapping[str, str] = {
 
 OF_RUNS: Mapping[str, str] = {
     "blocking": "write `remote=url, wait=False`, and then `tracer.remote_job.result()`",
+    "add_special_tokens": (
+        "give ids: `model.tokenizer(prompt, add_special_tokens=False).input_ids`, in the place of "
+        "the prompt"
+    ),
+    "bwd_hooks": _GRADIENT,
+    "clear_contexts": _UNHOOKED,
+    "device": "write `LanguageModel(name, device_map='cpu')`, where the model is made",
     "fwd_hooks": _HOOKED,
-    "incl_bwd": "gradients are read in a block, `with model.trace(prompt):`: `module.output.grad`",
+    "incl_bwd": _GRADIENT,
     "loss_per_token": _HUGGING_FACE,
     "names_filter": "write `names=`, of `run_with_cache`",
     "padding_side": "each prompt is padded as the model reads: leave it out",
+    "pos_slice": (
+        "it keeps all positions: write `cache['residual_out', 3][:, -1]`, or in a block "
+        "`model.blocks[3].residual_out[:, -1].save()`"
+    ),
     "prepend_bos": "the tokenizer decides what is put before a prompt: leave it out",
     "remote": (
         "give it where the block begins, `model.trace(prompt, remote=url)`, or where the model is "
@@ -193,7 +225,7 @@ OF_RUNS: Mapping[str, str] = {
     "return_cache_object": "it returns a cache that is a mapping: leave it out",
     "return_type": (
         "write `model.logits` in a block, and save what you need of it; text is "
-        "`model.tokenizer.batch_decode(generator.output)`"
+        "`model.tokenizer.batch_decode(generator.output, skip_special_tokens=True)`"
     ),
     "scan": "write `with model.scan(prompt):`; `trace` checks a block anyway: leave it out",
     "stop_at_layer": "a run ends by itself where all is read, or at `model.blocks[3].stop()`",
@@ -203,22 +235,38 @@ OF_RUNS: Mapping[str, str] = {
 }
 """Options given where a block begins."""
 
+OF_METHODS: Mapping[tuple[str, str], str] = {
+    ("run_with_cache", "device"): (
+        "write `to='cpu'` for the values that are kept; the model's own device is given where it "
+        "is made, `LanguageModel(name, device_map='cpu')`"
+    ),
+    ("run_with_cache", "clear_contexts"): _UNHOOKED,
+    ("generate", "stop_at_eos"): "a generation ends there by itself; `eos_token_id=None` goes on",
+}
+"""Options of one method, by its name and theirs."""
+
 OF_CACHES: Mapping[str, str] = {
-    "accumulated_resid": "write `cache.stack('residual_in')`, or `logit_lens` of `insitu.methods`",
+    "accumulated_resid": (
+        "write `torch.cat([cache.stack('residual_in'), cache['residual_out', -1][None]])`, or "
+        "`logit_lens` of `insitu.methods`"
+    ),
     "apply_ln_to_stack": _LENS,
     "cache_dict": "a cache is a mapping: `dict(cache)`",
-    "compute_head_results": "write `cache.stack('attention.result')`",
-    "decompose_resid": "write `cache.stack('attention_out')` and `cache.stack('mlp_out')`",
+    "compute_head_results": _RESULTS,
+    "decompose_resid": (
+        "write `torch.cat([cache['residual_in', 0][None], cache.stack('attention_out'), "
+        "cache.stack('mlp_out')])`, which adds up to `cache['residual_out', -1]`"
+    ),
     "get_full_resid_decomposition": _LENS,
     "get_neuron_results": "write `cache.stack('mlp.post')`, which `W_out` of an MLP multiplies",
     "has_batch_dim": "the first axis is always that of the prompts: leave it out",
     "logit_attrs": "write `direct_logit_attribution` of `insitu.methods`",
     "remove_batch_dim": "write `cache['z', 3][0]`",
     "stack_activation": "write `cache.stack('z')`",
-    "stack_head_results": "write `cache.stack('attention.result')`",
+    "stack_head_results": _RESULTS,
     "stack_neuron_results": "write `cache.stack('mlp.post')`, which `W_out` of an MLP multiplies",
     "to": "write `model.run_with_cache(prompt, to='cpu')`",
-    "toggle_autodiff": "gradients are read in a block: `module.output.grad`",
+    "toggle_autodiff": _GRADIENT,
 }
 """Names asked of a cache."""
 
@@ -251,6 +299,24 @@ OF_VALUES: Mapping[str, str] = {
 
 OF_PACKAGE: Mapping[str, str] = {
     **dict.fromkeys(("bool", "bytes", "dict", "float", "int", "set", "str", "tuple"), _PLAIN),
+    **dict.fromkeys(("get_act_patch_resid_pre", "get_act_patch_resid_mid"), _SWEEP),
+    **dict.fromkeys(("get_act_patch_attn_out", "get_act_patch_mlp_out"), _SWEEP),
+    **dict.fromkeys(("get_act_patch_attn_head_out_by_pos", "generic_activation_patch"), _SWEEP),
+    **dict.fromkeys(("get_act_patch_attn_head_out_all_pos", "get_act_patch_block_every"), _SWEEP),
+    "FactoredMatrix": _CIRCUIT,
+    "HookedTransformerConfig": (
+        "write `LanguageModel(AutoModelForCausalLM.from_config(config))`, of `transformers`"
+    ),
+    "SVDInterpreter": _CIRCUIT,
+    "composition_scores": _COMPOSITION,
+    "detect_head": _DETECTED,
+    "head_detector": _DETECTED,
+    "logit_attrs": "write `from insitu.methods import direct_logit_attribution`",
+    "path_patch": "write `from insitu.methods import path_patching`",
+    "test_prompt": (
+        "write `model.run_with_cache(prompt).logits[0, -1].softmax(-1).topk(10)`, and "
+        "`model.tokenizer.decode(one)` for each id"
+    ),
     "AutoModel": _MODEL,
     "AutoModelForCausalLM": _MODEL,
     "AutoTokenizer": "a model has one: `model.tokenizer`",

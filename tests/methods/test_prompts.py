@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from insitu import LanguageModel, OptionError, PromptError
-from insitu.methods.prompts import read_prompts, token_id, words
+from insitu.methods.prompts import read_prompts, words
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,13 @@ def test_without_a_tokenizer_tokens_are_numbers(gpt2: LanguageModel) -> None:
 def test_a_token_is_its_id_or_a_text_of_just_one(eiffel: LanguageModel) -> None:
     wanted = eiffel.tokenizer(" Paris").input_ids
     assert len(wanted) == 1
-    assert token_id(eiffel, " Paris") == token_id(eiffel, wanted[0]) == wanted[0]
+    assert eiffel.token_id(" Paris") == eiffel.token_id(wanted[0]) == wanted[0]
     with pytest.raises(PromptError, match=r"'Colosseum' is 3 tokens .*' Colosseum', it is one"):
-        token_id(eiffel, "Colosseum")
+        eiffel.token_id("Colosseum")
     with pytest.raises(PromptError, match="no token 1336"):
-        token_id(eiffel, 1336)
+        eiffel.token_id(1336)
     with pytest.raises(OptionError, match="as text or as its id, not as 1.5"):
-        token_id(eiffel, 1.5)  # pyright: ignore[reportArgumentType]
+        eiffel.token_id(1.5)  # pyright: ignore[reportArgumentType]
 
 
 def test_prompts_that_the_model_cannot_have_are_refused(gpt2: LanguageModel) -> None:

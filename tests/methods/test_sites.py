@@ -172,3 +172,19 @@ def test_heads_of_a_decoder_are_patched_as_hooks_do() -> None:
 
 def _first(logits: Any) -> Any:
     return logits[-1, 3]
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("resid_pre", "residual_in"),
+        ("hook_z", "z"),
+        ("hook_v", "v"),
+        ("blocks.3.hook_resid_mid", "residual_mid"),
+        ("attn_weights", "pattern"),
+    ],
+)
+def test_a_word_of_another_library_names_the_site_to_write(word: str, name: str) -> None:
+    with pytest.raises(OptionError, match=f": write '{name}'"):
+        site_of(word)
+    assert site_of(name).name == name

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from insitu import (
     ActivationCache,
     BlockError,
+    InsituError,
     LanguageModel,
     NotCachedError,
     OptionError,
@@ -228,3 +230,27 @@ def test_of_the_bundled_model_it_holds_what_is_said_of_it(eiffel: LanguageModel)
     assert eiffel.tokenizer.decode(cache.logits[0, -1].argmax()) == " Paris"
     lens = eiffel.module.lm_head(eiffel.module.transformer.ln_f(cache.stack("residual_out")))
     torch.testing.assert_close(lens[-1], cache.logits)
+
+
+@pytest.mark.parametrize("name", ["resid_post", "hook_z", "attn_scores", "hook_q"])
+def test_short_names_of_hooks_are_kept_of_all_blocks(model: LanguageModel, name: str) -> None:
+    kept = model.run_with_cache(IDS, name)
+    assert len(kept) == model.n_layers
+    full = next(key for key in kept if key.startswith("blocks.1."))
+    with model.trace(IDS):
+        expected = model.hook(full).output.save()
+    assert torch.equal(kept[full], expected.value)
+
+
+def test_a_function_that_is_true_of_nothing_is_an_error(model: LanguageModel) -> None:
+    with pytest.raises(OptionError, match="true of no name"):
+        model.run_with_cache(IDS, lambda name: name.endswith("hook_zz"))
+    nothing = model.run_with_cache(IDS, "experts.router")
+    with pytest.raises(NotCachedError, match="no experts"):
+        nothing["router", 0]
+
+
+def test_a_hook_of_a_block_that_there_is_not_says_how_many_there_are(model: LanguageModel) -> None:
+    for use in (model.hook, partial(model.run_with_cache, IDS)):
+        with pytest.raises(InsituError, match=f"the model has {model.n_layers}, 0 to"):
+            use("blocks.12.attn.hook_z")

@@ -16,6 +16,7 @@ from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import NO_KWARGS, Ref, WeightRef, ref
 from insitu.graph.operations import BACKWARD, GETITEM, GRAD, WRITE
 from insitu.graph.optimisers import refuse_steps
+from insitu.graph.read_only import writable
 from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
 from insitu.graph.recording import Recording
 from insitu.graph.standing import holds
@@ -206,7 +207,7 @@ def _checked(recording: Recording, item: Any, mark: Mark) -> Any:
         for path, weight in recording.shapes.model.modules[""].named_parameters():
             if weight is item:
                 return WeightRef(path)
-    return item
+    return writable(item)
 
 
 def _returned(recording: Recording, backward: Ref, inputs: Sequence[Any], mark: Mark) -> list[Ref]:

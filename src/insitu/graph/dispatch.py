@@ -119,6 +119,13 @@ def refuse(func: Callable[..., Any]) -> NoReturn:
     name = getattr(func, "__name__", str(func))
     namespace = getattr(func, "__module__", None) or "torch.Tensor"
     known = {operation.short for operation in BY_NAME.values()}
+    if func is Tensor.__setitem__:
+        raise OperationError(
+            "A value of a run cannot be put into a tensor that is there before it: write "
+            "`values.append(x.save())` into a list, and `torch.stack([v.value for v in values])` "
+            "after the block.",
+            here(3),
+        )
     raise OperationError(
         f"{namespace}.{name} is not an operation that can be recorded{nearest(name, known)}. Save "
         f"what it needs and call it on the saved values after the block.{within_module()}",

@@ -31,6 +31,7 @@ from insitu.graph.node import (
     table_of,
 )
 from insitu.graph.operations import GETITEM, INPUT, SAVE, Operation
+from insitu.graph.read_only import writable
 from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
 from insitu.graph.recording import Recording
 from insitu.graph.saved import SavedList, SavedTensor
@@ -184,7 +185,7 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
     if type(value) is SavedTensor:
         return recording.hold(value.constant(), mark)
     if isinstance(value, torch.Tensor) and not isinstance(value, AnyRecorded):
-        return recording.hold(value, mark)
+        return recording.hold(writable(value), mark)
 
     def leaf(item: Any) -> Any:
         if isinstance(item, AnyRecorded):
@@ -208,7 +209,7 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
             # Not by `leaf`, which would then refer to itself: a cycle that only the collector ends.
             return encode(recording, item.value, inputs, mark)
         if isinstance(item, torch.Tensor):
-            return recording.hold(item, mark)
+            return recording.hold(writable(item), mark)
         if type(item) in PLAIN or isinstance(item, Function | WeightRef):
             return item
         if isinstance(item, Number) and hasattr(item, "item"):  # a NumPy scalar

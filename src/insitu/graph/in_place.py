@@ -52,7 +52,7 @@ def mutate(
         raise OperationError(
             f"`{operation.short}` would write into {described(target)} that is not a value of "
             "this run: use the operation without the underscore, or write into `.clone()` of "
-            "a value of the run.",
+            "a value of the run. To keep a value, write `values.append(x.save())` into a list.",
             Location(*mark),
         )
     if not target._operand:

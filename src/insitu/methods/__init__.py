@@ -4,6 +4,8 @@ Every method is a function of a model and prompts, is planned as one experiment,
 `Result`: numbers with named axes, which can be drawn, saved and made a table.
 """
 
+from typing import Any
+
 from insitu.display.axis import Axis
 from insitu.methods.ablation import ablate
 from insitu.methods.alignment import distributed_alignment_search
@@ -92,3 +94,13 @@ __all__ = [
 ]
 
 guard(globals(), __all__)
+
+
+def __getattr__(name: str) -> Any:
+    from insitu.unknown import unknown_name  # of use only for an error
+
+    raise unknown_name(__name__, name, __all__)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -19,7 +19,7 @@ from insitu.graph.location import here
 from insitu.methods import files
 from insitu.methods.activations import gather, stream_site
 from insitu.methods.metrics import Tokens
-from insitu.methods.prompts import Prompts, read_prompts, token_id
+from insitu.methods.prompts import Prompts, read_prompts
 from insitu.methods.result import Result
 from insitu.models.language_model import LanguageModel
 
@@ -249,7 +249,7 @@ def read_pairs(
             "base has a source and an answer.",
             here(),
         )
-    return read, given, torch.tensor([token_id(model, answer) for answer in several])
+    return read, given, torch.tensor([model.token_id(answer) for answer in several])
 
 
 def check_position(prompts: Prompts, position: int) -> None:

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 from insitu.graph.errors import OptionError, PathError, ShapeError, UnknownShapeError
 from insitu.graph.location import here
 from insitu.methods.measured_run import Run
-from insitu.methods.prompts import token_id
 from insitu.models.language_model import LanguageModel
 
 Measure: TypeAlias = Callable[[Any, Any], Any]
@@ -219,11 +218,11 @@ def token_ids(model: LanguageModel, tokens: Tokens, count: int) -> list[int]:
     given: Any = tokens
     tokens = given.tolist() if hasattr(given, "tolist") else given  # of torch or NumPy
     if isinstance(tokens, str) or not isinstance(tokens, Iterable):
-        return [token_id(model, tokens)] * count
+        return [model.token_id(tokens)] * count
     tokens = list(tokens)
     if len(tokens) != count:
         raise OptionError(
             f"There are {len(tokens)} answers for {count} prompts: give one, or one for each.",
             here(),
         )
-    return [token_id(model, token) for token in tokens]
+    return [model.token_id(token) for token in tokens]

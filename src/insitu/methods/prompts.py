@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any
 
 import torch
 
 from insitu.display.axis import Axis
-from insitu.graph.errors import OptionError, PromptError
+from insitu.graph.errors import PromptError
 from insitu.graph.location import here, mark
 from insitu.methods.sites import chosen, numbers_of
 from insitu.models.language_model import LanguageModel
-from insitu.models.tokens import vocabulary_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,33 +135,6 @@ def words(model: LanguageModel, ids: Sequence[int]) -> tuple[str, ...]:
     if tokenizer is None or isinstance(tokenizer, Exception):
         return tuple(map(str, ids))
     return tuple(tokenizer.decode([token]) for token in ids)
-
-
-def token_id(model: LanguageModel, token: str | int) -> int:
-    """Returns the id of a token.
-
-    Args:
-        model: the model.
-        token: its text, as it is written in the middle of a sentence, mostly with a space first:
-            " Paris"; or its id.
-
-    Raises:
-        PromptError: if it is no one token, or an id that the model does not have.
-    """
-    if not isinstance(token, str | bool) and hasattr(token, "__index__"):
-        token = index(token)
-        if not 0 <= token < vocabulary_of(model.module, model.config):
-            raise PromptError(f"The model has no token {token}.", here())
-        return token
-    if not isinstance(token, str):
-        raise OptionError(f"A token is given as text or as its id, not as {token!r}.", here())
-    ids = model.tokenizer.encode(token, add_special_tokens=False)
-    if len(ids) == 1:
-        return ids[0]
-    spaced = model.tokenizer.encode(" " + token, add_special_tokens=False)
-    hint = f" With a space, {' ' + token!r}, it is one." if len(spaced) == 1 else ""
-    parts = ", ".join(repr(word) for word in words(model, ids))
-    raise PromptError(f"{token!r} is {len(ids)} tokens ({parts}), not one.{hint}", here())
 
 
 def _says_nothing(name: str, value: Any) -> bool:

@@ -98,8 +98,10 @@ def site_of(name: str) -> Site:
     key = spelled(name)
     axes = None if key is None else _STREAM if key in _NORMS else _AXES.get(key.split(".")[-1])
     if key is None or axes is None:
-        there = [*_AXES, *OF_BLOCK]
-        raise OptionError(f"No value of a block is called {name!r}{nearest(name, there)}.", here())
+        from insitu.models.spellings import word_instead  # only errors ask for it
+
+        near = word_instead(name) or nearest(name, [*_AXES, *OF_BLOCK])
+        raise OptionError(f"No value of a block is called {name!r}{near}.", here())
     return Site(key, axes)
 
 

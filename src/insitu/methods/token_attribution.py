@@ -17,7 +17,7 @@ from insitu.graph.location import here
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Metric, as_metric
 from insitu.methods.progress import progress as bar
-from insitu.methods.prompts import Prompts, read_prompts, token_id
+from insitu.methods.prompts import Prompts, read_prompts
 from insitu.methods.result import Result
 from insitu.methods.sites import check_count
 from insitu.models.configuration import said, text_config
@@ -190,7 +190,7 @@ def _baseline(model: LanguageModel, baseline: Any) -> Callable[[Any], Any]:
             f"not {baseline!r}.",
             here(),
         )
-    token = token_id(model, baseline)
+    token = model.token_id(baseline)
 
     def begin(embeddings: Any) -> Any:
         ids = torch.full_like(embeddings[..., 0], token, dtype=torch.long)

@@ -9,17 +9,20 @@ from __future__ import annotations
 import dis
 import re
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
-from insitu.graph.errors import NotCachedError, OperationError, PathError, ShapeError, nearest
+from insitu.graph.errors import NotCachedError, OperationError, PathError, ShapeError
 from insitu.graph.location import here
 from insitu.habits import OF_CACHES, habit
-from insitu.models.keys import spelled
+from insitu.models.keys import HOOK_PLACES, spelled
 
-_PLACES = ("", "hook_", "attn.hook_", "mlp.hook_")  # of TransformerLens's short names
+if TYPE_CHECKING:
+    from insitu.models.transformer_lens import TransformerLens
+
 _UNPACKING = ("UNPACK_SEQUENCE", "UNPACK_EX")  # what Python does in `logits, cache = ...`
 _PARTS = {"a": "attn", "m": "mlp"}  # TransformerLens's short forms
 
@@ -40,11 +43,22 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         layers: how many blocks the model has.
         aliases: what else the keys are called, with whether the axes of heads and positions are
             the other way round.
+        hooks: the names of the model, for errors that say how to keep more. The cache does not
+            keep them alive.
 
     Attributes:
         ids: the token ids of the prompt, `(batch, position)`, None if it was given as embeddings.
         mask: 1 where these hold tokens and 0 where padding, of the same shape; None like `ids`.
             There is padding only where prompts of different length were given together.
+
+    Example:
+        >>> from insitu import LanguageModel
+        >>> model = LanguageModel("insitu/eiffel")
+        >>> cache = model.run_with_cache("The Louvre is in", ["blocks.*.residual_out"])
+        >>> cache["residual_out", -1].shape
+        torch.Size([1, 4, 128])
+        >>> cache.stack("residual_out").shape
+        torch.Size([6, 1, 4, 128])
     """
 
     def __init__(
@@ -54,6 +68,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         mask: torch.Tensor,
         layers: int,
         aliases: Mapping[str, tuple[str, bool]],
+        hooks: TransformerLens | None = None,
     ) -> None:
         self._values = dict(values)
         self._layers = layers
@@ -62,6 +77,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         self._standard = {
             aliases[key][0]: (key, aliases[key][1]) for key in self._values if key in aliases
         }
+        self._hooks = None if hooks is None else weakref.ref(hooks)
         self.ids = ids
         self.mask = mask
 
@@ -108,9 +124,11 @@ class ActivationCache(Mapping[str, torch.Tensor]):
             return value
         other, heads_third = self._other(key)
         value = self._values.get(other)
-        if value is None:
-            raise self._lacking(key)
-        return value.transpose(1, 2) if heads_third else value
+        if value is not None:
+            return value.transpose(1, 2) if heads_third else value
+        if f"hook_{key}" in self:  # TransformerLens's short name of a value of the model: "embed"
+            return self[f"hook_{key}"]
+        raise self._lacking(key)
 
     def __contains__(self, key: object) -> bool:
         if isinstance(key, tuple):
@@ -140,6 +158,9 @@ class ActivationCache(Mapping[str, torch.Tensor]):
             own = [each for each in dir(type(self)) if not each.startswith("_")]
             raise PathError(f"A cache has no `{name}`{habit(name, OF_CACHES, own)}.", here())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hooks": None}
+
     def __len__(self) -> int:
         return len(self._values)
 
@@ -164,6 +185,8 @@ class ActivationCache(Mapping[str, torch.Tensor]):
 
         As in TransformerLens, the part of the block may follow: `("scale", 0, "ln1")`.
         """
+        if len(key) == 1 and key[0] in ("embed", "pos_embed"):  # TransformerLens's, of no block
+            return f"hook_{key[0]}"
         name, layer, *part = (*key, None, None)[: max(2, len(key))]
         if not isinstance(name, str) or type(layer) is not int or len(part) > 1:
             raise NotCachedError(
@@ -196,32 +219,16 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         if standard is not None:
             key = f"blocks.{layer}.{standard}"
             return key if key in self else None
-        keys = [f"blocks.{layer}.{place}{name}" for place in _PLACES]
+        keys = [f"blocks.{layer}.{place}{name}" for place in HOOK_PLACES]
         return next((key for key in keys if key in self), None)
 
     def _lacking(self, key: str, name: str | None = None) -> NotCachedError:
-        there = [*self._values, *(one for one, (of, _) in self._aliases.items() if of in self)]
-        if name is None:
-            near = nearest(key, there)
-        else:  # by the last word, as it was asked for
-            from insitu.models.spellings import meant
+        from insitu.models.lacking import why_lacking
 
-            words = dict.fromkeys(one.rpartition(".")[2].removeprefix("hook_") for one in there)
-            other = next((one for one in meant(name) if one.rpartition(".")[2] in words), None)
-            near = nearest(name, words) if other is None else f": write {other!r}"
-            block, number, *_ = key.split(".")
-            if f"{block}.{number}.attn.hook_{name}" in self:  # another value
-                near = (
-                    f": write `cache[{name!r}, {number}, 'attn']` for TransformerLens's, which is "
-                    "another value on this model"
-                )
-        if key in self._aliases:
-            near = f" (it is {self._aliases[key][0]!r})"
-        return NotCachedError(
-            f"{name or key!r} is not in the cache{near}. It holds what `names` asked for, as far "
-            "as the model has it: `print(cache)` lists it.",
-            here(3),
-        )
+        there = [*self._values, *(one for one, (of, _) in self._aliases.items() if of in self)]
+        hooks = None if self._hooks is None else self._hooks()
+        why = why_lacking(key, name, there, self._aliases, self._layers, hooks)
+        return NotCachedError(f"{why} `print(cache)` lists the values that it holds.", here(3))
 
 
 def _bytes(size: int) -> str:

@@ -12,6 +12,7 @@ from insitu.graph.errors import BlockError
 from insitu.graph.location import here, mark
 from insitu.models.cache import ActivationCache
 from insitu.models.keys import doubles, layers
+from insitu.models.prompt_arguments import given_to_block
 from insitu.models.selection import Filters, select
 from insitu.models.transformer_lens import TransformerLens
 from insitu.tracing.session import open_sessions, session_of
@@ -19,6 +20,25 @@ from insitu.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
     from insitu.batching.procedure import Subject
+    from insitu.models.language_subject import LanguageSubject
+
+
+def check_options(model: LanguageSubject, prompt: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raises for an option that means nothing to `run_with_cache`, which hands others to `trace`.
+
+    Args:
+        model: the model.
+        prompt: the prompt, None if it is among `kwargs`.
+        kwargs: what was given by keyword.
+
+    Raises:
+        OptionError: for such an option.
+    """
+    others = {name: value for name, value in kwargs.items() if name not in _OF_TRACE}
+    given_to_block(model, prompt, others, "run_with_cache")
+
+
+_OF_TRACE = ("max_tokens_per_pass", "remote", "share_prefixes", "wait")
 
 
 def cached(
@@ -71,6 +91,7 @@ def cached(
         invocation.mask,
         layers(vocabulary),
         {**hooks.aliases, **{key: (other, False) for key, other in doubles(vocabulary).items()}},
+        hooks,
     )
 
 

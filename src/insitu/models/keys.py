@@ -24,6 +24,9 @@ OF_BLOCK = (
 COMPUTED = ("attention.result", "cross_attention.result")
 """Those of values that no model computes itself, and that are large."""
 
+HOOK_PLACES = ("", "hook_", "attn.hook_", "mlp.hook_")
+"""Where TransformerLens's short names of a block's values stand in it."""
+
 _STACKS = ("encoder_blocks", "blocks")
 
 

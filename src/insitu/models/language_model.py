@@ -137,6 +137,19 @@ class LanguageModel(ServedModel):
             self.load()
         return self.traits.placement.device if self.loaded else torch.device("cpu")
 
+    def token_id(self, token: str | int) -> int:
+        """Returns the id of one token, with nothing that the tokenizer puts before a prompt.
+
+        Args:
+            token: its text, mostly with a space first: `model.token_id(" Paris")`; or its id.
+
+        Raises:
+            PromptError: if it is several tokens, or an id that the model does not have.
+        """
+        from insitu.models.single_token import token_id
+
+        return token_id(self, token)
+
     def _notice(self) -> None:
         """Forgets how the model runs, if its module has since been told to run otherwise."""
         super()._notice()
@@ -175,8 +188,7 @@ class LanguageModel(ServedModel):
             share_prefixes: whether invocations of one prompt share what comes before their first
                 write. Unless given, where that is faster.
             remote: the server that runs it, as of the class; None for where the model is.
-            wait: whether the block waits for what a server gives. If not, `tracer.remote_job` has
-                it later.
+            wait: whether the block waits for a server; if not, `tracer.remote_job` has it later.
             kwargs: keyword arguments of the model's forward. `use_cache` is False unless given.
                 A prompt may be among them, as `input_ids=` or `inputs_embeds=`, and what goes with
                 it, such as `attention_mask=`; with a chat, `add_generation_prompt=`. `seed=` is
@@ -224,10 +236,9 @@ class LanguageModel(ServedModel):
 
         Args:
             prompt: as of `trace`.
-            others: nothing, as of `trace`.
+            others: nothing.
             max_tokens_per_pass: as of `trace`.
-            share_prefixes: as of `trace`. Whether a model that is not loaded can do so is not
-                known.
+            share_prefixes: as of `trace`, as far as that is known of a model that is not loaded.
             generate: whether it is a block like `generate`, and not like `trace`.
             kwargs: as of `trace`, or of `generate`.
         """
@@ -268,7 +279,7 @@ class LanguageModel(ServedModel):
             prompt: text or token ids, in any form that `invoke` takes. Without one, each
                 `generator.invoke(prompt, seed=None, max_new_tokens=None)` in the block gives its
                 own; they are generated in as few batches as give each what it would get alone.
-            others: nothing. Several prompts are a list, or each its own `generator.invoke(prompt)`.
+            others: nothing, as of `trace`.
             max_tokens_per_pass: how many tokens, with padding and those to come, several
                 invocations may have in one batch. Unless given, what fits into a quarter of the
                 free memory.
@@ -276,8 +287,8 @@ class LanguageModel(ServedModel):
             wait: as of `trace`.
             on_token: is given the tokens of each step of each invocation as they come, here and
                 from a server, while the model is in use. Searches with beams do not tell.
-            kwargs: keyword arguments of `generate`, such as `max_new_tokens` and `do_sample`;
-                with a prompt, `seed` too, and a prompt by keyword as in `trace`.
+            kwargs: keyword arguments of `generate`, such as `max_new_tokens` and `do_sample`; with
+                a prompt `seed`, and a prompt by keyword as in `trace`.
 
         Returns:
             A context manager, in whose block sites can be read and written. `generator.output`
@@ -315,8 +326,7 @@ class LanguageModel(ServedModel):
     ) -> ActivationCache:
         """Runs one forward and returns its values by name: `cache["blocks.3.attention.z"]`.
 
-        The model returns what the run returned in `cache.logits`. It runs no further than it has
-        to for the values that are asked for, and nothing else is kept.
+        The model runs no further than these values need. `cache.logits` are its logits.
 
         Args:
             prompt: text or token ids, in any form that `invoke` takes. Several prompts are the
@@ -325,10 +335,9 @@ class LanguageModel(ServedModel):
             names: which values: a name, a glob such as "blocks.*.attention.z", a compiled regular
                 expression (searched for), a function from names to whether they are meant, or a
                 list of these. A name in short, "residual_out", is meant of all blocks. They are
-                standard names, TransformerLens's, or paths of modules for their outputs (of a
-                tuple, its first tensor); patterns and functions are tried in this order. None for
-                all that the model computes, scores and patterns of attention too, which takes the
-                eager implementation. Names that only a pattern means may be missing.
+                standard names, TransformerLens's, or paths of modules for their outputs; patterns
+                and functions are tried in this order, and what the model lacks is left out. None
+                for all that the model computes, with scores and patterns of eager attention.
             to: the device of the kept values, such as "cpu"; None for the one that each is on.
             dtype: its dtype, None for that of the model.
             kwargs: as of `trace`.
@@ -339,18 +348,10 @@ class LanguageModel(ServedModel):
         Raises:
             OptionError: if the model has no value of such a name.
             BlockError: in a session, whose blocks run when it ends.
-
-        Example:
-            >>> from insitu import LanguageModel
-            >>> model = LanguageModel("insitu/eiffel")
-            >>> cache = model.run_with_cache("The Louvre is in", ["blocks.*.residual_out"])
-            >>> cache["residual_out", -1].shape
-            torch.Size([1, 4, 128])
-            >>> cache.stack("residual_out").shape
-            torch.Size([6, 1, 4, 128])
         """
-        from insitu.models.caching import cached  # takes a while, and most never ask
+        from insitu.models.caching import cached, check_options  # takes a while
 
+        check_options(self, prompt, kwargs)
         hooks = cast("Names", self.vocabulary).hooks
         return cached(self, self.trace(prompt, **kwargs), names, hooks, to, dtype)
 

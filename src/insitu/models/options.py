@@ -17,7 +17,7 @@ from torch import nn
 
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import Location, here
-from insitu.habits import OF_RUNS, habit
+from insitu.habits import OF_LOADING, OF_METHODS, OF_RUNS, habit
 from insitu.models.attention import OPTION
 
 # Decorators of Transformers take these out of `**kwargs`, in no signature.
@@ -37,9 +37,7 @@ _LOADING = frozenset(
             "attn_implementation",
             "cache_dir",
             "config",
-            "device",
             "device_map",
-            "dispatch",
             "dtype",
         ),
         *("load_in_4bit", "load_in_8bit", "quantization_config", "revision", "task", "token"),
@@ -141,6 +139,8 @@ class Options:
         """The message for an unknown option: what was meant, or where it belongs."""
         generates = method == "generate"
         what = f"`{method}` takes no option `{name}`"
+        if (method, name) in OF_METHODS:
+            return f"{what}: {OF_METHODS[method, name]}."
         if name in OF_RUNS:
             return f"{what}{habit(name, OF_RUNS)}."
         owners = [owner for owner, own in _OWN.items() if name in own and owner != method]
@@ -148,6 +148,8 @@ class Options:
             return f"{what}: it is an option of `{owners[0]}`."
         if not generates and name in self.generation:
             return f"{what}: it is an option of `generate`."
+        if name in OF_LOADING:
+            return f"{what}{habit(name, OF_LOADING)}."
         if name in _LOADING:
             return f"{what}: give it where the model is made, `LanguageModel(..., {name}=...)`."
         known = {*(self.forward or ()), *_OWN["trace"], *_PROMPT, OPTION}

@@ -10,7 +10,7 @@ from typing import TypeAlias, cast
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.models.keys import COMPUTED, doubles, entry_of, keys, spelled
-from insitu.models.transformer_lens import TransformerLens
+from insitu.models.transformer_lens import OF_MODEL, TransformerLens
 from insitu.tracing.named import Named
 from insitu.tracing.vocabulary import Entry, Missing, Vocabulary
 
@@ -48,9 +48,10 @@ def select(
             chosen[one] = Named(one, "output")
             continue
         if isinstance(one, str) and not set(one) & set("*?["):
-            within = spelled(one)
+            within = spelled(one) or hooks.spelled(one)
             if within is None:
-                chosen[one] = _named(one, vocabulary, hooks, known)
+                name = f"hook_{one}" if f"hook_{one}" in OF_MODEL else one
+                chosen[name] = _named(name, vocabulary, hooks, known)
                 continue
             one = f"blocks.*.{within}"
         matches = _matcher(one)
@@ -66,6 +67,12 @@ def select(
         if not found and isinstance(one, str | re.Pattern):
             text = one if isinstance(one, str) else one.pattern
             raise OptionError(f"No value has a name like {text!r}{nearest(text, known)}.", here())
+        if not found:
+            raise OptionError(
+                "A function of `names` is true of no name: they are standard names, such as "
+                f"{known[0]!r}, and TransformerLens's, such as 'blocks.0.hook_resid_pre'.",
+                here(),
+            )
     return chosen
 
 
@@ -86,7 +93,10 @@ def _named(
         return entry
     if isinstance(entry, Missing):
         raise OptionError(f"The model has no `{name}`: {entry.reason}", here())
-    near = hooks.near(name) if "hook" in name else nearest(name, known)
+    from insitu.models.spellings import word_instead  # only errors ask for it
+
+    near = "" if name.startswith("blocks.") else word_instead(name)
+    near = near or (hooks.near(name) if "hook" in name else nearest(name, known))
     raise OptionError(f"No value of the model is called {name!r}{near}.", here())
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from insitu.graph.errors import closest
 from insitu.models import transformer_lens
 from insitu.models.keys import OF_BLOCK, spelled
+from insitu.models.transformer_lens import TransformerLens
 from insitu.tracing.vocabulary import Entry, Missing, Role, Roles, Vocabulary
 
 _OUT = ("residual_out", "block_out")  # in the order in which they are offered
@@ -103,22 +104,30 @@ _MEANT: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def line_instead(vocabulary: Vocabulary, path: str, name: str) -> str:
+def line_instead(hooks: TransformerLens, path: str, name: str) -> str:
     """Returns the line to write for another library's word, or for one that is elsewhere.
 
     Args:
-        vocabulary: the model's standard names.
+        hooks: the model's hook names, with its standard names.
         path: the module that was asked for it.
         name: the word.
 
     Returns:
         The end of a message, "" if the word means nothing known.
     """
+    vocabulary = hooks.vocabulary
     own = _block_of(vocabulary, path)
     block = own or "blocks.0"
     for part, words in _WEIGHTS.items():
         if name in words:  # without looking it up, which takes the weights
             return _of_weight(block, part, name) if part else f": write `model.{name}`"
+    hooked = _hooked(hooks, block, name)
+    if hooked is not None and hooks.standard(hooked) is None:  # no other word for a standard name
+        entry = hooks.entry(hooked)
+        if not isinstance(entry, Missing):
+            return f": write `{_hook_line(hooked)}`"
+        if not isinstance(transformer_lens.OF_BLOCK[f"attn.{name}"], transformer_lens.Rotated):
+            return f": `{_hook_line(hooked)}` would be it, but {entry.reason[:-1]}"
     missing = ""
     for word in meant(name) or (name,):
         key = spelled(word) or word
@@ -130,15 +139,33 @@ def line_instead(vocabulary: Vocabulary, path: str, name: str) -> str:
             if isinstance(entry, Missing):
                 missing = missing or f": `{_line(place)}` would be it, but {entry.reason[:-1]}"
             elif entry is not None:
-                return f": write `{_line(place)}`{_with_axes(block, name, place)}"
+                return f": write `{_line(place)}`{_with_axes(hooks, hooked, place)}"
     # Three letters are a slip of too many names.
     slips = closest(name, _STANDARD, most=1) if not missing and len(name) > 3 else ()
-    return line_instead(vocabulary, path, slips[0]) if slips else missing
+    return line_instead(hooks, path, slips[0]) if slips else missing
 
 
 def meant(name: str) -> tuple[str, ...]:
     """Returns the standard names that another library's word may mean, the likeliest first."""
     return _MEANT.get(name, ())
+
+
+def word_instead(name: str) -> str:
+    """Returns the standard name to give in the place of another library's word, as a message's end.
+
+    Args:
+        name: the word, also the name of a hook.
+
+    Returns:
+        The end of a message, "" if the word means no value of a block.
+    """
+    for key in meant(name.rpartition(".")[2]):
+        if spelled(key) != key:
+            continue
+        last = key.rpartition(".")[2]
+        rotated = ", which is the rotated one on a rotary model" if last in ("q", "k") else ""
+        return f": write {(last if spelled(last) == key else key)!r}{rotated}"
+    return ""
 
 
 def whereabouts(vocabulary: Vocabulary) -> str:
@@ -179,16 +206,23 @@ def _of_weight(block: str, part: str, name: str) -> str:
     return f": write `{_line(f'{block}.{part}.{name}')}`, or of all blocks `{every}`"
 
 
-def _with_axes(block: str, name: str, key: str) -> str:
-    """What reads it in TransformerLens's order of axes, where that is another one."""
+def _hooked(hooks: TransformerLens, block: str, name: str) -> str | None:
+    """The hook of a block's attention that a word is, such as "hook_q"; None if it is none."""
     hook = f"attn.{name}"
-    meaning = transformer_lens.OF_BLOCK.get(hook)
-    apart = isinstance(meaning, transformer_lens.Unrotated | transformer_lens.Rotated) or (
-        isinstance(meaning, transformer_lens.Standard) and meaning.heads_third
-    )
-    if not apart or not key.startswith("blocks."):
+    known = hook in transformer_lens.OF_BLOCK and name.startswith(_HOOK)
+    return f"{block}.{hook}" if known and block.startswith("blocks.") else None
+
+
+def _with_axes(hooks: TransformerLens, hook: str | None, key: str) -> str:
+    """What reads it in TransformerLens's order of axes, where that is another one."""
+    meant = None if hook is None else hooks.standard(hook)
+    if hook is None or meant is None or not meant.heads_third or not key.startswith("blocks."):
         return ""
-    return f", or with heads third `model.hook({f'{block}.{hook}'!r}).output`".replace("'", '"')
+    return f", or with heads third `{_hook_line(hook)}`"
+
+
+def _hook_line(hook: str) -> str:
+    return f"model.hook({hook!r}).output".replace("'", '"')
 
 
 def _line(key: str) -> str:

@@ -14,7 +14,7 @@ from functools import cached_property
 from insitu.graph.errors import nearest
 from insitu.graph.node import Kind
 from insitu.models.body import Body
-from insitu.models.keys import entry_of, layers
+from insitu.models.keys import HOOK_PLACES, entry_of, layers
 from insitu.models.norms import Normalised, Scale, norm_of
 from insitu.models.parts import Block, Heads, Spot
 from insitu.tracing.forms import Apart, Form, PerHead, Rows, Split, Swapped
@@ -195,8 +195,17 @@ class TransformerLens:
             for name in OF_BLOCK:
                 yield f"blocks.{layer}.{name}"
 
+    def spelled(self, name: str) -> str | None:
+        """Returns the hook of a block that a short name means, such as "resid_post" or "hook_z"."""
+        places = (f"{place}{name.removeprefix('hook_')}" for place in HOOK_PLACES)
+        return next((hook for hook in places if hook in OF_BLOCK), None)
+
     def near(self, name: str) -> str:
-        """Returns the names that are nearest to one, as a part of a message."""
+        """Returns the names that are nearest to one, or why none is, as a part of a message."""
+        block, _, _ = name.removeprefix("blocks.").partition(".")
+        count = layers(self.vocabulary)
+        if name.startswith("blocks.") and block.isdecimal() and int(block) >= count:
+            return f": there is no block {block}, since the model has {count}, 0 to {count - 1}"
         return nearest(name, self.names())
 
     def entry(self, name: str) -> Entry | None:
@@ -300,7 +309,7 @@ class TransformerLens:
         """The path of a layer of the model, or of a block."""
         if block is None:
             if layer == "positions":
-                return self._positions()
+                return position_embedding(self._body)
             entry = self.vocabulary.entry("", "", layer)
             return entry.path if isinstance(entry, Role) else None
         heads, mlp = block.attention, block.mlp
@@ -318,15 +327,19 @@ class TransformerLens:
             return heads.path if layer == "attention" else heads.out
         return heads.projections.get(layer)
 
-    def _positions(self) -> str | None:
-        """The path of the embedding of positions: another one than that of tokens, as long."""
-        body = self._body
-        length = getattr(body.model.module.config, "max_position_embeddings", None)
-        for path, module in body.model.modules.items():
-            rows = getattr(module, "num_embeddings", 0)
-            if length and length <= rows <= length + 8 and path != body.embedding:
-                return path
-        return None
+
+def position_embedding(body: Body) -> str | None:
+    """Returns the path of the embedding of positions: another one than that of tokens, as long.
+
+    Args:
+        body: the facts of the model's parts.
+    """
+    length = getattr(body.model.module.config, "max_position_embeddings", None)
+    for path, module in body.model.modules.items():
+        rows = getattr(module, "num_embeddings", 0)
+        if length and length <= rows <= length + 8 and path != body.embedding:
+            return path
+    return None
 
 
 def _inside(name: str) -> str:

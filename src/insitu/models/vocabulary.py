@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from insitu.graph.errors import InsituError
 from insitu.models.parts import Block, Feedforward, Heads, Spot
+from insitu.models.read_weights import for_reading, layer_of
 from insitu.models.weights import Weights
 from insitu.tracing.forms import Batched, Form, PerHead, Rows, Split, Swapped, WithoutLast
 from insitu.tracing.named import Named
@@ -107,9 +108,11 @@ class Names(Vocabulary):
     def line_instead(self, path: str, name: str) -> str:
         """Returns the line to write for another library's word, as the end of a message."""
         from insitu.models.spellings import line_instead  # only errors ask for it
+        from insitu.models.weights_instead import weight_instead
 
         with contextlib.suppress(InsituError), self.quiet():
-            return line_instead(self, path, name)
+            found = weight_instead(self._body, self.weights, path, name)
+            return found or line_instead(self.hooks, path, name)
         return ""  # its parts cannot be found out
 
     def whereabouts(self) -> str:
@@ -252,7 +255,7 @@ class Names(Vocabulary):
             found["result"] = Named(heads.out, "output", z.call, (), form)
         weights = self.weights
         for name in ("W_Q", "W_K", "W_V", "W_O"):
-            found[name] = Later(partial(_weight, weights.of_heads, block, heads, name))
+            found[name] = Later(partial(self._weight, weights.of_heads, block, heads, name))
         return found
 
     def _with_heads(self, spot: Spot) -> Named:
@@ -312,7 +315,7 @@ class Names(Vocabulary):
                 found[name] = Missing("no nonlinearity stands between its layers.")
         weights = self.weights
         for name in ("W_in", "W_out", "W_gate"):
-            found[name] = Later(partial(_weight, weights.of_mlp, block, mlp, name))
+            found[name] = Later(partial(self._weight, weights.of_mlp, block, mlp, name))
         return found
 
     def _of_experts(self, block: Block) -> Mapping[str, Entry]:
@@ -345,12 +348,20 @@ class Names(Vocabulary):
         found["logits"] = Later(self._logits)
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "vocab_size"):
             found[name] = Later(partial(self._number, name))
-        found["W_E"] = Later(lambda: _given(self.weights.embedding()))
-        found["W_U"] = Later(lambda: _given(self.weights.unembedding()))
+        for name, find, path in (
+            ("W_E", self.weights.embedding, body.embedding),
+            ("W_U", self.weights.unembedding, body.unembedding),
+        ):
+            found[name] = Later(lambda n=name, f=find, p=path: for_reading(body.model, f(), n, p))
         if isinstance(refused, str):
             return dict.fromkeys(found, Missing(refused))
         others = refused.keys() & found.keys() - {"blocks", "encoder_blocks"}
         return {**found, **{name: Missing(refused[name]) for name in others}}
+
+    def _weight(
+        self, find: Callable[..., Any], block: Block, part: Heads | Feedforward, name: str
+    ) -> Entry:
+        return for_reading(self._body.model, find(block, part, name), name, layer_of(part, name))
 
     def _final_norm(self) -> Entry:
         path = self._body.final_norm()
@@ -381,16 +392,8 @@ def _refused(block: Block, role: str, found: Mapping[str, Any]) -> Mapping[str, 
     return {name: Missing(why) for name, why in reasons.items() if why is not None}
 
 
-def _weight(find: Callable[..., Any], block: Block, part: Heads | Feedforward, name: str) -> Entry:
-    return _given(find(block, part, name))
-
-
 class Later:
     """An entry that is found when it is asked for."""
 
     def __init__(self, entry: Callable[[], Entry]) -> None:
         self.entry = entry
-
-
-def _given(value: Any) -> Entry:
-    return value if isinstance(value, Missing) else Given(value)

@@ -43,6 +43,13 @@ def check_given(model: object, tokenizer: object, location: Location) -> None:
     Raises:
         OptionError: if it is.
     """
+    if hasattr(model, "to_diff_dict"):  # a config of Transformers
+        raise OptionError(
+            f"A {type(model).__name__} is no model: write "
+            "`LanguageModel(AutoModelForCausalLM.from_config(config))`, and before it "
+            "`from transformers import AutoModelForCausalLM`. Its weights are random.",
+            location,
+        )
     if not isinstance(model, str | os.PathLike | nn.Module):
         raise OptionError(
             "A model is given as a repo id, a folder, or a module of Transformers, not as "
