@@ -20,6 +20,34 @@ from tests.round_trip import round_trip  # noqa: F401
 torch.set_num_threads(1)
 
 
+# One of each kind of model: decoders with and without grouped heads, softcaps and sliding windows,
+# parallel blocks, experts, a state space, an encoder, and an encoder with a decoder.
+USUAL = frozenset(["gpt2", "llama", "gemma2", "gpt-neox", "mixtral", "mamba", "bert", "t5"])
+MANY = 20
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves models of the usual kinds of tests that go over all architectures; others are slow.
+
+    What a change breaks, it breaks in one of these nearly always. `make test-all` and
+    `make architectures` run the rest.
+    """
+    from tests.fidelity.zoo import ZOO  # of use only here, and not quickly imported
+
+    of_function: dict[tuple[str, str], list[tuple[pytest.Item, str]]] = {}
+    for item in items:
+        spec = getattr(item, "callspec", None)
+        for value in () if spec is None else spec.params.values():
+            if isinstance(value, str) and value in ZOO:
+                key = item.nodeid.partition("[")[0], item.path.name
+                of_function.setdefault(key, []).append((item, value))
+    for found in of_function.values():
+        if len({name for _, name in found}) > MANY:
+            for item, name in found:
+                if name not in USUAL:
+                    item.add_marker(pytest.mark.slow)
+
+
 class _Faults(logging.Handler):
     """Keeps what Insitu logs as an error: exceptions of its own, which a trial survives."""
 

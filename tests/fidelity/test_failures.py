@@ -27,6 +27,7 @@ from insitu import (
 from tests.around import Around
 from tests.conftest import hooked_hidden, tiny_gpt2, tiny_llama
 from tests.fidelity.test_steps_together import alone
+from tests.thinning import thinned
 
 PROMPTS = [torch.tensor([ids]) for ids in ([5, 6, 7], [8, 9, 10, 11, 2], [3, 1], [4, 4, 9, 20])]
 ALIKE = [torch.tensor([[5, 6, 7, 8]])] * 4
@@ -294,7 +295,7 @@ MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", MEMORY, ids=["device", "cpu", "python"])
+@pytest.mark.parametrize("error", thinned(MEMORY, MEMORY[:1]), ids=["device", "cpu", "python"])
 @pytest.mark.parametrize("generating", [False, True], ids=["trace", "generation"])
 def test_memory_that_runs_out_halves_the_passes_and_is_said(
     error: Exception, generating: bool, caplog: pytest.LogCaptureFixture

@@ -31,7 +31,7 @@ from tests.fidelity.test_programs import Pair, Writer, drawn, examples
 
 SHARDS = 4
 # Of each shard and model.
-EACH = -(-int(os.environ.get("INSITU_GRADIENT_PROGRAMS", "160")) // (2 * SHARDS))
+EACH = -(-int(os.environ.get("INSITU_GRADIENT_PROGRAMS", "80")) // (2 * SHARDS))
 # What torch itself refuses, or what no derivative can be told of.
 REFUSED = ("modified by an inplace operation", "the same memory by another name")
 

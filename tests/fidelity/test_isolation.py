@@ -12,6 +12,7 @@ from torch import nn
 from insitu import LanguageModel, NeverRanError
 from tests.fidelity.architectures import GENERATING, MAKERS, make
 from tests.fidelity.test_architectures import UNMASKED
+from tests.thinning import thinned
 
 LENGTHS = (1, 40, 7, 23, 2, 16, 31, 5)
 EVERY = ["eiffel", *MAKERS]
@@ -179,7 +180,7 @@ def read_all(
     return values, len(tracer.plan.passes)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", thinned(EVERY, EVERY[:3]))
 def test_every_site_is_as_if_its_prompt_ran_alone(name: str) -> None:
     model = make(name)
     prompts = prompts_of(model)

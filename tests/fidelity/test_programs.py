@@ -37,7 +37,7 @@ from tests.fidelity.programs import (
 SHARDS = 8
 FIRST = int(os.environ.get("INSITU_SEED", "0"))  # other programs, where one wants others
 # Of each shard and model; `make fuzz` asks for more.
-EACH = -(-int(os.environ.get("INSITU_PROGRAMS", "2000")) // (2 * SHARDS))
+EACH = -(-int(os.environ.get("INSITU_PROGRAMS", "640")) // (2 * SHARDS))
 
 
 class Pair(nn.Module):

@@ -35,7 +35,7 @@ from tests.fidelity.test_programs import check, close, drawn, programs
 
 SHARDS = 4
 # Of each shard and model; `make fuzz` asks for more.
-EACH = -(-int(os.environ.get("INSITU_STEP_PROGRAMS", "160")) // (2 * SHARDS))
+EACH = -(-int(os.environ.get("INSITU_STEP_PROGRAMS", "80")) // (2 * SHARDS))
 STEPS = 3
 GREEDY: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None}
 

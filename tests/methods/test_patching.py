@@ -20,6 +20,7 @@ from insitu.methods import (
     logit_difference,
 )
 from tests.fidelity.architectures import spread_out
+from tests.thinning import thinned
 
 CLEAN = [[5, 17, 3, 88, 41], [7, 9, 30, 2, 66, 12, 4], [1, 2, 3]]
 CORRUPTED = [[5, 18, 3, 80, 41], [7, 9, 31, 2, 66, 13, 4], [1, 20, 3]]
@@ -108,7 +109,13 @@ def head(number: int) -> Part:
 
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
-@pytest.mark.parametrize("site", ["residual_in", "residual_out", "attention_out", "mlp_out"])
+@pytest.mark.parametrize(
+    "site",
+    thinned(
+        ["residual_in", "residual_out", "attention_out", "mlp_out"],
+        ["residual_out", "attention_out"],
+    ),
+)
 def test_layers_and_positions_of_pairs_of_any_length(
     language_model: LanguageModel, site: str, direction: Any
 ) -> None:
