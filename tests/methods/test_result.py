@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import process_time
 
+import numpy as np
 import pytest
 import torch
 
@@ -311,3 +312,10 @@ def test_without_chromium_it_is_said_what_to_do(patching: Result, monkeypatch, t
     with pytest.raises(RuntimeError, match="BROWSER_PATH"):
         patching.to_png(tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_numpy_gets_the_values(patching: Result) -> None:
+    found = np.asarray(patching)
+    assert found.shape == tuple(patching.values.shape) and found.dtype == np.float32
+    assert np.array_equal(found, patching.values.numpy())
+    assert np.asarray(patching, dtype=np.float64).dtype == np.float64

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -394,3 +395,12 @@ def test_strengths_are_numbers_of_any_kind(gpt2: LanguageModel) -> None:
     torch.testing.assert_close(logits[:1], alone)
     with pytest.raises(OptionError, match="A strength is a number"), gpt2.trace(PROMPTS[0]):
         vector.apply(gpt2, "1")
+
+
+@pytest.mark.parametrize("layers", [4, [4], torch.tensor([4])])
+def test_a_direction_of_one_s_own_is_told_how_to_be_one(layers: Any) -> None:
+    direction = torch.ones(16)
+    line = r"`SteeringVector\('residual_out', \(4,\), direction\[None\]\)`"
+    with pytest.raises(OptionError, match=line):
+        SteeringVector("residual_out", layers, direction)
+    assert SteeringVector("residual_out", (4,), direction[None])[4].equal(direction)

@@ -99,6 +99,12 @@ class Result(Drawable):
                 f"There are {len(self.texts)} texts for {self.values.numel()} values.", here(3)
             )
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """The values, as NumPy asks for them: `np.asarray(result)`."""
+        found = self.values.detach().cpu().numpy()
+        found = found if dtype is None else found.astype(dtype)
+        return found.copy() if copy else found
+
     @property
     def sizes(self) -> dict[str, int]:
         """The length of each axis, by name."""

@@ -68,6 +68,13 @@ class SteeringVector:
 
     def __post_init__(self) -> None:
         stream_site(self.site)
+        given: Any = self.layers
+        if not isinstance(given, tuple):  # one layer, as its number
+            raise OptionError(
+                "`layers` is a tuple with a row of `vectors` for each: of one direction, "
+                f"`SteeringVector({self.site!r}, (4,), direction[None])`, and not {given!r:.80}.",
+                here(3),
+            )
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.layers):
             raise ShapeError(
                 f"Vectors of {len(self.layers)} layers have the shape ({len(self.layers)}, width), "
