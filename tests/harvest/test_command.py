@@ -92,16 +92,21 @@ def test_an_interrupt_says_how_to_go_on(prompts: Path, tmp_path: Path) -> None:
     args = ["harvest", "insitu/eiffel", str(prompts), "--sites", "residual_out:3"]
     args += ["--to", str(folder), "--shard-tokens", "500", "--quiet"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Tests that a shell has put into the background ignore interrupts, and so do their children.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     child = subprocess.Popen(
-        [sys.executable, "-c", "from insitu.cli import app; app()", *args], env=environment,
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", f"{listening}; from insitu.cli import app; app()", *args],
+        env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     path = folder / "manifest.jsonl"
     deadline = time.monotonic() + 120
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=120)
+    try:
+        _, said = child.communicate(timeout=120)
+    finally:
+        child.kill()
     assert "the same command goes on behind it" in said and child.returncode == 130
     lines = manifest(folder)
     assert lines and not lines[-1]["last"]
