@@ -47,7 +47,7 @@ _USED_INSIDE = """
 """What other parts of Insitu use of a model; not in `dir`."""
 
 
-OF_LANGUAGE_MODELS = frozenset(["generate", "hook", "run_with_cache", "tokenizer"])
+OF_LANGUAGE_MODELS = frozenset(["generate", "hook", "run_with_cache", "token_id", "tokenizer"])
 """What a `LanguageModel` has and a `Model` has not."""
 
 

@@ -139,7 +139,7 @@ def _positions(body: Body) -> str:
     path = position_embedding(body)
     if path is None:
         return ": this model has no embedding of positions"
-    first = getattr(body.model.modules[path], "offset", 0)  # of OPT: rows that no position has
+    first = getattr(body.model.modules[path], "offset", 0)  # rows that no position has
     rows = f"[{first}:]" if type(first) is int and first else ""
     return f": write `{_written('model.load()', path)}.weight{rows}`"
 
