@@ -30,6 +30,7 @@ NAMES = [
 
 @pytest.mark.no_wire  # they are many
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_all_cases_of_an_experiment_give_the_same(experiments: Any, name: str) -> None:
     experiment = next(each for each in experiments.EXPERIMENTS if each.name == name)
     cases = experiment.cases(experiments.subject("tiny", experiments.gpt2(24, 12, 50)))

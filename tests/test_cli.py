@@ -26,6 +26,7 @@ from insitu.display.report import Check, Report
 from insitu.methods import SteeringVector
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.display.pages import needs_chromium
+from tests.thinning import thinned
 
 pytestmark = pytest.mark.no_wire
 
@@ -262,7 +263,7 @@ def test_every_command_writes_pages_and_json(name: str, tmp_path: Path) -> None:
 
 
 @needs_chromium
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", thinned(WRITTEN, ["tree", "lens", "patch"]))
 def test_every_command_writes_pngs(name: str, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     result = run(*WRITTEN[name][0], "--png", str(picture))

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from insitu import LanguageModel
 from tests.conftest import tiny_gpt2
+from tests.thinning import thinned
 
 
 def resident() -> int:
@@ -91,7 +92,10 @@ def look_inside(model: LanguageModel) -> None:
 @pytest.mark.no_wire
 @pytest.mark.parametrize(
     "experiment",
-    [read, write, write_in_place, differentiate, skip, generate, invoke, look_inside],
+    thinned(
+        [read, write, write_in_place, differentiate, skip, generate, invoke, look_inside],
+        [read, write_in_place, differentiate, generate],
+    ),
     ids=lambda experiment: experiment.__name__,
 )
 def test_a_run_leaves_nothing_to_the_garbage_collector(

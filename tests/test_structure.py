@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,11 +51,16 @@ def test_folders_import_from_those_above_them(room: str) -> None:
             assert not found & below, name
 
 
+@cache
+def imports_of_all() -> dict[str, set[str]]:
+    return {name: set(imported(path)) & FILES.keys() - {name} for name, path in FILES.items()}
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_files_import_each_other_in_a_circle(room: str) -> None:
     ours = [name for name in FILES if name.startswith(f"insitu.{room}.")]
     assert len(ours) > 10
-    whole = {name: set(imported(path)) & FILES.keys() - {name} for name, path in FILES.items()}
+    whole = imports_of_all()
     for name in ours:
         reached, pending = set[str](), [*whole[name]]
         while pending:

@@ -18,6 +18,7 @@ import insitu.models.own_runs as own_runs
 from insitu import LanguageModel, Model
 from insitu.engine.probe import Call, Probe
 from insitu.graph.structure import map_structure, storage_of, tensors_of
+from tests.thinning import thinned
 
 
 def ids(length: int, rows: int = 1) -> torch.Tensor:
@@ -65,7 +66,7 @@ def form(value: Any) -> str:
 
 
 @pytest.mark.parametrize("options", [{}, {"output_attentions": True}])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", thinned([1, 3], [1]))
 def test_many_lengths_take_few_fake_runs_and_have_the_values_of_their_own(
     runs: list[Probe], rows: int, options: dict[str, bool]
 ) -> None:

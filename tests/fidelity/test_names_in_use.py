@@ -406,6 +406,7 @@ def test_norms_of_blocks_that_normalise_sums_are_in_their_order() -> None:
         assert block.norm_2.path == f"{block.path}.{last}"
 
 
+@pytest.mark.slow
 def test_half_precision_and_its_clamps_do_not_hide_the_stream() -> None:
     model = LanguageModel(module_of("t5").half())
     names = list(model.blocks[0].role)

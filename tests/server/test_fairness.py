@@ -60,6 +60,7 @@ def order_of(
     return asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_tenants_get_as_much_as_their_weights_say_while_both_wait(
     tmp_path: Path, model: Path, job: Sample
 ) -> None:
@@ -79,6 +80,7 @@ def test_what_nobody_waits_for_gets_a_tenth_and_no_less(
     assert 4 <= Counter(order[:55])["b batch"] <= 7, order
 
 
+@pytest.mark.slow
 def test_a_tenant_who_may_not_queue_more_is_refused_and_no_other(
     tmp_path: Path, model: Path, job: Sample
 ) -> None:

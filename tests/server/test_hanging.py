@@ -44,6 +44,7 @@ def test_an_engine_that_hangs_is_ended_and_its_jobs_run_again(
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_what_checks_jobs_may_hang_and_clients_may_vanish(
     tmp_path: Path, model: Path, jobs: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:

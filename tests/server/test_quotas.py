@@ -19,6 +19,7 @@ from tests.server.whole_server import ended, is_ready, stopped
 pytestmark = pytest.mark.no_wire
 
 
+@pytest.mark.slow
 def test_no_more_jobs_of_a_tenant_run_at_once_than_may(
     tmp_path: Path, model: Path, job: Sample
 ) -> None:

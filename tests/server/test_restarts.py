@@ -62,6 +62,7 @@ def test_what_a_server_had_when_it_was_told_to_end_is_done_by_the_next(tmp_path:
     asyncio.run(second())
 
 
+@pytest.mark.slow
 def test_a_job_is_never_run_on_another_model_than_it_was_accepted_for(tmp_path: Path) -> None:
     data, model = tmp_path / "data", tmp_path / "model"
 
