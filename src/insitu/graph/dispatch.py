@@ -190,12 +190,16 @@ def _binary(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], 
                 elif given is kind and other._recording is recording and self._operand:
                     other = other._ref
                     inputs = source.index, other.index
+                elif given is Tensor and self._operand:
+                    inputs = source.inputs
                 if inputs is not None:
                     rows = recording.graph.rows
                     index = len(rows)
                     frame = _getframe(1)
                     code = frame.f_code
                     line = (code, frame.f_lasti) if code is location.users_code else mark()
+                    if given is Tensor:
+                        other = recording.hold(other, line)
                     rows.append((operation, (source, other), NO_KWARGS, inputs, False, line))
                     return kind(recording, ref(index))
             return kind(recording, add_node(recording, operation, (self, other), NO_KWARGS, mark()))

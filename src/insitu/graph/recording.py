@@ -227,8 +227,7 @@ class Recording:
         owner = self
         while owner.parent is not None:
             owner = owner.parent
-        held = table_of(owner, "held")
-        known: Held | None = held.get(id(tensor))
+        known: Held | None = owner.held.get(id(tensor))
         version = None if tensor.is_inference() else tensor._version
         if known is not None and known.version is not None and known.version in (version, _WRITTEN):
             return known.kept
@@ -241,7 +240,7 @@ class Recording:
             kept = independent(tensor)
             if not is_counted(tensor):
                 version = None
-        held[id(tensor)] = Held(tensor, version, kept, mark)
+        table_of(owner, "held")[id(tensor)] = Held(tensor, version, kept, mark)
         return kept
 
     def given(
