@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import time
 
 from insitu.graph.errors import LoadError
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _START_SECONDS = 300.0
 _FORK_SECONDS = 20.0
+_ENDING_SECONDS = 5.0
+"""How long it takes at most from the end of a process's socket to the process's own."""
 _TRIES = 2
 
 _TOO_COSTLY = Problem(
@@ -67,20 +70,26 @@ class Admission:
         return None if self._template is None else self._template.pid
 
     async def start(self) -> None:
-        """Starts the template, and waits until it is ready.
+        """Starts the template, and waits until it is ready. One that is killed is started again.
 
         Raises:
-            LoadError: if it ends before.
+            LoadError: if it ends before by itself, or is killed again.
         """
-        self._template = _Template(self._settings)
-        try:
-            await asyncio.wait_for(self._template.is_ready(), _START_SECONDS)
-        except (OSError, TimeoutError):
-            await self._end_template()
-            raise LoadError(
-                f"{self._settings.id!r} cannot be loaded, not even without its weights: what the "
-                "process that does that has said is above."
-            ) from None
+        for _ in range(_TRIES):
+            self._template = template = _Template(self._settings)
+            try:
+                await asyncio.wait_for(template.is_ready(), _START_SECONDS)
+                return
+            except (OSError, TimeoutError):
+                was_killed = await asyncio.to_thread(template.was_killed)
+                await self._end_template()
+            if not was_killed:
+                break
+            logger.warning("the process that workers are forked from was killed as it started")
+        raise LoadError(
+            f"{self._settings.id!r} cannot be loaded, not even without its weights: what the "
+            "process that does that has said is above."
+        )
 
     async def check(self, asked: Check) -> Admitted | Refused:
         """Returns what a job would take, or why it cannot be run.
@@ -177,6 +186,13 @@ class _Template:
             OSError: if it ends before.
         """
         await self._read(1)
+
+    def was_killed(self) -> bool:
+        """Returns whether a signal has ended it, and not an error of its own."""
+        try:
+            return self._process.wait(_ENDING_SECONDS) < 0
+        except subprocess.TimeoutExpired:  # it hangs
+            return False
 
     async def fork(self) -> _Worker:
         """Returns a new worker.
