@@ -153,6 +153,8 @@ class Crashes:
         if self.server.kill(kind):
             self._kills[kind] += 1
             return True
+        if kind == "template" and self.server.kill("worker"):  # else it is not started again
+            self._kills["worker"] += 1
         return False
 
     def _wait_for(self, ended: float) -> None:
