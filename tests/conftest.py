@@ -80,11 +80,11 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(**options: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=100, max_position_embeddings=40,
+        num_key_value_heads=2, vocab_size=100, max_position_embeddings=40, **options,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
 from insitu import InsituError, LanguageModel
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -93,13 +93,7 @@ def test_the_lines_for_a_hook_of_rotated_queries_can_be_run(model: LanguageModel
 
 
 def with_biases() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=100, max_position_embeddings=40, attention_bias=True,
-        mlp_bias=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(attention_bias=True, mlp_bias=True)
 
 
 def interleaved() -> GPTNeoXForCausalLM:
