@@ -113,9 +113,11 @@ bench-serving: $(VENV)/installed $(VENV)-nnsight/installed
 	$(BIN)/python benchmarks/serving.py --nnsight $(VENV)-nnsight/bin/python \
 		--write benchmarks/RESULTS.md
 
-# A harvest beside loops by hand, and SAELens' cache runner.
-bench-harvest: $(VENV)/installed $(VENV)-sae-lens/installed
-	$(BIN)/python benchmarks/harvest.py --sae-lens $(VENV)-sae-lens/bin/python \
+# A harvest beside loops by hand, and beside the cache runner of SAELens:
+# as it is, and as it was when the limits were set.
+SAE_LENSES := sae-lens sae-lens-6.18
+bench-harvest: $(VENV)/installed $(SAE_LENSES:%=$(VENV)-%/installed)
+	$(BIN)/python benchmarks/harvest.py --sae-lens $(SAE_LENSES:%=$(VENV)-%/bin/python) \
 		--write benchmarks/RESULTS.md
 
 PEERS = nnsight transformer-lens pyvene
@@ -150,7 +152,7 @@ $(VENV)-transformers4/installed: pyproject.toml constraints-transformers4.txt
 		-c constraints-transformers4.txt -e ".[test]" torchao
 	@touch $@
 
-OTHERS := $(sort $(PEERS) $(ORACLES))
+OTHERS := $(sort $(PEERS) $(ORACLES) $(SAE_LENSES))
 BESIDE_captum := transformers
 # These read folders of activations. A newer torch would be pulled for a torchvision that they use
 # for nothing, and which fails beside this one.
@@ -158,11 +160,14 @@ BESIDE_sae-lens := -e .
 BESIDE_eai-sparsify := -e .
 BESIDE_dictionary-learning := -e . $(shell grep ^torch== constraints.txt)
 WITHOUT_dictionary-learning := torchvision
+# Its NumPy is older than what a newer pyarrow takes.
+PACKAGES_sae-lens-6.18 := "sae-lens==6.18.*" "pyarrow<22" $(shell grep ^torch== constraints.txt)
 
 $(OTHERS:%=$(VENV)-%/installed): $(VENV)-%/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(VENV)-$*/bin/pip install -q --disable-pip-version-check $* $(BESIDE_$*)
+	$(VENV)-$*/bin/pip install -q --disable-pip-version-check \
+		$(or $(PACKAGES_$*),$*) $(BESIDE_$*)
 	$(if $(WITHOUT_$*),$(VENV)-$*/bin/pip uninstall -q -y $(WITHOUT_$*))
 	@touch $@
 

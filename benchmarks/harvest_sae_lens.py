@@ -7,6 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def main() -> None:
     )}  # fmt: skip
     cache_activations_runner.load_model = hooked
     found["its own model"] = taken(folder, "HookedTransformer", "blocks.5.hook_resid_post", tokens)
-    print(json.dumps(found))
+    print(json.dumps([version("sae-lens"), found]))
 
 
 if __name__ == "__main__":

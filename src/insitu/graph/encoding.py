@@ -39,7 +39,7 @@ from insitu.graph.shapes import fake_value
 from insitu.graph.structure import CONSTANTS, map_structure
 from insitu.graph.written_arguments import written_arguments
 
-# Constants that a node may hold as they are. Tensors may change before the run: `constants.py`.
+# Constants that a node may hold as they are. A tensor may change before the run: see `hold`.
 PLAIN = frozenset((*CONSTANTS, torch.Generator)) - {torch.Tensor}
 # What tensors are indexed with: nearly always constants, so they get a short way of their own.
 KEYS = frozenset([slice, tuple])

@@ -39,7 +39,7 @@ def _check(stepping: Any, args: Any, kwargs: Any) -> None:
     """Raises if the gradients that an optimiser is to use are still to come."""
     for recording, mark in [*_waiting.items()]:
         if not recording.open:
-            del _waiting[recording]
+            _waiting.pop(recording, None)  # another thread may have found it too
             continue
         trained = {id(one) for group in stepping.param_groups for one in group["params"]}
         if trained & {id(one.tensor) for one in recording.held.values()}:

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from insitu.graph.user_warnings import warn_user
 
 _SAMPLES = 256
 _HALF = 32
@@ -100,10 +103,34 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _sample(tensor: torch.Tensor) -> bytes:
+    """Some of a tensor's numbers, as bytes: of each of its parts, where it consists of others."""
+    parts = _parts(tensor)
+    if parts is not None:
+        return b"".join(_sample(getattr(tensor, name)) for name in parts)
+    if tensor.is_quantized:
+        return _sample(tensor.dequantize())
+    if tensor.layout is not torch.strided:
+        # Where the entries of a sparse tensor stand counts as much as what they are.
+        return _sample(tensor.to_dense())
     try:
         values = tensor.reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)][:_SAMPLES]
         return values.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-    except (RuntimeError, TypeError, NotImplementedError):
-        # Of a class of its own, such as a quantised one, which has no numbers to pick from: its
-        # name, dtype and shape are told of all the same.
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        warn_user(
+            f"The weights of this model cannot be told from others: a {kind} gives no numbers "
+            f"({type(error).__name__}: {error!s:.200}). What compares models will take any with "
+            "tensors of these names and sizes for the same one."
+        )
         return b""
+
+
+def _parts(tensor: torch.Tensor) -> list[str] | None:
+    """The attributes with the tensors that one of a class of its own consists of: quantised ones.
+
+    None for a tensor that has its numbers itself.
+    """
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(tensor):
+        return None
+    return tensor.__tensor_flatten__()[0]
+
