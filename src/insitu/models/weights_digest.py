@@ -133,4 +133,3 @@ def _parts(tensor: torch.Tensor) -> list[str] | None:
     if type(tensor) in (torch.Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(tensor):
         return None
     return tensor.__tensor_flatten__()[0]
-
