@@ -211,7 +211,10 @@ def is_shared(layout: Any) -> bool:
 
 
 def widened(value: Any, layout: Any, batch: int) -> Any:
-    """Returns a value in which what all rows share is there once for each, in memory of its own.
+    """Returns a value in which what all rows share is there once for each row.
+
+    Parts that are widened have memory of their own. Others are returned as they are: whoever writes
+    into one copies it before.
 
     Args:
         value: the value.
