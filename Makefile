@@ -12,7 +12,7 @@ test test-all test-matrix test-served coverage architectures fuzz attack: export
 
 ORACLES := transformer-lens captum sae-lens dictionary-learning eai-sparsify
 
-.PHONY: demo test test-all test-matrix test-served coverage architectures proofs oracle fuzz attack \
+.PHONY: demo test test-ci test-all test-matrix test-served coverage architectures proofs oracle fuzz attack \
 	check format docs bench bench-peers bench-serving bench-harvest attack-server clean
 
 demo: $(VENV)/runtime
@@ -20,6 +20,10 @@ demo: $(VENV)/runtime
 
 test: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+
+# The same with as many random jobs as a change has to stand before it lands.
+test-ci: $(VENV)/installed
+	INSITU_JOINED=100 INSITU_MUTATIONS=10000 $(BIN)/pytest -n $(WORKERS) -m "not slow"
 
 test-all: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS)

@@ -35,7 +35,7 @@ from tests.fidelity.test_step_programs import subject as steps_subject
 from tests.round_trip import described
 
 pytestmark = pytest.mark.no_wire  # they are sent here
-SETS = int(os.environ.get("INSITU_JOINED", "100"))
+SETS = int(os.environ.get("INSITU_JOINED", "24"))
 FAILING = 0.1
 
 
