@@ -36,7 +36,7 @@ assert_type(logit_lens(model, "The Louvre is in"), Result)
 
 vector = steering_vector(model, ["good"], ["bad"])
 assert_type(vector[2], torch.Tensor)
-assert_type(steer(model, "The Louvre", vector, strength=[1.0, 2.0]), Steered)
+assert_type(steer(model, "The Louvre", vector, strengths=[1.0, 2.0]), Steered)
 
 assert_type(harvest(model, ["a text"], "residual_out:6", to="folder"), Harvested)
 activations = Activations.open("folder")
