@@ -21,6 +21,11 @@ demo: $(VENV)/runtime
 test: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS) -m "not slow"
 
+# With the slow tests, and more of the random programs that `make fuzz` has many of.
+test-all test-matrix: export INSITU_PROGRAMS ?= 2000
+test-all test-matrix: export INSITU_STEP_PROGRAMS ?= 160
+test-all test-matrix: export INSITU_GRADIENT_PROGRAMS ?= 160
+
 test-all: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS)
 
