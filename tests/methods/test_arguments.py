@@ -297,6 +297,7 @@ def test_old_attributes_of_probes_are_the_new_ones(tiny: LanguageModel, tmp_path
     [
         ("ablate", "kind", "method"),
         ("ablate", "what_", None),
+        ("head_scores", "top", None),  # it has a count of other things
         ("probe", "mode", "method"),
         ("logit_lens", "layer", "layers"),
         ("logit_lens", "sites", "site"),
