@@ -21,9 +21,17 @@ demo: $(VENV)/runtime
 test: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS) -m "not slow"
 
-# The same with as many random jobs as a change has to stand before it lands.
+# As many random jobs and programs as a change has to stand before it lands: those of `make fuzz`
+# and `make attack` are more.
+test-ci test-all test-matrix: export INSITU_JOINED ?= 100
+test-ci test-all test-matrix: export INSITU_MUTATIONS ?= 10000
+test-all test-matrix: export INSITU_PROGRAMS ?= 2000
+test-all test-matrix: export INSITU_STEP_PROGRAMS ?= 160
+test-all test-matrix: export INSITU_GRADIENT_PROGRAMS ?= 160
+
 test-ci: $(VENV)/installed
-	INSITU_JOINED=100 INSITU_MUTATIONS=10000 $(BIN)/pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+
 
 test-all: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS)

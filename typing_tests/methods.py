@@ -4,6 +4,7 @@ from typing import assert_type
 
 import torch
 
+import insitu
 from insitu import ActivationCache, LanguageModel, Result
 from insitu.harvest import Activations, Harvested, harvest
 from insitu.methods import (
@@ -33,10 +34,11 @@ result = activation_patching(
 assert_type(result, Result)
 assert_type(result.select(position=" Louvre").values, torch.Tensor)
 assert_type(logit_lens(model, "The Louvre is in"), Result)
+assert_type(insitu.methods.logit_lens(model, "The Louvre is in"), Result)
 
 vector = steering_vector(model, ["good"], ["bad"])
 assert_type(vector[2], torch.Tensor)
-assert_type(steer(model, "The Louvre", vector, strength=[1.0, 2.0]), Steered)
+assert_type(steer(model, "The Louvre", vector, strengths=[1.0, 2.0]), Steered)
 
 assert_type(harvest(model, ["a text"], "residual_out:6", to="folder"), Harvested)
 activations = Activations.open("folder")
@@ -47,3 +49,5 @@ for batch in activations.batches(8):
 cache.stak("residual_out")  # type: ignore[attr-defined] # pyright: ignore[reportAttributeAccessIssue]
 result.vales  # type: ignore[attr-defined] # pyright: ignore[reportAttributeAccessIssue]
 activation_patching(model, "a", "b", metric, direction="noise")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+insitu.methods.logit_lense  # type: ignore[attr-defined] # pyright: ignore[reportAttributeAccessIssue]
+insitu.LanguageModle  # type: ignore[attr-defined] # pyright: ignore[reportAttributeAccessIssue]

@@ -18,7 +18,7 @@ with model.generate("The Louvre is in", max_new_tokens=3) as generator:
         third = model.logits.save(optional=True)
     for step in generator.steps:
         assert_type(step, int)
-        model.blocks[0].mlp_out = 0
+        model.blocks[0].mlp_out[:] = 0
     assert_type(generator.tokens[1], Proxy)
     generator.tokens[1] = generator.tokens(0)
     generator.logits[2] = generator.logits(2) * 2

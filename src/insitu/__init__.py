@@ -39,6 +39,7 @@ from insitu.models.model import Model
 from insitu.models.vision_language_model import VisionLanguageModel
 
 if TYPE_CHECKING:
+    from insitu import methods as methods
     from insitu.engine.job import Job
     from insitu.engine.job_joining import join, split
     from insitu.engine.job_outcome import Failure
@@ -132,21 +133,23 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        found = getattr(import_module(_LATER[name]), name)
-    elif name == "__version__":
-        from insitu.about import installed_version
+if not TYPE_CHECKING:  # a checker takes any name of a module that has this
 
-        found = installed_version()
-    elif name == "methods":  # a subpackage, which nothing has imported yet
-        found = import_module("insitu.methods")
-    else:
-        from insitu.unknown import unknown_name  # of use only for an error
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            found = getattr(import_module(_LATER[name]), name)
+        elif name == "__version__":
+            from insitu.about import installed_version
 
-        raise unknown_name(__name__, name, __all__)
-    globals()[name] = found
-    return found
+            found = installed_version()
+        elif name == "methods":  # a subpackage, which nothing has imported yet
+            found = import_module("insitu.methods")
+        else:
+            from insitu.unknown import unknown_name  # of use only for an error
+
+            raise unknown_name(__name__, name, __all__)
+        globals()[name] = found
+        return found
 
 
 def _picture(graph: Graph) -> str:

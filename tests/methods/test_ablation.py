@@ -15,7 +15,7 @@ from insitu.methods import Result, ablate, kl_divergence, logit_difference
 from tests.fidelity.architectures import make
 from tests.fidelity.zoo import module_of
 
-pytestmark = pytest.mark.no_wire  # the sweeps are long, and other tests send part they write
+pytestmark = pytest.mark.no_wire  # the sweeps are long, and other tests send what they write
 
 HEADS, SIZE = 4, 4
 FIRST = [5, 17, 42, 8, 23]
@@ -24,7 +24,7 @@ THIRD = [11, 70, 71, 3, 9]
 FOURTH = [44, 45, 46]
 METRIC = logit_difference(3, 9)
 
-# By the part: the path in a block of these, and whether it is part is given to that module.
+# By the part: the path in a block of these, and whether it is what is given to that module.
 PATHS = {
     "gpt2": {
         "heads": ("attn.c_proj", True),

@@ -100,6 +100,8 @@ NO_NUMBERS: dict[str, Any] = {
         lambda logits: logits[:, -1].softmax(-1).max(),
         lambda logits: logits[0, -1, 5],
         lambda logits: logits[:, -1, :].max(),
+        lambda logits: logits[0, np.int64(-1)].max(),
+        lambda logits: logits[:, -1:].max(),
     ],
 )
 def test_a_key_for_logits_with_an_axis_of_prompts_is_refused(

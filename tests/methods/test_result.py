@@ -319,3 +319,11 @@ def test_numpy_gets_the_values(patching: Result) -> None:
     assert found.shape == tuple(patching.values.shape) and found.dtype == np.float32
     assert np.array_equal(found, patching.values.numpy())
     assert np.asarray(patching, dtype=np.float64).dtype == np.float64
+    assert np.shares_memory(found, patching.values.numpy())
+    assert not np.shares_memory(np.array(patching), found)
+
+
+def test_numpy_gets_numbers_that_it_has_no_type_for(patching: Result) -> None:
+    found = np.asarray(replace(patching, values=patching.values.bfloat16()))
+    assert found.dtype == np.float32
+    assert np.array_equal(found, patching.values.bfloat16().float().numpy())

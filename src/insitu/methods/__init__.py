@@ -4,7 +4,7 @@ Every method is a function of a model and prompts, is planned as one experiment,
 `Result`: numbers with named axes, which can be drawn, saved and made a table.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from insitu.display.axis import Axis
 from insitu.methods.ablation import ablate
@@ -96,10 +96,12 @@ __all__ = [
 guard(globals(), __all__)
 
 
-def __getattr__(name: str) -> Any:
-    from insitu.unknown import unknown_name  # of use only for an error
+if not TYPE_CHECKING:  # a checker takes any name of a module that has this
 
-    raise unknown_name(__name__, name, __all__)
+    def __getattr__(name: str) -> Any:
+        from insitu.unknown import unknown_name  # of use only for an error
+
+        raise unknown_name(__name__, name, __all__)
 
 
 def __dir__() -> list[str]:

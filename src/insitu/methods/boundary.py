@@ -37,7 +37,7 @@ _SAME: tuple[tuple[str, ...], ...] = (
     ("sites", "site", "hook_name", "hook_point", "hook"),
     ("layers", "layer"),
     ("positions", "position", "pos"),
-    ("top", "k", "n", "count", "top_k", "topk", "most"),
+    ("top", "k", "n", "top_k", "topk", "most"),
     ("metric", "answer", "answers", "target", "loss"),
     ("answer", "answers", "token", "tokens", "target"),
     ("max_tokens_per_pass", "batch_size", "internal_batch_size"),

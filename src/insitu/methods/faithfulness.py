@@ -139,8 +139,17 @@ def faithfulness_curve(
         PromptError: if prompts do not go together.
         ShapeError: if the metric is not a number.
     """
-    shown = (progress, max_tokens_per_pass)
-    runs = _sized(model, clean, corrupted, metric, circuit, sizes, *shown, complement=False)
+    runs = _sized(
+        model,
+        clean,
+        corrupted,
+        metric,
+        circuit,
+        sizes,
+        progress,
+        max_tokens_per_pass,
+        complement=False,
+    )
     return runs.curve("Faithfulness by size", "recovered", runs.of_corrupted, runs.of_clean)
 
 
@@ -177,8 +186,17 @@ def completeness_curve(
         PromptError: if prompts do not go together.
         ShapeError: if the metric is not a number.
     """
-    shown = (progress, max_tokens_per_pass)
-    runs = _sized(model, clean, corrupted, metric, circuit, sizes, *shown, complement=True)
+    runs = _sized(
+        model,
+        clean,
+        corrupted,
+        metric,
+        circuit,
+        sizes,
+        progress,
+        max_tokens_per_pass,
+        complement=True,
+    )
     return runs.curve("Completeness by size", "lost", runs.of_clean, runs.of_corrupted)
 
 

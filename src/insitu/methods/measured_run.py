@@ -8,6 +8,7 @@ these.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -77,12 +78,13 @@ class Run(Proxy):
 
         Raises:
             OptionError: for a key that was written for logits with one, such as `[0, -1]`: of the
-                vocabulary nobody takes the last entry, and a wrong number would come of it.
+                vocabulary nobody takes the last entries, and a wrong number would come of it.
         """
         axes = [one for one in key if one is not None] if isinstance(key, tuple) else [key]
         plain = [one for one in axes if one is not ...]
         last = axes[1] if len(axes) == len(plain) == 2 else 0
-        if len(plain) > 2 or (isinstance(last, int) and last < 0):
+        first = last.start if isinstance(last, slice) else last
+        if len(plain) > 2 or (isinstance(first, Integral) and int(first) < 0):
             raise OptionError(
                 "As a tensor, what a metric is given are the logits of one prompt, `(position, "
                 "vocabulary)`: write `logits[-1, token]`, or `run.logits[0, -1, token]` with the "

@@ -101,9 +101,11 @@ class Result(Drawable):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """The values, as NumPy asks for them: `np.asarray(result)`."""
-        found = self.values.detach().cpu().numpy()
-        found = found if dtype is None else found.astype(dtype)
-        return found.copy() if copy else found
+        import numpy
+
+        values = self.values.detach().cpu()
+        values = values.float() if values.dtype is torch.bfloat16 else values  # NumPy has none
+        return numpy.array(values.numpy(), dtype=dtype, copy=copy)
 
     @property
     def sizes(self) -> dict[str, int]:

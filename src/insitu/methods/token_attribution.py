@@ -66,8 +66,8 @@ def integrated_gradients(
             both ends.
         progress: whether a bar shows how far it is; None for on a terminal or in a notebook.
         max_tokens_per_pass: how many tokens the points that run together have at most, and a pass
-            of those that take no gradient; None for 2048. Memory grows with it, since gradients
-            need what the forward has computed.
+            that takes no gradient; None for 2048, and for as many as fit into a quarter of the free
+            memory. Memory grows with it, since gradients need what the forward has computed.
 
     Returns:
         Attributions with the axes (prompt), position, in the metric's unit. Details, of each

@@ -7,7 +7,7 @@ anything runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -125,7 +125,7 @@ def _sample(tensor: torch.Tensor) -> bytes:
         return b""
 
 
-def _parts(tensor: torch.Tensor) -> list[str] | None:
+def _parts(tensor: torch.Tensor) -> Sequence[str] | None:
     """The attributes with the tensors that one of a class of its own consists of: quantised ones.
 
     None for a tensor that has its numbers itself.
