@@ -32,7 +32,6 @@ test-all test-matrix: export INSITU_GRADIENT_PROGRAMS ?= 160
 test-ci: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS) -m "not slow"
 
-
 test-all: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS)
 
