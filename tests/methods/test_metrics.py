@@ -102,6 +102,8 @@ NO_NUMBERS: dict[str, Any] = {
         lambda logits: logits[:, -1, :].max(),
         lambda logits: logits[0, np.int64(-1)].max(),
         lambda logits: logits[:, -1:].max(),
+        lambda logits: logits[0][-1],
+        lambda logits: logits[np.int64(0)][-1:].max(),
     ],
 )
 def test_a_key_for_logits_with_an_axis_of_prompts_is_refused(
@@ -117,6 +119,8 @@ def test_the_short_form_takes_the_keys_of_positions_and_tokens(gpt2: LanguageMod
     for metric, expected in (
         (lambda run: run[-1, 5], logits[-1, 5]),
         (lambda run: run[..., -1, 5], logits[-1, 5]),
+        (lambda run: run[-1][5], logits[-1, 5]),
+        (lambda run: run[-1][[5, 7]].sum() * run[0][5], logits[-1, [5, 7]].sum() * logits[0, 5]),
         (lambda run: run[0, [5, 7]].sum(), logits[0, [5, 7]].sum()),
         (lambda run: run[None][0, -1].max(), logits[-1].max()),
         (lambda run: run.logits[0, -1].max(), logits[-1].max()),

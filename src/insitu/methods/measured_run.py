@@ -82,16 +82,10 @@ class Run(Proxy):
         """
         axes = [one for one in key if one is not None] if isinstance(key, tuple) else [key]
         plain = [one for one in axes if one is not ...]
-        last = axes[1] if len(axes) == len(plain) == 2 else 0
-        first = last.start if isinstance(last, slice) else last
-        if len(plain) > 2 or (isinstance(first, Integral) and int(first) < 0):
-            raise OptionError(
-                "As a tensor, what a metric is given are the logits of one prompt, `(position, "
-                "vocabulary)`: write `logits[-1, token]`, or `run.logits[0, -1, token]` with the "
-                "axis of the prompt.",
-                here(),
-            )
-        return super().__getitem__(key)
+        if len(plain) > 2 or (len(axes) == len(plain) == 2 and _is_from_the_end(axes[1])):
+            raise _with_rows()
+        found = super().__getitem__(key)
+        return _Position(found._recording, found._ref) if isinstance(key, Integral) else found
 
     @property
     def is_short(self) -> bool:
@@ -122,6 +116,32 @@ class Run(Proxy):
                 here(3),
             )
         return self._invocation
+
+
+class _Position(Proxy):
+    """The logits at one position, `(vocabulary,)`: `[0][-1]` is refused as `[0, -1]` is."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        if _is_from_the_end(key):
+            raise _with_rows()
+        return super().__getitem__(key)
+
+
+def _is_from_the_end(key: Any) -> bool:
+    """Whether a key takes the last entries of an axis."""
+    first = key.start if isinstance(key, slice) else key
+    return isinstance(first, Integral) and int(first) < 0
+
+
+def _with_rows() -> OptionError:
+    return OptionError(
+        "As a tensor, what a metric is given are the logits of one prompt, `(position, "
+        "vocabulary)`: write `logits[-1, token]`, or `run.logits[0, -1, token]` with the "
+        "axis of the prompt.",
+        here(3),
+    )
 
 
 def stacked_values(saved: Sequence[Any]) -> torch.Tensor:
