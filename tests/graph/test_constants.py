@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import batch_norm
 
 from insitu import BlockError, LanguageModel, Model, OperationError, cond
 from tests.conftest import tiny_gpt2
@@ -199,6 +200,51 @@ def test_running_statistics_are_written_where_they_are() -> None:
     expected = plain(model.module[0](rows))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(norm.running_mean, plain.running_mean)
+
+
+def test_running_statistics_are_written_where_they_are_if_a_line_before_reads_them() -> None:
+    model, norm, plain = linear(), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    rows = torch.randn(4, 3)
+    with model.trace(rows):
+        still = norm.eval()(model[0].output).save()
+        moved = norm.train()(model[0].output).save()
+    hidden = model.module[0](rows)
+    torch.testing.assert_close(still, plain.eval()(hidden))
+    torch.testing.assert_close(moved, plain.train()(hidden))
+    torch.testing.assert_close(norm.running_mean, plain.running_mean)
+
+
+def test_running_statistics_of_an_edit_are_written_where_they_are() -> None:
+    model, rows = linear(), torch.randn(4, 3)
+    mean, variance = torch.zeros(3), torch.ones(3)
+    plain = nn.BatchNorm1d(3)
+    with model.edit() as edited:
+        edited[0].output = batch_norm(edited[0].output, mean, variance, training=True)
+    for _ in range(2):
+        with edited.trace(rows):
+            found = edited[0].output.save()
+        torch.testing.assert_close(found, plain(model.module[0](rows)))
+    torch.testing.assert_close(mean, plain.running_mean)
+
+
+@pytest.mark.no_wire  # the bytes are written before the change
+def test_a_tensor_that_the_run_writes_into_is_not_written_by_another_line() -> None:
+    model, mean, variance = linear(), torch.zeros(3), torch.ones(3)
+    with pytest.raises(OperationError, match="was written into after this line"):
+        with model.trace(torch.randn(4, 3)):
+            batch_norm(model[0].output, mean, variance, training=True).save()
+            mean += 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_tensor_of_inference_mode_is_a_constant_and_a_prompt(large: bool) -> None:
+    model = linear()
+    with torch.inference_mode():
+        own = torch.ones(SMALL // 4 + 1 if large else 2, 3)
+    with model.trace() as tracer, tracer.invoke(own):
+        found = (model.output + own).save()
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.module(own) + own)
 
 
 @pytest.mark.no_wire
