@@ -37,7 +37,11 @@ def _look_before_steps() -> None:
 
 def _check(stepping: Any, args: Any, kwargs: Any) -> None:
     """Raises if the gradients that an optimiser is to use are still to come."""
-    for recording, mark in [*_waiting.items()]:
+    for one in _waiting.keyrefs():  # other threads may add to it meanwhile
+        recording = one()
+        mark = None if recording is None else _waiting.get(recording)
+        if recording is None or mark is None:
+            continue
         if not recording.open:
             _waiting.pop(recording, None)  # another thread may have found it too
             continue
