@@ -273,6 +273,18 @@ def test_an_optimiser_does_not_step_before_its_gradients(in_session: bool) -> No
 
 
 @pytest.mark.no_wire
+def test_an_optimiser_of_what_a_tensor_was_computed_of_does_not_step_before() -> None:
+    model = linear()
+    rotation = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3, bias=False))
+    before = rotation.weight.detach().clone()
+    with pytest.raises(BlockError, match="backward pass of this line"), model.trace(X):
+        model[0].output = rotation(model[0].output)
+        model.output.sum().backward()
+        torch.optim.SGD(rotation.parameters(), lr=0.1).step()
+    assert torch.equal(rotation.weight, before)
+
+
+@pytest.mark.no_wire
 def test_an_optimiser_of_something_else_steps_at_any_time() -> None:
     model, own, other = linear(), torch.zeros(3, requires_grad=True), torch.ones(3)
     other.requires_grad_()
