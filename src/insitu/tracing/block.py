@@ -128,11 +128,10 @@ class Block:
             try:
                 # Between blocks of a session also a large prompt may be filled anew.
                 given = copied(*self.prompt) if session else recording.given(*self.prompt, line)
-                invocation = self.add(*given, line)
+                self.alone = invocation = self.add(*given, line)
             except InsituError as error:
                 shortened(error)
                 raise
-            self.alone = invocation
             self.request = invocation.request
             invocation.enter(frame)
         if session is not None:
@@ -284,8 +283,7 @@ class Block:
         Raises:
             InsituError: if something is wrong with the prompt.
         """
-        procedure = self.procedure
-        request = procedure.request(args, kwargs, mark)
+        request = self.procedure.request(args, kwargs, mark)
         if is_inference_mode_enabled():
             request = made_ordinary(request)
         kind = Invoked if self.prompt is None else Invocation
@@ -293,7 +291,7 @@ class Block:
         self.invocations.append(invocation)
         self._requests.append(request)
         for graph in self.model.edits:
-            step = 0 if procedure.steps_of(request) == 1 else EVERY
+            step = 0 if self.procedure.steps_of(request) == 1 else EVERY
             replay(self.recording, graph, invocation.number, step)
             if graph.unfused:
                 self.demand(invocation, self.model.vocabulary.unfused())
