@@ -250,6 +250,11 @@ def _lines_that_change_what_is_around(model: LanguageModel) -> dict[str, Any]:
         layer.mlp.output.zero_()
         return h
 
+    def by_operator(h: Any) -> Any:
+        value = layer.mlp.output
+        value += 1  # of `layer.`
+        return h
+
     def site(h: Any) -> Any:
         layer.output = h
         return h
@@ -281,7 +286,8 @@ def _lines_that_change_what_is_around(model: LanguageModel) -> dict[str, Any]:
 
 
 NAMES = (
-    *("part_of_a_site", "site_in_place", "site", "entry", "skipped", "stopped", "saved", "asked"),
+    *("part_of_a_site", "site_in_place", "by_operator", "site", "entry", "skipped", "stopped"),
+    *("saved", "asked"),
 )
 
 
@@ -309,6 +315,15 @@ def test_values_around_a_function_are_not_written_in_place(gpt2: LanguageModel) 
             return hidden
 
         cond(hidden.sum() > 0, zeroed, lambda: hidden).save()
+    assert "the line to find" in str(caught.value)
+    with pytest.raises(OperationError, match="nothing is written") as caught, gpt2.trace(IDS):
+        values = [gpt2.transformer.h[1].output[0]]
+
+        def added() -> Any:
+            values[0] += 1  # the line to find
+            return values[0]
+
+        cond(values[0].sum() > 0, added, lambda: values[0]).save()
     assert "the line to find" in str(caught.value)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import batch_norm
 
 from insitu import BlockError, LanguageModel, Model, OperationError, cond
 from tests.conftest import tiny_gpt2
@@ -201,6 +202,51 @@ def test_running_statistics_are_written_where_they_are() -> None:
     torch.testing.assert_close(norm.running_mean, plain.running_mean)
 
 
+def test_running_statistics_are_written_where_they_are_if_a_line_before_reads_them() -> None:
+    model, norm, plain = linear(), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    rows = torch.randn(4, 3)
+    with model.trace(rows):
+        still = norm.eval()(model[0].output).save()
+        moved = norm.train()(model[0].output).save()
+    hidden = model.module[0](rows)
+    torch.testing.assert_close(still, plain.eval()(hidden))
+    torch.testing.assert_close(moved, plain.train()(hidden))
+    torch.testing.assert_close(norm.running_mean, plain.running_mean)
+
+
+def test_running_statistics_of_an_edit_are_written_where_they_are() -> None:
+    model, rows = linear(), torch.randn(4, 3)
+    mean, variance = torch.zeros(3), torch.ones(3)
+    plain = nn.BatchNorm1d(3)
+    with model.edit() as edited:
+        edited[0].output = batch_norm(edited[0].output, mean, variance, training=True)
+    for _ in range(2):
+        with edited.trace(rows):
+            found = edited[0].output.save()
+        torch.testing.assert_close(found, plain(model.module[0](rows)))
+    torch.testing.assert_close(mean, plain.running_mean)
+
+
+@pytest.mark.no_wire  # the bytes are written before the change
+def test_a_tensor_that_the_run_writes_into_is_not_written_by_another_line() -> None:
+    model, mean, variance = linear(), torch.zeros(3), torch.ones(3)
+    with pytest.raises(OperationError, match="was written into after this line"):
+        with model.trace(torch.randn(4, 3)):
+            batch_norm(model[0].output, mean, variance, training=True).save()
+            mean += 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_tensor_of_inference_mode_is_a_constant_and_a_prompt(large: bool) -> None:
+    model = linear()
+    with torch.inference_mode():
+        own = torch.ones(SMALL // 4 + 1 if large else 2, 3)
+    with model.trace() as tracer, tracer.invoke(own):
+        found = (model.output + own).save()
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.module(own) + own)
+
+
 @pytest.mark.no_wire
 @pytest.mark.parametrize("in_session", [True, False])
 def test_an_optimiser_does_not_step_before_its_gradients(in_session: bool) -> None:
@@ -224,6 +270,18 @@ def test_an_optimiser_does_not_step_before_its_gradients(in_session: bool) -> No
         model.output.sum().backward()
     optimiser.step()  # now they are there
     torch.testing.assert_close(own.detach(), -0.1 * model.module[1].weight.sum(0).detach())
+
+
+@pytest.mark.no_wire
+def test_an_optimiser_of_what_a_tensor_was_computed_of_does_not_step_before() -> None:
+    model = linear()
+    rotation = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3, bias=False))
+    before = rotation.weight.detach().clone()
+    with pytest.raises(BlockError, match="backward pass of this line"), model.trace(X):
+        model[0].output = rotation(model[0].output)
+        model.output.sum().backward()
+        torch.optim.SGD(rotation.parameters(), lr=0.1).step()
+    assert torch.equal(rotation.weight, before)
 
 
 @pytest.mark.no_wire

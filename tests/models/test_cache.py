@@ -254,3 +254,11 @@ def test_a_hook_of_a_block_that_there_is_not_says_how_many_there_are(model: Lang
     for use in (model.hook, partial(model.run_with_cache, IDS)):
         with pytest.raises(InsituError, match=f"the model has {model.n_layers}, 0 to"):
             use("blocks.12.attn.hook_z")
+
+
+def test_a_short_name_of_a_value_of_the_model_is_in_the_cache(model: LanguageModel) -> None:
+    cache = model.run_with_cache(IDS, "embed")
+    for key in ("embed", ("embed",), "hook_embed", "embedding.output"):
+        assert key in cache
+        assert torch.equal(cache[key], model.module.get_input_embeddings()(IDS))
+    assert "pos_embed" not in cache and "z" not in cache

@@ -1,6 +1,8 @@
 """What is not in a cache: the error says the line that keeps it, or why the model lacks it."""
 
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -137,9 +139,15 @@ def test_the_lines_for_decompositions_add_up(make: Callable[[], nn.Module]) -> N
     assert torch.equal(streams[1], cache["residual_out", 0])
 
 
-def test_it_keeps_no_model_and_says_less_without_one(gpt2: LanguageModel) -> None:
-    cache = gpt2.run_with_cache(IDS, "z")
+def test_it_keeps_no_model_and_says_less_without_one() -> None:
+    model = of(tiny_gpt2)
+    module = weakref.ref(model.module)
+    cache = model.run_with_cache(IDS, "z")
     other = pickle.loads(pickle.dumps(cache))
     assert torch.equal(other["z", 1], cache["z", 1])
-    with pytest.raises(NotCachedError, match="'residual_out' is not in the cache"):
-        other["residual_out", 1]
+    del model
+    gc.collect()
+    assert module() is None
+    for one in (cache, other):
+        with pytest.raises(NotCachedError, match="'residual_out' is not in the cache"):
+            one["residual_out", 1]

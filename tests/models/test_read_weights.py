@@ -100,6 +100,11 @@ def test_in_a_block_too_whatever_is_written(model: LanguageModel, name: str) -> 
         value += model.blocks[0].residual_out[0, 0, 0]
 
 
+def test_a_lookup_does_not_normalise_them_in_place(model: LanguageModel) -> None:
+    with pytest.raises(OperationError, match="is there to be read"), model.trace(IDS):
+        nn.functional.embedding(model.logits.argmax(-1), model.W_E, max_norm=0.01).save()
+
+
 def test_the_parameter_that_the_error_names_changes_the_model(model: LanguageModel) -> None:
     for name in NAMES:
         if name == "W_gate" and model.module.config.model_type == "gpt2":

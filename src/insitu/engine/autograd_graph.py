@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+
+from insitu.graph.autograd_history import steps_of
 
 
 class _Passing(torch.autograd.Function):
@@ -103,33 +105,11 @@ def is_used_beside(losses: Sequence[torch.Tensor], step: Any, origin: Any) -> bo
         step = below
     return any(
         users.get(before, later) is not later and later._sequence_nr() > since
-        for later in _steps(losses)
+        for later in steps_of(losses)
         for before, _ in later.next_functions
     )
 
 
-def computed_of(*tensors: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Returns the leaves that tensors were computed of, by identity."""
-    found: dict[int, torch.Tensor] = {}
-    for step in _steps(tensors):
-        leaf = getattr(step, "variable", None)
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            found[id(leaf)] = leaf
-    return found
-
-
 def is_computed_of(tensors: Sequence[torch.Tensor], step: Any) -> bool:
     """Returns whether tensors were computed of what a step of autograd has made."""
-    return any(other is step for other in _steps(tensors))
-
-
-def _steps(tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
-    """The steps of autograd that tensors were made in, from the last on, each once."""
-    seen: set[Any] = set()
-    left: list[Any] = [tensor.grad_fn for tensor in tensors]
-    while left:
-        step = left.pop()
-        if step is not None and step not in seen:
-            seen.add(step)
-            left.extend(before for before, _ in step.next_functions)
-            yield step
+    return any(other is step for other in steps_of(tensors))

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from insitu.engine.autograd_graph import (
-    computed_of,
     derivatives,
     detached,
     is_used_beside,
@@ -24,6 +23,7 @@ from insitu.engine.autograd_graph import (
 from insitu.engine.gradient_binding import Key, Path
 from insitu.engine.gradient_parts import Followed, Parts
 from insitu.engine.plan import Gradients
+from insitu.graph.autograd_history import computed_of
 from insitu.graph.errors import ExecutionError, ShapeError
 from insitu.graph.expression import expression
 from insitu.graph.node import Graph

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from insitu.engine.autograd_graph import computed_of
 from insitu.engine.plan import Gradients
+from insitu.graph.autograd_history import computed_of
 from insitu.graph.node import Function, Graph, Ref, Subgraph, WeightRef
 
 

@@ -23,7 +23,7 @@ from insitu.graph.in_place import mutate
 from insitu.graph.location import here, mark
 from insitu.graph.node import NO_KWARGS, ref
 from insitu.graph.operations import BY_NAME, GETITEM, TENSOR_METHODS, Operation, unbounded
-from insitu.graph.recorded import AnyRecorded, Recorded
+from insitu.graph.recorded import AnyRecorded, Recorded, inside_function
 from insitu.graph.recording import Recording, branches
 from insitu.graph.structure import map_structure
 from insitu.graph.structure_hints import part_of
@@ -215,6 +215,8 @@ def _reflected(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any
 def _augmented(kind: type[Recorded], operation: Operation) -> Callable[[Any, Any], Any]:
     def method(self: Any, other: Any) -> Any:
         if not self._recording.open:
+            if self._recording.suspended:
+                raise inside_function(here())
             return NotImplemented
         return record(kind, operation, (self, other), NO_KWARGS)
 

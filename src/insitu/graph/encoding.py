@@ -31,7 +31,7 @@ from insitu.graph.node import (
     table_of,
 )
 from insitu.graph.operations import GETITEM, INPUT, SAVE, Operation
-from insitu.graph.read_only import writable
+from insitu.graph.read_only import refuse_write, writable
 from insitu.graph.recorded import AnyRecorded, Recorded, refuse_structure
 from insitu.graph.recording import Recording
 from insitu.graph.saved import SavedList, SavedTensor
@@ -102,6 +102,7 @@ def add_node(
     else:
         tuples = operation is GETITEM
         for one in written_arguments(operation, args, kwargs)[0]:
+            refuse_write(one)
             if type(one) is torch.Tensor:  # such as running statistics
                 recording.hold(one, mark, written=True)
         args, kwargs, inputs, nested = encoded(recording, args, kwargs, mark, tuples)

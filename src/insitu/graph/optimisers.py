@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.optim.optimizer as optimisation
 
+from insitu.graph.autograd_history import computed_of
 from insitu.graph.errors import BlockError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.recording import Recording
@@ -37,12 +38,18 @@ def _look_before_steps() -> None:
 
 def _check(stepping: Any, args: Any, kwargs: Any) -> None:
     """Raises if the gradients that an optimiser is to use are still to come."""
-    for recording, mark in [*_waiting.items()]:
+    for one in _waiting.keyrefs():  # other threads may add to it meanwhile
+        recording = one()
+        mark = None if recording is None else _waiting.get(recording)
+        if recording is None or mark is None:
+            continue
         if not recording.open:
             _waiting.pop(recording, None)  # another thread may have found it too
             continue
         trained = {id(one) for group in stepping.param_groups for one in group["params"]}
-        if trained & {id(one.tensor) for one in recording.held.values()}:
+        used = [one.tensor for one in recording.held.values()]
+        # Also what they were computed of before, such as the weight of a parametrised layer.
+        if trained & {*map(id, used), *computed_of(*used)}:
             raise BlockError(
                 "This step comes before its gradients: the backward pass of this line runs when "
                 f"its block or session ends.\n{Location(*mark)}\nStep after that, and with a "

@@ -42,8 +42,8 @@ class ReadOnly(torch.Tensor):
         plain = [_unwrapped(arg, found) for arg in args]
         named = {name: _unwrapped(arg, found) for name, arg in kwargs.items()}
         if args and _writes(func, kwargs):
-            _refuse(args[0])
-        _refuse(kwargs.get("out"))
+            refuse_write(args[0])
+        refuse_write(kwargs.get("out"))
         return _wrapped(func(*plain, **named), found)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -58,7 +58,7 @@ class ReadOnly(torch.Tensor):
 
 def _augmented(self: ReadOnly, other: Any) -> Any:
     """Refuses `weight += x`, where torch would take the error for a reason to compute `+`."""
-    _refuse(self)
+    refuse_write(self)
 
 
 for _name in (
@@ -94,13 +94,20 @@ def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     return in_place or name in _WRITES or kwargs.get("inplace") is True
 
 
-def _refuse(target: Any) -> None:
-    """Raises if the target of a write is read only, or has a part that is."""
+def refuse_write(target: Any) -> None:
+    """Raises if the target of a write is read only, or has a part that is.
+
+    Args:
+        target: what would be written into.
+
+    Raises:
+        OperationError: saying where to write instead.
+    """
     if type(target) is ReadOnly:
         raise OperationError(target._instead, here())
     if isinstance(target, list | tuple):
         for one in cast("Sequence[Any]", target):
-            _refuse(one)
+            refuse_write(one)
 
 
 def _unwrapped(value: Any, found: list[ReadOnly]) -> Any:

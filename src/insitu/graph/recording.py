@@ -33,13 +33,11 @@ from insitu.graph.lines import ShapeSource
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Graph, Ref, Site, ref, table_of
 from insitu.graph.operations import INPUT, READ, REPLACE, SKIP, WRITE, Operation
+from insitu.graph.read_only import writable
 from insitu.graph.structure import independent, is_counted, is_small
 from insitu.graph.views import Views
 
 _NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference to these
-
-
-_WRITTEN = -1
 
 
 class Held(NamedTuple):
@@ -47,16 +45,17 @@ class Held(NamedTuple):
 
     Attributes:
         tensor: the tensor. It is kept, so that no other gets its identity.
-        version: how often it had been written into; None if nobody counts that, and `_WRITTEN` if
-            the run itself writes into it.
+        version: how often it had been written into; None if nobody counts that.
         kept: what the graph holds: the tensor itself, or a copy.
         mark: the user's line.
+        written: whether the run writes into it.
     """
 
     tensor: torch.Tensor
     version: int | None
     kept: torch.Tensor
     mark: Mark
+    written: bool = False
 
     def check(self) -> None:
         """Raises if it is held by reference and has changed.
@@ -64,11 +63,9 @@ class Held(NamedTuple):
         Raises:
             OperationError: naming the line.
         """
-        if self.kept is self.tensor and self.version not in (
-            None,
-            _WRITTEN,
-            self.tensor._version,
-        ):
+        if self.version is None or self.kept is not self.tensor:
+            return
+        if self.version != self.tensor._version:
             size = " x ".join(map(str, self.tensor.shape)) or "one number"
             raise OperationError(
                 f"A tensor of yours ({size}) was written into after this line, and a block runs "
@@ -213,8 +210,9 @@ class Recording:
         """Returns what the graph holds for a tensor of the user's: its value at this line.
 
         A block runs after its last line, and a loop may have written into the tensor by then:
-        `v += 1` for the next invocation. So small ones are copied. Large ones, and those that want
-        gradients, are held by reference, and PyTorch's version counter tells whether they change.
+        `v += 1` for the next invocation. So small ones are copied. Large ones, those that want
+        gradients, and those that the run writes into are held by reference, and PyTorch's version
+        counter tells whether they change. It does not count writes through `tensor.data`.
 
         Args:
             tensor: the tensor.
@@ -229,18 +227,20 @@ class Recording:
             owner = owner.parent
         known: Held | None = owner.held.get(id(tensor))
         version = None if tensor.is_inference() else tensor._version
-        if known is not None and known.version is not None and known.version in (version, _WRITTEN):
-            return known.kept
-        if known is not None and known.kept is tensor:
-            known.check()
+        written = written or (known is not None and known.written)
+        if known is not None:
+            # Earlier lines may have a copy, and the run is to write into the tensor itself.
+            if known.version is not None and known.version == version and known.written == written:
+                return known.kept
+            if known.kept is tensor:
+                known.check()
         kept = tensor
-        if written:
-            version = _WRITTEN
-        elif type(tensor) is torch.Tensor and not tensor.requires_grad and is_small(tensor):
+        ordinary = type(tensor) is torch.Tensor and not tensor.requires_grad
+        if ordinary and not written and is_small(tensor):
             kept = independent(tensor)
             if not is_counted(tensor):
                 version = None
-        table_of(owner, "held")[id(tensor)] = Held(tensor, version, kept, mark)
+        table_of(owner, "held")[id(tensor)] = Held(tensor, version, kept, mark, written)
         return kept
 
     def given(
@@ -263,7 +263,7 @@ class Recording:
                 return (self.hold(args[0], mark),), kwargs
 
         def leaf(item: Any) -> Any:
-            return self.hold(item, mark) if isinstance(item, torch.Tensor) else item
+            return self.hold(writable(item), mark) if isinstance(item, torch.Tensor) else item
 
         return each(leaf, (args, kwargs))
 
@@ -279,13 +279,16 @@ class Recording:
     def owned(self, item: Any) -> Any:
         """Returns a copy of a tensor that is held by reference, and anything else as it is.
 
-        Those that want gradients stay: they are trained, and their changes are meant.
+        Those that want gradients stay, and so do those that runs write into, such as running
+        statistics: their changes are meant.
 
         Args:
             item: a constant of the graph.
         """
-        by_reference = isinstance(item, torch.Tensor) and id(item) in self.held
-        return item.detach().clone() if by_reference and not item.requires_grad else item
+        held: Held | None = self.held.get(id(item)) if isinstance(item, torch.Tensor) else None
+        if held is None or held.written or item.requires_grad:
+            return item
+        return item.detach().clone()
 
     def stop(self, output: Ref, mark: Mark) -> None:
         """Records that the run ends where a module has returned.
@@ -326,6 +329,7 @@ class Recording:
         self.saves = {}
         self.sites = {}
         self.fakes = {}
+        vars(self).pop("held", None)
         self.shapes = self.views = None
 
 

@@ -119,15 +119,15 @@ class ActivationCache(Mapping[str, torch.Tensor]):
     def __getitem__(self, key: str | tuple[str, int] | tuple[str, int, str]) -> torch.Tensor:
         if isinstance(key, tuple):
             key = self._key(key)
-        value = self._values.get(key)
-        if value is not None:
-            return value
-        other, heads_third = self._other(key)
-        value = self._values.get(other)
-        if value is not None:
-            return value.transpose(1, 2) if heads_third else value
-        if f"hook_{key}" in self:  # TransformerLens's short name of a value of the model: "embed"
-            return self[f"hook_{key}"]
+        # The second is for TransformerLens's short name of a value of the model: "embed".
+        for one in (key, f"hook_{key}"):
+            value = self._values.get(one)
+            if value is not None:
+                return value
+            other, heads_third = self._other(one)
+            value = self._values.get(other)
+            if value is not None:
+                return value.transpose(1, 2) if heads_third else value
         raise self._lacking(key)
 
     def __contains__(self, key: object) -> bool:
@@ -138,7 +138,8 @@ class ActivationCache(Mapping[str, torch.Tensor]):
                 return False
         if not isinstance(key, str):
             return False
-        return key in self._values or self._other(key)[0] in self._values
+        names = (key, f"hook_{key}")  # as in `__getitem__`
+        return any(one in self._values or self._other(one)[0] in self._values for one in names)
 
     def __iter__(self) -> Iterator[str]:
         frame = sys._getframe(1)

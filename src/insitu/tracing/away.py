@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from insitu.engine.autograd_graph import computed_of
 from insitu.engine.failures import error_of
 from insitu.engine.seams import seams
+from insitu.graph.autograd_history import computed_of
 from insitu.graph.cells import Missing
 from insitu.graph.errors import InsituError, OptionError
 from insitu.graph.location import here

@@ -124,13 +124,14 @@ class Block:
         recording.begin()
         session = session_of(model) if open_sessions.get() else None
         if self.prompt is not None:
-            args, kwargs = self.prompt if session is None else copied(*self.prompt)
+            line = (frame.f_code, frame.f_lasti)
             try:
-                invocation = self.add(args, kwargs, (frame.f_code, frame.f_lasti))
+                # Between blocks of a session also a large prompt may be filled anew.
+                given = copied(*self.prompt) if session else recording.given(*self.prompt, line)
+                self.alone = invocation = self.add(*given, line)
             except InsituError as error:
                 shortened(error)
                 raise
-            self.alone = invocation
             self.request = invocation.request
             invocation.enter(frame)
         if session is not None:
@@ -275,15 +276,14 @@ class Block:
         """Adds an invocation.
 
         Args:
-            args: what it is given by place.
-            kwargs: what it is given by keyword.
+            args: what it is given by place, with tensors that stay as they are now.
+            kwargs: what it is given by keyword, of the same kind.
             mark: the user's line.
 
         Raises:
             InsituError: if something is wrong with the prompt.
         """
-        procedure = self.procedure
-        request = procedure.request(*self.recording.given(args, kwargs, mark), mark)
+        request = self.procedure.request(args, kwargs, mark)
         if is_inference_mode_enabled():
             request = made_ordinary(request)
         kind = Invoked if self.prompt is None else Invocation
@@ -291,7 +291,7 @@ class Block:
         self.invocations.append(invocation)
         self._requests.append(request)
         for graph in self.model.edits:
-            step = 0 if procedure.steps_of(request) == 1 else EVERY
+            step = 0 if self.procedure.steps_of(request) == 1 else EVERY
             replay(self.recording, graph, invocation.number, step)
             if graph.unfused:
                 self.demand(invocation, self.model.vocabulary.unfused())

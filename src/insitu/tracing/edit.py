@@ -94,8 +94,8 @@ class Edit(Generic[Edited]):
         for invocation in self._invocations:
             invocation.leave()
         graph = self.graph
-        self.recording.forget()
         if error is not None:
+            self.recording.forget()
             graph.rows.clear()
             raise_explained(error)
             shortened(error)
@@ -110,6 +110,8 @@ class Edit(Generic[Edited]):
         except OperationError:
             graph.rows.clear()
             raise
+        finally:
+            self.recording.forget()
 
 
 def check_edit(graph: Graph) -> None:

@@ -7,9 +7,6 @@ give it that form, and writing it those that undo them, so that a graph knows no
 # To type checkers a proxy is a tensor.
 # pyright: reportPrivateUsage=false, reportUnnecessaryIsInstance=false
 
-# To type checkers a proxy is a tensor.
-# pyright: reportPrivateUsage=false, reportUnnecessaryIsInstance=false
-
 from __future__ import annotations
 
 import contextlib
