@@ -247,6 +247,39 @@ def test_a_tensor_of_inference_mode_is_a_constant_and_a_prompt(large: bool) -> N
         torch.testing.assert_close(found, model.module(own) + own)
 
 
+def large_of_numpy() -> tuple[torch.Tensor, Any]:
+    array = np.zeros((SMALL, 3), dtype="float32")
+    return torch.from_numpy(array), array
+
+
+def large_of_inference_mode() -> tuple[torch.Tensor, Any]:
+    with torch.inference_mode():
+        own = torch.zeros(SMALL, 3)
+    return own, own.numpy()
+
+
+@pytest.mark.no_wire  # the bytes are written before the change
+@pytest.mark.parametrize("make", [large_of_numpy, large_of_inference_mode])
+def test_a_large_one_is_looked_at_where_nobody_counts_what_is_written(make: Any) -> None:
+    model, (own, array) = linear(), make()
+    with model.trace(X):
+        same = [(model[0].output + own).save() for _ in range(2)]
+    with torch.no_grad():
+        plain = model.module[0](X) + own
+    for one in same:
+        torch.testing.assert_close(one.value, plain)
+    line = r"(?s)was written into after this line.*model\[0\]\.output \+ own"
+    with pytest.raises(OperationError, match=line):  # before another line uses it
+        with model.trace(X):
+            (model[0].output + own).save()
+            array += 1
+            (model[0].output * own).save()
+    with pytest.raises(OperationError, match=line):  # before the run
+        with model.trace(X):
+            (model[0].output + own).save()
+            array += 1
+
+
 @pytest.mark.no_wire
 @pytest.mark.parametrize("in_session", [True, False])
 def test_an_optimiser_does_not_step_before_its_gradients(in_session: bool) -> None:

@@ -34,7 +34,7 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Graph, Ref, Site, ref, table_of
 from insitu.graph.operations import INPUT, READ, REPLACE, SKIP, WRITE, Operation
 from insitu.graph.read_only import writable
-from insitu.graph.structure import independent, is_counted, is_small
+from insitu.graph.structure import independent, is_counted, is_small, sample_of
 from insitu.graph.views import Views
 
 _NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference to these
@@ -45,14 +45,15 @@ class Held(NamedTuple):
 
     Attributes:
         tensor: the tensor. It is kept, so that no other gets its identity.
-        version: how often it had been written into; None if nobody counts that.
+        version: how often it had been written into; some of its numbers where nobody counts that;
+            None where nothing is to be compared.
         kept: what the graph holds: the tensor itself, or a copy.
         mark: the user's line.
         written: whether the run writes into it.
     """
 
     tensor: torch.Tensor
-    version: int | None
+    version: int | bytes | None
     kept: torch.Tensor
     mark: Mark
     written: bool = False
@@ -65,7 +66,8 @@ class Held(NamedTuple):
         """
         if self.version is None or self.kept is not self.tensor:
             return
-        if self.version != self.tensor._version:
+        is_counted = isinstance(self.version, int)
+        if self.version != (self.tensor._version if is_counted else sample_of(self.tensor)):
             size = " x ".join(map(str, self.tensor.shape)) or "one number"
             raise OperationError(
                 f"A tensor of yours ({size}) was written into after this line, and a block runs "
@@ -211,8 +213,9 @@ class Recording:
 
         A block runs after its last line, and a loop may have written into the tensor by then:
         `v += 1` for the next invocation. So small ones are copied. Large ones, those that want
-        gradients, and those that the run writes into are held by reference, and PyTorch's version
-        counter tells whether they change. It does not count writes through `tensor.data`.
+        gradients, and those that the run writes into are held by reference. PyTorch's version
+        counter tells whether they change. Where nothing is counted, as of NumPy's memory and of
+        tensors of inference mode, some of their numbers do. `tensor.data` is not counted either.
 
         Args:
             tensor: the tensor.
@@ -234,12 +237,16 @@ class Recording:
                 return known.kept
             if known.kept is tensor:
                 known.check()
+                if isinstance(known.version, bytes) and known.written == written:
+                    return tensor
         kept = tensor
         ordinary = type(tensor) is torch.Tensor and not tensor.requires_grad
-        if ordinary and not written and is_small(tensor):
-            kept = independent(tensor)
-            if not is_counted(tensor):
-                version = None
+        if ordinary and not written:
+            small, counted = is_small(tensor), version is not None and is_counted(tensor)
+            if small:
+                kept = independent(tensor)
+            if not counted:
+                version = None if small else sample_of(tensor)
         table_of(owner, "held")[id(tensor)] = Held(tensor, version, kept, mark, written)
         return kept
 

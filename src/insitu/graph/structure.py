@@ -254,6 +254,8 @@ _RETURN_FIELDS = frozenset(
 _SMALL = 2**20
 """How many bytes may be copied at each line: a tenth of a millisecond at most."""
 
+_SAMPLES = 2**14
+
 
 def is_small(tensor: torch.Tensor) -> bool:
     """Returns whether a tensor of the user's may be copied at each line that uses it.
@@ -275,6 +277,21 @@ def is_counted(tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage().resizable()
     except NotImplementedError:  # within `torch.vmap`
         return False
+
+
+def sample_of(tensor: torch.Tensor) -> bytes | None:
+    """Returns some of a tensor's numbers from all over it, None if it has none: in `torch.vmap`.
+
+    A loop that fills a tensor anew changes them. All numbers would take longer than a forward.
+
+    Args:
+        tensor: the tensor.
+    """
+    try:
+        numbers = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)]
+        return numbers.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    except (NotImplementedError, RuntimeError, TypeError):
+        return None
 
 
 def independent(tensor: torch.Tensor) -> torch.Tensor:

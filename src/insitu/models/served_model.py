@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here
 from insitu.models.model import Model
-from insitu.models.weights_digest import KnownDigest, have_other_values
+from insitu.models.weights_digest import have_other_values, weights_digest
 from insitu.tracing.block import Block
 from insitu.tracing.session import Session, session_of
 
@@ -60,10 +60,10 @@ class ServedModel(Model):
             return away_at(remote, self._origin[0])
         if not self.loaded:
             return away_for(remote, self._origin[0], None)
-        known: KnownDigest = vars(self).setdefault("_digest", KnownDigest())
 
         def differs(other: str) -> bool:
-            return have_other_values(known.of(self._module), other)
+            # Each time: PyTorch does not count what is written through `weight.data`.
+            return have_other_values(weights_digest(self._module), other)
 
         return away_for(remote, self._origin[0], differs)
 

@@ -18,9 +18,6 @@ from insitu.graph.user_warnings import warn_user
 _SAMPLES = 256
 _HALF = 32
 
-Versions = tuple[tuple[int, int, int], ...]
-"""What changes when a tensor of a model is exchanged, or written by PyTorch."""
-
 
 def weights_digest(module: nn.Module) -> str:
     """Returns a digest of the names, sizes and dtypes of a model's weights, and of some values.
@@ -57,27 +54,6 @@ def have_other_values(one: str, other: str) -> bool:
     return comparable and one != other
 
 
-class KnownDigest:
-    """The digest of a module's weights, computed again only if a weight is another one or written.
-
-    PyTorch counts writes to a tensor. It does not count those through `tensor.data`.
-    """
-
-    def __init__(self) -> None:
-        self._known: tuple[Versions, str] | None = None
-
-    def of(self, module: nn.Module) -> str:
-        """Returns the digest of a module's weights.
-
-        Args:
-            module: the module, with its weights.
-        """
-        versions = tuple((id(one), _version(one), _address(one)) for _, one in _kept(module))
-        if self._known is None or self._known[0] != versions:
-            self._known = versions, weights_digest(module)
-        return self._known[1]
-
-
 def _kept(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a model that files have. Others, such as angles, depend on the machine."""
     yield from module.named_parameters()
@@ -88,18 +64,6 @@ def _kept(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             if buffer is not None and name not in passing and id(buffer) not in seen:
                 seen.add(id(buffer))
                 yield f"{path}.{name}", buffer
-
-
-def _version(tensor: torch.Tensor) -> int:
-    # A tensor that was made in inference mode has no counter.
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _address(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # of a class of its own, which has no memory of one kind
-        return 0
 
 
 def _sample(tensor: torch.Tensor) -> bytes:
