@@ -306,6 +306,8 @@ def file_name(path: str) -> str:
 
 def printable(line: str) -> str:
     """Returns a line without what would not show, or end it where it is printed."""
+    if line.isprintable():  # nearly always
+        return line
     return "".join([character if character.isprintable() else " " for character in line])
 
 
