@@ -109,6 +109,14 @@ def test_an_unknown_option_is_told_with_the_nearest(tiny: LanguageModel) -> None
     assert "'layers'" in str(error)
 
 
+@pytest.mark.parametrize(("wrong", "right"), [("coefficient", "strengths"), ("layer", "layers")])
+def test_an_option_that_goes_to_a_generation_is_told_with_the_methods_own_word(
+    tiny: LanguageModel, wrong: str, right: str
+) -> None:
+    error = _refused(lambda: steer(tiny, [1, 2, 3], _vector(), **{wrong: 1}))
+    assert f"`{wrong}`" in str(error) and f"'{right}'" in str(error)
+
+
 def test_functions_and_results_of_methods_can_be_pickled() -> None:
     for function in FUNCTIONS:
         assert pickle.loads(pickle.dumps(function)) is function

@@ -96,7 +96,7 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             except InsituError as wrong:
                 failed = wrong
         except InsituError as error:
-            failed = error
+            failed = _in_own_words(error, function, kwargs)
         except _RAW as error:
             try:
                 _check(function, args, kwargs)
@@ -151,6 +151,19 @@ def _check(
             raise OptionError(
                 f"`{name}` of `{function.__qualname__}` is {_told(kind)}, not {shown}.", here()
             )
+
+
+def _in_own_words(
+    error: InsituError, function: Callable[..., Any], kwargs: Mapping[str, Any]
+) -> InsituError:
+    """The error for an option that was handed on, and that is a word for one of the method's own."""
+    signature, _ = _known(function)
+    for name in kwargs.keys() - signature.parameters.keys():
+        hint = _instead(name, signature)
+        if hint and f"no option `{name}`" in str(error):
+            what = f"`{function.__qualname__}` has no argument `{name}`{hint}"
+            return OptionError(f"{what}, and generation takes none of this name.", here())
+    return error
 
 
 def _instead(wrong: str, signature: inspect.Signature) -> str:
