@@ -156,7 +156,7 @@ def _check(
 def _in_own_words(
     error: InsituError, function: Callable[..., Any], kwargs: Mapping[str, Any]
 ) -> InsituError:
-    """The error for an option that was handed on, and that is a word for one of the method's own."""
+    """The error for an option that was handed on, and is a word for one of the method's own."""
     signature, _ = _known(function)
     for name in kwargs.keys() - signature.parameters.keys():
         hint = _instead(name, signature)
