@@ -34,14 +34,14 @@ def judged(name: str) -> Mapping[str, Verdict]:
     return judge(module_of(name), ZOO[name].inputs(12, 6))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bart"])
+@pytest.mark.parametrize("name", thinned(["gpt2", "llama", "bart"], ["gpt2"]))
 def test_what_is_right_is_found_right(name: str) -> None:
     found = judged(name)
     assert {one.state for one in found.values()} <= {"right", "refused"}, found
     assert found["heads"].state == found["pattern"].state == found["MLP"].state == "right"
 
 
-@pytest.mark.parametrize("swap", thinned(SWAPS, [*SWAPS][:4]))
+@pytest.mark.parametrize("swap", thinned(SWAPS, [*SWAPS][:2]))
 def test_a_name_that_stands_for_something_else_is_found(
     swap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,13 +65,13 @@ SCALED: Mapping[str, tuple[str, Mapping[str, str], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["doge", "minimax"])
+@pytest.mark.parametrize("name", thinned(["doge", "minimax"], ["doge"]))
 def test_what_is_right_with_factors_is_found_right(name: str) -> None:
     module = small_model("causal", name)
     assert judge(module, inputs_for(module))["residual"].state == "right"
 
 
-@pytest.mark.parametrize("swap", thinned(SCALED, [*SCALED][:2]))
+@pytest.mark.parametrize("swap", thinned(SCALED, [*SCALED][:1]))
 def test_a_wrong_name_beside_factors_and_norms_is_found(
     swap: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
