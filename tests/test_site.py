@@ -108,6 +108,24 @@ def test_a_page_is_described_by_its_first_sentences() -> None:
         head(f"{page}<h2>B</h2><p>{first}</p>", "x.md")
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_an_item_of_a_list_is_no_part_of_the_paragraph_before(page: Path) -> None:
+    """Behind a second paragraph of an item, Markdown takes a line for another one of its lines."""
+    in_code = has_paragraphs = False
+    before, swallowed = "", list[str]()
+    for line in page.read_text().splitlines():
+        if line.lstrip().startswith("```"):
+            in_code = not in_code
+        elif not in_code and re.match(r"(\d+\.|-) ", line):
+            if has_paragraphs and before.startswith("    "):
+                swallowed.append(line)
+            has_paragraphs = False
+        elif not in_code:
+            has_paragraphs = not line or (has_paragraphs and line.startswith(" "))
+        before = line
+    assert not swallowed
+
+
 def test_links_of_notebooks_lead_to_pages() -> None:
     mended = hooks("notebooks").on_page_content
     target = SimpleNamespace(url_relative_to=lambda file: "../../methods/sae/")
