@@ -281,6 +281,15 @@ def test_a_large_one_is_looked_at_where_nobody_counts_what_is_written(make: Any)
 
 
 @pytest.mark.no_wire
+def test_a_sparse_one_is_held_by_its_count_of_writes() -> None:
+    model, own = linear(), torch.eye(3).to_sparse()
+    with pytest.raises(OperationError, match="was written into after this line"):
+        with model.trace(X):
+            torch.mm(own, model[0].output.T).save()
+            own.mul_(2)
+
+
+@pytest.mark.no_wire
 @pytest.mark.parametrize("in_session", [True, False])
 def test_an_optimiser_does_not_step_before_its_gradients(in_session: bool) -> None:
     model, own = linear(), torch.zeros(3, requires_grad=True)

@@ -245,8 +245,8 @@ class Recording:
             small, counted = is_small(tensor), version is not None and is_counted(tensor)
             if small:
                 kept = independent(tensor)
-            if not counted:
-                version = None if small else sample_of(tensor)
+            if not counted:  # as far as torch can tell: of a sparse one it counts, and does not say
+                version = None if small else sample_of(tensor) or version
         table_of(owner, "held")[id(tensor)] = Held(tensor, version, kept, mark, written)
         return kept
 

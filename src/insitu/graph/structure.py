@@ -254,7 +254,7 @@ _RETURN_FIELDS = frozenset(
 _SMALL = 2**20
 """How many bytes may be copied at each line: a tenth of a millisecond at most."""
 
-_SAMPLES = 2**14
+_SAMPLES = 2**10
 
 
 def is_small(tensor: torch.Tensor) -> bool:
@@ -280,9 +280,10 @@ def is_counted(tensor: torch.Tensor) -> bool:
 
 
 def sample_of(tensor: torch.Tensor) -> bytes | None:
-    """Returns some of a tensor's numbers from all over it, None if it has none: in `torch.vmap`.
+    """Returns some of a tensor's numbers, None of a sparse one and within `torch.vmap`.
 
-    A loop that fills a tensor anew changes them. All numbers would take longer than a forward.
+    They are from all over it: a loop that fills a tensor anew changes them. All of them would take
+    longer than a forward.
 
     Args:
         tensor: the tensor.

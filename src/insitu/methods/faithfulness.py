@@ -139,17 +139,8 @@ def faithfulness_curve(
         PromptError: if prompts do not go together.
         ShapeError: if the metric is not a number.
     """
-    runs = _sized(
-        model,
-        clean,
-        corrupted,
-        metric,
-        circuit,
-        sizes,
-        progress,
-        max_tokens_per_pass,
-        complement=False,
-    )
+    shared = model, clean, corrupted, metric, circuit, sizes
+    runs = _sized(*shared, progress, max_tokens_per_pass, complement=False)
     return runs.curve("Faithfulness by size", "recovered", runs.of_corrupted, runs.of_clean)
 
 
@@ -186,17 +177,8 @@ def completeness_curve(
         PromptError: if prompts do not go together.
         ShapeError: if the metric is not a number.
     """
-    runs = _sized(
-        model,
-        clean,
-        corrupted,
-        metric,
-        circuit,
-        sizes,
-        progress,
-        max_tokens_per_pass,
-        complement=True,
-    )
+    shared = model, clean, corrupted, metric, circuit, sizes
+    runs = _sized(*shared, progress, max_tokens_per_pass, complement=True)
     return runs.curve("Completeness by size", "lost", runs.of_clean, runs.of_corrupted)
 
 
