@@ -37,12 +37,13 @@ from insitu.graph.recording import Recording
 from insitu.graph.saved import SavedList, SavedTensor
 from insitu.graph.shapes import fake_value
 from insitu.graph.structure import CONSTANTS, map_structure
-from insitu.graph.written_arguments import written_arguments
+from insitu.graph.written_arguments import WRITING, written_arguments
 
 # Constants that a node may hold as they are. A tensor may change before the run: see `hold`.
 PLAIN = frozenset((*CONSTANTS, torch.Generator)) - {torch.Tensor}
 # What tensors are indexed with: nearly always constants, so they get a short way of their own.
 KEYS = frozenset([slice, tuple])
+_TENSORS = frozenset([torch.Tensor, torch.nn.Parameter])
 _NAMED = (Function, ModuleRef, Subgraph)
 
 
@@ -101,10 +102,11 @@ def add_node(
         args, inputs, nested = (source, *args[1:]), source.inputs, False
     else:
         tuples = operation is GETITEM
-        for one in written_arguments(operation, args, kwargs)[0]:
-            refuse_write(one)
-            if type(one) is torch.Tensor:  # such as running statistics
-                recording.hold(one, mark, written=True)
+        if operation in WRITING:
+            for one in written_arguments(operation, args, kwargs)[0]:
+                refuse_write(one)
+                if type(one) is torch.Tensor:  # such as running statistics
+                    recording.hold(one, mark, written=True)
         args, kwargs, inputs, nested = encoded(recording, args, kwargs, mark, tuples)
     rows = recording.graph.rows
     index = len(rows)
@@ -145,7 +147,7 @@ def encoded(
         kind = type(arg)  # pyright: ignore[reportUnknownVariableType]
         if kind in PLAIN or (kind in KEYS and is_constant(arg)):
             made.append(arg)
-        elif kind is torch.Tensor:
+        elif kind in _TENSORS:
             made.append(recording.hold(arg, mark))
         elif kind in _NAMED:
             made.append(arg)
@@ -161,12 +163,15 @@ def encoded(
             made.append(encode(recording, arg, inputs, mark))
             nested = nested or (len(inputs) > before and type(made[-1]) is not Ref)
     if kwargs:
-        before = len(inputs)
-        kwargs = {
-            key: arg if type(arg) in PLAIN else encode(recording, arg, inputs, mark)
-            for key, arg in kwargs.items()
-        }
-        nested = nested or len(inputs) > before
+        before, named = len(inputs), dict[str, Any]()
+        for key, arg in kwargs.items():
+            if type(arg) in PLAIN:
+                named[key] = arg
+            elif type(arg) in _TENSORS:
+                named[key] = recording.hold(arg, mark)
+            else:
+                named[key] = encode(recording, arg, inputs, mark)
+        kwargs, nested = named, nested or len(inputs) > before
     return tuple(made), kwargs, tuple(inputs), nested or recording.carried > carried
 
 

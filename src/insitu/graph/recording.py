@@ -137,7 +137,7 @@ class Recording:
     dtype: torch.dtype = torch.float32
     as_first_step: bool = False
     counting: AbstractContextManager[Any] | None = None
-    held: Mapping[int, Held] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
+    held: dict[int, Held] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
         self.graph = Graph([])
@@ -230,15 +230,16 @@ class Recording:
             owner = owner.parent
         known: Held | None = owner.held.get(id(tensor))
         version = None if tensor.is_inference() else tensor._version
-        written = written or (known is not None and known.written)
         if known is not None:
             # Earlier lines may have a copy, and the run is to write into the tensor itself.
-            if known.version is not None and known.version == version and known.written == written:
+            fits = known.written or not written
+            if fits and version is not None and known.version == version:
                 return known.kept
             if known.kept is tensor:
                 known.check()
-                if isinstance(known.version, bytes) and known.written == written:
+                if fits and isinstance(known.version, bytes):
                     return tensor
+            written = written or known.written
         kept = tensor
         ordinary = type(tensor) is torch.Tensor and not tensor.requires_grad
         if ordinary and not written:
@@ -247,7 +248,9 @@ class Recording:
                 kept = independent(tensor)
             if not counted:  # as far as torch can tell: of a sparse one it counts, and does not say
                 version = None if small else sample_of(tensor) or version
-        table_of(owner, "held")[id(tensor)] = Held(tensor, version, kept, mark, written)
+        if owner.held is NO_KWARGS:
+            owner.held = {}
+        owner.held[id(tensor)] = Held(tensor, version, kept, mark, written)
         return kept
 
     def given(
@@ -264,10 +267,11 @@ class Recording:
             OperationError: as of `hold`.
         """
         if not kwargs and len(args) == 1:  # as nearly always
-            if type(args[0]) is str:
+            one = args[0]
+            if type(one) is str:
                 return args, kwargs
-            if type(args[0]) is torch.Tensor:
-                return (self.hold(args[0], mark),), kwargs
+            if type(one) is torch.Tensor and not one.requires_grad and is_small(one):
+                return (independent(one),), kwargs  # `hold` would note that lines may share it
 
         def leaf(item: Any) -> Any:
             return self.hold(writable(item), mark) if isinstance(item, torch.Tensor) else item
@@ -336,7 +340,7 @@ class Recording:
         self.saves = {}
         self.sites = {}
         self.fakes = {}
-        vars(self).pop("held", None)
+        self.held = NO_KWARGS  # pyright: ignore[reportAttributeAccessIssue]
         self.shapes = self.views = None
 
 

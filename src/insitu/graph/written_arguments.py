@@ -41,9 +41,10 @@ _NAMED = {
     "batch_norm": _Writing(_STATISTICS, (5, "training"), False, _UPDATE),
     "instance_norm": _Writing(_STATISTICS, (5, "use_input_stats"), True, _UPDATE),
 }
-_WRITING: Mapping[Operation, _Writing] = {
+WRITING: Mapping[Operation, _Writing] = {
     BY_NAME[f"functional.{name}"]: found for name, found in _NAMED.items()
 }
+"""The operations that may do so."""
 
 
 def written_arguments(
@@ -56,7 +57,7 @@ def written_arguments(
         args: its arguments.
         kwargs: its keyword arguments.
     """
-    found = _WRITING.get(operation)
+    found = WRITING.get(operation)
     if found is None:
         return [], ""
 
@@ -79,7 +80,7 @@ def check_arguments(graph: Graph) -> None:
         OperationError: if one does.
     """
     for operation, args, kwargs, _, _, mark in graph.rows:
-        if operation in _WRITING:
+        if operation in WRITING:
             into, instead = written_arguments(operation, args, kwargs)
             if any(type(one) is Ref for one in into):
                 raise OperationError(
