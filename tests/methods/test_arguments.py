@@ -303,6 +303,8 @@ def test_old_attributes_of_probes_are_the_new_ones(tiny: LanguageModel, tmp_path
         ("logit_lens", "sites", "site"),
         ("logit_lens", "k", "top"),
         ("activation_patching", "batch_size", "max_tokens_per_pass"),
+        ("activation_patching", "part", "sites"),
+        ("ablate", "component", "part"),
         ("attribution_patching", "hook_name", "sites"),
         ("integrated_gradients", "internal_batch_size", "max_tokens_per_pass"),
         ("integrated_gradients", "mode", "method"),
@@ -318,3 +320,5 @@ def test_a_word_of_another_method_is_told_with_that_of_this_one(
         METHODS[method](*needed, **{wrong: 1})
     hint = "nearest" if right is None else f"nearest: '{right}'"
     assert (hint in str(error.value)) is (right is not None)
+    for one in inspect.signature(METHODS[method]).parameters:
+        assert re.search(rf"It takes `.*\b{one}\b", str(error.value))

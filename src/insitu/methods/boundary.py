@@ -33,6 +33,7 @@ _OPERATORS = (
 _RAW = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 _SAME: tuple[tuple[str, ...], ...] = (
     ("method", "mode", "kind", "rule", "variant"),
+    ("part", "component", "sites"),
     ("part", "parts", "what", "senders", "component", "by"),
     ("sites", "site", "hook_name", "hook_point", "hook"),
     ("layers", "layer"),
@@ -141,8 +142,7 @@ def _check(
         wrong = str(error).rpartition("'")[0].rpartition("'")[2]
         hint = _instead(wrong, signature) if "unexpected" in str(error) else ""
         raise OptionError(
-            f"`{function.__qualname__}{signature}` is called with other arguments: {error}{hint}.",
-            here(),
+            f"`{function.__qualname__}` {error}{hint}. It takes {_taken(signature)}.", here()
         ) from None
     for name, value in given.items():
         kind = kinds.get(name)
@@ -151,6 +151,18 @@ def _check(
             raise OptionError(
                 f"`{name}` of `{function.__qualname__}` is {_told(kind)}, not {shown}.", here()
             )
+
+
+def _taken(signature: inspect.Signature) -> str:
+    """The names of what a function takes, as one would write a call of it."""
+    written: list[str] = []
+    for name, one in signature.parameters.items():
+        if name == "self":
+            continue
+        by_name = one.kind is one.KEYWORD_ONLY or one.default is not one.empty
+        several = {one.VAR_POSITIONAL: f"*{name}", one.VAR_KEYWORD: f"**{name}"}
+        written.append(several.get(one.kind) or (f"{name}=" if by_name else name))
+    return f"`({', '.join(written)})`"
 
 
 def _in_own_words(
