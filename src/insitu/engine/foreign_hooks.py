@@ -72,7 +72,7 @@ def users_hooks(parts: Iterable[nn.Module]) -> Iterator[tuple[dict[Any, Any], An
         parts: the modules of the model.
     """
     for part in parts:
-        state = part.__dict__  # each block of several prompts asks all, and few have any
+        state = part.__dict__
         if state["_forward_hooks"] or state["_forward_pre_hooks"]:
             for table in cast("_Tables", (part._forward_pre_hooks, part._forward_hooks)):
                 for key, hook in [*table.items()]:

@@ -46,7 +46,7 @@ class ForwardPasses:
         self._model, self._options = model, options
         self._module, self._requests = module, requests
         heads = model.traits.unembedding_paths
-        self._head = model.modules[heads[0]] if len(heads) == 1 else None
+        self._head = model.snapshot.modules[heads[0]] if len(heads) == 1 else None
         self._made: Blocks | None = None
         self._left: dict[
             int, tuple[Prefix, slice]
