@@ -54,7 +54,13 @@ class PromptTypeError(InsituError, TypeError):
 
 
 class OptionError(InsituError, ValueError):
-    """An option that has no meaning where it was given."""
+    """An option that has no meaning where it was given.
+
+    Attributes:
+        option: the name of one that a block does not take; "" where something else is wrong.
+    """
+
+    option = ""
 
 
 class OperationError(InsituError, TypeError):

@@ -172,7 +172,7 @@ def _in_own_words(
     signature, _ = _known(function)
     for name in kwargs.keys() - signature.parameters.keys():
         hint = _instead(name, signature)
-        if hint and f"no option `{name}`" in str(error):
+        if hint and isinstance(error, OptionError) and error.option == name:
             what = f"`{function.__qualname__}` has no argument `{name}`{hint}"
             return OptionError(f"{what}, and generation takes none of this name.", here())
     return error

@@ -133,7 +133,9 @@ class Options:
         for name in names:
             if name in self.forward or name == OPTION or (generates and name in self.generation):
                 continue
-            raise OptionError(self._unknown(name, method), where())
+            error = OptionError(self._unknown(name, method), where())
+            error.option = name
+            raise error
 
     def _unknown(self, name: str, method: str) -> str:
         """The message for an unknown option: what was meant, or where it belongs."""
