@@ -18,8 +18,9 @@ ORACLES := transformer-lens captum sae-lens dictionary-learning eai-sparsify
 demo: $(VENV)/runtime
 	@$(BIN)/python examples/main_demo.py
 
+# The tests that changes break most: CI runs those marked thorough too.
 test: $(VENV)/installed
-	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/pytest -n $(WORKERS) -m "not slow and not thorough"
 
 # As many random jobs and programs as a change has to stand before it lands: those of `make fuzz`
 # and `make attack` are more.

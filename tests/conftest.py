@@ -1,5 +1,6 @@
 """Models that the tests share. All are made on the spot or shipped; nothing is downloaded."""
 
+import gc
 import logging
 import os
 import tempfile
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item, name in found:
                 if name not in USUAL:
                     item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Lets the garbage collector pass over what imports have made: it takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 class _Faults(logging.Handler):

@@ -26,7 +26,7 @@ from insitu.display.report import Check, Report
 from insitu.methods import SteeringVector
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.display.pages import needs_chromium
-from tests.thinning import thinned
+from tests.thinning import sampled, thinned
 
 pytestmark = pytest.mark.no_wire
 
@@ -263,7 +263,7 @@ def test_every_command_writes_pages_and_json(name: str, tmp_path: Path) -> None:
 
 
 @needs_chromium
-@pytest.mark.parametrize("name", thinned(WRITTEN, ["tree", "lens", "patch"]))
+@pytest.mark.parametrize("name", sampled(thinned(WRITTEN, ["tree", "lens", "patch"]), ["lens"]))
 def test_every_command_writes_pngs(name: str, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     result = run(*WRITTEN[name][0], "--png", str(picture))
@@ -396,6 +396,7 @@ def test_tables_are_written_as_svg_without_a_browser(
     assert text.startswith("<svg") and words.split()[0] in text
 
 
+@pytest.mark.thorough
 @needs_chromium
 @pytest.mark.parametrize("name", ["lens", "steer"])
 def test_pictures_for_papers(name: str, tmp_path: Path) -> None:

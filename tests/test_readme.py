@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import insitu
+from tests.thinning import sampled
 
 ROOT = Path(__file__).parents[1]
 # Made from tests and from docstrings; commands are run by tests/test_cli.py; for contributors.
@@ -26,6 +27,20 @@ DOCS = [
     if not page.relative_to(ROOT / "docs").as_posix().startswith(WITHOUT_CODE)
 ]
 PAGES = [ROOT / "README.md", *DOCS]
+# They take half of the time of all pages and docstrings; what they show has tests of its own.
+LONG = tuple(
+    f"docs/{name}.md"
+    for name in (
+        *("large_models", "remote", "recipes/many", "methods/ablation", "methods/alignment"),
+        *("methods/attention_patterns", "methods/attribution_patching", "methods/causal_tracing"),
+        *("methods/circuits", "methods/edge_attribution", "methods/integrated_gradients"),
+        *("methods/path_patching", "methods/probing", "methods/steering"),
+    )
+)
+LONG_EXAMPLES = tuple(
+    f"insitu.methods.{name}"
+    for name in ("causal_tracing", "discovery", "edge_attribution", "faithfulness", "path_patching")
+)
 SERVED = "http://127.0.0.1:8765"
 """Where `insitu serve` is, unless it is told otherwise."""
 
@@ -57,7 +72,11 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the server did not start")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page",
+    sampled(PAGES, [page for page in PAGES if not page.as_posix().endswith(LONG)]),
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_every_block_runs_and_prints_what_it_says(page: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```(?:\s+```text\n(.*?)```)?", page.read_text(), re.S)
     assert blocks
@@ -73,6 +92,8 @@ def test_every_block_runs_and_prints_what_it_says(page: Path) -> None:
 MODULES = [m.name for m in pkgutil.walk_packages(insitu.__path__, "insitu.")]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", sampled(MODULES, [name for name in MODULES if name not in LONG_EXAMPLES])
+)
 def test_examples_in_docstrings_run(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0

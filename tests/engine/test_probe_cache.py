@@ -65,6 +65,7 @@ def form(value: Any) -> str:
     return repr(map_structure(leaf, value))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", [{}, {"output_attentions": True}])
 @pytest.mark.parametrize("rows", thinned([1, 3], [1]))
 def test_many_lengths_take_few_fake_runs_and_have_the_values_of_their_own(
@@ -89,6 +90,7 @@ def test_many_lengths_take_few_fake_runs_and_have_the_values_of_their_own(
         fresh = mistral()
 
 
+@pytest.mark.thorough
 def test_lengths_that_grow_or_shrink_take_few_fake_runs_too(runs: list[Probe]) -> None:
     for lengths in (range(50, 450), range(450, 50, -1)):
         runs.clear()

@@ -10,6 +10,7 @@ from tests.conftest import tiny_gpt2
 from tests.fidelity.architectures import make, tiny_t5
 from tests.fidelity.test_steps_together import alone, assert_alike, prompts_of
 from tests.models import kinds
+from tests.thinning import sampled
 
 NEW = 8
 PLAIN: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": False}
@@ -60,7 +61,12 @@ def compare(
     return [invoker.output for invoker in invokers]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option",
+    sampled(
+        OPTIONS, ["temperature", "nuclei", "repetitions", "n-grams", "least new", "a forced end"]
+    ),
+)
 def test_each_prompt_chooses_as_it_does_alone(option: str) -> None:
     model = LanguageModel(tiny_gpt2())
     options = {**PLAIN, **OPTIONS[option]}

@@ -27,7 +27,7 @@ from insitu import (
 from tests.around import Around
 from tests.conftest import hooked_hidden, tiny_gpt2, tiny_llama
 from tests.fidelity.test_steps_together import alone
-from tests.thinning import thinned
+from tests.thinning import sampled, thinned
 
 PROMPTS = [torch.tensor([ids]) for ids in ([5, 6, 7], [8, 9, 10, 11, 2], [3, 1], [4, 4, 9, 20])]
 ALIKE = [torch.tensor([[5, 6, 7, 8]])] * 4
@@ -112,9 +112,11 @@ FAILING = [a_shape, a_late_shape, a_value, a_function, a_write, too_late]
 @pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["ragged", "of one prompt"])
 @pytest.mark.parametrize(
     "options",
-    thinned(
-        [{}, {"max_tokens_per_pass": 1}, {"share_prefixes": True}], [{}, {"share_prefixes": True}]
-    ),
+    [
+        {},
+        pytest.param({"max_tokens_per_pass": 1}, marks=pytest.mark.slow),
+        pytest.param({"share_prefixes": True}, marks=pytest.mark.thorough),
+    ],
 )
 def test_the_others_have_what_they_have_alone(
     model: LanguageModel,
@@ -216,6 +218,7 @@ def test_the_first_is_raised_and_the_others_are_notes(model: LanguageModel) -> N
     assert "ShapeError" in note and "reshape(7, 222)" in note and "line" in note
 
 
+@pytest.mark.thorough
 def test_many_failures_take_few_runs(model: LanguageModel) -> None:
     saved, count = {}, 0
 
@@ -252,7 +255,11 @@ class Picky(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["ragged", "of one prompt"])
+@pytest.mark.parametrize(
+    "prompts",
+    [pytest.param(PROMPTS, marks=pytest.mark.thorough), ALIKE],
+    ids=["ragged", "of one prompt"],
+)
 def test_a_failure_of_the_model_is_of_the_invocation_that_alone_fails(
     prompts: list[torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -301,7 +308,7 @@ MEMORY = [
 
 
 @pytest.mark.parametrize("error", thinned(MEMORY, MEMORY[:1]), ids=["device", "cpu", "python"])
-@pytest.mark.parametrize("generating", [False, True], ids=["trace", "generation"])
+@pytest.mark.parametrize("generating", sampled([False, True], [False]), ids=["trace", "generation"])
 def test_memory_that_runs_out_halves_the_passes_and_is_said(
     error: Exception, generating: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -363,7 +370,7 @@ def test_an_invocation_for_which_alone_memory_runs_out_fails(
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, None])
-@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("make", sampled([tiny_gpt2, tiny_llama], [tiny_gpt2]))
 def test_a_step_that_fails_is_of_its_generation_alone(
     step: int | None, make: Callable[..., Any]
 ) -> None:
@@ -463,7 +470,7 @@ def on_its_way_back(model: LanguageModel, loss: Any) -> Any:
 
 
 @pytest.mark.parametrize("fails", [no_number, no_way, of_a_gradient, of_nothing, on_its_way_back])
-@pytest.mark.parametrize("options", [{}, {"max_tokens_per_pass": 1}])
+@pytest.mark.parametrize("options", sampled([{}, {"max_tokens_per_pass": 1}], [{}]))
 def test_gradients_of_the_others_are_theirs(
     model: LanguageModel, fails: Callable[..., Any], options: dict[str, Any]
 ) -> None:

@@ -21,6 +21,7 @@ from insitu import (
     ShapeError,
 )
 from tests.fidelity.zoo import ZOO, module_of
+from tests.thinning import sampled
 
 DECODERS = ["gpt2", "llama", "gemma2", "bloom", "opt", "mixtral", "gpt-neox", "falcon"]
 PROJECTIONS = {
@@ -168,7 +169,7 @@ def middle_and_pattern(name: str, tokens: torch.Tensor) -> tuple[torch.Tensor, t
     return middle, output.attentions[1]
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", sampled(DECODERS, ["gpt2", "llama"]))
 def test_one_head_s_queries_are_written_for_prompts_of_other_lengths(name: str) -> None:
     """Without queries every visible position is attended to alike."""
     model, attention = kept(name), block_of(name).attention
@@ -341,7 +342,7 @@ def test_a_pattern_that_eager_attention_would_change_is_refused_before_weights_a
             model.blocks[1].attention.pattern.save()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", sampled([torch.bfloat16, torch.float16], [torch.bfloat16]))
 def test_half_precision_is_no_reason_to_refuse_patterns_or_not_to(dtype: torch.dtype) -> None:
     for name in DECODERS:
         model = LanguageModel(module_of(name).to(dtype))

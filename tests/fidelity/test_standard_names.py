@@ -33,6 +33,7 @@ from tests.fidelity.named import (
 from tests.fidelity.zoo import ZOO
 from tests.fidelity.zoo.absent import WITH_EXPERTS, having, lacking
 from tests.fidelity.zoo.layers import layer
+from tests.thinning import sampled
 
 # Their scores go through a tanh.
 CAPPED = {"gemma2"}
@@ -325,7 +326,7 @@ def test_without_an_mlp_nothing_has_a_name_in_it(name: str) -> None:
                 missing(block, "mlp", match="no MLP adds to the residual stream")
 
 
-@pytest.mark.parametrize("name", having("experts"))
+@pytest.mark.parametrize("name", sampled(having("experts"), ["mixtral", "qwen3-moe"]))
 def test_experts_are_weighted_with_what_is_said_to_weight_them(name: str) -> None:
     """Without weights, what is left is what the model makes with experts that give nothing."""
     model, inputs = kept(name), ZOO[name].inputs(2, 7)

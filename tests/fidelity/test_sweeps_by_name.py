@@ -10,7 +10,7 @@ from torch import nn
 
 from insitu import LanguageModel
 from tests.fidelity.architectures import spread_out
-from tests.thinning import thinned
+from tests.thinning import sampled, thinned
 
 pytestmark = pytest.mark.no_wire  # it looks at plans
 
@@ -65,7 +65,7 @@ def logits(module: nn.Module) -> torch.Tensor:
         return module(input_ids=IDS, use_cache=False).logits[0, -1]
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", sampled([True, False], [False]))
 @pytest.mark.parametrize("name", thinned(["q", "k", "v", "pattern"], ["k", "pattern"]))
 @pytest.mark.filterwarnings("ignore:.*eager:UserWarning")
 def test_heads_between_modules(language_model: LanguageModel, name: str, share: bool) -> None:

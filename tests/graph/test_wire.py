@@ -641,6 +641,7 @@ def test_a_change_of_any_byte_is_noticed(data: st.DataObject) -> None:
         from_bytes(VALID[:at])
 
 
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=1000)
 @given(st.data())
 def test_a_change_that_the_checksum_admits_is_an_error_or_a_graph(data: st.DataObject) -> None:

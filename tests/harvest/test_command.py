@@ -86,6 +86,7 @@ def test_numbers_of_tokens(text: str, number: int) -> None:
     assert count_in(text) == number
 
 
+@pytest.mark.thorough
 def test_an_interrupt_says_how_to_go_on(prompts: Path, tmp_path: Path) -> None:
     prompts.write_text("\n".join(TEXTS * 20_000))
     folder = tmp_path / "a"
@@ -112,6 +113,7 @@ def test_an_interrupt_says_how_to_go_on(prompts: Path, tmp_path: Path) -> None:
     assert lines and not lines[-1]["last"]
 
 
+@pytest.mark.thorough
 def test_a_model_on_a_server(prompts: Path, tmp_path: Path) -> None:
     options = {"context": 8, "batch_tokens": 64}
     sites = ["residual_out:2", "z:1", "grad.residual_out:2"]

@@ -142,6 +142,7 @@ def test_what_cannot_be_written_is_named(written: Any, tmp_path: Path) -> None:
         activations.to_arrow(tmp_path / "full" / "x" / "y", LABEL)
 
 
+@pytest.mark.thorough
 def test_without_datasets_it_says_what_to_install(written: Any, tmp_path: Path) -> None:
     activations, _ = written
     code = f"""

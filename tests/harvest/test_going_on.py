@@ -1,5 +1,6 @@
 """A harvest that was ended in any way goes on, and gives what an unbroken one gives."""
 
+import functools
 import json
 import os
 import random
@@ -29,9 +30,15 @@ def documents(count: int = 40, seed: int = 1) -> list[list[int]]:
     return [[draw.randrange(1, 100) for _ in range(draw.randrange(1, 30))] for _ in range(count)]
 
 
+@functools.cache
+def usual_model() -> LanguageModel:
+    """One for all harvests, which leave it as it is."""
+    return LanguageModel(tiny_gpt2())
+
+
 def run(folder: Path, data: object = None, **options: object) -> object:
     given = {"context": 20, "batch_tokens": 64, "shard_tokens": 60, **options}
-    model = given.pop("model", None) or LanguageModel(tiny_gpt2())
+    model = given.pop("model", None) or usual_model()
     return harvest(model, documents() if data is None else data, SITE, to=folder, **given)
 
 
@@ -184,6 +191,7 @@ def test_two_on_one_folder_are_refused(tmp_path: Path) -> None:
     run(tmp_path)
 
 
+@pytest.mark.thorough
 def test_a_folder_that_another_process_holds_is_refused(unbroken: Path, tmp_path: Path) -> None:
     holding = (
         "from insitu.harvest.folder.lock import locked; from pathlib import Path; import sys\n"
@@ -292,6 +300,7 @@ def check_killed(folder: Path, unbroken: Path, kills: int, seed: int) -> None:
     assert json.loads((folder / "harvest.json").read_text())["shard_tokens"] == 60
 
 
+@pytest.mark.thorough
 def test_killed_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
     check_killed(tmp_path / "a", unbroken, 3, seed=0)
 

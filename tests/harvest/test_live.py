@@ -49,7 +49,8 @@ def threads() -> list[threading.Thread]:
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    gc.collect()
+    if threads():
+        gc.collect()
     wait_for(lambda: not threads())
 
 

@@ -14,6 +14,7 @@ from insitu.methods.survey import wiring_of
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.zoo import module_of
 from tests.methods.edges_by_hand import CLEAN, CORRUPTED, circuit, compute, linear_gpt2, slopes
+from tests.thinning import sampled
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
@@ -65,7 +66,7 @@ def assert_same(found: dict, expected: dict, scale: float = 1e-4) -> None:
     )
 
 
-@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("steps", sampled([0, 3], [0]))
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_are_those_of_a_computation_by_hand(name: str, steps: int) -> None:
     module = loud(MODELS[name])
@@ -78,7 +79,7 @@ def test_scores_are_those_of_a_computation_by_hand(name: str, steps: int) -> Non
     torch.testing.assert_close(result.details["corrupted"], ends[1])
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("steps", sampled([0, 1, 4], [1]))
 def test_in_a_linear_model_a_score_is_the_effect_of_the_edge(steps: int) -> None:
     module = linear_gpt2()
     result = edge_attribution(LanguageModel(module), CLEAN, CORRUPTED, difference, steps=steps)
@@ -92,6 +93,7 @@ def test_in_a_linear_model_a_score_is_the_effect_of_the_edge(steps: int) -> None
     assert_same(found, effects)
 
 
+@pytest.mark.thorough
 def test_with_many_steps_the_edges_of_the_input_add_up_to_the_change_of_the_metric() -> None:
     module = loud(tiny_gpt2)
     with torch.no_grad():
@@ -104,6 +106,7 @@ def test_with_many_steps_the_edges_of_the_input_add_up_to_the_change_of_the_metr
     assert result.values[0].nansum() == pytest.approx(float(change[token]), rel=0.05)
 
 
+@pytest.mark.thorough
 def test_a_divergence_has_no_gradient_in_the_clean_run_and_has_one_with_steps() -> None:
     module = loud(tiny_llama)
     model = LanguageModel(module)
@@ -142,7 +145,7 @@ HOOKED = {  # the norms of attention and of the MLP, and what each adds
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOOKED)
+@pytest.mark.parametrize("name", sampled(HOOKED, ["gpt-neox"]))
 def test_post_norms_and_parallel_blocks_against_plain_hooks(name: str) -> None:
     module = module_of(name)
     norm_1, norm_2, attention, mlp, stack, final = HOOKED[name]
@@ -208,6 +211,7 @@ class Gated(nn.Module):
         return out * self.gate(hidden_states).sigmoid(), *rest
 
 
+@pytest.mark.thorough
 def test_attention_with_a_gate_is_read_as_a_whole() -> None:
     module = tiny_llama()
     module.model.layers[1].self_attn = Gated(module.model.layers[1].self_attn).eval()

@@ -264,6 +264,7 @@ def test_causal_tracing_takes_a_metric_of_each_noise() -> None:
         causal_tracing(model, CLEAN, [1])
 
 
+@pytest.mark.thorough
 def test_circuits_are_measured_by_logits(gpt2: LanguageModel) -> None:
     prompts = (CLEAN, CORRUPTED)
     edges = edge_attribution(gpt2, *prompts, lambda run: run.logits[0, -1, 3])

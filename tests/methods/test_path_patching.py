@@ -14,8 +14,10 @@ from torch import nn
 from insitu import LanguageModel
 from insitu.graph.errors import OptionError, PromptError, ShapeError
 from insitu.methods import logit_difference, path_patching
+from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.architectures import spread_out
 from tests.fidelity.zoo import module_of
+from tests.thinning import sampled
 
 CLEAN = [[5, 17, 3, 88, 41], [7, 9, 30, 2, 66, 12, 4]]
 CORRUPTED = [[5, 18, 3, 80, 41], [7, 9, 31, 2, 66, 13, 4]]
@@ -24,10 +26,10 @@ WIDTH = 4  # of a head
 Tensor = torch.Tensor
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=[tiny_gpt2, tiny_llama], ids=["gpt2", "llama"])
 def language_model(request: pytest.FixtureRequest) -> LanguageModel:
     """Models in which each part matters, as it does not at random initialisations."""
-    model = request.getfixturevalue(request.param)
+    model = LanguageModel(request.param())
     spread_out(model.module)
     with torch.no_grad():
         for parts in parts_of(model.module):
@@ -186,11 +188,12 @@ def received(
     return run(module, ids, {owner: lambda value: written(value, part, to)})
 
 
-CASES = [
-    *(("logits", "noising"), ("logits", "denoising"), (("q", -1, 1), "noising")),
-    *((("k", 2, 1), "denoising"), (("v", 2, 0), "noising"), (("head", 2, 3), "noising")),
-    (("mlp", 1), "denoising"),
+USUAL = [("logits", "noising"), (("q", -1, 1), "noising"), (("mlp", 1), "denoising")]
+OTHERS = [
+    *(("logits", "denoising"), (("k", 2, 1), "denoising"), (("v", 2, 0), "noising")),
+    (("head", 2, 3), "noising"),
 ]
+CASES = [*USUAL, *(pytest.param(*one, marks=pytest.mark.thorough) for one in OTHERS)]
 
 
 @pytest.mark.parametrize(("receiver", "direction"), CASES, ids=str)
@@ -236,7 +239,7 @@ def test_heads_send_what_they_add_to_the_stream(
             )
 
 
-@pytest.mark.parametrize("receiver", ["logits", ("q", 2, 1)], ids=str)
+@pytest.mark.parametrize("receiver", sampled(["logits", ("q", 2, 1)], ["logits"]), ids=str)
 def test_mlps_send_at_some_positions(language_model: LanguageModel, receiver: Any) -> None:
     model, module = language_model, language_model.module
     result = path_patching(
@@ -294,6 +297,7 @@ def test_mlps_between_computed_anew(language_model: LanguageModel) -> None:
                 assert found == pytest.approx(expected, rel=1e-4, abs=2e-5)
 
 
+@pytest.mark.thorough
 def test_state_space_layers_between_are_frozen_too() -> None:
     """In the second of three blocks is attention, in the others a state-space layer."""
     module = module_of("jamba")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from insitu import BlockError, LanguageModel, LoadError, OperationError, OptionError, PathError
 from insitu.methods import SparseAutoencoder, sae_features, use_sae
 from tests.conftest import hooked_hidden
+from tests.thinning import sampled
 
 FEATURES = 40
 IDS = [5, 6, 7, 8, 9]
@@ -157,7 +158,7 @@ def logits_with(model: LanguageModel, change: Callable[[torch.Tensor], torch.Ten
     return logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS, ["standard", "topk"]))
 def test_spliced_in(language_model: LanguageModel, kind: str, tmp_path: Path) -> None:
     folder = written(tmp_path / kind, kind)
     sae, model = SparseAutoencoder.load(folder), language_model

@@ -22,6 +22,7 @@ from insitu.methods import (
     probability,
 )
 from tests.fidelity.architectures import make
+from tests.thinning import sampled
 
 pytestmark = pytest.mark.no_wire  # the methods write nothing that other tests do not send
 
@@ -77,7 +78,7 @@ def difference(logits: torch.Tensor) -> torch.Tensor:
     return logits[-1, 3] - logits[-1, 9]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", sampled(ARCHITECTURES, ["gpt2", "bert"]))
 def test_integrated_gradients_are_those_of_plain_torch(name: str) -> None:
     model = kept(name)
     result = integrated_gradients(model, FIRST, logit_difference(3, 9), steps=7)

@@ -125,6 +125,7 @@ class Turned(nn.Module):
         return hidden_states + self.mlp(hidden_states)
 
 
+@pytest.mark.thorough
 def test_of_affine_layers_it_learns_the_affine_map() -> None:
     module: Any = module_of("llama")
     torch.manual_seed(1)

@@ -283,7 +283,13 @@ def test_an_adapter_of_a_model_that_is_nowhere_is_a_clear_error(tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize("build", [tiny_opt, tiny_llama, tiny_mixtral])
-@pytest.mark.parametrize("targets", [["q_proj", "o_proj", "out_proj"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        pytest.param(["q_proj", "o_proj", "out_proj"], marks=pytest.mark.thorough),
+        ["q_proj", "lm_head"],
+    ],
+)
 def test_names_are_proven_where_a_weight_is_known_by_a_call_only(
     build: Callable[[], nn.Module], targets: list[str]
 ) -> None:

@@ -189,6 +189,7 @@ def _led() -> tuple[Any, str]:
     return transformers.LEDForConditionalGeneration._from_config(config), "led.encoder.layers.1"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", thinned([_longformer, _led], [_led]))
 def test_values_of_a_model_that_pads_prompts_itself_are_those_of_hooks_or_refused(
     make: Any,

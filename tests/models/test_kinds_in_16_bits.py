@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from insitu import LanguageModel
+from tests.thinning import sampled
 
 _SMALL = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -24,7 +25,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", sampled([torch.bfloat16, torch.float16], [torch.bfloat16]))
 def test_names_are_there_before_the_weights(
     config: PretrainedConfig, dtype: torch.dtype, tmp_path
 ) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from insitu import LanguageModel
 from tests.conftest import hooked, tiny_gpt2
 from tests.fidelity.architectures import tiny_llama
+from tests.thinning import sampled
 
 PROMPTS = [torch.tensor([[3, 14, 15, 92, 65]]), torch.tensor([[7, 8]]), torch.tensor([[9, 1, 4]])]
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -58,7 +59,7 @@ def everywhere(module: nn.Module, change: Change) -> Any:
 
 @pytest.mark.parametrize("change", [last_position, first_position, centred, longest, in_place])
 @pytest.mark.parametrize("way", [after, before, everywhere])
-@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("used", sampled([False, True], [False]))
 def test_a_hook_that_changes_a_value_sees_one_prompt(
     change: Change, way: Callable[[nn.Module, Change], Any], used: bool
 ) -> None:

@@ -13,6 +13,7 @@ from insitu import ExecutionError, LanguageModel, Model, OptionError
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.architectures import tiny_mixtral
 from tests.models.kinds import ready
+from tests.thinning import sampled
 
 PROMPTS = [torch.tensor([[3, 14, 15, 92, 65, 35, 89]]), torch.tensor([[7, 8, 9]])]
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def test_the_functions_inside_of_a_forward_are_those_of_a_plain_model(
 # What 4.57 says in `generate` itself, where the model says that it is on the meta device.
 @pytest.mark.filterwarnings("ignore:You are calling .generate")
 @pytest.mark.parametrize("make", [offloaded, on_disk, divided, compiled, compiled_blocks])
-@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("build", sampled([tiny_gpt2, tiny_llama], [tiny_gpt2]))
 def test_a_model_is_used_as_if_it_were_a_plain_one(
     build: Callable[[], Any], make: Callable[..., LanguageModel], tmp_path: Path
 ) -> None:
@@ -168,7 +169,9 @@ def test_a_device_that_there_is_not_is_an_error_at_its_line(gpt2: LanguageModel)
 
 
 @pytest.mark.parametrize("make", [offloaded, on_disk])
-@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, mixtral])
+@pytest.mark.parametrize(
+    "build", sampled([tiny_gpt2, tiny_llama, mixtral], [tiny_gpt2, tiny_llama])
+)
 def test_names_of_an_offloaded_model_are_those_of_its_class(
     build: Callable[[], Any], make: Callable[..., LanguageModel], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import tiny_gpt2
+from tests.thinning import sampled
 
 PROGRAM = """
 import time
@@ -41,12 +42,15 @@ def run(line: str, endpoint: str, **more: str) -> str:
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "LanguageModel('nobody/no-such-model')",
-        "Model.from_pretrained('nobody/no-such-model')",
-        "VisionLanguageModel('nobody/no-such-model')",
-        "LanguageModel('no-such-model-without-an-owner')",
-    ],
+    sampled(
+        [
+            "LanguageModel('nobody/no-such-model')",
+            "Model.from_pretrained('nobody/no-such-model')",
+            "VisionLanguageModel('nobody/no-such-model')",
+            "LanguageModel('no-such-model-without-an-owner')",
+        ],
+        ["LanguageModel('nobody/no-such-model')"],
+    ),
 )
 def test_a_wrong_id_without_a_network_is_refused_at_once(line: str, tmp_path: Path) -> None:
     said = run(line, "http://127.0.0.1:1", HF_HOME=str(tmp_path))
@@ -54,6 +58,7 @@ def test_a_wrong_id_without_a_network_is_refused_at_once(line: str, tmp_path: Pa
     assert "http://127.0.0.1:1 does not answer" in said
 
 
+@pytest.mark.thorough
 def test_an_adapter_of_a_model_elsewhere_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(
         '{"base_model_name_or_path": "nobody/no-such-model", "peft_type": "LORA"}'
@@ -101,6 +106,7 @@ def test_a_server_that_answers_is_asked_for_the_files(
     assert asked.count("/") == 1  # whether it answers
 
 
+@pytest.mark.thorough
 def test_a_folder_needs_no_server(server: tuple[str, list[str]], tmp_path: Path) -> None:
     tiny_gpt2().save_pretrained(tmp_path / "model")
     endpoint, asked = server

@@ -41,6 +41,7 @@ def test_a_template_that_is_killed_as_it_starts_is_started_again(tmp_path: Path)
     assert (tmp_path / "skeleton").exists()
 
 
+@pytest.mark.thorough
 def test_one_that_is_killed_again_or_ends_by_itself_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="cannot be loaded"):
         asyncio.run(started(admission("insitu/eiffel", tmp_path), 2))

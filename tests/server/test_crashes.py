@@ -16,6 +16,7 @@ def jobs(model: Path) -> list[Sample]:
     return samples(model)
 
 
+@pytest.mark.thorough
 def test_each_job_ends_once_whatever_is_killed(
     tmp_path: Path, model: Path, jobs: list[Sample]
 ) -> None:

@@ -21,6 +21,7 @@ from tests.server.whole_server import ended, is_ready, stopped
 pytestmark = pytest.mark.no_wire
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("joins", [True, False])
 def test_who_comes_with_one_job_waits_for_two_batches_at_most(
     tmp_path: Path, model: Path, job: Sample, joins: bool
@@ -72,6 +73,7 @@ def test_tenants_get_as_much_as_their_weights_say_while_both_wait(
         assert abs(had["a"] - 3 * had["b"]) <= 4, (count, had)
 
 
+@pytest.mark.thorough
 def test_what_nobody_waits_for_gets_a_tenth_and_no_less(
     tmp_path: Path, model: Path, job: Sample
 ) -> None:

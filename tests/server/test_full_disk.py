@@ -46,6 +46,7 @@ def fill(folder: Path, left: int) -> None:
             rest -= file.write(bytes(min(rest, _MEGABYTE)))
 
 
+@pytest.mark.thorough
 def test_a_full_disk_fails_the_jobs_that_need_it_and_not_the_server(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

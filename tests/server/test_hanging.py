@@ -24,6 +24,7 @@ from tests.server.whole_server import (
 )
 
 
+@pytest.mark.thorough
 def test_an_engine_that_hangs_is_ended_and_its_jobs_run_again(
     tmp_path: Path, model: Path, jobs: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.thorough
 def test_hostile_jobs_harm_nobody(tmp_path: Path) -> None:
     with attacked(tmp_path) as attack:
         outcome = attack.run(200)

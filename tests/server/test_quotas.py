@@ -36,6 +36,7 @@ def test_no_more_jobs_of_a_tenant_run_at_once_than_may(
     asyncio.run(run())
 
 
+@pytest.mark.thorough
 def test_tensors_that_are_kept_count_and_what_is_refused_leaves_nothing(
     tmp_path: Path, model: Path, job: Sample
 ) -> None:

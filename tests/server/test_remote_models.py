@@ -252,6 +252,7 @@ def test_large_tensors_go_once(there: LanguageModel, here: LanguageModel) -> Non
     torch.testing.assert_close(code.value, own.value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:Attention scores")
 def test_methods_work_with_a_remote_model(there: LanguageModel, here: LanguageModel) -> None:
     metric = logit_difference(" Paris", " Moscow")

@@ -31,6 +31,7 @@ def end(job: JobRecord) -> tuple[str, str]:
     return job.state, job.problem.code if job.problem else ""
 
 
+@pytest.mark.thorough
 def test_what_a_server_had_when_it_was_told_to_end_is_done_by_the_next(tmp_path: Path) -> None:
     data, model = tmp_path / "data", tmp_path / "model"
     small_model(model)

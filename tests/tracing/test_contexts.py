@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from insitu import Job, LanguageModel, Model, apply, cond, fold
+from tests.thinning import sampled
 
 PROMPT = [1, 2, 3, 4]
 
@@ -439,7 +440,7 @@ DIVISIONS = [divided, scaled, root, chosen, counted, plain_float, in_a_branch, n
 
 @pytest.mark.parametrize("function", DIVISIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("around", sampled([False, True], [True]))
 def test_a_default_dtype_holds_for_the_lines_in_it(
     gpt2: LanguageModel, function: Callable[[Any], Any], dtype: torch.dtype, around: bool
 ) -> None:
