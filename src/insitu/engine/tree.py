@@ -27,7 +27,6 @@ from insitu.graph.changes import Changes, restore
 Tables = list[dict[str, nn.Module | None]]
 
 _TRAINING = itemgetter("training")
-_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 
 
 @dataclass(slots=True, eq=False)
@@ -117,12 +116,6 @@ class Tree:
         except KeyError:  # a scripted module keeps it elsewhere
             pass
         return [part for part in self.parts if part.training]
-
-    def hooked(self) -> list[nn.Module]:
-        """Returns all modules if hooks hang on one of them that see its forwards, else none."""
-        # In C, as above.
-        found = any(any(map(table, self._states)) for table in _HOOKS)
-        return self.parts if found else []
 
     def _own_forwards(self) -> list[Any]:
         return [state["forward"] for state in self._states if "forward" in state]

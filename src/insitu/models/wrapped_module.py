@@ -148,7 +148,7 @@ class WrappedModule(Handle):
     @property
     def has_hooks(self) -> bool:
         """Whether hooks of the user's own hang on its modules."""
-        return users_hooks_hang_on(self.snapshot.hooked())
+        return users_hooks_hang_on(self.snapshot.parts)
 
     def trains(self) -> bool:
         """Returns whether it is in training mode, and says once what follows from it."""
