@@ -192,3 +192,17 @@ def test_sums_have_gradients_for_what_the_user_trains(model: LanguageModel) -> N
     plain = model.module.lm_head.weight.detach().T
     expected = torch.autograd.grad((vector @ plain).logsumexp(-1), vector)[0]
     assert torch.equal(vector.grad, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC) tensor support:UserWarning")
+def test_a_sparse_weight_is_read_as_what_its_layer_computes_with(layout: torch.layout) -> None:
+    module = tiny_llama()
+    layer = module.model.layers[1].mlp.down_proj
+    dense = torch.where(layer.weight.detach() > 0, layer.weight.detach(), 0.0)
+    layer.weight = nn.Parameter(dense.to_sparse(layout=layout), requires_grad=False)
+    model = LanguageModel(module)
+    found = model.blocks[1].mlp.W_out
+    torch.testing.assert_close(found.clone(), dense.T, rtol=0, atol=0)
+    with pytest.raises(OperationError, match="there to be read"):
+        found[0] = 0

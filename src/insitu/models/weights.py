@@ -150,8 +150,8 @@ class Weights:
     def matrix(self, path: str) -> torch.Tensor:
         """Returns the weights of a linear layer as `x @ W` has them, `(d_in, d_out)`.
 
-        Of a layer that is no plain one, such as a quantised one or one with an adapter, they are
-        what it makes of the unit vectors.
+        Of a layer that is no plain one, such as a quantised or sparse one or one with an adapter,
+        they are what it makes of the unit vectors.
 
         Args:
             path: the layer's path.
@@ -166,7 +166,8 @@ class Weights:
 
     def _matrix(self, module: nn.Module, path: str) -> torch.Tensor:
         weight: object = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and next(module.children(), None) is None:
+        is_leaf = next(module.children(), None) is None
+        if is_leaf and isinstance(weight, torch.Tensor) and weight.layout is torch.strided:
             if type(module) is nn.Linear:
                 return weight.detach().T
             if getattr(module, "nf", None) == weight.shape[-1]:  # Transformers' Conv1D
