@@ -24,6 +24,7 @@ from torch.nn.modules import module as everywhere
 _Tables: TypeAlias = Sequence[dict[Any, Any]]
 """Tables of hooks, as torch keeps them on a module and for all modules."""
 
+# What takes the tables of hooks that are called in a forward from `vars(module)`.
 _SEEING_FORWARDS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 
 # What these hang on modules belongs to the model.

@@ -163,15 +163,12 @@ def encoded(
             made.append(encode(recording, arg, inputs, mark))
             nested = nested or (len(inputs) > before and type(made[-1]) is not Ref)
     if kwargs:
-        before, named = len(inputs), dict[str, Any]()
-        for key, arg in kwargs.items():
-            if type(arg) in PLAIN:
-                named[key] = arg
-            elif type(arg) in _TENSORS:
-                named[key] = recording.hold(arg, mark)
-            else:
-                named[key] = encode(recording, arg, inputs, mark)
-        kwargs, nested = named, nested or len(inputs) > before
+        before = len(inputs)
+        kwargs = {
+            key: arg if type(arg) in PLAIN else encode(recording, arg, inputs, mark)
+            for key, arg in kwargs.items()
+        }
+        nested = nested or len(inputs) > before
     return tuple(made), kwargs, tuple(inputs), nested or recording.carried > carried
 
 
@@ -188,6 +185,8 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
         OperationError: if it holds anything that cannot be recorded.
         NoValueError: if it holds a value of another block that has none.
     """
+    if type(value) in _TENSORS:  # what most of them are
+        return recording.hold(value, mark)
     if type(value) is SavedTensor:
         return recording.hold(value.constant(), mark)
     if isinstance(value, torch.Tensor) and not isinstance(value, AnyRecorded):

@@ -137,7 +137,7 @@ class Recording:
     dtype: torch.dtype = torch.float32
     as_first_step: bool = False
     counting: AbstractContextManager[Any] | None = None
-    held: dict[int, Held] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
+    held: Mapping[int, Held] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
         self.graph = Graph([])
@@ -248,9 +248,7 @@ class Recording:
                 kept = independent(tensor)
             if not counted:  # as far as torch can tell: of a sparse one it counts, and does not say
                 version = None if small else sample_of(tensor) or version
-        if owner.held is NO_KWARGS:
-            owner.held = {}
-        owner.held[id(tensor)] = Held(tensor, version, kept, mark, written)
+        table_of(owner, "held")[id(tensor)] = Held(tensor, version, kept, mark, written)
         return kept
 
     def given(
@@ -271,7 +269,7 @@ class Recording:
             if type(one) is str:
                 return args, kwargs
             if type(one) is torch.Tensor and not one.requires_grad and is_small(one):
-                return (independent(one),), kwargs  # `hold` would note that lines may share it
+                return (independent(one),), kwargs  # a copy that no line need know of
 
         def leaf(item: Any) -> Any:
             return self.hold(writable(item), mark) if isinstance(item, torch.Tensor) else item
@@ -340,7 +338,7 @@ class Recording:
         self.saves = {}
         self.sites = {}
         self.fakes = {}
-        self.held = NO_KWARGS  # pyright: ignore[reportAttributeAccessIssue]
+        vars(self).pop("held", None)
         self.shapes = self.views = None
 
 

@@ -142,7 +142,9 @@ def _check(
         wrong = str(error).rpartition("'")[0].rpartition("'")[2]
         hint = _instead(wrong, signature) if "unexpected" in str(error) else ""
         raise OptionError(
-            f"`{function.__qualname__}` {error}{hint}. It takes {_taken(signature)}.", here()
+            f"`{function.__qualname__}` cannot be called so: {error}{hint}. "
+            f"It takes {_taken(signature)}.",
+            here(),
         ) from None
     for name, value in given.items():
         kind = kinds.get(name)

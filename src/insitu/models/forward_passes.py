@@ -46,6 +46,7 @@ class ForwardPasses:
         self._model, self._options = model, options
         self._module, self._requests = module, requests
         heads = model.traits.unembedding_paths
+        # Not `modules`, which compares the tree: the block has done so when it was prepared.
         self._head = model.snapshot.modules[heads[0]] if len(heads) == 1 else None
         self._made: Blocks | None = None
         self._left: dict[
