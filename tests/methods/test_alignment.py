@@ -13,9 +13,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from insitu import LanguageModel, LoadError, OptionError, PromptError
 from insitu.methods import Alignment, distributed_alignment_search
+from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.zoo import spread_out
 
 WIDTH, KINDS = 16, 4
+
+
+@pytest.fixture(scope="module", params=[tiny_gpt2, tiny_llama], ids=["gpt2", "llama"])
+def language_model(request: pytest.FixtureRequest) -> LanguageModel:
+    model = LanguageModel(request.param())
+    spread_out(model.module)  # so that a change shows
+    return model
 
 
 def known() -> tuple[LanguageModel, torch.Tensor]:
@@ -149,7 +157,6 @@ def test_it_is_the_plain_loop_step_for_step(
     language_model: LanguageModel, position: int, mode: Any
 ) -> None:
     """Of one direction: within a span of several the gradient is rounding, which Adam follows."""
-    spread_out(language_model.module)  # so that a change shows
     draw = torch.Generator().manual_seed(4)
     lengths = torch.randint(3, 7, (24,), generator=draw).tolist()
     bases = [torch.randint(1, 100, (n,), generator=draw).tolist() for n in lengths]

@@ -13,6 +13,7 @@ from insitu import LanguageModel
 from insitu.graph.errors import OptionError, PromptError
 from insitu.methods import causal_tracing
 from insitu.methods.causal_tracing import embedding_std
+from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.architectures import spread_out
 from tests.fidelity.zoo import module_of
 
@@ -22,10 +23,10 @@ ANSWERS = [11, 23]
 SAMPLES = 4
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=[tiny_gpt2, tiny_llama], ids=["gpt2", "llama"])
 def language_model(request: pytest.FixtureRequest) -> LanguageModel:
     """Models in which each part matters, as it does not at random initialisations."""
-    model = request.getfixturevalue(request.param)
+    model = LanguageModel(request.param())
     spread_out(model.module)
     return model
 

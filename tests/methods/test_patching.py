@@ -19,6 +19,7 @@ from insitu.methods import (
     log_probability,
     logit_difference,
 )
+from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.architectures import spread_out
 from tests.thinning import sampled, thinned
 
@@ -30,10 +31,10 @@ METRIC = logit_difference(11, 23)
 Part = tuple[Any, ...]
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=[tiny_gpt2, tiny_llama], ids=["gpt2", "llama"])
 def language_model(request: pytest.FixtureRequest) -> LanguageModel:
     """Models in which each part matters, as it does not at random initialisations."""
-    model = request.getfixturevalue(request.param)
+    model = LanguageModel(request.param())
     spread_out(model.module)
     return model
 
@@ -301,11 +302,12 @@ def test_rows_of_patterns(language_model: LanguageModel) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*eager:UserWarning")
-def test_columns_of_patterns(gpt2: LanguageModel) -> None:
-    module = gpt2.module
+def test_columns_of_patterns() -> None:
+    model = LanguageModel(tiny_gpt2())
+    module = model.module
     spread_out(module)
     columns = activation_patching(
-        gpt2, CLEAN[0], CORRUPTED[0], METRIC, sites=["pattern"], by=("head", "key"), layers=[1],
+        model, CLEAN[0], CORRUPTED[0], METRIC, sites=["pattern"], by=("head", "key"), layers=[1],
         normalised=False,
     )  # fmt: skip
     assert columns.sizes == {"site": 1, "head": 4, "key": 5}

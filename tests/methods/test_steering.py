@@ -15,7 +15,7 @@ from torch import nn
 from insitu import BlockError, LanguageModel, LoadError, OptionError, PromptError, ShapeError
 from insitu.methods import SteeringVector, steer, steering_vector
 from insitu.methods.continuations import Continuation, Steered
-from tests.conftest import hooked_hidden
+from tests.conftest import hooked_hidden, tiny_gpt2
 from tests.fidelity.zoo import module_of
 from tests.thinning import sampled
 
@@ -224,8 +224,8 @@ def test_applied_in_a_trace_and_in_an_edit(model: LanguageModel) -> None:
     torch.testing.assert_close(last.value, logits(adding(vector[1] * -2, "last")))
 
 
-def test_a_vector_is_of_the_models_dtype_when_it_is_added(gpt2: LanguageModel) -> None:
-    half = LanguageModel(gpt2.module.to(torch.bfloat16))
+def test_a_vector_is_of_the_models_dtype_when_it_is_added() -> None:
+    half = LanguageModel(tiny_gpt2().to(torch.bfloat16))
     vector = some_vector(half)
     with half.trace(PROMPTS[0]):
         before = half.blocks[2].residual_in.save()
