@@ -1,14 +1,17 @@
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from insitu import CausalityError, LanguageModel
+from insitu.engine.probe import Call, Probe, probe
 from insitu.models.trial import alike
 from tests.around import Around
-from tests.conftest import tiny_gpt2
+from tests.conftest import hooked_hidden, tiny_gpt2
 from tests.fidelity.architectures import spread_out, tiny_mixtral
 
 pytestmark = pytest.mark.no_wire  # it counts passes
@@ -227,3 +230,39 @@ def test_values_are_alike_to_rounding() -> None:
     assert alike(torch.zeros(0), torch.zeros(0))
     assert alike(torch.tensor([1, 2]), torch.tensor([1, 2]))
     assert not alike(torch.tensor([1, 2]), torch.tensor([1, 3]))
+
+
+def test_a_model_of_few_positions_shares_passes() -> None:
+    """It takes none of the lengths that are tried elsewhere."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=100, n_positions=4)
+    module = GPT2LMHeadModel(config).eval()
+    rows = [[5, 6, 7, 8], [9, 3], [4]]
+    model = LanguageModel(module)
+    with model.trace() as tracer:
+        saved = []
+        for row in rows:
+            with tracer.invoke(row):
+                saved.append(model.blocks[1].block_out.save())
+    assert len(tracer.plan.passes) == 1
+    for row, found in zip(rows, saved, strict=True):
+        expected = hooked_hidden(module, "transformer.h.1", torch.tensor([row]))
+        torch.testing.assert_close(found.value, expected)
+
+
+def test_no_batch_is_tried_on_a_small_model_without_its_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without data a forward of few tokens takes ten times as long."""
+    sizes: list[int] = []
+
+    def counted(module: nn.Module, call: Call, *args: Any) -> Probe:
+        sizes.append(len(call.kwargs["input_ids"]))
+        return probe(module, call, *args)
+
+    monkeypatch.setattr("insitu.models.own_runs.probe", counted)
+    model = LanguageModel(tiny_gpt2())
+    with model.trace(RAGGED[0]):
+        assert model.blocks[1].block_out.shape[1] == 3
+    _, passes = read(model, lambda: model.transformer.h[1].output)
+    assert passes == 1 and {*sizes} == {1}

@@ -151,7 +151,9 @@ def _tried(model: LanguageSubject) -> Padding:
     def run(prompt: Prompt, further: Mapping[str, Any]) -> Any:
         options = {"use_cache": False} if model.traits.takes_use_cache else {}
         kwargs = {**arguments(model, prompt, options), **further}
-        return model.module(**model.traits.placement.moved(kwargs))
+        returned = model.module(**model.traits.placement.moved(kwargs))
+        model.snapshot.note_exchange()
+        return returned
 
     with model.in_use():
         found = tried(
