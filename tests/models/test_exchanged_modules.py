@@ -9,6 +9,8 @@ import transformers
 from torch import nn
 
 from insitu import InsituError, LanguageModel, Model
+from insitu.engine.keeping import undisturbed
+from insitu.engine.tree import Tree
 from tests.thinning import thinned
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -49,6 +51,18 @@ def big_bird() -> Any:
         is_decoder=True,
     )
     return transformers.BigBirdForCausalLM._from_config(config).eval()
+
+
+def test_a_run_that_leaves_no_trace_tells_that_it_exchanged_modules() -> None:
+    module = nn.Sequential(_Switching())
+    tree, inner = Tree(module), module[0].inner
+    with undisturbed(tree):
+        module(torch.ones(5, 3))
+    assert not tree.exchanges
+    with undisturbed(tree):
+        module(torch.ones(2, 3))
+    assert tree.exchanges and not tree.has_changed()
+    assert module[0].inner is inner and not module[0].switched
 
 
 SHORT = torch.tensor([[11, 22, 33, 44, 55, 66, 77]])

@@ -19,7 +19,7 @@ def chain_of(module: nn.Module) -> Chain | Fallback:
     calls = [Call((), {"input_ids": torch.zeros(*size).long(), **options}) for size in SIZES]
     layouts = find_layouts([model.probe(call, views).seen for call in calls])
     with model.exclusive:
-        given = (module, model.modules, views, layouts, options, 100, model.device)
+        given = (module, model.snapshot, views, layouts, options, 100, model.device)
         return ResumeTrial(*given).chain()
 
 

@@ -212,6 +212,15 @@ def test_values_are_alike_to_rounding() -> None:
     x = torch.randn(3, 4)
     assert alike(x, x + 1e-6)
     assert not alike(x, x + 1e-2)
+    # How far off a number may be is a share of the largest of them.
+    ends = torch.tensor([0.0, -200.0])
+    assert alike(ends + torch.tensor([0.019, 0.0]), ends)
+    assert not alike(ends + torch.tensor([0.021, 0.0]), ends)
+    assert alike(ends.bfloat16() + torch.tensor([5.0, 0.0]).bfloat16(), ends.bfloat16())
+    assert not alike(ends.bfloat16() + torch.tensor([7.0, 0.0]).bfloat16(), ends.bfloat16())
+    for wrong in (torch.nan, torch.inf):
+        assert not alike(torch.tensor([0.0, wrong]), ends)
+        assert not alike(ends, torch.tensor([0.0, wrong]))
     assert not alike(x, x[:2])
     assert not alike(x.double(), x)
     assert not alike(x, None)

@@ -7,7 +7,7 @@ Beside `interpose.py` this is the only file that changes modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 
+from insitu.engine.tree import Tree
 from insitu.graph.changes import Changes, changing, restore
 
 Tables = list[tuple[dict[Any, Any], dict[Any, Any]]]
@@ -23,20 +24,20 @@ Tables = list[tuple[dict[Any, Any], dict[Any, Any]]]
 
 
 @contextmanager
-def undisturbed(modules: Mapping[str, nn.Module]) -> Generator[None]:
+def undisturbed(tree: Tree) -> Generator[None]:
     """Lets the runs in it leave no trace: not in the model, and not in the random state.
 
     No graph for autograd is recorded. The user's hooks are set aside by who has the model in use.
+    That a run exchanged modules is undone too, and noted: see `Tree.exchanges`.
 
     Args:
-        modules: the model's tree, by path. The caller holds it (see `exclusive`).
+        tree: the model's tree. The caller holds it (see `exclusive`).
     """
-    parts = set(modules.values())
     # A forward may write into buffers in place, which the tables do not tell.
-    tensors = [(buffer, buffer.clone()) for buffer in modules[""].buffers()]
-    devices = {tensor.device for tensor in modules[""].parameters() if tensor.is_cuda}
-    tables: list[dict[Any, Any]] = [vars(part) for part in parts]
-    for part in parts:
+    tensors = [(buffer, buffer.clone()) for buffer in tree.root.buffers()]
+    devices = {tensor.device for tensor in tree.root.parameters() if tensor.is_cuda}
+    tables: list[dict[Any, Any]] = [vars(part) for part in tree.parts]
+    for part in tree.parts:
         # Caches that a module keeps in a dictionary of its own would be filled by a trial.
         for kept in vars(part).values():
             if isinstance(kept, dict):
@@ -46,6 +47,7 @@ def undisturbed(modules: Mapping[str, nn.Module]) -> Generator[None]:
         changes.afterwards(partial(_restore_all, [(table, dict(table)) for table in tables]))
         changes.enter(cast(Any, torch.random).fork_rng(list(devices)))
         changes.gradients(False)
+        changes.afterwards(tree.note_exchange)  # undone first: then it can still be seen
         yield
 
 

@@ -166,7 +166,7 @@ class Tree:
         changes.afterwards(partial(self._put_back, [dict(state) for state in self._states]))
 
     def note_exchange(self) -> None:
-        """Notes whether a forward that has just run exchanged modules. It may be undone after."""
+        """Notes it if a forward has exchanged modules since. It may be undone after."""
         self.exchanges = self.exchanges or self.has_changed()
 
     def _put_back(self, states: list[dict[str, Any]]) -> None:

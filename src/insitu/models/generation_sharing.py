@@ -184,7 +184,7 @@ class GenerationSharing:
             ids = torch.full((1, 1), model.traits.pad_id + 1 if model.traits.pad_id == 0 else 0)
             mask = torch.ones_like(ids)
             kwargs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 1}
-            with undisturbed(model.modules):
+            with undisturbed(model.snapshot):
                 module.generate(**model.traits.placement.moved(kwargs), custom_generate=loop)  # pyright: ignore[reportCallIssue]
 
         with model.in_use():

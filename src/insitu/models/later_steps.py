@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from insitu.batching.layout import Axis, Layouts, Part, leaves
 from insitu.batching.proposed_layouts import Size, find_layouts
 from insitu.engine.keeping import undisturbed
 from insitu.engine.listening import listening
 from insitu.engine.places import View
+from insitu.engine.tree import Tree
 from insitu.graph.node import Address, Place
 from insitu.models.blocks import CACHES
 from insitu.models.parted import agrees, copied_away, tells_apart
@@ -52,7 +52,7 @@ def find_later_steps(
     prompts: Sequence[Prompt],
     batch: Prompt,
     parts: Sequence[Part],
-    modules: Mapping[str, nn.Module],
+    tree: Tree,
     views: Mapping[str, View],
     stepped: str,
     inside: Collection[str],
@@ -64,7 +64,7 @@ def find_later_steps(
         prompts: prompts of different length, of one row each.
         batch: all of them.
         parts: where each of them lies in it.
-        modules: the model's tree, by path. The caller holds it (see `exclusive`).
+        tree: the model's tree. The caller holds it (see `exclusive`).
         views: how outputs are shown, by path.
         stepped: the path of the module whose calls are the steps.
         inside: the modules in whose forwards there are places too.
@@ -76,11 +76,11 @@ def find_later_steps(
             for prompt in prompts
         ]
     )
-    with undisturbed(modules):
+    with undisturbed(tree):
 
         def seen(prompt: Prompt, chosen: torch.Tensor) -> list[dict[Place, Any]]:
             steps = _Steps(stepped)
-            with listening(modules, views, steps.tell, inside, CACHES):
+            with listening(tree.modules, views, steps.tell, inside, CACHES):
                 go_on(prompt, chosen)
             return steps.seen
 

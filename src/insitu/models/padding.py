@@ -151,9 +151,7 @@ def _tried(model: LanguageSubject) -> Padding:
     def run(prompt: Prompt, further: Mapping[str, Any]) -> Any:
         options = {"use_cache": False} if model.traits.takes_use_cache else {}
         kwargs = {**arguments(model, prompt, options), **further}
-        returned = model.module(**model.traits.placement.moved(kwargs))
-        model.snapshot.note_exchange()
-        return returned
+        return model.module(**model.traits.placement.moved(kwargs))
 
     with model.in_use():
         found = tried(
@@ -175,7 +173,8 @@ def _tried(model: LanguageSubject) -> Padding:
 def _to_be_tried(model: LanguageSubject) -> TriedModel:
     """What a trial needs to know of a model with its weights."""
     vocabulary = vocabulary_of(model.module, model.config)
-    return TriedModel(model.modules, model.config, vocabulary, model.traits.pad_id, _longest(model))
+    pad_id = model.traits.pad_id
+    return TriedModel(model.snapshot, model.config, vocabulary, pad_id, _longest(model))
 
 
 def _longest(model: LanguageSubject) -> int | None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from insitu.batching.demand import Side
 from insitu.engine.fallback import Fallback, tried
 from insitu.engine.keeping import evaluating, undisturbed
+from insitu.engine.tree import Tree
 from insitu.models.configuration import all_said, said, text_config
 from insitu.models.prompts import Prompt, positions_of
 from insitu.models.trial import alike
@@ -50,14 +50,14 @@ class TriedModel:
     """A model on which padding is tried.
 
     Attributes:
-        modules: its tree, by path. The caller holds it (see `exclusive`).
+        tree: its tree. The caller holds it (see `exclusive`).
         config: its config.
         vocabulary: how many token ids it has.
         pad_id: what padding is filled with.
         context: the most positions, or None if there is no such number.
     """
 
-    modules: Mapping[str, nn.Module]
+    tree: Tree
     config: Any
     vocabulary: int
     pad_id: int
@@ -75,7 +75,7 @@ class TriedModel:
     @contextmanager
     def undisturbed(self) -> Generator[None, None, None]:
         """Runs its block without dropout, and leaves the model as it was."""
-        with undisturbed(self.modules), evaluating(self.modules.values()):
+        with undisturbed(self.tree), evaluating(self.tree.parts):
             yield
 
 

@@ -67,7 +67,7 @@ def _hide_padding(model: LanguageSubject, parts: Mapping[nn.Module, int]) -> boo
         Prompt(torch.randint(1, vocabulary, (1, length), generator=draw), line)
         for length in _LENGTHS
     ]
-    with undisturbed(model.modules):
+    with undisturbed(model.snapshot):
         for part in parts:
             set_attribute(part, _SIZE, _SHORT)
         alone = [_computed(model, prompt) for prompt in prompts]

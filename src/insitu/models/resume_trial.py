@@ -21,6 +21,7 @@ from insitu.engine.fallback import Fallback, tried
 from insitu.engine.keeping import undisturbed
 from insitu.engine.listening import listening
 from insitu.engine.places import View
+from insitu.engine.tree import Tree
 from insitu.graph.errors import InsituError
 from insitu.graph.node import Place, Site
 from insitu.graph.structure import clone, map_structure
@@ -44,7 +45,7 @@ class ResumeTrial:
 
     Args:
         module: the model, with its weights. The caller holds it (see `exclusive`).
-        modules: its tree, by path.
+        tree: its tree.
         views: how the outputs of its blocks are shown, by path.
         layouts: how values are cut.
         options: keyword arguments for its forward.
@@ -58,7 +59,7 @@ class ResumeTrial:
     def __init__(
         self,
         module: nn.Module,
-        modules: Mapping[str, nn.Module],
+        tree: Tree,
         views: Mapping[str, View],
         layouts: Layouts,
         options: Mapping[str, Any],
@@ -66,10 +67,10 @@ class ResumeTrial:
         device: torch.device,
         inside: Collection[str] = (),
     ) -> None:
-        self._module, self._modules, self._views = module, modules, views
+        self._module, self._tree, self._views = module, tree, views
         self._inside = inside
         self._layouts, self._options = layouts, options
-        self._blocks = blocks_of(modules, views)
+        self._blocks = blocks_of(tree.modules, views)
         numbers = torch.arange(2 * self._LENGTH, device=device)
         self._ids = (numbers * 7919 + 13).remainder(vocabulary).reshape(2, self._LENGTH)
         levels = range(1, len(views) + 1)
@@ -86,7 +87,7 @@ class ResumeTrial:
         return tried(self._chain, "a forward that begins at a block")
 
     def _chain(self) -> Chain | Fallback:
-        with undisturbed(self._modules):
+        with undisturbed(self._tree):
             self._run_whole()
             whole = self._right_places(0)
             tails = self._right_places(2) if self._looks_back_only() else frozenset[Place]()
@@ -161,7 +162,7 @@ class ResumeTrial:
     def _listening(
         self, tell: Callable[[Place, Any], None], inside: Collection[str] = ()
     ) -> AbstractContextManager[object]:
-        return listening(self._modules, self._views, tell, inside, CACHES)
+        return listening(self._tree.modules, self._views, tell, inside, CACHES)
 
     def _agrees(self, place: Place, value: Any, rows: int, start: int) -> bool:
         layout, expected = self._layouts.get(place), self._expected.get(place)

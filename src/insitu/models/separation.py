@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
 
 from insitu.batching.demand import Side
 from insitu.batching.layout import Entries, Layouts, Part, cut, is_shared, leaves, widened
@@ -22,6 +21,7 @@ from insitu.engine.fallback import Fallback
 from insitu.engine.keeping import undisturbed
 from insitu.engine.listening import listening
 from insitu.engine.places import View
+from insitu.engine.tree import Tree
 from insitu.graph.errors import InsituError
 from insitu.graph.location import Mark
 from insitu.graph.node import SEPARATOR, Address, Place, Site
@@ -196,7 +196,7 @@ class Trial:
 
     Args:
         run: runs the model on a prompt.
-        modules: its tree, by path. The caller holds it during the methods (see `exclusive`).
+        tree: its tree. The caller holds it during the methods (see `exclusive`).
         views: how outputs are shown, by path.
         side: where shorter prompts are padded.
         vocabulary: how many token ids it has.
@@ -208,7 +208,7 @@ class Trial:
     def __init__(
         self,
         run: Callable[[Prompt], Any],
-        modules: Mapping[str, nn.Module],
+        tree: Tree,
         views: Mapping[str, View],
         side: Side,
         vocabulary: int,
@@ -216,7 +216,7 @@ class Trial:
         context: int | None,
         mark: Mark,
     ) -> None:
-        self._run, self._modules, self._views = run, modules, views
+        self._run, self._tree, self._views = run, tree, views
         self._vocabulary, self._pad_id, self._mark = vocabulary, pad_id, mark
         draw = torch.Generator().manual_seed(0)
         lengths = [min(length, context or length) for length in _LENGTHS]
@@ -226,7 +226,7 @@ class Trial:
     def proposed(self) -> Layouts:
         """Returns the layouts that sites have by their shapes, where only a run can tell these."""
         draw = torch.Generator().manual_seed(0)
-        with undisturbed(self._modules):
+        with undisturbed(self._tree):
             return find_layouts([self._passing(self._prompt(size, draw)) for size in SIZES])
 
     def inside(self, owners: Collection[str]) -> Layouts:
@@ -236,7 +236,7 @@ class Trial:
             owners: the paths of these modules.
         """
         draw = torch.Generator().manual_seed(0)
-        with undisturbed(self._modules):
+        with undisturbed(self._tree):
             prompts = [self._prompt(size, draw) for size in SIZES]
             seen = [self._passing(prompt, inside=owners) for prompt in prompts]
         functions = [
@@ -252,7 +252,7 @@ class Trial:
             inside: the modules in whose forwards there are functions among their places.
         """
         batch, whole = self._batch()
-        with undisturbed(self._modules):
+        with undisturbed(self._tree):
             together = self._passing(whole, layouts, inside=inside)
             right = {
                 place for place, value in together.items() if tells_apart(value, layouts[place])
@@ -280,7 +280,7 @@ class Trial:
             inside: the modules in whose forwards there are places too.
         """
         batch, whole = self._batch()
-        given = (self._prompts, whole, batch.parts, self._modules, self._views)
+        given = (self._prompts, whole, batch.parts, self._tree, self._views)
         return find_later_steps(go_on, *given, stepped, inside)
 
     def widens(self, layouts: Layouts, place: Place) -> bool:
@@ -291,7 +291,7 @@ class Trial:
             place: where there is the value, which has one row for all.
         """
         batch, whole = self._batch()
-        with undisturbed(self._modules):
+        with undisturbed(self._tree):
             before = self._passing(whole, layouts)
             after = self._passing(whole, layouts, (place, layouts[place]))
         for at, value in before.items():
@@ -323,7 +323,7 @@ class Trial:
             places: where, in the order in which they come. The loss is of the last.
         """
         batch, whole = self._batch()
-        with undisturbed(self._modules):
+        with undisturbed(self._tree):
             together = self._gradients(whole, places, layouts, batch.parts)
             for prompt, part in zip(self._prompts, batch.parts, strict=True):
                 alone = self._gradients(prompt, places, layouts, None)
@@ -353,7 +353,7 @@ class Trial:
             return (new, *value[1:]) if isinstance(value, tuple) else new
 
         with torch.enable_grad():
-            with listening(self._modules, self._views, tell, (), CACHES):
+            with listening(self._tree.modules, self._views, tell, (), CACHES):
                 self._run(prompt)
             last = places[-1]
             end = seen.pop(last)
@@ -381,7 +381,7 @@ class Trial:
                 seen[place] = copied_away(value)
             return value if place == widen[0] else None
 
-        with listening(self._modules, self._views, tell, inside, CACHES):
+        with listening(self._tree.modules, self._views, tell, inside, CACHES):
             self._run(prompt)
         return seen
 

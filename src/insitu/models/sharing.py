@@ -7,7 +7,7 @@ and `resume_trial.py`. Here is when it is done, and with what.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,22 +61,21 @@ def separation_of(
         side: where shorter prompts are padded.
         go_on: generates given tokens `(rows, step)` behind a prompt; None if there are no steps.
     """
-    calls = [sample(*size) for size in SIZES]
-    key = (f"{side} {calls[0].signature()}", model.loaded)
+    key = (f"{side} {sample(*SIZES[0]).signature()}", model.loaded)
     if key not in model.traits.separations:
-        model.traits.separations[key] = _find_separation(model, calls, run, views, side, go_on)
+        model.traits.separations[key] = _find_separation(model, sample, run, views, side, go_on)
     return model.traits.separations[key]
 
 
 def _find_separation(
     model: LanguageSubject,
-    calls: Sequence[Call],
+    sample: Callable[[int, int], Call],
     run: Callable[[nn.Module, Prompt], Any],
     views: Mapping[str, View],
     side: Side,
     go_on: Callable[[nn.Module, Prompt, torch.Tensor], Any] | None,
 ) -> Separation | Fallback:
-    """The separation, which is not known yet, from calls of the sizes of `SIZES`."""
+    """The separation, which is not known yet."""
     layouts: Layouts | None = None
     context = model.traits.reader.limits.context
     fits = context is None or context >= max(length for _, length in SIZES)
@@ -84,21 +83,16 @@ def _find_separation(
     # so many that reading them takes longer still: `proposed` makes runs of the same sizes.
     if not (model.loaded and fits and model.snapshot.weight_bytes < _SOON_READ):
         with contextlib.suppress(ShapeError):
-            layouts = find_layouts([model.probe(call, views).seen for call in calls])
+            layouts = find_layouts([model.probe(sample(*size), views).seen for size in SIZES])
     if not model.loaded:
         if layouts is None:
             return Fallback("the shapes of a batch are known only with the weights")
         if model.snapshot.exchanges:
             return _EXCHANGES
         return Separation(layouts, lambda _: True, lambda _: {})
-
-    def tried_out(prompt: Prompt) -> None:
-        run(model.module, prompt)
-        model.snapshot.note_exchange()
-
     trial = Trial(
-        tried_out,
-        model.modules,
+        partial(run, model.module),
+        model.snapshot,
         views,
         side,
         vocabulary_of(model.module, model.config),
@@ -176,7 +170,7 @@ def chain_of(
         with model.in_use(), attending(module, implementation):
             trial = ResumeTrial(
                 module,
-                model.modules,
+                model.snapshot,
                 views,
                 layouts,
                 rest,

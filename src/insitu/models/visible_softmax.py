@@ -105,11 +105,10 @@ def _computed(model: WrappedModule, call: Call, options: Mapping[str, Any]) -> t
     """What a model returns for a call, None if it cannot run so."""
     kwargs = {**call.kwargs, **options}
     implementation = kwargs.pop(OPTION, None)
-    parts = model.modules
     with (
         model.in_use(),
-        undisturbed(parts),
-        evaluating(parts.values()),
+        undisturbed(model.snapshot),
+        evaluating(model.snapshot.parts),
         attending(model.module, implementation),
     ):
         returned = tried(lambda: tensors_of(model.module(**kwargs)), "another implementation")

@@ -126,7 +126,7 @@ class Runs:
         inside = {place[0].partition(SEPARATOR)[0] for place in wanted if SEPARATOR in place[0]}
         kwargs = {**self.call.kwargs, **(self.options if options is None else options)}
         implementation = kwargs.pop(OPTION, None)
-        with undisturbed(model.modules), attending(model.module, implementation):
+        with undisturbed(model.snapshot), attending(model.module, implementation):
             listens = listening(model.modules, model.views, tell, inside, CACHES)
             with listens, _hooked(model.modules, hooked) as first:
                 returned = model.module(*self.call.args, **kwargs)
