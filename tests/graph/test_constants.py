@@ -289,6 +289,19 @@ def test_a_sparse_one_is_held_by_its_count_of_writes() -> None:
             own.mul_(2)
 
 
+@pytest.mark.no_wire  # a sparse tensor does not travel
+def test_one_that_nothing_tells_writes_of_is_as_it_was_at_its_line() -> None:
+    model = linear()
+    with torch.inference_mode():
+        own = torch.eye(3).to_sparse()
+    with model.trace(X):
+        found = torch.mm(own, model[0].output.T).save()
+        with torch.inference_mode():
+            own.mul_(2)
+    with torch.no_grad():
+        torch.testing.assert_close(found.value, model.module[0](X).T)
+
+
 @pytest.mark.no_wire
 @pytest.mark.parametrize("in_session", [True, False])
 def test_an_optimiser_does_not_step_before_its_gradients(in_session: bool) -> None:

@@ -191,6 +191,27 @@ def test_a_sparse_tensor_is_saved_as_one() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(ours)).to_dense(), X.relu())
 
 
+class Quantised(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)
+
+
+@pytest.mark.no_wire  # such values do not travel
+@pytest.mark.parametrize("kind", [nn.Identity, Sparse, Quantised])
+@pytest.mark.filterwarnings("ignore")  # torch is about to part with quantised tensors
+def test_other_memory_is_that_of_the_value_too(kind: type[nn.Module]) -> None:
+    """Torch cannot be asked whether a sparse or quantised one still has the memory that it had."""
+    model = Model(nn.Sequential(kind()))
+    with model.trace(X):
+        ours = model[0].output.save()
+    other = kind()(torch.full_like(X, 7.0))
+    assert ours.value is not None
+    ours.data = other
+    for found in (ours, ours.value):
+        numbers = found.dequantize() if found.is_quantized else found
+        assert bool((numbers.to_dense() == 7).all())
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda x: pickle.loads(pickle.dumps(x)),
     "torch.save": lambda x: _stored(x, weights_only=True),

@@ -215,7 +215,8 @@ class Recording:
         `v += 1` for the next invocation. So small ones are copied. Large ones, those that want
         gradients, and those that the run writes into are held by reference. PyTorch's version
         counter tells whether they change. Where nothing is counted, as of NumPy's memory and of
-        tensors of inference mode, some of their numbers do. `tensor.data` is not counted either.
+        tensors of inference mode, some of their numbers do, and what has none to look at is copied.
+        `tensor.data` is not counted either.
 
         Args:
             tensor: the tensor.
@@ -244,10 +245,10 @@ class Recording:
         ordinary = type(tensor) is torch.Tensor and not tensor.requires_grad
         if ordinary and not written:
             small, counted = is_small(tensor), version is not None and is_counted(tensor)
-            if small:
-                kept = independent(tensor)
             if not counted:  # as far as torch can tell: of a sparse one it counts, and does not say
                 version = None if small else sample_of(tensor) or version
+            if small or version is None:  # None of a large one: nothing would tell of a write
+                kept = independent(tensor)
         table_of(owner, "held")[id(tensor)] = Held(tensor, version, kept, mark, written)
         return kept
 

@@ -37,7 +37,11 @@ class SavedTensor(torch.Tensor):
 
     @property
     def value(self) -> torch.Tensor:
-        """The value as a plain `torch.Tensor`, in the same memory: the same object each time."""
+        """The value as a plain `torch.Tensor`, in the same memory.
+
+        It is the same object each time, but of a sparse or quantised one, of which torch does not
+        tell whether its memory was exchanged.
+        """
         kept: Any = vars(self).get("_kept")
         if self.requires_grad:
             # Gradients have to arrive here: where the value came with its history, they do.
@@ -211,11 +215,11 @@ def device_name(device: str | torch.device) -> str:
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a tensor has not been given other memory since; where nobody can tell, True."""
+    """Whether a tensor has not been given other memory since; where nobody can tell, False."""
     try:
         return one.is_set_to(other) and one.dtype == other.dtype
     except (RuntimeError, NotImplementedError):  # torch cannot ask sparse and quantised ones
-        return True
+        return False
 
 
 set_class: Callable[[Any, type[Any]], None] = vars(object)["__class__"].__set__

@@ -280,7 +280,7 @@ def is_counted(tensor: torch.Tensor) -> bool:
 
 
 def sample_of(tensor: torch.Tensor) -> bytes | None:
-    """Returns some of a tensor's numbers, None of a sparse one and within `torch.vmap`.
+    """Returns some of a tensor's numbers, None where there are none to look at.
 
     They are from all over it: a loop that fills a tensor anew changes them. All of them would take
     longer than a forward.
@@ -292,6 +292,7 @@ def sample_of(tensor: torch.Tensor) -> bytes | None:
         numbers = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)]
         return numbers.contiguous().view(torch.uint8).cpu().numpy().tobytes()
     except (NotImplementedError, RuntimeError, TypeError):
+        # Within `torch.vmap`, of a sparse or quantised one, and of one of a class of its own.
         return None
 
 
