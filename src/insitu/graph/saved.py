@@ -39,8 +39,8 @@ class SavedTensor(torch.Tensor):
     def value(self) -> torch.Tensor:
         """The value as a plain `torch.Tensor`, in the same memory.
 
-        It is the same object each time, but of a sparse or quantised one, of which torch does not
-        tell whether its memory was exchanged.
+        It is the same object each time, unless the tensor is sparse or quantised. Torch does not
+        tell whether the memory of those was exchanged.
         """
         kept: Any = vars(self).get("_kept")
         if self.requires_grad:
