@@ -1,34 +1,33 @@
 """Models that the tests of a file share. A method leaves the model as it was."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from insitu import LanguageModel
 from tests.conftest import tiny_gpt2, tiny_llama
 
 
-def left_as_it_was(make: Callable[[], PreTrainedModel]) -> Iterator[LanguageModel]:
+def left_as_it_was(model: LanguageModel) -> Iterator[LanguageModel]:
     """Gives the model, and fails if a test of the file has changed it."""
-    model = LanguageModel(make())
+    before = {name: one.clone() for name, one in model.load().state_dict().items()}
     yield model
-    before, after = make().state_dict(), model.module.state_dict()
+    after = model.module.state_dict()
     assert before.keys() == after.keys() and not model.module.training
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Iterator[LanguageModel]:
-    yield from left_as_it_was(tiny_gpt2)
+    yield from left_as_it_was(LanguageModel(tiny_gpt2()))
 
 
 @pytest.fixture(scope="module")
 def llama() -> Iterator[LanguageModel]:
-    yield from left_as_it_was(tiny_llama)
+    yield from left_as_it_was(LanguageModel(tiny_llama()))
 
 
 @pytest.fixture(scope="module")
-def eiffel() -> LanguageModel:
-    return LanguageModel("insitu/eiffel", device_map="cpu")
+def eiffel() -> Iterator[LanguageModel]:
+    yield from left_as_it_was(LanguageModel("insitu/eiffel", device_map="cpu"))
