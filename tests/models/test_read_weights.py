@@ -71,6 +71,9 @@ WRITES: list[Callable[[Any], Any]] = [
     lambda w: torch._foreach_mul_([w], 2.0),
     lambda w: setattr(w, "data", torch.zeros(2)),
     lambda w: nn.Parameter(w),
+    lambda w: torch.vmap(lambda row: row.mul_(2))(w),
+    lambda w: torch.vmap(lambda row: row[:1].zero_())(w),
+    lambda w: torch.func.functionalize(lambda whole: whole.add_(1))(w),
 ]
 
 
@@ -116,6 +119,19 @@ def test_the_parameter_that_the_error_names_changes_the_model(model: LanguageMod
         with torch.no_grad():
             parameter.zero_()
         assert not weight(model, name).any()
+
+
+def test_transforms_of_functions_compute_with_them(model: LanguageModel) -> None:
+    w = model.blocks[1].attention.W_O
+    plain = w.clone()
+    for transformed in (
+        torch.vmap(lambda head: (head[0] ** 2).sum()),
+        torch.func.grad(lambda whole: (whole**3).sum()),
+        torch.func.jacrev(lambda whole: whole.sum((0, 1))),
+    ):
+        found = transformed(w)
+        assert type(found) is torch.Tensor
+        torch.testing.assert_close(found, transformed(plain))
 
 
 def test_what_is_computed_with_them_is_a_plain_tensor(model: LanguageModel) -> None:

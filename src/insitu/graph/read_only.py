@@ -38,13 +38,25 @@ class ReadOnly(torch.Tensor):
     ) -> Any:
         """Computes with plain tensors, where nothing is written into one of these."""
         kwargs = kwargs or {}
-        found: list[ReadOnly] = []
-        plain = [_unwrapped(arg, found) for arg in args]
-        named = {name: _unwrapped(arg, found) for name, arg in kwargs.items()}
         if args and _writes(func, kwargs):
             refuse_write(args[0])
         refuse_write(kwargs.get("out"))
-        return _wrapped(func(*plain, **named), found)
+        return _computed(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Does the same within `torch.vmap` and the like, which pass by `__torch_function__`."""
+        kwargs = kwargs or {}
+        for place, one in enumerate(func._schema.arguments):
+            if one.alias_info is not None and one.alias_info.is_write:
+                refuse_write(args[place] if place < len(args) else kwargs.get(one.name))
+        return _computed(func, args, kwargs)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.unbind(0))
@@ -108,6 +120,14 @@ def refuse_write(target: Any) -> None:
     if isinstance(target, list | tuple):
         for one in cast("Sequence[Any]", target):
             refuse_write(one)
+
+
+def _computed(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a function gives for plain tensors. Views of those that are read only are so too."""
+    found: list[ReadOnly] = []
+    plain = [_unwrapped(arg, found) for arg in args]
+    named = {name: _unwrapped(arg, found) for name, arg in kwargs.items()}
+    return _wrapped(func(*plain, **named), found)
 
 
 def _unwrapped(value: Any, found: list[ReadOnly]) -> Any:
