@@ -246,9 +246,8 @@ def test_features_of_heads_and_in_every_step(gpt2: LanguageModel, tmp_path: Path
     assert all(bool((one[..., 1] == 2).all()) for one in kept.value)
 
 
-def test_in_an_edit_of_a_model_that_is_not_loaded_yet(
-    eiffel: LanguageModel, tmp_path: Path
-) -> None:
+def test_in_an_edit_of_a_model_that_is_not_loaded_yet(tmp_path: Path) -> None:
+    eiffel = LanguageModel("insitu/eiffel", device_map="cpu")
     sae = SparseAutoencoder.load(written(tmp_path / "sae", "jumprelu", 128))
     assert not eiffel.loaded
     with eiffel.edit() as edited:
