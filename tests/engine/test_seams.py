@@ -34,7 +34,7 @@ from insitu.engine.events import (
     TokensChosen,
     ValueSaved,
 )
-from insitu.engine.observed_run import blocks_in
+from insitu.engine.tree import blocks_in
 
 pytestmark = pytest.mark.no_wire  # another run would be told of too
 

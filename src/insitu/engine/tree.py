@@ -152,6 +152,11 @@ class Tree:
         tensors |= {id(one): one for one in self.root.buffers()}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
+    @cached_property
+    def blocks(self) -> list[str]:
+        """The paths of the model's blocks: as of `blocks_in`."""
+        return blocks_in(self.modules)
+
     def keep(self, changes: Changes) -> None:
         """Lets what a forward changes of the tree be undone.
 
@@ -195,6 +200,17 @@ def outermost_lists(modules: Mapping[str, nn.Module]) -> list[str]:
         if isinstance(part, lists) and not inside:
             paths.append(path)
     return paths
+
+
+def blocks_in(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the paths of a model's blocks: of the modules in its lists, or of all if it has none.
+
+    Args:
+        modules: the model's tree, by path.
+    """
+    lists = outermost_lists(modules)
+    found = [path for path in modules if path.rpartition(".")[0] in lists and path]
+    return found or [path for path in modules if path]
 
 
 class CallPath:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -129,7 +130,21 @@ def _generation(model: Described) -> Mapping[str, Any] | None:
     config = getattr(model.module, "generation_config", None)
     if config is None or not model.loaded:  # it is read with the weights
         return None
-    return dict(_settings(config.to_diff_dict(), ""))
+    # Not `to_diff_dict`, which copies it as deep as it goes: each job is compared with this.
+    usual = _usual_generation()
+    own = {
+        name: value
+        for name, value in vars(config).items()
+        if name not in usual or value != usual[name]
+    }
+    return dict(_settings(own, ""))
+
+
+@cache
+def _usual_generation() -> Mapping[str, Any]:
+    from transformers import GenerationConfig  # of use only where it is loaded already
+
+    return vars(GenerationConfig())
 
 
 def _public(name: str) -> str:

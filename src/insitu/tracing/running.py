@@ -137,7 +137,7 @@ def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[
         if observed is not None:
             _observe(observed, execution, prepared, run, again)
         with eagerly(held) if prepared.compiled else held:
-            checked = None if observed is None else observed.check_in_modules(tree.modules)
+            checked = None if observed is None else observed.check_in_modules(tree)
             try:
                 results, lacking, went = run_passes(
                     run, execution, prepared, passes, failures, apart
@@ -249,7 +249,10 @@ def _observe(
     from insitu.engine.observed_passes import ObservedPasses  # of use only where somebody looks
 
     path = prepared.path
-    costs = explained(run).costs if observed.is_listened_to else [1.0] * len(run.passes)
+    costs = [1.0] * len(run.passes)
+    # A pass alone is all of the progress, whatever it costs.
+    if len(costs) > 1 and observed.is_listened_to:
+        costs = explained(run).costs
     invocations = [single.invocations for single in run.passes]
 
     def holds() -> bool:  # else the run is made again, with hooks on the modules that are there now
