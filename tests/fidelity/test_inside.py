@@ -228,3 +228,88 @@ def test_what_a_part_calls_is_not_its_owners_where_its_output_is_read_too() -> N
         model.part.output[:] = 1
         outer = model.ops.add[0].output.save()
     assert outer.tolist() == [101, 101]
+
+
+def logits_with(module: Any, ids: torch.Tensor, *hooks: tuple[nn.Module, Any]) -> torch.Tensor:
+    """The logits of a model with hooks: before a module if they take two arguments."""
+    handles = [
+        part.register_forward_hook(hook)
+        if hook.__code__.co_argcount == 3
+        else part.register_forward_pre_hook(hook)
+        for part, hook in hooks
+    ]
+    with torch.no_grad():
+        found = module(ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_value_between_modules_is_there_for_modules_that_come_after(
+    gpt2: LanguageModel, layer: int
+) -> None:
+    module: Any = gpt2.module
+    h, kept = module.transformer.h, list[torch.Tensor]()
+    with gpt2.trace(IDS):
+        gpt2.blocks[layer].mlp_out += gpt2.blocks[1].residual_mid
+        found = gpt2.logits.save()
+    expected = logits_with(
+        module,
+        IDS,
+        (h[1].ln_2, lambda part, args: kept.append(args[0])),
+        (h[layer].mlp, lambda part, args, out: out + kept[0]),
+    )
+    assert torch.allclose(found.value, expected, atol=1e-5)
+
+
+def test_a_value_inside_of_a_forward_is_there_for_a_module_in_it(gpt2: LanguageModel) -> None:
+    module: Any = gpt2.module
+    attn, kept = module.transformer.h[1].attn, list[torch.Tensor]()
+    with gpt2.trace(IDS):
+        attention = gpt2.blocks[1].attention
+        attention.z += attention.q
+        found = gpt2.logits.save()
+    expected = logits_with(
+        module,
+        IDS,
+        (attn.c_attn, lambda part, args, out: kept.append(out[..., :16].clone())),
+        (attn.c_proj, lambda part, args: args[0] + kept[0]),
+    )
+    assert torch.allclose(found.value, expected, atol=1e-5)
+
+
+def test_a_module_is_skipped_with_a_value_between_modules(gpt2: LanguageModel) -> None:
+    module: Any = gpt2.module
+    h, kept = module.transformer.h, list[torch.Tensor]()
+    with gpt2.trace(IDS):
+        h_2 = gpt2.transformer.h[2]
+        h_2.mlp.skip(gpt2.blocks[1].residual_mid)
+        found = gpt2.logits.save()
+    expected = logits_with(
+        module,
+        IDS,
+        (h[1].ln_2, lambda part, args: kept.append(args[0])),
+        (h[2].mlp, lambda part, args, out: kept[0]),
+    )
+    assert torch.allclose(found.value, expected, atol=1e-5)
+
+
+def test_what_comes_later_is_refused_before_the_model_runs(gpt2: LanguageModel) -> None:
+    ran: list[int] = []
+    gpt2.module.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(CausalityError, match=r"h\[2\]\.ops\.add\[0\]\.output"), gpt2.trace(IDS):
+        gpt2.blocks[1].mlp_out += gpt2.blocks[2].residual_mid
+    with (
+        pytest.raises(NeverRanError, match=r"the run ends after `transformer\.h\[1\]`"),
+        gpt2.trace(IDS),
+    ):
+        gpt2.transformer.h[1].stop()
+        gpt2.blocks[2].residual_mid.save()
+    assert not ran
+
+
+def test_a_plan_ends_where_a_value_between_modules_is_read(gpt2: LanguageModel) -> None:
+    with gpt2.trace(IDS) as tracer:
+        gpt2.blocks[0].residual_mid.save()
+    assert [single.run for single in tracer.plan.passes] == [1]

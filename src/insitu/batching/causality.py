@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Sequence
 from functools import cache
 
-from insitu.batching.crossings import Crossing, crossings, moment, same_place
+from insitu.batching.crossings import Crossing, crossings, earliest, moment, same_place
 from insitu.batching.demand import Demand, Work
 from insitu.batching.pass_plan import PassPlan
 from insitu.engine.order import causality_error
@@ -93,8 +93,9 @@ def check_order(work: Work, passes: Sequence[PassPlan]) -> None:
             continue
         order = moments(target[0])
         own = moment(target, order)
-        # A source whose moment is not known counts as too late only if the target's is known.
-        if own is not None and (moment(source, order) or _NEVER) > own:
+        # A source whose moment is not known counts as too late only if the target's is known. What
+        # is inside of a forward that has begun by then, the run itself looks at.
+        if own is not None and (earliest(source, order) or _NEVER) > own:
             late.setdefault((target, node), set()).add(plan.reads[source])
     if late:
         (target, node), reads = next(iter(late.items()))
@@ -129,7 +130,7 @@ def check_cuts(work: Work) -> None:
         moments = work.moments(last.invocation)
         end = moment(last, moments)
         for address, index in plan.reads.items():
-            comes = moment(address, moments)
+            comes = earliest(address, moments)
             if address[0] == last.invocation and end and comes and comes > end:
                 raise NeverRanError(
                     f"`{Site(*address)}` has no value, because the run ends after "

@@ -65,7 +65,7 @@ def in_time(crossing: Crossing, moments: Moments) -> bool:
         return True
     # For a function the module around it bounds the moment: it cannot come before the module is
     # called.
-    here = moment(bounding(target, "inputs"), moments(target[0]))
+    here = earliest(target, moments(target[0]))
     there = moment(bounding(source, "output"), moments(source[0]))
     # Where nothing is known one pass is tried: the run refuses what comes too late, at its line.
     return here is None or there is None or there <= here
@@ -116,6 +116,16 @@ def moment(address: Address, moments: Mapping[Place, int] | None) -> tuple[float
         return None
     # What is read in every step is there in the first.
     return (max(step, 0) + (kind == "tokens") / 2, within)
+
+
+def earliest(address: Address, moments: Mapping[Place, int] | None) -> tuple[float, float] | None:
+    """Returns when a site may come first, None if that is not known.
+
+    Args:
+        address: the site. A function in a module's forward comes once the module is called.
+        moments: when places come in a step.
+    """
+    return moment(bounding(address, "inputs"), moments)
 
 
 def bounding(address: Address, bound: Kind) -> Address:

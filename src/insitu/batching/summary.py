@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from insitu.batching.cost_model import Costs
-from insitu.batching.crossings import Moments
+from insitu.batching.crossings import Moments, bounding
 from insitu.batching.pass_plan import PassPlan, rows_by_level
 
 
@@ -203,7 +203,8 @@ def _blocks_run(single: PassPlan, blocks: Sequence[str], moments: Moments) -> tu
     """How many blocks a pass goes through before it ends, and why it ends if not at the end."""
     reads = single.reads
     order = moments(reads[0][0] if reads else 0)
-    places = [address[1:4] for address in reads]
+    # A function in a forward needs no more than that the module around it runs.
+    places = [bounding(address, "output")[1:4] for address in reads]
     if single.through is not None:
         places.append(single.through)
     if not blocks or order is None or any(place not in order for place in places):
