@@ -1,9 +1,22 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from insitu import BlockError, LanguageModel, NoValueError, OperationError, PromptError, WireError
+from insitu import (
+    BlockError,
+    ExecutionError,
+    LanguageModel,
+    NoValueError,
+    OperationError,
+    PromptError,
+    WireError,
+    apply,
+    cond,
+    fold,
+)
 from tests.conftest import hooked_hidden
 from tests.fidelity.test_writing import IDS, OTHER, logits
 
@@ -49,6 +62,178 @@ def test_values_of_an_earlier_block_are_written_into_a_site_of_a_later_one(
 
     edits = {"transformer.h.1": last, "transformer.h.2": first}
     assert torch.equal(result, logits(gpt2, edits, OTHER))
+
+
+def in_last_place(given: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a hook does that puts a vector at the last position."""
+
+    def put(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value[:, -1] = given
+        return value
+
+    return put
+
+
+def logits_in_autograd(
+    model: LanguageModel, given: torch.Tensor, layer: int = 0, ids: torch.Tensor = OTHER
+) -> torch.Tensor:
+    """The logits with a vector put in the last place of what a block returns, for autograd."""
+    block: Any = model.module.get_submodule(f"transformer.h.{layer}")
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return in_last_place(given)(output[0]), *output[1:]
+        return in_last_place(given)(output)
+
+    handle = block.register_forward_hook(hook)
+    found = model.module(ids, use_cache=False).logits
+    handle.remove()
+    return found
+
+
+def test_gradients_reach_lines_that_use_values_of_an_earlier_block_alone(
+    gpt2: LanguageModel,
+) -> None:
+    vector, scale = (torch.full([16], size, requires_grad=True) for size in (0.5, 2.0))
+    with gpt2.session():
+        with gpt2.trace(IDS):
+            donor = gpt2.transformer.h[1].output[0][:, -1]
+        with gpt2.trace(OTHER):
+            made = donor * scale + vector
+            gpt2.transformer.h[0].output[0][:, -1] = made
+            loss = gpt2.lm_head.output[0, -1, 3].save()
+            loss.backward()
+            wanted = made.grad.save()
+    hidden = hooked_hidden(gpt2.module, "transformer.h.1", IDS)[:, -1]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in (vector, scale)]
+    put = hidden * leaves[1] + leaves[0]
+    expected = logits_in_autograd(gpt2, put)[0, -1, 3]
+    grads = torch.autograd.grad(expected, [*leaves, put])
+    torch.testing.assert_close(loss.value, expected.detach())
+    for found, right in zip((vector.grad, scale.grad, wanted.value), grads, strict=True):
+        torch.testing.assert_close(found, right)
+
+
+@pytest.mark.no_wire  # a module of the test's own
+def test_a_module_of_ones_own_is_trained_on_values_of_an_earlier_block(
+    gpt2: LanguageModel,
+) -> None:
+    probe = torch.nn.Linear(16, 16)
+    with gpt2.session():
+        with gpt2.trace(IDS):
+            given = gpt2.transformer.h[0].output[0][:, -1]
+        with gpt2.trace(OTHER):
+            difference = probe(given) - gpt2.transformer.h[1].output[0][:, -1]
+            (difference**2).mean().backward()
+    hidden = hooked_hidden(gpt2.module, "transformer.h.0", IDS)[:, -1]
+    target = hooked_hidden(gpt2.module, "transformer.h.1", OTHER)[:, -1]
+    loss = ((probe(hidden) - target) ** 2).mean()
+    for own, right in zip(
+        probe.parameters(), torch.autograd.grad(loss, [*probe.parameters()]), strict=True
+    ):
+        torch.testing.assert_close(own.grad, right)
+
+
+def test_functions_of_a_later_block_use_values_of_an_earlier_one(gpt2: LanguageModel) -> None:
+    weight = torch.ones(16, requires_grad=True)
+    with gpt2.session():
+        with gpt2.trace(IDS):
+            donor = gpt2.transformer.h[1].output[0][0, -1]
+        with gpt2.trace(OTHER):
+            chosen = cond(donor.sum() > -1e9, lambda: donor * weight, lambda: donor)
+            folded = fold(lambda total, x: total + x * donor, chosen, torch.tensor([1.0, 2.0]))
+            gpt2.transformer.h[0].output[0][:, -1] = folded
+            gpt2.lm_head.output[0, -1, 3].backward()
+            folded = folded.save()
+    hidden = hooked_hidden(gpt2.module, "transformer.h.1", IDS)[0, -1]
+    leaf = torch.ones(16, requires_grad=True)
+    put = hidden * leaf + 3 * hidden
+    torch.testing.assert_close(folded.value, put.detach())
+    (right,) = torch.autograd.grad(logits_in_autograd(gpt2, put)[0, -1, 3], leaf)
+    torch.testing.assert_close(weight.grad, right)
+
+
+@pytest.mark.no_wire  # functions are called here
+def test_lines_run_with_the_block_that_they_stand_in(gpt2: LanguageModel) -> None:
+    order: list[str] = []
+
+    def note(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda value: (order.append(name), value)[1]
+
+    with gpt2.session():
+        with gpt2.trace(IDS):
+            donor = gpt2.transformer.h[0].output[0]
+            apply(note("first, at its end"), gpt2.lm_head.output)
+        between = apply(note("between"), donor)
+        with gpt2.trace(OTHER):
+            apply(note("second, of the first"), donor)
+            apply(note("second, of between"), between)
+            apply(note("second"), gpt2.transformer.h[0].output[0])
+    assert order == [
+        "between",
+        "first, at its end",
+        "second, of the first",
+        "second, of between",
+        "second",
+    ]
+
+
+def test_several_prompts_of_a_later_block_use_a_value_made_of_an_earlier_one(
+    gpt2: LanguageModel,
+) -> None:
+    prompts = [OTHER, torch.cat([OTHER, OTHER[:, :2]], 1)]
+    vectors = [torch.full([16], size, requires_grad=True) for size in (0.1, 0.2)]
+    with gpt2.session():
+        with gpt2.trace(IDS):
+            donor = gpt2.transformer.h[1].output[0][:, -1]
+        with gpt2.trace() as tracer:
+            for ids, vector in zip(prompts, vectors, strict=True):
+                with tracer.invoke(ids):
+                    gpt2.transformer.h[0].output[0][:, -1] = donor + vector
+                    gpt2.lm_head.output[0, -1, 3].backward()
+    hidden = hooked_hidden(gpt2.module, "transformer.h.1", IDS)[:, -1]
+    for ids, vector in zip(prompts, vectors, strict=True):
+        leaf = vector.detach().clone().requires_grad_()
+        expected = logits_in_autograd(gpt2, hidden + leaf, ids=ids)[0, -1, 3]
+        torch.testing.assert_close(vector.grad, torch.autograd.grad(expected, leaf)[0])
+
+
+def test_a_mistake_in_such_a_line_leaves_other_prompts_alone(gpt2: LanguageModel) -> None:
+    with pytest.raises(ExecutionError, match="invalid for input"), gpt2.session():
+        with gpt2.trace(IDS):
+            places = gpt2.transformer.h[1].output[0].abs().nonzero()
+        with gpt2.trace() as tracer:
+            with tracer.invoke(OTHER):
+                failed = places.reshape(7, 7).save()
+            with tracer.invoke(IDS):
+                there = gpt2.lm_head.output.save()
+                kept = (places + 1).save()
+    hidden = hooked_hidden(gpt2.module, "transformer.h.1", IDS)
+    assert torch.equal(there.value, logits(gpt2, {}, IDS))
+    assert torch.equal(kept.value, hidden.abs().nonzero() + 1)
+    with pytest.raises(NoValueError, match="ExecutionError"):
+        _ = failed.value
+
+
+def test_a_mistake_in_such_a_line_is_reported_there(gpt2: LanguageModel) -> None:
+    with (
+        pytest.raises(
+            ExecutionError,
+            match=r"<value of an earlier block>\.reshape\(7, 7\)` failed: RuntimeError",
+        ),
+        gpt2.session(),
+    ):
+        with gpt2.trace(IDS):
+            donor = gpt2.transformer.h[1].output[0].abs().nonzero()
+        with gpt2.trace(OTHER):
+            donor.reshape(7, 7).save()
+    vector = torch.zeros(16, requires_grad=True)
+    with pytest.raises(OperationError, match="value = value \\+ tensor"), gpt2.session():
+        with gpt2.trace(IDS):
+            donor = gpt2.transformer.h[1].output[0][:, -1]
+        with gpt2.trace(OTHER):
+            donor += vector
 
 
 @pytest.mark.no_wire  # it counts runs

@@ -32,7 +32,7 @@ from insitu.graph.node import Graph, Ref, Row
 from insitu.graph.operations import APPLY
 from insitu.graph.saved import ALONE, SavedTensor, set_class, spent, swap
 from insitu.graph.saved_proxy import SavedProxy
-from insitu.graph.structure import map_structure, memory_of
+from insitu.graph.structure import apart_from
 
 if TYPE_CHECKING:
     from insitu.engine.observed_passes import ObservedPasses
@@ -89,13 +89,13 @@ class Execution:
         self._values: list[Any] = [None] * len(self._uses)
         self.differentiates = graph.differentiates
         if graph.contexts or not plan.plain:
-            self._begin(graph, plan)
+            self._make_ready(graph, plan)
         counter = counting.get()
         if counter is not None:  # the run has limits
             self._counter = counter
             self._rows = counter.rows(self._rows)
 
-    def _begin(self, graph: Graph, plan: Plan) -> None:
+    def _make_ready(self, graph: Graph, plan: Plan) -> None:
         """Makes ready for what few graphs have."""
         if graph.contexts:
             self._rows = graph.runnable()
@@ -142,14 +142,28 @@ class Execution:
         Raises:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
-        rows, values, uses, tape = self._rows, self._values, self._uses, self.tape
-        if tape is not None:
-            value = tape.note(index, value)
-        values[index] = value
+        if self.tape is not None:
+            value = self.tape.note(index, value)
+        self._values[index] = value
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
         if self._waiting:
             possible = self._completed(bit, possible)
+        if possible:
+            self._run(possible)
+        if not self._uses[index]:
+            self._values[index] = None
+        if self._waiting:
+            self._keep(bit, value)
+
+    def begin(self) -> None:
+        """Runs the nodes that wait for no site, as of `arrive`: they use earlier blocks alone."""
+        with torch.set_grad_enabled(self.differentiates):
+            self._run(self._groups[0])
+
+    def _run(self, possible: Sequence[int]) -> None:
+        """Runs nodes, in their order."""
+        rows, values, uses, tape = self._rows, self._values, self._uses, self.tape
         for step in possible:
             operation, args, kwargs, inputs, nested, _ = rows[step]
             function = operation.function
@@ -202,10 +216,6 @@ class Execution:
                     values[source] = None
             if uses[step]:
                 values[step] = result
-        if not uses[index]:
-            values[index] = None
-        if self._waiting:
-            self._keep(bit, value)
 
     def fail(self, error: Exception) -> None:
         """Notes what a line has raised, or putting its value where it goes. Nothing more arrives.
@@ -350,18 +360,12 @@ class Execution:
                     spent.append(value)
             else:
                 holder._put(value)
-        # Copies to the CPU may still be on their way.
-        if self.plan.moves and torch.cuda.is_initialized():
+        if self.plan.moves and torch.cuda.is_initialized():  # copies may still be on their way
             for number in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(number)
 
     def resolved(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Returns the arguments of a node, with values in the place of references.
-
-        Args:
-            args: its arguments.
-            kwargs: its keyword arguments.
-        """
+        """Returns the arguments of a node, with values in the place of references."""
         return resolved(args, kwargs, self._values, self.modules.__getitem__)
 
     def _come(self, index: int, value: torch.Tensor) -> None:
@@ -387,13 +391,8 @@ class Execution:
         held = [index for index in self.plan.held.get(bit, ()) if self._uses[index]]
         if not held:
             return
-        memory = memory_of(arrived)
-
-        def leaf(item: Any) -> Any:
-            return item if memory.isdisjoint(memory_of(item)) else item.clone()
-
         for index in held:
-            self._values[index] = map_structure(leaf, self._values[index])
+            self._values[index] = apart_from(arrived, self._values[index])
 
 
 _TENSOR = torch.Tensor

@@ -229,7 +229,8 @@ def operation_error(
     if isinstance(error, RuntimeError | IndexError | ValueError) and found and not other:
         return misfit(graph, index, found, error)
     kinds = ", ".join(type(value).__name__ for value in found[:20])
+    on = f" on values of type {kinds}" if kinds else ""
     said = f"{type(error).__name__}: {error!s:.2000}"
     said += hint(graph, index, found, error)
-    message = f"`{written}` failed on values of type {kinds}: {said}"
+    message = f"`{written}` failed{on}: {said}"
     return ExecutionError(message, node.location)

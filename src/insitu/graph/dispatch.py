@@ -52,7 +52,8 @@ def record(
     ):
         recording = first._recording
     else:
-        recording = recording_of((args, dict(kwargs)))
+        where = latest_of if operation.in_place and not branches() else recording_of
+        recording = where((args, dict(kwargs)))
         if recording is None:
             if isinstance(first, AnyRecorded) and operation.name.startswith("Tensor."):
                 value = first.result(here(3))
@@ -67,14 +68,25 @@ def record(
 def recording_of(values: Any) -> Recording | None:
     """Returns where an operation on values is recorded, None if no block of theirs is open.
 
-    That is the function of a `cond` or `fold`, if one is being recorded; in a session, the latest
-    of the blocks.
+    That is the function of a `cond` or `fold`, if one is being recorded; in a session, the block
+    that the line stands in, or between blocks the latest one that a value is of.
 
     Args:
         values: any structure.
     """
-    found = branches()[-1:] or open_recordings(values)
-    return max(found, key=lambda recording: recording.order, default=None)
+    if branches():
+        return branches()[-1]
+    latest = latest_of(values)
+    return None if latest is None else latest.where_lines_stand
+
+
+def latest_of(values: Any) -> Recording | None:
+    """Returns the latest of the open recordings of values, None if no block of theirs is open.
+
+    Args:
+        values: any structure.
+    """
+    return max(open_recordings(values), key=lambda recording: recording.order, default=None)
 
 
 def open_recordings(values: Any) -> list[Recording]:

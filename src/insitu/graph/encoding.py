@@ -200,11 +200,11 @@ def encode(recording: Recording, value: Any, inputs: list[int], mark: Mark) -> A
                 current = recording.current(item._ref)
                 inputs.append(current.index)
                 return current
-            if recording.parent is not None and _is_around(recording, item._recording):
+            if recording.parent is not None and _is_around(recording, item):
                 captured = recording.current(capture(recording, item, mark))
                 inputs.append(captured.index)
                 return captured
-            if item._recording.open and _comes_after(recording, item._recording):
+            if item._recording.open and recording.comes_after(item._recording):
                 recording.carried += 1
                 return _carried(item, mark)
             return item.result(Location(*mark))
@@ -255,11 +255,14 @@ def capture(branch: Recording, value: AnyRecorded, mark: Mark) -> Ref:
 
     Args:
         branch: what records that function.
-        value: a value of the recording that uses it, or of one around that.
+        value: a value of the recording that uses it, of one around that, or of an earlier block.
         mark: the user's line.
     """
     parent = cast(Recording, branch.parent)
-    if value._recording is not parent:
+    if parent.comes_after(value._recording):
+        # A node that gives what it is given: functions take values of their own block alone.
+        value = Recorded(parent, add_node(parent, GETITEM, ((value,), 0), NO_KWARGS, mark))
+    elif value._recording is not parent:
         value = Recorded(parent, capture(parent, value, mark))
     source = parent.current(value._ref)
     index = source.index
@@ -279,19 +282,12 @@ def _carried(value: AnyRecorded, mark: Mark) -> Carried:
     return Carried(cell, lambda: fake_value(recording, source.index))
 
 
-def _comes_after(recording: Recording, other: Recording) -> bool:
-    """Whether this is a later block of the same session."""
-    return (
-        recording.session is not None
-        and recording.session is other.session
-        and recording.order > other.order
-    )
-
-
-def _is_around(recording: Recording, other: Recording) -> bool:
-    """Whether this records a function that is used in another recording."""
-    parent = recording.parent
+def _is_around(recording: Recording, value: AnyRecorded) -> bool:
+    """Whether a value is of what the function that is recorded here is used in, or before that."""
+    other, parent = value._recording, recording.parent
     while parent is not None and parent is not other:
+        if other.open and parent.comes_after(other):
+            return True
         parent = parent.parent
     return parent is other
 

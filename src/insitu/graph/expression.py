@@ -9,6 +9,8 @@ import torch
 
 from insitu.graph.errors import InsituError, LimitError, ShapeError, at_line
 from insitu.graph.node import (
+    Carried,
+    Earlier,
     Function,
     Graph,
     ModuleRef,
@@ -209,6 +211,8 @@ class _Writer:
             return readable(value.path)
         if value is Ellipsis or kind is Subgraph:
             return "..."
+        if kind is Carried or kind is Earlier:
+            return "<value of an earlier block>"
         if kind in (tuple, list, torch.Size):
             items = ", ".join(self._listed(cast("list[Any]", value), depth))
             if kind is list:

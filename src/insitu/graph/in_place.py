@@ -20,6 +20,7 @@ from insitu.graph.operations import PUT, READ, SKIP, Operation
 from insitu.graph.recorded import AnyRecorded, inside_function, refuse_structure
 from insitu.graph.recording import Recording
 from insitu.graph.standing import followed
+from insitu.graph.structure import tensors_of
 from insitu.graph.views import Views
 
 
@@ -58,6 +59,8 @@ def mutate(
     if not target._operand:
         refuse_structure(target, Location(*mark))
     others, kwargs, inputs, nested = encoded(recording, args[1:], kwargs, mark)
+    if recording.where_lines_stand is not recording:
+        _refuse_gradients((others, kwargs), Location(*mark))
     views = followed(recording)
     recording.direct = False
     if recording.computed:
@@ -77,6 +80,17 @@ def mutate(
     ):
         recording.note_context(PUT, len(recording.graph) - 1)
     return written
+
+
+def _refuse_gradients(given: Any, location: Location) -> None:
+    """Raises if a write into a value of an earlier block is of a tensor that wants gradients."""
+    if any(tensor.requires_grad for tensor in tensors_of(given)):
+        raise OperationError(
+            "This writes a tensor that wants gradients into a value of an earlier block of the "
+            "session, and that block runs without them: make a new value of both, such as "
+            "`value = value + tensor`.",
+            location,
+        )
 
 
 def _check(recording: Recording, views: Views, base: int, mark: Mark) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 
@@ -29,6 +29,7 @@ from insitu.graph.context import (
 )
 from insitu.graph.errors import OperationError
 from insitu.graph.given import each
+from insitu.graph.held_tensor import Held
 from insitu.graph.lines import ShapeSource
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Graph, Ref, Site, ref, table_of
@@ -40,41 +41,14 @@ from insitu.graph.views import Views
 _NOT_COMPUTED = (INPUT, REPLACE, SKIP, WRITE)  # no context makes a difference to these
 
 
-class Held(NamedTuple):
-    """A tensor of the user's own that lines use.
+class Together(Protocol):
+    """What holds recordings together, such as a session.
 
     Attributes:
-        tensor: the tensor. It is kept, so that no other gets its identity.
-        version: how often it had been written into; some of its numbers where nobody counts that;
-            None where nothing is to be compared.
-        kept: what the graph holds: the tensor itself, or a copy.
-        mark: the user's line.
-        written: whether the run writes into it.
+        recording: that of the block that is open now, None between blocks.
     """
 
-    tensor: torch.Tensor
-    version: int | bytes | None
-    kept: torch.Tensor
-    mark: Mark
-    written: bool = False
-
-    def check(self) -> None:
-        """Raises if it is held by reference and has changed.
-
-        Raises:
-            OperationError: naming the line.
-        """
-        if self.version is None or self.kept is not self.tensor:
-            return
-        is_counted = isinstance(self.version, int)
-        if self.version != (self.tensor._version if is_counted else sample_of(self.tensor)):
-            size = " x ".join(map(str, self.tensor.shape)) or "one number"
-            raise OperationError(
-                f"A tensor of yours ({size}) was written into after this line, and a block runs "
-                "when it ends: give this line its own, such as `tensor.clone()`, or write into it "
-                "after the block.",
-                Location(*self.mark),
-            )
+    recording: Recording | None
 
 
 class Recording:
@@ -126,7 +100,7 @@ class Recording:
     computed: Mapping[int, str] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
     parent: Recording | None = None
     suspended: bool = False
-    session: object = None
+    session: Together | None = None
     order: int = 0
     carried: int = 0
     lent: Mapping[int, Cell] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
@@ -308,6 +282,21 @@ class Recording:
             mark: the user's line.
         """
         table_of(self.graph, "stops")[self.graph.original(output.index)] = mark
+
+    @property
+    def where_lines_stand(self) -> Recording:
+        """What lines that use values of this recording add to: in a session the block around them.
+
+        There autograd runs if that block has gradients, and random numbers are drawn in its turn.
+        """
+        now = None if self.session is None else self.session.recording
+        return now if now is not None and now.comes_after(self) else self
+
+    def comes_after(self, other: Recording) -> bool:
+        """Whether this is of a later block of the same session than another."""
+        return (
+            self.session is not None and self.session is other.session and self.order > other.order
+        )
 
     def current(self, source: Ref) -> Ref:
         """Returns what a value of this recording stands for in a line that comes now."""

@@ -145,6 +145,21 @@ def memory_of(value: Any) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors_of(value)}
 
 
+def apart_from(other: Any, value: Any) -> Any:
+    """Returns a value with copies of those of its tensors that share memory with another value.
+
+    Args:
+        other: the other value, any structure.
+        value: any structure.
+    """
+    memory = memory_of(other)
+
+    def leaf(item: Any) -> Any:
+        return item if memory.isdisjoint(memory_of(item)) else item.clone()
+
+    return map_structure(leaf, value)
+
+
 def storage_of(tensor: torch.Tensor) -> int:
     """Returns the identity of a tensor's storage, with data or without."""
     return cast(int, cast(Any, tensor).untyped_storage()._cdata)

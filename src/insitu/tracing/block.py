@@ -135,8 +135,8 @@ class Block:
             self.request = invocation.request
             invocation.enter(frame)
         if session is not None:
-            self._session = recording.session = session
-            recording.direct, recording.order = False, session.begin()
+            self._session = session
+            session.begin(recording)
         self._looks.tree, self._looks.weights = None, False
         self.is_open = True
 
@@ -152,13 +152,13 @@ class Block:
         looks.tree = looks.weights = False
         for invocation in self.invocations:
             invocation.leave()
-        recording = self.recording
-        graph = recording.graph
+        recording, graph = self.recording, self.recording.graph
         if graph.differentiates and (graph.contexts or is_inference_mode_enabled()):
             make_constants_ordinary(graph)
-        if kind is None and self._session is not None:
-            self._session.add(self)
-            return False
+        if self._session is not None:
+            self._session.end(self if kind is None else None)
+            if kind is None:
+                return False
         recording.open = False
         if kind is not None:
             self.raised = kind.__name__

@@ -291,6 +291,16 @@ def run_passes(
     modules, hooks, observed = prepared.tree.modules, prepared.exclusive.hooks, execution.observed
     views, caches = run.procedure.views, run.model.caches
     results: list[Any] = [None] * len(passes)
+    if 0 in plan.groups:
+        try:
+            execution.begin()
+        except Exception as error:
+            if failures is None or ends_all(error):
+                raise
+            # Those after it have not run: they do without it.
+            failures.add(Failed(error, execution.failing, ()), goes_into_others=True)
+            execution.failing = ()
+            return results, None, None
     for at in range(len(passes)):
         # Taken out, so that what it refers to is gone before the next one runs: memory is that of
         # one pass.

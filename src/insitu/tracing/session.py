@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from insitu.graph.cells import WAITING
 from insitu.graph.errors import BlockError, OperationError, PathError
 from insitu.graph.location import here
+from insitu.graph.recording import Recording
 from insitu.graph.tracebacks import shortened
 from insitu.habits import OF_SESSIONS, habit
 from insitu.tracing.raw_errors import raise_explained
@@ -32,12 +33,14 @@ class Session:
         model: whose blocks it holds.
         away: where they are run, None for where the model is.
         blocks: its blocks, in their order, once it has ended; None before that, or if it raised.
+        recording: that of its block that is open now, None between blocks.
     """
 
     def __init__(self, model: Subject, away: Away | None = None) -> None:
         self.model, self.away = model, away
         self._blocks: list[RecordedBlock] = []
         self.blocks: Sequence[RecordedBlock] | None = None
+        self.recording: Recording | None = None
         self._done = False
 
     if not TYPE_CHECKING:  # to checkers, what is not declared is not there
@@ -116,13 +119,17 @@ class Session:
             raise BlockError("The session has no blocks, so there is no job.", here())
         return job_of(self.model, self.blocks)
 
-    def begin(self) -> int:
-        """Returns the place of a block that begins now among those of the session."""
-        return 1 + len(self._blocks)
+    def begin(self, recording: Recording) -> None:
+        """Takes the recording of a block that begins now, with its place among the others."""
+        recording.session, recording.order = self, 1 + len(self._blocks)
+        recording.direct = False
+        self.recording = recording
 
-    def add(self, block: RecordedBlock) -> None:
-        """Takes a block that has been recorded."""
-        self._blocks.append(block)
+    def end(self, block: RecordedBlock | None) -> None:
+        """Takes that a block has ended: the block that has been recorded, None if it raised."""
+        self.recording = None
+        if block is not None:
+            self._blocks.append(block)
 
 
 def _check_own_tensors(waiting: list[RecordedBlock]) -> None:
