@@ -144,3 +144,20 @@ def test_an_error_of_results_is_moved_to_the_users_own_line() -> None:
     assert relocated(error, lambda _: None) is error
     bare = LimitError("Too much")
     assert relocated(bare, lambda _: own) is bare
+
+
+def test_lines_that_a_message_names_are_the_users_own_too() -> None:
+    own, other = here(1), Location(SourceLine("y.py", 7, "a[0] = b"), 0)
+    said = f"It comes later and is read at\n{other}\nA write stands at"
+
+    def line_of(line: Line) -> Location | None:
+        return own if line == Line("y.py", 7, "a[0] = b") else None
+
+    error = error_of(travelled(problem_of(ShapeError(said))), line_of)
+    assert str(error) == said.replace(str(other), str(own))
+    received = Location(SourceLine("x.py", 3, "y = z"), 0)
+    assert str(error_of(travelled(problem_of(ShapeError(said, received))), line_of)) == (
+        f"{said.replace(str(other), str(own))}\n{received}"
+    )
+    nothing = error_of(travelled(problem_of(ShapeError(said))), lambda _: None)
+    assert str(nothing) == said

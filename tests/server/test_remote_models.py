@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from insitu.cli import app
 from insitu.engine.events import PassEnded, TokensChosen, ValueSaved
 from insitu.methods import activation_patching, attention_patterns, logit_difference, logit_lens
 from insitu.remote import Connection, RemoteJob
+from insitu.remote.result_bytes import result_bytes
 from insitu.tracing import away
 
 EIFFEL = "The Eiffel Tower is in the city of"
@@ -496,9 +498,76 @@ def test_a_model_without_weights_and_name_of_the_server_is_not_sent(
 
 def test_an_error_of_the_whole_job_is_at_the_users_line(url: str) -> None:
     config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=1336)
-    small = LanguageModel(GPT2LMHeadModel(config))
+    small = LanguageModel(GPT2LMHeadModel(config).eval())
     with pytest.raises(JobError, match="another model") as caught:
         with small.trace([1, 2, 3], remote=url):
             small.lm_head.output.save()
     assert caught.value.location is not None and caught.value.location.file == __file__
     assert "runpy" not in str(caught.value)
+
+
+def test_settings_of_generations_that_the_server_does_not_have_are_said(
+    there: LanguageModel, here: LanguageModel, url: str
+) -> None:
+    config: Any = here.load().generation_config
+    config.suppress_tokens = [750]
+    with (
+        pytest.warns(UserWarning, match=r"generation_config\.suppress_tokens` is None.*750"),
+        here.generate(EIFFEL, max_new_tokens=2, remote=url),
+    ):
+        pass
+    config = there.module.generation_config
+    config.eos_token_id = 14
+    with (
+        pytest.warns(UserWarning, match=r"generation_config\.eos_token_id"),
+        there.generate(EIFFEL, max_new_tokens=2),
+    ):
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with here.trace(EIFFEL, remote=url):
+            here.logits.save()
+        options: Any = {"eos_token_id": 14, "max_new_tokens": 2}
+        with there.generate(EIFFEL, **options):
+            pass
+
+
+def test_hooks_and_training_of_a_model_that_is_here_are_not_the_servers(
+    here: LanguageModel, url: str
+) -> None:
+    module: Any = here.load()
+    handle = module.transformer.h[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="hang on modules"), here.trace(EIFFEL, remote=url):
+        here.logits.save()
+    handle.remove()
+    module.train()
+    with pytest.warns(UserWarning, match="training mode"), here.trace(EIFFEL, remote=url):
+        here.logits.save()
+    module.eval()
+
+
+def test_gradients_come_once_if_several_threads_wait(there: LanguageModel) -> None:
+    vector = torch.zeros(128, requires_grad=True)
+    with there.trace(EIFFEL, wait=False) as tracer:
+        there.transformer.h[2].output[0][:, -1] += vector
+        there.lm_head.output[0, -1, 4].backward()
+    job = tracer.remote_job
+    status = job._ended(60.0)
+    data = result_bytes(job._http, job.id, status.digest)
+    together = threading.Barrier(4)
+
+    def take() -> None:
+        together.wait()
+        job.take(data, status.digest or "")
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = vector.grad
+    vector.grad = None
+    with there.trace(EIFFEL):
+        there.transformer.h[2].output[0][:, -1] += vector
+        there.lm_head.output[0, -1, 4].backward()
+    torch.testing.assert_close(found, vector.grad)

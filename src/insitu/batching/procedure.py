@@ -249,6 +249,16 @@ class Subject(Protocol):
         ...
 
     @property
+    def has_hooks(self) -> bool:
+        """Whether hooks of the user's own hang on its modules."""
+        ...
+
+    @property
+    def is_training(self) -> bool:
+        """Whether any of its modules is in training mode in which that makes a difference."""
+        ...
+
+    @property
     def away(self) -> Any:
         """Where its blocks are run, if not here: see `insitu.tracing.away`."""
         ...

@@ -58,6 +58,11 @@ class Described(Protocol):
         ...
 
     @property
+    def away(self) -> object:
+        """Where its blocks are run, None for here."""
+        ...
+
+    @property
     def knows_dtypes(self) -> bool:
         """Whether the dtypes of its weights are certain."""
         ...
@@ -128,7 +133,8 @@ def described(model: Described, origin: tuple[str, str], structure: Structure) -
 def _generation(model: Described) -> Mapping[str, Any] | None:
     """What generations take unless told, and is not Transformers' own default."""
     config = getattr(model.module, "generation_config", None)
-    if config is None or not model.loaded:  # it is read with the weights
+    # It is read with the weights, or comes from the server that has these.
+    if config is None or not (model.loaded or model.away is not None):
         return None
     # Not `to_diff_dict`, which copies it as deep as it goes: each job is compared with this.
     usual = _usual_generation()

@@ -96,6 +96,7 @@ _CLASSES: dict[str, type[InsituError]] = {
 _CODES = {kind: code for code, kind in _CLASSES.items()}
 _ABOUT_FILES = (LoadError, SaveError)
 _PATH = re.compile(r"(?<![\w:/.~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.+@-](?:[\w.+@ -]*[\w+@-])?)+[/\\]?")
+_PLACE = re.compile(r'^  File "([^"\n]*)", line (\d{1,9})(?:\n    (.*))?$', re.MULTILINE)
 _MOST = sys.float_info.max
 _MOST_DETAIL = 20_000
 _MOST_LINE = 2**31
@@ -168,6 +169,7 @@ def error_of(problem: Problem, line_of: LineOf) -> InsituError:
     if line is not None:
         location = line_of(line) or Location(SourceLine(*_shown(line)), 0)
     detail = "\n".join(map(printable, problem.detail[:_MOST_DETAIL].split("\n")))
+    detail = _with_own_lines(detail, line_of)
     kind = class_of(problem.code)
     if kind is RemoteError:
         return RemoteError(
@@ -192,7 +194,19 @@ def relocated(error: InsituError, line_of: LineOf) -> InsituError:
     """
     line = _line(error.location)
     own = None if line is None else line_of(line)
-    return error if own is None else at_line(error, own, message_of(error))
+    if own is None:
+        return error
+    return at_line(error, own, _with_own_lines(message_of(error), line_of))
+
+
+def _with_own_lines(message: str, line_of: LineOf) -> str:
+    """A message with the client's own lines where it names others than that of the error."""
+
+    def own(found: re.Match[str]) -> str:
+        place = line_of(Line(found[1], int(found[2]), found[3] or ""))
+        return found[0] if place is None else str(place)
+
+    return _PLACE.sub(own, message)
 
 
 def message_of(error: InsituError) -> str:

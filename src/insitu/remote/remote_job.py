@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -64,6 +65,7 @@ class RemoteJob:
         self.id, self.url = id, http.url
         self._http, self._line_of = http, line_of
         self._status, self._results, self._job = status, None, job
+        self._taking = threading.Lock()
 
     _status: JobStatus | None
     _results: Results | None
@@ -176,9 +178,12 @@ class RemoteJob:
         results.failed = [
             replace(one, error=relocated(one.error, self._line_of)) for one in results.failed
         ]
-        if self._job is not None:
-            _add_gradients(self._http, self._job, results)
-        self._results, self._job = results, None
+        with self._taking:
+            if self._results is not None:  # another thread has waited too, and gradients add up
+                return
+            if self._job is not None:
+                _add_gradients(self._http, self._job, results)
+            self._results, self._job = results, None
 
     def _ended(self, timeout: float | None) -> JobStatus:
         """What the server says of it when it has ended."""

@@ -31,6 +31,8 @@ LARGE_BYTES = 100 * 10**6
 """How many bytes of a result take so long to come that somebody is told before."""
 
 _NUMBER_BYTES = 4
+_NAMES = ("its name is ", "its revision is ")
+"""What a difference begins with that makes none to values."""
 
 
 class Away(Protocol):
@@ -85,11 +87,22 @@ def run_away(model: Subject, blocks: Sequence[RecordedBlock], away: Away) -> Cam
     job = job_of(model, blocks, renames=True)
     check_sent(model, job)
     results = away.run(job)
+    _warn_of_another_model(results.differences)
     for block, sent in zip(blocks, job.blocks, strict=True):
         saves = block.recording.saves
         for index, name in sent.saves.items():
             saves[index]._put(results[name] if name in results else _missing(name, results))
     return Came(results.outputs, error_of(results.failed) if results.failed else None)
+
+
+def _warn_of_another_model(differences: Sequence[str]) -> None:
+    """Warns of what makes the values of a server's model others than those of the one here."""
+    found = [what for what in differences if not what.startswith(_NAMES)]
+    if found:
+        warn_user(
+            f"The model of the server is not as the one here: {'; '.join(found)}. The run was the "
+            "server's: give the block what is meant as an option, such as `eos_token_id=...`.",
+        )
 
 
 def check_sent(model: Subject, job: Job) -> None:
@@ -111,6 +124,16 @@ def check_sent(model: Subject, job: Job) -> None:
                 "leaves no gradients on these: write `weight.detach()`.",
                 here(),
             )
+    if model.has_hooks:
+        warn_user(
+            "Hooks of yours hang on modules of this model. The server runs its own modules, which "
+            "have none: write what they do as lines of the block.",
+        )
+    if model.loaded and model.is_training:
+        warn_user(
+            "This model is in training mode, and the server's is not: it has no dropout. Call "
+            "`model.eval()` for the same values here.",
+        )
     if _most_bytes(model, job) > LARGE_BYTES:
         _warn_of_large_results(model, job)
 
