@@ -275,6 +275,41 @@ def test_live_things_run_here_and_are_refused_at_their_line(gpt2: LanguageModel,
         torch.testing.assert_close(gpt2.run(tracer.job)["value"], value.value)
 
 
+def test_a_backward_pass_that_names_tensors_of_ones_own_travels(gpt2: LanguageModel) -> None:
+    vector = torch.ones(16, requires_grad=True)
+    with gpt2.trace(IDS) as tracer:
+        gpt2.transformer.h[1].output[0][:, -1] += vector
+        (grad,) = gpt2.lm_head.output[0, -1, 5].backward(inputs=[vector])
+        grad.save("grad")
+    received = Job.from_bytes(tracer.job.to_bytes(trains=True))
+    assert gpt2.check(received).results["grad"].shape == (16,)
+    torch.testing.assert_close(gpt2.run(received)["grad"], grad.value)
+    (leaf,) = received.leaves
+    assert vector.grad is not None and leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, vector.grad)
+    with pytest.raises(WireError, match="requires grad"):
+        tracer.job.to_bytes()
+
+
+def test_gradients_that_would_lack_a_part_elsewhere_are_refused_at_their_line(
+    gpt2: LanguageModel,
+) -> None:
+    source = torch.ones(16, requires_grad=True)
+    scaled = source * 2
+    twice = scaled * 2
+    for used, named in ((scaled, source), (twice, scaled), (scaled, scaled)):
+        with gpt2.scan(IDS) as tracer:
+            gpt2.transformer.h[1].output[0][:, -1] += used
+            gpt2.lm_head.output[0, -1, 5].backward(inputs=[named])
+        with pytest.raises(WireError, match="Compute these tensors in the block") as caught:
+            tracer.job.to_bytes(trains=True)
+        assert "inputs=[named]" in str(caught.value)
+    with gpt2.scan(IDS) as tracer:
+        gpt2.transformer.h[1].output[0][:, -1] += scaled
+        torch.autograd.grad(gpt2.lm_head.output[0, -1, 5], [scaled])
+    Job.from_bytes(tracer.job.to_bytes(trains=True))
+
+
 def test_an_argument_that_is_no_data_is_refused_by_name() -> None:
     class Takes(nn.Module):
         def forward(self, x: torch.Tensor, how: Any) -> torch.Tensor:

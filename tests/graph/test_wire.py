@@ -464,6 +464,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         framed(message(row(1, REF, inputs=["list", [REF]]), operation="backward")),
         "backward cannot be called so",
     ),
+    "a backward pass of a number's gradient": (
+        framed(message(row(1, REF, inputs=["list", [3]]), operation="backward")),
+        "backward cannot be called so",
+    ),
     "a backward pass with a number": (
         framed(message(row(1, REF, create_graph=3), operation="backward")),
         "backward cannot be called so",

@@ -145,6 +145,29 @@ def test_what_is_trained_gets_its_gradient_back(there: LanguageModel, here: Lang
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_of_tensors_of_ones_own_that_a_backward_pass_names(
+    there: LanguageModel, here: LanguageModel
+) -> None:
+    found = []
+    for model in (there, here):
+        vector, probe = torch.ones(128, requires_grad=True), torch.nn.Linear(128, 128)
+        torch.nn.init.eye_(probe.weight)
+        torch.nn.init.zeros_(probe.bias)
+        with model.trace(EIFFEL):
+            hidden = model.transformer.h[2].output[0]
+            hidden[:, -1] = probe(hidden[:, -1] + vector)
+            logit = model.lm_head.output[0, -1, 5]
+            named = [vector, hidden, *probe.parameters()]
+            given = [grad.save() for grad in torch.autograd.grad(logit, named, retain_graph=True)]
+            (accumulated,) = logit.backward(inputs=vector)
+            accumulated.save()
+        assert probe.weight.grad is None and vector.grad is not None
+        found.append([one.value for one in (*given, accumulated)] + [vector.grad])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.abs().sum() > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_an_error_is_at_the_line_that_was_written_here(there: LanguageModel) -> None:
     with pytest.raises(ShapeError) as caught:
         with there.trace() as tracer:

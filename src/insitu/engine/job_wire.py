@@ -24,6 +24,7 @@ from insitu.engine.job_parts import (
     JobPrompt,
     Name,
 )
+from insitu.engine.leaves import check_named
 from insitu.engine.limits import Limits
 from insitu.graph.context import Context, context_of, settings
 from insitu.graph.errors import WireError
@@ -133,6 +134,8 @@ def to_bytes(
     """Returns a job as bytes; see `Job.to_bytes`."""
     writer = _Writer(trains)
     parts = [_block_part(writer, block) for block in blocks]
+    for block in blocks if writer.leaves else ():
+        check_named(block.graph, writer.leaves)
     described, tensors = stored_by_digest(writer.by_digest, frozenset(without))
     message = JobMessage(
         list(writer.operations),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import CodeType
 from typing import Any, cast
 
@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from insitu.engine.plan import Gradients
-from insitu.graph.autograd_history import computed_of
+from insitu.graph.autograd_history import computed_of, steps_of
+from insitu.graph.errors import WireError
 from insitu.graph.node import Function, Graph, Ref, Subgraph, WeightRef
+from insitu.graph.operations import BACKWARD
 
 
 def leaves_of(
@@ -54,6 +56,39 @@ def has_leaves(graph: Graph, requests: object) -> bool:
     found: dict[int, torch.Tensor] = {}
     _search(requests, found)
     return bool(found) or any(_constants_of(graph, index) for index in range(len(graph)))
+
+
+def check_named(graph: Graph, trained: Sequence[torch.Tensor]) -> None:
+    """Checks that another process can give the gradients of the tensors that `inputs=` names.
+
+    Each tensor is a leaf there: what was computed before the block is not known to depend on
+    another one. So a gradient would lack a part, or would be accumulated in another tensor.
+
+    Args:
+        graph: the recorded experiment, with its constants.
+        trained: the tensors of its job that require a gradient.
+
+    Raises:
+        WireError: if it cannot, at the line of the backward pass.
+    """
+    for index, (operation, _, kwargs, *_) in enumerate(graph.rows):
+        named = kwargs.get("inputs") if operation is BACKWARD else None
+        for tensor in named or ():
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            others = [other for other in trained if other is not tensor and not other.is_leaf]
+            if tensor.is_leaf:
+                apart = id(tensor) not in computed_of(*others)
+            else:
+                apart = tensor.grad_fn not in steps_of(others)
+                apart = apart and not kwargs.get("accumulate", True)
+            if not apart:
+                raise WireError(
+                    "The backward pass cannot be sent to another process: a tensor of `inputs=` "
+                    "has a history for autograd, or another tensor was computed of it before the "
+                    "block, and that history stays here. Compute these tensors in the block.",
+                    graph[index].location,
+                )
 
 
 def _constants_of(graph: Graph, index: int) -> dict[int, torch.Tensor]:

@@ -155,8 +155,10 @@ def _check_derivative(
     else:
         named = kwargs.get("inputs")
         if named is not None:
+            # A tensor of the user's is a leaf here. The run refuses one that requires no grad.
             right = right and isinstance(named, list)
-            right = right and all(isinstance(item, WeightRef) for item in cast("list[Any]", named))
+            kinds = (WeightRef, torch.Tensor)
+            right = right and all(isinstance(item, kinds) for item in cast("list[Any]", named))
         flags = [kwargs.get(name) for name in _FLAGS_OF_BACKWARD]
         right = right and all(flag is None or isinstance(flag, bool) for flag in flags)
     if not right:
