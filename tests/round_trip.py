@@ -160,7 +160,7 @@ def stays(value: Any) -> bool:
     if isinstance(value, Subgraph):
         return any(map(stays, of_graph(value.graph))) or stays(value.output)
     if isinstance(value, torch.Tensor):
-        return type(value) is not torch.Tensor or value.requires_grad
+        return type(value) not in (torch.Tensor, torch.nn.Parameter) or value.requires_grad
     if isinstance(value, tuple | list | dict):
         plain = type(value) in (tuple, list, dict, torch.Size)
         items = value.values() if isinstance(value, dict) else value

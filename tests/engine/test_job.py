@@ -275,6 +275,33 @@ def test_live_things_run_here_and_are_refused_at_their_line(gpt2: LanguageModel,
         torch.testing.assert_close(gpt2.run(tracer.job)["value"], value.value)
 
 
+def test_a_frozen_module_of_ones_own_travels_with_its_values(gpt2: LanguageModel) -> None:
+    probe = nn.Sequential(nn.Linear(16, 4), nn.ReLU()).requires_grad_(False)
+    with gpt2.trace(IDS) as tracer:
+        hidden = gpt2.transformer.h[1].output[0]
+        found = [probe(hidden).save("probed")]
+        found.append(nn.functional.linear(hidden, probe[0].weight).save("weighed"))
+    received = Job.from_bytes(tracer.job.to_bytes())
+    assert len(received.tensors) == 3 and not received.leaves
+    results = gpt2.run(received)
+    for value, name in zip(found, ("probed", "weighed"), strict=True):
+        torch.testing.assert_close(results[name], value.value)
+
+
+def test_a_module_that_is_frozen_in_part_gives_gradients_of_the_rest(gpt2: LanguageModel) -> None:
+    probe = nn.Linear(16, 4)
+    probe.bias.requires_grad_(False)
+    with gpt2.trace(IDS) as tracer:
+        probe(gpt2.transformer.h[1].output[0]).sum().backward()
+    job = tracer.job
+    received = Job.from_bytes(job.to_bytes(trains=True))
+    gpt2.run(received)
+    assert [id(one) for one in job.trained] == [id(probe.weight)]
+    (leaf,) = received.leaves
+    assert leaf.grad is not None and probe.weight.grad is not None
+    torch.testing.assert_close(leaf.grad, probe.weight.grad)
+
+
 def test_a_backward_pass_that_names_tensors_of_ones_own_travels(gpt2: LanguageModel) -> None:
     vector = torch.ones(16, requires_grad=True)
     with gpt2.trace(IDS) as tracer:

@@ -127,6 +127,12 @@ def test_tensors_travel_bit_for_bit(name: str) -> None:
     received.zero_() if received.dtype not in FLOAT8 else None  # it is memory of its own
 
 
+def test_a_frozen_parameter_travels_as_a_plain_tensor() -> None:
+    frozen = nn.Parameter(torch.rand(2), False)
+    received = sent(graph_of([frozen]))[1].args[1][0]
+    assert type(received) is torch.Tensor and same(received, frozen.detach())
+
+
 def test_numbers_of_other_classes_travel_as_plain_numbers() -> None:
     received = sent(graph_of([Kind.ONE]))[1].args[1]
     assert received == [1] and type(received[0]) is int
@@ -274,7 +280,6 @@ def quantized() -> torch.Tensor:
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a parameter": (lambda: nn.Parameter(torch.ones(2)), "Parameter.*detach"),
-    "a frozen parameter": (lambda: nn.Parameter(torch.ones(2), False), "Parameter.*detach"),
     "a tensor with a gradient": (lambda: torch.ones(2, requires_grad=True), "grad.*detach"),
     "a sparse tensor": (lambda: torch.eye(2).to_sparse(), "to_dense"),
     "a meta tensor": (lambda: torch.ones(2, device="meta"), "meta"),

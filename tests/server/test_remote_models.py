@@ -145,6 +145,15 @@ def test_what_is_trained_gets_its_gradient_back(there: LanguageModel, here: Lang
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_frozen_module_of_ones_own_is_sent(there: LanguageModel, here: LanguageModel) -> None:
+    encoder = torch.nn.Linear(128, 1024).requires_grad_(False)  # so large that it goes apart
+    found = []
+    for model in (there, here):
+        with model.trace(EIFFEL):
+            found.append(encoder(model.transformer.h[2].output[0]).relu().save())
+    torch.testing.assert_close(found[0].value, found[1].value, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_of_tensors_of_ones_own_that_a_backward_pass_names(
     there: LanguageModel, here: LanguageModel
 ) -> None:

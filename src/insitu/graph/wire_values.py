@@ -277,7 +277,8 @@ def _refused(value: Any, kind: Any) -> str:
 
 def _live(tensor: torch.Tensor, trains: bool) -> str:
     """Why a tensor cannot travel, or ""."""
-    if trains and tensor.requires_grad and type(tensor) in (torch.Tensor, torch.nn.Parameter):
+    # Nothing trains a frozen parameter, such as one of an encoder: its values are all of it.
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and (trains or not tensor.requires_grad):
         tensor = tensor.detach()
     if isinstance(tensor, torch.nn.Parameter):
         return (
