@@ -6,6 +6,7 @@ import collections
 import math
 import random
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 import safetensors.torch
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from insitu import LoadError, NoValueError, Results, ShapeError, WireError
@@ -41,6 +44,7 @@ VALUES: dict[str, Any] = {
     "complex numbers": [complex(math.nan, -0.0), complex(-math.inf, 1)],
     "sizes": (torch.Size([2, 3]), torch.float32, torch.device("cpu"), slice(1, None)),
     "a result": torch.max(torch.tensor([[1.0, 2.0]]), dim=1),
+    "an output": CausalLMOutputWithPast(logits=torch.ones(1), attentions=(torch.zeros(1), None)),
     "keys": {1: torch.ones(1), "1": torch.zeros(1), (1, "a"): 2, None: 3},
     **{str(kind): torch.ones(3).to(kind) for kind in FLOAT8},
 }
@@ -99,12 +103,69 @@ def test_what_has_a_history_or_a_class_comes_back_plain() -> None:
     received = trip(
         a=leaf * 2,
         b=torch.nn.Parameter(torch.ones(2)),
-        c=ModelOutput(logits=torch.ones(1)),
+        c=collections.OrderedDict(logits=torch.ones(1)),
         d=Pair(torch.ones(1), 2),
     )
     assert type(received["a"]) is torch.Tensor and not received["a"].requires_grad
     assert type(received["b"]) is torch.Tensor
     assert type(received["c"]) is dict and type(received["d"]) is tuple
+
+
+@dataclass
+class OfUser(ModelOutput):
+    scores: Any = None
+    more: Any = None
+
+
+OF_PAIRS = CausalLMOutputWithPast()
+OF_PAIRS["loss"] = (("logits", 1), ("keys", 2))  # which its class would take for its entries
+OUTPUTS = {
+    "of a forward": CausalLMOutputWithPast(logits=torch.ones(1), attentions=(torch.zeros(1),)),
+    "of a generation": GenerateDecoderOnlyOutput(sequences=torch.tensor([[1, 2]])),
+    "of no fields": ModelOutput(logits=torch.ones(1), scores=(torch.zeros(1), [2])),
+    "of the user's": OfUser(scores=torch.ones(1)),
+    "of pairs": OF_PAIRS,
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_what_models_of_transformers_return_has_attributes_keys_and_places(name: str) -> None:
+    value = OUTPUTS[name]
+    results = Results({"value": (1, {"a": [value]})}, {})
+    received = Results.from_bytes(results.to_bytes())["value"][1]["a"][0]
+    assert type(received) is (ModelOutput if type(value) is OfUser else type(value))
+    assert list(received) == list(value) and same(received.to_tuple(), value.to_tuple())
+    for key, item in value.items():
+        assert same(getattr(received, key), item) and same(received[key], item)
+    assert same(received[0], value[0])
+    fields = getattr(type(value), "__dataclass_fields__", {})
+    assert all(getattr(received, key) is None for key in fields if key not in value)
+
+
+def test_an_output_in_a_file_takes_no_part_in_its_own_making() -> None:
+    data = Results({"x": ModelOutput(logits=1, keptback=2)}, {}).to_bytes()
+    for old, new in (
+        ("keptback", "to_tuple"),
+        ("keptback", "__dict__"),
+        ("keptback", "logits"),
+        ("keptback", "a b"),
+        (r"[1,2]", r"[1,]"),
+    ):
+        with pytest.raises(WireError, match="proper name|cannot be read"):
+            Results.from_bytes(exchanged(data, old, new))
+    for kind in ("os.path.join", "insitu.Results", "transformers.Trainer", "", "torch.Tensor"):
+        name = r"\"transformers.utils.generic.ModelOutput\""
+        received = Results.from_bytes(exchanged(data, name, f'\\"{kind}\\"'))["x"]
+        assert type(received) is ModelOutput and received.keptback == 2
+
+
+def exchanged(data: bytes, old: str, new: str) -> bytes:
+    """Bytes of results with something else in their metadata."""
+    size = struct.unpack("<Q", data[:8])[0]
+    header = data[8 : 8 + size]
+    assert old.encode() in header
+    header = header.replace(old.encode(), new.encode())
+    return struct.pack("<Q", len(header)) + header + data[8 + size :]
 
 
 @pytest.mark.parametrize(

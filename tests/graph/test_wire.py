@@ -406,6 +406,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "no device": (framed(message(row(1, REF, ["device", "disk"]))), "no device"),
     "no result": (framed(message(row(1, REF, ["result", "len", []]))), "return_types.len"),
     "a short result": (framed(message(row(1, REF, ["result", "max", [1]]))), "return_types.max"),
+    "an output of a model": (
+        framed(message(row(1, REF, ["output", "transformers.utils.ModelOutput", ["a"], [1], []]))),
+        "plain dictionary",
+    ),
     "a list as a key": (framed(message(row(1, REF, ["dict", [["list", []]], [1]]))), "key"),
     "a reference as a key": (framed(message(row(1, REF, ["dict", [REF], [1]]))), "key"),
     "two equal keys": (framed(message(row(1, REF, ["dict", [1, True], [1, 2]]))), "one key"),

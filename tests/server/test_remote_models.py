@@ -97,6 +97,23 @@ def test_a_generation_gives_tokens_and_values_of_steps(
     assert generator.output.shape[0] == 2
 
 
+def test_outputs_of_models_have_attributes_keys_and_places(
+    there: LanguageModel, here: LanguageModel
+) -> None:
+    found = []
+    options = {"return_dict_in_generate": True, "output_scores": True, "use_cache": False}
+    for model in (there, here):
+        with model.trace(EIFFEL):
+            output = model.output.save()
+        with model.generate(EIFFEL, max_new_tokens=2, **options) as generator:
+            pass
+        generated = generator.output
+        assert output.hidden_states is None and generated.logits is None
+        found.append([type(output.value), output.logits, output["logits"], output[0], *output])
+        found[-1] += [type(generated), generated.sequences, generated["scores"], generated[0]]
+    assert str(found[0]) == str(found[1])
+
+
 def test_a_session_is_one_job(there: LanguageModel, here: LanguageModel) -> None:
     found = []
     for model in (there, here):

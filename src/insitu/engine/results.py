@@ -110,7 +110,9 @@ class Results(Mapping[str, Any]):
         """Returns the results as the bytes of a safetensors file, for `from_bytes`.
 
         Any reader of safetensors gets the tensors: one that was saved by itself has its name, and
-        the parts of a tuple `x` are "x/0", "x/1". Dictionaries of other classes become plain ones.
+        the parts of a tuple `x` are "x/0", "x/1". What models of Transformers return keeps its
+        class, or becomes a plain `ModelOutput` if the class is not of Transformers. Dictionaries
+        and tuples of other classes become plain ones.
 
         Raises:
             WireError: if a value is no data, such as a cache of keys and values.

@@ -15,12 +15,15 @@ import msgspec
 import safetensors.torch
 import torch
 
+from insitu.engine import model_outputs
 from insitu.engine.job_outcome import Failure, Outputs
+from insitu.engine.model_outputs import Output
 from insitu.graph import errors
 from insitu.graph.errors import ExecutionError, InsituError, WireError
 from insitu.graph.location import Location, SourceLine
 from insitu.graph.wire_message import (
     MOST_TEXT,
+    ModelOutputPart,
     Part,
     StoredTensor,
     Value,
@@ -28,7 +31,7 @@ from insitu.graph.wire_message import (
     printable,
 )
 from insitu.graph.wire_tensors import bytes_of, tensor_of
-from insitu.graph.wire_values import ValueReader, ValueWriter
+from insitu.graph.wire_values import ValueReader, ValueWriter, text
 
 _KEY = "insitu"
 _VERSION = 1
@@ -147,7 +150,7 @@ def from_bytes(data: bytes) -> Stored:
     try:
         if sorted(rows) != sorted(place.key for place in told.tensors):
             raise WireError("the file does not have the tensors that it names")
-        reader = ValueReader([_tensor(rows[place.key], place.how) for place in told.tensors])
+        reader = _Reader([_tensor(rows[place.key], place.how) for place in told.tensors])
         values = {name: reader.value(part, 0) for name, part in told.values.items()}
         outputs = [part and _outputs(reader, part) for part in told.outputs]
         gradients = [reader.value(part, 0) for part in told.gradients]
@@ -175,12 +178,20 @@ class _Writer(ValueWriter):
         Raises:
             WireError: if it is no data.
         """
+        data = _as_data(value)
         try:
-            part = self.part(_as_data(value))
+            part = self.part(data)
         except WireError as error:
             raise WireError(f"`results[{name!r}]` cannot be stored: {error}.") from None
-        self.keys += map(self._free, _keys(value, name))  # in the order of the tensors
+        self.keys += map(self._free, _keys(data, name))  # in the order of the tensors
         return part
+
+    def _container(self, value: Any, kind: Any, depth: int) -> Value:
+        if kind is not Output:
+            return super()._container(value, kind, depth)
+        names, empty = list(map(text, value.entries)), list(map(text, value.empty))
+        items = [self.part(item, depth) for item in value.entries.values()]
+        return ModelOutputPart(text(value.kind), names, items, empty)
 
     def _free(self, key: str) -> str:
         while key in self._taken:
@@ -189,10 +200,20 @@ class _Writer(ValueWriter):
         return key
 
 
+class _Reader(ValueReader):
+    """Reads values, among them outputs of models."""
+
+    def output(self, part: ModelOutputPart, items: list[Any]) -> Any:
+        """Returns what a model has returned."""
+        return model_outputs.made(part.kind, part.names, items, part.empty)
+
+
 def _keys(value: Any, key: str) -> list[str]:
-    """A key for each tensor in a value."""
+    """A key for each tensor in a value, which is data."""
     if isinstance(value, torch.Tensor):
         return [key]
+    if isinstance(value, Output):
+        return _keys(value.entries, key)
     items: list[tuple[Any, Any]] = []
     if isinstance(value, Mapping):
         items = list(cast("Mapping[Any, Any]", value).items())
@@ -204,11 +225,14 @@ def _keys(value: Any, key: str) -> list[str]:
 def _as_data(value: Any) -> Any:
     """A value with plain containers, and tensors without their history, each an object of its own.
 
-    What torch's functions return keeps its class.
+    What torch's functions return keeps its class, and so does what models of Transformers return.
     """
     if isinstance(value, torch.Tensor):
         plain = value.detach()
         return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
+    if model_outputs.is_output(value):
+        output = model_outputs.as_data(value)
+        return output._replace(entries=_as_data(output.entries))
     if isinstance(value, Mapping):
         entries = cast("Mapping[Any, Any]", value)
         return {key: _as_data(item) for key, item in entries.items()}

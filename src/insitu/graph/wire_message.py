@@ -85,6 +85,24 @@ class ResultPart(Part, tag="result"):
     items: list[Value]
 
 
+class ModelOutputPart(Part, tag="output"):
+    """What a model of Transformers returns: a dictionary whose entries are attributes too.
+
+    Results hold these, and arguments do not.
+
+    Attributes:
+        kind: the name of its class, with the module.
+        names: the names of its entries.
+        items: its entries.
+        empty: the names of its fields that have no entry.
+    """
+
+    kind: str
+    names: Annotated[list[str], msgspec.Meta(max_length=MOST_ENTRIES)]
+    items: list[Value]
+    empty: Annotated[list[str], msgspec.Meta(max_length=MOST_ENTRIES)]
+
+
 class IntegerPart(Part, tag="int"):
     """An integer of more than 64 bits, in two's complement, little end first."""
 
@@ -141,6 +159,7 @@ Value = (
     | DictPart
     | SlicePart
     | ResultPart
+    | ModelOutputPart
     | IntegerPart
     | ComplexPart
     | BytesPart

@@ -26,6 +26,7 @@ from insitu.graph.wire_message import (
     EllipsisPart,
     IntegerPart,
     ListPart,
+    ModelOutputPart,
     NamedPart,
     RefPart,
     ResultPart,
@@ -222,8 +223,22 @@ class ValueReader:
                 return slice(*values([start, stop, step]))
             case ResultPart(name=name, items=items):
                 return _result(name, values(items))
+            case ModelOutputPart():
+                return self.output(part, values(part.items))
             case _:
                 return _leaf(part)
+
+    def output(self, part: ModelOutputPart, items: list[Any]) -> Any:
+        """Returns what a model has returned, which no argument is.
+
+        Args:
+            part: how it looks in the message.
+            items: its entries.
+
+        Raises:
+            WireError: unless this reads results.
+        """
+        raise WireError("what a model has returned is given as a plain dictionary")
 
 
 def text(value: str) -> str:
