@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import copy
 import math
 import random
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -194,6 +195,28 @@ def test_what_generations_returned_goes_with_them() -> None:
         _ = Results({}, {}, [None]).output
     with pytest.raises(NoValueError, match="2 generations"):
         _ = Results({}, {}, [Outputs(ids, [ids])] * 2).output
+
+
+def test_what_is_no_data_is_left_out_of_what_generations_returned() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    whole = GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cast(Any, DynamicCache()))
+    results = Results({"kept": torch.ones(1)}, {}, [Outputs(whole, [ids], {0: DynamicCache()})])
+    received = Results.from_bytes(Results.from_bytes(results.to_bytes()).to_bytes())
+    output = copy.deepcopy(received.output)
+    assert received["kept"].item() == 1 and torch.equal(output.sequences, ids)
+    assert list(output) == list(whole) and "DynamicCache" in repr(output.past_key_values)
+    received_outputs = received.outputs[0]
+    assert received_outputs is not None
+    for use in (
+        lambda: output.past_key_values.layers,
+        lambda: output["past_key_values"][0],
+        lambda: len(output[1]),
+        lambda: list(received_outputs.parts[0]),
+    ):
+        with pytest.raises(NoValueError, match=r"DynamicCache.*stayed(.|\n)*test_results\.py"):
+            use()
+    with pytest.raises(WireError, match="DynamicCache"):
+        Results({"asked for": whole}, {}).to_bytes()
 
 
 def test_results_show_what_they_hold() -> None:

@@ -410,6 +410,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         framed(message(row(1, REF, ["output", "transformers.utils.ModelOutput", ["a"], [1], []]))),
         "plain dictionary",
     ),
+    "what stands for a cache": (
+        framed(message(row(1, REF, ["left out", "DynamicCache"]))),
+        "plain dictionary",
+    ),
     "a list as a key": (framed(message(row(1, REF, ["dict", [["list", []]], [1]]))), "key"),
     "a reference as a key": (framed(message(row(1, REF, ["dict", [REF], [1]]))), "key"),
     "two equal keys": (framed(message(row(1, REF, ["dict", [1, True], [1, 2]]))), "one key"),

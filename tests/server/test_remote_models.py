@@ -114,6 +114,14 @@ def test_outputs_of_models_have_attributes_keys_and_places(
     assert str(found[0]) == str(found[1])
 
 
+def test_a_cache_that_a_generation_returns_stays_on_the_server(there: LanguageModel) -> None:
+    with there.generate(EIFFEL, max_new_tokens=2, return_dict_in_generate=True) as generator:
+        logits = there.lm_head.output[0, -1].save()
+    assert logits.shape == (1336,) and generator.output.sequences.shape == (1, 10)
+    with pytest.raises(NoValueError, match=r"DynamicCache.*stayed(.|\n)*test_remote_models\.py"):
+        generator.output.past_key_values.get_seq_length()
+
+
 def test_a_session_is_one_job(there: LanguageModel, here: LanguageModel) -> None:
     found = []
     for model in (there, here):

@@ -4,6 +4,8 @@ Their classes are found among those that Transformers has: nothing is imported b
 with results. Where a class is not known, an output is a plain `ModelOutput` of the same fields.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,12 +14,58 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, cast
 
-from insitu.graph.errors import WireError
+from insitu.graph.errors import NoValueError, WireError
+from insitu.graph.location import here
+from insitu.graph.wire_message import printable
 
 _PACKAGE = "transformers"
 _BASE = "ModelOutput"
 # Most outputs of forwards are of the first module, and those of generations of the second.
 _IMPORTED = ("transformers.modeling_outputs", "transformers.generation.utils")
+
+
+class LeftOut:
+    """Stands in what a generation returned for a part that is no data, and says so if it is used.
+
+    A cache of keys and values stays in the process that ran.
+
+    Args:
+        kind: the name of the part's class.
+    """
+
+    __slots__ = ("_kind",)
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # Python asks for names such as `__deepcopy__`
+            raise AttributeError(name)
+        raise self._error()
+
+    def __getitem__(self, key: object) -> Any:
+        raise self._error()
+
+    def __len__(self) -> int:
+        raise self._error()
+
+    def __iter__(self) -> Any:
+        raise self._error()
+
+    def __repr__(self) -> str:
+        return f"<A {printable(self._kind):.80} that stayed in the process that ran>"
+
+    def _error(self) -> NoValueError:
+        return NoValueError(
+            f"This part of the output is a {printable(self._kind):.80}, which is no data: it "
+            "stayed in the process that ran. Save the tensors of it that you need in the block.",
+            here(),
+        )
+
+
+def kind_of(value: Any) -> str:
+    """Returns the name of a value's class; of what stands for another value, of that one's."""
+    return value._kind if type(value) is LeftOut else type(value).__name__
 
 
 class Output(NamedTuple):

@@ -7,7 +7,7 @@ safetensors lacks is stored as a row of bytes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple, cast
 
@@ -17,12 +17,13 @@ import torch
 
 from insitu.engine import model_outputs
 from insitu.engine.job_outcome import Failure, Outputs
-from insitu.engine.model_outputs import Output
+from insitu.engine.model_outputs import LeftOut, Output, kind_of
 from insitu.graph import errors
 from insitu.graph.errors import ExecutionError, InsituError, WireError
 from insitu.graph.location import Location, SourceLine
 from insitu.graph.wire_message import (
     MOST_TEXT,
+    LeftOutPart,
     ModelOutputPart,
     Part,
     StoredTensor,
@@ -186,7 +187,22 @@ class _Writer(ValueWriter):
         self.keys += map(self._free, _keys(data, name))  # in the order of the tensors
         return part
 
+    def output(self, value: Any, name: str) -> Value:
+        """Returns how the output of a generation looks, without the parts that are no data.
+
+        Nobody has asked for all parts, and the saved values must not be lost for one.
+        """
+        if isinstance(value, torch.Tensor):  # nearly always
+            return self.saved(value, name)
+        data = _as_data(value)
+        if isinstance(data, Output):
+            entries = {key: _if_stored(item) for key, item in data.entries.items()}
+            return self.saved(data._replace(entries=entries), name)
+        return self.saved(_if_stored(data), name)
+
     def _container(self, value: Any, kind: Any, depth: int) -> Value:
+        if kind is LeftOut:
+            return LeftOutPart(text(kind_of(value)))
         if kind is not Output:
             return super()._container(value, kind, depth)
         names, empty = list(map(text, value.entries)), list(map(text, value.empty))
@@ -200,12 +216,25 @@ class _Writer(ValueWriter):
         return key
 
 
+def _if_stored(value: Any) -> Any:
+    """A value, or what stands for it if it cannot be stored."""
+    try:
+        _Writer().part(value)
+    except WireError:
+        return LeftOut(kind_of(value))
+    return value
+
+
 class _Reader(ValueReader):
     """Reads values, among them outputs of models."""
 
-    def output(self, part: ModelOutputPart, items: list[Any]) -> Any:
-        """Returns what a model has returned."""
-        return model_outputs.made(part.kind, part.names, items, part.empty)
+    def of_results(
+        self, part: ModelOutputPart | LeftOutPart, values: Callable[[Sequence[Value]], list[Any]]
+    ) -> Any:
+        """Returns what a model has returned, or what stands for a part of it."""
+        if isinstance(part, LeftOutPart):
+            return LeftOut(part.kind)
+        return model_outputs.made(part.kind, part.names, values(part.items), part.empty)
 
 
 def _keys(value: Any, key: str) -> list[str]:
@@ -230,6 +259,8 @@ def _as_data(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         plain = value.detach()
         return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
+    if isinstance(value, Output):
+        return value
     if model_outputs.is_output(value):
         output = model_outputs.as_data(value)
         return output._replace(entries=_as_data(output.entries))
@@ -249,10 +280,10 @@ def _as_data(value: Any) -> Any:
 def _outputs_part(writer: _Writer, at: int, outputs: Outputs | None) -> OutputsPart | None:
     if outputs is None:
         return None
-    each = [writer.saved(one, f"output {at}/{n}") for n, one in enumerate(outputs.each)]
-    whole, parts = writer.saved(outputs.whole, f"output {at}"), outputs.parts.items()
+    each = [writer.output(one, f"output {at}/{n}") for n, one in enumerate(outputs.each)]
+    whole, parts = writer.output(outputs.whole, f"output {at}"), outputs.parts.items()
     return OutputsPart(
-        whole, each, [(n, writer.saved(one, f"output {at} of job {n}")) for n, one in parts]
+        whole, each, [(n, writer.output(one, f"output {at} of job {n}")) for n, one in parts]
     )
 
 

@@ -103,6 +103,12 @@ class ModelOutputPart(Part, tag="output"):
     empty: Annotated[list[str], msgspec.Meta(max_length=MOST_ENTRIES)]
 
 
+class LeftOutPart(Part, tag="left out"):
+    """Stands in results for an object that is no data: the name of its class."""
+
+    kind: str
+
+
 class IntegerPart(Part, tag="int"):
     """An integer of more than 64 bits, in two's complement, little end first."""
 
@@ -160,6 +166,7 @@ Value = (
     | SlicePart
     | ResultPart
     | ModelOutputPart
+    | LeftOutPart
     | IntegerPart
     | ComplexPart
     | BytesPart

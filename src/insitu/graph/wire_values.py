@@ -25,6 +25,7 @@ from insitu.graph.wire_message import (
     EarlierPart,
     EllipsisPart,
     IntegerPart,
+    LeftOutPart,
     ListPart,
     ModelOutputPart,
     NamedPart,
@@ -223,17 +224,15 @@ class ValueReader:
                 return slice(*values([start, stop, step]))
             case ResultPart(name=name, items=items):
                 return _result(name, values(items))
-            case ModelOutputPart():
-                return self.output(part, values(part.items))
+            case ModelOutputPart() | LeftOutPart():
+                return self.of_results(part, values)
             case _:
                 return _leaf(part)
 
-    def output(self, part: ModelOutputPart, items: list[Any]) -> Any:
-        """Returns what a model has returned, which no argument is.
-
-        Args:
-            part: how it looks in the message.
-            items: its entries.
+    def of_results(
+        self, part: ModelOutputPart | LeftOutPart, values: Callable[[Sequence[Value]], list[Any]]
+    ) -> Any:
+        """Returns what results alone hold, and no argument is. `values` reads its entries.
 
         Raises:
             WireError: unless this reads results.
