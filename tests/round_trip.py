@@ -15,6 +15,7 @@ import torch
 from insitu import CausalityError, InsituError, Job, LoadError, Results, WireError
 from insitu.engine.seams import seams
 from insitu.graph.node import Function, Graph, Node, Subgraph
+from insitu.graph.operations import KEEP
 from insitu.graph.written_arguments import written_arguments
 from insitu.tracing.block import Block
 from insitu.tracing.session import Session
@@ -93,7 +94,9 @@ def parts(running: Block | Session) -> list[Block]:
 def sent(job: Job) -> bytes | None:
     """The bytes of a job, or None where something in it stays at home."""
     if any(map(stays, arguments(job))) or any(
-        keeps_own_statistics(node) for block in job.blocks for node in block.graph
+        keeps_own_statistics(node) or node.operation is KEEP
+        for block in job.blocks
+        for node in block.graph
     ):
         with pytest.raises(WireError, match="cannot be sent"):
             job.to_bytes()

@@ -275,6 +275,15 @@ def test_live_things_run_here_and_are_refused_at_their_line(gpt2: LanguageModel,
         torch.testing.assert_close(gpt2.run(tracer.job)["value"], value.value)
 
 
+def test_a_history_for_autograd_is_refused_at_its_line(gpt2: LanguageModel) -> None:
+    with gpt2.scan(IDS) as tracer:
+        gpt2.lm_head.output.save("logits", keep_graph=True)
+    for write in (tracer.job.to_bytes, lambda: tracer.job.to_bytes(trains=True)):
+        with pytest.raises(WireError, match="keep_graph.*make the loss in the block") as caught:
+            write()
+        assert 'save("logits", keep_graph=True)' in str(caught.value)
+
+
 def test_a_frozen_module_of_ones_own_travels_with_its_values(gpt2: LanguageModel) -> None:
     probe = nn.Sequential(nn.Linear(16, 4), nn.ReLU()).requires_grad_(False)
     with gpt2.trace(IDS) as tracer:

@@ -226,6 +226,13 @@ def test_what_does_not_travel_is_refused_at_its_line(there: LanguageModel) -> No
     assert __file__ in str(caught.value)
 
 
+def test_a_history_for_autograd_is_refused_before_it_is_sent(there: LanguageModel) -> None:
+    with pytest.raises(WireError, match="make the loss in the block") as caught:
+        with there.trace(EIFFEL):
+            there.lm_head.output[0, -1].save(keep_graph=True)
+    assert "save(keep_graph=True)" in str(caught.value) and __file__ in str(caught.value)
+
+
 def test_weights_are_not_here(there: LanguageModel) -> None:
     with pytest.raises(LoadError, match="are on the server"):
         there.load()

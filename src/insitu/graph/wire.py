@@ -26,7 +26,7 @@ from insitu.graph.errors import WireError
 from insitu.graph.expression import expression
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import Graph, ModuleRef, Row, Subgraph
-from insitu.graph.operations import BY_NAME
+from insitu.graph.operations import BY_NAME, KEEP
 from insitu.graph.wire_message import (
     MOST_TEXT,
     Fields,
@@ -233,6 +233,11 @@ class Writer:
         operation, args, kwargs, _, _, mark = row
         if BY_NAME.get(operation.name) is not operation:
             raise WireError(f"{operation.name} is not in the registry of operations")
+        if operation is KEEP:
+            raise WireError(
+                "the history that `keep_graph=True` keeps stays in the process that runs: make the "
+                "loss in the block, or leave `keep_graph` out"
+            )
         into, instead = written_arguments(operation, args, kwargs)
         if into:
             raise WireError(
