@@ -27,6 +27,7 @@ from insitu.graph.changes import changing
 from insitu.graph.errors import UnknownShapeError
 from insitu.graph.fake_tensors import on_fake_tensors
 from insitu.graph.node import Place
+from insitu.graph.objects import form_of_object, is_object, map_objects, tensors_within
 from insitu.graph.structure import map_structure
 
 Ambient = tuple[torch.dtype | None, ...]
@@ -61,7 +62,7 @@ class Call(NamedTuple):
         def leaf(item: Any) -> Any:
             if isinstance(item, torch.Tensor):
                 return f"{item.dtype}{tuple(item.shape)}"
-            return repr(item)
+            return form_of_object(item)
 
         return repr(map_structure(leaf, (self.args, self.kwargs)))
 
@@ -71,7 +72,18 @@ class Call(NamedTuple):
         def leaf(item: Any) -> Any:
             return item.tolist() if has_contents(item) else None
 
-        return repr(map_structure(leaf, (self.args, self.kwargs)))
+        return repr([*map(leaf, tensors_within((self.args, self.kwargs)))])
+
+    def has_objects(self) -> bool:
+        """Returns whether objects with attributes are among the arguments, such as a cache."""
+        found: list[Any] = []
+
+        def leaf(item: Any) -> None:
+            if is_object(item):
+                found.append(item)
+
+        map_structure(leaf, (self.args, self.kwargs))
+        return bool(found)
 
 
 class Probe(NamedTuple):
@@ -209,9 +221,7 @@ def fake_run(
     """
     known = Contents() if contents else None
 
-    def leaf(item: Any) -> Any:
-        if not isinstance(item, torch.Tensor):
-            return item
+    def leaf(item: torch.Tensor) -> torch.Tensor:
         fake = _fake(item, device)
         if known is not None and has_contents(item):
             known.give(fake, item)
@@ -220,7 +230,8 @@ def fake_run(
     # Constants that a forward makes of its own are real tensors.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with on_fake_tensors(mode, known), fake_weights(module, leaf):
-        args, kwargs = map_structure(leaf, tuple(call))
+        # Of objects too: a forward may fill a cache of the user's, or append to it.
+        args, kwargs = map_objects(leaf, tuple(call))
         return (module if forward is None else forward)(*args, **kwargs)
 
 

@@ -20,7 +20,9 @@ from insitu.engine.probe_cache import CallForm, ProbeCache, form_of, resized
 from insitu.engine.tree import Tree
 from insitu.graph.changes import Changes, changing
 from insitu.graph.errors import UnknownShapeError
+from insitu.graph.objects import map_objects
 from insitu.graph.ordinary import ordinary_tensors
+from insitu.graph.structure import independent
 from insitu.models.attention import OPTION, attending
 from insitu.models.configuration import config_sizes
 
@@ -197,7 +199,9 @@ class OwnRuns:
             changes.enter(torch.random.fork_rng())
             changes.gradients(False)
             if loaded:
-                module(*call.args, **call.kwargs)
+                # A forward may fill what it is given, and the user's run is given the same.
+                args, kwargs = map_objects(independent, tuple(call))
+                module(*args, **kwargs)
             else:
                 fake_run(module, call)
 
