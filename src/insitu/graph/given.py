@@ -42,4 +42,7 @@ def _leaf(change: Callable[[Any], Any], item: Any) -> Any:
         made = copy(cast("UserDict[Any, Any]", item))
         made.data = each(change, made.data)
         return made
+    if isinstance(item, torch.Tensor) and "_held" in vars(item):
+        # A saved value that turned out to be no tensor, though it is of a class of tensors.
+        return each(change, vars(item)["_held"])
     return change(item)
