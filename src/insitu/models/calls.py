@@ -13,6 +13,7 @@ from torch import nn
 from insitu.batching.pass_plan import PassPlan
 from insitu.engine.model_call import Pass
 from insitu.models.attention import OPTION, attending
+from insitu.models.given_caches import own_copies
 from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
 
@@ -60,7 +61,7 @@ def arguments(model: LanguageSubject, prompt: Prompt, options: Mapping[str, Any]
         kwargs = {"input_ids": ids, **demands, **extras, **options}
         if "inputs_embeds" in extras:
             del kwargs["input_ids"]
-    if mask is not None:
+    if mask is not None and "attention_mask" not in extras:
         kwargs["attention_mask"] = mask
     if positions is not None:
         kwargs["position_ids"] = positions
@@ -72,6 +73,10 @@ def arguments(model: LanguageSubject, prompt: Prompt, options: Mapping[str, Any]
 
 
 _GIVEN_TO_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+
+
+_PLAIN = frozenset(["input_ids", "attention_mask", "position_ids", "use_cache"])
+"""Arguments that a forward does not fill. Most forwards have no others."""
 
 
 def alone(
@@ -107,6 +112,9 @@ def forward(
 
     It ignores what a pass is called with, so that it can be the whole of one.
     """
+    # Of each run anew: a batch that is too large is run again in parts.
+    if not kwargs.keys() <= _PLAIN:
+        kwargs = own_copies(kwargs)
     # Moved here and not before: until its turn comes, another thread's probe may have put fake
     # weights in, and those do not say where the real ones are.
     if "input_ids" not in kwargs or not model.traits.placement.has(kwargs["input_ids"]):

@@ -17,6 +17,8 @@ from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark
 from insitu.models.attention import SETTING
 from insitu.models.calls import alone, arguments, content, default_budget
+from insitu.models.continued_prompts import continued
+from insitu.models.given_caches import taken_out
 from insitu.models.padding import padding_of, positioned
 from insitu.models.prompt_arguments import checked_seed, given_to_invocation
 from insitu.models.prompts import Prompt
@@ -60,6 +62,7 @@ class LanguageForward:
         self.views = model.traits.block_views[bool(options.get("use_cache"))]
         self.steps = 1
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
+        self._caches = {} if plain else taken_out(options)
         self._fixed = (budget, share, *options.items()) if plain else None
 
     def steps_of(self, request: Prompt) -> int:
@@ -92,7 +95,7 @@ class LanguageForward:
         """
         read = received(self._model, prompt, self._side, "trace")
         read = read if read.mask is None else positioned(self._model, read, self._dry)
-        return read._replace(seed=prompt.seed)
+        return continued(self._model, read, self._dry)._replace(seed=prompt.seed)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with the seed of its lines."""
@@ -100,6 +103,8 @@ class LanguageForward:
         if "seed" in kwargs:
             seed = checked_seed(kwargs.pop("seed"), Location(*mark))
             return self.request(args, kwargs, mark)._replace(seed=seed)
+        if self._caches:
+            kwargs = {**self._caches, **kwargs}
         if len(args) == 1 and not kwargs:
             plain = model.traits.reader.read_plain(args[0], mark)
             if plain is not None:
@@ -109,7 +114,8 @@ class LanguageForward:
         prompt = model.traits.reader.read(args[0] if args else None, self._side, mark, kwargs)
         if prompt.extras:
             model.traits.options.check(prompt.extras, "trace", lambda: Location(*mark))
-        return prompt if prompt.mask is None else positioned(model, prompt, self._dry)
+        prompt = prompt if prompt.mask is None else positioned(model, prompt, self._dry)
+        return continued(model, prompt, self._dry) if prompt.extras else prompt
 
     def _side(self) -> Side:
         """Where a list of prompts is padded."""

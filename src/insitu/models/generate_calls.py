@@ -16,7 +16,9 @@ from insitu.batching.demand import Side
 from insitu.engine.probe import Call
 from insitu.models.attention import OPTION, attending
 from insitu.models.choosing import only
+from insitu.models.continued_prompts import without_cached
 from insitu.models.generation_obstacles import is_set
+from insitu.models.given_caches import PAST
 from insitu.models.prompts import Prompt
 from insitu.models.rotary import forgetting_lengths
 
@@ -170,7 +172,7 @@ class GenerateCalls:
         options = {**demands, **self.options}
         if OPTION in options:
             kwargs[OPTION] = options[OPTION]
-        return Call((), kwargs)
+        return Call((), without_cached(kwargs) if PAST in kwargs else kwargs)
 
     def _decoder_prompt(self, rows: int, given: torch.Tensor | None) -> torch.Tensor:
         """What a decoder begins with: its start token, and what was given for it, if anything."""

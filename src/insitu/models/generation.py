@@ -17,8 +17,11 @@ from insitu.engine.probe import Call
 from insitu.graph.errors import OptionError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.node import EVERY
+from insitu.models.continued_prompts import continued_generation
 from insitu.models.generate_calls import GenerateCalls
+from insitu.models.generation_obstacles import is_set
 from insitu.models.generation_passes import GenerationPasses
+from insitu.models.given_caches import taken_out
 from insitu.models.padding import positioned, warn_of_counting
 from insitu.models.prompt_arguments import (
     check_budget,
@@ -42,6 +45,9 @@ _COUNTING: Mapping[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (None, 0),
     "repetition_penalty": (None, 1.0),
 }
+
+_BRANCHING = ("num_beams", "num_return_sequences")
+"""Options with which a row of a prompt becomes several."""
 
 
 class Generation:
@@ -79,6 +85,7 @@ class Generation:
             _check_steps(steps, location)
         self.steps: int | None = steps
         self.views = calls.views
+        self._caches = taken_out(options)
         plain = all(type(value) in (bool, int, float, str) for value in options.values())
         self._fixed = (steps, calls.cached, *options.items()) if plain else None
 
@@ -105,7 +112,7 @@ class Generation:
             InsituError: if the model cannot take it.
         """
         read = received(self._model, prompt, self._calls.side, "generate")
-        return read._replace(seed=prompt.seed, steps=prompt.steps)
+        return self._continued(read)._replace(seed=prompt.seed, steps=prompt.steps)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with its seed and number of steps."""
@@ -116,12 +123,20 @@ class Generation:
         model = self._model
         if "inputs" in kwargs:  # as `generate` calls token ids
             kwargs["input_ids"] = kwargs.pop("inputs")
+        kwargs = {**self._caches, **kwargs}
         if len(args) != 1 or kwargs:
             kwargs = given_to_invocation(model, args, kwargs, "generate", mark)
         prompt = model.traits.reader.read(args[0] if args else None, self._calls.side, mark, kwargs)
         if prompt.extras:
             model.traits.options.check(prompt.extras, "generate", lambda: Location(*mark))
+        prompt = self._continued(prompt) if prompt.extras else prompt
         return prompt._replace(seed=seed, steps=steps)
+
+    def _continued(self, prompt: Prompt) -> Prompt:
+        """A prompt that may go on from a cache."""
+        module = self._model.module
+        beams = any(is_set(name, self._calls.setting(module, name)) for name in _BRANCHING)
+        return continued_generation(self._model, prompt, beams)
 
     def example(self, request: Prompt) -> Call:
         """Returns the forward that `generate` begins with for a prompt alone."""

@@ -19,6 +19,7 @@ from insitu.engine.seams import listened
 from insitu.models.attention import OPTION
 from insitu.models.choosing import listening, seeded
 from insitu.models.generate_calls import GenerateCalls
+from insitu.models.given_caches import own_copies
 from insitu.models.joined_prompts import join
 from insitu.models.prompts import Prompt
 from insitu.models.separation import OF_STEPS
@@ -79,6 +80,8 @@ class GenerationPasses:
         def call(deliver: Deliver, _: Own) -> Any:
             # In the run, not before: see `forward` in `calls.py`.
             placed = self._calls.model.traits.placement.moved(kwargs)
+            if prompt.extras:
+                placed |= own_copies({name: placed[name] for name in prompt.extras})
             if tokens or self._tells_tokens():
                 placed |= listening(deliver, placed)
             with seeded(prompt.seed):

@@ -17,6 +17,7 @@ from insitu.engine.probe import Call
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark
 from insitu.models.attention import OPTION, attending
+from insitu.models.given_caches import own_copies, own_copy
 from insitu.models.options import check_call
 
 if TYPE_CHECKING:
@@ -144,11 +145,10 @@ def _alone(module: nn.Module, request: Call, number: int) -> Pass:
     args, kwargs = request
 
     def call(*_: Any) -> Any:
-        if OPTION not in kwargs:
-            return module(*args, **kwargs)
-        others = dict(kwargs)
-        with attending(module, others.pop(OPTION)):
-            return module(*args, **others)
+        # Of each run anew: a job may be run again.
+        own, others = tuple(map(own_copy, args)), own_copies(kwargs)
+        with attending(module, others.pop(OPTION, None)):
+            return module(*own, **others)
 
     return Pass(call, {number: None}, True)
 

@@ -12,6 +12,7 @@ import torch
 from insitu.graph.errors import OptionError, PromptTypeError
 from insitu.graph.location import Location, Mark, here
 from insitu.graph.recorded import Recorded
+from insitu.models.given_caches import goes_on_from, kept_as_now
 from insitu.models.media import MEDIA
 from insitu.models.prompts import PROMPTS, WITH_PROMPTS
 
@@ -37,6 +38,12 @@ def given_to_block(
     own: dict[str, Any] = {}
     for name in [*kwargs]:
         goes_with = name in WITH_PROMPTS or name == "seed"
+        if goes_on_from(name, kwargs[name]):  # of a block without a prompt, for each in it
+            if method != "generate" and model.traits.takes_use_cache:
+                kwargs.setdefault("use_cache", True)
+            if prompt is not None or keyword:
+                own[name] = kept_as_now(kwargs.pop(name))
+            continue
         if goes_with and prompt is None and not keyword:
             raise OptionError(f"Each prompt has its own `{name}`: give it to `invoke`.", here())
         if name in MEDIA and name not in model.traits.reader.media:
@@ -84,7 +91,9 @@ def given_to_invocation(
         if name in WITH_PROMPTS or name in PROMPTS:
             continue
         model.traits.options.check([name], method, lambda: Location(*mark))
-        if not isinstance(value, torch.Tensor | Recorded):
+        if goes_on_from(name, value):
+            kwargs = {**kwargs, name: kept_as_now(value)}
+        elif not isinstance(value, torch.Tensor | Recorded):
             raise OptionError(
                 f"`{name}` is an option of the whole run: give it to `{method}`.", Location(*mark)
             )

@@ -118,13 +118,15 @@ def as_ids(tensor: torch.Tensor, mark: Mark) -> torch.Tensor:
     return ids[None] if ids.ndim == 1 else ids
 
 
-def masked(prompt: Prompt, mask: Any) -> Prompt:
+def masked(prompt: Prompt, mask: Any, cached: int = 0) -> Prompt:
     """Returns a prompt with an attention mask of the user's or a tokenizer's.
 
     Args:
         prompt: the prompt.
         mask: 1 for tokens and 0 for padding, of any dtype; or one for each pair of positions,
             with four axes.
+        cached: how many positions there are in a cache before the prompt. The mask may be of
+            these too.
 
     Raises:
         PromptError: if it is of another size, or says anything else.
@@ -144,6 +146,13 @@ def masked(prompt: Prompt, mask: Any) -> Prompt:
             "does not say where. Give what a tokenizer returns with `padding=True`.",
             Location(*prompt.mark),
         )
+    rows, length = prompt.ids.shape
+    if cached and given.shape == (rows, cached + length):
+        own = masked(prompt, given[:, cached:])
+        masked(own._replace(mask=None, ids=given[:, :cached]), given[:, :cached])  # raises
+        if bool(given[:, :cached].all()):
+            return own
+        return own._replace(extras={**own.extras, "attention_mask": given.long()})
     if given.numel() != prompt.ids.numel():
         raise PromptError(
             f"The attention mask has the shape {tuple(given.shape)}, but the prompt has "

@@ -12,6 +12,7 @@ from insitu.graph.location import Location, Mark
 from insitu.graph.recorded import AnyRecorded
 from insitu.graph.structure import map_structure
 from insitu.models.chats import CHOICE, are_chats, is_chat, rendered
+from insitu.models.given_caches import PAST, cached_length
 from insitu.models.media import MEDIA, processed
 from insitu.models.prompts import (
     PROMPTS,
@@ -205,7 +206,7 @@ class Reader:
         else:
             read = self._embedded(given.pop("inputs_embeds"), mark)
         if "attention_mask" in given:
-            read = masked(read, given.pop("attention_mask"))
+            read = masked(read, given.pop("attention_mask"), cached_length(given.get(PAST)))
         for name, value in given.items():
             if name == "token_type_ids" and not isinstance(value, torch.Tensor):
                 given[name] = laid_out(read._replace(mask=None), name, value)

@@ -32,7 +32,8 @@ def sent(prompt: Prompt) -> JobPrompt:
     kwargs = dict(prompt.extras)
     if embedded and prompt.mask is not None:
         kwargs["attention_mask"] = prompt.mask
-    mask = None if embedded else prompt.mask
+    # One that is of cached positions too is among the arguments.
+    mask = None if embedded or "attention_mask" in kwargs else prompt.mask
     return JobPrompt(ids, mask, (), kwargs, prompt.seed, prompt.mark, prompt.steps)
 
 
