@@ -189,10 +189,10 @@ class LanguageModel(ServedModel):
                 write. Unless given, where that is faster.
             remote: the server that runs it, as of the class; None for where the model is.
             wait: whether the block waits for a server; if not, `tracer.remote_job` has it later.
-            kwargs: keyword arguments of the model's forward. `use_cache` is False unless given.
-                A prompt may be among them, as `input_ids=` or `inputs_embeds=`, and what goes with
-                it, such as `attention_mask=`; with a chat, `add_generation_prompt=`. `seed=` is
-                where the random numbers start that lines of the block draw.
+            kwargs: keyword arguments of the model's forward. `use_cache` is False unless given;
+                `past_key_values` stays as it is. A prompt may be among them, `input_ids=` or
+                `inputs_embeds=`, and what goes with it, such as `attention_mask=`; with a chat,
+                `add_generation_prompt=`. `seed=` starts the numbers that lines of the block draw.
 
         Returns:
             A context manager, in whose block sites can be read and written. `tracer.output` is
