@@ -146,8 +146,10 @@ def _alone(module: nn.Module, request: Call, number: int) -> Pass:
 
     def call(*_: Any) -> Any:
         # Of each run anew: a job may be run again.
-        own, others = tuple(map(own_copy, args)), own_copies(kwargs)
-        with attending(module, others.pop(OPTION, None)):
+        own, others = tuple(map(own_copy, args)), own_copies(kwargs) if kwargs else kwargs
+        if OPTION not in others:
+            return module(*own, **others)
+        with attending(module, others.pop(OPTION)):
             return module(*own, **others)
 
     return Pass(call, {number: None}, True)
