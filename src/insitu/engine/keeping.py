@@ -7,9 +7,11 @@ Beside `interpose.py` this is the only file that changes modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
+from operator import is_not
 from typing import Any, cast
 
 import torch
@@ -18,9 +20,13 @@ from torch._subclasses import FakeTensor
 
 from insitu.engine.tree import Tree
 from insitu.graph.changes import Changes, changing, restore
+from insitu.graph.structure import tensors_of
 
 Tables = list[tuple[dict[Any, Any], dict[Any, Any]]]
 """Tables of modules, each with a copy."""
+
+Containers = list[tuple[Any, Collection[Any]]]
+"""Lists, dictionaries, sets and queues of modules, each with a copy."""
 
 
 @contextmanager
@@ -37,13 +43,10 @@ def undisturbed(tree: Tree) -> Generator[None]:
     tensors = [(buffer, buffer.clone()) for buffer in tree.root.buffers()]
     devices = {tensor.device for tensor in tree.root.parameters() if tensor.is_cuda}
     tables: list[dict[Any, Any]] = [vars(part) for part in tree.parts]
-    for part in tree.parts:
-        # Caches that a module keeps in a dictionary of its own would be filled by a trial.
-        for kept in vars(part).values():
-            if isinstance(kept, dict):
-                tables.append(cast("dict[Any, Any]", kept))
     with changing() as changes:
         changes.afterwards(partial(_restore_buffers, tensors))
+        # Caches and logs that a module keeps in containers of its own would be filled by a trial.
+        changes.afterwards(partial(_refill_all, _containers(tree.parts)))
         changes.afterwards(partial(_restore_all, [(table, dict(table)) for table in tables]))
         changes.enter(cast(Any, torch.random).fork_rng(list(devices)))
         changes.gradients(False)
@@ -99,6 +102,7 @@ def fake_weights(
     parts = list(module.modules())
     # A forward may keep what it made, such as a lazily filled cache: that must not be fake later.
     before = [(table, dict(table)) for part in parts for table in (vars(part), part._buffers)]
+    containers = _containers(parts)
     weights: Tables = []
     for part in parts:
         for table in (cast("dict[str, Any]", part._parameters), part._buffers):
@@ -106,6 +110,7 @@ def fake_weights(
     fakes: dict[int, torch.Tensor] = {}  # one for each weight, also of two names
     with changing() as changes:
         changes.afterwards(partial(_without_fakes, before))
+        changes.afterwards(partial(_refill_with_fakes, containers))
         # Undone first: then only names are left that a forward has assigned fakes to.
         changes.afterwards(partial(_update_all, weights))
         # Accelerate's wrappers of forwards put the real weights in, from where they are kept.
@@ -120,6 +125,40 @@ def fake_weights(
                         fakes[id(tensor)] = fake(tensor)
                     table[name] = fakes[id(tensor)]
         yield
+
+
+def _containers(parts: Iterable[nn.Module]) -> Containers:
+    """The containers in attributes of modules, each with a copy."""
+    found: Containers = []
+    for part in parts:
+        for kept in vars(part).values():
+            if isinstance(kept, dict):
+                table = cast("dict[Any, Any]", kept)
+                found.append((table, dict(table)))
+            elif isinstance(kept, list | deque | set):
+                container = cast("list[Any]", kept)
+                found.append((container, [*container]))
+    return found
+
+
+def _refill_all(containers: Containers) -> None:
+    for now, before in containers:
+        if isinstance(before, dict):
+            restore(now, cast("dict[Any, Any]", before))
+        elif len(now) != len(before) or any(map(is_not, now, before)):
+            now.clear()
+            fill = getattr(now, "update", None) or now.extend  # of a set, or of a list
+            fill(before)
+
+
+def _refill_with_fakes(containers: Containers) -> None:
+    """Undoes what put fake tensors into containers. Other entries stay, as other attributes do."""
+    changed: Containers = []
+    for now, before in containers:
+        entries = now.values() if isinstance(before, dict) else now
+        if any(isinstance(one, FakeTensor) for one in tensors_of([*entries])):
+            changed += [(now, cast("Collection[Any]", before))]
+    _refill_all(changed)
 
 
 def _restore_buffers(tensors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
