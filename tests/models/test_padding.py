@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from insitu import LanguageModel
+from insitu import Job, LanguageModel, PromptError
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.zoo import ZOO, module_of, spread_out
 from tests.thinning import sampled
@@ -102,6 +103,21 @@ def test_a_model_that_cannot_be_padded_on_the_left_says_so_once() -> None:
         warnings.simplefilter("error")
         with model.trace(ROWS):
             model.output["logits"].save()
+
+
+@pytest.mark.filterwarnings("ignore:RwkvForCausalLM does not hide padding")
+def test_a_job_is_refused_by_a_model_that_pads_on_another_side(tmp_path: Path) -> None:
+    module: Any = module_of("rwkv")
+    module.save_pretrained(tmp_path)
+    model = LanguageModel(tmp_path)
+    with model.scan(ROWS) as tracer:  # without weights, by what its structure lets one suppose
+        model.output["logits"].save("logits")
+    job = Job.from_bytes(tracer.job.to_bytes())
+    with pytest.raises(PromptError, match="padded on the left when it was recorded"):
+        model.run(job)
+    with model.trace(ROWS) as tracer:
+        own = model.output["logits"].save("logits")
+    torch.testing.assert_close(model.run(tracer.job)["logits"], own.value)
 
 
 def test_trace_and_generate_agree_whatever_the_tokenizer_says() -> None:

@@ -41,6 +41,8 @@ class JobPrompt:
         seed: where the sampling of this invocation starts, or None.
         mark: the user's line, None where it is not known.
         steps: how many tokens this invocation is to get at most, where it has a number of its own.
+        padded: on which side shorter prompts of a list were padded when it was recorded, None if
+            they were not, or by the user. The model that runs it has to pad on the same side.
     """
 
     ids: torch.Tensor | None = None
@@ -50,6 +52,7 @@ class JobPrompt:
     seed: int | None = None
     mark: Mark | None = None
     steps: int | None = None
+    padded: Literal["left", "right"] | None = None
 
     @property
     def location(self) -> Location | None:

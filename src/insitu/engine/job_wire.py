@@ -67,6 +67,7 @@ class PromptPart(Part):
     kwargs: dict[Name, Value]
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None
     steps: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None
+    padded: Literal["left", "right"] | None
 
 
 class DemandedPart(Part):
@@ -264,6 +265,7 @@ def _prompt_part(writer: Writer, prompt: JobPrompt) -> PromptPart:
         {name: part(name, value) for name, value in prompt.kwargs.items()},
         prompt.seed,
         prompt.steps,
+        prompt.padded,
     )
 
 
@@ -319,7 +321,7 @@ def _prompt(reader: Reader, part: PromptPart) -> JobPrompt:
     args = tuple([_value(reader, value) for value in part.args])
     kwargs = _values(reader, part.kwargs)
     line = None if part.line is None else _mark(reader, part.line)
-    return JobPrompt(ids, mask, args, kwargs, part.seed, line, part.steps)
+    return JobPrompt(ids, mask, args, kwargs, part.seed, line, part.steps, part.padded)
 
 
 def _whole(reader: Reader, part: Value, name: str) -> torch.Tensor | None:

@@ -55,7 +55,7 @@ def content(number: int, prompt: Prompt) -> Hashable:
 
 def arguments(model: LanguageSubject, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keyword arguments of a prompt's forward."""
-    ids, _, mask, extras, _, positions, _, demands = prompt
+    ids, _, mask, extras, _, positions, _, demands, _ = prompt
     kwargs: dict[str, Any] = {"input_ids": ids, **options}
     if extras or demands:
         kwargs = {"input_ids": ids, **demands, **extras, **options}

@@ -195,8 +195,7 @@ class LanguageModel(ServedModel):
                 `add_generation_prompt=`. `seed=` starts the numbers that lines of the block draw.
 
         Returns:
-            A context manager, in whose block sites can be read and written. `tracer.output` is
-            a proxy.
+            A context manager, whose block reads and writes sites. `tracer.output` is a proxy.
 
         Raises:
             OptionError: if an option means nothing to the model, or if there are `others`.
@@ -211,9 +210,10 @@ class LanguageModel(ServedModel):
         given = None if prompt is None else ((prompt,), {})
         if kwargs:
             given = given_to_block(self, prompt, kwargs, "trace")
-        if kwargs or max_tokens_per_pass is not None or share_prefixes is not None:
+        away = remote is not None  # then no weights are loaded for a list of prompts
+        if kwargs or max_tokens_per_pass is not None or share_prefixes is not None or away:
             check_budget(max_tokens_per_pass)
-            forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes)
+            forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes, away)
         block = Block(self, forward, given)
         if remote is not None or not wait:
             self._send_away(block, remote, wait)

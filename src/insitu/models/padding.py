@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 def padding_of(model: LanguageSubject, dry: bool = False) -> Padding:
     """Returns how prompts of different length are padded in one invocation of a model.
 
-    It is tried out once, with the weights, which are loaded for that.
+    It is tried out once, with the weights, which are loaded for that. Where they are on a server,
+    it is supposed by the model's structure, and the server tries it when it has the job.
 
     Args:
         model: the model.
-        dry: whether they are not to be. Then it is supposed by the model's structure.
+        dry: whether they are not to be loaded. Then it is supposed too.
     """
-    if not model.loaded and dry:
+    if not model.loaded and (dry or model.away is not None):
         return _supposed(model)
     model.load()
     known, implementation = model.traits.paddings, said(model.config, SETTING)
@@ -53,7 +54,7 @@ def positioned(
     Args:
         model: the model.
         prompt: a prompt, with padding or without.
-        dry: whether weights are not to be loaded for that.
+        dry: as of `padding_of`.
         steps: how many steps a generation has, which makes its position ids itself; None for a
             forward.
     """

@@ -41,6 +41,8 @@ class Prompt(NamedTuple):
         steps: how many tokens this invocation is to get at most, where it has a number of its own.
         demands: options of the run that values of this invocation take, such as which
             implementation of attention.
+        padded: on which side shorter prompts of a list were padded, None if that was not done
+            here.
     """
 
     ids: torch.Tensor
@@ -51,6 +53,7 @@ class Prompt(NamedTuple):
     positions: torch.Tensor | None = None
     steps: int | None = None
     demands: Mapping[str, Any] = _NOTHING
+    padded: Side | None = None
 
     @property
     def token_ids(self) -> torch.Tensor:
@@ -220,8 +223,8 @@ def check_lengths(prompt: Prompt) -> None:
 
 def padded(
     rows: list[list[int]], side: Side | Callable[[], Side], pad_id: int, mark: Mark
-) -> tuple[torch.Tensor, Mark, torch.Tensor | None]:
-    """Returns rows of ids as one tensor, the user's line, and the mask if they had to be padded.
+) -> Prompt:
+    """Returns rows of ids as one prompt, with a mask if they had to be padded.
 
     Args:
         rows: the rows.
@@ -231,7 +234,7 @@ def padded(
     """
     length = max(map(len, rows), default=0)
     if all(len(row) == length for row in rows):
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), length), mark, None
+        return Prompt(torch.tensor(rows, dtype=torch.int64).reshape(len(rows), length), mark)
     side = side() if callable(side) else side
     ids = torch.full((len(rows), length), pad_id)
     mask = torch.zeros_like(ids)
@@ -239,7 +242,7 @@ def padded(
         here = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
         ids[place, here] = torch.tensor(row)
         mask[place, here] = 1
-    return ids, mark, mask
+    return Prompt(ids, mark, mask, padded=side)
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:

@@ -163,7 +163,7 @@ class Reader:
             return self._read_with(None, side, mark, cast("Mapping[str, Any]", prompt))
         else:
             rows = self._rows(prompt, mark, choice)
-            read = Prompt(*padded(rows, side, self._pad_id, mark))
+            read = padded(rows, side, self._pad_id, mark)
             self.check_ids(read)
         return read
 
@@ -353,7 +353,7 @@ class Reader:
         if isinstance(ids, torch.Tensor):
             read = Prompt(as_ids(ids, mark), mark)
         else:  # perhaps not padded by the tokenizer, then here
-            read = Prompt(*padded(self._rows(ids, mark), side, self._pad_id, mark))
+            read = padded(self._rows(ids, mark), side, self._pad_id, mark)
         extras: dict[str, Any] = {}
         for name, value in encoding.items():
             if name in ("input_ids", "attention_mask", *_FOR_OTHERS) or value is None:
@@ -390,7 +390,10 @@ class Reader:
 
         encoding = processed(self._processor, prompt, media, side, mark, choice)
         read = self._encoding(encoding, side, mark)
-        return read._replace(extras=map_structure(leaf, dict(read.extras)))
+        read = read._replace(extras=map_structure(leaf, dict(read.extras)))
+        if read.mask is not None:
+            read = read._replace(padded=side() if callable(side) else side)
+        return read
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from insitu.batching.demand import Side
-from insitu.graph.errors import PromptTypeError
+from insitu.graph.errors import PromptError, PromptTypeError
 from insitu.graph.location import here, mark
 from insitu.models.chats import CHOICE
 from insitu.models.media import MEDIA
@@ -34,7 +34,7 @@ def sent(prompt: Prompt) -> JobPrompt:
         kwargs["attention_mask"] = prompt.mask
     # One that is of cached positions too is among the arguments.
     mask = None if embedded or "attention_mask" in kwargs else prompt.mask
-    return JobPrompt(ids, mask, (), kwargs, prompt.seed, prompt.mark, prompt.steps)
+    return JobPrompt(ids, mask, (), kwargs, prompt.seed, prompt.mark, prompt.steps, prompt.padded)
 
 
 def received(
@@ -50,7 +50,7 @@ def received(
 
     Raises:
         PromptTypeError: if it is no prompt.
-        PromptError: if the model cannot process it.
+        PromptError: if the model cannot process it, or pads lists of prompts on another side.
         OptionError: if what goes with it means nothing to the model.
     """
     location = prompt.location or here()
@@ -69,4 +69,15 @@ def received(
         raise PromptTypeError("The job has a prompt without token ids.", location)
     if prompt.mask is not None:
         beside["attention_mask"] = prompt.mask
-    return model.traits.reader.read(None, side, prompt.mark or mark(), beside)
+    if prompt.padded is not None:
+        # It may have been supposed without weights, and lines such as `x[:, -1]` depend on it.
+        own = side() if callable(side) else side
+        if own != prompt.padded:
+            raise PromptError(
+                f"The list of prompts was padded on the {prompt.padded} when it was recorded, and "
+                f"short runs of this model show that it is padded on the {own}. Give each prompt "
+                "its own `invoke`, or pad the list with a tokenizer.",
+                location,
+            )
+    read = model.traits.reader.read(None, side, prompt.mark or mark(), beside)
+    return read._replace(padded=prompt.padded)

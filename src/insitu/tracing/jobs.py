@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -233,4 +233,4 @@ def _copied(prompt: JobPrompt) -> JobPrompt:
     ids, mask, args, kwargs = map_structure(
         leaf, (prompt.ids, prompt.mask, prompt.args, dict(prompt.kwargs))
     )
-    return JobPrompt(ids, mask, args, kwargs, prompt.seed, prompt.mark, prompt.steps)
+    return replace(prompt, ids=ids, mask=mask, args=args, kwargs=kwargs)
