@@ -35,7 +35,17 @@ from insitu import (
 )
 from insitu.cli import app
 from insitu.engine.events import PassEnded, TokensChosen, ValueSaved
-from insitu.methods import activation_patching, attention_patterns, logit_difference, logit_lens
+from insitu.methods import (
+    SparseAutoencoder,
+    activation_patching,
+    attention_patterns,
+    logit_difference,
+    logit_lens,
+    sae_features,
+    train_tuned_lens,
+    tuned_lens,
+    use_sae,
+)
 from insitu.remote import Connection, RemoteJob
 from insitu.remote.result_bytes import result_bytes
 from insitu.tracing import away
@@ -331,6 +341,50 @@ def test_methods_work_with_a_remote_model(there: LanguageModel, here: LanguageMo
         mine, theirs = method(there), method(here)
         torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-5)
     assert not there.loaded
+
+
+def small_encoder() -> SparseAutoencoder:
+    draw = torch.Generator().manual_seed(0)
+    decoder = torch.nn.functional.normalize(torch.randn(64, 128, generator=draw), dim=-1)
+    weights = {"W_enc": decoder.T.contiguous(), "b_enc": torch.full((64,), -0.5)}
+    return SparseAutoencoder(
+        architecture="standard",
+        weights={**weights, "W_dec": decoder, "b_dec": torch.zeros(128)},
+        hook_name="blocks.3.hook_resid_post",
+        centred=False,
+        normalisation="none",
+        k=0,
+        by_norm=False,
+        told={},
+    )
+
+
+def test_a_sparse_autoencoder_runs_on_the_server(there: LanguageModel, here: LanguageModel) -> None:
+    sae, found = small_encoder(), []
+    expected = sae.encode(hooked(here, EIFFEL, 3))
+    features = sae_features(there, EIFFEL, sae, top=3)
+    torch.testing.assert_close(features.values, expected[0].topk(3).values, rtol=1e-5, atol=1e-5)
+    for model in (there, here):
+        with model.trace(EIFFEL):
+            spliced = use_sae(model, sae)
+            read = spliced.features.save()
+            spliced.features[..., 3] += 20
+            found.append(model.lm_head.output.save())
+        torch.testing.assert_close(read.value, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0].value, found[1].value, rtol=1e-4, atol=1e-4)
+    assert not there.loaded
+
+
+def test_a_tuned_lens_runs_on_the_server_and_is_trained_elsewhere(
+    there: LanguageModel, here: LanguageModel
+) -> None:
+    with pytest.raises(LoadError, match="weights of the model, which are on a server") as caught:
+        train_tuned_lens(there, [EIFFEL], epochs=1)
+    assert caught.value.location is not None and caught.value.location.file == __file__
+    lens = train_tuned_lens(here, [EIFFEL, LOUVRE], epochs=1, progress=False)
+    mine, theirs = (tuned_lens(model, EIFFEL, lens, positions=-1) for model in (there, here))
+    torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-5)
+    assert mine.texts == theirs.texts and not there.loaded
 
 
 def test_who_listens_hears_of_passes_and_tokens(there: LanguageModel) -> None:

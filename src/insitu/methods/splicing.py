@@ -135,7 +135,6 @@ def use_sae(
     hook = model.hook(sae.hook_name if site is None else site)
     found, line = innermost(model, 2)
     invocation = hook._inside(found, line)
-    model.load()  # before that it is on no device
     return Spliced(hook, invocation, sae.to(model.device), error_term, line)
 
 
@@ -174,7 +173,6 @@ def sae_features(
     if not 0 < top <= sae.n_features:
         raise OptionError(f"There are 1 to {sae.n_features} features, not {top!r}.", here())
     read, hook = read_prompts(model, prompts), model.hook(sae.hook_name if site is None else site)
-    model.load()
     placed = sae.to(model.device)
     with bar("Features", progress), model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
         saved = []

@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from insitu.display.axis import Axis
-from insitu.graph.errors import ShapeError
+from insitu.graph.errors import LoadError, ShapeError
 from insitu.graph.location import here
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.methods import files
@@ -182,7 +182,6 @@ def tuned_lens(
             f"{model.n_layers} of width {model.d_model}.",
             here(),
         )
-    model.load()
     stages, lens = stages_of(model, _SITE, layers), lens.to(model.device)
     return look(
         model,
@@ -231,6 +230,7 @@ def train_tuned_lens(
 
     Raises:
         OptionError: if `epochs` or `batch_size` is no number from 1 on.
+        LoadError: if a server has the weights of the model.
 
     Example:
         ```python
@@ -239,6 +239,13 @@ def train_tuned_lens(
     """
     for name, number in (("epochs", epochs), ("batch_size", batch_size)):
         check_count(name, number)
+    if model.away is not None:
+        raise LoadError(
+            "Each step of training computes logits with the weights of the model, which are on a "
+            "server. Train the lens where they are, save it, and read it here with "
+            "`TunedLens.load`.",
+            here(),
+        )
     readout = readout_of(model)
     given = read_prompts(model, prompts)
     start = (TunedLens.untrained(model) if lens is None else lens).to(model.device)
