@@ -74,7 +74,7 @@ def test_a_site_outside_of_a_block_says_what_to_write(gpt2: LanguageModel) -> No
     with pytest.raises(BlockError, match=r"`transformer.h\[0\].output`.*inside a block"):
         _ = gpt2.transformer.h[0].output
     with gpt2.trace() as tracer:
-        with pytest.raises(BlockError, match="invoke"):
+        with pytest.raises(BlockError, match="no prompt is around this line.*invoke"):
             _ = gpt2.lm_head.output
         with tracer.invoke(IDS):
             _ = gpt2.lm_head.output

@@ -111,6 +111,13 @@ class Sites:
         return invocation, mark
 
     def _outside(self, use: str, mark: Mark) -> BlockError:
+        if self._model.looks.tree is not False:  # a block is open
+            return BlockError(
+                f"`{self._written()}.{use}` is about one prompt, and no prompt is around this "
+                "line: write it inside `with tracer.invoke(prompt):`, or give the block a prompt, "
+                "as `model.trace(prompt)` or `model.trace(input_ids=...)`.",
+                Location(*mark),
+            )
         return BlockError(
             f"`{self._written()}.{use}` is about a run, so it belongs inside a block: "
             "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
