@@ -135,6 +135,14 @@ def test_a_generation_past_the_context_is_an_error_of_the_prompt(gpt2: LanguageM
     assert generator.output.shape == (1, 41)
 
 
+def test_a_scan_takes_a_generation_that_may_end_within_the_context() -> None:
+    model = LanguageModel("insitu/eiffel")
+    with model.scan(TEXT, generate=True, max_new_tokens=300) as generator:  # the context is 256
+        pass
+    assert not model.loaded
+    assert model.run(generator.job).output.shape[1] < 256
+
+
 def test_text_without_a_tokenizer_is_an_error_and_ids_are_fine(gpt2: LanguageModel) -> None:
     with pytest.raises(PromptError, match="no tokenizer"):
         ids_of(gpt2, "text")

@@ -102,6 +102,19 @@ def test_a_model_that_is_here_is_not_loaded_for_a_list(url: str, here: LanguageM
     assert_rows(hidden.value, tracer.mask, here, "left")
 
 
+def test_a_generation_that_ends_within_the_context(
+    there: LanguageModel, here: LanguageModel
+) -> None:
+    with there.generate(TEXTS[0], max_new_tokens=300) as generator:  # the context is 256
+        pass
+    module: Any = here.load()
+    ids = here.tokenizer(TEXTS[0], return_tensors="pt")
+    assert generator.output.equal(module.generate(**ids, max_new_tokens=300, do_sample=False))
+    with pytest.raises(PromptError, match="300 are to be generated, but the model's context"):
+        with there.generate(TEXTS[0], max_new_tokens=300, min_new_tokens=300):
+            pass
+
+
 def test_a_list_that_the_server_would_pad_on_the_other_side_is_refused(tmp_path: Path) -> None:
     module: Any = module_of("rwkv")  # which does not hide padding on the left
     module.save_pretrained(tmp_path / "rwkv")
