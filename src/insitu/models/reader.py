@@ -99,8 +99,7 @@ class Reader:
 
         Raises:
             PromptTypeError: if it is of no known form.
-            PromptError: if it is empty, too long, has ids that the model does not know, or is
-                text and there is no tokenizer.
+            PromptError: if it is empty, too long, of unknown ids, or text without a tokenizer.
             OptionError: if what goes with it does not belong to such a prompt.
         """
         if isinstance(prompt, AnyRecorded):
