@@ -73,6 +73,9 @@ def can_be_served(model: Any) -> bool:
         and type(module).__module__.startswith("transformers.models.")
         and not module.training
         and not model.has_hooks
+        # Neither is in a file: which weights are frozen, and a function that this process knows.
+        and all(weight.requires_grad for weight in module.parameters())
+        and getattr(module.config, "_attn_implementation", None) in (None, "eager", "sdpa")
         and not any(type(part).__module__.startswith("tests") for part in module.modules())
         and next(module.parameters()).dtype in (torch.float32, torch.float64)
     )

@@ -115,6 +115,13 @@ def forward(
     # Of each run anew: a batch that is too large is run again in parts.
     if not kwargs.keys() <= _PLAIN:
         kwargs = own_copies(kwargs)
+    return forward_with(model, module, kwargs, requests)
+
+
+def forward_with(
+    model: LanguageSubject, module: nn.Module, kwargs: dict[str, Any], requests: Sequence[Prompt]
+) -> Any:
+    """Makes a forward that may fill what it is given, such as a cache of the pass's own."""
     # Moved here and not before: until its turn comes, another thread's probe may have put fake
     # weights in, and those do not say where the real ones are.
     if "input_ids" not in kwargs or not model.traits.placement.has(kwargs["input_ids"]):
@@ -122,7 +129,7 @@ def forward(
     if OPTION in kwargs:
         kwargs = dict(kwargs)
         with attending(module, kwargs.pop(OPTION)):
-            return forward(model, module, kwargs, requests)
+            return forward_with(model, module, kwargs, requests)
     try:
         if model.traits.growing:
             with forgetting_lengths(model.traits.growing):

@@ -14,7 +14,7 @@ from insitu.batching.shares import Offset, Share
 from insitu.engine.interpose import Own
 from insitu.engine.model_call import Cut, Deliver, Pass
 from insitu.graph.node import Kind, Place
-from insitu.models.calls import alone, arguments, forward
+from insitu.models.calls import alone, arguments, forward, forward_with
 from insitu.models.joined_prompts import join
 from insitu.models.prompts import Prompt, counted
 from insitu.models.resume import Blocks, Entering, Prefix, Resumed, blocks_of
@@ -111,7 +111,7 @@ class ForwardPasses:
                 prefix.left_by(kwargs, is_own) as given,
                 unembedding(head, single, is_own),
             ):
-                return forward(model, module, given, prompts)
+                return forward_with(model, module, given, prompts)
 
         return leave, shares
 
@@ -141,7 +141,7 @@ class ForwardPasses:
                 resumed.entered(kwargs, is_own) as given,
                 unembedding(head, single, is_own),
             ):
-                return forward(model, module, given, [first])
+                return forward_with(model, module, given, [first])
 
         return call, shares
 
