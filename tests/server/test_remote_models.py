@@ -29,6 +29,7 @@ from insitu import (
     VisionLanguageModel,
     WireError,
     cancellable,
+    cond,
     listening,
     saving_to,
     serve,
@@ -248,6 +249,48 @@ def test_weights_are_not_here(there: LanguageModel) -> None:
         there.load()
     with pytest.raises(LoadError, match="are on the server"):
         _ = there.W_U
+
+
+WEIGHTS = {
+    "a parameter": lambda m, x: x @ m.transformer.h[0].mlp.c_fc.module.weight,
+    "a view": lambda m, x: x * m.transformer.ln_f.module.weight[None],
+    "a shared weight": lambda m, x: x @ m.transformer.wte.module.weight.T,
+    "a function of torch": lambda m, x: torch.nn.functional.linear(x, m.lm_head.module.weight),
+    "a module's call": lambda m, x: m.module.lm_head(x),
+    "a branch": lambda m, x: cond(x.sum() > 0, lambda y: y @ m.lm_head.module.weight.T, abs, x),
+}
+CALLS = {
+    "a parameter": "model.transformer.h[0].mlp.c_fc(value)",
+    "a view": "model.transformer.ln_f(value)",
+}
+
+
+@pytest.mark.parametrize("how", WEIGHTS)
+def test_a_line_with_a_weight_says_which_module_to_call(there: LanguageModel, how: str) -> None:
+    with pytest.raises(LoadError, match="the weights are on the server") as caught:
+        with there.trace(EIFFEL):
+            WEIGHTS[how](there, there.transformer.h[2].output[0]).save()
+    assert f"`{CALLS.get(how, 'model.lm_head(value)')}`" in str(caught.value)
+    assert caught.value.location is not None and caught.value.location.file == __file__
+
+
+def test_a_job_with_a_copy_of_a_weight_is_refused(there: LanguageModel) -> None:
+    unembedding: Any = there.lm_head.module
+    for waits in (True, False):
+        with pytest.raises(LoadError, match=r"shape \(128, 1336\) on the meta device"):
+            with there.trace(EIFFEL, wait=waits):
+                hidden = there.transformer.h[2].output[0]
+                (hidden @ unembedding.weight.detach().T).save()
+
+
+def test_a_module_that_is_called_instead_of_its_weight(
+    there: LanguageModel, here: LanguageModel
+) -> None:
+    with there.trace(EIFFEL):
+        found = there.lm_head(there.transformer.h[3].output[0]).save()
+    module: Any = here.load()
+    expected = hooked(here, EIFFEL, 3) @ module.lm_head.weight.detach().T
+    torch.testing.assert_close(found.value, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_job_that_is_not_waited_for(there: LanguageModel, url: str) -> None:

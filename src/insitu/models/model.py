@@ -179,7 +179,7 @@ class Model(WrappedModule, ModelNames, ActsAsModule):
             from insitu.tracing.away import run_job_away  # of use only with a server
 
             others = {"limits": limits, "sink": sink, "events": events, "cancel": cancel}
-            return run_job_away(self.away, job, raises, **others)
+            return run_job_away(self, job, raises, **others)
         budget = None if limits is None else checked_budget(self, job, limits)
         with around(sink, events, cancel):
             return run_job(self, job, budget, raises)

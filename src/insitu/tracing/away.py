@@ -17,6 +17,7 @@ from insitu.graph.cells import Missing
 from insitu.graph.errors import InsituError, OptionError
 from insitu.graph.location import here
 from insitu.graph.user_warnings import warn_user
+from insitu.tracing.absent_weights import check_weights
 from insitu.tracing.jobs import job_of
 
 if TYPE_CHECKING:
@@ -114,8 +115,11 @@ def check_sent(model: Subject, job: Job) -> None:
 
     Raises:
         OptionError: if the job would give the model's weights here gradients.
+        LoadError: if it takes values of weights from here, and they are on the server.
     """
-    if model.loaded:
+    if not model.loaded:
+        check_weights(model.snapshot.root, job)
+    else:
         own = {id(one) for one in model.snapshot.root.parameters() if one.requires_grad}
         trained = job.trained if own else ()
         if not own.isdisjoint({*map(id, trained), *computed_of(*trained)}):
@@ -175,11 +179,11 @@ def _warn_of_large_results(model: Subject, job: Job) -> None:
             )
 
 
-def run_job_away(away: Away, job: Job, raises: bool, **others: Any) -> Results:
+def run_job_away(model: Subject, job: Job, raises: bool, **others: Any) -> Results:
     """Runs a job somewhere else.
 
     Args:
-        away: where.
+        model: the model, which is there.
         job: the job.
         raises: whether what invocations raise is raised.
         others: what only a run of this process can be given.
@@ -195,7 +199,8 @@ def run_job_away(away: Away, job: Job, raises: bool, **others: Any) -> Results:
                 "own limits hold, and whose `RemoteJob` has events and can be cancelled.",
                 here(),
             )
-    results = away.run(job)
+    check_weights(model.snapshot.root, job)
+    results: Results = model.away.run(job)
     if results.failed and raises:
         error = error_of(results.failed)
         error.results = results
