@@ -159,6 +159,14 @@ def test_help_has_an_example() -> None:
     assert "check" in run("--help").stdout
 
 
+def test_a_check_offers_no_server() -> None:
+    # Width: a narrow terminal would cut names of options.
+    offered = CliRunner().invoke(app, ["check", "--help"], env={"COLUMNS": "200"}).output
+    assert "--device-map" in offered and "--remote" not in offered
+    result = run("check", "insitu/eiffel", "--remote", "http://127.0.0.1:9")
+    assert result.exit_code == 2 and "LoadError" not in result.output
+
+
 COMMANDS = re.findall(r"```console\n\$ insitu ([^\n]+)\n(.*?)\n```", PAGE.read_text(), re.S)
 
 

@@ -20,6 +20,8 @@ from insitu.command_answers import Answer, command_of
 from insitu.command_harvest import harvest
 from insitu.command_models import Loading, any_model, language_model, token
 from insitu.command_options import (
+    DeviceMap,
+    Dtype,
     Layers,
     Name,
     Positions,
@@ -89,7 +91,12 @@ def tree(
 
 
 @_command
-def check(model: Name, loading: Loading) -> Answer:
+def check(
+    model: Name,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+) -> Answer:
     """Shows what Insitu takes a model's parts to be, and verifies it in a run of a few tokens.
 
     Of each standard name it says what it stands for, with the shape of its value in that run, or
@@ -104,6 +111,9 @@ def check(model: Name, loading: Loading) -> Answer:
     from insitu.display.report import render
     from insitu.models.checking import check as checked
 
+    # No `--remote`: what holds is computed with the weights.
+    given = {"revision": revision, "dtype": dtype, "device_map": device_map}
+    loading = {name: one for name, one in given.items() if one is not None}
     report = checked(any_model(model, loading), model)
     return Answer(render(report), {**asdict(report), "ok": report.ok}, ok=report.ok)
 
