@@ -293,6 +293,46 @@ def test_a_module_that_is_called_instead_of_its_weight(
     torch.testing.assert_close(found.value, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_plan_of_a_block_stays_on_the_server(
+    there: LanguageModel, here: LanguageModel, url: str
+) -> None:
+    with there.trace(EIFFEL) as own:
+        there.logits.save()
+        with pytest.raises(NoValueError, match="made when the block ends"):
+            _ = own.plan
+    with there.session(), there.trace(EIFFEL) as of_session:
+        there.logits.save()
+    with here.trace(EIFFEL, remote=url) as sent:
+        here.logits.save()
+    with there.generate(EIFFEL, max_new_tokens=1, wait=False) as not_waited_for:
+        there.logits.save()
+    for tracer in (own, of_session, sent, not_waited_for):
+        with pytest.raises(NoValueError, match=r"stays on the server(.|\n)*`model\.scan`"):
+            _ = tracer.plan
+        assert "sent to a server" in repr(tracer)
+    with there.scan(EIFFEL) as tracer:
+        there.logits.save()
+    assert len(tracer.plan.passes) == 1
+    assert Connection(url).plan(own.job).passes == 1
+
+
+def test_a_generation_without_an_output_says_why(there: LanguageModel) -> None:
+    with there.generate(EIFFEL, max_new_tokens=3) as generator:
+        with generator.step(1):
+            there.transformer.h[1].stop()
+    with pytest.raises(NoValueError, match="`stop` ended the run"):
+        _ = generator.output
+    with there.session(), there.generate(EIFFEL, max_new_tokens=3) as generator:
+        there.transformer.h[1].stop()
+    with pytest.raises(NoValueError, match="`stop` ended the run"):
+        _ = generator.output
+    with there.generate(EIFFEL, max_new_tokens=1, wait=False) as generator:
+        pass
+    with pytest.raises(NoValueError, match="not waited for(.|\n)*remote_job"):
+        _ = generator.output
+    assert generator.remote_job.result().output.shape == (1, 9)
+
+
 def test_a_job_that_is_not_waited_for(there: LanguageModel, url: str) -> None:
     with there.generate(EIFFEL, max_new_tokens=2, wait=False) as generator:
         logits = there.lm_head.output[0, -1].save("logits")

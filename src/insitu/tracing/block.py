@@ -1,9 +1,8 @@
 """A block: its `with` statement, its recording, its invocations, and its run.
 
 When it ends without an error the model runs, once, with the experiment inside. The user holds a
-`Tracer` (`tracer.py`), which answers for the names that it does not have. With that, Python takes
-several times as long to find any attribute of an object. So the work is done in a `Block`, which
-the user does not see. How a run is planned is in `planning.py`, and how it is done in `running.py`.
+`Tracer` (`tracer.py`), which answers for names that it does not have. That makes all its attributes
+slow, so the work is done in a `Block`. `planning.py` plans a run, and `running.py` does it.
 """
 
 # pyright: reportPrivateUsage=false
@@ -246,7 +245,8 @@ class Block:
         self.invocations, self.alone = [], None
 
     def _spread(self, run: Run) -> None:
-        """Gives each invocation what its generation returned."""
+        """Gives each invocation what its generation returned, and notes if a line ended the run."""
+        run.is_stopped = bool(self.recording.graph.stops)
         if run.outputs is not None:
             for invocation, own in zip(self.invocations, run.outputs.each, strict=True):
                 invocation.result = own

@@ -19,9 +19,10 @@ from insitu.graph.location import here, mark
 from insitu.graph.node import EVERY, Graph
 from insitu.graph.tracebacks import shortened
 from insitu.habits import OF_BLOCKS, habit
-from insitu.tracing.block import BlockContext
+from insitu.tracing.block import Block, BlockContext
 from insitu.tracing.invocation import Invocation, innermost
 from insitu.tracing.planning import explained
+from insitu.tracing.session import Session
 from insitu.tracing.steps import AtStep, Logits, StepPicker, Tokens, each_step, next_step
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 
 _INTERNAL = frozenset(["block", "is_open", "only_invocation"])
 """What other parts of Insitu use of a tracer; not in `dir`."""
+
+
+def _is_sent(block: Block) -> bool:
+    """Whether a block has ended and a server runs it."""
+    session = block.recording.session
+    of_session = session.away if isinstance(session, Session) else None
+    away = block.away or block.model.away or of_session
+    return block.ran is not None and not block.is_dry and away is not None
 
 
 class Tracer(BlockContext):
@@ -68,6 +77,8 @@ class Tracer(BlockContext):
         block, nodes = self.block, len(self.graph)
         if block.ran is not None and block.ran.passes:
             return f"<Block that ran: {nodes} nodes, {len(block.ran.passes)} passes>"
+        if _is_sent(block):
+            return f"<Block that was sent to a server: {nodes} nodes>"
         if block.is_open or block.is_done:
             return f"<Block that {'is open' if block.is_open else 'did not run'}: {nodes} nodes>"
         generates = block.promises_output
@@ -112,12 +123,26 @@ class Tracer(BlockContext):
         """How the block ran: its passes, and what each of them left out.
 
         Raises:
-            NoValueError: before the block has ended.
+            NoValueError: before the block has ended, and if a server ran it.
         """
         ran = self.block.ran
         if ran is None or not ran.passes:
-            raise NoValueError("`tracer.plan` is made when the block ends.", here())
+            raise NoValueError(f"`tracer.plan` {self._why_no_plan()}.", here())
         return explained(ran)
+
+    def _why_no_plan(self) -> str:
+        """Why there is no plan, as the end of a sentence."""
+        block = self.block
+        if block.raised is not None:
+            return f"is not there: the block raised {block.raised}, so nothing was planned"
+        if _is_sent(block):
+            return (
+                "stays on the server that ran the block. `model.scan` with the same lines plans "
+                "them here, and `Connection(url).plan(tracer.job)` asks the server"
+            )
+        if block.ran is not None:
+            return "is not there: the run failed before it was planned"
+        return f"is made when the {'session' if block.is_done else 'block'} ends"
 
     def invoke(self, *args: Any, **kwargs: Any) -> Invocation:
         """Adds a prompt, and gives the context in which sites mean its values.
@@ -182,6 +207,8 @@ class Tracer(BlockContext):
                 )
             if ran is not None and ran.is_stopped:
                 reason = "`stop` ended the run"
+            if block.sent is not None:
+                reason = "its job was not waited for: `generator.remote_job.result()` has it"
             raise NoValueError(f"`generator.output` has no value: {reason}.", here())
         return ran.outputs.whole
 
