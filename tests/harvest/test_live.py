@@ -195,7 +195,7 @@ def test_the_thread_ends_with_the_loop(end: str) -> None:
 
 
 def test_closing_wakes_who_waits() -> None:
-    """A model that takes long: the loop in another thread ends, although no batch has come."""
+    """A model that takes long: the loop in another thread ends, although no batch comes."""
     go = threading.Event()
 
     def source() -> Iterator[Any]:
@@ -207,7 +207,7 @@ def test_closing_wakes_who_waits() -> None:
     seen: list[int] = []
     loop = threading.Thread(target=lambda: seen.extend(len(b["position"]) for b in batches))
     loop.start()
-    wait_for(lambda: seen == [] and bool(threads()))
+    wait_for(lambda: seen == [10] and bool(threads()))  # it has the first batch, and waits
     closing = threading.Thread(target=batches.close)
     closing.start()
     go.set()
