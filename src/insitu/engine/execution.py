@@ -142,28 +142,14 @@ class Execution:
         Raises:
             ShapeError, ExecutionError: if an operation fails, pointing at its line.
         """
-        if self.tape is not None:
-            value = self.tape.note(index, value)
-        self._values[index] = value
+        rows, values, uses, tape = self._rows, self._values, self._uses, self.tape
+        if tape is not None:
+            value = tape.note(index, value)
+        values[index] = value
         bit = self._bits[index]
         possible = self._groups.get(bit, ())
         if self._waiting:
             possible = self._completed(bit, possible)
-        if possible:
-            self._run(possible)
-        if not self._uses[index]:
-            self._values[index] = None
-        if self._waiting:
-            self._keep(bit, value)
-
-    def begin(self) -> None:
-        """Runs the nodes that wait for no site, as of `arrive`: they use earlier blocks alone."""
-        with torch.set_grad_enabled(self.differentiates):
-            self._run(self._groups[0])
-
-    def _run(self, possible: Sequence[int]) -> None:
-        """Runs nodes, in their order."""
-        rows, values, uses, tape = self._rows, self._values, self._uses, self.tape
         for step in possible:
             operation, args, kwargs, inputs, nested, _ = rows[step]
             function = operation.function
@@ -216,6 +202,22 @@ class Execution:
                     values[source] = None
             if uses[step]:
                 values[step] = result
+        if not uses[index]:
+            values[index] = None
+        if self._waiting:
+            self._keep(bit, value)
+
+    def begin(self, start: int) -> None:
+        """Runs the nodes that wait for no site: they use values of earlier blocks alone.
+
+        Args:
+            start: the plan's `start`.
+
+        Raises:
+            ShapeError, ExecutionError: as of `arrive`.
+        """
+        with torch.set_grad_enabled(self.differentiates):
+            self.arrive(start, None)
 
     def fail(self, error: Exception) -> None:
         """Notes what a line has raised, or putting its value where it goes. Nothing more arrives.

@@ -85,6 +85,8 @@ class Plan:
         bits: the bit of the site that a node reads, by the node's index.
         groups: node indices in the order of their lines, for each set of sites.
         uses: how many times each node's value is asked for, by the run or by the user.
+        start: what stands for the beginning of the run, like a node that reads a site, if there are
+            nodes that wait for no site.
         writes: for each site that is written, the node that makes what the model gets there, by
             the index of the node that reads what arrives.
         skips: for each module call that is skipped, the node that makes what stands for its
@@ -122,6 +124,7 @@ class Plan:
     skips: Mapping[int, int]
     stops: Mapping[int, Mark]
     after: Mapping[int, int]
+    start: int | None = None
     unshared: Collection[int] = ()
     reused: Mapping[int, Operation] | None = None
     gradients: Gradients | None = None
@@ -207,6 +210,11 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
             groups[need].append(index)
         else:
             groups[need] = [index]
+    start = None
+    if 0 in groups:
+        start = len(rows)
+        bits[start] = 0
+        uses.append(0)
     moves = False
     # A save is a use by the user, which never ends.
     for index in saves:
@@ -216,7 +224,7 @@ def make_plan(graph: Graph, saves: Mapping[int, object]) -> Plan:
         moves = moves or len(rows[index][1]) > 1
     skips, stops, after = graph.skips, graph.stops, graph.after
     plan = Plan(reads, bits, groups, uses, graph.writes, needs, held, skips, stops, after)
-    plan.moves = moves
+    plan.moves, plan.start = moves, start
     drawing = drawing_nodes(rows)
     if drawing:
         invocations = graph.invocations()

@@ -95,7 +95,9 @@ def alone(
         single: its plan.
         prompt: the invocation's prompt.
     """
-    call = partial(forward, model, module, arguments(model, prompt, options), [prompt])
+    kwargs = arguments(model, prompt, options)
+    way = forward_with if kwargs.keys() <= _PLAIN else forward
+    call = partial(way, model, module, kwargs, [prompt])
     cuts = {single.rows[0].invocation: None}
     # `Pass(...)`, in a third of the time.
     return tuple.__new__(Pass, (call, cuts, True, None, None, None, single.differentiates))
@@ -108,20 +110,24 @@ def forward(
     requests: Sequence[Prompt],
     *_: object,
 ) -> Any:
-    """Makes a forward, in the thread whose turn it is to use the model.
+    """Makes a forward on copies of what the user gives, in each run anew.
 
     It ignores what a pass is called with, so that it can be the whole of one.
     """
-    # Of each run anew: a batch that is too large is run again in parts.
-    if not kwargs.keys() <= _PLAIN:
-        kwargs = own_copies(kwargs)
-    return forward_with(model, module, kwargs, requests)
+    return forward_with(model, module, own_copies(kwargs), requests)
 
 
 def forward_with(
-    model: LanguageSubject, module: nn.Module, kwargs: dict[str, Any], requests: Sequence[Prompt]
+    model: LanguageSubject,
+    module: nn.Module,
+    kwargs: dict[str, Any],
+    requests: Sequence[Prompt],
+    *_: object,
 ) -> Any:
-    """Makes a forward that may fill what it is given, such as a cache of the pass's own."""
+    """Makes a forward that may fill what it is given, in the thread whose turn it is.
+
+    It may be the whole of a pass, as `forward` may.
+    """
     # Moved here and not before: until its turn comes, another thread's probe may have put fake
     # weights in, and those do not say where the real ones are.
     if "input_ids" not in kwargs or not model.traits.placement.has(kwargs["input_ids"]):

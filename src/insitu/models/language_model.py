@@ -210,10 +210,10 @@ class LanguageModel(ServedModel):
         given = None if prompt is None else ((prompt,), {})
         if kwargs:
             given = given_to_block(self, prompt, kwargs, "trace")
-        away = remote is not None  # then no weights are loaded for a list of prompts
-        if kwargs or max_tokens_per_pass is not None or share_prefixes is not None or away:
+        if kwargs or max_tokens_per_pass is not None or share_prefixes is not None or remote:
             check_budget(max_tokens_per_pass)
-            forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes, away)
+            dry = bool(remote)  # no weights are loaded for a list of prompts
+            forward = LanguageForward(self, kwargs, max_tokens_per_pass, share_prefixes, dry)
         block = Block(self, forward, given)
         if remote is not None or not wait:
             self._send_away(block, remote, wait)

@@ -291,9 +291,9 @@ def run_passes(
     modules, hooks, observed = prepared.tree.modules, prepared.exclusive.hooks, execution.observed
     views, caches = run.procedure.views, run.model.caches
     results: list[Any] = [None] * len(passes)
-    if 0 in plan.groups:
+    if plan.start is not None:
         try:
-            execution.begin()
+            execution.begin(plan.start)
         except Exception as error:
             if failures is None or ends_all(error):
                 raise
