@@ -8,7 +8,7 @@ Beside `interpose.py` this is the only file that changes modules.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Set
 from contextlib import contextmanager
 from functools import partial
 from operator import is_not
@@ -27,6 +27,9 @@ Tables = list[tuple[dict[Any, Any], dict[Any, Any]]]
 
 Containers = list[tuple[Any, Collection[Any]]]
 """Lists, dictionaries, sets and queues of modules, each with a copy."""
+
+_TABLES_OF_TORCH = frozenset(vars(nn.Module()))
+"""Attributes that each module has: ten thousands in a large model, and nearly all are empty."""
 
 
 @contextmanager
@@ -102,7 +105,7 @@ def fake_weights(
     parts = list(module.modules())
     # A forward may keep what it made, such as a lazily filled cache: that must not be fake later.
     before = [(table, dict(table)) for part in parts for table in (vars(part), part._buffers)]
-    containers = _containers(parts)
+    containers = _containers(parts, _TABLES_OF_TORCH)
     weights: Tables = []
     for part in parts:
         for table in (cast("dict[str, Any]", part._parameters), part._buffers):
@@ -127,11 +130,12 @@ def fake_weights(
         yield
 
 
-def _containers(parts: Iterable[nn.Module]) -> Containers:
-    """The containers in attributes of modules, each with a copy."""
+def _containers(parts: Iterable[nn.Module], but: Set[str] = frozenset()) -> Containers:
+    """The containers in attributes of modules, but for those of some names, each with a copy."""
     found: Containers = []
     for part in parts:
-        for kept in vars(part).values():
+        for name in vars(part).keys() - but:
+            kept = vars(part)[name]
             if isinstance(kept, dict):
                 table = cast("dict[Any, Any]", kept)
                 found.append((table, dict(table)))
@@ -145,7 +149,7 @@ def _refill_all(containers: Containers) -> None:
     for now, before in containers:
         if isinstance(before, dict):
             restore(now, cast("dict[Any, Any]", before))
-        elif len(now) != len(before) or any(map(is_not, now, before)):
+        elif _differs(now, before):
             now.clear()
             fill = getattr(now, "update", None) or now.extend  # of a set, or of a list
             fill(before)
@@ -155,10 +159,22 @@ def _refill_with_fakes(containers: Containers) -> None:
     """Undoes what put fake tensors into containers. Other entries stay, as other attributes do."""
     changed: Containers = []
     for now, before in containers:
-        entries = now.values() if isinstance(before, dict) else now
-        if any(isinstance(one, FakeTensor) for one in tensors_of([*entries])):
+        entries, then = now, before
+        if isinstance(before, dict):
+            entries, then = now.values(), cast("dict[Any, Any]", before).values()
+        # Compared first, in C: nearly all are as they were, and each run without data asks.
+        if _differs(entries, then) and any(map(_is_fake, tensors_of([*entries]))):
             changed += [(now, cast("Collection[Any]", before))]
     _refill_all(changed)
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+def _differs(now: Collection[Any], before: Collection[Any]) -> bool:
+    """Whether a container has other entries than it had."""
+    return len(now) != len(before) or any(map(is_not, now, before))
 
 
 def _restore_buffers(tensors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
