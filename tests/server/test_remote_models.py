@@ -3,8 +3,8 @@
 import copy
 import json
 import threading
+import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from insitu import (
     cond,
     listening,
     saving_to,
-    serve,
 )
 from insitu.cli import app
 from insitu.engine.events import PassEnded, TokensChosen, ValueSaved
@@ -47,23 +46,12 @@ from insitu.methods import (
     tuned_lens,
     use_sae,
 )
-from insitu.remote import Connection, RemoteJob
-from insitu.remote.result_bytes import result_bytes
+from insitu.remote import Connection, RemoteJob, remote_job
+from insitu.remote.protocol import ENDS
 from insitu.tracing import away
 
 EIFFEL = "The Eiffel Tower is in the city of"
 LOUVRE = "The Louvre is in the city of"
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serve("insitu/eiffel") as server:
-        yield server.url
-
-
-@pytest.fixture
-def there(url: str) -> LanguageModel:
-    return LanguageModel("insitu/eiffel", remote=url)
 
 
 @pytest.fixture
@@ -546,12 +534,17 @@ def test_a_plan_says_what_a_job_would_take(there: LanguageModel, url: str) -> No
     assert (plan.passes, plan.results[0].bytes) == (1, 8 * 1336 * 4)
 
 
-def test_gradients_come_back_also_if_nobody_has_waited(there: LanguageModel) -> None:
-    leaf = torch.zeros(128, requires_grad=True)
+def sent(there: LanguageModel, leaf: torch.Tensor) -> RemoteJob:
+    """A job that trains a leaf, on its way."""
     with there.trace(EIFFEL, wait=False) as tracer:
         there.transformer.h[2].output[0][:, -1] += leaf
         there.lm_head.output[0, -1, 5].backward()
-    job = tracer.remote_job
+    return tracer.remote_job
+
+
+def test_gradients_come_back_also_if_nobody_has_waited(there: LanguageModel) -> None:
+    leaf = torch.zeros(128, requires_grad=True)
+    job = sent(there, leaf)
     job.result()
     assert leaf.grad is not None
     before = leaf.grad.clone()
@@ -747,28 +740,24 @@ def test_hooks_and_training_of_a_model_that_is_here_are_not_the_servers(
     module.eval()
 
 
-def test_gradients_come_once_if_several_threads_wait(there: LanguageModel) -> None:
-    vector = torch.zeros(128, requires_grad=True)
-    with there.trace(EIFFEL, wait=False) as tracer:
-        there.transformer.h[2].output[0][:, -1] += vector
-        there.lm_head.output[0, -1, 4].backward()
-    job = tracer.remote_job
-    status = job._ended(60.0)
-    data = result_bytes(job._http, job.id, status.digest)
-    together = threading.Barrier(4)
+def test_gradients_come_once_if_several_threads_wait(
+    there: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, added = remote_job._add_gradients, list[Any]()
 
-    def take() -> None:
-        together.wait()
-        job.take(data, status.digest or "")
+    def slowly(*given: Any) -> None:
+        time.sleep(0.2)  # each thread is here by then, if none waits for another
+        added.append(given)
+        add(*given)
 
-    threads = [threading.Thread(target=take) for _ in range(4)]
+    monkeypatch.setattr(remote_job, "_add_gradients", slowly)
+    leaf = torch.zeros(128, requires_grad=True)
+    job = sent(there, leaf)
+    while job.status.state not in ENDS:
+        time.sleep(0.01)
+    threads = [threading.Thread(target=job.result) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = vector.grad
-    vector.grad = None
-    with there.trace(EIFFEL):
-        there.transformer.h[2].output[0][:, -1] += vector
-        there.lm_head.output[0, -1, 4].backward()
-    torch.testing.assert_close(found, vector.grad)
+    assert len(added) == 1 and leaf.grad is not None

@@ -1,7 +1,6 @@
 """Lists of prompts that a server runs: each row is what a plain hook sees of that prompt alone."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,6 @@ from insitu import LanguageModel, PromptError, serve
 from tests.fidelity.zoo import module_of
 
 TEXTS = ["The Eiffel Tower is in the city of", "The Louvre is in", "Rome"]
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serve("insitu/eiffel") as server:
-        yield server.url
-
-
-@pytest.fixture
-def there(url: str) -> LanguageModel:
-    return LanguageModel("insitu/eiffel", remote=url)
 
 
 @pytest.fixture(scope="module")
