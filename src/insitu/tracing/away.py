@@ -18,6 +18,7 @@ from insitu.graph.errors import InsituError, OptionError
 from insitu.graph.location import here
 from insitu.graph.user_warnings import warn_user
 from insitu.tracing.absent_weights import check_weights
+from insitu.tracing.job_running import NAMED
 from insitu.tracing.jobs import job_of
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ LARGE_BYTES = 100 * 10**6
 """How many bytes of a result take so long to come that somebody is told before."""
 
 _NUMBER_BYTES = 4
-_NAMES = ("its name is ", "its revision is ")
-"""What a difference begins with that makes none to values."""
 
 
 class Away(Protocol):
@@ -98,11 +97,12 @@ def run_away(model: Subject, blocks: Sequence[RecordedBlock], away: Away) -> Cam
 
 def _warn_of_another_model(differences: Sequence[str]) -> None:
     """Warns of what makes the values of a server's model others than those of the one here."""
-    found = [what for what in differences if not what.startswith(_NAMES)]
+    found = [what for what in differences if not what.startswith((*NAMED.values(),))]
     if found:
         warn_user(
-            f"The model of the server is not as the one here: {'; '.join(found)}. The run was the "
-            "server's: give the block what is meant as an option, such as `eos_token_id=...`.",
+            f"The model of the server is not as the one here: {'; '.join(found)}. The server has "
+            "run its own. Defaults of generations can be given to the block, such as "
+            "`eos_token_id=...`.",
         )
 
 

@@ -29,6 +29,9 @@ from insitu.graph.structure import only_data
 from insitu.tracing.job_blocks import run_job_block
 from insitu.tracing.jobs import RanBlock
 
+NAMED = {"name": "its name is ", "revision": "its revision is "}
+"""What a difference begins with that says nothing of values."""
+
 
 def run_job(model: Subject, job: Job, budget: Budget | None = None, raises: bool = True) -> Results:
     """Runs a job.
@@ -172,11 +175,11 @@ def check_model(model: Subject, job: Job) -> list[str]:
             here(),
         )
     found = other_weights(wanted.fingerprint, there.fingerprint)
-    for what in ("name", "revision"):
+    for what in NAMED:
         then, now = getattr(wanted, what), getattr(there, what)
         # A name that one side does not know says nothing.
         if then and now and then != now:
-            found.append(f"its {what} is {now!r:.200}, and not {then!r:.200}")
+            found.append(f"{NAMED[what]}{now!r:.200}, and not {then!r:.200}")
     given = [set(block.options) for block in job.blocks if block.procedure == "generate"]
     told = set[str].intersection(*given) if given else None
     return found + other_habits(wanted.fingerprint, there.fingerprint, told)
