@@ -1,6 +1,7 @@
 """What one invocation asks of its pass changes nothing for the others: they share theirs."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,6 +183,20 @@ def test_two_that_need_each_other_share_a_pass_in_which_attention_shows() -> Non
     hook.remove()
     torch.testing.assert_close(pattern.value, expected.attentions[2])
     torch.testing.assert_close(logits.value, expected.logits)
+
+
+def test_without_weights_they_are_planned_as_they_will_run(tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path)
+    model = LanguageModel(str(tmp_path), dtype="float32")
+    with model.scan() as tracer:
+        a, b = map(tracer.invoke, [[5, 6, 7], [8, 9, 10]])
+        swapped(model, a, b)
+        with a:
+            for block in model.blocks:
+                block.attention.pattern.save()
+            model.lm_head.output.save()
+    assert not model.loaded and shared(tracer.plan) == [[0, 1]]
+    assert model.check(tracer.job).passes == 1 and not model.loaded
 
 
 def test_two_that_need_each_other_and_ask_for_different_things_are_refused() -> None:

@@ -22,7 +22,7 @@ from insitu.engine.plan_cache import PlanCache
 from insitu.engine.probe import Call, Probe
 from insitu.engine.tree import Looks, Tree
 from insitu.graph.location import Location, Mark
-from insitu.graph.node import Graph
+from insitu.graph.node import Graph, Place
 
 if TYPE_CHECKING:
     from insitu.batching.summary import Facts
@@ -306,4 +306,10 @@ class Subject(Protocol):
 
         With `inside`, also the torch functions that the module with this path calls.
         """
+        ...
+
+    def probe_inside(
+        self, call: Call, views: Mapping[str, View], owners: Collection[str]
+    ) -> Mapping[Place, Any]:
+        """Returns fake values of what passes the functions in forwards of modules, by path."""
         ...

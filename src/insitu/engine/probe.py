@@ -111,6 +111,7 @@ def probe(
     contents: bool = False,
     caches: Collection[str] = (),
     kind: str = "cpu",
+    owners: Collection[str] = (),
 ) -> Probe:
     """Runs a module on fake tensors and returns what passed its sites.
 
@@ -124,6 +125,7 @@ def probe(
         contents: whether integers in the call's tensors count too. It takes longer.
         caches: the Python modules of caches: what they call is not a forward's own.
         kind: the kind of device that the module is on.
+        owners: the modules in whose forwards the functions have places too.
 
     Raises:
         UnknownShapeError: if the module cannot be run without data.
@@ -148,7 +150,7 @@ def probe(
             module(*args, **kwargs)
 
     try:
-        with listening(modules, views, tell) as returned:
+        with listening(modules, views, tell, owners, caches) as returned:
             fake_run(module, call, contents, run, device)
     except Exception as error:  # whatever a model makes of tensors without data
         raise UnknownShapeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,11 +20,15 @@ from insitu.engine.probe_cache import CallForm, ProbeCache, form_of, resized
 from insitu.engine.tree import Tree
 from insitu.graph.changes import Changes, changing
 from insitu.graph.errors import UnknownShapeError
+from insitu.graph.node import SEPARATOR, Place
 from insitu.graph.objects import map_objects
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.graph.structure import independent
 from insitu.models.attention import OPTION, attending
 from insitu.models.configuration import config_sizes
+
+Passing = Mapping[Place, Any]
+"""What passes places, as fake tensors."""
 
 _MOST_COUNTS = 64  # forms of calls of which it is known what they take
 
@@ -82,6 +86,13 @@ class OwnRuns:
             raise UnknownShapeError(*found.args)
         return found
 
+    def inside(self, call: Call, views: Mapping[str, View], owners: Collection[str]) -> Passing:
+        """Returns fake values of what passes functions in forwards of modules: as of `Subject`."""
+        found = self._run(call, views, None, False, owners)
+        if isinstance(found, UnknownShapeError):
+            raise found
+        return {place: value for place, value in found.seen.items() if SEPARATOR in place[0]}
+
     def depends_on_contents(self, call: Call) -> bool:
         """Returns whether a probe of a call depends on contents: as of `Subject`."""
         known = self._probes.get(f" {ambient()} {call.signature()}")
@@ -133,13 +144,18 @@ class OwnRuns:
         return found
 
     def _run(
-        self, call: Call, views: Mapping[str, View], inside: str | None, contents: bool
+        self,
+        call: Call,
+        views: Mapping[str, View],
+        inside: str | None,
+        contents: bool,
+        owners: Collection[str] = (),
     ) -> Probe | UnknownShapeError:
         """Runs the module on fake tensors."""
         module, modules = self.without_data
         weight = next(self._tree.root.parameters(), None)
         kind = "cpu" if weight is None else weight.device.type  # "meta" before it is loaded
-        options = (modules, views, inside, contents, self._caches, kind)
+        options = (modules, views, inside, contents, self._caches, kind, owners)
         kwargs = dict(call.kwargs)
         implementation = kwargs.pop(OPTION, None)
         plain = Call(call.args, kwargs)

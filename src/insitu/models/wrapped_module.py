@@ -24,7 +24,7 @@ from insitu.graph.node import Graph
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.models.blocks import CACHES, block_views, find_stacks
 from insitu.models.dropout import INDIFFERENT, drops_out, say_that_it_drops_out, say_that_it_trains
-from insitu.models.own_runs import OwnRuns
+from insitu.models.own_runs import OwnRuns, Passing
 from insitu.models.plain import Forward, check_job
 from insitu.tracing.handle import Handle, Submodule
 from insitu.tracing.vocabulary import Vocabulary
@@ -188,6 +188,16 @@ class WrappedModule(Handle):
             self.look()
         self.look_at_weights()
         return self._own_runs.probe(call, views, inside)
+
+    def probe_inside(
+        self, call: Call, views: Mapping[str, View], owners: Collection[str]
+    ) -> Passing:
+        """Returns fake values of what passes functions in forwards of modules: as of `Subject`.
+
+        Raises:
+            ShapeError: if the module cannot be run on fake tensors.
+        """
+        return self._own_runs.inside(call, views, owners)
 
     @property
     def without_data(self) -> tuple[nn.Module, Mapping[str, nn.Module]]:
