@@ -105,9 +105,9 @@ class AnyProxy(Operators, Answers):
             OptionError: if there is no such device, or another value of the block has the name.
         """
         recording, source = self._recording, self._ref
-        if recording.suspended:
-            raise inside_function(here())
         if not recording.open:
+            if recording.suspended:
+                raise inside_function(here())
             raise NoValueError(
                 f"`{self.written()}` cannot be saved any more: its block has ended.", here()
             )

@@ -328,7 +328,8 @@ class Recording:
         self.saves = {}
         self.sites = {}
         self.fakes = {}
-        vars(self).pop("held", None)
+        if self.held:
+            self.held = NO_KWARGS
         self.shapes = self.views = None
 
 

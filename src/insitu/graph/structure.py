@@ -279,7 +279,7 @@ def is_small(tensor: torch.Tensor) -> bool:
         tensor: the tensor.
     """
     plain = tensor.layout is torch.strided and not tensor.is_quantized
-    return plain and tensor.numel() * tensor.element_size() <= _SMALL
+    return plain and tensor.nbytes <= _SMALL
 
 
 def is_counted(tensor: torch.Tensor) -> bool:

@@ -100,12 +100,12 @@ class LanguageForward:
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any], mark: Mark) -> Prompt:
         """Returns the prompt of an invocation as token ids, with the seed of its lines."""
         model = self._model
-        if "seed" in kwargs:
+        if kwargs and "seed" in kwargs:
             seed = checked_seed(kwargs.pop("seed"), Location(*mark))
             return self.request(args, kwargs, mark)._replace(seed=seed)
         if self._caches:
             kwargs = {**self._caches, **kwargs}
-        if len(args) == 1 and not kwargs:
+        if not kwargs and len(args) == 1:
             plain = model.traits.reader.read_plain(args[0], mark)
             if plain is not None:
                 return plain

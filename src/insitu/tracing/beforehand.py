@@ -2,17 +2,20 @@
 
 A run on fake tensors takes about as long as loading a tiny model, so it is made only for lines
 that can fail, and not for every length of prompt. A model that is loaded is not looked at: its run
-fails at the same lines.
+fails at the same lines. One question waits for the weights: whether the softmax can be seen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import EllipsisType
 from typing import Any, cast
 
 import torch
 
-from insitu.graph.errors import InsituError, ShapeError, UnknownShapeError
+from insitu.batching.procedure import Subject
+from insitu.graph.errors import InsituError, OptionError, ShapeError, UnknownShapeError
+from insitu.graph.location import Location, Mark
 from insitu.graph.node import Ref, Row
 from insitu.graph.operations import (
     APPLY,
@@ -138,3 +141,23 @@ def _origin(rows: list[Row], index: int, block: bool) -> int:
     if block and operation is GETITEM and args[1] == 0 and type(args[1]) is int:
         return inputs[0]
     return index
+
+
+def verify(model: Subject, options: Mapping[str, Any], line: Mark) -> None:
+    """Raises if the model computes something else with what a value demands.
+
+    Args:
+        model: the model, with its weights.
+        options: the options that the value takes.
+        line: the line that reads it.
+
+    Raises:
+        OptionError: in that case.
+    """
+    if not model.vocabulary.verify(options):
+        raise OptionError(
+            "The attention of this model computes something else where its softmax can be "
+            "seen, which is known now that its weights are there: give "
+            "`attn_implementation='eager'` where the model is made.",
+            Location(*line),
+        )

@@ -1,8 +1,8 @@
 """A block: its `with` statement, its recording, its invocations, and its run.
 
 When it ends without an error the model runs, once, with the experiment inside. The user holds a
-`Tracer` (`tracer.py`), which answers for names that it does not have. That makes all its attributes
-slow, so the work is done in a `Block`. `planning.py` plans a run, and `running.py` does it.
+`Tracer` (`tracer.py`), whose attributes are slow, since it answers for names that it does not have.
+So the work is done here. `planning.py` plans a run, and `running.py` does it.
 """
 
 # pyright: reportPrivateUsage=false
@@ -190,7 +190,7 @@ class Block:
             watching.begins(self)
         away = self.away or self.model.away
         try:
-            if self._session is None:  # it has looked at those of all of its blocks
+            if recording.held and self._session is None:  # a session has looked at all
                 recording.check_held()
             if self.is_dry:
                 scan_block(run)
@@ -210,7 +210,8 @@ class Block:
                 self._spread(run)
             else:
                 run_block(run)
-                self._spread(run)
+                if run.outputs is not None:
+                    self._spread(run)
                 if run.failed:
                     failed = first_error([one.error for one in run.failed])
                     run.failed = ()  # they would keep each other
@@ -346,9 +347,7 @@ class BlockContext:
 
     def __enter__(self) -> Self:
         frame = _getframe(1)
-        if frame.f_code is not location.users_code:
-            frame = user_frame(2)
-        self.block.enter(frame)
+        self.block.enter(frame if frame.f_code is location.users_code else user_frame(2))
         return self
 
     def __exit__(

@@ -32,10 +32,11 @@ from insitu.graph.errors import (
 from insitu.graph.expression import expression
 from insitu.graph.node import Earlier, Graph
 from insitu.graph.operations import KEEP, SAVE
+from insitu.tracing.beforehand import verify
 from insitu.tracing.isolation import spread_outputs
 from insitu.tracing.jobs import RanBlock, bind
 from insitu.tracing.run import Run
-from insitu.tracing.running import prepare, run_block, verify
+from insitu.tracing.running import prepare, run_block
 
 
 def run_job_block(

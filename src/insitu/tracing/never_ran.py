@@ -12,6 +12,7 @@ from torch import nn
 from insitu.engine.arrivals import Arrivals
 from insitu.graph.errors import NeverRanError, nearest
 from insitu.graph.node import SEPARATOR, Graph, Place, Site, readable
+from insitu.tracing.run import Run
 
 
 def never_ran(
@@ -78,3 +79,21 @@ def _relatives(path: str, ran: list[str]) -> str:
     if not close and near:
         close = f" (such as {', '.join(map(repr, near[:3]))})"
     return f" Near it, these were called{close}." if close else ""
+
+
+def missing_value(run: Run, lacking: int, went: Arrivals | None) -> NeverRanError:
+    """Returns the error for the node of a run that reads a site at which nothing arrived.
+
+    Args:
+        run: the run.
+        lacking: the index of the node.
+        went: how the pass went, if that is known.
+    """
+    graph = run.lines.graph
+    site = graph[lacking].site
+    assert site is not None
+    try:
+        ran = run.probe(site.invocation).seen
+    except Exception:  # the probe only adds to the message
+        ran = None
+    return never_ran(graph, run.model.modules, site, ran, went)

@@ -5,7 +5,6 @@ How a plan is made is in `planning.py`, and which lines run again after a failur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,10 +25,10 @@ from insitu.engine.plan import Plan
 from insitu.engine.probe import ambient
 from insitu.engine.seams import seams
 from insitu.graph.bounds import counting
-from insitu.graph.errors import BlockError, NeverRanError, OptionError
-from insitu.graph.location import Location, Mark, here
-from insitu.tracing.beforehand import check_fit
-from insitu.tracing.never_ran import never_ran
+from insitu.graph.errors import BlockError
+from insitu.graph.location import here
+from insitu.tracing.beforehand import check_fit, verify
+from insitu.tracing.never_ran import missing_value
 from insitu.tracing.planning import Prepared, explained, plan_run
 from insitu.tracing.run import Run
 
@@ -129,6 +128,11 @@ def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[
     # A second time only if the model has changed under the run, which it does once.
     for again in (True, False):
         prepared, passes = prepare(run)
+        if prepared.plain and again and failures is None and observed is None:
+            done = _run_plainly(run, prepared, passes.pop())
+            if done is not None:
+                return prepared.plan, done
+            continue
         tree, held = prepared.tree, prepared.exclusive
         # Made anew each time: values of a run that did not hold must not be found again.
         execution = Execution(lines.graph, prepared.plan, tree.modules)
@@ -170,19 +174,46 @@ def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[
             if failures is not None:
                 failures.forget()
     if lacking is not None:
-        raise _missing(run, lacking, went)
+        raise missing_value(run, lacking, went)
     if failures is None or not failures.found:
         execution.fill(lines.saves if observed is None else observed.left(lines.saves))
         return prepared.plan, results
     for failed in failures.found:
         if failed.error is None:
             (node,) = failed.nodes
-            failed.error = _missing(run, node, failed.went)
+            failed.error = missing_value(run, node, failed.went)
     # What failed has touched nobody else: the values of the others are those that they have alone.
     if not failures.is_spoiled:
         there = {n: one for n, one in lines.saves.items() if n not in failures.lost.nodes}
         execution.fill(there if observed is None else observed.left(there))
     return prepared.plan, results
+
+
+def _run_plainly(run: Run, prepared: Prepared, single: Pass) -> list[Any] | None:
+    """Does what `run_once` does for a block of one pass with nothing to do around it, as most are.
+
+    Args:
+        run: the block, at which nobody looks.
+        prepared: how it is run.
+        single: the pass.
+
+    Returns:
+        What the pass returned; None if the model exchanged modules of its own in it.
+    """
+    lines, held, path = run.lines, prepared.exclusive, prepared.path
+    execution = Execution(lines.graph, prepared.plan, prepared.tree.modules)
+    with held:
+        result, missing, went = run_pass(
+            execution, single, run.procedure.views, held.hooks, run.model.caches
+        )
+    if path.now != path.then:
+        return None
+    if missing:
+        lacking = unexcused(lines.graph, prepared.plan, missing)
+        if lacking is not None:
+            raise missing_value(run, lacking, went)
+    execution.fill(lines.saves)
+    return [result]
 
 
 def prepare(run: Run, dry: bool = False) -> tuple[Prepared, list[Pass]]:
@@ -338,26 +369,6 @@ def run_passes(
     return results, None, None
 
 
-def verify(model: Subject, options: Mapping[str, Any], line: Mark) -> None:
-    """Raises if the model computes something else with what a value demands.
-
-    Args:
-        model: the model, with its weights.
-        options: the options that the value takes.
-        line: the line that reads it.
-
-    Raises:
-        OptionError: in that case.
-    """
-    if not model.vocabulary.verify(options):
-        raise OptionError(
-            "The attention of this model computes something else where its softmax can be "
-            "seen, which is known now that its weights are there: give "
-            "`attn_implementation='eager'` where the model is made.",
-            Location(*line),
-        )
-
-
 def _check_alike(run: Run) -> None:
     """Raises if a run in which the model changed itself was of prompts of several lengths."""
     if len({run.call(number).signature() for number in range(len(run.requests))}) > 1:
@@ -367,15 +378,3 @@ def _check_alike(run: Run) -> None:
             "of its own, in the order that you want; the model stays as the last has left it.",
             here(),
         )
-
-
-def _missing(run: Run, lacking: int, went: Arrivals | None) -> NeverRanError:
-    """The error for the node that reads a site at which something had to arrive."""
-    graph = run.lines.graph
-    site = graph[lacking].site
-    assert site is not None
-    try:
-        ran = run.probe(site.invocation).seen
-    except Exception:  # the probe only adds to the message
-        ran = None
-    return never_ran(graph, run.model.modules, site, ran, went)
