@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -51,3 +52,25 @@ def test_lists_are_inputs_of_each_run() -> None:
         model.output.save("output")
     for _ in range(2):
         assert model.run(tracer.job)["output"].shape == (2, 4)
+
+
+class Grouping(nn.Module):
+    """Adds to a group that may not be there yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, groups: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+        groups["new"].append(self.linear(groups["old"][0]))
+        return groups
+
+
+def test_a_dictionary_with_defaults_keeps_them() -> None:
+    given, model = defaultdict(list, old=[torch.ones(1, 4)]), Model(Grouping())
+    with model.trace(given):
+        assert model.output["new"][0].shape == (1, 4)
+        output = model.output.save()
+    expected = model.module.linear(torch.ones(1, 4))
+    torch.testing.assert_close(output.value["new"], [expected])
+    assert given.keys() == {"old"}

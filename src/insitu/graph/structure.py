@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, cast
@@ -44,6 +45,8 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
     if _is_kind_of(kind, dict):
         entries = cast("dict[Any, Any]", value)
         mapped = {key: map_structure(function, item) for key, item in entries.items()}
+        if _is_kind_of(kind, defaultdict):
+            return kind(cast("defaultdict[Any, Any]", value).default_factory, mapped)
         return mapped if kind is dict else kind(mapped)
     return function(value)
 
