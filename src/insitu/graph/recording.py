@@ -241,10 +241,10 @@ class Recording:
         """
         if not kwargs and len(args) == 1:  # as nearly always
             one = args[0]
+            if type(one) is torch.Tensor and not one.requires_grad and is_small(one):
+                return (one.clone(),), kwargs  # a copy that no line need know of
             if type(one) is str:
                 return args, kwargs
-            if type(one) is torch.Tensor and not one.requires_grad and is_small(one):
-                return (independent(one),), kwargs  # a copy that no line need know of
 
         def leaf(item: Any) -> Any:
             return self.hold(writable(item), mark) if isinstance(item, torch.Tensor) else item
@@ -329,7 +329,7 @@ class Recording:
         self.sites = {}
         self.fakes = {}
         if self.held:
-            self.held = NO_KWARGS
+            self.held = {}
         self.shapes = self.views = None
 
 

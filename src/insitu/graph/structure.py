@@ -281,8 +281,7 @@ def is_small(tensor: torch.Tensor) -> bool:
     Args:
         tensor: the tensor.
     """
-    plain = tensor.layout is torch.strided and not tensor.is_quantized
-    return plain and tensor.nbytes <= _SMALL
+    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.nbytes <= _SMALL
 
 
 def is_counted(tensor: torch.Tensor) -> bool:
