@@ -77,11 +77,18 @@ WRITES: list[Callable[[Any], Any]] = [
 ]
 
 
+@pytest.fixture(params=["gpt2", "llama"], scope="module")
+def unchanged(request: pytest.FixtureRequest) -> LanguageModel:
+    """A model that many tests share: each of them shows that its weights are as they were."""
+    return LanguageModel({"gpt2": tiny_gpt2, "llama": tiny_llama}[request.param]())
+
+
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("name", thinned(NAMES, [*NAMES][:3]))
 def test_a_write_is_refused_and_changes_nothing(
-    model: LanguageModel, name: str, write: Callable[[Any], Any]
+    unchanged: LanguageModel, name: str, write: Callable[[Any], Any]
 ) -> None:
+    model = unchanged
     if name == "W_gate" and model.module.config.model_type == "gpt2":
         pytest.skip("its MLP has no gate")
     before = state(model)
@@ -93,7 +100,8 @@ def test_a_write_is_refused_and_changes_nothing(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_a_block_too_whatever_is_written(model: LanguageModel, name: str) -> None:
+def test_in_a_block_too_whatever_is_written(unchanged: LanguageModel, name: str) -> None:
+    model = unchanged
     if name == "W_gate" and model.module.config.model_type == "gpt2":
         pytest.skip("its MLP has no gate")
     with pytest.raises(OperationError, match="is there to be read"), model.trace(IDS):
