@@ -14,7 +14,7 @@ from tests.thinning import sampled
 
 pytestmark = pytest.mark.no_wire
 FEW = 300
-MUTATIONS = int(os.environ.get("INSITU_MUTATIONS", "2000"))
+MUTATIONS = int(os.environ.get("INSITU_MUTATIONS", "500"))
 
 
 @pytest.mark.parametrize("count", sampled([FEW, MUTATIONS], [FEW]))
