@@ -24,14 +24,17 @@ torch.set_num_threads(1)
 # One of each kind of model: decoders with and without grouped heads, softcaps and sliding windows,
 # parallel blocks, experts, a state space, an encoder, and an encoder with a decoder.
 USUAL = frozenset(["gpt2", "llama", "gemma2", "gpt-neox", "mixtral", "mamba", "bert", "t5"])
+# Of these, `make test` runs those that share the least code. Encoders with a decoder are in
+# tests/models/test_encoder_decoder.py too. CI runs the others.
+FEW = USUAL - {"gemma2", "gpt-neox", "mixtral", "t5"}
 MANY = 20
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves models of the usual kinds of tests that go over all architectures; others are slow.
+    """Leaves a few models of tests that go over all architectures; others are slow or thorough.
 
-    What a change breaks, it breaks in one of these nearly always. `make test-all` and
-    `make architectures` run the rest.
+    What a change breaks, it breaks in one of the usual kinds nearly always. `make test` runs a few
+    of these, CI all of them, and `make test-all` and `make architectures` the rest too.
     """
     from tests.fidelity.zoo import ZOO  # of use only here, and not quickly imported
 
@@ -47,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item, name in found:
                 if name not in USUAL:
                     item.add_marker(pytest.mark.slow)
+                elif name not in FEW:
+                    item.add_marker(pytest.mark.thorough)
 
 
 def pytest_collection_finish() -> None:
