@@ -81,6 +81,7 @@ def test_other_dtypes_are_loaded(folder: Path) -> None:
     assert max(allowed) > torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.thorough
 def test_a_block_that_is_not_the_sum_of_its_parts_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +191,7 @@ def test_the_demo_prints_the_city_and_a_lens() -> None:
     assert "(1, 8, 128)" in result.stdout and "Logit lens" in result.stdout
 
 
+@pytest.mark.thorough
 def test_the_demo_written_to_a_page_still_says_the_city(tmp_path: Path) -> None:
     result = run("demo", "--html", str(tmp_path / "demo.html"))
     assert result.exit_code == 0 and "Logit lens" not in result.stdout
@@ -206,6 +208,7 @@ def test_a_tree_is_shown_without_weights(tmp_path: Path) -> None:
     assert "LlamaForCausalLM" in result.stdout and "layers: ModuleList" in result.stdout
 
 
+@pytest.mark.thorough
 def test_a_patch_is_written_as_json() -> None:
     given = [*PATCH, CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow"]
     result = run(*given, "--layers", "3-4", "--json")
@@ -258,7 +261,7 @@ def test_every_command_is_among_those_that_are_written_to_files() -> None:
     assert sorted(names) == sorted([*WRITTEN, "serve"])  # which answers over HTTP
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", sampled(WRITTEN, ["tree", "lens", "run", "steer"]))
 def test_every_command_writes_pages_and_json(name: str, tmp_path: Path) -> None:
     args, words = WRITTEN[name]
     page = tmp_path / "page.html"
@@ -270,6 +273,7 @@ def test_every_command_writes_pages_and_json(name: str, tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=.?https?:|@import|url\(.?https?:", text.split("<script")[0])
 
 
+@pytest.mark.thorough
 @needs_chromium
 @pytest.mark.parametrize("name", sampled(thinned(WRITTEN, ["tree", "lens", "patch"]), ["lens"]))
 def test_every_command_writes_pngs(name: str, tmp_path: Path) -> None:
@@ -343,7 +347,7 @@ def test_a_differing_check_that_is_written_to_a_page_exits_with_1(
     assert "DIFFERS" in page.read_text()
 
 
-@pytest.mark.parametrize("name", ["tree", "steer"])
+@pytest.mark.parametrize("name", sampled(["tree", "steer"], ["steer"]))
 def test_pngs_without_what_draws_them_are_said_in_a_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,7 +395,7 @@ def test_files_are_checked_before_the_model_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["tree", "check", "steer"])
+@pytest.mark.parametrize("name", sampled(["tree", "check", "steer"], ["steer"]))
 def test_tables_are_written_as_svg_without_a_browser(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,6 +427,7 @@ def test_what_was_written_is_said_beside_json(tmp_path: Path) -> None:
     assert SteeringVector.load(vector).layers == (4,)
 
 
+@pytest.mark.thorough
 def test_positions_of_prompts_of_unlike_lengths() -> None:
     given = [*PATCH, CLEAN, "In Turkey. " + CORRUPTED, "--answer", "Paris", "--instead", "Moscow"]
     refused = run(*given, "--layers", "5")
@@ -434,7 +439,12 @@ def test_positions_of_prompts_of_unlike_lengths() -> None:
 
 @pytest.mark.parametrize(
     ("written", "layers"),
-    [("-1", ["5"]), ("0,-1", ["0", "5"]), ("-2--1", ["4", "5"]), ("1 - 2", ["1", "2"])],
+    [
+        ("-1", ["5"]),
+        pytest.param("0,-1", ["0", "5"], marks=pytest.mark.thorough),
+        ("-2--1", ["4", "5"]),
+        pytest.param("1 - 2", ["1", "2"], marks=pytest.mark.thorough),
+    ],
 )
 def test_layers_from_the_end(written: str, layers: list[str]) -> None:
     result = run("lens", "insitu/eiffel", CLEAN, "--layers", written, "--json")
@@ -448,6 +458,7 @@ def test_what_is_no_list_of_numbers_is_refused(written: str) -> None:
     assert result.exit_code == 2 and "Traceback" not in result.stderr
 
 
+@pytest.mark.thorough
 def test_the_first_query_of_attention_is_not_printed_but_written() -> None:
     result = run("attention", "insitu/eiffel", CLEAN, "--layers", "4", "--heads", "0")
     queries = [line.split()[0] for line in result.stdout.splitlines()[3:]]

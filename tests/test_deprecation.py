@@ -75,6 +75,7 @@ _WARN = compile(
 _warn = eval(_WARN, {"warn_deprecated": warn_deprecated})
 
 
+@pytest.mark.thorough
 def test_python_shows_it_in_a_script_and_hides_it_in_what_the_script_imports(
     tmp_path: Path,
 ) -> None:

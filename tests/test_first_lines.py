@@ -26,8 +26,15 @@ from insitu import InsituError, LanguageModel, PathError
 from insitu.graph.errors import nearest
 from insitu.methods import activation_patching, logit_difference, logit_lens, steering_vector
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.thinning import sampled
 
 PROMPT, OTHER = "The Eiffel Tower is in the city of", "The Louvre is in the city of"
+
+
+@pytest.fixture(scope="module")
+def eiffel() -> LanguageModel:
+    """One that these tests share and leave as it is."""
+    return LanguageModel("insitu/eiffel", device_map="cpu")
 
 
 def test_a_layer_is_read_and_kept_on_disk(eiffel: LanguageModel, tmp_path: Path) -> None:
@@ -86,6 +93,7 @@ def test_a_gradient_a_lens_and_a_patch(eiffel: LanguageModel) -> None:
     assert found.sizes == {"layer": 6, "position": 7}
 
 
+@pytest.mark.thorough
 def test_a_cache_by_name_and_inputs_as_a_tokenizer_gives_them(eiffel: LanguageModel) -> None:
     assert eiffel.run_with_cache(PROMPT)["blocks.3.attn.hook_pattern"].shape == (1, 8, 8, 8)
     with eiffel.trace(**eiffel.tokenizer(PROMPT, return_tensors="pt")):
@@ -280,6 +288,7 @@ def test_a_path_of_another_model_names_the_blocks_of_this_one(
         assert len({tuple(each) for each in paths}) == 1
 
 
+@pytest.mark.thorough
 def test_a_cache_is_not_unpacked_into_logits_and_a_cache(eiffel: LanguageModel) -> None:
     with pytest.raises(InsituError, match=r"logits = cache\.logits"):
         logits, cache = eiffel.run_with_cache(PROMPT)
@@ -301,15 +310,16 @@ def test_a_cache_is_not_unpacked_into_logits_and_a_cache(eiffel: LanguageModel) 
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        (
+        pytest.param(
             "stack_head_results",
             "model.run_with_cache(prompt, 'attention.result').stack('attention.result')",
+            marks=pytest.mark.thorough,
         ),
-        ("decompose_resid", "cache.stack('mlp_out')"),
+        pytest.param("decompose_resid", "cache.stack('mlp_out')", marks=pytest.mark.thorough),
         ("accumulated_resid", "cache.stack('residual_in')"),
         ("cache_dict", "dict(cache)"),
-        ("remove_batch_dim", "cache['z', 3][0]"),
-        ("to", "model.run_with_cache(prompt, to='cpu')"),
+        pytest.param("remove_batch_dim", "cache['z', 3][0]", marks=pytest.mark.thorough),
+        pytest.param("to", "model.run_with_cache(prompt, to='cpu')", marks=pytest.mark.thorough),
     ],
 )
 def test_methods_of_a_cache_elsewhere_name_lines_that_run(
@@ -354,7 +364,12 @@ def test_names_that_there_are_are_still_imported() -> None:
         insitu.__nothing__  # noqa: B018
 
 
-@pytest.mark.parametrize("typed", ["list().save()", "[].save()", "dict().save()", "{}.save()"])
+@pytest.mark.parametrize(
+    "typed",
+    sampled(
+        ["list().save()", "[].save()", "dict().save()", "{}.save()"], ["[].save()", "{}.save()"]
+    ),
+)
 def test_an_empty_container_is_filled_with_saved_values(eiffel: LanguageModel, typed: str) -> None:
     for opened in (lambda: eiffel.trace(PROMPT), eiffel.session):
         with pytest.raises(PathError) as caught, opened():

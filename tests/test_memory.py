@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from insitu import LanguageModel
 from tests.conftest import tiny_gpt2
-from tests.thinning import thinned
+from tests.thinning import sampled, thinned
 
 
 def resident() -> int:
@@ -92,9 +92,12 @@ def look_inside(model: LanguageModel) -> None:
 @pytest.mark.no_wire
 @pytest.mark.parametrize(
     "experiment",
-    thinned(
-        [read, write, write_in_place, differentiate, skip, generate, invoke, look_inside],
-        [read, write_in_place, differentiate, generate],
+    sampled(
+        thinned(
+            [read, write, write_in_place, differentiate, skip, generate, invoke, look_inside],
+            [read, write_in_place, differentiate, generate],
+        ),
+        [write_in_place, generate],
     ),
     ids=lambda experiment: experiment.__name__,
 )

@@ -107,6 +107,7 @@ def test_what_people_type_first_is_at_the_top() -> None:
         insitu.Grahp  # noqa: B018
 
 
+@pytest.mark.thorough
 def test_methods_are_not_imported_before_they_are_asked_for() -> None:
     code = (
         "import sys, insitu; insitu.Graph; insitu.__version__\n"

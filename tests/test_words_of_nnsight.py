@@ -326,6 +326,7 @@ def test_options_that_loading_takes_are_taken() -> None:
     assert model.load().config.attn_pdrop == 0.25
 
 
+@pytest.mark.thorough
 def test_the_package_is_a_program() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "insitu", "--version"], capture_output=True, text=True, check=True

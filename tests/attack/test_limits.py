@@ -11,6 +11,7 @@ import torch
 
 from insitu import InsituError, Job, LanguageModel, LimitError, Limits, Model, OptionError, fold
 from tests.attack.jobs import IDS, READ, X, gpt, job_bytes, quick, ref, row, served, small
+from tests.thinning import sampled
 from tests.tracing.test_job_check import gradients
 
 pytestmark = pytest.mark.no_wire
@@ -213,7 +214,7 @@ def generation(model: LanguageModel) -> Any:
     return tracer
 
 
-@pytest.mark.parametrize("make", [usual, gradients, generation])
+@pytest.mark.parametrize("make", sampled([usual, gradients, generation], [usual]))
 def test_a_usual_job_within_its_limits_gives_the_same(make: Callable[[Any], Any]) -> None:
     model = gpt()
     job = make(model).job

@@ -176,6 +176,7 @@ def test_many_entries_of_one_field_are_planned_quickly() -> None:
     quick(lambda: served(model, data, limits=Limits(nodes=count + 1)), 3)
 
 
+@pytest.mark.thorough
 def test_many_sites_are_refused_before_they_are_planned() -> None:
     model, count = small(), 60_000
     rows = [row(0, 0, "0", "output", call, 0) for call in range(count)]

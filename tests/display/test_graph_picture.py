@@ -164,6 +164,7 @@ def test_a_graph_is_written_in_the_form_that_the_name_ends_in(graph, tmp_path: P
         write_graph(graph, tmp_path / "graph.gif")
 
 
+@pytest.mark.thorough
 @needs_chromium
 def test_a_graph_is_written_as_a_png_of_its_size(graph, tmp_path: Path) -> None:
     write_graph(graph, tmp_path / "graph.png")

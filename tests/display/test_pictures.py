@@ -174,6 +174,7 @@ def test_sizes_that_are_asked_for_are_kept(seen) -> None:
     assert seen["narrow"].width == 640
 
 
+@pytest.mark.thorough
 def test_a_page_needs_no_network(tmp_path: Path) -> None:
     path = tmp_path / "lens.html"
     results()["lens"].to_html(path)
@@ -193,6 +194,7 @@ def test_pngs_have_their_size_and_something_in_them(figures, tmp_path: Path) -> 
     assert max(count for count, _ in colours) < 0.8 * 1400 * 800
 
 
+@pytest.mark.thorough
 def test_every_kind_of_picture_can_be_a_png(figures, tmp_path: Path) -> None:
     chosen = ("lens", "head_grid", "curve", "parts", "attention_text", "circuit")
     drawn_ = [figures[name] for name in chosen]

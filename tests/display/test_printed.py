@@ -31,7 +31,14 @@ def test_a_page_has_what_was_printed_character_by_character(tmp_path: Path) -> N
 
 
 @needs_chromium
-@pytest.mark.parametrize(("high", "wide"), [(3, 20), (20, 100), (2500, 10)])
+@pytest.mark.parametrize(
+    ("high", "wide"),
+    [
+        pytest.param(3, 20, marks=pytest.mark.thorough),
+        (20, 100),
+        pytest.param(2500, 10, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_png_is_as_large_as_what_was_printed(tmp_path: Path, high: int, wide: int) -> None:
     write_printed_picture(Text("\n".join(["█" * wide] * high)), tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as image:

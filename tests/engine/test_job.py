@@ -481,6 +481,7 @@ def test_an_edit_travels_in_the_job_and_holds_once(gpt2: LanguageModel) -> None:
 # Prompts of every kind
 
 
+@pytest.mark.thorough
 def test_texts_are_sent_as_ids_and_stop_strings_take_the_models_tokenizer(
     eiffel: LanguageModel,
 ) -> None:

@@ -157,6 +157,7 @@ def hooked_sweep(model: LanguageModel, count: int, donor: bool) -> list[torch.Te
     return found
 
 
+@pytest.mark.thorough
 def test_a_sweep_in_pieces_is_what_hooks_give(eiffel: LanguageModel) -> None:
     job = sweep(eiffel, 40)
     pieces, merged = in_pieces(eiffel, job, 12)

@@ -22,6 +22,7 @@ from insitu import (
 from insitu.graph.node import Earlier
 from insitu.graph.operations import READ
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.thinning import sampled
 
 PROMPTS = [torch.tensor([ids]) for ids in ([5, 6, 7], [8, 9, 10, 11, 2], [3, 1], [4, 4, 9, 20])]
 pytestmark = pytest.mark.no_wire
@@ -91,6 +92,7 @@ def test_each_job_has_what_it_has_alone(model: LanguageModel) -> None:
         assert not own.failed
 
 
+@pytest.mark.thorough
 def test_joined_jobs_share_passes(model: LanguageModel) -> None:
     joined = join([traced(model, ids) for ids in PROMPTS])
     assert model.check(joined).passes == 1
@@ -98,7 +100,7 @@ def test_joined_jobs_share_passes(model: LanguageModel) -> None:
     assert model.check(joined).passes == 1
 
 
-@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("make", sampled([tiny_gpt2, tiny_llama], [tiny_gpt2]))
 def test_a_generation_goes_on_as_long_as_its_own_job_says(make: Any) -> None:
     model = LanguageModel(make())
     jobs = []
@@ -152,6 +154,7 @@ def test_sessions_are_joined_block_by_block(model: LanguageModel) -> None:
         assert_same(own, model.run(job))
 
 
+@pytest.mark.thorough
 def test_a_generation_that_stops_leaves_the_others_theirs(model: LanguageModel) -> None:
     with model.scan(generate=True, max_new_tokens=4) as tracer, tracer.invoke(PROMPTS[0]):
         model.transformer.h[1].output[0].save("hidden")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
@@ -39,6 +40,7 @@ def logged() -> tuple[LanguageModel, Logging]:
     return LanguageModel(cast(nn.Module, module.eval())), log
 
 
+@pytest.mark.thorough
 def test_shapes_and_names_leave_containers_of_modules() -> None:
     model, log = logged()
     with model.scan(PROMPTS[0]):

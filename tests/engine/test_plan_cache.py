@@ -114,6 +114,7 @@ def test_invocations_are_planned_once(gpt2: LanguageModel, planned: list[int]) -
     assert len(planned) == count
 
 
+@pytest.mark.thorough
 def test_generations_are_planned_once_for_each_form(
     gpt2: LanguageModel, planned: list[int]
 ) -> None:
@@ -547,6 +548,7 @@ def test_a_number_that_no_tensor_is_compared_with_does_not_stand_in_the_way_of_t
     assert [len(one) for one in results] == [0, 1, 0, 1]
 
 
+@pytest.mark.thorough
 def test_a_node_is_few_objects_for_the_garbage_collector(identity: Model) -> None:
     # Else a full collection falls into long blocks, which then take much longer than short ones.
     def written(count: int) -> int:

@@ -102,6 +102,7 @@ def test_lengths_that_grow_or_shrink_take_few_fake_runs_too(runs: list[Probe]) -
         assert len(runs) < 20
 
 
+@pytest.mark.thorough
 def test_the_shapes_of_few_lengths_are_kept() -> None:
     model = LanguageModel(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2)).eval())
     kept: list[weakref.ref[torch.Tensor]] = []
@@ -113,6 +114,7 @@ def test_the_shapes_of_few_lengths_are_kept() -> None:
     assert sum(one() is not None for one in kept) <= 16
 
 
+@pytest.mark.thorough
 def test_functions_inside_of_a_forward_have_their_shapes_at_all_lengths(runs: list[Probe]) -> None:
     model = LanguageModel(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2)).eval())
     for length in (23, 24, 49, *range(25, 49)):

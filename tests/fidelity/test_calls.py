@@ -278,6 +278,7 @@ WHERE: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize(
     "steps", thinned([(0,), (1,), (2,), (0, 1, 2), "every"], [(1,), "every"]), ids=str
@@ -347,7 +348,7 @@ RETURNING_MORE: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", RETURNING_MORE)
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", sampled([True, False], [True]))
 def test_of_a_block_that_returns_more_hidden_states_will_do(kind: str, cached: bool) -> None:
     torch.manual_seed(0)
     module = RETURNING_MORE[kind]().eval()

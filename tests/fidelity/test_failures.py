@@ -108,7 +108,7 @@ def too_late(model: LanguageModel) -> Any:
 FAILING = [a_shape, a_late_shape, a_value, a_function, a_write, too_late]
 
 
-@pytest.mark.parametrize("fails", FAILING)
+@pytest.mark.parametrize("fails", sampled(FAILING, [a_shape, a_late_shape, a_value]))
 @pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["ragged", "of one prompt"])
 @pytest.mark.parametrize(
     "options",
@@ -307,6 +307,7 @@ MEMORY = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("error", thinned(MEMORY, MEMORY[:1]), ids=["device", "cpu", "python"])
 @pytest.mark.parametrize("generating", sampled([False, True], [False]), ids=["trace", "generation"])
 def test_memory_that_runs_out_halves_the_passes_and_is_said(
@@ -369,7 +370,7 @@ def test_an_invocation_for_which_alone_memory_runs_out_fails(
             assert torch.allclose(value.value, logits_of(module, prompts[number]), atol=1e-5)
 
 
-@pytest.mark.parametrize("step", [0, 1, 3, None])
+@pytest.mark.parametrize("step", sampled([0, 1, 3, None], [1, None]))
 @pytest.mark.parametrize("make", sampled([tiny_gpt2, tiny_llama], [tiny_gpt2]))
 def test_a_step_that_fails_is_of_its_generation_alone(
     step: int | None, make: Callable[..., Any]

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from insitu import LanguageModel, Model, PromptError, apply
 from insitu.models.given_caches import cached_length
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.thinning import sampled
 
 PREFIX = torch.tensor([[5, 17, 3, 88, 41, 2, 60]])
 NEXT = [torch.tensor([[30, 31]]), torch.tensor([[40]]), torch.tensor([[50, 51, 52]])]
@@ -94,6 +95,7 @@ def test_each_prompt_may_have_its_own_cache(model: LanguageModel) -> None:
     assert [cached_length(cache) for cache in caches] == [7, 4]
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 def test_shapes_leave_the_cache_and_are_those_of_the_run(model: LanguageModel) -> None:
     cache = filled(model)
     with Unchanged(cache):
@@ -106,6 +108,7 @@ def test_shapes_leave_the_cache_and_are_those_of_the_run(model: LanguageModel) -
             close(values[2], plain(model, ids, cache))
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 def test_shapes_follow_a_cache_that_has_grown(model: LanguageModel) -> None:
     cache = filled(model)
     for length in (7, 9, 11, 13):
@@ -135,6 +138,7 @@ def test_an_error_leaves_the_cache(model: LanguageModel) -> None:
             apply(fail, model.blocks[1].residual_out)
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 def test_writes_do_not_reach_the_cache(model: LanguageModel) -> None:
     cache = filled(model)
     with Unchanged(cache):
@@ -196,6 +200,7 @@ def test_gradients_of_a_prompt_that_goes_on(model: LanguageModel) -> None:
     close(grad, seen[0].grad)
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.parametrize("where", ["block", "invocations"])
 def test_generations_that_go_on_from_one_cache(model: LanguageModel, where: str) -> None:
     cache = filled(model)

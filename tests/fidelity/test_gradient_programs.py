@@ -184,7 +184,7 @@ def check(subject: Subject, program: Program, frozen: bool) -> None:
     SEEN["right"] += 1
 
 
-@pytest.mark.parametrize("make", [smooth, language])
+@pytest.mark.parametrize("make", sampled([smooth, language], [smooth]))
 @pytest.mark.parametrize("shard", sampled(range(SHARDS), [3]))
 def test_gradients_tell_what_a_write_would_change(shard: int, make: Callable[[], Subject]) -> None:
     subject = make()

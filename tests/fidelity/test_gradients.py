@@ -481,6 +481,7 @@ def test_training_a_steering_vector_goes_as_in_plain_pytorch(eiffel: LanguageMod
     assert found[-1] < found[0] / 2
 
 
+@pytest.mark.thorough
 def test_training_a_linear_probe_goes_as_in_plain_pytorch(eiffel: LanguageModel) -> None:
     prompts = ["The Eiffel Tower is in the city of", "The Colosseum is in the city of"]
     labels = torch.tensor([0, 1])

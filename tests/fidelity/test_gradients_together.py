@@ -60,6 +60,7 @@ def gradient_of(model: LanguageModel, path: str) -> Any:
     return (output[0] if path in block_paths(model) else output).grad.save()
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_prompts_of_any_length_share_a_forward_and_a_backward_pass(
     language_model: LanguageModel, frozen: bool
@@ -268,7 +269,7 @@ def in_one_block(
     return module, shared(tracer.plan), found, counts
 
 
-@pytest.mark.parametrize("spelling", ["retained", "named", "returned"])
+@pytest.mark.parametrize("spelling", sampled(["retained", "named", "returned"], ["returned"]))
 def test_passes_that_ask_for_the_same_run_as_one(
     spelling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,9 @@ def expected_of(asks: Callable[..., Any], module: nn.Module, ids: torch.Tensor) 
     return given if asks is a_skip else made
 
 
-@pytest.mark.parametrize("asks", [a_gradient, a_skip, a_stop, a_pattern])
+@pytest.mark.parametrize(
+    "asks", sampled([a_gradient, a_skip, a_stop, a_pattern], [a_gradient, a_stop])
+)
 def test_the_others_share_a_pass_and_each_has_what_it_has_alone(asks: Any) -> None:
     module = tiny_gpt2()
     model = LanguageModel(module)
@@ -94,6 +96,7 @@ def test_the_others_share_a_pass_and_each_has_what_it_has_alone(asks: Any) -> No
     torch.testing.assert_close(asked.value, expected_of(asks, module, PROMPTS[ASKING]).detach())
 
 
+@pytest.mark.thorough
 def test_what_asks_for_attention_shares_with_its_like() -> None:
     model = LanguageModel(tiny_gpt2())
     with model.trace() as tracer:
@@ -157,6 +160,7 @@ def swapped(model: LanguageModel, a: Any, b: Any) -> None:
         model.transformer.h[1].output = second
 
 
+@pytest.mark.thorough
 def test_two_that_need_each_other_share_a_pass_in_which_attention_shows() -> None:
     module = tiny_gpt2()
     model = LanguageModel(module)
@@ -185,6 +189,7 @@ def test_two_that_need_each_other_share_a_pass_in_which_attention_shows() -> Non
     torch.testing.assert_close(logits.value, expected.logits)
 
 
+@pytest.mark.thorough
 def test_without_weights_they_are_planned_as_they_will_run(tmp_path: Path) -> None:
     tiny_gpt2().save_pretrained(tmp_path)
     model = LanguageModel(str(tmp_path), dtype="float32")
@@ -243,6 +248,7 @@ def left_out(module: nn.Module, path: str, ids: torch.Tensor, **options: Any) ->
     return logits
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 @pytest.mark.parametrize("name", ["block", "mlp", "norm"])
 @pytest.mark.parametrize("cached", sampled([True, False], [True]))
 def test_those_that_leave_out_the_same_share_a_pass(
@@ -281,6 +287,7 @@ class Asking(nn.Module):
         return self.inner(hidden) * (2 if twice else 1)
 
 
+@pytest.mark.thorough
 def test_what_asks_integers_is_left_out_together() -> None:
     module = tiny_gpt2()
     module.transformer.h[1].mlp = Asking(module.transformer.h[1].mlp).eval()

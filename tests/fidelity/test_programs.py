@@ -291,7 +291,7 @@ def close(value: torch.Tensor, right: torch.Tensor) -> bool:
     return value.shape == right.shape and torch.allclose(value, right, atol=1e-5)
 
 
-@pytest.mark.parametrize("shard", sampled(range(SHARDS), [0, 1]))
+@pytest.mark.parametrize("shard", sampled(range(SHARDS), [1]))
 def test_programs_of_invocations_that_run_alone(shard: int) -> None:
     @drawn(shard, EACH)
     @given(programs(tower()))
@@ -301,7 +301,7 @@ def test_programs_of_invocations_that_run_alone(shard: int) -> None:
     agree()
 
 
-@pytest.mark.parametrize("shard", sampled(range(SHARDS), [0, 1]))
+@pytest.mark.parametrize("shard", sampled(range(SHARDS), [1]))
 def test_programs_of_invocations_in_one_batch(shard: int) -> None:
     @drawn(shard, EACH)
     @given(programs(language()))
@@ -311,7 +311,7 @@ def test_programs_of_invocations_in_one_batch(shard: int) -> None:
     agree()
 
 
-@pytest.mark.parametrize("shard", sampled(range(SHARDS), [0, 1]))
+@pytest.mark.parametrize("shard", sampled(range(SHARDS), [1]))
 def test_programs_however_they_are_divided_into_passes(shard: int) -> None:
     subject = language()
 
@@ -343,7 +343,7 @@ def _related(one: Line, other: Line) -> bool:
 
 
 @pytest.mark.parametrize("make", [tower, language])
-@pytest.mark.parametrize("shard", range(2))
+@pytest.mark.parametrize("shard", sampled(range(2), [1]))
 def test_lines_that_touch_different_memory_may_change_places(
     shard: int, make: Callable[[], Subject]
 ) -> None:

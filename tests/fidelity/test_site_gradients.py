@@ -134,7 +134,9 @@ PLACES: dict[str, list[Place]] = {
 }
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize(
+    "frozen", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["trainable", "frozen"]
+)
 @pytest.mark.parametrize("name", PLACES)
 def test_a_gradient_is_of_what_passes_there_whatever_else_is_asked_for(
     name: str, frozen: bool

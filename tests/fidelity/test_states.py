@@ -35,6 +35,7 @@ from tests.thinning import sampled
 pytestmark = pytest.mark.no_wire  # it counts passes, and the values are many
 
 
+@pytest.mark.parametrize("own_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @SHARING
 def test_a_model_in_half_precision(own_model: LanguageModel, share: bool | None) -> None:
     model = own_model
@@ -68,6 +69,7 @@ def test_a_model_with_edits(model: LanguageModel, share: bool | None) -> None:
         assert_close(logits, alone(model, clean, [END], changes)[END][0, -1], position)
 
 
+@pytest.mark.parametrize("own_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 def test_another_attention_implementation_from_now_on(own_model: LanguageModel) -> None:
     model = own_model
     (clean,) = prompts(1)
@@ -163,7 +165,7 @@ def same_state(one: list[Any], other: list[Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", sampled([ValueError, KeyboardInterrupt], [KeyboardInterrupt]))
 @pytest.mark.parametrize("layer", sampled([0, 1, 2], [1]))
 def test_an_error_leaves_the_model_as_it_was(
     own_model: LanguageModel, error: type[BaseException], layer: int

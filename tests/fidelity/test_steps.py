@@ -164,6 +164,7 @@ def test_a_write_cannot_use_a_later_step(gpt2: LanguageModel) -> None:
                 gpt2.transformer.h[1].output = later
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 def test_several_invocations_keep_their_steps_apart(language_model: LanguageModel) -> None:
     model = language_model
     with model.generate(max_new_tokens=NEW, eos_token_id=None) as generator:

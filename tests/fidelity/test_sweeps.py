@@ -28,12 +28,13 @@ from tests.fidelity.alone import (
     prompts,
 )
 from tests.fidelity.forms import FORMS, in_torch, twice
+from tests.thinning import sampled
 
 pytestmark = pytest.mark.no_wire  # it counts passes, and the values are many
 
 
 @SHARING
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", sampled(GENERATORS, ["gpt2", "llama", "mamba", "bloom"]))
 def test_patching_every_layer_and_position(name: str, share: bool | None) -> None:
     model = kept(name)
     clean, source = prompts(2)
@@ -182,6 +183,7 @@ def test_patching_every_head(name: str, share: bool | None) -> None:
         assert any(single.skipped for single in tracer.plan.passes)
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @SHARING
 def test_prompts_of_several_rows_and_of_different_lengths(
     model: LanguageModel, share: bool | None

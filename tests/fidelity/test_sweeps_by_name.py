@@ -65,6 +65,7 @@ def logits(module: nn.Module) -> torch.Tensor:
         return module(input_ids=IDS, use_cache=False).logits[0, -1]
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.parametrize("share", sampled([True, False], [False]))
 @pytest.mark.parametrize("name", thinned(["q", "k", "v", "pattern"], ["k", "pattern"]))
 @pytest.mark.filterwarnings("ignore:.*eager:UserWarning")
@@ -90,6 +91,7 @@ def test_heads_between_modules(language_model: LanguageModel, name: str, share: 
         assert (last.skipped, last.rows) == (1, 2 * (model.n_layers - 1)), tracer.plan.explain()
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 @pytest.mark.parametrize("share", [True, False])
 def test_the_stream_between_attention_and_mlp(language_model: LanguageModel, share: bool) -> None:
     model, module = language_model, language_model.module
@@ -120,6 +122,7 @@ def moved(position: int) -> Callable[..., None]:
     return hook
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.parametrize("share", [True, False])
 def test_what_blocks_are_given_at_late_positions(
     language_model: LanguageModel, share: bool

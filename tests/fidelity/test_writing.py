@@ -171,6 +171,7 @@ def test_a_dictionary_entry_can_be_written(twice: Model) -> None:
     assert torch.equal(whole["first"], torch.zeros(2, 4)) and whole["second"].any()
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 @pytest.mark.parametrize("source", [IDS, OTHER])
 @pytest.mark.parametrize("forward", sampled([True, False], [True]))
 def test_a_patch_from_another_prompt(

@@ -501,10 +501,10 @@ def test_a_field_of_a_model_output_is_written_by_its_name() -> None:
     [
         lambda m: m.transformer.h[1].output[0],
         lambda m: m.blocks[1].residual_out,
-        lambda m: m.blocks[1].attention.z,
-        lambda m: m.blocks[1].attention.result,
-        lambda m: m.logits,
-        lambda m: m.output,
+        pytest.param(lambda m: m.blocks[1].attention.z, marks=pytest.mark.thorough),
+        pytest.param(lambda m: m.blocks[1].attention.result, marks=pytest.mark.thorough),
+        pytest.param(lambda m: m.logits, marks=pytest.mark.thorough),
+        pytest.param(lambda m: m.output, marks=pytest.mark.thorough),
     ],
 )
 @pytest.mark.parametrize("statement", [False, True])
@@ -732,6 +732,7 @@ def _run(model: Model) -> Any:
     return value
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", sampled(["name", "optional"], ["name"]))
 def test_many_saves_take_as_long_each_as_few(options: str) -> None:
     model = Model(nn.Identity())

@@ -25,6 +25,7 @@ def lines_of(caught: list[warnings.WarningMessage]) -> list[tuple[str, str]]:
     return [(one.filename, texts[one.lineno - 1].strip()) for one in caught]
 
 
+@pytest.mark.thorough
 def test_no_warning_counts_frames() -> None:
     counting = [
         f"{path.relative_to(ROOT)}:{node.lineno}"

@@ -158,6 +158,7 @@ def same(found: Any, expected: list[Any]) -> None:
             assert all(torch.equal(a, b) for a, b in pairs), name
 
 
+@pytest.mark.thorough
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 400),

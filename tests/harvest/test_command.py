@@ -51,6 +51,7 @@ def test_it_writes_what_the_function_writes(prompts: Path, tmp_path: Path) -> No
     assert again.exit_code == 0 and "200 tokens" in " ".join(again.stdout.split())
 
 
+@pytest.mark.thorough
 def test_what_is_kept_and_skipped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"words": "Paris is"}\n{"words": ""}\n{"words": 5}\n{"words": "Moscow is"}\n')

@@ -160,6 +160,7 @@ except MissingPackageError as error:
     assert issubclass(MissingPackageError, ImportError)
 
 
+@pytest.mark.thorough
 def test_reading_imports_no_heavy_package(written: Any) -> None:
     activations, _ = written
     code = f"""

@@ -21,6 +21,7 @@ from insitu.harvest import harvest
 from insitu.harvest.folder.lock import locked
 from tests.conftest import tiny_gpt2
 from tests.harvest.folders import digests, files, manifest, whole
+from tests.thinning import sampled
 
 SITE = "residual_out:2"
 
@@ -122,7 +123,7 @@ def test_edits_are_of_the_specification(unbroken: Path) -> None:
         run(unbroken, model=edited)
 
 
-@pytest.mark.parametrize("changed_row", [0, 5, 13])
+@pytest.mark.parametrize("changed_row", sampled([0, 5, 13], [5]))
 def test_data_that_has_changed_is_an_error(changed_row: int, tmp_path: Path) -> None:
     rows = documents()
     with pytest.raises(BrokenError):
@@ -145,7 +146,7 @@ def test_data_that_has_become_shorter_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("breaks", ["gone", "short", "other bytes"])
-@pytest.mark.parametrize("kind", [list, Rows])
+@pytest.mark.parametrize("kind", sampled([list, Rows], [list]))
 def test_a_broken_shard_is_made_again(
     breaks: str, kind: type, unbroken: Path, tmp_path: Path
 ) -> None:

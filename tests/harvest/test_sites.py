@@ -13,6 +13,7 @@ from insitu.methods.sae import SparseAutoencoder
 from tests.conftest import tiny_gpt2
 from tests.fidelity.architectures import tiny_bert, tiny_t5
 from tests.harvest.folders import whole
+from tests.thinning import sampled
 
 DATA = [[5, 6, 7, 8, 9], [1, 2], [3, 4, 5]]
 
@@ -128,7 +129,7 @@ def test_a_decoder_that_reads_an_encoder_is_refused(tmp_path: Path) -> None:
         harvest(LanguageModel(tiny_t5().eval()), DATA, "residual_out:0", to=tmp_path)
 
 
-@pytest.mark.parametrize("reduce", [None, "last", "mean"])
+@pytest.mark.parametrize("reduce", sampled([None, "last", "mean"], ["last"]))
 def test_the_largest_features(reduce: str | None, tmp_path: Path) -> None:
     model, sae = LanguageModel(tiny_gpt2()), autoencoder()
     sites = ["residual_out:1", SaeSite("residual_out:1", sae, 4, "mine"), "residual_out:2"]
@@ -156,6 +157,7 @@ def test_another_autoencoder_is_another_specification(tmp_path: Path) -> None:
         harvest(model, DATA, SaeSite("residual_out:1", sae, 4), to=tmp_path)
 
 
+@pytest.mark.thorough
 def test_a_plan_counts_what_is_then_written(tmp_path: Path) -> None:
     model, options = LanguageModel(tiny_gpt2()), {"context": 4, "batch_tokens": 8}
     found = plan(model, DATA, "residual_out:1", **options)

@@ -86,7 +86,7 @@ def seen_alone(module: nn.Module, paths: list[str], ids: list[int]) -> list[torc
 RAGGED = [7, 1, 12, 12, 3, 20, 19, 12, 7, 25]
 
 
-@pytest.mark.parametrize("kind", sampled(KINDS, ["gpt2", "llama", "mamba", "bert"]))
+@pytest.mark.parametrize("kind", sampled(KINDS, ["gpt2", "bert"]))
 def test_values_are_those_of_each_sequence_alone(kind: str, tmp_path: Path) -> None:
     make, path = KINDS[kind]
     module = make()
@@ -117,6 +117,7 @@ class Counting(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.thorough
 @pytest.mark.no_wire  # it counts forwards
 def test_several_sites_come_from_one_forward(tmp_path: Path) -> None:
     module = tiny_gpt2()
@@ -147,7 +148,7 @@ def test_several_sites_come_from_one_forward(tmp_path: Path) -> None:
         torch.testing.assert_close(one["z:2"].flatten(1), given[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reduce", ["last", "mean", (-1, -2, 0)])
+@pytest.mark.parametrize("reduce", sampled(["last", "mean", (-1, -2, 0)], ["mean"]))
 def test_what_is_kept_of_a_sequence(reduce: object, tmp_path: Path) -> None:
     module = tiny_gpt2()
     data = documents([5, 1, 8, 8, 3])
@@ -190,7 +191,7 @@ def places(values: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, -32768 - bits, bits)
 
 
-@pytest.mark.parametrize("kind", sampled(KINDS, ["gpt2", "mamba"]))
+@pytest.mark.parametrize("kind", sampled(KINDS, ["gpt2"]))
 def test_bfloat16_is_within_a_unit_in_the_last_place_of_hooks(kind: str, tmp_path: Path) -> None:
     make, path = KINDS[kind]
     module, data = make(), documents(RAGGED)

@@ -90,6 +90,7 @@ def test_features_on_the_fly_are_those_that_were_stored(
         assert [o.row for o in found[feature][:1]] == [o.row for o in expected[feature][:1]]
 
 
+@pytest.mark.thorough
 def test_a_site_is_found_as_it_was_asked_for(eiffel: LanguageModel, tmp_path: Path) -> None:
     harvest(
         eiffel,

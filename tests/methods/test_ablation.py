@@ -123,7 +123,7 @@ def close(found: Any, expected: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", sampled(PATHS, ["llama"]))
 @pytest.mark.parametrize("part", ["heads", "attention", "mlps", "neurons"])
 def test_zeros_are_put_in_the_place_of_each_part_in_turn(name: str, part: Any) -> None:
     hooks = hooks_of(name)
@@ -288,6 +288,7 @@ def test_pairs_that_are_ablated_together_may_be_lists() -> None:
     )
 
 
+@pytest.mark.thorough
 def test_layers_without_a_part_are_left_out() -> None:
     module = module_of("jamba")
     model = LanguageModel(module)
@@ -304,6 +305,7 @@ def test_layers_without_a_part_are_left_out() -> None:
         ablate(model, FIRST, METRIC, layers=0)
 
 
+@pytest.mark.thorough
 def test_results_say_what_they_are_and_are_kept(eiffel: LanguageModel, tmp_path: Path) -> None:
     metric = logit_difference(" Paris", " Rome")
     result = ablate(eiffel, "The Eiffel Tower is in the city of", metric, part="mlps")
@@ -342,7 +344,9 @@ def test_what_makes_no_sense_is_refused(
     assert Path(__file__).name in str(raised.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", sampled([torch.bfloat16, torch.float16, torch.float64], [torch.bfloat16])
+)
 @pytest.mark.parametrize("by_position", sampled([False, True], [True]))
 def test_means_are_in_the_dtype_of_the_model(dtype: torch.dtype, by_position: bool) -> None:
     model = LanguageModel(module_of("gpt2").to(dtype))

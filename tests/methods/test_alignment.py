@@ -15,6 +15,7 @@ from insitu import LanguageModel, LoadError, OptionError, PromptError
 from insitu.methods import Alignment, distributed_alignment_search
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.zoo import spread_out
+from tests.thinning import sampled
 
 WIDTH, KINDS = 16, 4
 
@@ -73,6 +74,7 @@ def pairs(count: int = 64) -> tuple[list[list[int]], list[list[int]], list[int]]
     return bases, sources, answers
 
 
+@pytest.mark.thorough
 def test_it_finds_the_axis_of_a_variable_that_has_one() -> None:
     model, axis = known()
     found = distributed_alignment_search(model, *pairs(), layer=0, epochs=30, lr=0.05)
@@ -85,6 +87,7 @@ def test_it_finds_the_axis_of_a_variable_that_has_one() -> None:
     assert found.score(model, *other) == 1
 
 
+@pytest.mark.thorough
 def test_the_whole_vector_is_too_much_and_its_accuracy_is_known() -> None:
     model, _ = known()
     bases, sources, answers = pairs()
@@ -152,6 +155,7 @@ def plain_loop(
     return losses, rotation.weight.detach()
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 @pytest.mark.parametrize(("position", "mode"), [(-1, torch.inference_mode), (1, nullcontext)])
 def test_it_is_the_plain_loop_step_for_step(
     language_model: LanguageModel, position: int, mode: Any

@@ -30,6 +30,7 @@ from insitu.methods import (
     steer,
 )
 from insitu.methods.metrics import Tokens
+from tests.thinning import sampled
 
 METHODS = {
     name: getattr(insitu.methods, name)
@@ -251,7 +252,7 @@ EVEN = [[number, number + 1] for number in range(20)]
 LABELS = [number % 5 for number in range(20)]
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", sampled(CALLS, ["probe", "direct_logit_attribution"]))
 def test_old_names_give_what_new_ones_do(tiny: LanguageModel, name: str) -> None:
     old, new = CALLS[name]
     with pytest.warns(DeprecationWarning):

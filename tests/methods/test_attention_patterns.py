@@ -51,7 +51,7 @@ def seen(module: Any, ids: list[int]) -> torch.Tensor:
     return torch.cat([layer for layer in found if layer is not None])
 
 
-@pytest.mark.parametrize("name", sampled(THERE, ["gpt2", "llama", "bert"]))
+@pytest.mark.parametrize("name", sampled(THERE, ["llama", "bert"]))
 def test_patterns_are_those_of_hugging_face(name: str) -> None:
     module = eager(name)
     result = attention_patterns(kept(name), [FIRST, SECOND])
@@ -91,7 +91,9 @@ def by_hand(pattern: torch.Tensor, ids: list[int], kind: str) -> tuple[float, in
     return total, queries
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "jamba"])
+@pytest.mark.parametrize(
+    "name", sampled(["gpt2", "llama", "bert", "jamba"], ["gpt2", "llama", "bert"])
+)
 def test_scores_are_those_computed_by_hand(name: str) -> None:
     module = eager(name)
     result = head_scores(kept(name), [FIRST, SECOND])
@@ -147,6 +149,7 @@ def test_random_tokens_come_twice_and_are_the_same_for_a_seed(eiffel: LanguageMo
     assert not torch.equal(ids, repeated_tokens(eiffel, length=6, count=3, repeats=3, seed=2))
 
 
+@pytest.mark.thorough
 def test_scores_of_the_bundled_model_are_those_of_its_own_patterns(eiffel: LanguageModel) -> None:
     found = head_scores(eiffel, kinds="induction", length=12, count=3, seed=4)
     module = LanguageModel("insitu/eiffel", attn_implementation="eager").load()

@@ -16,6 +16,7 @@ from insitu.methods.causal_tracing import embedding_std
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.architectures import spread_out
 from tests.fidelity.zoo import module_of
+from tests.thinning import sampled
 
 PROMPTS = [[5, 17, 3, 88, 41], [7, 9, 30, 2, 66, 12, 4]]
 SUBJECTS = [[1, 2], [-3]]
@@ -79,6 +80,7 @@ def noise_of(model: LanguageModel, count: int, strength: float, seed: int = 0) -
     return strength * torch.randn(SAMPLES, count, model.d_model, generator=generator)
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.parametrize(("site", "width"), [("residual_out", 1), ("mlp_out", 2)])
 def test_restored_states_of_prompts_of_any_length(
     language_model: LanguageModel, site: str, width: int
@@ -212,6 +214,7 @@ def test_subjects_are_found_in_the_text(
     assert [prompts.tokens[0][at] for at in found] == expected
 
 
+@pytest.mark.thorough
 def test_a_subject_in_several_prompts_is_drowned_in_each(eiffel: LanguageModel) -> None:
     prompts = ["The Louvre is in the city of", "To see the Louvre, you must visit"]
     given = {"samples": 2, "sites": "residual_out", "layers": [2]}

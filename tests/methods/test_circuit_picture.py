@@ -11,6 +11,7 @@ from insitu.graph.errors import OptionError
 from insitu.methods import Circuit, Edge, edge_attribution, logit_difference
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.methods.edges_by_hand import CLEAN, CORRUPTED
+from tests.thinning import sampled
 
 EDGES = (
     Edge("input", "a1.q1", 2.0),
@@ -63,7 +64,7 @@ def test_attention_that_adds_as_one_is_drawn_as_one() -> None:
     assert boxes(Circuit("a", "b", edges).plot()) == {"input": 0, "a0": 1, "m0": 2, "logits": 3}
 
 
-@pytest.mark.parametrize("module", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("module", sampled([tiny_gpt2, tiny_llama], [tiny_llama]))
 def test_how_many_heads_share_keys_is_known(module: Any) -> None:
     model = LanguageModel(module())
     heads = model.config.num_attention_heads

@@ -56,6 +56,7 @@ def made_of(edges: list[tuple[str, str]]) -> Circuit:
     return Circuit("made up", "", tuple(Edge(*edge, 1.0) for edge in edges))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sampled(MODELS, ["llama"]))
 def test_circuits_and_complements_are_those_of_a_computation_by_hand(name: str) -> None:
     module = loud(MODELS[name]())
@@ -213,6 +214,7 @@ def test_a_circuit_that_is_known_is_found(options: dict) -> None:
     assert details["completeness"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.thorough
 def test_acdc_removes_what_one_run_after_another_would() -> None:
     module = linear_gpt2()
     for block in module.transformer.h:
@@ -249,6 +251,7 @@ def test_acdc_removes_what_one_run_after_another_would() -> None:
     assert all(edge.score >= threshold for edge in found.edges)
 
 
+@pytest.mark.thorough
 def test_edges_that_lead_nowhere_are_left_out() -> None:
     module = copying()
     with torch.no_grad():  # what nothing reads is large

@@ -67,7 +67,7 @@ def assert_same(found: dict, expected: dict, scale: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("steps", sampled([0, 3], [0]))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sampled(MODELS, ["llama"]))
 def test_scores_are_those_of_a_computation_by_hand(name: str, steps: int) -> None:
     module = loud(MODELS[name])
     metric = logit_difference(3, 50)
@@ -122,6 +122,7 @@ def test_a_divergence_has_no_gradient_in_the_clean_run_and_has_one_with_steps() 
     assert_same(scores_of(result), by_hand(module, divergence, 2))
 
 
+@pytest.mark.thorough
 def test_prompts_are_apart() -> None:
     model = LanguageModel(loud(tiny_gpt2))
     both = edge_attribution(
@@ -222,6 +223,7 @@ def test_attention_with_a_gate_is_read_as_a_whole() -> None:
     assert "a2.h3" in wiring.senders
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_attributed_says_why() -> None:
     model = LanguageModel(tiny_gpt2())
     with pytest.raises(PromptError, match="5 tokens, and the corrupted one 3"):

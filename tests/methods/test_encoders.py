@@ -33,6 +33,7 @@ from insitu.methods import (
     steering_vector,
 )
 from tests.fidelity.zoo import module_of
+from tests.thinning import sampled
 
 CLEAN, CORRUPTED = [5, 6, 7, 8], [5, 16, 7, 8]
 SMALL: dict[str, Any] = {
@@ -46,7 +47,10 @@ SMALL: dict[str, Any] = {
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(("what", "part"), [("attention", "attention.output"), ("mlps", "output")])
+@pytest.mark.parametrize(
+    ("what", "part"),
+    [pytest.param("attention", "attention.output", marks=pytest.mark.thorough), ("mlps", "output")],
+)
 def test_what_an_encoders_blocks_add_is_ablated(what: Any, part: str) -> None:
     """Without it, the norm is given nothing but the value before it."""
     module, blocks = made("encoder")
@@ -121,7 +125,9 @@ def outputs_of_blocks(module: Any, blocks: Any, ids: list[int]) -> list[torch.Te
     return found
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    "name", sampled(METRICS, ["its logits by name", "a direction in an embedding"])
+)
 def test_patching_is_that_of_plain_hooks_with_nothing_chosen(name: str) -> None:
     kind, metric = METRICS[name]
     module, blocks = made(kind)
@@ -145,7 +151,9 @@ def test_patching_is_that_of_plain_hooks_with_nothing_chosen(name: str) -> None:
     assert "block_out" in found.title
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    "name", sampled(METRICS, ["a classifier's logit", "a cosine of an embedding"])
+)
 def test_gradients_are_those_of_autograd(name: str) -> None:
     kind, metric = METRICS[name]
     module, blocks = made(kind)

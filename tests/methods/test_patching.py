@@ -109,6 +109,7 @@ def head(number: int) -> Part:
     return (..., slice(number * WIDTH, (number + 1) * WIDTH))
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.parametrize("direction", sampled(["denoising", "noising"], ["denoising"]))
 @pytest.mark.parametrize(
     "site",
@@ -272,6 +273,7 @@ def spread(found: Any) -> Any:
     return found[0].max() - found[-1].min()
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.filterwarnings("ignore:.*eager:UserWarning")
 def test_rows_of_patterns(language_model: LanguageModel) -> None:
     """What a head gives at a position is its row of the other run's pattern, of its own values."""
@@ -301,6 +303,7 @@ def test_rows_of_patterns(language_model: LanguageModel) -> None:
             assert (found.abs() > 1e-6) == (query == 4 or layer < model.n_layers - 1)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:.*eager:UserWarning")
 def test_columns_of_patterns() -> None:
     model = LanguageModel(tiny_gpt2())
@@ -419,6 +422,7 @@ def test_what_is_wrong_is_said(gpt2: LanguageModel, name: str) -> None:
         assert gpt2.logits.shape == (1, 5, 100)
 
 
+@pytest.mark.thorough
 def test_queries_and_keys_of_different_numbers_of_heads_are_no_axis(llama: LanguageModel) -> None:
     with pytest.raises(OptionError, match="by themselves"):
         activation_patching(

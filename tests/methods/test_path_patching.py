@@ -196,6 +196,7 @@ OTHERS = [
 CASES = [*USUAL, *(pytest.param(*one, marks=pytest.mark.thorough) for one in OTHERS)]
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.parametrize(("receiver", "direction"), CASES, ids=str)
 def test_heads_send_what_they_add_to_the_stream(
     language_model: LanguageModel, receiver: Any, direction: Any
@@ -346,7 +347,7 @@ def test_positions_that_can_be_gone_through_once_are_those_of_every_prompt(
     [
         ("bert", "Block 0 has no residual stream"),
         ("zamba2", "not told apart"),
-        ("mamba", "no attention"),
+        pytest.param("mamba", "no attention", marks=pytest.mark.thorough),
     ],
 )
 def test_where_paths_are_not_known_it_says_so(name: str, said: str) -> None:

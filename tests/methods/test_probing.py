@@ -55,6 +55,9 @@ def expected(inputs: np.ndarray, labels: list[Any], regression: Any, seed: int =
     return fitted, scores
 
 
+@pytest.mark.parametrize(
+    "model", sampled(["gpt2", "llama", "gpt-neox"], ["gpt-neox"]), indirect=True
+)
 @pytest.mark.parametrize("position", thinned([-1, 0, "mean"], [-1]))
 @pytest.mark.parametrize(
     "labels", sampled([LATE, THIRDS], [LATE]), ids=["two classes", "three classes"]
@@ -80,6 +83,7 @@ def test_a_logistic_probe(model: LanguageModel, labels: list[Any], position: Any
         ]
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama", "gpt-neox"], ["llama"]), indirect=True)
 def test_a_linear_probe(model: LanguageModel) -> None:
     numbers = [float(ids[-1]) for ids in PROMPTS]
     found = probe(model, PROMPTS, numbers, method="linear", penalty=0.5, layers=[0, -1])
@@ -97,6 +101,7 @@ def test_a_linear_probe(model: LanguageModel) -> None:
         torch.testing.assert_close(direction, weights / weights.norm(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 @pytest.mark.parametrize("position", sampled([None, [0, -2]], [[0, -2]]))
 def test_several_positions_each_by_itself(language_model: LanguageModel, position: Any) -> None:
     found = probe(language_model, EVEN, LATE, positions=position, layers=[1])
@@ -130,6 +135,7 @@ def test_the_embedding_tells_the_last_token_and_shuffled_labels_are_at_chance(
     assert control.scores.details["majority"].tolist() == pytest.approx([most] * 4, abs=0.01)
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama", "gpt-neox"], ["llama"]), indirect=True)
 @pytest.mark.parametrize("position", sampled([-1, [0, -2]], [-1]))
 def test_several_sites_in_one_experiment(
     model: LanguageModel, position: Any, monkeypatch: pytest.MonkeyPatch
@@ -208,6 +214,7 @@ def test_probes_of_sites_are_those_of_each_by_itself(gpt2: LanguageModel) -> Non
             probe(gpt2, PROMPTS, THIRDS, sites=wrong)
 
 
+@pytest.mark.thorough
 def test_layers_without_a_site_are_left_out() -> None:
     model = LanguageModel(module_of("jamba"))
     found = probe(model, PROMPTS, LATE, sites="attention_out")

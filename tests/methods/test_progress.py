@@ -80,6 +80,7 @@ def test_what_does_not_know_how_much_it_is_goes_on(bar: Bar, shown: Shown) -> No
     assert shown.shares == [1, 0, 0.5, 1]
 
 
+@pytest.mark.thorough
 @pytest.mark.no_wire  # another run would be told of too
 def test_a_run_moves_the_bar_after_each_pass_by_what_it_costs(
     eiffel: LanguageModel, bar: Bar, shown: Shown

@@ -158,6 +158,7 @@ def logits_with(model: LanguageModel, change: Callable[[torch.Tensor], torch.Ten
     return logits
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 @pytest.mark.parametrize("kind", sampled(KINDS, ["standard", "topk"]))
 def test_spliced_in(language_model: LanguageModel, kind: str, tmp_path: Path) -> None:
     folder = written(tmp_path / kind, kind)

@@ -95,6 +95,7 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama", "neox"], ["gpt2"]), indirect=True)
 def test_the_difference_of_means(model: LanguageModel) -> None:
     vector = steering_vector(model, POSITIVE, NEGATIVE, layers=[0, -1], position=-1)
     assert vector.layers == (0, model.n_layers - 1) and vector.count == 6
@@ -128,6 +129,7 @@ def test_the_principal_component(language_model: LanguageModel) -> None:
         torch.testing.assert_close(vector[layer].double(), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama", "neox"], ["neox"]), indirect=True)
 @pytest.mark.parametrize("where", sampled([None, "last", "generated", [0, -1]], ["last"]))
 def test_generations_are_those_with_hooks(
     model: LanguageModel, where: str | list[int] | None

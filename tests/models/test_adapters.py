@@ -22,6 +22,7 @@ from insitu import LanguageModel, LoadError, Model
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.architectures import tiny_mixtral, tiny_opt
 from tests.models.kinds import outputs_of, ready, vit
+from tests.thinning import sampled
 
 # PEFT's own: of a name that Transformers has changed, of what a learnt prompt makes of positions,
 # and of a model that PEFT cannot look up.
@@ -69,7 +70,7 @@ def logits_of(module: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     return run(module, input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("config", [LORA, IA3], ids=["lora", "ia3"])
+@pytest.mark.parametrize("config", sampled([LORA, IA3], [IA3]), ids=["lora", "ia3"])
 def test_a_folder_with_an_adapter_is_its_model_with_the_adapter(
     tmp_path: Path, base: Path, config: PeftConfig
 ) -> None:
@@ -148,8 +149,10 @@ def test_a_model_of_peft_is_as_peft_shows_it(
     assert all(torch.equal(own, seen[:, -1]) for own, seen in zip(logits.value, head, strict=True))
 
 
-@pytest.mark.parametrize("config", [LORA, PROMPT, PREFIX], ids=lambda c: type(c).__name__)
-@pytest.mark.parametrize("mode", ["trace", "generate"])
+@pytest.mark.parametrize(
+    "config", sampled([LORA, PROMPT, PREFIX], [LORA, PREFIX]), ids=lambda c: type(c).__name__
+)
+@pytest.mark.parametrize("mode", sampled(["trace", "generate"], ["trace"]))
 def test_invocations_see_nothing_of_each_other(base: Path, config: PeftConfig, mode: str) -> None:
     peft = adapted(base, config)
     model = LanguageModel(peft)
@@ -282,7 +285,7 @@ def test_an_adapter_of_a_model_that_is_nowhere_is_a_clear_error(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
-@pytest.mark.parametrize("build", [tiny_opt, tiny_llama, tiny_mixtral])
+@pytest.mark.parametrize("build", sampled([tiny_opt, tiny_llama, tiny_mixtral], [tiny_mixtral]))
 @pytest.mark.parametrize(
     "targets",
     [
@@ -319,7 +322,7 @@ def test_names_are_proven_where_a_weight_is_known_by_a_call_only(
     assert z.value.shape == (1, 4, IDS.shape[-1], 4)
 
 
-@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("make", sampled([tiny_gpt2, tiny_llama], [tiny_gpt2]))
 def test_z_is_what_the_whole_output_projection_is_given(make: Callable[[], Any]) -> None:
     config = LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=make is tiny_gpt2, **TASK)
     module: Any = get_peft_model(make(), config).eval()

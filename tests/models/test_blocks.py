@@ -145,6 +145,7 @@ def test_a_block_of_a_plain_model_gives_a_tuple_too() -> None:
     assert len(alone.value) == 1 and torch.equal(alone.value[0], hidden)
 
 
+@pytest.mark.thorough
 def test_a_block_that_attends_twice_has_no_one_attention() -> None:
     """Its config counts it as two layers; it has a residual stream all the same."""
     module: Any = small_model("causal", "longcat_flash")

@@ -19,6 +19,7 @@ from insitu import (
 )
 from tests.conftest import hooked_hidden, tiny_gpt2, tiny_llama
 from tests.fidelity.architectures import spread_out
+from tests.thinning import sampled
 
 IDS = torch.tensor([[5, 17, 42, 8, 23]])
 
@@ -49,6 +50,7 @@ def paths(module: nn.Module) -> tuple[str, str]:
     return "model.layers", "self_attn.o_proj"
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 def test_it_holds_what_the_model_returns(model: LanguageModel) -> None:
     cache = model.run_with_cache(IDS)
     theirs = outputs(model, IDS)
@@ -82,6 +84,7 @@ def test_values_are_those_of_plain_hooks(model: LanguageModel) -> None:
     )
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 def test_every_kind_of_filter_asks_for_the_same(model: LanguageModel) -> None:
     expected = [f"blocks.{layer}.residual_mid" for layer in range(len(model.blocks))]
     for names in (
@@ -232,6 +235,7 @@ def test_of_the_bundled_model_it_holds_what_is_said_of_it(eiffel: LanguageModel)
     torch.testing.assert_close(lens[-1], cache.logits)
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 @pytest.mark.parametrize("name", ["resid_post", "hook_z", "attn_scores", "hook_q"])
 def test_short_names_of_hooks_are_kept_of_all_blocks(model: LanguageModel, name: str) -> None:
     kept = model.run_with_cache(IDS, name)

@@ -149,7 +149,9 @@ def used(model: LanguageModel) -> Any:
     return model.transformer.h, model.transformer.h[1]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", sampled(CHANGES, [add_adapter, replace_mlp, replace_head, reorder, delete])
+)
 @pytest.mark.parametrize("edited", sampled([False, True], [False]))
 def test_sites_are_those_of_the_tree_that_is_there(
     change: Callable[[Any], None], edited: bool
@@ -189,7 +191,7 @@ def test_sites_are_those_of_the_tree_that_is_there(
     torch.testing.assert_close(logits.value, zeroed)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", sampled(CHANGES, [insert, resize, reorder, change_forward]))
 def test_names_and_shapes_are_those_of_the_tree_that_is_there(
     change: Callable[[Any], None],
 ) -> None:
@@ -220,9 +222,7 @@ def test_names_and_shapes_are_those_of_the_tree_that_is_there(
     torch.testing.assert_close(model.W_U, module.lm_head.weight.T)
 
 
-@pytest.mark.parametrize(
-    "change", sampled(CHANGES, [add_adapter, replace_block, delete, resize, change_forward])
-)
+@pytest.mark.parametrize("change", sampled(CHANGES, [add_adapter, replace_block, delete]))
 def test_several_prompts_share_a_pass_of_the_tree_that_is_there(
     change: Callable[[Any], None],
 ) -> None:
@@ -251,6 +251,7 @@ def test_several_prompts_share_a_pass_of_the_tree_that_is_there(
         torch.testing.assert_close(logits.value, right, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_weights_by_name_are_those_of_an_adapter_that_came_later() -> None:
     base = tiny_gpt2()
     model = LanguageModel(base)
@@ -346,7 +347,9 @@ def test_any_module_is_read_as_it_is_now() -> None:
             torch.testing.assert_close(whole.value, module(x))
 
 
-@pytest.mark.parametrize("convert", ["bfloat16", "half", "double", "autocast"])
+@pytest.mark.parametrize(
+    "convert", sampled(["bfloat16", "half", "double", "autocast"], ["half", "autocast"])
+)
 def test_a_dtype_is_that_of_the_run(convert: str) -> None:
     module = tiny_gpt2()
     model = LanguageModel(module)
@@ -427,7 +430,7 @@ def test_a_dtype_depends_on_the_default() -> None:
     assert said() == torch.float32
 
 
-@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("used_before", sampled([False, True], [False]))
 def test_other_blocks_than_the_one_that_was_replaced_stay_blocks(used_before: bool) -> None:
     module = tiny_gpt2()
     if not used_before:

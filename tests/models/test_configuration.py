@@ -41,6 +41,7 @@ def _delete(config: Any, path: tuple[str, ...]) -> None:
     del vars(config)[path[-1]]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", sampled([tiny_gpt2, t5, llava], [tiny_gpt2]))
 def test_any_attribute_of_a_config_may_be_missing(make: Callable[[], nn.Module]) -> None:
     _check_without_each(make, [slice(None)])

@@ -51,6 +51,7 @@ def odd() -> LlamaForCausalLM:
     return module.eval()
 
 
+@pytest.mark.thorough
 def test_what_the_dataflow_does_not_tell_is_missing_until_it_is_said() -> None:
     model = LanguageModel(odd())
     ids = torch.tensor([[5, 6, 7]])
@@ -83,6 +84,7 @@ def test_what_the_dataflow_does_not_tell_is_missing_until_it_is_said() -> None:
     assert check(model).ok
 
 
+@pytest.mark.thorough
 def test_what_a_wrong_description_says_is_refused() -> None:
     model = LanguageModel(odd())
     names = {**DESCRIPTION.names, "mlp_out": "norm_b.output"}

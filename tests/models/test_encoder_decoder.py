@@ -16,6 +16,7 @@ from transformers import (
 
 from insitu import LanguageModel
 from tests.models.kinds import bart, outputs_of, t5
+from tests.thinning import sampled
 
 IDS = torch.tensor([[3, 14, 15, 92, 65], [7, 8, 9, 10, 11]])
 CASES = {
@@ -133,6 +134,7 @@ def test_a_write_in_the_encoder_changes_the_generation(case: Any) -> None:
     assert (expected - plain).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("case", sampled(CASES, ["bart"]), indirect=True)
 @pytest.mark.parametrize("mode", ["trace", "generate"])
 def test_prompts_of_different_length_share_a_pass_and_see_nothing_of_it(
     case: Any, mode: str
@@ -161,6 +163,7 @@ def test_prompts_of_different_length_share_a_pass_and_see_nothing_of_it(
         torch.testing.assert_close(late, plain, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("case", sampled(CASES, ["t5"]), indirect=True)
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_generation_can_go_on_from_what_the_decoder_is_given(case: Any, begun: bool) -> None:
     module, model, _ = case

@@ -116,6 +116,7 @@ def test_asking_for_a_shape_leaves_the_modules_as_they_are() -> None:
     assert module.inner is before and not module.switched
 
 
+@pytest.mark.thorough
 def test_names_of_exchanged_attention_are_there_in_the_block_of_the_first_prompt(
     big_bird: Any,
 ) -> None:

@@ -6,6 +6,7 @@ from transformers import GenerationConfig
 
 from insitu import InsituError, LanguageModel, OptionError
 from tests.conftest import tiny_gpt2
+from tests.thinning import sampled
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
 RAGGED = [[3, 14, 15, 92, 65], [7, 8], [9, 10, 11]]
@@ -29,6 +30,7 @@ def test_output_is_what_generate_returns(language_model: LanguageModel) -> None:
     assert torch.equal(generator.output, expected) and torch.equal(invoker.output, expected)
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 def test_several_invocations_give_what_one_generate_on_all_returns(
     language_model: LanguageModel,
 ) -> None:
@@ -60,6 +62,7 @@ def test_an_invocation_that_ends_early_has_no_padding(gpt2: LanguageModel) -> No
     assert torch.equal(generator.output, generated(gpt2, RAGGED, **options))
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 def test_values_of_an_invocation_are_as_if_it_ran_alone(language_model: LanguageModel) -> None:
     """Every site of every module, in a batch of prompts of different length."""
     paths = []

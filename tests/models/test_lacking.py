@@ -67,6 +67,7 @@ def test_unrotated_queries_of_a_rotary_model_are_kept_by_name(llama: LanguageMod
     assert not torch.equal(cache["q", 1].transpose(1, 2), made)  # ours is the rotated one
 
 
+@pytest.mark.thorough
 def test_scales_of_norms_are_kept_by_name(gpt2: LanguageModel, llama: LanguageModel) -> None:
     for model, norm, last in (
         (gpt2, "transformer.h.2.ln_1", "transformer.ln_f"),

@@ -13,6 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 from insitu import InsituError, LanguageModel
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.architectures import spread_out
+from tests.thinning import sampled
 
 IDS = torch.tensor([[5, 17, 42, 8, 23, 61]])
 
@@ -68,6 +69,7 @@ def projected(model: LanguageModel, letter: str, layer: int) -> torch.Tensor:
     return made.unflatten(-1, (-1, 4))
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.parametrize("letter", ["q", "k", "v"])
 def test_the_line_for_a_hook_of_projections_reads_them_unrotated(
     model: LanguageModel, letter: str
@@ -105,7 +107,7 @@ def interleaved() -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("make", [tiny_gpt2, with_biases, interleaved])
+@pytest.mark.parametrize("make", sampled([tiny_gpt2, with_biases, interleaved], [tiny_gpt2]))
 def test_lines_for_biases_are_what_layers_add(make: Callable[[], Any]) -> None:
     module = make()
     spread_out(module)

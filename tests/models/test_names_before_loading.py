@@ -10,6 +10,7 @@ from transformers import BertForMaskedLM, DistilBertForMaskedLM, RobertaForMaske
 from insitu import LanguageModel
 from insitu.engine.dataflow import watch
 from insitu.engine.probe import Call
+from tests.thinning import sampled
 
 SIZES = {"vocab_size": 100, "max_position_embeddings": 40}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -23,7 +24,7 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", sampled(MADE, ["bert"]))
 def test_encoders_have_their_names(name: str, tmp_path: Path) -> None:
     """Some ask in their forward whether there is padding among the tokens."""
     kind, sizes = MADE[name]

@@ -47,7 +47,7 @@ def logits_of(model: LanguageModel, lengths: list[int]) -> tuple[list, int]:
     [
         (False, [5, 17, 30], 1),
         (True, [5, 16, 3], 1),  # all within a piece
-        (True, [5, 17, 30, 17], 3),
+        pytest.param(True, [5, 17, 30, 17], 3, marks=pytest.mark.thorough),
     ],
 )
 def test_each_prompt_has_what_it_has_alone(leaks: bool, lengths: list[int], passes: int) -> None:

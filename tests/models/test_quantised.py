@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from insitu import ExecutionError, LanguageModel
 from tests.models.kinds import outputs_of
+from tests.thinning import sampled
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
 PATH = "model.layers.0.mlp.up_proj"
@@ -170,7 +171,7 @@ def test_gradients_go_through_them(pair: tuple[Any, LanguageModel]) -> None:
         torch.testing.assert_close(gradient.value, expected)
 
 
-@pytest.mark.parametrize("config", [four_bits, eight_bits])
+@pytest.mark.parametrize("config", sampled([four_bits, eight_bits], [four_bits]))
 def test_a_folder_may_be_quantised_already(tmp_path: Path, config: Callable[[], Any]) -> None:
     small_llama().save_pretrained(tmp_path / "whole")
     AutoModelForCausalLM.from_pretrained(
@@ -188,6 +189,7 @@ def test_a_folder_may_be_quantised_already(tmp_path: Path, config: Callable[[], 
         assert shape == (1, 5, 128) and dtype == expected.dtype
 
 
+@pytest.mark.thorough
 def test_a_weight_that_is_a_method_leaves_the_names_of_its_block() -> None:
     """torch's own dynamic quantisation gives layers whose `weight` is called."""
     module = small_llama()

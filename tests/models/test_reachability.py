@@ -96,6 +96,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
     answering.server_close()
 
 
+@pytest.mark.thorough
 def test_a_server_that_answers_is_asked_for_the_files(
     server: tuple[str, list[str]], tmp_path: Path
 ) -> None:

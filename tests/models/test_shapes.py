@@ -6,6 +6,7 @@ from torch import nn
 from transformers import GPT2Config
 
 from insitu import LanguageModel, Model, NeverRanError, ShapeError
+from tests.thinning import sampled
 
 IDS = torch.tensor([[3, 14, 15, 92, 65], [1, 2, 3, 4, 5]])
 
@@ -26,6 +27,7 @@ def sizes(value: object) -> object:
     return tuple(map(sizes, value)) if isinstance(value, tuple) else None
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 @pytest.mark.parametrize(
     "options", [{}, {"use_cache": True}, {"output_hidden_states": True}, {"max_new_tokens": 2}]
 )

@@ -27,6 +27,7 @@ from transformers import (
 from insitu import LanguageModel, Model, OptionError, PathError, VisionLanguageModel
 from tests.conftest import tiny_gpt2
 from tests.models.kinds import bart, bert, clip, llava, t5, vit, whisper
+from tests.thinning import sampled
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
 BERT = BertConfig(
@@ -61,7 +62,7 @@ def test_the_class_is_that_of_the_weights(
     assert type(model.load()).__name__ == expected
 
 
-@pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
+@pytest.mark.parametrize("form", sampled(["safetensors", "shards", "bin"], ["safetensors"]))
 @pytest.mark.parametrize(
     ("make", "expected"),
     [

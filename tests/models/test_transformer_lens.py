@@ -14,6 +14,7 @@ from insitu import BlockError, LanguageModel, OperationError, PathError
 from insitu.models.transformer_lens import OF_BLOCK
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fidelity.architectures import spread_out
+from tests.thinning import sampled
 
 IDS = torch.tensor([[5, 17, 42, 8, 23, 61]])
 
@@ -160,6 +161,7 @@ def test_norms_divide_by_their_scale(model: LanguageModel) -> None:
         torch.testing.assert_close(found[2], seen[path])
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["llama"]), indirect=True)
 def test_writes_inside_of_a_norm_are_what_its_weights_make_of_them(model: LanguageModel) -> None:
     for hook, path in norms(model).items():
         norm = model.module.get_submodule(path)
@@ -227,6 +229,7 @@ def test_gradients_have_the_axes_of_the_hook(model: LanguageModel) -> None:
     torch.testing.assert_close(found[2].value, norm.value * weight)
 
 
+@pytest.mark.parametrize("model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 def test_every_name_of_a_block_is_there_or_says_why_not(model: LanguageModel) -> None:
     lacking = {}
     for name in OF_BLOCK:

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[int, list[tuple[torch.Tensor, list[Pick]]]]] = {
 }
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("site", sampled(["head", "model"], ["head"]))
 def test_only_positions_that_are_read_become_logits(

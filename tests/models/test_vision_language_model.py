@@ -81,6 +81,7 @@ def test_the_image_makes_a_difference(model: VisionLanguageModel) -> None:
     assert (saved[0].value - saved[1].value).abs().max() > 1e-3
 
 
+@pytest.mark.thorough
 def test_shapes_are_known_before_the_run(model: VisionLanguageModel) -> None:
     layer = model.model.language_model.layers[1]
     with model.trace(TEXT, images=image()):
@@ -197,6 +198,7 @@ def test_invocations_see_nothing_of_each_other(
         torch.testing.assert_close(own.value, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.thorough
 def test_texts_alone_share_a_pass(model: VisionLanguageModel) -> None:
     with model.trace() as tracer:
         for text in ("The Louvre is in", "Rome"):

@@ -55,6 +55,7 @@ def test_lets_generate_some_text(model: LanguageModel) -> None:
     del invoker
 
 
+@pytest.mark.thorough
 def test_the_example_prints_what_the_document_prints() -> None:
     """The same as a script of its own, which `make demo` runs."""
     done = subprocess.run(
@@ -188,6 +189,7 @@ def test_output_returns_a_proxy_for_the_output_of_this_module(model: LanguageMod
     ]
 
 
+@pytest.mark.thorough
 def test_the_output_of_layers_is_a_tuple_with_the_hidden_states_first(small) -> None:
     """'We take the 0th index because the output of gpt2 transformer layers are a tuple where the
     first index are the actual hidden states (last two indicies are from attention).'"""

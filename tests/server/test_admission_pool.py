@@ -36,6 +36,7 @@ async def started(one: Admission, kills: int) -> int:
         await one.stop()
 
 
+@pytest.mark.thorough
 def test_a_template_that_is_killed_as_it_starts_is_started_again(tmp_path: Path) -> None:
     assert asyncio.run(started(admission("insitu/eiffel", tmp_path), 1)) > 0
     assert (tmp_path / "skeleton").exists()

@@ -153,6 +153,7 @@ def test_the_data_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "Application Support" in str(default_data_folder())
 
 
+@pytest.mark.thorough
 def test_a_server_is_imported_by_its_commands_alone() -> None:
     code = (
         "import sys, insitu.cli, insitu\n"

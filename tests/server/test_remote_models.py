@@ -446,6 +446,7 @@ def test_a_sparse_autoencoder_runs_on_the_server(there: LanguageModel, here: Lan
     assert not there.loaded
 
 
+@pytest.mark.thorough
 def test_a_tuned_lens_runs_on_the_server_and_is_trained_elsewhere(
     there: LanguageModel, here: LanguageModel
 ) -> None:
@@ -615,8 +616,21 @@ def test_large_results_are_said_before_they_are_sent(
     "args",
     [
         ("lens", LOUVRE, "--layers", "1,5"),
-        ("attention", LOUVRE, "--layers", "2"),
-        ("patch", EIFFEL, LOUVRE, "--answer", "Paris", "--instead", "Rome", "--positions", "-1"),
+        pytest.param(("attention", LOUVRE, "--layers", "2"), marks=pytest.mark.thorough),
+        pytest.param(
+            (
+                "patch",
+                EIFFEL,
+                LOUVRE,
+                "--answer",
+                "Paris",
+                "--instead",
+                "Rome",
+                "--positions",
+                "-1",
+            ),
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=lambda args: args[0],
 )

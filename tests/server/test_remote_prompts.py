@@ -10,6 +10,9 @@ import torch
 from insitu import LanguageModel, PromptError, serve
 from tests.fidelity.zoo import module_of
 
+# They start servers, which import Transformers twice each; `make test` keeps test_remote_models.py.
+pytestmark = pytest.mark.thorough
+
 TEXTS = ["The Eiffel Tower is in the city of", "The Louvre is in", "Rome"]
 
 

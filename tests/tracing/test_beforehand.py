@@ -85,7 +85,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("line", WRONG)
+@pytest.mark.parametrize(
+    "line", sampled(WRONG, [whole_output, in_place, product, index_out_of_range, named_in_heads])
+)
 @pytest.mark.parametrize("loaded", sampled([False, True], [False]))
 def test_the_line_is_named_and_the_weights_are_not_loaded_for_it(
     model: LanguageModel, line: Callable[[LanguageModel], None], loaded: bool
@@ -123,7 +125,7 @@ def test_the_first_step_of_a_generation_is_looked_at_too(model: LanguageModel) -
     assert not model.loaded
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_later_step_fails_at_its_line(model: LanguageModel, step: int) -> None:
     with pytest.raises(ShapeError) as caught, model.generate(TEXT, max_new_tokens=3) as generator:
         with generator.step(step):

@@ -260,7 +260,7 @@ def decorated_cast(x: Any) -> Any:
 @pytest.mark.parametrize(
     "function", [linear, half, disabled_inside, attention, both, decorated_cast]
 )
-@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("around", sampled([False, True], [True]))
 def test_autocast_gives_what_it_gives_in_a_hook(
     gpt2: LanguageModel, function: Callable[[Any], Any], around: bool
 ) -> None:
@@ -439,7 +439,7 @@ DIVISIONS = [divided, scaled, root, chosen, counted, plain_float, in_a_branch, n
 
 
 @pytest.mark.parametrize("function", DIVISIONS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", sampled([torch.float64, torch.bfloat16], [torch.bfloat16]))
 @pytest.mark.parametrize("around", sampled([False, True], [True]))
 def test_a_default_dtype_holds_for_the_lines_in_it(
     gpt2: LanguageModel, function: Callable[[Any], Any], dtype: torch.dtype, around: bool

@@ -24,6 +24,7 @@ from insitu import (
 from insitu.graph.shapes import dtype_of, shape_of
 from insitu.graph.structure import tensors_of
 from tests.conftest import tiny_gpt2
+from tests.thinning import sampled
 
 pytestmark = pytest.mark.no_wire
 IDS = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
@@ -81,7 +82,13 @@ def generation(model: LanguageModel) -> Any:
     return tracer
 
 
-@pytest.mark.parametrize("lines", [saves, sweep, gradients, names, functions, generation])
+@pytest.mark.parametrize(
+    "lines",
+    sampled(
+        [saves, sweep, gradients, names, functions, generation],
+        [saves, gradients, functions, generation],
+    ),
+)
 @pytest.mark.filterwarnings("ignore:Attention scores")
 def test_shapes_dtypes_and_bytes_are_those_of_a_run(lines: Callable[[LanguageModel], Any]) -> None:
     model = LanguageModel(tiny_gpt2())

@@ -63,7 +63,13 @@ def plain(model: LanguageModel, change: Callable[[Any], Any], ids: list[int] = P
     return kept
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "name",
+    sampled(
+        FUNCTIONS,
+        ["randn_like", "bernoulli", "multinomial", "normal_", "dropout", "gumbel_softmax"],
+    ),
+)
 def test_a_seed_before_the_block_gives_the_numbers_of_a_hook(
     gpt2: LanguageModel, name: str
 ) -> None:
@@ -238,9 +244,7 @@ PLAIN = {
 RAGGED = {3: [1, 2, 3, 4], 8: [5, 6], 5: [7, 8, 9, 1, 2, 3]}
 
 
-@pytest.mark.parametrize(
-    "name", sampled(SEEDED, ["randn_like", "dropout", "normal_", "attention", "cond", "fold"])
-)
+@pytest.mark.parametrize("name", sampled(SEEDED, ["dropout", "fold"]))
 @pytest.mark.parametrize("together", sampled([True, False], [True]))
 def test_lines_of_a_prompt_with_a_seed_draw_what_they_draw_alone(
     gpt2: LanguageModel, name: str, together: bool

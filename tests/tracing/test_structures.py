@@ -16,6 +16,12 @@ from tests.conftest import hooked, hooked_hidden
 TEXT = "The Louvre is in the city of"
 
 
+@pytest.fixture(scope="module")
+def eiffel() -> LanguageModel:
+    """One that these tests share and leave as it is."""
+    return LanguageModel("insitu/eiffel", device_map="cpu")
+
+
 def layer(model: LanguageModel) -> Any:
     return model.transformer.h[2]
 

@@ -41,6 +41,7 @@ def test_what_is_right_is_found_right(name: str) -> None:
     assert found["heads"].state == found["pattern"].state == found["MLP"].state == "right"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("swap", sampled(thinned(SWAPS, [*SWAPS][:2]), [*SWAPS][:1]))
 def test_a_name_that_stands_for_something_else_is_found(
     swap: str, monkeypatch: pytest.MonkeyPatch
@@ -72,6 +73,7 @@ def test_what_is_right_with_factors_is_found_right(name: str) -> None:
     assert judge(module, inputs_for(module))["residual"].state == "right"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("swap", thinned(SCALED, [*SCALED][:1]))
 def test_a_wrong_name_beside_factors_and_norms_is_found(
     swap: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -85,6 +87,7 @@ def test_a_wrong_name_beside_factors_and_norms_is_found(
     assert judge(module, inputs_for(module))[column].state == "wrong"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "column"),
     [pytest.param("pattern", "pattern", marks=pytest.mark.thorough), ("z", "heads")],
@@ -99,6 +102,7 @@ def test_another_layers_value_is_found(
     assert judged("llama")[column].state == "wrong"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "weight", "column"),
     [

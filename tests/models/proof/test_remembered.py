@@ -62,10 +62,10 @@ def test_models_that_use_no_names_prove_nothing(folder: Path, made: list[Any]) -
 
 @pytest.mark.parametrize(
     "content",
-    [
+    sampled([
         b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"code": 1}',
         b'{"blocks": {"x": {"z": 1}}, "whole": {}, "stacks": {}, "showing": {}}',
-    ],
+    ], [b"{", b'{"code": 1}']),
 )  # fmt: skip
 def test_files_that_are_no_proofs_are_as_if_they_were_not_there(
     content: bytes, folder: Path, made: list[Any]
@@ -109,6 +109,7 @@ def test_proofs_of_another_code_do_not_count(folder: Path, made: list[Any]) -> N
     assert len(made) == 2
 
 
+@pytest.mark.thorough
 def test_a_module_that_was_changed_is_proven_by_itself(folder: Path, made: list[Any]) -> None:
     """Another MLP is none that the config speaks of."""
 
@@ -129,6 +130,7 @@ def test_a_module_that_was_changed_is_proven_by_itself(folder: Path, made: list[
     assert type(proven.transformer.h[1].mlp) is Doubled and proven is not module
 
 
+@pytest.mark.thorough
 def test_weights_that_are_nothing_hide_no_name(folder: Path) -> None:
     """Of a model of somebody's own making, whose queries are 0, as much has a name."""
     module = tiny_gpt2()
@@ -148,9 +150,7 @@ def test_weights_that_are_nothing_hide_no_name(folder: Path) -> None:
 # Of each kind of architecture one: all of them take a minute.
 @pytest.mark.parametrize(
     "name",
-    sampled(
-        ["gpt2", "llama", "mixtral", "mamba", "bert", "t5", "gemma2"], ["gpt2", "llama", "bert"]
-    ),
+    sampled(["gpt2", "llama", "mixtral", "mamba", "bert", "t5", "gemma2"], ["gpt2", "bert"]),
 )
 def test_what_the_package_ships_is_what_is_proven_today(name: str) -> None:
     key, data = proof_of(Model(module_of(name)))
