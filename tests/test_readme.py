@@ -34,7 +34,17 @@ PAGES = [ROOT / "README.md", *DOCS]
 LONG = tuple(
     f"docs/{name}.md"
     for name in (
-        *("chat", "coming_from", "faq", "harvest", "large_models", "models", "names", "planning"),
+        *(
+            "chat",
+            "coming_from",
+            "faq",
+            "harvest",
+            "how_it_works",
+            "large_models",
+            "models",
+            "names",
+        ),
+        *("planning", "recipes/index", "methods/direct_logit_attribution", "methods/logit_lens"),
         *("remote", "sending", "training_on_activations", "which_method", "recipes/changing"),
         *("recipes/generation", "recipes/gradients", "recipes/many", "recipes/reading"),
         *("methods/ablation", "methods/activation_patching", "methods/alignment"),

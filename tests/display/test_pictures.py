@@ -184,6 +184,7 @@ def test_a_page_needs_no_network(tmp_path: Path) -> None:
     assert ">·Paris<" in page
 
 
+@pytest.mark.thorough
 def test_pngs_have_their_size_and_something_in_them(figures, tmp_path: Path) -> None:
     path = tmp_path / "patching.png"
     results()["patching"].to_png(path, scale=2, width=700, height=400)

@@ -56,9 +56,9 @@ def faults_taken(faults: _Faults) -> Iterator[None]:
     ("place", "name", "prompts"),
     [
         (separation.Trial, "verified", PROMPTS),
-        (parted, "cut", PROMPTS),
+        pytest.param(parted, "cut", PROMPTS, marks=pytest.mark.thorough),
         (resume_trial.ResumeTrial, "_looks_back_only", None),
-        (resume_trial, "cut", None),
+        pytest.param(resume_trial, "cut", None, marks=pytest.mark.thorough),
     ],
     ids=["batch", "batch_inside", "chain", "chain_inside"],
 )

@@ -18,7 +18,7 @@ import insitu.models.own_runs as own_runs
 from insitu import LanguageModel, Model
 from insitu.engine.probe import Call, Probe
 from insitu.graph.structure import map_structure, storage_of, tensors_of
-from tests.thinning import thinned
+from tests.thinning import sampled, thinned
 
 
 def ids(length: int, rows: int = 1) -> torch.Tensor:
@@ -152,7 +152,7 @@ def shapes_are_right(module: Filled, seed: int) -> None:
         assert found.shape == (2, module.size(length)), length
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", sampled(range(3), [0]))
 @pytest.mark.parametrize(
     "size",
     [

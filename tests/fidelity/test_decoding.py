@@ -308,6 +308,7 @@ def test_a_batch_has_no_more_tokens_than_the_block_allows() -> None:
         model.generate(**PLAIN, max_tokens_per_pass=0)
 
 
+@pytest.mark.thorough
 def test_a_job_holds_each_prompts_own_steps_and_the_budget_of_the_block() -> None:
     model = LanguageModel(tiny_gpt2())
     prompts = prompts_of(model, (3, 5))

@@ -255,6 +255,7 @@ class Picky(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "prompts",
     [pytest.param(PROMPTS, marks=pytest.mark.thorough), ALIKE],

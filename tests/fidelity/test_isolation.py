@@ -395,6 +395,7 @@ def test_whatever_else_a_model_returns_is_cut_too(name: str) -> None:
         assert_equal(own[1].value, [output.hidden_states[1]], name)
 
 
+@pytest.mark.thorough
 def test_a_generation_of_an_encoder_and_decoder_is_as_if_each_prompt_ran_alone() -> None:
     model = make("t5")
     prompts = prompts_of(model, (7, 1, 12, 4))

@@ -348,6 +348,7 @@ def test_values_of_every_step_of_several_prompts_are_used_together() -> None:
                     (mine + model.lm_head.output.mean()).save()
 
 
+@pytest.mark.thorough
 def test_a_value_of_a_later_step_goes_into_the_first_of_another_prompt() -> None:
     model = LanguageModel(tiny_gpt2())
     one, other, third = prompts_of(model, (3, 5, 4))
@@ -475,6 +476,7 @@ def test_what_ends_first_ends_the_list_of_values_of_both() -> None:
     assert_alike(both.value, [a[:, -1] - b[:, -1] for a, b in zip(*expected, strict=True)][:2])
 
 
+@pytest.mark.thorough
 def test_functions_inside_of_forwards_are_cut_in_each_step() -> None:
     module: Any = tiny_gpt2()
     module.set_attn_implementation("eager")
@@ -498,6 +500,7 @@ def test_functions_inside_of_forwards_are_cut_in_each_step() -> None:
         assert_alike(patterns.value, [layers[1] for layers in expected.attentions])
 
 
+@pytest.mark.thorough
 def test_a_window_that_is_outgrown_keeps_its_cache_out_of_the_batch() -> None:
     config = MistralConfig(
         vocab_size=100,

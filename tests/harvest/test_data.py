@@ -58,6 +58,7 @@ def test_every_form_of_texts_gives_the_same(eiffel: LanguageModel, tmp_path: Pat
         assert documents.bincount().tolist() == [len(row) for row in ids]
 
 
+@pytest.mark.thorough
 def test_tables_and_data_sets_give_the_same(eiffel: LanguageModel, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     ids = [one for text in TEXTS for one in eiffel.tokenizer(text)["input_ids"]]
@@ -216,6 +217,7 @@ def test_a_first_token_is_one_of_the_context(eiffel: LanguageModel, tmp_path: Pa
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=12)
 
 
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=200)
 @given(LENGTHS, st.integers(2, 7), st.booleans(), st.booleans(), st.integers(1, 20), st.data())
 def test_ranges_are_cut_the_same_from_any_place(

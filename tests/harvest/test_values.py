@@ -173,6 +173,7 @@ def test_what_is_kept_of_a_sequence(reduce: object, tmp_path: Path) -> None:
     assert rows["sequence"].tolist() == rows["document"].tolist() == sequences
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_the_rounding_of_the_same_run(tmp_path: Path) -> None:
     model, data = LanguageModel(tiny_gpt2()), documents(RAGGED)
     for dtype in ("float32", "bfloat16", "float16"):

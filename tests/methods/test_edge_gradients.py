@@ -83,6 +83,7 @@ def test_scores_are_those_of_plain_hooks(name: str, caplog: pytest.LogCaptureFix
     assert left == BY_AUTOGRAD.get(name, [])
 
 
+@pytest.mark.thorough
 def test_in_half_precision_scores_are_as_close_as_its_numbers_allow() -> None:
     module = module_of("gpt2")
     expected = scores(module, PATHS["gpt2"], CLEAN, CORRUPTED, difference)

@@ -12,6 +12,7 @@ from insitu import LanguageModel, PathError
 from insitu.graph.errors import OptionError, PromptError
 from insitu.methods import Result, logit_lens
 from tests.fidelity.zoo import ZOO, module_of
+from tests.thinning import sampled
 
 DECODERS = [name for name, one in ZOO.items() if one.kind == "decoder"]
 
@@ -66,7 +67,7 @@ def blocks_of(name: str, module: nn.Module) -> list[nn.Module]:
     return list(module.get_submodule(ZOO[name].stacks_in(module)[-1]))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", sampled(DECODERS, ["gpt2", "llama", "mamba"]))
 def test_each_layer_is_what_the_model_makes_of_it(name: str) -> None:
     module = module_of(name)
     ids = ZOO[name].inputs()["input_ids"][0]

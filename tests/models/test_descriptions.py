@@ -116,6 +116,7 @@ class Normed(nn.Module):
         return self.block(self.before(hidden_states), *args, **kwargs)
 
 
+@pytest.mark.thorough
 def test_the_stream_may_begin_behind_a_module_that_only_some_blocks_have() -> None:
     module = tiny_llama()
     module.model.layers[0] = Normed(module.model.layers[0]).eval()

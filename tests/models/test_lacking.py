@@ -140,6 +140,7 @@ def test_the_lines_for_decompositions_add_up(make: Callable[[], nn.Module]) -> N
     assert torch.equal(streams[1], cache["residual_out", 0])
 
 
+@pytest.mark.thorough
 def test_it_keeps_no_model_and_says_less_without_one() -> None:
     model = of(tiny_gpt2)
     module = weakref.ref(model.module)

@@ -44,9 +44,16 @@ def without(folder: Path, end: str) -> str:
     ("make", "end", "load"),
     [
         (tiny_gpt2, "h.1.mlp.c_fc.weight", LanguageModel),
-        (t5, "decoder.final_layer_norm.weight", LanguageModel),
+        pytest.param(
+            t5, "decoder.final_layer_norm.weight", LanguageModel, marks=pytest.mark.thorough
+        ),
         (vit, "classifier.bias", Model.from_pretrained),
-        (llava, "multi_modal_projector.linear_1.weight", VisionLanguageModel),
+        pytest.param(
+            llava,
+            "multi_modal_projector.linear_1.weight",
+            VisionLanguageModel,
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_a_weight_that_files_lack_is_an_error(

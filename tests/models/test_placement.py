@@ -56,7 +56,9 @@ def compiled_blocks(build: Callable[[], Any], folder: Path) -> LanguageModel:
     return LanguageModel(module)
 
 
-@pytest.mark.parametrize("make", [offloaded, on_disk, divided, compiled, compiled_blocks])
+@pytest.mark.parametrize(
+    "make", sampled([offloaded, on_disk, divided, compiled, compiled_blocks], [offloaded, compiled])
+)
 def test_the_functions_inside_of_a_forward_are_those_of_a_plain_model(
     make: Callable[..., LanguageModel], tmp_path: Path
 ) -> None:

@@ -200,6 +200,7 @@ async def _flood(served: FakeServed, count: int) -> None:
             await asyncio.sleep(0)
 
 
+@pytest.mark.thorough
 def test_a_client_that_does_not_read_is_closed_and_stops_nobody(tmp_path: Path) -> None:
     async def ask() -> None:
         served = fake(tmp_path)

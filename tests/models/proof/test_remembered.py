@@ -43,6 +43,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
+@pytest.mark.thorough
 def test_a_proof_is_made_once_for_all_sizes(folder: Path, made: list[Any]) -> None:
     assert len(LanguageModel(tiny_gpt2()).blocks) == 4
     assert len(made) == 1 and len(list(folder.iterdir())) == 1
