@@ -176,6 +176,35 @@ def test_means_are_over_reference_prompts(name: str, part: Any, by_position: boo
             close(result.values[row] if unit is None else result.values[row, unit], expected)
 
 
+def test_means_are_over_the_positions_of_a_decoder_behind_an_encoder() -> None:
+    module: Any = module_of("t5")
+    mlps = [block.layer[-1] for block in module.decoder.block]
+    start = torch.tensor([[module.config.decoder_start_token_id]])
+
+    def run(ids: list[int], layer: int, mean: torch.Tensor | None = None) -> tuple[Any, Any]:
+        """A logit, and what the MLP adds to the stream, which may be a mean instead."""
+        seen: list[torch.Tensor] = []
+
+        def hook(_: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
+            seen.append(output - given[0])
+            return output if mean is None else given[0] + mean
+
+        handle = mlps[layer].register_forward_hook(hook)
+        with torch.no_grad():
+            logits = module(input_ids=torch.tensor([ids]), decoder_input_ids=start).logits
+        handle.remove()
+        return float(logits[0, -1, 5]), seen[0]
+
+    model, prompts = LanguageModel(module), [FIRST, SECOND]
+    found = ablate(model, prompts, lambda run: run.logits[0, -1, 5], part="mlps", method="mean")
+    for layer in range(len(mlps)):
+        mean = torch.stack([run(ids, layer)[1] for ids in prompts]).mean(0)
+        close(found.values[:, layer], [run(ids, layer, mean)[0] for ids in prompts])
+    for options in ({"positions": [-1]}, {"by_position": True, "method": "mean"}):
+        with pytest.raises(OptionError, match="positions of the prompt are none"):
+            ablate(model, prompts, METRIC, part="mlps", **options)
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_means_are_over_the_prompts_themselves_without_a_reference(name: str) -> None:
     hooks = hooks_of(name)

@@ -342,6 +342,12 @@ def test_positions_that_can_be_gone_through_once_are_those_of_every_prompt(
     assert torch.equal(once.values, listed.values) and bool((listed.values != 0).any())
 
 
+def test_positions_of_a_prompt_are_none_of_a_decoder_behind_an_encoder() -> None:
+    model = LanguageModel(module_of("t5"))
+    with pytest.raises(OptionError, match="positions of the prompt are none"):
+        path_patching(model, CLEAN[0], CORRUPTED[0], METRIC, senders="mlps", positions=[-1])
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -17,7 +17,14 @@ from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
 from insitu.methods.replacements import Method, replacement
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, chosen, layers_with, numbers_of, site_of
+from insitu.methods.sites import (
+    Site,
+    check_positions,
+    chosen,
+    layers_with,
+    numbers_of,
+    site_of,
+)
 from insitu.models.language_model import LanguageModel
 
 Part: TypeAlias = Literal["heads", "attention", "mlps", "neurons", "mixers"]
@@ -106,6 +113,8 @@ def ablate(
     measures = measured.of(model, len(read))
     others = read if reference is None else read_prompts(model, reference)
     asked = numbers_of("position", positions)
+    if asked is not None or by_position:
+        check_positions(model)
     where = [None if asked is None else chosen("position", asked, n) for n in read.lengths]
     put = replacement(site, method, by_position, read, others, where, seed)
     axes: tuple[Axis, ...] = ()

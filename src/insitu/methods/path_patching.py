@@ -20,7 +20,7 @@ from insitu.methods.patching import Direction, check_direction
 from insitu.methods.paths import Paths, Receiver, Sender, receivers_of
 from insitu.methods.progress import progress as bar
 from insitu.methods.result import Result
-from insitu.methods.sites import Site, chosen, layers_with, numbers_of
+from insitu.methods.sites import Site, check_positions, chosen, layers_with, numbers_of
 from insitu.models.language_model import LanguageModel
 
 
@@ -116,6 +116,8 @@ def path_patching(
     blocks = layers_with(model, paths.sent, layers)
     numbers = chosen("head", heads, model.n_heads) if paths.of_heads else [0]
     asked = numbers_of("position", positions)
+    if asked is not None:
+        check_positions(model)
     metric = as_metric(metric)
     run, other = pairs.corrupted, pairs.clean
     if direction == "noising":

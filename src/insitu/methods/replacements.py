@@ -97,7 +97,9 @@ class Replacement:
             mean = self._by_position(values)
         else:
             total: Any = sum(value.sum(-2, keepdim=True) for value in values)
-            mean = total / sum(self.lengths)
+            # They are counted, because a decoder behind an encoder has not those of the prompt.
+            ones = (torch.ones_like(value[..., :1]) for value in values)
+            mean = total / sum(one.sum(-2, keepdim=True) for one in ones)
         return mean.type_as(states[0])
 
     def _by_position(self, values: list[Any]) -> Any:
