@@ -106,6 +106,47 @@ def test_estimates_are_those_of_plain_hooks(name: str, direction: Any) -> None:
     assert found.axis("head").labels == ("3", "0")
 
 
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_what_is_chosen_twice_counts_once_in_a_sum(direction: Any) -> None:
+    module = tiny_gpt2()
+    change, _ = by_hand(module, "z", direction)
+    heads = change.unflatten(-1, (4, -1))  # (layer, position, head, d_head)
+    found = attribution_patching(
+        LanguageModel(module),
+        CLEAN,
+        CORRUPTED,
+        METRIC,
+        sites="z",
+        by="layer",
+        positions=[4, 1, -1],
+        heads=[3, 0, -1],
+        direction=direction,
+        normalised=False,
+    )
+    expected = heads[:, [1, 4]][:, :, [0, 3]].sum((1, 2, 3))
+    torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_that_coincide_in_one_prompt_of_a_pair() -> None:
+    """Of two values that are put in one place, the last is there."""
+    module = tiny_gpt2()
+    short = CLEAN[:3]
+    clean, _, _ = run(module, "residual_in", short)
+    corrupted, slope, _ = run(module, "residual_in", CORRUPTED)
+    asked = (LanguageModel(module), short, CORRUPTED, METRIC)
+    options: Any = {"sites": "residual_in", "by": "layer", "normalised": False}
+    found = attribution_patching(*asked, positions=[2, -1], **options)
+    pairs = zip(clean, corrupted, slope, strict=True)
+    expected = [((a[[2, 2]] - b[[2, 4]]) * g[[2, 4]]).sum() for a, b, g in pairs]
+    torch.testing.assert_close(found.values, torch.stack(expected), rtol=1e-4, atol=1e-6)
+
+    clean, slope, _ = run(module, "residual_in", short)
+    found = attribution_patching(*asked, positions=[2, -1], direction="noising", **options)
+    pairs = zip(clean, corrupted, slope, strict=True)
+    expected = [((b[4] - a[2]) * g[2]).sum() for a, b, g in pairs]
+    torch.testing.assert_close(found.values, torch.stack(expected), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.thorough
 def test_patterns_have_gradients_too() -> None:
     module = tiny_gpt2()

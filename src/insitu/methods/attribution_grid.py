@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,20 @@ class Grid:
         """Returns the proxies of all parts, in an open invocation."""
         return [site.read(model, layer) for site, layer in self.parts]
 
+    def in_run(self, length: int) -> Grid:
+        """Returns it with each position of the run that would be patched once, if they are summed.
+
+        Of positions such as 2 and -1 that are the same one there, the last counts, as in a patch.
+
+        Args:
+            length: how long the prompt of that run is.
+        """
+        if self.positions is None or {"position", "query"} & set(self.by):
+            return self
+        places = chosen("position", self.positions, length)
+        once = dict(zip(places, self.positions, strict=True))
+        return replace(self, positions=list(once.values()))
+
     def at_positions(self, value: Any, site: Site, length: int) -> Any:
         """Returns a site's value at the positions that were chosen."""
         if self.positions is None:
@@ -97,6 +111,8 @@ class Grid:
             if given is not None:
                 at = names.index(name)
                 kept = chosen(name, given, value.shape[at])
+                if name not in self.by:  # what is patched twice is patched once
+                    kept = list(dict.fromkeys(kept))
                 value = value.index_select(at, torch.tensor(kept, device=value.device))
         gone = [at for at, name in enumerate(names) if name not in self.by]
         value = value.sum(gone) if gone else value

@@ -133,11 +133,12 @@ def attribution_patching(
             both: Any = torch.stack([of_clean.detach(), of_corrupted.detach()])
             ends.append(both.save())
             lengths = pairs.clean.lengths[pair], pairs.corrupted.lengths[pair]
-            differences = grid.differences(clean_values, corrupted_values, *lengths)
             run, sign = (lengths[1], 1) if direction == "denoising" else (lengths[0], -1)
+            parts = grid.in_run(run)
+            differences = parts.differences(clean_values, corrupted_values, *lengths)
             estimates.append(
                 [
-                    (sign * difference * grid.at_positions(slope, site, run)).save()
+                    (sign * difference * parts.at_positions(slope, site, run)).save()
                     for (site, _), difference, slope in zip(
                         grid.parts, differences, slopes, strict=True
                     )
