@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
@@ -53,6 +54,28 @@ def expected(inputs: np.ndarray, labels: list[Any], regression: Any, seed: int =
     fitted.fit(inputs[train], [labels[n] for n in train])
     scores = [fitted.score(inputs[part], [labels[n] for n in part]) for part in (test, train)]
     return fitted, scores
+
+
+def test_of_classes_that_are_as_frequent_the_first_is_the_majority(gpt2: LanguageModel) -> None:
+    labels = [(8, 1)[number % 2] for number in range(59)]  # 22 of each to train on
+    train, test = train_test_split(
+        list(range(len(labels))), test_size=0.25, random_state=0, stratify=labels
+    )
+    dummy = DummyClassifier(strategy="most_frequent")
+    dummy.fit([[0]] * len(train), [labels[number] for number in train])
+    score = dummy.score([[0]] * len(test), [labels[number] for number in test])
+    found = probe(gpt2, PROMPTS[:59], labels, layers=0).scores.details["majority"]
+    assert found.tolist() == pytest.approx([score])
+
+
+def test_a_probe_of_all_positions_takes_prompts_with_as_many(gpt2: LanguageModel) -> None:
+    found = probe(gpt2, EVEN, LATE, positions=None)
+    for prompts, count in (([7], 1), ([7, 8, 9, 10], 4)):
+        with pytest.raises(PromptError, match=f"3 positions, and these prompts have {count}"):
+            found.predict(gpt2, prompts)
+    alone = probe(gpt2, [ids[:1] for ids in PROMPTS], LATE, positions=None)
+    with pytest.raises(PromptError, match="each of 1 positions, and these prompts have 3"):
+        alone.outputs(gpt2, EVEN)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +305,8 @@ def test_mistakes(gpt2: LanguageModel) -> None:
         probe(gpt2, PROMPTS, LATE, held_out=1.0)
     with pytest.raises(OptionError, match="cannot be divided"):
         probe(gpt2, PROMPTS[:3], ["a", "a", "b"])
+    with pytest.raises(OptionError, match="no prompt with the label 'rare' is left to train on"):
+        probe(gpt2, PROMPTS, ["rare"] * 2 + LATE[2:], held_out=0.9)
     with pytest.raises(PromptError, match="have 3 to 7"):
         probe(gpt2, PROMPTS, LATE, positions=None)
     with pytest.raises(OptionError, match="not 'first'"):

@@ -12,7 +12,7 @@ import torch
 
 from insitu.deprecation import renamed_attribute
 from insitu.display.axis import Axis
-from insitu.graph.errors import OptionError, nearest
+from insitu.graph.errors import OptionError, PromptError, nearest
 from insitu.graph.location import here
 from insitu.methods import files
 from insitu.methods.activations import Positions, gather, stream_site
@@ -162,10 +162,20 @@ class Probe:
 
         Returns:
             `(prompt, layer, output)`, or `(prompt, layer, position, output)`.
+
+        Raises:
+            PromptError: if a prompt has no such position; or, of a probe of all positions, if
+                prompts have not as many as those that it was learned from.
         """
         read, site = read_prompts(model, prompts), stream_site(self.site)
         layers = chosen("layer", self.layers, model.n_layers)
         found = gather(model, read, site, layers, self.positions, max_tokens_per_pass)
+        if found.shape[1:-1] != self.biases.shape[:-1]:  # one position would be taken for each
+            raise PromptError(
+                f"The probe has a map for each of {self.biases.shape[1]} positions, and these "
+                f"prompts have {found.shape[2]}: give prompts of as many tokens.",
+                here(),
+            )
         return (self.weights @ found[..., None])[..., 0] + self.biases
 
     def predict(

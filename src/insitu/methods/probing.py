@@ -164,7 +164,7 @@ def _learned(
     details = {"train": trained}
     if method == "logistic":
         held = [labels[number] for number in test]
-        most = max(set(labels), key=[labels[number] for number in train].count)
+        most = max(sorted(set(labels)), key=[labels[number] for number in train].count)
         details["majority"] = torch.full(shape, held.count(most) / len(held))
     return weights, biases, scores, details
 
@@ -215,6 +215,15 @@ def _split(
         )
     except ValueError as error:
         raise OptionError(f"The prompts cannot be divided: {error}", here()) from None
+    if stratify is not None:
+        learned = {labels[number] for number in train}
+        lost = next((label for label in sorted(set(labels)) if label not in learned), None)
+        if lost is not None:  # the maps would be of fewer classes than there are
+            raise OptionError(
+                f"The prompts cannot be divided: no prompt with the label {lost!r} is left to "
+                "train on. Give more of them, or a smaller `held_out`.",
+                here(),
+            )
     return list(train), list(test)
 
 
