@@ -243,6 +243,18 @@ def test_a_vector_is_of_the_models_dtype_when_it_is_added() -> None:
     assert found.vectors.dtype == torch.float32
 
 
+def test_a_layer_that_is_named_twice_is_steered_once(gpt2: LanguageModel) -> None:
+    last = gpt2.n_layers - 1
+    vector = steering_vector(gpt2, POSITIVE, NEGATIVE, layers=[last, -1])
+    path, own = gpt2.blocks[last].path, vector.vectors[0]
+    plain = hooked_hidden(gpt2.module, path, torch.tensor([PROMPTS[0]]))
+    for one in (vector, vector.select([last, last])):
+        with gpt2.trace(PROMPTS[0]):
+            one.apply(gpt2)
+            steered = gpt2.blocks[last].block_out.save()
+        torch.testing.assert_close(steered.value, plain + own)
+
+
 def test_arithmetic(gpt2: LanguageModel) -> None:
     vector = some_vector(gpt2)
     other = SteeringVector("residual_out", (0, 2), torch.ones(2, 16))

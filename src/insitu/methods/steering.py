@@ -133,7 +133,7 @@ class SteeringVector:
         Raises:
             OptionError: if it has no such layer.
         """
-        numbers = numbers_of("layer", layers) or []
+        numbers = list(dict.fromkeys(numbers_of("layer", layers) or []))
         return replace(
             self, layers=tuple(numbers), vectors=torch.stack([self[layer] for layer in numbers])
         )
@@ -256,7 +256,8 @@ def steering_vector(
             here(),
         )
     place = stream_site(stream_of(model) if site is None else site)
-    numbers = chosen("layer", layers, model.n_layers)
+    # Each once: of a layer that is named twice, the vector would be added twice.
+    numbers = list(dict.fromkeys(chosen("layer", layers, model.n_layers)))
     both = replace(with_it, ids=with_it.ids + without.ids, tokens=with_it.tokens + without.tokens)
     with bar("Reading activations", progress):
         found = gather(model, both, place, numbers, where, max_tokens_per_pass)
