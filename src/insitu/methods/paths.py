@@ -10,7 +10,7 @@ from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Measure
-from insitu.methods.sites import Site, chosen, site_of
+from insitu.methods.sites import Site, chosen, site_of, whole
 from insitu.models.configuration import said, text_config
 from insitu.models.keys import entry_of
 from insitu.models.language_model import LanguageModel
@@ -188,12 +188,16 @@ def receivers_of(model: LanguageModel, given: Any) -> tuple[tuple[str, int, int 
         if name not in _RECEIVERS or not isinstance(entry, tuple | list) or len(entry) != size:
             near = nearest(name, _RECEIVERS) if isinstance(name, str) else ""
             raise OptionError(f"A receiver is {what}, not {entry!r}{near}.", here())
-        (layer,) = chosen("layer", int(entry[1]), len(model.blocks))
+        try:
+            numbers = [whole(number) for number in entry[1:]]
+        except TypeError:
+            raise OptionError(f"A receiver is {what}, not {entry!r}.", here()) from None
+        (layer,) = chosen("layer", numbers[0], len(model.blocks))
         head = None
         if name != "mlp":
             heads = model.n_heads
             if name in ("k", "v"):
                 heads = said(text_config(model.config), "num_key_value_heads") or heads
-            (head,) = chosen("head", int(entry[2]), heads)
+            (head,) = chosen("head", numbers[1], heads)
         found.append((name, layer, head))
     return tuple(found)
