@@ -87,6 +87,7 @@ NO_NUMBERS: dict[str, Any] = {
     "a logit for each token": (lambda logits: logits[-1], r"This one gives shape \(100,\)"),
     "an axis too many": (lambda logits: logits[-1, 3:4], r"This one gives shape \(1,\)"),
     "a constant": (lambda logits: 3.0, "This one gives a float"),
+    "a constant tensor": (lambda logits: torch.tensor(3.0), "is made of nothing in the run"),
     "nothing": (lambda logits: None, "This one gives a NoneType"),
     "a Python number": (lambda logits: logits[-1, 3].item(), r"`\.item\(\)`"),
     "of a metric": (Metric("own", lambda model, n: [lambda logits, _: logits[-1]] * n), "shape"),

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from insitu.graph.errors import OptionError, PathError, ShapeError, UnknownShapeError
 from insitu.graph.location import here
+from insitu.graph.proxy import AnyProxy
 from insitu.methods.measured_run import Run
 from insitu.models.language_model import LanguageModel
 
@@ -177,6 +178,8 @@ def _checked(measure: Measure) -> Measure:
         if shape is None or len(shape):
             kind = f"a {type(found).__name__}" if shape is None else f"shape {tuple(shape)}"
             raise ShapeError(f"{asked}{kind}.", here())
+        if isinstance(logits, AnyProxy) and not isinstance(found, AnyProxy):
+            raise ShapeError(f"{asked}a tensor that is made of nothing in the run.", here())
         return found
 
     return number
