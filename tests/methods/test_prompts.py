@@ -83,5 +83,13 @@ def test_what_goes_with_a_prompt_is_not_left_out(eiffel: LanguageModel) -> None:
     ):
         with pytest.raises(PromptError, match=f"`{name}` would be left out"):
             read_prompts(eiffel, given)
+    hidden = {"input_ids": ids, "attention_mask": torch.tensor([[1, 0, 1]])}
+    with pytest.raises(PromptError, match="hides tokens between others"):
+        read_prompts(eiffel, hidden)
+    with pytest.raises(PromptError, match="mask of prompt 0 hides all"):
+        read_prompts(eiffel, {**hidden, "attention_mask": torch.zeros_like(ids)})
+    for mask, left in (([0, 0, 1], [7]), ([0, 1, 1], [6, 7]), ([1, 1, 0], [5, 6])):
+        padded = {"input_ids": ids, "attention_mask": torch.tensor([mask])}
+        assert read_prompts(eiffel, padded).ids[0].tolist() == left
     said = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
     assert torch.equal(read_prompts(eiffel, said).ids[0], ids[0])

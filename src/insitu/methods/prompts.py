@@ -108,7 +108,8 @@ def read_prompts(model: LanguageModel, prompts: Any) -> Prompts:
     Raises:
         PromptTypeError: if it is of no known form.
         PromptError: if it is empty, too long, or has ids that the model does not know; or if more
-            goes with it than a mask, such as embeddings or token types, which would be left out.
+            goes with it than a mask, such as embeddings or token types, which would be left out, or
+            the mask hides all tokens, or some between others.
     """
     read = model.traits.reader.read(prompts, "right", mark())
     beside = [name for name, value in read.extras.items() if not _says_nothing(name, value)]
@@ -120,7 +121,18 @@ def read_prompts(model: LanguageModel, prompts: Any) -> Prompts:
         )
     model.traits.reader.check_length(read)
     model.traits.reader.check_ids(read)
-    rows = tuple(ids[mask.bool()] for ids, mask in zip(read.ids, read.visible_mask, strict=True))
+    masks = [mask.bool() for mask in read.visible_mask]
+    for row, mask in enumerate(masks):
+        seen = mask.nonzero()
+        if not len(seen):
+            raise PromptError(f"The mask of prompt {row} hides all of its tokens.", here())
+        if int(seen[-1] - seen[0]) >= len(seen):  # those behind would stand at other positions
+            raise PromptError(
+                f"The mask of prompt {row} hides tokens between others, and methods take prompts "
+                "without what their masks hide: write the experiment as a trace, which keeps it.",
+                here(),
+            )
+    rows = tuple(ids[mask] for ids, mask in zip(read.ids, masks, strict=True))
     return Prompts(rows, tuple(words(model, ids.tolist()) for ids in rows), _many(prompts))
 
 
