@@ -133,7 +133,8 @@ def distributed_alignment_search(
             for _ in range(epochs)
             for batch in torch.randperm(len(train), generator=draw).split(batch_size)
         ]
-        with bar("Searching", progress) as shown:
+        # The user may have turned gradients off, as for all else that is done with a model.
+        with bar("Searching", progress) as shown, torch.enable_grad():
             losses = _train(model, alignment, directions, shown.each(batches), lr)
         rotation = directions.weight.detach().cpu().float()
         alignment = replace(alignment, rotation=rotation, losses=course(losses))
