@@ -155,11 +155,10 @@ def plain_loop(
     return losses, rotation.weight.detach()
 
 
+@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
 @pytest.mark.parametrize(
     ("position", "mode"), [(-1, torch.inference_mode), (1, nullcontext), (-1, torch.no_grad)]
 )
-@pytest.mark.parametrize("language_model", sampled(["gpt2", "llama"], ["gpt2"]), indirect=True)
-@pytest.mark.parametrize(("position", "mode"), [(-1, torch.inference_mode), (1, nullcontext)])
 def test_it_is_the_plain_loop_step_for_step(
     language_model: LanguageModel, position: int, mode: Any
 ) -> None:
