@@ -10,7 +10,14 @@ from torch import nn
 
 from insitu import LanguageModel, PathError
 from insitu.graph.errors import OptionError, PromptError
-from insitu.methods import Result, logit_lens
+from insitu.methods import (
+    Result,
+    TunedLens,
+    direct_logit_attribution,
+    logit_lens,
+    train_tuned_lens,
+    tuned_lens,
+)
 from tests.fidelity.zoo import ZOO, module_of
 from tests.thinning import sampled
 
@@ -215,6 +222,48 @@ def test_errors_say_what_is_wrong_and_leave_the_model_usable(
         ask(gpt2)
     assert "test_lens.py" in str(raised.value)
     assert logit_lens(gpt2, [5, 6]).sizes == {"layer": 5, "position": 2}
+
+
+@pytest.mark.parametrize("place", ["norm", "unembedding", "block"])
+def test_an_edit_behind_the_blocks_is_not_left_out(llama: LanguageModel, place: str) -> None:
+    """A lens computes what stands there by itself, where an edit does not hold."""
+    module: Any = llama.load()
+    part = {
+        "norm": module.model.norm,
+        "unembedding": module.lm_head,
+        "block": module.model.layers[1],
+    }
+    with llama.edit() as edited:
+        if place == "block":
+            edited.model.layers[1].output[0][:, -1, 0] += 3.0
+        elif place == "norm":
+            edited.model.norm.output[:, -1, 5] += 3.0
+        else:
+            edited.lm_head.output[:, -1, 5] += 3.0
+
+    def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        value = (output[0] if isinstance(output, tuple) else output).clone()
+        value[:, -1, 0 if place == "block" else 5] += 3.0
+        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    handle = part[place].register_forward_hook(hook)
+    logits = run(module, torch.tensor([5, 6, 7]))
+    handle.remove()
+    plain = run(module, torch.tensor([5, 6, 7]))
+    assert not torch.allclose(logits, plain, atol=1e-2)
+    if place == "block":
+        lens = logit_lens(edited, [5, 6, 7], token=5)
+        torch.testing.assert_close(lens.values[-1], logits.softmax(-1)[:, 5])
+        return
+    lenses = (
+        lambda: logit_lens(edited, [5, 6, 7]),
+        lambda: tuned_lens(edited, [5, 6, 7], TunedLens.untrained(edited)),
+        lambda: train_tuned_lens(edited, [[5, 6, 7]]),
+        lambda: direct_logit_attribution(edited, [5, 6, 7], 5),
+    )
+    for lens in lenses:
+        with pytest.raises(OptionError, match="An edit of this model changes"):
+            lens()
 
 
 def test_models_without_a_residual_stream_or_a_decoder_say_so() -> None:

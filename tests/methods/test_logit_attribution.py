@@ -269,6 +269,22 @@ def test_a_stream_with_factors_is_no_plain_sum() -> None:
     assert torch.allclose(found.values.sum(), run(module, ids)[-1, ANSWER], atol=1e-4)
 
 
+def test_heads_of_an_edited_sum_are_not_taken_for_it(gpt2: LanguageModel) -> None:
+    with gpt2.edit() as edited:
+        edited.transformer.h[1].attn.c_proj.output[:, -1, 0] += 5.0
+    blocks = direct_logit_attribution(edited, [5, 6, 7], 5)
+    module: Any = gpt2.module
+    handle = module.transformer.h[1].attn.c_proj.register_forward_hook(
+        lambda m, a, output: output + 5.0 * (torch.arange(16) == 0) * torch.eye(3)[2][:, None]
+    )
+    with torch.no_grad():
+        wanted = module(torch.tensor([[5, 6, 7]])).logits[0, -1, 5]
+    handle.remove()
+    torch.testing.assert_close(blocks.values.sum(), wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(OptionError, match="each head of block 1 adds is not known"):
+        direct_logit_attribution(edited, [5, 6, 7], 5, part="heads")
+
+
 def test_what_cannot_be_attributed_says_why(gpt2: LanguageModel) -> None:
     with pytest.raises(OptionError, match="'layer'"):
         direct_logit_attribution(gpt2, IDS, ANSWER, part="layer")  # pyright: ignore[reportArgumentType]

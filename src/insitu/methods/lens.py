@@ -20,7 +20,7 @@ from insitu.graph.location import here
 from insitu.methods.metrics import Tokens, token_ids
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts, words
-from insitu.methods.readout import Readout, readout_of
+from insitu.methods.readout import Readout, check_edits, readout_of
 from insitu.methods.result import Result
 from insitu.methods.sites import Site, check_count, chosen, site_of, stream_of
 from insitu.models.language_model import LanguageModel
@@ -171,6 +171,7 @@ def look(
     """
     readout = readout_of(model)
     given = read_prompts(model, prompts)
+    check_edits(model, given, max_tokens_per_pass)
     looked, places = given.at(positions)
     wanted = None if token is None else token_ids(model, token, len(given))
     check_count("top", top)

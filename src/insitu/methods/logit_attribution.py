@@ -23,7 +23,7 @@ from insitu.graph.structure import map_structure
 from insitu.methods.metrics import Tokens, token_ids
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import Prompts, read_prompts
-from insitu.methods.readout import endings_of
+from insitu.methods.readout import check_edits, endings_of
 from insitu.methods.result import Result
 from insitu.methods.sites import numbers_of
 from insitu.models.endings import Endings
@@ -108,6 +108,7 @@ def direct_logit_attribution(
     right = token_ids(model, answer, len(given))
     wrong = [None] * len(given) if instead is None else token_ids(model, instead, len(given))
     with bar("Direct logit attribution", progress):
+        check_edits(model, given, max_tokens_per_pass)
         runs = _runs(model, given, by, position, max_tokens_per_pass)
     with model.in_use():
         way = _ending(model, endings, runs[0])
@@ -217,9 +218,12 @@ def _attributed(
             biases.append(torch.full_like(bias, torch.nan))
             continue
         below, own, _ = _slope(model, inner, given.flatten(), lambda made: made[0].float() @ slope)
-        layers.append((given.float() * below.view_as(given)).sum(-1))
+        units = (given.float() * below.view_as(given)).sum(-1)
+        name = _component(whole, layer)
+        _check_units(by, layer, torch.cat([units, own[None]]), run.parts[name], slope)
+        layers.append(units)
         biases.append(own)
-        del shares[_component(whole, layer)]
+        del shares[name]
     width = max((len(one) for one in layers if one is not None), default=0)
     if not width:
         raise OptionError(f"No {by} of this model can be told apart.", here())
@@ -273,6 +277,21 @@ def _check_sum(run: _Run) -> None:
         raise OptionError(
             "What leaves the last block of this model is not the sum of what its blocks add to "
             "what the first is given, so its logits are no sum over them.",
+            here(),
+        )
+
+
+def _check_units(
+    by: str, layer: int, shares: torch.Tensor, added: torch.Tensor, slope: torch.Tensor
+) -> None:
+    """Raises if what the heads or neurons of a block add is not what was read of them together."""
+    both = added.float() * slope
+    size = float(both.abs().sum() + shares.abs().sum())
+    limit = 64 * torch.finfo(added.dtype).eps * size
+    if float((shares.sum() - both.sum()).abs()) > limit:
+        raise OptionError(
+            f"What each {by} of block {layer} adds is not known: together it is not what the block "
+            "adds, as where an edit changes that.",
             here(),
         )
 

@@ -11,11 +11,15 @@ import torch
 from insitu.graph.control import call_module
 from insitu.graph.errors import OptionError
 from insitu.graph.location import here, mark
+from insitu.methods.prompts import Prompts
 from insitu.models.endings import Endings
 from insitu.models.language_model import LanguageModel
 from insitu.models.vocabulary import Names
 from insitu.models.ways import Way, called
 from insitu.tracing.vocabulary import Roles
+
+_ROUNDING = 1e-3  # between logits that are equal but for rounding, as a share of the largest
+_COARSE = 0.05  # in 16 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +94,39 @@ def readout_of(model: LanguageModel) -> Readout:
             f"What this model makes of what leaves its last block is not known: {found}", here()
         )
     return Readout(model, found)
+
+
+def check_edits(
+    model: LanguageModel, prompts: Prompts, max_tokens_per_pass: int | None = None
+) -> None:
+    """Raises if edits change what a model makes of what leaves its last block.
+
+    A readout calls the modules there by themselves, where edits are not in force.
+
+    Args:
+        model: the model.
+        prompts: the prompts that are looked at.
+        max_tokens_per_pass: as of `model.trace`.
+
+    Raises:
+        OptionError: in that case.
+    """
+    found = endings_of(model).logits
+    if not model.edits or isinstance(found, str):
+        return
+    readout = Readout(model, found)
+    with model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
+        pairs: list[tuple[Any, Any]] = []
+        for ids in prompts.ids:
+            with tracer.invoke(ids):
+                logits: Any = model.logits
+                apart = (readout.recorded(model.blocks[-1].block_out) - logits).abs().max()
+                pairs.append(((apart / logits.abs().max()).save(to="cpu"), logits[0, 0, 0].save()))
+    for share, like in pairs:
+        limit = _COARSE if like.value.dtype.itemsize < 4 else _ROUNDING
+        if not bool(share.value < limit):
+            raise OptionError(
+                "An edit of this model changes what it makes of what leaves its last block, and "
+                "here that is computed without edits: take the model without that edit.",
+                here(),
+            )

@@ -24,7 +24,7 @@ from insitu.methods.lens import look, stages_of
 from insitu.methods.metrics import Tokens
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
-from insitu.methods.readout import Readout, readout_of
+from insitu.methods.readout import Readout, check_edits, readout_of
 from insitu.methods.result import Result
 from insitu.methods.sites import check_count
 from insitu.models.language_model import LanguageModel
@@ -248,6 +248,7 @@ def train_tuned_lens(
         )
     readout = readout_of(model)
     given = read_prompts(model, prompts)
+    check_edits(model, given, max_tokens_per_pass)
     start = (TunedLens.untrained(model) if lens is None else lens).to(model.device)
     weights = [torch.nn.Parameter(one.clone()) for one in start.weight]
     biases = [torch.nn.Parameter(one.clone()) for one in start.bias]
