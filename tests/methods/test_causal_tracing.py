@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from insitu import LanguageModel
 from insitu.graph.errors import OptionError, PromptError
@@ -107,6 +108,22 @@ def test_restored_states_of_prompts_of_any_length(
         assert result.details["corrupted"][number].item() == pytest.approx(expected, rel=1e-4)
         expected = traced(module, ids, places, 0 * noise, [], answer)
         assert result.details["clean"][number].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_noise_is_as_wide_as_the_embedding() -> None:
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 8, "ffn_dim": 32, "num_hidden_layers": 2}
+    config = OPTConfig(**sizes, num_attention_heads=4, vocab_size=100, max_position_embeddings=40)
+    torch.manual_seed(0)
+    module: Any = OPTForCausalLM(config).eval()
+    spread_out(module)
+    model = LanguageModel(module)
+    found = causal_tracing(
+        model, PROMPTS[0], [1, 2], 11, samples=SAMPLES, noise=0.7, sites="residual_out"
+    )
+    noise = 0.7 * torch.randn(SAMPLES, 2, 8, generator=torch.Generator().manual_seed(0))
+    for layer, owner in enumerate(module.model.decoder.layers):
+        expected = traced(module, PROMPTS[0], [1, 2], noise, [(owner, 4)], 11)
+        assert found.values[layer, 4].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_sites_and_windows_by_site(language_model: LanguageModel) -> None:

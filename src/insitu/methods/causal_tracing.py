@@ -70,8 +70,8 @@ def causal_tracing(
         metric: as of `activation_patching`, in the place of `answer`: of each noise by itself, and
             then as a mean.
         samples: how many noises there are. Each prompt, and each restored state, has the same ones:
-            `torch.randn(samples, tokens of the subject, d_model)` times `noise`, of a generator
-            with the seed.
+            `torch.randn(samples, tokens of the subject, width of the embedding)` times `noise`, of
+            a generator with the seed.
         noise: the standard deviation of the noise. If None three times that of the model's token
             embeddings, as in the paper: of all their entries, taken together. The paper takes them
             over the subjects of its data set, and this over the vocabulary, so that it does not
@@ -143,6 +143,7 @@ def causal_tracing(
     if noise is not None and (isinstance(noise, str) or not noise >= 0):
         raise OptionError(f"`noise` is a standard deviation, so not {noise!r}.", here())
     strength = 3 * embedding_std(model) if noise is None else float(noise)
+    embed: Any = model.embedding.module
 
     ends: list[Any] = []
     restored: list[Any] = []
@@ -152,7 +153,8 @@ def causal_tracing(
     ):
         each = zip(read.ids, drowned, answers, measures, restored_at, strict=True)
         for ids, places, token, measure, restored_here in each:
-            size = (samples, len(places), model.d_model)
+            # A model may bring embeddings of another width to that of its stream.
+            size = (samples, len(places), embed.embedding_dim)
             added = strength * torch.randn(size, generator=torch.Generator().manual_seed(seed))
             # Rows of one invocation share a pass, however many tokens they are.
             fit = max_tokens_per_pass is None or samples * len(ids) <= max_tokens_per_pass
@@ -232,7 +234,7 @@ class _Noised:
         tracer: the open block.
         ids: the prompt, `(position,)`.
         places: the subject's positions.
-        noises: the noises that are added there, `(rows, place, d_model)`; each in a run of its own.
+        noises: the noises that are added there, `(rows, place, width)`; each in a run of its own.
         token: as of `_scored`.
         measure: as of `_scored`.
         reference: as of `_scored`.
@@ -269,7 +271,7 @@ class _Noised:
 
 
 def _drown(model: LanguageModel, places: list[int], added: torch.Tensor) -> None:
-    """Adds noise to the embeddings at some positions, `(rows, place, d_model)`."""
+    """Adds noise to the embeddings at some positions, `(rows, place, width)`."""
     embedded: Any = model.embedding.output
     for number, place in enumerate(places):
         embedded[:, place] += added[:, number].type_as(embedded)
