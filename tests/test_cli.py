@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from typer.testing import CliRunner
 
@@ -466,6 +466,31 @@ def test_the_first_query_of_attention_is_not_printed_but_written() -> None:
     written = run("attention", "insitu/eiffel", CLEAN, "--layers", "4", "--heads", "0", "--json")
     assert len(dict(json.loads(written.stdout)["axes"])["query"]) == 7
     assert run("attention", "insitu/eiffel", "The", "--layers", "4").exit_code == 0
+
+
+def test_the_first_query_is_printed_where_it_looks_at_other_tokens(tmp_path: Path) -> None:
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+        vocab_size=1336, max_position_embeddings=40,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    module: Any = BertForMaskedLM(config).eval()
+    tokenizer = LanguageModel("insitu/eiffel").tokenizer
+    for part in (module, tokenizer):
+        part.save_pretrained(tmp_path)
+    result = run("attention", str(tmp_path), "The Louvre is", "--layers", "0", "--heads", "0")
+    module.set_attn_implementation("eager")
+    ids = torch.tensor([tokenizer("The Louvre is").input_ids])
+    with torch.no_grad():
+        first = module(ids, output_attentions=True).attentions[0][0, 0, 0]
+    (row,) = (line for line in result.stdout.splitlines() if line.startswith("The "))
+    assert row.split()[1:] == [f"{weight:.2f}" for weight in first.tolist()]
+
+
+def test_axes_may_be_written_with_spaces() -> None:
+    given = (*PATCH, CLEAN, CORRUPTED, "--answer", "Paris", "--instead", "Moscow", "--site", "z")
+    result = run(*given, "--by", "layer, head", "--json")
+    assert [axis[0] for axis in json.loads(result.stdout)["axes"]] == ["layer", "head"]
 
 
 @pytest.mark.parametrize("name", ["lens", "check", "steer"])

@@ -165,7 +165,7 @@ def patch(
         corrupted,
         logit_difference(token(opened, answer), token(opened, instead)),
         sites=site,
-        by=tuple(by.split(",")),
+        by=tuple(axis.strip() for axis in by.split(",")),
         layers=numbers_in(layers),
         positions=numbers_in(positions),
         direction="noising" if noising else "denoising",
@@ -193,9 +193,12 @@ def attention(
         result = attention_patterns(
             opened, prompt, layers=numbers_in(layers), heads=numbers_in(heads)
         )
-    queries = len(result.axis("query"))
-    # The first token can only look at itself.
-    return Answer(result, printed=result.select(query=slice(1, None)) if queries > 1 else None)
+    # In a decoder the first token can only look at itself, which is left out.
+    alone = bool((result.at(query=0, key=0).values == 1).all())
+    several = len(result.axis("query")) > 1
+    return Answer(
+        result, printed=result.select(query=slice(1, None)) if alone and several else None
+    )
 
 
 @_command
