@@ -314,6 +314,27 @@ def test_mistakes(gpt2: LanguageModel) -> None:
     assert steer(gpt2, PROMPTS[0], vector, use_cache=False, max_new_tokens=2)[0].ids.shape == (2,)
 
 
+def test_positions_of_a_prompt_are_none_of_a_decoder_behind_an_encoder() -> None:
+    """Its first step processes the token that it starts with, which plain hooks see alone."""
+    module: Any = module_of("t5")
+    added = torch.linspace(-5, 5, 16) ** 3
+    model, vector = LanguageModel(module), SteeringVector("residual_out", (1,), added[None])
+    for where in ([0], [-1], "generated"):
+        with pytest.raises(OptionError, match="first token|positions of the prompt are none"):
+            steer(model, PROMPTS[0], vector, positions=where)
+    (found,) = steer(model, PROMPTS[0], vector, max_new_tokens=4)
+
+    def hook(_: Any, args: Any, output: Any) -> Any:
+        value = output[0] if isinstance(output, tuple) else output
+        return (value + added, *output[1:]) if isinstance(output, tuple) else value + added
+
+    handle = module.decoder.block[1].register_forward_hook(hook)
+    whole = module.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=4)[0, 1:]
+    handle.remove()
+    plain = module.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=4)[0, 1:]
+    assert found.ids.tolist() == whole.tolist() != plain.tolist()
+
+
 def test_continuations_are_printed_as_a_table() -> None:
     ids = torch.tensor([1])
     parts = [Continuation(0, 0.0, ids, " [red]Paris"), Continuation(0, 1.5, ids, "\n")]

@@ -15,7 +15,7 @@ from insitu.methods.activations import stream_site
 from insitu.methods.continuations import Continuation, Steered
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import read_prompts
-from insitu.methods.sites import chosen, numbers_of
+from insitu.methods.sites import check_positions, chosen, numbers_of
 from insitu.methods.steering import SteeringVector
 from insitu.models.language_model import LanguageModel
 from insitu.models.prompt_arguments import check_budget
@@ -67,8 +67,8 @@ def steer(
         The continuations, of each prompt under each strength.
 
     Raises:
-        OptionError: if the vector has no such layer, or the positions are of no known kind or need
-            a cache that is turned off.
+        OptionError: if the vector has no such layer, or the positions are of no known kind, need
+            a cache that is turned off, or are none of the blocks', as behind an encoder.
 
     Example:
         `steer(model, prompt, vector, strengths=[-2, 0, 2], max_new_tokens=5).texts`
@@ -160,6 +160,14 @@ def _check(model: LanguageModel, shortest: int, positions: Any, kwargs: dict[str
     if not isinstance(positions, list) and positions not in (None, "last", "generated"):
         raise OptionError(
             f'Positions are numbers, "last", "generated", or None for all, not {positions!r}.',
+            here(),
+        )
+    if isinstance(positions, list):
+        check_positions(model)
+    if positions == "generated" and model.traits.is_encoder_decoder:
+        raise OptionError(
+            "The first token that this model's blocks process is one that it starts with, and not "
+            'a generated one, and no step tells them apart: positions="generated" is not for it.',
             here(),
         )
     if positions == "generated" and shortest == 1:
