@@ -138,7 +138,7 @@ def backward_pass(
                 "`inputs=` is empty: name the values and the weights whose gradients are wanted.",
                 Location(*mark),
             )
-        named = [item for item in checked if not isinstance(item, Ref)]
+        named = [item for item in checked if not isinstance(item, AnyRecorded)]
         options = {**options, "inputs": named}
     backward = add_node(recording, BACKWARD, tuple(losses), options, mark)
     gradients = _returned(recording, backward, checked, mark)
@@ -190,12 +190,12 @@ def recorded_grad(
 
 
 def _checked(recording: Recording, item: Any, mark: Mark) -> Any:
-    """One of the inputs of a backward pass: a reference, a weight of the model or a tensor."""
+    """One of the inputs of a backward pass: a value, a weight of the model or a tensor."""
     if isinstance(item, AnyRecorded):
         if item._recording is recording:
             if not item._operand:
                 refuse_structure(item, Location(*mark))
-            return recording.current(item._ref)
+            return item
         item = item.result(Location(*mark))
     if not isinstance(item, torch.Tensor):
         raise OperationError(
@@ -215,11 +215,23 @@ def _returned(recording: Recording, backward: Ref, inputs: Sequence[Any], mark: 
     found: list[Ref] = []
     named = 0
     for item in inputs:
-        if isinstance(item, Ref):
-            found.append(read_gradient(recording, item, mark, backward))
+        if isinstance(item, AnyRecorded):
+            found.append(_gradient_of(recording, backward, item))
             continue
         rows = recording.graph.rows
         rows.append((GETITEM, (backward, named), NO_KWARGS, backward.inputs, False, mark))
         found.append(ref(len(rows) - 1))
         named += 1
     return found
+
+
+def _gradient_of(recording: Recording, backward: Ref, item: Any) -> Ref:
+    """The node that stands for the gradient of a value, which is its `.grad` of that pass.
+
+    What has a standard name says itself which value of the run its gradient is a part of.
+    """
+    around, recording.differentiated = recording.differentiated, backward
+    try:
+        return item.grad._ref
+    finally:
+        recording.differentiated = around
