@@ -108,8 +108,8 @@ def read_prompts(model: LanguageModel, prompts: Any) -> Prompts:
     Raises:
         PromptTypeError: if it is of no known form.
         PromptError: if it is empty, too long, or has ids that the model does not know; or if more
-            goes with it than a mask, such as embeddings or token types, which would be left out, or
-            the mask hides all tokens, or some between others.
+            goes with it than a mask, such as embeddings or token types, which would be left out.
+            Also if the mask hides all tokens, or some between others.
     """
     read = model.traits.reader.read(prompts, "right", mark())
     beside = [name for name, value in read.extras.items() if not _says_nothing(name, value)]
