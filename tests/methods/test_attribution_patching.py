@@ -147,6 +147,36 @@ def test_positions_that_coincide_in_one_prompt_of_a_pair() -> None:
     torch.testing.assert_close(found.values, torch.stack(expected), rtol=1e-4, atol=1e-6)
 
 
+def test_behind_what_a_metric_measures_nothing_changes_it() -> None:
+    module = tiny_gpt2()
+    found: list[list[Tensor]] = []
+    for ids in (CLEAN, CORRUPTED):
+        seen: list[Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kept: list[Tensor] = seen) -> Any:
+            kept.append(args[0].detach().requires_grad_())
+            return (kept[-1], *args[1:])
+
+        handle = module.transformer.h[0].attn.c_proj.register_forward_pre_hook(hook)
+        states = module(ids[None], output_hidden_states=True).hidden_states[1]
+        handle.remove()
+        found.append([seen[0], *torch.autograd.grad(states[0, -1, 0], seen)])
+    (clean, _), (corrupted, slope) = found
+    expected = torch.zeros(4, 4)
+    expected[0] = ((clean - corrupted) * slope)[0].unflatten(-1, (4, -1)).sum((0, 2)).detach()
+    values = attribution_patching(
+        LanguageModel(module),
+        CLEAN,
+        CORRUPTED,
+        lambda run: run.blocks[0].block_out[0, -1, 0],
+        sites="z",
+        by=("layer", "head"),
+        normalised=False,
+    ).values
+    assert expected.abs().max() > 1e-6
+    torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.thorough
 def test_patterns_have_gradients_too() -> None:
     module = tiny_gpt2()

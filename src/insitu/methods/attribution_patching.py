@@ -122,14 +122,12 @@ def attribution_patching(
                 of_clean = measure(Run(model), reference)
                 clean_values = grid.read(model)
                 if direction == "noising":
-                    slopes = [value.grad for value in clean_values]
-                    of_clean.backward()
+                    slopes = _gradients(of_clean, clean_values)
             with tracer.invoke(pairs.corrupted.ids[pair]):
                 of_corrupted = measure(Run(model), reference)
                 corrupted_values = grid.read(model)
                 if direction == "denoising":
-                    slopes = [value.grad for value in corrupted_values]
-                    of_corrupted.backward()
+                    slopes = _gradients(of_corrupted, corrupted_values)
             both: Any = torch.stack([of_clean.detach(), of_corrupted.detach()])
             ends.append(both.save())
             lengths = pairs.clean.lengths[pair], pairs.corrupted.lengths[pair]
@@ -163,3 +161,8 @@ def attribution_patching(
         details=details,
         centre=0.0,
     )
+
+
+def _gradients(measured: Any, values: Sequence[Any]) -> Sequence[Any]:
+    """The gradients of a metric at values of its run, zeros where it does not depend on them."""
+    return torch.autograd.grad(measured, values, materialize_grads=True)
