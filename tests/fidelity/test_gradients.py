@@ -18,7 +18,7 @@ from insitu import (
     ShapeError,
     apply,
 )
-from tests.conftest import hooked_hidden
+from tests.conftest import hooked_hidden, tiny_llama
 from tests.fidelity.test_writing import IDS, OTHER, SHORT, blocks
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -724,3 +724,29 @@ def test_autograd_begins_at_the_first_value_in_a_frozen_model(gpt2: LanguageMode
         gpt2.transformer.h[1].output[0].grad.save()
         loss_of(gpt2.lm_head.output).backward()
     assert recorded[:2] == [False, False] and all(recorded[2:4])
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_unused": True}, {"materialize_grads": True}])
+def test_named_values_are_inputs_of_a_backward_pass(options: dict[str, bool]) -> None:
+    """Heads are a view of what the output projection is given, on which the loss depends."""
+    module: Any = tiny_llama()
+    given: list[torch.Tensor] = []
+
+    def hook(_: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        given.append(args[0].detach().requires_grad_())
+        return (given[-1],)
+
+    handle = module.model.layers[1].self_attn.o_proj.register_forward_pre_hook(hook)
+    logits = module(torch.tensor([[5, 6, 7]]), use_cache=False).logits
+    handle.remove()
+    (expected,) = torch.autograd.grad(logits[0, -1, 3], given)
+    expected = expected.unflatten(-1, (4, -1)).transpose(1, 2)
+    model = LanguageModel(module)
+    with model.trace([5, 6, 7]):
+        z, loss = model.blocks[1].attention.z, model.logits[0, -1, 3]
+        (found,) = torch.autograd.grad(loss, [z], retain_graph=True, **options)
+        (same,) = loss.backward(inputs=[z])
+        found, same = found.save(), same.save()
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(found.value, expected)
+    torch.testing.assert_close(same.value, expected)

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from insitu import LanguageModel
-from tests.conftest import tiny_llama
 from tests.fidelity.named import (
     ADDED,
     Seen,
@@ -153,29 +151,3 @@ def loss_with(
             setattr(part, of, getattr(part, of) + by * change)
         loss = loss_of(scores_of(name)).save()
     return float(loss.value)
-
-
-@pytest.mark.parametrize("options", [{}, {"allow_unused": True}, {"materialize_grads": True}])
-def test_named_values_are_inputs_of_a_backward_pass(options: dict[str, bool]) -> None:
-    """Heads are a view of what the output projection is given, on which the loss depends."""
-    module: Any = tiny_llama()
-    given: list[torch.Tensor] = []
-
-    def hook(_: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        given.append(args[0].detach().requires_grad_())
-        return (given[-1],)
-
-    handle = module.model.layers[1].self_attn.o_proj.register_forward_pre_hook(hook)
-    logits = module(torch.tensor([[5, 6, 7]]), use_cache=False).logits
-    handle.remove()
-    (expected,) = torch.autograd.grad(logits[0, -1, 3], given)
-    expected = expected.unflatten(-1, (4, -1)).transpose(1, 2)
-    model = LanguageModel(module)
-    with model.trace([5, 6, 7]):
-        z, loss = model.blocks[1].attention.z, model.logits[0, -1, 3]
-        (found,) = torch.autograd.grad(loss, [z], retain_graph=True, **options)
-        (same,) = loss.backward(inputs=[z])
-        found, same = found.save(), same.save()
-    assert expected.abs().max() > 1e-4
-    torch.testing.assert_close(found.value, expected)
-    torch.testing.assert_close(same.value, expected)
