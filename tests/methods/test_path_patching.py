@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import FalconConfig, FalconForCausalLM
 
 from insitu import LanguageModel
 from insitu.graph.errors import OptionError, PromptError, ShapeError
@@ -340,6 +342,40 @@ def test_positions_that_can_be_gone_through_once_are_those_of_every_prompt(
     listed = path_patching(*asked, positions=[1, -1], **options)
     once = path_patching(*asked, positions=(number for number in (1, -1)), **options)
     assert torch.equal(once.values, listed.values) and bool((listed.values != 0).any())
+
+
+def test_keys_are_counted_as_the_model_has_them() -> None:
+    """Falcon's config says how many key heads there are in a way of its own: here there is one."""
+    config = FalconConfig(
+        vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, multi_query=True
+    )
+    module = FalconForCausalLM(config).eval()
+    spread_out(module)
+    before, (_, block) = module.transformer.h[0].self_attention.dense, module.transformer.h
+    qkv, keys = block.self_attention.query_key_value, slice_of(4)  # behind four heads of queries
+    with torch.no_grad():
+        qkv.weight *= 3  # so that it matters what queries and keys are
+    ids, other_ids = CLEAN[0], CORRUPTED[0]
+    seen: list[torch.Tensor] = []
+    kept: dict[nn.Module, Change] = {before: seen.append, block.input_layernorm: seen.append}
+    with torch.no_grad():
+        own = metric(run(module, ids, None, kept))
+        run(module, other_ids, None, kept)
+        z, given, other_z, _ = seen
+        expected: list[float] = []
+        for head in range(4):
+            more = before(written(z, slice_of(head), other_z)) - before(z)
+            to = qkv(block.input_layernorm(given + more))
+            changed = {qkv: partial(written, part=keys, to=to)}
+            expected.append(metric(run(module, ids, changed)))
+    assert max(abs(one - own) for one in expected) > 1e-3
+    model, options = LanguageModel(module), {"direction": "noising", "normalised": False}
+    for head in (0, -1):
+        receiver = ("k", 1, head)
+        found = path_patching(model, ids, other_ids, METRIC, receivers=receiver, **options)
+        assert found.values[0].tolist() == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(OptionError, match="no head 1"):
+        path_patching(model, ids, other_ids, METRIC, receivers=("k", 1, 1))
 
 
 def test_positions_of_a_prompt_are_none_of_a_decoder_behind_an_encoder() -> None:

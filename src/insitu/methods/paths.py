@@ -11,7 +11,6 @@ from insitu.graph.location import here
 from insitu.methods.measured_run import Run
 from insitu.methods.metrics import Measure
 from insitu.methods.sites import Site, chosen, site_of, whole
-from insitu.models.configuration import said, text_config
 from insitu.models.keys import entry_of
 from insitu.models.language_model import LanguageModel
 from insitu.tracing.named import Named
@@ -165,6 +164,14 @@ def _head(head: int | None) -> dict[str, int]:
     return {} if head is None else {"head": head}
 
 
+def _key_heads(model: LanguageModel, layer: int, name: str) -> int:
+    """How many heads the keys or values of a block have. Configs say it under many names."""
+    if not _has(model, layer, f"attention.{name}"):
+        return model.n_heads  # the run says why the block has none
+    with model.scan([0]):
+        return int(getattr(model.blocks[layer].attention, name).shape[1])
+
+
 def receivers_of(model: LanguageModel, given: Any) -> tuple[tuple[str, int, int | None], ...]:
     """Returns receivers, checked, and counted from 0; none for the logits.
 
@@ -195,9 +202,7 @@ def receivers_of(model: LanguageModel, given: Any) -> tuple[tuple[str, int, int 
         (layer,) = chosen("layer", numbers[0], len(model.blocks))
         head = None
         if name != "mlp":
-            heads = model.n_heads
-            if name in ("k", "v"):
-                heads = said(text_config(model.config), "num_key_value_heads") or heads
+            heads = _key_heads(model, layer, name) if name in ("k", "v") else model.n_heads
             (head,) = chosen("head", numbers[1], heads)
         found.append((name, layer, head))
     return tuple(found)
