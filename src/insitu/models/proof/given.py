@@ -128,7 +128,8 @@ class Proofs:
 
     def _why_not(self) -> str:
         loaded = self._body.model.loaded
-        return (_FAILED if loaded else _UNPROVEN).format(why=self._failure)
+        why = self._failure or "which has no block that computes as this one does"
+        return (_FAILED if loaded else _UNPROVEN).format(why=why)
 
     def _further(self) -> bool:
         """Makes one more proof, and returns whether there was one more to make."""
