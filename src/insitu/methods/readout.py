@@ -116,14 +116,14 @@ def check_edits(
         return
     readout = Readout(model, found)
     with model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
-        pairs: list[tuple[Any, Any]] = []
+        shares: list[Any] = []  # of the largest logit, in their dtype
         for ids in prompts.ids:
             with tracer.invoke(ids):
                 logits: Any = model.logits
                 apart = (readout.recorded(model.blocks[-1].block_out) - logits).abs().max()
-                pairs.append(((apart / logits.abs().max()).save(to="cpu"), logits[0, 0, 0].save()))
-    for share, like in pairs:
-        limit = _COARSE if like.value.dtype.itemsize < 4 else _ROUNDING
+                shares.append((apart / logits.abs().max()).type_as(logits).save(to="cpu"))
+    for share in shares:
+        limit = _COARSE if share.dtype.itemsize < 4 else _ROUNDING
         if not bool(share.value < limit):
             raise OptionError(
                 "An edit of this model changes what it makes of what leaves its last block, and "

@@ -51,7 +51,7 @@ class Prepared:
         path: the part of the tree that the block is about.
         alone: whether it is of one invocation in which no module is skipped: then it depends on
             no other part.
-        plain: whether nothing has to be done before its one pass, around it, or after it.
+        bare: whether nothing has to be done before its one pass, around it, or after it.
         ambient: the settings of torch on which the dtypes in `plan.returned` depend.
         checks: what blocks of this plan would give and take, as earlier checks have found.
     """
@@ -63,7 +63,7 @@ class Prepared:
     exclusive: Exclusive
     path: CallPath
     alone: bool
-    plain: bool
+    bare: bool
     ambient: Ambient
     checks: dict[Hashable, object] = field(default_factory=dict[Hashable, object])
 
@@ -134,9 +134,9 @@ def plan_run(run: Run) -> tuple[Prepared, list[Pass]]:
     tree = model.snapshot
     compiled = is_compiled(tree.parts)
     by_itself = len(requests) == 1 and not plan.returned
-    more = compiled or plan.start is not None or plan.gradients is not None or plan.drawing
-    plain = by_itself and not more
-    found = (compiled, tree, model.exclusive, CallPath(watched), by_itself, plain, ambient())
+    beside = compiled or plan.start is not None or plan.gradients is not None or plan.drawing
+    bare = by_itself and not beside
+    found = (compiled, tree, model.exclusive, CallPath(watched), by_itself, bare, ambient())
     return Prepared(plan, plans, *found), passes
 
 

@@ -128,8 +128,8 @@ def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[
     # A second time only if the model has changed under the run, which it does once.
     for again in (True, False):
         prepared, passes = prepare(run)
-        if prepared.plain and again and failures is None and observed is None:
-            done = _run_plainly(run, prepared, passes.pop())
+        if prepared.bare and again and failures is None and observed is None:
+            done = _run_bare(run, prepared, passes.pop())
             if done is not None:
                 return prepared.plan, done
             continue
@@ -189,7 +189,7 @@ def run_once(run: Run, failures: Failures | None, apart: bool = False) -> tuple[
     return prepared.plan, results
 
 
-def _run_plainly(run: Run, prepared: Prepared, single: Pass) -> list[Any] | None:
+def _run_bare(run: Run, prepared: Prepared, single: Pass) -> list[Any] | None:
     """Does what `run_once` does for a block of one pass with nothing to do around it, as most are.
 
     Args:

@@ -128,7 +128,7 @@ class Proofs:
 
     def _why_not(self) -> str:
         loaded = self._body.model.loaded
-        why = self._failure or "which has no block that computes as this one does"
+        why = self._failure or "no block of it computes as this one does"
         return (_FAILED if loaded else _UNPROVEN).format(why=why)
 
     def _further(self) -> bool:
