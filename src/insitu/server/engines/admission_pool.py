@@ -16,7 +16,7 @@ from insitu.remote.problems import Problem, ProblemError
 from insitu.server.engines.admission import AdmissionSettings
 from insitu.server.engines.frames import AsyncFrames, BrokenFrameError
 from insitu.server.engines.messages import Admitted, Check, FromAdmission, Refused
-from insitu.server.engines.processes import child_process
+from insitu.server.engines.processes import child_process, until_ended
 from insitu.server.engines.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class _Template:
         """Ends it. Workers that it has forked go on until they are told otherwise."""
         self._control.close()
         self._process.kill()
-        await asyncio.to_thread(self._process.wait)
+        await until_ended(self._process)
 
     async def _read(self, count: int) -> bytes:
         found = b""

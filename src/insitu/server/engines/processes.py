@@ -17,6 +17,8 @@ from insitu.server.engines.messages import FromEngine
 
 T = TypeVar("T")
 
+_POLL_SECONDS = 0.01
+
 
 class Child(Generic[T]):
     """A process that tells things on a socket.
@@ -62,7 +64,7 @@ class Child(Generic[T]):
     async def close(self) -> None:
         """Ends the process, and waits until it has."""
         self.kill()
-        await asyncio.to_thread(self.process.wait)
+        await until_ended(self.process)
         if self._frames is not None:
             await self._frames.close()
         self.end.close()
@@ -75,6 +77,16 @@ def engine_process(settings: msgspec.Struct) -> Child[FromEngine]:
         settings: its `EngineSettings`.
     """
     return Child("insitu.server.engines.engine", settings, FromEngine)
+
+
+async def until_ended(process: subprocess.Popen[bytes]) -> None:
+    """Waits until a process has ended, in no other thread: there is none when Python itself ends.
+
+    Args:
+        process: the process, which was killed.
+    """
+    while process.poll() is None:
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 def child_process(
