@@ -317,9 +317,10 @@ class Body:
         call = Call(call.args, {**call.kwargs, **options})
         failure: Exception | None = None
         with model.in_use(), attending(model.module, implementation):
-            # Without weights, some models still want to know what their tokens or masks say.
-            attempts = [(True, False), (False, False) if model.loaded else (True, True)]
-            for fake, contents in attempts:
+            # Some models want to know what their tokens or masks say. One with weights is run on
+            # data last: it may compute otherwise there, and be of another kind than without them.
+            attempts = [(True, False), (True, True), (False, False)]
+            for fake, contents in attempts if model.loaded else attempts[:2]:
                 module, modules = model.without_data if fake else (model.module, model.modules)
                 if not fake:
                     placed = self.placed_sample()

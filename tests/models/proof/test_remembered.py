@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from insitu import LanguageModel, Model
+from insitu.graph.errors import UnknownShapeError
 from insitu.models.proof import given
 from insitu.models.proof.remembered import as_data, from_data, key_of, recall
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -108,6 +110,26 @@ def test_proofs_of_another_code_do_not_count(folder: Path, made: list[Any]) -> N
     file.write_text(json.dumps({**json.loads(file.read_text()), "code": "older"}))
     assert LanguageModel(tiny_gpt2()).n_heads == 4
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("jamba", marks=pytest.mark.thorough)])
+def test_without_weights_experts_and_grouped_heads_have_their_names(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    module = module_of(name)
+    module.save_pretrained(tmp_path / "model")
+    layers = [n for n, layer in enumerate(module.model.layers) if hasattr(layer, "self_attn")]
+    model = LanguageModel(str(tmp_path / "model"))
+    if transformers.__version__.startswith("4."):  # what it does depends on which experts are used
+        with model.scan([5, 6, 7]), pytest.raises(UnknownShapeError, match="load it first"):
+            _ = model.blocks[layers[0]].attention_out
+        return
+    with model.scan([5, 6, 7]):
+        found = [(model.blocks[n].attention.z, model.blocks[n].attention_out) for n in layers]
+        shapes = {(tuple(z.shape), tuple(out.shape)) for z, out in found}
+    heads, width = module.config.num_attention_heads, module.config.hidden_size
+    assert layers and not model.loaded
+    assert shapes == {((1, heads, 3, width // heads), (1, 3, width))}
 
 
 @pytest.mark.thorough
