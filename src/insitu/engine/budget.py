@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch._subclasses import FakeTensorMode
 
 from insitu.engine.counting import Counting, Held
 from insitu.engine.largest import asked, largest
 from insitu.engine.limits import Limits
 from insitu.graph.bounds import counting
 from insitu.graph.errors import LimitError
-from insitu.graph.fake_tensors import on_fake_tensors
+from insitu.graph.fake_tensors import Fakes, on_fake_tensors
 from insitu.graph.node import Function, Row
 from insitu.graph.operations import APPLY, READ, Operation
 from insitu.graph.structure import map_structure, tensors_of
@@ -169,7 +168,7 @@ class Budget:
             self._check_bytes(size)
             return
         nodes, counted = self._nodes, Counting()
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = Fakes()
 
         def leaf(item: Any) -> Any:
             return mode.from_tensor(item.detach()) if isinstance(item, torch.Tensor) else item

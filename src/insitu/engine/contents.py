@@ -10,7 +10,7 @@ computed for real. It is needed only where a run without contents fails.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
@@ -60,8 +60,6 @@ class Contents(TorchDispatchMode):
     ) -> Any:
         """Computes an operation on fake tensors, and on contents if they are known."""
         kwargs = kwargs or {}
-        if func is torch.ops.aten._grouped_mm.default:
-            return _grouped_product(*args, **kwargs)
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], self._positions(args[1]), *args[2:])
         own = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -155,19 +153,3 @@ def _fake(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-
-
-def _grouped_product(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    offsets: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """The shape of products of experts. PyTorch tells it of one dtype only."""
-    shape = [left.shape[-2], right.shape[-1]]
-    if left.ndim == right.ndim == 2:
-        shape.insert(0, cast("torch.Tensor", offsets).shape[0])
-    elif left.ndim == 3:
-        shape.insert(0, left.shape[0])
-    return left.new_empty(shape, dtype=out_dtype or left.dtype)

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from insitu.engine.functions import Called
 from insitu.engine.probe import Probe
-from insitu.graph.fake_tensors import on_fake_tensors
+from insitu.graph.fake_tensors import Fakes, on_fake_tensors
 from insitu.graph.structure import map_structure, storage_of
 
 Key = TypeVar("Key")
@@ -102,7 +102,7 @@ class Interpolation(NamedTuple):
             length: the length.
             run: makes that run, for values that have no general answer.
         """
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = Fakes()
         seen = _Between(self.seen, length, mode, lambda: run().seen)
         returned = _Between(self.returned, length, mode, lambda: run().returned)
         called = [

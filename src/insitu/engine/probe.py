@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from insitu.engine.contents import Contents, has_contents
 from insitu.engine.counting import Counting, Counts
@@ -25,7 +24,7 @@ from insitu.engine.listening import listening
 from insitu.engine.places import View
 from insitu.graph.changes import changing
 from insitu.graph.errors import UnknownShapeError
-from insitu.graph.fake_tensors import on_fake_tensors
+from insitu.graph.fake_tensors import Fakes, on_fake_tensors
 from insitu.graph.node import Place
 from insitu.graph.objects import form_of_object, is_object, map_objects, tensors_within
 from insitu.graph.structure import map_structure
@@ -230,7 +229,7 @@ def fake_run(
         return fake
 
     # Constants that a forward makes of its own are real tensors.
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = Fakes()
     with on_fake_tensors(mode, known), fake_weights(module, leaf):
         # Of objects too: a forward may fill a cache of the user's, or append to it.
         args, kwargs = map_objects(leaf, tuple(call))
