@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from insitu import LanguageModel, Model, PathError
 from tests.conftest import hooked, tiny_gpt2
@@ -249,6 +250,59 @@ def test_several_prompts_share_a_pass_of_the_tree_that_is_there(
         with torch.no_grad():
             right = module(inputs, use_cache=False).logits
         torch.testing.assert_close(logits.value, right, rtol=1e-4, atol=1e-5)
+
+
+class AcrossRows(GPT2Block):
+    """A block in which each row and position sees all others."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return seen_by_all(super().forward(*args, **kwargs))
+
+
+def seen_by_all(output: Any) -> Any:
+    hidden = first(output)
+    hidden = hidden + hidden.mean((0, 1), keepdim=True)
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def change_class(module: Any, patch: pytest.MonkeyPatch) -> None:
+    module.transformer.h[0].__class__ = AcrossRows
+
+
+def change_forward_of_class(module: Any, patch: pytest.MonkeyPatch) -> None:
+    before = GPT2Block.forward
+    patch.setattr(
+        GPT2Block, "forward", lambda *args, **kwargs: seen_by_all(before(*args, **kwargs))
+    )
+
+
+def look_ahead(module: Any, patch: pytest.MonkeyPatch) -> None:
+    for block in module.transformer.h:
+        block.attn.is_causal = False
+
+
+@pytest.mark.parametrize("change", [change_class, change_forward_of_class, look_ahead])
+def test_prompts_share_no_pass_in_which_they_would_see_each_other_now(
+    change: Callable[[Any, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny_gpt2()
+    model = LanguageModel(module)
+    prompts = ([3, 14, 15], [92, 65, 35, 89, 7])
+
+    def last() -> list[Any]:
+        with model.trace() as tracer:
+            found = []
+            for ids in prompts:
+                with tracer.invoke(ids):
+                    found.append(model.transformer.h[-1].output[0].save())
+        return found
+
+    for _ in range(2):  # the plan is kept
+        last()
+    change(module, monkeypatch)
+    for ids, hidden in zip(prompts, last(), strict=True):
+        expected = first(hooked(module, "transformer.h.3", torch.tensor([ids])))
+        torch.testing.assert_close(hidden.value, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.thorough

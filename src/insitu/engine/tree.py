@@ -87,9 +87,14 @@ class Tree:
         # Most have no children: whether any has got some is asked in a third of the time.
         self._filled = _watched([part for part in self.parts if part._modules])
         self._bare = [part._modules for part in self.parts if not part._modules]
-        self._make = _make(self.parts)
         self._states = [vars(part) for part in self.parts]
-        self._forwards = self._own_forwards()
+        self._tables = self._own_tables()
+        self._classes = [*map(type, self.parts)]
+        self._kinds = [*dict.fromkeys(self._classes)]
+        self._forwards = self._all_forwards()
+        self._switches = _switches(self._states)
+        self._set = self._now_set()
+        self._sizes = [*map(len, self._states)]
         self.spine = self._spine()
 
     def has_changed(self) -> bool:
@@ -97,16 +102,28 @@ class Tree:
         return self._filled.now != self._filled.then or any(self._bare)
 
     def differs(self) -> bool:
-        """Returns the same, and whether any has become another in itself.
+        """Returns the same, and whether any has become another in itself: as of `runs_otherwise`.
 
-        That is its class, the `forward` of the instance, or a table of children that was
-        exchanged as a whole. It takes ten times as long.
+        Also whether a table of children was exchanged as a whole. It takes ten times as long.
         """
-        return self.has_changed() or self._make != _make(self.parts)
+        return self.has_changed() or self._tables != self._own_tables() or self.runs_otherwise()
 
     def runs_otherwise(self) -> bool:
-        """Returns whether an instance's own `forward` has been set, exchanged or taken away."""
-        return self._forwards != self._own_forwards()
+        """Returns whether any module has another class, `forward` or switch than it had.
+
+        A `forward` may be the class's or the instance's. A switch is a bool such as `is_causal`.
+        """
+        if self._classes != [*map(type, self.parts)] or self._forwards != self._all_forwards():
+            return True
+        if self._set != self._now_set():
+            return True
+        sizes = [*map(len, self._states)]
+        if sizes == self._sizes:
+            return False
+        if len(self._switches) != len(_switches(self._states)):
+            return True
+        self._sizes = sizes  # what was added is no switch
+        return False
 
     def in_training(self) -> list[nn.Module]:
         """Returns the modules in training mode."""
@@ -117,8 +134,15 @@ class Tree:
             pass
         return [part for part in self.parts if part.training]
 
-    def _own_forwards(self) -> list[Any]:
-        return [state["forward"] for state in self._states if "forward" in state]
+    def _now_set(self) -> list[Any]:
+        return [state.get(name) for state, name in self._switches]
+
+    def _own_tables(self) -> list[int]:
+        return [id(state["_modules"]) for state in self._states]
+
+    def _all_forwards(self) -> list[Any]:
+        own = [state["forward"] for state in self._states if "forward" in state]
+        return own + [kind.forward for kind in self._kinds]
 
     def on_the_way(self, paths: Iterable[str]) -> Watched:
         """Returns the tables of children through which some paths lead, to be compared later.
@@ -281,6 +305,14 @@ def _watched(parts: Iterable[nn.Module], ends: Iterable[nn.Module] = ()) -> Watc
     return Watched(now, [dict(table) for table in now], called)
 
 
-def _make(parts: Iterable[nn.Module]) -> list[Any]:
-    """What each module is apart from its children, to be compared by identity or equality."""
-    return [(type(part), id(part._modules), vars(part).get("forward")) for part in parts]
+def _switches(states: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    """The bools among modules' attributes, with their names: some say which tokens a token sees.
+
+    Training mode is asked for by itself. Numbers are left out, because some modules count calls.
+    """
+    return [
+        (state, name)
+        for state in states
+        for name, value in state.items()
+        if type(value) is bool and name != "training" and not name.startswith("_")
+    ]
