@@ -12,6 +12,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from insitu import LanguageModel, LoadError, OptionError
 from tests.conftest import tiny_gpt2
+from tests.fidelity.zoo import module_of
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
 
@@ -52,6 +53,27 @@ def test_arguments_reach_from_pretrained(folder) -> None:
         assert hidden.dtype == torch.bfloat16 and pattern.shape == (1, 4, 5, 5)
         hidden, pattern = hidden.save(), pattern.save()
     assert hidden.dtype == torch.bfloat16 and pattern.shape == (1, 4, 5, 5)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("t5", "float16"), ("deepseek-v3", "bfloat16")])
+def test_dtypes_before_loading_are_those_that_loading_gives(
+    tmp_path, name: str, dtype: str
+) -> None:
+    """Also of weights that Transformers keeps in `float32`, such as the last layer of T5's MLPs."""
+    module_of(name).save_pretrained(tmp_path)
+    model = LanguageModel(tmp_path, dtype=getattr(torch, dtype))
+    before = {path: weight.dtype for path, weight in model.module.state_dict().items()}
+    whole = type(model.module).from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    assert before == {path: weight.dtype for path, weight in whole.state_dict().items()}
+
+
+def test_a_value_before_loading_has_the_dtype_of_the_run(tmp_path) -> None:
+    module_of("t5").save_pretrained(tmp_path)
+    model = LanguageModel(tmp_path, dtype=torch.float16)
+    with model.trace(IDS):
+        dtype = model.encoder.block[0].output[0].dtype
+        value = model.encoder.block[0].output[0].save()
+    assert value.dtype == dtype == torch.float32
 
 
 def test_a_model_in_memory_is_taken_as_it_is() -> None:

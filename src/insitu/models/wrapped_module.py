@@ -88,7 +88,7 @@ class WrappedModule(Handle):
     @property
     def knows_dtypes(self) -> bool:
         """Whether the dtypes of weights that are not loaded yet are certain."""
-        return self._source is None or self._source.knows_dtypes(self._module)
+        return self._source is None or self._source.knows_dtypes()
 
     def load(self) -> nn.Module:
         """Loads the weights, if they are not there yet, and returns the module.

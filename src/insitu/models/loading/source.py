@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +101,8 @@ class Source:
         None if the model cannot be made without weights.
         """
         kind = self._class
-        kwargs: dict[str, Any] = {"dtype": self._dtype(self.config)}
+        dtype = self._dtype(self.config)
+        kwargs: dict[str, Any] = {"dtype": dtype}
         if "attn_implementation" in self._kwargs:
             kwargs["attn_implementation"] = self._kwargs["attn_implementation"]
         if hasattr(kind, "from_config"):
@@ -112,6 +114,7 @@ class Source:
         try:
             with torch.device("meta"):
                 tree = make(copy.deepcopy(self.config), **kwargs)
+                _keep_in_float32(tree, dtype)
                 if self._adapter is not None:
                     tree = self._adapter.put_into(tree)
         except (NotImplementedError, RuntimeError):
@@ -149,18 +152,11 @@ class Source:
             raise LoadError(refusal(self.name, kind, anew, self._asked), location)
         return module
 
-    def knows_dtypes(self, tree: nn.Module) -> bool:
-        """Returns whether the weights will certainly have the dtypes that they have in a tree.
+    def knows_dtypes(self) -> bool:
+        """Returns whether the weights will certainly have the dtypes that they have in the tree.
 
-        Not where they are quantised, where the class keeps some of them in float32, or where
-        their dtype stands in their files alone.
-
-        Args:
-            tree: the tree without weights.
+        Not where they are quantised, or where their dtype stands in their files alone.
         """
-        kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-        if any(getattr(tree, name, None) for name in kept):
-            return False
         given = self._kwargs.get("quantization_config")
         if given is not None or getattr(self.config, "quantization_config", None) is not None:
             return False
@@ -232,6 +228,26 @@ class Source:
                 update = getattr(quantiser, "update_dtype", None) or quantiser.update_torch_dtype
                 asked = update(asked)
         return asked or torch.get_default_dtype()
+
+
+def _keep_in_float32(tree: Any, dtype: torch.dtype) -> None:
+    """Gives weights float32 that `from_pretrained` keeps in it, also if another dtype is asked."""
+    import transformers
+
+    patterns: list[str] = []
+    if dtype is torch.float16:
+        patterns += getattr(tree, "_keep_in_fp32_modules", None) or ()
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns += getattr(tree, "_keep_in_fp32_modules_strict", None) or ()
+    if not patterns:
+        return
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns))
+    else:  # whole parts of a path
+        kept = re.compile("|".join(rf"(^|\.){pattern}($|\.)" for pattern in patterns))
+    for name, weight in tree.state_dict(keep_vars=True).items():
+        if weight.is_floating_point() and kept.search(name):
+            weight.data = weight.data.float()
 
 
 def _first_line(error: Exception) -> str:
