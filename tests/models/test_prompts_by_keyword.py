@@ -230,6 +230,19 @@ def test_position_ids_of_an_encoding_are_those_of_the_run(lists: bool) -> None:
     torch.testing.assert_close(ours.value, plain)
 
 
+@pytest.mark.parametrize("of", [torch.tensor, list], ids=["tensor", "list"])
+def test_token_types_of_zero_are_those_of_the_models_own_call(of: Any) -> None:
+    """GPT-2 adds the embedding of token 0 for them. Llama takes none, and tokenizers make some."""
+    encoding = {"input_ids": of([[3, 14, 15]]), "token_type_ids": of([[0, 0, 0]])}
+    tensors = {name: torch.as_tensor(rows) for name, rows in encoding.items()}
+    for name in ("gpt2", "llama", "bert"):
+        module = KINDS[name]()
+        model = LanguageModel(module)
+        with model.trace(encoding):
+            ours = model.logits.save()
+        torch.testing.assert_close(ours.value, logits_of(module, **tensors))
+
+
 @pytest.mark.parametrize(
     "beside",
     [

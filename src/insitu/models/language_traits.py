@@ -73,6 +73,7 @@ class LanguageTraits:
         self._costs: Costs | None = None
         embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
         self.pad_id = padding(module, config)
+        self.options = options = Options(module)
         self.reader = Reader(
             tokenizer,
             limits_of(module, config),
@@ -80,8 +81,8 @@ class LanguageTraits:
             weight_of(embedding).device.type == "cpu",
             processor,
             None if processor is None else module.dtype,
+            lambda: options.forward is None or "token_type_ids" in options.forward,
         )
-        self.options = Options(module)
         self.placement = Placement(embedding, loaded)
         self.is_encoder_decoder = decodes(module, config)
         self.decoder_start = decoder_start(module, config)

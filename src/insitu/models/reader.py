@@ -38,8 +38,6 @@ _FOR_OTHERS = (
     *("special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length"),
     *("overflowing_tokens", "num_truncated_tokens"),
 )
-
-
 _NOTHING: Mapping[str, Any] = {}
 _PLAIN = (*Prompt._field_defaults.values(),)  # what a prompt of ids alone has beside them
 _TENSOR, _IDS = torch.Tensor, torch.int64
@@ -59,6 +57,7 @@ class Reader:
             error with which loading it failed. The dtype of what it returns is that of the
             model.
         dtype: the dtype of that model.
+        takes_types: tells whether the model takes `token_type_ids`.
 
     Attributes:
         media: what can go with a prompt, by name.
@@ -72,7 +71,9 @@ class Reader:
         lookups_check: bool,
         processor: Any = None,
         dtype: torch.dtype | None = None,
+        takes_types: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._takes_types = takes_types
         self.lookups_check = lookups_check
         self.media: Collection[str] = () if processor is None else MEDIA
         self._processor, self._dtype = processor, dtype
@@ -357,15 +358,14 @@ class Reader:
         for name, value in encoding.items():
             if name in ("input_ids", "attention_mask", *_FOR_OTHERS) or value is None:
                 continue
+            types = name == "token_type_ids"
             if isinstance(value, torch.Tensor):
                 flat = value.ndim == 1 and value.numel() == read.ids.numel()
                 extras[name] = value.reshape(read.ids.shape) if flat else value
-            elif self.media and name != "token_type_ids":
-                extras[name] = value
             else:
-                laid = laid_out(read, name, value)
-                if name != "token_type_ids" or laid.any():  # a model takes them to be 0 itself
-                    extras[name] = laid
+                extras[name] = value if self.media and not types else laid_out(read, name, value)
+            if types and not self._takes_types() and not extras[name].any():
+                del extras[name]  # many tokenizers make them for any model
         mask, read = encoding.get("attention_mask"), read._replace(extras=extras)
         if mask is None:
             return read
