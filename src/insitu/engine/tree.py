@@ -142,7 +142,7 @@ class Tree:
 
     def _all_forwards(self) -> list[Any]:
         own = [state["forward"] for state in self._states if "forward" in state]
-        return own + [kind.forward for kind in self._kinds]
+        return own + [kind.forward for kind in self._kinds]  # pyright: ignore[reportUnknownMemberType]
 
     def on_the_way(self, paths: Iterable[str]) -> Watched:
         """Returns the tables of children through which some paths lead, to be compared later.
