@@ -20,6 +20,7 @@ from insitu import (
     InsituError,
     LanguageModel,
     Model,
+    NeverRanError,
     NoValueError,
     ShapeError,
     apply,
@@ -216,6 +217,20 @@ def test_the_first_is_raised_and_the_others_are_notes(model: LanguageModel) -> N
     assert "reshape(7, 111)" in str(caught.value)
     (note,) = caught.value.__notes__
     assert "ShapeError" in note and "reshape(7, 222)" in note and "line" in note
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_step_that_comes_to_none_of_several_prompts_is_named(
+    model: LanguageModel, count: int
+) -> None:
+    ends = list(range(model.config.vocab_size))  # the first token ends each
+    with (
+        pytest.raises(NeverRanError, match="Step 2 never came"),
+        model.generate(max_new_tokens=5, eos_token_id=ends) as generator,
+    ):
+        for ids in PROMPTS[:count]:
+            with generator.invoke(ids) as invoker, invoker.step(2):
+                model.transformer.h[0].output[0][:, -1] += 1
 
 
 @pytest.mark.thorough

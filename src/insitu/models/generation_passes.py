@@ -145,7 +145,8 @@ class GenerationPasses:
     def outputs(self, results: Sequence[Any], requests: Sequence[Prompt]) -> Outputs | None:
         """Returns what `generate` gave, as one for all prompts and for each."""
         if len(requests) == 1:
-            return Outputs(results[0], [_sequences(results[0])])
+            only = results[0]  # None if it failed, as others of its block did
+            return Outputs(only, [None if only is None else _sequences(only)])
         each: dict[int, torch.Tensor] = {}
         for generated in results:
             if generated is None:  # its pass failed
