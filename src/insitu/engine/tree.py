@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from operator import itemgetter
+from itertools import repeat
+from operator import attrgetter, contains, is_, itemgetter
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from insitu.graph.changes import Changes, restore
 
 Tables = list[dict[str, nn.Module | None]]
 
-_TRAINING = itemgetter("training")
+_TRAINING, _FORWARD = itemgetter("training"), attrgetter("forward")
+_GET = dict[str, Any].get
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +95,7 @@ class Tree:
         self._kinds = [*dict.fromkeys(self._classes)]
         self._forwards = self._all_forwards()
         self._switches = _switches(self._states)
-        self._set = self._now_set()
+        self._set = [*map(_GET, *self._switches)]
         self._sizes = [*map(len, self._states)]
         self.spine = self._spine()
 
@@ -113,14 +115,15 @@ class Tree:
 
         A `forward` may be the class's or the instance's. A switch is a bool such as `is_causal`.
         """
+        # All in C: each block of several prompts asks.
         if self._classes != [*map(type, self.parts)] or self._forwards != self._all_forwards():
             return True
-        if self._set != self._now_set():
+        if not all(map(is_, self._set, map(_GET, *self._switches))):
             return True
         sizes = [*map(len, self._states)]
         if sizes == self._sizes:
             return False
-        if len(self._switches) != len(_switches(self._states)):
+        if len(self._set) != len(_switches(self._states)[0]):
             return True
         self._sizes = sizes  # what was added is no switch
         return False
@@ -134,15 +137,14 @@ class Tree:
             pass
         return [part for part in self.parts if part.training]
 
-    def _now_set(self) -> list[Any]:
-        return [state.get(name) for state, name in self._switches]
-
     def _own_tables(self) -> list[int]:
         return [id(state["_modules"]) for state in self._states]
 
     def _all_forwards(self) -> list[Any]:
-        own = [state["forward"] for state in self._states if "forward" in state]
-        return own + [kind.forward for kind in self._kinds]  # pyright: ignore[reportUnknownMemberType]
+        found = [*map(_FORWARD, self._kinds)]
+        if any(map(contains, self._states, repeat("forward"))):
+            found += [state["forward"] for state in self._states if "forward" in state]
+        return found
 
     def on_the_way(self, paths: Iterable[str]) -> Watched:
         """Returns the tables of children through which some paths lead, to be compared later.
@@ -305,14 +307,15 @@ def _watched(parts: Iterable[nn.Module], ends: Iterable[nn.Module] = ()) -> Watc
     return Watched(now, [dict(table) for table in now], called)
 
 
-def _switches(states: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
-    """The bools among modules' attributes, with their names: some say which tokens a token sees.
+def _switches(states: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The tables and names of modules' bools, some of which say which tokens a token sees.
 
     Training mode is asked for by itself. Numbers are left out, because some modules count calls.
     """
-    return [
+    found = [
         (state, name)
         for state in states
         for name, value in state.items()
         if type(value) is bool and name != "training" and not name.startswith("_")
     ]
+    return [state for state, _ in found], [name for _, name in found]
