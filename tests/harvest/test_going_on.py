@@ -115,6 +115,15 @@ def test_another_specification_names_what_differs(unbroken: Path) -> None:
     assert files(unbroken) == before
 
 
+@pytest.mark.parametrize("number", [0, 7, -1])
+def test_a_single_weight_makes_another_model(number: int, unbroken: Path) -> None:
+    other = tiny_gpt2()
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight.view(-1)[number] = 0
+    with pytest.raises(OptionError, match="model_fingerprint is"):
+        run(unbroken, model=LanguageModel(other))
+
+
 def test_edits_are_of_the_specification(unbroken: Path) -> None:
     model = LanguageModel(tiny_gpt2())
     with model.edit() as edited:

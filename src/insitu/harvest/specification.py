@@ -60,7 +60,7 @@ class Specification(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         model: the name of the model.
-        model_fingerprint: the fingerprint of its structure and its weights' digest.
+        model_fingerprint: the digest of its structure, its edits and all of its weights.
         tokenizer: the digest of the tokenizer; None for data of token ids.
         data: the data.
         sites: the sites.

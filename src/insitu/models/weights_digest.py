@@ -1,7 +1,7 @@
-"""A digest of a model's weights, of samples of them: other weights have another one.
+"""A digest of a model's weights, of samples or of all of them: other weights have another one.
 
-A server tells the digest of its weights, so that a client whose model has others is told before
-anything runs.
+A server tells the digest of samples, so that a client whose model has others is told before
+anything runs. A harvest goes on for days, and knows its model by all of the values.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from insitu.graph.user_warnings import warn_user
 
 _SAMPLES = 256
 _HALF = 32
+_CHUNK = 1 << 24  # numbers that are copied from a device at once
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Returns a digest of the names, sizes and dtypes of a model's weights, and of some values.
+def weights_digest(module: nn.Module, *, whole: bool = False) -> str:
+    """Returns a digest of the names, sizes and dtypes of a model's weights, and of their values.
 
-    Training changes values everywhere, so a few hundred of each tensor tell. All of them would
-    take as long as loading them.
+    Training changes values everywhere, so a few hundred of each tensor tell. All of them take
+    about as long as loading them: a second for each 1.5 GB.
 
     Args:
         module: the model, with its weights.
+        whole: whether all values count. An ablation by hand changes some rows of one tensor only.
 
     Returns:
         64 hexadecimal digits. The first half is of names, sizes and dtypes, the second of values.
@@ -36,7 +38,8 @@ def weights_digest(module: nn.Module) -> str:
         on_disk = tensor.device.type == "meta"
         structure.update(f"{name} {tensor.dtype} {[*tensor.shape]} {on_disk}\n".encode())
         if not on_disk:
-            values.update(_sample(tensor.detach()))
+            for part in _bytes_of(tensor.detach(), whole):
+                values.update(part)
     return structure.hexdigest()[:_HALF] + values.hexdigest()[:_HALF]
 
 
@@ -66,19 +69,26 @@ def _kept(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{path}.{name}", buffer
 
 
-def _sample(tensor: torch.Tensor) -> bytes:
-    """Some of a tensor's numbers, as bytes: of each of its parts, where it consists of others."""
+def _bytes_of(tensor: torch.Tensor, whole: bool) -> Iterator[bytes]:
+    """A tensor's numbers, or some of them, as bytes: of its parts, where it consists of others."""
     parts = _parts(tensor)
     if parts is not None:
-        return b"".join(_sample(getattr(tensor, name)) for name in parts)
+        for name in parts:
+            yield from _bytes_of(getattr(tensor, name), whole)
+        return
     if tensor.is_quantized:
-        return _sample(tensor.dequantize())
+        yield from _bytes_of(tensor.dequantize(), whole)
+        return
     if tensor.layout is not torch.strided:
         # Where the entries of a sparse tensor stand counts as much as what they are.
-        return _sample(tensor.to_dense())
+        yield from _bytes_of(tensor.to_dense(), whole)
+        return
     try:
-        values = tensor.reshape(-1)[:: max(1, tensor.numel() // _SAMPLES)][:_SAMPLES]
-        return values.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        values = tensor.reshape(-1)
+        if not whole:
+            values = values[:: max(1, tensor.numel() // _SAMPLES)][:_SAMPLES]
+        for part in values.split(_CHUNK):
+            yield part.contiguous().cpu().view(torch.uint8).numpy().tobytes()
     except (RuntimeError, TypeError, NotImplementedError) as error:
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
         warn_user(
@@ -86,7 +96,6 @@ def _sample(tensor: torch.Tensor) -> bytes:
             f"({type(error).__name__}: {error!s:.200}). What compares models will take any with "
             "tensors of these names and sizes for the same one."
         )
-        return b""
 
 
 def _parts(tensor: torch.Tensor) -> Sequence[str] | None:

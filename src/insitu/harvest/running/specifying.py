@@ -244,7 +244,7 @@ def _fingerprint(model: LanguageModel) -> str:
     told = _job_model(model)
     digest = hashlib.sha256(msgspec.json.encode([told.edits, told.fingerprint]))
     if model.away is None:
-        digest.update(weights_digest(model.module).encode())
+        digest.update(weights_digest(model.module, whole=True).encode())
     return digest.hexdigest()
 
 
