@@ -146,6 +146,25 @@ def test_data_that_has_changed_is_an_error(changed_row: int, tmp_path: Path) -> 
     run(tmp_path, Rows(rows))
 
 
+@pytest.mark.parametrize("form", ["data set", "iterable", "generator"])
+def test_other_data_is_an_error_where_nothing_is_left_to_run(form: str, tmp_path: Path) -> None:
+    def given(rows: list[list[int]]) -> object:
+        if form == "data set":
+            return pytest.importorskip("datasets").Dataset.from_dict({"input_ids": rows})
+        return Rows(rows) if form == "iterable" else (row for row in rows)
+
+    run(tmp_path, given(documents()))
+    assert run(tmp_path, given(documents())).new_tokens == 0
+    before = digests(tmp_path)
+    for other in (documents(seed=2), [[1, 2], *documents()[1:]]):
+        with pytest.raises(LoadError, match="The data has changed"):
+            run(tmp_path, given(other))
+    if form == "data set":
+        with pytest.raises(LoadError, match="The data has changed"):
+            run(tmp_path, given([*documents(), [1, 2, 3]]))
+    assert digests(tmp_path) == before
+
+
 def test_data_that_has_become_shorter_is_an_error(tmp_path: Path) -> None:
     rows = documents()
     with pytest.raises(BrokenError):

@@ -199,14 +199,15 @@ def harvest(
         with told(progress) as tell:
             had = sum(line.tokens for line in there), sum(line.bytes for line in there)
             report = Report(tell, order.specification.tokens, *had)
-            if broken or not folder.is_complete or verify:
-                work = unfinished(order, [*folder.lines], broken, verify)
-                if on is not None:
-                    from insitu.harvest.running.on_ray import run_on_ray
+            work = unfinished(order, [*folder.lines], broken, verify)
+            if folder.is_complete and not broken:
+                next(work, None)  # there is nothing to run, and data to compare
+            elif on is not None:
+                from insitu.harvest.running.on_ray import run_on_ray
 
-                    run_on_ray(work, order, folder, report, on)
-                else:
-                    _run_here(work, order, folder, report)
+                run_on_ray(work, order, folder, report, on)
+            else:
+                _run_here(work, order, folder, report)
             report.ended()
     new = sum(line.tokens for line in folder.lines if line.shard >= before or line.shard in broken)
     return _harvested(folder, order.specification, new, time.monotonic() - started)

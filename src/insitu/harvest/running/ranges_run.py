@@ -80,7 +80,8 @@ def unfinished(order: Order, lines: list[Line], broken: list[int], verify: bool)
     """Yields the ranges that are still to be run: broken shards, and what comes behind the last.
 
     Where the data cannot tell beforehand whether it is still the same, ranges that are there are
-    cut again and compared: all if the data is read from its beginning, else the first and last.
+    cut again and compared: the first and last. Data that is read from its beginning is compared
+    whole, or in its first range if nothing is to be run.
 
     Args:
         order: the harvest.
@@ -94,16 +95,16 @@ def unfinished(order: Order, lines: list[Line], broken: list[int], verify: bool)
     pinned = order.documents.specification.digest is not None
     complete = bool(lines) and lines[-1].last
     if not order.documents.jumps:
-        if lines and (broken or not complete):
-            yield from _read_again(order, lines, broken)
-        elif not complete:
+        if not lines:
             yield from ranges_from(order, Progress())
+        elif broken or verify or not complete:
+            yield from _read_again(order, lines, broken)
+        else:
+            _check_same(next(ranges_from(order, Progress())), lines[0])
         return
     looked_at = {*broken}
-    if not complete or broken:
-        looked_at |= set() if pinned else {0, len(lines) - 1} & {*range(len(lines))}
-    if verify and not pinned:
-        looked_at |= {*range(len(lines))}
+    if not pinned:
+        looked_at |= {*range(len(lines))} if verify else {0, len(lines) - 1} & {*range(len(lines))}
     now = Progress()
     for line in lines:
         if line.shard in looked_at:
