@@ -142,6 +142,18 @@ def test_what_cannot_be_written_is_named(written: Any, tmp_path: Path) -> None:
         activations.to_arrow(tmp_path / "full" / "x" / "y", LABEL)
 
 
+def test_values_too_large_for_float16_are_not_written(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    values = {LABEL: torch.full((8, 4), 1e5)}
+    write_folder(tmp_path / "folder", [[8]], values=values)
+    activations = Activations.open(tmp_path / "folder")
+    with pytest.raises(OptionError, match="larger than float16 can hold"):
+        activations.to_arrow(tmp_path / "arrow", LABEL, dtype="float16")
+    told = activations.to_arrow(tmp_path / "arrow", LABEL)
+    found = datasets.load_from_disk(str(tmp_path / "arrow"))
+    assert torch.equal(torch.tensor(found[0][told.column]), values[LABEL])
+
+
 @pytest.mark.thorough
 def test_without_datasets_it_says_what_to_install(written: Any, tmp_path: Path) -> None:
     activations, _ = written

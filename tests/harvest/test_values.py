@@ -10,10 +10,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from insitu import LanguageModel
-from insitu.harvest import harvest
+from insitu.graph.errors import ExecutionError
+from insitu.harvest import SaeSite, harvest
 from tests.conftest import tiny_gpt2
 from tests.fidelity.architectures import tiny_bert, tiny_mamba, tiny_mixtral
 from tests.harvest.folders import each_sequence, shards, whole
+from tests.harvest.test_sites import autoencoder
 from tests.thinning import sampled
 
 SIZES = {
@@ -256,8 +258,6 @@ def test_statistics_are_sums_over_rows(tmp_path: Path) -> None:
 
 
 def test_values_too_large_for_float16_are_an_error(tmp_path: Path) -> None:
-    from insitu.graph.errors import ExecutionError
-
     module = tiny_gpt2()
     with torch.no_grad():
         module.transformer.wte.weight *= 1e9
@@ -265,3 +265,11 @@ def test_values_too_large_for_float16_are_an_error(tmp_path: Path) -> None:
         harvest(
             LanguageModel(module), documents([5]), "residual_out:1", to=tmp_path, dtype="float16"
         )
+
+
+def test_features_too_large_for_float16_are_an_error(tmp_path: Path) -> None:
+    sae = autoencoder()
+    sae.weights["W_enc"][:, 3] *= 1e8
+    site = SaeSite("residual_out:1", sae, 4)
+    with pytest.raises(ExecutionError, match="bfloat16"):
+        harvest(LanguageModel(tiny_gpt2()), documents([5]), site, to=tmp_path, dtype="float16")

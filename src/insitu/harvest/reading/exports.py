@@ -139,10 +139,18 @@ class _Pieces:
             for at in range(0, len(starts), most):
                 some = starts[at : at + most]
                 numbers = (some[:, None] + np.arange(self._context)).reshape(-1)
-                taken = self._rows[numbers].to(self._dtype).numpy()
+                rows = self._rows[numbers]
+                taken = rows.to(self._dtype)
+                if bool((taken.isinf() & rows.isfinite()).any()):
+                    name = str(self._dtype).removeprefix("torch.")
+                    raise OptionError(
+                        f"Some values are larger than {name} can hold: write `dtype='float32'`.",
+                        here(),
+                    )
                 shape = (len(some), self._context)
                 self.sequences += len(some)
-                yield taken.reshape(*shape, -1), self._token_ids[numbers].numpy().reshape(shape)
+                values, ids = taken.numpy(), self._token_ids[numbers].numpy()
+                yield values.reshape(*shape, -1), ids.reshape(shape)
 
     def _starts(self, first: int, stop: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Where whole sequences of a shard begin; of one of twice as many rows, both halves."""
@@ -220,8 +228,13 @@ def _write(path: Path, pa: Any, features: Any, pieces: _Pieces) -> list[Path]:
             if written >= _FILE_BYTES:
                 writer.close()
                 writer = None
-    except OSError as error:
-        raise SaveError(f"{str(path)!r} cannot be written: {error}.", here()) from None
+    except BaseException as error:
+        # Nothing is left, so that the same folder can be given again.
+        for file in files:
+            file.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SaveError(f"{str(path)!r} cannot be written: {error}.", here()) from None
+        raise
     finally:
         if writer is not None:
             writer.close()

@@ -141,12 +141,14 @@ def _check_same(again: Range, line: Line) -> None:
 def _check_range(told: Specification, tensors: dict[str, torch.Tensor]) -> None:
     """Raises if values were too large for the dtype that they are stored in."""
     for site in told.sites:
-        if site.dtype != "float16" or site.model_dtype == "float16" or site.features is not None:
+        # What is in float16 already was not made smaller; features are made in another dtype.
+        rounded = site.features is not None or site.model_dtype != "float16"
+        if site.dtype != "float16" or not rounded:
             continue
-        values = tensors[site.label]
+        values = tensors[site.label if site.features is None else f"{site.label}/{VALUES}"]
         if bool(values.isinf().any()):
             raise ExecutionError(
-                f"Activations of {site.label!r} are larger than float16 can hold: write "
+                f"Values of {site.label!r} are larger than float16 can hold: write "
                 "`dtype='bfloat16'`.",
                 here(),
             )
