@@ -148,6 +148,23 @@ def test_going_on_in_an_epoch_gives_the_rest_of_it(
             assert again.epoch == 2
 
 
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_going_on_with_another_mask_gives_the_rest_of_it(
+    activations: Activations, shuffle: Any
+) -> None:
+    options = {"shuffle": shuffle, "buffer": 128, "seed": 5}
+    order = places(activations.batches(20, **options))
+    begun = activations.batches(20, **options, where=lambda ids, position, sequence: position > 9)
+    for batch in begun:
+        done = order.index(places([batch])[-1]) + 1
+        rest = activations.batches(7, **options, resume=begun.state)
+        assert places(rest) == order[done:]
+        some = activations.batches(
+            7, **options, resume=begun.state, where=lambda ids, position, sequence: position < 9
+        )
+        assert places(some) == [place for place in order[done:] if place[1] < 9]
+
+
 def same(found: Any, expected: list[Any]) -> None:
     given = [*found]
     assert len(given) == len(expected)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from insitu.graph.errors import OptionError
@@ -35,7 +36,8 @@ class _State(msgspec.Struct, forbid_unknown_fields=True):
         rows: how many rows it has.
         epoch: the number of the epoch.
         window: the window of it in which the next row lies.
-        row: how many rows of that window have been given, of those that a mask lets through.
+        row: how many places of that window are done. Rows that a mask leaves out have places too,
+            so that another mask can follow.
     """
 
     seed: int
@@ -182,20 +184,20 @@ def rows_of(
         size: how many rows a batch has; the last may have fewer.
         where: as of `Activations.batches`.
         window: in which window to begin.
-        row: how many of its rows to leave out.
+        row: how many places of its order to leave out.
     """
     pending: list[Batch] = []
     count = 0
     for number in range(window, order.windows):
         numbers, given = order.window(number)
-        held, given = _read(columns, numbers, given, where)
-        done = row if number == window else 0
+        held, given, places = _read(columns, numbers, given, where)
+        done = int(np.searchsorted(places, row)) if number == window else 0
         while done < len(given):
             taken = torch.from_numpy(given[done : done + size - count])
             pending.append(at_rows(held, taken))
             done, count = done + len(taken), count + len(taken)
             if count == size:
-                yield joined(pending), number, done
+                yield joined(pending), number, int(places[done - 1]) + 1
                 pending, count = [], 0
         del held  # before the next window is read, or there would be two
     if pending:
@@ -204,15 +206,19 @@ def rows_of(
 
 def _read(
     columns: Mapping[str, StoredRows[Any]], numbers: Any, given: Any, where: Where | None
-) -> tuple[Batch, Any]:
-    """A window's rows that a mask lets through, and the order in which they are given."""
+) -> tuple[Batch, Any, Any]:
+    """A window's rows that a mask lets through, and the order in which they are given.
+
+    The last is where each of them stands in the order of all rows of the window.
+    """
+    places = np.arange(len(given))
     if where is not None:
         # Of rows that are left out, nothing else is read.
         mask = mask_of(where, [columns[n][numbers] for n in (TOKEN_IDS, POSITION, SEQUENCE)])
-        places = mask.cumsum() - 1
-        given = places[given[mask[given]]]
+        places = np.flatnonzero(mask[given])
+        given = (mask.cumsum() - 1)[given[places]]
         numbers = numbers[mask]
-    return {name: column[numbers] for name, column in columns.items()}, given
+    return {name: column[numbers] for name, column in columns.items()}, given, places
 
 
 def _resumed(given: Mapping[str, Any], now: _State) -> _State:
