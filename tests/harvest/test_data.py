@@ -23,7 +23,7 @@ from insitu.harvest.data.tokenising import Tokenised
 from insitu.harvest.layout import Place, Skipped
 from insitu.harvest.running import ranges_run
 from tests.conftest import tiny_gpt2
-from tests.harvest.folders import manifest, whole
+from tests.harvest.folders import each_sequence, manifest, whole
 from tests.thinning import sampled
 
 TEXTS = ["The Louvre is in Paris", "The Kremlin is in the city of Moscow", "Paris"]
@@ -200,6 +200,19 @@ def test_packed_sequences_are_full(tmp_path: Path) -> None:
     assert rows["sequence"].bincount().tolist() == [8, 8, 6]
     assert rows["document"].bincount().tolist() == [6, 4, 12]
     assert rows["position"].tolist() == [*range(8), *range(8), *range(6)]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_first_token_is_not_put_twice(pack: bool, tmp_path: Path) -> None:
+    data = [[0, 5, 6, 7, 8, 9], [5, 6], [0]]  # as tokenizers give them, whose first token is 0
+    options = {"bos": True, "context": 4, "pack": pack, "separator": 3 if pack else None}
+    harvest(LanguageModel(tiny_gpt2()), data, SITE, to=tmp_path, shard_tokens=4, **options)
+    found = [one["token_ids"].tolist() for one in each_sequence(tmp_path)]
+    counts = whole(tmp_path)["document"].bincount().tolist()
+    if pack:
+        assert found == [[0, 5, 6, 7], [0, 8, 9, 3], [0, 5, 6, 3], [0, 3]] and counts == [8, 4, 2]
+    else:
+        assert found == [[0, 5, 6, 7], [0, 8, 9], [0, 5, 6], [0]] and counts == [7, 3, 1]
 
 
 def test_a_first_token_is_one_of_the_context(eiffel: LanguageModel, tmp_path: Path) -> None:

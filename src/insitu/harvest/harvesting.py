@@ -138,7 +138,8 @@ def harvest(
         stream: whether a data set that is named by its id is read over the network as it is used.
             To go on then, it is read from its beginning.
         bos: whether each sequence begins with the model's first token; None for where the model's
-            tokenizer puts one. It is one of the tokens of a sequence.
+            tokenizer puts one. It is one of the tokens of a sequence. One that begins with it
+            already, such as of token ids, gets no second one.
         separator: the token behind each packed document; None for the model's end of a text, False
             for none.
         batch_tokens: how many tokens a forward has at most, with padding.

@@ -39,7 +39,8 @@ class Cutting:
     Attributes:
         context: how many tokens a sequence has at most.
         pack: whether documents are put one behind the other.
-        bos: the token that each sequence begins with; None for none.
+        bos: the token that each sequence begins with; None for none. One that begins with it
+            already gets no second one.
         separator: the token behind each packed document; None for none.
     """
 
@@ -80,27 +81,31 @@ def _behind(
 def _apart(
     documents: Iterator[Tokenised | Skipped], cutting: Cutting, start: Place
 ) -> Iterator[Sequence | Skipped]:
-    first = [] if cutting.bos is None else [cutting.bos]
-    size = cutting.context - len(first)
     for one in documents:
         if isinstance(one, Skipped):
             yield one
             continue
         number, count = one.document, len(one.ids)
-        begin = start.token if number == start.document else 0
-        for place in range(begin, count, size):
-            ids = [*first, *one.ids[place : place + size]]
-            end = place + size
+        at = start.token if number == start.document else 0
+        while at < count:
+            first = _first(cutting, one.ids[at])
+            end = at + cutting.context - len(first)
+            ids = [*first, *one.ids[at:end]]
             stop = Place(number, end) if end < count else Place(number + 1)
             yield Sequence(ids, [(number, len(ids))], stop)
+            at = end
+
+
+def _first(cutting: Cutting, token: int) -> list[int]:
+    """The token before a sequence; none where it begins with it, as ids of tokenizers often do."""
+    return [] if cutting.bos in (None, token) else [cutting.bos]
 
 
 def _packed(
     documents: Iterator[Tokenised | Skipped], cutting: Cutting, start: Place
 ) -> Iterator[Sequence | Skipped]:
-    first = [] if cutting.bos is None else [cutting.bos]
     tail = [] if cutting.separator is None else [cutting.separator]
-    ids, parts = [*first], list[tuple[int, int]]()
+    ids, parts = list[int](), list[tuple[int, int]]()
     stop = start
     for one in documents:
         if isinstance(one, Skipped):
@@ -110,15 +115,16 @@ def _packed(
         all_ids = [*one.ids, *tail]
         at = start.token if number == start.document else 0
         while at < len(all_ids):
+            ids = ids or _first(cutting, all_ids[at])
             taken = min(cutting.context - len(ids), len(all_ids) - at)
             # The first token of a sequence is counted to the document that follows it.
-            parts.append((number, taken + (0 if parts else len(first))))
+            parts.append((number, taken + (0 if parts else len(ids))))
             ids += all_ids[at : at + taken]
             at += taken
             stop = Place(number, at) if at < len(all_ids) else Place(number + 1)
             if len(ids) == cutting.context:
                 yield Sequence(ids, parts, stop)
-                ids, parts = [*first], []
+                ids, parts = [], []
     if parts:
         yield Sequence(ids, parts, stop)
 
