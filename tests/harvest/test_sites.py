@@ -12,7 +12,7 @@ from insitu.harvest.running.sites import sites_of, split_sites
 from insitu.methods.sae import SparseAutoencoder
 from tests.conftest import tiny_gpt2
 from tests.fidelity.architectures import tiny_bert, tiny_t5
-from tests.harvest.folders import whole
+from tests.harvest.folders import each_sequence, whole
 from tests.thinning import sampled
 
 DATA = [[5, 6, 7, 8, 9], [1, 2], [3, 4, 5]]
@@ -116,6 +116,20 @@ def test_a_metric_of_ones_own(tmp_path: Path) -> None:
     # Behind the last block only the last position has a say.
     zero = rows["grad.residual_out:3"].abs().sum(1) == 0
     assert zero.tolist() == [True] * 4 + [False, True, False, True, True, False]
+
+
+def mean_log_prob(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return logits.log_softmax(-1)[..., 5].mean()
+
+
+def test_a_mean_in_a_metric_is_over_one_sequence(tmp_path: Path) -> None:
+    module, data = tiny_gpt2(), [[5, 6, 7], [1, 2, 3], [4, 4], [8, 9, 8]]
+    harvest(LanguageModel(module), data, "grad.lm_head.output", to=tmp_path, metric=mean_log_prob)
+    for one, ids in zip(each_sequence(tmp_path, "grad.lm_head.output"), data, strict=True):
+        logits = module(torch.tensor([ids])).logits
+        logits.retain_grad()
+        mean_log_prob(logits, torch.tensor([ids])).backward()
+        torch.testing.assert_close(one["grad.lm_head.output"], logits.grad[0])
 
 
 def test_a_model_in_training_mode_is_refused(tmp_path: Path) -> None:

@@ -149,9 +149,9 @@ def harvest(
             that the model does not have. More end the harvest with an error, after 1,000 rows or
             at the end.
         metric: the number whose gradients are taken. "loss" is the sum over a sequence of the
-            negative log likelihoods of its next tokens. A function with a name takes logits `(rows,
-            position, vocabulary)` and token ids `(rows, position)`, and returns the sum over the
-            rows.
+            negative log likelihoods of its next tokens. A function with a name takes logits `(1,
+            position, vocabulary)` and token ids `(1, position)` of a sequence, and returns a
+            number.
         progress: whether a bar is shown, None for on a terminal or in a notebook; or a function
             that is given a `HarvestProgress` some times a second.
         verify: whether the digests of shards that are there are compared; broken ones are made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ MetricFunction = Callable[[Any, Any], Any]
 over the rows. Both may be proxies."""
 
 Metric = str | MetricFunction
-"""What may be given as `metric`: "loss", or a function with a name."""
+"""What may be given as `metric`: "loss", or a function with a name, of one sequence."""
 
 
 def loss(logits: Any, ids: Any) -> Any:
@@ -31,6 +32,8 @@ def loss(logits: Any, ids: Any) -> Any:
 
 def metric_of(given: Metric | None) -> tuple[MetricFunction, str] | None:
     """Returns a metric with the name that it has in the specification, None for none.
+
+    A metric of the user's is given one sequence at a time.
 
     Args:
         given: "loss", a function with a name, or None.
@@ -54,4 +57,9 @@ def metric_of(given: Metric | None) -> tuple[MetricFunction, str] | None:
             "A metric takes a name, by which a harvest that goes on knows it: write it with `def`.",
             here(),
         )
-    return given, f"{given.__module__}.{name}"
+    return partial(_of_each, given), f"{given.__module__}.{name}"
+
+
+def _of_each(metric: MetricFunction, logits: Any, ids: Any) -> Any:
+    """A metric of each sequence alone, so that a mean in it is none over a batch."""
+    return sum(metric(logits[at : at + 1], ids[at : at + 1]) for at in range(len(ids)))
