@@ -150,6 +150,15 @@ def test_what_is_no_data_is_refused(
         harvest(eiffel, data, SITE, to=tmp_path)
 
 
+def test_a_table_is_refused_and_its_column_is_taken(eiffel: LanguageModel, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"text": ["the Louvre", "Paris"], "place": [1, 2]})
+    with pytest.raises(OptionError, match="give one of its columns"):
+        harvest(eiffel, table, SITE, to=tmp_path)
+    harvest(eiffel, table["text"], SITE, to=tmp_path)
+    assert eiffel.tokenizer.decode(whole(tmp_path)["token_ids"]) == "the LouvreParis"
+
+
 def test_rows_that_cannot_be_used_are_listed(eiffel: LanguageModel, tmp_path: Path) -> None:
     data = ["Paris", "", None, 3.5, [1, 2], [5, 99999], [], [1.5], "half \ud800", "Moscow", ""]
     with pytest.raises(LimitError, match=r"of 11 rows of the data cannot be used") as raised:

@@ -65,6 +65,12 @@ def documents_of(
     _refuse("prompts", split=split, column=column, revision=revision, stream=stream)
     if isinstance(data, Sequence) and not isinstance(data, bytes):
         return _of_list(data)
+    if hasattr(data, "columns"):  # of pandas and others, whose loop gives names of columns
+        raise OptionError(
+            f"A {type(data).__name__} is a table: give one of its columns, such as `data['text']`, "
+            "or make a data set of Hugging Face of it.",
+            here(),
+        )
     if isinstance(data, Iterable) and not isinstance(data, bytes | Mapping):
         return _of_iterable(data)
     raise OptionError(f"Data is {_FORMS}, not a {type(data).__name__}.", here())
