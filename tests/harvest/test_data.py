@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,6 +149,13 @@ def test_what_is_no_data_is_refused(
 ) -> None:
     with pytest.raises(error, match=said):
         harvest(eiffel, data, SITE, to=tmp_path)
+
+
+def test_token_ids_may_be_numbers_of_numpy(tmp_path: Path) -> None:
+    harvest(LanguageModel(tiny_gpt2()), [[*np.array([5, 6])], np.array([7])], SITE, to=tmp_path)
+    assert whole(tmp_path)["token_ids"].tolist() == [5, 6, 7]
+    with pytest.raises(LimitError, match="no token ids"):
+        harvest(LanguageModel(tiny_gpt2()), [[True, False]], SITE, to=tmp_path / "no")
 
 
 def test_a_table_is_refused_and_its_column_is_taken(eiffel: LanguageModel, tmp_path: Path) -> None:

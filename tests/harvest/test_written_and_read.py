@@ -71,6 +71,13 @@ def test_a_live_model_ends_at_some_tokens(model: LanguageModel) -> None:
         live(model, IDS, "residual_out:1", 8, contxt=16)
 
 
+def test_data_that_is_used_up_is_told_of_in_the_next_epoch(model: LanguageModel) -> None:
+    batches = live(model, iter(IDS), "residual_out:1", 8)
+    assert sum(len(batch["position"]) for batch in batches) == sum(map(len, IDS))
+    with pytest.raises(OptionError, match="read only once, and it was"):
+        next(iter(batches))
+
+
 def test_features_on_the_fly_are_those_that_were_stored(
     model: LanguageModel, tmp_path: Path
 ) -> None:

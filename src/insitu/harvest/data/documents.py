@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -60,5 +61,7 @@ def document_of(item: Any) -> Document:
     if isinstance(item, list | tuple):
         if all(type(one) is int for one in item):
             return item
+        if all(isinstance(one, Integral) and not isinstance(one, bool) for one in item):
+            return [int(one) for one in item]  # numbers of NumPy's
         return Unusable("its items are no token ids")
     return Unusable("it is missing" if item is None else f"it is a {type(item).__name__}")
