@@ -115,7 +115,15 @@ def _of_list(items: Sequence[Any]) -> Documents:
 def _of_iterable(items: Iterable[Any]) -> Documents:
     once = iter(items) is items
 
+    begun: list[int] = []
+
     def read(start: int) -> Iterator[Document]:
+        if once and begun:
+            raise OptionError(
+                "The data can be read only once, and it was: give a list, a file or a data set.",
+                here(),
+            )
+        begun.append(start)
         for number, item in enumerate(items):
             if number >= start:
                 yield document_of(item)
