@@ -1,5 +1,6 @@
 """What data may be, how it is cut, what is skipped, and how many tokens there are."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from insitu.graph.errors import (
     OptionError,
     PromptError,
 )
-from insitu.harvest import harvest
+from insitu.harvest import harvest, live
 from insitu.harvest.data.ranges import Progress, batches, ranges
 from insitu.harvest.data.sequences import Cutting, sequences
 from insitu.harvest.data.tokenising import Tokenised
@@ -177,6 +178,18 @@ def test_rows_that_cannot_be_used_are_listed(eiffel: LanguageModel, tmp_path: Pa
     assert reasons.keys() == {1, 2, 3, 5, 6, 7, 8, 10}
     assert reasons[2] == "it is missing" and "99999" in reasons[5] and reasons[6] == "it is empty"
     assert whole(tmp_path)["document"].unique().tolist() == [0, 4, 9]
+
+
+def test_errors_of_data_name_the_users_line(tmp_path: Path) -> None:
+    model = LanguageModel(tiny_gpt2())
+    for use in (
+        lambda: harvest(model, [[]], SITE, to=tmp_path),
+        lambda: next(iter(live(model, [[]], SITE, 4))),
+    ):
+        with pytest.raises(LimitError) as raised:
+            use()
+        location = raised.value.location
+        assert location.file == __file__ and location.text in inspect.getsource(use)
 
 
 def test_too_many_skipped_end_it_and_what_is_written_stays(

@@ -12,6 +12,7 @@ import site
 import sys
 import sysconfig
 from bisect import bisect_right
+from contextvars import Context, ContextVar, copy_context
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -176,6 +177,9 @@ def mark(depth: int = 2) -> Mark:
         return code, frame.f_lasti
     while is_library(code.co_filename):
         if frame.f_back is None:
+            started = _started.get()
+            if started is not None:
+                return started
             frame = user_frame(depth + 1)
             return frame.f_code, frame.f_lasti
         frame = frame.f_back
@@ -183,6 +187,19 @@ def mark(depth: int = 2) -> Mark:
     users_code = code
     return code, frame.f_lasti
 
+
+def context_for_thread() -> Context:
+    """Returns a copy of the context for a thread, whose errors name the user's current line.
+
+    Nothing of the user's is on the stack of a thread that Insitu starts.
+    """
+    context = copy_context()
+    context.run(_started.set, mark())
+    return context
+
+
+_started: ContextVar[Mark | None] = ContextVar("insitu_started", default=None)
+"""The user's line that a thread works for."""
 
 users_code: CodeType | None = None
 """A code object that is known to be the user's: looking at names takes most of the time.

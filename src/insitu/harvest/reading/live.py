@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from insitu.graph.errors import OptionError
-from insitu.graph.location import here
+from insitu.graph.location import context_for_thread, here
 from insitu.harvest.layout import INDICES, POSITION, ROW_TENSORS, SEQUENCE, TOKEN_IDS, VALUES
 from insitu.harvest.reading.batch_parts import (
     Batch,
@@ -214,10 +214,10 @@ class _Ahead:
     def __init__(self, mixing: _Mixing, ranges: Ranges, epoch: int, ahead: int) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(ahead)
         self._closed = threading.Event()
-        arguments = (mixing, ranges, epoch, self._queue, self._closed)
+        arguments = (_work, mixing, ranges, epoch, self._queue, self._closed)
         # The thread has no reference to this object, or it would never be collected.
         self._thread = threading.Thread(
-            target=_work, args=arguments, name="insitu-live", daemon=True
+            target=context_for_thread().run, args=arguments, name="insitu-live", daemon=True
         )
         self._stopping = weakref.finalize(self, _stop, self._closed, self._queue)
         self._starting = threading.Lock()

@@ -5,12 +5,13 @@ An error in the thread reaches the caller, and a caller that ends early ends the
 
 from __future__ import annotations
 
-import contextvars
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Generic, TypeVar
+
+from insitu.graph.location import context_for_thread
 
 Item = TypeVar("Item")
 
@@ -63,8 +64,8 @@ def made_ahead(items: Iterable[Item], most: int) -> Generator[Generator[Item]]:
                 raise item.error
             yield item  # pyright: ignore[reportReturnType]
 
-    context = contextvars.copy_context()
-    thread = threading.Thread(target=lambda: context.run(work), name="insitu-ahead", daemon=True)
+    context = context_for_thread()
+    thread = threading.Thread(target=context.run, args=(work,), name="insitu-ahead", daemon=True)
     thread.start()
     try:
         yield taken()
@@ -87,7 +88,10 @@ class Behind(Generic[Item]):
         self._waiting: queue.Queue[object] = queue.Queue()
         self._room = threading.Semaphore(1)
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="insitu-behind", daemon=True)
+        context = context_for_thread()
+        self._thread = threading.Thread(
+            target=context.run, args=(self._run,), name="insitu-behind", daemon=True
+        )
         self._thread.start()
 
     def give(self, item: Item) -> None:
