@@ -175,6 +175,20 @@ def test_what_is_kept_of_a_sequence(reduce: object, tmp_path: Path) -> None:
     assert rows["sequence"].tolist() == rows["document"].tolist() == sequences
 
 
+@pytest.mark.parametrize(("vocabulary", "positions"), [(2, 3), (3, 2), (113, 3)])
+def test_a_toy_of_few_tokens_and_positions(vocabulary: int, positions: int, tmp_path: Path) -> None:
+    sizes = {"vocab_size": vocabulary, "n_positions": positions, "n_embd": 8, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, n_layer=2, **IDS)
+    torch.manual_seed(0)
+    module = transformers.GPT2LMHeadModel(config).eval()
+    data = [[(at * 5) % vocabulary for at in range(size)] for size in (positions, 1, positions)]
+    harvest(LanguageModel(module), data, "residual_out:1", to=tmp_path)
+    for one, ids in zip(each_sequence(tmp_path, "residual_out:1"), data, strict=True):
+        assert one["token_ids"].tolist() == ids
+        (expected,) = seen_alone(module, ["transformer.h.1"], ids)
+        torch.testing.assert_close(one["residual_out:1"], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.thorough
 def test_bfloat16_is_the_rounding_of_the_same_run(tmp_path: Path) -> None:
     model, data = LanguageModel(tiny_gpt2()), documents(RAGGED)

@@ -14,6 +14,7 @@ from insitu.harvest.running.metrics import MetricFunction
 from insitu.harvest.running.sites import HarvestSite
 from insitu.harvest.specification import Reduction
 from insitu.models.language_model import LanguageModel
+from insitu.models.tokens import vocabulary_of
 
 _FEATURES = 1 << 25  # numbers that an autoencoder makes at once: 128 MiB of float32
 _TRIAL = 8  # tokens of each of two prompts that show whether prompts share a forward
@@ -195,10 +196,12 @@ def keeps_rows_apart(model: LanguageModel, sites: Sequence[HarvestSite]) -> bool
         model: the model, with its weights.
         sites: the sites.
     """
-    ids = torch.arange(_TRIAL)[None] % 4
+    limit = model.traits.reader.limits.context or _TRIAL
+    vocabulary = vocabulary_of(model.module, model.config)
+    ids = torch.arange(min(_TRIAL, limit))[None] % 4
     with model.trace(share_prefixes=False) as tracer:
         for shift in (0, 1):
-            with tracer.invoke(ids + shift):
+            with tracer.invoke((ids + shift) % vocabulary):
                 for site in sites:
                     site.place.read(model).save()
     return len(tracer.plan.passes) == 1

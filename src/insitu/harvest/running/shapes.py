@@ -13,8 +13,7 @@ from insitu.harvest.running.sites import HarvestSite
 from insitu.models.language_model import LanguageModel
 from insitu.tracing.tracer import Tracer
 
-# Two sizes tell which axes are those of rows and positions: no other number moves with them.
-_SIZES = ((2, 5), (3, 7))
+_ROWS, _POSITIONS = (2, 3), (5, 7)
 
 
 def shapes_of(
@@ -29,11 +28,15 @@ def shapes_of(
     Raises:
         OptionError: if values of a site are not `(rows, position, ...)`.
     """
+    # Two sizes tell which axes are those of rows and positions: no other number moves with them.
+    most = model.traits.reader.limits.context or _POSITIONS[1]
+    shorter, longer = min(_POSITIONS[0], max(most - 1, 1)), min(_POSITIONS[1], most)
+    sizes = [*zip(_ROWS, (shorter, longer), strict=True)]
     try:
-        seen = [_seen(model.scan, model, sites, *size) for size in _SIZES]
+        seen = [_seen(model.scan, model, sites, *size) for size in sizes]
     except (NoValueError, UnknownShapeError):
         # Where a forward depends on what it computes, such as which experts it calls, it is run.
-        seen = [_seen(model.trace, model, sites, *size) for size in _SIZES]
+        seen = [_seen(model.trace, model, sites, *size) for size in sizes]
     found = dict[str, tuple[tuple[int, ...], torch.dtype]]()
     for site in sites:
         one, other = (values[site.label] for values in seen)
@@ -41,11 +44,11 @@ def shapes_of(
             parts = ", ".join(f"'{site.label}.{at}'" for at in range(min(len(one), 3)))
             raise OptionError(f"{site.label!r} gives several values: name one, {parts}.", here())
         shape = tuple(one.shape[2:])
-        moved = tuple(one.shape[:2]) == _SIZES[0] and tuple(other.shape[:2]) == _SIZES[1]
+        moved = [one.shape[:2], other.shape[:2]] == sizes
         if not moved or tuple(other.shape[2:]) != shape:
             raise OptionError(
-                f"A value of {site.label!r} has the shape {tuple(one.shape)} for {_SIZES[0][0]} "
-                f"sequences of {_SIZES[0][1]} tokens, which does not begin with these.",
+                f"A value of {site.label!r} has the shape {tuple(one.shape)} for {_ROWS[0]} "
+                f"sequences of {shorter} tokens, which does not begin with these.",
                 here(),
             )
         if site.sae is not None and shape != (site.sae.width,):
