@@ -13,7 +13,7 @@ from insitu import LanguageModel
 from insitu.graph.errors import ExecutionError
 from insitu.harvest import SaeSite, harvest
 from tests.conftest import tiny_gpt2
-from tests.fidelity.architectures import tiny_bert, tiny_mamba, tiny_mixtral
+from tests.fidelity.architectures import tiny_bert, tiny_mamba, tiny_mixtral, tiny_t5
 from tests.harvest.folders import each_sequence, shards, whole
 from tests.harvest.test_sites import autoencoder
 from tests.thinning import sampled
@@ -173,6 +173,30 @@ def test_what_is_kept_of_a_sequence(reduce: object, tmp_path: Path) -> None:
     assert rows["position"].tolist() == positions
     assert rows["token_ids"].tolist() == tokens
     assert rows["sequence"].tolist() == rows["document"].tolist() == sequences
+
+
+def tiny_albert() -> nn.Module:
+    """Its blocks are one module, called several times, so it has no list of blocks."""
+    config = transformers.AlbertConfig(**{**SIZES, **IDS, "embedding_size": 8})
+    return transformers.AlbertForMaskedLM(config)
+
+
+NO_NAMES = {
+    "albert": (tiny_albert, "predictions.dense"),
+    "t5": (tiny_t5, "encoder.block.1"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NAMES)
+def test_modules_of_models_without_blocks_or_with_two_lists(kind: str, tmp_path: Path) -> None:
+    make, path = NO_NAMES[kind]
+    module, data = seeded(make)(), documents([7, 3, 7])
+    harvest(LanguageModel(module), data, f"{path}.output", to=tmp_path, bos=False)
+    alone = module.get_encoder() if kind == "t5" else module
+    own = path.removeprefix("encoder.") if kind == "t5" else path
+    for one, ids in zip(each_sequence(tmp_path, f"{path}.output"), data, strict=True):
+        (expected,) = seen_alone(alone, [own], ids)
+        torch.testing.assert_close(one[f"{path}.output"], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("vocabulary", "positions"), [(2, 3), (3, 2), (113, 3)])

@@ -105,7 +105,7 @@ class ModuleSite:
         if self.item is not None:
             return value[self.item]
         # Blocks always return a tuple that begins with the hidden states.
-        is_block = any(self.path == block.path for block in model.blocks)
+        is_block = self.path in model.traits.block_views[False]
         return value[0] if is_block and self.side == "output" else value
 
     def arranged(self, value: Any) -> Any:
