@@ -71,6 +71,18 @@ def test_a_live_model_ends_at_some_tokens(model: LanguageModel) -> None:
         live(model, IDS, "residual_out:1", 8, contxt=16)
 
 
+def test_sequences_without_the_positions_that_are_kept_have_no_rows(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    harvest(model, IDS, "residual_out:1", to=tmp_path / "a", shard_tokens=10, reduce=14)
+    activations = Activations.open(tmp_path / "a")
+    assert activations.sequence[:].tolist() == [2, 7] and activations.check() == []
+    assert activations.token_ids[:].tolist() == [IDS[2][14], IDS[7][14]]
+    harvest(model, IDS, "residual_out:1", to=tmp_path / "b", reduce=(35,))
+    empty = Activations.open(tmp_path / "b")
+    assert len(empty) == 0 and empty.check() == [] and [*empty.batches(3)] == []
+
+
 def test_data_that_is_used_up_is_told_of_in_the_next_epoch(model: LanguageModel) -> None:
     batches = live(model, iter(IDS), "residual_out:1", 8)
     assert sum(len(batch["position"]) for batch in batches) == sum(map(len, IDS))
