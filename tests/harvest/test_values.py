@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from insitu import LanguageModel
-from insitu.graph.errors import ExecutionError
+from insitu.graph.errors import ExecutionError, OptionError
 from insitu.harvest import SaeSite, harvest
 from tests.conftest import tiny_gpt2
 from tests.fidelity.architectures import tiny_bert, tiny_mamba, tiny_mixtral, tiny_t5
@@ -173,6 +173,49 @@ def test_what_is_kept_of_a_sequence(reduce: object, tmp_path: Path) -> None:
     assert rows["position"].tolist() == positions
     assert rows["token_ids"].tolist() == tokens
     assert rows["sequence"].tolist() == rows["document"].tolist() == sequences
+
+
+class Looked(nn.Module):
+    """Shows numbers of a kind, made of what another module is given, and calls that one."""
+
+    def __init__(self, inner: nn.Module, made: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner, self.shown, self.made = inner, nn.Identity(), made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + 0 * self.shown(self.made(x)).sum().real
+
+
+def shows(made: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    module = tiny_gpt2()
+    module.transformer.h[1].mlp = Looked(module.transformer.h[1].mlp, made)
+    return module.eval()
+
+
+SHOWN = "transformer.h.1.mlp.shown.output"
+
+
+def test_a_mean_is_neither_cut_to_integers_nor_rounded_to_float32(tmp_path: Path) -> None:
+    for name, module, site in [
+        ("integers", shows(lambda x: x.topk(2).indices), SHOWN),
+        ("float64", tiny_gpt2().double(), "residual_out:2"),
+    ]:
+        model, data = LanguageModel(module), documents([6, 7])
+        harvest(model, data, site, to=tmp_path / name / "all")
+        harvest(model, data, site, to=tmp_path / name / "mean", reduce="mean")
+        every, mean = (whole(tmp_path / name / kind, site) for kind in ("all", "mean"))
+        for number in range(2):
+            expected = every[site][every["sequence"] == number].double().mean(0)
+            atol = 1e-14 if name == "float64" else 1e-6
+            assert (mean[site][number].double() - expected).abs().max() < atol
+
+
+@pytest.mark.parametrize("made", [lambda x: x > 0, lambda x: torch.complex(x, x)])
+def test_values_that_a_folder_cannot_hold_are_refused(
+    made: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match="a folder cannot hold"):
+        harvest(LanguageModel(shows(made)), documents([5]), SHOWN, to=tmp_path)
 
 
 def tiny_albert() -> nn.Module:

@@ -20,8 +20,10 @@ _CHUNK = 1 << 22
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint8: "U8",
 }  # fmt: skip
+DTYPES = frozenset(_NAMES)
+"""The dtypes that a shard can hold."""
 
 
 class Written(NamedTuple):

@@ -111,7 +111,7 @@ class Taking:
                     wanted[site.place] = reduced(value, reduce, group.shape[1]).save()
                 continue
             dtype = self.dtypes[site.label]
-            value = reduced(value, self.reduce, group.shape[1]).to(dtype)
+            value = reduced(value, self.reduce, group.shape[1], dtype).to(dtype)
             wanted[site.label] = value.save(to="cpu")
         return wanted
 
@@ -127,21 +127,22 @@ class Taking:
         return kept
 
 
-def reduced(value: Any, reduce: Reduction, length: int) -> Any:
+def reduced(value: Any, reduce: Reduction, length: int, dtype: torch.dtype = torch.float32) -> Any:
     """Returns the rows to keep of values `(sequence, position, ...)`, `(sequence, row, ...)`.
 
     Args:
         value: the values. They may be a proxy.
         reduce: which rows are kept.
         length: how many positions there are.
+        dtype: that of the rows. A mean is taken in float32 at least.
     """
     if reduce is None:
         return value
     if reduce == "last":
         return value[:, -1:]
     if reduce == "mean":
-        # In float32: the mean of a thousand numbers of bfloat16 would have three digits.
-        return value.float().mean(1, keepdim=True)
+        # The mean of a thousand numbers of bfloat16 would have three digits.
+        return value.to(torch.promote_types(dtype, torch.float32)).mean(1, keepdim=True)
     return value[:, positions_in(reduce, length)]
 
 

@@ -50,7 +50,11 @@ def rows_of(one: Range, reduce: Reduction) -> Rows:
             documents[place] = each.parts[0][0]
             continue
         ids, of = torch.tensor(each.ids), _documents(each)
-        index = None if len(own) == len(each.ids) and reduce is None else torch.tensor([*own], dtype=torch.long)
+        index = (
+            None
+            if len(own) == len(each.ids) and reduce is None
+            else torch.tensor([*own], dtype=torch.long)
+        )
         tokens[place] = (ids if index is None else ids[index]).to(torch.int32)
         positions[place] = torch.arange(size) if index is None else index
         documents[place] = of if index is None else of[index]

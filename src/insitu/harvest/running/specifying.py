@@ -19,12 +19,12 @@ from insitu.harvest.data.documents import Documents
 from insitu.harvest.data.given_data import documents_of
 from insitu.harvest.data.sequences import Cutting
 from insitu.harvest.data.tokenising import Tokenising, tokenising_of
-from insitu.harvest.folder.shard_file import bytes_of
+from insitu.harvest.folder.shard_file import DTYPES, bytes_of
 from insitu.harvest.running.batch import Taking, check_reduction, keeps_rows_apart
 from insitu.harvest.running.metrics import Metric, metric_of
 from insitu.harvest.running.shapes import shapes_of
 from insitu.harvest.running.sites import AnySite, HarvestSite, sites_of
-from insitu.harvest.specification import SiteSpecification, Specification
+from insitu.harvest.specification import Reduction, SiteSpecification, Specification
 from insitu.methods.sae import SparseAutoencoder
 from insitu.models.fingerprints import described, structure_of
 from insitu.models.language_model import LanguageModel
@@ -126,7 +126,9 @@ def ordered(
     if not away:
         model.load()
     shapes = shapes_of(model, found)
-    stored = {site.label: _stored(options.dtype, site, shapes[site.label][1]) for site in found}
+    stored = {
+        site.label: _stored(options.dtype, site, shapes[site.label][1], reduce) for site in found
+    }
     sites_told = tuple(
         _told(site, shapes[site.label], stored[site.label], metric) for site in found
     )
@@ -188,9 +190,18 @@ def _check_numbers(model: LanguageModel, options: Options) -> None:
         )
 
 
-def _stored(given: str | torch.dtype | None, site: HarvestSite, own: torch.dtype) -> torch.dtype:
+def _stored(
+    given: str | torch.dtype | None, site: HarvestSite, own: torch.dtype, reduce: Reduction
+) -> torch.dtype:
     """The dtype in which values of a site are stored: integers stay what they are."""
     own = own if site.sae is None else site.sae.weights["W_enc"].dtype
+    if reduce == "mean" and not (own.is_floating_point or own.is_complex):
+        own = torch.float32  # a mean of integers is none
+    if own not in DTYPES and (given is None or not own.is_floating_point):
+        name = str(own).removeprefix("torch.")
+        raise OptionError(
+            f"Values of {site.label!r} are {name}, which a folder cannot hold.", here()
+        )
     if given is None or not own.is_floating_point:
         return own
     name = str(given).removeprefix("torch.")
