@@ -86,6 +86,26 @@ def test_tables_and_data_sets_give_the_same(eiffel: LanguageModel, tmp_path: Pat
         harvest(eiffel, "no/such-set-anywhere", SITE, to=tmp_path / "no")
 
 
+def test_padding_of_a_table_is_left_out(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "input_ids": [[5, 6, 0, 0], [0, 0, 0, 7], [8, 0, 9, 1], [2, 3, 4, 5]],
+        "attention_mask": [[1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1]],
+    }
+    table = datasets.Dataset.from_dict(columns)
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.to_json(str(tmp_path / "a.jsonl"))
+    model = LanguageModel(tiny_gpt2())
+    files = [tmp_path / "a.parquet", tmp_path / "a.jsonl"]
+    for number, data in enumerate([table, table.to_iterable_dataset(), *files]):
+        folder = tmp_path / str(number)
+        harvested = harvest(model, data, SITE, to=folder, max_skipped=1)
+        assert [one.document for one in harvested.skipped] == [3]
+        found = [one["token_ids"].tolist() for one in each_sequence(folder)]
+        assert found == [[5, 6], [7], [8, 0, 9, 1]]
+        assert whole(folder)["position"].tolist() == [0, 1, 0, 0, 1, 2, 3]
+
+
 def test_a_data_set_goes_on_without_being_read_again(
     eiffel: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

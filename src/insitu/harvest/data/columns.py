@@ -1,8 +1,8 @@
-"""Which column of a table holds the documents."""
+"""Which column of a table holds the documents, and which one says what of them is padding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from insitu.graph.errors import OptionError, nearest
 from insitu.graph.location import here
@@ -36,3 +36,13 @@ def chosen_column(given: str | None, there: Sequence[str], where: str) -> str:
             here(),
         )
     return usual[0]
+
+
+def mask_of_padding(column: str | None, there: Iterable[str]) -> str | None:
+    """Returns the column that is 0 where token ids are padding, as tokenizers call it.
+
+    Args:
+        column: the column with texts or token ids.
+        there: the columns of the table.
+    """
+    return "attention_mask" if column == "input_ids" and "attention_mask" in there else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 from insitu.graph.errors import LoadError, MissingPackageError, OptionError
 from insitu.graph.location import here
-from insitu.harvest.data.columns import chosen_column
-from insitu.harvest.data.documents import Document, Documents, document_of
+from insitu.harvest.data.columns import chosen_column, mask_of_padding
+from insitu.harvest.data.documents import Document, Documents, unpadded_document
 from insitu.harvest.specification import DataSpecification
 
 _ROWS = 256  # that are in memory at once
@@ -87,6 +87,7 @@ def documents_of_data_set(
         first = next(iter(data), None)
         names = [] if first is None else list(first)
     column = chosen_column(column, names, called)
+    mask = mask_of_padding(column, names)
     told = DataSpecification(
         name=called,
         split=split or (str(data.split) if data.split is not None else None),
@@ -98,13 +99,15 @@ def documents_of_data_set(
 
         def streamed(start: int) -> Iterator[Document]:
             for row in islice(iter(data), start, None):
-                yield document_of(row.get(column))
+                yield unpadded_document(row.get(column), row.get(mask))
 
         return Documents(told, streamed, jumps=False)
-    plain = data.select_columns([column]).with_format(None)
+    plain = data.select_columns([column] if mask is None else [column, mask]).with_format(None)
 
     def read(start: int) -> Iterator[Document]:
         for first in range(start, count, _ROWS):
-            yield from map(document_of, plain[first : first + _ROWS][column])
+            rows = plain[first : first + _ROWS]
+            masks = repeat(None) if mask is None else rows[mask]
+            yield from map(unpadded_document, rows[column], masks)
 
     return Documents(told, read, jumps=True, count=count)

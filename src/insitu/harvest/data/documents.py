@@ -48,6 +48,21 @@ class Documents:
     once: bool = False
 
 
+def unpadded_document(item: Any, mask: Any) -> Document:
+    """Returns what stands in a row as a document, without its padding.
+
+    Args:
+        item: anything.
+        mask: 0 where token ids are padding; None if there is none.
+    """
+    ids, kept = document_of(item), None if mask is None else document_of(mask)
+    if kept is None or isinstance(ids, str | Unusable):
+        return ids
+    if isinstance(kept, str | Unusable) or len(kept) != len(ids):
+        return Unusable("its attention mask is none of its token ids")
+    return [one for one, there in zip(ids, kept, strict=True) if there]
+
+
 def document_of(item: Any) -> Document:
     """Returns what stands in a row as a document.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,14 @@ import msgspec
 from insitu import disk
 from insitu.graph.errors import LoadError, MissingPackageError, OptionError, nearest
 from insitu.graph.location import here
-from insitu.harvest.data.columns import chosen_column
-from insitu.harvest.data.documents import Document, Documents, Unusable, document_of
+from insitu.harvest.data.columns import chosen_column, mask_of_padding
+from insitu.harvest.data.documents import (
+    Document,
+    Documents,
+    Unusable,
+    document_of,
+    unpadded_document,
+)
 from insitu.harvest.specification import DataSpecification
 
 _CHUNK = 1 << 20
@@ -104,8 +110,9 @@ def _json_lines(path: Path, column: str | None) -> Iterator[Document]:
                 if name is None or name not in row:
                     yield Unusable(f"it has no column {name or 'text'!r}")
                     continue
-                row = row[name]
-            yield document_of(row)
+                yield unpadded_document(row[name], row.get(mask_of_padding(name, row)))
+            else:
+                yield document_of(row)
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[Document]:
@@ -113,8 +120,11 @@ def _parquet(path: Path, column: str | None) -> Iterator[Document]:
         if column not in file.schema_arrow.names:
             there = nearest(str(column), file.schema_arrow.names)
             raise LoadError(f"{str(path)!r} has no column {column!r}{there}.", here())
-        for batch in file.iter_batches(_ROWS, columns=[column]):
-            yield from map(document_of, batch.column(0).to_pylist())
+        mask = mask_of_padding(column, file.schema_arrow.names)
+        columns = [column] if mask is None else [column, mask]
+        for batch in file.iter_batches(_ROWS, columns=columns):
+            masks = repeat(None) if mask is None else batch.column(mask).to_pylist()
+            yield from map(unpadded_document, batch.column(column).to_pylist(), masks)
 
 
 def _parquet_column(path: Path, column: str | None) -> str:
