@@ -86,6 +86,15 @@ def test_tables_and_data_sets_give_the_same(eiffel: LanguageModel, tmp_path: Pat
         harvest(eiffel, "no/such-set-anywhere", SITE, to=tmp_path / "no")
 
 
+def test_a_byte_order_mark_is_no_text(eiffel: LanguageModel, tmp_path: Path) -> None:
+    texts = ["the Louvre", "Paris"]
+    written = {"txt": "\n".join(texts), "jsonl": "\n".join(map(json.dumps, texts))}
+    for kind, text in written.items():
+        (tmp_path / f"a.{kind}").write_text(text, encoding="utf-8-sig")
+        harvest(eiffel, tmp_path / f"a.{kind}", SITE, to=tmp_path / kind)
+        assert eiffel.tokenizer.decode(whole(tmp_path / kind)["token_ids"]) == "".join(texts)
+
+
 def test_padding_of_a_table_is_left_out(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     columns = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -84,9 +86,16 @@ def _digest(paths: Sequence[Path]) -> str:
     return told.hexdigest()
 
 
-def _lines(path: Path, column: str | None) -> Iterator[Document]:
+def _lines_of(path: Path) -> Generator[bytes]:
+    """The lines of a file, without the mark that some editors put before text."""
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file):
+            yield line if number else line.removeprefix(codecs.BOM_UTF8)
+
+
+def _lines(path: Path, column: str | None) -> Iterator[Document]:
+    with closing(_lines_of(path)) as lines:
+        for line in lines:
             if line.strip():
                 try:
                     yield line.rstrip(b"\r\n").decode()
@@ -95,8 +104,8 @@ def _lines(path: Path, column: str | None) -> Iterator[Document]:
 
 
 def _json_lines(path: Path, column: str | None) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for line in file:
+    with closing(_lines_of(path)) as lines:
+        for line in lines:
             if not line.strip():
                 continue
             try:
