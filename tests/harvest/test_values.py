@@ -249,11 +249,11 @@ def test_a_toy_of_few_tokens_and_positions(vocabulary: int, positions: int, tmp_
     torch.manual_seed(0)
     module = transformers.GPT2LMHeadModel(config).eval()
     data = [[(at * 5) % vocabulary for at in range(size)] for size in (positions, 1, positions)]
-    harvest(LanguageModel(module), data, "residual_out:1", to=tmp_path)
-    for one, ids in zip(each_sequence(tmp_path, "residual_out:1"), data, strict=True):
+    harvest(LanguageModel(module), data, "transformer.h.1.output", to=tmp_path)
+    for one, ids in zip(each_sequence(tmp_path, "transformer.h.1.output"), data, strict=True):
         assert one["token_ids"].tolist() == ids
         (expected,) = seen_alone(module, ["transformer.h.1"], ids)
-        torch.testing.assert_close(one["residual_out:1"], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one["transformer.h.1.output"], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.thorough

@@ -61,7 +61,7 @@ class Specification(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: the name of the model.
         model_fingerprint: the digest of its structure, its edits and all of its weights.
-        tokenizer: the digest of the tokenizer; None for data of token ids.
+        tokenizer: the digest of the tokenizer; None of a model without one.
         data: the data.
         sites: the sites.
         context: how many tokens a sequence has at most.
