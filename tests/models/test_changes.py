@@ -504,3 +504,24 @@ def test_other_blocks_than_the_one_that_was_replaced_stay_blocks(used_before: bo
     torch.testing.assert_close(mid.value, found[1].value + attention)
     with pytest.raises(PathError, match="no attention in this block"), model.trace(IDS):
         model.blocks[1].attention.z.save()
+
+
+def test_what_a_config_says_of_outputs_may_change() -> None:
+    """Several prompts share a pass by what the output is made of."""
+    module = tiny_gpt2()
+    model = LanguageModel(module)
+    prompts = [[5, 6, 7], [5, 6, 7, 8]]
+    for setting in (False, True, False):
+        module.config.output_hidden_states = setting
+        found: list[Any] = []
+        with model.trace() as tracer:
+            for ids in prompts:
+                with tracer.invoke(ids):
+                    found.append(model.output.save())
+        for saved, ids in zip(found, prompts, strict=True):
+            with torch.no_grad():
+                expected = module(torch.tensor([ids]), use_cache=False)
+            assert saved.value.keys() == expected.keys()
+            torch.testing.assert_close(saved.value.logits, expected.logits)
+            if setting:
+                torch.testing.assert_close(saved.value.hidden_states, expected.hidden_states)

@@ -11,7 +11,7 @@ changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import repeat
@@ -113,7 +113,8 @@ class Tree:
     def runs_otherwise(self) -> bool:
         """Returns whether any module has another class, `forward` or switch than it had.
 
-        A `forward` may be the class's or the instance's. A switch is a bool such as `is_causal`.
+        A `forward` may be the class's or the instance's. A switch is a bool such as `is_causal`,
+        or one of a config, such as `output_hidden_states`.
         """
         # All in C: each block of several prompts asks.
         if self._classes != [*map(type, self.parts)] or self._forwards != self._all_forwards():
@@ -307,15 +308,19 @@ def _watched(parts: Iterable[nn.Module], ends: Iterable[nn.Module] = ()) -> Watc
     return Watched(now, [dict(table) for table in now], called)
 
 
-def _switches(states: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The tables and names of modules' bools, some of which say which tokens a token sees.
+def _switches(states: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The tables and names of bools of modules and their configs: some say what a token sees.
 
-    Training mode is asked for by itself. Numbers are left out, because some modules count calls.
+    Others say what a forward returns. Training mode is asked for by itself. Numbers are left out,
+    because some modules count calls.
     """
+    held: list[Any] = [state["config"] for state in states if "config" in state]
+    configs: dict[int, dict[str, Any]] = {
+        id(one): vars(one) for one in held if hasattr(one, "__dict__")
+    }
+    own = [(state, name) for state in states for name in state if not name.startswith("_")]
+    own += [(config, name) for config in configs.values() for name in config]
     found = [
-        (state, name)
-        for state in states
-        for name, value in state.items()
-        if type(value) is bool and name != "training" and not name.startswith("_")
+        (state, name) for state, name in own if type(state[name]) is bool and name != "training"
     ]
     return [state for state, _ in found], [name for _, name in found]
