@@ -5,14 +5,17 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from insitu.graph.errors import OptionError
+from insitu.remote.problems import ProblemError
 from insitu.server.core import Server
 from insitu.server.records import JobRecord
 from insitu.server.settings import ServedModel, Settings
 from insitu.server.storage.sqlite_store import SqliteStore
+from tests.fidelity.zoo import module_of
 from tests.server.samples import agrees, samples, small_model
 from tests.server.whole_server import MODEL, begun, ended, is_ready, running, sent, until
 
@@ -89,3 +92,40 @@ def test_a_job_is_never_run_on_another_model_than_it_was_accepted_for(tmp_path: 
     shutil.rmtree(model)
     small_model(model, layers=4)  # another structure
     asyncio.run(left(model, 0, [FAILED]))
+
+
+@pytest.mark.thorough
+def test_jobs_that_wait_for_a_model_which_cannot_be_loaded_fail(
+    tmp_path: Path,
+) -> None:
+    """They are accepted while nobody knows, and would wait for ever."""
+    data, model = tmp_path / "data", tmp_path / "model"
+    small_model(model)
+    one = samples(model, 1)[0]
+    (model / "model.safetensors").write_bytes(b"no weights")
+
+    async def main() -> None:
+        async with running(data, model) as server:
+            job = await sent(server, one)
+            (found,) = await ended(server, job)
+            assert found.state == "failed" and found.problem is not None
+            assert server.ready() == {MODEL: "failed"}
+            with pytest.raises(ProblemError):
+                await sent(server, one)
+
+    asyncio.run(main())
+
+
+@pytest.mark.thorough
+def test_a_model_of_short_prompts_is_served(tmp_path: Path) -> None:
+    """RoBERTa has two positions less than its config says."""
+    data, model = tmp_path / "data", tmp_path / "model"
+    module: Any = module_of("roberta")
+    module.save_pretrained(model)
+
+    async def main() -> None:
+        async with running(data, model) as server:
+            await is_ready(server)
+
+    assert module.config.max_position_embeddings <= 64
+    asyncio.run(main())

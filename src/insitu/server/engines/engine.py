@@ -25,7 +25,6 @@ import msgspec
 import torch
 from msgspec import structs
 
-from insitu.graph.errors import InsituError
 from insitu.models.weights_digest import weights_digest
 from insitu.server.background import noted
 from insitu.server.engines.batches import Batch
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 64
+_UNKNOWN_SPEED = 1e10
 _NUMBERS = 2**23
 _MOMENT = 0.004
 """After how many seconds the front is told of what happens, if nothing else is told before."""
@@ -226,7 +226,8 @@ def _loaded(settings: EngineSettings) -> tuple[LanguageModel, Ready]:
 
 def _speed(model: LanguageModel) -> float:
     """Runs some tokens through the model, and returns its floating-point operations a second."""
-    ids = torch.zeros(1, _WARM_UP_TOKENS, dtype=torch.int64)
+    context = model.traits.reader.limits.context or _WARM_UP_TOKENS
+    ids = torch.zeros(1, max(min(_WARM_UP_TOKENS, context // 2), 1), dtype=torch.int64)
     flops = float(2 * sum(one.numel() for one in model.module.parameters()) * ids.numel())
     best = float("inf")
     for _ in range(3):
@@ -234,8 +235,8 @@ def _speed(model: LanguageModel) -> float:
         try:
             with model.trace(ids):
                 model.output.save()
-        except InsituError:  # a model of a kind that takes more than token ids
-            return 1e10
+        except Exception:  # whatever a model makes of such a prompt: it may take others
+            return _UNKNOWN_SPEED
         best = min(best, time.perf_counter() - start)
     return flops / best
 

@@ -164,8 +164,7 @@ class Host:
         _, digest = self.skeleton.travels()
         kind, dtype = self.skeleton.described()
         dtype, weights = (self.ready.dtype, self.ready.weights) if self.ready else (dtype, "")
-        readable, limits = self.settings.weights_readable, self.limits.as_dict()
-        told = digest, readable, limits, weights
+        told = digest, self.settings.weights_readable, self.limits.as_dict(), weights
         return ModelStatus(self.model.id, kind, dtype, self.state, *told)
 
     async def start(self) -> None:
@@ -188,8 +187,10 @@ class Host:
         await self.admission.stop()
 
     def dispatch(self) -> None:
-        """Gives the engine the next jobs, if it is free."""
+        """Gives the engine the next jobs, if it is free; fails them if there never will be one."""
         try:
+            if self.state == "failed" and self.problem is not None:
+                self.held.fail([*self.waiting.in_order()], self.problem)
             self._dispatch()
         except Exception as error:  # whoever has woken it is not to blame: it is tried again
             note(f"choosing what {self.model.id} runs", error)
@@ -272,15 +273,8 @@ class Host:
 
     def _asked(self, job: JobRecord) -> EngineJob:
         blobs = {one: str(self.files.blob_path(one)) for one in job.price.blobs}
-        return EngineJob(
-            job.id,
-            job.attempt,
-            job.tenant,
-            str(self.files.body_path(job.body)),
-            blobs,
-            self.limits.of_run(job),
-            job.seconds,
-        )
+        body, limits = str(self.files.body_path(job.body)), self.limits.of_run(job)
+        return EngineJob(job.id, job.attempt, job.tenant, body, blobs, limits, job.seconds)
 
     async def _keep_an_engine(self) -> None:
         """Starts an engine, and another one when it ends."""
