@@ -17,6 +17,7 @@ from insitu import (
     Limits,
     Model,
     NeverRanError,
+    OperationError,
     ShapeError,
     cond,
     fold,
@@ -252,3 +253,28 @@ def test_a_list_of_values_is_not_known_before_the_run(gpt2: LanguageModel) -> No
         expected = gpt2.module(IDS, use_cache=False).logits[0, -1, :3].tolist()
     for limits in (None, Limits(operations=1e12, peak_bytes=2**30)):
         assert gpt2.run(job, limits=limits)["numbers"] == pytest.approx(expected)
+
+
+def test_objects_without_data_are_not_copied_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch copies the storages of tensors in them, and those without data have no memory."""
+
+    def read(self: torch.Tensor, memo: Any) -> torch.Tensor:
+        raise AssertionError("memory that is not there was read")
+
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", read)
+    model = LanguageModel(tiny_gpt2())
+    with model.scan(IDS, use_cache=True):
+        model.transformer.h[1].output = model.transformer.h[1].output[0] * 2
+        saved = model.output.past_key_values.save()
+        again = saved.layers[1].keys.save()
+    assert again.shape[2] == IDS.shape[1]
+
+
+def test_an_object_is_no_result_of_a_job() -> None:
+    model = LanguageModel(tiny_gpt2())
+    with model.trace(IDS, use_cache=True) as tracer:
+        saved = model.output.past_key_values.save()
+    assert saved.value.layers[1].keys.shape[2] == IDS.shape[1]
+    for run in (model.check, model.run):
+        with pytest.raises(OperationError, match=r"DynamicCache is no data(.|\n)*test_job_check"):
+            run(Job.from_bytes(tracer.job.to_bytes()))

@@ -25,7 +25,7 @@ from insitu.graph.errors import (
 )
 from insitu.graph.evaluation import held_by, meaning
 from insitu.graph.expression import expression, located
-from insitu.graph.fake_tensors import on_fake_tensors
+from insitu.graph.fake_tensors import Fakes, on_fake_tensors
 from insitu.graph.lines import Lines
 from insitu.graph.location import here
 from insitu.graph.node import (
@@ -38,8 +38,9 @@ from insitu.graph.node import (
     Subgraph,
     WeightRef,
 )
-from insitu.graph.operations import APPLY, COND, FOLD, GETITEM, INPUT, READ
-from insitu.graph.structure import map_structure, storages_of
+from insitu.graph.objects import map_objects, tensors_within
+from insitu.graph.operations import APPLY, COND, FOLD, GETITEM, INPUT, KEEP, READ, SAVE
+from insitu.graph.structure import as_data, map_structure, storages_of
 from insitu.graph.structure_hints import hint
 
 
@@ -278,6 +279,8 @@ def _compute(recording: Lines, index: int, one_dtype: bool = False) -> Any:
                 args, kwargs = map_structure(_float, (args, kwargs))
             if node.operation is COND:
                 return _either(*args)
+            if node.operation in (SAVE, KEEP):
+                return _kept(*args)
             return node.operation.function(*args, **kwargs)
     except InsituError as error:
         raise located(recording.graph, index, error) from None
@@ -340,6 +343,15 @@ def _float(item: Any) -> Any:
     return item.float() if floats else item
 
 
+def _kept(value: Any, to: str | None = None) -> Any:
+    """A value as it is saved. Python's own copy of an object would read memory that is not there.
+
+    PyTorch copies the storage of a fake tensor with it, and ends the process.
+    """
+    map_structure(lambda leaf: leaf if isinstance(leaf, torch.Tensor) else as_data(leaf), value)
+    return map_objects(lambda leaf: leaf.clone() if to is None else leaf.to(to, copy=True), value)
+
+
 def _either(pred: Any, then: Any, otherwise: Any, *operands: Any) -> Any:
     """What both functions of a `cond` return, if it has the same shapes."""
     first, second = then(*operands), otherwise(*operands)
@@ -352,11 +364,7 @@ def _either(pred: Any, then: Any, otherwise: Any, *operands: Any) -> Any:
 
 def _mode(recording: Lines, node: Node) -> FakeTensorMode:
     """The fake mode that the inputs of a node live in."""
-    modes: list[FakeTensorMode] = []
-
-    def leaf(item: Any) -> None:
-        if isinstance(item, FakeTensor):
-            modes.append(item.fake_mode)
-
-    map_structure(leaf, tuple(recording.fakes[i] for i in node.inputs))
-    return modes[0] if modes else FakeTensorMode()
+    # Those within objects too, such as a cache.
+    given = tensors_within([recording.fakes[number] for number in node.inputs])
+    modes = (item.fake_mode for item in given if isinstance(item, FakeTensor))
+    return next(modes, None) or Fakes()

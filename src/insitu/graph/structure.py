@@ -89,7 +89,7 @@ def kept(value: Any, to: str | None = None) -> Any:
 
     def leaf(item: Any) -> Any:
         if not isinstance(item, torch.Tensor):
-            return item if isinstance(item, _DATA) else _as_data(item)
+            return as_data(item)
         return item.clone() if to is None else item.to(to, copy=True)
 
     return map_structure(leaf, value)
@@ -186,12 +186,19 @@ def _moved(leaf: Any, device: torch.device) -> Any:
 def _copied_leaf(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return leaf.detach().clone()
-    return leaf if isinstance(leaf, _DATA) else copy.deepcopy(_as_data(leaf))
+    return leaf if isinstance(leaf, _DATA) else copy.deepcopy(as_data(leaf))
 
 
-def _as_data(leaf: Any) -> Any:
-    """An object of another class, unless data alone is saved: what it refers to may be anything."""
-    if only_data.get():
+def as_data(leaf: Any) -> Any:
+    """Returns what is saved and no tensor: plain data, or an object, unless data alone is saved.
+
+    Args:
+        leaf: the leaf of a structure. What an object refers to may be anything.
+
+    Raises:
+        OperationError: if data alone is saved, and it is none.
+    """
+    if only_data.get() and not isinstance(leaf, _DATA):
         raise OperationError(
             f"a {type(leaf).__name__} is no data, and a job saves tensors and plain data only: "
             "save the tensors in it"

@@ -18,7 +18,7 @@ from insitu.graph.context import as_begun
 from insitu.graph.location import Location
 from insitu.graph.ordinary import ordinary_tensors
 from insitu.tracing.block_check import Expected, check_block
-from insitu.tracing.job_running import check_model
+from insitu.tracing.job_running import check_model, saving_data
 from insitu.tracing.jobs import RanBlock, bind
 
 
@@ -164,7 +164,8 @@ def check_job(model: Subject, job: Job, budget: Budget | None = None) -> JobChec
     for block in job.blocks:
         spending = nullcontext() if budget is None else budget.spending()
         # In the context in which the block was recorded: dtypes depend on it.
-        with spending, ordinary_tensors(), as_begun(block.casts, block.dtype):
+        context = as_begun(block.casts, block.dtype)
+        with spending, ordinary_tensors(), context, saving_data(job):
             run = bind(model, block, earlier, dry=True)
             found = check_block(run, budget)
         costs, recorded = found.costs, found.recorded

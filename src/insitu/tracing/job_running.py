@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -63,12 +63,23 @@ def run_job(model: Subject, job: Job, budget: Budget | None = None, raises: bool
 def _run(model: Subject, job: Job, budget: Budget | None, raises: bool, gives: bool) -> Results:
     """Runs a job, as of `run_job`; with `gives`, a sink has its saved values."""
     differences = check_model(model, job)
-    # A job with a function of this process cannot have come from elsewhere, and its values may be
-    # of any kind.
+    with saving_data(job):
+        return _run_blocks(model, job, budget, differences, raises, gives)
+
+
+@contextmanager
+def saving_data(job: Job) -> Generator[None]:
+    """In its block the values of a job are data alone, unless it calls a function of this process.
+
+    Such a job cannot have come from elsewhere, and its values may be of any kind.
+
+    Args:
+        job: the job.
+    """
     own = any(calls_function(row[1]) for block in job.blocks for row in block.graph.rows)
     token = only_data.set(not own)
     try:
-        return _run_blocks(model, job, budget, differences, raises, gives)
+        yield
     finally:
         only_data.reset(token)
 
