@@ -190,10 +190,10 @@ def _copied_leaf(leaf: Any) -> Any:
 
 
 def as_data(leaf: Any) -> Any:
-    """Returns what is saved and no tensor: plain data, or an object, unless data alone is saved.
+    """Returns a leaf that is saved: plain data, or an object, unless data alone is saved.
 
     Args:
-        leaf: the leaf of a structure. What an object refers to may be anything.
+        leaf: the leaf, which is no tensor. What an object refers to may be anything.
 
     Raises:
         OperationError: if data alone is saved, and it is none.
