@@ -14,6 +14,7 @@ from insitu import (
     NeverRanError,
     OperationError,
     PathError,
+    cond,
 )
 from tests.conftest import hooked, hooked_hidden
 
@@ -83,6 +84,40 @@ def test_a_site_outside_of_a_block_says_what_to_write(gpt2: LanguageModel) -> No
 def test_a_handle_of_another_model_is_no_site_of_this_block(gpt2, llama) -> None:
     with gpt2.trace(IDS), pytest.raises(BlockError):
         _ = llama.lm_head.output
+
+
+def test_a_handle_of_another_model_is_not_called_in_this_block(gpt2: LanguageModel) -> None:
+    """Its path may be one of this model too, whose module would then be called in its place."""
+    torch.manual_seed(1)
+    other = LanguageModel(type(gpt2.module)(gpt2.config).eval())
+    hidden = hooked_hidden(gpt2.module, "transformer.h.1", IDS)
+    with gpt2.trace(IDS):
+        stream = gpt2.transformer.h[1].output[0]
+        with pytest.raises(OperationError, match=r"`lm_head` is a module of another model.*module"):
+            other.lm_head(stream)
+        with pytest.raises(OperationError, match="another model"):
+            cond(stream.sum() > 0, lambda x: other.transformer.ln_f(x), lambda x: x, stream)
+        logits = other.lm_head.module(stream).save()
+    assert torch.allclose(logits, other.module.lm_head(hidden), atol=1e-6)
+    assert not torch.allclose(logits, gpt2.module.lm_head(hidden), atol=1e-4)
+    with gpt2.edit() as edited, pytest.raises(OperationError, match="another model"):
+        other.transformer.ln_f(edited.transformer.h[1].output[0])
+
+
+def test_handles_of_edits_and_of_one_module_wrapped_twice_are_called(gpt2: LanguageModel) -> None:
+    hidden = hooked_hidden(gpt2.module, "transformer.h.1", IDS)
+    with gpt2.edit() as edited:
+        edited.transformer.h[2].mlp.output *= 2
+        edited.transformer.ln_f(edited.transformer.h[1].output[0])
+    with edited.edit() as twice:
+        twice.transformer.h[3].mlp.output *= 2
+    again = LanguageModel(gpt2.module)
+    for model in (gpt2, edited, twice):
+        with model.trace(IDS):
+            stream = model.transformer.h[1].output[0]
+            found = [one.lm_head(stream).save() for one in (gpt2, edited, twice, again)]
+        for logits in found:
+            assert torch.allclose(logits, gpt2.module.lm_head(hidden), atol=1e-5)
 
 
 def test_every_site_is_what_a_hook_sees(language_model: LanguageModel) -> None:

@@ -184,6 +184,11 @@ class Subject(Protocol):
         """Its modules when they were last looked at."""
         ...
 
+    @property
+    def origin(self) -> Subject:
+        """The model that its edits are of; itself if it has none."""
+        ...
+
     def procedure(
         self, name: ProcedureName, options: Mapping[str, Any], mark: Mark, dry: bool = False
     ) -> Procedure[Any]:

@@ -30,7 +30,7 @@ from insitu.graph.context import (
 from insitu.graph.errors import OperationError
 from insitu.graph.given import each
 from insitu.graph.held_tensor import Held
-from insitu.graph.lines import ShapeSource
+from insitu.graph.lines import Modules, ShapeSource
 from insitu.graph.location import Location, Mark
 from insitu.graph.node import EVERY, NO_KWARGS, Address, Graph, Ref, Site, ref, table_of
 from insitu.graph.operations import INPUT, READ, REPLACE, SKIP, WRITE, Operation
@@ -84,6 +84,7 @@ class Recording:
         taken: the nodes that save values by these names.
         numbers: None: it is no part of a block.
         shapes: gives the shapes at sites; None where no model is behind the recording.
+        edited: the model that an edit is of, which has no shapes.
         fakes: fake values of nodes, as far as anybody has asked, by node index.
         grads: whether autograd was on where the block began.
         casts: where autocast was enabled there.
@@ -111,6 +112,7 @@ class Recording:
     dtype: torch.dtype = torch.float32
     as_first_step: bool = False
     counting: AbstractContextManager[Any] | None = None
+    edited: Modules | None = None
     held: Mapping[int, Held] = NO_KWARGS  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, shapes: ShapeSource | None = None, parent: Recording | None = None) -> None:
@@ -138,6 +140,14 @@ class Recording:
             self.grads = False
         if is_autocast_enabled():
             self.casts = enabled_casts()
+
+    @property
+    def model(self) -> Modules | None:
+        """The model whose modules its lines can call; None where no model is behind it."""
+        owner = self
+        while owner.parent is not None:
+            owner = owner.parent
+        return owner.edited if owner.shapes is None else owner.shapes.model
 
     def note_context(self, operation: Operation, index: int) -> None:
         """Notes the context of a line, if it is not that of the block."""

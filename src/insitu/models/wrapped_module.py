@@ -81,6 +81,11 @@ class WrappedModule(Handle):
     _said: set[str]  # what was said once, also of models with edits
 
     @property
+    def origin(self) -> WrappedModule:
+        """The model that its edits are of; itself if it has none."""
+        return self if self._base is None else self._base.origin
+
+    @property
     def loaded(self) -> bool:
         """Whether the weights are in memory."""
         return self._source is None

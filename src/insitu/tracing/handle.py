@@ -94,8 +94,8 @@ class Handle(ModuleSites):
         invocation, line = innermost(self._model, 2)
         if invocation is None:
             raise BlockError(
-                f"`{self._line()}.ops` is found for a prompt, so it belongs inside a block. "
-                f"`with model.scan(prompt): print({self._line()}.ops)` runs nothing.",
+                f"`{self._line()}.ops` is found for a prompt, so it belongs inside a block of its "
+                f"model. `with model.scan(prompt): print({self._line()}.ops)` runs nothing.",
                 Location(*line),
             )
         try:
@@ -117,9 +117,13 @@ class Handle(ModuleSites):
             A proxy for what the module returns.
 
         Raises:
-            OperationError: if none of the arguments is a value of an open block.
+            OperationError: if none of the arguments is a value of an open block, or if that block
+                is of another model.
         """
-        if not self._path and recording_of((args, kwargs)) is None:
+        recording = recording_of((args, kwargs))
+        if recording is not None:
+            self._check_own(cast("Subject | None", recording.model))
+        elif not self._path:
             raise OperationError(
                 "A model runs when a block ends, and a call of it outside of one runs nothing: "
                 "write `with model.trace(prompt):`, `with model.generate(prompt, "
@@ -128,6 +132,20 @@ class Handle(ModuleSites):
                 here(),
             )
         return call_module(self._path, args, kwargs, mark())
+
+    def _check_own(self, model: Subject | None) -> None:
+        """Raises if a call would be one of another model's module: the graph has only its path."""
+        own = self._model
+        if model is None or model is own or model.origin is own.origin:
+            return
+        if model.snapshot.root is not own.snapshot.root:  # a module may be wrapped twice
+            written = self._written()
+            raise OperationError(
+                f"`{written}` is a module of another model than the block, which can call its own "
+                "modules only. Load the other model before the block, and call "
+                f"`{written}.module(...)`: it is then a module of yours.",
+                here(3),
+            )
 
     def call(self, number: int) -> Call:
         """Returns one call of a module that runs several times in a forward, or in a step.
