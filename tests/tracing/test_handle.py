@@ -82,7 +82,7 @@ def test_a_site_outside_of_a_block_says_what_to_write(gpt2: LanguageModel) -> No
 
 
 def test_a_handle_of_another_model_is_no_site_of_this_block(gpt2, llama) -> None:
-    with gpt2.trace(IDS), pytest.raises(BlockError):
+    with gpt2.trace(IDS), pytest.raises(BlockError, match="inside a block of its model"):
         _ = llama.lm_head.output
 
 

@@ -70,7 +70,7 @@ class Hook:
         if invocation is not None:
             return invocation
         raise BlockError(
-            f"`{self._name}` is a value of a run, so it belongs inside a block: "
+            f"`{self._name}` is a value of a run, so it belongs inside a block of its model: "
             "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
             "`with model.trace() as tracer:`.",
             Location(*line),

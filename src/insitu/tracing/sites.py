@@ -119,7 +119,7 @@ class Sites:
                 Location(*mark),
             )
         return BlockError(
-            f"`{self._written()}.{use}` is about a run, so it belongs inside a block: "
+            f"`{self._written()}.{use}` is about a run, so it belongs inside a block of its model: "
             "`with model.trace(prompt):`, or `with tracer.invoke(prompt):` inside "
             "`with model.trace() as tracer:`.",
             Location(*mark),
