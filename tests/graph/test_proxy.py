@@ -32,6 +32,9 @@ EXPRESSIONS = {
     "dtypes and devices": lambda x: x.to(torch.float64).to(x.device).half().float(),
     "numbers": lambda x: x.sum().item() * x,
     "linalg": lambda x: torch.linalg.norm(x) + torch.linalg.svd(x).S.sum(),
+    "fields of results": lambda x: (
+        torch.linalg.eigh(x.T @ x).eigenvectors.abs() @ torch.linalg.svd(x).Vh.abs()
+    ),
     "NumPy numbers": lambda x: np.float32(2) * x + x * np.int64(3),
     "nested arguments": lambda x: F.pad(x, (1, 1)) + torch.full((2, 5), 3.0),
 }

@@ -11,6 +11,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from types import MemberDescriptorType
 from typing import Any, cast
 
 import torch
@@ -260,19 +261,14 @@ def attribute(value: Any, name: str) -> Any:
 def _tuple_fields(kind: Any) -> frozenset[str]:
     """Names of the fields of a named tuple, also of those that torch.max and its like return."""
     if kind.__module__ == "torch.return_types":
-        return _RETURN_FIELDS & frozenset(dir(kind))
+        return frozenset(
+            name for name, entry in vars(kind).items() if isinstance(entry, MemberDescriptorType)
+        )
     return frozenset(getattr(kind, "_fields", ()))
 
 
 TENSOR_PROPERTIES = frozenset(
     ["H", "T", "device", "dtype", "imag", "mH", "mT", "ndim", "real", "shape"]
-)
-# The fields of torch.max, topk, sort, svd, slogdet, frexp, qr, aminmax, histogram and their like.
-_RETURN_FIELDS = frozenset(
-    (
-        *("L", "LU", "Q", "R", "S", "U", "V", "bin_edges", "exponent", "hist", "indices"),
-        *("logabsdet", "mantissa", "max", "min", "sign", "values"),
-    )
 )
 
 
