@@ -35,6 +35,10 @@ EXPRESSIONS = {
     "fields of results": lambda x: (
         torch.linalg.eigh(x.T @ x).eigenvectors.abs() @ torch.linalg.svd(x).Vh.abs()
     ),
+    "distributions": lambda x: torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=x, validate_args=False),
+        torch.distributions.Categorical(probs=x.flip(-1).softmax(-1), validate_args=False),
+    ),
     "NumPy numbers": lambda x: np.float32(2) * x + x * np.int64(3),
     "nested arguments": lambda x: F.pad(x, (1, 1)) + torch.full((2, 5), 3.0),
 }
@@ -78,13 +82,31 @@ def test_shapes_while_recording_are_those_of_the_run(name: str, shape: bool) -> 
                 _ = proxy.shape
             return
         inferred = proxy.shape, proxy.dtype, proxy.ndim, proxy.dim(), proxy.numel(), proxy.size()
+        again = proxy.ndimension(), proxy.nelement(), proxy.is_floating_point(), proxy.is_complex()
         last = proxy.size(-1) if proxy.ndim else None
     value = EXPRESSIONS[name](X)
     assert inferred == (
         *(value.shape, value.dtype, value.ndim),
         *(value.dim(), value.numel(), value.size()),
     )
+    assert again == (value.ndim, value.numel(), value.is_floating_point(), value.is_complex())
     assert last == (value.size(-1) if value.ndim else None)
+
+
+@pytest.mark.parametrize(
+    "asked", ["ndim", "dim", "ndimension", "numel", "nelement", "size", "is_floating_point"]
+)
+def test_a_tuple_has_no_axes_of_its_own(asked: str) -> None:
+    model = identity()
+    with model.trace((X, X)), pytest.raises(OperationError, match=r"is a tuple.*output\[0\]"):
+        found = getattr(model[0].output, asked)
+        found()
+
+
+def test_a_distribution_that_checks_values_says_what_to_write() -> None:
+    model = identity()
+    with model.trace(X), pytest.raises(OperationError, match="validate_args=False"):
+        torch.distributions.Categorical(logits=model[0].output, validate_args=True)
 
 
 def test_length_and_iteration_follow_the_shape() -> None:

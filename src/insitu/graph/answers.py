@@ -49,11 +49,27 @@ class Answers(AnyRecorded):
     @property
     def ndim(self) -> int:
         """The number of axes."""
-        return self._outlined().ndim
+        return self._of_tensor(self._outlined()).ndim
 
     def dim(self) -> int:
         """The number of axes."""
-        return self._outlined().dim()
+        return self._of_tensor(self._outlined()).dim()
+
+    ndimension = dim
+
+    def is_floating_point(self) -> bool:
+        """Whether the numbers have a fraction."""
+        return self._of_tensor(self._outlined()).is_floating_point()
+
+    def is_complex(self) -> bool:
+        """Whether the numbers are complex."""
+        return self._of_tensor(self._outlined()).is_complex()
+
+    def _of_tensor(self, known: Any) -> Any:
+        """Returns a known value, if it is no tuple: operations on a tuple are refused."""
+        if isinstance(known, tuple | list | Mapping):
+            refuse_structure(self, here(3))
+        return known
 
     def _outlined(self) -> Any:
         """As `_known`, but sizes may be those of the first step of a generation."""
@@ -73,7 +89,9 @@ class Answers(AnyRecorded):
 
     def numel(self) -> int:
         """The number of elements."""
-        return self._known().numel()
+        return self._of_tensor(self._known()).numel()
+
+    nelement = numel
 
     def __len__(self) -> int:
         known = self._known()

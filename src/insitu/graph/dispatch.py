@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from sys import _getframe
 from typing import Any, NoReturn, cast
 
+import torch
 from torch import Tensor, nn
 
 from insitu.graph import location
@@ -136,6 +137,12 @@ def refuse(func: Callable[..., Any]) -> NoReturn:
             "A value of a run cannot be put into a tensor that is there before it: write "
             "`values.append(x.save())` into a list, and `torch.stack([v.value for v in values])` "
             "after the block.",
+            here(3),
+        )
+    if func is torch._is_all_true:
+        raise OperationError(
+            "A distribution of `torch.distributions` checks the values that it is given, which are "
+            "not there while the block is open: give it `validate_args=False`.",
             here(3),
         )
     raise OperationError(
