@@ -108,3 +108,50 @@ def test_what_was_not_asked_for_is_said(eiffel: LanguageModel) -> None:
         given = eiffel.output.hidden_states[3].save()
         named = eiffel.blocks[2].residual_out.save()
     torch.testing.assert_close(given.value, named.value)
+
+
+@pytest.mark.parametrize("given", ["unpacked", "items", "keys"])
+def test_a_block_runs_again_with_the_arguments_of_its_first_run(
+    language_model: LanguageModel, given: str
+) -> None:
+    model, ids = language_model, torch.tensor([[3, 14, 15, 92, 65]])
+    with model.trace(ids):
+        block = model.blocks[1]
+        args, named = block.inputs
+        if given == "items":
+            named = dict(named.items())
+        elif given == "keys":
+            names = named.keys()
+            named = {name: named[name] for name in names}
+        again = first_of(block(block.residual_out, *args[1:], **named)).save()
+        entries = len(block.inputs[1].values())
+
+    found: list[torch.Tensor] = []
+
+    def repeat(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not found:
+            found.append(first_of(output))
+            named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            found.append(first_of(module(found[0], *args[1:], **named)))
+            found.append(torch.tensor(len(kwargs)))
+
+    hook = model.blocks[1].module.register_forward_hook(repeat, with_kwargs=True)
+    with torch.no_grad():
+        model.module(ids, use_cache=False)
+    hook.remove()
+    assert torch.allclose(again, found[1], atol=1e-6)
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
+    assert entries == found[2]
+
+
+def first_of(output: Any) -> Any:
+    """The hidden states that a block returns, bare or in a tuple with others."""
+    whole = output.shape if hasattr(output, "shape") else output
+    return output if isinstance(whole, torch.Size) else output[0]
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "values"])
+def test_what_is_no_mapping_has_no_items(eiffel: LanguageModel, name: str) -> None:
+    refused = pytest.raises(OperationError, match=rf"`.{name}\(\)` is not an operation")
+    with refused, eiffel.trace(TEXT):
+        getattr(layer(eiffel).output[0], name)()

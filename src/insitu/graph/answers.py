@@ -114,6 +114,25 @@ class Answers(AnyRecorded):
         length = length_of(known, self._recording, self._ref)
         return iter([cast(Any, self)[at] for at in range(length)])
 
+    def _of_mapping(self, name: str) -> list[Any] | None:
+        """Answers `keys()`, `values()` or `items()` of a mapping; None for any other value.
+
+        This is what was recorded for the attribute: nothing else has used it, so it is taken back.
+        """
+        recording, index = self._recording, self._ref.index
+        graph = recording.graph
+        owner = cast(Any, type(self))(recording, graph.rows[index][1][0])
+        known = owner._outlined()
+        if not isinstance(known, Mapping) or name in known or index < len(graph.rows) - 1:
+            return None
+        recording.take_back(index)
+        self._ref = owner._ref
+        keys = [*cast("Mapping[Any, Any]", known)]
+        if name == "keys":
+            return keys
+        entries = [owner[key] for key in keys]
+        return entries if name == "values" else [*zip(keys, entries, strict=True)]
+
     def _known(self) -> Any:
         """The value after the run, or before it a fake one of the same shape."""
         if self._recording.open:

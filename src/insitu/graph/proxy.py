@@ -249,6 +249,10 @@ class AnyProxy(Operators, Answers):
             return self.result(here())(*args, **kwargs)
         node = self._recording.graph[self._ref.index]
         name = str(node.args[1]) if node.operation is ATTRIBUTE else self.written()
+        if node.operation is ATTRIBUTE and name in ("items", "keys", "values"):
+            entries = self._of_mapping(name)
+            if entries is not None:
+                return entries
         methods = [operation.short for operation in TENSOR_METHODS]
         what = f"`.{name}()` is not an operation that can be recorded"
         if name in OF_VALUES:

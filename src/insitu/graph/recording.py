@@ -158,6 +158,17 @@ class Recording:
                     refuse_inside_forward(self.graph.rows[index][-1])
                 table_of(self.graph, "contexts")[index] = context
 
+    def take_back(self, index: int) -> None:
+        """Takes back the last node, which no other uses.
+
+        Args:
+            index: the node.
+        """
+        self.graph.rows.pop()
+        self.fakes.pop(index, None)
+        if index in self.graph.contexts:
+            del table_of(self.graph, "contexts")[index]
+
     def read(self, address: Address, mark: Mark) -> Ref:
         """Returns what stands at a site for lines that come now.
 
