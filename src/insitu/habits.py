@@ -288,6 +288,7 @@ OF_OUTPUTS: Mapping[str, str] = {
 """Fields of what a model returns that are there only if they are asked for."""
 
 OF_VALUES: Mapping[str, str] = {
+    "data": "write `value.detach()` to read it, and to write into it `value[:] = new`",
     "requires_grad": "write `value.grad`, which needs nothing before it: leave it out",
     "retain_grad": "write `value.grad`, which needs nothing before it",
     "requires_grad_": "write `value.grad`, which needs nothing before it",

@@ -110,6 +110,36 @@ def test_what_was_not_asked_for_is_said(eiffel: LanguageModel) -> None:
     torch.testing.assert_close(given.value, named.value)
 
 
+def test_the_entries_of_a_mapping_are_named_where_one_is_not_there(eiffel: LanguageModel) -> None:
+    entries = r"`transformer.h\[2\].inputs\[1\]` has 'encoder_attention_mask', 'use_cache'"
+    with pytest.raises(InsituError, match=entries), eiffel.trace(TEXT):
+        layer(eiffel).inputs[1]["nothing"].save()
+
+
+@pytest.mark.parametrize("shape", [False, True])
+def test_data_of_a_tensor_says_what_to_write(eiffel: LanguageModel, shape: bool) -> None:
+    with pytest.raises(InsituError, match=r"'data' that can be read: write `value.detach\(\)`"):
+        with eiffel.trace(TEXT):
+            found = layer(eiffel).output[0].data
+            found.save()
+            if shape:
+                _ = found.shape
+    with eiffel.trace(TEXT):
+        layer(eiffel).output[0].detach()[:] = 1
+        written = layer(eiffel).output[0].save()
+    assert bool((written == 1).all())
+
+
+def test_a_tensor_of_values_is_a_stack(eiffel: LanguageModel) -> None:
+    with eiffel.trace(TEXT):
+        one, two = layer(eiffel).output[0][0, 0, :2]
+        with pytest.raises(InsituError, match=r"`torch.stack\(\[x, y\]\)` makes one tensor"):
+            torch.tensor([one, two])
+        both = torch.stack([one, two]).save()
+        parts = layer(eiffel).output[0][0, 0, :2].save()
+    assert torch.equal(both, parts)
+
+
 @pytest.mark.parametrize("given", ["unpacked", "items", "keys"])
 def test_a_block_runs_again_with_the_arguments_of_its_first_run(
     language_model: LanguageModel, given: str

@@ -192,7 +192,8 @@ def length_of(value: Any, recording: Lines, ref: Ref) -> int:
     node = recording.graph[ref.index]
     raise ShapeError(
         f"`{expression(recording.graph, ref.index)}` is one number and no sequence, and it has "
-        "no value while the block is open: save it, and use its value after the block.",
+        "no value while the block is open: save it, and use its value after the block. "
+        "`torch.stack([x, y])` makes one tensor of several values.",
         node.location,
     )
 

@@ -13,7 +13,8 @@ import torch
 
 from insitu.graph.expression import expression
 from insitu.graph.node import Graph
-from insitu.habits import OF_OUTPUTS, habit
+from insitu.graph.operations import ATTRIBUTE
+from insitu.habits import OF_OUTPUTS, OF_VALUES, habit
 
 _LIKELY = ("logits", "last_hidden_state")
 
@@ -32,10 +33,15 @@ def hint(graph: Graph, index: int, inputs: Sequence[Any], error: Exception) -> s
     field = written.rpartition(".")[2].partition("[")[0]
     if isinstance(error, AttributeError) and field in OF_OUTPUTS:
         return f"{habit(field, OF_OUTPUTS)}."
+    if isinstance(error, AttributeError) and node.operation is ATTRIBUTE and field in OF_VALUES:
+        return f"{habit(field, OF_VALUES)}."
     for source, value in zip(node.inputs, inputs, strict=False):
         own = expression(graph, source)
         if isinstance(value, tuple | list) and not value and isinstance(error, IndexError):
             return f". `{own}` is empty{habit(own.rpartition('.')[2], OF_OUTPUTS)}."
+        if isinstance(error, KeyError) and isinstance(value, Mapping):
+            entries = ", ".join(repr(name) for name in cast("Mapping[Any, Any]", value))
+            return f". `{own}` has {entries or 'no entries'}."
         if isinstance(error, TypeError | AttributeError) and (what := part_of(own, value)):
             return f". {what}"
     return ""
