@@ -255,3 +255,21 @@ def test_a_recurrent_layer_outside_of_blocks_is_torchs_own() -> None:
     assert layer(packed)[0].data.shape == (3, 2)
     made.sum().backward()
     assert layer.weight_ih_l0.grad is not None
+
+
+def test_a_method_that_is_refused_in_a_forward_says_how_to_call_the_module(
+    shared: LanguageModel,
+) -> None:
+    """A block of another model, which may be given the `past_key_values` of this one: none."""
+    block = LanguageModel(tiny_gpt2()).load().transformer.h[1]
+    refused = pytest.raises(OperationError, match=r"`.update\(\)`.*the GPT2Block.*insitu.apply")
+    with refused, shared.trace(torch.tensor([PROMPT])):
+        args, named = shared.transformer.h[2].inputs
+        block(shared.transformer.h[2].output[0], shared.output.past_key_values, *args[2:], **named)
+    with shared.trace(torch.tensor([PROMPT])):
+        args, named = shared.transformer.h[2].inputs
+        made = apply(block, shared.transformer.h[2].output[0], *args[1:], **named).save()
+    with torch.no_grad():
+        expected = block(hidden_states(shared))
+    first, plain = (x if isinstance(x, torch.Tensor) else x[0] for x in (made.value, expected))
+    torch.testing.assert_close(first, plain)

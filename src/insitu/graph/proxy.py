@@ -35,6 +35,7 @@ from insitu.graph.dispatch import (
     open_recordings,
     record,
     refuse,
+    within_module,
 )
 from insitu.graph.encoding import add_node
 from insitu.graph.errors import NoValueError, OperationError, UnknownShapeError, nearest
@@ -255,11 +256,12 @@ class AnyProxy(Operators, Answers):
                 return entries
         methods = [operation.short for operation in TENSOR_METHODS]
         what = f"`.{name}()` is not an operation that can be recorded"
-        if name in OF_VALUES:
+        whole = within_module()
+        if name in OF_VALUES and not whole:
             raise OperationError(f"{what}{habit(name, OF_VALUES)}.", here())
         raise OperationError(
             f"{what}{nearest(name, methods)}. Save what it needs and call it on the saved value "
-            "after the block.",
+            f"after the block.{whole}",
             here(),
         )
 
