@@ -144,10 +144,11 @@ def tiny() -> LanguageModel:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_a_truth_value_is_no_whole_number(function: Any) -> None:
+def test_a_truth_value_is_no_number(function: Any) -> None:
     """In Python `True` is 1, so a flag in the wrong place would be taken for a count."""
     parameters = inspect.signature(function).parameters.values()
-    numbers = [p.name for p in parameters if str(p.annotation) in ("int", "int | None")]
+    kinds = ("int", "int | None", "float", "float | None", "float | Sequence[float]")
+    numbers = [p.name for p in parameters if str(p.annotation) in kinds]
     needed = {p.name: None for p in parameters if p.default is p.empty and p.kind <= p.KEYWORD_ONLY}
     for name in numbers:
         for wrong in (True, False):

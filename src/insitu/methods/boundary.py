@@ -121,10 +121,11 @@ def _may_go_unnoticed(value: Any) -> bool:
 def _is_refused_first(value: Any, kind: Any) -> bool:
     """Whether that is so where such a value is wrong.
 
-    Where one number or several may be given, methods refuse truth values in words of their own.
+    Where one index or several may be given, methods refuse truth values in words of their own.
     """
     if isinstance(value, bool):
-        return kind is int or {*get_args(kind)} == {int, type(None)}
+        kinds = {kind, *get_args(kind)}
+        return kind is int or float in kinds or kinds == {kind, int, type(None)}
     return _may_go_unnoticed(value)
 
 
@@ -230,7 +231,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return hasattr(value, "__index__") and not isinstance(value, bool)
     if kind is float:
         number = hasattr(value, "__float__") or hasattr(value, "__index__")
-        return number and not (isinstance(value, float) and math.isnan(value))
+        return number and not _may_go_unnoticed(value)
     if origin is os.PathLike:
         return isinstance(value, os.PathLike)
     if origin is not None and isinstance(origin, type) and issubclass(origin, Iterable):

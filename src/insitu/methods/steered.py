@@ -190,7 +190,7 @@ def _strengths(given: Any) -> list[Any]:
     one = hasattr(given, "__float__") and not getattr(given, "ndim", 0)
     strengths = [given] if one or isinstance(given, str) else list(given)
     for strength in strengths:
-        if not hasattr(strength, "__float__"):
+        if isinstance(strength, bool) or not hasattr(strength, "__float__"):
             raise OptionError(f"A strength is a number, not {strength!r}.", here())
     return [one if isinstance(one, int | float) else float(one) for one in strengths]
 
