@@ -261,9 +261,8 @@ def attribute(value: Any, name: str) -> Any:
 def _tuple_fields(kind: Any) -> frozenset[str]:
     """Names of the fields of a named tuple, also of those that torch.max and its like return."""
     if kind.__module__ == "torch.return_types":
-        return frozenset(
-            name for name, entry in vars(kind).items() if isinstance(entry, MemberDescriptorType)
-        )
+        own = cast("Mapping[str, Any]", vars(kind))
+        return frozenset(name for name in own if isinstance(own[name], MemberDescriptorType))
     return frozenset(getattr(kind, "_fields", ()))
 
 

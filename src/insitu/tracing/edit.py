@@ -56,7 +56,7 @@ class Edit(Generic[Edited]):
     def __init__(self, model: Edited) -> None:
         self.model = model
         self.recording = Recording()
-        self.recording.edited = model
+        self.recording.edited = cast("Any", model)
         # Outputs are shown as in a trace: an edit holds in generations too, whose steps are
         # forwards.
         self.procedure = model.trace().block.procedure
