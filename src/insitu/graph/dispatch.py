@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from sys import _getframe
 from typing import Any, NoReturn, cast
 
-import torch
 from torch import Tensor, nn
 
 from insitu.graph import location
@@ -139,7 +138,7 @@ def refuse(func: Callable[..., Any]) -> NoReturn:
             "after the block.",
             here(3),
         )
-    if func is torch._is_all_true:
+    if name == "_is_all_true":
         raise OperationError(
             "A distribution of `torch.distributions` checks the values that it is given, which are "
             "not there while the block is open: give it `validate_args=False`.",
