@@ -8,6 +8,8 @@ from insitu import LanguageModel, OptionError, PromptError, ShapeError
 from insitu.methods import (
     Metric,
     ablate,
+    attribution_patching,
+    edge_attribution,
     gradient_times_input,
     integrated_gradients,
     kl_divergence,
@@ -138,6 +140,27 @@ def test_what_is_no_number_is_refused_and_not_summed(
     metric, said = NO_NUMBERS[name]
     with pytest.raises(ShapeError, match=said) as caught:
         method(gpt2, [5, 17, 3], metric)
+    assert "test_metrics.py" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda logits: logits[-1].argmax(),
+        lambda logits: (logits[-1, 3] > logits[-1, 4]).float(),
+        lambda logits: logits[-1, 3].detach(),
+    ],
+)
+@pytest.mark.parametrize(
+    "method", [attribution_patching, edge_attribution, integrated_gradients, gradient_times_input]
+)
+def test_a_metric_without_a_gradient_is_refused_where_one_is_taken(
+    gpt2: LanguageModel, method: Any, metric: Any
+) -> None:
+    pairs = method in (attribution_patching, edge_attribution)
+    prompts = ([5, 17, 3], [5, 18, 3]) if pairs else ([5, 17, 3],)
+    with pytest.raises(OptionError, match="has no gradient.*`activation_patching`") as caught:
+        method(gpt2, *prompts, metric)
     assert "test_metrics.py" in str(caught.value)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from insitu.methods.attribution_grid import grid_of
 from insitu.methods.measured_run import Run
-from insitu.methods.metrics import Metric, as_metric
+from insitu.methods.metrics import Metric, as_metric, differentiated
 from insitu.methods.pairs import Choice, read_pairs, share
 from insitu.methods.patching import Direction, check_direction
 from insitu.methods.progress import progress as bar
@@ -112,6 +112,7 @@ def attribution_patching(
     estimates: list[list[Any]] = []
     with (
         bar("Attribution patching", progress),
+        differentiated(metric),
         model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
     ):
         for pair, measure in enumerate(metric.of(model, len(pairs))):

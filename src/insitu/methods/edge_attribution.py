@@ -15,7 +15,7 @@ from insitu.display.axis import Axis
 from insitu.graph.errors import PromptError
 from insitu.graph.location import here
 from insitu.methods.measured_run import Run
-from insitu.methods.metrics import Metric, as_metric
+from insitu.methods.metrics import Metric, as_metric, differentiated
 from insitu.methods.pairs import Pairs, read_pairs
 from insitu.methods.progress import progress as bar
 from insitu.methods.reading_layers import ReadingLayers
@@ -145,7 +145,10 @@ def attributed(
     reading = reading_layers_of(model, wiring, pairs.clean.ids[0])
     ends: list[Any] = []
     found: list[list[list[Any]]] = []
-    with model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer:
+    with (
+        differentiated(metric),
+        model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
+    ):
         for pair, measure in enumerate(metric.of(model, len(pairs))):
             slopes: list[_Slopes] = []
             with tracer.invoke(pairs.clean.ids[pair]):

@@ -6,12 +6,19 @@ than a number is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, TypeAlias
 
-from insitu.graph.errors import OptionError, PathError, ShapeError, UnknownShapeError
+from insitu.graph.errors import (
+    ExecutionError,
+    OptionError,
+    PathError,
+    ShapeError,
+    UnknownShapeError,
+)
 from insitu.graph.location import here
 from insitu.graph.proxy import AnyProxy
 from insitu.methods.measured_run import Run
@@ -150,6 +157,29 @@ def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
     name = getattr(function, "__name__", "metric").replace("_", " ").replace("<lambda>", "metric")
     measure = _checked(lambda logits, _: function(logits))
     return Metric(name, lambda model, count: [measure] * count, compares=False, of_logits=False)
+
+
+@contextmanager
+def differentiated(metric: Metric) -> Iterator[None]:
+    """Refuses a metric without a gradient, which only the run of a block can tell.
+
+    Args:
+        metric: the metric that is differentiated in blocks that run in this one.
+
+    Raises:
+        OptionError: if it has none.
+    """
+    try:
+        yield
+    except ExecutionError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise OptionError(
+            f"The metric {metric.name!r} has no gradient: `argmax`, comparisons, whole numbers and "
+            "`detach` have none. Take a smooth one, such as a logit or a probability, or "
+            "`activation_patching` or `ablate`, which take no gradient.",
+            here(),
+        ) from error
 
 
 def _checked(measure: Measure) -> Measure:

@@ -15,7 +15,7 @@ from insitu.deprecation import renamed
 from insitu.graph.errors import OptionError, ShapeError
 from insitu.graph.location import here
 from insitu.methods.measured_run import Run
-from insitu.methods.metrics import Metric, as_metric
+from insitu.methods.metrics import Metric, as_metric, differentiated
 from insitu.methods.progress import progress as bar
 from insitu.methods.prompts import Prompts, read_prompts
 from insitu.methods.result import Result
@@ -87,6 +87,7 @@ def integrated_gradients(
     attributions, inputs, baselines = [], [], []
     with (
         bar("Integrated gradients", progress),
+        differentiated(measured),
         model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
     ):
         for ids, measure in zip(read.ids, measures, strict=True):
@@ -161,6 +162,7 @@ def gradient_times_input(
     attributions, inputs = [], []
     with (
         bar("Gradient times input", progress),
+        differentiated(measured),
         model.trace(max_tokens_per_pass=max_tokens_per_pass) as tracer,
     ):
         for ids, measure in zip(read.ids, measures, strict=True):
