@@ -92,6 +92,10 @@ NO_NUMBERS: dict[str, Any] = {
     "a constant tensor": (lambda logits: torch.tensor(3.0), "is made of nothing in the run"),
     "nothing": (lambda logits: None, "This one gives a NoneType"),
     "a Python number": (lambda logits: logits[-1, 3].item(), r"`\.item\(\)`"),
+    "a complex number": (
+        lambda logits: torch.complex(logits[-1, 3], logits[-1, 4]),
+        r"torch\.complex64, of two: take `\.real`",
+    ),
     "of a metric": (Metric("own", lambda model, n: [lambda logits, _: logits[-1]] * n), "shape"),
 }
 

@@ -210,6 +210,10 @@ def _checked(measure: Measure) -> Measure:
             raise ShapeError(f"{asked}{kind}.", here())
         if isinstance(logits, AnyProxy) and not isinstance(found, AnyProxy):
             raise ShapeError(f"{asked}a tensor that is made of nothing in the run.", here())
+        if found.dtype.is_complex:
+            raise ShapeError(
+                f"{asked}{found.dtype}, of two: take `.real`, `.imag` or `.abs()` of it.", here()
+            )
         return found
 
     return number
