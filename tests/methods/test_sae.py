@@ -145,6 +145,17 @@ def test_older_and_other_ways_to_write_it_down(tmp_path: Path) -> None:
     torch.testing.assert_close(scaled.decode(expected, x), made, atol=1e-5, rtol=1e-5)
 
 
+def test_notes_in_the_metadata_change_nothing(tmp_path: Path) -> None:
+    """SAELens takes where it belongs from there, and nothing that is computed."""
+    folder = written(tmp_path / "sae", "standard")
+    told = {"hook_name": "blocks.0.hook_mlp_out", "sae_lens_version": "6.0.0"}
+    notes = {"apply_b_dec_to_input": False, "normalize_activations": "layer_norm", "k": 3}
+    sae = SparseAutoencoder.load(written(folder, "standard", metadata={**told, **notes}))
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+    assert sae.hook_name == "blocks.0.hook_mlp_out"
+    torch.testing.assert_close(sae.encode(x), plain(folder, x)[0], atol=1e-5, rtol=1e-5)
+
+
 def logits_with(model: LanguageModel, change: Callable[[torch.Tensor], torch.Tensor]):
     def hook(module: Any, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):

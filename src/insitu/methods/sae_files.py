@@ -87,7 +87,9 @@ def _config(path: Path) -> tuple[dict[str, Any], _Config]:
         told = json.loads(disk.read(path, _LARGEST))
         own = msgspec.convert(told, dict[str, Any])
         nested = msgspec.convert(own.get("metadata") or {}, dict[str, Any])
-        given = {name: one for name, one in {**own, **nested}.items() if one is not None}
+        # All else there is the user's own notes: of another sparse autoencoder, for instance.
+        places = {name: nested[name] for name in ("hook_name", "hook_point") if name in nested}
+        given = {name: one for name, one in {**own, **places}.items() if one is not None}
         return own, msgspec.convert(given, _Config)
     except (ValueError, RecursionError) as error:  # msgspec's own is a `ValueError` too
         raise LoadError(f"its config is wrong: {error}") from None
