@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from insitu import BlockError, LanguageModel, LoadError, OperationError, OptionError, PathError
 from insitu.methods import SparseAutoencoder, sae_features, use_sae
@@ -53,8 +53,6 @@ def written(folder: Path, kind: str, width: int = 16, **config: Any) -> Path:
 
 def plain(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
     """The oracle: features by the papers' definitions, one vector at a time, and the decoder."""
-    from safetensors.torch import load_file
-
     w, told = (
         load_file(folder / "sae_weights.safetensors"),
         json.loads((folder / "cfg.json").read_text()),
@@ -154,6 +152,32 @@ def test_notes_in_the_metadata_change_nothing(tmp_path: Path) -> None:
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
     assert sae.hook_name == "blocks.0.hook_mlp_out"
     torch.testing.assert_close(sae.encode(x), plain(folder, x)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_are_those_that_sae_lens_takes(tmp_path: Path) -> None:
+    """SAELens refuses all others, casts them to the config's dtype, and leaves out scales of 1."""
+    folder = written(tmp_path / "sae", "standard", finetuning_scaling_factor=True)
+    file = folder / "sae_weights.safetensors"
+    weights = load_file(file)
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+
+    def loaded(**others: torch.Tensor) -> SparseAutoencoder:
+        save_file(weights | others, file)
+        return SparseAutoencoder.load(folder)
+
+    for name in ("threshold", "W_skip", "b_dec_out"):  # as of other architectures
+        with pytest.raises(LoadError, match=f"'standard' one has no tensor '{name}'"):
+            loaded(**{name: torch.ones(FEATURES)})
+    with pytest.raises(LoadError, match="scales of their own"):
+        loaded(scaling_factor=torch.full((FEATURES,), 2.0))
+    expected = plain(folder, x)[0]
+    sae = loaded(scaling_factor=torch.ones(FEATURES))
+    torch.testing.assert_close(sae.encode(x), expected, atol=1e-5, rtol=1e-5)
+    half = loaded(W_enc=weights["W_enc"].bfloat16())
+    features, encoder = half.encode(x), weights["W_enc"].bfloat16().float()
+    assert features.dtype == torch.float32
+    expected = F.relu((x - weights["b_dec"]) @ encoder + weights["b_enc"])
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
 
 
 def logits_with(model: LanguageModel, change: Callable[[torch.Tensor], torch.Tensor]):
@@ -308,6 +332,7 @@ def test_mistakes(gpt2: LanguageModel, tmp_path: Path) -> None:
         ({"architecture": "gated"}, "no tensor 'b_gate'"),
         ({"metadata": {}}, "no `hook_name`"),
         ({"architecture": "topk"}, "how many features"),
+        ({"dtype": "int8"}, "'int8' of weights"),
         ({"activation_fn_str": "tanh-relu"}, "'tanh-relu' is not known"),
     ):
         with pytest.raises(LoadError, match=message):

@@ -6,7 +6,7 @@ than a number is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -160,7 +160,7 @@ def as_metric(metric: Metric | Callable[[Any], Any]) -> Metric:
 
 
 @contextmanager
-def differentiated(metric: Metric) -> Iterator[None]:
+def differentiated(metric: Metric) -> Generator[None]:
     """Refuses a metric without a gradient, which only the run of a block can tell.
 
     Args:

@@ -53,8 +53,8 @@ class _Config(msgspec.Struct):
     activation_fn_kwargs: _Kept | None = None
     normalize_activations: str | bool | None = None
     apply_b_dec_to_input: bool = True
+    dtype: str | None = None
     rescale_acts_by_decoder_norm: bool | None = None
-    finetuning_scaling_factor: bool | None = None
 
 
 def read(folder: str | os.PathLike[str], scale: float | None) -> dict[str, Any]:
@@ -118,9 +118,13 @@ def _made(
         raise LoadError(f"the normalisation {normalisation!r} is not known.")
     if activation not in ("relu", "topk"):
         raise LoadError(f"the activation function {activation!r} is not known.")
-    if config.finetuning_scaling_factor or "scaling_factor" in found:
-        raise LoadError("its features have scales of their own, which is not known.")
     weights = _weights(architecture, found)
+    dtype = weights["W_enc"].dtype
+    if config.dtype is not None:
+        dtype = getattr(torch, config.dtype.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise LoadError(f"the dtype {config.dtype!r} of weights is not known.")
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     if architecture == "topk" and not k:
         raise LoadError("its config does not say how many features are kept (`k`).")
     if k and k > len(weights["W_dec"]):
@@ -158,4 +162,11 @@ def _weights(architecture: str, found: Mapping[str, torch.Tensor]) -> dict[str, 
             weights[name] = tensors.take("log_threshold", "feature").exp()
         else:
             weights[name] = tensors.take(name, "feature")
+    left = tensors.rest("")
+    scales = left.pop("scaling_factor", None)
+    # For some versions SAELens wrote ones, which say nothing.
+    if scales is not None and not bool((scales == 1).all()):
+        raise LoadError("its features have scales of their own, which is not known.")
+    if left:
+        raise LoadError(f"a {architecture!r} one has no tensor {min(left)!r}, and this one does.")
     return weights
