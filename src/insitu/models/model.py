@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 _USED_INSIDE = """
     away caches count depends_on_contents described edited exclusive fake_module has_hooks in_use
-    is_training knows_dtypes look look_at_weights looks origin plans probe probe_inside procedure settle
-    snapshot trains views vocabulary warn_of_noise without_data
+    is_training knows_dtypes look look_at_weights looks origin plans probe probe_inside procedure
+    settle snapshot trains views vocabulary warn_of_noise without_data
 """
 """What other parts of Insitu use of a model; not in `dir`."""
 
