@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from insitu import LanguageModel, Model, PathError
+from insitu import InsituError, LanguageModel, Model, PathError
 from tests.conftest import hooked, tiny_gpt2
 from tests.thinning import sampled
 
@@ -518,3 +518,21 @@ def test_what_a_config_says_of_outputs_may_change() -> None:
             torch.testing.assert_close(saved.value.logits, expected.logits)
             if setting:
                 torch.testing.assert_close(saved.value.hidden_states, expected.hidden_states)
+
+
+def test_what_a_config_says_of_outputs_may_change_for_one_prompt() -> None:
+    """What an output is made of is known before the run."""
+    module = tiny_gpt2()
+    model = LanguageModel(module)
+    ids = torch.tensor([[5, 6, 7]])
+    for setting in (False, True, False, True):
+        module.config.output_hidden_states = setting
+        if not setting:
+            with pytest.raises(InsituError, match="no 'hidden_states'"), model.trace(ids):
+                model.output.hidden_states[1].save()
+            continue
+        with model.trace(ids):
+            saved = model.output.hidden_states[1].save()
+        with torch.no_grad():
+            expected = module(ids, use_cache=False).hidden_states[1]
+        torch.testing.assert_close(saved.value, expected)

@@ -168,11 +168,14 @@ class WrappedModule(Handle):
             say_that_it_drops_out(self._said)
 
     def look_at_weights(self) -> bool:
-        """Takes dtypes and shapes of weights as they are now; returns whether they had changed."""
+        """Takes dtypes and shapes of weights as they are now; returns whether they had changed.
+
+        So it takes what else decides what a forward returns, as switches do.
+        """
         looks = self.looks
         if looks.weights:
             return False
-        changed = self.snapshot.weights() != self._weights
+        changed = self.snapshot.weights() != self._weights or self.snapshot.runs_otherwise()
         if changed:
             self._renew()
         looks.weights = looks.tree is not False  # once in a block
