@@ -269,12 +269,19 @@ def change_class(module: Any, patch: pytest.MonkeyPatch) -> None:
     module.transformer.h[0].__class__ = AcrossRows
 
 
+def change_forward_of_class(module: Any, patch: pytest.MonkeyPatch) -> None:
+    before = GPT2Block.forward
+    patch.setattr(
+        GPT2Block, "forward", lambda *args, **kwargs: seen_by_all(before(*args, **kwargs))
+    )
+
+
 def look_ahead(module: Any, patch: pytest.MonkeyPatch) -> None:
     for block in module.transformer.h:
         block.attn.is_causal = False
 
 
-@pytest.mark.parametrize("change", [change_class, look_ahead])
+@pytest.mark.parametrize("change", [change_class, change_forward_of_class, look_ahead])
 def test_prompts_share_no_pass_in_which_they_would_see_each_other_now(
     change: Callable[[Any, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

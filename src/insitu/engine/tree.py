@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import repeat
-from operator import contains, is_, itemgetter
+from operator import attrgetter, contains, is_, itemgetter
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from insitu.graph.changes import Changes, restore
 
 Tables = list[dict[str, nn.Module | None]]
 
-_TRAINING = itemgetter("training")
+_TRAINING, _FORWARD = itemgetter("training"), attrgetter("forward")
 _GET = dict[str, Any].get
 
 
@@ -92,6 +92,7 @@ class Tree:
         self._states = [vars(part) for part in self.parts]
         self._tables = self._own_tables()
         self._classes = [*map(type, self.parts)]
+        self._kinds = [*dict.fromkeys(self._classes[1:])]
         self._forwards = self._all_forwards()
         self._switches = _switches(self._states)
         self._set = [*map(_GET, *self._switches)]
@@ -110,10 +111,11 @@ class Tree:
         return self.has_changed() or self._tables != self._own_tables() or self.runs_otherwise()
 
     def runs_otherwise(self) -> bool:
-        """Returns whether any module has another class, `forward` of its own or switch than it had.
+        """Returns whether any module has another class, `forward` or switch than it had.
 
-        A switch is a bool such as `is_causal`,
-        or one of a config, such as `output_hidden_states`.
+        A `forward` may be the class's or the instance's, but for that of the root's class: a
+        `CallPath` compares it. A switch is a bool such as `is_causal`, or one of a config, such as
+        `output_hidden_states`.
         """
         # All in C: each block of several prompts asks.
         if self._classes != [*map(type, self.parts)] or self._forwards != self._all_forwards():
@@ -141,9 +143,10 @@ class Tree:
         return [id(state["_modules"]) for state in self._states]
 
     def _all_forwards(self) -> list[Any]:
-        if not any(map(contains, self._states, repeat("forward"))):
-            return []
-        return [state["forward"] for state in self._states if "forward" in state]
+        found = [*map(_FORWARD, self._kinds)]
+        if any(map(contains, self._states, repeat("forward"))):
+            found += [state["forward"] for state in self._states if "forward" in state]
+        return found
 
     def on_the_way(self, paths: Iterable[str]) -> Watched:
         """Returns the tables of children through which some paths lead, to be compared later.
