@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from insitu import BlockError, LanguageModel, LoadError, OperationError, OptionError, PathError
+from insitu import (
+    BlockError,
+    LanguageModel,
+    LoadError,
+    OperationError,
+    OptionError,
+    PathError,
+    ShapeError,
+)
 from insitu.methods import SparseAutoencoder, sae_features, use_sae
 from tests.conftest import hooked_hidden
 from tests.thinning import sampled
@@ -280,6 +288,32 @@ def test_features_of_heads_and_in_every_step(gpt2: LanguageModel, tmp_path: Path
             kept = spliced.features.save()
     assert [tuple(one.shape) for one in kept.value] == [(1, 5, 40), (1, 1, 40), (1, 1, 40)]
     assert all(bool((one[..., 1] == 2).all()) for one in kept.value)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_features_are_of_all_heads_together(name: str, gpt2: LanguageModel, tmp_path: Path) -> None:
+    """Never of each head by itself, which one of a single head would fit."""
+    told = {"hook_name": f"blocks.2.attn.hook_{name}"}
+    sae = SparseAutoencoder.load(written(tmp_path / "all", "standard", metadata=told))
+    seen: list[torch.Tensor] = []
+    module: Any = gpt2.module
+    hook = module.transformer.h[2].attn.c_attn.register_forward_hook(
+        lambda module, args, output: seen.append(output.chunk(3, -1)["qkv".index(name)])
+    )
+    with gpt2.trace(IDS):
+        features = use_sae(gpt2, sae).features.save()
+        logits = gpt2.logits.save()
+    hook.remove()
+    expected = plain(tmp_path / "all", seen[-1])[0]
+    torch.testing.assert_close(features.value, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits.value, logits_with(gpt2, lambda value: value), atol=1e-5, rtol=1e-5
+    )
+    found = sae_features(gpt2, IDS, sae, top=3).values
+    torch.testing.assert_close(found, expected[0].topk(3).values, atol=1e-5, rtol=1e-5)
+    one = SparseAutoencoder.load(written(tmp_path / "one", "standard", 4, metadata=told))
+    with pytest.raises(ShapeError), gpt2.trace(IDS):
+        use_sae(gpt2, one)
 
 
 def test_in_an_edit_of_a_model_that_is_not_loaded_yet(tmp_path: Path) -> None:

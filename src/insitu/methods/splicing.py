@@ -24,6 +24,10 @@ from insitu.tracing.named import ComputedProxy
 _INSTEAD = "assign to `features`, or to a part of them by an index."
 
 
+_WITH_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k", "hook_result")
+"""Values with an axis of heads, `(batch, position, head, ...)`."""
+
+
 class Spliced:
     """What `use_sae` gives: a sparse autoencoder in the place of a value of the run.
 
@@ -46,8 +50,7 @@ class Spliced:
     ) -> None:
         self._hook, self._invocation, self._sae = hook, invocation, sae
         self._value = hook._named.read(invocation, line)
-        heads = hook.name.endswith("hook_z")  # (batch, position, head, d_head)
-        self._flat = self._value.flatten(2) if heads else self._value
+        self._flat = _side_by_side(hook, self._value)
         features = sae.encode(self._flat)
         self.error: Any = None
         if error_term:
@@ -98,6 +101,11 @@ class Spliced:
         shown._name, shown._source, shown._reading = self, features._ref, weakref(invocation)
         shown._step = invocation.current_step
         self._features = shown
+
+
+def _side_by_side(hook: Any, value: Any) -> Any:
+    """A value with its heads beside each other, as SAELens trains on them."""
+    return value.flatten(2) if hook.name.endswith(_WITH_HEADS) else value
 
 
 @renamed(error="error_term", hook_name="site", goes_in="0.3")
@@ -178,9 +186,7 @@ def sae_features(
         saved = []
         for ids in read.ids:
             with tracer.invoke(ids):
-                value = hook.output[0]
-                flat = value.flatten(1) if hook.name.endswith("hook_z") else value
-                largest = placed.encode(flat).topk(top, dim=-1)
+                largest = placed.encode(_side_by_side(hook, hook.output)[0]).topk(top, dim=-1)
                 saved.append((largest.values.save(to="cpu"), largest.indices.save(to="cpu")))
     values = read.stacked([size.value.float() for size, _ in saved], 0)
     numbers = read.stacked([number.value.float() for _, number in saved], 0)
