@@ -1,6 +1,7 @@
 """Sparse autoencoders, against encoders and decoders written out here, and forward hooks."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,22 @@ def test_tensors_are_those_that_sae_lens_takes(tmp_path: Path) -> None:
     assert features.dtype == torch.float32
     expected = F.relu((x - weights["b_dec"]) @ encoder + weights["b_enc"])
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_was_processed_is_told(tmp_path: Path) -> None:
+    """Centred weights write centred activations, which a model of Hugging Face does not have."""
+    told = {"hook_name": "blocks.0.hook_resid_pre"}
+    for kwargs, processed in (
+        ({"center_writing_weights": True, "fold_ln": False}, True),
+        ({"center_writing_weights": False, "dtype": "float16"}, False),
+    ):
+        metadata = told | {"model_from_pretrained_kwargs": kwargs}
+        folder = written(tmp_path / "sae", "standard", metadata=metadata)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            SparseAutoencoder.load(folder)
+        assert ["center_writing_weights" in str(one.message) for one in said] == [True] * processed
+        assert all(one.filename == __file__ for one in said)
 
 
 def logits_with(model: LanguageModel, change: Callable[[torch.Tensor], torch.Tensor]):

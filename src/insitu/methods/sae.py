@@ -62,6 +62,8 @@ class SparseAutoencoder:
     def load(cls, folder: str | os.PathLike[str], *, scale: float | None = None) -> Self:
         """Returns a sparse autoencoder from a folder of SAELens's: a config and weights.
 
+        Warns of one that was trained on a model whose weights TransformerLens had processed.
+
         Args:
             folder: where `cfg.json` and `sae_weights.safetensors` are.
             scale: what activations are multiplied with before they are encoded, for one that was

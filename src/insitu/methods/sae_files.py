@@ -14,6 +14,7 @@ import torch
 from insitu import disk
 from insitu.graph.errors import LoadError
 from insitu.graph.location import here
+from insitu.graph.user_warnings import warn_user
 from insitu.methods.files import Tensors, read_tensors
 
 _NEEDED = {
@@ -24,10 +25,21 @@ _NEEDED = {
 }
 """What there is of each architecture besides `W_enc`, `W_dec` and `b_dec`."""
 
+_PROCESSING = (
+    "center_writing_weights",
+    "fold_ln",
+    "fold_value_biases",
+    "refactor_factored_attn_matrices",
+)
+"""What TransformerLens does to weights, which changes activations."""
+
 _NORMALISATIONS = ("none", "constant_norm_rescale", "layer_norm")
 _SCALED = ("expected_average_only_in", True)
 _LARGEST = 16 * 2**20
 """How many bytes a config may have."""
+
+_ORIGIN = ("hook_name", "hook_point", "model_from_pretrained_kwargs")
+"""Fields that are read from the metadata too."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -54,6 +66,7 @@ class _Config(msgspec.Struct):
     normalize_activations: str | bool | None = None
     apply_b_dec_to_input: bool = True
     dtype: str | None = None
+    model_from_pretrained_kwargs: dict[str, Any] = {}
     rescale_acts_by_decoder_norm: bool | None = None
 
 
@@ -70,7 +83,7 @@ def read(folder: str | os.PathLike[str], scale: float | None) -> dict[str, Any]:
     try:
         told, config = _config(Path(folder) / "cfg.json")
         found, _ = read_tensors(Path(folder) / "sae_weights.safetensors")
-        return _made(told, config, found, scale)
+        made = _made(told, config, found, scale)
     except LoadError as error:
         said = str(error).splitlines()[0]
         raise LoadError(
@@ -78,6 +91,14 @@ def read(folder: str | os.PathLike[str], scale: float | None) -> dict[str, Any]:
             f"{said}",
             here(),
         ) from None
+    processed = [one for one in _PROCESSING if config.model_from_pretrained_kwargs.get(one) is True]
+    if processed:
+        warn_user(
+            f"This sparse autoencoder was trained on a model that TransformerLens had processed: "
+            f"{', '.join(processed)}. Activations of the model itself may be others, and so may "
+            "features of them."
+        )
+    return made
 
 
 def _config(path: Path) -> tuple[dict[str, Any], _Config]:
@@ -88,8 +109,8 @@ def _config(path: Path) -> tuple[dict[str, Any], _Config]:
         own = msgspec.convert(told, dict[str, Any])
         nested = msgspec.convert(own.get("metadata") or {}, dict[str, Any])
         # All else there is the user's own notes: of another sparse autoencoder, for instance.
-        places = {name: nested[name] for name in ("hook_name", "hook_point") if name in nested}
-        given = {name: one for name, one in {**own, **places}.items() if one is not None}
+        origin = {name: nested[name] for name in _ORIGIN if name in nested}
+        given = {name: one for name, one in {**own, **origin}.items() if one is not None}
         return own, msgspec.convert(given, _Config)
     except (ValueError, RecursionError) as error:  # msgspec's own is a `ValueError` too
         raise LoadError(f"its config is wrong: {error}") from None
