@@ -205,6 +205,12 @@ def test_a_model_that_was_processed_is_told(tmp_path: Path) -> None:
         assert all(one.filename == __file__ for one in said)
 
 
+@pytest.mark.parametrize("scale", [0, 0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_is_above_0(scale: float, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="scale"):
+        SparseAutoencoder.load(written(tmp_path / "sae", "standard"), scale=scale)
+
+
 def logits_with(model: LanguageModel, change: Callable[[torch.Tensor], torch.Tensor]):
     def hook(module: Any, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):

@@ -71,6 +71,7 @@ class SparseAutoencoder:
 
         Raises:
             LoadError: if there is no such file, or one of a kind that is not known.
+            OptionError: if the scale is no number above 0.
         """
         from insitu.methods.sae_files import read
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import msgspec
 import torch
 
 from insitu import disk
-from insitu.graph.errors import LoadError
+from insitu.graph.errors import LoadError, OptionError
 from insitu.graph.location import here
 from insitu.graph.user_warnings import warn_user
 from insitu.methods.files import Tensors, read_tensors
@@ -79,7 +80,10 @@ def read(folder: str | os.PathLike[str], scale: float | None) -> dict[str, Any]:
 
     Raises:
         LoadError: if there is no such file, or one of a kind that is not known.
+        OptionError: if the scale is no number above 0.
     """
+    if scale is not None and not (isfinite(scale) and scale > 0):
+        raise OptionError(f"`scale` is a number above 0, not {scale!r}.", here())
     try:
         told, config = _config(Path(folder) / "cfg.json")
         found, _ = read_tensors(Path(folder) / "sae_weights.safetensors")
