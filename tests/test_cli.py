@@ -437,6 +437,19 @@ def test_positions_of_prompts_of_unlike_lengths() -> None:
     assert json.loads(result.stdout)["values"][0][0] > 0.5
 
 
+def test_a_patch_gives_the_metric_itself() -> None:
+    model = LanguageModel("insitu/eiffel", device_map="cpu")
+    right, wrong = model.token_id(" Paris"), model.token_id(" Moscow")
+    with torch.no_grad():
+        ids = torch.tensor([model.tokenizer.encode(CLEAN)])
+        last = model.load()(ids).logits[0, -1]
+    given = [*PATCH, CLEAN, CORRUPTED, "--answer", " Paris", "--instead", " Moscow"]
+    result = run(*given, "--layers", "5", "--positions", "-1", "--no-normalised", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)["values"]
+    assert found == [[pytest.approx(float(last[right] - last[wrong]), rel=1e-4)]]
+
+
 @pytest.mark.parametrize(
     ("written", "layers"),
     [
@@ -524,6 +537,10 @@ def test_steering_writes_its_vector(tmp_path: Path) -> None:
         (
             [*PATCH, CLEAN, CORRUPTED, "--answer", "x y", "--instead", "Rome"],
             "' x y' is 3 tokens",
+        ),
+        (
+            [*PATCH, CLEAN, CLEAN, "--answer", " Paris", "--instead", " Moscow"],
+            "write `--no-normalised` for the metric itself",
         ),
         (
             [

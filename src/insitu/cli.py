@@ -145,6 +145,9 @@ def patch(
         "layer,position"
     ),
     noising: Annotated[bool, typer.Option(help="Copy the other way round.")] = False,
+    normalised: Annotated[
+        bool, typer.Option(help="As shares of the way between the prompts, or the metric itself.")
+    ] = True,
     layers: Layers = None,
     positions: Positions = None,
 ) -> Answer:
@@ -169,6 +172,7 @@ def patch(
         layers=numbers_in(layers),
         positions=numbers_in(positions),
         direction="noising" if noising else "denoising",
+        normalised=normalised,
     )
     return Answer(result)
 

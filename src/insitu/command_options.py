@@ -117,6 +117,8 @@ def as_options(said: str, names: Collection[str]) -> str:
     """
 
     def option(found: re.Match[str]) -> str:
+        if found[1] in names and found[2] in ("True", "False"):
+            return f"`--{'no-' * (found[2] == 'False')}{found[1]}`"
         return f"`--{found[1]} {found[2]}`" if found[1] in names else found[0]
 
     return re.sub(r"`(\w+)=\[?([^`\]]+)\]?`", option, said)
