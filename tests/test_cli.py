@@ -542,6 +542,7 @@ def test_steering_writes_its_vector(tmp_path: Path) -> None:
             [*PATCH, CLEAN, CLEAN, "--answer", " Paris", "--instead", " Moscow"],
             "write `--no-normalised` for the metric itself",
         ),
+        ([*PATCH, CLEAN, CORRUPTED, "--answer", "", "--instead", " Moscow"], "'' is 0 tokens"),
         (
             [
                 "patch",

@@ -77,4 +77,4 @@ def token(model: LanguageModel, text: str) -> str:
         text: the token.
     """
     ids = model.tokenizer.encode(text, add_special_tokens=False)
-    return text if len(ids) == 1 or text.startswith(" ") else f" {text}"
+    return text if not text or len(ids) == 1 or text.startswith(" ") else f" {text}"
