@@ -146,9 +146,10 @@ def _made(
     weights = _weights(architecture, found)
     dtype = weights["W_enc"].dtype
     if config.dtype is not None:
-        dtype = getattr(torch, config.dtype.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        named = getattr(torch, config.dtype.removeprefix("torch."), None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise LoadError(f"the dtype {config.dtype!r} of weights is not known.")
+        dtype = named
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     if architecture == "topk" and not k:
         raise LoadError("its config does not say how many features are kept (`k`).")
