@@ -124,6 +124,19 @@ def test_texts_in_cells_stand_out_from_every_colour(figures) -> None:
             assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG's least for text of this size
 
 
+def test_a_heat_map_says_infinite_numbers_as_the_table_does() -> None:
+    inf = float("inf")
+    axes = (Axis.of("layer", range(2)), Axis.of("head", range(2)))
+    values = torch.tensor([[1.0, inf], [-inf, float("nan")]])
+    (cells,) = Result("Logits", "logit", values, axes).plot().data
+    assert [text.rpartition(" ")[2] for row in cells.hovertext for text in row] == [
+        *("1", "inf"),
+        *("-inf", ""),
+    ]
+    assert [cells.text[0][1], *cells.text[1]] == ["inf", "-inf", ""]
+    assert [number == number for number in cells.z.ravel().tolist()] == [True, False, False, False]
+
+
 def test_a_bar_of_colours_has_several_numbers() -> None:
     values = torch.tensor([[22.4, 23.0], [17.6, 16.2]])
     axes = Axis.of("layer", (4, 5)), Axis.of("head", (0, 1))

@@ -159,7 +159,7 @@ def _hovers(panel: Panel, quantity: str) -> list[list[str]]:
                     *head,
                     at_y[row],
                     at_x[column],
-                    f"{quantity} {number(float(panel.values[row][column]))}",
+                    f"{quantity} {number(float(panel.numbers[row][column]))}",
                     *([visible(panel.texts[row][column])] if len(panel.texts) else []),
                 )
             )

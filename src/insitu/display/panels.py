@@ -27,7 +27,8 @@ class Panel:
     Attributes:
         y: the axis at its side.
         x: the axis from left to right.
-        values: the numbers, row by row; NaN where there is none.
+        values: the numbers that have a colour, row by row; NaN where there is none.
+        numbers: all of them, infinite ones too.
         texts: what else there is to say of each, row by row; empty if there is nothing.
         heading: what it is of; "" if there is but one.
         written: what stands in the cells, row by row; empty if nothing does.
@@ -36,6 +37,7 @@ class Panel:
     y: Axis
     x: Axis
     values: Any
+    numbers: Any
     texts: Sequence[Sequence[str]]
     heading: str = ""
     written: Sequence[Sequence[str]] = ()
@@ -129,12 +131,12 @@ def _panel(numbers: Numbers, arrangement: Arrangement) -> Panel:
     texts = [numbers.texts[at : at + columns] for at in range(0, len(numbers.texts), columns)]
     if numbers.axes[0].name == arrangement.x:
         values, texts = values.T, [*zip(*texts, strict=True)]
-    values = values.masked_fill(~values.isfinite(), float("nan"))
+    finite = values.masked_fill(~values.isfinite(), float("nan"))
     y, x = (of_prompt(numbers, axis_of(numbers, n)) for n in (arrangement.y, arrangement.x))
     if y.name == "prompt" and x.name == "position" and not texts and _ragged(numbers):
         rows = [[visible(token) for token in tokens] for tokens in numbers.tokens]
         texts = [row + [""] * (len(x) - len(row)) for row in rows]
-    return Panel(y, x, values.numpy(), texts)
+    return Panel(y, x, finite.numpy(), values.numpy(), texts)
 
 
 def _ragged(numbers: Numbers) -> bool:
@@ -145,7 +147,7 @@ def _written(panel: Panel, written: Callable[[float], str]) -> list[list[str]]:
     """What stands in the cells of a panel."""
     if len(panel.texts):
         return [[shortened(visible_text(text), 10) for text in row] for row in panel.texts]
-    return [[written(value) for value in row] for row in panel.values.tolist()]
+    return [[written(value) for value in row] for row in panel.numbers.tolist()]
 
 
 def visible_text(text: str) -> str:
