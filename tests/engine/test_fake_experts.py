@@ -60,7 +60,7 @@ def test_grouped_products_have_the_shape_and_the_cost_of_real_ones(
             assert counting.counts.flops == pytest.approx(2 * products, abs=EXPERTS)
 
 
-def test_prompts_of_one_length_take_one_run_without_data(
+def test_prompts_of_one_length_share_their_runs_without_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No run of experts without data depends on what the prompts say."""

@@ -14,6 +14,7 @@ import transformers
 
 from insitu import LanguageModel, Model
 from insitu.graph.errors import UnknownShapeError
+from insitu.models import body
 from insitu.models.proof import given
 from insitu.models.proof.remembered import as_data, from_data, key_of, recall
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -130,6 +131,32 @@ def test_without_weights_experts_and_grouped_heads_have_their_names(
     heads, width = module.config.num_attention_heads, module.config.hidden_size
     assert layers and not model.loaded
     assert shapes == {((1, heads, 3, width // heads), (1, 3, width))}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_that_asks_what_tokens_say_is_watched_without_data(
+    loaded: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On data some models compute otherwise, and would be of another kind than without weights."""
+    module = tiny_llama()
+    module.save_pretrained(tmp_path / "model")
+    forward, watch = type(module).forward, body.watch
+    made: list[bool] = []
+
+    def asking(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        assert int(input_ids.amin()) >= 0  # fails on tensors without data or content
+        return forward(self, input_ids, **kwargs)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        flow = watch(*args, **kwargs)
+        made.append(args[3])
+        return flow
+
+    monkeypatch.setattr(type(module), "forward", asking)
+    monkeypatch.setattr(body, "watch", watched)
+    model = LanguageModel(module if loaded else str(tmp_path / "model"))
+    assert len(body_of(model).kinds({})) == 3 and model.loaded is loaded
+    assert made == [True]
 
 
 @pytest.mark.thorough
