@@ -24,7 +24,7 @@ _CUBIC = 10.0
 
 _DECOMPOSITIONS = ("linalg_", "cholesky_", "lu_", "geqrf", "ormqr", "triangular_solve")
 _NO_DECOMPOSITIONS = ("linalg_vector_norm", "linalg_cross", "linalg_vecdot")
-_GROUPED = "_grouped_mm"
+_GROUPED = "grouped_mm"
 _SORTS = ("sort", "topk", "kthvalue", "median", "mode", "unique", "quantile", "searchsorted")
 
 
@@ -132,7 +132,7 @@ def _flops(
     largest = max((tensor.numel() for tensor in (*given, *made)), default=0)
     if not made:  # a number, or a truth value
         return float(largest)
-    if name == _GROUPED:  # each row meets one expert, or each expert its part of both matrices
+    if name.lstrip("_") == _GROUPED:  # each row meets one expert, or each expert its part of two
         groups = made[0].shape[0] if given[0].ndim == given[1].ndim == 2 else 1
         return 2.0 * made[0].numel() * given[0].shape[-1] / groups
     if "_pool" in name and "adaptive" not in name:
@@ -158,7 +158,7 @@ def _is_product(packet: Any) -> bool:
 
     name = str(packet.__name__).lstrip("_")
     decomposes = name.startswith(_DECOMPOSITIONS) and not name.startswith(_NO_DECOMPOSITIONS)
-    return packet in flop_registry or decomposes or "cdist" in name or name == _GROUPED.lstrip("_")
+    return packet in flop_registry or decomposes or "cdist" in name or name == _GROUPED
 
 
 def _window(name: str, args: tuple[Any, ...]) -> int:

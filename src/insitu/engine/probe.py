@@ -228,7 +228,6 @@ def fake_run(
             known.give(fake, item)
         return fake
 
-    # Constants that a forward makes of its own are real tensors.
     mode = Fakes()
     with on_fake_tensors(mode, known), fake_weights(module, leaf):
         # Of objects too: a forward may fill a cache of the user's, or append to it.

@@ -23,7 +23,6 @@ from insitu.tracing.named import ComputedProxy
 
 _INSTEAD = "assign to `features`, or to a part of them by an index."
 
-
 _WITH_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k", "hook_result")
 """Values with an axis of heads, `(batch, position, head, ...)`."""
 

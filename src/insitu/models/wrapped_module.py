@@ -170,7 +170,7 @@ class WrappedModule(Handle):
     def look_at_weights(self) -> bool:
         """Takes dtypes and shapes of weights as they are now; returns whether they had changed.
 
-        So it takes what else decides what a forward returns, as switches do.
+        Also what else decides what a forward returns: classes, forwards and switches.
         """
         looks = self.looks
         if looks.weights:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from insitu.engine.limits import Limits
 from insitu.remote.problems import Problem
-from insitu.server.engines.messages import Admitted, Ready
+from insitu.server.engines.messages import UNKNOWN_SPEED, Admitted, Ready
 from insitu.server.records import JobRecord
 
 DEFAULTS: Mapping[str, float] = {"nodes": 20_000, "sites": 20_000, "seconds": 300.0}
@@ -22,8 +22,6 @@ MOST_STRIKES = 3
 
 _NODE_SECONDS = 2e-5
 """About what a recorded operation takes, beside its arithmetic."""
-
-_UNKNOWN_SPEED = 1e10
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ class JobLimits:
     @property
     def speed(self) -> float:
         """Floating-point operations in a second."""
-        return self.measured.speed if self.measured is not None else _UNKNOWN_SPEED
+        return self.measured.speed if self.measured is not None else UNKNOWN_SPEED
 
     @property
     def weight(self) -> float:

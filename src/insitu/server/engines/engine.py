@@ -31,6 +31,7 @@ from insitu.server.engines.batches import Batch
 from insitu.server.engines.frames import Frames
 from insitu.server.engines.imports import import_what_runs_need
 from insitu.server.engines.messages import (
+    UNKNOWN_SPEED,
     Alive,
     BatchEnded,
     Began,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 64
-_UNKNOWN_SPEED = 1e10
 _NUMBERS = 2**23
 _MOMENT = 0.004
 """After how many seconds the front is told of what happens, if nothing else is told before."""
@@ -236,7 +236,7 @@ def _speed(model: LanguageModel) -> float:
             with model.trace(ids):
                 model.output.save()
         except Exception:  # whatever a model makes of such a prompt: it may take others
-            return _UNKNOWN_SPEED
+            return UNKNOWN_SPEED
         best = min(best, time.perf_counter() - start)
     return flops / best
 

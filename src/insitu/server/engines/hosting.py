@@ -27,6 +27,7 @@ from insitu.server.engines.engine import EngineSettings
 from insitu.server.engines.held_jobs import LEASE_SECONDS, HeldJobs
 from insitu.server.engines.known_weights import CHANGED, KnownWeights
 from insitu.server.engines.messages import (
+    UNKNOWN_SPEED,
     Alive,
     BatchEnded,
     Began,
@@ -63,7 +64,6 @@ _LOOK_SECONDS = 1.0
 _STOPPED_SECONDS = 5.0
 """This process was stopped, or had no processor, if it looks so late: it has not heard anything."""
 _WALL = 3.0
-_UNKNOWN_SPEED = 1e10
 _SHORT_LIFE = 5.0
 _LONGEST_PAUSE = 30.0
 _MOST_FAILURES = 3
@@ -157,7 +157,7 @@ class Host:
 
     def seconds_to_wait(self) -> float:
         """Returns about how long a job waits that comes now."""
-        return self.waiting.operations / (self.ready.speed if self.ready else _UNKNOWN_SPEED)
+        return self.waiting.operations / (self.ready.speed if self.ready else UNKNOWN_SPEED)
 
     def status(self) -> ModelStatus:
         """Returns what a client is told of the model."""

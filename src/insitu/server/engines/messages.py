@@ -14,6 +14,9 @@ import msgspec
 from insitu.remote.problems import Problem
 from insitu.remote.protocol import SavedShape
 
+UNKNOWN_SPEED = 1e10
+"""The `speed` that counts where an engine's own is not known."""
+
 
 class _Message(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     pass
